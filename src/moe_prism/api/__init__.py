@@ -1,0 +1,21 @@
+"""The Python API: one function per command, returning objects. Nothing here prints."""
+
+from .calibration import CalibrateOptions, calibrate_model
+from .inspection import inspect_model
+from .loading import generate, load
+from .measuring import FrontierOptions, measure_frontier
+from .refactoring import RefactorOptions, refactor
+from .verification import verify
+
+__all__ = [
+    "CalibrateOptions",
+    "FrontierOptions",
+    "RefactorOptions",
+    "calibrate_model",
+    "generate",
+    "inspect_model",
+    "load",
+    "measure_frontier",
+    "refactor",
+    "verify",
+]

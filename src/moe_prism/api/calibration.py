@@ -1,0 +1,153 @@
+"""Calibrate a checkpoint: one pass, resumable, in memory or one decoder layer at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ..calibrate.run import Pass, Settings
+from ..calibrate.statistics import LayerStatistics, Statistics
+from ..checkpoint import Journal, LayerStream, OutputFolder, read_manifest, source_facts, write_manifest
+from ..data import Windows, token_windows
+from ..errors import UsageError
+from ..model import find_layers, load_model, load_tokenizer, resolve
+from .progress import Report, silent
+
+SNAPSHOT = "calibration-snapshot.safetensors"
+SNAPSHOT_SECONDS = 20.0
+STARVED = 256  # tokens; fewer say too little about an expert's neurons (spec section 3)
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """text: `stdlib`, a file or a folder; tokens and length of the windows; reservoir tokens per expert; memory for statistics.
+
+    low_memory keeps one decoder layer in memory at a time; dense takes dense MLPs as experts even if the model has an MoE.
+    """
+
+    text: str = "stdlib"
+    tokens: int = 65_536
+    length: int = 512
+    reservoir: int = 2048
+    memory_mib: int = 4096
+    seed: int = 0
+    low_memory: bool = False
+
+    def check(self) -> None:
+        """Raises UsageError naming the option that is out of range."""
+        for name, least in (("tokens", 1), ("length", 8), ("reservoir", 64), ("memory_mib", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small", f"give at least {least}")
+
+
+def settings(options: CalibrateOptions) -> Settings:
+    # a pass in low memory reads every layer from disk once per batch, so it takes many windows at once
+    batch = 64 if options.low_memory else 8
+    return Settings(capacity=options.reservoir, memory_bytes=options.memory_mib << 20, batch=batch, seed=options.seed)
+
+
+def calibrate_model(
+    model: str | Path,
+    out: str | Path,
+    options: CalibrateOptions | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    report: Report = silent,
+) -> Statistics:
+    """Write the statistics of a model to a folder that `refactor(calibration=...)` reads.
+
+    Raises UsageError, DoesNotFit or CorruptError before anything is visible at `out`.
+    """
+    options = options or CalibrateOptions()
+    options.check()
+    where = resolve(model)
+    windows = calibration_windows(where, options)
+    with OutputFolder(out, resume=resume, force=force) as folder:
+        source = source_facts(where)
+        journal = Journal(folder.work, {"source": source, "options": asdict(options)})
+        statistics = run_pass(where, windows, options, folder, journal, report)
+        for i, layer in enumerate(statistics.layers):
+            folder.save_tensors(f"layer-{i:03d}.safetensors", layer.flat(), {"name": layer.name})
+        folder.discard(SNAPSHOT)
+        write_manifest(folder, {"kind": "calibration", "source": source, "options": asdict(options), "facts": statistics.facts})
+        folder.finish()
+    return statistics
+
+
+def read_statistics(folder: str | Path) -> Statistics:
+    """What `calibrate` wrote. Raises UsageError for a folder of another kind, CorruptError for a damaged one."""
+    manifest = read_manifest(folder)
+    if manifest.get("kind") != "calibration":
+        raise UsageError(f"'{folder}' is not a calibration", "give the folder written by `moe-prism calibrate`")
+    layers = []
+    for i, name in enumerate(manifest["facts"]["layers"]):
+        layers.append(LayerStatistics.unflat(name, load_file(str(Path(folder) / f"layer-{i:03d}.safetensors"))))
+    return Statistics(layers, {**manifest["facts"], "source": manifest["source"], "options": manifest["options"]})
+
+
+def run_pass(
+    where: Path | str, windows: Windows, options: CalibrateOptions, folder: OutputFolder, journal: Journal, report: Report
+) -> Statistics:
+    """The pass with snapshots in the work folder, so that a killed run goes on from the last one."""
+    with _model(where, options) as model:
+        layers = find_layers(model)
+        work = Pass(model, layers, settings(options))
+        if journal.done("snapshot"):
+            work.load(load_file(str(folder.work / SNAPSHOT)))
+        last = time.monotonic()
+
+        def after_batch() -> None:
+            nonlocal last
+            if time.monotonic() - last > SNAPSHOT_SECONDS or work.done == len(windows.ids):
+                journal.finish("snapshot", SNAPSHOT, folder.save_tensors(SNAPSHOT, work.state()))
+                last = time.monotonic()
+
+        with report("calibrate") as update:
+            work.run(windows.ids, update, after_batch)
+        facts = {
+            "layers": [layer.name for layer in layers],
+            "text": windows.source,
+            "tokens": windows.tokens,
+            "documents": list(windows.documents),
+        }
+        return work.statistics(facts)
+
+
+@contextmanager
+def _model(where: Path | str, options: CalibrateOptions) -> Iterator[Any]:
+    """The model to calibrate: float32 on a CPU, where that is the fast type, else the checkpoint's own."""
+    dtype = None if torch.cuda.is_available() else torch.float32
+    with torch.no_grad():
+        if not options.low_memory:
+            model = load_model(where, dtype)
+            yield model.cuda() if torch.cuda.is_available() else model
+            return
+        if not isinstance(where, Path) or where.is_file():
+            raise UsageError(f"--low-memory needs a folder of safetensors files, not '{where}'", "download the model first")
+        with LayerStream(where, dtype).streaming() as model:
+            yield model
+
+
+def calibration_windows(where: Path | str, options: CalibrateOptions) -> Windows:
+    """The calibration side of the options' text, in windows no longer than the model's context."""
+    tokenizer = load_tokenizer(where)
+    length = min(options.length, _longest(where))
+    return token_windows(tokenizer, options.text, "calibration", length=length, tokens=options.tokens)
+
+
+def _longest(where: Path | str) -> int:
+    """The model's context limit, where its configuration names one."""
+    if isinstance(where, Path) and where.is_file():
+        return 1 << 30
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(where), trust_remote_code=False)
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)

@@ -1,0 +1,39 @@
+"""The README.md of a refactored model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def model_card(facts: Mapping[str, Any], model_type: str) -> str:
+    """Markdown with the front matter model hubs read."""
+    source = facts["source"]["name"]
+    calibration = facts["calibration"]
+    width = facts["layers"][0]["width"]
+    return f"""---
+library_name: transformers
+base_model: {source}
+tags:
+- moe-prism
+- mixture-of-experts
+- {model_type}
+---
+
+# {source}, elastic
+
+The weights of `{source}` with the neurons of every expert reordered, so that each expert is {facts["n_sub"]} contiguous sub-experts of
+{width // facts["n_sub"]} neurons. The function is unchanged: transformers, vLLM and other tools load this folder as the original model.
+`prism.json` and `prism.safetensors` make it elastic; without them it is the model it came from.
+
+```python
+import moe_prism
+
+model, tokenizer = moe_prism.load("this-folder")
+with moe_prism.operating_point(model, budget=0.5):  # half of the expert slots, for whatever runs inside
+    model.generate(**tokenizer("def main(", return_tensors="pt"), max_new_tokens=40)
+```
+
+Calibrated on {calibration["tokens"]} tokens of `{calibration["text"]}`. `moe-prism frontier this-folder` measures what each price costs
+in quality; `moe-prism verify this-folder` checks every file. The licence is the source model's.
+"""

@@ -1,0 +1,61 @@
+"""Facts about a model, read without loading its weights where that is possible."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import LayerStream
+from ..errors import UsageError
+from ..model import MoELayer, find_layers, load_model, resolve
+
+SUB_EXPERTS = (2, 4, 8, 16, 32)
+
+
+def inspect_model(model: str | Path) -> dict[str, Any]:
+    """Layers, experts, shapes, bytes and the sub-expert counts that divide evenly, as JSON-ready values."""
+    where = resolve(model)
+    if isinstance(where, Path) and where.is_dir():
+        stream = LayerStream(where)
+        tree, dtype, size = stream.model, stream.dtype, stream.source.bytes
+    elif isinstance(where, Path):
+        tree = load_model(where)
+        dtype, size = tree.dtype, where.stat().st_size
+    else:
+        raise UsageError(f"'{model}' is not on this machine", "download it first and give its folder")
+    layers = find_layers(tree)
+    total = sum(p.numel() for p in tree.parameters())
+    experts = sum(layer.num_experts * layer.parameters_per_expert() for layer in layers)
+    return {
+        "model": str(model),
+        "family": tree.config.model_type,
+        "architecture": type(tree).__name__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes_on_disk": size,
+        "parameters": total,
+        "expert_parameters": experts,
+        "experts_per_token": _experts_per_token(tree, layers[0]),
+        "layers": [_layer(layer) for layer in layers],
+        "sub_experts": [n for n in SUB_EXPERTS if all(layer.width % n == 0 for layer in layers)],
+    }
+
+
+def _layer(layer: MoELayer) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "kind": "moe" if layer.num_experts > 1 else "dense",
+        "experts": layer.num_experts,
+        "hidden": layer.hidden,
+        "width": layer.width,
+        "gated": layer.gate is not None,
+        "biases": layer.down_bias is not None,
+    }
+
+
+def _experts_per_token(tree: Any, layer: MoELayer) -> int | None:
+    from ..elastic.runtime import experts_per_token
+
+    try:
+        return experts_per_token(tree, layer)
+    except UsageError:
+        return None

@@ -1,0 +1,98 @@
+"""Load an elastic model, and generate from it at any price."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ..checkpoint import read_manifest
+from ..elastic import attach, operating_point
+from ..errors import UsageError
+from ..model import load_model, load_tokenizer
+
+SIDE_FILE = "prism.safetensors"
+
+
+def load(folder: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder written by `refactor`: a transformers model that is elastic and runs at full budget.
+
+    dtype None: float32 on a CPU, the checkpoint's own elsewhere. Change the price with `operating_point(model, budget=...)`.
+    Raises UsageError for a folder that is not a refactored model, CorruptError if prism.json was damaged.
+    """
+    manifest = read_manifest(folder)
+    if manifest.get("kind") != "elastic":
+        raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
+    gpu = torch.cuda.is_available()
+    model = load_model(folder, dtype or (None if gpu else torch.float32))
+    if gpu:
+        model = model.cuda()
+    attach(model, manifest["n_sub"], gates=manifest["gates"], tensors=side_tensors(folder, len(manifest["layers"])))
+    model._moe_prism.stored_bytes_per_weight = manifest["bytes_per_weight"]
+    return model, load_tokenizer(folder)
+
+
+def side_tensors(folder: str | Path, layers: int) -> list[dict[str, torch.Tensor]]:
+    """Side tensors per layer from prism.safetensors, whose names are `layers.<i>.<tensor>`."""
+    flat = load_file(str(Path(folder) / SIDE_FILE))
+    prefix = "layers.{}."
+    return [
+        {k.removeprefix(prefix.format(i)): v for k, v in flat.items() if k.startswith(prefix.format(i))} for i in range(layers)
+    ]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One continuation. seconds: wall clock of the whole call on this machine."""
+
+    prompt: str
+    text: str
+    budget: float
+    rule: str
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    budget: float = 1.0,
+    rule: str = "product",
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Generated:
+    """Continue a prompt at one operating point; greedy at temperature 0, else sampled with the seed.
+
+    Raises UsageError for an empty prompt, a bad number, or a prompt over the context limit.
+    """
+    if not prompt:
+        raise UsageError("the prompt is empty", "give some text with --prompt")
+    if max_tokens < 1 or temperature < 0:
+        raise UsageError(f"max_tokens {max_tokens} or temperature {temperature} is out of range", "use >= 1 and >= 0")
+    rows = tokenizer(prompt, return_tensors="pt").to(model.device)
+    length = rows["input_ids"].shape[1]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and length + max_tokens > limit:
+        raise UsageError(
+            f"{length} prompt tokens + {max_tokens} new ones pass the context limit of {limit}", "shorten one of them"
+        )
+    sampling: dict[str, Any] = {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {})}
+    torch.manual_seed(seed)
+    began = time.perf_counter()
+    with torch.no_grad(), operating_point(model, budget, rule=rule):
+        ids = model.generate(
+            **rows, max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **sampling
+        )
+    new = ids[0, length:]
+    return Generated(prompt, tokenizer.decode(new, skip_special_tokens=True), budget, rule, len(new), time.perf_counter() - began)

@@ -1,0 +1,106 @@
+"""Measure the quality/cost frontier of an elastic model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import read_manifest, versions
+from ..data import token_windows
+from ..elastic.runtime import Setting, slots_per_token
+from ..errors import UsageError
+from ..frontier import Frontier, Point, pareto
+from ..frontier.cost import Cost
+from ..frontier.measure import Quality, measure
+from .loading import load
+from .progress import Report, peak_rss_bytes, silent
+
+
+@dataclass(frozen=True)
+class FrontierOptions:
+    """text: `stdlib`, a file or a folder (its evaluation side is used); tokens and window length; rules beside plain top-k.
+
+    Every rule is measured at every K up to k*N. The smallest is k (one sub-expert per chosen expert), or N - 1 if that is less, so that
+    plain top-1 too has a point below its cost to be compared with.
+    """
+
+    text: str = "stdlib"
+    tokens: int = 16_384
+    length: int = 512
+    rules: tuple[str, ...] = ("product",)
+
+    def check(self) -> None:
+        from ..elastic import rules
+
+        for rule in self.rules:
+            rules.get(rule)
+        if self.tokens < self.length or self.length < 8:
+            raise UsageError(
+                f"--tokens {self.tokens} with --length {self.length} is too small", "give at least one window of 8 tokens"
+            )
+
+
+def measure_frontier(folder: str | Path, options: FrontierOptions | None = None, *, report: Report = silent) -> Frontier:
+    """Perplexity, KL to the source, top-1 agreement and cost of every operating point, and of plain top-k' for every k' < k.
+
+    The source is the same model at full budget (equal to the original checkpoint to rounding). Text used in calibration is excluded.
+    """
+    options = options or FrontierOptions()
+    options.check()
+    manifest = read_manifest(folder)
+    model, tokenizer = load(folder)
+    elastic = model._moe_prism
+    windows = token_windows(
+        tokenizer,
+        options.text,
+        "evaluation",
+        length=options.length,
+        tokens=options.tokens,
+        exclude=manifest["calibration"]["documents"],
+    )
+    n_sub, slots = manifest["n_sub"], slots_per_token(elastic)
+    k = slots // n_sub
+    counts = range(max(1, min(k, n_sub - 1)), slots + 1)
+    plan = [(f"{rule}-{count}", rule, _setting(rule, count, slots)) for rule in options.rules for count in counts]
+    elastic_points = len(plan)
+    plan += [(f"top-{fewer}", "topk", _setting("linear", n_sub * fewer, slots)) for fewer in range(1, k)]
+    with report("frontier") as update:
+        measured = measure(model, elastic, windows.ids, [setting for _, _, setting in plan], progress=update)
+    rows = [_point(*point, *result) for point, result in zip(plan, measured, strict=True)]
+    flags = pareto([r["active_expert_bytes"] for r in rows], [r["kl"] for r in rows])
+    points = [Point(**row, pareto=flag) for row, flag in zip(rows, flags, strict=True)]
+    provenance = {
+        "options": {**asdict(options), "rules": list(options.rules)},
+        "evaluation": {"text": windows.source, "tokens": windows.tokens, "documents": len(windows.documents)},
+        "calibration": {k: v for k, v in manifest["calibration"].items() if k != "documents"},
+        "versions": versions(),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    return Frontier(
+        Path(folder).name,
+        manifest["source"]["name"],
+        n_sub,
+        tuple(points[:elastic_points]),
+        tuple(points[elastic_points:]),
+        provenance,
+    )
+
+
+def _setting(rule: str, count: int, slots: int) -> Setting:
+    return Setting(count / slots, rule, "gates" if rule == "pattern" else "ridge")
+
+
+def _point(name: str, rule: str, setting: Setting, quality: Quality, cost: Cost) -> dict[str, Any]:
+    return {
+        "name": name,
+        "rule": rule,
+        "budget": setting.budget,
+        "k_slots": cost.k_slots,
+        "ppl": quality.ppl,
+        "kl": quality.kl,
+        "top1_agreement": quality.top1_agreement,
+        "active_expert_params": cost.active_expert_params,
+        "active_expert_bytes": cost.active_expert_bytes,
+        "flops_per_token": cost.flops_per_token,
+    }

@@ -1,0 +1,80 @@
+"""What a job will need, before it starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..calibrate.run import bounded_capacity
+from ..errors import DoesNotFit
+from ..model import resolve
+from .calibration import settings
+from .refactoring import RefactorOptions
+from .weights import Weights
+
+PROCESS_BYTES = 700 << 20  # Python with torch, transformers and numba loaded
+FLOAT32 = 4
+
+
+def plan_refactor(model: str | Path, options: RefactorOptions, *, check: bool = False) -> dict[str, Any]:
+    """Declared peak memory and disk of `refactor`, in bytes, by part. check: raise DoesNotFit if this machine has less."""
+    options.check()
+    weights = Weights(resolve(model))
+    calibration = options.calibration
+    run = settings(calibration)
+    capacity = bounded_capacity(weights.layers, run)
+    layer = max(weights.layers, key=lambda x: x.num_experts * x.parameters_per_expert())
+    experts = layer.num_experts * layer.parameters_per_expert() * FLOAT32
+    everything = sum(p.numel() for p in weights.model.parameters()) * FLOAT32
+    tokens = min(calibration.tokens, run.batch * calibration.length)
+    parts = {
+        "process_bytes": PROCESS_BYTES,
+        "weights_bytes": 3 * experts if calibration.low_memory else everything + experts,
+        "statistics_bytes": 2 * run_bytes(weights, capacity),
+        "activations_bytes": tokens * _row_bytes(weights, layer.hidden, layer.width, calibration.length),
+        "solver_bytes": 4 * layer.num_experts * capacity * layer.width * FLOAT32,
+    }
+    disk = weights.stream.source.bytes if weights.stream else everything // 2
+    plan = {"peak_memory_bytes": sum(parts.values()), "disk_bytes": disk, **parts, "reservoir_tokens": capacity}
+    if check:
+        _check(plan)
+    return plan
+
+
+def run_bytes(weights: Weights, capacity: int) -> int:
+    """What the collectors may hold, by their own declaration."""
+    from ..calibrate import collectors
+
+    return sum(collectors.get(name).bytes_per_layer(layer, capacity) for name in ("counts", "tokens") for layer in weights.layers)
+
+
+def _row_bytes(weights: Weights, hidden: int, width: int, length: int) -> int:
+    """Live activations per token of one decoder layer: about 16 hidden vectors, the chosen experts' neurons, attention scores."""
+    config: Any = weights.model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 1)
+    return FLOAT32 * (16 * hidden + 4 * 8 * width + 2 * heads * length)
+
+
+def _check(plan: dict[str, Any]) -> None:
+    memory = available_memory()
+    if plan["peak_memory_bytes"] > memory:
+        raise DoesNotFit(
+            f"this needs {plan['peak_memory_bytes'] / 2**30:.1f} GiB of memory, {memory / 2**30:.1f} GiB are free",
+            "use --low-memory, a smaller --reservoir, or a larger machine",
+        )
+    free = shutil.disk_usage(Path.cwd()).free
+    if plan["disk_bytes"] > free:
+        raise DoesNotFit(
+            f"this needs {plan['disk_bytes'] / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free", "free some space"
+        )
+
+
+def available_memory() -> int:
+    """Bytes the system could give a new process now."""
+    try:
+        line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,206 @@
+"""Turn a checkpoint into an elastic one: calibrate, partition every expert, fit the predictors, write the weights in block order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..calibrate.statistics import Statistics
+from ..checkpoint import Journal, OutputFolder, source_facts, write_manifest
+from ..errors import UsageError
+from ..model import MoELayer, resolve
+from ..partition import gates as gate_choices
+from ..partition import solvers
+from .calibration import SNAPSHOT, CalibrateOptions, calibration_windows, read_statistics, run_pass
+from .card import model_card
+from .loading import SIDE_FILE
+from .progress import Report, peak_rss_bytes, silent
+from .solve import solve
+from .weights import Weights
+
+
+@dataclass(frozen=True)
+class RefactorOptions:
+    """n_sub: sub-experts per expert; gates: gate neurons per sub-expert; solver, gate_choice: names from the registries.
+
+    dropped: how many of an expert's weakest sub-experts the partition objective charges; None is n_sub - 1, the paper's code.
+    """
+
+    n_sub: int = 4
+    gates: int = 1
+    solver: str = "alt"
+    gate_choice: str = "energy"
+    dropped: int | None = None
+    seed: int = 0
+    calibration: CalibrateOptions = field(default_factory=CalibrateOptions)
+
+    def check(self) -> None:
+        """Raises UsageError for a name or number that cannot work."""
+        solvers.get(self.solver)
+        gate_choices.get(self.gate_choice)
+        if self.n_sub < 2:
+            raise UsageError(f"--n-sub {self.n_sub} splits nothing", "give 2 or more")
+        if self.dropped is not None and not 1 <= self.dropped < self.n_sub:
+            raise UsageError(f"--dropped {self.dropped} is outside 1..{self.n_sub - 1}", "leave it out for N-1, the paper's code")
+        self.calibration.check()
+
+
+@dataclass(frozen=True)
+class Refactored:
+    """What was done: the folder, its manifest, the partition costs, and the peak memory of this process."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    peak_rss_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        layers = self.manifest["layers"]
+        return {
+            "folder": str(self.folder),
+            "n_sub": self.manifest["n_sub"],
+            "layers": len(layers),
+            "partition_cost_share": sum(layer["cost_share"] for layer in layers) / len(layers),
+            "starved_experts": sum(len(layer["starved"]) for layer in layers),
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }
+
+
+def refactor(
+    model: str | Path,
+    out: str | Path,
+    options: RefactorOptions | None = None,
+    *,
+    calibration: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    report: Report = silent,
+) -> Refactored:
+    """Write an elastic copy of a checkpoint to `out`: same files, names and shapes, plus prism.json and prism.safetensors.
+
+    calibration: a folder written by `calibrate`; without it the pass runs here. An interrupted run continues with resume=True and
+    ends in the same bytes. Raises UsageError or CorruptError before anything is written if the model, text or options cannot work.
+    """
+    options = options or RefactorOptions()
+    options.check()
+    where = resolve(model)
+    given = read_statistics(calibration) if calibration else None
+    weights = Weights(where)
+    for layer in weights.layers:
+        _check_width(layer, options)
+    windows = None if given else calibration_windows(where, options.calibration)
+    weights.check_finite()
+    source = source_facts(where)
+    if given and given.facts["source"] != source:
+        raise UsageError(
+            f"'{calibration}' was calibrated on another checkpoint", "calibrate this one, or leave --calibration out"
+        )
+    fingerprint = {"source": source, "options": asdict(options), "calibration": given.facts if given else None}
+    with OutputFolder(out, resume=resume, force=force) as folder:
+        journal = Journal(folder.work, fingerprint)
+        if windows is not None:
+            given = run_pass(where, windows, options.calibration, folder, journal, report)
+        assert given is not None
+        rows = _solve_layers(folder, journal, weights, given, options, report)
+        with report("write") as update:
+            weights.rewrite(folder, journal, lambda layer: _unit(folder, layer)["perm"], update)
+        facts = _facts(weights, source, options, rows, given)
+        _write_side_files(folder, weights, facts)
+        manifest = write_manifest(folder, facts)
+        folder.finish()
+    return Refactored(Path(out), manifest, peak_rss_bytes())
+
+
+def _check_width(layer: MoELayer, options: RefactorOptions) -> None:
+    if layer.width % options.n_sub:
+        legal = [n for n in range(2, min(layer.width, 65)) if layer.width % n == 0]
+        raise UsageError(
+            f"{layer.width} neurons of '{layer.name}' do not split into {options.n_sub} equal sub-experts",
+            f"choose --n-sub from {legal}",
+        )
+    if not 0 <= options.gates <= layer.width // options.n_sub:
+        raise UsageError(
+            f"--gates {options.gates} is outside 0..{layer.width // options.n_sub}", "a block has no more neurons than that"
+        )
+
+
+def _solve_layers(
+    folder: OutputFolder, journal: Journal, weights: Weights, statistics: Statistics, options: RefactorOptions, report: Report
+) -> list[dict[str, Any]]:
+    """One journal unit per layer: its tensors, with its facts in the file's metadata. Returns the facts."""
+    rows = []
+    with report("partition") as update:
+        for layer, mine in zip(weights.layers, statistics.layers, strict=True):
+            unit = _unit_name(layer)
+            if not journal.done(unit):
+                with weights.loaded(layer):
+                    tensors, facts = solve(layer, mine, options)
+                digest = folder.save_tensors(unit, tensors, {"facts": json.dumps(facts)})
+                journal.finish(unit, unit, digest)
+            rows.append(_unit_facts(folder, layer))
+            update(layer.index + 1, len(weights.layers))
+    return rows
+
+
+def _unit_name(layer: MoELayer) -> str:
+    return f"unit-{layer.index:03d}.safetensors"
+
+
+def _unit(folder: OutputFolder, layer: MoELayer) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = load_file(str(folder.work / _unit_name(layer)))
+    return tensors
+
+
+def _unit_facts(folder: OutputFolder, layer: MoELayer) -> dict[str, Any]:
+    with safe_open(str(folder.work / _unit_name(layer)), "pt") as file:
+        facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+    return facts
+
+
+def _facts(
+    weights: Weights,
+    source: Mapping[str, Any],
+    options: RefactorOptions,
+    rows: Sequence[Mapping[str, Any]],
+    statistics: Statistics,
+) -> dict[str, Any]:
+    """prism.json: nothing in it depends on time, machine or interruptions."""
+    calibration = {key: statistics.facts[key] for key in ("text", "tokens", "documents", "capacity")}
+    return {
+        "kind": "elastic",
+        "source": source,
+        "n_sub": options.n_sub,
+        "gates": options.gates,
+        "bytes_per_weight": weights.bytes_per_weight,
+        "layers": list(rows),
+        "options": asdict(options),
+        "calibration": calibration,
+    }
+
+
+def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str, Any]) -> None:
+    """prism.safetensors and the model card; work files leave, so that what is renamed is only the result."""
+    side = {f"layers.{layer.index}.{k}": v for layer in weights.layers for k, v in _unit(folder, layer).items() if k != "perm"}
+    folder.save_tensors(SIDE_FILE, side, {"format": "pt"})
+    folder.write_bytes("README.md", model_card(facts, weights.model.config.model_type).encode())
+    # vLLM loads every *.safetensors of a folder that has no index: name the weights, so that the side file is not taken for them
+    index, single = folder.work / "model.safetensors.index.json", folder.work / "model.safetensors"
+    if single.exists() and not index.exists():
+        folder.write_bytes(index.name, _index(single))
+    for layer in weights.layers:
+        folder.discard(_unit_name(layer))
+    folder.discard(SNAPSHOT)
+
+
+def _index(single: Path) -> bytes:
+    with safe_open(str(single), "pt") as file:
+        names = sorted(file.keys())
+    return json.dumps(
+        {"metadata": {"total_size": single.stat().st_size}, "weight_map": dict.fromkeys(names, single.name)}, indent=1
+    ).encode()

@@ -1,0 +1,44 @@
+"""What a collector sees and what it must be able to do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..model import MoELayer
+
+
+@dataclass(frozen=True)
+class Routed:
+    """One batch at one MoE layer. first_token numbers the batch's first token in the whole pass; window is the window length."""
+
+    x: Tensor  # [T, d] layer input, windows one after the other
+    index: Tensor  # [T, k] chosen experts; ids outside [0, E) mean "none"
+    weight: Tensor  # [T, k] routing weights
+    first_token: int
+    window: int
+
+
+class Collector(ABC):
+    """Mergeable statistics of one layer. Memory must be bounded by the settings, whatever the number of tokens."""
+
+    def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
+        """capacity: tokens per expert a reservoir may keep."""
+        self.layer, self.capacity, self.seed = layer, capacity, seed
+
+    @abstractmethod
+    def update(self, batch: Routed) -> None: ...
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Everything, as named tensors; `load(state())` on a fresh collector continues bit-identically."""
+
+    @abstractmethod
+    def load(self, state: dict[str, Tensor]) -> None: ...
+
+    @staticmethod
+    @abstractmethod
+    def bytes_per_layer(layer: MoELayer, capacity: int) -> int:
+        """Upper bound of the memory held, in bytes."""

@@ -1,0 +1,122 @@
+"""The pass: run the model over the windows, let collectors see every MoE layer's input, choices and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CorruptError, DoesNotFit
+from ..model import MoELayer
+from . import collectors as registry
+from .base import Collector, Routed
+from .statistics import LayerStatistics, Statistics
+
+Progress = Callable[[int, int], None]
+"""(windows done, windows in all)."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """capacity: reservoir tokens per expert; memory_bytes bounds what all collectors hold together; batch: windows per forward."""
+
+    collectors: tuple[str, ...] = ("counts", "tokens")
+    capacity: int = 2048
+    memory_bytes: int = 4 << 30
+    batch: int = 8
+    seed: int = 0
+
+
+def bounded_capacity(layers: Sequence[MoELayer], settings: Settings) -> int:
+    """The largest capacity <= settings.capacity whose declared memory fits. Raises DoesNotFit below 64 tokens per expert."""
+    makers = [registry.get(name) for name in settings.collectors]
+
+    def declared(capacity: int) -> int:
+        return sum(m.bytes_per_layer(layer, capacity) for m in makers for layer in layers)
+
+    capacity = settings.capacity
+    while declared(capacity) > settings.memory_bytes and capacity > 64:
+        capacity = max(64, capacity * 3 // 4)
+    if declared(capacity) > settings.memory_bytes:
+        raise DoesNotFit(
+            f"64 tokens per expert need {declared(64) / 2**20:.0f} MiB, the limit is {settings.memory_bytes / 2**20:.0f} MiB",
+            "raise --memory",
+        )
+    return capacity
+
+
+class Pass:
+    """A calibration that can be stopped after any batch and continued from `state()`."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[MoELayer], settings: Settings) -> None:
+        self.model, self.layers, self.settings = model, layers, settings
+        self.capacity = bounded_capacity(layers, settings)
+        self.collectors: list[dict[str, Collector]] = [
+            {n: registry.get(n)(layer, capacity=self.capacity, seed=settings.seed) for n in settings.collectors}
+            for layer in layers
+        ]
+        self.done = 0  # windows
+
+    @torch.no_grad()
+    def run(self, ids: Tensor, progress: Progress | None = None, after_batch: Callable[[], None] | None = None) -> None:
+        """ids [n, length]. Continues after the `done` windows; the layers' own computation is untouched."""
+        backbone = backbone_of(self.model)
+        length = ids.shape[1]
+        try:
+            for layer, mine in zip(self.layers, self.collectors, strict=True):
+                layer.install(self._observer(layer, mine, length))
+            while self.done < len(ids):
+                batch = ids[self.done : self.done + self.settings.batch]
+                backbone(input_ids=batch.to(input_device(self.model)), use_cache=False)
+                self.done += len(batch)
+                if progress:
+                    progress(self.done, len(ids))
+                if after_batch:
+                    after_batch()
+        finally:
+            for layer in self.layers:
+                layer.uninstall()
+
+    def _observer(self, layer: MoELayer, mine: dict[str, Collector], window: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def observe(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+            if not torch.isfinite(x).all():
+                raise CorruptError(
+                    f"non-finite input at '{layer.name}'", "the weights or the text are damaged; run `moe-prism verify`"
+                )
+            routed = Routed(x, index, weight, self.done * window, window)
+            for collector in mine.values():
+                collector.update(routed)
+            return layer.stock(x, index, weight)
+
+        return observe
+
+    def statistics(self, facts: dict[str, Any] | None = None) -> Statistics:
+        layers = [
+            LayerStatistics(layer.name, {n: c.state() for n, c in mine.items()})
+            for layer, mine in zip(self.layers, self.collectors, strict=True)
+        ]
+        return Statistics(layers, {"capacity": self.capacity, "windows": self.done, **(facts or {})})
+
+    def state(self) -> dict[str, Tensor]:
+        flat = {f"{i}/{k}": v for i, layer in enumerate(self.statistics().layers) for k, v in layer.flat().items()}
+        return {"done": torch.tensor([self.done]), **flat}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.done = int(state["done"])
+        for i, mine in enumerate(self.collectors):
+            for name, collector in mine.items():
+                prefix = f"{i}/{name}."
+                collector.load({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+
+def backbone_of(model: Any) -> Any:
+    """The decoder without its language-model head: calibration needs no logits, which are the largest tensor of a pass."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if isinstance(decoder, nn.Module) and decoder is not model else getattr(model, model.base_model_prefix, model)
+
+
+def input_device(model: Any) -> torch.device:
+    return model.get_input_embeddings().weight.device  # type: ignore[no-any-return]

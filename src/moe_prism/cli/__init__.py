@@ -1,0 +1,68 @@
+"""The `moe-prism` command. Modules here import the library inside their functions, so that `--help` needs no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+import cyclopts
+
+from ..errors import PrismError
+from . import calibrate, demo, doctor, frontier, generate, inspect, listing, refactor, verify
+from .output import plain_line
+
+INTERRUPTED = 130
+
+
+def build() -> cyclopts.App:
+    from .. import __version__
+
+    app = cyclopts.App(
+        name="moe-prism",
+        help="Make Mixture-of-Experts language models elastic: the same weights at any price between cheap and full quality.",
+        version=__version__,
+        help_format="plaintext",
+    )
+    for command, name in (
+        (demo.demo, "demo"),
+        (doctor.doctor, "doctor"),
+        (inspect.inspect, "inspect"),
+        (calibrate.calibrate, "calibrate"),
+        (refactor.refactor, "refactor"),
+        (frontier.frontier, "frontier"),
+        (generate.generate, "generate"),
+        (verify.verify, "verify"),
+        (listing.ls, "ls"),
+    ):
+        app.command(command, name=name)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. 0 done, 1 failed, 2 bad usage, 3 does not fit, 4 corrupt, 130 interrupted."""
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        build()(tokens, exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as error:
+        return _fail(plain_line(str(error)), "see `moe-prism --help`", 2, "--json" in tokens)
+    except PrismError as error:
+        return _fail(error.cause, error.next_step, error.exit_code, "--json" in tokens)
+    except KeyboardInterrupt:
+        return _fail("interrupted", "a long command goes on with --resume", INTERRUPTED, "--json" in tokens)
+    except OSError as error:
+        return _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), "", 1, "--json" in tokens)
+    return 0
+
+
+def _fail(cause: str, next_step: str, code: int, as_json: bool) -> int:
+    line = f"{cause}; {next_step}" if next_step else cause
+    sys.stderr.write(f"moe-prism: error: {plain_line(line)}\n")
+    if as_json:
+        sys.stdout.write(json.dumps({"error": cause, "next_step": next_step, "exit_code": code}) + "\n")
+    return code
+
+
+def entry() -> None:
+    """Console script."""
+    sys.exit(main())

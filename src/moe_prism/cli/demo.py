@@ -1,0 +1,44 @@
+"""`moe-prism demo`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from .output import emit, note, progress
+
+PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
+BUDGETS = (1.0, 0.5, 0.25)
+
+
+def demo(
+    *, out: Annotated[Path, Parameter(name=("--out", "-o"))] = Path("demo"), force: bool = False, json: bool = False
+) -> None:
+    """The whole path on the shipped model: cut prism-nano into sub-experts, measure its frontier, generate at three prices.
+
+    Parameters
+    ----------
+    out: Folder for model/, frontier.json, report.html and frontier.png.
+    force: Replace what an earlier demo left there.
+    json: One JSON object on stdout.
+    """
+    from ..api import FrontierOptions, generate, load, refactor
+    from ..api import measure_frontier as measure
+    from .frontier import show, write
+
+    refactor("nano", out / "model", force=force, report=progress)
+    result = measure(out / "model", FrontierOptions(), report=progress)
+    model, tokenizer = load(out / "model")
+    generate(model, tokenizer, PROMPT, budget=0.5, max_tokens=4)  # the first call pays for set-up
+    samples = []
+    for budget in BUDGETS:
+        made = generate(model, tokenizer, PROMPT, budget=budget, max_tokens=48)
+        samples.append({"budget": budget, "prompt": PROMPT, "text": made.text, "tokens_per_s": made.tokens_per_s})
+    write(result, out, {"samples": samples})
+    text = [show(result), ""]
+    for sample in samples:
+        text += [f"--- budget {sample['budget']:g}", f"{sample['prompt']}{sample['text']}", ""]
+    emit({"frontier": result.to_json(), "samples": samples, "report": str(out / "report.html")}, "\n".join(text), json)
+    note(f"open {out / 'report.html'}")

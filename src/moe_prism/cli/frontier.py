@@ -1,0 +1,82 @@
+"""`moe-prism frontier`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from .output import emit, note, progress, table
+
+if TYPE_CHECKING:
+    from ..frontier import Frontier
+
+HEADERS = ("point", "slots", "KL", "perplexity", "top-1", "expert bytes", "of full", "Pareto")
+
+
+def frontier(
+    folder: Path,
+    /,
+    *,
+    out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
+    rules: str = "product",
+    text: str = "stdlib",
+    tokens: int = 16_384,
+    length: int = 512,
+    json: bool = False,
+) -> None:
+    """Measure quality and cost of every operating point of an elastic model, beside plain top-k; writes JSON and an HTML report.
+
+    Parameters
+    ----------
+    folder: Written by `moe-prism refactor`.
+    out: Folder for frontier.json, report.html and frontier.png; default is FOLDER itself, whose prism.json then lists the points.
+    rules: Comma-separated selection rules; see `moe-prism ls rules`.
+    text: Evaluation text: stdlib, a file, a folder, a .jsonl file or a saved dataset. Only its evaluation side is used.
+    tokens: Evaluation tokens.
+    length: Tokens per window.
+    json: One JSON object on stdout.
+    """
+    from ..api import FrontierOptions
+    from ..api import measure_frontier as run
+    from ..checkpoint import update_manifest
+
+    result = run(folder, FrontierOptions(text, tokens, length, tuple(rules.split(","))), report=progress)
+    target = out or folder
+    write(result, target, {})
+    if out is None:
+        points = [p for p in result.to_json()["points"] if p["pareto"]]
+        update_manifest(folder, {"operating_points": points})
+    emit(result.to_json(), show(result), json)
+    note(f"report: {target / 'report.html'}")
+
+
+def write(result: Frontier, target: Path, extra: dict[str, Any]) -> None:
+    """frontier.json, report.html and frontier.png of a result."""
+    from ..report import write_png, write_report
+
+    target.mkdir(parents=True, exist_ok=True)
+    result.save(target / "frontier.json")
+    write_report(result, target / "report.html", extra)
+    write_png(result, target / "frontier.png")
+
+
+def show(result: Frontier) -> str:
+    """The frontier as a table, dearest point first."""
+    every = [*result.points, *result.baseline_topk]
+    full = max(p.active_expert_bytes for p in every if p.budget >= 1)
+    rows = [
+        (
+            p.name,
+            f"{p.k_slots:.2f}",
+            f"{p.kl:.4f}",
+            f"{p.ppl:.3f}",
+            f"{p.top1_agreement:.1%}",
+            f"{p.active_expert_bytes:.0f}",
+            f"{p.active_expert_bytes / full:.1%}",
+            "yes" if p.pareto else "-",
+        )
+        for p in sorted(every, key=lambda p: -p.active_expert_bytes)
+    ]
+    return table(HEADERS, rows)

@@ -1,0 +1,42 @@
+"""`moe-prism generate`"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from .output import emit, note
+
+
+def generate(
+    folder: Path,
+    /,
+    *,
+    prompt: str,
+    budget: float = 1.0,
+    rule: str = "product",
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Continue a prompt at a price.
+
+    Parameters
+    ----------
+    folder: Written by `moe-prism refactor`.
+    prompt: Text to continue.
+    budget: Kept slots / all slots, in (0, 1].
+    rule: Selection rule; see `moe-prism ls rules`.
+    max_tokens: Tokens to generate.
+    temperature: 0 is greedy.
+    seed: Seed of sampling.
+    json: One JSON object on stdout.
+    """
+    from ..api import generate as run
+    from ..api import load
+
+    model, tokenizer = load(folder)
+    result = run(model, tokenizer, prompt, budget=budget, rule=rule, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    note(f"budget {budget:g}, {rule}: {result.tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
+    emit({**asdict(result), "tokens_per_s": result.tokens_per_s}, prompt + result.text, json)

@@ -1,0 +1,70 @@
+"""Results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+QUIET_SECONDS = 10.0  # between plain progress lines when stderr is no terminal
+
+
+def plain_line(text: str) -> str:
+    """One line without box drawing."""
+    return " ".join(text.replace("│", " ").split())
+
+
+def emit(result: dict[str, Any], text: str, as_json: bool) -> None:
+    """The command's result: one JSON object, or the text."""
+    sys.stdout.write((json.dumps(result, default=str) if as_json else text.rstrip()) + "\n")
+
+
+def note(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns aligned with spaces: numbers right, text left; pastes into an issue."""
+    cells = [[str(c) for c in row] for row in [headers, *rows]]
+    widths = [max(len(r[i]) for r in cells) for i in range(len(headers))]
+    right = [all(_is_number(r[i]) for r in cells[1:]) for i in range(len(headers))]
+    lines = [
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip() for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _is_number(text: str) -> bool:
+    return text.strip().rstrip("%xBKMG").replace(".", "").replace("-", "").replace("e", "").isdigit() or text in ("", "-")
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, a line every ten seconds elsewhere; both on stderr. Yields update(done, total)."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    began = last = time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > QUIET_SECONDS:
+            last = time.monotonic()
+            note(f"{title}: {done}/{total} ({last - began:.0f} s)")
+
+    yield update

@@ -1,0 +1,90 @@
+"""`moe-prism refactor`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from .output import emit, note, progress
+
+GIB = 2**30
+
+
+def refactor(
+    model: str,
+    /,
+    *,
+    out: Annotated[Path, Parameter(name=("--out", "-o"))],
+    n_sub: int = 4,
+    gates: int = 1,
+    solver: str = "alt",
+    gate_choice: str = "energy",
+    dropped: int | None = None,
+    text: str = "stdlib",
+    tokens: int = 65_536,
+    length: int = 512,
+    reservoir: int = 2048,
+    memory_mib: int = 4096,
+    seed: int = 0,
+    calibration: Path | None = None,
+    low_memory: bool = False,
+    resume: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Cut every expert of a checkpoint into sub-experts; the result is the same model in the same files, made elastic.
+
+    Parameters
+    ----------
+    model: Folder with config.json and safetensors, a .gguf file, or 'nano'.
+    out: Folder to write. It appears only when it is complete.
+    n_sub: Sub-experts per expert (must divide the expert's neurons).
+    gates: Gate neurons per sub-expert, computed for every candidate block.
+    solver: Partition solver; see `moe-prism ls solvers`.
+    gate_choice: How gate neurons are chosen: energy or centrality.
+    dropped: Sub-experts the partition objective charges; default n-sub - 1.
+    text: Calibration text: stdlib, a file, a folder, a .jsonl file or a saved dataset. Its evaluation side is never used.
+    tokens: Calibration tokens.
+    length: Tokens per window.
+    reservoir: Sampled tokens kept per expert.
+    memory_mib: Limit for all statistics together.
+    seed: Seed of sampling and solvers. Same inputs and seed, same bytes.
+    calibration: Folder written by `moe-prism calibrate`, instead of the five options above.
+    low_memory: Keep one decoder layer in memory at a time.
+    resume: Continue an interrupted run; ends in the same bytes.
+    force: Replace an existing output.
+    dry_run: Print the plan and exit; 3 if this machine cannot do it.
+    json: One JSON object on stdout.
+    """
+    from ..api import CalibrateOptions, RefactorOptions
+    from ..api import refactor as run
+    from ..api.plan import plan_refactor
+
+    options = RefactorOptions(
+        n_sub,
+        gates,
+        solver,
+        gate_choice,
+        dropped,
+        seed,
+        CalibrateOptions(text, tokens, length, reservoir, memory_mib, seed, low_memory),
+    )
+    if dry_run:
+        plan = plan_refactor(model, options)
+        lines = [f"{key:22} {value / GIB:8.2f} GiB" for key, value in plan.items() if key.endswith("bytes")]
+        emit(plan, "\n".join(lines), json)
+        plan_refactor(model, options, check=True)
+        return
+    result = run(model, out, options, calibration=calibration, resume=resume, force=force, report=progress)
+    facts = result.to_json()
+    note(f"next: moe-prism frontier {out}")
+    emit(
+        facts,
+        f"{facts['folder']}: {facts['layers']} layers, {facts['n_sub']} sub-experts per expert, "
+        f"partition cost {facts['partition_cost_share']:.3f} of the activation mass, "
+        f"{facts['starved_experts']} starved experts, peak memory {facts['peak_rss_bytes'] / GIB:.2f} GiB",
+        json,
+    )

@@ -1,0 +1,23 @@
+"""`moe-prism verify`"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from .output import emit
+
+
+def verify(folder: Path, /, *, json: bool = False) -> None:
+    """Check every file of an output folder against its manifest: hashes, headers, finite values. Exit code 4 if something is wrong.
+
+    Parameters
+    ----------
+    folder: Written by `moe-prism refactor` or `moe-prism calibrate`.
+    json: One JSON object on stdout.
+    """
+    from ..api import verify as run
+
+    checks = run(folder)
+    text = "\n".join(f"ok  {check.name}: {check.detail}" for check in checks)
+    emit({"folder": str(folder), "checks": [asdict(check) for check in checks]}, text, json)

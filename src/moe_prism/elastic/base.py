@@ -1,0 +1,113 @@
+"""The contracts of selection. Shapes: T tokens, k experts per token, N sub-experts per expert, r gate neurons per sub-expert."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..model import MoELayer
+
+
+@dataclass
+class LayerPlan:
+    """What makes one layer elastic, beside its (permuted) weights: the side tensors of `prism.safetensors`."""
+
+    layer: MoELayer
+    n_sub: int
+    gates: int  # r, the first neurons of every block
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def block(self) -> int:
+        """Neurons per sub-expert."""
+        return self.layer.width // self.n_sub
+
+    def neurons(self, n: int) -> slice:
+        return slice(n * self.block, (n + 1) * self.block)
+
+    def gate_ids(self) -> Tensor:
+        """Neuron ids [N, r] of the gate neurons, the same for every expert because each block begins with them."""
+        return torch.arange(self.n_sub)[:, None] * self.block + torch.arange(self.gates)[None, :]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The candidate slots of a batch at one layer. `norms()` runs the scorer, once, when a rule asks for it."""
+
+    x: Tensor  # [T, d]
+    index: Tensor  # [T, k]
+    weight: Tensor  # [T, k] routing weights
+    valid: Tensor  # [T, k] bool: false where the router chose no expert
+    n_sub: int
+    norms: Callable[[], Tensor]  # -> [T, k, N] estimated block output norms, >= 0
+
+    def values(self) -> Tensor:
+        """[T, k, N]: routing weight x estimated output norm; -1 where there is no expert."""
+        v = self.weight.float().abs()[:, :, None] * self.norms()
+        return v.masked_fill(~self.valid[:, :, None], -1.0)
+
+
+class Scorer(ABC):
+    """Estimates the output norm of every candidate block without computing it."""
+
+    def __init__(self, plan: LayerPlan) -> None:
+        self.plan = plan
+
+    @abstractmethod
+    def __call__(self, x: Tensor, index: Tensor) -> Tensor:
+        """x [T, d], index [T, k] (all valid) -> [T, k, N] float32, >= 0."""
+
+    @abstractmethod
+    def parameters_per_expert(self) -> int:
+        """Extra weights read for one chosen expert, gate neurons not included."""
+
+    @property
+    def reads_gates(self) -> bool:
+        """Whether the gate neurons of every candidate block are computed, kept or not."""
+        return True
+
+
+class Rule(ABC):
+    """Decides which candidate slots are kept."""
+
+    needs_norms = True
+
+    def __init__(self, plan: LayerPlan) -> None:
+        self.plan = plan
+
+    @abstractmethod
+    def keep(self, slots: Slots, budget: Tensor) -> Tensor:
+        """budget [T] in (0, 1] (kept slots / all slots) -> keep [T, k, N] bool.
+
+        At least one slot of a token with any valid expert is kept; budget 1 keeps every valid slot.
+        """
+
+    def count(self, slots: Slots, budget: Tensor) -> Tensor:
+        """K [T]: the budget as a number of slots, at least 1."""
+        total = slots.valid.sum(1) * slots.n_sub
+        return torch.minimum((budget * total).round().long().clamp(min=1), total)
+
+
+def gate_activations(plan: LayerPlan, x: Tensor, expert: int) -> Tensor:
+    """|activations| [S, N, r] of one expert's gate neurons for rows x [S, d]."""
+    columns = [plan.layer.activations(expert, x, slice(n * plan.block, n * plan.block + plan.gates)) for n in range(plan.n_sub)]
+    return torch.stack(columns, 1).abs().float()
+
+
+def per_expert(index: Tensor, num_experts: int, function: Callable[[int, Tensor], Tensor], width: int) -> Tensor:
+    """Assemble [T, k, width] from function(e, token ids [S]) -> [S, width] over the experts that occur."""
+    out = torch.zeros(*index.shape, width, device=index.device)
+    flat = index.reshape(-1)
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=num_experts).tolist()
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            rows = order[start : start + count]
+            out.view(-1, width)[rows] = function(expert, rows // index.shape[1])
+            start += count
+    return out

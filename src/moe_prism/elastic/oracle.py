@@ -1,0 +1,23 @@
+"""True block output norms: the best any scorer of norms can do, at the price of computing everything."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import Scorer, per_expert
+from .ridge import block_norms
+
+
+class Oracle(Scorer):
+    """For analysis: what a perfect norm predictor would reach."""
+
+    def __call__(self, x: Tensor, index: Tensor) -> Tensor:
+        plan = self.plan
+        return per_expert(index, plan.layer.num_experts, lambda e, tokens: block_norms(plan, x[tokens], e), plan.n_sub)
+
+    def parameters_per_expert(self) -> int:
+        return self.plan.layer.parameters_per_expert()
+
+    @property
+    def reads_gates(self) -> bool:
+        return False  # the whole expert is counted above

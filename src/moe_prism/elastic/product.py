@@ -1,0 +1,23 @@
+"""Global top-K over all slots of a token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import Rule, Slots
+
+
+def top_slots(values: Tensor, count: Tensor) -> Tensor:
+    """keep [T, k, N]: the count[t] largest of each token's values [T, k, N]; equal values in slot order."""
+    flat = values.flatten(1)
+    order = flat.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(flat.shape[1], device=flat.device).expand_as(order))
+    return (rank < count[:, None]).view_as(values)
+
+
+class Product(Rule):
+    """value = routing weight x estimated output norm; any K, per token."""
+
+    def keep(self, slots: Slots, budget: Tensor) -> Tensor:
+        return top_slots(slots.values(), self.count(slots, budget)) & slots.valid[:, :, None]

@@ -1,0 +1,99 @@
+"""The default scorer: a ridge regression per expert from the layer input and the gate neurons' contributions to block norms.
+
+For expert e and features z = [x, |a_g| ||W_down[:, g]|| for its N*r gate neurons, 1], the block output norms ||W_down[:, S_n] a[S_n]||
+are predicted as max(0, B_e z), B_e fitted in closed form on the calibration sample. No training, one small matmul.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import LayerPlan, Scorer, gate_activations, per_expert
+
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared feature; the best on a held-out fifth of the sample is used
+MIN_TOKENS = 16  # below this only the mean is known
+
+
+def block_norms(plan: LayerPlan, x: Tensor, expert: int) -> Tensor:
+    """True output norms [S, N] of one expert's blocks for rows x [S, d], before the routing weight."""
+    layer = plan.layer
+    blocks = [plan.neurons(n) for n in range(plan.n_sub)]
+    return torch.stack([layer.project(expert, layer.activations(expert, x, b), b).float().norm(dim=-1) for b in blocks], 1)
+
+
+def features(plan: LayerPlan, x: Tensor, expert: int, scale: Tensor) -> Tensor:
+    """z [S, d + N r + 1]. scale [N, r]: down-projection column norms of the gate neurons."""
+    parts = [x.float()]
+    if plan.gates:
+        parts.append((gate_activations(plan, x, expert) * scale).flatten(1))
+    return torch.cat([*parts, torch.ones(len(x), 1, device=x.device)], 1)
+
+
+def gate_scale(plan: LayerPlan) -> Tensor:
+    """||W_down[:, g]|| of every gate neuron, [E, N, r]."""
+    ids = plan.gate_ids().to(plan.layer.down.device)
+    norms: Tensor = plan.layer.down[:, :, ids.flatten()].float().norm(dim=1)
+    return norms.view(plan.layer.num_experts, plan.n_sub, plan.gates)
+
+
+def fit(plan: LayerPlan, samples: list[Tensor]) -> Tensor:
+    """B [E, N, d + N r + 1] (bfloat16) from the sampled inputs [S_e, d] of each expert."""
+    scale = gate_scale(plan)
+    width = plan.layer.hidden + plan.n_sub * plan.gates + 1
+    result = torch.zeros(plan.layer.num_experts, plan.n_sub, width, dtype=torch.bfloat16)
+    for expert, x in enumerate(samples):
+        if len(x):
+            x = x.to(plan.layer.up.device, plan.layer.up.dtype)
+            z, y = features(plan, x, expert, scale[expert]).double(), block_norms(plan, x, expert).double()
+            result[expert] = _ridge(z, y).T.to("cpu", torch.bfloat16)
+    return result
+
+
+def _ridge(z: Tensor, y: Tensor) -> Tensor:
+    """Coefficients [D, N] of the least-squares fit y ~ z with the strength that does best on the last fifth of the rows."""
+    if len(z) < MIN_TOKENS:
+        constant = torch.zeros(z.shape[1], y.shape[1], dtype=z.dtype, device=z.device)
+        constant[-1] = y.mean(0)
+        return constant
+    cut = len(z) - len(z) // 5
+    train = _normal(z[:cut], y[:cut])
+    errors = [((z[cut:] @ _solve(*train, s) - y[cut:]) ** 2).sum() for s in STRENGTHS]
+    best = STRENGTHS[int(torch.stack(errors).argmin())]
+    return _solve(*_normal(z, y), best)
+
+
+def _normal(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Centred Gram matrix, centred right-hand side and both means; the constant (last feature) is never penalised."""
+    mz, my = z[:, :-1].mean(0), y.mean(0)
+    zc = z[:, :-1] - mz
+    return zc.T @ zc, zc.T @ (y - my), mz, my
+
+
+def _solve(gram: Tensor, rhs: Tensor, mz: Tensor, my: Tensor, strength: float) -> Tensor:
+    diagonal = strength * gram.diagonal().mean() + 1e-12
+    slope = torch.linalg.solve(gram + diagonal * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), rhs)
+    return torch.cat([slope, (my - mz @ slope)[None]], 0)
+
+
+class Ridge(Scorer):
+    """Reads `ridge` [E, N, d + N r + 1] of the plan."""
+
+    def __init__(self, plan: LayerPlan) -> None:
+        super().__init__(plan)
+        self.weight = plan.tensors["ridge"].to(plan.layer.up.device).float()
+        self.scale = gate_scale(plan)
+
+    def __call__(self, x: Tensor, index: Tensor) -> Tensor:
+        def predict(expert: int, tokens: Tensor) -> Tensor:
+            z = features(self.plan, x[tokens], expert, self.scale[expert])
+            return (z @ self.weight[expert].T).clamp(min=0)
+
+        return per_expert(index, self.plan.layer.num_experts, predict, self.plan.n_sub)
+
+    def parameters_per_expert(self) -> int:
+        return self.weight[0].numel()
+
+    @property
+    def reads_gates(self) -> bool:
+        return self.plan.gates > 0

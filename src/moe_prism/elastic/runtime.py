@@ -1,0 +1,210 @@
+"""Install elastic execution on a model, and choose the operating point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..model import MoELayer, find_layers
+from .base import LayerPlan, Rule, Scorer, Slots
+from .execute import grouped, reference
+
+EXECUTORS: Mapping[str, Callable[..., Tensor]] = {"grouped": grouped, "reference": reference}
+
+
+@dataclass
+class Setting:
+    """One operating point of the whole model. budget: one number, or one per token [T] of the next forward."""
+
+    budget: float | Tensor = 1.0
+    rule: str = "product"
+    scorer: str = "ridge"
+    executor: str = "grouped"
+
+    @property
+    def is_full(self) -> bool:
+        return bool((self.budget >= 1).all()) if isinstance(self.budget, Tensor) else self.budget >= 1
+
+
+@dataclass
+class Counter:
+    """Slots seen since the last reset, for measured costs: tokens, chosen experts, experts with a kept slot, kept slots."""
+
+    tokens: int = 0
+    chosen: int = 0
+    touched: int = 0
+    kept: int = 0
+
+
+@dataclass
+class ElasticLayer:
+    """One layer's plan, its scorers and rules made on first use, and its counter."""
+
+    plan: LayerPlan
+    elastic: Elastic
+    counter: Counter = field(default_factory=Counter)
+    _scorers: dict[str, Scorer] = field(default_factory=dict)
+    _rules: dict[str, Rule] = field(default_factory=dict)
+
+    def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        setting = self.elastic.setting
+        if setting.is_full and not self.elastic.always_split:
+            self._count(index, None)
+            return self.plan.layer.stock(x, index, weight)
+        valid = (index >= 0) & (index < self.plan.layer.num_experts)
+        keep = self.select(x, index, weight, valid, setting)
+        self._count(index, keep)
+        return EXECUTORS[setting.executor](self.plan, x, index, weight, keep)
+
+    def select(self, x: Tensor, index: Tensor, weight: Tensor, valid: Tensor, setting: Setting) -> Tensor:
+        """keep [T, k, N] of a batch under a setting."""
+        scorer = self.scorer(setting.scorer) if self.rule(setting.rule).needs_norms else None
+
+        def norms() -> Tensor:
+            assert scorer is not None
+            return scorer(x, index.clamp(0, self.plan.layer.num_experts - 1))
+
+        slots = Slots(x, index, weight, valid, self.plan.n_sub, norms)
+        return self.rule(setting.rule).keep(slots, _per_token(setting.budget, x))
+
+    def scorer(self, name: str) -> Scorer:
+        from . import scorers
+
+        if name not in self._scorers:
+            self._scorers[name] = scorers.get(name)(self.plan)
+        return self._scorers[name]
+
+    def rule(self, name: str) -> Rule:
+        from . import rules
+
+        if name not in self._rules:
+            self._rules[name] = rules.get(name)(self.plan)
+        return self._rules[name]
+
+    def _count(self, index: Tensor, keep: Tensor | None) -> None:
+        self.counter.tokens += index.shape[0]
+        self.counter.chosen += index.numel()
+        self.counter.touched += index.numel() if keep is None else int(keep.any(2).sum())
+        self.counter.kept += index.numel() * self.plan.n_sub if keep is None else int(keep.sum())
+
+
+class Elastic:
+    """The elastic state of a model: `layers`, the current `setting`; `always_split` sends even full budget down the split path."""
+
+    def __init__(self, model: Any, plans: Sequence[LayerPlan]) -> None:
+        self.model = model
+        self.setting = Setting()
+        self.always_split = False
+        # what a weight costs on the machine that serves; compute may use a wider type (float32 on a CPU)
+        self.stored_bytes_per_weight = plans[0].layer.up.element_size()
+        self.layers = [ElasticLayer(plan, self) for plan in plans]
+        for layer in self.layers:
+            layer.plan.layer.install(layer)
+
+    def detach(self) -> None:
+        """Give the model its own experts function back."""
+        for layer in self.layers:
+            layer.plan.layer.uninstall()
+        self.model.__dict__.pop("_moe_prism", None)
+
+    def reset_counters(self) -> None:
+        for layer in self.layers:
+            layer.counter = Counter()
+
+
+def attach(
+    model: Any,
+    n_sub: int,
+    *,
+    gates: int = 0,
+    tensors: Sequence[dict[str, Tensor]] | None = None,
+    layers: Sequence[MoELayer] | None = None,
+) -> Elastic:
+    """Make a model elastic. The neurons of each expert must already be in block order (a refactored checkpoint is).
+
+    n_sub: sub-experts per expert; gates: gate neurons per sub-expert; tensors: side tensors per layer.
+    Raises UsageError if a layer's width is not divisible by n_sub.
+    """
+    found = find_layers(model) if layers is None else layers
+    for layer in found:
+        if n_sub < 1 or layer.width % n_sub:
+            divisors = [n for n in (2, 4, 8, 16, 32) if layer.width % n == 0]
+            raise UsageError(
+                f"{layer.width} neurons of '{layer.name}' do not split into {n_sub} equal sub-experts", f"try one of {divisors}"
+            )
+    plans = [LayerPlan(layer, n_sub, gates, dict(tensors[i]) if tensors else {}) for i, layer in enumerate(found)]
+    model._moe_prism = Elastic(model, plans)
+    return model._moe_prism  # type: ignore[no-any-return]
+
+
+@contextmanager
+def operating_point(
+    model: Any,
+    budget: float | Tensor = 1.0,
+    *,
+    k: int | None = None,
+    rule: str = "product",
+    scorer: str | None = None,
+    executor: str = "grouped",
+) -> Iterator[Elastic]:
+    """Run everything inside the block at one operating point.
+
+    budget: kept slots / all slots in (0, 1], one number or a tensor [T] with one per token of the flattened batch. k: kept slots
+    per token instead, 1..k*N. scorer: None takes the rule's own (the paper's gate scores for `pattern`, else `ridge`).
+    Raises UsageError for a model that is not elastic, an unknown name, or a number out of range.
+    """
+    from . import rules, scorers
+
+    elastic: Elastic | None = getattr(model, "_moe_prism", None)
+    if elastic is None:
+        raise UsageError(
+            f"{type(model).__name__} is not elastic", "load it with moe_prism.load(folder written by `moe-prism refactor`)"
+        )
+    if executor not in EXECUTORS:
+        raise UsageError(f"unknown executor '{executor}'", f"choose one of: {', '.join(EXECUTORS)}")
+    rules.get(rule)
+    scorer = scorer or ("gates" if rule == "pattern" else "ridge")
+    scorers.get(scorer)
+    if k is not None:
+        budget = k / slots_per_token(elastic)
+    low, high = (budget.min(), budget.max()) if isinstance(budget, Tensor) else (budget, budget)
+    if not (low > 0 and high <= 1):
+        raise UsageError(f"budget {float(low):g} is outside (0, 1]", "1 keeps every slot, 0.5 half of them")
+    before = elastic.setting
+    elastic.setting = Setting(budget, rule, scorer, executor)
+    try:
+        yield elastic
+    finally:
+        elastic.setting = before
+
+
+def slots_per_token(elastic: Elastic) -> int:
+    """k*N, read from the model's configuration; 1*N for a dense model."""
+    plan = elastic.layers[0].plan
+    return experts_per_token(elastic.model, plan.layer) * plan.n_sub
+
+
+def experts_per_token(model: Any, layer: MoELayer) -> int:
+    """k of the router, as the configuration names it."""
+    if layer.num_experts == 1:
+        return 1
+    config = getattr(layer.module, "config", model.config)
+    for name in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token", "moe_k", "top_k"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise UsageError(f"cannot tell how many experts '{layer.name}' uses per token", "give a budget instead of k")
+
+
+def _per_token(budget: float | Tensor, x: Tensor) -> Tensor:
+    if not isinstance(budget, Tensor):
+        return torch.full((x.shape[0],), float(budget), device=x.device)
+    if budget.numel() != x.shape[0]:
+        raise UsageError(f"{budget.numel()} budgets for {x.shape[0]} tokens", "give one per token of the flattened batch")
+    return budget.reshape(-1).to(x.device, torch.float32)

@@ -1,0 +1,181 @@
+"""The one record of a measured frontier: the command line, the report and `frontier.json` all read it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import CorruptError, UsageError
+
+REMEASURE = "write it again with `moe-prism frontier`"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One operating point: what it costs per token and how far it is from the source model on held-out text."""
+
+    name: str
+    """Short, unique within the frontier and shown to people, e.g. "product-8" or "top-2"."""
+    rule: str
+    """How slots are chosen: "product", "pattern", ...; "topk" for the plain model with fewer experts."""
+    budget: float
+    """Kept slots / all slots, 0..1."""
+    k_slots: float
+    """Mean kept slots per token and layer; a whole number unless the rule is continuous."""
+    ppl: float
+    """Perplexity per token."""
+    kl: float
+    """Mean KL divergence from the source model, nats per token."""
+    top1_agreement: float
+    """Share (0..1) of tokens whose most likely successor is the source model's."""
+    active_expert_params: float
+    """Expert parameters used per token, all layers."""
+    active_expert_bytes: float
+    """Expert bytes read per token, all layers."""
+    flops_per_token: float
+    """FLOPs of the expert part per token, two per multiply-add."""
+    pareto: bool
+    """No measured point is both cheaper and closer."""
+
+    @classmethod
+    def from_json(cls, data: object, where: str = "point") -> Point:
+        """Check and convert one entry of `points`; `where` names it in the error."""
+        mapping = _mapping(data, where)
+        return cls(**{f.name: _read(mapping, f.name, str(f.type), where) for f in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """All points of one model and the plain top-k points they are compared with."""
+
+    model: str
+    source: str
+    n_sub: int
+    points: tuple[Point, ...]
+    baseline_topk: tuple[Point, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `frontier.json` as plain dicts, lists and numbers."""
+        return {
+            "model": self.model,
+            "source": self.source,
+            "n_sub": self.n_sub,
+            "points": [asdict(p) for p in self.points],
+            "baseline_topk": [asdict(p) for p in self.baseline_topk],
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> Frontier:
+        """The inverse of `to_json`. A missing key, a wrong type or a number that is not finite is a CorruptError."""
+        mapping = _mapping(data, "frontier")
+        provenance = _mapping(_get(mapping, "provenance", "frontier"), "provenance")
+        _check_plain(provenance, "provenance")
+        return cls(
+            model=_read(mapping, "model", "str", "frontier"),
+            source=_read(mapping, "source", "str", "frontier"),
+            n_sub=_read(mapping, "n_sub", "int", "frontier"),
+            points=_points(mapping, "points"),
+            baseline_topk=_points(mapping, "baseline_topk"),
+            provenance=provenance,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write `frontier.json` at once or not at all; the same frontier gives the same bytes."""
+        data = Frontier.from_json(self.to_json()).to_json()  # nothing is written that could not be read back
+        write_atomic(path, (json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Frontier:
+        """Read what `save` wrote."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror}", "give the path of a frontier.json") from error
+        except ValueError as error:
+            raise CorruptError(f"{path} is not JSON: {error}", REMEASURE) from error
+        return cls.from_json(data)
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Put `data` at `path` through a neighbour file and one rename, so that a reader never meets half a file."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}", "choose a path in an existing, writable folder") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _points(mapping: Mapping[str, Any], key: str) -> tuple[Point, ...]:
+    rows = _get(mapping, key, "frontier")
+    if not isinstance(rows, list):
+        raise CorruptError(f"key '{key}' of frontier must be a list, not {type(rows).__name__}", REMEASURE)
+    return tuple(Point.from_json(row, f"{key}[{i}]") for i, row in enumerate(rows))
+
+
+def _mapping(data: object, where: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise CorruptError(f"{where} must be an object with keys, not {type(data).__name__}", REMEASURE)
+    return data
+
+
+def _get(mapping: Mapping[str, Any], key: str, where: str) -> Any:
+    if key not in mapping:
+        raise CorruptError(f"key '{key}' of {where} is missing", REMEASURE)
+    return mapping[key]
+
+
+_ACCEPTED: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+
+
+def _read(mapping: Mapping[str, Any], key: str, kind: str, where: str) -> Any:
+    value = _get(mapping, key, where)
+    if not _is_kind(value, kind):
+        raise CorruptError(f"key '{key}' of {where} must be {kind}, not {type(value).__name__}", REMEASURE)
+    if kind != "float":
+        return value
+    return _finite(value, f"key '{key}' of {where}")
+
+
+def _is_kind(value: object, kind: str) -> bool:
+    # bool is a subclass of int, and `"ppl": true` is no number
+    return isinstance(value, _ACCEPTED[kind]) and (kind == "bool" or not isinstance(value, bool))
+
+
+def _finite(value: float, what: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise CorruptError(f"{what} is not a finite number", REMEASURE)
+    return number
+
+
+def _check_plain(value: object, where: str) -> None:
+    """Provenance is free in form, but has to survive a trip through JSON."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise CorruptError(f"key {key!r} of {where} must be str", REMEASURE)
+            _check_plain(item, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            _check_plain(item, f"{where}[{i}]")
+    elif isinstance(value, float):
+        _finite(value, f"key '{where}'")
+    elif not isinstance(value, str | int | None):
+        raise CorruptError(f"key '{where}' must be plain JSON, not {type(value).__name__}", REMEASURE)

@@ -1,0 +1,7 @@
+"""What an MoE layer is, found in any transformers model."""
+
+from .base import Layout, MoELayer
+from .find import find_layers
+from .load import load_model, load_tokenizer, resolve
+
+__all__ = ["Layout", "MoELayer", "find_layers", "load_model", "load_tokenizer", "resolve"]

@@ -1,0 +1,91 @@
+"""Experts stored as 3-D tensors behind transformers' experts interface: every current MoE family."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import hook
+from .base import ExpertsFn, Layout, MoELayer
+
+FLAGS = ("is_concatenated", "is_transposed", "has_bias", "has_gate")
+
+
+def is_fused(module: nn.Module) -> bool:
+    if not all(hasattr(module, flag) for flag in FLAGS) or not hasattr(type(module).forward, "__wrapped__"):
+        return False
+    first = getattr(module, "gate_up_proj" if module.has_gate else "up_proj", None)
+    down = getattr(module, "down_proj", None)
+    return all(isinstance(w, Tensor) and w.ndim == 3 for w in (first, down))
+
+
+class FusedLayer(MoELayer):
+    """`gate_up_proj` [E, 2f, d] (or transposed, or interleaved, or `up_proj` alone) and `down_proj` [E, d, f]."""
+
+    def __init__(self, name: str, module: nn.Module, index: int) -> None:
+        self.name, self.module, self.index = name, module, index
+        self.layout = Layout(**{flag: bool(getattr(module, flag)) for flag in FLAGS})
+        self.num_experts, self.hidden, self.width = self.down.shape
+
+    def _first(self) -> Tensor:
+        """Pre-activation rows of all experts [E, 2f or f, d]."""
+        w: Tensor = self.module.gate_up_proj if self.layout.has_gate else self.module.up_proj  # type: ignore[assignment]
+        return w.transpose(1, 2) if self.layout.is_transposed else w
+
+    def _half(self, rows: Tensor, second: bool) -> Tensor:
+        """Gate (first) or up (second) part of dimension 1."""
+        if self.layout.is_concatenated:
+            half = rows.shape[1] // 2
+            return rows[:, half:] if second else rows[:, :half]
+        return rows[:, 1::2] if second else rows[:, ::2]
+
+    @property
+    def gate(self) -> Tensor | None:
+        return self._half(self._first(), second=False) if self.layout.has_gate else None
+
+    @property
+    def up(self) -> Tensor:
+        return self._half(self._first(), second=True) if self.layout.has_gate else self._first()
+
+    @property
+    def down(self) -> Tensor:
+        w: Tensor = self.module.down_proj  # type: ignore[assignment]
+        return w.transpose(1, 2) if self.layout.is_transposed else w
+
+    @property
+    def gate_bias(self) -> Tensor | None:
+        if not (self.layout.has_bias and self.layout.has_gate):
+            return None
+        return self._half(self.module.gate_up_proj_bias, second=False)  # type: ignore[arg-type]
+
+    @property
+    def up_bias(self) -> Tensor | None:
+        if not self.layout.has_bias:
+            return None
+        if not self.layout.has_gate:
+            return self.module.up_proj_bias  # type: ignore[return-value]
+        return self._half(self.module.gate_up_proj_bias, second=True)  # type: ignore[arg-type]
+
+    @property
+    def down_bias(self) -> Tensor | None:
+        return self.module.down_proj_bias if self.layout.has_bias else None  # type: ignore[return-value]
+
+    def refusal(self) -> str | None:
+        if getattr(self.module, "has_post_expert_norm", False):  # a flag newer than 5.19
+            return "it normalizes the output of each expert, so sub-experts do not add up to it"
+        return None
+
+    def activate(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        if gate is None:
+            return self.module.act_fn(up)  # type: ignore[no-any-return, operator]
+        both = torch.cat([gate, up], -1) if self.layout.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
+        return self.module._apply_gate(both)  # type: ignore[no-any-return, operator]
+
+    def install(self, function: ExpertsFn) -> None:
+        hook.install(self.module, function)
+
+    def uninstall(self) -> None:
+        hook.uninstall(self.module)
+
+    def stock(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        return hook.stock_forward(self.module)(self.module, x, index, weight)  # type: ignore[no-any-return]

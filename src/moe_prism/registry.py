@@ -1,0 +1,55 @@
+"""Names to implementations. Built-ins are lazy "module:attribute" strings, other packages add theirs through entry points."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar, cast
+
+from .errors import UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered name: where it lives and a line for `moe-prism ls`."""
+
+    target: str
+    summary: str
+    origin: str = "moe-prism"
+
+
+class Registry(Generic[T]):
+    """`get(name)` imports on first use; an unknown name is a UsageError that lists the legal ones."""
+
+    def __init__(self, kind: str, builtin: Mapping[str, tuple[str, str]]) -> None:
+        """builtin: name -> ("package.module:attribute", one-line summary). Entry points: group `moe_prism.<kind>`."""
+        self.kind = kind
+        self._builtin = {name: Entry(target, summary) for name, (target, summary) in builtin.items()}
+
+    def entries(self) -> dict[str, Entry]:
+        """All names, built-ins first. A plug-in cannot replace a built-in."""
+        found = dict(self._builtin)
+        for point in self._plugins():
+            package = point.dist.name if point.dist else "unknown"
+            found.setdefault(point.name, Entry(point.value, f"plug-in {point.value}", package))
+        return found
+
+    def names(self) -> list[str]:
+        return list(self.entries())
+
+    def get(self, name: str) -> T:
+        entries = self.entries()
+        if name not in entries:
+            near = difflib.get_close_matches(name, entries, 1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise UsageError(f"unknown {self.kind} '{name}'", f"{hint}choose one of: {', '.join(entries)}")
+        module, _, attribute = entries[name].target.partition(":")
+        return cast(T, getattr(importlib.import_module(module), attribute))
+
+    def _plugins(self) -> list[EntryPoint]:
+        return sorted(entry_points(group=f"moe_prism.{self.kind}"), key=lambda p: p.name)

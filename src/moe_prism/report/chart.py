@@ -1,0 +1,223 @@
+"""The frontier as a picture: an altair specification, rendered to SVG or PNG without a browser."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from ..frontier.record import Frontier, Point
+from .png import deflated
+from .summary import KL_ZERO, full_bytes, main_rule, perplexity
+
+if TYPE_CHECKING:
+    import altair as alt
+
+PLAIN = "plain top-k"
+BLUE, VERMILLION = "#0072b2", "#d55e00"  # Okabe and Ito: told apart with every kind of colour vision
+OTHERS = ["#009e73", "#cc79a7", "#8a6d00", "#56b4e9"]
+SHAPES = ["circle", "square", "diamond", "cross", "triangle-down"]
+INK, MUTED, GRID = "#1b1f24", "#57606a", "#e6e8eb"
+AXIS = {
+    "gridColor": GRID,
+    "domainColor": MUTED,
+    "tickColor": MUTED,
+    "labelColor": INK,
+    "labelFontSize": 12,
+    "titleColor": INK,
+    "titleFontSize": 13,
+    "titleFontWeight": "normal",
+    "titlePadding": 10,
+}
+WIDE = 720
+"""Width of the chart area in CSS pixels on a desk; `NARROW` is for a phone."""
+NARROW = 300
+KL_TITLE, PPL_TITLE = "How far the output drifts at each price", "Perplexity at each price"
+
+
+def libraries() -> Any:
+    """altair, or a UsageError that says how to get what the report needs."""
+    try:
+        import altair
+        import jinja2  # noqa: F401 - all three are one extra; failing early beats failing after the charts
+        import vl_convert  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"the report needs {error.name}, which is not installed", "pip install 'moe-prism[report]'") from error
+    return altair
+
+
+def rows(frontier: Frontier) -> list[dict[str, Any]]:
+    """One row of plain data per point, with its series, its cost in percent of the full model and its label."""
+    full, main = full_bytes(frontier), main_rule(frontier)
+    tagged = [(f"sub-experts, {p.rule}", p) for p in frontier.points] + [(PLAIN, p) for p in frontier.baseline_topk]
+    floor = kl_floor(frontier)
+    labelled = _labelled([p for p in frontier.points if p.rule == main], full)
+    tagged.sort(key=lambda item: item[1].rule == main)  # drawn last, so that it is on top
+    return [
+        {
+            "series": series,
+            "cost": 100 * p.active_expert_bytes / full,
+            "kl": max(p.kl, floor),
+            "zero": p.kl < KL_ZERO,
+            "ppl": p.ppl,
+            "pareto": p.pareto,
+            "above": p.name if series == PLAIN else "",
+            "below": f"K={p.k_slots:.3g}" if p.name in labelled and series != PLAIN else "",
+        }
+        for series, p in tagged
+    ]
+
+
+def series_names(frontier: Frontier) -> list[str]:
+    """Legend order: the main rule, plain top-k, then the other rules as measured."""
+    main = f"sub-experts, {main_rule(frontier)}"
+    found = dict.fromkeys(row["series"] for row in rows(frontier))
+    return [main, *[s for s in (PLAIN,) if s in found], *[s for s in found if s not in (main, PLAIN)]]
+
+
+def kl_floor(frontier: Frontier) -> float:
+    """Where KL = 0 is drawn: a log axis has no zero, so it sits below the smallest step that is one."""
+    real = [p.kl for p in (*frontier.points, *frontier.baseline_topk) if p.kl >= KL_ZERO]
+    return min(real) / 2.5 if real else KL_ZERO
+
+
+def kl_chart(frontier: Frontier, width: int = WIDE) -> alt.LayerChart:
+    """KL to the source model (log) against active expert bytes."""
+    data = rows(frontier)
+    low, high = kl_floor(frontier), max([row["kl"] for row in data], default=1.0)
+    axis = {"values": _decades(low * 1.5, high), "format": "~g"}
+    scale = {"type": "log", "domain": [low / 1.25, max(high, low * 10) * 1.6], "nice": False}
+    subtitle = _subtitle("KL divergence to the full model in nats per token, log scale. Lower is better.", data, width)
+    chart = _layers(frontier, data, "kl", scale, axis, KL_TITLE, subtitle, width)
+    return chart + _note([row for row in data if row["zero"]], "kl", "full model: KL 0", dx=-10, dy=0)
+
+
+def ppl_chart(frontier: Frontier, width: int = WIDE) -> alt.LayerChart:
+    """Perplexity against active expert bytes; a log axis only where plain top-k falls off a cliff."""
+    data = rows(frontier)
+    values = [row["ppl"] for row in data] or [1.0]
+    low, high = min(values), max(values)
+    log = low > 0 and high > 5 * low
+    pad = (high / low) ** 0.12 if log else max((high - low) * 0.12, high * 1e-3)
+    domain = [low / pad, high * pad] if log else [low - pad, high + pad]
+    scale = {"type": "log" if log else "linear", "domain": domain, "nice": False, "zero": False}
+    axis = {"values": _decades(low, high), "format": "~g"} if log else {"tickCount": 6}
+    subtitle = _subtitle("Perplexity per token on held-out text. Lower is better.", data, width)
+    chart = _layers(frontier, data, "ppl", scale, axis, PPL_TITLE, subtitle, width)
+    zero = [row for row in data if row["zero"]]
+    return chart + _note(zero, "ppl", f"full model: {perplexity(zero[-1]['ppl'])}" if zero else "", dx=6, dy=23)
+
+
+def svg(chart: alt.LayerChart) -> str:
+    """The chart as one <svg> element; its only address is the SVG namespace."""
+    buffer = io.StringIO()
+    chart.save(buffer, format="svg")
+    return buffer.getvalue()
+
+
+def png(chart: alt.LayerChart) -> bytes:
+    """The chart at twice the size."""
+    buffer = io.BytesIO()
+    chart.save(buffer, format="png", scale_factor=2)
+    return deflated(buffer.getvalue())
+
+
+def _layers(
+    frontier: Frontier,
+    data: list[dict[str, Any]],
+    y: str,
+    scale: Mapping[str, Any],
+    axis: Mapping[str, Any],
+    title: str,
+    subtitle: list[str],
+    width: int,
+) -> alt.LayerChart:
+    alt = libraries()
+    names = series_names(frontier)
+    color, shape = _encodings(alt, names, width)
+    costs = [row["cost"] for row in data] or [0.0, 100.0]
+    left, right = (0.09, 0.05) if width > 500 else (0.18, 0.08)  # room for the label of the cheapest point
+    span = max(max(costs) - min(costs), 10.0)
+    x = alt.X("cost:Q", title="Expert weights read per token, % of the full model")
+    x = x.scale(domain=[min(costs) - left * span, max(costs) + right * span], nice=False, zero=False)
+    base = alt.Chart(alt.Data(values=data)).encode(
+        x=x.axis(tickCount=8 if width > 500 else 5),
+        y=alt.Y(f"{y}:Q", title=None).scale(**scale).axis(**axis),
+    )
+    curve = base.transform_filter("!datum.zero") if y == "kl" else base
+    lines = [
+        curve.transform_filter(alt.datum.series == name)
+        .mark_line(
+            strokeWidth=2.5 if i == 0 else 1.5, strokeDash=[5, 4] if name == PLAIN else [1, 0], opacity=0.9 if i < 2 else 0.6
+        )
+        .encode(color=color)
+        for i, name in enumerate(names)
+    ]
+    marks = {"size": 90, "strokeWidth": 2, "opacity": 1}
+    kept = base.transform_filter("datum.pareto").mark_point(filled=True, **marks).encode(color=color, shape=shape)
+    beaten = base.transform_filter("!datum.pareto").mark_point(fill="white", **marks).encode(color=color, shape=shape)
+    label = {"fontSize": 13, "align": "left", "dx": 9}
+    above = base.transform_filter("datum.above != ''").mark_text(baseline="bottom", dy=-5, color=VERMILLION, **label)
+    below = base.transform_filter("datum.below != ''").mark_text(
+        baseline="top", dy=6, color=BLUE, **{**label, "align": "right", "dx": -7}
+    )
+    chart = alt.layer(*lines, beaten, kept, above.encode(text="above:N"), below.encode(text="below:N"))
+    return _dress(chart, title, subtitle, width)
+
+
+def _encodings(alt: Any, names: Sequence[str], width: int) -> tuple[Any, Any]:
+    colors = [BLUE, *[VERMILLION for s in names if s == PLAIN], *OTHERS]
+    shapes = [SHAPES[0], *["triangle-up" for s in names if s == PLAIN], *SHAPES[1:]]
+    legend = alt.Legend(title=None, orient="top", columns=0 if width > 500 else 1, symbolSize=110, labelFontSize=13)
+    # one domain for both, so that the two legends become one
+    fit = [i % 6 for i in range(len(names))]
+    color = alt.Color("series:N", legend=legend).scale(domain=list(names), range=[colors[i % len(colors)] for i in fit])
+    shape = alt.Shape("series:N", legend=legend).scale(domain=list(names), range=[shapes[i % len(shapes)] for i in fit])
+    return color, shape
+
+
+def _note(data: list[dict[str, Any]], y: str, text: str, dx: int, dy: int) -> alt.Chart:
+    alt = libraries()
+    one = alt.Chart(alt.Data(values=data[-1:])).mark_text(align="right", baseline="middle", dx=dx, dy=dy, fontSize=13, color=INK)
+    return one.encode(x="cost:Q", y=f"{y}:Q", text=alt.value(text))
+
+
+def _dress(chart: alt.LayerChart, title: str, subtitle: list[str], width: int) -> alt.LayerChart:
+    alt = libraries()
+    heading = alt.TitleParams(title, subtitle=subtitle, anchor="start", frame="group", offset=14)
+    return (
+        chart.properties(
+            width=width, height=380 if width > 500 else 320, title=heading, background="white", padding=16 if width > 500 else 6
+        )
+        .configure(font="Roboto, Helvetica, Arial, sans-serif")
+        .configure_view(strokeWidth=0)
+        .configure_title(
+            fontSize=19 if width > 500 else 16, color=INK, subtitleColor=MUTED, subtitleFontSize=13, subtitlePadding=7
+        )
+        .configure_axis(**AXIS)
+    )
+
+
+def _labelled(points: Sequence[Point], full: float) -> set[str]:
+    """The points nearest to three quarters, half and the lowest price: enough to read the curve, few enough not to collide."""
+    if not points:
+        return set()
+    low = min(p.active_expert_bytes for p in points) / full
+    return {min(points, key=lambda p: abs(p.active_expert_bytes / full - share)).name for share in (0.75, 0.5, low)}
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """1-2-5 tick values that lie between low and high (both > 0)."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{m}e{e}") for e in exponents for m in (1, 2, 5)]
+    inside = [t for t in ticks if low <= t <= high * 1.6]
+    return inside if len(inside) <= 12 else [t for t in inside if f"{t:e}".startswith("1")]
+
+
+def _subtitle(text: str, data: list[dict[str, Any]], width: int) -> list[str]:
+    hollow = "Hollow markers: another point is at least as cheap and as close." if not all(r["pareto"] for r in data) else ""
+    limit = 105 if width > 500 else 46
+    return [*textwrap.wrap(text, limit), *textwrap.wrap(hollow, limit)]

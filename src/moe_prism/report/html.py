@@ -1,0 +1,144 @@
+"""One offline page about a frontier: summary, charts, every number as a table, where it all comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..frontier.record import Frontier, Point, write_atomic
+from . import chart
+from .summary import Duel, distinct, duels, full_bytes, kl, main_points, main_rule, percent, perplexity, plain_points, sentences
+
+EXTRA = {"samples": ("budget", "prompt", "text", "tokens_per_s"), "notes": ()}
+
+
+def write_report(frontier: Frontier, path: str | Path, extra: Mapping[str, Any] | None = None) -> None:
+    """Write the page to `path`, at once or not at all.
+
+    extra: "samples", a list of {"budget" (0..1), "prompt", "text", "tokens_per_s"}, and "notes", a list of sentences.
+    """
+    _check_ready(frontier)
+    write_atomic(path, render(frontier, extra).encode())
+
+
+def write_png(frontier: Frontier, path: str | Path) -> None:
+    """Write the KL chart of the page as a PNG, twice the size, for a README."""
+    _check_ready(frontier)
+    write_atomic(path, chart.png(chart.kl_chart(frontier)))
+
+
+def render(frontier: Frontier, extra: Mapping[str, Any] | None = None) -> str:
+    """The page as text."""
+    from jinja2 import Environment, StrictUndefined
+
+    added = _checked(extra or {})
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(percent=percent, kl=kl, perplexity=perplexity, hundredths=lambda share: f"{100 * share:.1f}")
+    template = environment.from_string(files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        frontier=frontier,
+        sentences=sentences(frontier),
+        tiles=tiles(frontier),
+        figures=_figures(frontier),
+        columns=_columns([*frontier.points, *frontier.baseline_topk]),
+        full=full_bytes(frontier),
+        points=sorted(frontier.points, key=lambda p: (p.rule != main_rule(frontier), p.rule, -p.active_expert_bytes)),
+        duels=duels(frontier),
+        provenance=_flat(frontier.provenance),
+        samples=_grouped(added.get("samples", [])),
+        notes=added.get("notes", []),
+        data=_script_json(frontier.to_json()),
+    )
+
+
+def tiles(frontier: Frontier) -> list[tuple[str, str]]:
+    """The headline figures: (value, what it is)."""
+    found = [(str(distinct(main_points(frontier))), f"distinct operating points, rule {main_rule(frontier)}")]
+    if frontier.baseline_topk:
+        found.append((str(distinct(plain_points(frontier))), "with plain top-k, full model included"))
+    return [
+        *found,
+        *[_duel_tile(d, full_bytes(frontier)) for d in duels(frontier) if d.best and min(d.best.kl, d.plain.kl) > 0][:3],
+    ]
+
+
+def _duel_tile(duel: Duel, full: float) -> tuple[str, str]:
+    assert duel.best is not None
+    ratio = duel.plain.kl / duel.best.kl
+    value = f"{ratio:.1f}\u00a0\u00d7 less" if ratio >= 1 else f"{1 / ratio:.1f}\u00a0\u00d7 more"
+    return value, f"drift (KL) than plain {duel.plain.name}, at {percent(duel.plain.active_expert_bytes / full)} of the bytes"
+
+
+def _figures(frontier: Frontier) -> list[dict[str, Any]]:
+    from markupsafe import Markup
+
+    drawings = ((chart.KL_TITLE, "KL to the full model", chart.kl_chart), (chart.PPL_TITLE, "perplexity", chart.ppl_chart))
+    return [
+        {
+            "alt": f"{title}: {what} against expert weights read per token. {' '.join(sentences(frontier)[1:3])}",
+            # ours, with every text in it escaped by the renderer
+            "wide": Markup(chart.svg(draw(frontier, chart.WIDE))),  # noqa: S704
+            "narrow": Markup(chart.svg(draw(frontier, chart.NARROW))),  # noqa: S704
+        }
+        for title, what, draw in drawings
+    ]
+
+
+def _columns(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """The cost columns with one unit each, so that a column can be read down."""
+    wanted = (("active_expert_bytes", "Expert bytes", "B"), ("active_expert_params", "Expert parameters", ""))
+    columns = []
+    for key, title, unit in (*wanted, ("flops_per_token", "FLOPs", "")):
+        top = max((getattr(p, key) for p in points), default=0.0)
+        size, prefix = next((s for s in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if top >= s[0]), (1.0, ""))
+        columns.append({"key": key, "title": title, "unit": prefix + unit, "size": size})
+    return columns
+
+
+def _check_ready(frontier: Frontier) -> None:
+    chart.libraries()
+    if not frontier.points:
+        raise UsageError("the frontier has no operating points", "measure some with `moe-prism frontier`")
+
+
+def _checked(extra: Mapping[str, Any]) -> Mapping[str, Any]:
+    unknown = sorted(set(extra) - set(EXTRA))
+    if unknown:
+        raise UsageError(f"the report has no section '{unknown[0]}'", f"choose from: {', '.join(EXTRA)}")
+    for i, sample in enumerate(extra.get("samples", [])):
+        missing = [key for key in EXTRA["samples"] if key not in sample]
+        if missing:
+            raise UsageError(f"samples[{i}] has no '{missing[0]}'", f"give each sample: {', '.join(EXTRA['samples'])}")
+    return extra
+
+
+def _grouped(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    prompts: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        prompts.setdefault(sample["prompt"], []).append(sample)
+    return list(prompts.items())
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested provenance as dotted names and readable values."""
+    rows: list[tuple[str, str]] = []
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            rows += _flat(item, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)))
+    return rows
+
+
+def _script_json(data: Mapping[str, Any]) -> Any:
+    """JSON that cannot end its <script> element: every character HTML could react to is written as a JSON escape."""
+    from markupsafe import Markup
+
+    text = json.dumps(data, indent=1, sort_keys=True, allow_nan=False)  # ASCII only, so U+2028 is escaped already
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)  # noqa: S704

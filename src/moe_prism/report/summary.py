@@ -1,0 +1,139 @@
+"""What a frontier says, in numbers and whole sentences. Every claim is computed; a loss is reported like a win."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..frontier.pareto import distinct_points, largest_cliff
+from ..frontier.record import Frontier, Point
+
+KL_ZERO = 1e-6  # nats per token; below it float32 logits cannot tell two models apart
+
+
+@dataclass(frozen=True)
+class Duel:
+    """A plain top-k point and the closest sub-expert point that reads no more expert bytes (None: there is none)."""
+
+    plain: Point
+    best: Point | None
+
+
+def full_bytes(frontier: Frontier) -> float:
+    """Expert bytes per token of the full model: the cheapest point that keeps every slot, else the dearest point there is."""
+    full = [p.active_expert_bytes for p in frontier.points if p.budget >= 1]
+    everything = [p.active_expert_bytes for p in (*frontier.points, *frontier.baseline_topk)]
+    return min(full) if full else max(everything, default=1.0) or 1.0
+
+
+def main_rule(frontier: Frontier) -> str:
+    """The rule with the most points on the Pareto set; the first one measured decides a tie."""
+    wins = Counter({p.rule: 0 for p in frontier.points})
+    wins.update(p.rule for p in frontier.points if p.pareto)
+    return wins.most_common(1)[0][0] if wins else ""
+
+
+def main_points(frontier: Frontier) -> list[Point]:
+    """The points of the main rule."""
+    return [p for p in frontier.points if p.rule == main_rule(frontier)]
+
+
+def plain_points(frontier: Frontier) -> list[Point]:
+    """What plain top-k offers: its points, and the full model it starts from."""
+    full = [p for p in main_points(frontier) if p.budget >= 1]
+    return [*frontier.baseline_topk, *full[:1]]
+
+
+def duels(frontier: Frontier) -> list[Duel]:
+    """Every plain top-k point, dearest first, against the sub-expert points."""
+    ordered = sorted(frontier.baseline_topk, key=lambda p: -p.active_expert_bytes)
+    return [Duel(plain, _closest_within(frontier.points, plain.active_expert_bytes)) for plain in ordered]
+
+
+def _closest_within(points: Sequence[Point], cost: float) -> Point | None:
+    affordable = [p for p in points if p.active_expert_bytes <= cost * (1 + 1e-9)]
+    return min(affordable, key=lambda p: p.kl, default=None)
+
+
+def sentences(frontier: Frontier) -> list[str]:
+    """The plain-language summary of a frontier that has points."""
+    return [s for s in (_range(frontier), _halfway(frontier), _score(frontier), _steps(frontier), _quality(frontier)) if s]
+
+
+def _range(frontier: Frontier) -> str:
+    full = full_bytes(frontier)
+    shares = [p.active_expert_bytes / full for p in frontier.points]
+    kept = sum(p.pareto for p in frontier.points)
+    return (
+        f"{frontier.model}, with every expert cut into {frontier.n_sub} sub-experts, was measured at {len(shares)} operating "
+        f"points between {percent(min(shares))} and {percent(max(shares))} of the expert weights per token; "
+        f"{kept} of them {'is' if kept == 1 else 'are'} not beaten by any other point."
+    )
+
+
+def _halfway(frontier: Frontier) -> str:
+    full = full_bytes(frontier)
+    found = [d for d in duels(frontier) if d.best]
+    if not found:
+        return ""
+    duel = min(found, key=lambda d: abs(d.plain.active_expert_bytes / full - 0.5))
+    share = duel.plain.active_expert_bytes / full
+    best = duel.best
+    assert best is not None
+    where = "half the expert bytes" if abs(share - 0.5) < 0.01 else f"{percent(share)} of the expert bytes"
+    return f"At {where} KL is {kl(best.kl)}, plain {duel.plain.name} costs {kl(duel.plain.kl)}."
+
+
+def _score(frontier: Frontier) -> str:
+    found = duels(frontier)
+    wins = sum(d.best is not None and d.best.kl < d.plain.kl for d in found)
+    if not found:
+        return ""
+    return f"Sub-experts are closer to the full model than plain top-k at {wins} of {len(found)} plain top-k prices."
+
+
+def _steps(frontier: Frontier) -> str:
+    main, plain = main_points(frontier), plain_points(frontier)
+    if len(plain) < 2 or len(main) < 2:
+        return ""
+    return (
+        f"The largest quality step between two neighbouring prices is {percent(cliff(main))} of the KL range "
+        f"({distinct(main)} distinct points); with plain top-k it is {percent(cliff(plain))} ({distinct(plain)})."
+    )
+
+
+def _quality(frontier: Frontier) -> str:
+    ordered = sorted(frontier.points, key=lambda p: p.active_expert_bytes)
+    low, high = ordered[0], ordered[-1]
+    return (
+        f"Perplexity goes from {perplexity(high.ppl)} at the highest price to {perplexity(low.ppl)} at the lowest, where the "
+        f"most likely next token is still the source model's for {percent(low.top1_agreement)} of the tokens."
+    )
+
+
+def cliff(points: Sequence[Point]) -> float:
+    """Largest KL step between cost-neighbours, share of the KL range."""
+    return largest_cliff([p.active_expert_bytes for p in points], [p.kl for p in points])
+
+
+def distinct(points: Sequence[Point]) -> int:
+    """How many of the points are real choices: not dominated and at least 2 % apart in cost."""
+    return len(distinct_points([p.active_expert_bytes for p in points], [p.kl for p in points]))
+
+
+def percent(share: float) -> str:
+    """0.5 -> "50 %", 0.9341 -> "93.4 %"."""
+    return f"{100 * share:.1f}".removesuffix(".0") + "\u00a0%"
+
+
+def kl(value: float) -> str:
+    """KL in nats to what can be told apart."""
+    if abs(value) < KL_ZERO:
+        return "0"
+    return f"{value:.4f}" if abs(value) >= 1e-3 else f"{value:.1e}"
+
+
+def perplexity(value: float) -> str:
+    """Four digits or so, never an exponent below a million."""
+    return f"{value:.3f}" if value < 100 else f"{value:.1f}" if value < 1e6 else f"{value:.2e}"

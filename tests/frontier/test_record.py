@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moe_prism.errors import CorruptError, UsageError
+from moe_prism.frontier import Frontier, Point
+
+NUMBER = st.floats(allow_nan=False, allow_infinity=False)
+KINDS = {"str": st.text(), "float": NUMBER, "bool": st.booleans()}
+POINTS = st.builds(Point, **{f.name: KINDS[f.type] for f in fields(Point)})
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | NUMBER | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+FRONTIERS = st.builds(
+    Frontier,
+    st.text(),
+    st.text(),
+    st.integers(1, 64),
+    st.lists(POINTS, max_size=3).map(tuple),
+    st.lists(POINTS, max_size=3).map(tuple),
+    st.dictionaries(st.text(), PLAIN, max_size=3),
+)
+POINT = Point("product-8", "product", 0.5, 8, 9.1, 0.024, 0.93, 1e5, 2e5, 4e5, True)
+FRONTIER = Frontier("nano", "org/nano", 4, (POINT,), (replace(POINT, name="top-2", rule="topk"),), {"seed": 0})
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(FRONTIERS)
+def test_json_round_trip(frontier):
+    assert Frontier.from_json(json.loads(json.dumps(frontier.to_json()))) == frontier
+
+
+def test_keys_are_the_published_ones():
+    data = FRONTIER.to_json()
+    assert list(data) == ["model", "source", "n_sub", "points", "baseline_topk", "provenance"]
+    keys = "name rule budget k_slots ppl kl top1_agreement active_expert_params active_expert_bytes flops_per_token pareto"
+    assert list(data["points"][0]) == list(data["baseline_topk"][0]) == keys.split()
+
+
+def test_save_is_stable_complete_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "frontier.json"
+    FRONTIER.save(path)
+    first = path.read_bytes()
+    Frontier.load(path).save(path)
+    assert path.read_bytes() == first
+    assert [p.name for p in tmp_path.iterdir()] == ["frontier.json"]
+
+
+@pytest.mark.parametrize("key", ["model", "n_sub", "points", "provenance", "points.kl", "baseline_topk.pareto"])
+def test_a_missing_key_is_named(key):
+    data = FRONTIER.to_json()
+    top, _, inner = key.partition(".")
+    del (data[top][0] if inner else data)[inner or top]
+    with pytest.raises(CorruptError, match=f"'{inner or top}'.*missing; .*moe-prism frontier"):
+        Frontier.from_json(data)
+
+
+WRONG = [("kl", "0.1"), ("kl", True), ("kl", None), ("kl", float("nan")), ("ppl", float("inf")), ("ppl", 10**400)]
+
+
+@pytest.mark.parametrize("key, value", [*WRONG, ("pareto", 1), ("name", 3)])
+def test_a_wrong_value_is_named_and_never_written(key, value, tmp_path):
+    data = FRONTIER.to_json()
+    data["points"][0][key] = value
+    with pytest.raises(CorruptError, match=rf"'{key}' of points\[0\]"):
+        Frontier.from_json(data)
+    broken = replace(FRONTIER, points=(replace(POINT, **{key: value}),))
+    with pytest.raises(CorruptError):
+        broken.save(tmp_path / "frontier.json")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [float("nan"), {"deep": [float("inf")]}, {1: "key"}, object()])
+def test_provenance_must_be_plain_json(value):
+    with pytest.raises(CorruptError, match="provenance"):
+        Frontier.from_json({**FRONTIER.to_json(), "provenance": {"k": value}})
+
+
+@pytest.mark.parametrize("data", [None, [], {**FRONTIER.to_json(), "points": {}}, {**FRONTIER.to_json(), "points": [1]}])
+def test_a_wrong_shape_is_refused(data):
+    with pytest.raises(CorruptError):
+        Frontier.from_json(data)
+
+
+def test_files_that_cannot_be_read_or_written(tmp_path):
+    (tmp_path / "cut.json").write_text('{"model": "na')
+    with pytest.raises(CorruptError, match="not JSON"):
+        Frontier.load(tmp_path / "cut.json")
+    with pytest.raises(UsageError, match="cannot read"):
+        Frontier.load(tmp_path / "none.json")
+    with pytest.raises(UsageError, match="cannot write"):
+        FRONTIER.save(tmp_path / "no-folder" / "frontier.json")

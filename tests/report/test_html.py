@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import builtins
+import json
+import re
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from moe_prism.errors import UsageError
+from moe_prism.frontier import Frontier
+from moe_prism.report import chart, write_png, write_report
+from moe_prism.report.html import render
+from moe_prism.report.summary import duels, full_bytes, main_rule, sentences
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>&\u2028"
+SAMPLE = {"budget": 0.5, "prompt": "def f(", "text": "x):\n    return x", "tokens_per_s": 41.26}
+
+
+class Page(HTMLParser):
+    """Tags, headings, table rows and scripts of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.attributes, self.rows, self.scripts, self._script = [], [], [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *a) for a in attrs]
+        self._script = tag == "script"
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_endtag(self, tag):
+        self._script = False
+
+    def handle_data(self, data):
+        if self._script:
+            self.scripts.append(data)
+        elif self.rows and data.strip():
+            self.rows[-1].append(data.strip())
+
+
+@pytest.fixture(scope="module")
+def text(frontier) -> str:
+    return render(frontier, {"samples": [SAMPLE], "notes": ["a note"]})
+
+
+def test_page_is_one_offline_file(text, frontier, tmp_path):
+    addresses = set(re.findall(r"[a-z]+://[^\s\"'<)]+", text))
+    assert all(a.startswith("http://www.w3.org/") for a in addresses)
+    page = Page(text)
+    assert not {"link", "img", "iframe", "object"} & set(page.tags)
+    assert not [a for a in page.attributes if a[1] in ("src", "href") or a[1].startswith("on")]
+    assert "url(" not in text and "@import" not in text
+    write_report(frontier, tmp_path / "report.html")
+    assert "Generated text" not in (tmp_path / "report.html").read_text()
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    assert (tmp_path / "report.html").stat().st_size < 2_000_000
+
+
+def test_tables_hold_every_point_and_fact(text, frontier):
+    rows = {row[0]: row for row in Page(text).rows if row}
+    for point in frontier.points:
+        row = rows[point.name]
+        assert row[1:4] == [point.rule, f"{point.budget:.3f}", f"{point.k_slots:g}"]
+        assert float(row[4]) == pytest.approx(point.kl, abs=5e-5)
+        assert float(row[5]) == pytest.approx(point.ppl, abs=5e-4)
+        assert float(row[7]) == pytest.approx(100 * point.active_expert_bytes / full_bytes(frontier), abs=0.0501)
+        assert float(row[8]) == pytest.approx(point.active_expert_bytes / 1e6, abs=5e-4)
+    assert rows["top-2"][1:4] == ["0.0395", "0.0240", "product-8"]
+    assert rows["evaluation.tokens"][1] == "65536"
+    assert text.count('<tr class="kept">') == sum(p.pareto for p in (*frontier.points, *frontier.baseline_topk))
+
+
+def test_page_is_accessible(text):
+    page = Page(text)
+    levels = [int(tag[1]) for tag in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False))  # noqa: RUF007 - plain to read
+    labels = [value for tag, key, value in page.attributes if tag == "figure" and key == "aria-label"]
+    assert len(labels) == 2 and all("0.0240" in label for label in labels)
+    assert page.tags.count("table") == page.tags.count("caption") == 3
+
+
+def test_the_same_frontier_gives_the_same_bytes(text, frontier):
+    assert render(frontier, {"samples": [SAMPLE], "notes": ["a note"]}) == text
+
+
+def test_hostile_names_stay_text(frontier):
+    evil = [replace(p, name=EVIL + p.name, rule=EVIL) for p in frontier.points]
+    plain = tuple(replace(p, name=EVIL + p.name) for p in frontier.baseline_topk)
+    hostile = Frontier(EVIL, EVIL, 4, tuple(evil), plain, {EVIL: EVIL})
+    text = render(hostile, {"samples": [dict(SAMPLE, prompt=EVIL, text=EVIL)], "notes": [EVIL]})
+    page = Page(text)
+    assert page.tags.count("script") == 1 and "img" not in page.tags
+    assert Frontier.from_json(json.loads("".join(page.scripts))) == hostile
+
+
+def test_json_block_parses_back_equal(text, frontier):
+    assert Frontier.from_json(json.loads("".join(Page(text).scripts))) == frontier
+
+
+def test_samples_and_notes(text, frontier):
+    assert "41.3 tokens/s" in text and "a note" in text
+    with pytest.raises(UsageError, match=r"samples\[0\] has no 'text'"):
+        render(frontier, {"samples": [{"budget": 1.0, "prompt": ""}]})
+    with pytest.raises(UsageError, match="no section 'note'"):
+        render(frontier, {"note": []})
+
+
+def test_sentences_say_what_was_measured(frontier):
+    said = " ".join(sentences(frontier)).replace("\u00a0", " ")
+    assert "At half the expert bytes KL is 0.0240, plain top-2 costs 0.0395." in said
+    assert "at 3 of 3 plain top-k prices" in said
+    worse = replace(frontier, points=tuple(replace(p, kl=p.kl * 10) for p in frontier.points))
+    assert "at 0 of 3 plain top-k prices" in " ".join(sentences(worse))
+    dear = replace(worse, points=worse.points[-1:])
+    assert [d.best for d in duels(dear)] == [None] * 3
+    page = render(replace(worse, points=worse.points[12:13] + worse.points[8:9]))  # product-16 and product-12
+    assert 'class="lose"' in page and "none at this price" in page
+    assert main_rule(frontier) == "product"
+
+
+def test_kl_chart_specification(frontier):
+    spec = chart.kl_chart(frontier).to_dict()
+    points = next(layer for layer in spec["layer"] if layer["mark"]["type"] == "point")
+    encoding = points["encoding"]
+    assert encoding["y"]["scale"]["type"] == "log" and encoding["y"]["field"] == "kl"
+    assert encoding["x"]["title"] == "Expert weights read per token, % of the full model"
+    assert encoding["color"]["scale"]["domain"] == ["sub-experts, product", "plain top-k", "sub-experts, pattern"]
+    assert encoding["shape"]["scale"]["range"] == ["circle", "triangle-up", "square"]
+    rows = chart.rows(frontier)
+    low, high = encoding["y"]["scale"]["domain"]
+    assert len(rows) == len(frontier.points) + len(frontier.baseline_topk)
+    assert all(low < row["kl"] < high for row in rows)
+    assert [row["below"] for row in rows if row["below"]] == ["K=4", "K=8", "K=12"]
+
+
+def test_charts_of_odd_frontiers(frontier):
+    lone = replace(frontier, points=frontier.points[-1:], baseline_topk=())
+    steep = replace(frontier, baseline_topk=(replace(frontier.baseline_topk[0], kl=9.0, ppl=4e4),))
+    for odd in (lone, steep):
+        assert "top-1" not in chart.svg(chart.kl_chart(odd))
+        assert "<svg" in chart.svg(chart.ppl_chart(odd))
+    assert chart.ppl_chart(steep).to_dict()["layer"][0]["encoding"]["y"]["scale"]["type"] == "log"
+
+
+def test_png_is_small_and_whole(frontier, tmp_path):
+    write_png(frontier, tmp_path / "frontier.png")
+    data = (tmp_path / "frontier.png").read_bytes()
+    assert data.startswith(b"\x89PNG") and len(data) <= 200_000
+    at = data.index(b"IDAT")
+    size = int.from_bytes(data[at - 4 : at], "big")
+    width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
+    assert len(zlib.decompress(data[at + 4 : at + 4 + size])) == height * (4 * width + 1)
+
+
+def test_an_empty_frontier_is_refused(frontier, tmp_path):
+    for write in (write_report, write_png):
+        with pytest.raises(UsageError, match="no operating points"):
+            write(replace(frontier, points=()), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["altair", "vl_convert", "jinja2"])
+def test_without_the_extra(missing, frontier, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def blocked(name, *args, **kwargs):
+        if name == missing:
+            raise ImportError(name, name=name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", blocked)
+    with pytest.raises(UsageError, match=rf"{missing}.*pip install 'moe-prism\[report\]'"):
+        write_report(frontier, tmp_path / "report.html")
+
+
+def test_importing_the_package_is_cheap():
+    heavy = ("altair", "jinja2", "vl_convert", "torch", "markupsafe")
+    code = f"import sys, moe_prism.report; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

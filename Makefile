@@ -1,0 +1,43 @@
+# `make demo` and `make test` do all set-up on a fresh machine; they are the two commands of the README.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-all check format bench families-newest clean
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.ready  ## cut prism-nano into sub-experts, measure its frontier, generate at several prices -> demo/report.html
+	$(BIN)/moe-prism demo --out demo --force
+
+test: $(VENV)/.ready  ## the CPU test suite
+	$(BIN)/python -m pytest -n $(CORES) --dist worksteal
+
+test-all: $(VENV)/.ready  ## with the slow tests
+	$(BIN)/python -m pytest -n $(CORES) --dist worksteal -m ''
+
+check: $(VENV)/.ready  ## format, lint, types, import directions
+	$(BIN)/ruff format --check src tests benchmarks recipes
+	$(BIN)/ruff check src tests benchmarks recipes
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.ready
+	$(BIN)/ruff format src tests benchmarks recipes
+	$(BIN)/ruff check --fix src tests benchmarks recipes
+
+bench: $(VENV)/.ready  ## every benchmark prints its figure against its baseline
+	for script in benchmarks/*.py; do $(BIN)/python $$script --json || exit 1; done
+
+families-newest:  ## family parity on the newest transformers, in an environment of its own
+	bash tests/parity/run_newest.sh
+
+clean:
+	rm -rf $(VENV) demo build dist

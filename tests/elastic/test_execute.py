@@ -1,0 +1,76 @@
+"""Both executors against the family's own forward and against each other."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_prism.elastic import LayerPlan
+from moe_prism.elastic.execute import _runs, grouped, reference
+from moe_prism.model import find_layers
+from tests.parity.families import build
+
+LAYOUTS = ["olmoe", "gpt_oss", "aria", "nemotron_h"]  # concatenated, interleaved with bias, transposed, ungated
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def plan(request):
+    layer = find_layers(build(request.param), dense=False)[0]
+    return LayerPlan(layer, 4, 0)
+
+
+def batch(plan, tokens, k, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, plan.layer.hidden, generator=g)
+    index = torch.stack([torch.randperm(plan.layer.num_experts, generator=g)[:k] for _ in range(tokens)])
+    weight = torch.rand(tokens, k, generator=g)
+    return x, index, weight, g
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max() + 1e-6))
+
+
+@torch.no_grad()
+def test_all_slots_kept_is_the_stock_layer(plan):
+    x, index, weight, _ = batch(plan, 9, 2, 0)
+    keep = torch.ones(9, 2, 4, dtype=torch.bool)
+    expected = plan.layer.stock(x, index, weight)
+    close(reference(plan, x, index, weight, keep), expected)
+    close(grouped(plan, x, index, weight, keep), expected)
+
+
+@torch.no_grad()
+@given(seed=st.integers(0, 10_000), tokens=st.integers(1, 12), share=st.floats(0, 1))
+@settings(max_examples=25, deadline=None)
+def test_grouped_equals_reference(plan, seed, tokens, share):
+    x, index, weight, g = batch(plan, tokens, 2, seed)
+    keep = torch.rand(tokens, 2, 4, generator=g) < share
+    close(grouped(plan, x, index, weight, keep), reference(plan, x, index, weight, keep))
+
+
+@torch.no_grad()
+def test_nothing_kept_gives_zero(plan):
+    x, index, weight, _ = batch(plan, 3, 2, 1)
+    keep = torch.zeros(3, 2, 4, dtype=torch.bool)
+    assert grouped(plan, x, index, weight, keep).abs().max() == 0
+
+
+@torch.no_grad()
+def test_skipped_ids_cost_and_add_nothing(plan):
+    x, index, weight, _ = batch(plan, 5, 2, 2)
+    index[:, 1] = -1
+    keep = torch.ones(5, 2, 4, dtype=torch.bool) & (index >= 0)[:, :, None]
+    close(grouped(plan, x, index, weight, keep), plan.layer.stock(x, index[:, :1], weight[:, :1]))
+
+
+@given(rows=st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=6))
+def test_runs_cover_exactly_the_kept_blocks(rows):
+    keep = torch.tensor(rows)
+    rebuilt = torch.zeros_like(keep)
+    runs = _runs(keep)
+    for row, first, end in runs.tolist():
+        assert end > first and not rebuilt[row, first:end].any()
+        rebuilt[row, first:end] = True
+        assert end == 5 or not keep[row, end]  # maximal
+    assert torch.equal(rebuilt, keep)

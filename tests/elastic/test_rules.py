@@ -1,0 +1,110 @@
+"""Selection rules against brute force."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_prism.elastic import LayerPlan, Slots, rules
+from moe_prism.elastic.pattern import counts
+from moe_prism.elastic.product import top_slots
+from moe_prism.elastic.threshold import LEVELS, fit_levels
+from moe_prism.model import find_layers
+from tests.parity.families import build
+
+N, K = 4, 3
+
+
+@pytest.fixture(scope="module")
+def plan():
+    plan = LayerPlan(find_layers(build("olmoe"))[0], N, 0)
+    g = torch.Generator().manual_seed(5)
+    plan.tensors["levels"] = fit_levels(torch.rand(4000, generator=g), torch.ones(4000))
+    return plan
+
+
+def slots(seed, tokens=6, invalid=False):
+    g = torch.Generator().manual_seed(seed)
+    weight, norms = torch.rand(tokens, K, generator=g), torch.rand(tokens, K, N, generator=g)
+    index = torch.arange(K).expand(tokens, K)
+    valid = torch.ones(tokens, K, dtype=torch.bool)
+    if invalid:
+        valid[:, -1] = False
+    return Slots(torch.zeros(tokens, 2), index, weight, valid, N, lambda: norms), weight, norms
+
+
+@pytest.mark.parametrize("rule", ["product", "threshold", "pattern", "linear"])
+@given(seed=st.integers(0, 500), budget=st.floats(0.01, 1), invalid=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_every_rule_keeps_one_and_all_at_full(plan, rule, seed, budget, invalid):
+    s, _, _ = slots(seed, invalid=invalid)
+    made = rules.get(rule)(plan)
+    keep = made.keep(s, torch.full((6,), budget))
+    assert (keep.flatten(1).sum(1) >= 1).all()
+    assert not keep[~s.valid].any()
+    full = made.keep(s, torch.ones(6))
+    assert torch.equal(full, s.valid[:, :, None].expand_as(full))
+
+
+@given(seed=st.integers(0, 500), count=st.integers(1, K * N))
+@settings(max_examples=50, deadline=None)
+def test_product_keeps_the_largest_values(plan, seed, count):
+    s, weight, norms = slots(seed)
+    keep = rules.get("product")(plan).keep(s, torch.full((6,), count / (K * N)))
+    value = (weight[:, :, None] * norms).flatten(1).numpy()
+    for t in range(6):
+        expected = np.sort(np.argsort(-value[t], kind="stable")[:count])
+        assert np.array_equal(np.flatnonzero(keep[t].flatten().numpy()), expected)
+
+
+def test_budgets_differ_per_token(plan):
+    s, _, _ = slots(1)
+    keep = rules.get("product")(plan).keep(s, torch.tensor([1 / 12, 2 / 12, 6 / 12, 9 / 12, 11 / 12, 1.0]))
+    assert keep.flatten(1).sum(1).tolist() == [1, 2, 6, 9, 11, 12]
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3])
+def test_linear_at_multiples_is_plain_top_k(plan, experts):
+    s, weight, _ = slots(3)
+    keep = rules.get("linear")(plan).keep(s, torch.full((6,), experts / K))
+    top = weight.topk(experts, dim=1).indices
+    expected = torch.zeros(6, K, dtype=torch.bool).scatter_(1, top, True)
+    assert torch.equal(keep, expected[:, :, None].expand(-1, -1, N))
+
+
+def test_pattern_reproduces_the_published_lists():
+    assert counts(16, 8, 4) == [4, 4, 4, 3, 1, 0, 0, 0]
+    assert counts(16, 6, 4) == [4, 4, 4, 3, 1, 0]
+    assert counts(24, 8, 4) == [4, 4, 4, 4, 4, 3, 1, 0]
+    assert counts(8, 4, 4) == [4, 3, 1, 0]
+
+
+@given(n=st.integers(1, 8), k=st.integers(1, 8), data=st.data())
+def test_pattern_counts_add_up(n, k, data):
+    total = data.draw(st.integers(0, n * k))
+    row = counts(total, k, n)
+    assert len(row) == k and sum(row) == total and max(row) <= n and row == sorted(row, reverse=True)
+
+
+def test_threshold_keeps_the_budget_on_average(plan):
+    g = torch.Generator().manual_seed(9)
+    tokens = 4000
+    weight, norms = torch.ones(tokens, K), torch.rand(tokens, K, N, generator=g)
+    valid = torch.ones(tokens, K, dtype=torch.bool)
+    s = Slots(torch.zeros(tokens, 2), torch.zeros(tokens, K, dtype=torch.long), weight, valid, N, lambda: norms)
+    for budget in (0.25, 0.5, 0.8):
+        keep = rules.get("threshold")(plan).keep(s, torch.full((tokens,), budget))
+        assert abs(float(keep.float().mean()) - budget) < 0.03
+
+
+def test_levels_follow_importance():
+    values = torch.tensor([1.0, 2.0, 3.0])
+    level = fit_levels(values, torch.tensor([1.0, 1.0, 8.0]))
+    assert level[0] == 3 and level[LEVELS // 2] == 3 and level[-1] == 1
+    assert (level.diff() <= 0).all()
+
+
+def test_ties_go_to_the_first_slot():
+    keep = top_slots(torch.ones(1, 2, 2), torch.tensor([3]))
+    assert keep.flatten().tolist() == [True, True, True, False]

@@ -1,0 +1,88 @@
+"""The runtime: installing, nesting, bad input."""
+
+import pytest
+import torch
+
+from moe_prism.elastic import attach, operating_point
+from moe_prism.errors import UsageError
+from tests.parity.families import build
+
+IDS = torch.arange(3, 15)[None]
+
+
+@pytest.fixture
+def model():
+    return build("olmoe")
+
+
+@torch.no_grad()
+def test_operating_points_nest_and_restore(model):
+    before = model(IDS).logits
+    attach(model, 4)
+    with operating_point(model, 0.5, rule="linear"):
+        half = model(IDS).logits
+        with operating_point(model, 1.0):
+            torch.testing.assert_close(model(IDS).logits, before)
+        torch.testing.assert_close(model(IDS).logits, half)
+    torch.testing.assert_close(model(IDS).logits, before)
+    assert not torch.allclose(half, before)
+
+
+@torch.no_grad()
+def test_detach_gives_the_model_back(model):
+    implementation = model.config._experts_implementation
+    elastic = attach(model, 4)
+    elastic.detach()
+    assert model.config._experts_implementation == implementation
+    with pytest.raises(UsageError, match="not elastic"), operating_point(model, 0.5):
+        pass
+
+
+@torch.no_grad()
+def test_k_counts_slots(model):
+    elastic = attach(model, 4)
+    for k in (1, 3, 8):
+        elastic.reset_counters()
+        with operating_point(model, k=k, rule="linear"):
+            model(IDS)
+        for layer in elastic.layers:
+            assert layer.counter.kept == k * layer.counter.tokens
+
+
+@torch.no_grad()
+def test_budget_per_token_equals_each_alone(model):
+    attach(model, 4)
+    budgets = torch.linspace(0.2, 1.0, IDS.numel())
+    last = model.model.layers[0].mlp  # one layer: later ones see different inputs
+    x = torch.randn(1, IDS.numel(), model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with operating_point(model, budgets, rule="linear"):
+        mixed = last(x)
+    for t, budget in enumerate(budgets.tolist()):
+        with operating_point(model, budget, rule="linear"):
+            torch.testing.assert_close(last(x)[0, t], mixed[0, t])
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0, 1.5, float("nan")])
+def test_bad_budgets(model, budget):
+    attach(model, 4)
+    with pytest.raises(UsageError, match="budget"), operating_point(model, budget):
+        pass
+
+
+@pytest.mark.parametrize(("name", "value"), [("rule", "best"), ("scorer", "magic"), ("executor", "warp")])
+def test_unknown_names_list_the_legal_ones(model, name, value):
+    attach(model, 4)
+    with pytest.raises(UsageError, match="choose one of"), operating_point(model, 0.5, **{name: value}):
+        pass
+
+
+@torch.no_grad()
+def test_wrong_number_of_budgets(model):
+    attach(model, 4)
+    with pytest.raises(UsageError, match="3 budgets for 12 tokens"), operating_point(model, torch.full((3,), 0.5), rule="linear"):
+        model(IDS)
+
+
+def test_width_must_divide(model):
+    with pytest.raises(UsageError, match="do not split into 5"):
+        attach(model, 5)

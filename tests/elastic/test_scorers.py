@@ -1,0 +1,74 @@
+"""Scorers: the gate scores against their formula, the ridge fit against scikit-free least squares, the oracle against the truth."""
+
+import pytest
+import torch
+
+from moe_prism.elastic import LayerPlan, scorers
+from moe_prism.elastic import ridge as ridge_module
+from moe_prism.model import find_layers
+from tests.parity.families import build
+
+
+@pytest.fixture(scope="module")
+def layer():
+    return find_layers(build("olmoe"))[0]
+
+
+def inputs(layer, n=400):
+    return torch.randn(n, layer.hidden, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_gate_scores_follow_the_paper(layer):
+    plan = LayerPlan(layer, 4, 2)
+    x = inputs(layer, 5)
+    score = scorers.get("gates")(plan)(x, torch.zeros(5, 1, dtype=torch.long))
+    gate, up = layer.gate[0], layer.up[0]
+    for n in range(4):
+        rows = slice(n * plan.block, n * plan.block + 2)
+        a = torch.nn.functional.silu(x @ gate[rows].T) * (x @ up[rows].T)
+        torch.testing.assert_close(score[:, 0, n], a.abs().mean(1))
+
+
+@torch.no_grad()
+def test_oracle_is_the_true_norm(layer):
+    plan = LayerPlan(layer, 4, 0)
+    x = inputs(layer, 3)
+    norms = scorers.get("oracle")(plan)(x, torch.tensor([[1, 2]] * 3))
+    a = layer.activations(2, x)
+    expected = (a[:, plan.neurons(3)] @ layer.down[2][:, plan.neurons(3)].T).norm(dim=1)
+    torch.testing.assert_close(norms[:, 1, 3], expected)
+
+
+@torch.no_grad()
+def test_ridge_recovers_a_linear_truth(monkeypatch, layer):
+    plan = LayerPlan(layer, 4, 0)
+    truth = torch.rand(layer.hidden, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    monkeypatch.setattr(ridge_module, "block_norms", lambda plan, x, expert: x.double() @ truth + 3.0)
+    weight = ridge_module.fit(plan, [inputs(layer)] * layer.num_experts)
+    torch.testing.assert_close(weight[0, :, :-1].double().T, truth, atol=0.02, rtol=0.02)  # kept in bfloat16
+    torch.testing.assert_close(weight[0, :, -1].double(), torch.full((4,), 3.0, dtype=torch.float64), atol=0.05, rtol=0.02)
+
+
+@torch.no_grad()
+def test_every_layer_uses_its_own_predictor():
+    """A shared closure once gave every layer the last layer's gates, with plausible numbers."""
+    layers = find_layers(build("olmoe"))
+    weights = []
+    for layer in layers[:2]:
+        plan = LayerPlan(layer, 4, 1)
+        plan.tensors["ridge"] = ridge_module.fit(plan, [inputs(layer)] * layer.num_experts)
+        weights.append(plan.tensors["ridge"])
+        x = inputs(layer, 200)
+        index = torch.zeros(200, 1, dtype=torch.long)
+        predicted, true = scorers.get("ridge")(plan)(x, index), scorers.get("oracle")(plan)(x, index)
+        assert torch.corrcoef(torch.stack([predicted.flatten(), true.flatten()]))[0, 1] > 0.5
+    assert not torch.equal(weights[0], weights[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [0, 1, 15, 40])
+def test_few_tokens_give_finite_predictions(layer, rows):
+    plan = LayerPlan(layer, 4, 1)
+    plan.tensors["ridge"] = ridge_module.fit(plan, [inputs(layer, rows)] * layer.num_experts)
+    assert torch.isfinite(scorers.get("ridge")(plan)(inputs(layer, 7), torch.zeros(7, 1, dtype=torch.long))).all()

@@ -23,7 +23,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moe_prism.data.splits import CALIBRATION, HELD_OUT, bucket_of
 
-PACKAGES = ["torch", "transformers", "numpy", "scipy", "sympy", "networkx", "datasets", "lm_eval", "numba", "accelerate", "pip", "pandas", "sklearn", "matplotlib", "altair", "huggingface_hub", "tokenizers", "safetensors", "fsspec", "aiohttp", "pyarrow", "joblib", "nltk", "jsonschema", "mpmath", "narwhals", "click", "typer", "rich", "httpx2", "anyio", "requests", "urllib3", "fontTools", "PIL", "pydantic", "dateutil", "jinja2", "evaluate", "sacrebleu", "threadpoolctl", "torchgen"]
+# fmt: off
+PACKAGES = [
+    "torch", "transformers", "numpy", "scipy", "sympy", "networkx", "datasets", "lm_eval", "numba", "accelerate", "pip",
+    "pandas", "sklearn", "matplotlib", "altair", "huggingface_hub", "tokenizers", "safetensors", "fsspec", "aiohttp", "pyarrow",
+    "joblib", "nltk", "jsonschema", "mpmath", "narwhals", "click", "typer", "rich", "httpx2", "anyio", "requests", "urllib3",
+    "fontTools", "PIL", "pydantic", "dateutil", "jinja2", "evaluate", "sacrebleu", "threadpoolctl", "torchgen",
+]
+# fmt: on
 SKIP_DIRS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__", "site-packages", "_vendor"}
 MAX_BYTES = 300_000  # longer files are tables, not programs
 STDLIB_REPEATS = 3  # the bundled evaluation text is the standard library

@@ -123,8 +123,9 @@ def held_out_loss(model: nn.Module, path: Path, length: int, windows: int = 64) 
     ids = np.fromfile(path, dtype=np.uint16).astype(np.int64)
     starts = np.linspace(0, len(ids) - length - 2, windows).astype(int)
     total = 0.0
+    device = next(model.parameters()).device
     for lo in range(0, windows, 16):
-        batch = torch.from_numpy(np.stack([ids[s : s + length + 1] for s in starts[lo : lo + 16]]))
+        batch = torch.from_numpy(np.stack([ids[s : s + length + 1] for s in starts[lo : lo + 16]])).to(device)
         logits = model(batch[:, :-1], use_cache=False).logits
         total += nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     return total / (windows * length)
@@ -154,7 +155,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     vocab = json.loads((args.data / "tokenizer.json").read_text())["model"]["vocab"]
-    model = new_model(args, len(vocab))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = new_model(args, len(vocab)).to(device)
     matrices = [
         p for n, p in model.named_parameters() if p.ndim >= 2 and not any(s in n for s in ("embed", "lm_head", "mlp.gate."))
     ]
@@ -167,7 +169,7 @@ def main() -> None:
     log = (args.out / "log.jsonl").open("a")
     state, step, spent = args.out / "state.pt", 0, 0.0
     if state.exists():
-        saved = torch.load(state, weights_only=True)
+        saved = torch.load(state, weights_only=True, map_location=device)
         model.load_state_dict(saved["model"])
         rest.load_state_dict(saved["adam"])
         for buffer, value in zip(muon.buffers, saved["muon"], strict=True):
@@ -190,7 +192,7 @@ def main() -> None:
         if progress >= 1:
             break
         lr = learning_rate(progress)
-        batch = batches(step)
+        batch = batches(step).to(device)
         out = backbone(batch[:, :-1], use_cache=False, output_router_logits=True)
         loss = head_loss(out.last_hidden_state.flatten(0, 1), model.lm_head.weight, batch[:, 1:].flatten())
         balance, z = router_losses(out.router_logits, 4)

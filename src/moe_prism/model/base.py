@@ -84,8 +84,8 @@ class MoELayer(ABC):
         """Why this layer's experts are not a sum over neurons although the formula is nearly ours; None if nothing is known."""
         return None
 
-    def activations(self, expert: int, x: Tensor, neurons: slice = slice(None)) -> Tensor:
-        """a [S, m] of rows x [S, d] for a contiguous block of one expert's neurons."""
+    def activations(self, expert: int, x: Tensor, neurons: slice | Tensor = slice(None)) -> Tensor:
+        """a [S, m] of rows x [S, d] for a contiguous block, or a list of ids [m], of one expert's neurons."""
         gate, up = self.gate, self.up
         g = None
         if gate is not None:
@@ -120,7 +120,7 @@ class MoELayer(ABC):
         return f"{type(self).__name__}({self.name}: E={self.num_experts}, d={self.hidden}, f={self.width})"
 
 
-def _row(bias: Tensor | None, expert: int, neurons: slice) -> Tensor | None:
+def _row(bias: Tensor | None, expert: int, neurons: slice | Tensor) -> Tensor | None:
     return None if bias is None else bias[expert, neurons]
 
 

@@ -1,0 +1,33 @@
+"""Checkpoints on disk: checked reading, one layer at a time in memory, and output that is complete or absent."""
+
+from .atomic import OutputFolder, replace_file, sha256_file
+from .header import TensorInfo, read_header
+from .journal import Journal
+from .manifest import Check, read_manifest, source_facts, update_manifest, verify, versions, write_manifest
+from .rewrite import copy_companions, rewrite_gguf, rewrite_shards, save_model
+from .shards import Source, check_finite, first_non_finite
+from .stream import LayerStream
+
+__all__ = [
+    "Check",
+    "Journal",
+    "LayerStream",
+    "OutputFolder",
+    "Source",
+    "TensorInfo",
+    "check_finite",
+    "copy_companions",
+    "first_non_finite",
+    "read_header",
+    "read_manifest",
+    "replace_file",
+    "rewrite_gguf",
+    "rewrite_shards",
+    "save_model",
+    "sha256_file",
+    "source_facts",
+    "update_manifest",
+    "verify",
+    "versions",
+    "write_manifest",
+]

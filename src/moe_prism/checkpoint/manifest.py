@@ -1,0 +1,158 @@
+"""`prism.json`: what a folder holds, where it came from, and the sha256 of every file (safetensors has no checksum)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..errors import CorruptError, UsageError
+from .atomic import JOURNAL, OutputFolder, replace_file, sha256_file
+from .header import TORCH, read_header
+from .shards import INDEX, SINGLE, Source, check_finite, is_file_name, read_tensor
+
+MANIFEST = "prism.json"
+SCHEMA = 1
+LIBRARIES = ("moe-prism", "torch", "transformers", "safetensors")
+NEXT = "restore the folder from a copy, or build it again"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of `moe-prism verify`: what was looked at and what was found."""
+
+    name: str
+    detail: str
+
+
+def versions() -> dict[str, str]:
+    """Versions of this tool and of the libraries that decide the bytes."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def source_facts(folder: str | Path) -> dict[str, Any]:
+    """Name of a source (never its path) and sha256 of its config and weight files. Reads every byte once."""
+    path = Path(folder)
+    if path.is_file():
+        return {"name": path.name, "files": {path.name: sha256_file(path)}}
+    source = Source(path)
+    names = ["config.json", *([source.index_file] if source.index_file else []), *source.shards()]
+    return {"name": path.resolve().name, "files": {name: sha256_file(path / name) for name in names if (path / name).is_file()}}
+
+
+def write_manifest(out: OutputFolder, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write prism.json, the last file before `out.finish()`.
+
+    facts: JSON values such as source (see `source_facts`), options, seed, n_sub, layers. Adds schema, versions, and sha256 and
+    bytes of each file in the folder. UsageError if facts uses a reserved key.
+    """
+    content = _content(out.work, facts, out.hashes)
+    out.write_bytes(MANIFEST, _encode(content))
+    return content
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """prism.json, checked against its own sha256. UsageError if there is none, CorruptError if it was edited or is damaged."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise UsageError(f"'{folder}' has no {MANIFEST}", "give a folder that moe-prism wrote")
+    try:
+        value: Any = json.loads(path.read_bytes().decode("utf-8"))
+        files = value["files"].items()
+        good = all(is_file_name(n) and isinstance(f["sha256"], str) and isinstance(f["bytes"], int) for n, f in files)
+        good = good and value["sha256"] == _digest(value)
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        good = False
+    if not good:
+        raise CorruptError(f"{path} was edited or damaged: it does not match its own sha256", NEXT)
+    if value.get("schema") != SCHEMA:
+        raise UsageError(
+            f"{path} has schema {value.get('schema')}, this version reads {SCHEMA}", "use the moe-prism version that wrote it"
+        )
+    return value  # type: ignore[no-any-return]
+
+
+def update_manifest(folder: str | Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace or add facts of a finished folder and list its files again, atomically (a measured frontier, a written model card).
+
+    Weights keep the sha256 they were written with, so a later change to them is still found by `verify`.
+    """
+    path, old = Path(folder), read_manifest(folder)
+    kept = {k: v for k, v in old.items() if k not in ("schema", "versions", "files", "sha256")}
+    hashes = {n: f["sha256"] for n, f in old["files"].items() if n.endswith(".safetensors")}
+    content = _content(path, {**kept, **facts}, hashes)
+    replace_file(path / MANIFEST, _encode(content))
+    return content
+
+
+def verify(folder: str | Path) -> list[Check]:
+    """Recompute everything a finished folder promises; one Check per kind.
+
+    Raises CorruptError that names each missing, extra or changed file, a damaged safetensors header, an index that does not match
+    its shards, or the tensor with a value that is not finite.
+    """
+    path, manifest = Path(folder), read_manifest(folder)
+    _check_files(path, manifest["files"])
+    weights = [name for name in sorted(manifest["files"]) if name.endswith(".safetensors")]
+    for name in weights:
+        read_header(path / name)
+    if any((path / name).is_file() for name in (SINGLE, INDEX)):
+        Source(path)
+    count = sum(_check_values(path / name) for name in weights)
+    total = sum(entry["bytes"] for entry in manifest["files"].values())
+    return [
+        Check("manifest", f"{MANIFEST} matches its own sha256"),
+        Check("files", f"{len(manifest['files'])} files, {total} bytes: none missing, extra or changed"),
+        Check("headers", f"{len(weights)} safetensors headers agree with their files"),
+        Check("values", f"{count} tensors hold finite values only"),
+    ]
+
+
+def _content(folder: Path, facts: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, Any]:
+    reserved = {"schema", "versions", "files", "sha256"} & set(facts)
+    if reserved:
+        raise UsageError(f"facts may not set {sorted(reserved)}", "these keys are filled in here")
+    files = {
+        file.name: {"sha256": known.get(file.name) or sha256_file(file), "bytes": file.stat().st_size}
+        for file in sorted(folder.iterdir())
+        if file.name not in (MANIFEST, JOURNAL)
+    }
+    content = json.loads(json.dumps({"schema": SCHEMA, "versions": versions(), **facts, "files": files}))
+    return {**content, "sha256": _digest(content)}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _encode(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    present = {file.name for file in folder.iterdir()} - {MANIFEST, JOURNAL}
+    problems = [f"{name} is missing" for name in sorted(set(files) - present)]
+    problems += [f"{name} is not in {MANIFEST}" for name in sorted(present - set(files))]
+    for name in sorted(present & set(files)):
+        path, entry = folder / name, files[name]
+        if not path.is_file() or path.is_symlink():
+            problems.append(f"{name} is not a plain file")
+        elif path.stat().st_size != entry["bytes"]:
+            problems.append(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
+        elif sha256_file(path) != entry["sha256"]:
+            problems.append(f"{name} was changed (sha256 differs)")
+    if problems:
+        raise CorruptError(f"'{folder}': {'; '.join(problems)}", NEXT)
+
+
+def _check_values(path: Path) -> int:
+    header = read_header(path)
+    known = [info for info in header.tensors if info.dtype in TORCH]
+    for info in known:
+        check_finite(info.name, read_tensor(path, info), path.name)
+    return len(known)

@@ -1,0 +1,195 @@
+"""Write a checkpoint again with the neurons of its experts in another order: same files, names, shapes and function."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..model import MoELayer, find_layers, load_model, load_tokenizer
+from .atomic import OutputFolder, raw_bytes
+from .convert import ADVICE, disk_state, quiet
+from .header import TORCH, TensorInfo
+from .journal import Journal
+from .shards import SINGLE, check_finite, first_non_finite
+from .stream import LayerStream
+
+Permute = Callable[[MoELayer], Tensor]
+"""The neuron order of one layer: perm [E, f], new neuron j of expert e is old neuron perm[e, j]. Asked once per layer."""
+Progress = Callable[[int, int], None]
+"""(bytes written, bytes in total)."""
+
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    "merges.txt", "*.tiktoken", "spiece.model", "sentencepiece*", "chat_template*", "preprocessor_config.json",
+    "processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*",
+)  # fmt: skip
+BLOCK = 1 << 24  # bytes copied at a time where no value is looked at
+
+
+def rewrite_shards(
+    stream: LayerStream,
+    permute: Permute,
+    out: OutputFolder,
+    journal: Journal,
+    layers: Sequence[MoELayer] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Copy stream's checkpoint to `out.work` with every layer's neurons reordered; then `write_manifest` and `out.finish()`.
+
+    Shard by shard; a finished shard is a unit of `journal` and is skipped on resume. Headers and all tensors that belong to no
+    MoE layer are byte-identical. layers: default `find_layers(stream.model)`. Peak memory: one layer's experts (about twice while
+    they are converted). CorruptError names a source tensor that is not finite; DoesNotFit if the disk is too small.
+    """
+    source = stream.source
+    _refuse_nested(source.folder, out)
+    layers = find_layers(stream.model) if layers is None else layers
+    pending = [shard for shard in source.shards() if not journal.done(shard)]
+    out.hashes.update({shard: journal.sha256(shard) for shard in source.shards() if shard not in pending})
+    out.require_space(sum(source.header(shard).size for shard in pending))
+    copy_companions(source.folder, out)
+    if source.index_file:
+        out.write_bytes(source.index_file, (source.folder / source.index_file).read_bytes())
+    writer = _ShardWriter(stream, permute, layers)
+    written = source.bytes - sum(source.header(shard).size for shard in pending)
+    for shard in pending:
+        with out.stage(shard) as file:
+            writer.write(shard, file)
+        journal.finish(shard, shard, out.hashes[shard])
+        written += source.header(shard).size
+        if progress:
+            progress(written, source.bytes)
+
+
+def rewrite_gguf(file: str | Path, permute: Permute, out: OutputFolder, dtype: torch.dtype = torch.bfloat16) -> None:
+    """The same from a .gguf file, as one safetensors shard with tokenizer, in `dtype`.
+
+    transformers dequantizes a GGUF file as a whole, so this needs the model in memory and has no units to resume.
+    """
+    _refuse_nested(Path(file), out)
+    with quiet():
+        model = load_model(file, dtype=dtype)
+    for name, tensor in model.state_dict().items():
+        check_finite(name, tensor, Path(file).name)
+    for layer in find_layers(model):
+        layer.permute(_checked(permute(layer), layer))
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # what is written is dequantized
+    save_model(model, out)
+    before = {path.name for path in out.work.iterdir()}
+    load_tokenizer(file).save_pretrained(out.work)
+    for path in sorted(out.work.iterdir()):
+        if path.name not in before:
+            out.write_bytes(path.name, path.read_bytes())  # again, through fsync and the hash list
+
+
+def save_model(model: Any, out: OutputFolder) -> None:
+    """An in-memory transformers model as `model.safetensors` (its family's names on disk), config.json, generation_config.json.
+
+    CorruptError if a weight is not finite, DoesNotFit if the disk is too small.
+    """
+    out.save_tensors(SINGLE, disk_state(model), {"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    out.write_bytes("config.json", model.config.to_json_string(use_diff=True).encode())
+    if getattr(model, "generation_config", None) is not None:
+        out.write_bytes("generation_config.json", model.generation_config.to_json_string(use_diff=True).encode())
+
+
+def copy_companions(folder: str | Path, out: OutputFolder) -> list[str]:
+    """Copy config, tokenizer and licence files byte for byte; returns their names. Only `auto_map` (remote code) is taken out."""
+    names = [f.name for f in sorted(Path(folder).iterdir()) if f.is_file() and any(fnmatch(f.name, p) for p in COMPANIONS)]
+    names = [name for name in names if not name.endswith((".py", ".safetensors", ".bin"))]
+    for name in names:
+        out.write_bytes(name, without_auto_map(name, (Path(folder) / name).read_bytes()))
+    return names
+
+
+def without_auto_map(name: str, data: bytes) -> bytes:
+    """JSON `data` without its `auto_map` key; anything else, and JSON that has none, unchanged."""
+    if not name.endswith(".json") or b'"auto_map"' not in data:
+        return data
+    value = json.loads(data)
+    if not isinstance(value, dict) or value.pop("auto_map", None) is None:
+        return data
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+class _ShardWriter:
+    """Writes one output shard at a time: the source's header verbatim, then every tensor at the place it has in the source."""
+
+    def __init__(self, stream: LayerStream, permute: Permute, layers: Sequence[MoELayer]) -> None:
+        self.stream, self._permute = stream, permute
+        self._layers = {layer.name: layer for layer in layers}
+        self._owned = {layer.name: stream.disk_names(layer.name) for layer in layers}
+        self._perms: dict[str, Tensor] = {}  # a layer can lie in two shards: asked once, small enough to keep
+        self._tried = False
+
+    def write(self, shard: str, file: BinaryIO) -> None:
+        header = self.stream.source.header(shard)
+        inside = {tensor.name: tensor for tensor in header.tensors}
+        with (self.stream.source.folder / shard).open("rb") as source:
+            file.write(source.read(header.data_start))
+            moved = {name for names in self._owned.values() for name in names}
+            for name, info in inside.items():
+                if name not in moved:
+                    self._copy(info, source, file)
+        for layer, names in self._owned.items():
+            here = [name for name in names if name in inside]
+            if here:
+                tensors = self._permuted(layer)
+                for name in here:
+                    file.seek(inside[name].begin)
+                    file.write(raw_bytes(tensors[name]))
+
+    def _permuted(self, name: str) -> Mapping[str, Tensor]:
+        stream, layer = self.stream, self._layers[name]
+        with stream.module(name, disk_dtype=True) as module:
+            if any(first_non_finite(p) is not None for p in module.parameters()):
+                for owned in self._owned[name]:  # read again only to say which tensor on disk it is
+                    check_finite(owned, stream.source.tensor(owned), stream.source.info(owned).shard)
+            if not self._tried:
+                self._try(name)
+            if name not in self._perms:
+                self._perms[name] = _checked(self._permute(layer), layer)
+            layer.permute(self._perms[name])
+            return stream.disk_tensors(name)
+
+    def _try(self, name: str) -> None:
+        """Once per run: an untouched layer must come back with the bytes it has on disk, else the family is not safe."""
+        for disk_name, tensor in self.stream.disk_tensors(name).items():
+            if raw_bytes(tensor) != raw_bytes(self.stream.source.tensor(disk_name)):
+                raise UsageError(f"tensor '{disk_name}' changes when transformers loads and saves it", ADVICE)
+        self._tried = True
+
+    def _copy(self, info: TensorInfo, source: BinaryIO, file: BinaryIO) -> None:
+        if info.dtype in TORCH:
+            tensor = self.stream.source.tensor(info.name)
+            check_finite(info.name, tensor, info.shard)
+            file.seek(info.begin)
+            file.write(raw_bytes(tensor))
+            return
+        source.seek(info.begin)
+        file.seek(info.begin)
+        for start in range(0, info.bytes, BLOCK):
+            file.write(source.read(min(BLOCK, info.bytes - start)))
+
+
+def _checked(perm: Tensor, layer: MoELayer) -> Tensor:
+    shape = (layer.num_experts, layer.width)
+    good = tuple(perm.shape) == shape and not perm.is_floating_point()
+    if not good or not torch.equal(perm.long().sort(1).values, torch.arange(layer.width, device=perm.device).expand(shape)):
+        raise UsageError(f"{layer.name}: the neuron order is not a permutation of shape {shape}", "rebuild the partition")
+    return perm
+
+
+def _refuse_nested(source: Path, out: OutputFolder) -> None:
+    """Replacing OUT must never touch the source: neither may lie in the other."""
+    here, there = source.resolve(), out.out.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise UsageError(f"output '{out.out}' and source '{source}' overlap", "choose an output path outside the source")

@@ -1,0 +1,164 @@
+"""A safetensors checkpoint on disk, read-only and fully checked before the first tensor is handed out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CorruptError, UsageError
+from .header import RESTORE, Header, TensorInfo, corrupt, read_header
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
+LEGACY = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+CHUNK = 1 << 22  # elements looked at together: bounds the scan's scratch memory
+
+
+class Source:
+    """`model.safetensors`, or `model.safetensors.index.json` and the shards it names.
+
+    Opening reads every header and nothing else. Raises UsageError when there is no safetensors checkpoint, CorruptError naming
+    the file and byte or tensor when sizes, offsets, the index or the shards disagree, or when the index leads out of the folder.
+    Files are only ever opened for reading.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise UsageError(f"'{folder}' is not a folder", "give a local folder that holds model.safetensors")
+        self.index_file = INDEX if (self.folder / INDEX).is_file() and not (self.folder / SINGLE).is_file() else None
+        weight_map = self._weight_map() if self.index_file else None
+        files = sorted(set(weight_map.values())) if weight_map is not None else self._single()
+        self._headers: dict[str, Header] = {name: read_header(self._path(name)) for name in files}
+        self._infos: dict[str, TensorInfo] = {}
+        for header in self._headers.values():
+            self._add(header)
+        if weight_map is not None:
+            self._check_index(weight_map)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all shard files, headers included."""
+        return sum(header.size for header in self._headers.values())
+
+    def names(self) -> list[str]:
+        return list(self._infos)
+
+    def shards(self) -> list[str]:
+        """File names, sorted."""
+        return list(self._headers)
+
+    def header(self, shard: str) -> Header:
+        return self._headers[shard]
+
+    def info(self, name: str) -> TensorInfo:
+        """dtype, shape and place of one tensor; UsageError if there is none of this name."""
+        if name not in self._infos:
+            raise UsageError(f"'{self.folder}' has no tensor '{name}'", "compare config.json with the checkpoint")
+        return self._infos[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """A fresh CPU tensor with the dtype and shape on disk. Writing to it never reaches the file."""
+        info = self.info(name)
+        return read_tensor(self.folder / info.shard, info)
+
+    def _single(self) -> list[str]:
+        if (self.folder / SINGLE).is_file():
+            return [SINGLE]
+        if any((self.folder / name).exists() for name in LEGACY):
+            raise UsageError(
+                f"'{self.folder}' only has weights in a pickle format, which can run code when opened",
+                "convert it where you trust it: load with transformers and call save_pretrained, then give that folder",
+            )
+        raise UsageError(f"'{self.folder}' has no {SINGLE} and no {INDEX}", "give the folder of a safetensors checkpoint")
+
+    def _path(self, name: str) -> Path:
+        path = self.folder / name
+        home, target = self.folder.resolve(), path.resolve()
+        # A hub cache keeps snapshots/<revision>/ as links into blobs/ of the same repository; every other way out is refused.
+        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+        if target.parent not in (home, blobs):
+            raise CorruptError(f"{name} is a link that leads out of '{self.folder}'", RESTORE)
+        if not target.is_file():
+            raise CorruptError(f"{name} is named by the index but missing from '{self.folder}'", "download the missing shard")
+        return path
+
+    def _weight_map(self) -> dict[str, str]:
+        path = self.folder / INDEX
+        try:
+            value: Any = json.loads(path.read_bytes().decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise corrupt(path, f"not valid JSON ({error})") from error
+        weight_map = value.get("weight_map") if isinstance(value, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise corrupt(path, "has no weight_map")
+        for name, shard in weight_map.items():
+            if not is_file_name(shard) or not shard.endswith(".safetensors"):
+                raise corrupt(
+                    path, f"tensor '{name}' points to {str(shard)[:80]!r}, which is not a safetensors file of this folder"
+                )
+        return weight_map
+
+    def _add(self, header: Header) -> None:
+        for info in header.tensors:
+            other = self._infos.setdefault(info.name, info)
+            if other is not info:
+                raise corrupt(self.folder / info.shard, f"tensor '{info.name}' is also in {other.shard}")
+
+    def _check_index(self, weight_map: dict[str, str]) -> None:
+        path = self.folder / INDEX
+        for name, shard in weight_map.items():
+            if name not in self._infos or self._infos[name].shard != shard:
+                raise corrupt(path, f"tensor '{name}' is not in {shard}")
+        for name, info in self._infos.items():
+            if name not in weight_map:
+                raise corrupt(self.folder / info.shard, f"tensor '{name}' is not in the index")
+        for file in sorted(self.folder.iterdir()):
+            if SHARD_NAME.fullmatch(file.name) and file.name not in self._headers:
+                raise corrupt(file, "this shard is not in the index")
+
+
+def read_tensor(path: Path, info: TensorInfo) -> Tensor:
+    """The tensor `info` describes in the file `path`, in fresh memory."""
+    dtype = info.torch_dtype
+    if not info.bytes:
+        return torch.empty(info.shape, dtype=dtype)
+    buffer = bytearray(info.bytes)
+    with path.open("rb") as file:
+        file.seek(info.begin)
+        if file.readinto(buffer) != info.bytes:
+            raise corrupt(path, f"byte {info.begin}: tensor '{info.name}' is cut short")
+    return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).reshape(info.shape)
+
+
+def is_file_name(name: object) -> bool:
+    """A plain name of a sibling file: no folder, no parent, no drive, no control character."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\:\x00-\x1f]", name) and len(name) < 256
+
+
+def first_non_finite(tensor: Tensor) -> int | None:
+    """Flat position of the first NaN or infinity, None if all values are finite. Scratch memory is bounded by CHUNK elements."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return None
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, flat.numel(), CHUNK):
+        part = flat[start : start + CHUNK]
+        finite = torch.isfinite(part.float() if part.element_size() == 1 else part)
+        if not bool(finite.all()):
+            return start + int((~finite).int().argmax())
+    return None
+
+
+def check_finite(name: str, tensor: Tensor, where: str) -> None:
+    """CorruptError naming the tensor, its place and `where` if it holds a NaN or infinity."""
+    position = first_non_finite(tensor)
+    if position is not None:
+        place = [int(i) for i in torch.unravel_index(torch.tensor(position), tensor.shape)] if tensor.ndim else []
+        value = float(tensor.reshape(-1)[position].real)
+        raise CorruptError(f"{where}: tensor '{name}' holds {value} at {place}", "restore the weights from their source")

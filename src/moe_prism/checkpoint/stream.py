@@ -1,0 +1,231 @@
+"""Run or read a model that does not fit in memory: weights stay on disk until a layer needs them and leave when it is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..errors import CorruptError, UsageError
+from .convert import Conversion
+from .shards import Source
+
+
+class LayerStream:
+    """A transformers causal language model on the meta device whose parts are brought in from a safetensors folder by name.
+
+    `model` is the whole module tree (eval mode; `find_layers(stream.model)` works). dtype: what `streaming` computes in; None
+    takes config.json's, as `from_pretrained(dtype="auto")` does. Remote code never runs. Raises UsageError for an unknown or
+    quantized model, CorruptError for damaged files.
+    """
+
+    def __init__(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        self.source = Source(folder)
+        config = _config(self.source.folder)
+        self.dtype = dtype or config.dtype or _first_float(self.source)
+        try:
+            with torch.device("meta"):
+                self.model: Any = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=False).eval()
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, StrictDataclassError) as error:
+            raise UsageError(f"'{folder}' is no causal language model: {_line(error)}", "check its config.json") from error
+        _fill_buffers(self.model)
+        self._conversion = Conversion(self.model, self.source, self.dtype)
+        self._empty = {name: tensor for name, tensor in _stored(self.model) if name in self._conversion.expected}
+        self.layers_prefix, self.num_layers = _decoder_layers(self.model)
+        self.peak_bytes = 0
+
+    @property
+    def unused(self) -> list[str]:
+        """Tensors on disk that no parameter reads (for example the heads of multi-token prediction)."""
+        return [name for name in self.source.names() if name not in self._conversion.owner]
+
+    def layer_names(self) -> list[str]:
+        """Module names of the decoder layers, in order."""
+        return [f"{self.layers_prefix}.{i}" for i in range(self.num_layers)]
+
+    def disk_names(self, prefix: str) -> list[str]:
+        """Tensors on disk that feed the module called `prefix`."""
+        return [name for name, target in self._conversion.owner.items() if target.startswith(f"{prefix}.")]
+
+    def materialise(self, prefix: str, *, disk_dtype: bool = False) -> nn.Module:
+        """Load the parameters of one module (CPU, no grad) and return it.
+
+        disk_dtype: keep the dtype of the files instead of the compute dtype, so that `disk_tensors` gives their bytes back.
+        UsageError names a tensor that is missing on disk.
+        """
+        targets = [name for name in self._empty if name.startswith(f"{prefix}.")]
+        self._load(targets, self.disk_names(prefix), disk_dtype)
+        return self.model.get_submodule(prefix)  # type: ignore[no-any-return]
+
+    def release(self, prefix: str) -> None:
+        """Drop the parameters of one module; it is on the meta device again."""
+        for name, empty in self._empty.items():
+            if name.startswith(f"{prefix}."):
+                _set(self.model, name, empty)
+
+    @contextmanager
+    def module(self, prefix: str, *, disk_dtype: bool = False) -> Iterator[nn.Module]:
+        """`materialise` for the length of a block."""
+        try:
+            yield self.materialise(prefix, disk_dtype=disk_dtype)
+        finally:
+            self.release(prefix)
+
+    def disk_tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Current weights of a materialised module as the files store them: exactly their names, shapes and dtypes (checked).
+
+        Needs `disk_dtype=True`; UsageError names the tensor that would not come back as it is on disk.
+        """
+        state = {
+            name: tensor.detach() for name, tensor in _stored(self.model) if name in self._empty and name.startswith(f"{prefix}.")
+        }
+        return self._conversion.revert(state, self.disk_names(prefix))
+
+    @contextmanager
+    def streaming(self) -> Iterator[Any]:
+        """Yield the model ready for forward passes: everything but the decoder layers is resident, each layer only while it runs.
+
+        Call it under `torch.no_grad()`. Parameters resident never exceed the non-layer ones plus one decoder layer.
+        """
+        layers = set(self.layer_names())
+        inside = tuple(f"{name}." for name in layers)
+        outside = [name for name in self._empty if not name.startswith(inside)]
+        handles: list[Any] = []
+        try:
+            self._load(outside, [n for n, target in self._conversion.owner.items() if not target.startswith(inside)], False)
+            for name in layers:
+                layer = self.model.get_submodule(name)
+                handles.append(layer.register_forward_pre_hook(self._enter(name)))
+                handles.append(layer.register_forward_hook(self._leave(name), always_call=True))
+            yield self.model
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, empty in self._empty.items():
+                _set(self.model, name, empty)
+
+    def resident_bytes(self) -> int:
+        """Bytes of the parameters and stored buffers that are in memory now, tied ones once."""
+        found = {
+            tensor.data_ptr(): tensor.nbytes for name, tensor in _stored(self.model) if name in self._empty and not tensor.is_meta
+        }
+        return sum(found.values())
+
+    def _enter(self, name: str) -> Any:
+        def hook(*_: Any) -> None:
+            self.materialise(name)
+
+        return hook
+
+    def _leave(self, name: str) -> Any:
+        def hook(*_: Any) -> None:
+            self.release(name)
+
+        return hook
+
+    def _load(self, targets: list[str], names: list[str], disk_dtype: bool) -> None:
+        if disk_dtype:
+            for name in names:  # the loader casts to the dtype of the empty parameter it fills
+                target = self._conversion.owner[name]
+                dtype = self.source.info(name).torch_dtype
+                _set(self.model, target, _like(self._empty[target], dtype))
+        self._conversion.load(names)
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        loaded = dict(_stored(self.model))
+        missing = {name for name in targets if loaded[name].is_meta}
+        if missing & ({*tied} | {*tied.values()}):
+            self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+            loaded = dict(_stored(self.model))
+        for name in targets:
+            if loaded[name].is_meta:
+                raise UsageError(
+                    f"'{self.source.folder}' has no weights for parameter '{name}'", "check config.json against the weights"
+                )
+            loaded[name].requires_grad_(False)
+        self.peak_bytes = max(self.peak_bytes, self.resident_bytes())
+
+
+def _config(folder: Path) -> Any:
+    """config.json as a transformers config, without the keys that could make a library fetch or run code."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise UsageError(f"'{folder}' has no readable config.json", "give a folder written by save_pretrained") from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{path} is not JSON: {error}", "restore the file from its source") from error
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise UsageError(f"{path}: model_type {str(kind)[:60]!r} is not one that transformers knows", "update transformers")
+    if raw.get("quantization_config"):
+        raise UsageError(f"'{folder}' is a quantized checkpoint", "dequantize it first, or use the unquantized release")
+    try:
+        config = CONFIG_MAPPING[kind]
+        # the class's own reader of special floats ({"__float__": "Infinity"}), which from_pretrained applies and from_dict does not
+        return config.from_dict(_clean(config._decode_special_floats(raw)))
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise UsageError(f"{path} is not a valid configuration: {_line(error)}", "restore it from its source") from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _clean(value: Any) -> Any:
+    """Without code references, private fields and implementation names (a hub kernel can be named there), at any depth."""
+    if not isinstance(value, dict):
+        return value
+    banned = ("auto_map", "attn_implementation", "experts_implementation")
+    return {k: _clean(v) for k, v in value.items() if k not in banned and not str(k).startswith("_")}
+
+
+def _first_float(source: Source) -> torch.dtype:
+    dtypes = [source.info(name).torch_dtype for name in source.names()]
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def _stored(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """Parameters and buffers, tied ones under each of their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, tensor)
+
+
+def _like(empty: Tensor, dtype: torch.dtype) -> Tensor:
+    fresh = torch.empty_like(empty, dtype=dtype, device="meta")
+    return nn.Parameter(fresh, requires_grad=False) if isinstance(empty, nn.Parameter) else fresh
+
+
+def _fill_buffers(model: Any) -> None:
+    """Compute buffers that no file holds (rotary frequencies), the way transformers does after a meta-device load."""
+    owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    for name, module in model.named_modules():
+        empty = [
+            n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None and module._buffers[n].is_meta
+        ]
+        for leaf in empty:
+            setattr(module, leaf, torch.zeros_like(getattr(module, leaf), device="cpu"))
+        if empty:
+            nearest = max((owner for owner in owners if owner == "" or f"{name}.".startswith(f"{owner}.")), key=len)
+            owners[nearest]._init_weights(module)
+
+
+def _decoder_layers(model: Any) -> tuple[str, int]:
+    """Name and length of the list of decoder layers: the outermost list as long as the config says."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    if not lists:
+        raise UsageError(f"{type(model).__name__} has no list of {count} decoder layers", "this family cannot be streamed")
+    return min(lists, key=lambda name: name.count(".")), count

@@ -1,0 +1,113 @@
+"""Streaming equals the model loaded at once, with one layer in memory."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from moe_prism.checkpoint import LayerStream
+from moe_prism.errors import CorruptError, UsageError
+from moe_prism.model import find_layers
+
+from .tiny import FAMILIES, IDS, load, save
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_forward_equals_loaded_model(family, tmp_path):
+    save(family, tmp_path)
+    model = load(tmp_path)
+    stream = LayerStream(tmp_path)
+    with torch.no_grad(), stream.streaming() as streamed:
+        hidden = streamed.get_decoder()(IDS).last_hidden_state
+        full = streamed(IDS).logits
+        outside = stream.resident_bytes()
+    with torch.no_grad():
+        assert torch.equal(hidden, model.get_decoder()(IDS).last_hidden_state)
+        assert torch.equal(full, model(IDS).logits)
+    layers = [sum(p.nbytes for p in model.get_submodule(n).state_dict().values()) for n in stream.layer_names()]
+    assert stream.peak_bytes <= outside + max(layers)
+    assert outside < stream.peak_bytes
+    assert stream.resident_bytes() == 0
+    assert stream.unused == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_disk_tensors_are_the_files(family, tmp_path):
+    save(family, tmp_path)
+    stream = LayerStream(tmp_path)
+    for prefix in [*stream.layer_names(), *(layer.name for layer in find_layers(stream.model))]:
+        with stream.module(prefix, disk_dtype=True):
+            found = stream.disk_tensors(prefix)
+        assert found.keys() == set(stream.disk_names(prefix)) and found
+        for name, tensor in found.items():
+            assert torch.equal(tensor, stream.source.tensor(name)), name
+    assert stream.resident_bytes() == 0
+
+
+def test_a_layer_error_leaves_nothing_in_memory(tmp_path):
+    save("olmoe", tmp_path)
+    stream = LayerStream(tmp_path)
+    with pytest.raises(RuntimeError), torch.no_grad(), stream.streaming() as model:
+        model.get_submodule(stream.layer_names()[1]).mlp.forward = lambda *_: (_ for _ in ()).throw(RuntimeError("stop"))
+        model(IDS)
+    assert stream.resident_bytes() == 0
+
+
+def test_compute_dtype_and_disk_dtype_are_separate(tmp_path):
+    save("olmoe", tmp_path, dtype=torch.bfloat16)
+    stream = LayerStream(tmp_path, dtype=torch.float32)
+    name = find_layers(stream.model)[0].name
+    with stream.module(name) as module:
+        assert module.down_proj.dtype == torch.float32
+        with pytest.raises(UsageError, match=r"experts\.\d+.*bfloat16"):
+            stream.disk_tensors(name)
+    with stream.module(name, disk_dtype=True) as module:
+        assert module.down_proj.dtype == torch.bfloat16
+
+
+def test_base_model_checkpoint_without_prefix(tmp_path):
+    save("olmoe", tmp_path / "full").model.save_pretrained(tmp_path / "base")
+    stream = LayerStream(tmp_path / "base")
+    name = find_layers(stream.model)[0].name
+    with stream.module(name, disk_dtype=True):
+        assert all(n.startswith("layers.0.") for n in stream.disk_tensors(name))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, UsageError, "quantized"),
+        ({"model_type": "nothing_like_it"}, UsageError, "model_type"),
+        ({"moe_intermediate_size": 8, "intermediate_size": 8}, UsageError, "by config.json"),
+        ({"model_type": ["olmoe"]}, UsageError, "model_type"),
+        ({"hidden_size": "wide"}, UsageError, "not a valid configuration"),
+        ({"num_hidden_layers": 3}, UsageError, "no weights for parameter"),
+    ],
+)
+def test_config_that_does_not_fit(change, error, words, tmp_path):
+    save("olmoe", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(error, match=words):
+        stream = LayerStream(tmp_path)
+        for name in stream.layer_names():
+            with stream.module(name):
+                pass
+
+
+def test_hostile_config_runs_nothing(tmp_path):
+    save("olmoe", tmp_path)
+    path = tmp_path / "config.json"
+    hostile = {
+        "auto_map": {"AutoConfig": "evil.Evil"},
+        "_attn_implementation": "evil/kernel",
+        "attn_implementation": "evil/kernel",
+    }
+    path.write_text(json.dumps({**json.loads(path.read_text()), **hostile}))
+    (tmp_path / "evil.py").write_text("raise SystemExit('executed')")
+    LayerStream(tmp_path)
+    path.write_text("{")
+    with pytest.raises(CorruptError, match="not JSON"):
+        LayerStream(tmp_path)

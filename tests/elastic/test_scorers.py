@@ -44,9 +44,10 @@ def test_oracle_is_the_true_norm(layer):
 def test_ridge_recovers_a_linear_truth(monkeypatch, layer):
     plan = LayerPlan(layer, 4, 0)
     truth = torch.rand(layer.hidden, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    monkeypatch.setattr(ridge_module, "block_norms", lambda plan, x, expert: x.double() @ truth + 3.0)
+    monkeypatch.setattr(ridge_module, "FLOOR", 0.0)
+    monkeypatch.setattr(ridge_module, "block_norms", lambda plan, x, expert: (x.double() @ truth + 3.0).exp())
     weight = ridge_module.fit(plan, [inputs(layer)] * layer.num_experts)
-    torch.testing.assert_close(weight[0, :, :-1].double().T, truth, atol=0.02, rtol=0.02)  # kept in bfloat16
+    torch.testing.assert_close(weight[0, :, :-1].double().T, truth, atol=0.02, rtol=0.02)  # the log of the norm; kept in bfloat16
     torch.testing.assert_close(weight[0, :, -1].double(), torch.full((4,), 3.0, dtype=torch.float64), atol=0.05, rtol=0.02)
 
 

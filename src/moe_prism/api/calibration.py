@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ..calibrate.run import Pass, Settings
+from ..calibrate.run import Pass, Settings, bounded_capacity
 from ..calibrate.statistics import LayerStatistics, Statistics
 from ..checkpoint import Journal, LayerStream, OutputFolder, read_manifest, source_facts, write_manifest
 from ..data import Windows, token_windows
 from ..errors import UsageError
 from ..model import find_layers, load_model, load_tokenizer, resolve
+from .loading import read_tensors
+from .output import check_apart, finished
 from .progress import Report, silent
+from .weights import Weights
 
 SNAPSHOT = "calibration-snapshot.safetensors"
 SNAPSHOT_SECONDS = 20.0
@@ -69,17 +72,32 @@ def calibrate_model(
     options = options or CalibrateOptions()
     options.check()
     where = resolve(model)
+    check_apart(where, out)
+    weights = Weights(where)
     windows = calibration_windows(where, options)
+    check_fit(weights, options)
+    source = source_facts(where)
+    del weights  # of a GGUF file it holds the whole model
+    inputs = {"source": source, "options": asdict(options)}
+    if resume and finished(out, {"kind": "calibration", **inputs}):
+        return read_statistics(out)
     with OutputFolder(out, resume=resume, force=force) as folder:
-        source = source_facts(where)
-        journal = Journal(folder.work, {"source": source, "options": asdict(options)})
+        journal = Journal(folder.work, inputs)
         statistics = run_pass(where, windows, options, folder, journal, report)
         for i, layer in enumerate(statistics.layers):
             folder.save_tensors(f"layer-{i:03d}.safetensors", layer.flat(), {"name": layer.name})
         folder.discard(SNAPSHOT)
-        write_manifest(folder, {"kind": "calibration", "source": source, "options": asdict(options), "facts": statistics.facts})
+        write_manifest(folder, {"kind": "calibration", **inputs, "facts": statistics.facts})
         folder.finish()
     return statistics
+
+
+def check_fit(weights: Weights, options: CalibrateOptions) -> None:
+    """What would stop the pass, found before anything is written: CorruptError, UsageError or DoesNotFit."""
+    if options.low_memory and weights.stream is None:
+        raise UsageError(f"--low-memory needs a folder of safetensors files, not '{weights.path}'", "leave it out")
+    bounded_capacity(weights.layers, settings(options))
+    weights.check_finite()
 
 
 def read_statistics(folder: str | Path) -> Statistics:
@@ -89,7 +107,7 @@ def read_statistics(folder: str | Path) -> Statistics:
         raise UsageError(f"'{folder}' is not a calibration", "give the folder written by `moe-prism calibrate`")
     layers = []
     for i, name in enumerate(manifest["facts"]["layers"]):
-        layers.append(LayerStatistics.unflat(name, load_file(str(Path(folder) / f"layer-{i:03d}.safetensors"))))
+        layers.append(LayerStatistics.unflat(name, read_tensors(Path(folder) / f"layer-{i:03d}.safetensors")))
     return Statistics(layers, {**manifest["facts"], "source": manifest["source"], "options": manifest["options"]})
 
 
@@ -130,8 +148,6 @@ def _model(where: Path | str, options: CalibrateOptions) -> Iterator[Any]:
             model = load_model(where, dtype)
             yield model.cuda() if torch.cuda.is_available() else model
             return
-        if not isinstance(where, Path) or where.is_file():
-            raise UsageError(f"--low-memory needs a folder of safetensors files, not '{where}'", "download the model first")
         with LayerStream(where, dtype).streaming() as model:
             yield model
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..checkpoint import read_manifest
 from ..elastic import attach, operating_point
-from ..errors import UsageError
+from ..errors import CorruptError, UsageError
 from ..model import load_model, load_tokenizer
 
 SIDE_FILE = "prism.safetensors"
@@ -27,22 +28,31 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any
     manifest = read_manifest(folder)
     if manifest.get("kind") != "elastic":
         raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
+    tensors = side_tensors(folder, len(manifest["layers"]))
     gpu = torch.cuda.is_available()
     model = load_model(folder, dtype or (None if gpu else torch.float32))
     if gpu:
         model = model.cuda()
-    attach(model, manifest["n_sub"], gates=manifest["gates"], tensors=side_tensors(folder, len(manifest["layers"])))
+    attach(model, manifest["n_sub"], gates=manifest["gates"], tensors=tensors)
     model._moe_prism.stored_bytes_per_weight = manifest["bytes_per_weight"]
     return model, load_tokenizer(folder)
 
 
 def side_tensors(folder: str | Path, layers: int) -> list[dict[str, torch.Tensor]]:
     """Side tensors per layer from prism.safetensors, whose names are `layers.<i>.<tensor>`."""
-    flat = load_file(str(Path(folder) / SIDE_FILE))
+    flat = read_tensors(Path(folder) / SIDE_FILE)
     prefix = "layers.{}."
     return [
         {k.removeprefix(prefix.format(i)): v for k, v in flat.items() if k.startswith(prefix.format(i))} for i in range(layers)
     ]
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file. CorruptError if it is missing or damaged."""
+    try:
+        return load_file(str(path))  # type: ignore[no-any-return]
+    except (OSError, SafetensorError) as error:
+        raise CorruptError(f"{path} cannot be read: {error}", "restore the file, or build its folder again") from error
 
 
 @dataclass(frozen=True)

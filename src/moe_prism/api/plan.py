@@ -18,8 +18,8 @@ PROCESS_BYTES = 700 << 20  # Python with torch, transformers and numba loaded
 FLOAT32 = 4
 
 
-def plan_refactor(model: str | Path, options: RefactorOptions, *, check: bool = False) -> dict[str, Any]:
-    """Declared peak memory and disk of `refactor`, in bytes, by part. check: raise DoesNotFit if this machine has less."""
+def plan_refactor(model: str | Path, options: RefactorOptions) -> dict[str, Any]:
+    """Declared peak memory and disk of `refactor`, in bytes, by part."""
     options.check()
     weights = Weights(resolve(model))
     calibration = options.calibration
@@ -37,10 +37,7 @@ def plan_refactor(model: str | Path, options: RefactorOptions, *, check: bool = 
         "solver_bytes": 4 * layer.num_experts * capacity * layer.width * FLOAT32,
     }
     disk = weights.stream.source.bytes if weights.stream else everything // 2
-    plan = {"peak_memory_bytes": sum(parts.values()), "disk_bytes": disk, **parts, "reservoir_tokens": capacity}
-    if check:
-        _check(plan)
-    return plan
+    return {"peak_memory_bytes": sum(parts.values()), "disk_bytes": disk, **parts, "reservoir_tokens": capacity}
 
 
 def run_bytes(weights: Weights, capacity: int) -> int:
@@ -57,7 +54,8 @@ def _row_bytes(weights: Weights, hidden: int, width: int, length: int) -> int:
     return FLOAT32 * (16 * hidden + 4 * 8 * width + 2 * heads * length)
 
 
-def _check(plan: dict[str, Any]) -> None:
+def check_plan(plan: dict[str, Any]) -> None:
+    """DoesNotFit if this machine has less than a plan asks for."""
     memory = available_memory()
     if plan["peak_memory_bytes"] > memory:
         raise DoesNotFit(

@@ -18,9 +18,10 @@ from ..errors import UsageError
 from ..model import MoELayer, resolve
 from ..partition import gates as gate_choices
 from ..partition import solvers
-from .calibration import SNAPSHOT, CalibrateOptions, calibration_windows, read_statistics, run_pass
+from .calibration import SNAPSHOT, CalibrateOptions, calibration_windows, check_fit, read_statistics, run_pass
 from .card import model_card
 from .loading import SIDE_FILE
+from .output import check_apart, finished
 from .progress import Report, peak_rss_bytes, silent
 from .solve import solve
 from .weights import Weights
@@ -90,18 +91,25 @@ def refactor(
     options = options or RefactorOptions()
     options.check()
     where = resolve(model)
+    check_apart(where, out)
     given = read_statistics(calibration) if calibration else None
     weights = Weights(where)
     for layer in weights.layers:
         _check_width(layer, options)
     windows = None if given else calibration_windows(where, options.calibration)
-    weights.check_finite()
+    if windows:
+        check_fit(weights, options.calibration)
+    else:
+        weights.check_finite()
     source = source_facts(where)
     if given and given.facts["source"] != source:
         raise UsageError(
             f"'{calibration}' was calibrated on another checkpoint", "calibrate this one, or leave --calibration out"
         )
-    fingerprint = {"source": source, "options": asdict(options), "calibration": given.facts if given else None}
+    inputs = {"source": source, "options": asdict(options)}
+    fingerprint = {**inputs, "calibration": given.facts if given else None}
+    if resume and (done := finished(out, {"kind": "elastic", **inputs, **({"calibration": _summary(given)} if given else {})})):
+        return Refactored(Path(out), done, peak_rss_bytes())
     with OutputFolder(out, resume=resume, force=force) as folder:
         journal = Journal(folder.work, fingerprint)
         if windows is not None:
@@ -171,7 +179,6 @@ def _facts(
     statistics: Statistics,
 ) -> dict[str, Any]:
     """prism.json: nothing in it depends on time, machine or interruptions."""
-    calibration = {key: statistics.facts[key] for key in ("text", "tokens", "documents", "capacity")}
     return {
         "kind": "elastic",
         "source": source,
@@ -180,8 +187,12 @@ def _facts(
         "bytes_per_weight": weights.bytes_per_weight,
         "layers": list(rows),
         "options": asdict(options),
-        "calibration": calibration,
+        "calibration": _summary(statistics),
     }
+
+
+def _summary(statistics: Statistics) -> dict[str, Any]:
+    return {key: statistics.facts[key] for key in ("text", "tokens", "documents", "capacity")}
 
 
 def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str, Any]) -> None:

@@ -43,7 +43,7 @@ def bounded_capacity(layers: Sequence[MoELayer], settings: Settings) -> int:
     if declared(capacity) > settings.memory_bytes:
         raise DoesNotFit(
             f"64 tokens per expert need {declared(64) / 2**20:.0f} MiB, the limit is {settings.memory_bytes / 2**20:.0f} MiB",
-            "raise --memory",
+            "raise --memory-mib",
         )
     return capacity
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +24,9 @@ def build() -> cyclopts.App:
         help="Make Mixture-of-Experts language models elastic: the same weights at any price between cheap and full quality.",
         version=__version__,
         help_format="plaintext",
+        # by default cyclopts would end the process itself, also when interrupted; `main` decides about exit codes
+        result_action="return_value",
+        suppress_keyboard_interrupt=False,
     )
     for command, name in (
         (demo.demo, "demo"),
@@ -42,6 +46,7 @@ def build() -> cyclopts.App:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. 0 done, 1 failed, 2 bad usage, 3 does not fit, 4 corrupt, 130 interrupted."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own bars; ours say which stage is running
     try:
         build()(tokens, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from .output import emit, note, progress
 
 PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
+RULES = ("product", "threshold")
 BUDGETS = (1.0, 0.5, 0.25)
 
 
@@ -26,10 +27,10 @@ def demo(
     """
     from ..api import FrontierOptions, generate, load, refactor
     from ..api import measure_frontier as measure
-    from .frontier import show, write
+    from .frontier import show, show_comparison, write
 
     refactor("nano", out / "model", force=force, report=progress)
-    result = measure(out / "model", FrontierOptions(), report=progress)
+    result = measure(out / "model", FrontierOptions(rules=RULES), report=progress)
     model, tokenizer = load(out / "model")
     generate(model, tokenizer, PROMPT, budget=0.5, max_tokens=4)  # the first call pays for set-up
     samples = []
@@ -37,7 +38,7 @@ def demo(
         made = generate(model, tokenizer, PROMPT, budget=budget, max_tokens=48)
         samples.append({"budget": budget, "prompt": PROMPT, "text": made.text, "tokens_per_s": made.tokens_per_s})
     write(result, out, {"samples": samples})
-    text = [show(result), ""]
+    text = [show(result), "", show_comparison(result), ""]
     for sample in samples:
         text += [f"--- budget {sample['budget']:g}", f"{sample['prompt']}{sample['text']}", ""]
     emit({"frontier": result.to_json(), "samples": samples, "report": str(out / "report.html")}, "\n".join(text), json)

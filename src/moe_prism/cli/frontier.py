@@ -20,7 +20,7 @@ def frontier(
     /,
     *,
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
-    rules: str = "product",
+    compare: str = "product",
     text: str = "stdlib",
     tokens: int = 16_384,
     length: int = 512,
@@ -32,7 +32,7 @@ def frontier(
     ----------
     folder: Written by `moe-prism refactor`.
     out: Folder for frontier.json, report.html and frontier.png; default is FOLDER itself, whose prism.json then lists the points.
-    rules: Comma-separated selection rules; see `moe-prism ls rules`.
+    compare: Comma-separated selection rules to measure; see `moe-prism ls rules`.
     text: Evaluation text: stdlib, a file, a folder, a .jsonl file or a saved dataset. Only its evaluation side is used.
     tokens: Evaluation tokens.
     length: Tokens per window.
@@ -42,13 +42,13 @@ def frontier(
     from ..api import measure_frontier as run
     from ..checkpoint import update_manifest
 
-    result = run(folder, FrontierOptions(text, tokens, length, tuple(rules.split(","))), report=progress)
+    result = run(folder, FrontierOptions(text, tokens, length, tuple(compare.split(","))), report=progress)
     target = out or folder
     write(result, target, {})
     if out is None:
         points = [p for p in result.to_json()["points"] if p["pareto"]]
         update_manifest(folder, {"operating_points": points})
-    emit(result.to_json(), show(result), json)
+    emit(result.to_json(), f"{show(result)}\n\n{show_comparison(result)}", json)
     note(f"report: {target / 'report.html'}")
 
 
@@ -80,3 +80,11 @@ def show(result: Frontier) -> str:
         for p in sorted(every, key=lambda p: -p.active_expert_bytes)
     ]
     return table(HEADERS, rows)
+
+
+def show_comparison(result: Frontier) -> str:
+    """How the rules compare over the whole range."""
+    from ..frontier import comparison
+
+    rows = [(r.rule, r.points, r.distinct, f"{r.hypervolume:.4f}", f"{r.cliff:.1%}") for r in comparison(result)]
+    return table(("rule", "points", "distinct", "hypervolume", "largest cliff"), rows)

@@ -61,7 +61,7 @@ def refactor(
     """
     from ..api import CalibrateOptions, RefactorOptions
     from ..api import refactor as run
-    from ..api.plan import plan_refactor
+    from ..api.plan import check_plan, plan_refactor
 
     options = RefactorOptions(
         n_sub,
@@ -75,8 +75,11 @@ def refactor(
     if dry_run:
         plan = plan_refactor(model, options)
         lines = [f"{key:22} {value / GIB:8.2f} GiB" for key, value in plan.items() if key.endswith("bytes")]
-        emit(plan, "\n".join(lines), json)
-        plan_refactor(model, options, check=True)
+        if not json:  # shown even where it does not fit; stdout of --json holds one object, then that of the error
+            emit(plan, "\n".join(lines), json)
+        check_plan(plan)
+        if json:
+            emit(plan, "", json)
         return
     result = run(model, out, options, calibration=calibration, resume=resume, force=force, report=progress)
     facts = result.to_json()

@@ -61,14 +61,19 @@ def _file(path: Path, name: str) -> Iterator[Document]:
     if path.suffix == ".jsonl":
         yield from _json_lines(path, name)
         return
+    yield Document(name, _utf8(path))
+
+
+def _utf8(path: Path) -> str:
     try:
-        yield Document(name, path.read_text("utf-8"))
+        return path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"'{path}' is not UTF-8 text (byte {error.start})", "convert it, or name another file") from error
 
 
 def _json_lines(path: Path, name: str) -> Iterator[Document]:
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    # not splitlines: U+2028 and its like may stand unescaped inside a JSON string
+    for number, line in enumerate(_utf8(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -78,7 +83,8 @@ def _json_lines(path: Path, name: str) -> Iterator[Document]:
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise UsageError(f"{path}:{number} has no string field 'text'", 'write lines like {"text": "..."}')
-        yield Document(f"{name}:{number}", text)
+        # an escaped half of a surrogate pair is legal JSON and no text: nothing downstream could encode it
+        yield Document(f"{name}:{number}", text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def _dataset(path: Path) -> Iterator[Document]:

@@ -94,8 +94,8 @@ class Rule(ABC):
 
 def gate_activations(plan: LayerPlan, x: Tensor, expert: int) -> Tensor:
     """|activations| [S, N, r] of one expert's gate neurons for rows x [S, d]."""
-    columns = [plan.layer.activations(expert, x, slice(n * plan.block, n * plan.block + plan.gates)) for n in range(plan.n_sub)]
-    return torch.stack(columns, 1).abs().float()
+    ids = plan.gate_ids().flatten().to(x.device)
+    return plan.layer.activations(expert, x, ids).abs().float().view(len(x), plan.n_sub, plan.gates)
 
 
 def per_expert(index: Tensor, num_experts: int, function: Callable[[int, Tensor], Tensor], width: int) -> Tensor:

@@ -1,7 +1,8 @@
-"""The default scorer: a ridge regression per expert from the layer input and the gate neurons' contributions to block norms.
+"""The default scorer: a ridge regression per expert from the layer input and its gate neurons to the log of the block output norms.
 
-For expert e and features z = [x, |a_g| ||W_down[:, g]|| for its N*r gate neurons, 1], the block output norms ||W_down[:, S_n] a[S_n]||
-are predicted as max(0, B_e z), B_e fitted in closed form on the calibration sample. No training, one small matmul.
+For expert e and features z = [x, sqrt(|a_g| ||W_down[:, g]||) for its N*r gate neurons, 1], the block output norms are predicted as
+exp(B_e z), B_e fitted in closed form on the calibration sample. No training, one small matmul. The log matters where slots are
+dropped: norms fitted directly come out negative for weak blocks, tie at zero, and the wrong ones go (docs/log.md has the figures).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from .base import LayerPlan, Scorer, gate_activations, per_expert
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared feature; the best on a held-out fifth of the sample is used
 MIN_TOKENS = 16  # below this only the mean is known
+FLOOR = 1e-3  # of the mean block norm, added before the log: a block that is off is not infinitely far from one that is faint
+CEILING = 30.0  # of a predicted log norm: no overflow on inputs far from the sample
 
 
 def block_norms(plan: LayerPlan, x: Tensor, expert: int) -> Tensor:
@@ -26,7 +29,7 @@ def features(plan: LayerPlan, x: Tensor, expert: int, scale: Tensor) -> Tensor:
     """z [S, d + N r + 1]. scale [N, r]: down-projection column norms of the gate neurons."""
     parts = [x.float()]
     if plan.gates:
-        parts.append((gate_activations(plan, x, expert) * scale).flatten(1))
+        parts.append((gate_activations(plan, x, expert) * scale).sqrt().flatten(1))
     return torch.cat([*parts, torch.ones(len(x), 1, device=x.device)], 1)
 
 
@@ -46,7 +49,7 @@ def fit(plan: LayerPlan, samples: list[Tensor]) -> Tensor:
         if len(x):
             x = x.to(plan.layer.up.device, plan.layer.up.dtype)
             z, y = features(plan, x, expert, scale[expert]).double(), block_norms(plan, x, expert).double()
-            result[expert] = _ridge(z, y).T.to("cpu", torch.bfloat16)
+            result[expert] = _ridge(z, (y + FLOOR * y.mean() + 1e-30).log()).T.to("cpu", torch.bfloat16)
     return result
 
 
@@ -87,7 +90,7 @@ class Ridge(Scorer):
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
         def predict(expert: int, tokens: Tensor) -> Tensor:
             z = features(self.plan, x[tokens], expert, self.scale[expert])
-            return (z @ self.weight[expert].T).clamp(min=0)
+            return (z @ self.weight[expert].T).clamp(max=CEILING).exp()
 
         return per_expert(index, self.plan.layer.num_experts, predict, self.plan.n_sub)
 

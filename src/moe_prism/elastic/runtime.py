@@ -56,7 +56,7 @@ class ElasticLayer:
         setting = self.elastic.setting
         if setting.is_full and not self.elastic.always_split:
             self._count(index, None)
-            return self.plan.layer.stock(x, index, weight)
+            return self.plan.layer.native(x, index, weight)
         valid = (index >= 0) & (index < self.plan.layer.num_experts)
         keep = self.select(x, index, weight, valid, setting)
         self._count(index, keep)

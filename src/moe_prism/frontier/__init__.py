@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .compare import Comparison, comparison
 from .pareto import distinct_points, hypervolume, largest_cliff, pareto
 from .record import Frontier, Point
 
-__all__ = ["Frontier", "Point", "distinct_points", "hypervolume", "largest_cliff", "pareto"]
+__all__ = ["Comparison", "Frontier", "Point", "comparison", "distinct_points", "hypervolume", "largest_cliff", "pareto"]

@@ -84,6 +84,10 @@ class MoELayer(ABC):
         """Why this layer's experts are not a sum over neurons although the formula is nearly ours; None if nothing is known."""
         return None
 
+    def native(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """The same by the implementation the model would use without us: what full budget costs."""
+        return self.stock(x, index, weight)
+
     def activations(self, expert: int, x: Tensor, neurons: slice | Tensor = slice(None)) -> Tensor:
         """a [S, m] of rows x [S, d] for a contiguous block, or a list of ids [m], of one expert's neurons."""
         gate, up = self.gate, self.up

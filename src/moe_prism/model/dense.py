@@ -88,7 +88,7 @@ class DenseLayer(MoELayer):
             index = torch.zeros(flat.shape[0], 1, dtype=torch.long, device=x.device)
             return function(flat, index, torch.ones_like(index, dtype=x.dtype)).reshape(x.shape)
 
-        self.module.forward = forward  # type: ignore[method-assign]
+        self.module.forward = forward
 
     def uninstall(self) -> None:
         self.module.__dict__.pop("forward", None)

@@ -87,5 +87,8 @@ class FusedLayer(MoELayer):
     def uninstall(self) -> None:
         hook.uninstall(self.module)
 
+    def native(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        return hook.native(self.module, x, index, weight)
+
     def stock(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         return hook.stock_forward(self.module)(self.module, x, index, weight)  # type: ignore[no-any-return]

@@ -67,9 +67,15 @@ def dispatch(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_
     function: ExpertsFn | None = module.__dict__.get(_FUNCTION)
     if function is not None:
         return function(hidden_states, top_k_index, top_k_weights)
+    return native(module, hidden_states, top_k_index, top_k_weights)
+
+
+def native(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The implementation the module's config asks for beside the hook (grouped_mm by default), which is the fastest exact one."""
     entry = _hooked.get(id(module.config))
-    previous = entry.previous if entry is not None and entry.previous not in (None, HOOK) else "eager"
-    forward = ALL_EXPERTS_FUNCTIONS.get_interface(previous, stock_forward(module))
+    previous = entry.previous if entry is not None else getattr(module.config, "_experts_implementation", None)
+    name = previous if previous not in (None, HOOK) else "eager"
+    forward = ALL_EXPERTS_FUNCTIONS.get_interface(name, stock_forward(module))
     return forward(module, hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
 
 

@@ -1,0 +1,33 @@
+"""Cut experts into sub-experts, and choose each sub-expert's gate neurons.
+
+Import `solve_layer` and `weight_fallback` from `.parallel` and `.weights`: they load a compiler, this list does not.
+"""
+
+from __future__ import annotations
+
+from ..registry import Registry
+from .base import Partition, Solver, cost, cost_share
+from .gates import GateChoice, order_gates
+
+solvers: Registry[Solver] = Registry(
+    "solver",
+    {
+        "alt": ("moe_prism.partition.alt:solve", "alternating balanced assignment, exact swaps, small restarts (default)"),
+        "sa": ("moe_prism.partition.sa:solve", "simulated annealing as in the paper, 100,000 swaps"),
+        "greedy": ("moe_prism.partition.greedy:solve", "heavy neurons first, to the lightest sub-expert"),
+        "random": ("moe_prism.partition.random_:solve", "a random balanced partition, the floor"),
+    },
+)
+
+gates: Registry[GateChoice] = Registry(
+    "gate_choice",
+    {
+        "energy": ("moe_prism.partition.gates:energy", "neurons that add most to the output (default)"),
+        "centrality": (
+            "moe_prism.partition.gates:centrality",
+            "neurons most often active with their neighbours, as in the paper",
+        ),
+    },
+)
+
+__all__ = ["GateChoice", "Partition", "Solver", "cost", "cost_share", "gates", "order_gates", "solvers"]

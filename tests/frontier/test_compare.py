@@ -1,0 +1,22 @@
+"""Rules compared over the whole curve."""
+
+from moe_prism.frontier import Frontier, Point, comparison
+
+
+def point(rule, cost, kl, budget):
+    return Point(f"{rule}-{cost}", rule, budget, 1.0, 2.0, kl, 1.0, 1.0, cost, 1.0, True)
+
+
+def test_a_dominating_rule_has_more_volume_and_the_full_model_is_shared():
+    good = [point("good", c, k, b) for c, k, b in ((50.0, 0.1, 0.5), (75.0, 0.02, 0.75), (100.0, 0.0, 1.0))]
+    plain = [point("topk", c, k, b) for c, k, b in ((50.0, 0.4, 0.5), (75.0, 0.2, 0.75))]
+    rows = {r.rule: r for r in comparison(Frontier("m", "s", 4, tuple(good), tuple(plain)))}
+    assert rows["good"].hypervolume > rows["topk"].hypervolume
+    assert rows["good"].points == rows["topk"].points == 3
+    assert rows["topk"].cliff == 0.5
+    # by hand: box 100 x .4; plain covers the strip right of 75 above .2
+    assert abs(rows["topk"].hypervolume - (25 * 0.2) / 40) < 1e-12
+
+
+def test_without_a_full_point_there_is_nothing_to_compare():
+    assert comparison(Frontier("m", "s", 4, (point("a", 1.0, 0.1, 0.5),))) == []

@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+
+from moe_prism.errors import CorruptError, UsageError
+from moe_prism.partition import solvers
+from moe_prism.partition.parallel import expert_seed, solve_layer
+
+OPTIONS = {"starts": 2, "shakes": 2}
+
+
+def masses(count: int) -> dict[int, np.ndarray]:
+    return {e: np.exp(np.random.default_rng(e).standard_normal((20 + e, 16))).astype(np.float32) for e in range(count)}
+
+
+def test_result_does_not_depend_on_threads_or_company() -> None:
+    alt = solvers.get("alt")
+    serial = solve_layer(masses(6), 4, 3, alt, layer=2, seed=5, threads=1, **OPTIONS)
+    pooled = solve_layer(masses(6), 4, 3, alt, layer=2, seed=5, threads=4, **OPTIONS)
+    alone = solve_layer({4: lambda: masses(6)[4]}, 4, 3, alt, layer=2, seed=5, **OPTIONS)
+    assert list(serial) == list(pooled) == list(range(6))
+    for e in serial:
+        assert np.array_equal(serial[e].perm, pooled[e].perm)
+    assert np.array_equal(serial[4].perm, alone[4].perm)
+
+
+def test_seeds_differ_by_expert_and_layer() -> None:
+    assert len({expert_seed(s, layer, e) for s in range(3) for layer in range(8) for e in range(16)}) == 3 * 8 * 16
+
+
+def test_errors_reach_the_caller() -> None:
+    bad = masses(3)
+    bad[1][0, 0] = np.nan
+    with pytest.raises(CorruptError):
+        solve_layer(bad, 4, 3, solvers.get("alt"))
+    with pytest.raises(UsageError):
+        solve_layer(masses(1), 4, 3, solvers.get("alt"), threads=0)
+    assert solve_layer({}, 4, 3, solvers.get("alt")) == {}

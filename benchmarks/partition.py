@@ -1,6 +1,6 @@
 """Partition solvers on recorded activations of real experts: time and cost against simulated annealing as the paper runs it.
 
-    python benchmarks/partition.py [--model nano|smollm2] [--picks 0:3,5:1] [--text FILE] [--reference-steps 1000] [--json FILE]
+    python benchmarks/partition.py [--model nano|smollm2] [--picks 0:3,5:1] [--text FILE] [--reference-steps 1000] [--json]
 
 Bar: `alt` costs no more than `sa` and takes at most 1/50 of the time of the reference loop. Seconds are CPU seconds of the one
 thread that works, so a busy machine changes them little; compilation is excluded. `reference-sa` is a torch loop that prices
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="rows kept per expert")
     parser.add_argument("--reference-steps", type=int, default=1000, help=f"steps of the reference loop to time, of {STEPS}")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of lines")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
@@ -62,10 +62,16 @@ def main() -> None:
                 case = {"model": model, "layer": layer, "expert": expert, "n_sub": n_sub, "dropped": dropped, "tokens": len(mass)}
                 for row in compare(mass, n_sub, dropped, args.reference_steps, args.seed):
                     rows.append(case | row)
-                    print(json.dumps(rows[-1]), flush=True)
-    verdict(rows)
+                    print(json.dumps(rows[-1]), flush=True, file=sys.stderr)
+    found = verdict(rows)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        print(json.dumps({"benchmark": "partition", "rows": rows, "verdict": found}))
+        return
+    for case in found:
+        name = "{model} layer {layer} expert {expert}, {n_sub} sub-experts, {dropped} dropped".format(**case)
+        print(
+            f"{name}: alt {case['speedup']:.0f}x faster, cost {case['gain']:+.5f} below sa, {'met' if case['met'] else 'MISSED'}"
+        )
 
 
 def smollm2() -> Path | None:
@@ -162,17 +168,18 @@ def reference_sa(mass: torch.Tensor, n_sub: int, dropped: int, steps: int, seed:
     return time.thread_time() - begin, best / m.sum().item()
 
 
-def verdict(rows: list[dict[str, Any]]) -> None:
-    """The bar, over all cases."""
+def verdict(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The bar, case by case: how many times faster than the reference loop, and how much cheaper than `sa`, alt is."""
+    keys = ("model", "layer", "expert", "n_sub", "dropped")
     cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        cases.setdefault(tuple(list(row.values())[:5]), {})[row["solver"]] = row
+        cases.setdefault(tuple(row[k] for k in keys), {})[row["solver"]] = row
+    found = []
     for case, by in cases.items():
         ratio = by["reference-sa"]["seconds"] / by["alt"]["seconds"]
-        better = by["sa"]["cost_share"] - by["alt"]["cost_share"]
-        print(
-            f"{case}: alt {ratio:.0f}x faster, cost {better:+.5f} below sa, {'met' if ratio >= 50 and better >= 0 else 'MISSED'}"
-        )
+        gain = by["sa"]["cost_share"] - by["alt"]["cost_share"]
+        found.append({**dict(zip(keys, case, strict=True)), "speedup": ratio, "gain": gain, "met": ratio >= 50 and gain >= 0})
+    return found
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_prism.elastic import LayerPlan
-from moe_prism.elastic.execute import _runs, grouped, reference
+from moe_prism.elastic.execute import grouped, reference
 from moe_prism.model import find_layers
 from tests.parity.families import build
 
@@ -62,15 +62,3 @@ def test_skipped_ids_cost_and_add_nothing(plan):
     index[:, 1] = -1
     keep = torch.ones(5, 2, 4, dtype=torch.bool) & (index >= 0)[:, :, None]
     close(grouped(plan, x, index, weight, keep), plan.layer.stock(x, index[:, :1], weight[:, :1]))
-
-
-@given(rows=st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=6))
-def test_runs_cover_exactly_the_kept_blocks(rows):
-    keep = torch.tensor(rows)
-    rebuilt = torch.zeros_like(keep)
-    runs = _runs(keep)
-    for row, first, end in runs.tolist():
-        assert end > first and not rebuilt[row, first:end].any()
-        rebuilt[row, first:end] = True
-        assert end == 5 or not keep[row, end]  # maximal
-    assert torch.equal(rebuilt, keep)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moe_prism.elastic import LayerPlan, Slots, rules
 from moe_prism.elastic.pattern import counts
 from moe_prism.elastic.product import top_slots
-from moe_prism.elastic.threshold import LEVELS, fit_levels
+from moe_prism.elastic.threshold import LEVELS, dropped_energy, fit_levels, pool_levels
 from moe_prism.model import find_layers
 from tests.parity.families import build
 
@@ -34,7 +34,7 @@ def slots(seed, tokens=6, invalid=False):
     return Slots(torch.zeros(tokens, 2), index, weight, valid, N, lambda: norms), weight, norms
 
 
-@pytest.mark.parametrize("rule", ["product", "threshold", "pattern", "linear"])
+@pytest.mark.parametrize("rule", ["product", "threshold", "mass", "pattern", "linear"])
 @given(seed=st.integers(0, 500), budget=st.floats(0.01, 1), invalid=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_every_rule_keeps_one_and_all_at_full(plan, rule, seed, budget, invalid):
@@ -108,3 +108,38 @@ def test_levels_follow_importance():
 def test_ties_go_to_the_first_slot():
     keep = top_slots(torch.ones(1, 2, 2), torch.tensor([3]))
     assert keep.flatten().tolist() == [True, True, True, False]
+
+
+def test_pooled_levels_spend_where_it_costs_least():
+    """Brute force: two layers, dropping half of all slots with the least sum of c v^2 is one level for sqrt(c) v."""
+    g = torch.Generator().manual_seed(3)
+    values = [torch.rand(2000, generator=g), 5 * torch.rand(2000, generator=g)]
+    sensitivity = [4.0, 0.01]
+    own = [fit_levels(v, torch.ones_like(v)) for v in values]
+    pooled = pool_levels(own, sensitivity)
+    kept = [v >= level[LEVELS // 2] for v, level in zip(values, pooled, strict=True)]
+    assert abs(sum(float(k.float().mean()) for k in kept) / 2 - 0.5) < 0.02
+    price = torch.cat([c * v.square() for c, v in zip(sensitivity, values, strict=True)])
+    best = price.sort().values[:2000].sum()
+    ours = sum(float((c * v.square())[~k].sum()) for c, v, k in zip(sensitivity, values, kept, strict=True))
+    assert ours < 1.05 * float(best)
+
+
+def test_dropped_energy_is_the_mean_square_below_the_level():
+    values = torch.rand(50_000, generator=torch.Generator().manual_seed(1))
+    levels = fit_levels(values, torch.ones_like(values))
+    exact = float(values[values < levels[LEVELS // 2]].square().sum()) / len(values)
+    assert abs(dropped_energy(levels, 0.5) - exact) < 0.03 * exact
+
+
+@given(seed=st.integers(0, 300), share=st.floats(0.05, 0.99))
+@settings(max_examples=30, deadline=None)
+def test_mass_keeps_the_fewest_slots_that_cover_the_share(plan, seed, share):
+    s, weight, norms = slots(seed)
+    keep = rules.get("mass")(plan).keep(s, torch.full((6,), share, dtype=torch.float64)).flatten(1)
+    values = (weight[:, :, None] * norms).flatten(1).double()
+    for t in range(6):
+        total, kept = values[t].sum(), values[t][keep[t]]
+        assert kept.sum() >= share * total * (1 - 1e-9)
+        if len(kept) > 1:
+            assert kept.sum() - kept.min() < share * total * (1 + 1e-9)

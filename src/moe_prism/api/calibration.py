@@ -134,6 +134,7 @@ def run_pass(
             "layers": [layer.name for layer in layers],
             "text": windows.source,
             "tokens": windows.tokens,
+            "length": windows.ids.shape[1],
             "documents": list(windows.documents),
         }
         return work.statistics(facts)

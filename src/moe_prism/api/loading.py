@@ -62,7 +62,7 @@ class Generated:
     prompt: str
     text: str
     budget: float
-    rule: str
+    rule: str | None
     tokens: int
     seconds: float
 
@@ -77,12 +77,12 @@ def generate(
     prompt: str,
     *,
     budget: float = 1.0,
-    rule: str = "product",
+    rule: str | None = None,
     max_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Generated:
-    """Continue a prompt at one operating point; greedy at temperature 0, else sampled with the seed.
+    """Continue a prompt at one operating point (see `operating_point`); greedy at temperature 0, else sampled with the seed.
 
     Raises UsageError for an empty prompt, a bad number, or a prompt over the context limit.
     """

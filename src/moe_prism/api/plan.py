@@ -28,12 +28,14 @@ def plan_refactor(model: str | Path, options: RefactorOptions) -> dict[str, Any]
     layer = max(weights.layers, key=lambda x: x.num_experts * x.parameters_per_expert())
     experts = layer.num_experts * layer.parameters_per_expert() * FLOAT32
     everything = sum(p.numel() for p in weights.model.parameters()) * FLOAT32
+    config: Any = weights.model.config.get_text_config()
     tokens = min(calibration.tokens, run.batch * calibration.length)
     parts = {
         "process_bytes": PROCESS_BYTES,
         "weights_bytes": 3 * experts if calibration.low_memory else everything + experts,
         "statistics_bytes": 2 * run_bytes(weights, capacity),
         "activations_bytes": tokens * _row_bytes(weights, layer.hidden, layer.width, calibration.length),
+        "logits_bytes": 0 if calibration.low_memory else 6 * calibration.length * config.vocab_size * FLOAT32,
         "solver_bytes": 4 * layer.num_experts * capacity * layer.width * FLOAT32,
     }
     disk = weights.stream.source.bytes if weights.stream else everything // 2

@@ -14,22 +14,26 @@ from torch import Tensor
 
 from ..calibrate.statistics import Statistics
 from ..checkpoint import Journal, OutputFolder, source_facts, write_manifest
+from ..elastic.threshold import pool_levels
 from ..errors import UsageError
 from ..model import MoELayer, resolve
 from ..partition import gates as gate_choices
-from ..partition import solvers
+from ..partition import objectives, solvers
 from .calibration import SNAPSHOT, CalibrateOptions, calibration_windows, check_fit, read_statistics, run_pass
 from .card import model_card
 from .loading import SIDE_FILE
 from .output import check_apart, finished
 from .progress import Report, peak_rss_bytes, silent
+from .sensitivity import sensitivity
 from .solve import solve
 from .weights import Weights
+
+LEVELS_FILE = "levels.safetensors"
 
 
 @dataclass(frozen=True)
 class RefactorOptions:
-    """n_sub: sub-experts per expert; gates: gate neurons per sub-expert; solver, gate_choice: names from the registries.
+    """n_sub: sub-experts per expert; gates: gate neurons per sub-expert; solver, objective, gate_choice: names from the registries.
 
     dropped: how many of an expert's weakest sub-experts the partition objective charges; None is n_sub - 1, the paper's code.
     """
@@ -37,6 +41,7 @@ class RefactorOptions:
     n_sub: int = 4
     gates: int = 1
     solver: str = "alt"
+    objective: str = "paper"
     gate_choice: str = "energy"
     dropped: int | None = None
     seed: int = 0
@@ -45,6 +50,7 @@ class RefactorOptions:
     def check(self) -> None:
         """Raises UsageError for a name or number that cannot work."""
         solvers.get(self.solver)
+        objectives.get(self.objective)
         gate_choices.get(self.gate_choice)
         if self.n_sub < 2:
             raise UsageError(f"--n-sub {self.n_sub} splits nothing", "give 2 or more")
@@ -116,6 +122,7 @@ def refactor(
             given = run_pass(where, windows, options.calibration, folder, journal, report)
         assert given is not None
         rows = _solve_layers(folder, journal, weights, given, options, report)
+        _pool_levels(folder, journal, weights, given, options, rows, report)
         with report("write") as update:
             weights.rewrite(folder, journal, lambda layer: _unit(folder, layer)["perm"], update)
         facts = _facts(weights, source, options, rows, given)
@@ -154,6 +161,32 @@ def _solve_layers(
             rows.append(_unit_facts(folder, layer))
             update(layer.index + 1, len(weights.layers))
     return rows
+
+
+def _pool_levels(
+    folder: OutputFolder,
+    journal: Journal,
+    weights: Weights,
+    statistics: Statistics,
+    options: RefactorOptions,
+    rows: list[dict[str, Any]],
+    report: Report,
+) -> None:
+    """One journal unit: levels that spend a budget where it matters most. Needs the model in memory, so not with low_memory."""
+    if options.calibration.low_memory:
+        return
+    if not journal.done(LEVELS_FILE):
+        units = [_unit(folder, layer) for layer in weights.layers]
+        text, length = statistics.facts["text"], statistics.facts["length"]
+        with report("sensitivity") as update:
+            found = sensitivity(weights.path, units, options.n_sub, options.gates, text, length, update)
+        pooled = pool_levels([unit["levels"] for unit in units], found)
+        tensors = {f"layers.{i}.levels": level for i, level in enumerate(pooled)}
+        digest = folder.save_tensors(LEVELS_FILE, tensors, {"sensitivity": json.dumps(found)})
+        journal.finish(LEVELS_FILE, LEVELS_FILE, digest)
+    with safe_open(str(folder.work / LEVELS_FILE), "pt") as file:
+        for row, value in zip(rows, json.loads(file.metadata()["sensitivity"]), strict=True):
+            row["sensitivity"] = value
 
 
 def _unit_name(layer: MoELayer) -> str:
@@ -198,6 +231,8 @@ def _summary(statistics: Statistics) -> dict[str, Any]:
 def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str, Any]) -> None:
     """prism.safetensors and the model card; work files leave, so that what is renamed is only the result."""
     side = {f"layers.{layer.index}.{k}": v for layer in weights.layers for k, v in _unit(folder, layer).items() if k != "perm"}
+    if (folder.work / LEVELS_FILE).exists():
+        side |= load_file(str(folder.work / LEVELS_FILE))
     folder.save_tensors(SIDE_FILE, side, {"format": "pt"})
     folder.write_bytes("README.md", model_card(facts, weights.model.config.model_type).encode())
     # vLLM loads every *.safetensors of a folder that has no index: name the weights, so that the side file is not taken for them
@@ -207,6 +242,7 @@ def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str
     for layer in weights.layers:
         folder.discard(_unit_name(layer))
     folder.discard(SNAPSHOT)
+    folder.discard(LEVELS_FILE)
 
 
 def _index(single: Path) -> bytes:

@@ -14,7 +14,7 @@ from ..elastic import ridge as ridge_scorer
 from ..elastic.threshold import fit_levels
 from ..model import MoELayer
 from ..partition import gates as gate_choices
-from ..partition import order_gates, solvers
+from ..partition import objectives, order_gates, solvers
 from ..partition.parallel import solve_layer
 from ..partition.weights import weight_fallback
 from .calibration import STARVED
@@ -25,23 +25,25 @@ def solve(layer: MoELayer, statistics: LayerStatistics, options: Any) -> tuple[d
 
     tensors: perm [E, f] int32, ridge, levels. facts: experts, width, cost_share (mean), starved experts.
     """
-    samples, starved = _samples(statistics)
+    samples, weights, starved = _samples(statistics)
     mass = [layer.activations(e, x).abs().float().numpy() for e, x in enumerate(samples)]
     dropped = options.dropped or options.n_sub - 1
-    partitions = solve_layer(
-        dict(enumerate(mass)), options.n_sub, dropped, solvers.get(options.solver), layer=layer.index, seed=options.seed
-    )
+    down = layer.down.float().norm(dim=1).numpy()  # [E, f]
+    objective = objectives.get(options.objective)
+    wanted = {e: objective(m, weights[e].numpy(), down[e]) for e, m in enumerate(mass)}
+    partitions = solve_layer(wanted, options.n_sub, dropped, solvers.get(options.solver), layer=layer.index, seed=options.seed)
     orders = {e: p.perm for e, p in partitions.items()}
     for e in starved:
         orders[e] = weight_fallback(_rows(layer.gate, e), layer.up[e].float().numpy(), options.n_sub, options.seed).perm
     choice = gate_choices.get(options.gate_choice)
-    down = layer.down.float().norm(dim=1).numpy()  # [E, f]
     perm = np.stack([order_gates(m, orders[e], options.n_sub, options.gates, choice, down[e]) for e, m in enumerate(mass)])
     layer.permute(torch.from_numpy(perm))
     plan = LayerPlan(layer, options.n_sub, options.gates)
     plan.tensors["ridge"] = ridge_scorer.fit(plan, samples)
     plan.tensors["levels"] = _levels(plan, statistics, samples)
-    shares = [p.cost / max(float(m.sum(dtype=np.float64)), 1e-30) for p, m in zip(partitions.values(), mass, strict=True)]
+    shares = [
+        p.cost / max(float(m.sum(dtype=np.float64)), 1e-30) for p, m in zip(partitions.values(), wanted.values(), strict=True)
+    ]
     facts = {
         "name": layer.name,
         "experts": layer.num_experts,
@@ -52,15 +54,20 @@ def solve(layer: MoELayer, statistics: LayerStatistics, options: Any) -> tuple[d
     return {"perm": torch.from_numpy(perm.astype(np.int32)), **plan.tensors}, facts
 
 
-def _samples(statistics: LayerStatistics) -> tuple[list[Tensor], list[int]]:
-    """Inputs [S_e, d] per expert, and which experts are starved: those borrow the inputs of the best fed one to reach STARVED rows."""
-    samples = [statistics.inputs(e)[0] for e in range(len(statistics.kept()))]
-    richest = max(samples, key=len)
-    least = min(STARVED, len(richest))
-    starved = [e for e, x in enumerate(samples) if len(x) < least]
+def _samples(statistics: LayerStatistics) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Inputs [S_e, d] and routing weights [S_e] per expert, and which experts are starved.
+
+    Those borrow rows of the best fed expert until they have STARVED.
+    """
+    pairs = [statistics.inputs(e) for e in range(len(statistics.kept()))]
+    richest = max(pairs, key=lambda pair: len(pair[0]))
+    least = min(STARVED, len(richest[0]))
+    starved = [e for e, (x, _) in enumerate(pairs) if len(x) < least]
     for e in starved:
-        samples[e] = torch.cat([samples[e], richest[: least - len(samples[e])]])
-    return samples, starved
+        x, weight = pairs[e]
+        missing = least - len(x)
+        pairs[e] = torch.cat([x, richest[0][:missing]]), torch.cat([weight, richest[1][:missing]])
+    return [x for x, _ in pairs], [weight for _, weight in pairs], starved
 
 
 def _rows(weight: Tensor | None, expert: int) -> Any:

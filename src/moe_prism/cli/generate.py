@@ -14,7 +14,7 @@ def generate(
     *,
     prompt: str,
     budget: float = 1.0,
-    rule: str = "product",
+    rule: str | None = None,
     max_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
@@ -27,7 +27,7 @@ def generate(
     folder: Written by `moe-prism refactor`.
     prompt: Text to continue.
     budget: Kept slots / all slots, in (0, 1].
-    rule: Selection rule; see `moe-prism ls rules`.
+    rule: Selection rule; see `moe-prism ls rules`. Default threshold: the budget is met on average.
     max_tokens: Tokens to generate.
     temperature: 0 is greedy.
     seed: Seed of sampling.
@@ -38,5 +38,5 @@ def generate(
 
     model, tokenizer = load(folder)
     result = run(model, tokenizer, prompt, budget=budget, rule=rule, max_tokens=max_tokens, temperature=temperature, seed=seed)
-    note(f"budget {budget:g}, {rule}: {result.tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
+    note(f"budget {budget:g}: {result.tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
     emit({**asdict(result), "tokens_per_s": result.tokens_per_s}, prompt + result.text, json)

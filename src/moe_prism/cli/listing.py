@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from .output import emit, table
 
-Kind = Literal["families", "solvers", "rules", "scorers", "collectors", "gates"]
+Kind = Literal["families", "solvers", "rules", "scorers", "collectors", "objectives", "gates"]
 
 
 def ls(kind: Kind, /, *, json: bool = False) -> None:
@@ -14,7 +14,7 @@ def ls(kind: Kind, /, *, json: bool = False) -> None:
 
     Parameters
     ----------
-    kind: families (MoE model types of the installed transformers), solvers, rules, scorers, collectors, or gates.
+    kind: families (MoE model types of the installed transformers), solvers, rules, scorers, collectors, objectives, or gates.
     json: One JSON object on stdout.
     """
     if kind == "families":
@@ -28,7 +28,7 @@ def ls(kind: Kind, /, *, json: bool = False) -> None:
 
 
 def _registry(kind: str) -> Any:
-    if kind in ("solvers", "gates"):
+    if kind in ("solvers", "objectives", "gates"):
         from .. import partition
 
         return getattr(partition, kind)

@@ -20,6 +20,7 @@ def refactor(
     n_sub: int = 4,
     gates: int = 1,
     solver: str = "alt",
+    objective: str = "paper",
     gate_choice: str = "energy",
     dropped: int | None = None,
     text: str = "stdlib",
@@ -44,6 +45,7 @@ def refactor(
     n_sub: Sub-experts per expert (must divide the expert's neurons).
     gates: Gate neurons per sub-expert, computed for every candidate block.
     solver: Partition solver; see `moe-prism ls solvers`.
+    objective: What the solver keeps together; see `moe-prism ls objectives`.
     gate_choice: How gate neurons are chosen: energy or centrality.
     dropped: Sub-experts the partition objective charges; default n-sub - 1.
     text: Calibration text: stdlib, a file, a folder, a .jsonl file or a saved dataset. Its evaluation side is never used.
@@ -67,6 +69,7 @@ def refactor(
         n_sub,
         gates,
         solver,
+        objective,
         gate_choice,
         dropped,
         seed,

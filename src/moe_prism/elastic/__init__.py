@@ -11,12 +11,13 @@ rules: Registry[type[Rule]] = Registry(
     {
         "product": (
             "moe_prism.elastic.product:Product",
-            "best K slots of a token by routing weight x predicted output norm (default)",
+            "best K slots of a token by routing weight x predicted output norm (default for a count)",
         ),
         "threshold": (
             "moe_prism.elastic.threshold:Threshold",
-            "every slot whose value passes a calibrated level: a continuous dial",
+            "every slot whose value passes a calibrated level: a continuous dial (default for a budget)",
         ),
+        "mass": ("moe_prism.elastic.mass:Mass", "slots until they cover a share of the token's estimated output"),
         "pattern": ("moe_prism.elastic.pattern:Pattern", "the paper's code: a fixed number of sub-experts per routing rank"),
         "linear": (
             "moe_prism.elastic.linear:Linear",

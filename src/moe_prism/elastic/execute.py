@@ -26,36 +26,23 @@ def reference(plan: LayerPlan, x: Tensor, index: Tensor, weight: Tensor, keep: T
 
 
 def grouped(plan: LayerPlan, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
-    """The same sum, tokens grouped by expert and by run of neighbouring kept blocks.
-
-    A run is computed as one contiguous slice, so a token that keeps a whole expert pays for no split. Shapes as in `reference`.
-    """
-    layer = plan.layer
+    """The same sum, slots sorted by sub-expert: every block that occurs is read once, whoever asks for it. Shapes as in `reference`."""
+    layer, n_sub = plan.layer, plan.n_sub
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    runs = _runs(keep.reshape(-1, plan.n_sub))  # rows: (choice row, first block, end block)
-    group = (index.reshape(-1)[runs[:, 0]] * (plan.n_sub + 1) + runs[:, 1]) * (plan.n_sub + 1) + runs[:, 2]
-    order = group.argsort(stable=True)
-    ids, counts = torch.unique_consecutive(group[order], return_counts=True)
-    rows = runs[order, 0]
-    token, w = rows // index.shape[1], weight.reshape(-1)[rows]
+    token, choice, block = keep.nonzero(as_tuple=True)
+    sub = index[token, choice] * n_sub + block
+    order = sub.argsort(stable=True)
+    token, w = token[order], weight[token, choice][order]
+    ids, counts = torch.unique_consecutive(sub[order], return_counts=True)
     start = 0
-    for gid, count in zip(ids.tolist(), counts.tolist(), strict=True):
-        part = slice(start, start + count)
-        e, first, end = gid // (plan.n_sub + 1) ** 2, gid // (plan.n_sub + 1) % (plan.n_sub + 1), gid % (plan.n_sub + 1)
-        neurons = slice(first * plan.block, end * plan.block)
-        y = layer.project(e, layer.activations(e, x[token[part]], neurons), neurons)
-        out.index_add_(0, token[part], (y * w[part, None]).float())
+    for sub_id, count in zip(ids.tolist(), counts.tolist(), strict=True):
+        rows = token[start : start + count]
+        expert, neurons = sub_id // n_sub, plan.neurons(sub_id % n_sub)
+        y = layer.project(expert, layer.activations(expert, x[rows], neurons), neurons)
+        out.index_add_(0, rows, (y * w[start : start + count, None]).float())
         start += count
     if layer.down_bias is not None:
         kept = keep.any(2)
         bias = layer.down_bias[index.clamp(0, layer.num_experts - 1)] * (weight * kept)[:, :, None]
         out += bias.float().sum(1)
     return out.to(x.dtype)
-
-
-def _runs(keep: Tensor) -> Tensor:
-    """Maximal runs of kept blocks: [R, 3] = (row, first block, end block) from keep [rows, N]."""
-    padded = torch.nn.functional.pad(keep.to(torch.int8), (1, 1))
-    edge = padded.diff(dim=1)  # [rows, N + 1]: +1 where a run begins, -1 just after it ends
-    begin, end = (edge == 1).nonzero(), (edge == -1).nonzero()
-    return torch.cat([begin, end[:, 1:]], 1)

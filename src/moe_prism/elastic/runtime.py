@@ -20,16 +20,21 @@ EXECUTORS: Mapping[str, Callable[..., Tensor]] = {"grouped": grouped, "reference
 
 @dataclass
 class Setting:
-    """One operating point of the whole model. budget: one number, or one per token [T] of the next forward."""
+    """One operating point. budget: one number, or one per token [T] of the next forward; layers: one number per layer instead."""
 
     budget: float | Tensor = 1.0
     rule: str = "product"
     scorer: str = "ridge"
     executor: str = "grouped"
+    layers: tuple[float, ...] | None = None
 
-    @property
-    def is_full(self) -> bool:
-        return bool((self.budget >= 1).all()) if isinstance(self.budget, Tensor) else self.budget >= 1
+    def at(self, layer: int) -> float | Tensor:
+        """The budget of one layer."""
+        return self.budget if self.layers is None else self.layers[layer]
+
+    def is_full(self, layer: int) -> bool:
+        budget = self.at(layer)
+        return bool((budget >= 1).all()) if isinstance(budget, Tensor) else budget >= 1
 
 
 @dataclass
@@ -54,7 +59,7 @@ class ElasticLayer:
 
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         setting = self.elastic.setting
-        if setting.is_full and not self.elastic.always_split:
+        if setting.is_full(self.plan.layer.index) and not self.elastic.always_split:
             self._count(index, None)
             return self.plan.layer.native(x, index, weight)
         valid = (index >= 0) & (index < self.plan.layer.num_experts)
@@ -71,7 +76,7 @@ class ElasticLayer:
             return scorer(x, index.clamp(0, self.plan.layer.num_experts - 1))
 
         slots = Slots(x, index, weight, valid, self.plan.n_sub, norms)
-        return self.rule(setting.rule).keep(slots, _per_token(setting.budget, x))
+        return self.rule(setting.rule).keep(slots, _per_token(setting.at(self.plan.layer.index), x))
 
     def scorer(self, name: str) -> Scorer:
         from . import scorers
@@ -149,14 +154,16 @@ def operating_point(
     budget: float | Tensor = 1.0,
     *,
     k: int | None = None,
-    rule: str = "product",
+    rule: str | None = None,
     scorer: str | None = None,
     executor: str = "grouped",
 ) -> Iterator[Elastic]:
     """Run everything inside the block at one operating point.
 
     budget: kept slots / all slots in (0, 1], one number or a tensor [T] with one per token of the flattened batch. k: kept slots
-    per token instead, 1..k*N. scorer: None takes the rule's own (the paper's gate scores for `pattern`, else `ridge`).
+    per token instead, 1..k*N. rule: None takes `threshold` for a budget, which is met on average and spent on the tokens and layers
+    that need it, and `product` for k, which is met by every token. scorer: None takes the rule's own (the paper's gate scores for
+    `pattern`, else `ridge`).
     Raises UsageError for a model that is not elastic, an unknown name, or a number out of range.
     """
     from . import rules, scorers
@@ -168,6 +175,7 @@ def operating_point(
         )
     if executor not in EXECUTORS:
         raise UsageError(f"unknown executor '{executor}'", f"choose one of: {', '.join(EXECUTORS)}")
+    rule = rule or ("threshold" if k is None else "product")
     rules.get(rule)
     scorer = scorer or ("gates" if rule == "pattern" else "ridge")
     scorers.get(scorer)

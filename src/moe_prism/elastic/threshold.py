@@ -20,11 +20,29 @@ def fit_levels(values: Tensor, importance: Tensor) -> Tensor:
     return values[order][position].float()
 
 
+def dropped_energy(levels: Tensor, budget: float) -> float:
+    """Mean squared value of the slots that a budget drops, over all slots, from a layer's own levels."""
+    below = levels[round(budget * (LEVELS - 1)) :].double()
+    return float(below.square().sum()) / LEVELS
+
+
+def pool_levels(levels: list[Tensor], sensitivity: list[float]) -> list[Tensor]:
+    """Levels that spend one budget across all layers, from every layer's own levels and sensitivity c.
+
+    If dropping slots of layer l costs c_l per unit of squared value, a sum of costs under a fixed number of slots is least when the
+    slots with the smallest c_l v^2 go first, wherever they are: one level for sqrt(c_l) v. Layers count alike (equal k and N).
+    """
+    scale = [max(c, 1e-30) ** 0.5 for c in sensitivity]
+    pooled = torch.cat([own.double() * s for own, s in zip(levels, scale, strict=True)])
+    shared = fit_levels(pooled, torch.ones_like(pooled)).double()
+    return [(shared / s).float() for s in scale]
+
+
 class Threshold(Rule):
     """Budget b keeps the slots whose value reaches the level that a share b of the calibration slots reached.
 
-    So b of all slots are kept on average, more for tokens that need them. Reads `levels` of the plan. A token always keeps its best
-    slot.
+    So b of all slots are kept on average, more for tokens that need them, and, where the levels were pooled, more in layers that
+    need them. Reads `levels` of the plan. A token always keeps its best slot.
     """
 
     def __init__(self, plan: LayerPlan) -> None:

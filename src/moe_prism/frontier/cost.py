@@ -42,7 +42,7 @@ def _layer_params(layer: ElasticLayer, setting: Setting) -> float:
     total = counter.kept * per_block
     if expert.down_bias is not None:
         total += counter.touched * expert.hidden
-    if setting.is_full or not layer.rule(setting.rule).needs_norms:
+    if setting.is_full(expert.index) or not layer.rule(setting.rule).needs_norms:
         return float(total)
     scorer = layer.scorer(setting.scorer)
     total += counter.chosen * scorer.parameters_per_expert()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from ..registry import Registry
 from .base import Partition, Solver, cost, cost_share
 from .gates import GateChoice, order_gates
+from .objectives import Objective
 
 solvers: Registry[Solver] = Registry(
     "solver",
@@ -30,4 +31,25 @@ gates: Registry[GateChoice] = Registry(
     },
 )
 
-__all__ = ["GateChoice", "Partition", "Solver", "cost", "cost_share", "gates", "order_gates", "solvers"]
+objectives: Registry[Objective] = Registry(
+    "objective",
+    {
+        "paper": ("moe_prism.partition.objectives:paper", "|activations|, as in the paper (default)"),
+        "output": ("moe_prism.partition.objectives:output", "activations times the norm of their down-projection column"),
+        "router": ("moe_prism.partition.objectives:router", "tokens weighted by their routing weight"),
+        "output-router": ("moe_prism.partition.objectives:output_router", "both"),
+    },
+)
+
+__all__ = [
+    "GateChoice",
+    "Objective",
+    "Partition",
+    "Solver",
+    "cost",
+    "cost_share",
+    "gates",
+    "objectives",
+    "order_gates",
+    "solvers",
+]

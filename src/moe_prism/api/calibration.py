@@ -24,6 +24,7 @@ from .progress import Report, silent
 from .weights import Weights
 
 SNAPSHOT = "calibration-snapshot.safetensors"
+PROFILE = "profile.safetensors"
 SNAPSHOT_SECONDS = 20.0
 STARVED = 256  # tokens; fewer say too little about an expert's neurons (spec section 3)
 
@@ -86,6 +87,7 @@ def calibrate_model(
         statistics = run_pass(where, windows, options, folder, journal, report)
         for i, layer in enumerate(statistics.layers):
             folder.save_tensors(f"layer-{i:03d}.safetensors", layer.flat(), {"name": layer.name})
+        folder.save_tensors(PROFILE, {"ids": statistics.profile})
         folder.discard(SNAPSHOT)
         write_manifest(folder, {"kind": "calibration", **inputs, "facts": statistics.facts})
         folder.finish()
@@ -108,7 +110,8 @@ def read_statistics(folder: str | Path) -> Statistics:
     layers = []
     for i, name in enumerate(manifest["facts"]["layers"]):
         layers.append(LayerStatistics.unflat(name, read_tensors(Path(folder) / f"layer-{i:03d}.safetensors")))
-    return Statistics(layers, {**manifest["facts"], "source": manifest["source"], "options": manifest["options"]})
+    profile = read_tensors(Path(folder) / PROFILE)["ids"]
+    return Statistics(layers, profile, {**manifest["facts"], "source": manifest["source"], "options": manifest["options"]})
 
 
 def run_pass(

@@ -36,6 +36,7 @@ class RefactorOptions:
     """n_sub: sub-experts per expert; gates: gate neurons per sub-expert; solver, objective, gate_choice: names from the registries.
 
     dropped: how many of an expert's weakest sub-experts the partition objective charges; None is n_sub - 1, the paper's code.
+    profile_tokens: calibration tokens run once per layer to learn how a budget is best spent across layers; 0: every layer alike.
     """
 
     n_sub: int = 4
@@ -45,6 +46,7 @@ class RefactorOptions:
     gate_choice: str = "energy"
     dropped: int | None = None
     seed: int = 0
+    profile_tokens: int = 4096
     calibration: CalibrateOptions = field(default_factory=CalibrateOptions)
 
     def check(self) -> None:
@@ -52,6 +54,8 @@ class RefactorOptions:
         solvers.get(self.solver)
         objectives.get(self.objective)
         gate_choices.get(self.gate_choice)
+        if self.profile_tokens < 0:
+            raise UsageError(f"--profile-tokens {self.profile_tokens} is negative", "0 switches the profile off")
         if self.n_sub < 2:
             raise UsageError(f"--n-sub {self.n_sub} splits nothing", "give 2 or more")
         if self.dropped is not None and not 1 <= self.dropped < self.n_sub:
@@ -173,13 +177,14 @@ def _pool_levels(
     report: Report,
 ) -> None:
     """One journal unit: levels that spend a budget where it matters most. Needs the model in memory, so not with low_memory."""
-    if options.calibration.low_memory:
+    if options.calibration.low_memory or not options.profile_tokens:
         return
     if not journal.done(LEVELS_FILE):
         units = [_unit(folder, layer) for layer in weights.layers]
-        text, length = statistics.facts["text"], statistics.facts["length"]
+        wanted = max(1, options.profile_tokens // statistics.profile.shape[1])
+        ids = statistics.profile[:: max(1, len(statistics.profile) // wanted)][:wanted]
         with report("sensitivity") as update:
-            found = sensitivity(weights.path, units, options.n_sub, options.gates, text, length, update)
+            found = sensitivity(weights.path, units, options.n_sub, options.gates, ids, update)
         pooled = pool_levels([unit["levels"] for unit in units], found)
         tensors = {f"layers.{i}.levels": level for i, level in enumerate(pooled)}
         digest = folder.save_tensors(LEVELS_FILE, tensors, {"sensitivity": json.dumps(found)})

@@ -15,6 +15,7 @@ from . import collectors as registry
 from .base import Collector, Routed
 from .statistics import LayerStatistics, Statistics
 
+PROFILE_TOKENS = 8192  # of the windows that are kept
 Progress = Callable[[int, int], None]
 """(windows done, windows in all)."""
 
@@ -59,12 +60,14 @@ class Pass:
             for layer in layers
         ]
         self.done = 0  # windows
+        self.profile = torch.zeros(0, 1, dtype=torch.long)
 
     @torch.no_grad()
     def run(self, ids: Tensor, progress: Progress | None = None, after_batch: Callable[[], None] | None = None) -> None:
         """ids [n, length]. Continues after the `done` windows; the layers' own computation is untouched."""
         backbone = backbone_of(self.model)
         length = ids.shape[1]
+        self.profile = ids[:: -(-ids.numel() // PROFILE_TOKENS)].contiguous()
         try:
             for layer, mine in zip(self.layers, self.collectors, strict=True):
                 layer.install(self._observer(layer, mine, length))
@@ -98,7 +101,7 @@ class Pass:
             LayerStatistics(layer.name, {n: c.state() for n, c in mine.items()})
             for layer, mine in zip(self.layers, self.collectors, strict=True)
         ]
-        return Statistics(layers, {"capacity": self.capacity, "windows": self.done, **(facts or {})})
+        return Statistics(layers, self.profile, {"capacity": self.capacity, "windows": self.done, **(facts or {})})
 
     def state(self) -> dict[str, Tensor]:
         flat = {f"{i}/{k}": v for i, layer in enumerate(self.statistics().layers) for k, v in layer.flat().items()}

@@ -39,9 +39,10 @@ class LayerStatistics:
 
 @dataclass
 class Statistics:
-    """All layers, with the facts of the pass (model, text, tokens, document hashes, settings)."""
+    """All layers, some of the windows for later runs of the whole model, and the facts of the pass (text, tokens, hashes, settings)."""
 
     layers: list[LayerStatistics]
+    profile: Tensor  # token ids [n, length], evenly spaced over the calibration text
     facts: dict[str, Any] = field(default_factory=dict)
 
     def starved(self, minimum: int) -> list[tuple[int, int, int]]:

@@ -29,6 +29,7 @@ def refactor(
     reservoir: int = 2048,
     memory_mib: int = 4096,
     seed: int = 0,
+    profile_tokens: int = 4096,
     calibration: Path | None = None,
     low_memory: bool = False,
     resume: bool = False,
@@ -54,6 +55,7 @@ def refactor(
     reservoir: Sampled tokens kept per expert.
     memory_mib: Limit for all statistics together.
     seed: Seed of sampling and solvers. Same inputs and seed, same bytes.
+    profile_tokens: Calibration tokens run once per layer to learn how to spend a budget across layers; 0 = every layer alike.
     calibration: Folder written by `moe-prism calibrate`, instead of the five options above.
     low_memory: Keep one decoder layer in memory at a time.
     resume: Continue an interrupted run; ends in the same bytes.
@@ -73,6 +75,7 @@ def refactor(
         gate_choice,
         dropped,
         seed,
+        profile_tokens,
         CalibrateOptions(text, tokens, length, reservoir, memory_mib, seed, low_memory),
     )
     if dry_run:

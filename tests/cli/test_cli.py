@@ -1,0 +1,165 @@
+"""The command: one JSON object on stdout, help without torch, exit codes, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from moe_prism import cli
+from moe_prism.api import plan
+from moe_prism.checkpoint import sha256_file
+from tests.tiny_sources import digests
+
+COMMANDS = ("demo", "doctor", "inspect", "calibrate", "refactor", "frontier", "generate", "verify", "ls")
+KINDS = ("families", "solvers", "rules", "scorers", "collectors", "gates")
+COMMAND = (sys.executable, "-c", "from moe_prism.cli import entry; entry()")  # what the installed script does
+SMALL = ("--tokens", "256", "--length", "32")
+
+
+@pytest.fixture
+def run(capsys):
+    """run(*arguments) -> (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = cli.main([str(a) for a in arguments])
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def run_json(run):
+    """run_json(*arguments) -> the one JSON object on stdout of a command that succeeds."""
+
+    def call(*arguments):
+        code, out, err = run(*arguments, "--json")
+        assert code == 0, err
+        assert out.endswith("}\n") and out.count("\n") == 1
+        return json.loads(out)
+
+    return call
+
+
+def test_help_needs_no_torch():
+    script = """
+import contextlib, io, sys
+from moe_prism.cli import main
+for command in sys.argv[1:]:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = main([command, "--help"] if command != "top" else ["--help"])
+    assert code == 0 and "Usage: moe-prism" in out.getvalue(), (command, out.getvalue())
+    assert command in ("top", "demo", "doctor", "ls") or "--json" in out.getvalue()
+print(sorted({"torch", "transformers", "numba"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script, "top", *COMMANDS], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+def test_the_command_ends_with_the_exit_code():
+    done = subprocess.run([*COMMAND, "refactor"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("moe-prism: error: ") and done.stderr.count("\n") == 1
+
+
+def test_version(run):
+    from moe_prism import __version__
+
+    assert run("--version")[:2] == (0, f"{__version__}\n")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ls(run_json, run, kind):
+    found = run_json("ls", kind)
+    assert found["kind"] == kind and found["entries"]
+    assert all(entry["name"] in run("ls", kind)[1] for entry in found["entries"])
+
+
+def test_doctor(run_json):
+    found = run_json("doctor")
+    assert found["machine"]["cores"] and found["libraries"]["torch"] and found["checks"][0]["ok"]
+
+
+def test_inspect(run_json, tiny_source, tiny_dense):
+    found = run_json("inspect", tiny_source)
+    assert found["family"] == "olmoe" and found["experts_per_token"] == 2
+    assert [(r["kind"], r["experts"], r["width"]) for r in found["layers"]] == [("moe", 4, 16)] * 2
+    assert found["sub_experts"] == [2, 4, 8, 16]
+    assert {r["kind"] for r in run_json("inspect", tiny_dense)["layers"]} == {"dense"}
+
+
+def test_the_whole_path(run_json, run, tiny_source, text_file, tmp_path):
+    """calibrate -> refactor --dry-run -> refactor -> verify -> frontier -> verify -> generate."""
+    text = ("--text", text_file)
+    calibration, out = tmp_path / "calibration", tmp_path / "elastic"
+    found = run_json("calibrate", tiny_source, "-o", calibration, *text, *SMALL)
+    assert found["tokens"] == 256 and found["layers"] == 2 and found["reservoir"] == 2048
+    assert {c["name"] for c in run_json("verify", calibration)["checks"]} >= {"manifest", "files"}
+
+    planned = run_json("refactor", tiny_source, "-o", out, *text, *SMALL, "--dry-run")
+    assert planned["peak_memory_bytes"] > planned["weights_bytes"] > 0 and not out.exists()
+    made = run_json("refactor", tiny_source, "-o", out, "--calibration", calibration)
+    assert (made["folder"], made["n_sub"], made["layers"]) == (str(out), 4, 2) and made["peak_rss_bytes"] > 0
+    assert run_json("verify", out)["checks"][-1]["name"] == "side tensors"
+
+    measured = run_json("frontier", out, *text, *SMALL, "--compare", "product,linear")
+    assert {p["rule"] for p in measured["points"]} == {"product", "linear"}
+    assert json.loads((out / "frontier.json").read_text()) == measured
+    assert (out / "report.html").stat().st_size and (out / "frontier.png").stat().st_size
+    assert run_json("verify", out)  # the report and the points are part of the folder now
+    assert json.loads((out / "prism.json").read_text())["operating_points"]
+
+    made = run_json("generate", out, "--prompt", "import", "--budget", "0.5", "--max-tokens", "4")
+    assert made["prompt"] == "import" and 1 <= made["tokens"] <= 4 and made["tokens_per_s"] > 0
+    code, shown, _ = run("generate", out, "--prompt", "import", "--budget", "0.5", "--max-tokens", "4")
+    assert (code, shown) == (0, ("import" + made["text"]).rstrip() + "\n")
+
+
+def test_progress_goes_to_stderr(run, tiny_source, text_file, tmp_path):
+    code, out, err = run("calibrate", tiny_source, "-o", tmp_path / "c", "--text", text_file, *SMALL)
+    assert code == 0 and "calibrate: 8/8" in err and "calibrate:" not in out
+
+
+def test_force_and_resume(run, tiny_source, text_file, tmp_path):
+    arguments = ("refactor", tiny_source, "-o", tmp_path / "out", "--text", text_file, *SMALL)
+    assert run(*arguments)[0] == 0
+    first = digests(tmp_path / "out")
+    assert run(*arguments, "--resume")[0] == 0  # nothing is left to do
+    assert run(*arguments, "--force")[0] == 0
+    assert digests(tmp_path / "out") == first
+    assert run(*arguments, "--resume", "--n-sub", "2")[0] == 2  # another result than the one that is there
+
+
+def test_a_machine_that_is_too_small_gives_3_and_one_object(run, tiny_source, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "available_memory", lambda: 1)
+    code, out, err = run("refactor", tiny_source, "-o", tmp_path / "out", "--dry-run", "--json")
+    assert code == 3 and json.loads(out)["exit_code"] == 3 and "--low-memory" in err
+    code, out, _ = run("refactor", tiny_source, "-o", tmp_path / "out", "--dry-run")
+    assert code == 3 and "peak_memory_bytes" in out
+
+
+def test_verify_finds_a_flipped_bit(run, elastic_tiny, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(elastic_tiny, folder)
+    shard = sorted(folder.glob("model*.safetensors"))[-1]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    code, out, err = run("verify", folder, "--json")
+    assert code == 4 and shard.name in err and json.loads(out)["exit_code"] == 4
+    assert sha256_file(elastic_tiny / shard.name) != sha256_file(shard)
+
+
+@pytest.mark.slow
+def test_demo(tmp_path):
+    done = subprocess.run(
+        [*COMMAND, "demo", "--out", str(tmp_path / "demo"), "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert [s["budget"] for s in found["samples"]] == [1.0, 0.5, 0.25]
+    assert {"model", "frontier.json", "report.html", "frontier.png"} <= {p.name for p in (tmp_path / "demo").iterdir()}

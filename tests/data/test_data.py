@@ -1,0 +1,143 @@
+"""Reading text, splitting it, cutting windows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_prism.data import Document, bucket_of, read_documents, split_documents, token_windows
+from moe_prism.errors import CorruptError, UsageError
+
+NAMES = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=8), min_size=1, max_size=12)
+
+
+class Characters:
+    """A tokenizer of one id per character, with a document mark."""
+
+    bos_token_id, eos_token_id = 1, None
+
+    def __call__(self, text, **_):
+        return {"input_ids": [2 + ord(c) % 90 for c in text]}
+
+
+def both(documents, source="folder"):
+    return split_documents(documents, "calibration", source=source), split_documents(documents, "evaluation", source=source)
+
+
+@settings(max_examples=40, deadline=None)
+@given(NAMES)
+def test_the_two_sides_share_nothing(names):
+    documents = [Document(f"{i}/{name}", f"text {i} {name} " * 9) for i, name in enumerate(names)]
+    calibration, evaluation = both(documents)
+    assert calibration and evaluation
+    assert not {d.name for d in calibration} & {d.name for d in evaluation}
+    whole = sum(len(d.text) for d in documents)
+    assert sum(len(d.text) for d in [*calibration, *evaluation]) == whole
+    # what one side holds cannot depend on the order of reading or on who asks
+    assert {d.name for d in both(documents[::-1])[0]} == {d.name for d in calibration}
+
+
+@settings(max_examples=40, deadline=None)
+@given(NAMES, st.sampled_from(["stdlib", "folder"]))
+def test_copies_of_a_file_land_together(names, source):
+    documents = [Document(f"{folder}/{name}", "x = 1\n") for name in names for folder in ("a", "b/c")]
+    calibration, evaluation = both(documents, source)
+    if any("[" not in d.name for d in calibration):
+        sides = [{d.name.rpartition("/")[2] for d in side if "[" not in d.name} for side in (calibration, evaluation)]
+        assert not sides[0] & sides[1]
+    assert all(bucket_of(f"a/{name}") == bucket_of(f"b/c/{name}") for name in names)
+
+
+def test_one_file_is_cut_in_two(tmp_path):
+    (tmp_path / "one.txt").write_text("abcdefghij" * 10)
+    documents = read_documents(tmp_path / "one.txt")
+    calibration, evaluation = both(documents, str(tmp_path / "one.txt"))
+    assert calibration[0].text + evaluation[0].text == documents[0].text
+    assert len(evaluation[0].text) == 20
+
+
+def test_a_folder_is_read_in_a_stable_order_with_its_json_lines(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_text("bee")
+    (tmp_path / "sub" / "a.md").write_text("ay")
+    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "id": 2}\n')
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    found = {d.name: d.text for d in read_documents(tmp_path)}
+    assert found == {"b.txt": "bee", "sub/a.md": "ay", "c.jsonl:1": "one", "c.jsonl:3": "two"}
+    assert list(found) == sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "says"),
+    [
+        ("missing.txt", None, UsageError, "does not exist"),
+        ("latin.txt", "café".encode("latin-1"), UsageError, "not UTF-8"),
+        ("latin.jsonl", json.dumps({"text": "café"}, ensure_ascii=False).encode("latin-1"), UsageError, "not UTF-8"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": ', CorruptError, r"broken\.jsonl:2 is not JSON"),
+        ("field.jsonl", b'{"content": "a"}', UsageError, "no string field 'text'"),
+        ("list.jsonl", b"[1]", UsageError, "no string field 'text'"),
+    ],
+)
+def test_bad_sources_are_named(tmp_path, name, content, error, says):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(error, match=says) as raised:
+        read_documents(tmp_path / name)
+    assert raised.value.next_step
+
+
+def test_json_lines_may_hold_any_character(tmp_path):
+    rows = [{"text": "a\u2028b\x85c"}, {"text": "d"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), "utf-8")
+    assert [d.text for d in read_documents(tmp_path / "rows.jsonl")] == ["a\u2028b\x85c", "d"]
+    (tmp_path / "half.jsonl").write_text('{"text": "x\\ud800y"}')
+    assert read_documents(tmp_path / "half.jsonl")[0].sha256  # half a surrogate pair is no text
+
+
+@pytest.mark.parametrize("content", ["", " \n\t\n"])
+def test_empty_text_is_refused(tmp_path, content):
+    (tmp_path / "empty.txt").write_text(content)
+    with pytest.raises(UsageError, match="is empty"):
+        token_windows(Characters(), str(tmp_path / "empty.txt"), "calibration", length=8, tokens=8)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match="no text found"):
+        read_documents(tmp_path / "folder")
+
+
+def test_too_little_text_for_a_window_says_how_much_there_is(tmp_path):
+    (tmp_path / "short.txt").write_text("0123456789")
+    with pytest.raises(UsageError, match="has 9 tokens for calibration, less than one window of 16"):
+        token_windows(Characters(), str(tmp_path / "short.txt"), "calibration", length=16, tokens=64)
+
+
+def test_windows_are_deterministic_and_spread_over_the_source(tmp_path):
+    (tmp_path / "long.txt").write_text("".join(chr(33 + i // 100) for i in range(5000)))
+    source = str(tmp_path / "long.txt")
+    first, second = (token_windows(Characters(), source, "calibration", length=50, tokens=400) for _ in range(2))
+    assert torch.equal(first.ids, second.ids) and first.ids.shape == (8, 50) and first.tokens == 400
+    everything = token_windows(Characters(), source, "calibration", length=50, tokens=10**9)
+    assert everything.ids.shape == (80, 50) and everything.characters == 4000
+    rows = [everything.ids.tolist().index(row) for row in first.ids.tolist()]
+    assert rows == [i * 10 for i in range(8)]  # every tenth window: a sample of the whole text
+
+
+def test_excluded_documents_are_never_used(tmp_path):
+    for i in range(12):
+        (tmp_path / f"file{i}.txt").write_text(f"{i:02d} " * 40)
+    shared = (tmp_path / "file3.txt").read_text()
+    (tmp_path / "copy-under-another-name.txt").write_text(shared)
+    calibration = token_windows(Characters(), str(tmp_path), "calibration", length=8, tokens=10**6)
+    evaluation = token_windows(Characters(), str(tmp_path), "evaluation", length=8, tokens=10**6, exclude=calibration.documents)
+    assert calibration.documents and evaluation.documents
+    assert not set(calibration.documents) & set(evaluation.documents)
+
+
+def test_the_bundled_text_has_two_sides():
+    calibration, evaluation = both(read_documents("stdlib"), "stdlib")
+    assert {bucket_of(d.name) for d in calibration} == {1} and {bucket_of(d.name) for d in evaluation} == {0}
+    assert sum(len(d.text) for d in calibration) > 100_000
+    assert not {d.sha256 for d in calibration} & {d.sha256 for d in evaluation}

@@ -23,11 +23,13 @@ from transformers import PreTrainedTokenizerFast
 from moe_prism.data import read_documents, split_documents
 from moe_prism.model import MoELayer, find_layers, load_model, load_tokenizer
 
+# without a newline at the end: the tokenizer joins it to the indentation that follows
 PROMPTS = (
-    'def read_lines(path):\n    """Return the lines of a text file."""\n',
-    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
+    'def read_lines(path):\n    """Return the lines of a text file."""',
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):",
     "import os\nimport sys\n\nfor name in os.listdir(",
 )
+TEMPERATURE = 0.6
 WINDOW, WINDOWS_PER_FILE = 512, 8
 
 
@@ -121,9 +123,8 @@ def completions(folder: Path) -> list[str]:
     texts = []
     for prompt in PROMPTS:
         rows = tokenizer(prompt, return_tensors="pt")
-        ids = model.generate(
-            rows["input_ids"], attention_mask=rows["attention_mask"], max_new_tokens=64, do_sample=False, pad_token_id=0
-        )
+        torch.manual_seed(0)
+        ids = model.generate(**rows, max_new_tokens=64, do_sample=True, temperature=TEMPERATURE, pad_token_id=0)
         texts.append(tokenizer.decode(ids[0], skip_special_tokens=True))
     return texts
 
@@ -158,9 +159,8 @@ moe-prism: real routing, real specialisation, a real loss to lose. It is no assi
 
 ## Data
 
-Python source of the standard library (without its tests, three times) and of installed packages:
-{facts["data"]["train"]["files"]} files, {facts["data"]["train"]["bytes"] / 1e6:.0f} MB. A file's split follows
-from the MD5 of its base name: bucket 0 of 40 is held out, bucket 1 is kept for calibration, the rest is for training; files with equal
+Python source of the standard library (without its tests, three times) and of installed packages: {facts["data"]["train"]["files"]} files,
+{facts["data"]["train"]["bytes"] / 1e6:.0f} MB. A file's split follows from the MD5 of its base name: bucket 0 of 40 is held out, bucket 1 is kept for calibration, the rest is for training; files with equal
 bytes are used once. `recipes/nano/manifest.tsv.gz` lists each file with its SHA-256 and split. Each package's own licence applies to
 its source; the weights are released under Apache-2.0.
 
@@ -175,7 +175,9 @@ Load entropy is relative to an even load (1.000), on held-out text.
 The experts are specialised: replacing the top-ranked expert of every token by a random one takes the held-out loss from
 {facts["loss"]:.3f} to {facts["loss_swapped"]:.3f} nats per token.
 
-## Greedy completions
+## Completions
+
+Sampled at temperature 0.6, seed 0.
 
 {samples}
 """

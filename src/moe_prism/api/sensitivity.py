@@ -24,7 +24,8 @@ def sensitivity(
 ) -> list[float]:
     """KL per unit of dropped squared value of each layer, with that layer alone at half its slots.
 
-    units: tensors per layer; ids: windows [n, length]. Holds the whole model. With the result, sums of squares of different layers can be compared (see `pool_levels`).
+    units: tensors per layer; ids: windows [n, length]. Holds the whole model. With the result, sums of squares of different layers
+    can be compared (see `pool_levels`).
     """
     model = load_model(where, None if torch.cuda.is_available() else torch.float32)
     model = model.cuda() if torch.cuda.is_available() else model

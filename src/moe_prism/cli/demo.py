@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from .output import emit, note, progress
 
-PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
+PROMPT = "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):"
 RULES = ("product", "threshold")
 BUDGETS = (1.0, 0.5, 0.25)
 
@@ -35,7 +35,7 @@ def demo(
     generate(model, tokenizer, PROMPT, budget=0.5, max_tokens=4)  # the first call pays for set-up
     samples = []
     for budget in BUDGETS:
-        made = generate(model, tokenizer, PROMPT, budget=budget, max_tokens=48)
+        made = generate(model, tokenizer, PROMPT, budget=budget, max_tokens=48, temperature=0.6)
         samples.append({"budget": budget, "prompt": PROMPT, "text": made.text, "tokens_per_s": made.tokens_per_s})
     write(result, out, {"samples": samples})
     text = [show(result), "", show_comparison(result), ""]

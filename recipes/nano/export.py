@@ -160,9 +160,9 @@ moe-prism: real routing, real specialisation, a real loss to lose. It is no assi
 ## Data
 
 Python source of the standard library (without its tests, three times) and of installed packages: {facts["data"]["train"]["files"]} files,
-{facts["data"]["train"]["bytes"] / 1e6:.0f} MB. A file's split follows from the MD5 of its base name: bucket 0 of 40 is held out, bucket 1 is kept for calibration, the rest is for training; files with equal
-bytes are used once. `recipes/nano/manifest.tsv.gz` lists each file with its SHA-256 and split. Each package's own licence applies to
-its source; the weights are released under Apache-2.0.
+{facts["data"]["train"]["bytes"] / 1e6:.0f} MB. A file's split follows from the MD5 of its base name: bucket 0 of 40 is held out,
+bucket 1 is kept for calibration, the rest is for training; files with equal bytes are used once. `recipes/nano/manifest.tsv.gz` lists
+each file with its SHA-256 and split. Each package's own licence applies to its source; the weights are released under Apache-2.0.
 
 ## Routing
 

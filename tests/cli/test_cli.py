@@ -162,4 +162,4 @@ def test_demo(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert [s["budget"] for s in found["samples"]] == [1.0, 0.5, 0.25]
-    assert {"model", "frontier.json", "report.html", "frontier.png"} <= {p.name for p in (tmp_path / "demo").iterdir()}
+    assert {"elastic-nano", "frontier.json", "report.html", "frontier.png"} <= {p.name for p in (tmp_path / "demo").iterdir()}

@@ -21,6 +21,8 @@ from .progress import Report, peak_rss_bytes, silent
 class FrontierOptions:
     """text: `stdlib`, a file or a folder (its evaluation side is used); tokens and window length; rules beside plain top-k.
 
+    points: budgets to measure for rules with a continuous dial, evenly spaced in relative cost; None: where the other rules are.
+
     Every rule is measured at every K up to k*N. The smallest is k (one sub-expert per chosen expert), or N - 1 if that is less, so that
     plain top-1 too has a point below its cost to be compared with.
     """
@@ -29,12 +31,15 @@ class FrontierOptions:
     tokens: int = 16_384
     length: int = 512
     rules: tuple[str, ...] = ("product",)
+    points: int | None = None
 
     def check(self) -> None:
         from ..elastic import rules
 
         for rule in self.rules:
             rules.get(rule)
+        if self.points is not None and self.points < 2:
+            raise UsageError(f"--points {self.points} is no curve", "give 2 or more, or leave it out")
         if self.tokens < self.length or self.length < 8:
             raise UsageError(
                 f"--tokens {self.tokens} with --length {self.length} is too small", "give at least one window of 8 tokens"
@@ -62,7 +67,11 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     n_sub, slots = manifest["n_sub"], slots_per_token(elastic)
     k = slots // n_sub
     counts = range(max(1, min(k, n_sub - 1)), slots + 1)
-    plan = [(f"{rule}-{count}", rule, _setting(rule, count, slots)) for rule in options.rules for count in counts]
+    plan = [
+        (f"{rule}-{count:.4g}", rule, _setting(rule, count, slots))
+        for rule in options.rules
+        for count in _grid(rule, counts, options.points)
+    ]
     elastic_points = len(plan)
     plan += [(f"top-{fewer}", "topk", _setting("linear", n_sub * fewer, slots)) for fewer in range(1, k)]
     with report("frontier") as update:
@@ -87,8 +96,18 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     )
 
 
-def _setting(rule: str, count: int, slots: int) -> Setting:
-    return Setting(count / slots, rule, "gates" if rule == "pattern" else "ridge")
+def _grid(rule: str, counts: range, points: int | None) -> list[float]:
+    """Slot counts to measure; fractional ones for a continuous rule."""
+    from ..elastic import rules
+
+    if points is None or not rules.get(rule).is_continuous:
+        return list(counts)
+    low, high = counts[0], counts[-1]
+    return [low * (high / low) ** (i / (points - 1)) for i in range(points)]
+
+
+def _setting(rule: str, count: float, slots: int) -> Setting:
+    return Setting(min(1.0, count / slots), rule, "gates" if rule == "pattern" else "ridge")
 
 
 def _point(name: str, rule: str, setting: Setting, quality: Quality, cost: Cost) -> dict[str, Any]:

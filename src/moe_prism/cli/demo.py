@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from .output import emit, note, progress
 
 PROMPT = "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):"
+MODEL = "elastic-nano"
 RULES = ("product", "threshold")
 BUDGETS = (1.0, 0.5, 0.25)
 
@@ -21,7 +22,7 @@ def demo(
 
     Parameters
     ----------
-    out: Folder for model/, frontier.json, report.html and frontier.png.
+    out: Folder for elastic-nano/, frontier.json, report.html and frontier.png.
     force: Replace what an earlier demo left there.
     json: One JSON object on stdout.
     """
@@ -29,9 +30,9 @@ def demo(
     from ..api import measure_frontier as measure
     from .frontier import show, show_comparison, write
 
-    refactor("nano", out / "model", force=force, report=progress)
-    result = measure(out / "model", FrontierOptions(rules=RULES), report=progress)
-    model, tokenizer = load(out / "model")
+    refactor("nano", out / MODEL, force=force, report=progress)
+    result = measure(out / MODEL, FrontierOptions(rules=RULES), report=progress)
+    model, tokenizer = load(out / MODEL)
     generate(model, tokenizer, PROMPT, budget=0.5, max_tokens=4)  # the first call pays for set-up
     samples = []
     for budget in BUDGETS:

@@ -21,6 +21,7 @@ def frontier(
     *,
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     compare: str = "product",
+    points: int | None = None,
     text: str = "stdlib",
     tokens: int = 16_384,
     length: int = 512,
@@ -33,6 +34,7 @@ def frontier(
     folder: Written by `moe-prism refactor`.
     out: Folder for frontier.json, report.html and frontier.png; default is FOLDER itself, whose prism.json then lists the points.
     compare: Comma-separated selection rules to measure; see `moe-prism ls rules`.
+    points: Budgets to measure for rules with a continuous dial; default: one per slot count.
     text: Evaluation text: stdlib, a file, a folder, a .jsonl file or a saved dataset. Only its evaluation side is used.
     tokens: Evaluation tokens.
     length: Tokens per window.
@@ -42,7 +44,7 @@ def frontier(
     from ..api import measure_frontier as run
     from ..checkpoint import update_manifest
 
-    result = run(folder, FrontierOptions(text, tokens, length, tuple(compare.split(","))), report=progress)
+    result = run(folder, FrontierOptions(text, tokens, length, tuple(compare.split(",")), points), report=progress)
     target = out or folder
     write(result, target, {})
     if out is None:

@@ -75,6 +75,8 @@ class Rule(ABC):
     """Decides which candidate slots are kept."""
 
     needs_norms = True
+    is_continuous = False
+    """Whether budgets between two slot counts give different results."""
 
     def __init__(self, plan: LayerPlan) -> None:
         self.plan = plan

@@ -14,6 +14,8 @@ class Mass(Rule):
     So how many slots that takes differs per token and is not known before; the frontier reports the measured mean.
     """
 
+    is_continuous = True
+
     def keep(self, slots: Slots, budget: Tensor) -> Tensor:
         values = slots.values().clamp(min=0).flatten(1)
         order = values.argsort(dim=1, descending=True, stable=True)

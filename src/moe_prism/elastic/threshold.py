@@ -45,6 +45,8 @@ class Threshold(Rule):
     need them. Reads `levels` of the plan. A token always keeps its best slot.
     """
 
+    is_continuous = True
+
     def __init__(self, plan: LayerPlan) -> None:
         super().__init__(plan)
         self.levels = plan.tensors["levels"].to(plan.layer.up.device)

@@ -48,8 +48,8 @@ def frontier(
     target = out or folder
     write(result, target, {})
     if out is None:
-        points = [p for p in result.to_json()["points"] if p["pareto"]]
-        update_manifest(folder, {"operating_points": points})
+        best = [p for p in result.to_json()["points"] if p["pareto"]]
+        update_manifest(folder, {"operating_points": best})
     emit(result.to_json(), f"{show(result)}\n\n{show_comparison(result)}", json)
     note(f"report: {target / 'report.html'}")
 

@@ -28,12 +28,12 @@ def solve(
 ) -> Partition:
     """The best of `starts` settled partitions (greedy, then random), improved by `shakes` restarts around it.
 
-    None: 4 starts and 24 shakes up to 256 and 128 neurons, falling to 1 and 0 as experts grow: descents of wide experts end close
-    to each other, those of narrow ones do not. width: partners every neuron tries per pair of blocks. Raises as `Solver` says.
+    None: 8 starts and 64 shakes up to 128 neurons, falling to 1 and 0 as experts grow: descents of wide experts end close to each
+    other, those of narrow ones do not. width: partners every neuron tries per pair of blocks. Raises as `Solver` says.
     """
     mass = check_problem(mass, n_sub, dropped)
-    starts = max(1, min(4, 1024 // mass.shape[1])) if starts is None else starts
-    shakes = min(24, 3072 // mass.shape[1]) if shakes is None else shakes
+    starts = max(1, min(8, 1024 // mass.shape[1])) if starts is None else starts
+    shakes = min(64, 8192 // mass.shape[1]) if mass.shape[1] <= 1024 else 0 if shakes is None else shakes
     if starts < 1 or shakes < 0 or width < 1:
         raise UsageError(
             f"starts={starts}, shakes={shakes}, width={width}", "starts and width must be at least 1, shakes at least 0"

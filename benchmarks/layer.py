@@ -22,6 +22,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from moe_prism.elastic import attach, operating_point
 from moe_prism.elastic.runtime import Elastic
+from moe_prism.model import find_layers
 
 SHAPES = {"olmoe": (64, 8, 2048, 1024), "deepseek": (64, 6, 2048, 1408), "qwen3": (128, 8, 2048, 768)}  # E, k, d, f
 BUDGETS = (1.0, 0.75, 0.5, 0.25)
@@ -40,7 +41,10 @@ def build(shape: tuple[int, int, int, int], device: str) -> tuple[torch.nn.Modul
     holder = torch.nn.Module()
     holder.experts, holder.config = module, config
     ridge = torch.randn(experts, N_SUB, hidden + N_SUB * GATES + 1, generator=torch.Generator().manual_seed(0)) * 0.01
-    return holder, attach(holder, N_SUB, gates=GATES, tensors=[{"ridge": ridge}])
+    layers = find_layers(holder)
+    if device == "cpu":
+        layers[0].arrange()  # as `moe_prism.load` does; the stock layer below uses the same weights
+    return holder, attach(holder, N_SUB, gates=GATES, tensors=[{"ridge": ridge}], layers=layers)
 
 
 def batch(shape: tuple[int, int, int, int], tokens: int, holder: torch.nn.Module) -> tuple[torch.Tensor, ...]:

@@ -62,3 +62,15 @@ def test_skipped_ids_cost_and_add_nothing(plan):
     index[:, 1] = -1
     keep = torch.ones(5, 2, 4, dtype=torch.bool) & (index >= 0)[:, :, None]
     close(grouped(plan, x, index, weight, keep), plan.layer.stock(x, index[:, :1], weight[:, :1]))
+
+
+@torch.no_grad()
+def test_arranging_the_weights_changes_no_value(plan):
+    x, index, weight, g = batch(plan, 7, 2, 4)
+    keep = torch.rand(7, 2, 4, generator=g) < 0.6
+    before, stock = reference(plan, x, index, weight, keep), plan.layer.stock(x, index, weight)
+    shape = plan.layer.module.down_proj.shape
+    plan.layer.arrange()
+    assert plan.layer.module.down_proj.shape == shape
+    close(grouped(plan, x, index, weight, keep), before)
+    close(plan.layer.native(x, index, weight), stock)

@@ -73,3 +73,17 @@ def test_few_tokens_give_finite_predictions(layer, rows):
     plan = LayerPlan(layer, 4, 1)
     plan.tensors["ridge"] = ridge_module.fit(plan, [inputs(layer, rows)] * layer.num_experts)
     assert torch.isfinite(scorers.get("ridge")(plan)(inputs(layer, 7), torch.zeros(7, 1, dtype=torch.long))).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "nemotron_h"])
+def test_a_few_choices_give_what_many_give(family):
+    layer = find_layers(build(family))[0]
+    plan = LayerPlan(layer, 4, 2)
+    plan.tensors["ridge"] = ridge_module.fit(plan, [inputs(layer)] * layer.num_experts)
+    scorer = scorers.get("ridge")(plan)
+    x = inputs(layer, 80)
+    index = torch.stack([torch.arange(80) % layer.num_experts, (torch.arange(80) + 1) % layer.num_experts], 1)
+    many = scorer(x, index)
+    few = torch.cat([scorer(x[i : i + 8], index[i : i + 8]) for i in range(0, 80, 8)])
+    torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from ..checkpoint import read_manifest
 from ..elastic import attach, operating_point
 from ..errors import CorruptError, UsageError
-from ..model import load_model, load_tokenizer
+from ..model import find_layers, load_model, load_tokenizer
 
 SIDE_FILE = "prism.safetensors"
 
@@ -33,7 +33,11 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any
     model = load_model(folder, dtype or (None if gpu else torch.float32))
     if gpu:
         model = model.cuda()
-    attach(model, manifest["n_sub"], gates=manifest["gates"], tensors=tensors)
+    layers = find_layers(model)
+    if not gpu:
+        for layer in layers:
+            layer.arrange()
+    attach(model, manifest["n_sub"], gates=manifest["gates"], tensors=tensors, layers=layers)
     model._moe_prism.stored_bytes_per_weight = manifest["bytes_per_weight"]
     return model, load_tokenizer(folder)
 

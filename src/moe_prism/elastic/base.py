@@ -100,6 +100,18 @@ def gate_activations(plan: LayerPlan, x: Tensor, expert: int) -> Tensor:
     return plan.layer.activations(expert, x, ids).abs().float().view(len(x), plan.n_sub, plan.gates)
 
 
+def gate_activations_each(plan: LayerPlan, x: Tensor, experts: Tensor) -> Tensor:
+    """The same for rows x [S, d] that each have an expert of their own, experts [S]: gathers S N r weight rows."""
+    layer, ids = plan.layer, plan.gate_ids().flatten().to(x.device)
+
+    def rows(weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = torch.einsum("sd,smd->sm", x, weight[experts[:, None], ids])
+        return out if bias is None else out + bias[experts[:, None], ids]
+
+    gate = None if layer.gate is None else rows(layer.gate, layer.gate_bias)
+    return layer.activate(gate, rows(layer.up, layer.up_bias)).abs().float().view(len(x), plan.n_sub, plan.gates)
+
+
 def per_expert(index: Tensor, num_experts: int, function: Callable[[int, Tensor], Tensor], width: int) -> Tensor:
     """Assemble [T, k, width] from function(e, token ids [S]) -> [S, width] over the experts that occur."""
     out = torch.zeros(*index.shape, width, device=index.device)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import LayerPlan, Scorer, gate_activations, per_expert
+from .base import LayerPlan, Scorer, gate_activations, gate_activations_each, per_expert
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared feature; the best on a held-out fifth of the sample is used
 MIN_TOKENS = 16  # below this only the mean is known
 FLOOR = 1e-3  # of the mean block norm, added before the log: a block that is off is not infinitely far from one that is faint
+FEW = 64  # choices up to which weights are gathered per choice
 CEILING = 30.0  # of a predicted log norm: no overflow on inputs far from the sample
 
 
@@ -88,11 +89,22 @@ class Ridge(Scorer):
         self.scale = gate_scale(plan)
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
+        if index.numel() <= FEW:
+            return self._few(x.repeat_interleave(index.shape[1], 0), index.reshape(-1)).view(*index.shape, -1)
+
         def predict(expert: int, tokens: Tensor) -> Tensor:
             z = features(self.plan, x[tokens], expert, self.scale[expert])
             return (z @ self.weight[expert].T).clamp(max=CEILING).exp()
 
         return per_expert(index, self.plan.layer.num_experts, predict, self.plan.n_sub)
+
+    def _few(self, x: Tensor, experts: Tensor) -> Tensor:
+        """Rows x [S, d] with one expert [S] each -> [S, N], by gathered weights: at decode a loop over experts would cost more."""
+        parts = [x.float()]
+        if self.plan.gates:
+            parts.append((gate_activations_each(self.plan, x, experts) * self.scale[experts]).sqrt().flatten(1))
+        z = torch.cat([*parts, torch.ones(len(x), 1, device=x.device)], 1)
+        return torch.einsum("sd,snd->sn", z, self.weight[experts]).clamp(max=CEILING).exp()
 
     def parameters_per_expert(self) -> int:
         return self.weight[0].numel()

@@ -84,6 +84,9 @@ class MoELayer(ABC):
         """Why this layer's experts are not a sum over neurons although the formula is nearly ours; None if nothing is known."""
         return None
 
+    def arrange(self) -> None:  # noqa: B027 - most storage needs nothing
+        """Lay the weights out so that a block of neurons is contiguous in every matrix. Values and shapes stay."""
+
     def native(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The same by the implementation the model would use without us: what full budget costs."""
         return self.stock(x, index, weight)

@@ -89,7 +89,7 @@ def _json_lines(path: Path, name: str) -> Iterator[Document]:
 
 def _dataset(path: Path) -> Iterator[Document]:
     try:
-        from datasets import DatasetDict, load_from_disk  # type: ignore[import-untyped, unused-ignore]
+        from datasets import DatasetDict, load_from_disk
     except ImportError as error:
         raise UsageError(f"'{path}' is a saved dataset and the datasets library is missing", "pip install datasets") from error
     loaded = load_from_disk(str(path))

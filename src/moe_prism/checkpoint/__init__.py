@@ -1,6 +1,6 @@
 """Checkpoints on disk: checked reading, one layer at a time in memory, and output that is complete or absent."""
 
-from .atomic import OutputFolder, replace_file, sha256_file
+from .atomic import OutputFolder, sha256_file
 from .header import TensorInfo, read_header
 from .journal import Journal
 from .manifest import Check, read_manifest, source_facts, update_manifest, verify, versions, write_manifest
@@ -20,7 +20,6 @@ __all__ = [
     "first_non_finite",
     "read_header",
     "read_manifest",
-    "replace_file",
     "rewrite_gguf",
     "rewrite_shards",
     "save_model",

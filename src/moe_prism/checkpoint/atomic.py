@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DoesNotFit, UsageError
+from ..files import sync_folder
 from .header import NAMES
 from .shards import check_finite, is_file_name
 
@@ -92,7 +93,7 @@ class OutputFolder:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DoesNotFit(f"disk full while writing '{name}' in '{self.work}'", "free space, then use --resume") from error
             raise
-        _sync(self.work)
+        sync_folder(self.work)
         self.hashes[name] = digest
 
     def write_bytes(self, name: str, data: bytes) -> str:
@@ -137,13 +138,13 @@ class OutputFolder:
 
     def finish(self) -> Path:
         """Make the work visible as OUT by one rename (an old OUT steps aside first and is removed last). Returns OUT."""
-        _sync(self.work)
+        sync_folder(self.work)
         if self.out.exists():
             if self._aside.exists():
                 shutil.rmtree(self._aside)
             self.out.rename(self._aside)
         self.work.rename(self.out)
-        _sync(self.out.parent)
+        sync_folder(self.out.parent)
         # After the rename: killed here, OUT is complete and only carries one file that `verify` knows.
         (self.out / JOURNAL).unlink(missing_ok=True)
         if self._aside.exists():
@@ -167,21 +168,6 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that a kill leaves the old or the new content, never a part."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
 
 
 def _lock(path: Path, out: Path) -> BinaryIO | None:
@@ -208,11 +194,3 @@ def _replaceable(folder: Path) -> bool:
     if folder.is_symlink() or not folder.is_dir():
         return False
     return (folder / "config.json").is_file() or (folder / "prism.json").is_file() or not any(folder.iterdir())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, UsageError
-from .atomic import JOURNAL, replace_file, sha256_file
+from ..files import replace_file
+from .atomic import JOURNAL, sha256_file
 from .shards import is_file_name
 
 

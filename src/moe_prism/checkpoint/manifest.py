@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, UsageError
-from .atomic import JOURNAL, OutputFolder, replace_file, sha256_file
+from ..files import replace_file
+from .atomic import JOURNAL, OutputFolder, sha256_file
 from .header import TORCH, read_header
 from .shards import INDEX, SINGLE, Source, check_finite, is_file_name, read_tensor
 

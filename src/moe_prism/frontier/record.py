@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, UsageError
+from ..files import replace_file
 
 REMEASURE = "write it again with `moe-prism frontier`"
 
@@ -104,19 +104,11 @@ class Frontier:
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
-    """Put `data` at `path` through a neighbour file and one rename, so that a reader never meets half a file."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """`replace_file` for a path a person gave: UsageError if it cannot be written."""
     try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        replace_file(Path(path), data)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}", "choose a path in an existing, writable folder") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _points(mapping: Mapping[str, Any], key: str) -> tuple[Point, ...]:

@@ -30,6 +30,7 @@ class Registry(Generic[T]):
         """builtin: name -> ("package.module:attribute", one-line summary). Entry points: group `moe_prism.<kind>`."""
         self.kind = kind
         self._builtin = {name: Entry(target, summary) for name, (target, summary) in builtin.items()}
+        self._resolved: dict[str, T] = {}  # looking for plug-ins reads the disk, and `get` is called at every operating point
 
     def entries(self) -> dict[str, Entry]:
         """All names, built-ins first. A plug-in cannot replace a built-in."""
@@ -43,6 +44,11 @@ class Registry(Generic[T]):
         return list(self.entries())
 
     def get(self, name: str) -> T:
+        if name not in self._resolved:
+            self._resolved[name] = self._resolve(name)
+        return self._resolved[name]
+
+    def _resolve(self, name: str) -> T:
         entries = self.entries()
         if name not in entries:
             near = difflib.get_close_matches(name, entries, 1)

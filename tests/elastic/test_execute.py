@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_prism.elastic import LayerPlan
-from moe_prism.elastic.execute import grouped, reference
+from moe_prism.elastic.execute import FEW, _pieces, grouped, reference
 from moe_prism.model import find_layers
 from tests.parity.families import build
 
@@ -41,7 +41,7 @@ def test_all_slots_kept_is_the_stock_layer(plan):
 
 
 @torch.no_grad()
-@given(seed=st.integers(0, 10_000), tokens=st.integers(1, 12), share=st.floats(0, 1))
+@given(seed=st.integers(0, 10_000), tokens=st.integers(1, FEW), share=st.floats(0, 1))
 @settings(max_examples=25, deadline=None)
 def test_grouped_equals_reference(plan, seed, tokens, share):
     x, index, weight, g = batch(plan, tokens, 2, seed)
@@ -74,3 +74,15 @@ def test_arranging_the_weights_changes_no_value(plan):
     assert plan.layer.module.down_proj.shape == shape
     close(grouped(plan, x, index, weight, keep), before)
     close(plan.layer.native(x, index, weight), stock)
+
+
+@given(rows=st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=6), merge=st.booleans())
+def test_pieces_cover_exactly_the_kept_blocks(rows, merge):
+    keep = torch.tensor(rows)
+    rebuilt = torch.zeros_like(keep)
+    for row, first, end in zip(*_pieces(keep, merge=merge), strict=True):
+        assert end > first and not rebuilt[row, first:end].any()
+        rebuilt[row, first:end] = True
+        assert merge or end == first + 1
+        assert not merge or end == 5 or not keep[row, end]  # maximal
+    assert torch.equal(rebuilt, keep)

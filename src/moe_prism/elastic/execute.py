@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .base import LayerPlan
 
+FEW = 32  # choices (tokens x experts) up to which runs of blocks are merged
+
 
 def reference(plan: LayerPlan, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
     """out[t] = sum over kept (choice c, block n) of weight[t, c] * W_down[:, S_n] a[S_n], one slot at a time. keep [T, k, N]."""
@@ -26,18 +28,23 @@ def reference(plan: LayerPlan, x: Tensor, index: Tensor, weight: Tensor, keep: T
 
 
 def grouped(plan: LayerPlan, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
-    """The same sum, slots sorted by sub-expert: every block that occurs is read once, whoever asks for it. Shapes as in `reference`."""
+    """The same sum, slots sorted by sub-expert: every block that occurs is read once, whoever asks for it. Shapes as in `reference`.
+
+    With few tokens hardly any block is wanted twice, and neighbouring blocks of one token are computed as one piece instead.
+    """
     layer, n_sub = plan.layer, plan.n_sub
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    token, choice, block = keep.nonzero(as_tuple=True)
-    sub = index[token, choice] * n_sub + block
-    order = sub.argsort(stable=True)
-    token, w = token[order], weight[token, choice][order]
-    ids, counts = torch.unique_consecutive(sub[order], return_counts=True)
+    row, first, end = _pieces(keep.flatten(0, 1), merge=index.numel() <= FEW)
+    piece = (index.reshape(-1)[row] * n_sub + first) * (n_sub + 1) + end
+    order = piece.argsort(stable=True)
+    row = row[order]
+    token, w = row // index.shape[1], weight.reshape(-1)[row]
+    ids, counts = torch.unique_consecutive(piece[order], return_counts=True)
     start = 0
-    for sub_id, count in zip(ids.tolist(), counts.tolist(), strict=True):
+    for piece_id, count in zip(ids.tolist(), counts.tolist(), strict=True):
         rows = token[start : start + count]
-        expert, neurons = sub_id // n_sub, plan.neurons(sub_id % n_sub)
+        block, last = divmod(piece_id, n_sub + 1)
+        expert, neurons = block // n_sub, slice(block % n_sub * plan.block, last * plan.block)
         y = layer.project(expert, layer.activations(expert, x[rows], neurons), neurons)
         out.index_add_(0, rows, (y * w[start : start + count, None]).float())
         start += count
@@ -46,3 +53,13 @@ def grouped(plan: LayerPlan, x: Tensor, index: Tensor, weight: Tensor, keep: Ten
         bias = layer.down_bias[index.clamp(0, layer.num_experts - 1)] * (weight * kept)[:, :, None]
         out += bias.float().sum(1)
     return out.to(x.dtype)
+
+
+def _pieces(keep: Tensor, *, merge: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, first block, end block) of every kept block of keep [rows, N], or of every maximal run of them."""
+    if not merge:
+        row, block = keep.nonzero(as_tuple=True)
+        return row, block, block + 1
+    edge = torch.nn.functional.pad(keep.to(torch.int8), (1, 1)).diff(dim=1)  # +1 where a run begins, -1 just after it ends
+    begin, end = (edge == 1).nonzero(), (edge == -1).nonzero()
+    return begin[:, 0], begin[:, 1], end[:, 1]

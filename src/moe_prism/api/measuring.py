@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checkpoint import read_manifest, versions
 from ..data import token_windows
-from ..elastic.runtime import Setting, slots_per_token
+from ..elastic.runtime import ElasticLayer, Setting, slots_per_token
 from ..errors import UsageError
 from ..frontier import Frontier, Point, pareto
 from ..frontier.cost import Cost
@@ -66,11 +66,12 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     )
     n_sub, slots = manifest["n_sub"], slots_per_token(elastic)
     k = slots // n_sub
+    overhead = _overhead(elastic.layers[0], k)
     counts = range(max(1, min(k, n_sub - 1)), slots + 1)
     plan = [
         (f"{rule}-{count:.4g}", rule, _setting(rule, count, slots))
         for rule in options.rules
-        for count in _grid(rule, counts, options.points)
+        for count in _grid(rule, counts, options.points, overhead)
     ]
     elastic_points = len(plan)
     plan += [(f"top-{fewer}", "topk", _setting("linear", n_sub * fewer, slots)) for fewer in range(1, k)]
@@ -96,14 +97,24 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     )
 
 
-def _grid(rule: str, counts: range, points: int | None) -> list[float]:
-    """Slot counts to measure; fractional ones for a continuous rule."""
+def _grid(rule: str, counts: range, points: int | None, overhead: float) -> list[float]:
+    """Slot counts to measure; for a continuous rule fractional ones, whose costs (count + overhead, in slots) form equal ratios."""
     from ..elastic import rules
 
     if points is None or not rules.get(rule).is_continuous:
         return list(counts)
-    low, high = counts[0], counts[-1]
-    return [low * (high / low) ** (i / (points - 1)) for i in range(points)]
+    low, high = counts[0] + overhead, counts[-1] + overhead
+    # the ends are exact: a budget a rounding error below 1 would not be the full model
+    inner = [low * (high / low) ** (i / (points - 1)) - overhead for i in range(1, points - 1)]
+    return [float(counts[0]), *inner, float(counts[-1])]
+
+
+def _overhead(layer: ElasticLayer, k: int) -> float:
+    """What selection reads per token whatever is kept, in slots: predictors, and gate neurons of every candidate block."""
+    plan, scorer = layer.plan, layer.scorer("ridge")
+    matrices = 3 if plan.layer.gate is not None else 2
+    gates = plan.gates * (matrices - 1) * plan.layer.hidden
+    return k * (scorer.parameters_per_expert() + plan.n_sub * gates) / (plan.block * matrices * plan.layer.hidden - gates)
 
 
 def _setting(rule: str, count: float, slots: int) -> Setting:

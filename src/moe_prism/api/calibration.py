@@ -33,7 +33,7 @@ STARVED = 256  # tokens; fewer say too little about an expert's neurons (spec se
 class CalibrateOptions:
     """text: `stdlib`, a file or a folder; tokens and length of the windows; reservoir tokens per expert; memory for statistics.
 
-    low_memory keeps one decoder layer in memory at a time; dense takes dense MLPs as experts even if the model has an MoE.
+    low_memory keeps one decoder layer in memory at a time.
     """
 
     text: str = "stdlib"

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..calibrate.run import bounded_capacity
+from ..calibrate.run import bounded_capacity, declared_bytes
 from ..errors import DoesNotFit
 from ..model import resolve
 from .calibration import settings
@@ -33,20 +33,13 @@ def plan_refactor(model: str | Path, options: RefactorOptions) -> dict[str, Any]
     parts = {
         "process_bytes": PROCESS_BYTES,
         "weights_bytes": 3 * experts if calibration.low_memory else everything + experts,
-        "statistics_bytes": 2 * run_bytes(weights, capacity),
+        "statistics_bytes": 2 * declared_bytes(weights.layers, run, capacity),
         "activations_bytes": tokens * _row_bytes(weights, layer.hidden, layer.width, calibration.length),
         "logits_bytes": 0 if calibration.low_memory else 6 * calibration.length * config.vocab_size * FLOAT32,
         "solver_bytes": 4 * layer.num_experts * capacity * layer.width * FLOAT32,
     }
     disk = weights.stream.source.bytes if weights.stream else everything // 2
     return {"peak_memory_bytes": sum(parts.values()), "disk_bytes": disk, **parts, "reservoir_tokens": capacity}
-
-
-def run_bytes(weights: Weights, capacity: int) -> int:
-    """What the collectors may hold, by their own declaration."""
-    from ..calibrate import collectors
-
-    return sum(collectors.get(name).bytes_per_layer(layer, capacity) for name in ("counts", "tokens") for layer in weights.layers)
 
 
 def _row_bytes(weights: Weights, hidden: int, width: int, length: int) -> int:

@@ -31,19 +31,21 @@ class Settings:
     seed: int = 0
 
 
+def declared_bytes(layers: Sequence[MoELayer], settings: Settings, capacity: int) -> int:
+    """What the collectors may hold together, by their own declaration."""
+    makers = [registry.get(name) for name in settings.collectors]
+    return sum(m.bytes_per_layer(layer, capacity) for m in makers for layer in layers)
+
+
 def bounded_capacity(layers: Sequence[MoELayer], settings: Settings) -> int:
     """The largest capacity <= settings.capacity whose declared memory fits. Raises DoesNotFit below 64 tokens per expert."""
-    makers = [registry.get(name) for name in settings.collectors]
-
-    def declared(capacity: int) -> int:
-        return sum(m.bytes_per_layer(layer, capacity) for m in makers for layer in layers)
-
     capacity = settings.capacity
-    while declared(capacity) > settings.memory_bytes and capacity > 64:
+    while declared_bytes(layers, settings, capacity) > settings.memory_bytes and capacity > 64:
         capacity = max(64, capacity * 3 // 4)
-    if declared(capacity) > settings.memory_bytes:
+    if declared_bytes(layers, settings, capacity) > settings.memory_bytes:
         raise DoesNotFit(
-            f"64 tokens per expert need {declared(64) / 2**20:.0f} MiB, the limit is {settings.memory_bytes / 2**20:.0f} MiB",
+            f"64 tokens per expert need {declared_bytes(layers, settings, 64) / 2**20:.0f} MiB, "
+            f"the limit is {settings.memory_bytes / 2**20:.0f} MiB",
             "raise --memory-mib",
         )
     return capacity

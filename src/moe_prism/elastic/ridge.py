@@ -28,9 +28,13 @@ def block_norms(plan: LayerPlan, x: Tensor, expert: int) -> Tensor:
 
 def features(plan: LayerPlan, x: Tensor, expert: int, scale: Tensor) -> Tensor:
     """z [S, d + N r + 1]. scale [N, r]: down-projection column norms of the gate neurons."""
-    parts = [x.float()]
-    if plan.gates:
-        parts.append((gate_activations(plan, x, expert) * scale).sqrt().flatten(1))
+    gates = gate_activations(plan, x, expert) if plan.gates else None
+    return _join(x, gates, scale)
+
+
+def _join(x: Tensor, gates: Tensor | None, scale: Tensor) -> Tensor:
+    """[x, sqrt(gates * scale), 1] of rows x [S, d] and gate activations [S, N, r]."""
+    parts = [x.float()] if gates is None else [x.float(), (gates * scale).sqrt().flatten(1)]
     return torch.cat([*parts, torch.ones(len(x), 1, device=x.device)], 1)
 
 
@@ -100,10 +104,8 @@ class Ridge(Scorer):
 
     def _few(self, x: Tensor, experts: Tensor) -> Tensor:
         """Rows x [S, d] with one expert [S] each -> [S, N], by gathered weights: at decode a loop over experts would cost more."""
-        parts = [x.float()]
-        if self.plan.gates:
-            parts.append((gate_activations_each(self.plan, x, experts) * self.scale[experts]).sqrt().flatten(1))
-        z = torch.cat([*parts, torch.ones(len(x), 1, device=x.device)], 1)
+        gates = gate_activations_each(self.plan, x, experts) if self.plan.gates else None
+        z = _join(x, gates, self.scale[experts])
         return torch.einsum("sd,snd->sn", z, self.weight[experts]).clamp(max=CEILING).exp()
 
     def parameters_per_expert(self) -> int:

@@ -15,6 +15,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before transformers imports Triton, which reads this once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from filelock import FileLock
 
 from tests.tiny_sources import save_tiny

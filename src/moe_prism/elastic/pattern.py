@@ -28,17 +28,17 @@ class Pattern(Rule):
         t, k = slots.weight.shape
         weight = slots.weight.float().abs().masked_fill(~slots.valid, -1.0)
         order = weight.argsort(dim=1, descending=True, stable=True)
-        rows = _table(k, slots.n_sub).to(order.device)[slots.valid.sum(1), self.count(slots, budget)]
+        rows = _table(k, slots.n_sub, order.device)[slots.valid.sum(1), self.count(slots, budget)]
         per_choice = torch.zeros_like(order).scatter_(1, order, rows)
         inside = top_slots(slots.norms().reshape(t * k, 1, slots.n_sub), per_choice.reshape(-1)).view(t, k, slots.n_sub)
         return inside & slots.valid[:, :, None]
 
 
 @cache
-def _table(k: int, n_sub: int) -> Tensor:
+def _table(k: int, n_sub: int, device: torch.device) -> Tensor:
     """[chosen experts 0..k, slots 0..k*N, rank] -> sub-experts; a token whose router chose fewer experts has its own lists."""
     table = torch.zeros(k + 1, k * n_sub + 1, k, dtype=torch.long)
     for chosen in range(1, k + 1):
         for slots in range(chosen * n_sub + 1):
             table[chosen, slots, :chosen] = torch.tensor(counts(slots, chosen, n_sub))
-    return table
+    return table.to(device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import LayerPlan, Scorer, gate_activations, gate_activations_each, per_expert
+from .base import LayerPlan, Scorer, gate_activations, gate_activations_all, gate_activations_each, of_choices, per_expert
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared feature; the best on a held-out fifth of the sample is used
 MIN_TOKENS = 16  # below this only the mean is known
@@ -40,8 +40,7 @@ def _join(x: Tensor, gates: Tensor | None, scale: Tensor) -> Tensor:
 
 def gate_scale(plan: LayerPlan) -> Tensor:
     """||W_down[:, g]|| of every gate neuron, [E, N, r]."""
-    ids = plan.gate_ids().to(plan.layer.down.device)
-    norms: Tensor = plan.layer.down[:, :, ids.flatten()].float().norm(dim=1)
+    norms: Tensor = plan.layer.down[:, :, plan.gate_ids().flatten()].float().norm(dim=1)
     return norms.view(plan.layer.num_experts, plan.n_sub, plan.gates)
 
 
@@ -95,6 +94,8 @@ class Ridge(Scorer):
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
         if index.numel() <= FEW:
             return self._few(x.repeat_interleave(index.shape[1], 0), index.reshape(-1)).view(*index.shape, -1)
+        if x.device.type != "cpu":
+            return self._all(x, index)
 
         def predict(expert: int, tokens: Tensor) -> Tensor:
             z = features(self.plan, x[tokens], expert, self.scale[expert])
@@ -107,6 +108,17 @@ class Ridge(Scorer):
         gates = gate_activations_each(self.plan, x, experts) if self.plan.gates else None
         z = _join(x, gates, self.scale[experts])
         return torch.einsum("sd,snd->sn", z, self.weight[experts]).clamp(max=CEILING).exp()
+
+    def _all(self, x: Tensor, index: Tensor) -> Tensor:
+        """[T, k, N] on a GPU: what every expert reads off x in one product, then the gate neurons' part of the chosen ones."""
+        hidden, experts, n_sub = x.shape[1], *self.weight.shape[:2]
+        own, gates, constant = self.weight[:, :, :hidden], self.weight[:, :, hidden:-1], self.weight[:, :, -1]
+        every = torch.nn.functional.linear(x.float(), own.flatten(0, 1), constant.flatten())
+        log = of_choices(every.view(-1, experts, n_sub), index)
+        if self.plan.gates:
+            g = (gate_activations_all(self.plan, x, index) * self.scale[index]).sqrt().flatten(2)
+            log = log + torch.einsum("tkg,tkng->tkn", g, gates[index])
+        return log.clamp(max=CEILING).exp()
 
     def parameters_per_expert(self) -> int:
         return self.weight[0].numel()

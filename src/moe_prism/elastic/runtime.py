@@ -12,10 +12,16 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..model import MoELayer, find_layers
+from . import triton_run
 from .base import LayerPlan, Rule, Scorer, Slots
 from .execute import grouped, reference
 
-EXECUTORS: Mapping[str, Callable[..., Tensor]] = {"grouped": grouped, "reference": reference}
+EXECUTORS: Mapping[str, Callable[..., Tensor]] = {
+    "grouped": grouped,
+    "reference": reference,
+    "triton": triton_run.deterministic,
+    "triton-atomic": triton_run.atomic,
+}
 
 
 @dataclass
@@ -33,18 +39,41 @@ class Setting:
         return self.budget if self.layers is None else self.layers[layer]
 
     def is_full(self, layer: int) -> bool:
+        """Budgets on a GPU are never asked for: that would stop it, and a graph may be replayed with others in their place."""
         budget = self.at(layer)
+        if isinstance(budget, Tensor) and budget.device.type != "cpu":
+            return False
         return bool((budget >= 1).all()) if isinstance(budget, Tensor) else budget >= 1
 
 
 @dataclass
 class Counter:
-    """Slots seen since the last reset, for measured costs: tokens, chosen experts, experts with a kept slot, kept slots."""
+    """Slots seen since the last reset, for measured costs: tokens, chosen experts, experts with a kept slot, kept slots.
+
+    Sums stay where they were made: a GPU is waited for when `touched` or `kept` is read. The replay of a CUDA graph is not counted.
+    """
 
     tokens: int = 0
     chosen: int = 0
-    touched: int = 0
-    kept: int = 0
+    _touched: int | Tensor = 0
+    _kept: int | Tensor = 0
+
+    @property
+    def touched(self) -> int:
+        return int(self._touched)
+
+    @property
+    def kept(self) -> int:
+        return int(self._kept)
+
+    def add(self, index: Tensor, keep: Tensor | None, n_sub: int) -> None:
+        """index [T, k], keep [T, k, N] or None for everything."""
+        if index.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        self.tokens += index.shape[0]
+        self.chosen += index.numel()
+        self._touched = self._touched + (index.numel() if keep is None else keep.any(2).sum())
+        self._kept = self._kept + (index.numel() * n_sub if keep is None else keep.sum())
 
 
 @dataclass
@@ -60,11 +89,11 @@ class ElasticLayer:
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         setting = self.elastic.setting
         if setting.is_full(self.plan.layer.index) and not self.elastic.always_split:
-            self._count(index, None)
+            self.counter.add(index, None, self.plan.n_sub)
             return self.plan.layer.native(x, index, weight)
         valid = (index >= 0) & (index < self.plan.layer.num_experts)
         keep = self.select(x, index, weight, valid, setting)
-        self._count(index, keep)
+        self.counter.add(index, keep, self.plan.n_sub)
         return EXECUTORS[setting.executor](self.plan, x, index, weight, keep)
 
     def select(self, x: Tensor, index: Tensor, weight: Tensor, valid: Tensor, setting: Setting) -> Tensor:
@@ -91,12 +120,6 @@ class ElasticLayer:
         if name not in self._rules:
             self._rules[name] = rules.get(name)(self.plan)
         return self._rules[name]
-
-    def _count(self, index: Tensor, keep: Tensor | None) -> None:
-        self.counter.tokens += index.shape[0]
-        self.counter.chosen += index.numel()
-        self.counter.touched += index.numel() if keep is None else int(keep.any(2).sum())
-        self.counter.kept += index.numel() * self.plan.n_sub if keep is None else int(keep.sum())
 
 
 class Elastic:

@@ -1,0 +1,76 @@
+"""Selection on a GPU: the forms that ask the device nothing give what the plain ones give.
+
+Tensors on `meta` have no values: any `.item()`, `.tolist()` or `nonzero` on the way raises, so a whole selection that runs there never
+waits for the device.
+"""
+
+import pytest
+import torch
+
+from moe_prism.elastic import LayerPlan, attach, scorers
+from moe_prism.elastic import ridge as ridge_module
+from moe_prism.elastic.base import gate_activations, gate_activations_all, per_expert
+from moe_prism.elastic.ridge import FEW
+from moe_prism.elastic.runtime import Counter, Setting
+from moe_prism.elastic.triton_align import align
+from moe_prism.model import find_layers
+from tests.parity.families import build
+
+FAMILIES = ["olmoe", "gpt_oss", "aria", "nemotron_h"]  # concatenated, interleaved with bias, transposed, ungated
+N, R = 4, 2
+
+
+def inputs(layer, tokens=80):
+    g = torch.Generator().manual_seed(0)
+    index = torch.rand(tokens, layer.num_experts, generator=g).argsort(1)[:, :2]
+    return torch.randn(tokens, layer.hidden, generator=g), index
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gate_activations_of_all_experts_at_once(family):
+    plan = LayerPlan(find_layers(build(family), dense=False)[0], N, R)
+    x, index = inputs(plan.layer)
+    each = per_expert(index, plan.layer.num_experts, lambda e, rows: gate_activations(plan, x[rows], e).flatten(1), N * R)
+    torch.testing.assert_close(gate_activations_all(plan, x, index).flatten(2), each, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gates", [0, R])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_predictor_for_all_experts_at_once(family, gates):
+    plan = LayerPlan(find_layers(build(family), dense=False)[0], N, gates)
+    x, index = inputs(plan.layer)
+    plan.tensors["ridge"] = ridge_module.fit(plan, [x] * plan.layer.num_experts)
+    scorer = scorers.get("ridge")(plan)
+    torch.testing.assert_close(scorer._all(x, index), scorer(x, index), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, FEW])
+@pytest.mark.parametrize("scorer", ["ridge", "gates"])
+@pytest.mark.parametrize("rule", ["product", "threshold", "mass", "pattern", "linear"])
+def test_selection_asks_the_device_nothing(rule, scorer, tokens):
+    layers = find_layers(build("olmoe"))
+    width = layers[0].hidden + N * R + 1
+    side = [{"ridge": torch.zeros(layer.num_experts, N, width), "levels": torch.linspace(1, 0, 129)} for layer in layers]
+    model = build("olmoe").to("meta")
+    layer = attach(model, N, gates=R, tensors=side).layers[0]
+    x, index = (v.to("meta") for v in inputs(layer.plan.layer, tokens))
+    setting = Setting(torch.full((tokens,), 0.5, device="meta"), rule, scorer)
+    assert not setting.is_full(0)
+    weight, valid = torch.empty(tokens, 2, device="meta"), torch.empty(tokens, 2, device="meta", dtype=torch.bool)
+    keep = layer.select(x, index, weight, valid, setting)
+    layer.counter.add(index, keep, N)
+    align(index, keep, layer.plan.layer.num_experts, 16)
+    assert keep.shape == (tokens, 2, N) and keep.is_meta
+
+
+def test_counts_are_read_as_numbers():
+    counter = Counter()
+    index, keep = torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, 2, N, dtype=torch.bool)
+    keep[0, 1, :2] = True
+    counter.add(index, keep, N)
+    counter.add(index, None, N)
+    assert (counter.tokens, counter.chosen, counter.touched, counter.kept) == (6, 12, 7, 2 + 6 * N)
+    assert isinstance(counter.kept, int)

@@ -245,6 +245,7 @@ def test_compiles_for_a_gpu():
 
 @needs_triton
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_compiles_for_every_tile_type_and_generation():
     for tile in (triton_run.SMALL, triton_run.FIXED, triton_run.LARGE):
         compiles("80,90", "bf16,fp32", *map(str, astuple(tile)))

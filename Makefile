@@ -8,13 +8,19 @@ export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test test-all check format bench families-newest clean
 
-$(VENV)/.ready: pyproject.toml
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+$(VENV)/.demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(INSTALL) --upgrade pip
+	$(INSTALL) --editable ".[report]"
 	touch $@
 
-demo: $(VENV)/.ready  ## cut prism-nano into sub-experts, measure its frontier, generate at several prices -> demo/report.html
+$(VENV)/.ready: $(VENV)/.demo
+	$(INSTALL) --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.demo  ## cut prism-nano into sub-experts, measure its frontier, generate at several prices -> demo/report.html
 	$(BIN)/moe-prism demo --out demo --force
 
 test: $(VENV)/.ready  ## the CPU test suite

@@ -93,14 +93,23 @@ class Ridge(Scorer):
         self.scale = gate_scale(plan)
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
+        if self._fast(x):
+            from .tiled import predict
+
+            return predict(self.plan, self.weight, self.scale, x, index)
         if index.numel() <= FEW:
             return self._few(x.repeat_interleave(index.shape[1], 0), index.reshape(-1)).view(*index.shape, -1)
 
-        def predict(expert: int, tokens: Tensor) -> Tensor:
+        def of_expert(expert: int, tokens: Tensor) -> Tensor:
             z = features(self.plan, x[tokens], expert, self.scale[expert])
             return (z @ self.weight[expert].T).clamp(max=CEILING).exp()
 
-        return per_expert(index, self.plan.layer.num_experts, predict, self.plan.n_sub)
+        return per_expert(index, self.plan.layer.num_experts, of_expert, self.plan.n_sub)
+
+    def _fast(self, x: Tensor) -> bool:
+        from .tiled import fits  # compiles on first use
+
+        return fits(self.plan, x) and self.plan.layer.up_bias is None
 
     def _few(self, x: Tensor, experts: Tensor) -> Tensor:
         """Rows x [S, d] with one expert [S] each -> [S, N], by gathered weights: at decode a loop over experts would cost more."""

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..errors import UsageError
 from ..model import MoELayer, find_layers
 from .base import LayerPlan, Rule, Scorer, Slots
-from .execute import grouped, reference
+from .execute import auto, grouped, reference
 
-EXECUTORS: Mapping[str, Callable[..., Tensor]] = {"grouped": grouped, "reference": reference}
+EXECUTORS: Mapping[str, Callable[..., Tensor]] = {"auto": auto, "grouped": grouped, "reference": reference}
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Setting:
     budget: float | Tensor = 1.0
     rule: str = "product"
     scorer: str = "ridge"
-    executor: str = "grouped"
+    executor: str = "auto"
     layers: tuple[float, ...] | None = None
 
     def at(self, layer: int) -> float | Tensor:
@@ -156,7 +156,7 @@ def operating_point(
     k: int | None = None,
     rule: str | None = None,
     scorer: str | None = None,
-    executor: str = "grouped",
+    executor: str = "auto",
 ) -> Iterator[Elastic]:
     """Run everything inside the block at one operating point.
 

@@ -69,6 +69,10 @@ class MoELayer(ABC):
     def activate(self, gate: Tensor | None, up: Tensor) -> Tensor:
         """The family's own gating of pre-activations [S, m]; elementwise over neurons."""
 
+    def activate_joined(self, both: Tensor) -> Tensor:
+        """The same of rows [S, 2m] = [gate | up], or [S, m] where there is no gate."""
+        return self.activate(None, both) if self.gate is None else self.activate(*both.chunk(2, -1))
+
     @abstractmethod
     def install(self, function: ExpertsFn) -> None:
         """Route this layer's expert computation through `function` until `uninstall`."""

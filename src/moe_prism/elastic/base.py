@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class LayerPlan:
     n_sub: int
     gates: int  # r, the first neurons of every block
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    stored: Any = field(default=None, init=False, repr=False)  # of `products.Stored`: where the weights are
 
     @property
     def block(self) -> int:
@@ -47,7 +49,14 @@ class Slots:
 
     def values(self) -> Tensor:
         """[T, k, N]: routing weight x estimated output norm; -1 where there is no expert."""
-        v = self.weight.float().abs()[:, :, None] * self.norms()
+        norms = self.norms()
+        if norms.device.type == "cpu" and self.weight.dtype == norms.dtype == torch.float32:
+            from .marks import slot_values  # compiles on first use
+
+            out = torch.empty(norms.shape)
+            slot_values(self.weight.detach().numpy(), norms.detach().numpy(), self.valid.numpy(), out.numpy())
+            return out
+        v = self.weight.float().abs()[:, :, None] * norms
         return v.masked_fill(~self.valid[:, :, None], -1.0)
 
 

@@ -58,7 +58,8 @@ def grouped(plan: LayerPlan, x: Tensor, index: Tensor, weight: Tensor, keep: Ten
 
 def auto(plan: LayerPlan, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
     """The fastest executor that fits the layer. Shapes as in `reference`."""
-    from .tiled import fits, tiled  # compiles on first use
+    from .products import fits  # compiles on first use
+    from .tiled import tiled
 
     out = tiled(plan, x, index, weight, keep) if fits(plan, x) else None
     return grouped(plan, x, index, weight, keep) if out is None else out

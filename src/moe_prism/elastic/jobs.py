@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from .tiles import LANES, ROWS, add_tile, dot_tile, read, take
 
 Ints = NDArray[np.int64]
-Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 JOB = "void(intp)"
 
@@ -196,38 +195,3 @@ def group(index: Ints, keep: Flags, experts: int) -> tuple[Ints, Ints, Ints, Int
                     rows[place[g]], choices[place[g]] = t, t * k + c
                     place[g] += 1
     return rows, choices, offsets, active, distinct
-
-
-@njit(nogil=True, cache=True)
-def log_norms(products: Floats, gates: Floats, scale: Floats, weight: Floats, index: Ints, out: Floats) -> None:
-    """out [T, k, N] = products[:, :N] + weight's tail . [sqrt(|gates| scale), 1] for every choice.
-
-    products [T k, *], gates [T k, N r], scale [E, N r], weight [E, N, d + N r + 1], index [T, k].
-    """
-    tokens, k, n_sub = out.shape
-    features, last = gates.shape[1], weight.shape[2] - 1
-    energy = np.empty(features, np.float32)
-    for t in range(tokens):
-        for c in range(k):
-            expert, row = index[t, c], t * k + c
-            for g in range(features):
-                energy[g] = np.sqrt(np.abs(gates[row, g]) * scale[expert, g])
-            for n in range(n_sub):
-                total = products[row, n] + weight[expert, n, last]
-                for g in range(features):
-                    total += energy[g] * weight[expert, n, last - features + g]
-                out[t, c, n] = total
-
-
-@njit(nogil=True, cache=True)
-def mark_largest(values: Floats, count: Ints, keep: Flags) -> None:
-    """keep [T, S] = whether a value is among the count[t] largest of values [T, S]; equal values in order."""
-    tokens, slots = values.shape
-    for t in range(tokens):
-        for i in range(slots):
-            value, rank = values[t, i], 0
-            for j in range(i):
-                rank += values[t, j] >= value
-            for j in range(i + 1, slots):
-                rank += values[t, j] > value
-            keep[t, i] = rank < count[t]

@@ -14,7 +14,7 @@ def top_slots(values: Tensor, count: Tensor) -> Tensor:
     """keep [T, k, N]: the count[t] largest of each token's values [T, k, N]; equal values in slot order."""
     flat = values.flatten(1)
     if flat.device.type == "cpu" and flat.dtype == torch.float32 and flat.shape[1] <= FEW:
-        from .jobs import mark_largest  # compiles on first use
+        from .marks import mark_largest  # compiles on first use
 
         keep = torch.empty(flat.shape, dtype=torch.bool)
         mark_largest(flat.detach().numpy(), count.numpy(), keep.numpy())

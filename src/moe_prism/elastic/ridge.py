@@ -93,23 +93,39 @@ class Ridge(Scorer):
         self.scale = gate_scale(plan)
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
-        if self._fast(x):
-            from .tiled import predict
+        from .products import fits  # compiles on first use
 
-            return predict(self.plan, self.weight, self.scale, x, index)
+        if self.plan.layer.up_bias is None and fits(self.plan, x):
+            return self._tiled(x, index)
         if index.numel() <= FEW:
             return self._few(x.repeat_interleave(index.shape[1], 0), index.reshape(-1)).view(*index.shape, -1)
 
-        def of_expert(expert: int, tokens: Tensor) -> Tensor:
+        def predict(expert: int, tokens: Tensor) -> Tensor:
             z = features(self.plan, x[tokens], expert, self.scale[expert])
             return (z @ self.weight[expert].T).clamp(max=CEILING).exp()
 
-        return per_expert(index, self.plan.layer.num_experts, of_expert, self.plan.n_sub)
+        return per_expert(index, self.plan.layer.num_experts, predict, self.plan.n_sub)
 
-    def _fast(self, x: Tensor) -> bool:
-        from .tiled import fits  # compiles on first use
+    def _tiled(self, x: Tensor, index: Tensor) -> Tensor:
+        """By the compiled jobs: predictor rows and gate neurons are columns of one product, grouped by expert."""
+        from .marks import predicted_norms
+        from .products import Groups, Matrix, Part, Span, Stored, dot
 
-        return fits(self.plan, x) and self.plan.layer.up_bias is None
+        n, r, block = self.plan.n_sub, self.plan.gates, self.plan.block
+        groups = Groups.of(index, torch.ones(*index.shape, 1, dtype=torch.bool), self.plan.layer.num_experts)
+        span = Span(0, len(groups.active), 0, index.numel())
+        first = Stored.of(self.plan).first
+        x = x if x.stride(1) == 1 else x.contiguous()
+        linear = torch.empty(index.numel(), n)
+        dot(x, groups, span, [Part(Matrix.of(self.weight), 0)], 0, n, 1, linear, groups.choice)
+        gates = torch.empty(index.numel(), len(first) * n * r)
+        parts = [Part(matrix, i * n * r + g, r, g) for i, matrix in enumerate(first) for g in range(r)]
+        dot(x, groups, span, parts, 0, n, block, gates, groups.choice)
+        active = self.plan.layer.activate_joined(gates) if r else gates
+        norms = torch.empty(*index.shape, n)
+        scale, weight = self.scale.view(-1, n * r).numpy(), self.weight.numpy()
+        predicted_norms(linear.numpy(), active.numpy(), scale, weight, index.numpy(), CEILING, norms.numpy())
+        return norms
 
     def _few(self, x: Tensor, experts: Tensor) -> Tensor:
         """Rows x [S, d] with one expert [S] each -> [S, N], by gathered weights: at decode a loop over experts would cost more."""

@@ -93,6 +93,8 @@ class ElasticLayer:
         return self._rules[name]
 
     def _count(self, index: Tensor, keep: Tensor | None) -> None:
+        if not self.elastic.counting:
+            return
         self.counter.tokens += index.shape[0]
         self.counter.chosen += index.numel()
         self.counter.touched += index.numel() if keep is None else int(keep.any(2).sum())
@@ -100,12 +102,16 @@ class ElasticLayer:
 
 
 class Elastic:
-    """The elastic state of a model: `layers`, the current `setting`; `always_split` sends even full budget down the split path."""
+    """The elastic state of a model: `layers`, the current `setting`; `always_split` sends even full budget down the split path.
+
+    `counting`: whether the layers' counters run. They are for measuring costs; generation does not pay for them.
+    """
 
     def __init__(self, model: Any, plans: Sequence[LayerPlan]) -> None:
         self.model = model
         self.setting = Setting()
         self.always_split = False
+        self.counting = False
         # what a weight costs on the machine that serves; compute may use a wider type (float32 on a CPU)
         self.stored_bytes_per_weight = plans[0].layer.up.element_size()
         self.layers = [ElasticLayer(plan, self) for plan in plans]

@@ -7,12 +7,11 @@ operation, waiting for the next. So the job is handed to that pool, through the 
 from __future__ import annotations
 
 import ctypes
+from array import array
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 SMALL = 1 << 21  # multiplications that are over before a second thread has woken up
 
@@ -33,14 +32,21 @@ def can_share() -> bool:
     return torch.get_num_threads() == 1 or _fork() is not None
 
 
-def run(job: Any, values: list[int], work: int) -> None:
-    """Run a numba cfunc over a job array: a unit counter, then `values`. work: multiplications in all.
+@cache
+def _direct(job: Any) -> Any:
+    """The job as a Python function; numba makes a new one at every access."""
+    return job.ctypes
 
-    The arrays behind the addresses in `values` must be kept alive by the caller.
+
+def run(job: Any, values: list[int], work: int) -> None:
+    """Run a numba cfunc over a job array: the unit counter, then `values`. work: multiplications in all.
+
+    The memory that `values` point into must be kept alive by the caller.
     """
-    array: NDArray[np.int64] = np.array([0, *values], np.int64)
+    numbers = array("q", [0, *values])
+    address, _ = numbers.buffer_info()
     threads = 1 if work < SMALL else torch.get_num_threads()
     if threads == 1:
-        job.ctypes(array.ctypes.data)
+        _direct(job)(address)
     else:
-        _fork()(job.address, array.ctypes.data, threads, 0)
+        _fork()(job.address, address, threads, 0)

@@ -91,6 +91,10 @@ class MoELayer(ABC):
     def arrange(self) -> None:  # noqa: B027 - most storage needs nothing
         """Lay the weights out so that a block of neurons is contiguous in every matrix. Values and shapes stay."""
 
+    def storage(self) -> tuple[int, ...]:
+        """The addresses of the weights: different once they have been moved, converted or arranged."""
+        return tuple(p.data_ptr() for p in self.module.parameters())
+
     def native(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The same by the implementation the model would use without us: what full budget costs."""
         return self.stock(x, index, weight)

@@ -50,14 +50,19 @@ class Slots:
     def values(self) -> Tensor:
         """[T, k, N]: routing weight x estimated output norm; -1 where there is no expert."""
         norms = self.norms()
-        if norms.device.type == "cpu" and self.weight.dtype == norms.dtype == torch.float32:
+        if is_compiled(norms, self.weight):
             from .marks import slot_values  # compiles on first use
 
             out = torch.empty(norms.shape)
-            slot_values(self.weight.detach().numpy(), norms.detach().numpy(), self.valid.numpy(), out.numpy())
+            slot_values(self.weight.numpy(), norms.numpy(), self.valid.numpy(), out.numpy())
             return out
         v = self.weight.float().abs()[:, :, None] * norms
         return v.masked_fill(~self.valid[:, :, None], -1.0)
+
+
+def is_compiled(*tensors: Tensor) -> bool:
+    """Whether the functions of `marks.py` take these: float32 on a CPU, no gradients."""
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" and not t.requires_grad for t in tensors)
 
 
 class Scorer(ABC):

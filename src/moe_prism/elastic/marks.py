@@ -20,7 +20,7 @@ def predicted_norms(
 ) -> None:
     """out [T, k, N] = exp(linear + weight's tail . [sqrt(|gates| scale), 1]) for every choice.
 
-    linear [T k, N], gates [T k, N r], scale [E, N r], weight [E, N, d + N r + 1], index [T, k]; ceiling of the exponent.
+    linear [T k, N or more], gates [T k, N r], scale [E, N r], weight [E, N, d + N r + 1], index [T, k]; ceiling of the exponent.
     """
     tokens, k, n_sub = out.shape
     features, last = gates.shape[1], weight.shape[2] - 1
@@ -48,17 +48,20 @@ def slot_values(weight: Floats, norms: Floats, valid: Flags, out: Floats) -> Non
 
 
 @njit(nogil=True, cache=True)
-def mark_largest(values: Floats, count: Ints, keep: Flags) -> None:
-    """keep [T, S] = whether a value is among the count[t] largest of values [T, S]; equal values in order."""
-    tokens, slots = values.shape
+def mark_largest(values: Floats, budget: Floats, valid: Flags, keep: Flags) -> None:
+    """keep [T, k, N]: the K largest values of a token, equal ones in order; K = budget x valid slots, rounded half to even, >= 1."""
+    tokens, k, n_sub = values.shape
+    flat, marks = values.reshape(tokens, k * n_sub), keep.reshape(tokens, k * n_sub)
     for t in range(tokens):
-        for i in range(slots):
-            value, rank = values[t, i], 0
+        total = valid[t].sum() * n_sub
+        count = min(total, max(1, int(np.rint(budget[t] * np.float32(total)))))
+        for i in range(k * n_sub):
+            value, rank = flat[t, i], 0
             for j in range(i):
-                rank += values[t, j] >= value
-            for j in range(i + 1, slots):
-                rank += values[t, j] > value
-            keep[t, i] = rank < count[t]
+                rank += flat[t, j] >= value
+            for j in range(i + 1, k * n_sub):
+                rank += flat[t, j] > value
+            marks[t, i] = rank < count
 
 
 @njit(nogil=True, cache=True)

@@ -103,18 +103,19 @@ class Span:
 
 @dataclass(frozen=True)
 class Part:
-    """Row `start` + j of every block of `matrix` gives column `column` + j * `step` of a result."""
+    """Rows `start`, start + `jump`, ... of every block of `matrix` give columns `column`, column + `step`, ... of a result."""
 
     matrix: Matrix
     column: int
-    step: int = 1
     start: int = 0
+    step: int = 1
+    jump: int = 1
 
 
 def dot(
-    x: Tensor, groups: Groups, span: Span, parts: Sequence[Part], block: int, columns: int, jump: int, out: Tensor, target: Tensor
+    x: Tensor, groups: Groups, span: Span, parts: Sequence[Part], block: int, columns: int, out: Tensor, target: Tensor
 ) -> None:
-    """out[target[s], part.column + j * part.step] = x[row[s]] . matrix[expert, n * block + part.start + j * jump], for j < columns.
+    """out[target[s], part.column + j * part.step] = x[row[s]] . matrix[expert, n * block + part.start + j * part.jump], j < columns.
 
     For the slots s of a span (target counts from its first one). x [T, d], out [*, *]: float32, contiguous rows.
     """
@@ -123,7 +124,7 @@ def dot(
     values += [groups.n_sub, columns, len(parts)]
     for p in parts:
         m = p.matrix
-        values += [m.address + 4 * p.start * m.row, m.expert, block * m.row, jump * m.row, p.column, p.step]
+        values += [m.address + 4 * p.start * m.row, m.expert, block * m.row, p.jump * m.row, p.column, p.step]
     team.run(dot_job, values, (span.end - span.begin) * columns * x.shape[1] * len(parts))
 
 

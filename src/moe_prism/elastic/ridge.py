@@ -111,20 +111,19 @@ class Ridge(Scorer):
         from .marks import predicted_norms
         from .products import Groups, Matrix, Part, Span, Stored, dot
 
-        n, r, block = self.plan.n_sub, self.plan.gates, self.plan.block
-        groups = Groups.of(index, torch.ones(*index.shape, 1, dtype=torch.bool), self.plan.layer.num_experts)
-        span = Span(0, len(groups.active), 0, index.numel())
+        n, r, layer = self.plan.n_sub, self.plan.gates, self.plan.layer
+        groups = Groups.of(index, torch.ones(*index.shape, 1, dtype=torch.bool), layer.num_experts)
         first = Stored.of(self.plan).first
-        x = x if x.stride(1) == 1 else x.contiguous()
-        linear = torch.empty(index.numel(), n)
-        dot(x, groups, span, [Part(Matrix.of(self.weight), 0)], 0, n, 1, linear, groups.choice)
-        gates = torch.empty(index.numel(), len(first) * n * r)
-        parts = [Part(matrix, i * n * r + g, r, g) for i, matrix in enumerate(first) for g in range(r)]
-        dot(x, groups, span, parts, 0, n, block, gates, groups.choice)
-        active = self.plan.layer.activate_joined(gates) if r else gates
+        parts = [Part(Matrix.of(self.weight), 0)]
+        parts += [
+            Part(matrix, n + i * n * r + g, start=g, step=r, jump=self.plan.block) for i, matrix in enumerate(first) for g in range(r)
+        ]
+        products = torch.empty(index.numel(), n + len(first) * n * r)
+        dot(x if x.stride(1) == 1 else x.contiguous(), groups, Span(0, len(groups.active), 0, index.numel()), parts, 0, n, products, groups.choice)
+        gates = layer.activate_joined(products[:, n:]) if r else products[:, n:]
         norms = torch.empty(*index.shape, n)
         scale, weight = self.scale.view(-1, n * r).numpy(), self.weight.numpy()
-        predicted_norms(linear.numpy(), active.numpy(), scale, weight, index.numpy(), CEILING, norms.numpy())
+        predicted_norms(products.numpy(), gates.numpy(), scale, weight, index.numpy(), CEILING, norms.numpy())
         return norms
 
     def _few(self, x: Tensor, experts: Tensor) -> Tensor:

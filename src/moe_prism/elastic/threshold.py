@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import LayerPlan, Rule, Slots
+from .base import LayerPlan, Rule, Slots, is_compiled
 from .product import top_slots
 
 LEVELS = 129  # quantiles stored per layer
@@ -53,7 +53,7 @@ class Threshold(Rule):
 
     def keep(self, slots: Slots, budget: Tensor) -> Tensor:
         values = slots.values()
-        if values.device.type == "cpu" and values.dtype == budget.dtype == torch.float32:
+        if is_compiled(values, budget):
             from .marks import mark_above  # compiles on first use
 
             keep = torch.empty(values.shape, dtype=torch.bool)

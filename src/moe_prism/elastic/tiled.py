@@ -25,7 +25,7 @@ def tiled(plan: LayerPlan, x: Tensor, index: Tensor, weight: Tensor, keep: Tenso
     for span in groups.spans(PIECE // width):
         slots = span.end - span.begin
         pre = torch.empty(slots, width)
-        dot(x, groups, span, parts, m, m, 1, pre, torch.arange(slots))
+        dot(x, groups, span, parts, m, m, pre, torch.arange(slots))
         if layer.up_bias is not None:
             pre += _biases(plan, groups, span)
         a = layer.activate_joined(pre).mul_(factor[span.begin : span.end])

@@ -58,10 +58,9 @@ def grouped(plan: LayerPlan, x: Tensor, index: Tensor, weight: Tensor, keep: Ten
 
 def auto(plan: LayerPlan, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
     """The fastest executor that fits the layer. Shapes as in `reference`."""
-    from .products import fits  # compiles on first use
-    from .tiled import tiled
+    from .tiled import tiled  # compiles on first use
 
-    out = tiled(plan, x, index, weight, keep) if fits(plan, x) else None
+    out = tiled(plan, x, index, weight, keep)
     return grouped(plan, x, index, weight, keep) if out is None else out
 
 

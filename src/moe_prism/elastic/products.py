@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,7 @@ from .tiles import LANES
 ALIGN = 64  # columns: strips of an output row end on a cache line
 
 
-@dataclass(frozen=True)
-class Matrix:
+class Matrix(NamedTuple):
     """Where a weight [E, rows, depth] lies, its last dimension contiguous: address, and strides in elements. `tensor` keeps it alive."""
 
     address: int
@@ -30,12 +30,22 @@ class Matrix:
         return cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor)
 
 
+class Part(NamedTuple):
+    """Rows `start`, start + `jump`, ... of every block of `matrix` give columns `column`, column + `step`, ... of a result."""
+
+    matrix: Matrix
+    column: int
+    start: int = 0
+    step: int = 1
+    jump: int = 1
+
+
 @dataclass(frozen=True)
 class Stored:
     """A layer's weights as the jobs take them, until they move: `key` is `MoELayer.storage()` of that time."""
 
     key: tuple[int, ...]
-    first: tuple[Matrix, ...]  # gate and up, or up alone: [E, f, d]
+    first: tuple[Part, ...]  # gate and up, or up alone, [E, f, d], one block's pre-activations beside the other's
     down: Matrix  # [E, f, d]
     ready: bool  # float32 on a CPU, neuron by neuron, rows of whole vectors
 
@@ -47,20 +57,29 @@ class Stored:
             ready = LANES > 0 and layer.hidden % LANES == 0
             ready &= all(w.device.type == "cpu" and w.dtype == torch.float32 and w.stride(2) == 1 for w in rows)
             *first, down = map(Matrix.of, rows)
-            plan.stored = cls(key, tuple(first), down, ready)
-        return plan.stored
+            plan.stored = cls(key, tuple(Part(m, i * plan.block) for i, m in enumerate(first)), down, ready)
+        return plan.stored  # type: ignore[no-any-return]
 
 
-def fits(plan: LayerPlan, x: Tensor) -> bool:
-    """Whether the jobs can compute this layer for rows x: stored as `MoELayer.arrange` leaves it, and nobody asks for gradients."""
+def usable(plan: LayerPlan, x: Tensor) -> Stored | None:
+    """The weights, if the jobs can take them and rows x: stored as `MoELayer.arrange` leaves them, and nobody asks for gradients."""
     stored = Stored.of(plan)
     if not (stored.ready and x.dtype == torch.float32 and x.device.type == "cpu" and team.can_share()):
-        return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or plan.layer.up.requires_grad))
+        return None
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or plan.layer.up.requires_grad)
+    return None if needs_gradient else stored
 
 
-@dataclass(frozen=True)
-class Groups:
+class Span(NamedTuple):
+    """Active groups first..last - 1, whose slots are begin..end - 1."""
+
+    first: int
+    last: int
+    begin: int
+    end: int
+
+
+class Groups(NamedTuple):
     """Slots sorted by sub-expert, then token. row, choice [S]; offset [E N + 1]; active: the groups that have slots."""
 
     row: Tensor
@@ -73,15 +92,18 @@ class Groups:
     @classmethod
     def of(cls, index: Tensor, keep: Tensor, experts: int) -> Groups:
         """index [T, k], keep [T, k, N] bool. `distinct`: no token has an expert twice."""
-        *arrays, distinct = group(index.contiguous().numpy(), keep.contiguous().numpy(), experts)
-        row, choice, offset, active = (torch.from_numpy(a) for a in arrays)
-        return cls(row, choice, offset, active, keep.shape[2], distinct)
+        row, choice, offset, active, distinct = group(index.contiguous().numpy(), keep.contiguous().numpy(), experts)
+        whole = torch.from_numpy
+        return cls(whole(row), whole(choice), whole(offset), whole(active), keep.shape[2], distinct)
+
+    @property
+    def all(self) -> Span:
+        return Span(0, len(self.active), 0, len(self.row))
 
     def spans(self, limit: int) -> Iterator[Span]:
         """Runs of at most `limit` slots, or of one group."""
-        slots = len(self.row)
-        if slots <= limit:
-            yield Span(0, len(self.active), 0, slots)
+        if len(self.row) <= limit:
+            yield self.all
             return
         ends = self.offset[self.active + 1].tolist()
         first, begin = 0, 0
@@ -89,27 +111,6 @@ class Groups:
             if at == len(ends) or ends[at] - begin > limit:
                 yield Span(first, at, begin, end)
                 first, begin = at, end
-
-
-@dataclass(frozen=True)
-class Span:
-    """Active groups first..last - 1, whose slots are begin..end - 1."""
-
-    first: int
-    last: int
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows `start`, start + `jump`, ... of every block of `matrix` give columns `column`, column + `step`, ... of a result."""
-
-    matrix: Matrix
-    column: int
-    start: int = 0
-    step: int = 1
-    jump: int = 1
 
 
 def dot(

@@ -7,10 +7,15 @@ dropped: norms fitted directly come out negative for weak blocks, tie at zero, a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .base import LayerPlan, Scorer, gate_activations, gate_activations_each, per_expert
+
+if TYPE_CHECKING:
+    from .products import Stored
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared feature; the best on a held-out fifth of the sample is used
 MIN_TOKENS = 16  # below this only the mean is known
@@ -93,10 +98,11 @@ class Ridge(Scorer):
         self.scale = gate_scale(plan)
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
-        from .products import fits  # compiles on first use
+        from .products import usable  # compiles on first use
 
-        if self.plan.layer.up_bias is None and fits(self.plan, x):
-            return self._tiled(x, index)
+        stored = usable(self.plan, x)
+        if stored is not None and self.plan.layer.up_bias is None:
+            return self._tiled(x, index, stored)
         if index.numel() <= FEW:
             return self._few(x.repeat_interleave(index.shape[1], 0), index.reshape(-1)).view(*index.shape, -1)
 
@@ -106,20 +112,18 @@ class Ridge(Scorer):
 
         return per_expert(index, self.plan.layer.num_experts, predict, self.plan.n_sub)
 
-    def _tiled(self, x: Tensor, index: Tensor) -> Tensor:
+    def _tiled(self, x: Tensor, index: Tensor, stored: Stored) -> Tensor:
         """By the compiled jobs: predictor rows and gate neurons are columns of one product, grouped by expert."""
         from .marks import predicted_norms
-        from .products import Groups, Matrix, Part, Span, Stored, dot
+        from .products import Groups, Matrix, Part, dot
 
         n, r, layer = self.plan.n_sub, self.plan.gates, self.plan.layer
-        groups = Groups.of(index, torch.ones(*index.shape, 1, dtype=torch.bool), layer.num_experts)
-        first = Stored.of(self.plan).first
         parts = [Part(Matrix.of(self.weight), 0)]
-        parts += [
-            Part(matrix, n + i * n * r + g, start=g, step=r, jump=self.plan.block) for i, matrix in enumerate(first) for g in range(r)
-        ]
-        products = torch.empty(index.numel(), n + len(first) * n * r)
-        dot(x if x.stride(1) == 1 else x.contiguous(), groups, Span(0, len(groups.active), 0, index.numel()), parts, 0, n, products, groups.choice)
+        for i, (matrix, *_) in enumerate(stored.first):
+            parts += [Part(matrix, n + i * n * r + g, g, r, self.plan.block) for g in range(r)]
+        groups = Groups.of(index, torch.ones(*index.shape, 1, dtype=torch.bool), layer.num_experts)
+        products = torch.empty(index.numel(), n + len(stored.first) * n * r)
+        dot(x if x.stride(1) == 1 else x.contiguous(), groups, groups.all, parts, 0, n, products, groups.choice)
         gates = layer.activate_joined(products[:, n:]) if r else products[:, n:]
         norms = torch.empty(*index.shape, n)
         scale, weight = self.scale.view(-1, n * r).numpy(), self.weight.numpy()

@@ -62,7 +62,7 @@ class ElasticLayer:
         if setting.is_full(self.plan.layer.index) and not self.elastic.always_split:
             self._count(index, None)
             return self.plan.layer.native(x, index, weight)
-        valid = (index >= 0) & (index < self.plan.layer.num_experts)
+        valid = index.clamp(0, self.plan.layer.num_experts - 1) == index
         keep = self.select(x, index, weight, valid, setting)
         self._count(index, keep)
         return EXECUTORS[setting.executor](self.plan, x, index, weight, keep)

@@ -6,26 +6,27 @@ import torch
 from torch import Tensor
 
 from .base import LayerPlan
-from .products import Groups, Part, Span, Stored, add, dot
+from .products import Groups, Span, add, dot, usable
 
 PIECE = 1 << 20  # pre-activations computed before they are used, so that they are still in the cache then
 
 
 def tiled(plan: LayerPlan, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor | None:
-    """As `execute.reference`, for a layer that `fits`. None if a token has one expert twice: two slots of a group would share a row."""
-    layer, stored, m = plan.layer, Stored.of(plan), plan.block
+    """As `execute.reference`. None where the layer is not `usable`, or a token has an expert twice: slots of a group would share a row."""
+    layer, stored, m = plan.layer, usable(plan, x), plan.block
+    if stored is None:
+        return None
     groups = Groups.of(index, keep, layer.num_experts)
     if not groups.distinct:
         return None
     x = x if x.stride(1) == 1 else x.contiguous()
-    parts = [Part(matrix, i * m) for i, matrix in enumerate(stored.first)]
     factor = weight.reshape(-1)[groups.choice].unsqueeze(1)
-    width = len(parts) * m
+    width = len(stored.first) * m
     out = torch.zeros(x.shape)
     for span in groups.spans(PIECE // width):
         slots = span.end - span.begin
         pre = torch.empty(slots, width)
-        dot(x, groups, span, parts, m, m, pre, torch.arange(slots))
+        dot(x, groups, span, stored.first, m, m, pre, torch.arange(slots))
         if layer.up_bias is not None:
             pre += _biases(plan, groups, span)
         a = layer.activate_joined(pre).mul_(factor[span.begin : span.end])

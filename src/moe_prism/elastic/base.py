@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class LayerPlan:
     n_sub: int
     gates: int  # r, the first neurons of every block
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    stored: Any = field(default=None, init=False, repr=False)  # of `products.Stored`: where the weights are
 
     @property
     def block(self) -> int:
@@ -48,8 +50,20 @@ class Slots:
 
     def values(self) -> Tensor:
         """[T, k, N]: routing weight x estimated output norm; -1 where there is no expert."""
-        v = self.weight.float().abs()[:, :, None] * self.norms()
+        norms = self.norms()
+        if is_compiled(norms, self.weight):
+            from .marks import slot_values  # compiles on first use
+
+            out = torch.empty(norms.shape)
+            slot_values(self.weight.numpy(), norms.numpy(), self.valid.numpy(), out.numpy())
+            return out
+        v = self.weight.float().abs()[:, :, None] * norms
         return v.masked_fill(~self.valid[:, :, None], -1.0)
+
+
+def is_compiled(*tensors: Tensor) -> bool:
+    """Whether the functions of `marks.py` take these: float32 on a CPU, no gradients."""
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" and not t.requires_grad for t in tensors)
 
 
 class Scorer(ABC):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Rule, Slots
+from .base import Rule, Slots, is_compiled
+
+FEW = 64  # slots of a token up to which counting the larger ones beats a sort
 
 
 def top_slots(values: Tensor, count: Tensor) -> Tensor:
@@ -20,4 +22,11 @@ class Product(Rule):
     """value = routing weight x estimated output norm; any K, per token."""
 
     def keep(self, slots: Slots, budget: Tensor) -> Tensor:
-        return top_slots(slots.values(), self.count(slots, budget)) & slots.valid[:, :, None]
+        values = slots.values()
+        if is_compiled(values, budget) and values[0].numel() <= FEW:
+            from .marks import mark_largest  # compiles on first use
+
+            keep = torch.empty(values.shape, dtype=torch.bool)
+            mark_largest(values.numpy(), budget.numpy(), slots.valid.numpy(), keep.numpy())
+            return keep
+        return top_slots(values, self.count(slots, budget)) & slots.valid[:, :, None]

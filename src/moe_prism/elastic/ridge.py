@@ -7,10 +7,15 @@ dropped: norms fitted directly come out negative for weak blocks, tie at zero, a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .base import LayerPlan, Scorer, gate_activations, gate_activations_all, gate_activations_each, of_choices, per_expert
+
+if TYPE_CHECKING:
+    from .products import Stored
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared feature; the best on a held-out fifth of the sample is used
 MIN_TOKENS = 16  # below this only the mean is known
@@ -92,6 +97,11 @@ class Ridge(Scorer):
         self.scale = gate_scale(plan)
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
+        from .products import usable  # compiles on first use
+
+        stored = usable(self.plan, x)
+        if stored is not None and self.plan.layer.up_bias is None:
+            return self._tiled(x, index, stored)
         if index.numel() <= FEW:
             return self._few(x.repeat_interleave(index.shape[1], 0), index.reshape(-1)).view(*index.shape, -1)
         if x.device.type != "cpu":
@@ -102,6 +112,24 @@ class Ridge(Scorer):
             return (z @ self.weight[expert].T).clamp(max=CEILING).exp()
 
         return per_expert(index, self.plan.layer.num_experts, predict, self.plan.n_sub)
+
+    def _tiled(self, x: Tensor, index: Tensor, stored: Stored) -> Tensor:
+        """By the compiled jobs: predictor rows and gate neurons are columns of one product, grouped by expert."""
+        from .marks import predicted_norms
+        from .products import Groups, Matrix, Part, dot
+
+        n, r, layer = self.plan.n_sub, self.plan.gates, self.plan.layer
+        parts = [Part(Matrix.of(self.weight), 0)]
+        for i, (matrix, *_) in enumerate(stored.first):
+            parts += [Part(matrix, n + i * n * r + g, g, r, self.plan.block) for g in range(r)]
+        groups = Groups.of(index, torch.ones(*index.shape, 1, dtype=torch.bool), layer.num_experts)
+        products = torch.empty(index.numel(), n + len(stored.first) * n * r)
+        dot(x if x.stride(1) == 1 else x.contiguous(), groups, groups.all, parts, 0, n, products, groups.choice)
+        gates = layer.activate_joined(products[:, n:]) if r else products[:, n:]
+        norms = torch.empty(*index.shape, n)
+        scale, weight = self.scale.view(-1, n * r).numpy(), self.weight.numpy()
+        predicted_norms(products.numpy(), gates.numpy(), scale, weight, index.numpy(), CEILING, norms.numpy())
+        return norms
 
     def _few(self, x: Tensor, experts: Tensor) -> Tensor:
         """Rows x [S, d] with one expert [S] each -> [S, N], by gathered weights: at decode a loop over experts would cost more."""

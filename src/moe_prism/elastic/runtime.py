@@ -14,9 +14,10 @@ from ..errors import UsageError
 from ..model import MoELayer, find_layers
 from . import triton_run
 from .base import LayerPlan, Rule, Scorer, Slots
-from .execute import grouped, reference
+from .execute import auto, grouped, reference
 
 EXECUTORS: Mapping[str, Callable[..., Tensor]] = {
+    "auto": auto,
     "grouped": grouped,
     "reference": reference,
     "triton": triton_run.deterministic,
@@ -31,7 +32,7 @@ class Setting:
     budget: float | Tensor = 1.0
     rule: str = "product"
     scorer: str = "ridge"
-    executor: str = "grouped"
+    executor: str = "auto"
     layers: tuple[float, ...] | None = None
 
     def at(self, layer: int) -> float | Tensor:
@@ -89,11 +90,11 @@ class ElasticLayer:
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         setting = self.elastic.setting
         if setting.is_full(self.plan.layer.index) and not self.elastic.always_split:
-            self.counter.add(index, None, self.plan.n_sub)
+            self._count(index, None)
             return self.plan.layer.native(x, index, weight)
-        valid = (index >= 0) & (index < self.plan.layer.num_experts)
+        valid = index.clamp(0, self.plan.layer.num_experts - 1) == index
         keep = self.select(x, index, weight, valid, setting)
-        self.counter.add(index, keep, self.plan.n_sub)
+        self._count(index, keep)
         return EXECUTORS[setting.executor](self.plan, x, index, weight, keep)
 
     def select(self, x: Tensor, index: Tensor, weight: Tensor, valid: Tensor, setting: Setting) -> Tensor:
@@ -106,6 +107,10 @@ class ElasticLayer:
 
         slots = Slots(x, index, weight, valid, self.plan.n_sub, norms)
         return self.rule(setting.rule).keep(slots, _per_token(setting.at(self.plan.layer.index), x))
+
+    def _count(self, index: Tensor, keep: Tensor | None) -> None:
+        if self.elastic.counting:
+            self.counter.add(index, keep, self.plan.n_sub)
 
     def scorer(self, name: str) -> Scorer:
         from . import scorers
@@ -123,12 +128,16 @@ class ElasticLayer:
 
 
 class Elastic:
-    """The elastic state of a model: `layers`, the current `setting`; `always_split` sends even full budget down the split path."""
+    """The elastic state of a model: `layers`, the current `setting`; `always_split` sends even full budget down the split path.
+
+    `counting`: whether the layers' counters run. They are for measuring costs; generation does not pay for them.
+    """
 
     def __init__(self, model: Any, plans: Sequence[LayerPlan]) -> None:
         self.model = model
         self.setting = Setting()
         self.always_split = False
+        self.counting = False
         # what a weight costs on the machine that serves; compute may use a wider type (float32 on a CPU)
         self.stored_bytes_per_weight = plans[0].layer.up.element_size()
         self.layers = [ElasticLayer(plan, self) for plan in plans]
@@ -179,7 +188,7 @@ def operating_point(
     k: int | None = None,
     rule: str | None = None,
     scorer: str | None = None,
-    executor: str = "grouped",
+    executor: str = "auto",
 ) -> Iterator[Elastic]:
     """Run everything inside the block at one operating point.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import LayerPlan, Rule, Slots
+from .base import LayerPlan, Rule, Slots, is_compiled
 from .product import top_slots
 
 LEVELS = 129  # quantiles stored per layer
@@ -53,6 +53,12 @@ class Threshold(Rule):
 
     def keep(self, slots: Slots, budget: Tensor) -> Tensor:
         values = slots.values()
+        if is_compiled(values, budget):
+            from .marks import mark_above  # compiles on first use
+
+            keep = torch.empty(values.shape, dtype=torch.bool)
+            mark_above(values.numpy(), self.levels.numpy(), budget.numpy(), slots.valid.numpy(), keep.numpy())
+            return keep
         position = budget.clamp(0, 1) * (LEVELS - 1)
         low = position.floor().long()
         level = torch.lerp(self.levels[low], self.levels[(low + 1).clamp(max=LEVELS - 1)], position - low)

@@ -58,7 +58,8 @@ def measure(
     """Run every setting over ids [n, length] against the full model. The source's log-probabilities exist for one batch at a time."""
     qualities = [Quality() for _ in settings]
     costs: list[_Sum] = [_Sum() for _ in settings]
-    before = elastic.setting
+    before, counting = elastic.setting, elastic.counting
+    elastic.counting = True
     try:
         for start in range(0, len(ids), batch):
             rows = ids[start : start + batch].to(model.device)
@@ -73,7 +74,7 @@ def measure(
             if progress:
                 progress(min(start + batch, len(ids)), len(ids))
     finally:
-        elastic.setting = before
+        elastic.setting, elastic.counting = before, counting
     return [(q, c.mean()) for q, c in zip(qualities, costs, strict=True)]
 
 

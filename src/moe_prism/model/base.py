@@ -69,6 +69,10 @@ class MoELayer(ABC):
     def activate(self, gate: Tensor | None, up: Tensor) -> Tensor:
         """The family's own gating of pre-activations [S, m]; elementwise over neurons."""
 
+    def activate_joined(self, both: Tensor) -> Tensor:
+        """The same of rows [S, 2m] = [gate | up], or [S, m] where there is no gate."""
+        return self.activate(None, both) if self.gate is None else self.activate(*both.chunk(2, -1))
+
     @abstractmethod
     def install(self, function: ExpertsFn) -> None:
         """Route this layer's expert computation through `function` until `uninstall`."""
@@ -86,6 +90,10 @@ class MoELayer(ABC):
 
     def arrange(self) -> None:  # noqa: B027 - most storage needs nothing
         """Lay the weights out so that a block of neurons is contiguous in every matrix. Values and shapes stay."""
+
+    def storage(self) -> tuple[int, ...]:
+        """The addresses of the weights: different once they have been moved, converted or arranged."""
+        return tuple(p.data_ptr() for p in self.module.parameters())
 
     def native(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The same by the implementation the model would use without us: what full budget costs."""

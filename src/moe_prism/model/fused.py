@@ -81,6 +81,11 @@ class FusedLayer(MoELayer):
         both = torch.cat([gate, up], -1) if self.layout.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
         return self.module._apply_gate(both)  # type: ignore[no-any-return, operator]
 
+    def activate_joined(self, both: Tensor) -> Tensor:
+        if self.layout.has_gate and self.layout.is_concatenated:
+            return self.module._apply_gate(both)  # type: ignore[no-any-return, operator]
+        return super().activate_joined(both)
+
     def install(self, function: ExpertsFn) -> None:
         hook.install(self.module, function)
 
@@ -88,13 +93,16 @@ class FusedLayer(MoELayer):
         hook.uninstall(self.module)
 
     def arrange(self) -> None:
-        """`down_proj` [E, d, f] keeps its shape but is stored neuron by neuron: a block's columns are then one piece of memory.
+        """Every weight keeps its shape but is stored neuron by neuron: a block of neurons is then one piece of memory.
 
         Measured on a CPU (benchmarks/layer.py): the stock layer gains a quarter as well.
         """
-        if not self.layout.is_transposed:
-            parameter: Tensor = self.module.down_proj  # type: ignore[assignment]
-            parameter.data = parameter.data.transpose(1, 2).contiguous().transpose(1, 2)
+        first = "gate_up_proj" if self.layout.has_gate else "up_proj"
+        parameter: Tensor = getattr(self.module, first if self.layout.is_transposed else "down_proj")
+        parameter.data = parameter.data.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def storage(self) -> tuple[int, ...]:
+        return self._first().data_ptr(), self.module.down_proj.data_ptr()  # type: ignore[union-attr, operator]
 
     def native(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         return hook.native(self.module, x, index, weight)

@@ -1,0 +1,86 @@
+"""Selection in one pass over the slots of a batch: what a dozen small tensor operations per layer would otherwise do on a CPU.
+
+Shapes as in `base.py`; every function has its tensor form beside its caller, which is what other devices run.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Flags = NDArray[np.bool_]
+
+
+@njit(nogil=True, cache=True)
+def predicted_norms(
+    linear: Floats, gates: Floats, scale: Floats, weight: Floats, index: Ints, ceiling: float, out: Floats
+) -> None:
+    """out [T, k, N] = exp(linear + weight's tail . [sqrt(|gates| scale), 1]) for every choice.
+
+    linear [T k, N or more], gates [T k, N r], scale [E, N r], weight [E, N, d + N r + 1], index [T, k]; ceiling of the exponent.
+    """
+    tokens, k, n_sub = out.shape
+    features, last = gates.shape[1], weight.shape[2] - 1
+    energy = np.empty(features, np.float32)
+    for t in range(tokens):
+        for c in range(k):
+            expert, row = index[t, c], t * k + c
+            for g in range(features):
+                energy[g] = np.sqrt(np.abs(gates[row, g]) * scale[expert, g])
+            for n in range(n_sub):
+                total = linear[row, n] + weight[expert, n, last]
+                for g in range(features):
+                    total += energy[g] * weight[expert, n, last - features + g]
+                out[t, c, n] = np.exp(min(total, np.float32(ceiling)))
+
+
+@njit(nogil=True, cache=True)
+def slot_values(weight: Floats, norms: Floats, valid: Flags, out: Floats) -> None:
+    """out [T, k, N]: |routing weight| x norm, -1 where there is no expert."""
+    tokens, k, n_sub = norms.shape
+    for t in range(tokens):
+        for c in range(k):
+            for n in range(n_sub):
+                out[t, c, n] = np.abs(weight[t, c]) * norms[t, c, n] if valid[t, c] else np.float32(-1)
+
+
+@njit(nogil=True, cache=True)
+def mark_largest(values: Floats, budget: Floats, valid: Flags, keep: Flags) -> None:
+    """keep [T, k, N]: the K largest values of a token, equal ones in order; K = budget x valid slots, rounded half to even, >= 1."""
+    tokens, k, n_sub = values.shape
+    flat, marks = values.reshape(tokens, k * n_sub), keep.reshape(tokens, k * n_sub)
+    for t in range(tokens):
+        total = valid[t].sum() * n_sub
+        count = min(total, max(1, int(np.rint(budget[t] * np.float32(total)))))
+        for i in range(k * n_sub):
+            value, rank = flat[t, i], 0
+            for j in range(i):
+                rank += flat[t, j] >= value
+            for j in range(i + 1, k * n_sub):
+                rank += flat[t, j] > value
+            marks[t, i] = rank < count
+
+
+@njit(nogil=True, cache=True)
+def mark_above(values: Floats, levels: Floats, budget: Floats, valid: Flags, keep: Flags) -> None:
+    """keep [T, k, N] = valid slots whose value reaches the level of the token's budget [T], and every token's first largest one.
+
+    levels: at evenly spaced budgets from 0 to 1, linear in between; every valid slot at budget 1.
+    """
+    tokens, k, n_sub = values.shape
+    steps = len(levels) - 1
+    for t in range(tokens):
+        position = min(max(budget[t], np.float32(0)), np.float32(1)) * np.float32(steps)
+        low = int(position)
+        level = levels[low] + (position - np.float32(low)) * (levels[min(low + 1, steps)] - levels[low])
+        level = np.float32(0) if budget[t] >= 1 else level
+        best, at = np.float32(-np.inf), 0
+        for c in range(k):
+            for n in range(n_sub):
+                keep[t, c, n] = valid[t, c] and values[t, c, n] >= level
+                if values[t, c, n] > best:
+                    best, at = values[t, c, n], c * n_sub + n
+        keep[t, at // n_sub, at % n_sub] = valid[t, at // n_sub]

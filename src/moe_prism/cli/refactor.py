@@ -47,9 +47,9 @@ def refactor(
     gates: Gate neurons per sub-expert, computed for every candidate block.
     solver: Partition solver; see `moe-prism ls solvers`.
     objective: What the solver keeps together; see `moe-prism ls objectives`.
-    gate_choice: How gate neurons are chosen: energy or centrality.
+    gate_choice: How gate neurons are chosen; see `moe-prism ls gates`.
     dropped: Sub-experts the partition objective charges; default n-sub - 1.
-    text: Calibration text: stdlib, a file, a folder, a .jsonl file or a saved dataset. Its evaluation side is never used.
+    text: Calibration text: stdlib, topics, a file, a folder, a .jsonl file or a saved dataset. Its evaluation side is never used.
     tokens: Calibration tokens.
     length: Tokens per window.
     reservoir: Sampled tokens kept per expert.

@@ -14,6 +14,7 @@ solvers: Registry[Solver] = Registry(
     "solver",
     {
         "alt": ("moe_prism.partition.alt:solve", "alternating balanced assignment, exact swaps, small restarts (default)"),
+        "nested": ("moe_prism.partition.nested:solve", "as alt, but charging every number of dropped sub-experts, not one"),
         "sa": ("moe_prism.partition.sa:solve", "simulated annealing as in the paper, 100,000 swaps"),
         "greedy": ("moe_prism.partition.greedy:solve", "heavy neurons first, to the lightest sub-expert"),
         "random": ("moe_prism.partition.random_:solve", "a random balanced partition, the floor"),
@@ -26,7 +27,11 @@ gates: Registry[GateChoice] = Registry(
         "energy": ("moe_prism.partition.gates:energy", "neurons that add most to the output (default)"),
         "centrality": (
             "moe_prism.partition.gates:centrality",
-            "neurons most often active with their neighbours, as in the paper",
+            "neurons most often active with their neighbours, ranked inside the sub-expert, as in the paper's code",
+        ),
+        "centrality-expert": (
+            "moe_prism.partition.gates:centrality_expert",
+            "the same, ranked over the whole expert, as in the paper's text",
         ),
     },
 )

@@ -9,6 +9,7 @@ from ..registry import Registry
 from .base import Partition, Solver, cost, cost_share
 from .gates import GateChoice, order_gates
 from .objectives import Objective
+from .output_space import Refiner
 
 solvers: Registry[Solver] = Registry(
     "solver",
@@ -43,18 +44,30 @@ objectives: Registry[Objective] = Registry(
         "output": ("moe_prism.partition.objectives:output", "activations times the norm of their down-projection column"),
         "router": ("moe_prism.partition.objectives:router", "tokens weighted by their routing weight"),
         "output-router": ("moe_prism.partition.objectives:output_router", "both"),
+        "output-space": (
+            "moe_prism.partition.objectives:output_router",
+            "both, then swaps that lower the squared norm of the sum of what is dropped",
+        ),
     },
 )
+
+refiners: Registry[Refiner] = Registry(
+    "refiner",
+    {"output-space": ("moe_prism.partition.output_space:refine", "swaps priced with the Gram matrix of W_down")},
+)
+"""What an objective of the same name does to a solver's result, with more than the mass to go by."""
 
 __all__ = [
     "GateChoice",
     "Objective",
     "Partition",
+    "Refiner",
     "Solver",
     "cost",
     "cost_share",
     "gates",
     "objectives",
     "order_gates",
+    "refiners",
     "solvers",
 ]

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..calibrate.statistics import LayerStatistics
-from ..elastic import LayerPlan
+from ..elastic import LayerPlan, scorers
 from ..elastic import ridge as ridge_scorer
 from ..elastic.threshold import fit_levels
 from ..model import MoELayer
-from ..partition import gates as gate_choices
 from ..partition import Partition, objectives, order_gates, refiners, solvers
+from ..partition import gates as gate_choices
 from ..partition.parallel import solve_layer
 from ..partition.weights import weight_fallback
 from .calibration import STARVED
@@ -42,6 +42,8 @@ def solve(layer: MoELayer, statistics: LayerStatistics, options: Any) -> tuple[d
     layer.permute(torch.from_numpy(perm))
     plan = LayerPlan(layer, options.n_sub, options.gates)
     plan.tensors["ridge"] = ridge_scorer.fit(plan, samples)
+    for name in options.extra_scorers:
+        plan.tensors |= scorers.get(name).fit(plan, samples)
     plan.tensors["levels"] = _levels(plan, statistics, samples)
     shares = [
         p.cost / max(float(m.sum(dtype=np.float64)), 1e-30) for p, m in zip(partitions.values(), wanted.values(), strict=True)

@@ -122,7 +122,7 @@ def baseline(a: Floats, b: Floats, u: Floats) -> float:
         row, part = u[k], np.float32(0)
         for t in range(a.shape[0]):
             part += max(row[t], max(a[t], b[t])) - row[t]
-        total += part
+        total += float(part)
     return total
 
 
@@ -137,7 +137,7 @@ def swap_value(a: Floats, b: Floats, u: Floats, out: Floats, into: Floats, large
         row, part = u[k], np.float32(0)
         for t in range(a.shape[0]):
             part += max(larger[t] - row[t], np.float32(0))
-        total += part
+        total += float(part)
     return total
 
 

@@ -1,4 +1,4 @@
-"""Swaps that lower what a partition costs the layer's output, rather than the mass it drops (spec moe-prism 4.4, issue "output-space error").
+"""Swaps that lower what a partition costs the layer's output, rather than the mass it drops.
 
 With y_n = W_down[:, S_n] a[S_n] the output of block n at a token and D its `dropped` blocks of smallest norm, the cost is the sum over
 tokens of ||sum of y_n over D||^2: contributions that cancel cost nothing, contributions that add up cost more than their norms say.

@@ -134,7 +134,8 @@ def _proposals(change: Doubles) -> list[tuple[Owner, Owner]]:
             chosen.append(int(place))
             rows.add(int(i[place]))
             columns.add(int(j[place]))
-    groups, size = [], len(chosen)
+    groups: list[tuple[Owner, Owner]] = []
+    size = len(chosen)
     while size > 1:
         groups.append((i[chosen[:size]], j[chosen[:size]]))
         size //= 2

@@ -16,6 +16,7 @@ import moe_prism
 from moe_prism.api import RefactorOptions, calibrate_model, calibration, refactor
 from moe_prism.api.calibration import read_statistics
 from moe_prism.errors import UsageError
+from moe_prism.frontier.cost import measured_cost
 from moe_prism.model import load_model, load_tokenizer
 from tests.tiny_sources import digests, save_tiny, starve
 
@@ -209,6 +210,33 @@ def test_a_dense_model_is_one_expert(tiny_dense, tiny_calibration, tmp_path):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_a_predictor_fitted_on_request_is_stored_used_and_paid_for(tiny_source, tiny_calibration, tmp_path):
+    options = RefactorOptions(
+        objective="output-space",
+        solver="nested",
+        gates=2,
+        extra_scorers=["low-rank"],
+        calibration=replace(tiny_calibration, tokens=512),
+    )
+    done = refactor(tiny_source, tmp_path / "out", options)
+    assert 0 < done.to_json()["partition_cost_share"] < 1
+    assert refactor(tiny_source, tmp_path / "out", options, resume=True).manifest == done.manifest
+    model, tokenizer = moe_prism.load(tmp_path / "out")
+    rows = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    params = {}
+    for scorer in ("ridge", "low-rank"):
+        with moe_prism.operating_point(model, k=3, scorer=scorer) as elastic:
+            elastic.reset_counters()
+            assert torch.isfinite(model(input_ids=rows).logits).all()
+            params[scorer] = measured_cost(elastic, elastic.setting).active_expert_params
+    # the same slots are kept in number, so the difference is what the predictors read
+    layers, k = elastic.layers, model.config.num_experts_per_tok
+    ridge, low = (sum(layer.scorer(name).parameters_per_expert() for layer in layers) for name in ("ridge", "low-rank"))
+    shared = sum(layer.scorer("low-rank").parameters_per_token() for layer in layers)
+    assert shared > 0 and params["low-rank"] - params["ridge"] == k * (low - ridge) + shared
+
+
 def test_starved_experts_are_reported_and_handled(tiny_calibration, tmp_path):
     model = save_tiny("olmoe", tmp_path / "source", num_experts=6)
     dead = starve(model, 1)

@@ -128,9 +128,10 @@ def test_a_model_without_any_mlp(fails, text_file, tmp_path, command):
     [
         (("--n-sub", "3"), "16 neurons"),
         (("--n-sub", "1"), "--n-sub 1"),
-        (("--solver", "best"), "alt, sa, greedy, random"),
+        (("--solver", "best"), "alt, nested, sa, greedy, random"),
         (("--solver", "greedi"), "did you mean 'greedy'?"),
-        (("--gate-choice", "best"), "energy, centrality"),
+        (("--gate-choice", "best"), "energy, centrality, centrality-expert"),
+        (("--extra-scorers", "ridge,best"), "unknown scorer 'best'"),
         (("--gates", "99"), "--gates 99"),
         (("--dropped", "4"), "--dropped 4"),
         (("--tokens", "0"), "--tokens 0"),

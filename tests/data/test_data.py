@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -141,3 +142,20 @@ def test_the_bundled_text_has_two_sides():
     assert {bucket_of(d.name) for d in calibration} == {1} and {bucket_of(d.name) for d in evaluation} == {0}
     assert sum(len(d.text) for d in calibration) > 100_000
     assert not {d.sha256 for d in calibration} & {d.sha256 for d in evaluation}
+
+
+def test_the_help_topics_are_prose_with_two_sides():
+    documents = read_documents("topics")
+    assert documents == sorted(documents, key=lambda d: d.name)
+    calibration, evaluation = both(documents, "topics")
+    assert {bucket_of(d.name) for d in evaluation} <= set(range(8)) and min(bucket_of(d.name) for d in calibration) >= 8
+    assert len(calibration) + len(evaluation) == len(documents)
+    assert sum(len(d.text) for d in evaluation) > 50_000
+    words = " ".join(d.text for d in documents).split()
+    assert words.count("the") > 0.03 * len(words)  # English, not code
+
+
+def test_an_interpreter_without_help_topics_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(UsageError, match="without its help topics"):
+        read_documents("topics")

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from moe_prism.elastic import LayerPlan, scorers
+from moe_prism.elastic import low_rank as low_rank_module
 from moe_prism.elastic import ridge as ridge_module
+from moe_prism.errors import UsageError
 from moe_prism.model import find_layers
 from tests.parity.families import build
 
@@ -52,6 +54,51 @@ def test_ridge_recovers_a_linear_truth(monkeypatch, layer):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("gates", [0, 2])
+def test_low_rank_recovers_a_shared_truth(monkeypatch, layer, gates):
+    """Log norms that depend on x through 3 directions common to all experts, linearly and through their absolute values."""
+    plan = LayerPlan(layer, 4, gates)
+    generator = torch.Generator().manual_seed(1)
+    directions = torch.randn(layer.hidden, 3, generator=generator, dtype=torch.float64) / layer.hidden**0.5
+    heads = torch.randn(layer.num_experts, 6, 4, generator=generator, dtype=torch.float64)
+
+    def truth(plan, x, expert):
+        h = x.double() @ directions
+        return (torch.cat([h, h.abs()], 1) @ heads[expert] + 1.0).exp()
+
+    monkeypatch.setattr(ridge_module, "FLOOR", 0.0)
+    monkeypatch.setattr(ridge_module, "block_norms", truth)
+    monkeypatch.setattr(low_rank_module, "RANK", 3)
+    samples = [inputs(layer, 600) * (1 + 0.1 * e) for e in range(layer.num_experts)]
+    plan.tensors |= scorers.get("low-rank").fit(plan, samples)
+    assert plan.tensors["low_rank.map"].shape == (3, layer.hidden + 1)
+    scorer = scorers.get("low-rank")(plan)
+    x, index = torch.randn(50, layer.hidden, generator=generator), torch.tensor([[2, 0]] * 50)
+    expected = torch.stack([truth(plan, x, 2), truth(plan, x, 0)], 1).log()
+    error = (scorer(x, index).double().log() - expected).square().mean()
+    # the directions are mixed by V, so |V x| is not |x directions|: the linear part is exact, of the rest most is explained
+    assert error < 0.2 * expected.var()
+    assert scorer.parameters_per_expert() == 4 * (6 + 4 * gates + 1) and scorer.parameters_per_token() == 3 * (layer.hidden + 1)
+
+
+@torch.no_grad()
+def test_low_rank_with_every_direction_is_no_worse_than_ridge(layer, monkeypatch):
+    monkeypatch.setattr(low_rank_module, "RANK", layer.hidden)
+    plan = LayerPlan(layer, 4, 0)
+    samples = [inputs(layer)] * layer.num_experts
+    plan.tensors |= {"ridge": ridge_module.fit(plan, samples), **scorers.get("low-rank").fit(plan, samples)}
+    index = torch.zeros(400, 1, dtype=torch.long)
+    true = scorers.get("oracle")(plan)(samples[0], index).log()
+    low, full = ((scorers.get(name)(plan)(samples[0], index).log() - true).square().mean() for name in ("low-rank", "ridge"))
+    assert low <= 1.02 * full
+
+
+def test_low_rank_that_was_not_fitted_says_how_to(layer):
+    with pytest.raises(UsageError, match="without the low-rank predictor"):
+        scorers.get("low-rank")(LayerPlan(layer, 4, 0))
+
+
+@torch.no_grad()
 def test_every_layer_uses_its_own_predictor():
     """A shared closure once gave every layer the last layer's gates, with plausible numbers."""
     layers = find_layers(build("olmoe"))
@@ -72,7 +119,11 @@ def test_every_layer_uses_its_own_predictor():
 def test_few_tokens_give_finite_predictions(layer, rows):
     plan = LayerPlan(layer, 4, 1)
     plan.tensors["ridge"] = ridge_module.fit(plan, [inputs(layer, rows)] * layer.num_experts)
-    assert torch.isfinite(scorers.get("ridge")(plan)(inputs(layer, 7), torch.zeros(7, 1, dtype=torch.long))).all()
+    plan.tensors |= scorers.get("low-rank").fit(
+        plan, [inputs(layer, max(1, rows))] + [inputs(layer, rows)] * (layer.num_experts - 1)
+    )
+    for name in ("ridge", "low-rank"):
+        assert torch.isfinite(scorers.get(name)(plan)(inputs(layer, 7), torch.ones(7, 1, dtype=torch.long))).all()
 
 
 @torch.no_grad()

@@ -14,4 +14,5 @@ def test_each_objective_by_hand():
         "output": [[10, 2], [30, 4]],
         "router": [[0.5, 1], [6, 8]],
         "output-router": [[5, 1], [60, 8]],
+        "output-space": [[5, 1], [60, 8]],  # where its refinement starts
     }

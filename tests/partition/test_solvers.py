@@ -11,12 +11,20 @@ from moe_prism.errors import CorruptError, UsageError
 from moe_prism.partition import Partition, cost, cost_share, solvers
 from moe_prism.partition.base import block_norms, owner_of
 from moe_prism.partition.greedy import greedy_owner
+from moe_prism.partition.nested import baseline, nested_cost, ranked_mass, rivals, swap_value
+from moe_prism.partition.random_ import random_owner
+from moe_prism.partition.swaps import apply_swap, block_sums
 
-FAST = {"sa": {"steps": 300}, "alt": {"starts": 2, "shakes": 3}}
+FAST = {"sa": {"steps": 300}, "alt": {"starts": 2, "shakes": 3}, "nested": {"starts": 2, "shakes": 3}}
 
 
 def solve(name: str, mass: np.ndarray, n_sub: int, dropped: int, seed: int = 0, **options: object) -> Partition:
     return solvers.get(name)(mass, n_sub, dropped, seed, **{**FAST.get(name, {}), **options})
+
+
+def price(name: str, mass: np.ndarray, perm: np.ndarray, n_sub: int, dropped: int) -> float:
+    """What the solver of that name minimises."""
+    return nested_cost(mass, perm, n_sub) if name == "nested" else cost(mass, perm, n_sub, dropped)
 
 
 def heavy(seed: int, tokens: int = 60, width: int = 24) -> np.ndarray:
@@ -57,10 +65,10 @@ def test_invariants(name: str, seed: int, shape: tuple[int, int]) -> None:
     found = solve(name, mass, n_sub, dropped, seed)
     assert found.perm.dtype == np.int32
     assert np.array_equal(np.sort(found.perm), np.arange(24))
-    assert found.cost == cost(mass, found.perm, n_sub, dropped)
+    assert found.cost == price(name, mass, found.perm, n_sub, dropped)
     assert np.array_equal(found.perm, solve(name, mass, n_sub, dropped, seed).perm)
-    if name in ("alt", "sa"):
-        start = cost(mass, np.argsort(greedy_owner(mass, n_sub), kind="stable"), n_sub, dropped)
+    if name in ("alt", "nested", "sa"):
+        start = price(name, mass, np.argsort(greedy_owner(mass, n_sub), kind="stable"), n_sub, dropped)
         slack = 1e-6 * float(mass.sum())
         assert found.cost <= start + slack
         costs = [c for _, c in found.trace]
@@ -76,24 +84,45 @@ def test_cost_is_the_sum_of_the_smallest_norms() -> None:
     assert cost_share(np.zeros((2, 4), np.float32), np.arange(4), 2, 1) == 0
 
 
-@pytest.mark.parametrize("name", ["alt", "sa"])
+@pytest.mark.parametrize("name", ["alt", "nested", "sa"])
 def test_planted_partition_is_recovered(name: str) -> None:
     mass, truth = planted()
     found = solve(name, mass, 4, 3, steps=20_000) if name == "sa" else solve(name, mass, 4, 3)
     assert rand_index(truth, owner_of(found.perm, 4)) >= 0.95
 
 
+@pytest.mark.parametrize("name", ["alt", "nested"])
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31), shape=st.sampled_from([(2, 1), (3, 1), (3, 2)]))
-def test_alt_finds_the_optimum_of_tiny_cases(seed: int, shape: tuple[int, int]) -> None:
+def test_the_optimum_of_tiny_cases_is_found(name: str, seed: int, shape: tuple[int, int]) -> None:
     n_sub, dropped = shape
     mass = heavy(seed, tokens=9, width=6)
-    found = solve("alt", mass, n_sub, dropped, starts=16, shakes=30)
-    assert found.cost <= optimum(mass, n_sub, dropped) + 1e-6 * float(mass.sum())
+    found = solve(name, mass, n_sub, dropped, starts=16, shakes=30)
+    best = min(price(name, mass, perm, n_sub, dropped) for perm in partitions(6, n_sub))
+    assert found.cost <= best + 1e-6 * float(mass.sum())
 
 
-def optimum(mass: np.ndarray, n_sub: int, dropped: int) -> float:
-    size = mass.shape[1] // n_sub
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), n_sub=st.sampled_from([2, 3, 4, 6]))
+def test_a_nested_swap_is_priced_exactly(seed: int, n_sub: int) -> None:
+    rng = np.random.default_rng(seed)
+    mass = heavy(seed)
+    owner = random_owner(24, n_sub, rng)
+    mass_t = np.ascontiguousarray(mass.T)
+    norms = block_sums(mass_t, owner, n_sub)
+    before, (g, h) = ranked_mass(norms), rng.choice(n_sub, 2, replace=False)
+    u = np.empty((n_sub - 1, len(mass)), np.float32)
+    rivals(norms, g, h, u)
+    out, into = np.flatnonzero(owner == g)[0], np.flatnonzero(owner == h)[0]
+    gain = swap_value(norms[g], norms[h], u, mass_t[out], mass_t[into], np.empty(len(mass), np.float32))
+    gain -= baseline(norms[g], norms[h], u)
+    apply_swap(mass_t, owner, norms, out, into)
+    assert gain == pytest.approx(ranked_mass(norms) - before, abs=1e-5 * before)
+
+
+def partitions(width: int, n_sub: int) -> list[np.ndarray]:
+    """Every way to cut range(width) into equal blocks."""
+    size = width // n_sub
 
     def blocks(left: tuple[int, ...]) -> list[tuple[int, ...]]:
         if not left:
@@ -104,7 +133,7 @@ def optimum(mass: np.ndarray, n_sub: int, dropped: int) -> float:
             found += [block + tail for tail in blocks(tuple(c for c in left if c not in block))]
         return found
 
-    return min(cost(mass, np.array(p), n_sub, dropped) for p in blocks(tuple(range(mass.shape[1]))))
+    return [np.array(perm) for perm in blocks(tuple(range(width)))]
 
 
 def test_degenerate_inputs_are_solved() -> None:
@@ -133,6 +162,8 @@ def test_bad_input_is_refused(name: str) -> None:
 def test_bad_options_are_refused() -> None:
     with pytest.raises(UsageError):
         solve("alt", heavy(0), 4, 3, starts=0)
+    with pytest.raises(UsageError):
+        solve("nested", heavy(0), 4, 3, shakes=-1)
     with pytest.raises(UsageError):
         solve("sa", heavy(0), 4, 3, steps=0)
     with pytest.raises(UsageError):

@@ -31,7 +31,7 @@ STARVED = 256  # tokens; fewer say too little about an expert's neurons (spec se
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """text: `stdlib`, a file or a folder; tokens and length of the windows; reservoir tokens per expert; memory for statistics.
+    """text: `stdlib`, `topics`, a file or a folder; tokens and length of the windows; reservoir tokens per expert; memory for statistics.
 
     low_memory keeps one decoder layer in memory at a time.
     """

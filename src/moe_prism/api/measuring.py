@@ -19,7 +19,7 @@ from .progress import Report, peak_rss_bytes, silent
 
 @dataclass(frozen=True)
 class FrontierOptions:
-    """text: `stdlib`, a file or a folder (its evaluation side is used); tokens and window length; rules beside plain top-k.
+    """text: `stdlib`, `topics`, a file or a folder (its evaluation side is used); tokens and window length; rules beside plain top-k.
 
     points: budgets to measure for rules with a continuous dial, evenly spaced in relative cost; None: where the other rules are.
 

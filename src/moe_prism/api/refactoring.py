@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..calibrate.statistics import Statistics
 from ..checkpoint import Journal, OutputFolder, source_facts, write_manifest
+from ..elastic import scorers
 from ..elastic.threshold import pool_levels
 from ..errors import UsageError
 from ..model import MoELayer, resolve
@@ -36,6 +37,7 @@ class RefactorOptions:
     """n_sub: sub-experts per expert; gates: gate neurons per sub-expert; solver, objective, gate_choice: names from the registries.
 
     dropped: how many of an expert's weakest sub-experts the partition objective charges; None is n_sub - 1, the paper's code.
+    extra_scorers: predictors to fit beside the default one, for `operating_point(scorer=...)`.
     profile_tokens: calibration tokens run once per layer to learn how a budget is best spent across layers; 0: every layer alike.
     """
 
@@ -48,12 +50,15 @@ class RefactorOptions:
     seed: int = 0
     profile_tokens: int = 4096
     calibration: CalibrateOptions = field(default_factory=CalibrateOptions)
+    extra_scorers: list[str] = field(default_factory=list)  # a list: equal to what JSON gives back
 
     def check(self) -> None:
         """Raises UsageError for a name or number that cannot work."""
         solvers.get(self.solver)
         objectives.get(self.objective)
         gate_choices.get(self.gate_choice)
+        for name in self.extra_scorers:
+            scorers.get(name)
         if self.profile_tokens < 0:
             raise UsageError(f"--profile-tokens {self.profile_tokens} is negative", "0 switches the profile off")
         if self.n_sub < 2:

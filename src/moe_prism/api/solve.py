@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..calibrate.statistics import LayerStatistics
-from ..elastic import LayerPlan
+from ..elastic import LayerPlan, scorers
 from ..elastic import ridge as ridge_scorer
 from ..elastic.threshold import fit_levels
 from ..model import MoELayer
+from ..partition import Partition, objectives, order_gates, refiners, solvers
 from ..partition import gates as gate_choices
-from ..partition import objectives, order_gates, solvers
 from ..partition.parallel import solve_layer
 from ..partition.weights import weight_fallback
 from .calibration import STARVED
@@ -32,6 +32,8 @@ def solve(layer: MoELayer, statistics: LayerStatistics, options: Any) -> tuple[d
     objective = objectives.get(options.objective)
     wanted = {e: objective(m, weights[e].numpy(), down[e]) for e, m in enumerate(mass)}
     partitions = solve_layer(wanted, options.n_sub, dropped, solvers.get(options.solver), layer=layer.index, seed=options.seed)
+    if options.objective in refiners.names():
+        partitions = _refine(layer, partitions, samples, weights, options, dropped)
     orders = {e: p.perm for e, p in partitions.items()}
     for e in starved:
         orders[e] = weight_fallback(_rows(layer.gate, e), layer.up[e].float().numpy(), options.n_sub, options.seed).perm
@@ -40,6 +42,8 @@ def solve(layer: MoELayer, statistics: LayerStatistics, options: Any) -> tuple[d
     layer.permute(torch.from_numpy(perm))
     plan = LayerPlan(layer, options.n_sub, options.gates)
     plan.tensors["ridge"] = ridge_scorer.fit(plan, samples)
+    for name in options.extra_scorers:
+        plan.tensors |= scorers.get(name).fit(plan, samples)
     plan.tensors["levels"] = _levels(plan, statistics, samples)
     shares = [
         p.cost / max(float(m.sum(dtype=np.float64)), 1e-30) for p, m in zip(partitions.values(), wanted.values(), strict=True)
@@ -52,6 +56,22 @@ def solve(layer: MoELayer, statistics: LayerStatistics, options: Any) -> tuple[d
         "starved": starved,
     }
     return {"perm": torch.from_numpy(perm.astype(np.int32)), **plan.tensors}, facts
+
+
+def _refine(
+    layer: MoELayer,
+    partitions: dict[int, Partition],
+    samples: list[Tensor],
+    weights: list[Tensor],
+    options: Any,
+    dropped: int,
+) -> dict[int, Partition]:
+    """The partitions after the objective's own refinement on signed activations times routing weight."""
+    refine, better = refiners.get(options.objective), {}
+    for e, partition in partitions.items():
+        signed = (layer.activations(e, samples[e]).float() * weights[e][:, None]).numpy()
+        better[e] = refine(partition, signed, layer.down[e].float().numpy(), options.n_sub, dropped)
+    return better
 
 
 def _samples(statistics: LayerStatistics) -> tuple[list[Tensor], list[Tensor], list[int]]:

@@ -32,7 +32,7 @@ def calibrate(
     ----------
     model: Folder with config.json and safetensors, a .gguf file, a hub name, or 'nano'.
     out: Folder to write. It appears only when it is complete.
-    text: stdlib, a file, a folder, a .jsonl file or a saved dataset. Its evaluation side is never used.
+    text: stdlib, topics, a file, a folder, a .jsonl file or a saved dataset. Its evaluation side is never used.
     tokens: Calibration tokens.
     length: Tokens per window.
     reservoir: Sampled tokens kept per expert.

@@ -35,7 +35,7 @@ def frontier(
     out: Folder for frontier.json, report.html and frontier.png; default is FOLDER itself, whose prism.json then lists the points.
     compare: Comma-separated selection rules to measure; see `moe-prism ls rules`.
     points: Budgets to measure for rules with a continuous dial; default: one per slot count.
-    text: Evaluation text: stdlib, a file, a folder, a .jsonl file or a saved dataset. Only its evaluation side is used.
+    text: Evaluation text: stdlib, topics, a file, a folder, a .jsonl file or a saved dataset. Only its evaluation side is used.
     tokens: Evaluation tokens.
     length: Tokens per window.
     json: One JSON object on stdout.

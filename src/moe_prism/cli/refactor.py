@@ -30,6 +30,7 @@ def refactor(
     memory_mib: int = 4096,
     seed: int = 0,
     profile_tokens: int = 4096,
+    extra_scorers: str = "",
     calibration: Path | None = None,
     low_memory: bool = False,
     resume: bool = False,
@@ -47,15 +48,16 @@ def refactor(
     gates: Gate neurons per sub-expert, computed for every candidate block.
     solver: Partition solver; see `moe-prism ls solvers`.
     objective: What the solver keeps together; see `moe-prism ls objectives`.
-    gate_choice: How gate neurons are chosen: energy or centrality.
+    gate_choice: How gate neurons are chosen; see `moe-prism ls gates`.
     dropped: Sub-experts the partition objective charges; default n-sub - 1.
-    text: Calibration text: stdlib, a file, a folder, a .jsonl file or a saved dataset. Its evaluation side is never used.
+    text: Calibration text: stdlib, topics, a file, a folder, a .jsonl file or a saved dataset. Its evaluation side is never used.
     tokens: Calibration tokens.
     length: Tokens per window.
     reservoir: Sampled tokens kept per expert.
     memory_mib: Limit for all statistics together.
     seed: Seed of sampling and solvers. Same inputs and seed, same bytes.
     profile_tokens: Calibration tokens run once per layer to learn how to spend a budget across layers; 0 = every layer alike.
+    extra_scorers: Predictors to fit beside the default one, e.g. low-rank; see `moe-prism ls scorers`.
     calibration: Folder written by `moe-prism calibrate`, instead of the five options above.
     low_memory: Keep one decoder layer in memory at a time.
     resume: Continue an interrupted run; ends in the same bytes.
@@ -77,6 +79,7 @@ def refactor(
         seed,
         profile_tokens,
         CalibrateOptions(text, tokens, length, reservoir, memory_mib, seed, low_memory),
+        [name for name in extra_scorers.split(",") if name],
     )
     if dry_run:
         plan = plan_refactor(model, options)

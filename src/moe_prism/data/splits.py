@@ -34,7 +34,9 @@ def split_documents(documents: Sequence[Document], side: Side, *, source: str) -
     Raises UsageError if there is no text at all.
     """
     if not any(d.text.strip() for d in documents):
-        raise UsageError(f"text source '{source}' is empty", "give a text file, a folder of them, a .jsonl file, or 'stdlib'")
+        raise UsageError(
+            f"text source '{source}' is empty", "give a text file, a folder of them, a .jsonl file, 'stdlib' or 'topics'"
+        )
     if source == "stdlib":
         wanted = {CALIBRATION} if side == "calibration" else {HELD_OUT}
         return [d for d in documents if bucket_of(d.name) in wanted]

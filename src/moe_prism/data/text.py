@@ -1,11 +1,11 @@
-"""Read text from where users have it: a file, a folder, JSON lines, a saved Hugging Face dataset, or Python's own source."""
+"""Read text from where users have it: a file, a folder, JSON lines, a saved Hugging Face dataset, or what Python itself carries."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,15 +29,18 @@ class Document:
 
 
 def read_documents(source: str | Path) -> list[Document]:
-    """All documents of a source, in a stable order. `stdlib` is Python's own source; see the module for the others.
+    """All documents of a source, in a stable order. A path, or one of two texts every interpreter carries: `stdlib` is Python's own
+    source code, `topics` the English prose of its help topics (prism-nano has seen neither its words nor its kind).
 
     Raises UsageError for a missing path or nothing readable, CorruptError for a broken JSON line.
     """
-    if str(source) == "stdlib":
-        return list(_stdlib())
+    if str(source) in BUNDLED:
+        return list(BUNDLED[str(source)]())
     path = Path(source).expanduser()
     if not path.exists():
-        raise UsageError(f"text source '{source}' does not exist", "give a text file, a folder, a .jsonl file, or 'stdlib'")
+        raise UsageError(
+            f"text source '{source}' does not exist", "give a text file, a folder, a .jsonl file, 'stdlib' or 'topics'"
+        )
     if path.is_file():
         return list(_file(path, path.name))
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -55,6 +58,18 @@ def _stdlib() -> Iterator[Document]:
         relative = path.relative_to(root)
         if SKIP.isdisjoint(relative.parts[:-1]) and 200 <= path.stat().st_size <= MAX_FILE_BYTES:
             yield Document(relative.as_posix(), path.read_text("utf-8", errors="replace"))
+
+
+def _topics() -> Iterator[Document]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise UsageError("this Python was installed without its help topics", "name a text file instead") from error
+    for name, text in sorted(topics.items()):
+        yield Document(name, text)
+
+
+BUNDLED: Mapping[str, Callable[[], Iterator[Document]]] = {"stdlib": _stdlib, "topics": _topics}
 
 
 def _file(path: Path, name: str) -> Iterator[Document]:

@@ -33,6 +33,10 @@ scorers: Registry[type[Scorer]] = Registry(
             "moe_prism.elastic.ridge:Ridge",
             "output norms predicted from input and gate neurons, fitted in closed form (default)",
         ),
+        "low-rank": (
+            "moe_prism.elastic.low_rank:LowRank",
+            "the same from a few shared projections of the input: fewer weights per expert, less exact; fitted on request",
+        ),
         "gates": ("moe_prism.elastic.gate_scores:GateScores", "the paper's proxy: mean |activation| of the gate neurons"),
         "oracle": ("moe_prism.elastic.oracle:Oracle", "true output norms: costs the full layer, for analysis only"),
     },

@@ -80,6 +80,15 @@ class Scorer(ABC):
     def parameters_per_expert(self) -> int:
         """Extra weights read for one chosen expert, gate neurons not included."""
 
+    def parameters_per_token(self) -> int:
+        """Extra weights read once per token, whatever experts it chose."""
+        return 0
+
+    @staticmethod
+    def fit(plan: LayerPlan, samples: list[Tensor]) -> dict[str, Tensor]:
+        """Side tensors this scorer reads, from the sampled inputs [S_e, d] of each expert; none for most."""
+        return {}
+
     @property
     def reads_gates(self) -> bool:
         """Whether the gate neurons of every candidate block are computed, kept or not."""

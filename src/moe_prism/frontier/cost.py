@@ -45,7 +45,7 @@ def _layer_params(layer: ElasticLayer, setting: Setting) -> float:
     if setting.is_full(expert.index) or not layer.rule(setting.rule).needs_norms:
         return float(total)
     scorer = layer.scorer(setting.scorer)
-    total += counter.chosen * scorer.parameters_per_expert()
+    total += counter.chosen * scorer.parameters_per_expert() + counter.tokens * scorer.parameters_per_token()
     if scorer.reads_gates:
         dropped = counter.chosen * plan.n_sub - counter.kept
         total += dropped * plan.gates * ((matrices - 1) * expert.hidden + neuron_biases)

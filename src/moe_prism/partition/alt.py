@@ -33,7 +33,7 @@ def solve(
     """
     mass = check_problem(mass, n_sub, dropped)
     starts = max(1, min(8, 1024 // mass.shape[1])) if starts is None else starts
-    shakes = min(64, 8192 // mass.shape[1]) if mass.shape[1] <= 1024 else 0 if shakes is None else shakes
+    shakes = (min(64, 8192 // mass.shape[1]) if mass.shape[1] <= 1024 else 0) if shakes is None else shakes
     if starts < 1 or shakes < 0 or width < 1:
         raise UsageError(
             f"starts={starts}, shakes={shakes}, width={width}", "starts and width must be at least 1, shakes at least 0"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..calibrate.statistics import Statistics
 from ..checkpoint import Journal, OutputFolder, source_facts, write_manifest
+from ..elastic import compensators
 from ..elastic.threshold import pool_levels
 from ..errors import UsageError
 from ..model import MoELayer, resolve
@@ -37,6 +38,7 @@ class RefactorOptions:
 
     dropped: how many of an expert's weakest sub-experts the partition objective charges; None is n_sub - 1, the paper's code.
     profile_tokens: calibration tokens run once per layer to learn how a budget is best spent across layers; 0: every layer alike.
+    compensate: what makes up for dropped sub-experts: none, or a name from the registry; rank: of `low-rank`.
     """
 
     n_sub: int = 4
@@ -47,6 +49,8 @@ class RefactorOptions:
     dropped: int | None = None
     seed: int = 0
     profile_tokens: int = 4096
+    compensate: str = "none"
+    rank: int = 2
     calibration: CalibrateOptions = field(default_factory=CalibrateOptions)
 
     def check(self) -> None:
@@ -54,6 +58,10 @@ class RefactorOptions:
         solvers.get(self.solver)
         objectives.get(self.objective)
         gate_choices.get(self.gate_choice)
+        if self.compensate != "none":
+            compensators.get(self.compensate)
+        if self.rank < 1:
+            raise UsageError(f"--rank {self.rank} is no rank", "give 1 or more")
         if self.profile_tokens < 0:
             raise UsageError(f"--profile-tokens {self.profile_tokens} is negative", "0 switches the profile off")
         if self.n_sub < 2:
@@ -143,6 +151,8 @@ def _check_width(layer: MoELayer, options: RefactorOptions) -> None:
             f"{layer.width} neurons of '{layer.name}' do not split into {options.n_sub} equal sub-experts",
             f"choose --n-sub from {legal}",
         )
+    if options.compensate == "low-rank" and options.rank > layer.hidden:
+        raise UsageError(f"--rank {options.rank} is more than the hidden size {layer.hidden}", "give a small number, like 2")
     if not 0 <= options.gates <= layer.width // options.n_sub:
         raise UsageError(
             f"--gates {options.gates} is outside 0..{layer.width // options.n_sub}", "a block has no more neurons than that"

@@ -43,6 +43,11 @@ def variants(n_sub: int) -> dict[str, tuple[RefactorOptions, list[tuple[str, str
         "objective output": (RefactorOptions(n_sub=n_sub, objective="output"), default),
         "objective router": (RefactorOptions(n_sub=n_sub, objective="router"), default),
         "objective output-router": (RefactorOptions(n_sub=n_sub, objective="output-router"), default),
+        "compensate mean": (RefactorOptions(n_sub=n_sub, compensate="mean"), [*default, ("product", "oracle")]),
+        "compensate scale": (RefactorOptions(n_sub=n_sub, compensate="scale"), default),
+        "compensate low-rank, r=1": (RefactorOptions(n_sub=n_sub, compensate="low-rank", rank=1), default),
+        "compensate low-rank, r=2": (RefactorOptions(n_sub=n_sub, compensate="low-rank"), default),
+        "compensate low-rank, r=4": (RefactorOptions(n_sub=n_sub, compensate="low-rank", rank=4), default),
         f"dropped {n_sub // 2}": (RefactorOptions(n_sub=n_sub, dropped=n_sub // 2), default),
     }
 
@@ -74,6 +79,8 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         calibration = CalibrateOptions(text=args.text, tokens=args.calibration_tokens, length=args.length)
         calibrate_model(args.model, statistics, calibration)
         for number, (name, (options, settings)) in enumerate(variants(args.n_sub).items()):
+            if args.only and name not in args.only.split(","):
+                continue
             out = Path(folder) / str(number)
             refactor(args.model, out, options, calibration=statistics)
             model, tokenizer = load(out)
@@ -105,6 +112,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--calibration-tokens", type=int, default=65_536)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--only", default="", help="comma-separated names of variants; default: all of them")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     found = []

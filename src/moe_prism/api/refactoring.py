@@ -58,8 +58,10 @@ class RefactorOptions:
         solvers.get(self.solver)
         objectives.get(self.objective)
         gate_choices.get(self.gate_choice)
-        if self.compensate != "none":
-            compensators.get(self.compensate)
+        if self.compensate not in ("none", *compensators.names()):
+            raise UsageError(
+                f"unknown compensator '{self.compensate}'", f"choose one of: none, {', '.join(compensators.names())}"
+            )
         if self.rank < 1:
             raise UsageError(f"--rank {self.rank} is no rank", "give 1 or more")
         if self.profile_tokens < 0:

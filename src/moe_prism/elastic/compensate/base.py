@@ -92,8 +92,8 @@ class Compensator(ABC):
 
     def _loss(self, x: Tensor, expert: int, block: int) -> Tensor:
         y, estimate = outputs(self.plan, x, expert, block), self.estimate(x, expert, block)
-        left: Tensor = y if estimate is None else y - estimate
-        return torch.linalg.vector_norm(left, dim=-1)
+        norm: Tensor = (y if estimate is None else y - estimate).norm(dim=-1)
+        return norm
 
 
 @dataclass(frozen=True)

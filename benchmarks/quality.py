@@ -69,6 +69,11 @@ def variants(base: RefactorOptions) -> Variants:
         "solver nested": (replace(base, solver="nested"), default),
         "nested output-router": (replace(base, solver="nested", objective="output-router"), default),
         "half dropped": (replace(base, dropped=base.n_sub // 2), default),
+        "compensate mean": (replace(base, compensate="mean"), [*default, ("product", "oracle")]),
+        "compensate scale": (replace(base, compensate="scale"), default),
+        "compensate low-rank 1": (replace(base, compensate="low-rank", rank=1), default),
+        "compensate low-rank 2": (replace(base, compensate="low-rank", rank=2), default),
+        "compensate low-rank 4": (replace(base, compensate="low-rank", rank=4), default),
     }
 
 

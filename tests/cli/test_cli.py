@@ -15,7 +15,7 @@ from moe_prism.checkpoint import sha256_file
 from tests.tiny_sources import digests
 
 COMMANDS = ("demo", "doctor", "inspect", "calibrate", "refactor", "frontier", "generate", "verify", "ls")
-KINDS = ("families", "solvers", "rules", "scorers", "collectors", "gates")
+KINDS = ("families", "solvers", "rules", "scorers", "collectors", "gates", "compensators")
 COMMAND = (sys.executable, "-c", "from moe_prism.cli import entry; entry()")  # what the installed script does
 SMALL = ("--tokens", "256", "--length", "32")
 

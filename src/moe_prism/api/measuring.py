@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,9 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
         for count in _grid(rule, counts, options.points, overhead)
     ]
     elastic_points = len(plan)
-    plan += [(f"top-{fewer}", "topk", _setting("linear", n_sub * fewer, slots)) for fewer in range(1, k)]
+    plan += [
+        (f"top-{fewer}", "topk", replace(_setting("linear", n_sub * fewer, slots), compensate=False)) for fewer in range(1, k)
+    ]
     with report("frontier") as update:
         measured = measure(model, elastic, windows.ids, [setting for _, _, setting in plan], progress=update)
     rows = [_point(*point, *result) for point, result in zip(plan, measured, strict=True)]
@@ -110,11 +112,15 @@ def _grid(rule: str, counts: range, points: int | None, overhead: float) -> list
 
 
 def _overhead(layer: ElasticLayer, k: int) -> float:
-    """What selection reads per token whatever is kept, in slots: predictors, and gate neurons of every candidate block."""
+    """What selection reads per token whatever is kept, in slots: predictors, and gate neurons of every candidate block.
+
+    A kept slot saves its gate neurons and its compensation.
+    """
     plan, scorer = layer.plan, layer.scorer("ridge")
     matrices = 3 if plan.layer.gate is not None else 2
-    gates = plan.gates * (matrices - 1) * plan.layer.hidden
-    return k * (scorer.parameters_per_expert() + plan.n_sub * gates) / (plan.block * matrices * plan.layer.hidden - gates)
+    extra = layer.compensation(Setting())
+    dropped = plan.gates * (matrices - 1) * plan.layer.hidden + (extra.parameters(0, 1) if extra else 0)
+    return k * (scorer.parameters_per_expert() + plan.n_sub * dropped) / (plan.block * matrices * plan.layer.hidden - dropped)
 
 
 def _setting(rule: str, count: float, slots: int) -> Setting:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..calibrate.statistics import Statistics
 from ..checkpoint import Journal, OutputFolder, source_facts, write_manifest
-from ..elastic import scorers
+from ..elastic import compensators, scorers
 from ..elastic.threshold import pool_levels
 from ..errors import UsageError
 from ..model import MoELayer, resolve
@@ -39,6 +39,7 @@ class RefactorOptions:
     dropped: how many of an expert's weakest sub-experts the partition objective charges; None is n_sub - 1, the paper's code.
     extra_scorers: predictors to fit beside the default one, for `operating_point(scorer=...)`.
     profile_tokens: calibration tokens run once per layer to learn how a budget is best spent across layers; 0: every layer alike.
+    compensate: what makes up for dropped sub-experts: none, or a name from the registry; rank: of `low-rank`.
     """
 
     n_sub: int = 4
@@ -49,6 +50,8 @@ class RefactorOptions:
     dropped: int | None = None
     seed: int = 0
     profile_tokens: int = 4096
+    compensate: str = "none"
+    rank: int = 2
     calibration: CalibrateOptions = field(default_factory=CalibrateOptions)
     extra_scorers: list[str] = field(default_factory=list)  # a list: equal to what JSON gives back
 
@@ -59,6 +62,12 @@ class RefactorOptions:
         gate_choices.get(self.gate_choice)
         for name in self.extra_scorers:
             scorers.get(name)
+        if self.compensate not in ("none", *compensators.names()):
+            raise UsageError(
+                f"unknown compensator '{self.compensate}'", f"choose one of: none, {', '.join(compensators.names())}"
+            )
+        if self.rank < 1:
+            raise UsageError(f"--rank {self.rank} is no rank", "give 1 or more")
         if self.profile_tokens < 0:
             raise UsageError(f"--profile-tokens {self.profile_tokens} is negative", "0 switches the profile off")
         if self.n_sub < 2:
@@ -148,6 +157,8 @@ def _check_width(layer: MoELayer, options: RefactorOptions) -> None:
             f"{layer.width} neurons of '{layer.name}' do not split into {options.n_sub} equal sub-experts",
             f"choose --n-sub from {legal}",
         )
+    if options.compensate == "low-rank" and options.rank > layer.hidden:
+        raise UsageError(f"--rank {options.rank} is more than the hidden size {layer.hidden}", "give a small number, like 2")
     if not 0 <= options.gates <= layer.width // options.n_sub:
         raise UsageError(
             f"--gates {options.gates} is outside 0..{layer.width // options.n_sub}", "a block has no more neurons than that"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..calibrate.statistics import LayerStatistics
-from ..elastic import LayerPlan, scorers
+from ..elastic import LayerPlan, compensate, scorers
 from ..elastic import ridge as ridge_scorer
-from ..elastic.threshold import fit_levels
+from ..elastic.compensate import Compensator
+from ..elastic.threshold import LEVELS, fit_levels
 from ..model import MoELayer
 from ..partition import Partition, objectives, order_gates, refiners, solvers
 from ..partition import gates as gate_choices
@@ -23,7 +25,7 @@ from .calibration import STARVED
 def solve(layer: MoELayer, statistics: LayerStatistics, options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, facts) of one layer whose weights are loaded; the weights are left in the new order.
 
-    tensors: perm [E, f] int32, ridge, levels. facts: experts, width, cost_share (mean), starved experts.
+    tensors: perm [E, f] int32, ridge, levels, what compensation reads. facts: experts, width, cost_share (mean), starved experts.
     """
     samples, weights, starved = _samples(statistics)
     mass = [layer.activations(e, x).abs().float().numpy() for e, x in enumerate(samples)]
@@ -41,10 +43,12 @@ def solve(layer: MoELayer, statistics: LayerStatistics, options: Any) -> tuple[d
     perm = np.stack([order_gates(m, orders[e], options.n_sub, options.gates, choice, down[e]) for e, m in enumerate(mass)])
     layer.permute(torch.from_numpy(perm))
     plan = LayerPlan(layer, options.n_sub, options.gates)
-    plan.tensors["ridge"] = ridge_scorer.fit(plan, samples)
+    extra = None if options.compensate == "none" else _compensate(plan, statistics, samples, weights, options)
+    plan.tensors["ridge"] = ridge_scorer.fit(plan, samples, extra.losses if extra else None)
     for name in options.extra_scorers:
         plan.tensors |= scorers.get(name).fit(plan, samples)
-    plan.tensors["levels"] = _levels(plan, statistics, samples)
+    scorer = ridge_scorer.Ridge(plan)
+    plan.tensors["levels"] = _levels(statistics, samples, lambda e, rows: scorer(rows, torch.full((len(rows), 1), e))[:, 0])
     shares = [
         p.cost / max(float(m.sum(dtype=np.float64)), 1e-30) for p, m in zip(partitions.values(), wanted.values(), strict=True)
     ]
@@ -90,19 +94,31 @@ def _samples(statistics: LayerStatistics) -> tuple[list[Tensor], list[Tensor], l
     return [x for x, _ in pairs], [weight for _, weight in pairs], starved
 
 
+def _compensate(
+    plan: LayerPlan, statistics: LayerStatistics, samples: list[Tensor], weights: list[Tensor], options: Any
+) -> Compensator:
+    """Fit compensation on the weaker half of the layer's slots, and put its tensors into the plan."""
+    true = [ridge_scorer.block_norms(plan, x, e) for e, x in enumerate(samples)]
+    half = _levels(statistics, samples, lambda e, rows: true[e][: len(rows)])[LEVELS // 2]
+    dropped = [weight.abs()[:, None] * norms < half for weight, norms in zip(weights, true, strict=True)]
+    rows = [compensate.Sample(x, mask) for x, mask in zip(samples, dropped, strict=True)]
+    return compensate.fit(options.compensate, plan, rows, options.rank)
+
+
 def _rows(weight: Tensor | None, expert: int) -> Any:
     return None if weight is None else weight[expert].float().numpy()
 
 
-def _levels(plan: LayerPlan, statistics: LayerStatistics, samples: list[Tensor]) -> Tensor:
-    """Levels for the threshold rule: slot values of each expert's sample, weighted by how often the expert is chosen."""
-    scorer = ridge_scorer.Ridge(plan)
+def _levels(statistics: LayerStatistics, samples: list[Tensor], norms: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Levels for the threshold rule: slot values of each expert's sample, weighted by how often the expert is chosen.
+
+    norms(expert, rows [S, d]) -> [S, N].
+    """
     values, importance = [], []
     for e, x in enumerate(samples):
         _, weight = statistics.inputs(e)
         rows = x[: len(weight)]
         if len(rows):
-            norms = scorer(rows, torch.full((len(rows), 1), e))[:, 0]
-            values.append((weight.abs()[:, None] * norms).flatten())
+            values.append((weight.abs()[:, None] * norms(e, rows)).flatten())
             importance.append(torch.full_like(values[-1], float(statistics.values["counts"]["count"][e]) / len(rows)))
     return fit_levels(torch.cat(values), torch.cat(importance))

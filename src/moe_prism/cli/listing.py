@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from .output import emit, table
 
-Kind = Literal["families", "solvers", "rules", "scorers", "collectors", "objectives", "gates"]
+Kind = Literal["families", "solvers", "rules", "scorers", "collectors", "objectives", "gates", "compensators"]
 
 
 def ls(kind: Kind, /, *, json: bool = False) -> None:
@@ -14,7 +14,8 @@ def ls(kind: Kind, /, *, json: bool = False) -> None:
 
     Parameters
     ----------
-    kind: families (MoE model types of the installed transformers), solvers, rules, scorers, collectors, objectives, or gates.
+    kind: families (MoE model types of the installed transformers), solvers, rules, scorers, collectors, objectives, gates, or
+        compensators.
     json: One JSON object on stdout.
     """
     if kind == "families":

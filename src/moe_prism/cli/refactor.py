@@ -23,6 +23,8 @@ def refactor(
     objective: str = "paper",
     gate_choice: str = "energy",
     dropped: int | None = None,
+    compensate: str = "none",
+    rank: int = 2,
     text: str = "stdlib",
     tokens: int = 65_536,
     length: int = 512,
@@ -50,6 +52,8 @@ def refactor(
     objective: What the solver keeps together; see `moe-prism ls objectives`.
     gate_choice: How gate neurons are chosen; see `moe-prism ls gates`.
     dropped: Sub-experts the partition objective charges; default n-sub - 1.
+    compensate: What makes up for dropped sub-experts: none, or a name of `moe-prism ls compensators`.
+    rank: Rank of `--compensate low-rank`.
     text: Calibration text: stdlib, topics, a file, a folder, a .jsonl file or a saved dataset. Its evaluation side is never used.
     tokens: Calibration tokens.
     length: Tokens per window.
@@ -78,6 +82,8 @@ def refactor(
         dropped,
         seed,
         profile_tokens,
+        compensate,
+        rank,
         CalibrateOptions(text, tokens, length, reservoir, memory_mib, seed, low_memory),
         [name for name in extra_scorers.split(",") if name],
     )

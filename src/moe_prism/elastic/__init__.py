@@ -2,9 +2,10 @@
 
 from ..registry import Registry
 from .base import LayerPlan, Rule, Scorer, Slots
+from .compensate import compensators
 from .runtime import Elastic, attach, operating_point
 
-__all__ = ["Elastic", "LayerPlan", "Rule", "Scorer", "Slots", "attach", "operating_point", "rules", "scorers"]
+__all__ = ["Elastic", "LayerPlan", "Rule", "Scorer", "Slots", "attach", "compensators", "operating_point", "rules", "scorers"]
 
 rules: Registry[type[Rule]] = Registry(
     "rule",

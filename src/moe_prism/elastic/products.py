@@ -135,5 +135,14 @@ def add(a: Tensor, groups: Groups, span: Span, down: Matrix, out: Tensor) -> Non
     work = len(a) * depth * width
     strip = width if work < team.SMALL else -(-width // (ALIGN * torch.get_num_threads())) * ALIGN
     values = [a.data_ptr(), a.stride(0), depth, out.data_ptr(), out.stride(0), groups.row.data_ptr(), groups.offset.data_ptr()]
-    values += [groups.active.data_ptr(), span.first, span.last, groups.n_sub, down.address, down.expert, depth * down.row, down.row]
+    values += [
+        groups.active.data_ptr(),
+        span.first,
+        span.last,
+        groups.n_sub,
+        down.address,
+        down.expert,
+        depth * down.row,
+        down.row,
+    ]
     team.run(add_job, [*values, width, strip, span.begin], work)

@@ -7,6 +7,7 @@ dropped: norms fitted directly come out negative for weak blocks, tie at zero, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,15 +50,19 @@ def gate_scale(plan: LayerPlan) -> Tensor:
     return norms.view(plan.layer.num_experts, plan.n_sub, plan.gates)
 
 
-def fit(plan: LayerPlan, samples: list[Tensor]) -> Tensor:
-    """B [E, N, d + N r + 1] (bfloat16) from the sampled inputs [S_e, d] of each expert."""
+def fit(plan: LayerPlan, samples: list[Tensor], losses: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
+    """B [E, N, d + N r + 1] (bfloat16) from the sampled inputs [S_e, d] of each expert.
+
+    losses(x, expert) -> [S, N]: what is predicted instead of the norms of the blocks' outputs.
+    """
     scale = gate_scale(plan)
     width = plan.layer.hidden + plan.n_sub * plan.gates + 1
     result = torch.zeros(plan.layer.num_experts, plan.n_sub, width, dtype=torch.bfloat16)
     for expert, x in enumerate(samples):
         if len(x):
             x = x.to(plan.layer.up.device, plan.layer.up.dtype)
-            z, y = features(plan, x, expert, scale[expert]).double(), block_norms(plan, x, expert).double()
+            z = features(plan, x, expert, scale[expert]).double()
+            y = (losses(x, expert) if losses else block_norms(plan, x, expert)).double()
             result[expert] = _ridge(z, (y + FLOOR * y.mean() + 1e-30).log()).T.to("cpu", torch.bfloat16)
     return result
 

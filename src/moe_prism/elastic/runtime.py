@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..errors import UsageError
 from ..model import MoELayer, find_layers
 from . import triton_run
 from .base import LayerPlan, Rule, Scorer, Slots
+from .compensate import Compensator, compensator
 from .execute import auto, grouped, reference
 
 EXECUTORS: Mapping[str, Callable[..., Tensor]] = {
@@ -27,13 +29,17 @@ EXECUTORS: Mapping[str, Callable[..., Tensor]] = {
 
 @dataclass
 class Setting:
-    """One operating point. budget: one number, or one per token [T] of the next forward; layers: one number per layer instead."""
+    """One operating point. budget: one number, or one per token [T] of the next forward; layers: one number per layer instead.
+
+    compensate: make up for what is dropped, where the artefact was written with `--compensate`.
+    """
 
     budget: float | Tensor = 1.0
     rule: str = "product"
     scorer: str = "ridge"
     executor: str = "auto"
     layers: tuple[float, ...] | None = None
+    compensate: bool = True
 
     def at(self, layer: int) -> float | Tensor:
         """The budget of one layer."""
@@ -95,7 +101,11 @@ class ElasticLayer:
         valid = index.clamp(0, self.plan.layer.num_experts - 1) == index
         keep = self.select(x, index, weight, valid, setting)
         self._count(index, keep)
-        return EXECUTORS[setting.executor](self.plan, x, index, weight, keep)
+        execute, extra = EXECUTORS[setting.executor], self.compensation(setting)
+        if extra is None:
+            return execute(self.plan, x, index, weight, keep)
+        out = execute(self.plan, x, index, extra.weights(index, weight, keep), keep)
+        return out + extra(x, index, weight, keep).to(out.dtype)
 
     def select(self, x: Tensor, index: Tensor, weight: Tensor, valid: Tensor, setting: Setting) -> Tensor:
         """keep [T, k, N] of a batch under a setting."""
@@ -111,6 +121,14 @@ class ElasticLayer:
     def _count(self, index: Tensor, keep: Tensor | None) -> None:
         if self.elastic.counting:
             self.counter.add(index, keep, self.plan.n_sub)
+
+    def compensation(self, setting: Setting) -> Compensator | None:
+        """What makes up for dropped slots under a setting, if anything does."""
+        return self._compensator if setting.compensate else None
+
+    @cached_property
+    def _compensator(self) -> Compensator | None:
+        return compensator(self.plan)
 
     def scorer(self, name: str) -> Scorer:
         from . import scorers
@@ -189,13 +207,14 @@ def operating_point(
     rule: str | None = None,
     scorer: str | None = None,
     executor: str = "auto",
+    compensate: bool = True,
 ) -> Iterator[Elastic]:
     """Run everything inside the block at one operating point.
 
     budget: kept slots / all slots in (0, 1], one number or a tensor [T] with one per token of the flattened batch. k: kept slots
     per token instead, 1..k*N. rule: None takes `threshold` for a budget, which is met on average and spent on the tokens and layers
     that need it, and `product` for k, which is met by every token. scorer: None takes the rule's own (the paper's gate scores for
-    `pattern`, else `ridge`).
+    `pattern`, else `ridge`). compensate: False leaves dropped slots uncompensated, for comparison.
     Raises UsageError for a model that is not elastic, an unknown name, or a number out of range.
     """
     from . import rules, scorers
@@ -217,7 +236,7 @@ def operating_point(
     if not (low > 0 and high <= 1):
         raise UsageError(f"budget {float(low):g} is outside (0, 1]", "1 keeps every slot, 0.5 half of them")
     before = elastic.setting
-    elastic.setting = Setting(budget, rule, scorer, executor)
+    elastic.setting = Setting(budget, rule, scorer, executor, compensate=compensate)
     try:
         yield elastic
     finally:

@@ -12,7 +12,8 @@ from ..elastic.runtime import ElasticLayer, Setting
 class Cost:
     """Means per token over the whole model: weights the experts read, their bytes, and their FLOPs (2 per weight).
 
-    Selection is included: the predictor of every chosen expert, and the gate neurons of blocks that are then dropped.
+    Selection is included: the predictor of every chosen expert, and the gate neurons of blocks that are then dropped. So is what
+    compensation reads for dropped slots.
     """
 
     active_expert_params: float
@@ -42,11 +43,14 @@ def _layer_params(layer: ElasticLayer, setting: Setting) -> float:
     total = counter.kept * per_block
     if expert.down_bias is not None:
         total += counter.touched * expert.hidden
+    dropped = counter.chosen * plan.n_sub - counter.kept
+    extra = layer.compensation(setting)
+    if extra is not None and not setting.is_full(expert.index):
+        total += extra.cost(counter.chosen, counter.touched, dropped)
     if setting.is_full(expert.index) or not layer.rule(setting.rule).needs_norms:
         return float(total)
     scorer = layer.scorer(setting.scorer)
     total += counter.chosen * scorer.parameters_per_expert() + counter.tokens * scorer.parameters_per_token()
     if scorer.reads_gates:
-        dropped = counter.chosen * plan.n_sub - counter.kept
         total += dropped * plan.gates * ((matrices - 1) * expert.hidden + neuron_biases)
     return float(total)

@@ -1,0 +1,56 @@
+"""Kept sub-experts are scaled up for the dropped ones of the same expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..base import LayerPlan
+from .base import MIN_ROWS, Blocks, Compensator, Sample, outputs
+
+
+class Scale(Compensator):
+    """Multiplies the routing weight of expert e with m of its blocks kept by `factors` [E, N + 1], 1 at m = N.
+
+    Least squares over the sampled rows that keep m blocks: factor = sum <whole, kept> / sum <kept, kept>, the bias being part of both.
+    """
+
+    method = "scale"
+
+    def __init__(self, plan: LayerPlan) -> None:
+        super().__init__(plan)
+        self.factors = self.tensor("factors")
+
+    @classmethod
+    def fit(cls, plan: LayerPlan, samples: Sequence[Sample], rank: int) -> dict[str, Tensor]:
+        factors = torch.ones(plan.layer.num_experts, plan.n_sub + 1)
+        for expert, sample in enumerate(samples):
+            kept = torch.zeros(len(sample.x), plan.layer.hidden, device=sample.x.device)
+            if plan.layer.down_bias is not None:
+                kept += plan.layer.down_bias[expert].float()
+            whole = kept.clone()
+            for n in range(plan.n_sub):
+                y = outputs(plan, sample.x, expert, n)
+                whole += y
+                kept += y * ~sample.dropped[:, n, None]
+            count = (~sample.dropped).sum(1)
+            for m in range(1, plan.n_sub):
+                rows = count == m
+                if int(rows.sum()) >= MIN_ROWS:
+                    factors[expert, m] = (whole[rows] * kept[rows]).sum() / (kept[rows].square().sum() + 1e-30)
+        return {"factors": factors.bfloat16()}
+
+    def weights(self, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
+        factor = self.factors[index.clamp(0, self.plan.layer.num_experts - 1), keep.sum(2)]
+        return (weight * factor).to(weight.dtype)
+
+    def estimate(self, x: Tensor, expert: int, block: int) -> None:
+        return None
+
+    def terms(self, x: Tensor, blocks: Blocks) -> None:
+        return None
+
+    def parameters(self, touched: int, dropped: int) -> int:
+        return touched

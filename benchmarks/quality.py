@@ -30,7 +30,14 @@ SHARES = (0.75, 0.5, 0.25)
 
 def variants(n_sub: int) -> dict[str, tuple[RefactorOptions, list[tuple[str, str]]]]:
     """Name -> (how to refactor, which (rule, scorer) to measure on it)."""
-    every = [("linear", "ridge"), ("product", "ridge"), ("product", "oracle"), ("mass", "ridge"), ("threshold", "ridge")]
+    every = [
+        ("linear", "ridge"),
+        ("product", "ridge"),
+        ("product", "oracle"),
+        ("plan", "ridge"),
+        ("mass", "ridge"),
+        ("threshold", "ridge"),
+    ]
     paper = [("pattern", "gates"), ("product", "gates")]
     default = [("product", "ridge"), ("threshold", "ridge")]
     return {
@@ -39,6 +46,7 @@ def variants(n_sub: int) -> dict[str, tuple[RefactorOptions, list[tuple[str, str
         "energy gates, r=4": (RefactorOptions(n_sub=n_sub, gates=4), [*paper, *default]),
         "no gate neurons": (RefactorOptions(n_sub=n_sub, gates=0), default),
         "every layer alike": (RefactorOptions(n_sub=n_sub, profile_tokens=0), default[1:]),
+        "3 profile points": (RefactorOptions(n_sub=n_sub, profile_points=3), [("plan", "ridge")]),
         "random partition": (RefactorOptions(n_sub=n_sub, solver="random"), default),
         "objective output": (RefactorOptions(n_sub=n_sub, objective="output"), default),
         "objective router": (RefactorOptions(n_sub=n_sub, objective="router"), default),

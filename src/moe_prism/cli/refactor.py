@@ -30,6 +30,7 @@ def refactor(
     memory_mib: int = 4096,
     seed: int = 0,
     profile_tokens: int = 4096,
+    profile_points: int = 1,
     calibration: Path | None = None,
     low_memory: bool = False,
     resume: bool = False,
@@ -56,6 +57,7 @@ def refactor(
     memory_mib: Limit for all statistics together.
     seed: Seed of sampling and solvers. Same inputs and seed, same bytes.
     profile_tokens: Calibration tokens run once per layer to learn how to spend a budget across layers; 0 = every layer alike.
+    profile_points: Budgets at which every layer is run; more refine the rule `plan` and cost as many times the time.
     calibration: Folder written by `moe-prism calibrate`, instead of the five options above.
     low_memory: Keep one decoder layer in memory at a time.
     resume: Continue an interrupted run; ends in the same bytes.
@@ -76,6 +78,7 @@ def refactor(
         dropped,
         seed,
         profile_tokens,
+        profile_points,
         CalibrateOptions(text, tokens, length, reservoir, memory_mib, seed, low_memory),
     )
     if dry_run:

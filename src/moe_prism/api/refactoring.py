@@ -25,7 +25,7 @@ from .card import model_card
 from .loading import SIDE_FILE
 from .output import check_apart, finished
 from .progress import Report, Update, peak_rss_bytes, silent
-from .sensitivity import TYPICAL, Profiler, plan_tensors, profile_budgets, unit_costs
+from .sensitivity import Profiler, plan_tensors, profile_runs, unit_cost
 from .solve import solve
 from .weights import Weights
 
@@ -38,7 +38,8 @@ class RefactorOptions:
 
     dropped: how many of an expert's weakest sub-experts the partition objective charges; None is n_sub - 1, the paper's code.
     profile_tokens: calibration tokens run once per layer to learn how a budget is best spent across layers; 0: every layer alike.
-    profile_points: budgets at which every layer is run; more than one refines the rule `plan` and costs as many times the time.
+    profile_points: budgets at which every layer is also run with a fixed count of slots, to refine the rule `plan`; each takes as long
+    as the profile without.
     """
 
     n_sub: int = 4
@@ -49,7 +50,7 @@ class RefactorOptions:
     dropped: int | None = None
     seed: int = 0
     profile_tokens: int = 4096
-    profile_points: int = 1
+    profile_points: int = 0
     calibration: CalibrateOptions = field(default_factory=CalibrateOptions)
 
     def check(self) -> None:
@@ -59,8 +60,8 @@ class RefactorOptions:
         gate_choices.get(self.gate_choice)
         if self.profile_tokens < 0:
             raise UsageError(f"--profile-tokens {self.profile_tokens} is negative", "0 switches the profile off")
-        if self.profile_points < 1:
-            raise UsageError(f"--profile-points {self.profile_points} measures nothing", "give 1 or more")
+        if self.profile_points < 0:
+            raise UsageError(f"--profile-points {self.profile_points} is negative", "0 makes the plan from the one run there is")
         if self.n_sub < 2:
             raise UsageError(f"--n-sub {self.n_sub} splits nothing", "give 2 or more")
         if self.dropped is not None and not 1 <= self.dropped < self.n_sub:
@@ -185,39 +186,41 @@ def _pool_levels(
     if options.calibration.low_memory or not options.profile_tokens:
         return
     units = [_unit(folder, layer) for layer in weights.layers]
-    budgets = profile_budgets(options.profile_points)
+    runs = profile_runs(options.profile_points)
     wanted = max(1, options.profile_tokens // statistics.profile.shape[1])
     ids = statistics.profile[:: max(1, len(statistics.profile) // wanted)][:wanted]
-    found = _profile(folder, journal, lambda: Profiler(weights.path, units, options.n_sub, options.gates), budgets, ids, report)
-    losses = [[float(point["kl"][i]) for point in found] for i in range(len(units))]
+    found = _profile(folder, journal, lambda: Profiler(weights.path, units, options.n_sub, options.gates), runs, ids, report)
     own = [unit["levels"] for unit in units]
-    costs = [unit_costs(level, budgets, loss, [TYPICAL])[0] for level, loss in zip(own, losses, strict=True)]
+    profiles = [[(budget, float(run["kl"][i])) for (_, budget), run in zip(runs, found, strict=True)] for i in range(len(units))]
+    costs = [unit_cost(level, *profile[0]) for level, profile in zip(own, profiles, strict=True)]
     if not journal.done(LEVELS_FILE):
         tensors = {f"layers.{i}.levels": level for i, level in enumerate(pool_levels(own, costs))}
-        plans = plan_tensors(own, budgets, losses, int(found[0]["slots"]))
+        plans = plan_tensors(own, [profile[1:] or profile for profile in profiles], int(found[0]["slots"]))
         digest = folder.save_tensors(LEVELS_FILE, tensors | {f"layers.{i}.plan": plan for i, plan in enumerate(plans)})
         journal.finish(LEVELS_FILE, LEVELS_FILE, digest)
-    for row, cost, loss in zip(rows, costs, losses, strict=True):
+    for row, cost, profile in zip(rows, costs, profiles, strict=True):
         row["sensitivity"] = cost
-        row["profile"] = [{"budget": budget, "kl": kl} for budget, kl in zip(budgets, loss, strict=True)]
+        row["profile"] = [
+            {"rule": rule, "budget": budget, "kl": kl} for (rule, _), (budget, kl) in zip(runs, profile, strict=True)
+        ]
 
 
 def _profile(
     folder: OutputFolder,
     journal: Journal,
     make: Callable[[], Profiler],
-    budgets: Sequence[float],
+    runs: Sequence[tuple[str, float]],
     ids: Tensor,
     report: Report,
 ) -> list[dict[str, Tensor]]:
-    """{kl [L], slots} per budget, each a journal unit: an interruption loses at most the budget in flight."""
-    names = [_profile_name(i) for i in range(len(budgets))]
-    todo = [(name, budget) for name, budget in zip(names, budgets, strict=True) if not journal.done(name)]
+    """{kl [L], slots} per run, each a journal unit: an interruption loses at most the run in flight."""
+    names = [_profile_name(i) for i in range(len(runs))]
+    todo = [(name, *run) for name, run in zip(names, runs, strict=True) if not journal.done(name)]
     if todo:
         with report("sensitivity") as update:
             profiler = make()
-            for i, (name, budget) in enumerate(todo):
-                kl, slots = profiler.alone(budget, ids, _part(update, i, len(todo)))
+            for i, (name, rule, budget) in enumerate(todo):
+                kl, slots = profiler.alone(rule, budget, ids, _part(update, i, len(todo)))
                 journal.finish(name, name, folder.save_tensors(name, {"kl": kl, "slots": torch.tensor(slots)}))
     return [load_file(str(folder.work / name)) for name in names]
 
@@ -285,7 +288,7 @@ def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str
         folder.discard(_unit_name(layer))
     folder.discard(SNAPSHOT)
     folder.discard(LEVELS_FILE)
-    for i in range(facts["options"]["profile_points"]):
+    for i in range(1 + facts["options"]["profile_points"]):
         folder.discard(_profile_name(i))
 
 

@@ -19,12 +19,12 @@ from ..model import find_layers, load_model
 from .progress import Update
 
 LOGIT_ROWS = 512  # tokens whose logits are held at a time: with a vocabulary of 150,000 some 2 GB
-TYPICAL = 0.5  # the budget whose cost per unit of dropped energy stands for a layer
+TYPICAL = 0.5  # the budget whose cost per unit of dropped energy stands for a layer where no more is known
 
 
-def profile_budgets(points: int) -> list[float]:
-    """The budgets at which every layer is measured alone, evenly spaced inside (0, 1)."""
-    return [(i + 1) / (points + 1) for i in range(points)]
+def profile_runs(points: int) -> list[tuple[str, float]]:
+    """(rule, budget) of what is run with every layer alone: the typical one, then `points` budgets evenly inside (0, 1) for the plan."""
+    return [("threshold", TYPICAL), *(("product", (i + 1) / (points + 1)) for i in range(points))]
 
 
 class Profiler:
@@ -39,48 +39,46 @@ class Profiler:
         tensors = [{k: v for k, v in unit.items() if k != "perm"} for unit in units]
         self.elastic = attach(self.model, n_sub, gates=gates, tensors=tensors, layers=layers)
 
-    def alone(self, budget: float, ids: Tensor, update: Update) -> tuple[Tensor, int]:
+    def alone(self, rule: str, budget: float, ids: Tensor, update: Update) -> tuple[Tensor, int]:
         """(KL [L] to the full model in nats per token with that layer alone at `budget`, slots per token); ids: windows [n, length]."""
         count = len(self.elastic.layers)
-        settings = [
-            Setting(rule="threshold", layers=tuple(budget if i == j else 1.0 for j in range(count))) for i in range(count)
-        ]
+        settings = [Setting(rule=rule, layers=tuple(budget if i == j else 1.0 for j in range(count))) for i in range(count)]
         measured = measure(self.model, self.elastic, ids, settings, batch=max(1, LOGIT_ROWS // ids.shape[1]), progress=update)
         counter = self.elastic.layers[0].counter
         slots = counter.chosen // counter.tokens * self.elastic.layers[0].plan.n_sub
         return torch.tensor([quality.kl for quality, _ in measured], dtype=torch.float64), slots
 
 
-def unit_costs(levels: Tensor, budgets: Sequence[float], losses: Sequence[float], wanted: Sequence[float]) -> list[float]:
-    """KL per unit of dropped squared value of one layer at the wanted budgets, from a few measured ones.
-
-    It changes slowly with the budget, much less than the KL itself, so its logarithm is interpolated, flat at the ends.
-    levels: the layer's own (see `fit_levels`).
-    """
-    known = [max(loss, 1e-30) / max(dropped_energy(levels, b), 1e-30) for b, loss in zip(budgets, losses, strict=True)]
-    return [float(c) for c in np.exp(np.interp(wanted, budgets, np.log(known)))]
+def unit_cost(levels: Tensor, budget: float, loss: float) -> float:
+    """KL per unit of dropped squared value of one layer; levels: its own (see `fit_levels`)."""
+    return loss / max(dropped_energy(levels, budget), 1e-30)
 
 
-def plan_order(levels: Sequence[Tensor], budgets: Sequence[float], losses: Sequence[Sequence[float]], slots: int) -> list[int]:
-    """The layer that gets the next slot per token, from nothing to all slots of every layer (see `plan_steps`).
+def loss_curve(levels: Tensor, profile: Sequence[tuple[float, float]], slots: int) -> list[float]:
+    """KL with 1, 2, ... `slots` slots kept in one layer, from a few measured (budget, KL), budgets rising.
 
-    Every layer first gets one. Then a hull-greedy allocation under the sum of the layers' losses, each predicted for every number of slots
-    from its profile: losses [L][budgets].
+    The cost of a unit of dropped energy changes little with the budget where the KL changes by orders of magnitude, so the logarithm of
+    that cost is what is interpolated, flat beyond the ends.
     """
     grid = [count / slots for count in range(1, slots)]
-    curves = []
-    for own, measured in zip(levels, losses, strict=True):
-        costs = unit_costs(own, budgets, measured, grid)
-        curves.append([*(c * dropped_energy(own, b) for c, b in zip(costs, grid, strict=True)), 0.0])
+    known = [max(unit_cost(levels, budget, loss), 1e-30) for budget, loss in profile]
+    costs = np.exp(np.interp(grid, [budget for budget, _ in profile], np.log(known)))
+    return [*(float(c) * dropped_energy(levels, b) for c, b in zip(costs, grid, strict=True)), 0.0]
+
+
+def plan_order(curves: Sequence[Sequence[float]]) -> list[int]:
+    """The layer that gets the next slot per token, from nothing to all slots of every layer (see `plan_steps`).
+
+    Every layer first gets one; then a hull-greedy allocation under the sum of the layers' losses, curves [L][slots].
+    """
     path = greedy_path([[(count + 1, loss) for count, loss in enumerate(curve)] for curve in curves])
     steps = np.repeat(path.item, np.diff(path.costs).round().astype(int)).tolist()
-    order = [*range(len(levels)), *steps]
+    order = [*range(len(curves)), *steps]
     # a layer that nothing measurable is lost from gets its last slots last
-    return order + [layer for layer in range(len(levels)) for _ in range(slots - order.count(layer))]
+    return order + [layer for layer, curve in enumerate(curves) for _ in range(len(curve) - order.count(layer))]
 
 
-def plan_tensors(
-    levels: Sequence[Tensor], budgets: Sequence[float], losses: Sequence[Sequence[float]], slots: int
-) -> list[Tensor]:
-    """`plan` of every layer, for the rule of that name."""
-    return plan_steps(plan_order(levels, budgets, losses, slots), len(levels))
+def plan_tensors(levels: Sequence[Tensor], profiles: Sequence[Sequence[tuple[float, float]]], slots: int) -> list[Tensor]:
+    """`plan` of every layer, for the rule of that name, from each layer's own levels and measured (budget, KL)."""
+    curves = [loss_curve(own, profile, slots) for own, profile in zip(levels, profiles, strict=True)]
+    return plan_steps(plan_order(curves), len(levels))

@@ -30,7 +30,7 @@ def refactor(
     memory_mib: int = 4096,
     seed: int = 0,
     profile_tokens: int = 4096,
-    profile_points: int = 1,
+    profile_points: int = 0,
     calibration: Path | None = None,
     low_memory: bool = False,
     resume: bool = False,
@@ -57,7 +57,7 @@ def refactor(
     memory_mib: Limit for all statistics together.
     seed: Seed of sampling and solvers. Same inputs and seed, same bytes.
     profile_tokens: Calibration tokens run once per layer to learn how to spend a budget across layers; 0 = every layer alike.
-    profile_points: Budgets at which every layer is run; more refine the rule `plan` and cost as many times the time.
+    profile_points: Budgets at which every layer is run once more, to refine the rule `plan`; each takes as long as the profile.
     calibration: Folder written by `moe-prism calibrate`, instead of the five options above.
     low_memory: Keep one decoder layer in memory at a time.
     resume: Continue an interrupted run; ends in the same bytes.

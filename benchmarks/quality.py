@@ -54,13 +54,14 @@ def variants(base: RefactorOptions) -> Variants:
     default = [("product", "ridge"), ("threshold", "ridge")]
     four = replace(base, gates=4)
     return {
-        "default": (replace(base, extra_scorers=["low-rank"]), [*every, ("mass", "ridge")]),
+        "default": (replace(base, extra_scorers=["low-rank"]), [*every, ("plan", "ridge"), ("mass", "ridge")]),
         PAPER: (replace(four, solver="sa", gate_choice="centrality"), paper),
         "centrality gates": (replace(four, gate_choice="centrality"), paper),
         "centrality-expert gates": (replace(four, gate_choice="centrality-expert"), paper),
         "energy gates": (four, [*paper, *default]),
         "no gate neurons": (replace(base, gates=0, extra_scorers=["low-rank"]), [*default, ("threshold", "low-rank")]),
         "every layer alike": (replace(base, profile_tokens=0), default[1:]),
+        "3 profile points": (replace(base, profile_points=3), [("plan", "ridge")]),
         "random partition": (replace(base, solver="random"), default),
         "objective output": (replace(base, objective="output"), default),
         "objective router": (replace(base, objective="router"), default),

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from moe_prism.elastic import LayerPlan, Slots, rules
 from moe_prism.elastic.pattern import counts
+from moe_prism.elastic.plan_ import plan_steps
 from moe_prism.elastic.product import top_slots
 from moe_prism.elastic.threshold import LEVELS, dropped_energy, fit_levels, pool_levels
+from moe_prism.errors import UsageError
 from moe_prism.model import find_layers
 from tests.parity.families import build
 
@@ -21,6 +23,7 @@ def plan():
     plan = LayerPlan(find_layers(build("olmoe"))[0], N, 0)
     g = torch.Generator().manual_seed(5)
     plan.tensors["levels"] = fit_levels(torch.rand(4000, generator=g), torch.ones(4000))
+    plan.tensors["plan"] = plan_steps([0, 1, *[0] * 5, *[1] * 11, *[0] * 6], 2)[0]
     return plan
 
 
@@ -34,7 +37,7 @@ def slots(seed, tokens=6, invalid=False):
     return Slots(torch.zeros(tokens, 2), index, weight, valid, N, lambda: norms), weight, norms
 
 
-@pytest.mark.parametrize("rule", ["product", "threshold", "mass", "pattern", "linear"])
+@pytest.mark.parametrize("rule", ["product", "threshold", "plan", "mass", "pattern", "linear"])
 @given(seed=st.integers(0, 500), budget=st.floats(0.01, 1), invalid=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_every_rule_keeps_one_and_all_at_full(plan, rule, seed, budget, invalid):
@@ -143,3 +146,39 @@ def test_mass_keeps_the_fewest_slots_that_cover_the_share(plan, seed, share):
         assert kept.sum() >= share * total * (1 - 1e-9)
         if len(kept) > 1:
             assert kept.sum() - kept.min() < share * total * (1 + 1e-9)
+
+
+@given(data=st.data(), layers=st.integers(1, 4))
+@settings(max_examples=10, deadline=None)
+def test_plan_meets_the_dial_on_average_over_layers(plan, data, layers):
+    total = K * N
+    tail = data.draw(st.permutations([layer for layer in range(layers) for _ in range(total - 1)]))
+    order = [*range(layers), *tail]
+    made = []
+    for steps in plan_steps(order, layers):
+        assert (steps.diff() >= 0).all()
+        made.append(rules.get("plan")(LayerPlan(plan.layer, N, 0, {"plan": steps})))
+    s, _, _ = slots(2)
+    before = [0] * layers
+    for m in range(layers, layers * total + 1):
+        keep = [rule.keep(s, torch.full((6,), m / (layers * total))).flatten(1) for rule in made]
+        counts_now = [int(k.sum(1)[0]) for k in keep]
+        assert all((k.sum(1) == c).all() for k, c in zip(keep, counts_now, strict=True))
+        assert sum(counts_now) == m  # the mean over layers is the dial
+        assert counts_now == [order[:m].count(layer) for layer in range(layers)]
+        assert all(now >= then for now, then in zip(counts_now, before, strict=True))
+        before = counts_now
+
+
+def test_plan_dials_may_differ_per_token(plan):
+    s, _, _ = slots(1)
+    dials = torch.tensor([0.01, 2 / 24, 7 / 24, 13 / 24, 19 / 24, 1.0])
+    keep = rules.get("plan")(plan).keep(s, dials)
+    counts_now = keep.flatten(1).sum(1)
+    assert counts_now.tolist() == [1, 1, 6, 6, 7, 12]
+    assert torch.equal(keep, rules.get("product")(plan).keep(s, counts_now / 12))
+
+
+def test_a_model_without_a_profile_has_no_plan(plan):
+    with pytest.raises(UsageError, match="no budgets per layer"):
+        rules.get("plan")(LayerPlan(plan.layer, N, 0))

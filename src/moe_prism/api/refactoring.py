@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,8 +25,8 @@ from .calibration import SNAPSHOT, CalibrateOptions, calibration_windows, check_
 from .card import model_card
 from .loading import SIDE_FILE
 from .output import check_apart, finished
-from .progress import Report, peak_rss_bytes, silent
-from .sensitivity import sensitivity
+from .progress import Report, Update, peak_rss_bytes, silent
+from .sensitivity import Profiler, plan_tensors, profile_runs, unit_cost
 from .solve import solve
 from .weights import Weights
 
@@ -40,6 +41,8 @@ class RefactorOptions:
     extra_scorers: predictors to fit beside the default one, for `operating_point(scorer=...)`.
     profile_tokens: calibration tokens run once per layer to learn how a budget is best spent across layers; 0: every layer alike.
     compensate: what makes up for dropped sub-experts: none, or a name from the registry; rank: of `low-rank`.
+    profile_points: budgets at which every layer is also run with a fixed count of slots, to refine the rule `plan`; each takes as long
+    as the profile without.
     """
 
     n_sub: int = 4
@@ -52,6 +55,7 @@ class RefactorOptions:
     profile_tokens: int = 4096
     compensate: str = "none"
     rank: int = 2
+    profile_points: int = 0
     calibration: CalibrateOptions = field(default_factory=CalibrateOptions)
     extra_scorers: list[str] = field(default_factory=list)  # a list: equal to what JSON gives back
 
@@ -70,6 +74,8 @@ class RefactorOptions:
             raise UsageError(f"--rank {self.rank} is no rank", "give 1 or more")
         if self.profile_tokens < 0:
             raise UsageError(f"--profile-tokens {self.profile_tokens} is negative", "0 switches the profile off")
+        if self.profile_points < 0:
+            raise UsageError(f"--profile-points {self.profile_points} is negative", "0 makes the plan from the one run there is")
         if self.n_sub < 2:
             raise UsageError(f"--n-sub {self.n_sub} splits nothing", "give 2 or more")
         if self.dropped is not None and not 1 <= self.dropped < self.n_sub:
@@ -192,22 +198,56 @@ def _pool_levels(
     rows: list[dict[str, Any]],
     report: Report,
 ) -> None:
-    """One journal unit: levels that spend a budget where it matters most. Needs the model in memory, so not with low_memory."""
+    """Levels and plans that spend a budget where it matters most. Needs the model in memory, so not with low_memory."""
     if options.calibration.low_memory or not options.profile_tokens:
         return
+    units = [_unit(folder, layer) for layer in weights.layers]
+    runs = profile_runs(options.profile_points)
+    wanted = max(1, options.profile_tokens // statistics.profile.shape[1])
+    ids = statistics.profile[:: max(1, len(statistics.profile) // wanted)][:wanted]
+    found = _profile(folder, journal, lambda: Profiler(weights.path, units, options.n_sub, options.gates), runs, ids, report)
+    own = [unit["levels"] for unit in units]
+    profiles = [[(budget, float(run["kl"][i])) for (_, budget), run in zip(runs, found, strict=True)] for i in range(len(units))]
+    costs = [unit_cost(level, *profile[0]) for level, profile in zip(own, profiles, strict=True)]
     if not journal.done(LEVELS_FILE):
-        units = [_unit(folder, layer) for layer in weights.layers]
-        wanted = max(1, options.profile_tokens // statistics.profile.shape[1])
-        ids = statistics.profile[:: max(1, len(statistics.profile) // wanted)][:wanted]
-        with report("sensitivity") as update:
-            found = sensitivity(weights.path, units, options.n_sub, options.gates, ids, update)
-        pooled = pool_levels([unit["levels"] for unit in units], found)
-        tensors = {f"layers.{i}.levels": level for i, level in enumerate(pooled)}
-        digest = folder.save_tensors(LEVELS_FILE, tensors, {"sensitivity": json.dumps(found)})
+        tensors = {f"layers.{i}.levels": level for i, level in enumerate(pool_levels(own, costs))}
+        plans = plan_tensors(own, [profile[1:] or profile for profile in profiles], int(found[0]["slots"]))
+        digest = folder.save_tensors(LEVELS_FILE, tensors | {f"layers.{i}.plan": plan for i, plan in enumerate(plans)})
         journal.finish(LEVELS_FILE, LEVELS_FILE, digest)
-    with safe_open(str(folder.work / LEVELS_FILE), "pt") as file:
-        for row, value in zip(rows, json.loads(file.metadata()["sensitivity"]), strict=True):
-            row["sensitivity"] = value
+    for row, cost, profile in zip(rows, costs, profiles, strict=True):
+        row["sensitivity"] = cost
+        row["profile"] = [
+            {"rule": rule, "budget": budget, "kl": kl} for (rule, _), (budget, kl) in zip(runs, profile, strict=True)
+        ]
+
+
+def _profile(
+    folder: OutputFolder,
+    journal: Journal,
+    make: Callable[[], Profiler],
+    runs: Sequence[tuple[str, float]],
+    ids: Tensor,
+    report: Report,
+) -> list[dict[str, Tensor]]:
+    """{kl [L], slots} per run, each a journal unit: an interruption loses at most the run in flight."""
+    names = [_profile_name(i) for i in range(len(runs))]
+    todo = [(name, *run) for name, run in zip(names, runs, strict=True) if not journal.done(name)]
+    if todo:
+        with report("sensitivity") as update:
+            profiler = make()
+            for i, (name, rule, budget) in enumerate(todo):
+                kl, slots = profiler.alone(rule, budget, ids, _part(update, i, len(todo)))
+                journal.finish(name, name, folder.save_tensors(name, {"kl": kl, "slots": torch.tensor(slots)}))
+    return [load_file(str(folder.work / name)) for name in names]
+
+
+def _part(update: Update, i: int, parts: int) -> Update:
+    """Progress of the i-th of several equal parts as progress of the whole."""
+    return lambda done, total: update(i * total + done, parts * total)
+
+
+def _profile_name(point: int) -> str:
+    return f"profile-{point:02d}.safetensors"
 
 
 def _unit_name(layer: MoELayer) -> str:
@@ -264,6 +304,8 @@ def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str
         folder.discard(_unit_name(layer))
     folder.discard(SNAPSHOT)
     folder.discard(LEVELS_FILE)
+    for i in range(1 + facts["options"]["profile_points"]):
+        folder.discard(_profile_name(i))
 
 
 def _index(single: Path) -> bytes:

@@ -33,6 +33,7 @@ def refactor(
     seed: int = 0,
     profile_tokens: int = 4096,
     extra_scorers: str = "",
+    profile_points: int = 0,
     calibration: Path | None = None,
     low_memory: bool = False,
     resume: bool = False,
@@ -62,6 +63,7 @@ def refactor(
     seed: Seed of sampling and solvers. Same inputs and seed, same bytes.
     profile_tokens: Calibration tokens run once per layer to learn how to spend a budget across layers; 0 = every layer alike.
     extra_scorers: Predictors to fit beside the default one, e.g. low-rank; see `moe-prism ls scorers`.
+    profile_points: Budgets at which every layer is run once more, to refine the rule `plan`; each takes as long as the profile.
     calibration: Folder written by `moe-prism calibrate`, instead of the five options above.
     low_memory: Keep one decoder layer in memory at a time.
     resume: Continue an interrupted run; ends in the same bytes.
@@ -84,6 +86,7 @@ def refactor(
         profile_tokens,
         compensate,
         rank,
+        profile_points,
         CalibrateOptions(text, tokens, length, reservoir, memory_mib, seed, low_memory),
         [name for name in extra_scorers.split(",") if name],
     )

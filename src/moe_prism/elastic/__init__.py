@@ -18,6 +18,10 @@ rules: Registry[type[Rule]] = Registry(
             "moe_prism.elastic.threshold:Threshold",
             "every slot whose value passes a calibrated level: a continuous dial (default for a budget)",
         ),
+        "plan": (
+            "moe_prism.elastic.plan_:Plan",
+            "the product rule with budgets per layer, allocated from each layer's profile",
+        ),
         "mass": ("moe_prism.elastic.mass:Mass", "slots until they cover a share of the token's estimated output"),
         "pattern": ("moe_prism.elastic.pattern:Pattern", "the paper's code: a fixed number of sub-experts per routing rank"),
         "linear": (

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from .allocation import Allocation, GreedyPath, exact, greedy_path, hull_greedy, lp_bound
 from .compare import Comparison, comparison
 from .pareto import distinct_points, hypervolume, largest_cliff, pareto
 from .record import Frontier, Point
 
-__all__ = ["Comparison", "Frontier", "Point", "comparison", "distinct_points", "hypervolume", "largest_cliff", "pareto"]
+__all__ = [
+    "Allocation",
+    "Comparison",
+    "Frontier",
+    "GreedyPath",
+    "Point",
+    "comparison",
+    "distinct_points",
+    "exact",
+    "greedy_path",
+    "hull_greedy",
+    "hypervolume",
+    "largest_cliff",
+    "lp_bound",
+    "pareto",
+]

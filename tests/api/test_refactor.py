@@ -203,7 +203,6 @@ def test_a_dense_model_is_one_expert(tiny_dense, tiny_calibration, tmp_path):
         model._moe_prism.always_split = split
         torch.testing.assert_close(model(**rows).logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     with moe_prism.operating_point(model, k=1) as elastic:
-        elastic.counting = True
         elastic.reset_counters()
         assert not torch.allclose(model(**rows).logits, expected)
         assert all(layer.counter.kept == rows["input_ids"].numel() for layer in elastic.layers)

@@ -42,7 +42,6 @@ def test_detach_gives_the_model_back(model):
 def test_k_counts_slots(model):
     elastic = attach(model, 4)
     for k in (1, 3, 8):
-        elastic.counting = True
         elastic.reset_counters()
         with operating_point(model, k=k, rule="linear"):
             model(IDS)

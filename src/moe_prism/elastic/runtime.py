@@ -169,6 +169,8 @@ class Elastic:
         self.model.__dict__.pop("_moe_prism", None)
 
     def reset_counters(self) -> None:
+        """Count from zero, from now on."""
+        self.counting = True
         for layer in self.layers:
             layer.counter = Counter()
 

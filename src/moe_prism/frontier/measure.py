@@ -59,7 +59,6 @@ def measure(
     qualities = [Quality() for _ in settings]
     costs: list[_Sum] = [_Sum() for _ in settings]
     before, counting = elastic.setting, elastic.counting
-    elastic.counting = True
     try:
         for start in range(0, len(ids), batch):
             rows = ids[start : start + batch].to(model.device)

@@ -14,6 +14,7 @@ from ..errors import UsageError
 from ..model import MoELayer, find_layers
 from .base import LayerPlan, Rule, Scorer, Slots
 from .execute import grouped, reference
+from .repair import REPAIR, Repaired
 
 EXECUTORS: Mapping[str, Callable[..., Tensor]] = {"grouped": grouped, "reference": reference}
 
@@ -56,6 +57,7 @@ class ElasticLayer:
     counter: Counter = field(default_factory=Counter)
     _scorers: dict[str, Scorer] = field(default_factory=dict)
     _rules: dict[str, Rule] = field(default_factory=dict)
+    _repaired: Repaired | None = None
 
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         setting = self.elastic.setting
@@ -65,7 +67,11 @@ class ElasticLayer:
         valid = (index >= 0) & (index < self.plan.layer.num_experts)
         keep = self.select(x, index, weight, valid, setting)
         self._count(index, keep)
-        return EXECUTORS[setting.executor](self.plan, x, index, weight, keep)
+        execute = EXECUTORS[setting.executor]
+        if REPAIR not in self.plan.tensors:
+            return execute(self.plan, x, index, weight, keep)
+        self._repaired = self._repaired or Repaired(self.plan)
+        return self._repaired(execute, x, index, weight, keep)
 
     def select(self, x: Tensor, index: Tensor, weight: Tensor, valid: Tensor, setting: Setting) -> Tensor:
         """keep [T, k, N] of a batch under a setting."""

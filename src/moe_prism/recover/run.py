@@ -1,0 +1,86 @@
+"""Sum the normal equations of several layers in one pass of the full model over calibration windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibrate.run import Progress, backbone_of, input_device
+from ..calibrate.tokens import SKIPPED_POSITIONS
+from ..elastic import Elastic
+from ..elastic.runtime import ElasticLayer, Setting
+from ..errors import CorruptError, DoesNotFit
+from .repair import Normal
+
+BUDGETS = (0.75, 0.5, 0.25)  # of the default rule, where the equations see what is kept; alike
+BATCH = 4  # windows
+
+
+def groups(layers: Sequence[ElasticLayer], bands: int, memory_bytes: int) -> list[list[int]]:
+    """Neighbouring layers whose equations fit in memory together, so that each group takes one pass.
+
+    Raises DoesNotFit if one layer alone does not fit.
+    """
+    found: list[list[int]] = []
+    held = 0
+    for i, layer in enumerate(layers):
+        size = Normal.bytes(layer.plan, bands)
+        if size > memory_bytes:
+            raise DoesNotFit(
+                f"the equations of one layer need {size / 2**20:.0f} MiB, the limit is {memory_bytes / 2**20:.0f} MiB",
+                "raise --memory-mib, or lower --bands",
+            )
+        held += size
+        if not found or held > memory_bytes:
+            found, held = [*found, []], size
+        found[-1].append(i)
+    return found
+
+
+class _Reached(Exception):
+    """The last layer of the group has seen its batch: what follows is not needed."""
+
+
+@torch.no_grad()
+def equations(
+    model: Any, elastic: Elastic, group: Sequence[int], ids: Tensor, bands: int, progress: Progress | None = None
+) -> list[Normal]:
+    """One Normal per layer of `group`, over windows ids [n, length]. Inputs are those of the full model."""
+    found = [Normal(elastic.layers[i].plan, bands) for i in group]
+    try:
+        for i, normal in zip(group, found, strict=True):
+            layer = elastic.layers[i]
+            layer.plan.layer.install(_observer(layer, normal, ids.shape[1], last=i == group[-1]))
+        backbone, device = backbone_of(model), input_device(model)
+        for start in range(0, len(ids), BATCH):
+            batch = ids[start : start + BATCH]
+            with suppress(_Reached):
+                backbone(input_ids=batch.to(device), use_cache=False)
+            if progress:
+                progress(start + len(batch), len(ids))
+    finally:
+        for i in group:
+            elastic.layers[i].plan.layer.install(elastic.layers[i])
+    return found
+
+
+def _observer(layer: ElasticLayer, normal: Normal, window: int, *, last: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def observe(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        if not torch.isfinite(x).all():
+            raise CorruptError(
+                f"non-finite input at '{layer.plan.layer.name}'", "the weights or the text are damaged; run `moe-prism verify`"
+            )
+        # the first token of a window has massive activations that say nothing about the others
+        rows = torch.arange(len(x), device=x.device) % window >= SKIPPED_POSITIONS
+        mine = x[rows], index[rows], weight[rows]
+        valid = (mine[1] >= 0) & (mine[1] < layer.plan.layer.num_experts)
+        normal.add(*mine, [layer.select(*mine, valid, Setting(budget, "threshold")) for budget in BUDGETS])
+        if last:
+            raise _Reached
+        return layer.plan.layer.native(x, index, weight)
+
+    return observe

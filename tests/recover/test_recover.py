@@ -1,0 +1,132 @@
+"""`recover`: what it writes, that it is worth it on a real model, how it goes on after an interruption, and bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+import moe_prism
+from moe_prism import cli
+from moe_prism.api import FrontierOptions, RecoverOptions, measure_frontier, recover_model
+from moe_prism.elastic import operating_point
+from moe_prism.errors import CorruptError, UsageError
+from tests.tiny_sources import digests
+
+OPTIONS = RecoverOptions(tokens=1024, length=32)
+IDS = torch.arange(40, 60)[None]
+
+
+@pytest.fixture(scope="module")
+def recovered(shared, elastic_tiny):
+    return shared("recovered-tiny", lambda out: recover_model(elastic_tiny, out, OPTIONS))
+
+
+@torch.no_grad()
+def test_it_is_the_same_model_at_full_budget_and_another_below(elastic_tiny, recovered):
+    old, new = (moe_prism.load(folder)[0] for folder in (elastic_tiny, recovered))
+    assert torch.equal(old(IDS).logits, new(IDS).logits)
+    with operating_point(old, 0.5), operating_point(new, 0.5):
+        assert not torch.allclose(old(IDS).logits, new(IDS).logits)
+
+
+def test_weights_are_copied_and_facts_are_stated(elastic_tiny, recovered):
+    old, new = digests(elastic_tiny), digests(recovered)
+    assert {name for name in new if new[name] != old.get(name)} == {"prism.json", "prism.safetensors"}
+    assert moe_prism.verify(recovered)
+    manifest = json.loads((recovered / "prism.json").read_text())
+    before = json.loads((elastic_tiny / "prism.json").read_text())
+    facts, experts = manifest["recovery"], 2 * 4 * 3 * 32 * 16  # layers, experts, matrices, d, f
+    assert (facts["method"], facts["bands"], facts["tokens"]) == ("repair", 3, 1024)
+    assert facts["resident_bytes"] == experts * 2  # three copies of W_down, one of three matrices, in bfloat16
+    assert facts["resident_share"] == 0.5  # of a float32 checkpoint
+    assert set(before["calibration"]["documents"]) <= set(manifest["calibration"]["documents"])
+    assert manifest["layers"] == before["layers"] and manifest["source"] == before["source"]
+
+
+def test_same_inputs_same_bytes_also_one_layer_at_a_time_and_after_an_interruption(
+    elastic_tiny, recovered, tmp_path, monkeypatch
+):
+    from moe_prism.api import recovering
+
+    monkeypatch.setattr(recovering, "groups", lambda layers, *_: [[i] for i in range(len(layers))])
+
+    @contextmanager
+    def stop_in_the_second_layer(_title):
+        def update(done, total):
+            if done > total // 2:
+                raise KeyboardInterrupt
+
+        yield update
+
+    with pytest.raises(KeyboardInterrupt):
+        recover_model(elastic_tiny, tmp_path / "out", OPTIONS, report=stop_in_the_second_layer)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="--resume"):
+        recover_model(elastic_tiny, tmp_path / "out", OPTIONS)
+    with pytest.raises(UsageError, match="another options"):
+        recover_model(elastic_tiny, tmp_path / "out", replace(OPTIONS, tokens=512), resume=True)
+    recover_model(elastic_tiny, tmp_path / "out", OPTIONS, resume=True)
+    assert digests(tmp_path / "out") == digests(recovered)
+    recover_model(elastic_tiny, tmp_path / "out", OPTIONS, resume=True)  # nothing left to do
+    with pytest.raises(UsageError, match="exists"):
+        recover_model(elastic_tiny, tmp_path / "out", replace(OPTIONS, tokens=512), resume=True)
+
+
+def test_what_was_measured_before_does_not_come_along(elastic_tiny, recovered, tmp_path):
+    shutil.copytree(elastic_tiny, tmp_path / "measured")
+    arguments = ("--tokens", "64", "--length", "32")
+    assert cli.main(["frontier", str(tmp_path / "measured"), *arguments]) == 0
+    recover_model(tmp_path / "measured", tmp_path / "out", OPTIONS)
+    assert digests(tmp_path / "out") == digests(recovered)
+
+
+def test_prism_nano_loses_less_on_text_it_has_not_seen(elastic_nano, tmp_path):
+    recover_model(elastic_nano, tmp_path / "out", RecoverOptions(tokens=8192))
+    options = FrontierOptions(tokens=2048, rules=("threshold",), points=4)
+    old, new = (measure_frontier(folder, options).points for folder in (elastic_nano, tmp_path / "out"))
+    assert new[-1].kl < 1e-6
+    for before, after in zip(old[:-1], new[:-1], strict=True):
+        assert after.kl < 0.9 * before.kl
+        assert after.active_expert_bytes < 1.03 * before.active_expert_bytes
+
+
+def test_a_changed_weight_file_is_found(elastic_tiny, tmp_path):
+    shutil.copytree(elastic_tiny, tmp_path / "elastic")
+    with (tmp_path / "elastic" / "README.md").open("a") as file:
+        file.write("changed")
+    with pytest.raises(CorruptError, match=r"README\.md was changed"):
+        recover_model(tmp_path / "elastic", tmp_path / "out", OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "names"),
+    [
+        (("--bands", "0"), 2, "--bands 0"),
+        (("--tokens", "0"), 2, "--tokens 0"),
+        (("--length", "2"), 2, "--length 2"),
+        (("--memory-mib", "0"), 2, "--memory-mib 0"),
+        (("--text", "missing.txt"), 2, "does not exist"),
+        (("--tokens", "many"), 2, "many"),
+    ],
+)
+def test_bad_options(elastic_tiny, tmp_path, capsys, options, code, names):
+    assert cli.main(["recover", str(elastic_tiny), "-o", str(tmp_path / "out"), *options]) == code
+    line = capsys.readouterr().err
+    assert line.startswith("moe-prism: error: ") and line.count("\n") == 1 and names in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_folders(elastic_tiny, tiny_source, recovered, tmp_path):
+    with pytest.raises(UsageError, match=r"no prism\.json"):
+        recover_model(tiny_source, tmp_path / "out", OPTIONS)
+    with pytest.raises(UsageError, match="already repaired"):
+        recover_model(recovered, tmp_path / "out", OPTIONS)
+    with pytest.raises(UsageError, match="overlap"):
+        recover_model(elastic_tiny, elastic_tiny / "inside", OPTIONS)
+    assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from moe_prism.elastic import operating_point
 from moe_prism.errors import CorruptError, UsageError
 from tests.tiny_sources import digests
 
-OPTIONS = RecoverOptions(tokens=1024, length=32)
+OPTIONS = RecoverOptions(bands=3, tokens=1024, length=32)
 IDS = torch.arange(40, 60)[None]
 
 

@@ -33,7 +33,7 @@ class RecoverOptions:
     memory for the normal equations of the layers that are summed together.
     """
 
-    bands: int = 3
+    bands: int = 1
     text: str | None = None
     tokens: int = 65_536
     length: int = 512

@@ -15,7 +15,7 @@ def recover(
     /,
     *,
     out: Annotated[Path, Parameter(name=("--out", "-o"))],
-    bands: int = 3,
+    bands: int = 1,
     text: str | None = None,
     tokens: int = 65_536,
     length: int = 512,

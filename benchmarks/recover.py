@@ -102,7 +102,8 @@ def main() -> None:
         else:
             print(
                 f"bands {row['bands']} {row['text']:10} {row['rule']:10} {row['budget']:5.0%}: "
-                f"KL {row['kl_before']:.4f} -> {row['kl']:.4f} ({row['ratio']:.2f}x), {row['slots']:.2f} slots, params {row['params_before']:.0f} -> {row['params']:.0f}",
+                f"KL {row['kl_before']:.4f} -> {row['kl']:.4f} ({row['ratio']:.2f}x), "
+                f"{row['slots']:.2f} slots, params {row['params_before']:.0f} -> {row['params']:.0f}",
                 flush=True,
             )
     if args.json:

@@ -12,9 +12,12 @@ import torch
 
 import moe_prism
 from moe_prism import cli
-from moe_prism.api import FrontierOptions, RecoverOptions, measure_frontier, recover_model
+from moe_prism.api import RecoverOptions, recover_model
+from moe_prism.data import token_windows
 from moe_prism.elastic import operating_point
+from moe_prism.elastic.runtime import Setting
 from moe_prism.errors import CorruptError, UsageError
+from moe_prism.frontier.measure import measure
 from tests.tiny_sources import digests
 
 OPTIONS = RecoverOptions(bands=3, tokens=1024, length=32)
@@ -24,6 +27,18 @@ IDS = torch.arange(40, 60)[None]
 @pytest.fixture(scope="module")
 def recovered(shared, elastic_tiny):
     return shared("recovered-tiny", lambda out: recover_model(elastic_tiny, out, OPTIONS))
+
+
+@pytest.fixture(scope="module")
+def repaired_nano(shared, elastic_nano):
+    return shared("repaired-nano", lambda out: recover_model(elastic_nano, out, RecoverOptions(tokens=16_384)))
+
+
+def measured(folder, settings, tokens=1024):
+    """(quality, cost) per setting on held-out text."""
+    model, tokenizer = moe_prism.load(folder)
+    ids = token_windows(tokenizer, "stdlib", "evaluation", length=256, tokens=tokens).ids
+    return measure(model, model._moe_prism, ids, settings)
 
 
 @torch.no_grad()
@@ -40,7 +55,7 @@ def test_weights_are_copied_and_facts_are_stated(elastic_tiny, recovered):
     assert moe_prism.verify(recovered)
     manifest = json.loads((recovered / "prism.json").read_text())
     before = json.loads((elastic_tiny / "prism.json").read_text())
-    facts, experts = manifest["recovery"], 2 * 4 * 3 * 32 * 16  # layers, experts, matrices, d, f
+    (facts,), experts = manifest["recovery"], 2 * 4 * 3 * 32 * 16  # layers, experts, matrices, d, f
     assert (facts["method"], facts["bands"], facts["tokens"]) == ("repair", 3, 1024)
     assert facts["resident_bytes"] == experts * 2  # three copies of W_down, one of three matrices, in bfloat16
     assert facts["resident_share"] == 0.5  # of a float32 checkpoint
@@ -51,9 +66,9 @@ def test_weights_are_copied_and_facts_are_stated(elastic_tiny, recovered):
 def test_same_inputs_same_bytes_also_one_layer_at_a_time_and_after_an_interruption(
     elastic_tiny, recovered, tmp_path, monkeypatch
 ):
-    from moe_prism.api import recovering
+    from moe_prism.recover import run
 
-    monkeypatch.setattr(recovering, "groups", lambda layers, *_: [[i] for i in range(len(layers))])
+    monkeypatch.setattr(run, "groups", lambda layers, *_: [[i] for i in range(len(layers))])
 
     @contextmanager
     def stop_in_the_second_layer(_title):
@@ -85,14 +100,15 @@ def test_what_was_measured_before_does_not_come_along(elastic_tiny, recovered, t
     assert digests(tmp_path / "out") == digests(recovered)
 
 
-def test_prism_nano_loses_less_on_text_it_has_not_seen(elastic_nano, tmp_path):
-    recover_model(elastic_nano, tmp_path / "out", RecoverOptions(tokens=8192))
-    options = FrontierOptions(tokens=2048, rules=("threshold",), points=4)
-    old, new = (measure_frontier(folder, options).points for folder in (elastic_nano, tmp_path / "out"))
-    assert new[-1].kl < 1e-6
-    for before, after in zip(old[:-1], new[:-1], strict=True):
-        assert after.kl < 0.9 * before.kl
-        assert after.active_expert_bytes < 1.03 * before.active_expert_bytes
+@pytest.mark.parametrize("rule", ["product", "threshold"])
+def test_repaired_prism_nano_loses_less_on_text_it_has_not_seen(elastic_nano, repaired_nano, rule):
+    settings = [Setting(budget, rule) for budget in (1.0, 0.75, 0.5, 0.25)]
+    (whole, *old), (same, *new) = (measured(folder, settings) for folder in (elastic_nano, repaired_nano))
+    assert whole[0].kl < 1e-6 and same[0].kl < 1e-6
+    for (before, cost_before), (after, cost_after) in zip(old, new, strict=True):
+        assert after.kl < 0.95 * before.kl
+        if rule == "product":
+            assert cost_after == cost_before  # the repair reads nothing more
 
 
 def test_a_changed_weight_file_is_found(elastic_tiny, tmp_path):
@@ -107,7 +123,9 @@ def test_a_changed_weight_file_is_found(elastic_tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "code", "names"),
     [
+        (("--method", "repare"), 2, "did you mean 'repair'?"),
         (("--bands", "0"), 2, "--bands 0"),
+        (("--steps", "0"), 2, "--steps 0"),
         (("--tokens", "0"), 2, "--tokens 0"),
         (("--length", "2"), 2, "--length 2"),
         (("--memory-mib", "0"), 2, "--memory-mib 0"),
@@ -125,7 +143,7 @@ def test_bad_options(elastic_tiny, tmp_path, capsys, options, code, names):
 def test_bad_folders(elastic_tiny, tiny_source, recovered, tmp_path):
     with pytest.raises(UsageError, match=r"no prism\.json"):
         recover_model(tiny_source, tmp_path / "out", OPTIONS)
-    with pytest.raises(UsageError, match="already repaired"):
+    with pytest.raises(UsageError, match="had --method repair already"):
         recover_model(recovered, tmp_path / "out", OPTIONS)
     with pytest.raises(UsageError, match="overlap"):
         recover_model(elastic_tiny, elastic_tiny / "inside", OPTIONS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..checkpoint import Journal, OutputFolder, read_manifest, write_manifest
 from ..data import Windows, token_windows
-from ..elastic.repair import REPAIR
+from ..elastic.runtime import ElasticLayer
 from ..errors import CorruptError, UsageError
-from ..model import load_tokenizer
-from ..recover.run import BUDGETS, equations, groups
+from ..recover import Job, methods
+from ..recover.run import groups
 from .loading import SIDE_FILE, load, read_tensors
 from .output import check_apart, finished
 from .progress import Report, peak_rss_bytes, silent
@@ -27,21 +27,26 @@ FILLED_IN = ("schema", "versions", "files", "sha256")  # keys of a manifest that
 
 @dataclass(frozen=True)
 class RecoverOptions:
-    """bands: repaired copies of W_down per expert, each for a range of dropped blocks (at most N-1 of them differ).
+    """method: a name from `recover.methods`. bands (`repair`): repaired copies of W_down per expert, each for a range of dropped blocks
+    (at most N-1 of them differ). steps and seed (`predictor`): of training.
 
     text: None is the text the model was calibrated on; its evaluation side is never used. tokens and length of the windows;
     memory for the normal equations of the layers that are summed together.
     """
 
+    method: str = "repair"
     bands: int = 1
+    steps: int = 96
     text: str | None = None
     tokens: int = 65_536
     length: int = 512
     memory_mib: int = 4096
+    seed: int = 0
 
     def check(self) -> None:
-        """Raises UsageError naming the option that is out of range."""
-        for name, least in (("bands", 1), ("tokens", 1), ("length", 8), ("memory_mib", 1)):
+        """Raises UsageError for a name or number that cannot work."""
+        methods.get(self.method)
+        for name, least in (("bands", 1), ("steps", 1), ("tokens", 1), ("length", 8), ("memory_mib", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small", f"give at least {least}")
 
@@ -55,10 +60,10 @@ class Recovered:
     peak_rss_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        facts = self.manifest["recovery"]
+        facts = self.manifest["recovery"][-1]
         return {
             "folder": str(self.folder),
-            **{key: facts[key] for key in ("bands", "tokens", "resident_bytes", "resident_share")},
+            **{key: facts[key] for key in ("method", "tokens", "resident_bytes", "resident_share")},
             "peak_rss_bytes": self.peak_rss_bytes,
         }
 
@@ -72,79 +77,99 @@ def recover_model(
     force: bool = False,
     report: Report = silent,
 ) -> Recovered:
-    """Write a copy of an elastic model that loses less below full budget: repaired W_down for experts that dropped blocks.
+    """Write a copy of an elastic model that loses less below full budget, with the same weights and the same function at full budget.
 
-    Same weights, and at full budget the same function. An interrupted run continues with resume=True and ends in the same bytes.
-    Raises UsageError, DoesNotFit or CorruptError before anything is written if the folder, text or options cannot work.
+    Of two methods, `predictor` goes first: a repair is fitted to what is kept. An interrupted `repair` continues with resume=True and
+    ends in the same bytes, `predictor` starts again. Raises UsageError, DoesNotFit or CorruptError before OUT is visible.
     """
     options = options or RecoverOptions()
     options.check()
     manifest = read_manifest(folder)
-    _check(folder, manifest)
+    _check(folder, manifest, options)
     check_apart(folder, out)
-    bands = min(options.bands, manifest["n_sub"] - 1)
     weights = {name: entry["sha256"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
     inputs = {"from": weights, "options": asdict(options)}
-    if resume and (done := finished(out, {"kind": "elastic"})) and done.get("recovery", {}).get("inputs") == inputs:
+    done = finished(out, {"kind": "elastic"}) if resume else None
+    if done and done.get("recovery", [{}])[-1].get("inputs") == inputs:
         return Recovered(Path(out), done, peak_rss_bytes())
-    model, _ = load(folder)
-    plan = groups(model._moe_prism.layers, bands, options.memory_mib << 20)
-    windows = _windows(folder, manifest, options)
+    model, tokenizer = load(folder)
+    windows = _windows(tokenizer, model, manifest, options)
+    _check_memory(model._moe_prism.layers, options)
     with OutputFolder(out, resume=resume, force=force) as output:
-        journal = Journal(output.work, inputs)
-        deltas = _fit(model, plan, windows, bands, output, journal, report)
+        facts = _fit(model, windows, manifest, options, output, Journal(output.work, inputs), report)
         with report("write") as update:
             _copy(Path(folder), manifest, output, update)
-        extra = sum(delta.nbytes for delta in deltas.values())
-        facts = {
-            "method": "repair",
-            "inputs": inputs,
-            "bands": bands,
-            "budgets": list(BUDGETS),
-            "text": windows.source,
-            "tokens": windows.tokens,
-            "resident_bytes": extra,
-            "resident_share": round(extra / _expert_bytes(model, manifest), 4),
-        }
-        output.save_tensors(SIDE_FILE, {**read_tensors(Path(folder) / SIDE_FILE), **deltas}, {"format": "pt"})
-        for i in range(len(manifest["layers"])):
-            output.discard(_unit(i))
+        extra = _write_side_file(Path(folder), len(manifest["layers"]), output)
+        facts |= {"inputs": inputs, "text": windows.source, "tokens": windows.tokens, "resident_bytes": extra}
+        facts["resident_share"] = round(extra / _expert_bytes(model, manifest), 4)
         result = write_manifest(output, _manifest(manifest, windows, facts))
         output.finish()
     return Recovered(Path(out), result, peak_rss_bytes())
 
 
-def _check(folder: str | Path, manifest: Mapping[str, Any]) -> None:
+def _check(folder: str | Path, manifest: Mapping[str, Any], options: RecoverOptions) -> None:
     if manifest.get("kind") != "elastic":
         raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
-    if "recovery" in manifest:
-        raise UsageError(f"'{folder}' is already repaired", "give the folder it was made from")
+    had = [step["method"] for step in manifest.get("recovery", [])]
+    if options.method in had:
+        raise UsageError(f"'{folder}' has had --method {options.method} already", "give the folder it was made from")
+    if "repair" in had:
+        raise UsageError(f"'{folder}' is repaired, and a repair is fitted to its predictor", "train the predictor first")
 
 
-def _windows(folder: str | Path, manifest: Mapping[str, Any], options: RecoverOptions) -> Windows:
+def _windows(tokenizer: Any, model: Any, manifest: Mapping[str, Any], options: RecoverOptions) -> Windows:
     text = manifest["calibration"]["text"] if options.text is None else options.text
-    return token_windows(load_tokenizer(folder), text, "calibration", length=options.length, tokens=options.tokens)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or options.length
+    return token_windows(tokenizer, text, "calibration", length=min(options.length, longest), tokens=options.tokens)
+
+
+def _check_memory(layers: Sequence[ElasticLayer], options: RecoverOptions) -> None:
+    """DoesNotFit, before anything is written, where `repair` would not fit."""
+    if options.method == "repair":
+        groups(layers, min(options.bands, layers[0].plan.n_sub - 1), options.memory_mib << 20)
 
 
 def _fit(
-    model: Any, plan: list[list[int]], windows: Windows, bands: int, output: OutputFolder, journal: Journal, report: Report
-) -> dict[str, Tensor]:
-    """D of every layer, named as in prism.safetensors; one journal unit per layer, written when its group has been summed."""
-    elastic = model._moe_prism
-    with report("repair") as update:
-        for number, group in enumerate(plan):
-            todo = [i for i in group if not journal.done(_unit(i))]
-            if not todo:
-                continue
-            before, total = number * len(windows.ids), len(plan) * len(windows.ids)
-            summed = equations(model, elastic, todo, windows.ids, bands, lambda n, _, b=before, t=total: update(b + n, t))  # type: ignore[misc]
-            for i, normal in zip(todo, summed, strict=True):
-                digest = output.save_tensors(_unit(i), {f"layers.{i}.{REPAIR}": normal.solve()})
-                journal.finish(_unit(i), _unit(i), digest)
-    found: dict[str, Tensor] = {}
-    for i in range(len(elastic.layers)):
-        found |= load_file(str(output.work / _unit(i)))
-    return found
+    model: Any,
+    windows: Windows,
+    manifest: Mapping[str, Any],
+    options: RecoverOptions,
+    output: OutputFolder,
+    journal: Journal,
+    report: Report,
+) -> dict[str, Any]:
+    """Run the method; side tensors of every layer are then units in the work folder. Returns its facts."""
+
+    def save(layer: int, tensors: dict[str, Tensor]) -> None:
+        named = {f"layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
+        journal.finish(_unit(layer), _unit(layer), output.save_tensors(_unit(layer), named))
+
+    found = [layer.get("sensitivity") for layer in manifest["layers"]]
+    job = Job(
+        model,
+        model._moe_prism,
+        windows.ids,
+        None if None in found else found,
+        options.bands,
+        options.steps,
+        options.memory_mib << 20,
+        options.seed,
+        lambda layer: journal.done(_unit(layer)),
+        save,
+        report,
+    )
+    return {"method": options.method, **methods.get(options.method)(job)}
+
+
+def _write_side_file(folder: Path, layers: int, output: OutputFolder) -> int:
+    """prism.safetensors with the new side tensors in it; work files leave. Returns the bytes it grew by."""
+    old = read_tensors(folder / SIDE_FILE)
+    new = dict(old)
+    for i in range(layers):
+        new |= load_file(str(output.work / _unit(i)))
+        output.discard(_unit(i))
+    output.save_tensors(SIDE_FILE, new, {"format": "pt"})
+    return sum(t.nbytes for t in new.values()) - sum(t.nbytes for t in old.values())
 
 
 def _unit(layer: int) -> str:
@@ -174,4 +199,5 @@ def _manifest(old: Mapping[str, Any], windows: Windows, recovery: Mapping[str, A
     """The facts of the elastic model, with what was done to it. Text used here is calibration text too: no frontier may use it."""
     kept = {key: value for key, value in old.items() if key not in (*FILLED_IN, "operating_points")}
     documents = dict.fromkeys([*old["calibration"]["documents"], *windows.documents])
-    return {**kept, "calibration": {**old["calibration"], "documents": list(documents)}, "recovery": dict(recovery)}
+    calibration = {**old["calibration"], "documents": list(documents)}
+    return {**kept, "calibration": calibration, "recovery": [*old.get("recovery", []), dict(recovery)]}

@@ -84,6 +84,12 @@ class ElasticLayer:
         slots = Slots(x, index, weight, valid, self.plan.n_sub, norms)
         return self.rule(setting.rule).keep(slots, _per_token(setting.at(self.plan.layer.index), x))
 
+    def forget(self) -> None:
+        """Make scorers, rules and repair again at the next call: the plan's tensors have changed."""
+        self._scorers.clear()
+        self._rules.clear()
+        self._repaired = None
+
     def scorer(self, name: str) -> Scorer:
         from . import scorers
 

@@ -53,9 +53,12 @@ class Threshold(Rule):
 
     def keep(self, slots: Slots, budget: Tensor) -> Tensor:
         values = slots.values()
+        best = top_slots(values, torch.ones_like(budget, dtype=torch.long))
+        return ((values >= self.level(budget)[:, None, None]) | best) & slots.valid[:, :, None]
+
+    def level(self, budget: Tensor) -> Tensor:
+        """The level [T] of budgets [T], interpolated between the stored ones."""
         position = budget.clamp(0, 1) * (LEVELS - 1)
         low = position.floor().long()
         level = torch.lerp(self.levels[low], self.levels[(low + 1).clamp(max=LEVELS - 1)], position - low)
-        level = level.masked_fill(budget >= 1, 0.0)
-        keep = (values >= level[:, None, None]) | top_slots(values, torch.ones_like(low))
-        return keep & slots.valid[:, :, None]
+        return level.masked_fill(budget >= 1, 0.0)

@@ -12,8 +12,10 @@ from torch import Tensor
 from ..calibrate.run import Progress, backbone_of, input_device
 from ..calibrate.tokens import SKIPPED_POSITIONS
 from ..elastic import Elastic
+from ..elastic.repair import REPAIR
 from ..elastic.runtime import ElasticLayer, Setting
 from ..errors import CorruptError, DoesNotFit
+from .base import Job
 from .repair import Normal
 
 BUDGETS = (0.75, 0.5, 0.25)  # of the default rule, where the equations see what is kept; alike
@@ -84,3 +86,22 @@ def _observer(layer: ElasticLayer, normal: Normal, window: int, *, last: bool) -
         return layer.plan.layer.native(x, index, weight)
 
     return observe
+
+
+def repair(job: Job) -> dict[str, Any]:
+    """The method: groups of layers, one pass each; a layer is saved when its group has been summed."""
+    layers = job.elastic.layers
+    bands = min(job.bands, layers[0].plan.n_sub - 1)
+    plan = groups(layers, bands, job.memory_bytes)
+    with job.report("repair") as update:
+        for number, group in enumerate(plan):
+            todo = [i for i in group if not job.done(i)]
+            if not todo:
+                continue
+
+            def progress(done: int, windows: int, before: int = number) -> None:
+                update(before * windows + done, len(plan) * windows)
+
+            for i, normal in zip(todo, equations(job.model, job.elastic, todo, job.ids, bands, progress), strict=True):
+                job.save(i, {REPAIR: normal.solve()})
+    return {"bands": bands, "budgets": list(BUDGETS)}

@@ -10,7 +10,7 @@ from moe_prism.elastic.execute import grouped, reference
 from moe_prism.elastic.repair import REPAIR, Repaired, band_of
 from moe_prism.errors import DoesNotFit
 from moe_prism.model import find_layers
-from moe_prism.recover.repair import PRIOR, RIDGE, Normal
+from moe_prism.recover.repair import PRIOR, STRENGTHS, Normal
 from moe_prism.recover.run import groups
 from tests.parity.families import build
 
@@ -93,35 +93,48 @@ def test_full_budget_is_untouched_in_any_batch(always_split):
             torch.testing.assert_close(mlp(x)[0, t], mixed[0, t])
 
 
+def pairs(plan, bands, x, index, weight, keep):
+    """(band, expert) -> weighted kept activations z [S, f] and what is missing y [S, d], one row at a time, float64."""
+    rows = {}
+    for t, c in ((t, c) for t in range(len(x)) for c in range(index.shape[1])):
+        dropped = N - int(keep[t, c].sum())
+        if 0 < dropped < N:
+            e = int(index[t, c])
+            a = plan.layer.activations(e, x[t : t + 1])[0].double()
+            z = a * keep[t, c].repeat_interleave(plan.block)
+            y = plan.layer.down[e].double() @ (a - z)
+            rows.setdefault(((dropped - 1) * bands // (N - 1), e), []).append((weight[t, c] * z, weight[t, c] * y))
+    return {key: tuple(torch.stack(side) for side in zip(*found, strict=True)) for key, found in rows.items()}
+
+
+def ridge(z, y, strength):
+    """Least squares by QR, the ridge as extra rows: [f, d]."""
+    more = strength.sqrt() * torch.eye(z.shape[1], dtype=z.dtype)
+    return torch.linalg.lstsq(torch.cat([z, more]), torch.cat([y, torch.zeros(len(more), y.shape[1], dtype=y.dtype)])).solution
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("bands", [1, 3])
 def test_the_fit_is_that_of_a_least_squares_solver(layer, bands):
-    """Independent reference: weighted rows and the ridge as extra rows, solved by QR in float64."""
+    """Independent reference: rows instead of normal equations, residuals instead of their quadratic form."""
     plan = LayerPlan(layer, N, 0)
-    batches = [batch(layer, 150, seed) for seed in (2, 3)]
+    parts = [batch(layer, 200, seed) for seed in (2, 3)]
     normal = Normal(plan, bands)
-    for x, index, weight, keep in batches:
-        normal.add(x, index, weight, [keep, ~keep])
+    for held, (x, index, weight, keep) in enumerate(parts):
+        normal.add(x, index, weight, [keep, keep], held=bool(held))  # two budgets that agree: the same fit
     found = normal.solve().float()
-    rows = {}
-    for x, index, weight, keep in batches:
-        for mask in (keep, ~keep):
-            for t, c in ((t, c) for t in range(len(x)) for c in range(2)):
-                dropped = N - int(mask[t, c].sum())
-                if 0 < dropped < N:
-                    e = int(index[t, c])
-                    a = layer.activations(e, x[t : t + 1])[0].double()
-                    z = a * mask[t, c].repeat_interleave(plan.block)
-                    y = layer.down[e].double() @ (a - z)
-                    rows.setdefault(((dropped - 1) * bands // (N - 1), e), []).append((weight[t, c] * z, weight[t, c] * y))
-    size = torch.zeros(bands, layer.num_experts, dtype=torch.float64)
-    for key, pairs in rows.items():
-        size[key] = torch.stack([z for z, _ in pairs]).square().sum() / layer.width
-    for (b, e), pairs in rows.items():
-        ridge = RIDGE * (size[b, e] + PRIOR * size[b].mean()) + 1e-12
-        z = torch.cat([torch.stack([z for z, _ in pairs]), ridge.sqrt() * torch.eye(layer.width, dtype=torch.float64)])
-        y = torch.cat([torch.stack([y for _, y in pairs]), torch.zeros(layer.width, layer.hidden, dtype=torch.float64)])
-        expected = torch.linalg.lstsq(z, y).solution.T.float()
+    fitted, tested = (pairs(plan, bands, *part) for part in parts)
+    scale = torch.zeros(bands, layer.num_experts, dtype=torch.float64)
+    for key in fitted | tested:
+        scale[key] = sum(2 * part[key][0].square().sum() / layer.width for part in (fitted, tested) if key in part)
+    for b, e in fitted.keys() & tested.keys():
+        size = (scale[b, e] + PRIOR * scale[b].mean()) / 2
+        (z, y), (z_held, y_held) = fitted[b, e], tested[b, e]
+        errors = [float((y_held - z_held @ ridge(z, y, s * size)).square().sum()) for s in STRENGTHS]
+        best = min(errors)
+        expected = torch.zeros(layer.hidden, layer.width)
+        if best < float(y_held.square().sum()):
+            expected = ridge(torch.cat([z, z_held]), torch.cat([y, y_held]), STRENGTHS[errors.index(best)] * size).T.float()
         torch.testing.assert_close(found[b, e], expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
 
 
@@ -133,10 +146,13 @@ def test_on_its_own_data_a_repair_never_hurts(layer, seed, tokens):
     x, index, weight, keep = batch(layer, tokens, seed)
     normal = Normal(plan, 3)
     normal.add(x, index, weight, [keep])
-    delta = normal.solve().double()
-    # the sum of squared errors with D, less that of D = 0, from the normal equations
-    gain = (delta @ normal.gram.double() * delta).sum() - 2 * (delta * normal.cross.double().transpose(-1, -2)).sum()
-    assert float(gain) <= 1e-6 * float(normal.cross.abs().max() + 1)
+    assert normal.solve().abs().max() == 0  # nothing is held out: nothing says that a repair helps
+    normal.add(x, index, weight, [keep], held=True)
+    delta = normal.solve().double().transpose(-1, -2)
+    if len(pairs(plan, 3, x, index, weight, keep)):
+        assert delta.abs().max() > 0
+    for (b, e), (z, y) in pairs(plan, 3, x, index, weight, keep).items():
+        assert float((y - z @ delta[b, e]).square().sum()) <= 1.001 * float(y.square().sum())
 
 
 @torch.no_grad()
@@ -144,7 +160,8 @@ def test_an_expert_that_is_never_cut_keeps_its_projection(layer):
     normal = Normal(LayerPlan(layer, N, 0), 3)
     x, index, weight, keep = batch(layer, 20, 4)
     index[:] = torch.tensor([0, 1])
-    normal.add(x, index, weight, [keep, torch.ones_like(keep), torch.zeros_like(keep)])
+    for held in (False, True):
+        normal.add(x, index, weight, [keep, torch.ones_like(keep), torch.zeros_like(keep)], held=held)
     found = normal.solve()
     assert found[:, 2:].abs().max() == 0 and found[:, :2].abs().max() > 0
     index[:] = -1

@@ -16,7 +16,7 @@ from ..data import Windows, token_windows
 from ..elastic.runtime import ElasticLayer
 from ..errors import CorruptError, UsageError
 from ..recover import Job, methods
-from ..recover.run import groups
+from ..recover.run import BATCH, groups
 from .loading import SIDE_FILE, load, read_tensors
 from .output import check_apart, finished
 from .progress import Report, peak_rss_bytes, silent
@@ -94,7 +94,7 @@ def recover_model(
         return Recovered(Path(out), done, peak_rss_bytes())
     model, tokenizer = load(folder)
     windows = _windows(tokenizer, model, manifest, options)
-    _check_memory(model._moe_prism.layers, options)
+    _check_repair(model._moe_prism.layers, windows, options)
     with OutputFolder(out, resume=resume, force=force) as output:
         facts = _fit(model, windows, manifest, options, output, Journal(output.work, inputs), report)
         with report("write") as update:
@@ -123,9 +123,13 @@ def _windows(tokenizer: Any, model: Any, manifest: Mapping[str, Any], options: R
     return token_windows(tokenizer, text, "calibration", length=min(options.length, longest), tokens=options.tokens)
 
 
-def _check_memory(layers: Sequence[ElasticLayer], options: RecoverOptions) -> None:
-    """DoesNotFit, before anything is written, where `repair` would not fit."""
+def _check_repair(layers: Sequence[ElasticLayer], windows: Windows, options: RecoverOptions) -> None:
+    """UsageError or DoesNotFit, before anything is written, where `repair` could not work."""
     if options.method == "repair":
+        if len(windows.ids) < BATCH:
+            raise UsageError(
+                f"{len(windows.ids)} windows are too few: one in {BATCH} is held out", "give more --tokens or a smaller --length"
+            )
         groups(layers, min(options.bands, layers[0].plan.n_sub - 1), options.memory_mib << 20)
 
 

@@ -19,7 +19,7 @@ from .base import Job
 from .repair import Normal
 
 BUDGETS = (0.75, 0.5, 0.25)  # of the default rule, where the equations see what is kept; alike
-BATCH = 4  # windows
+BATCH = 5  # windows, the last of which is held out
 
 
 def groups(layers: Sequence[ElasticLayer], bands: int, memory_bytes: int) -> list[list[int]]:
@@ -76,11 +76,14 @@ def _observer(layer: ElasticLayer, normal: Normal, window: int, *, last: bool) -
             raise CorruptError(
                 f"non-finite input at '{layer.plan.layer.name}'", "the weights or the text are damaged; run `moe-prism verify`"
             )
+        number = torch.arange(len(x), device=x.device)
         # the first token of a window has massive activations that say nothing about the others
-        rows = torch.arange(len(x), device=x.device) % window >= SKIPPED_POSITIONS
-        mine = x[rows], index[rows], weight[rows]
-        valid = (mine[1] >= 0) & (mine[1] < layer.plan.layer.num_experts)
-        normal.add(*mine, [layer.select(*mine, valid, Setting(budget, "threshold")) for budget in BUDGETS])
+        usable = number % window >= SKIPPED_POSITIONS
+        for held in (False, True):
+            rows = usable & ((number // window == BATCH - 1) == held)
+            mine = x[rows], index[rows], weight[rows]
+            valid = (mine[1] >= 0) & (mine[1] < layer.plan.layer.num_experts)
+            normal.add(*mine, [layer.select(*mine, valid, Setting(budget, "threshold")) for budget in BUDGETS], held=held)
         if last:
             raise _Reached
         return layer.plan.layer.native(x, index, weight)

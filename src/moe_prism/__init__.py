@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import calibrate_model, generate, inspect_model, load, measure_frontier, refactor, verify
+    from .api import calibrate_model, generate, inspect_model, load, measure_frontier, recover_model, refactor, verify
     from .elastic import operating_point
     from .errors import CorruptError, DoesNotFit, PrismError, UsageError
 
@@ -18,6 +18,7 @@ _HOME = {
     "generate": "api",
     "inspect_model": "api",
     "load": "api",
+    "recover_model": "api",
     "refactor": "api",
     "verify": "api",
     "operating_point": "elastic",
@@ -39,6 +40,7 @@ __all__ = [
     "load",
     "measure_frontier",
     "operating_point",
+    "recover_model",
     "refactor",
     "verify",
 ]

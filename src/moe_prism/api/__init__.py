@@ -4,18 +4,21 @@ from .calibration import CalibrateOptions, calibrate_model
 from .inspection import inspect_model
 from .loading import generate, load
 from .measuring import FrontierOptions, measure_frontier
+from .recovering import RecoverOptions, recover_model
 from .refactoring import RefactorOptions, refactor
 from .verification import verify
 
 __all__ = [
     "CalibrateOptions",
     "FrontierOptions",
+    "RecoverOptions",
     "RefactorOptions",
     "calibrate_model",
     "generate",
     "inspect_model",
     "load",
     "measure_frontier",
+    "recover_model",
     "refactor",
     "verify",
 ]

@@ -86,6 +86,7 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
         "options": {**asdict(options), "rules": list(options.rules)},
         "evaluation": {"text": windows.source, "tokens": windows.tokens, "documents": len(windows.documents)},
         "calibration": {k: v for k, v in manifest["calibration"].items() if k != "documents"},
+        "recovery": [{k: v for k, v in step.items() if k != "inputs"} for step in manifest.get("recovery", [])],
         "versions": versions(),
         "peak_rss_bytes": peak_rss_bytes(),
     }

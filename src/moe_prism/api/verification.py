@@ -28,4 +28,7 @@ def _check_side_tensors(folder: str | Path, layers: list[dict[str, int]], n_sub:
         ridge = tensors.get("ridge")
         if ridge is None or tuple(ridge.shape[:2]) != (layer["experts"], n_sub) or "levels" not in tensors:
             raise CorruptError(f"prism.safetensors does not fit layer {i}", "run `moe-prism refactor` again")
+        repair = tensors.get("repair")
+        if repair is not None and (repair.ndim, repair.shape[1], repair.shape[3]) != (4, layer["experts"], layer["width"]):
+            raise CorruptError(f"the repair in prism.safetensors does not fit layer {i}", "run `moe-prism recover` again")
     return Check("side tensors", f"{len(layers)} layers fit the model")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from .output import emit, table
 
-Kind = Literal["families", "solvers", "rules", "scorers", "collectors", "objectives", "gates", "compensators"]
+Kind = Literal["families", "solvers", "rules", "scorers", "collectors", "objectives", "gates", "compensators", "recoveries"]
 
 
 def ls(kind: Kind, /, *, json: bool = False) -> None:
@@ -14,8 +14,8 @@ def ls(kind: Kind, /, *, json: bool = False) -> None:
 
     Parameters
     ----------
-    kind: families (MoE model types of the installed transformers), solvers, rules, scorers, collectors, objectives, gates, or
-        compensators.
+    kind: families (MoE model types of the installed transformers), solvers, rules, scorers, collectors, objectives, gates,
+        compensators, or recoveries.
     json: One JSON object on stdout.
     """
     if kind == "families":
@@ -37,6 +37,10 @@ def _registry(kind: str) -> Any:
         from ..calibrate import collectors
 
         return collectors
+    if kind == "recoveries":
+        from ..recover import methods
+
+        return methods
     from .. import elastic
 
     return getattr(elastic, kind)

@@ -17,6 +17,7 @@ from . import triton_run
 from .base import LayerPlan, Rule, Scorer, Slots
 from .compensate import Compensator, compensator
 from .execute import auto, grouped, reference
+from .repair import REPAIR, Repaired
 
 EXECUTORS: Mapping[str, Callable[..., Tensor]] = {
     "auto": auto,
@@ -101,11 +102,17 @@ class ElasticLayer:
         valid = index.clamp(0, self.plan.layer.num_experts - 1) == index
         keep = self.select(x, index, weight, valid, setting)
         self._count(index, keep)
-        execute, extra = EXECUTORS[setting.executor], self.compensation(setting)
+        extra = self.compensation(setting)
         if extra is None:
-            return execute(self.plan, x, index, weight, keep)
-        out = execute(self.plan, x, index, extra.weights(index, weight, keep), keep)
+            return self._execute(setting, x, index, weight, keep)
+        out = self._execute(setting, x, index, extra.weights(index, weight, keep), keep)
         return out + extra(x, index, weight, keep).to(out.dtype)
+
+    def _execute(self, setting: Setting, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
+        execute = EXECUTORS[setting.executor]
+        if REPAIR not in self.plan.tensors:
+            return execute(self.plan, x, index, weight, keep)
+        return self._repaired(execute, x, index, weight, keep)
 
     def select(self, x: Tensor, index: Tensor, weight: Tensor, valid: Tensor, setting: Setting) -> Tensor:
         """keep [T, k, N] of a batch under a setting."""
@@ -129,6 +136,17 @@ class ElasticLayer:
     @cached_property
     def _compensator(self) -> Compensator | None:
         return compensator(self.plan)
+
+    @cached_property
+    def _repaired(self) -> Repaired:
+        return Repaired(self.plan)
+
+    def forget(self) -> None:
+        """Make everything that reads the plan's tensors again at the next call: they have changed."""
+        self._scorers.clear()
+        self._rules.clear()
+        for name in ("_compensator", "_repaired"):
+            self.__dict__.pop(name, None)
 
     def scorer(self, name: str) -> Scorer:
         from . import scorers

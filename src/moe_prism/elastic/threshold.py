@@ -59,9 +59,12 @@ class Threshold(Rule):
             keep = torch.empty(values.shape, dtype=torch.bool)
             mark_above(values.numpy(), self.levels.numpy(), budget.numpy(), slots.valid.numpy(), keep.numpy())
             return keep
+        best = top_slots(values, torch.ones_like(budget, dtype=torch.long))
+        return ((values >= self.level(budget)[:, None, None]) | best) & slots.valid[:, :, None]
+
+    def level(self, budget: Tensor) -> Tensor:
+        """The level [T] of budgets [T], interpolated between the stored ones."""
         position = budget.clamp(0, 1) * (LEVELS - 1)
         low = position.floor().long()
         level = torch.lerp(self.levels[low], self.levels[(low + 1).clamp(max=LEVELS - 1)], position - low)
-        level = level.masked_fill(budget >= 1, 0.0)
-        keep = (values >= level[:, None, None]) | top_slots(values, torch.ones_like(low))
-        return keep & slots.valid[:, :, None]
+        return level.masked_fill(budget >= 1, 0.0)

@@ -1,0 +1,100 @@
+"""Repaired down-projections: the blocks that are kept make up for the ones that are dropped.
+
+Where j of an expert's N blocks are dropped for a token, what is kept is projected by W_down + D_b instead of W_down, b the band of j and
+D_b fitted at recovery (`moe_prism.recover.repair`). An expert whose blocks are all kept uses its own W_down: full budget is untouched,
+and so is every whole expert at any budget. A kept slot reads as many weights as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..model import MoELayer
+from ..model.base import ExpertsFn
+from .base import LayerPlan
+
+REPAIR = "repair"
+"""Side tensor [bands, E, d, f] (bfloat16): D_b of every band."""
+
+
+def band_of(dropped: Tensor, bands: int, n_sub: int) -> Tensor:
+    """The band of 1..N-1 dropped blocks, 0..bands-1 (equal ranges, few dropped first); -1 where none or all of them are."""
+    band = torch.div((dropped - 1) * bands, n_sub - 1, rounding_mode="floor")
+    return band.masked_fill((dropped < 1) | (dropped >= n_sub), -1)
+
+
+class WithDown(MoELayer):
+    """A layer with another down-projection [E, d, f] in its views. What the module itself computes does not change."""
+
+    def __init__(self, layer: MoELayer, down: Tensor) -> None:
+        self.layer, self._down = layer, down
+        self.name, self.module, self.index = layer.name, layer.module, layer.index
+        self.num_experts, self.hidden, self.width = layer.num_experts, layer.hidden, layer.width
+
+    @property
+    def gate(self) -> Tensor | None:
+        return self.layer.gate
+
+    @property
+    def up(self) -> Tensor:
+        return self.layer.up
+
+    @property
+    def down(self) -> Tensor:
+        return self._down
+
+    @property
+    def gate_bias(self) -> Tensor | None:
+        return self.layer.gate_bias
+
+    @property
+    def up_bias(self) -> Tensor | None:
+        return self.layer.up_bias
+
+    @property
+    def down_bias(self) -> Tensor | None:
+        return self.layer.down_bias
+
+    def activate(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        return self.layer.activate(gate, up)
+
+    def install(self, function: ExpertsFn) -> None:
+        self.layer.install(function)
+
+    def uninstall(self) -> None:
+        self.layer.uninstall()
+
+    def stock(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        return self.layer.stock(x, index, weight)
+
+
+class Repaired:
+    """Runs an executor so that every chosen expert is projected as its number of dropped blocks asks for."""
+
+    def __init__(self, plan: LayerPlan) -> None:
+        self.plan = plan
+        self.bands = len(plan.tensors[REPAIR])
+        self._plans: dict[int, LayerPlan] = {}
+
+    def __call__(self, execute: Callable[..., Tensor], x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
+        """Shapes as in `execute.reference`."""
+        band = band_of(self.plan.n_sub - keep.sum(2), self.bands, self.plan.n_sub)[:, :, None]
+        out = execute(self.plan, x, index, weight, keep & (band < 0))
+        for b in range(self.bands):
+            mine = band == b
+            if mine.any():
+                out = out + execute(self._with(b), x, index, weight, keep & mine)
+        return out
+
+    def _with(self, band: int) -> LayerPlan:
+        """The plan with W_down + D_b, stored neuron by neuron so that a block is one piece of memory; made on first use."""
+        if band not in self._plans:
+            layer = self.plan.layer
+            delta = self.plan.tensors[REPAIR][band].to(layer.down.device)
+            down = (layer.down.float() + delta.float()).to(layer.down.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+            self._plans[band] = replace(self.plan, layer=WithDown(layer, down))
+        return self._plans[band]

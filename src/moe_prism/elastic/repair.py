@@ -62,6 +62,12 @@ class WithDown(MoELayer):
     def activate(self, gate: Tensor | None, up: Tensor) -> Tensor:
         return self.layer.activate(gate, up)
 
+    def storage(self) -> tuple[int, ...]:
+        return (*self.layer.storage(), self._down.data_ptr())
+
+    def activate_joined(self, both: Tensor) -> Tensor:
+        return self.layer.activate_joined(both)
+
     def install(self, function: ExpertsFn) -> None:
         self.layer.install(function)
 

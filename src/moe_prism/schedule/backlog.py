@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -27,8 +27,11 @@ class Queue:
         return len(self.timely) + len(self.late)
 
     def add(self, start_by: float, order: int, progress: Progress) -> None:
-        insort(self.timely, (start_by, order, progress))
-        self._columns = None
+        place = bisect_left(self.timely, (start_by, order))
+        self.timely.insert(place, (start_by, order, progress))
+        if self._columns is not None:
+            column = (start_by, progress.job.prompt, progress.job.prompt + progress.job.output)
+            self._columns = np.insert(self._columns, place, column, axis=1)
 
     def expire(self, now: float) -> None:
         """Move who can no longer start in time."""
@@ -37,15 +40,22 @@ class Queue:
             self.late.extend((p.job.arrival, order, p) for _, order, p in self.timely[:n])
             self.late_tokens += sum(p.job.prompt for _, _, p in self.timely[:n])
             del self.timely[:n]
-            self._columns = None
+            self._drop(n)
 
     def pop(self, late: bool) -> Progress:
         if late:
             progress = self.late.popleft()[2]
             self.late_tokens -= progress.job.prompt
             return progress
-        self._columns = None
+        self._drop(1)
         return self.timely.pop(0)[2]
+
+    def _drop(self, n: int) -> None:
+        if self._columns is not None:
+            self._columns = self._columns[:, n:]
+
+    def forget_columns(self) -> None:
+        self._columns = None
 
     def columns(self) -> NDArray[np.float64]:
         """[3, n]: start-by, prompt tokens, promised cache tokens of the timely ones."""
@@ -81,6 +91,9 @@ class Backlog:
             if progress.job.id in self._known:
                 break
             fresh.append(progress)
+        if len(fresh) > 8:  # cheaper to read all anew than to insert one by one
+            for queue in self.lanes.values():
+                queue.forget_columns()
         for progress in reversed(fresh):
             self._add(progress)
         if len(self._known) != len(waiting):

@@ -64,20 +64,21 @@ class Totals:
     decode_pairs: Numbers = 0.0
     unread: Numbers = 0.0  # sum over tokens of LayerFacts.unread(K)
 
-    def __add__(self, other: Totals) -> Totals:
-        return Totals(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
+    def columns(self) -> tuple[Numbers, ...]:
+        """In the order of the fields."""
+        return (
+            self.prefill,
+            self.decode,
+            self.prefill_slots,
+            self.decode_slots,
+            self.prefill_pairs,
+            self.decode_pairs,
+            self.unread,
+        )
 
-
-def _values(totals: Totals) -> tuple[Numbers, ...]:
-    return (
-        totals.prefill,
-        totals.decode,
-        totals.prefill_slots,
-        totals.decode_slots,
-        totals.prefill_pairs,
-        totals.decode_pairs,
-        totals.unread,
-    )
+    def at(self, i: int) -> Totals:
+        """One of many steps: element i of the columns that are arrays."""
+        return Totals(*(float(c[i]) if isinstance(c, np.ndarray) else c for c in self.columns()))
 
 
 def chunk_pairs(tokens: Numbers, computed: Numbers) -> Numbers:
@@ -272,7 +273,7 @@ def _solve(facts: LayerFacts, samples: Sequence[Sample]) -> Coefficients:
     from scipy.optimize import nnls  # slow to import, and only fitting needs it
 
     rows: NDArray[np.float64] = np.array(
-        [[1.0, *_values(s.totals)[:6], -facts.blocks * math.expm1(s.totals.unread)] for s in samples], dtype=np.float64
+        [[1.0, *s.totals.columns()[:6], -facts.blocks * math.expm1(s.totals.unread)] for s in samples], dtype=np.float64
     )
     rows /= np.array([s.seconds for s in samples])[:, None]
     scale = np.maximum(np.abs(rows).max(axis=0), 1e-300)

@@ -27,61 +27,75 @@ class Prices:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a step as columns: decode parts first. Levels may be chosen between floor and ceiling."""
+    """The parts of a step as columns: decodes, one token each, then prompts. Levels may be chosen between floor and ceiling."""
 
-    tokens: Floats
     floor: Ints
     ceiling: Ints
-    decodes: int  # how many of the parts are decodes
-    prefill_pairs: float
     decode_pairs: float
+    tokens: Floats  # of the prompts
+    prefill_pairs: float = 0.0
+
+    @property
+    def decodes(self) -> int:
+        return len(self.floor) - len(self.tokens)
+
+    @property
+    def weight(self) -> float:
+        """Tokens of the step."""
+        return self.decodes + float(self.tokens.sum())
+
+    def mean(self, values: Floats) -> float:
+        """Token-weighted mean of a value per part."""
+        return (float(values[: self.decodes].sum()) + float(self.tokens @ values[self.decodes :])) / self.weight
 
     def totals(self, levels: Ints, prices: Prices) -> Totals:
         """The sums of the step at these levels."""
-        d = self.decodes
-        slots = self.tokens * prices.slots[levels]
+        d, slots, unread = self.decodes, prices.slots[levels], prices.unread[levels]
         return Totals(
-            prefill=float(self.tokens[d:].sum()),
+            prefill=float(self.tokens.sum()),
             decode=float(d),
-            prefill_slots=float(slots[d:].sum()),
+            prefill_slots=float(self.tokens @ slots[d:]),
             decode_slots=float(slots[:d].sum()),
             prefill_pairs=self.prefill_pairs,
             decode_pairs=self.decode_pairs,
-            unread=float((self.tokens * prices.unread[levels]).sum()),
+            unread=float(unread[:d].sum() + self.tokens @ unread[d:]),
         )
 
 
-def lift(parts: Parts, seconds: float, least_quality: float, cost: CostModel, prices: Prices) -> Ints:
+def lift(parts: Parts, seconds: float, cost: CostModel, prices: Prices) -> Ints:
     """The level of every part: the floors, then always the lowest part one level up while the step keeps within `seconds`.
 
-    Quality rises ever more slowly with K, so lifting the lowest first buys the most quality per slot. The predicted time of every
-    prefix of that sequence comes from prefix sums. `least_quality`: lift until the token-weighted mean is this high whatever the time.
+    Quality rises ever more slowly with K, so lifting the lowest first buys the most quality per slot. Prefix sums give the predicted
+    time after every lift: whole rungs of the ladder first, then the part of the next rung that still fits.
     """
     floors = parts.totals(parts.floor, prices)
-    may = (prices.steps >= parts.floor) & (prices.steps < parts.ceiling)
-    chosen = np.flatnonzero(may)
-    if not len(chosen):
-        return parts.floor
-    n = len(parts.floor)
-    level, who = np.divmod(chosen, n)
-    tokens = parts.tokens[who]
-    slots = tokens * prices.more_slots[level]
-    decode_slots = np.where(who < parts.decodes, slots, 0.0)
-    path = Totals(
-        prefill=floors.prefill,
-        decode=floors.decode,
-        prefill_slots=floors.prefill_slots + (slots - decode_slots).cumsum(),
-        decode_slots=floors.decode_slots + decode_slots.cumsum(),
-        prefill_pairs=floors.prefill_pairs,
-        decode_pairs=floors.decode_pairs,
-        unread=floors.unread + (tokens * prices.more_unread[level]).cumsum(),
-    )
     limit = seconds / cost.correction(floors)
-    lifts = int(np.searchsorted(cost.base(path), limit, side="right"))
-    if least_quality > 0:
-        weight = float(parts.tokens.sum())
-        missing = least_quality * weight - float((parts.tokens * prices.quality[parts.floor]).sum())
-        if missing > 0:
-            gained = (tokens * prices.more_quality[level]).cumsum()
-            lifts = max(lifts, min(int(np.searchsorted(gained, missing - 1e-9)) + 1, len(who)))
-    return parts.floor + np.bincount(who[:lifts], minlength=n)
+    if cost.base(parts.totals(parts.ceiling, prices)) <= limit:
+        return parts.ceiling
+    d, may = parts.decodes, (prices.steps >= parts.floor) & (prices.steps < parts.ceiling)
+    decodes, prompts = may[:, :d].sum(axis=1), may[:, d:] @ parts.tokens
+    rungs = _after(floors, decodes * prices.more_slots, prompts * prices.more_slots, (decodes + prompts) * prices.more_unread)
+    full = int(np.searchsorted(cost.base(rungs), limit, side="right"))
+    levels = np.maximum(parts.floor, np.minimum(parts.ceiling, full))
+    if full == len(may):
+        return levels
+    who = np.flatnonzero(may[full])
+    tokens = np.concatenate([np.ones(d), parts.tokens])[who]
+    slots = tokens * prices.more_slots[full]
+    decode_slots = np.where(who < d, slots, 0.0)
+    path = _after(rungs.at(full - 1) if full else floors, decode_slots, slots - decode_slots, tokens * prices.more_unread[full])
+    levels[who[: int(np.searchsorted(cost.base(path), limit, side="right"))]] += 1
+    return levels
+
+
+def _after(start: Totals, decode_slots: Floats, prefill_slots: Floats, unread: Floats) -> Totals:
+    """The sums after the first 1, 2, ... of these additions."""
+    return Totals(
+        prefill=start.prefill,
+        decode=start.decode,
+        prefill_slots=start.prefill_slots + prefill_slots.cumsum(),
+        decode_slots=start.decode_slots + decode_slots.cumsum(),
+        prefill_pairs=start.prefill_pairs,
+        decode_pairs=start.decode_pairs,
+        unread=start.unread + unread.cumsum(),
+    )

@@ -12,7 +12,7 @@ from .fill import ceiling
 
 # Columns. TPOT: infinite without a target or when the first token was too late for it to matter. FIRST: when the first token came.
 # LAST: when it last took part in a step. DONE: tokens generated.
-FLOOR, CEILING, TPOT, PROMPT, OUTPUT, FIRST, LAST, DONE = range(8)
+TPOT, PROMPT, OUTPUT, FIRST, LAST, DONE = range(6)
 LEARNING_RATE = 0.05  # of the share of their allowance that requests use
 Floats = NDArray[np.float64]
 
@@ -25,7 +25,8 @@ class Running:
         self._rows: dict[str, int] = {}
         self._free: list[int] = []
         self._decode: list[list[Work]] = []  # row -> a decode's Work at every level: it is the same object at every step
-        self.table: Floats = np.zeros((64, 8))
+        self.table: Floats = np.zeros((64, 6))
+        self.levels: NDArray[np.int64] = np.zeros((64, 2), dtype=np.int64)  # floor, ceiling
         self.used = 1.0  # mean share of `output` that finished requests generated
 
     def sync(self, running: Sequence[Progress], now: float) -> NDArray[np.int64]:
@@ -40,8 +41,8 @@ class Running:
                     self._add(p.job, now)
             rows = [known[i] for i in ids]
         if len(known) != len(ids):
-            for i in known.keys() - set(ids):
-                self._remove(i)
+            for name in known.keys() - set(ids):
+                self._remove(name)
         found = np.array(rows, dtype=np.int64)
         generated = np.array([p.generated for p in running], dtype=np.float64)
         self.table[found, DONE] = generated
@@ -65,8 +66,10 @@ class Running:
             self._decode[row] = works
         if row == len(self.table):
             self.table = np.concatenate([self.table, np.zeros_like(self.table)])
+            self.levels = np.concatenate([self.levels, np.zeros_like(self.levels)])
         tpot = np.inf if job.tpot is None else job.tpot
-        self.table[row] = (job.floor, ceiling(job, self._ladder), tpot, job.prompt, job.output, np.nan, now, 0)
+        self.table[row] = (tpot, job.prompt, job.output, np.nan, now, 0)
+        self.levels[row] = (job.floor, ceiling(job, self._ladder))
         self._rows[job.id] = row
 
     def _remove(self, name: str) -> None:
@@ -74,6 +77,11 @@ class Running:
         self._free.append(row)
         share = min((self.table[row, DONE] + 1) / max(self.table[row, OUTPUT], 1), 1.0)
         self.used += LEARNING_RATE * (share - self.used)
+
+    def remaining(self, rows: NDArray[np.int64]) -> Floats:
+        """Tokens that each of these is expected still to generate, at least 1."""
+        left: Floats = np.maximum(self.table[rows, OUTPUT] * self.used - self.table[rows, DONE], 1.0)
+        return left
 
     def decode_work(self, rows: NDArray[np.int64], levels: NDArray[np.int64]) -> list[Work]:
         works = self._decode

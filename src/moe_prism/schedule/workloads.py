@@ -76,7 +76,8 @@ def day(rate: float, duration: float, random: np.random.Generator) -> NDArray[np
     shape /= shape.mean()
     times = poisson(rate * shape.max(), duration, random)
     keep = random.random(len(times)) * shape.max() < shape[(times / duration * 1000).astype(int)]
-    return times[keep]
+    kept: NDArray[np.float64] = times[keep]
+    return kept
 
 
 TIMES: dict[str, tuple[Times, Lengths]] = {

@@ -1,0 +1,224 @@
+"""Which prompts advance in a step of the elastic policy, and by how many tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backlog import Backlog, Lane, still_waiting
+from .base import Job, Ladder, Progress
+from .cost import CostModel, chunk_pairs
+from .fill import ceiling
+
+Floats = NDArray[np.float64]
+
+EARLY = 0.2  # share of the time left in which waiting requests are to be started: who plans to be just in time is late
+STARTS = 64  # most requests admitted in one step, so that a step's planning is bounded
+LEAST_CHUNK = 16  # prompt tokens: less is not worth its place, unless the prompt ends
+MEMORY = 16384  # prompt tokens over which shares are measured
+
+
+class Chunk(NamedTuple):
+    """Prompt tokens of one request in this step."""
+
+    progress: Progress
+    tokens: int
+
+
+@dataclass
+class Room:
+    """What is left of the step while prompts are taken in. Seconds are the cost model's before correction."""
+
+    seconds: float  # the step may last, by the clock
+    tokens: int
+    places: int
+    cache: int
+    used: float  # seconds of the decodes at their floors
+    floors: float  # seconds left if everyone is served at the floor
+    ceilings: float  # the same at the ceiling
+    unread: float  # log share of sub-experts that the decodes, at their floors, do not read
+    correction: float  # of the cost model, near this step
+    must: bool  # take a chunk whether there is time or not
+    needed: float = 0.0  # prompt tokens that deadlines ask for in this step
+    release: float = math.inf  # seconds the step may last so that places are free in time
+    chunks: list[Chunk] = field(default_factory=list)
+
+
+class Option(NamedTuple):
+    """A request whose turn it may be; the smallest is next."""
+
+    rank: int  # 0: its class, or the late ones, had less than their share; 1: can meet its target; 2: cannot
+    priority: int
+    due: float
+    id: str
+    late: bool
+    waits: bool
+    lane: Lane
+    progress: Progress
+
+
+class Prompts:
+    """The waiting requests, and what was served to whom."""
+
+    def __init__(self, ladder: Ladder, cost: CostModel, patience: float, share: float) -> None:
+        self.ladder, self.cost, self.patience, self.share = ladder, cost, patience, share
+        self.backlog = Backlog(self._start_by)
+        self.tightest = math.inf  # time to first token, relaxed by 1 % at each arrival
+        self.least = 0  # level below which nobody is served now, whatever the floor
+        self.advanced = 0.0  # when a prompt last did
+        self._served: dict[Lane | None, float] = {}  # prompt tokens by lane, None: the late ones; fading
+
+    def plan(self, now: float, partial: Sequence[Progress], remaining: Floats, waiting: Sequence[Progress], room: Room) -> None:
+        """Fill `room.chunks`. partial: prompts partly computed. remaining: tokens that each running request may still generate."""
+        if not partial and not waiting:
+            return
+        strict = self._pace(now, partial, remaining, room)
+        options = self._options(now, partial, strict)
+        for _ in range(STARTS):
+            best = min((o for o in options if room.places > 0 or not o.waits), default=None)
+            if best is None:
+                return
+            tokens = self._fit(best.progress, room, capped=best.rank == 0 and len(options) > 1)
+            if not tokens:
+                return
+            if best.waits and not self._admit(best, room, waiting):
+                options = self._options(now, partial, strict)
+                continue
+            options.remove(best)
+            if best.waits:
+                options += self._heads(best.lane, strict, best.late)
+            self._take(best, tokens, room)
+            self.advanced = now
+
+    # -- when
+
+    def _start_by(self, progress: Progress) -> float:
+        """When a prompt's computation must start; without a target, when it should. Called once per request."""
+        job = progress.job
+        if job.ttft is None:
+            return job.arrival + self.patience
+        alone = self._alone(progress)
+        self.tightest = min(self.tightest * 1.01, max(job.ttft, 2 * alone))
+        return job.arrival + job.ttft - alone
+
+    def _alone(self, progress: Progress) -> float:
+        """Seconds for the rest of a prompt, alone and at the floor."""
+        slots = self.ladder.levels[progress.job.floor].slots
+        return self.cost.prefill(progress.remaining_prompt, slots, progress.computed)
+
+    def _due(self, progress: Progress) -> float:
+        """`_start_by` for a prompt that is partly computed."""
+        job = progress.job
+        return job.arrival + (self.patience if job.ttft is None else job.ttft - self._alone(progress))
+
+    def _pace(self, now: float, partial: Sequence[Progress], remaining: Floats, room: Room) -> bool:
+        """Set what the deadlines need of this step. True if they cannot all be met even at the floors."""
+        timely = self.backlog.timely()
+        short = self._release(timely[0] - now, timely[2], remaining, room)
+        late = self.backlog.late_tokens / (EARLY * self.patience)  # they have nothing to meet, but are not to grow old either
+        room.needed = late * room.seconds
+        if partial:
+            more = np.array([(self._due(p), p.remaining_prompt, 0.0) for p in partial]).T
+            timely = np.concatenate([more, timely], axis=1)
+            timely = timely[:, np.argsort(timely[0], kind="stable")]
+        if not timely.shape[1]:
+            return short
+        left, tokens = np.maximum(timely[0] - now, 0.0), timely[1]
+        upto = tokens.cumsum()
+        alone = self._token_seconds(self.least, room.unread) * room.correction
+        room.needed += float((upto / (EARLY * left + alone * tokens)).max()) * room.seconds
+        slowed = alone * (room.used + max(room.floors, 1e-9)) / max(room.floors, 1e-9)
+        return short or bool(((upto - tokens) * slowed > left).any())
+
+    def _release(self, left: Floats, promised: Floats, remaining: Floats, room: Room) -> bool:
+        """Set how long a step may last so that requests finish, and free their places, in time. True if the floors are too slow."""
+        fits = min(room.places, int(np.searchsorted(promised.cumsum(), room.cache, side="right")))
+        late = min(self.backlog.late, len(remaining))
+        if not len(remaining) or len(left) + late <= fits:
+            return False
+        left = np.concatenate([left, np.full(late, self.patience)])[fits : fits + len(remaining)]
+        steps = np.sort(remaining)[: len(left)]
+        room.release = max(EARLY * float((left / steps).min()), 1e-6)
+        return room.release < EARLY * room.used * room.correction
+
+    # -- who
+
+    def _options(self, now: float, partial: Sequence[Progress], strict: bool) -> list[Option]:
+        """Prompts partly computed, and the heads of every lane."""
+        options = []
+        for p in partial:
+            due = self._due(p)
+            options.append(self._option((p.job.priority, p.job.kind), due < now, due, p, strict, waits=False))
+        for lane in self.backlog.lanes:
+            options += self._heads(lane, strict, late=False) + self._heads(lane, strict, late=True)
+        return options
+
+    def _heads(self, lane: Lane, strict: bool, late: bool) -> list[Option]:
+        queue = self.backlog.lanes[lane].late if late else self.backlog.lanes[lane].timely
+        return [self._option(lane, late, queue[0][0], queue[0][2], strict, waits=True)] if queue else []
+
+    def _option(self, lane: Lane, late: bool, due: float, progress: Progress, strict: bool, waits: bool) -> Option:
+        short = self._short(lane) or (late and self._short(None))
+        rank = 0 if short else 2 if late else 1
+        return Option(rank, lane[0] if strict and rank == 1 else 0, due, progress.job.id, late, waits, lane, progress)
+
+    def _short(self, lane: Lane | None) -> bool:
+        """Has it had less than its share?"""
+        return self._served.get(lane, 0.0) < self.share * sum(self._served.values())
+
+    def _admit(self, option: Option, room: Room, waiting: Sequence[Progress]) -> bool:
+        """Take a waiting request out of the backlog. False if it is not there any more, or if the cache has no room for it."""
+        if not still_waiting(option.progress, waiting):
+            self.backlog.rebuild(waiting)
+            return False
+        promised = option.progress.job.prompt + option.progress.job.output
+        if promised > room.cache:  # nobody passes it: a long request would wait for ever
+            room.places = 0
+            return False
+        self.backlog.take(option.lane, option.late)
+        room.places -= 1
+        room.cache -= promised
+        return True
+
+    # -- how much
+
+    def floor(self, job: Job) -> int:
+        """The lowest level at which this request may be served now."""
+        return min(max(job.floor, self.least), ceiling(job, self.ladder))
+
+    def _fit(self, progress: Progress, room: Room, capped: bool) -> int:
+        """Prompt tokens of this request that the step can take: all that fit at the ceiling, as many as are needed at the floor."""
+        rest, job = min(progress.remaining_prompt, room.tokens), progress.job
+        pair = self.cost.coefficients.prefill_pair * (progress.computed + rest / 2)
+        floor = room.floors / (self._token_seconds(self.floor(job), room.unread) + pair + 1e-12)
+        top = room.ceilings / (self._token_seconds(ceiling(job, self.ladder), room.unread) + pair + 1e-12)
+        tokens = max(top, min(floor, room.needed))
+        if capped:
+            tokens = min(tokens, max(LEAST_CHUNK, 2 * self.share * floor))
+        if tokens < min(LEAST_CHUNK, rest):
+            return min(LEAST_CHUNK, rest) if room.must and not room.chunks else 0
+        return min(int(tokens), rest)
+
+    def _token_seconds(self, level: int, unread: float) -> float:
+        """Seconds that one more prompt token at this level adds to a step, attention aside."""
+        c, slots = self.cost.coefficients, self.ladder.levels[level].slots
+        return c.prefill_token + c.prefill_slot * slots + c.block * slots * math.exp(unread)
+
+    def _take(self, option: Option, tokens: int, room: Room) -> None:
+        """Spend the step's room, and remember who was served; old counts fade, and lanes without any are forgotten."""
+        progress, job = option.progress, option.progress.job
+        pairs = self.cost.coefficients.prefill_pair * chunk_pairs(tokens, progress.computed)
+        room.chunks.append(Chunk(progress, tokens))
+        room.floors -= tokens * self._token_seconds(self.floor(job), room.unread) + pairs
+        room.ceilings -= tokens * self._token_seconds(ceiling(job, self.ladder), room.unread) + pairs
+        room.needed -= tokens
+        room.tokens -= tokens
+        for key in (option.lane, None) if option.late else (option.lane,):
+            self._served[key] = self._served.get(key, 0.0) + tokens
+        if sum(self._served.values()) > MEMORY:
+            self._served = {key: n / 2 for key, n in self._served.items() if n >= 1}

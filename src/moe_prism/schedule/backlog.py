@@ -30,8 +30,8 @@ class Queue:
         place = bisect_left(self.timely, (start_by, order))
         self.timely.insert(place, (start_by, order, progress))
         if self._columns is not None:
-            column = (start_by, progress.job.prompt, progress.job.prompt + progress.job.output)
-            self._columns = np.insert(self._columns, place, column, axis=1)
+            column = np.array([[start_by], [progress.job.prompt], [progress.job.prompt + progress.job.output]])
+            self._columns = np.concatenate([self._columns[:, :place], column, self._columns[:, place:]], axis=1)
 
     def expire(self, now: float) -> None:
         """Move who can no longer start in time."""
@@ -41,6 +41,13 @@ class Queue:
             self.late_tokens += sum(p.job.prompt for _, _, p in self.timely[:n])
             del self.timely[:n]
             self._drop(n)
+
+    def keep(self, ids: set[str]) -> None:
+        """Forget everyone else."""
+        self.timely = [entry for entry in self.timely if entry[2].job.id in ids]
+        self.late = deque(entry for entry in self.late if entry[2].job.id in ids)
+        self.late_tokens = sum(progress.job.prompt for _, _, progress in self.late)
+        self._columns = None
 
     def pop(self, late: bool) -> Progress:
         if late:
@@ -104,10 +111,15 @@ class Backlog:
                 del self.lanes[lane]
 
     def rebuild(self, waiting: Sequence[Progress]) -> None:
-        self.lanes.clear()
-        self._known.clear()
+        """Forget who is gone and add who is new."""
+        here = {progress.job.id for progress in waiting}
+        if self._known - here:
+            for queue in self.lanes.values():
+                queue.keep(here)
         for progress in waiting:
-            self._add(progress)
+            if progress.job.id not in self._known:
+                self._add(progress)
+        self._known = here
 
     def take(self, lane: Lane, late: bool) -> Progress:
         """Remove the head of a lane."""
@@ -133,11 +145,11 @@ class Backlog:
 
 
 def still_waiting(progress: Progress, waiting: Sequence[Progress]) -> bool:
-    """Is it in `waiting`, which is in order of arrival?"""
+    """Is it in `waiting`? Found at once if that is in order of arrival, as it should be."""
     job = progress.job
     i = bisect_left(waiting, job.arrival, key=lambda p: p.job.arrival)
     while i < len(waiting) and waiting[i].job.arrival == job.arrival:
         if waiting[i].job.id == job.id:
             return True
         i += 1
-    return False
+    return any(p.job.id == job.id for p in waiting)

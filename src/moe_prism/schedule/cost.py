@@ -124,7 +124,7 @@ class CostModel:
         if min(asdict(coefficients).values()) < 0:
             raise UsageError("a cost coefficient is negative", "fit the cost model again")
         self.facts, self.coefficients, self.error = facts, coefficients, error
-        self._everywhere = 1.0
+        self.everywhere = 1.0  # observed / predicted, mean over all steps
         self._corrections: dict[str, float] = {}  # bucket -> observed / predicted; a few dozen buckets exist
 
     @classmethod
@@ -209,14 +209,14 @@ class CostModel:
 
     def correction(self, totals: Totals) -> float:
         """Observed / predicted near this step; the mean over all steps where none was observed."""
-        return self._corrections.get(self.bucket(totals), self._everywhere)
+        return self._corrections.get(self.bucket(totals), self.everywhere)
 
     def observe(self, totals: Totals, seconds: float) -> None:
         """Learn from a step that took `seconds`."""
         low, high = CORRECTION
         ratio = min(max(seconds / float(self.base(totals)), low), high)
         before = self.correction(totals)
-        self._everywhere += LEARNING_RATE * (ratio - self._everywhere)
+        self.everywhere += LEARNING_RATE * (ratio - self.everywhere)
         self._corrections[self.bucket(totals)] = before + LEARNING_RATE * (ratio - before)
 
     # -- files
@@ -227,7 +227,7 @@ class CostModel:
             "facts": asdict(self.facts),
             "coefficients": asdict(self.coefficients),
             "error": asdict(self.error) if self.error else None,
-            "everywhere": self._everywhere,
+            "everywhere": self.everywhere,
             "corrections": dict(sorted(self._corrections.items())),
         }
 
@@ -241,7 +241,7 @@ class CostModel:
             numbers = {f.name: _finite(data["coefficients"][f.name]) for f in fields(Coefficients)}
             error = FitError(**data["error"]) if data.get("error") else None
             model = cls(facts, Coefficients(**numbers), error)
-            model._everywhere = _finite(data["everywhere"])
+            model.everywhere = _finite(data["everywhere"])
             model._corrections = {str(k): _finite(v) for k, v in data["corrections"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise CorruptError(f"{where}: {e}", "measure the cost model again") from e

@@ -63,10 +63,9 @@ class Elastic(Policy):
         self._prompts.least = self._least if self._mean < self.quality else 0
         self._prompts.backlog.sync(waiting, now)
         rows = self._running.sync(running, now)
-        decoding = [p.computed >= p.job.prompt for p in running]
-        partial = [p for p, decodes in zip(running, decoding, strict=True) if not decodes]
-        if partial:
-            rows = rows[np.array(decoding, dtype=bool)]
+        decoding = np.array([p.computed for p in running], dtype=np.float64) >= self._running.table[rows, PROMPT]
+        partial = [running[i] for i in np.flatnonzero(~decoding).tolist()]
+        rows = rows[decoding] if partial else rows
         room, rows, parts = self._decodes(now, rows, limits, len(running))
         self._prompts.plan(now, partial, self._running.remaining(rows), waiting, room)
         return self._works(now, rows, self._with_chunks(parts, room.chunks), room)

@@ -107,9 +107,10 @@ class Prompts:
         return job.arrival + job.ttft - alone
 
     def _alone(self, progress: Progress) -> float:
-        """Seconds for the rest of a prompt, alone and at the floor."""
-        slots = self.ladder.levels[progress.job.floor].slots
-        return self.cost.prefill(progress.remaining_prompt, slots, progress.computed)
+        """Seconds for the rest of a prompt, alone and at the floor, at most."""
+        c, rest = self.cost.coefficients, progress.remaining_prompt
+        each = self._token_seconds(progress.job.floor, 0.0)
+        return (c.step + rest * each + c.prefill_pair * chunk_pairs(rest, progress.computed)) * self.cost.everywhere
 
     def _due(self, progress: Progress) -> float:
         """`_start_by` for a prompt that is partly computed."""

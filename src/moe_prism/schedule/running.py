@@ -31,17 +31,16 @@ class Running:
 
     def sync(self, running: Sequence[Progress], now: float) -> NDArray[np.int64]:
         """The row of each running request."""
-        ids = [p.job.id for p in running]
         known = self._rows
         try:
-            rows = [known[i] for i in ids]
+            rows = [known[p.job.id] for p in running]
         except KeyError:
             for p in running:
                 if p.job.id not in known:
                     self._add(p.job, now)
-            rows = [known[i] for i in ids]
-        if len(known) != len(ids):
-            for name in known.keys() - set(ids):
+            rows = [known[p.job.id] for p in running]
+        if len(known) != len(rows):
+            for name in known.keys() - {p.job.id for p in running}:
                 self._remove(name)
         found = np.array(rows, dtype=np.int64)
         generated = np.array([p.generated for p in running], dtype=np.float64)

@@ -76,6 +76,9 @@ class Totals:
             self.unread,
         )
 
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(*(a + b for a, b in zip(self.columns(), other.columns(), strict=True)))
+
     def at(self, i: int) -> Totals:
         """One of many steps: element i of the columns that are arrays."""
         return Totals(*(float(c[i]) if isinstance(c, np.ndarray) else c for c in self.columns()))

@@ -63,9 +63,9 @@ class Elastic(Policy):
         self._prompts.least = self._least if self._mean < self.quality else 0
         self._prompts.backlog.sync(waiting, now)
         rows = self._running.sync(running, now)
-        decoding = np.array([p.computed for p in running], dtype=np.float64) >= self._running.table[rows, PROMPT]
-        partial = [running[i] for i in np.flatnonzero(~decoding).tolist()]
-        rows = rows[decoding] if partial else rows
+        begun = [i for i in self._running.silent(rows) if running[i].remaining_prompt > 0]
+        partial = [running[i] for i in begun]
+        rows = np.delete(rows, begun) if begun else rows
         room, rows, parts = self._decodes(now, rows, limits, len(running))
         self._prompts.plan(now, partial, self._running.remaining(rows), waiting, room)
         return self._works(now, rows, self._with_chunks(parts, room.chunks), room)
@@ -89,16 +89,14 @@ class Elastic(Policy):
         """Who decodes in this step, and the room that leaves for prompts."""
         seconds = min(LONGEST, RESPONSE * self._prompts.tightest)
         parts = self._parts(rows)
-        floors = parts.totals(parts.floor, self._prices)
-        correction = self.cost.correction(floors)
+        correction = self.cost.correction(parts.floors)
         if len(rows):
             allowance = self._allowance(now, rows)
             seconds = max(min(seconds, float(allowance.min())), 1e-6)
-            if len(rows) > limits.tokens or self.cost.base(floors) > seconds * MARGIN / correction:
+            if len(rows) > limits.tokens or self.cost.base(parts.floors) > seconds * MARGIN / correction:
                 rows = self._most_urgent(now, rows, allowance, seconds * MARGIN / correction, limits.tokens)
                 parts = self._parts(rows)
-                floors = parts.totals(parts.floor, self._prices)
-        used, planned = float(self.cost.base(floors)), seconds * MARGIN / correction
+        used, planned = float(self.cost.base(parts.floors)), seconds * MARGIN / correction
         room = Room(
             seconds=seconds,
             tokens=limits.tokens - len(rows),
@@ -106,30 +104,35 @@ class Elastic(Policy):
             cache=limits.free_cache,
             used=used,
             floors=planned - used,
-            ceilings=planned - float(self.cost.base(parts.totals(parts.ceiling, self._prices))),
-            unread=floors.unread,
+            ceilings=planned - float(self.cost.base(parts.ceilings)),
+            unread=parts.floors.unread,
             correction=correction,
             must=not len(rows) or now - self._prompts.advanced > self.stall,
         )
         return room, rows, parts
 
     def _parts(self, rows: Ints) -> Parts:
-        levels = self._running.levels[rows]
-        pairs = self._running.table[rows, PROMPT].sum() + self._running.table[rows, DONE].sum()
-        floor = np.minimum(np.maximum(levels[:, 0], self._prompts.least), levels[:, 1])
-        return Parts(floor, levels[:, 1], float(pairs), np.zeros(0))
+        """One decode of each of these."""
+        floor, top = self._running.levels[rows].T
+        if self._prompts.least:
+            floor = np.minimum(np.maximum(floor, self._prompts.least), top)
+        pairs = float(self._running.table[rows, PROMPT].sum() + self._running.table[rows, DONE].sum())
+        return Parts(floor, top, np.zeros(0), self._prices.decodes(floor, pairs), self._prices.decodes(top, pairs))
 
     def _with_chunks(self, parts: Parts, chunks: Sequence[Chunk]) -> Parts:
         """The decodes and these prompts."""
         if not chunks:
             return parts
-        jobs = [chunk.progress.job for chunk in chunks]
+        tokens = np.array([chunk.tokens for chunk in chunks], dtype=np.float64)
+        floor = np.array([self._prompts.floor(chunk.progress.job) for chunk in chunks], dtype=np.int64)
+        top = np.array([ceiling(chunk.progress.job, self.ladder) for chunk in chunks], dtype=np.int64)
+        pairs = float(sum(chunk_pairs(chunk.tokens, chunk.progress.computed) for chunk in chunks))
         return Parts(
-            floor=np.concatenate([parts.floor, np.array([self._prompts.floor(job) for job in jobs], dtype=np.int64)]),
-            ceiling=np.concatenate([parts.ceiling, np.array([ceiling(job, self.ladder) for job in jobs], dtype=np.int64)]),
-            decode_pairs=parts.decode_pairs,
-            tokens=np.array([chunk.tokens for chunk in chunks], dtype=np.float64),
-            prefill_pairs=float(sum(chunk_pairs(chunk.tokens, chunk.progress.computed) for chunk in chunks)),
+            floor=np.concatenate([parts.floor, floor]),
+            ceiling=np.concatenate([parts.ceiling, top]),
+            tokens=tokens,
+            floors=parts.floors + self._prices.prompts(tokens, floor, pairs),
+            ceilings=parts.ceilings + self._prices.prompts(tokens, top, pairs),
         )
 
     def _allowance(self, now: float, rows: Ints) -> Floats:

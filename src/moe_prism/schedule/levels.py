@@ -15,14 +15,24 @@ Floats = NDArray[np.float64]
 
 
 class Prices:
-    """Per level: K, quality, log share of unread sub-experts; and what one level more adds."""
+    """Per level: K, log share of unread sub-experts, quality; and what one level more adds."""
 
     def __init__(self, ladder: Ladder, facts: LayerFacts) -> None:
         self.slots: Floats = np.array([level.slots for level in ladder.levels])
-        self.quality: Floats = np.array([level.quality for level in ladder.levels])
         self.unread: Floats = np.array([facts.unread(level.slots) for level in ladder.levels])
-        self.more_slots, self.more_quality, self.more_unread = (np.diff(a) for a in (self.slots, self.quality, self.unread))
-        self.steps: Ints = np.arange(len(ladder) - 1)[:, None]
+        self.quality: Floats = np.array([level.quality for level in ladder.levels])
+        self.both: Floats = np.stack([self.slots, self.unread])
+        self.more_slots, self.more_unread = np.diff(self.slots), np.diff(self.unread)
+
+    def decodes(self, levels: Ints, pairs: float) -> Totals:
+        """The sums of one decode at each of these levels."""
+        slots, unread = self.both[:, levels].sum(axis=1).tolist()
+        return Totals(decode=float(len(levels)), decode_slots=slots, decode_pairs=pairs, unread=unread)
+
+    def prompts(self, tokens: Floats, levels: Ints, pairs: float) -> Totals:
+        """The sums of prompt chunks."""
+        slots, unread = (self.both[:, levels] @ tokens).tolist()
+        return Totals(prefill=float(tokens.sum()), prefill_slots=slots, prefill_pairs=pairs, unread=unread)
 
 
 @dataclass(frozen=True)
@@ -31,9 +41,9 @@ class Parts:
 
     floor: Ints
     ceiling: Ints
-    decode_pairs: float
     tokens: Floats  # of the prompts
-    prefill_pairs: float = 0.0
+    floors: Totals  # the sums of the step with everyone at the floor
+    ceilings: Totals  # and at the ceiling
 
     @property
     def decodes(self) -> int:
@@ -42,24 +52,11 @@ class Parts:
     @property
     def weight(self) -> float:
         """Tokens of the step."""
-        return self.decodes + float(self.tokens.sum())
+        return float(self.floors.decode + self.floors.prefill)
 
     def mean(self, values: Floats) -> float:
         """Token-weighted mean of a value per part."""
         return (float(values[: self.decodes].sum()) + float(self.tokens @ values[self.decodes :])) / self.weight
-
-    def totals(self, levels: Ints, prices: Prices) -> Totals:
-        """The sums of the step at these levels."""
-        d, slots, unread = self.decodes, prices.slots[levels], prices.unread[levels]
-        return Totals(
-            prefill=float(self.tokens.sum()),
-            decode=float(d),
-            prefill_slots=float(self.tokens @ slots[d:]),
-            decode_slots=float(slots[:d].sum()),
-            prefill_pairs=self.prefill_pairs,
-            decode_pairs=self.decode_pairs,
-            unread=float(unread[:d].sum() + self.tokens @ unread[d:]),
-        )
 
 
 def lift(parts: Parts, seconds: float, cost: CostModel, prices: Prices) -> Ints:
@@ -68,24 +65,37 @@ def lift(parts: Parts, seconds: float, cost: CostModel, prices: Prices) -> Ints:
     Quality rises ever more slowly with K, so lifting the lowest first buys the most quality per slot. Prefix sums give the predicted
     time after every lift: whole rungs of the ladder first, then the part of the next rung that still fits.
     """
-    floors = parts.totals(parts.floor, prices)
-    limit = seconds / cost.correction(floors)
-    if cost.base(parts.totals(parts.ceiling, prices)) <= limit:
+    limit = seconds / cost.correction(parts.floors)
+    if cost.base(parts.ceilings) <= limit:
         return parts.ceiling
-    d, may = parts.decodes, (prices.steps >= parts.floor) & (prices.steps < parts.ceiling)
-    decodes, prompts = may[:, :d].sum(axis=1), may[:, d:] @ parts.tokens
-    rungs = _after(floors, decodes * prices.more_slots, prompts * prices.more_slots, (decodes + prompts) * prices.more_unread)
+    d, levels = parts.decodes, len(prices.slots)
+    decodes = _climbers(parts.floor[:d], parts.ceiling[:d], None, levels)
+    prompts = _climbers(parts.floor[d:], parts.ceiling[d:], parts.tokens, levels)
+    rungs = _after(
+        parts.floors, decodes * prices.more_slots, prompts * prices.more_slots, (decodes + prompts) * prices.more_unread
+    )
     full = int(np.searchsorted(cost.base(rungs), limit, side="right"))
-    levels = np.maximum(parts.floor, np.minimum(parts.ceiling, full))
-    if full == len(may):
-        return levels
-    who = np.flatnonzero(may[full])
+    chosen = np.maximum(parts.floor, np.minimum(parts.ceiling, full))
+    if full == levels - 1:
+        return chosen
+    who = np.flatnonzero((parts.floor <= full) & (parts.ceiling > full))
     tokens = np.concatenate([np.ones(d), parts.tokens])[who]
     slots = tokens * prices.more_slots[full]
     decode_slots = np.where(who < d, slots, 0.0)
-    path = _after(rungs.at(full - 1) if full else floors, decode_slots, slots - decode_slots, tokens * prices.more_unread[full])
-    levels[who[: int(np.searchsorted(cost.base(path), limit, side="right"))]] += 1
-    return levels
+    path = _after(
+        rungs.at(full - 1) if full else parts.floors, decode_slots, slots - decode_slots, tokens * prices.more_unread[full]
+    )
+    chosen[who[: int(np.searchsorted(cost.base(path), limit, side="right"))]] += 1
+    return chosen
+
+
+def _climbers(floor: Ints, ceiling: Ints, tokens: Floats | None, levels: int) -> Floats:
+    """[levels - 1]: tokens that climb each rung, those with floor <= rung < ceiling."""
+    if not len(floor):
+        return np.zeros(levels - 1)
+    change = np.bincount(floor, tokens, levels) - np.bincount(ceiling, tokens, levels)
+    climbers: Floats = change.cumsum()[:-1]
+    return climbers
 
 
 def _after(start: Totals, decode_slots: Floats, prefill_slots: Floats, unread: Floats) -> Totals:

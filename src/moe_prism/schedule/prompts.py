@@ -72,6 +72,7 @@ class Prompts:
         self.least = 0  # level below which nobody is served now, whatever the floor
         self.advanced = 0.0  # when a prompt last did
         self._served: dict[Lane | None, float] = {}  # prompt tokens by lane, None: the late ones; fading
+        self._short: set[Lane | None] = set()  # those that have had less than their share, at this step
 
     def plan(self, now: float, partial: Sequence[Progress], remaining: Floats, waiting: Sequence[Progress], room: Room) -> None:
         """Fill `room.chunks`. partial: prompts partly computed. remaining: tokens that each running request may still generate."""
@@ -110,7 +111,7 @@ class Prompts:
         """Seconds for the rest of a prompt, alone and at the floor, at most."""
         c, rest = self.cost.coefficients, progress.remaining_prompt
         each = self._token_seconds(progress.job.floor, 0.0)
-        return (c.step + rest * each + c.prefill_pair * chunk_pairs(rest, progress.computed)) * self.cost.everywhere
+        return float((c.step + rest * each + c.prefill_pair * chunk_pairs(rest, progress.computed)) * self.cost.everywhere)
 
     def _due(self, progress: Progress) -> float:
         """`_start_by` for a prompt that is partly computed."""
@@ -123,26 +124,31 @@ class Prompts:
         short = self._release(timely[0] - now, timely[2], remaining, room)
         late = self.backlog.late_tokens / (EARLY * self.patience)  # they have nothing to meet, but are not to grow old either
         room.needed = late * room.seconds
-        if partial:
-            more = np.array([(self._due(p), p.remaining_prompt, 0.0) for p in partial]).T
-            timely = np.concatenate([more, timely], axis=1)
-            timely = timely[:, np.argsort(timely[0], kind="stable")]
-        if not timely.shape[1]:
-            return short
-        left, tokens = np.maximum(timely[0] - now, 0.0), timely[1]
-        upto = tokens.cumsum()
         alone = self._token_seconds(self.least, room.unread) * room.correction
-        room.needed += float((upto / (EARLY * left + alone * tokens)).max()) * room.seconds
         slowed = alone * (room.used + max(room.floors, 1e-9)) / max(room.floors, 1e-9)
-        return short or bool(((upto - tokens) * slowed > left).any())
+        begun, pace = 0.0, 0.0  # prompts partly computed go first here; in truth by their deadlines
+        for due, rest in sorted((self._due(p), p.remaining_prompt) for p in partial):
+            begun += rest
+            pace = max(pace, begun / (EARLY * max(due - now, 0.0) + alone * rest))
+        if timely.shape[1]:
+            left, tokens = timely[0] - now, timely[1]
+            before = begun + tokens.cumsum() - tokens
+            pace = max(pace, float(((before + tokens) / (EARLY * left + alone * tokens)).max()))
+            short = short or bool((before * slowed > left).any())
+        room.needed += pace * room.seconds
+        return short
 
     def _release(self, left: Floats, promised: Floats, remaining: Floats, room: Room) -> bool:
         """Set how long a step may last so that requests finish, and free their places, in time. True if the floors are too slow."""
-        fits = min(room.places, int(np.searchsorted(promised.cumsum(), room.cache, side="right")))
         late = min(self.backlog.late, len(remaining))
+        first = room.places + len(remaining)
+        left, promised = left[:first], promised[:first]
+        fits = min(room.places, int(np.searchsorted(promised.cumsum(), room.cache, side="right")))
         if not len(remaining) or len(left) + late <= fits:
             return False
-        left = np.concatenate([left, np.full(late, self.patience)])[fits : fits + len(remaining)]
+        if late:
+            left = np.concatenate([left, np.full(late, self.patience)])
+        left = left[fits : fits + len(remaining)]
         steps = np.sort(remaining)[: len(left)]
         room.release = max(EARLY * float((left / steps).min()), 1e-6)
         return room.release < EARLY * room.used * room.correction
@@ -151,6 +157,8 @@ class Prompts:
 
     def _options(self, now: float, partial: Sequence[Progress], strict: bool) -> list[Option]:
         """Prompts partly computed, and the heads of every lane."""
+        least = self.share * sum(self._served.values())
+        self._short = {key for key in (*self.backlog.lanes, *self._served, None) if self._served.get(key, 0.0) < least}
         options = []
         for p in partial:
             due = self._due(p)
@@ -164,13 +172,9 @@ class Prompts:
         return [self._option(lane, late, queue[0][0], queue[0][2], strict, waits=True)] if queue else []
 
     def _option(self, lane: Lane, late: bool, due: float, progress: Progress, strict: bool, waits: bool) -> Option:
-        short = self._short(lane) or (late and self._short(None))
+        short = lane in self._short or (late and None in self._short)
         rank = 0 if short else 2 if late else 1
         return Option(rank, lane[0] if strict and rank == 1 else 0, due, progress.job.id, late, waits, lane, progress)
-
-    def _short(self, lane: Lane | None) -> bool:
-        """Has it had less than its share?"""
-        return self._served.get(lane, 0.0) < self.share * sum(self._served.values())
 
     def _admit(self, option: Option, room: Room, waiting: Sequence[Progress]) -> bool:
         """Take a waiting request out of the backlog. False if it is not there any more, or if the cache has no room for it."""

@@ -77,6 +77,11 @@ class Running:
         share = min((self.table[row, DONE] + 1) / max(self.table[row, OUTPUT], 1), 1.0)
         self.used += LEARNING_RATE * (share - self.used)
 
+    def silent(self, rows: NDArray[np.int64]) -> list[int]:
+        """Which of these have generated nothing yet."""
+        silent: list[int] = np.flatnonzero(self.table[rows, DONE] == 0).tolist()
+        return silent
+
     def remaining(self, rows: NDArray[np.int64]) -> Floats:
         """Tokens that each of these is expected still to generate, at least 1."""
         left: Floats = np.maximum(self.table[rows, OUTPUT] * self.used - self.table[rows, DONE], 1.0)

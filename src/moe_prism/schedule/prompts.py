@@ -88,7 +88,7 @@ class Prompts:
             if not tokens:
                 return
             if best.waits and not self._admit(best, room, waiting):
-                options = self._options(now, partial, strict)
+                options = [o for o in options if not o.waits] + self._all_heads(strict)
                 continue
             options.remove(best)
             if best.waits:
@@ -163,9 +163,10 @@ class Prompts:
         for p in partial:
             due = self._due(p)
             options.append(self._option((p.job.priority, p.job.kind), due < now, due, p, strict, waits=False))
-        for lane in self.backlog.lanes:
-            options += self._heads(lane, strict, late=False) + self._heads(lane, strict, late=True)
-        return options
+        return options + self._all_heads(strict)
+
+    def _all_heads(self, strict: bool) -> list[Option]:
+        return [o for lane in self.backlog.lanes for late in (False, True) for o in self._heads(lane, strict, late)]
 
     def _heads(self, lane: Lane, strict: bool, late: bool) -> list[Option]:
         queue = self.backlog.lanes[lane].late if late else self.backlog.lanes[lane].timely

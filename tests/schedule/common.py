@@ -24,7 +24,9 @@ def waits(id: str, arrival: float = 0.0, prompt: int = 50, output: int = 20, **f
     return Progress(Job(id, arrival, prompt, output, **fields))
 
 
-def runs(id: str, generated: int = 1, first: float = 0.0, arrival: float = 0.0, prompt: int = 50, output: int = 20, **fields) -> Progress:
+def runs(
+    id: str, generated: int = 1, first: float = 0.0, arrival: float = 0.0, prompt: int = 50, output: int = 20, **fields
+) -> Progress:
     return Progress(Job(id, arrival, prompt, output, **fields), prompt, generated, first, 0)
 
 

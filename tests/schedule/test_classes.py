@@ -18,7 +18,9 @@ def test_defaults_and_jobs():
 
 def test_yaml(tmp_path):
     path = tmp_path / "qos.yaml"
-    path.write_text("classes:\n  chat: {min_quality: 0.9, max_quality: 0.95, ttft_ms: 200, tpot_ms: 50, priority: -1}\n  rest: {}\n")
+    path.write_text(
+        "classes:\n  chat: {min_quality: 0.9, max_quality: 0.95, ttft_ms: 200, tpot_ms: 50, priority: -1}\n  rest: {}\n"
+    )
     classes = load_classes(path)
     assert classes["chat"].ttft == 0.2
     assert classes["chat"].priority == -1

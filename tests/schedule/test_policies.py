@@ -44,7 +44,9 @@ def instances(draw, most: int = 6):
             progress.append(Progress(job, job.prompt, draw(st.integers(1, job.output)), draw(st.floats(job.arrival, now)), floor))
     waiting = sorted((p for p in progress if p.level is None), key=lambda p: p.job.arrival)
     running = [p for p in progress if p.level is not None]
-    limits = Limits(max(len(running), 1) + draw(st.integers(0, 4)), max(len(running), 1) + draw(st.integers(0, 80)), draw(st.integers(0, 300)))
+    limits = Limits(
+        max(len(running), 1) + draw(st.integers(0, 4)), max(len(running), 1) + draw(st.integers(0, 80)), draw(st.integers(0, 300))
+    )
     return now, waiting, running, limits
 
 

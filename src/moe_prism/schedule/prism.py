@@ -95,8 +95,8 @@ class Prism(Policy):
         return 0.1 if target is None else target / 2
 
     def _remember(self, now: float, works: Sequence[Work], running: Sequence[Progress]) -> None:
-        here = {progress.job.id for progress in running}
-        self._last = {id: time for id, time in self._last.items() if id in here}
+        """When each running request last took part; since now for one seen for the first time."""
+        self._last = {progress.job.id: self._last.get(progress.job.id, now) for progress in running}
         self._last.update((work.id, now) for work in works)
 
     def _least(self, level: int) -> int:

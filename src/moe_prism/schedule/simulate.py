@@ -7,7 +7,7 @@ ends; the step that completes a prompt also yields its first token. An answer th
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +26,7 @@ class Engine:
     requests: int = 64
     tokens: int = 512
     cache: int = 1 << 20  # tokens
-    queue: int = 1 << 30  # waiting requests; further ones are refused
+    queue: int = 1 << 30  # waiting requests of one class; further ones are refused
 
 
 @dataclass
@@ -99,16 +99,18 @@ class _State:
         self.engine, self.ladder = engine, ladder
         self.waiting: list[Progress] = []
         self.running: list[Progress] = []
+        self.queued: Counter[str] = Counter()
         self.results: dict[str, Result] = {}
         self.free_cache = engine.cache
 
     def arrive(self, arrival: Arrival) -> None:
         job = arrival.job
         result = self.results[job.id] = Result(job, arrival.length)
-        if len(self.waiting) >= self.engine.queue or job.prompt + job.output > self.engine.cache:
+        if self.queued[job.kind] >= self.engine.queue or job.prompt + job.output > self.engine.cache:
             result.refused = True
         else:
             self.waiting.append(Progress(job))
+            self.queued[job.kind] += 1
 
     def limits(self) -> Limits:
         return Limits(self.engine.requests, self.engine.tokens, self.free_cache)
@@ -119,6 +121,7 @@ class _State:
             return
         for progress in [p for p in self.waiting if p.job.id in wanted]:
             self.running.append(progress)
+            self.queued[progress.job.kind] -= 1
             self.free_cache -= progress.job.prompt + progress.job.output
             self.results[progress.job.id].admitted = now
         self.waiting = [p for p in self.waiting if p.job.id not in wanted]

@@ -8,7 +8,7 @@ from moe_prism.schedule import CostModel, policies
 from moe_prism.schedule.classes import default_classes
 from moe_prism.schedule.cost import Coefficients
 from moe_prism.schedule.simulate import Engine, simulate
-from moe_prism.schedule.summary import by_class, summarise
+from moe_prism.schedule.summary import by_class, summarise, window
 from moe_prism.schedule.workloads import Arrival, generate
 
 from .common import FACTS, LADDER, cost, policy
@@ -68,7 +68,8 @@ def test_the_high_class_meets_its_targets_while_the_low_one_overloads():
     """S09: interactive at 0.3 of the capacity, batch at 10 times the capacity, ten minutes."""
     run = replay("elastic", 10.3 * CAPACITY, MINUTES, mix={"interactive": 0.3, "batch": 10.0})
     classes = by_class(run.results)
-    assert summarise(classes["interactive"], MINUTES).attainment >= 0.99
+    ended = by_class(window(run, 0.0, MINUTES - 20.0))["interactive"]  # later ones are cut off by the end of the run
+    assert summarise(ended, MINUTES).attainment >= 0.99
     assert sum(r.tokens for r in classes["batch"]) / sum(r.tokens for r in run.results) >= 0.05
 
 

@@ -96,7 +96,7 @@ def test_full_batch_waits_for_its_size_or_its_time():
 
 def test_edf_serves_the_late_first_and_gates_what_would_raise_the_batch():
     waiting = [waits("calm", 0.0, ttft=9.0, floor=1), waits("late", 1.0, ttft=0.1, floor=2)]
-    assert [work.id for work in policy("edf").step(3.0, waiting, [], Limits(tokens=60))][0] == "late"
+    assert policy("edf").step(3.0, waiting, [], Limits(tokens=60))[0].id == "late"
     running = [runs("r", floor=1)]
     high = [waits("high", 0.0, ttft=9.0, floor=3)]
     assert [work.id for work in policy("edf").step(1.0, high, running, Limits())] == ["r"]

@@ -77,7 +77,7 @@ def test_traces_come_back_as_they_went(tmp_path):
 def test_a_bad_trace_names_its_line(tmp_path, line):
     good = json.dumps({"arrival": 0, "class": "batch", "prompt": 1, "output": 1})
     (tmp_path / "t.jsonl").write_text(f"{good}\n{line}\n")
-    with pytest.raises(UsageError, match="t.jsonl:2"):
+    with pytest.raises(UsageError, match=r"t\.jsonl:2"):
         read_trace(tmp_path / "t.jsonl", default_classes(), LADDER)
 
 

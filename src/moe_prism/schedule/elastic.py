@@ -22,7 +22,7 @@ from .base import Ladder, Limits, Policy, Progress, Work
 from .cost import CostModel, Totals, chunk_pairs
 from .fill import ceiling
 from .levels import Parts, Prices, lift
-from .prompts import Chunk, Prompts, Room
+from .prompts import RESERVED, Chunk, Prompts, Room
 from .running import DONE, FIRST, LAST, OUTPUT, PROMPT, TPOT, Running
 
 Floats = NDArray[np.float64]
@@ -101,6 +101,7 @@ class Elastic(Policy):
             seconds=seconds,
             tokens=limits.tokens - len(rows),
             places=limits.requests - running,
+            reserved=int(RESERVED * limits.requests) if self._prompts.tightest < np.inf else 0,
             cache=limits.free_cache,
             used=used,
             floors=planned - used,

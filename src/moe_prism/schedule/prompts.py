@@ -20,6 +20,7 @@ Floats = NDArray[np.float64]
 EARLY = 0.2  # share of the time left in which waiting requests are to be started: who plans to be just in time is late
 STARTS = 64  # most requests admitted in one step, so that a step's planning is bounded
 LEAST_CHUNK = 16  # prompt tokens: less is not worth its place, unless the prompt ends
+RESERVED = 0.125  # share of the places, once a request with a time to first token was seen
 MEMORY = 16384  # prompt tokens over which shares are measured
 
 
@@ -37,6 +38,7 @@ class Room:
     seconds: float  # the step may last, by the clock
     tokens: int
     places: int
+    reserved: int  # of the places, for who has a time to first token to meet
     cache: int
     used: float  # seconds of the decodes at their floors
     floors: float  # seconds left if everyone is served at the floor
@@ -58,6 +60,7 @@ class Option(NamedTuple):
     id: str
     late: bool
     waits: bool
+    patient: bool  # has no time to first token to meet
     lane: Lane
     progress: Progress
 
@@ -81,7 +84,7 @@ class Prompts:
         strict = self._pace(now, partial, remaining, room)
         options = self._options(now, partial, strict)
         for _ in range(STARTS):
-            best = min((o for o in options if room.places > 0 or not o.waits), default=None)
+            best = min((o for o in options if not o.waits or room.places > (room.reserved if o.patient else 0)), default=None)
             if best is None:
                 return
             tokens = self._fit(best.progress, room, capped=best.rank == 0 and len(options) > 1)
@@ -174,8 +177,8 @@ class Prompts:
 
     def _option(self, lane: Lane, late: bool, due: float, progress: Progress, strict: bool, waits: bool) -> Option:
         short = lane in self._short or (late and None in self._short)
-        rank = 0 if short else 2 if late else 1
-        return Option(rank, lane[0] if strict and rank == 1 else 0, due, progress.job.id, late, waits, lane, progress)
+        rank, patient = 0 if short else 2 if late else 1, late or progress.job.ttft is None
+        return Option(rank, lane[0] if strict and rank == 1 else 0, due, progress.job.id, late, waits, patient, lane, progress)
 
     def _admit(self, option: Option, room: Room, waiting: Sequence[Progress]) -> bool:
         """Take a waiting request out of the backlog. False if it is not there any more, or if the cache has no room for it."""

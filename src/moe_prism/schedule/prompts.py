@@ -84,7 +84,9 @@ class Prompts:
         strict = self._pace(now, partial, remaining, room)
         options = self._options(now, partial, strict)
         for _ in range(STARTS):
-            best = min((o for o in options if not o.waits or room.places > (room.reserved if o.patient else 0)), default=None)
+            best = min(
+                (o for o in options if not o.waits or room.places > (room.reserved if o.patient and o.rank else 0)), default=None
+            )
             if best is None:
                 return
             tokens = self._fit(best.progress, room, capped=best.rank == 0 and len(options) > 1)

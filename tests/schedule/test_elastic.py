@@ -33,7 +33,7 @@ def parts(draw):
 
     def totals(levels):
         prompts = PRICES.prompts(tokens, levels[n:], float(sum(chunk_pairs(t, 0) for t in tokens)))
-        return PRICES.decodes(levels[:n], 50.0 * n) + prompts
+        return PRICES.decodes(levels[None, :n], 50.0 * n)[0] + prompts
 
     return Parts(floor, ceiling, tokens, totals(floor), totals(ceiling)), totals
 
@@ -63,12 +63,12 @@ def test_levels_equal_lifting_the_lowest_one_at_a_time(case, budget, block):
 def test_on_a_concave_ladder_no_other_choice_of_equal_time_is_better():
     floor, top = np.zeros(4, dtype=np.int64), np.full(4, LADDER.top)
     model = cost()
-    columns = Parts(floor, top, np.zeros(0), PRICES.decodes(floor, 0.0), PRICES.decodes(top, 0.0))
+    columns = Parts(floor, top, np.zeros(0), *PRICES.decodes(np.stack([floor, top]), 0.0))
     for budget in np.linspace(float(model.base(columns.floors)), float(model.base(columns.ceilings)), 9):
         best = max(
             sum(LADDER.levels[level].quality for level in levels)
             for levels in itertools.product(range(len(LADDER)), repeat=4)
-            if model.base(PRICES.decodes(np.array(levels), 0.0)) <= budget + 1e-12
+            if model.base(PRICES.decodes(np.array([levels]), 0.0)[0]) <= budget + 1e-12
         )
         got = sum(LADDER.levels[level].quality for level in lift(columns, budget, model, PRICES))
         assert got >= best - 0.04  # one rung of one request: lifts are whole

@@ -13,10 +13,10 @@ from moe_prism.schedule.workloads import Arrival, generate
 
 from .common import FACTS, LADDER, cost, policy
 
-SLOWER = 4.0  # than `common.cost`, with targets to match: fewer steps in ten minutes
+SLOWER = 8.0  # than `common.cost`, with targets to match: fewer steps in ten minutes
 ENGINE = Engine(requests=32, tokens=512, cache=1 << 15, queue=128)
 CLASSES = {name: c.slower(SLOWER) for name, c in default_classes().items()}
-CAPACITY = 3.0  # requests/s that this engine can take at the floors, about
+CAPACITY = 1.5  # requests/s that this engine can take at the floors, about
 MINUTES = 600.0
 
 
@@ -68,7 +68,7 @@ def test_the_high_class_meets_its_targets_while_the_low_one_overloads():
     """S09: interactive at 0.3 of the capacity, batch at 10 times the capacity, ten minutes."""
     run = replay("elastic", 10.3 * CAPACITY, MINUTES, mix={"interactive": 0.3, "batch": 10.0})
     classes = by_class(run.results)
-    ended = by_class(window(run, 0.0, MINUTES - 20.0))["interactive"]  # later ones are cut off by the end of the run
+    ended = by_class(window(run, 0.0, MINUTES - 40.0))["interactive"]  # later ones are cut off by the end of the run
     assert summarise(ended, MINUTES).attainment >= 0.99
     assert sum(r.tokens for r in classes["batch"]) / sum(r.tokens for r in run.results) >= 0.05
 
@@ -83,7 +83,7 @@ def test_quality_comes_back_after_a_burst():
         [*heavy, *(a for a in light if a.job.arrival > 60.0)], policy("elastic", model), slow(), LADDER, ENGINE, believed=model
     )
     drained = next(s.start for s in run.steps if s.start > 60.0 and s.waiting == 0)
-    assert drained < 150.0
+    assert drained < 200.0
     after = [s for s in run.steps if s.start > drained + 10.0]
     assert sum(s.quality * s.seconds for s in after) / sum(s.seconds for s in after) >= 0.995
 
@@ -92,7 +92,7 @@ def test_quality_comes_back_after_a_burst():
 def test_wait_is_bounded_when_the_load_can_be_served(name):
     run = replay(name, 0.5 * CAPACITY, 120.0)
     waits = [r.admitted - r.job.arrival for r in run.results if r.admitted is not None]
-    assert max(waits) < 6.0
+    assert max(waits) < 12.0
     assert sum(r.admitted is None for r in run.results) <= 2  # those that have just arrived
 
 

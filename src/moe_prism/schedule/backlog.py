@@ -80,6 +80,10 @@ class Backlog:
         self.lanes: dict[Lane, Queue] = {}
         self._known: set[str] = set()
         self._order = 0
+        self.changes = 0  # arrivals and departures so far
+
+    def __len__(self) -> int:
+        return len(self._known)
 
     @property
     def late(self) -> int:
@@ -124,6 +128,7 @@ class Backlog:
     def take(self, lane: Lane, late: bool) -> Progress:
         """Remove the head of a lane."""
         progress = self.lanes[lane].pop(late)
+        self.changes += 1
         self._known.discard(progress.job.id)
         return progress
 
@@ -142,6 +147,7 @@ class Backlog:
         self.lanes[lane].add(self._start_by(progress), self._order, progress)
         self._known.add(progress.job.id)
         self._order += 1
+        self.changes += 1
 
 
 def still_waiting(progress: Progress, waiting: Sequence[Progress]) -> bool:

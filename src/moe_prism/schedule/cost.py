@@ -79,10 +79,6 @@ class Totals:
     def __add__(self, other: Totals) -> Totals:
         return Totals(*(a + b for a, b in zip(self.columns(), other.columns(), strict=True)))
 
-    def at(self, i: int) -> Totals:
-        """One of many steps: element i of the columns that are arrays."""
-        return Totals(*(float(c[i]) if isinstance(c, np.ndarray) else c for c in self.columns()))
-
 
 def chunk_pairs(tokens: Numbers, computed: Numbers) -> Numbers:
     """Attention pairs of a prefill chunk that follows `computed` tokens."""
@@ -149,8 +145,11 @@ class CostModel:
 
     def base(self, t: Totals) -> Numbers:
         """Seconds of a step by the fitted formula alone. Arrays in, arrays out."""
+        return self.linear(t) + self.reading(t.unread)
+
+    def linear(self, t: Totals) -> Numbers:
+        """All but the reading of sub-experts."""
         c = self.coefficients
-        expm1 = np.expm1 if isinstance(t.unread, np.ndarray) else math.expm1
         return (
             c.step
             + c.prefill_token * t.prefill
@@ -159,8 +158,12 @@ class CostModel:
             + c.decode_slot * t.decode_slots
             + c.prefill_pair * t.prefill_pairs
             + c.decode_pair * t.decode_pairs
-            - c.block * self.facts.blocks * expm1(t.unread)
         )
+
+    def reading(self, unread: Numbers) -> Numbers:
+        """Seconds of reading each distinct sub-expert once."""
+        expm1 = np.expm1 if isinstance(unread, np.ndarray) else math.expm1
+        return -self.coefficients.block * self.facts.blocks * expm1(unread)
 
     def seconds(self, totals: Totals) -> float:
         """Seconds of one step, corrected by what was observed near it."""

@@ -23,7 +23,7 @@ from .cost import CostModel, Totals, chunk_pairs
 from .fill import ceiling
 from .levels import Parts, Prices, lift
 from .prompts import RESERVED, Chunk, Prompts, Room
-from .running import DONE, FIRST, LAST, OUTPUT, PROMPT, TPOT, Running
+from .running import DONE, END, LAST, OUTPUT, PROMPT, START, TPOT, Running
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -63,7 +63,7 @@ class Elastic(Policy):
         self._prompts.least = self._least if self._mean < self.quality else 0
         self._prompts.backlog.sync(waiting, now)
         rows = self._running.sync(running, now)
-        begun = [i for i in self._running.silent(rows) if running[i].remaining_prompt > 0]
+        begun = [i for i in self._running.silent if running[i].remaining_prompt > 0]
         partial = [running[i] for i in begun]
         rows = np.delete(rows, begun) if begun else rows
         room, rows, parts = self._decodes(now, rows, limits, len(running))
@@ -114,11 +114,13 @@ class Elastic(Policy):
 
     def _parts(self, rows: Ints) -> Parts:
         """One decode of each of these."""
-        floor, top = self._running.levels[rows].T
+        levels = self._running.levels[rows].T
+        floor, top = levels
         if self._prompts.least:
-            floor = np.minimum(np.maximum(floor, self._prompts.least), top)
-        pairs = float(self._running.table[rows, PROMPT].sum() + self._running.table[rows, DONE].sum())
-        return Parts(floor, top, np.zeros(0), self._prices.decodes(floor, pairs), self._prices.decodes(top, pairs))
+            floor[:] = np.minimum(np.maximum(floor, self._prompts.least), top)
+        table = self._running.table[rows]
+        floors, ceilings = self._prices.decodes(levels, float(table[:, PROMPT].sum() + table[:, DONE].sum()))
+        return Parts(floor, top, np.zeros(0), floors, ceilings)
 
     def _with_chunks(self, parts: Parts, chunks: Sequence[Chunk]) -> Parts:
         """The decodes and these prompts."""
@@ -140,11 +142,10 @@ class Elastic(Policy):
         """Seconds that each decode can wait for its next token and still be on schedule HORIZON tokens later; infinite without a target."""
         table = self._running.table[rows]
         tpot, done = table[:, TPOT], table[:, DONE]
-        with np.errstate(invalid="ignore"):  # infinite targets
-            ahead = table[:, FIRST] - now + tpot * (done - 1)
-            lost = ahead + (tpot - self.cost.coefficients.step) * (table[:, OUTPUT] - done) < 0
-            allowance = np.maximum(tpot + ahead / HORIZON, tpot / 4)
-        allowance[lost | np.isinf(tpot)] = np.inf
+        ahead = table[:, START] + tpot * done - now
+        allowance: Floats = np.maximum(tpot + ahead / HORIZON, tpot / 4)
+        lost = table[:, END] - now < self.cost.coefficients.step * (table[:, OUTPUT] - done)
+        allowance[lost] = np.inf
         return allowance
 
     def _most_urgent(self, now: float, rows: Ints, allowance: Floats, planned: float, most: int) -> Ints:

@@ -22,12 +22,13 @@ class Prices:
         self.unread: Floats = np.array([facts.unread(level.slots) for level in ladder.levels])
         self.quality: Floats = np.array([level.quality for level in ladder.levels])
         self.both: Floats = np.stack([self.slots, self.unread])
-        self.more_slots, self.more_unread = np.diff(self.slots), np.diff(self.unread)
+        self.more: list[tuple[float, float]] = np.diff(self.both).T.tolist()
 
-    def decodes(self, levels: Ints, pairs: float) -> Totals:
-        """The sums of one decode at each of these levels."""
-        slots, unread = self.both[:, levels].sum(axis=1).tolist()
-        return Totals(decode=float(len(levels)), decode_slots=slots, decode_pairs=pairs, unread=unread)
+    def decodes(self, levels: Ints, pairs: float) -> list[Totals]:
+        """For each row of levels [rows, n], the sums of n decodes at these levels."""
+        sums = self.both[:, levels].sum(axis=2).T.tolist()
+        count = float(levels.shape[1])
+        return [Totals(decode=count, decode_slots=slots, decode_pairs=pairs, unread=unread) for slots, unread in sums]
 
     def prompts(self, tokens: Floats, levels: Ints, pairs: float) -> Totals:
         """The sums of prompt chunks."""
@@ -62,50 +63,67 @@ class Parts:
 def lift(parts: Parts, seconds: float, cost: CostModel, prices: Prices) -> Ints:
     """The level of every part: the floors, then always the lowest part one level up while the step keeps within `seconds`.
 
-    Quality rises ever more slowly with K, so lifting the lowest first buys the most quality per slot. Prefix sums give the predicted
-    time after every lift: whole rungs of the ladder first, then the part of the next rung that still fits.
+    Quality rises ever more slowly with K, so lifting the lowest first buys the most quality per slot. Everyone who climbs a rung
+    pays the same per token, so counting them is enough: whole rungs of the ladder first, then as many as fit of the next one.
     """
     limit = seconds / cost.correction(parts.floors)
     if cost.base(parts.ceilings) <= limit:
         return parts.ceiling
-    d, levels = parts.decodes, len(prices.slots)
-    decodes = _climbers(parts.floor[:d], parts.ceiling[:d], None, levels)
-    prompts = _climbers(parts.floor[d:], parts.ceiling[d:], parts.tokens, levels)
-    rungs = _after(
-        parts.floors, decodes * prices.more_slots, prompts * prices.more_slots, (decodes + prompts) * prices.more_unread
-    )
-    full = int(np.searchsorted(cost.base(rungs), limit, side="right"))
-    chosen = np.maximum(parts.floor, np.minimum(parts.ceiling, full))
-    if full == levels - 1:
-        return chosen
-    who = np.flatnonzero((parts.floor <= full) & (parts.ceiling > full))
-    tokens = np.concatenate([np.ones(d), parts.tokens])[who]
-    slots = tokens * prices.more_slots[full]
-    decode_slots = np.where(who < d, slots, 0.0)
-    path = _after(
-        rungs.at(full - 1) if full else parts.floors, decode_slots, slots - decode_slots, tokens * prices.more_unread[full]
-    )
-    chosen[who[: int(np.searchsorted(cost.base(path), limit, side="right"))]] += 1
+    d, top = parts.decodes, len(prices.slots) - 1
+    decodes = _climbers(parts.floor[:d], parts.ceiling[:d], None, top)
+    prompts = _climbers(parts.floor[d:], parts.ceiling[d:], parts.tokens, top)
+    climb = Climb(float(cost.linear(parts.floors)), parts.floors.unread, limit, cost)
+    rung = 0
+    while rung < top and climb.take(rung, decodes[rung], prompts[rung], prices):
+        rung += 1
+    chosen = np.maximum(parts.floor, np.minimum(parts.ceiling, rung))
+    if rung < top:
+        who = np.flatnonzero((parts.floor <= rung) & (parts.ceiling > rung))
+        chosen[who[: _some(climb, rung, who, parts, prices)]] += 1
     return chosen
 
 
-def _climbers(floor: Ints, ceiling: Ints, tokens: Floats | None, levels: int) -> Floats:
-    """[levels - 1]: tokens that climb each rung, those with floor <= rung < ceiling."""
+@dataclass
+class Climb:
+    """The time of the step while parts are lifted."""
+
+    linear: float
+    unread: float
+    limit: float
+    cost: CostModel
+
+    def take(self, rung: int, decodes: float, prompts: float, prices: Prices) -> bool:
+        """Lift so many decode and prompt tokens by this rung if the step then keeps its time."""
+        c, (slots, unread) = self.cost.coefficients, prices.more[rung]
+        after = self.linear + slots * (decodes * c.decode_slot + prompts * c.prefill_slot)
+        left = self.unread + (decodes + prompts) * unread
+        if after + self.cost.reading(left) > self.limit:
+            return False
+        self.linear, self.unread = after, left
+        return True
+
+
+def _some(climb: Climb, rung: int, who: Ints, parts: Parts, prices: Prices) -> int:
+    """How many of these, in their order, can climb the rung."""
+    decodes = int(np.searchsorted(who, parts.decodes))
+    lifted, step = 0, 1 << decodes.bit_length()
+    while step:  # the largest number that fits, bit by bit
+        if lifted + step <= decodes and climb.take(rung, step, 0.0, prices):
+            lifted += step
+        step >>= 1
+    if lifted < decodes:
+        return lifted
+    for tokens in parts.tokens[who[decodes:] - parts.decodes].tolist():
+        if not climb.take(rung, 0.0, tokens, prices):
+            break
+        lifted += 1
+    return lifted
+
+
+def _climbers(floor: Ints, ceiling: Ints, tokens: Floats | None, top: int) -> list[float]:
+    """[top]: tokens that climb each rung, those with floor <= rung < ceiling."""
     if not len(floor):
-        return np.zeros(levels - 1)
-    change = np.bincount(floor, tokens, levels) - np.bincount(ceiling, tokens, levels)
-    climbers: Floats = change.cumsum()[:-1]
+        return [0.0] * top
+    change = np.bincount(floor, tokens, top + 1) - np.bincount(ceiling, tokens, top + 1)
+    climbers: list[float] = change.cumsum().tolist()
     return climbers
-
-
-def _after(start: Totals, decode_slots: Floats, prefill_slots: Floats, unread: Floats) -> Totals:
-    """The sums after the first 1, 2, ... of these additions."""
-    return Totals(
-        prefill=start.prefill,
-        decode=start.decode,
-        prefill_slots=start.prefill_slots + prefill_slots.cumsum(),
-        decode_slots=start.decode_slots + decode_slots.cumsum(),
-        prefill_pairs=start.prefill_pairs,
-        decode_pairs=start.decode_pairs,
-        unread=start.unread + unread.cumsum(),
-    )

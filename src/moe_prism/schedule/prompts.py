@@ -20,6 +20,7 @@ Floats = NDArray[np.float64]
 EARLY = 0.2  # share of the time left in which waiting requests are to be started: who plans to be just in time is late
 STARTS = 64  # most requests admitted in one step, so that a step's planning is bounded
 LEAST_CHUNK = 16  # prompt tokens: less is not worth its place, unless the prompt ends
+AFRESH = 0.1  # seconds after which the needs of a long backlog are computed anew
 RESERVED = 0.125  # share of the places, once a request with a time to first token was seen
 MEMORY = 16384  # prompt tokens over which shares are measured
 
@@ -75,6 +76,7 @@ class Prompts:
         self.least = 0  # level below which nobody is served now, whatever the floor
         self.advanced = 0.0  # when a prompt last did
         self._served: dict[Lane | None, float] = {}  # prompt tokens by lane, None: the late ones; fading
+        self._read = (-math.inf, -1, 0.0, math.inf, False)  # when and what `_pace` last read from the backlog
         self._short: set[Lane | None] = set()  # those that have had less than their share, at this step
 
     def plan(self, now: float, partial: Sequence[Progress], remaining: Floats, waiting: Sequence[Progress], room: Room) -> None:
@@ -124,11 +126,25 @@ class Prompts:
         return job.arrival + (self.patience if job.ttft is None else job.ttft - self._alone(progress))
 
     def _pace(self, now: float, partial: Sequence[Progress], remaining: Floats, room: Room) -> bool:
-        """Set what the deadlines need of this step. True if they cannot all be met even at the floors."""
+        """Set what the deadlines need of this step. True if they cannot all be met even at the floors.
+
+        A long backlog changes slowly: what it needs is computed anew when a thirty-second of it has changed, or after a while.
+        """
+        when, changes, pace, release, strict = self._read
+        changed = self.backlog.changes - changes
+        if now - when > AFRESH or changed > len(self.backlog) / 32:
+            pace, strict = self._deadlines(now, partial, remaining, room)
+            self._read = (now, self.backlog.changes, pace, room.release, strict)
+        else:
+            room.release = release
+        late = self.backlog.late_tokens / (EARLY * self.patience)  # they have nothing to meet, but are not to grow old either
+        room.needed = (pace + late) * room.seconds
+        return strict
+
+    def _deadlines(self, now: float, partial: Sequence[Progress], remaining: Floats, room: Room) -> tuple[float, bool]:
+        """Prompt tokens per second that all deadlines need, and whether that is more than the floors allow."""
         timely = self.backlog.timely()
         short = self._release(timely[0] - now, timely[2], remaining, room)
-        late = self.backlog.late_tokens / (EARLY * self.patience)  # they have nothing to meet, but are not to grow old either
-        room.needed = late * room.seconds
         alone = self._token_seconds(self.least, room.unread) * room.correction
         slowed = alone * (room.used + max(room.floors, 1e-9)) / max(room.floors, 1e-9)
         begun, pace = 0.0, 0.0  # prompts partly computed go first here; in truth by their deadlines
@@ -140,8 +156,7 @@ class Prompts:
             before = begun + tokens.cumsum() - tokens
             pace = max(pace, float(((before + tokens) / (EARLY * left + alone * tokens)).max()))
             short = short or bool((before * slowed > left).any())
-        room.needed += pace * room.seconds
-        return short
+        return pace, short
 
     def _release(self, left: Floats, promised: Floats, remaining: Floats, room: Room) -> bool:
         """Set how long a step may last so that requests finish, and free their places, in time. True if the floors are too slow."""

@@ -1,0 +1,165 @@
+"""Our policy: mixed batches, every request at its own level, chosen at each step. Deadlines first, then quality.
+
+1. *Time.* The step may last as long as the decodes in it can wait for their next token: the target per token, plus a part of what a
+   request is ahead of its schedule, minus a part of what it is behind. It is also kept short beside the tightest time to first token.
+2. *Decodes.* All of them, at their floors. If that alone is too long, those that can wait longest are left out of this step.
+3. *Prompts.* In the order in which they must start. As many tokens as fit with everyone at the ceiling; more, at the price of
+   quality, only if deadlines need the pace. If not all deadlines can be met even at the floors, by priority.
+4. *Quality.* What time is left lifts the lowest levels first (`levels.lift`).
+
+Who can no longer meet the target is served after those who can, by arrival, but `share` of the prompt tokens goes to them and to every
+class that has requests waiting, and a running request without a token for `stall` seconds goes first. So everyone advances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .base import Ladder, Limits, Policy, Progress, Work
+from .cost import CostModel, Totals, chunk_pairs
+from .fill import ceiling
+from .levels import Parts, Prices, lift
+from .prompts import RESERVED, Chunk, Prompts, Room
+from .running import DONE, END, LAST, OUTPUT, PROMPT, START, TPOT, Running
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+MARGIN = 0.92  # share of a step's time that is planned: predictions err
+HORIZON = 8  # tokens over which a request ahead of or behind its schedule returns to it
+RESPONSE = 0.35  # longest step as a share of the tightest time to first token
+LONGEST = 0.5  # seconds of a step when no target says anything
+MEMORY = 1 << 16  # tokens over which the mean quality is kept
+
+
+class Elastic(Policy):
+    """Deadlines first, then quality; nobody below the floor, nobody forgotten."""
+
+    def __init__(
+        self,
+        ladder: Ladder,
+        cost: CostModel,
+        quality: float = 0.0,
+        patience: float = 10.0,
+        share: float = 0.08,
+        stall: float = 1.0,
+    ) -> None:
+        """quality: least mean quality over served tokens: while the mean is below, nobody is served below this quality.
+
+        patience: seconds in which requests without a target should start. share: part of the prompt tokens kept for each class, and for
+        those that are late. stall: seconds without a token after which a running request goes first.
+        """
+        self.ladder, self.cost, self.quality, self.stall = ladder, cost, quality, stall
+        self._least = ladder.at_least(quality)
+        self._prices = Prices(ladder, cost.facts)
+        self._prompts = Prompts(ladder, cost, patience, share)
+        self._running = Running(ladder)
+        self._weight, self._mean = 0.0, 0.0  # tokens served and their mean quality, fading
+
+    def step(self, now: float, waiting: Sequence[Progress], running: Sequence[Progress], limits: Limits) -> list[Work]:
+        self._prompts.least = self._least if self._mean < self.quality else 0
+        self._prompts.backlog.sync(waiting, now)
+        rows = self._running.sync(running, now)
+        begun = [i for i in self._running.silent if running[i].remaining_prompt > 0]
+        partial = [running[i] for i in begun]
+        rows = np.delete(rows, begun) if begun else rows
+        room, rows, parts = self._decodes(now, rows, limits, len(running))
+        self._prompts.plan(now, partial, self._running.remaining(rows), waiting, room)
+        return self._works(now, rows, self._with_chunks(parts, room.chunks), room)
+
+    def _works(self, now: float, rows: Ints, parts: Parts, room: Room) -> list[Work]:
+        """The step at the levels that its time allows."""
+        if not len(parts.floor):
+            return []
+        levels = lift(parts, min(room.seconds, room.release) * MARGIN, self.cost, self._prices)
+        self._weight = min(self._weight + parts.weight, MEMORY)
+        self._mean += (parts.mean(self._prices.quality[levels]) - self._mean) * parts.weight / max(self._weight, parts.weight)
+        self._running.table[rows, LAST] = now
+        works = self._running.decode_work(rows, levels[: len(rows)])
+        for chunk, level in zip(room.chunks, levels[len(rows) :].tolist(), strict=True):
+            works.append(Work(chunk.progress.job.id, chunk.tokens, level))
+        return works
+
+    # -- decodes
+
+    def _decodes(self, now: float, rows: Ints, limits: Limits, running: int) -> tuple[Room, Ints, Parts]:
+        """Who decodes in this step, and the room that leaves for prompts."""
+        seconds = min(LONGEST, RESPONSE * self._prompts.tightest)
+        parts = self._parts(rows)
+        correction = self.cost.correction(parts.floors)
+        if len(rows):
+            allowance = self._allowance(now, rows)
+            seconds = max(min(seconds, float(allowance.min())), 1e-6)
+            if len(rows) > limits.tokens or self.cost.base(parts.floors) > seconds * MARGIN / correction:
+                rows = self._most_urgent(now, rows, allowance, seconds * MARGIN / correction, limits.tokens)
+                parts = self._parts(rows)
+        used, planned = float(self.cost.base(parts.floors)), seconds * MARGIN / correction
+        room = Room(
+            seconds=seconds,
+            tokens=limits.tokens - len(rows),
+            places=limits.requests - running,
+            reserved=int(RESERVED * limits.requests) if self._prompts.tightest < np.inf else 0,
+            cache=limits.free_cache,
+            used=used,
+            floors=planned - used,
+            ceilings=planned - float(self.cost.base(parts.ceilings)),
+            unread=parts.floors.unread,
+            correction=correction,
+            must=not len(rows) or now - self._prompts.advanced > self.stall,
+        )
+        return room, rows, parts
+
+    def _parts(self, rows: Ints) -> Parts:
+        """One decode of each of these."""
+        levels = self._running.levels[rows].T
+        floor, top = levels
+        if self._prompts.least:
+            floor[:] = np.minimum(np.maximum(floor, self._prompts.least), top)
+        table = self._running.table[rows]
+        floors, ceilings = self._prices.decodes(levels, float(table[:, PROMPT].sum() + table[:, DONE].sum()))
+        return Parts(floor, top, np.zeros(0), floors, ceilings)
+
+    def _with_chunks(self, parts: Parts, chunks: Sequence[Chunk]) -> Parts:
+        """The decodes and these prompts."""
+        if not chunks:
+            return parts
+        tokens = np.array([chunk.tokens for chunk in chunks], dtype=np.float64)
+        floor = np.array([self._prompts.floor(chunk.progress.job) for chunk in chunks], dtype=np.int64)
+        top = np.array([ceiling(chunk.progress.job, self.ladder) for chunk in chunks], dtype=np.int64)
+        pairs = float(sum(chunk_pairs(chunk.tokens, chunk.progress.computed) for chunk in chunks))
+        return Parts(
+            floor=np.concatenate([parts.floor, floor]),
+            ceiling=np.concatenate([parts.ceiling, top]),
+            tokens=tokens,
+            floors=parts.floors + self._prices.prompts(tokens, floor, pairs),
+            ceilings=parts.ceilings + self._prices.prompts(tokens, top, pairs),
+        )
+
+    def _allowance(self, now: float, rows: Ints) -> Floats:
+        """Seconds that each decode can wait for its next token and still be on schedule HORIZON tokens later; infinite without a target."""
+        table = self._running.table[rows]
+        tpot, done = table[:, TPOT], table[:, DONE]
+        ahead = table[:, START] + tpot * done - now
+        allowance: Floats = np.maximum(tpot + ahead / HORIZON, tpot / 4)
+        lost = table[:, END] - now < self.cost.coefficients.step * (table[:, OUTPUT] - done)
+        allowance[lost] = np.inf
+        return allowance
+
+    def _most_urgent(self, now: float, rows: Ints, allowance: Floats, planned: float, most: int) -> Ints:
+        """As many as fit the step at the floors, most urgent first; some of those without a token for `stall` seconds before them."""
+        last = self._running.table[rows, LAST]
+        order = np.lexsort((last, allowance))
+        stalled = np.flatnonzero(now - last[order] > self.stall)[: 1 + len(rows) // 8]
+        order = np.concatenate([order[stalled], np.delete(order, stalled)])
+        floor = np.maximum(self._running.levels[rows[order], 0], self._prompts.least)
+        sums = Totals(
+            decode=np.arange(1.0, len(rows) + 1),
+            decode_slots=self._prices.slots[floor].cumsum(),
+            decode_pairs=(self._running.table[rows[order], PROMPT] + self._running.table[rows[order], DONE]).cumsum(),
+            unread=self._prices.unread[floor].cumsum(),
+        )
+        fits = int(np.searchsorted(self.cost.base(sums), planned, side="right"))
+        return rows[np.sort(order[: min(max(fits, 1), most)])]

@@ -99,15 +99,20 @@ def attention(
     q = query[0].transpose(0, 1)  # [T, heads, d]
     out = torch.empty_like(q)
     for rows, index, mask in layout.decode:
-        k, v = keys[index].transpose(1, 2), values[index].transpose(1, 2)  # [D, key heads, C, d]
+        k, v = _read(keys, index), _read(values, index)
         out[rows] = attend(q[rows].unsqueeze(2), k, v, mask if mask.numel() else None).squeeze(2)
     for span, positions, mask in layout.prompts:
         if positions is None:
             k, v = key[:, :, span], value[:, :, span]
         else:
-            k, v = keys[positions].transpose(0, 1)[None], values[positions].transpose(0, 1)[None]
+            k, v = _read(keys, positions[None]), _read(values, positions[None])
         out[span] = attend(query[:, :, span], k, v, mask, causal=positions is None)[0].transpose(0, 1)
     return out[None], None
+
+
+def _read(cache: Tensor, index: Tensor) -> Tensor:
+    """cache [rows, key heads, d] at index [D, C] -> [D, key heads, C, d]. `index_select` copies rows twice as fast as indexing."""
+    return cache.index_select(0, index.flatten()).view(*index.shape, *cache.shape[1:]).transpose(1, 2)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attention)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import cyclopts
 
 from ..errors import PrismError
-from . import calibrate, demo, doctor, frontier, generate, inspect, listing, refactor, verify
+from . import calibrate, demo, doctor, frontier, generate, inspect, listing, refactor, serve, verify
 from .output import plain_line
 
 INTERRUPTED = 130
@@ -36,6 +36,7 @@ def build() -> cyclopts.App:
         (refactor.refactor, "refactor"),
         (frontier.frontier, "frontier"),
         (generate.generate, "generate"),
+        (serve.serve, "serve"),
         (verify.verify, "verify"),
         (listing.ls, "ls"),
     ):

@@ -14,8 +14,10 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, ContinuousBatchProcessor
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
+from ..elastic.runtime import Elastic, experts_per_token
 from ..errors import UsageError
 from ..schedule.base import Ladder, Policy
+from ..schedule.cost import LayerFacts
 from .paged import NAME as PAGED
 from .requests import Event, Request
 from .runner import Runner
@@ -141,6 +143,13 @@ class Engine:
         self.manager.input_queue.put(state)
         self.manager._wake_up_loop.set()
 
+    def replace_policy(self, policy: Policy) -> None:
+        """Another policy from the next step on."""
+        self.policy = policy
+        processor = self.manager.batch_processor
+        if processor is not None:
+            processor.scheduler.policy = policy
+
     def cancel(self, request_id: str) -> None:
         """Drop a request; it leaves the batch before the next step and its sink is not called again."""
         self.book.pop(request_id, None)
@@ -172,6 +181,7 @@ class Engine:
             self.elastic,
             self.book,
             self.clock,
+            facts=layer_facts(self.elastic),
             paged=self._paged,
             vocabulary=self.model.config.get_text_config().vocab_size,
         )
@@ -267,6 +277,12 @@ class Engine:
             processor.scheduler.finish_request(part.state.request_id)
             if part.request.job.id in self.book:
                 self._finish(part.request, Event(error=f"the step failed: {type(error).__name__}"))
+
+
+def layer_facts(elastic: Elastic) -> LayerFacts:
+    """E, N and k of the model's MoE layers, as a cost model wants them."""
+    plan = elastic.layers[0].plan
+    return LayerFacts(plan.layer.num_experts, plan.n_sub, experts_per_token(elastic.model, plan.layer))
 
 
 def _full_attention(model: Any) -> bool:

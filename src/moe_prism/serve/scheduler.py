@@ -12,6 +12,7 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 
 from ..elastic.runtime import Elastic, Setting
 from ..schedule.base import Ladder, Limits, Policy, Work
+from ..schedule.cost import LayerFacts, Totals, chunk_pairs
 from .paged import Layout, Segment, plan
 from .requests import Request
 
@@ -38,6 +39,7 @@ class Step:
     parts: list[Part] = field(default_factory=list)
     began: float = 0.0  # when the policy was asked
     asked: float = 0.0  # seconds the policy took
+    totals: Totals = field(default_factory=Totals)  # what a cost model prices
 
     @property
     def tokens(self) -> int:
@@ -55,10 +57,12 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         book: dict[str, Request],
         clock: Callable[[], float],
         *,
+        facts: LayerFacts,
         paged: bool,
         vocabulary: int,
     ) -> None:
         """book: requests by id, kept by the engine; paged: our CPU attention runs, and wants a Layout."""
+        self.unread = [facts.unread(level.slots) for level in ladder.levels]
         self.policy, self.ladder, self.elastic, self.book, self.clock = policy, ladder, elastic, book, clock
         self.paged, self.vocabulary = paged, vocabulary
         self.current = Step()
@@ -98,6 +102,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         self._cleanup_waiting_queue(admitted)
         if scheduled:
             self._set_levels()
+            self.current.totals = self._totals()
             if self.paged:
                 self.cache.moe_prism_layout = self._layout()
         # our attention reads the cache through its own index: 0 keeps the engine from listing every context token
@@ -143,6 +148,16 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         else:
             budget = torch.tensor(budgets).repeat_interleave(torch.tensor([part.tokens for part in parts]))
         self.elastic.setting = Setting(budget, "threshold")
+
+    def _totals(self) -> Totals:
+        sums = [0.0] * 7
+        for part in self.current.parts:
+            phase, past = (0 if part.is_prompt else 1), part.state.position_offset
+            sums[phase] += part.tokens
+            sums[2 + phase] += part.tokens * self.ladder.levels[part.level].slots
+            sums[4 + phase] += chunk_pairs(part.tokens, past)
+            sums[6] += part.tokens * self.unread[part.level]
+        return Totals(*sums)
 
     def _layout(self) -> Layout:
         allocator = self._allocator

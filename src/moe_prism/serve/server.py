@@ -16,6 +16,7 @@ from ..errors import UsageError
 
 if TYPE_CHECKING:
     from .config import Config
+    from .door import Door
 
 logger = logging.getLogger(__name__)
 
@@ -105,13 +106,14 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
     }
     logger.info("ready", extra={"fields": fields})
     try:
-        _run_uvicorn(app, built, config, listening)
+        make_server(app, built.door, config).run(sockets=[listening])
     finally:
         built.service.engine.stop()
         logger.info("stopped")
 
 
-def _run_uvicorn(app: Any, built: Any, config: Config, listening: socket.socket) -> None:
+def make_server(app: Any, door: Door, config: Config) -> Any:
+    """A uvicorn server with our deadlines; `run(sockets=[...])` returns after the drain."""
     import uvicorn
 
     from .pace import paced_protocol
@@ -120,16 +122,16 @@ def _run_uvicorn(app: Any, built: Any, config: Config, listening: socket.socket)
         """Drains on the first signal, ends on the second."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            if built.door.draining:
+            if door.draining:
                 self.should_exit = self.force_exit = True
                 return
-            built.door.draining = True
-            logger.info("draining", extra={"fields": {"signal": signal.Signals(sig).name, "requests": built.door.requests}})
+            door.draining = True
+            logger.info("draining", extra={"fields": {"signal": signal.Signals(sig).name, "requests": door.requests}})
             asyncio.get_event_loop().create_task(self._drain())
 
         async def _drain(self) -> None:
             until = time.monotonic() + config.bounds.drain_seconds
-            while built.door.requests and time.monotonic() < until:
+            while door.requests and time.monotonic() < until:
                 await asyncio.sleep(0.02)
             await asyncio.sleep(0.05)  # the last bytes
             self.should_exit = True
@@ -147,4 +149,4 @@ def _run_uvicorn(app: Any, built: Any, config: Config, listening: socket.socket)
         timeout_keep_alive=int(max(1, bounds.header_seconds)),
         timeout_graceful_shutdown=1,
     )
-    Server(settings).run(sockets=[listening])
+    return Server(settings)

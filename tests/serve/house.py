@@ -28,6 +28,7 @@ class House:
     url: str
     port: int
     built: Built
+    folder: Path
 
     @property
     def root(self) -> str:
@@ -65,7 +66,7 @@ def open_house(folder: Path, config: Mapping[str, Any] | None = None, **options:
     try:
         while not server.started:
             time.sleep(0.01)
-        yield House(f"http://127.0.0.1:{port}/v1", port, built)
+        yield House(f"http://127.0.0.1:{port}/v1", port, built, folder)
     finally:
         server.should_exit = True
         thread.join(10)

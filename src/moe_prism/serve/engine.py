@@ -196,6 +196,7 @@ class Engine:
             if not processor.prepare_next_batch():
                 if status.tp_status == status.HARD_STOP:
                     return False
+                self._forget(processor.model_runner)
                 self._wait()
                 return True
             self.manager._generation_step()

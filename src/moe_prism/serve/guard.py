@@ -40,11 +40,14 @@ class Guard:
             await self.app(scope, body.receive, reply.send)
         except Refusal as refusal:
             self.refused(refusal.code or "refused")
-            if not reply.started:
-                await answer(refusal, send)
-        except TimeoutError:
+            await reply.refuse(refusal)
+        except Exception:
+            if not reply.stalled:
+                raise
+        if reply.stalled:
             self.refused("slow_reader")
-            reply.drop()
+        elif reply.body is not None and reply.body.failure is not None:
+            self.refused(reply.body.failure.code or "refused")
 
     def _authorize(self, path: str, headers: dict[bytes, bytes]) -> None:
         if self._key is None or path in OPEN:
@@ -61,15 +64,28 @@ class _Reply:
 
     def __init__(self, send: Send, seconds: float) -> None:
         self._send, self._seconds = send, seconds
-        self.started = False
+        self.started = self.replaced = self.stalled = False
         self.body: _Body | None = None
 
     async def send(self, message: Message) -> None:
         if not self.started and self.body is not None and self.body.failure is not None:
-            raise self.body.failure
+            await self.refuse(self.body.failure)
+        if self.replaced:
+            return
         self.started = True
-        async with asyncio.timeout(self._seconds):
-            await self._send(message)
+        try:
+            async with asyncio.timeout(self._seconds):
+                await self._send(message)
+        except TimeoutError:
+            self.stalled = True
+            self.drop()
+            raise ConnectionAbortedError from None  # what frameworks take for a client that left
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Answer with an error, if nothing has been answered yet; what the application says after that is dropped."""
+        if not self.started:
+            self.started = self.replaced = True
+            await answer(refusal, self._send)
 
     def drop(self) -> None:
         """Close the connection without waiting for the client. The server's `send` is a method of its request cycle."""

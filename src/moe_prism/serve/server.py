@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SEND_BUFFER = 128 << 10
+"""Bytes the kernel may hold for a client that does not read; by default it would be megabytes."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -66,6 +68,7 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     try:
         made.bind((host, port))
         made.listen(1024)

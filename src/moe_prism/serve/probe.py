@@ -69,13 +69,23 @@ def probe(engine: Engine, texts: Sequence[int], seconds: float = 4.0) -> CostMod
     def heard(event: Event) -> None:
         if event.error is not None:
             done.set()
+        elif event.finish is not None and not done.is_set():
+            launch()
+
+    def launch() -> None:
+        prompt = next(prompts)
+        request = Request(Job(f"probe-{len(requests)}", 0.0, len(prompt), output), prompt, Sampling(), frozenset(), heard)
+        requests.append(request)
+        engine.submit(request)
 
     before, engine.observer = engine.observer, observe
     policy = engine.policy
     engine.replace_policy(Script(engine.ladder))
-    requests = _requests(engine, texts, heard)
-    for request in requests:
-        engine.submit(request)
+    requests: list[Request] = []
+    count, room, output = _room(engine)
+    prompts = _prompts(texts, room)
+    for _ in range(count):
+        launch()
     done.wait(timeout=max(60.0, 10 * seconds))
     for request in requests:
         engine.cancel(request.job.id)
@@ -84,19 +94,21 @@ def probe(engine: Engine, texts: Sequence[int], seconds: float = 4.0) -> CostMod
     return CostModel.fit(layer_facts(engine.elastic), samples)
 
 
-def _requests(engine: Engine, texts: Sequence[int], sink: Any) -> list[Request]:
-    """Prompts of many lengths whose generation is long enough to outlast the probe."""
-    size, rng = engine.size, random.Random(1)  # noqa: S311
-    limit = context_limit(engine.model) or 2048
-    output = min(1024, limit // 2)
-    count = max(2, min(size.requests, max(BATCHES), size.cache_tokens // (2 * output)))
-    room = max(8, min(limit - output, 512, size.cache_tokens // count - output))
-    longest = [max(4, rng.randint(room // 8, room)) for _ in range(count)]
-    starts = [rng.randrange(max(1, len(texts) - n)) for n in longest]
-    prompts = [list(texts[s : s + n]) for s, n in zip(starts, longest, strict=True)]
-    return [
-        Request(Job(f"probe-{i}", 0.0, len(p), output), p, Sampling(), frozenset(), sink) for i, p in enumerate(prompts) if p
-    ]
+def _room(engine: Engine) -> tuple[int, int, int]:
+    """(requests, longest prompt, generated tokens) that fit the context and the cache."""
+    size, limit = engine.size, context_limit(engine.model) or 2048
+    output = max(4, min(1024, limit // 2, size.cache_tokens // 8))
+    count = max(1, min(size.requests, max(BATCHES), size.cache_tokens // (2 * output)))
+    return count, max(8, min(limit - output, 512, size.cache_tokens // count - output)), output
+
+
+def _prompts(texts: Sequence[int], longest: int) -> Iterator[list[int]]:
+    """Pieces of the text of many lengths."""
+    rng = random.Random(1)  # noqa: S311
+    while True:
+        length = rng.randint(max(1, longest // 8), longest)
+        start = rng.randrange(max(1, len(texts) - length))
+        yield list(texts[start : start + length])
 
 
 def context_limit(model: Any) -> int | None:

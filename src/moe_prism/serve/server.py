@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -107,6 +108,8 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
         "cost": built.cost_from,
         "seconds": round(time.monotonic() - began, 2),
     }
+    gc.collect()
+    gc.freeze()  # the model's objects live as long as the process: no pause to look at them again, here or on the way out
     logger.info("ready", extra={"fields": fields})
     try:
         make_server(app, built.door, config).run(sockets=[listening])

@@ -29,7 +29,18 @@ class Process:
     """`moe-prism serve` in a child; `url` once it is ready."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
-        command = [sys.executable, "-c", "from moe_prism.cli import entry; entry()", "serve", str(folder), "--port", "0", "--probe-seconds", "0.05", *arguments]
+        command = [
+            sys.executable,
+            "-c",
+            "from moe_prism.cli import entry; entry()",
+            "serve",
+            str(folder),
+            "--port",
+            "0",
+            "--probe-seconds",
+            "0.05",
+            *arguments,
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self.lines: list[dict] = []
@@ -48,9 +59,13 @@ class Process:
 
     def listening(self) -> set[tuple[str, int]]:
         """Addresses on which the process listens, from the kernel's table."""
-        links = {os.readlink(p) for p in Path(f"/proc/{self.child.pid}/fd").iterdir() if p.exists()}
+        links = {str(p.readlink()) for p in Path(f"/proc/{self.child.pid}/fd").iterdir()}
         inodes = {link[8:-1] for link in links if link.startswith("socket:[")}
-        rows = [row.split() for table in ("tcp", "tcp6") for row in Path(f"/proc/{self.child.pid}/net/{table}").read_text().splitlines()[1:]]
+        rows = [
+            row.split()
+            for table in ("tcp", "tcp6")
+            for row in Path(f"/proc/{self.child.pid}/net/{table}").read_text().splitlines()[1:]
+        ]
         return {tuple(row[1].split(":")) for row in rows if row[3] == "0A" and row[9] in inodes}
 
 
@@ -121,7 +136,11 @@ def test_s15_what_is_wrong_at_the_start_is_one_line(tiny_levels, elastic_tiny, t
             (["--host", "203.0.113.7", "--api-key", "k", "--port", "0"], 2, "cannot listen on 203.0.113.7"),
             (["--policy", "lifo", "--port", "0"], 2, "unknown policy 'lifo'; did you mean 'fifo'?"),
             (["--config", str(tmp_path / "none.yaml"), "--port", "0"], 2, "cannot read"),
-            (["--config", str(tmp_path / "bad.yaml"), "--port", "0"], 2, "unknown key 'engine.request', did you mean 'requests'?"),
+            (
+                ["--config", str(tmp_path / "bad.yaml"), "--port", "0"],
+                2,
+                "unknown key 'engine.request', did you mean 'requests'?",
+            ),
             (["--config", str(tmp_path / "worse.yaml"), "--port", "0"], 2, "engine.requests: input should be greater than"),
             (["--cost", str(tmp_path / "cost.json"), "--port", "0"], 4, "measure the cost model again"),
             (["--probe-seconds", "-1", "--port", "0"], 2, "out of range"),

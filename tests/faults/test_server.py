@@ -194,7 +194,7 @@ def test_s09_a_low_class_cannot_take_the_places_of_a_high_one(tiny_levels):
         async def both():
             low = asyncio.create_task(storm(house, 120, 0.005, {**LONG, "class": "low", "max_tokens": 60}))
             async with httpx2.AsyncClient(base_url=house.root, timeout=60) as web:
-                    high = [(await web.post("/v1/completions", json={**BODY, "class": "high"})).status_code for _ in range(10)]
+                high = [(await web.post("/v1/completions", json={**BODY, "class": "high"})).status_code for _ in range(10)]
             return await low, high
 
         low, high = asyncio.run(both())
@@ -211,10 +211,17 @@ def test_a_request_past_its_deadline_ends(tiny_levels):
 
 def test_x02_every_route_but_health_needs_the_key(tiny_levels):
     with open_house(tiny_levels, api_key="s3cret") as house, httpx2.Client(base_url=house.root) as web:
-        paths = [*web.get("/openapi.json", headers={"authorization": "Bearer s3cret"}).json()["paths"], "/openapi.json", "/nowhere"]
+        paths = [
+            *web.get("/openapi.json", headers={"authorization": "Bearer s3cret"}).json()["paths"],
+            "/openapi.json",
+            "/nowhere",
+        ]
         assert len(paths) >= 7
         for path in paths:
-            for given in ({}, *({"authorization": v} for v in ("Bearer", "Bearer s3cre", "Bearer S3CRET", "s3cret", "Basic s3cret"))):
+            for given in (
+                {},
+                *({"authorization": v} for v in ("Bearer", "Bearer s3cre", "Bearer S3CRET", "s3cret", "Basic s3cret")),
+            ):
                 for method in ("GET", "POST", "OPTIONS"):
                     status = web.request(method, path, headers=given).status_code
                     assert status == 401 if path != "/health" else status in (200, 405), (method, path, given)

@@ -6,9 +6,10 @@ import os
 
 import pytest
 
-schemathesis = pytest.importorskip("schemathesis")
+pytest.importorskip("schemathesis")
 
 import httpx2
+import schemathesis
 from hypothesis import HealthCheck, given, settings
 
 from tests.serve.house import open_house
@@ -19,7 +20,10 @@ CASES = int(os.environ.get("FUZZ_CASES", "2000"))
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_s02_no_request_of_the_schema_breaks_the_server(tiny_levels):
-    with open_house(tiny_levels, {"bounds": {"request_seconds": 20}}) as house, httpx2.Client(base_url=house.root, timeout=60) as web:
+    with (
+        open_house(tiny_levels, {"bounds": {"request_seconds": 20}}) as house,
+        httpx2.Client(base_url=house.root, timeout=60) as web,
+    ):
         schema = schemathesis.openapi.from_dict(web.get("/openapi.json").json())
         operations = [result.ok() for result in schema.get_all_operations()]
         assert len(operations) >= 6

@@ -17,7 +17,10 @@ from moe_prism.serve.build import Built, build
 from moe_prism.serve.config import read_config
 from moe_prism.serve.server import ServeOptions, listen, make_server
 
-LEVELS = [{"name": "low", "budget": 0.25, "slots": 2.0, "quality": 0.8}, {"name": "half", "budget": 0.5, "slots": 4.0, "quality": 0.9}]
+LEVELS = [
+    {"name": "low", "budget": 0.25, "slots": 2.0, "quality": 0.8},
+    {"name": "half", "budget": 0.5, "slots": 4.0, "quality": 0.9},
+]
 SMALL: dict[str, Any] = {"engine": {"requests": 4, "step_tokens": 64, "cache_tokens": 2048, "page": 16}}
 
 
@@ -38,7 +41,9 @@ class House:
         """What is still held once nothing runs, or what remains after the time."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            held = self.built.service.engine.check_integrity() + ([f"{self.built.door.requests} places"] * bool(self.built.door.requests))
+            held = self.built.service.engine.check_integrity() + (
+                [f"{self.built.door.requests} places"] * bool(self.built.door.requests)
+            )
             if not held:
                 return []
             time.sleep(0.01)

@@ -75,7 +75,9 @@ def nano(elastic_nano):
     def reference(budget):
         with moe_prism.operating_point(model, budget):
             return [
-                model.generate(torch.tensor([p]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(p) :]
+                model.generate(torch.tensor([p]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)[
+                    0, len(p) :
+                ]
                 for p in prompts
             ]
 

@@ -117,7 +117,15 @@ def test_lm_eval_scores_a_continuation(web, house):
     """`local-completions` sends token ids with echo and reads the prompt's log-probabilities back."""
     service = house.built.service
     tokens = service.tokenizer(PROMPT)["input_ids"]
-    body = {"model": "tiny", "prompt": [tokens, tokens[:5]], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    body = {
+        "model": "tiny",
+        "prompt": [tokens, tokens[:5]],
+        "temperature": 0,
+        "max_tokens": 1,
+        "logprobs": 1,
+        "seed": 1234,
+        "echo": True,
+    }
     answer = web.post("/v1/completions", json={**body, "quality": 1.0}).json()
     first = answer["choices"][0]["logprobs"]
     with torch.no_grad():
@@ -125,7 +133,9 @@ def test_lm_eval_scores_a_continuation(web, house):
     expected = [float(log_p[i, t]) for i, t in enumerate(tokens[1:])]
     assert first["token_logprobs"][0] is None and len(first["tokens"]) == len(tokens) + 1
     assert all(math.isclose(a, b, abs_tol=1e-3) for a, b in zip(first["token_logprobs"][1:-1], expected, strict=True))
-    greedy = [token == max(top, key=top.get) for token, top in list(zip(first["tokens"], first["top_logprobs"], strict=True))[1:-1]]
+    greedy = [
+        token == max(top, key=top.get) for token, top in list(zip(first["tokens"], first["top_logprobs"], strict=True))[1:-1]
+    ]
     assert greedy == [int(row.argmax()) == t for row, t in zip(log_p, tokens[1:], strict=False)]
     assert answer["choices"][0]["text"].startswith(PROMPT) and len(answer["choices"][1]["logprobs"]["tokens"]) == 6
 
@@ -199,7 +209,10 @@ def test_metrics_count_what_was_done(web, house):
         lines = [line for line in web.get("/metrics").text.splitlines() if line.startswith("moe_prism:" + name)]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
-    before = {n: value(n) for n in ("generation_tokens_total", "prompt_tokens_total", "operating_point_tokens_total", "request_success_total")}
+    before = {
+        n: value(n)
+        for n in ("generation_tokens_total", "prompt_tokens_total", "operating_point_tokens_total", "request_success_total")
+    }
     answer = post(web, prompt="never seen before in here", max_tokens=3, quality="low").json()
     house.idle()
     prompt = answer["usage"]["prompt_tokens"]

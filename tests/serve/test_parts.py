@@ -94,7 +94,10 @@ class Cache:
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.tuples(st.integers(0, 40), st.sampled_from([1, 1, 2, 5, 9])), min_size=1, max_size=6), st.sampled_from([(4, 4), (4, 2)]))
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.sampled_from([1, 1, 2, 5, 9])), min_size=1, max_size=6),
+    st.sampled_from([(4, 4), (4, 2)]),
+)
 def test_paged_attention_is_attention_request_by_request(shapes, heads):
     page, dim, (heads_q, heads_k) = 4, 8, heads
     cache = Cache(80, page, heads_k, dim)
@@ -129,7 +132,14 @@ def test_levels_come_from_the_frontier_first(tmp_path):
     (tmp_path / "ladder.json").write_text(json.dumps({"levels": [{"name": "x", "budget": 0.5, "slots": 8.0, "quality": 0.9}]}))
     ladder, source = find_ladder(tmp_path, 16)
     assert source == "ladder.json" and [level.name for level in ladder.levels] == ["x", "full"]
-    point = {"ppl": 2.0, "kl": 0.1, "active_expert_params": 1.0, "active_expert_bytes": 1.0, "flops_per_token": 1.0, "pareto": True}
+    point = {
+        "ppl": 2.0,
+        "kl": 0.1,
+        "active_expert_params": 1.0,
+        "active_expert_bytes": 1.0,
+        "flops_per_token": 1.0,
+        "pareto": True,
+    }
     points = [{**point, "name": f"{rule}-{k}", "rule": rule, "budget": k / 16, "k_slots": float(k), "top1_agreement": 0.8 + k / 100}
               for rule in ("threshold", "product") for k in (4, 8)]  # fmt: skip
     frontier = {"model": "m", "source": "s", "n_sub": 4, "points": points, "baseline_topk": [], "provenance": {}}
@@ -167,7 +177,11 @@ def test_config_errors_name_the_key(data, cause):
         read_config(data)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["interactive", "standard", "batch"]), st.integers(1, 9), st.integers(1, 900)), max_size=60))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["interactive", "standard", "batch"]), st.integers(1, 9), st.integers(1, 900)), max_size=60
+    )
+)
 def test_the_door_counts_exactly_and_never_passes_its_bounds(visits):
     refused = []
     door = Door(Config(engine={"requests": 8}), rate=1000.0, refused=refused.append)

@@ -36,7 +36,9 @@ def create_app(service: Service, door: Door, key: str | None = None) -> App:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         place = ".".join(str(p) for p in first["loc"][1:] if isinstance(p, int) or p.isidentifier())
-        refusal = Refusal(400, f"{place or 'body'}: {first['msg']}"[:500], param=place[:100] or None)  # never the value: it is the prompt
+        refusal = Refusal(
+            400, f"{place or 'body'}: {first['msg']}"[:500], param=place[:100] or None
+        )  # never the value: it is the prompt
         return JSONResponse(refusal.body(), refusal.status)
 
     @app.exception_handler(HTTPException)

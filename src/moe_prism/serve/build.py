@@ -92,5 +92,3 @@ def _text(tokenizer: Any) -> list[int]:
     import argparse
 
     return list(tokenizer(inspect.getsource(argparse)[:60_000])["input_ids"])
-
-

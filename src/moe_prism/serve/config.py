@@ -19,33 +19,33 @@ class _Strict(BaseModel):
 class Engine(_Strict):
     """What runs at once. Counts of requests and tokens."""
 
-    requests: int = Field(64, ge=1, le=4096)
-    step_tokens: int = Field(512, ge=16, le=65_536)
-    cache_tokens: int = Field(32_768, ge=256, le=1 << 28)
-    page: int = Field(32, ge=4, le=1024)
+    requests: int = Field(default=64, ge=1, le=4096)
+    step_tokens: int = Field(default=512, ge=16, le=65_536)
+    cache_tokens: int = Field(default=32_768, ge=256, le=1 << 28)
+    page: int = Field(default=32, ge=4, le=1024)
     prefix_cache: bool = True
 
 
 class Bounds(_Strict):
     """What a client may ask for, and for how long."""
 
-    body_bytes: int = Field(1 << 20, ge=1024, le=1 << 30)
-    header_bytes: int = Field(16 << 10, ge=1024, le=1 << 20)
-    header_seconds: float = Field(10.0, gt=0, le=600)
-    body_seconds: float = Field(30.0, gt=0, le=600)
-    request_seconds: float = Field(600.0, gt=0, le=86_400)
-    write_seconds: float = Field(30.0, gt=0, le=600)
-    drain_seconds: float = Field(30.0, ge=0, le=3600)
-    connections: int = Field(1024, ge=1, le=65_536)
-    queue_requests: int | None = Field(None, ge=1, le=65_536)
+    body_bytes: int = Field(default=1 << 20, ge=1024, le=1 << 30)
+    header_bytes: int = Field(default=16 << 10, ge=1024, le=1 << 20)
+    header_seconds: float = Field(default=10.0, gt=0, le=600)
+    body_seconds: float = Field(default=30.0, gt=0, le=600)
+    request_seconds: float = Field(default=600.0, gt=0, le=86_400)
+    write_seconds: float = Field(default=30.0, gt=0, le=600)
+    drain_seconds: float = Field(default=30.0, ge=0, le=3600)
+    connections: int = Field(default=1024, ge=1, le=65_536)
+    queue_requests: int | None = Field(default=None, ge=1, le=65_536)
     """Requests that may wait; default 4 x engine.requests."""
-    queue_tokens: int | None = Field(None, ge=1, le=1 << 28)
+    queue_tokens: int | None = Field(default=None, ge=1, le=1 << 28)
     """Prompt tokens that may wait; default: what can be prefilled within the shortest TTFT target of a class."""
-    reserved: float = Field(0.25, ge=0, le=0.9)
+    reserved: float = Field(default=0.25, ge=0, le=0.9)
     """Share of the queue that only the classes of the smallest priority may use."""
-    n: int = Field(16, ge=1, le=16)
-    stop_strings: int = Field(64, ge=1, le=64)
-    template_bytes: int = Field(64 << 10, ge=0, le=1 << 20)
+    n: int = Field(default=16, ge=1, le=16)
+    stop_strings: int = Field(default=64, ge=1, le=64)
+    template_bytes: int = Field(default=64 << 10, ge=0, le=1 << 20)
 
 
 class Config(_Strict):
@@ -97,7 +97,9 @@ def read_config(data: object, where: str = "config") -> Config:
     except (ValidationError, TypeError) as error:
         raise UsageError(f"{where}: {_first(error)}", "see docs/serving.md") from error
     if config.default_class not in config.classes:
-        raise UsageError(f"{where}: default_class '{config.default_class}' is no class", f"choose one of: {', '.join(config.classes)}")
+        raise UsageError(
+            f"{where}: default_class '{config.default_class}' is no class", f"choose one of: {', '.join(config.classes)}"
+        )
     return config
 
 
@@ -107,7 +109,8 @@ def _first(error: Exception) -> str:
     first = error.errors()[0]
     place = ".".join(str(p) for p in first["loc"])
     if first["type"] == "extra_forbidden":
-        scope = {"engine": Engine, "bounds": Bounds}.get(str(first["loc"][0]), Config) if len(first["loc"]) > 1 else Config
+        scopes: dict[str, type[BaseModel]] = {"engine": Engine, "bounds": Bounds}
+        scope = scopes.get(str(first["loc"][0]), Config) if len(first["loc"]) > 1 else Config
         near = difflib.get_close_matches(str(first["loc"][-1]), scope.model_fields, 1)
         return f"unknown key '{place}'" + (f", did you mean '{near[0]}'?" if near else "")
     return f"{place}: {first['msg'].lower()}"

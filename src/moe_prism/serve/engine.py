@@ -244,12 +244,13 @@ class Engine:
         for part in step.parts:
             request, track = part.request, part.request.track
             request.levels[part.level] = request.levels.get(part.level, 0) + part.tokens
-            track.level = part.level
-            if part.is_prompt:
-                track.computed += part.tokens
-            if part.yields:
-                track.generated += 1
-                track.first_token = track.first_token if track.first_token is not None else now
+            first = track.first_token if track.first_token is not None or not part.yields else now
+            track.advance(
+                level=part.level,
+                computed=track.computed + (part.tokens if part.is_prompt else 0),
+                generated=track.generated + part.yields,
+                first_token=first,
+            )
             event = runner.results[part.state.request_id]
             finish = None
             if part.state.status == RequestStatus.FINISHED:
@@ -292,5 +293,3 @@ def _full_attention(model: Any) -> bool:
     if types is not None:
         return all(t == "full_attention" for t in types)
     return getattr(config, "sliding_window", None) is None
-
-

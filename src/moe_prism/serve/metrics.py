@@ -53,8 +53,9 @@ class Metrics:
         self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", LATENCY)
         self.gap = histogram("inter_token_latency_seconds", "Between two tokens of a sequence.", GAPS)
         self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", LATENCY)
-        steps = {"buckets": GAPS, "registry": self.registry}
-        self.step = Histogram(PREFIX + "step_seconds", "One step of the engine.", ["model_name"], **steps).labels(**self._model)
+        self.step = Histogram(
+            PREFIX + "step_seconds", "One step of the engine.", ["model_name"], buckets=GAPS, registry=self.registry
+        ).labels(**self._model)
         asked = (1e-5, 3e-5, 1e-4, 2e-4, 4e-4, 1e-3, 3e-3, 1e-2)
         self.asked = Histogram(
             PREFIX + "policy_seconds", "Of it, choosing what to run.", ["model_name"], buckets=asked, registry=self.registry

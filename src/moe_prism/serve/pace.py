@@ -12,7 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 def paced_protocol(seconds: float) -> type[H11Protocol]:
     """uvicorn's HTTP protocol; a connection that has begun a request must send its headers within `seconds`."""
 
-    class Paced(H11Protocol):
+    class Paced(H11Protocol):  # type: ignore[misc]
         _alarm: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:

@@ -39,7 +39,6 @@ class Layout:
 
     decode: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # rows [D], cache index [D, C], mask [D, 1, 1, C]
     prompts: list[tuple[slice, Tensor | None, Tensor | None]] = field(default_factory=list)  # rows, cache index [C], mask [q, C]
-    positions: dict[int, Tensor] = field(default_factory=dict)
 
 
 def plan(segments: Sequence[Segment], page: int, stride: int) -> Layout:
@@ -101,12 +100,12 @@ def attention(
     for rows, index, mask in layout.decode:
         k, v = _read(keys, index), _read(values, index)
         out[rows] = attend(q[rows].unsqueeze(2), k, v, mask if mask.numel() else None).squeeze(2)
-    for span, positions, mask in layout.prompts:
+    for span, positions, chunk_mask in layout.prompts:
         if positions is None:
             k, v = key[:, :, span], value[:, :, span]
         else:
             k, v = _read(keys, positions[None]), _read(values, positions[None])
-        out[span] = attend(query[:, :, span], k, v, mask, causal=positions is None)[0].transpose(0, 1)
+        out[span] = attend(query[:, :, span], k, v, chunk_mask, causal=positions is None)[0].transpose(0, 1)
     return out[None], None
 
 

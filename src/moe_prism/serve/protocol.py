@@ -21,25 +21,25 @@ class Common(BaseModel):
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, populate_by_name=True)
 
-    model: str | None = Field(None, max_length=256)
-    n: StrictInt = Field(1, ge=1, le=16)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: StrictInt | None = Field(None, ge=-(1 << 63), le=(1 << 63) - 1)
+    model: str | None = Field(default=None, max_length=256)
+    n: StrictInt = Field(default=1, ge=1, le=16)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    seed: StrictInt | None = Field(default=None, ge=-(1 << 63), le=(1 << 63) - 1)
     stop: StopString | Annotated[list[StopString], Field(max_length=64)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
-    user: str | None = Field(None, max_length=256)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=1024)
+    user: str | None = Field(default=None, max_length=256)
     # ours
     quality: Annotated[float, Field(ge=0, le=1)] | Annotated[str, Field(max_length=64)] | None = None
     min_quality: Annotated[float, Field(ge=0, le=1)] | Annotated[str, Field(max_length=64)] | None = None
-    ttft_ms: float | None = Field(None, ge=1, le=3_600_000)
-    tpot_ms: float | None = Field(None, ge=0.1, le=3_600_000)
-    priority: StrictInt | None = Field(None, ge=-1000, le=1000)
-    kind: str | None = Field(None, alias="class", max_length=64)
+    ttft_ms: float | None = Field(default=None, ge=1, le=3_600_000)
+    tpot_ms: float | None = Field(default=None, ge=0.1, le=3_600_000)
+    priority: StrictInt | None = Field(default=None, ge=-1000, le=1000)
+    kind: str | None = Field(default=None, alias="class", max_length=64)
 
     @property
     def stops(self) -> list[str]:
@@ -78,10 +78,12 @@ class CompletionRequest(Common):
         Text
         | Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
         | Annotated[list[Text], Field(min_length=1, max_length=64)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]], Field(min_length=1, max_length=64)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]], Field(min_length=1, max_length=64)
+        ]
     )
-    max_tokens: StrictInt | None = Field(16, ge=0, le=MAX_TOKENS)
-    logprobs: StrictInt | None = Field(None, ge=0, le=20)
+    max_tokens: StrictInt | None = Field(default=16, ge=0, le=MAX_TOKENS)
+    logprobs: StrictInt | None = Field(default=None, ge=0, le=20)
     echo: StrictBool | None = None
 
     def prompts(self) -> list[str | list[int]]:
@@ -89,7 +91,7 @@ class CompletionRequest(Common):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
+            return [self.prompt]
         return list(self.prompt)  # type: ignore[arg-type]
 
 
@@ -112,10 +114,10 @@ class ChatRequest(Common):
     """POST /v1/chat/completions"""
 
     messages: list[Message] = Field(min_length=1, max_length=1024)
-    max_tokens: StrictInt | None = Field(None, ge=1, le=MAX_TOKENS)
-    max_completion_tokens: StrictInt | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_tokens: StrictInt | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    max_completion_tokens: StrictInt | None = Field(default=None, ge=1, le=MAX_TOKENS)
     logprobs: StrictBool | None = None
-    top_logprobs: StrictInt | None = Field(None, ge=0, le=20)
+    top_logprobs: StrictInt | None = Field(default=None, ge=0, le=20)
 
 
 class ErrorBody(BaseModel):
@@ -134,7 +136,9 @@ class ErrorAnswer(BaseModel):
 class Refusal(Exception):
     """A request that is answered with an error. retry: seconds for Retry-After."""
 
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry: int | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry: int | None = None
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param, self.retry = status, message, code, param, retry
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..schedule.base import Job, Progress
 
@@ -47,7 +48,9 @@ class Track(Progress):
     """A Progress that the engine advances in place: a policy sees every request every step, and a copy of each would cost more than
     the policy itself. Policies treat it as the frozen Progress it is declared to be."""
 
-    __setattr__ = object.__setattr__  # type: ignore[assignment]
+    def advance(self, **changes: Any) -> None:
+        """Set fields; `computed` and the like are read-only to everybody else."""
+        self.__dict__.update(changes)
 
 
 @dataclass

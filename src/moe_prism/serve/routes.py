@@ -145,13 +145,17 @@ async def _run(service: Service, door: Door, http: Request, body: Any, prompts: 
         raise
     headers = _headers(service, body, wish)
     if body.stream:
-        return StreamingResponse(_stream(answer), media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"})
+        return StreamingResponse(
+            _stream(answer), media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
+        )
     return await _whole(answer, http, headers)
 
 
 def _check(service: Service, body: Common, prompts: int) -> None:
     if body.model is not None and body.model != service.name:
-        raise Refusal(404, f"no model '{body.model[:64]}'; this server has '{service.name}'", code="model_not_found", param="model")
+        raise Refusal(
+            404, f"no model '{body.model[:64]}'; this server has '{service.name}'", code="model_not_found", param="model"
+        )
     name = body.unsupported()
     if name is not None:
         raise Refusal(400, f"'{name}' is not supported", param=name, code="unsupported")

@@ -49,7 +49,7 @@ def _nucleus(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     kept = torch.searchsorted(share, top_p[:, None]).clamp(max=share.shape[1] - 1)  # last token of the nucleus
     target = uniform[:, None] * share.gather(1, kept)
     position = torch.minimum(torch.searchsorted(share, target, right=True), kept)
-    return order.gather(1, position)[:, 0].tolist()  # type: ignore[no-any-return]
+    return order.gather(1, position)[:, 0].tolist()
 
 
 def logprobs(logits: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:

@@ -180,7 +180,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             state.status = RequestStatus.PREFILLING
             state.remaining_prefill_tokens = state.remaining_prefill_tokens[found:]
             state.position_offset += found
-            request.track.computed += found
+            request.track.advance(computed=request.track.computed + found)
             request.cached_tokens = found
             request.computed_at.extend([level] * found)
 

@@ -45,7 +45,9 @@ def serve(folder: Path, options: ServeOptions) -> None:
     """Serve until a signal ends it. What can be wrong is looked at in the order of what it costs to find out."""
     _check_folder(folder)
     if options.host not in LOOPBACK and not options.api_key:
-        raise UsageError(f"--host {options.host} is reachable from outside and needs a key", "give --api-key, or leave --host out")
+        raise UsageError(
+            f"--host {options.host} is reachable from outside and needs a key", "give --api-key, or leave --host out"
+        )
     listening = listen(options.host, options.port)
     try:
         _need_packages()
@@ -124,7 +126,7 @@ def make_server(app: Any, door: Door, config: Config) -> Any:
 
     from .pace import paced_protocol
 
-    class Server(uvicorn.Server):
+    class Server(uvicorn.Server):  # type: ignore[misc]
         """Drains on the first signal, ends on the second."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:

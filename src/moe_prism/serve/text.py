@@ -12,9 +12,12 @@ class Detokenizer:
     """Text of a growing token sequence: a piece is given out once it can no longer change."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+        self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._start = self._read = 0  # a tokenizer may treat a first token differently, so one earlier piece is decoded with it
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def push(self, token: int) -> str:
         """New text after this token, perhaps empty."""
@@ -24,12 +27,12 @@ class Detokenizer:
         if text.endswith(HALF) or len(text) < len(before):
             return ""
         self._start, self._read = self._read, len(self._ids)
-        return text[len(before) :]  # type: ignore[no-any-return]
+        return text[len(before) :]
 
     def rest(self) -> str:
         """What was held back, at the end."""
         before = self._decode(self._ids[self._start : self._read])
-        return self._decode(self._ids[self._start :])[len(before) :]  # type: ignore[no-any-return]
+        return self._decode(self._ids[self._start :])[len(before) :]
 
 
 class Stops:

@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 $(VENV)/.demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) --upgrade pip
-	$(INSTALL) --editable ".[report]"
+	$(INSTALL) --editable ".[report,serve]"
 	touch $@
 
 $(VENV)/.ready: $(VENV)/.demo

@@ -1,0 +1,116 @@
+"""What an operator may set, in `qos.yaml` or on the command line. Defaults are for one small machine."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import UsageError
+from ..schedule.classes import RequestClass, default_classes, read_classes
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Engine(_Strict):
+    """What runs at once. Counts of requests and tokens."""
+
+    requests: int = Field(default=64, ge=1, le=4096)
+    step_tokens: int = Field(default=512, ge=16, le=65_536)
+    cache_tokens: int = Field(default=32_768, ge=256, le=1 << 28)
+    page: int = Field(default=32, ge=4, le=1024)
+    prefix_cache: bool = True
+
+
+class Bounds(_Strict):
+    """What a client may ask for, and for how long."""
+
+    body_bytes: int = Field(default=1 << 20, ge=1024, le=1 << 30)
+    header_bytes: int = Field(default=16 << 10, ge=1024, le=1 << 20)
+    header_seconds: float = Field(default=10.0, gt=0, le=600)
+    body_seconds: float = Field(default=30.0, gt=0, le=600)
+    request_seconds: float = Field(default=600.0, gt=0, le=86_400)
+    write_seconds: float = Field(default=30.0, gt=0, le=600)
+    drain_seconds: float = Field(default=30.0, ge=0, le=3600)
+    connections: int = Field(default=1024, ge=1, le=65_536)
+    queue_requests: int | None = Field(default=None, ge=1, le=65_536)
+    """Requests that may wait; default 4 x engine.requests."""
+    queue_tokens: int | None = Field(default=None, ge=1, le=1 << 28)
+    """Prompt tokens that may wait; default: what can be prefilled within the shortest TTFT target of a class."""
+    reserved: float = Field(default=0.25, ge=0, le=0.9)
+    """Share of the queue that only the classes of the smallest priority may use."""
+    n: int = Field(default=16, ge=1, le=16)
+    stop_strings: int = Field(default=64, ge=1, le=64)
+    template_bytes: int = Field(default=64 << 10, ge=0, le=1 << 20)
+
+
+class Config(_Strict):
+    """Everything of `qos.yaml`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    classes: dict[str, RequestClass] = Field(default_factory=default_classes)
+    default_class: str = "standard"
+    policy: str = "elastic"
+    policy_options: dict[str, Any] = Field(default_factory=dict)
+    engine: Engine = Engine()
+    bounds: Bounds = Bounds()
+    names: dict[str, float] = Field(default_factory=dict)
+    """Names for qualities: a request may then say `quality: good` instead of a number."""
+
+    @property
+    def queue_requests(self) -> int:
+        return self.bounds.queue_requests or 4 * self.engine.requests
+
+
+def load_config(path: Path | None) -> Config:
+    """Read `qos.yaml`; the defaults for None. UsageError names the file, the key, and the nearest legal one."""
+    if path is None:
+        return Config()
+    try:
+        import yaml
+    except ImportError as error:
+        raise UsageError("reading YAML needs pyyaml", "pip install 'moe-prism[serve]'") from error
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", "check the path") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())[:160]}", "correct it") from error
+    return read_config(data, str(path))
+
+
+def read_config(data: object, where: str = "config") -> Config:
+    """A Config from plain data."""
+    if not isinstance(data, dict):
+        raise UsageError(f"{where} is not a mapping", f"give it some of: {', '.join(Config.model_fields)}")
+    fields = dict(data)
+    if "classes" in fields:
+        fields["classes"] = read_classes(fields["classes"], where)
+        fields.setdefault("default_class", next(iter(fields["classes"])))
+    try:
+        config = Config(**fields)
+    except (ValidationError, TypeError) as error:
+        raise UsageError(f"{where}: {_first(error)}", "see docs/serving.md") from error
+    if config.default_class not in config.classes:
+        raise UsageError(
+            f"{where}: default_class '{config.default_class}' is no class", f"choose one of: {', '.join(config.classes)}"
+        )
+    return config
+
+
+def _first(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    place = ".".join(str(p) for p in first["loc"])
+    if first["type"] == "extra_forbidden":
+        scopes: dict[str, type[BaseModel]] = {"engine": Engine, "bounds": Bounds}
+        scope = scopes.get(str(first["loc"][0]), Config) if len(first["loc"]) > 1 else Config
+        near = difflib.get_close_matches(str(first["loc"][-1]), scope.model_fields, 1)
+        return f"unknown key '{place}'" + (f", did you mean '{near[0]}'?" if near else "")
+    return f"{place}: {first['msg'].lower()}"

@@ -1,0 +1,70 @@
+"""Who may wait: bounds on the queue in requests and tokens, reserved at the door and given back exactly once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..schedule.classes import RequestClass
+from .config import Config
+from .protocol import Refusal
+
+
+@dataclass
+class Place:
+    """A reservation. `leave` may be called any number of times."""
+
+    door: Door
+    requests: int
+    tokens: int
+    left: bool = field(default=False)
+
+    def leave(self) -> None:
+        if not self.left:
+            self.left = True
+            self.door.requests -= self.requests
+            self.door.tokens -= self.tokens
+
+
+class Door:
+    """Counts sequences that are in the house, waiting or running. Only touched from the event loop, so a check and its reservation
+    cannot be separated."""
+
+    def __init__(self, config: Config, rate: float, refused: Callable[[str], None]) -> None:
+        """rate: prompt tokens per second that this machine can prefill; refused: told the reason of every refusal."""
+        self.config, self.rate, self._refused = config, rate, refused
+        self.requests = self.tokens = 0
+        self.draining = False
+        shortest = min((c.ttft for c in config.classes.values() if c.ttft), default=1.5)
+        self.bound_requests = config.engine.requests + config.queue_requests
+        self.bound_tokens = config.bounds.queue_tokens or max(4 * config.engine.step_tokens, 4096, math.ceil(4 * shortest * rate))
+        self._first = min(c.priority for c in config.classes.values())
+
+    def check_open(self) -> None:
+        """Before a body is read: 503 while draining, or when not even the reserved places are free. The guard counts it."""
+        if self.draining:
+            raise Refusal(503, "the server is shutting down", code="draining", retry=5)
+        if self.requests >= self.bound_requests:
+            raise Refusal(503, "the server is full", code="queue_requests", retry=self._retry())
+
+    def enter(self, requests: int, tokens: int, kind: RequestClass) -> Place:
+        """Reserve, or refuse with 503. Classes behind the first leave a share of the queue to it."""
+        share = 1.0 if kind.priority <= self._first else 1.0 - self.config.bounds.reserved
+        if self.draining:
+            raise self._refuse("draining", "the server is shutting down", 5)
+        queue = self.config.queue_requests * share
+        if self.requests + requests > self.config.engine.requests + queue:
+            raise self._refuse("queue_requests", "the server is full", self._retry())
+        if self.tokens and self.tokens + tokens > self.bound_tokens * share:
+            raise self._refuse("queue_tokens", "too many prompt tokens are waiting", self._retry())
+        self.requests += requests
+        self.tokens += tokens
+        return Place(self, requests, tokens)
+
+    def _retry(self) -> int:
+        return max(1, min(60, math.ceil(self.tokens / max(self.rate, 1.0))))
+
+    def _refuse(self, reason: str, message: str, retry: int) -> Refusal:
+        self._refused(reason)
+        return Refusal(503, message, code=reason, retry=retry)

@@ -1,0 +1,72 @@
+"""What the HTTP side hands to the engine and what comes back. Plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..schedule.base import Job, Progress
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. temperature 0 is greedy; seed None draws a fresh one."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    logprobs: int | None = None  # alternatives to report per generated token; None: none, not even the token's own
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One token's log-probability and the most likely alternatives (token id, log-probability), best first."""
+
+    token: int
+    logprob: float | None  # None for the first token of a prompt: nothing predicts it
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step's news of one request: a token, a finish ("stop", "length"), prompt log-probabilities, or an error."""
+
+    token: int | None = None
+    logprob: TokenLogprob | None = None
+    prompt: tuple[TokenLogprob, ...] = ()
+    level: int | None = None
+    finish: str | None = None
+    error: str | None = None
+
+
+Sink = Callable[[Event], None]
+
+
+class Track(Progress):
+    """A Progress that the engine advances in place: a policy sees every request every step, and a copy of each would cost more than
+    the policy itself. Policies treat it as the frozen Progress it is declared to be."""
+
+    def advance(self, **changes: Any) -> None:
+        """Set fields; `computed` and the like are read-only to everybody else."""
+        self.__dict__.update(changes)
+
+
+@dataclass
+class Request:
+    """One sequence to generate, as the engine knows it."""
+
+    job: Job
+    tokens: Sequence[int]
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    sink: Sink
+    deadline: float | None = None  # engine clock; the request is ended with an error then
+    track: Track = field(init=False)
+    levels: dict[int, int] = field(default_factory=dict)  # level -> tokens computed at it
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    computed_at: list[int] = field(default_factory=list)  # level of every token in the cache; kept only with a prefix cache
+
+    def __post_init__(self) -> None:
+        self.track = Track(self.job)

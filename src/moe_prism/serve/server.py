@@ -1,0 +1,160 @@
+"""Start, serve, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .door import Door
+
+logger = logging.getLogger(__name__)
+
+SEND_BUFFER = 128 << 10
+"""Bytes the kernel may hold for a client that does not read; by default it would be megabytes."""
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The command's options. cost: a cost model saved by `--save-cost`, instead of measuring at start."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    policy: str | None = None
+    config: Path | None = None
+    api_key: str | None = None
+    name: str | None = None
+    cost: Path | None = None
+    save_cost: Path | None = None
+    probe_seconds: float = 4.0
+
+
+def serve(folder: Path, options: ServeOptions) -> None:
+    """Serve until a signal ends it. What can be wrong is looked at in the order of what it costs to find out."""
+    _check_folder(folder)
+    if options.host not in LOOPBACK and not options.api_key:
+        raise UsageError(
+            f"--host {options.host} is reachable from outside and needs a key", "give --api-key, or leave --host out"
+        )
+    listening = listen(options.host, options.port)
+    try:
+        _need_packages()
+        from .config import load_config
+
+        config = load_config(options.config)
+        run(folder, options, config, listening)
+    finally:
+        listening.close()
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "prism.json").is_file():
+        raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket, before anything slow is done."""
+    if not 0 <= port <= 65_535:
+        raise UsageError(f"--port {port} is no port", "give one from 1 to 65535, or 0 for any free one")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    try:
+        made.bind((host, port))
+        made.listen(1024)
+    except OSError as error:
+        made.close()
+        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}", "choose another --port or --host") from error
+    return made
+
+
+def _need_packages() -> None:
+    try:
+        import fastapi
+        import prometheus_client
+        import transformers.generation.continuous_batching.cache_allocators  # not there before 5.18
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"serving needs {error.name}", "pip install 'moe-prism[serve]'") from error
+    del fastapi, prometheus_client, transformers
+
+
+def run(folder: Path, options: ServeOptions, config: Config, listening: socket.socket) -> None:
+    """Load, measure, and serve on a bound socket."""
+    from .app import create_app
+    from .build import build
+
+    began = time.monotonic()
+    built = build(folder, options, config)
+    app = create_app(built.service, built.door, options.api_key)
+    host, port = listening.getsockname()[:2]
+    fields = {
+        "url": f"http://{host}:{port}/v1",
+        "model": built.service.name,
+        "policy": type(built.service.engine.policy).__name__.lower(),
+        "levels": len(built.service.ladder),
+        "ladder": built.ladder_from,
+        "cost": built.cost_from,
+        "seconds": round(time.monotonic() - began, 2),
+    }
+    gc.collect()
+    gc.freeze()  # the model's objects live as long as the process: no pause to look at them again, here or on the way out
+    logger.info("ready", extra={"fields": fields})
+    try:
+        make_server(app, built.door, config).run(sockets=[listening])
+    finally:
+        built.service.engine.stop()
+        logger.info("stopped")
+
+
+def make_server(app: Any, door: Door, config: Config) -> Any:
+    """A uvicorn server with our deadlines; `run(sockets=[...])` returns after the drain."""
+    import uvicorn
+
+    from .pace import paced_protocol
+
+    class Server(uvicorn.Server):  # type: ignore[misc]
+        """Drains on the first signal, ends on the second."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if door.draining:
+                self.should_exit = self.force_exit = True
+                return
+            door.draining = True
+            logger.info("draining", extra={"fields": {"signal": signal.Signals(sig).name, "requests": door.requests}})
+            asyncio.get_event_loop().create_task(self._drain())
+
+        async def _drain(self) -> None:
+            until = time.monotonic() + config.bounds.drain_seconds
+            while door.requests and time.monotonic() < until:
+                await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)  # the last bytes
+            self.should_exit = True
+
+    bounds = config.bounds
+    settings = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        http=paced_protocol(bounds.header_seconds),
+        h11_max_incomplete_event_size=bounds.header_bytes,
+        limit_concurrency=bounds.connections,
+        timeout_keep_alive=int(max(1, bounds.header_seconds)),
+        timeout_graceful_shutdown=1,
+    )
+    return Server(settings)

@@ -1,0 +1,154 @@
+"""Faults S14, S15 and X03: the serve command as a process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+import httpx2
+
+from moe_prism import cli
+from tests.serve.house import SMALL
+
+BODY = {"prompt": "def main(args):\n    return ", "max_tokens": 100, "temperature": 0}
+
+
+class Process:
+    """`moe-prism serve` in a child; `url` once it is ready."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        command = [
+            sys.executable,
+            "-c",
+            "from moe_prism.cli import entry; entry()",
+            "serve",
+            str(folder),
+            "--port",
+            "0",
+            "--probe-seconds",
+            "0.05",
+            *arguments,
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.lines: list[dict] = []
+        self.url = ""
+        for line in self.child.stderr:
+            if line.startswith("{"):
+                self.lines.append(json.loads(line))
+                if self.lines[-1]["event"] == "ready":
+                    self.url = self.lines[-1]["url"].removesuffix("/v1")
+                    break
+        assert self.url, self.lines
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        self.lines += [json.loads(line) for line in self.child.stderr if line.startswith("{")]
+
+    def listening(self) -> set[tuple[str, int]]:
+        """Addresses on which the process listens, from the kernel's table."""
+        links = {str(p.readlink()) for p in Path(f"/proc/{self.child.pid}/fd").iterdir()}
+        inodes = {link[8:-1] for link in links if link.startswith("socket:[")}
+        rows = [
+            row.split()
+            for table in ("tcp", "tcp6")
+            for row in Path(f"/proc/{self.child.pid}/net/{table}").read_text().splitlines()[1:]
+        ]
+        return {tuple(row[1].split(":")) for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
+@pytest.fixture
+def process(tiny_levels, tmp_path):
+    config = tmp_path / "qos.yaml"
+    config.write_text(json.dumps({**SMALL, "bounds": {"drain_seconds": 20}}))
+    process = Process(tiny_levels, "--config", str(config))
+    yield process
+    if process.child.poll() is None:
+        process.child.kill()
+    process.child.wait()
+
+
+def ask(url, results):
+    results.append(httpx2.post(url + "/v1/completions", json=BODY, timeout=60))
+
+
+def suppressed(url):
+    with contextlib.suppress(httpx2.HTTPError):  # it may be answered or cut off, as the signals come
+        ask(url, [])
+
+
+def test_s14_sigterm_finishes_what_was_admitted_and_refuses_the_rest(process):
+    results: list[httpx2.Response] = []
+    threads = [threading.Thread(target=ask, args=(process.url, results)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    with httpx2.Client(base_url=process.url) as web:
+        until = time.monotonic() + 30
+        while web.get("/ready").json()["requests"] < 6 and len(results) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert {address for address, _ in process.listening()} == {"0100007F"}  # X03: 127.0.0.1 and nothing else
+        process.child.send_signal(signal.SIGTERM)
+        refused = web.post("/v1/completions", json=BODY)
+        ready = web.get("/ready")
+    for thread in threads:
+        thread.join(60)
+    assert process.child.wait(90) == 0
+    assert [r.status_code for r in results] == [200] * 6
+    assert refused.status_code == 503 and refused.headers["retry-after"] and ready.json()["status"] == "draining"
+    time.sleep(0.1)
+    assert [line["event"] for line in process.lines if line["event"] in ("draining", "stopped")] == ["draining", "stopped"]
+
+
+def test_s14_a_second_signal_ends_at_once(process):
+    threading.Thread(target=suppressed, args=(process.url,), daemon=True).start()
+    with httpx2.Client(base_url=process.url) as web:
+        until = time.monotonic() + 30
+        while not web.get("/ready").json()["requests"] and time.monotonic() < until:
+            time.sleep(0.005)
+    process.child.send_signal(signal.SIGTERM)
+    process.child.send_signal(signal.SIGINT)
+    assert process.child.wait(90) == 0
+
+
+def test_s15_what_is_wrong_at_the_start_is_one_line(tiny_levels, elastic_tiny, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("engine: {request: 4}\n")
+    (tmp_path / "worse.yaml").write_text("engine: {requests: -4}\n")
+    (tmp_path / "cost.json").write_text("{}")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        cases = [
+            (["--port", str(taken.getsockname()[1])], 2, "cannot listen on 127.0.0.1"),
+            (["--port", "70000"], 2, "is no port"),
+            (["--host", "0.0.0.0", "--port", "0"], 2, "needs a key"),
+            (["--host", "203.0.113.7", "--api-key", "k", "--port", "0"], 2, "cannot listen on 203.0.113.7"),
+            (["--policy", "lifo", "--port", "0"], 2, "unknown policy 'lifo'; did you mean 'fifo'?"),
+            (["--config", str(tmp_path / "none.yaml"), "--port", "0"], 2, "cannot read"),
+            (
+                ["--config", str(tmp_path / "bad.yaml"), "--port", "0"],
+                2,
+                "unknown key 'engine.request', did you mean 'requests'?",
+            ),
+            (["--config", str(tmp_path / "worse.yaml"), "--port", "0"], 2, "engine.requests: input should be greater than"),
+            (["--cost", str(tmp_path / "cost.json"), "--port", "0"], 4, "measure the cost model again"),
+            (["--probe-seconds", "-1", "--port", "0"], 2, "out of range"),
+        ]
+        for arguments, code, cause in cases:
+            assert cli.main(["serve", str(tiny_levels), *arguments]) == code, arguments
+            error = capsys.readouterr().err
+            assert cause in error and error.count("\n") == 1 and "Traceback" not in error
+    for folder in (tmp_path / "nowhere", tmp_path):
+        assert cli.main(["serve", str(folder)]) == 2
+        assert "is not an elastic model" in capsys.readouterr().err

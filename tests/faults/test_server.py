@@ -1,0 +1,257 @@
+"""Faults S01 to S09 of the server, at the size of a test: what a client can do to it, and to other clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+import httpx2
+
+from tests.serve.house import open_house
+
+PROMPT = "def main(args):\n    return "
+BODY = {"prompt": PROMPT, "max_tokens": 2, "temperature": 0}
+LONG = {"prompt": PROMPT, "max_tokens": 110, "temperature": 0, "min_quality": 0.8}
+
+
+@pytest.fixture
+def web(house):
+    with httpx2.Client(base_url=house.root, timeout=30) as made:
+        yield made
+        assert made.post("/v1/completions", json=BODY).status_code == 200  # whatever happened, it still serves
+
+
+def raw(port, request, read=True):
+    """Send bytes, return all that comes back."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as link:
+        link.sendall(request)
+        out = b""
+        while read and (data := link.recv(65_536)):
+            out += data
+        return out
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"3", b'"text"', b"null", b"\xff\xfe{}", b"[" * 100_000, b'{"a":' * 100_000, b'{"prompt": NaN}', b"{}"],
+    ids=["empty", "cut", "list", "number", "string", "null", "not-utf8", "deep-list", "deep-object", "nan", "no-prompt"],
+)
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
+def test_s01_malformed_bodies(web, route, body):
+    answer = web.post(route, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 413, 415, 422) and answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/xml", "multipart/form-data; boundary=x", ""])
+def test_s01_wrong_content_types(web, kind):
+    answer = web.post("/v1/completions", content=json.dumps(BODY), headers={"content-type": kind})
+    assert answer.status_code in (400, 415, 422)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": 2**31},
+        {"max_tokens": -1},
+        {"max_tokens": 1.5},
+        {"max_tokens": True},
+        {"n": 10**6},
+        {"n": 0},
+        {"stop": ["x"] * 10**5},
+        {"stop": "x" * 300},
+        {"temperature": -0.1},
+        {"temperature": 1e300},
+        {"top_p": 0},
+        {"logprobs": 10**9},
+        {"seed": 2**70},
+        {"ttft_ms": -5},
+        {"priority": 10**9},
+        {"quality": 1.1},
+        {"quality": "x" * 10**5},
+        {"prompt": [[-1]]},
+        {"prompt": [2**40]},
+        {"prompt": []},
+        {"prompt": ["x"] * 1000},
+        {"prompt": "word " * 2000},
+    ],
+    ids=lambda f: f"{next(iter(f))}-{str(next(iter(f.values())))[:12]}",
+)
+def test_s03_numbers_and_sizes_out_of_bounds(web, fields):
+    answer = web.post("/v1/completions", json={**BODY, **fields})
+    assert answer.status_code == 400 and len(answer.content) < 1000
+
+
+def test_s03_a_body_over_the_limit_is_refused_by_its_header_and_by_its_bytes(house, web):
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    assert b" 413 " in raw(house.port, head + b"content-length: 104857600\r\n\r\n")
+    chunk = b"%x\r\n" % 65_536 + b" " * 65_536 + b"\r\n"
+    link = socket.create_connection(("127.0.0.1", house.port), timeout=20)
+    with link:
+        link.sendall(head + b"transfer-encoding: chunked\r\n\r\n")
+        try:
+            for _ in range(64):
+                link.sendall(chunk)
+        except OSError:
+            pass  # it has closed on us, which is what we want
+        first = link.recv(4096)
+    assert b" 413 " in first
+
+
+@pytest.mark.parametrize("when", ["before", "midway", "whole"])
+def test_s04_a_client_that_leaves_frees_its_slot(house, web, when):
+    generated = lambda: house.built.service.metrics.generated._value.get()  # noqa: E731
+    for _ in range(8):
+        body = json.dumps({**LONG, "stream": when != "whole"}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", house.port), timeout=20) as link:
+            link.sendall(head % len(body) + body)
+            if when == "midway":
+                while b"data: " not in link.recv(65_536):
+                    pass
+            elif when == "whole":
+                until = time.monotonic() + 10
+                while house.built.service.engine.book == {} and time.monotonic() < until:
+                    time.sleep(0.002)
+    assert house.idle() == []
+    count = generated()
+    time.sleep(0.1)
+    assert generated() == count  # nothing goes on generating
+    assert when == "before" or house.built.service.metrics.disconnects._value.get() > 0
+
+
+def test_s05_a_reader_that_stalls_is_dropped(tiny_levels):
+    with open_house(tiny_levels, {"bounds": {"write_seconds": 0.3}}) as house:
+        link = socket.socket()
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        link.connect(("127.0.0.1", house.port))
+        # more than all buffers on the way hold, and nobody reads it
+        body = json.dumps({**LONG, "max_tokens": 110, "n": 4, "logprobs": 20, "temperature": 1, "stream": True}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        with link, httpx2.Client(base_url=house.root, timeout=30) as web:
+            link.sendall(head % len(body) + body)
+            assert web.post("/v1/completions", json=BODY).status_code == 200  # neighbours are served
+            until = time.monotonic() + 60
+            while "slow_reader" not in refusals(house) and time.monotonic() < until:
+                time.sleep(0.05)
+            assert "slow_reader" in refusals(house)
+        assert house.idle() == []
+
+
+def refusals(house):
+    """Reasons for which something was refused so far."""
+    lines = house.built.service.metrics.text().decode().splitlines()
+    rows = [line for line in lines if line.startswith("moe_prism:requests_refused_total") and not line.endswith(" 0.0")]
+    return {row.split('reason="')[1].split('"')[0] for row in rows}
+
+
+def test_s06_slow_headers_and_bodies_are_closed(tiny_levels):
+    with open_house(tiny_levels, {"bounds": {"header_seconds": 0.4, "body_seconds": 0.4}}) as house:
+        assert raw(house.port, b"") == b"" and raw(house.port, b"POST /v1/comp") == b""
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n{"
+        assert b" 408 " in raw(house.port, head)
+        assert {"slow_body"} <= refusals(house) and house.idle() == []
+
+
+async def storm(house, count, gap, body):
+    """`count` requests, one every `gap` seconds whatever becomes of the others. -> [(status, retry-after, queue length)]"""
+    async with httpx2.AsyncClient(base_url=house.root, timeout=60, limits=httpx2.Limits(max_connections=500)) as web:
+
+        async def one():
+            answer = await web.post("/v1/completions", json=body)
+            return answer.status_code, answer.headers.get("retry-after"), house.built.door.requests
+
+        tasks = []
+        for _ in range(count):
+            tasks.append(asyncio.create_task(one()))
+            await asyncio.sleep(gap)
+        return await asyncio.gather(*tasks)
+
+
+def test_s07_s08_overload_is_refused_in_time_and_forgotten_after(tiny_levels):
+    bounds = {"queue_requests": 4}
+    with open_house(tiny_levels, {"bounds": bounds}, policy="elastic") as house:
+        results = asyncio.run(storm(house, 150, 0.004, {**LONG, "max_tokens": 60}))
+        statuses = {status for status, _, _ in results}
+        assert statuses == {200, 503}
+        assert all(int(retry) >= 1 for status, retry, _ in results if status == 503)
+        assert max(queue for _, _, queue in results) <= 4 + 4  # running and waiting
+        assert house.idle() == []
+        assert {status for status, _, _ in asyncio.run(storm(house, 10, 0.1, BODY))} == {200}
+
+
+def test_s09_a_low_class_cannot_take_the_places_of_a_high_one(tiny_levels):
+    classes = {"high": {"min_quality": 0.9, "ttft_ms": 2000, "priority": 0}, "low": {"priority": 2}}
+    config = {"classes": classes, "default_class": "low", "bounds": {"queue_requests": 8, "reserved": 0.5}}
+    with open_house(tiny_levels, config, policy="elastic") as house:
+
+        async def both():
+            low = asyncio.create_task(storm(house, 120, 0.005, {**LONG, "class": "low", "max_tokens": 60}))
+            async with httpx2.AsyncClient(base_url=house.root, timeout=60) as web:
+                high = [(await web.post("/v1/completions", json={**BODY, "class": "high"})).status_code for _ in range(10)]
+            return await low, high
+
+        low, high = asyncio.run(both())
+        assert set(high) == {200}
+        assert sum(status == 200 for status, _, _ in low) >= 6 and 503 in {status for status, _, _ in low}
+        assert house.idle() == []
+
+
+def test_a_request_past_its_deadline_ends(tiny_levels):
+    with open_house(tiny_levels, {"bounds": {"request_seconds": 0.001}}) as house:
+        answer = httpx2.post(house.root + "/v1/completions", json=LONG)
+        assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline" and house.idle() == []
+
+
+def test_x02_every_route_but_health_needs_the_key(tiny_levels):
+    with open_house(tiny_levels, api_key="s3cret") as house, httpx2.Client(base_url=house.root) as web:
+        paths = [
+            *web.get("/openapi.json", headers={"authorization": "Bearer s3cret"}).json()["paths"],
+            "/openapi.json",
+            "/nowhere",
+        ]
+        assert len(paths) >= 7
+        for path in paths:
+            for given in (
+                {},
+                *({"authorization": v} for v in ("Bearer", "Bearer s3cre", "Bearer S3CRET", "s3cret", "Basic s3cret")),
+            ):
+                for method in ("GET", "POST", "OPTIONS"):
+                    status = web.request(method, path, headers=given).status_code
+                    assert status == 401 if path != "/health" else status in (200, 405), (method, path, given)
+        assert web.get("/v1/models", headers={"authorization": "Bearer s3cret"}).status_code == 200
+        assert web.get("/v1/models", headers={"x-api-key": "s3cret"}).status_code == 401
+
+
+def test_x04_prompts_are_in_no_log_and_no_metric(house, web, caplog):
+    marker = "MARKER_ZEBRA_7"
+    with caplog.at_level("DEBUG"):
+        web.post("/v1/completions", json={**BODY, "prompt": marker, "user": marker})
+        web.post("/v1/completions", json={**BODY, "prompt": marker, "n": 999})
+        bad = web.post("/v1/completions", json={**BODY, "prompt": {"deep": marker}})
+        web.post("/v1/completions", content=b'{"prompt": "' + marker.encode())
+    ours = [r for r in caplog.records if not r.name.startswith(("httpx", "httpcore", "asyncio"))]
+    assert ours and not any(marker in str(vars(r)) for r in ours)
+    assert marker not in house.built.service.metrics.text().decode() and marker not in bad.text
+
+
+def test_a_thousand_unknown_labels_make_no_series(house, web):
+    before = len(house.built.service.metrics.text().splitlines())
+    for i in range(100):
+        web.post("/v1/completions", json={**BODY, "class": f"c{i}", "model": f"m{i}"})
+        web.get(f"/v1/c{i}")
+    assert len(house.built.service.metrics.text().splitlines()) <= before + 4
+
+
+def test_threads_and_files_return_to_what_they_were(tiny_levels):
+    before = threading.active_count()
+    for _ in range(2):
+        with open_house(tiny_levels) as house:
+            httpx2.post(house.root + "/v1/completions", json=BODY)
+    assert threading.active_count() <= before + 1

@@ -7,10 +7,10 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from . import routes
+from . import routes, status
 from .door import Door
 from .guard import App, Guard
 from .protocol import ChatRequest, CompletionRequest, ErrorAnswer, Refusal
@@ -23,8 +23,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(service: Service, door: Door, key: str | None = None) -> App:
-    """The application behind its guard. key: needed by every route but /health."""
+def create_app(service: Service, door: Door, history: status.History, key: str | None = None) -> App:
+    """The application behind its guard. key: needed by every route but /health and the status page, which holds no data."""
     app = FastAPI(title="moe-prism", docs_url=None, redoc_url=None, responses=ERRORS)
     started = int(time.time())
 
@@ -68,6 +68,17 @@ def create_app(service: Service, door: Door, key: str | None = None) -> App:
     async def metrics() -> Response:
         service.gauges()
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/status", response_class=HTMLResponse)
+    async def status_page() -> Response:
+        """The live status page."""
+        text, headers = status.page()
+        return HTMLResponse(text, headers=headers)
+
+    @app.get("/status.json")
+    async def status_json() -> dict[str, Any]:
+        """What the page draws."""
+        return status.snapshot(service, door, history)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .metrics import Metrics
 from .probe import Script, probe
 from .server import ServeOptions
 from .service import Service
+from .status import History
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class Built:
     service: Service
     door: Door
     cost: CostModel
+    history: History
     ladder_from: str
     cost_from: str
 
@@ -63,19 +65,21 @@ def build(folder: Path, options: ServeOptions, config: Config) -> Built:
         engine.replace_policy(make(ladder, cost, **config.policy_options))
         name = options.name or folder.resolve().name
         metrics = Metrics(name, config.classes, ladder)
-        engine.observer = _observer(metrics, cost)
+        history = History(ladder)
+        engine.observer = _observer(metrics, cost, history)
         rate = size.step_tokens / cost.prefill(size.step_tokens, ladder.levels[-1].slots)
         service = Service(engine, tokenizer, config, metrics, name)
-        return Built(service, Door(config, rate, metrics.refuse), cost, ladder_from, cost_from)
+        return Built(service, Door(config, rate, metrics.refuse), cost, history, ladder_from, cost_from)
     except BaseException:
         engine.stop()
         raise
 
 
-def _observer(metrics: Metrics, cost: CostModel) -> Any:
+def _observer(metrics: Metrics, cost: CostModel, history: History) -> Any:
     def observe(step: Any, seconds: float) -> None:
         metrics.observe_step(step, seconds)
         cost.observe(step.totals, seconds)
+        history.observe(step, seconds)
 
     return observe
 

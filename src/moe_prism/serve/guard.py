@@ -17,8 +17,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-OPEN = frozenset({"/health"})
-"""The only path that needs no key."""
+OPEN = frozenset({"/health", "/status"})
+"""The paths that need no key: a sign of life, and a page that asks for the key before it shows anything."""
 
 
 class Guard:

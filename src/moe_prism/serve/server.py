@@ -99,10 +99,11 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
 
     began = time.monotonic()
     built = build(folder, options, config)
-    app = create_app(built.service, built.door, options.api_key)
+    app = create_app(built.service, built.door, built.history, options.api_key)
     host, port = listening.getsockname()[:2]
     fields = {
         "url": f"http://{host}:{port}/v1",
+        "status": f"http://{host}:{port}/status",
         "model": built.service.name,
         "policy": type(built.service.engine.policy).__name__.lower(),
         "levels": len(built.service.ladder),

@@ -1,32 +1,43 @@
 """Time of one elastic MoE layer as a ratio to the stock transformers layer (grouped_mm), beside the FLOP and byte ratios that limit it.
 
-    python benchmarks/layer.py [--shapes olmoe,deepseek,qwen3] [--tokens 1,8,32,256,2048] [--repeats 5] [--json]
+    python benchmarks/layer.py [--shapes nano,olmoe,deepseek,qwen3] [--tokens 1,8,32,256,2048] [--rule R] [--repeats 5] [--cpu] [--json]
 
-Shapes are those of OLMoE-1B-7B, DeepSeek-V2-Lite and Qwen3-30B-A3B with random weights and even random routing (no weights can be
-downloaded where this is developed), float32 on a CPU, bfloat16 on a GPU. Rule `product` (every token keeps the same number of slots).
-Elastic and stock runs alternate; the figure is the ratio of medians.
+Shapes are those of prism-nano, OLMoE-1B-7B, DeepSeek-V2-Lite and Qwen3-30B-A3B with random weights and even random routing (no weights can
+be downloaded where this is developed), float32 on a CPU, bfloat16 on a GPU. Rule `product` keeps the same number of slots for every
+token; in the row `mixed` every other token is at full budget and the rest at half. `selection` is what choosing the slots costs of it.
+
+Elastic and stock runs alternate; the figure is the ratio of the fastest of `--repeats` turns. Bytes are those of the distinct blocks
+that the batch wants, GB/s and GFLOP/s what the run makes of them. `--cpu` counts the processor time of one thread, which a busy machine
+disturbs less than the clock on the wall.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from moe_prism.elastic import attach, operating_point
-from moe_prism.elastic.runtime import Elastic
+from moe_prism.elastic import attach
+from moe_prism.elastic.runtime import Elastic, ElasticLayer, Setting
+from moe_prism.elastic.threshold import fit_levels
 from moe_prism.model import find_layers
 
-SHAPES = {"olmoe": (64, 8, 2048, 1024), "deepseek": (64, 6, 2048, 1408), "qwen3": (128, 8, 2048, 768)}  # E, k, d, f
+SHAPES = {  # E, k, d, f
+    "nano": (32, 4, 128, 128),
+    "olmoe": (64, 8, 2048, 1024),
+    "deepseek": (64, 6, 2048, 1408),
+    "qwen3": (128, 8, 2048, 768),
+}
 BUDGETS = (1.0, 0.75, 0.5, 0.25)
 N_SUB, GATES = 4, 1
+SHORTEST = 0.02  # seconds of a turn: fast runs are repeated within one
 
 
 def build(shape: tuple[int, int, int, int], device: str) -> tuple[torch.nn.Module, Elastic]:
@@ -44,7 +55,9 @@ def build(shape: tuple[int, int, int, int], device: str) -> tuple[torch.nn.Modul
     layers = find_layers(holder)
     if device == "cpu":
         layers[0].arrange()  # as `moe_prism.load` does; the stock layer below uses the same weights
-    return holder, attach(holder, N_SUB, gates=GATES, tensors=[{"ridge": ridge}], layers=layers)
+    elastic = attach(holder, N_SUB, gates=GATES, tensors=[{"ridge": ridge}], layers=layers)
+    set_levels(elastic.layers[0], batch(shape, 256, holder))
+    return holder, elastic
 
 
 def batch(shape: tuple[int, int, int, int], tokens: int, holder: torch.nn.Module) -> tuple[torch.Tensor, ...]:
@@ -56,65 +69,119 @@ def batch(shape: tuple[int, int, int, int], tokens: int, holder: torch.nn.Module
     return torch.randn(tokens, hidden, generator=g).to(weights), index.to(weights.device), routing.to(weights)
 
 
-def alternate(runs: list[Callable[[], Any]], repeats: int) -> list[float]:
-    """Median seconds of each, taken in turns after one warm-up."""
-    times: list[list[float]] = [[] for _ in runs]
-    for turn in range(repeats + 1):
-        for run, found in zip(runs, times, strict=True):
-            begin = time.perf_counter()
+@torch.no_grad()
+def set_levels(layer: ElasticLayer, inputs: tuple[torch.Tensor, ...]) -> None:
+    """Levels of the rule `threshold`, from the values of one batch."""
+    x, index, weight = inputs
+    values = (weight[:, :, None] * layer.scorer("ridge")(x, index)).float().flatten().cpu()
+    layer.plan.tensors["levels"] = fit_levels(values, torch.ones_like(values))
+
+
+def fastest(runs: list[Callable[[], Any]], repeats: int, clock: Callable[[], float]) -> list[float]:
+    """Least seconds of each over `repeats` turns, taken alternately after one warm-up."""
+
+    def turn(run: Callable[[], Any], times: int) -> float:
+        begin = clock()
+        for _ in range(times):
             run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn:
-                found.append(time.perf_counter() - begin)
-    return [statistics.median(found) for found in times]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return (clock() - begin) / times
+
+    counts = []
+    for run in runs:
+        run()
+        counts.append(max(1, round(SHORTEST / max(turn(run, 1), 1e-6))))
+    found = [[turn(run, count) for run, count in zip(runs, counts, strict=True)] for _ in range(repeats)]
+    return [min(column) for column in zip(*found, strict=True)]
+
+
+@dataclass
+class Work:
+    """Bytes of the distinct blocks that a batch wants, and FLOPs of its slots."""
+
+    gigabytes: float
+    gigaflops: float
+
+    @classmethod
+    def of(cls, layer: ElasticLayer, inputs: tuple[torch.Tensor, ...], setting: Setting) -> Work:
+        x, index, weight = inputs
+        plan = layer.plan
+        keep = layer.select(x, index, weight, torch.ones_like(index, dtype=torch.bool), setting)
+        blocks = (index[:, :, None] * plan.n_sub + torch.arange(plan.n_sub, device=index.device))[keep]
+        weights = 3 * plan.block * plan.layer.hidden
+        return cls(len(blocks.unique()) * weights * x.element_size() / 1e9, 2 * len(blocks) * weights / 1e9)
 
 
 @torch.no_grad()
-def measure(name: str, tokens: int, holder: torch.nn.Module, elastic: Elastic, repeats: int) -> list[dict[str, Any]]:
-    layer = elastic.layers[0].plan.layer
+def measure(
+    name: str, tokens: int, holder: torch.nn.Module, elastic: Elastic, rule: str, repeats: int, clock: Callable[[], float]
+) -> list[dict[str, Any]]:
+    layer = elastic.layers[0]
     inputs = batch(SHAPES[name], tokens, holder)
+    mixed = torch.where(torch.arange(tokens, device=inputs[0].device) % 2 == 0, 1.0, 0.5)
+    settings = {f"{budget:.2f}": Setting(budget, rule) for budget in BUDGETS} | (
+        {"mixed": Setting(mixed, rule)} if tokens > 1 else {}
+    )
 
-    def elastic_run(budget: float) -> Callable[[], Any]:
+    def elastic_run(setting: Setting) -> Callable[[], Any]:
         def run() -> None:
-            with operating_point(holder, budget, rule="product"):
-                holder.experts(*inputs)
+            elastic.setting = setting
+            holder.experts(*inputs)
 
         return run
 
-    def stock_run() -> None:
-        layer.native(*inputs)
+    def select() -> None:
+        layer.select(*inputs, torch.ones_like(inputs[1], dtype=torch.bool), settings["0.50"])
 
-    seconds = alternate([stock_run, *(elastic_run(b) for b in BUDGETS)], repeats)
+    runs = [lambda: layer.plan.layer.native(*inputs), select, *map(elastic_run, settings.values())]
+    stock, selection, *seconds = fastest(runs, repeats, clock)
+    whole = Work.of(layer, inputs, settings["1.00"])
     rows = []
-    for budget, value in zip(BUDGETS, seconds[1:], strict=True):
-        row = {"shape": name, "tokens": tokens, "budget": budget, "stock_ms": 1e3 * seconds[0], "ratio": value / seconds[0]}
-        rows.append({**row, "flop_ratio": budget, "to_full": value / seconds[1]})
+    for (label, setting), value in zip(settings.items(), seconds, strict=True):
+        work = Work.of(layer, inputs, setting)
+        row = {"shape": name, "tokens": tokens, "budget": label, "stock_ms": 1e3 * stock, "ratio": value / stock}
+        row |= {"to_full": value / seconds[0], "flop_ratio": work.gigaflops / whole.gigaflops}
+        row |= {"byte_ratio": work.gigabytes / whole.gigabytes, "gb_per_s": work.gigabytes / value}
+        rows.append({**row, "gflop_per_s": work.gigaflops / value, "selection_to_full": selection / seconds[0]})
     return rows
+
+
+def line(r: dict[str, Any]) -> str:
+    return (
+        f"{r['shape']:9} T={r['tokens']:<5} budget {r['budget']:5}: "
+        f"{r['ratio']:.2f}x stock ({r['stock_ms']:.2f} ms), {r['to_full']:.2f}x full "
+        f"(flops {r['flop_ratio']:.2f}, bytes {r['byte_ratio']:.2f}; {r['gb_per_s']:.1f} GB/s, {r['gflop_per_s']:.0f} GFLOP/s), "
+        f"selection {r['selection_to_full']:.3f}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="olmoe,deepseek,qwen3")
+    parser.add_argument("--shapes", default="nano,olmoe,deepseek,qwen3")
     parser.add_argument("--tokens", default="1,8,32,256,2048")
+    parser.add_argument("--rule", default="product", choices=("product", "threshold"))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.cpu:
+        torch.set_num_threads(1)
     rows = []
     for name in args.shapes.split(","):
         holder, elastic = build(SHAPES[name], device)
         for tokens in map(int, args.tokens.split(",")):
-            rows += measure(name, tokens, holder, elastic, args.repeats)
+            found = measure(
+                name, tokens, holder, elastic, args.rule, args.repeats, time.thread_time if args.cpu else time.perf_counter
+            )
+            rows += found
             if not args.json:
-                for r in rows[-len(BUDGETS) :]:
-                    print(
-                        f"{r['shape']:9} T={r['tokens']:<5} budget {r['budget']:.2f}: {r['ratio']:.2f}x stock ({r['stock_ms']:.1f} ms), "
-                        f"{r['to_full']:.2f}x full"
-                    )
+                print(*map(line, found), sep="\n", flush=True)
     if args.json:
         name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-        print(json.dumps({"benchmark": "layer", "device": name, "rows": rows}))
+        clock = {"threads": torch.get_num_threads(), "clock": "cpu" if args.cpu else "wall"}
+        print(json.dumps({"benchmark": "layer", "device": name, **clock, "rule": args.rule, "rows": rows}))
 
 
 if __name__ == "__main__":

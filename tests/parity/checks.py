@@ -65,7 +65,10 @@ def split_outputs(model: nn.Module, layers: list[MoELayer]) -> list[Tensor]:
     elastic = attach(model, BLOCKS, layers=layers)
     elastic.always_split = True
     outputs = []
-    for executor in ("reference", "grouped"):
+    for executor in ("reference", "grouped", "auto"):
+        if executor == "auto":
+            for layer in layers:
+                layer.arrange()  # as `moe_prism.load` does: the compiled executor runs then
         with operating_point(model, 1.0, rule="linear", executor=executor):
             outputs.append(output(model))
     elastic.detach()

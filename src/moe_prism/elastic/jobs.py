@@ -11,99 +11,21 @@ import numpy as np
 from numba import cfunc, njit
 from numpy.typing import NDArray
 
-from .tiles import LANES, ROWS, add_tile, dot_tile, read, take
+from .tiles import FEW, LANES, NARROW, ROWS, VECTORS, WIDE, add, dot, read, take
 
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 JOB = "void(intp)"
 
-WIDE = 8 if LANES >= 8 else 4  # columns of a dot tile of few rows
-FEW = 2  # rows up to which a wide tile is used
 CHUNK = 32  # columns of a unit of the dot job
-VECTORS = 4 if ROWS == 6 else 2  # vectors of an add tile
 DEPTH = 16  # rows of w that an add tile goes through before it moves on along them
-
-_dot1x1, _dot2x1, _dot3x1 = dot_tile(1, 1), dot_tile(2, 1), dot_tile(3, 1)
-_dot4x1, _dot5x1, _dot6x1 = dot_tile(4, 1), dot_tile(5, 1), dot_tile(6, 1)
-_dot1x4, _dot2x4, _dot3x4 = dot_tile(1, 4), dot_tile(2, 4), dot_tile(3, 4)
-_dot4x4, _dot5x4, _dot6x4 = dot_tile(4, 4), dot_tile(5, 4), dot_tile(6, 4)
-_dot1x8, _dot2x8 = dot_tile(1, WIDE), dot_tile(2, WIDE)
-_add1x1, _add2x1, _add3x1 = add_tile(1, 1), add_tile(2, 1), add_tile(3, 1)
-_add4x1, _add5x1, _add6x1 = add_tile(4, 1), add_tile(5, 1), add_tile(6, 1)
-_add1x4, _add2x4, _add3x4 = add_tile(1, VECTORS), add_tile(2, VECTORS), add_tile(3, VECTORS)
-_add4x4, _add5x4, _add6x4 = add_tile(4, VECTORS), add_tile(5, VECTORS), add_tile(6, VECTORS)
-
-
-@njit(inline="always")
-def _dot(r, c, x, ids, ldx, w, ldw, depth, out, o, ldo, ldj):  # type: ignore[no-untyped-def]
-    """The dot tile of r rows and c columns."""
-    if c == 1:
-        if r == 6:
-            _dot6x1(x, ids, ldx, w, ldw, depth, out, o, ldo, ldj)
-        elif r == 5:
-            _dot5x1(x, ids, ldx, w, ldw, depth, out, o, ldo, ldj)
-        elif r == 4:
-            _dot4x1(x, ids, ldx, w, ldw, depth, out, o, ldo, ldj)
-        elif r == 3:
-            _dot3x1(x, ids, ldx, w, ldw, depth, out, o, ldo, ldj)
-        elif r == 2:
-            _dot2x1(x, ids, ldx, w, ldw, depth, out, o, ldo, ldj)
-        else:
-            _dot1x1(x, ids, ldx, w, ldw, depth, out, o, ldo, ldj)
-    elif r == 6:
-        _dot6x4(x, ids, ldx, w, ldw, depth, out, o, ldo, ldj)
-    elif r == 5:
-        _dot5x4(x, ids, ldx, w, ldw, depth, out, o, ldo, ldj)
-    elif r == 4:
-        _dot4x4(x, ids, ldx, w, ldw, depth, out, o, ldo, ldj)
-    elif r == 3:
-        _dot3x4(x, ids, ldx, w, ldw, depth, out, o, ldo, ldj)
-    elif r == 2:
-        if c == 4:
-            _dot2x4(x, ids, ldx, w, ldw, depth, out, o, ldo, ldj)
-        else:
-            _dot2x8(x, ids, ldx, w, ldw, depth, out, o, ldo, ldj)
-    elif c == 4:
-        _dot1x4(x, ids, ldx, w, ldw, depth, out, o, ldo, ldj)
-    else:
-        _dot1x8(x, ids, ldx, w, ldw, depth, out, o, ldo, ldj)
-
-
-@njit(inline="always")
-def _add(r, v, a, lda, w, ldw, depth, out, ids, ldo):  # type: ignore[no-untyped-def]
-    """The add tile of r rows and v vectors."""
-    if v == 1:
-        if r == 6:
-            _add6x1(a, lda, w, ldw, depth, out, ids, ldo)
-        elif r == 5:
-            _add5x1(a, lda, w, ldw, depth, out, ids, ldo)
-        elif r == 4:
-            _add4x1(a, lda, w, ldw, depth, out, ids, ldo)
-        elif r == 3:
-            _add3x1(a, lda, w, ldw, depth, out, ids, ldo)
-        elif r == 2:
-            _add2x1(a, lda, w, ldw, depth, out, ids, ldo)
-        else:
-            _add1x1(a, lda, w, ldw, depth, out, ids, ldo)
-    elif r == 6:
-        _add6x4(a, lda, w, ldw, depth, out, ids, ldo)
-    elif r == 5:
-        _add5x4(a, lda, w, ldw, depth, out, ids, ldo)
-    elif r == 4:
-        _add4x4(a, lda, w, ldw, depth, out, ids, ldo)
-    elif r == 3:
-        _add3x4(a, lda, w, ldw, depth, out, ids, ldo)
-    elif r == 2:
-        _add2x4(a, lda, w, ldw, depth, out, ids, ldo)
-    else:
-        _add1x4(a, lda, w, ldw, depth, out, ids, ldo)
 
 
 @cfunc(JOB, cache=True)
-def dot_job(job):  # type: ignore[no-untyped-def]
+def dot_job(job: int) -> None:
     """out[o, j] = x[row] . w[j] for every slot (row, o) of the active groups and every column j of every part.
 
-    job: see `pack_dot`. A unit is CHUNK columns of one part of one group.
+    job: as `products.dot` writes it. A unit is CHUNK columns of one part of one group.
     """
     x, ldx, depth, out, ldo = read(job, 1), read(job, 2), read(job, 3), read(job, 4), read(job, 5)
     rows, o, offsets, active = read(job, 6), read(job, 7), read(job, 8), read(job, 9)
@@ -120,23 +42,23 @@ def dot_job(job):  # type: ignore[no-untyped-def]
         target = out + 4 * read(part, 4)
         j = unit % chunks * CHUNK
         stop = min(columns, j + CHUNK)
-        wide = WIDE if end - begin <= FEW else 4
+        wide = WIDE if end - begin <= FEW else NARROW
         while j < stop:
-            c = wide if j + wide <= stop else 4 if j + 4 <= stop else 1
+            c = wide if j + wide <= stop else NARROW if j + NARROW <= stop else 1
             s = begin
             while s < end:
                 r = min(ROWS, end - s)
-                _dot(r, c, x, rows + 8 * s, ldx, w + 4 * j * ldw, ldw, depth, target + 4 * j * ldj, o + 8 * s, ldo, ldj)
+                dot(r, c, x, rows + 8 * s, ldx, w + 4 * j * ldw, ldw, depth, target + 4 * j * ldj, o + 8 * s, ldo, ldj)
                 s += r
             j += c
         unit = take(job)
 
 
 @cfunc(JOB, cache=True)
-def add_job(job):  # type: ignore[no-untyped-def]
+def add_job(job: int) -> None:
     """out[row] += sum over j < depth of a[s, j] w[j] for every slot s of the active groups, in their order.
 
-    job: see `pack_add`. A unit is a strip of out's columns, for all groups: no two threads write to the same place.
+    job: as `products.add` writes it. A unit is a strip of out's columns, for all groups: no two threads write to the same place.
     """
     a, lda, depth, out, ldo = read(job, 1), read(job, 2), read(job, 3), read(job, 4), read(job, 5)
     rows, offsets, active, first, last = read(job, 6), read(job, 7), read(job, 8), read(job, 9), read(job, 10)
@@ -158,7 +80,7 @@ def add_job(job):  # type: ignore[no-untyped-def]
                     source, ids, c = a + 4 * ((s - start) * lda + k), rows + 8 * s, left
                     while c < right:
                         v = VECTORS if c + VECTORS * LANES <= right else 1
-                        _add(r, v, source, lda, w + 4 * (k * ldw + c), ldw, step, out + 4 * c, ids, ldo)
+                        add(r, v, source, lda, w + 4 * (k * ldw + c), ldw, step, out + 4 * c, ids, ldo)
                         c += v * LANES
                     s += r
                 k += step

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import team
 from .base import LayerPlan
 from .jobs import add_job, dot_job, group
-from .tiles import LANES
+from .tiles import LANES, PAYS
 
 ALIGN = 64  # columns: strips of an output row end on a cache line
 
@@ -54,7 +54,7 @@ class Stored:
         layer, key = plan.layer, plan.layer.storage()
         if plan.stored is None or plan.stored.key != key:
             rows = [w.detach() for w in (layer.gate, layer.up, layer.down.transpose(1, 2)) if w is not None]
-            ready = LANES > 0 and layer.hidden % LANES == 0
+            ready = PAYS and layer.hidden % LANES == 0
             ready &= all(w.device.type == "cpu" and w.dtype == torch.float32 and w.stride(2) == 1 for w in rows)
             *first, down = map(Matrix.of, rows)
             plan.stored = cls(key, tuple(Part(m, i * plan.block) for i, m in enumerate(first)), down, ready)

@@ -132,7 +132,7 @@ class Ridge(Scorer):
         dot(x if x.stride(1) == 1 else x.contiguous(), groups, groups.all, parts, 0, n, products, groups.choice)
         gates = layer.activate_joined(products[:, n:]) if r else products[:, n:]
         norms = torch.empty(*index.shape, n)
-        scale, weight = self.scale.view(-1, n * r).numpy(), self.weight.numpy()
+        scale, weight = self.scale.flatten(1).numpy(), self.weight.numpy()
         predicted_norms(products.numpy(), gates.numpy(), scale, weight, index.numpy(), CEILING, norms.numpy())
         return norms
 

@@ -22,19 +22,18 @@ from numba.extending import intrinsic
 _features = get_host_cpu_features()
 if _features.get("avx512f"):
     LANES, ROWS = 16, 6
-elif _features.get("avx2") and _features.get("fma"):
+elif _features.get("avx2"):
     LANES, ROWS = 8, 3  # half as many registers
-elif platform.machine() in ("aarch64", "arm64"):
-    LANES, ROWS = 4, 6
 else:
-    LANES, ROWS = 0, 0
-"""float32 values of a vector register, and rows of a tile. No lanes: a processor without fused multiply-add, where tiles do not pay."""
+    LANES, ROWS = 4, 6
+"""float32 values of a vector register, and rows of a tile."""
+
+PAYS = bool(_features.get("fma")) or platform.machine() in ("aarch64", "arm64")
+"""Whether the processor multiplies and adds in one instruction: without it the tiles are slower than the libraries."""
 
 I64, F32 = ir.IntType(64), ir.FloatType()
-VECTOR = ir.VectorType(F32, max(LANES, 1))
+VECTOR = ir.VectorType(F32, LANES)
 BYTES = 4
-
-Tile = Callable[..., None]
 
 
 def _constant(value: int) -> ir.Constant:
@@ -118,78 +117,112 @@ class _Code:
         return result
 
 
-def _typed(arguments: int, body: Callable[..., None]) -> tuple[Any, Any]:
-    """What numba's `intrinsic` wants to hear about a body of that many integer arguments."""
+def _dot_tile(
+    c: _Code,
+    rows: int,
+    columns: int,
+    x: Any,
+    ids: Any,
+    ldx: Any,
+    w: Any,
+    ldw: Any,
+    depth: Any,
+    out: Any,
+    o: Any,
+    ldo: Any,
+    ldj: Any,
+) -> None:
+    """The tile of `dot`: a register for every sum, over the lanes of which is added up at the end."""
+    xs = c.rows(x, ids, ldx, rows)
+    ws = [c.at(w, j, ldw) for j in range(columns)]
+
+    def step(i: Any, acc: list[Any]) -> list[Any]:
+        offset = c.b.mul(i, _constant(LANES))
+        loaded = [c.load(c.at(address, offset)) for address in ws]
+        result = []
+        for r, address in enumerate(xs):
+            value = c.load(c.at(address, offset))
+            result += [c.fma(value, loaded[j], acc[r * columns + j]) for j in range(columns)]
+        return result
+
+    acc = c.loop(c.b.udiv(depth, _constant(LANES)), [ir.Constant(VECTOR, None)] * (rows * columns), step)
+    for r, address in enumerate(c.rows(out, o, ldo, rows)):
+        sums = c.sums(acc[r * columns : (r + 1) * columns])
+        for j in range(columns):
+            c.store(c.b.extract_element(sums, ir.Constant(ir.IntType(32), j)), c.at(address, j, ldj))
+
+
+def _add_tile(
+    c: _Code, rows: int, vectors: int, a: Any, lda: Any, w: Any, ldw: Any, depth: Any, out: Any, ids: Any, ldo: Any
+) -> None:
+    """The tile of `add`: a register for every LANES columns of the output rows."""
+    outs = c.rows(out, ids, ldo, rows)
+    factors = [c.at(a, i, lda) for i in range(rows)]
+
+    def step(k: Any, acc: list[Any]) -> list[Any]:
+        row = c.at(w, k, ldw)
+        loaded = [c.load(c.at(row, LANES * v)) for v in range(vectors)]
+        result = []
+        for r, address in enumerate(factors):
+            factor = c.spread(c.load(c.at(address, k), F32))
+            result += [c.fma(factor, loaded[v], acc[r * vectors + v]) for v in range(vectors)]
+        return result
+
+    start = [c.load(c.at(address, LANES * v)) for address in outs for v in range(vectors)]
+    acc = c.loop(depth, start, step)
+    for r, address in enumerate(outs):
+        for v in range(vectors):
+            c.store(acc[r * vectors + v], c.at(address, LANES * v))
+
+
+def _cases(tile: Callable[..., None], shapes: list[tuple[int, int]], arguments: int) -> tuple[Any, Any]:
+    """What numba wants to hear about a function of (rows, columns, *arguments) that runs the tile of that shape."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        body(_Code(builder), *values)
+        rows, columns, *rest = values
+        for r, c in shapes:
+            same = [builder.icmp_signed("==", value, _constant(wanted)) for value, wanted in ((rows, r), (columns, c))]
+            with builder.if_then(builder.and_(*same)):
+                tile(_Code(builder), r, c, *rest)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * arguments), codegen
+    return types.void(*[types.intp] * (arguments + 2)), codegen
 
 
-def dot_tile(rows: int, columns: int) -> Tile:
-    """out[o[i], j] = sum over k < depth of x[ids[i], k] w[j, k] for i < rows, j < columns (a power of two). depth % LANES == 0.
-
-    Arguments: x, ids, ldx, w, ldw, depth, out, o, ldo, ldj; out's columns are ldj apart.
-    """
-
-    def body(c: _Code, x: Any, ids: Any, ldx: Any, w: Any, ldw: Any, depth: Any, out: Any, o: Any, ldo: Any, ldj: Any) -> None:
-        xs = c.rows(x, ids, ldx, rows)
-        ws = [c.at(w, j, ldw) for j in range(columns)]
-
-        def step(i: Any, acc: list[Any]) -> list[Any]:
-            offset = c.b.mul(i, _constant(LANES))
-            loaded = [c.load(c.at(address, offset)) for address in ws]
-            result = []
-            for r, address in enumerate(xs):
-                value = c.load(c.at(address, offset))
-                result += [c.fma(value, loaded[j], acc[r * columns + j]) for j in range(columns)]
-            return result
-
-        acc = c.loop(c.b.udiv(depth, _constant(LANES)), [ir.Constant(VECTOR, None)] * (rows * columns), step)
-        for r, address in enumerate(c.rows(out, o, ldo, rows)):
-            sums = c.sums(acc[r * columns : (r + 1) * columns])
-            for j in range(columns):
-                c.store(c.b.extract_element(sums, ir.Constant(ir.IntType(32), j)), c.at(address, j, ldj))
-
-    @intrinsic
-    def tile(context, x, ids, ldx, w, ldw, depth, out, o, ldo, ldj):  # type: ignore[no-untyped-def]
-        return _typed(10, body)
-
-    return tile  # type: ignore[no-any-return]
+WIDE = min(8, LANES)  # columns of a dot tile of few rows
+FEW = 2  # rows of it
+NARROW = 4  # columns of the others
+VECTORS = 4 if ROWS == 6 else 2  # of an add tile
+DOT_SHAPES = [(r, c) for r in range(1, ROWS + 1) for c in sorted({1, NARROW} | ({WIDE} if r <= FEW else set()))]
+ADD_SHAPES = [(r, v) for r in range(1, ROWS + 1) for v in (1, VECTORS)]
 
 
-def add_tile(rows: int, vectors: int) -> Tile:
-    """out[ids[i], :] += sum over k < depth of a[i, k] w[k, :] for i < rows, over vectors * LANES columns. depth >= 1.
+@intrinsic
+def dot(
+    context: Any,
+    rows: Any,
+    columns: Any,
+    x: Any,
+    ids: Any,
+    ldx: Any,
+    w: Any,
+    ldw: Any,
+    depth: Any,
+    out: Any,
+    o: Any,
+    ldo: Any,
+    ldj: Any,
+) -> Any:
+    """out[o[i], j ldj] = sum over k < depth of x[ids[i], k] w[j, k], i < rows, j < columns, one of DOT_SHAPES; depth % LANES == 0."""
+    return _cases(_dot_tile, DOT_SHAPES, 10)
 
-    Arguments: a, lda, w, ldw, depth, out, ids, ldo.
-    """
 
-    def body(c: _Code, a: Any, lda: Any, w: Any, ldw: Any, depth: Any, out: Any, ids: Any, ldo: Any) -> None:
-        outs = c.rows(out, ids, ldo, rows)
-        factors = [c.at(a, i, lda) for i in range(rows)]
-
-        def step(k: Any, acc: list[Any]) -> list[Any]:
-            row = c.at(w, k, ldw)
-            loaded = [c.load(c.at(row, LANES * v)) for v in range(vectors)]
-            result = []
-            for r, address in enumerate(factors):
-                factor = c.spread(c.load(c.at(address, k), F32))
-                result += [c.fma(factor, loaded[v], acc[r * vectors + v]) for v in range(vectors)]
-            return result
-
-        start = [c.load(c.at(address, LANES * v)) for address in outs for v in range(vectors)]
-        acc = c.loop(depth, start, step)
-        for r, address in enumerate(outs):
-            for v in range(vectors):
-                c.store(acc[r * vectors + v], c.at(address, LANES * v))
-
-    @intrinsic
-    def tile(context, a, lda, w, ldw, depth, out, ids, ldo):  # type: ignore[no-untyped-def]
-        return _typed(8, body)
-
-    return tile  # type: ignore[no-any-return]
+@intrinsic
+def add(
+    context: Any, rows: Any, vectors: Any, a: Any, lda: Any, w: Any, ldw: Any, depth: Any, out: Any, ids: Any, ldo: Any
+) -> Any:
+    """out[ids[i], :] += sum over k < depth of a[i, k] w[k, :], i < rows, over vectors * LANES columns, one of ADD_SHAPES; depth >= 1."""
+    return _cases(_add_tile, ADD_SHAPES, 8)
 
 
 @intrinsic

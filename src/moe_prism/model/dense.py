@@ -93,5 +93,10 @@ class DenseLayer(MoELayer):
     def uninstall(self) -> None:
         self.module.__dict__.pop("forward", None)
 
+    def arrange(self) -> None:
+        """The last Linear keeps its shape but is stored neuron by neuron, as `FusedLayer.arrange` does."""
+        weight = getattr(self.module, self._names[2]).weight
+        weight.data = weight.data.T.contiguous().T
+
     def stock(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         return type(self.module).forward(self.module, x) * weight  # type: ignore[no-any-return]

@@ -102,7 +102,7 @@ class FusedLayer(MoELayer):
         parameter.data = parameter.data.transpose(1, 2).contiguous().transpose(1, 2)
 
     def storage(self) -> tuple[int, ...]:
-        return self._first().data_ptr(), self.module.down_proj.data_ptr()  # type: ignore[union-attr, operator]
+        return self._first().data_ptr(), self.module.down_proj.data_ptr()  # type: ignore[operator]
 
     def native(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         return hook.native(self.module, x, index, weight)

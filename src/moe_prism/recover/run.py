@@ -81,9 +81,10 @@ def _observer(layer: ElasticLayer, normal: Normal, window: int, *, last: bool) -
         usable = number % window >= SKIPPED_POSITIONS
         for held in (False, True):
             rows = usable & ((number // window == BATCH - 1) == held)
-            mine = x[rows], index[rows], weight[rows]
-            valid = (mine[1] >= 0) & (mine[1] < layer.plan.layer.num_experts)
-            normal.add(*mine, [layer.select(*mine, valid, Setting(budget, "threshold")) for budget in BUDGETS], held=held)
+            if rows.any():
+                mine = x[rows], index[rows], weight[rows]
+                valid = (mine[1] >= 0) & (mine[1] < layer.plan.layer.num_experts)
+                normal.add(*mine, [layer.select(*mine, valid, Setting(budget, "threshold")) for budget in BUDGETS], held=held)
         if last:
             raise _Reached
         return layer.plan.layer.native(x, index, weight)

@@ -125,7 +125,7 @@ def compare(setting: Setting, rate: float, seeds: int) -> list[dict[str, Any]]:
     """Every policy on the same arrivals, then `elastic` asked for at least the mean quality that `prism` served."""
     rows = [_row(setting, name, rate, seeds) for name in COMPARED]
     prism = next(row for row in rows if row["policy"] == "prism")
-    rows.append(_row(setting, "elastic", rate, seeds, quality=min(prism["quality"] + 0.001, 1.0)))
+    rows.append(_row(setting, "elastic", rate, seeds, quality=min(prism["quality"] + 0.005, 1.0)))
     rows[-1]["policy"] = "elastic at prism's quality"
     for row in rows:
         row["vs fifo"], row["vs prism"] = row["goodput"] / rows[0]["goodput"], row["goodput"] / prism["goodput"]
@@ -159,7 +159,7 @@ def capacities(setting: Setting, seeds: int) -> list[dict[str, Any]]:
     """Of every policy, and of `elastic` asked for at least the mean quality that `prism` serves at its own capacity."""
     rows = [capacity(setting, name, seeds) for name in COMPARED]
     prism = next(row for row in rows if row["policy"] == "prism")
-    rows.append(capacity(setting, "elastic", seeds, quality=min(prism["quality"] + 0.001, 1.0)))
+    rows.append(capacity(setting, "elastic", seeds, quality=min(prism["quality"] + 0.005, 1.0)))
     rows[-1]["policy"] = "elastic at prism's quality"
     for row in rows:
         row["vs fifo"], row["vs prism"] = row["rate"] / rows[0]["rate"], row["rate"] / prism["rate"]

@@ -32,7 +32,7 @@ MARGIN = 0.92  # share of a step's time that is planned: predictions err
 HORIZON = 8  # tokens over which a request ahead of or behind its schedule returns to it
 RESPONSE = 0.35  # longest step as a share of the tightest time to first token
 LONGEST = 0.5  # seconds of a step when no target says anything
-MEMORY = 1 << 18  # tokens over which the mean quality is kept
+MEMORY = 1 << 16  # tokens over which the mean quality is kept
 
 
 class Elastic(Policy):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import cyclopts
 
 from ..errors import PrismError
-from . import calibrate, demo, doctor, frontier, generate, inspect, listing, recover, refactor, serve, verify
+from . import bench, calibrate, demo, doctor, frontier, generate, inspect, listing, recover, refactor, serve, verify
 from .output import plain_line
 
 INTERRUPTED = 130
@@ -38,6 +38,7 @@ def build() -> cyclopts.App:
         (frontier.frontier, "frontier"),
         (generate.generate, "generate"),
         (serve.serve, "serve"),
+        (bench.bench, "bench"),
         (verify.verify, "verify"),
         (listing.ls, "ls"),
     ):

@@ -33,6 +33,7 @@ class Common(BaseModel):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=1024)
     user: str | None = Field(default=None, max_length=256)
+    ignore_eos: StrictBool = False  # as in vLLM: generate max_tokens tokens whatever they are
     # ours
     quality: Annotated[float, Field(ge=0, le=1)] | Annotated[str, Field(max_length=64)] | None = None
     min_quality: Annotated[float, Field(ge=0, le=1)] | Annotated[str, Field(max_length=64)] | None = None

@@ -138,6 +138,7 @@ async def _run(service: Service, door: Door, http: Request, body: Any, prompts: 
                     outputs[prompt],
                     body.stops,
                     hidden=asked == 0,
+                    ignore_eos=body.ignore_eos,
                 )
             )
     except BaseException:

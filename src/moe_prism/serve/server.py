@@ -43,14 +43,14 @@ class ServeOptions:
 
 def serve(folder: Path, options: ServeOptions) -> None:
     """Serve until a signal ends it. What can be wrong is looked at in the order of what it costs to find out."""
-    _check_folder(folder)
+    check_folder(folder)
     if options.host not in LOOPBACK and not options.api_key:
         raise UsageError(
             f"--host {options.host} is reachable from outside and needs a key", "give --api-key, or leave --host out"
         )
     listening = listen(options.host, options.port)
     try:
-        _need_packages()
+        need_packages()
         from .config import load_config
 
         config = load_config(options.config)
@@ -59,7 +59,7 @@ def serve(folder: Path, options: ServeOptions) -> None:
         listening.close()
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     if not (folder / "prism.json").is_file():
         raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
 
@@ -81,7 +81,7 @@ def listen(host: str, port: int) -> socket.socket:
     return made
 
 
-def _need_packages() -> None:
+def need_packages() -> None:
     try:
         import fastapi
         import prometheus_client

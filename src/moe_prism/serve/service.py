@@ -163,7 +163,16 @@ class Service:
     # ---- in the engine
 
     def launch(
-        self, id: str, prompt: list[int], index: int, sampling: Sampling, wish: Wish, output: int, stops: list[str], hidden: bool
+        self,
+        id: str,
+        prompt: list[int],
+        index: int,
+        sampling: Sampling,
+        wish: Wish,
+        output: int,
+        stops: list[str],
+        hidden: bool,
+        ignore_eos: bool,
     ) -> Strand:
         """Queue one sequence."""
         loop = asyncio.get_running_loop()
@@ -171,9 +180,9 @@ class Service:
         mail, queue = self._mail, asyncio.Queue[Event]()
         now = self.engine.clock()
         job = Job(id, now, len(prompt), output, wish.floor, wish.ceiling, wish.ttft, wish.tpot, wish.priority, wish.kind.name)
-        request = Request(
-            job, prompt, sampling, self.eos, lambda event: mail.post(queue, event), now + self.config.bounds.request_seconds
-        )
+        ends = frozenset[int]() if ignore_eos else self.eos
+        deadline = now + self.config.bounds.request_seconds
+        request = Request(job, prompt, sampling, ends, lambda event: mail.post(queue, event), deadline)
         sequence = Strand(index, prompt, request, queue, Detokenizer(self.tokenizer), Stops(stops), now, hidden=hidden)
         self._live[id] = sequence
         self.engine.submit(request)

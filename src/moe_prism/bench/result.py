@@ -1,0 +1,77 @@
+"""One run as data: its measures, and what makes it valid or void."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..files import replace_file
+from ..schedule.base import Ladder
+from .load import Run
+from .measures import measure
+from .outcome import FAILED, Outcome
+
+VERSION = 1
+REPEATED = 3  # kinds of failure that are reported with their message
+
+
+def run_result(run: Run, ladder: Ladder) -> dict[str, Any]:
+    """JSON of a run. `void` names what makes its figures worthless; `warnings` what a reader must know."""
+    lateness = run.lateness
+    figures = measure(run.outcomes, run.window)
+    void = (
+        [f"the generator was late: p99 {1e3 * lateness.p99:.1f} ms, bound {1e3 * lateness.bound:.1f} ms"] if lateness.void else []
+    )
+    warnings = []
+    saturated = run.saturated
+    if saturated:
+        warnings.append("saturated: queues grew during the whole run, so latencies depend on its length")
+    if run.client_cpu > 0.5:
+        warnings.append(f"the generator used {100 * run.client_cpu:.0f} % of a core")
+    if figures["short_answers"]:
+        warnings.append(f"{figures['short_answers']} answers were shorter than asked for")
+    below = sum(below_floor(o, ladder) for o in run.outcomes)
+    if below:
+        warnings.append(f"{below} requests were served below their floor")
+    return {
+        **figures,
+        "requests": len(run.outcomes),
+        "seconds": run.seconds,
+        "lateness": asdict(lateness),
+        "client_cpu": round(run.client_cpu, 4),
+        "saturated": saturated,
+        "below_floor": below,
+        "failures": failures(run.outcomes),
+        "void": void,
+        "warnings": warnings,
+    }
+
+
+def below_floor(outcome: Outcome, ladder: Ladder) -> bool:
+    """Was its mean quality less than its floor's?"""
+    return outcome.quality is not None and outcome.quality < ladder.levels[outcome.job.floor].quality - 1e-5
+
+
+def failures(outcomes: Sequence[Outcome]) -> dict[str, int]:
+    """The most frequent messages of requests that failed."""
+    counts: dict[str, int] = {}
+    for o in outcomes:
+        if o.status == FAILED:
+            counts[o.detail] = counts.get(o.detail, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: -item[1])[:REPEATED])
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Write JSON; a reader meets the old file or the new one."""
+    replace_file(path, (json.dumps({"version": VERSION, **result}, indent=1) + "\n").encode())
+
+
+def check_writable(*paths: Path | None) -> None:
+    """UsageError before an hour of measuring, not after it."""
+    for path in paths:
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise UsageError(f"cannot write {path}", "name a file in a folder that exists")

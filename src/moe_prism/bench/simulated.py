@@ -1,0 +1,54 @@
+"""The same arrivals through the same policy in the simulator, with a cost model in the engine's place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..schedule import CostModel, Ladder, policies
+from ..schedule.simulate import Engine, simulate
+from ..schedule.workloads import Arrival
+from .load import Run
+from .measures import measure
+from .outcome import of_simulation
+from .servers import PolicyChoice
+from .workload import Workload
+
+ATTAINED = 0.9
+LOAD = 1.25  # of fifo's capacity: what `--rate auto` offers
+NEAR = 1.03  # how close the search for the capacity gets
+
+
+def simulated(
+    arrivals: Sequence[Arrival],
+    policy: PolicyChoice,
+    cost: CostModel,
+    ladder: Ladder,
+    engine: Engine,
+    seconds: float,
+    patience: float,
+) -> Run:
+    """A run as `drive` would give it, cut off after the same time."""
+    believed = CostModel(cost.facts, cost.coefficients)
+    made = policies.get(policy.name)(ladder, believed, **policy.options)
+    until = arrivals[-1].job.arrival + patience
+    run = simulate(arrivals, made, cost, ladder, engine, until, believed=believed)
+    return Run(of_simulation(run.results, run.end), seconds)
+
+
+def capacity(
+    workload: Workload, policy: PolicyChoice, cost: CostModel, ladder: Ladder, engine: Engine, context: int | None, seed: int = 0
+) -> float:
+    """The highest rate at which 90 % of the requests meet their targets, by bisection; requests per second."""
+
+    def good(rate: float) -> bool:
+        arrivals = workload.arrivals(rate, seed, ladder, context)
+        run = simulated(arrivals, policy, cost, ladder, engine, workload.seconds, patience=30.0)
+        return (measure(run.outcomes, run.window)["attainment"] or 0.0) >= ATTAINED
+
+    low = high = 4 / workload.seconds + 0.5
+    while good(high) and high < 1e4:
+        low, high = high, high * 2
+    while high / low > NEAR:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if good(middle) else (low, middle)
+    return low

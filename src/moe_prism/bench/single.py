@@ -1,0 +1,87 @@
+"""Load on one running server."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UsageError
+from ..schedule.classes import default_classes, load_classes
+from .environment import environment, load
+from .load import Fields, Run, bodies, drive, warm_up
+from .prompts import Cut, cut_characters, cut_tokens, prompts, sample_text
+from .result import run_result
+from .target import Target, find_target
+from .workload import Offer, Workload, fingerprint
+
+UNLOADED = 96  # prompt tokens of the requests that warm up
+SAMPLE = 2000  # characters with which a server's tokens are measured
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a server is asked. rates: requests/s, 0 for a trace as recorded; patience: seconds to wait for answers after the last request;
+    tokenizer: a model folder; config: a file with classes."""
+
+    rates: Sequence[float]
+    seed: int = 0
+    patience: float = 30.0
+    fields: Literal["auto", "none", "targets", "class"] = "auto"
+    key: str | None = None
+    model: str | None = None
+    tokenizer: str | None = None
+    config: Path | None = None
+
+
+def bench(url: str, offer: Offer, options: Options) -> tuple[dict[str, Any], list[tuple[str, Run]]]:
+    """Measure a server at each rate. Returns the result as JSON, and the runs by name."""
+    workload = offer.of(load_classes(options.config) if options.config else default_classes())
+    return asyncio.run(_bench(url, workload, options))
+
+
+async def _bench(url: str, workload: Workload, options: Options) -> tuple[dict[str, Any], list[tuple[str, Run]]]:
+    target = await find_target(url, options.key, options.model)
+    cut = cut_tokens(options.tokenizer) if options.tokenizer else cut_characters(await characters_per_token(target))
+    fields: Fields = ("targets" if target.elastic else "none") if options.fields == "auto" else options.fields
+    before = environment()
+    unloaded = await warm_up(target, cut(UNLOADED, random.Random(0)))  # noqa: S311
+    runs, results = [], []
+    for rate in options.rates:
+        run, about = await offered(target, workload, rate, options.seed, cut, fields, options.patience)
+        runs.append((f"rate {rate:g}", run))
+        results.append({**about, **run_result(run, target.ladder)})
+    return {
+        "kind": "server",
+        "environment": before,
+        "load_after": load(),
+        "server": {"url": target.address.url, "model": target.model, "software": target.software, "context": target.context},
+        "operating_points": [asdict(level) for level in target.ladder.levels],
+        "workload": workload.described(),
+        "fields": fields,
+        "unloaded": unloaded,
+        "runs": results,
+    }, runs
+
+
+async def offered(
+    target: Target, workload: Workload, rate: float, seed: int, cut: Cut, fields: Fields, patience: float
+) -> tuple[Run, dict[str, Any]]:
+    """One run, and what was offered in it."""
+    arrivals = workload.arrivals(rate, seed, target.ladder, target.context)
+    made = prompts(arrivals, cut, f"{workload.name} {rate:g} {seed}")
+    run = await drive(target, arrivals, bodies(target, arrivals, made, fields), workload.seconds, patience)
+    return run, {"rate": rate, "seed": seed, "arrivals_sha256": fingerprint(arrivals)}
+
+
+async def characters_per_token(target: Target) -> float:
+    """Of this server's tokenizer on our text."""
+    text = sample_text(SAMPLE)
+    answer = await target.complete({"prompt": text, "max_tokens": 1, "temperature": 0})
+    try:
+        return max(0.25, len(text) / int(answer["usage"]["prompt_tokens"]))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UsageError("the server does not count prompt tokens in `usage`", "give --tokenizer FOLDER") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -93,12 +94,13 @@ class Cache:
         self.k[kwargs["write"]], self.v[kwargs["write"]] = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
 
 
-@settings(deadline=None, max_examples=40)
+@pytest.mark.parametrize("threads", [1, 2])
+@settings(deadline=None, max_examples=30)
 @given(
     st.lists(st.tuples(st.integers(0, 40), st.sampled_from([1, 1, 2, 5, 9])), min_size=1, max_size=6),
     st.sampled_from([(4, 4), (4, 2)]),
 )
-def test_paged_attention_is_attention_request_by_request(shapes, heads):
+def test_paged_attention_is_attention_request_by_request(threads, shapes, heads):
     page, dim, (heads_q, heads_k) = 4, 8, heads
     cache = Cache(80, page, heads_k, dim)
     free = torch.randperm(80, generator=torch.Generator().manual_seed(len(shapes))).tolist()
@@ -111,7 +113,8 @@ def test_paged_attention_is_attention_request_by_request(shapes, heads):
     q = torch.randn(1, heads_q, start, dim)
     k, v = torch.randn(2, 1, heads_k, start, dim)
     cache.moe_prism_layout = plan(segments, page, page)
-    out, _ = attention(SimpleNamespace(layer_idx=0), q, k, v, None, scaling=0.3, cache=cache, write=torch.tensor(write))
+    with mock.patch("torch.get_num_threads", return_value=threads), mock.patch("moe_prism.serve.paged.WORTH_A_THREAD", 0):
+        out, _ = attention(SimpleNamespace(layer_idx=0), q, k, v, None, scaling=0.3, cache=cache, write=torch.tensor(write))
     for s in segments:
         rows = [s.blocks[j // page] * page + j % page for j in range(s.total)]
         keys, values = (c[rows].repeat_interleave(heads_q // heads_k, 1).transpose(0, 1) for c in (cache.k, cache.v))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, ContinuousBatchProcessor
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
@@ -85,7 +86,7 @@ class Engine:
         self._in_a_row = 0
         self._deadlines: list[tuple[float, str]] = []
         self._lock = threading.Lock()
-        self._paged = model.device.type == "cpu" and _full_attention(model)
+        self._paged = model.device.type == "cpu" and model.dtype == torch.float32 and _full_attention(model)
         self._attention = model.config._attn_implementation
         if self._paged:
             model.config._attn_implementation = PAGED  # `set_attn_implementation` would look for a flash package

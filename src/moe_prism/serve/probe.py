@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..errors import PrismError
 from ..schedule.base import Job, Ladder, Limits, Policy, Progress, Work
 from ..schedule.cost import CostModel, Sample
 from .engine import Engine, layer_facts
@@ -66,8 +67,11 @@ def probe(engine: Engine, texts: Sequence[int], seconds: float = 4.0) -> CostMod
         if time.monotonic() > until and len(samples) >= LEAST:
             done.set()
 
+    errors: list[str] = []
+
     def heard(event: Event) -> None:
         if event.error is not None:
+            errors.append(event.error)
             done.set()
         elif event.finish is not None and not done.is_set():
             launch()
@@ -91,6 +95,8 @@ def probe(engine: Engine, texts: Sequence[int], seconds: float = 4.0) -> CostMod
         engine.cancel(request.job.id)
     engine.replace_policy(policy)
     engine.observer = before
+    if errors:
+        raise PrismError(f"the model does not run: {errors[0]}", "see the log line of the failed step, or start with --debug")
     return CostModel.fit(layer_facts(engine.elastic), samples)
 
 

@@ -19,6 +19,9 @@ from .compensate import Compensator, compensator
 from .execute import auto, grouped, reference
 from .repair import REPAIR, Repaired
 
+TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token", "moe_k", "top_k")
+"""How configurations name the experts per token."""
+
 EXECUTORS: Mapping[str, Callable[..., Tensor]] = {
     "auto": auto,
     "grouped": grouped,
@@ -274,7 +277,7 @@ def experts_per_token(model: Any, layer: MoELayer) -> int:
     if layer.num_experts == 1:
         return 1
     config = getattr(layer.module, "config", model.config)
-    for name in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token", "moe_k", "top_k"):
+    for name in TOP_K_NAMES:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value

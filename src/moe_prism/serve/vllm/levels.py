@@ -1,0 +1,86 @@
+"""From the request fields `quality` and `min_quality` to levels of a folder's ladder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...checkpoint import read_manifest
+from ...elastic.runtime import TOP_K_NAMES
+from ...errors import UsageError
+from ...schedule.base import Ladder
+from ..ladder import FULL, climb, find_ladder
+
+SECTION = "moe_prism"
+OPTIONS = ("quality", "min_quality")
+NOT_HERE = ("ttft_ms", "tpot_ms", "class")
+"""Fields of `moe-prism serve` that vLLM's scheduler cannot honour: refused, because ignoring a deadline would be worse."""
+
+
+class Wish(NamedTuple):
+    """Levels a request may be served between."""
+
+    floor: int
+    ceiling: int
+
+
+@dataclass(frozen=True)
+class Menu:
+    """The levels of a folder and what a request gets that does not ask."""
+
+    ladder: Ladder
+    default: Wish
+
+    @classmethod
+    def of(cls, folder: Path, options: Mapping[str, Any] | None = None) -> Menu:
+        """options: `quality` and `min_quality` for requests without their own. UsageError for a bad one."""
+        options = options or {}
+        unknown = [key for key in options if key not in OPTIONS]
+        if unknown:
+            raise UsageError(f"unknown option '{unknown[0]}' of {SECTION}", f"choose from: {', '.join(OPTIONS)}")
+        ladder, _ = find_ladder(folder, full_slots(folder))
+        ladder = ladder or climb((), 1)
+        return cls(ladder, cls(ladder, Wish(ladder.top, ladder.top)).read(options))
+
+    def read(self, fields: Mapping[str, Any]) -> Wish:
+        """`quality` alone fixes the level; `min_quality` lets load lower it to there. UsageError for a value that means nothing."""
+        for field in NOT_HERE:
+            if field in fields:
+                raise UsageError(f"{field} is not available with vLLM", "leave it out, or use `moe-prism serve` without --engine vllm")
+        floor, ceiling = self.default
+        if "quality" in fields:
+            floor = ceiling = self.level(fields["quality"], "quality")
+        if "min_quality" in fields:
+            floor = self.level(fields["min_quality"], "min_quality")
+            if "quality" in fields and floor > ceiling:
+                raise UsageError("min_quality is above quality", "lower one or raise the other")
+        return Wish(floor, max(floor, ceiling))
+
+    def level(self, wanted: object, field: str) -> int:
+        """The cheapest level of at least a quality 0..1, or the level of a name."""
+        if isinstance(wanted, str):
+            return self.ladder.named(wanted)
+        if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not (math.isfinite(wanted) and 0 <= wanted <= 1):
+            raise UsageError(f"{field} is {wanted!r}", f"give a number from 0 to 1, or a name such as '{FULL}'")
+        return self.ladder.at_least(wanted)
+
+    def budget(self, level: int) -> float:
+        return self.ladder.levels[level].budget
+
+
+def is_elastic(folder: Path) -> bool:
+    """Whether `moe-prism refactor` wrote this folder. CorruptError if its prism.json is damaged."""
+    return (folder / "prism.json").is_file() and read_manifest(folder).get("kind") == "elastic"
+
+
+def full_slots(folder: Path) -> int:
+    """k N of a folder, from config.json and prism.json. UsageError if the configuration does not say k."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for key in TOP_K_NAMES:
+        if isinstance(config.get(key), int) and config[key] > 0:
+            return int(config[key]) * int(read_manifest(folder)["n_sub"])
+    raise UsageError(f"{folder}/config.json does not say how many experts a token uses", "serve it with `moe-prism serve`")

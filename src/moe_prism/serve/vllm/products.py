@@ -1,0 +1,179 @@
+"""Products of the rows of a batch with packed blocks of weights, grouped by block and shared out among torch's threads."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import cfunc, njit
+from torch import Tensor
+
+from ...elastic import team
+from ...elastic.jobs import group
+from ...elastic.tiles import LANES, read, take
+from .tiles import WIDTH, packed_tile
+
+JOB = "void(intp)"
+ROWS, COLUMNS = (6, 4) if LANES == 16 else (2, 2)  # of the largest tile: what the registers hold
+CHUNK = 8  # columns (of 16 values) of a unit of work
+
+_full = {(r, c): packed_tile(r, c, half=False) for r in (1, 2, 4, 6) for c in (1, 2, 4)}
+_half = {(r, c): packed_tile(r, c, half=True) for r in (1, 2, 4, 6) for c in (1, 2, 4)}
+
+
+def _chooser(tiles: dict[tuple[int, int], Any]) -> Any:
+    """A function that runs the tile of r rows and c columns."""
+    t11, t12, t14, t21, t22, t24 = (tiles[r, c] for r in (1, 2) for c in (1, 2, 4))
+    t41, t42, t44, t61, t62, t64 = (tiles[r, c] for r in (4, 6) for c in (1, 2, 4))
+
+    @njit(inline="always")
+    def choose(r, c, x, ids, ldx, w, ldw, depth, out, o, ldo):  # type: ignore[no-untyped-def]
+        if r == 6:
+            if c == 4:
+                t64(x, ids, ldx, w, ldw, depth, out, o, ldo)
+            elif c == 2:
+                t62(x, ids, ldx, w, ldw, depth, out, o, ldo)
+            else:
+                t61(x, ids, ldx, w, ldw, depth, out, o, ldo)
+        elif r == 4:
+            if c == 4:
+                t44(x, ids, ldx, w, ldw, depth, out, o, ldo)
+            elif c == 2:
+                t42(x, ids, ldx, w, ldw, depth, out, o, ldo)
+            else:
+                t41(x, ids, ldx, w, ldw, depth, out, o, ldo)
+        elif r == 2:
+            if c == 4:
+                t24(x, ids, ldx, w, ldw, depth, out, o, ldo)
+            elif c == 2:
+                t22(x, ids, ldx, w, ldw, depth, out, o, ldo)
+            else:
+                t21(x, ids, ldx, w, ldw, depth, out, o, ldo)
+        elif c == 4:
+            t14(x, ids, ldx, w, ldw, depth, out, o, ldo)
+        elif c == 2:
+            t12(x, ids, ldx, w, ldw, depth, out, o, ldo)
+        else:
+            t11(x, ids, ldx, w, ldw, depth, out, o, ldo)
+
+    return choose
+
+
+_choose_full, _choose_half = _chooser(_full), _chooser(_half)
+
+
+@njit(inline="always")
+def _largest(left, most):  # type: ignore[no-untyped-def]
+    """The largest tile side (6, 4, 2, 1) that fits what is left."""
+    side = 6 if left >= 6 else 4 if left >= 4 else 2 if left >= 2 else 1
+    return min(side, most)
+
+
+@njit(inline="always")
+def _tiles(half, begin, end, first, last, x, ids, ldx, w, ldw, depth, out, o, ldo):  # type: ignore[no-untyped-def]
+    """All tiles of rows begin..end - 1 and columns first..last - 1; `ids` and `o` have one entry per row."""
+    size = 2 if half else 4
+    c = first
+    while c < last:
+        columns = min(_largest(last - c, COLUMNS), 4)
+        s = begin
+        while s < end:
+            rows = _largest(end - s, ROWS)
+            here, there = w + size * c * ldw, out + 4 * WIDTH * c
+            if half:
+                _choose_half(rows, columns, x, ids + 8 * s, ldx, here, ldw, depth, there, o + 8 * s, ldo)
+            else:
+                _choose_full(rows, columns, x, ids + 8 * s, ldx, here, ldw, depth, there, o + 8 * s, ldo)
+            s += rows
+        c += columns
+
+
+@cfunc(JOB, cache=True)
+def dot_job(job):  # type: ignore[no-untyped-def]
+    """out[o] += x[row] . w for every slot of the active groups. A unit is CHUNK columns of one part of one group. job: see `dot`."""
+    x, ldx, depth, out, ldo = read(job, 1), read(job, 2), read(job, 3), read(job, 4), read(job, 5)
+    rows, o, offsets, active, count = read(job, 6), read(job, 7), read(job, 8), read(job, 9), read(job, 10)
+    w, w_expert, n_sub, columns, parts, jump = read(job, 11), read(job, 12), read(job, 13), read(job, 14), read(job, 15), read(job, 16)
+    half = read(job, 17) == 1
+    size, ldw = 2 if half else 4, depth * WIDTH
+    chunks = (columns + CHUNK - 1) // CHUNK
+    unit = take(job)
+    while unit < count * parts * chunks:
+        at = read(active, unit // (parts * chunks))
+        part, first = unit // chunks % parts, unit % chunks * CHUNK
+        base = w + size * (at // n_sub * w_expert + (part * jump + at % n_sub * columns) * ldw)
+        begin, end, last = read(offsets, at), read(offsets, at + 1), min(columns, first + CHUNK)
+        _tiles(half, begin, end, first, last, x, rows, ldx, base, ldw, depth, out + 4 * WIDTH * part * columns, o, ldo)
+        unit = take(job)
+
+
+@cfunc(JOB, cache=True)
+def add_job(job):  # type: ignore[no-untyped-def]
+    """out[row] += a[slot] . w for every slot of the active groups, in their order.
+
+    job: see `add`. A unit is a strip of out's columns, for all groups: no two threads write to the same place.
+    """
+    a, lda, depth, out, ldo = read(job, 1), read(job, 2), read(job, 3), read(job, 4), read(job, 5)
+    slots, rows, offsets, active, count = read(job, 6), read(job, 7), read(job, 8), read(job, 9), read(job, 10)
+    w, w_expert, n_sub, columns, ldw, strip = read(job, 11), read(job, 12), read(job, 13), read(job, 14), read(job, 15), read(job, 16)
+    half = read(job, 17) == 1
+    size = 2 if half else 4
+    unit = take(job)
+    while unit * strip < columns:
+        first, last = unit * strip, min(columns, unit * strip + strip)
+        for i in range(count):
+            at = read(active, i)
+            base = w + size * (at // n_sub * w_expert + at % n_sub * depth * WIDTH)
+            begin, end = read(offsets, at), read(offsets, at + 1)
+            _tiles(half, begin, end, first, last, a, slots, lda, base, ldw, depth, out, rows, ldo)
+        unit = take(job)
+
+
+class Groups(NamedTuple):
+    """Slots sorted by sub-expert, then token. row (token), choice (token * k + choice) and slot (0..S-1) [S] int64;
+    offset [E N + 1]; active: groups that have slots."""
+
+    row: Tensor
+    choice: Tensor
+    slot: Tensor
+    offset: Tensor
+    active: Tensor
+    n_sub: int
+
+    @classmethod
+    def of(cls, index: Tensor, keep: Tensor, experts: int) -> Groups:
+        """index [T, k] int64, keep [T, k, N] bool."""
+        row, choice, offset, active, _ = group(index.numpy(), keep.numpy(), experts)
+        tensors = [torch.from_numpy(array) for array in (row, choice, np.arange(len(row)), offset, active)]
+        return cls(*tensors, n_sub=keep.shape[2])
+
+    def numbers(self) -> list[int]:
+        return [self.offset.data_ptr(), self.active.data_ptr(), len(self.active)]
+
+
+def dot(x: Tensor, groups: Groups, w: Tensor, parts: int, target: Tensor, out: Tensor) -> None:
+    """out[target[s]] += for every part the product of x[row[s]] with the part's block of w. x [T, d], out [*, *]: float32.
+
+    w [E, P, d, 16] packed; a block is P / (parts N) of its columns, block n of part p begins at column p P / parts + n blocks.
+    """
+    experts_stride, jump = w.stride(0), w.shape[1] // parts
+    columns = jump // groups.n_sub
+    values = [x.data_ptr(), x.stride(0), x.shape[1], out.data_ptr(), out.stride(0), groups.row.data_ptr(), target.data_ptr()]
+    values += [*groups.numbers(), w.data_ptr(), experts_stride, groups.n_sub, columns, parts, jump, _is_half(w)]
+    team.run(dot_job, values, len(groups.row) * parts * columns * WIDTH * x.shape[1])
+
+
+def add(a: Tensor, groups: Groups, w: Tensor, out: Tensor) -> None:
+    """out[row[s]] += a[s] . block of w. a [S, m], out [T, d]: float32; w [E, d / 16, f, 16] packed, block n its rows n m..n m + m - 1."""
+    depth, columns = a.shape[1], w.shape[1]
+    work = len(a) * depth * columns * WIDTH
+    threads = 1 if work < team.SMALL else torch.get_num_threads()
+    strip = -(-columns // (CHUNK * threads)) * CHUNK
+    values = [a.data_ptr(), a.stride(0), depth, out.data_ptr(), out.stride(0), groups.slot.data_ptr(), groups.row.data_ptr()]
+    values += [*groups.numbers(), w.data_ptr(), w.stride(0), groups.n_sub, columns, w.stride(1), strip, _is_half(w)]
+    team.run(add_job, values, work)
+
+
+def _is_half(w: Tensor) -> int:
+    return int(w.dtype == torch.bfloat16)

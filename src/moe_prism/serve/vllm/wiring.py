@@ -1,0 +1,94 @@
+"""Choose our scheduler, worker and field check when the model being served is elastic."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from ...errors import UsageError
+from . import compat
+from .levels import SECTION, Menu, is_elastic
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "MOE_PRISM_VLLM_FOLDER"
+"""Environment variable that tells API server processes, which vLLM spawns, whose levels to check names against."""
+
+SCHEDULER, WORKER, CHECK = (
+    f"{__package__}.scheduler.PrismScheduler",
+    f"{__package__}.worker.PrismWorker",
+    f"{__package__}.check:FieldCheck",
+)
+ARCHITECTURES = (
+    "DeepseekV2ForCausalLM",
+    "MixtralForCausalLM",
+    "OlmoeForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+
+
+def wire() -> None:
+    """Have vLLM call `configure` for the architectures that we support, after its own settings for them."""
+    table = compat.name("MODELS_CONFIG_MAP")
+    for architecture in ARCHITECTURES:
+        own = table.get(architecture)
+        if not hasattr(own, "moe_prism"):
+            table[architecture] = _hook(own)
+
+
+def _hook(own: Any) -> Any:
+    class Hook(compat.name("VerifyAndUpdateConfig")):  # type: ignore[misc]
+        moe_prism = True
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            if own is not None:
+                own.verify_and_update_config(vllm_config)
+            configure(vllm_config)
+
+    return Hook
+
+
+def configure(config: Any) -> None:
+    """Fill in what makes an elastic folder elastic; leave everything else alone.
+
+    Raises UsageError for a bad option under `moe_prism` of --additional-config.
+    """
+    folder = Path(config.model_config.model)
+    if not is_elastic(folder):
+        return
+    options = config.additional_config.get(SECTION, {})
+    menu = Menu.of(folder, {key: value for key, value in options.items() if key != "wired"})
+    problem = unsupported(config)
+    if problem:
+        if menu.default.floor < menu.ladder.top:
+            raise UsageError(f"moe-prism cannot serve a quality below 1: {problem}", f"leave {SECTION} out of --additional-config")
+        logger.warning("moe-prism: %s; every request is served at full budget", problem)
+        return
+    if len(menu.ladder) == 1:
+        logger.warning("moe-prism: %s has no measured levels; run `moe-prism frontier %s --compare threshold`", folder, folder)
+    config.scheduler_config.scheduler_cls = SCHEDULER
+    config.parallel_config.worker_cls = WORKER
+    config.model_config.logits_processors = [*(config.model_config.logits_processors or []), CHECK]
+    # part of the key of vLLM's compile cache: a graph that was traced for the stock model must not be used
+    config.additional_config = {**config.additional_config, SECTION: {**options, "wired": 1}}
+    os.environ[FOLDER] = str(folder)
+
+
+def unsupported(config: Any) -> str | None:
+    """What keeps us from splitting experts under this configuration; None if nothing does."""
+    parallel, worker = config.parallel_config, config.parallel_config.worker_cls
+    if not compat.name("current_platform").is_cpu():
+        return "budgets below 1 run on vLLM's CPU backend only"
+    if parallel.world_size > 1 or parallel.data_parallel_size > 1:
+        return "budgets below 1 need one worker, without tensor, pipeline, expert or data parallelism"
+    if config.model_config.quantization:
+        return f"the experts are quantized ({config.model_config.quantization})"
+    if config.speculative_config is not None:
+        return "budgets below 1 do not go together with speculative decoding"
+    if config.scheduler_config.scheduler_cls is not None or worker not in ("auto", WORKER):
+        return "a scheduler or worker class of your own is set"
+    return None

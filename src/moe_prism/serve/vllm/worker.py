@@ -1,4 +1,8 @@
-"""vLLM's CPU worker, which tells the layers the budget of every row of a step."""
+"""vLLM's CPU worker, which tells the layers the budget of every row of a step.
+
+Nothing that compiles with numba may be imported before the worker has started: vLLM then looks through every module's objects for
+kernels to replace, and the one that llvmlite uses for its library answers to any attribute name, which that search does not survive.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,216 @@
+"""Time of a decode step of vLLM with the plug-in: full budget against stock vLLM, and lower budgets against full.
+
+    python benchmarks/vllm_step.py [--batches 1,8,32] [--steps 16] [--rounds 3] [--dtype bfloat16] [--layers 8] [--mixed] [--json]
+
+Needs vLLM's CPU build (docs/vllm.md). Whole engine steps on a random-weight OLMoE in which experts dominate (hidden 1024, 64 experts of
+512, top-8). Both engines run at the same time, each in a process of its own, and are asked in turns; a figure is the ratio of the
+medians of a round's steps, median over the rounds. `kept` is the share of slots that was really kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+E, K, HIDDEN, WIDTH, N_SUB, GATES = 64, 8, 1024, 512, 4, 1
+BUDGETS = {"most": 0.75, "half": 0.5, "quarter": 0.25}
+PROMPT = 16
+
+
+def build(folder: Path, layers: int) -> None:
+    """A random model, a random predictor, and levels that fit both; as `moe-prism refactor` lays them out."""
+    import torch
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    from moe_prism.checkpoint import OutputFolder, write_manifest
+    from moe_prism.elastic import attach
+
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        hidden_size=HIDDEN, intermediate_size=WIDTH, num_experts=E, num_experts_per_tok=K, num_hidden_layers=layers,
+        num_attention_heads=16, num_key_value_heads=16, vocab_size=4096, max_position_embeddings=1024,
+        eos_token_id=0, bos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    model = OlmoeForCausalLM(config).to(torch.bfloat16).eval()
+    ridges = [torch.randn(E, N_SUB, HIDDEN + N_SUB * GATES + 1) * 0.5 / HIDDEN**0.5 for _ in range(layers)]
+    elastic = attach(model, N_SUB, gates=GATES, tensors=[{"ridge": ridge} for ridge in ridges])
+    levels = _levels(model, elastic)
+    side = {f"layers.{i}.ridge": ridge for i, ridge in enumerate(ridges)} | {f"layers.{i}.levels": v for i, v in enumerate(levels)}
+    with OutputFolder(folder) as out:
+        model.save_pretrained(out.work)
+        out.save_tensors("prism.safetensors", side)
+        # qualities of a random model mean nothing; they only have to rise
+        ladder = [{"name": n, "budget": b, "slots": b * K * N_SUB, "quality": b} for n, b in sorted(BUDGETS.items(), key=lambda i: i[1])]
+        out.write_bytes("ladder.json", json.dumps({"levels": ladder}).encode())
+        facts = [{"name": f"model.layers.{i}.mlp.experts", "experts": E, "width": WIDTH} for i in range(layers)]
+        write_manifest(out, {"kind": "elastic", "n_sub": N_SUB, "gates": GATES, "layers": facts})
+        out.finish()
+
+
+def _levels(model: Any, elastic: Any) -> list[Any]:
+    """Quantiles of every layer's slot values on random tokens."""
+    import torch
+
+    from moe_prism.elastic.threshold import fit_levels
+
+    levels = []
+
+    def hook(layer: Any) -> Any:
+        def run(x: Any, index: Any, weight: Any) -> Any:
+            values = (weight.float().abs()[:, :, None] * layer.scorer("ridge")(x, index)).flatten()
+            levels.append(fit_levels(values, torch.ones_like(values)))
+            return layer.plan.layer.stock(x, index, weight)
+
+        return run
+
+    for layer in elastic.layers:
+        layer.plan.layer.install(hook(layer))
+    with torch.no_grad():
+        model(torch.randint(0, 4096, (8, 32)))
+    elastic.detach()
+    return levels
+
+
+def serve(folder: str, dtype: str, eager: bool) -> None:
+    """The child: answers lines {"batch", "steps", "qualities"} with the median seconds of a decode step."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    reply = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import torch
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        folder, dtype=dtype, enforce_eager=eager, max_model_len=512, max_num_seqs=64, enable_prefix_caching=False, skip_tokenizer_init=True
+    ).llm_engine
+    from moe_prism.serve.vllm import layer  # not before the engine: see worker.py
+
+    kept: list[float] = []
+    keep = layer.PackedLayer.keep
+
+    def counted(*arguments: Any) -> Any:
+        marks = keep(*arguments)
+        kept.append(float(marks.float().mean()))
+        return marks
+
+    print("ready", file=reply, flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        prompts = torch.randint(0, 4096, (order["batch"], PROMPT), generator=torch.Generator().manual_seed(1)).tolist()
+        for i, prompt in enumerate(prompts):
+            quality = order["qualities"][i % len(order["qualities"])]
+            extra = None if quality == "full" else {"quality": quality}
+            params = SamplingParams(temperature=0, max_tokens=order["steps"] + 2, ignore_eos=True, extra_args=extra, detokenize=False)
+            engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+        engine.step()
+        seconds = []
+        kept.clear()
+        while engine.has_unfinished_requests():
+            layer.PackedLayer.keep = counted if len(seconds) == 1 else keep  # one step is counted, and not used
+            began = time.perf_counter()
+            engine.step()
+            seconds.append(time.perf_counter() - began)
+        print(json.dumps([statistics.median(seconds[2 : order["steps"]]), statistics.mean(kept) if kept else 1.0]), file=reply, flush=True)
+
+
+class Child:
+    """An engine in a process of its own."""
+
+    def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
+        command = [sys.executable, __file__, "--serve", str(folder), "--dtype", arguments.dtype]
+        self.process = subprocess.Popen(
+            [*command, *(["--compiled"] if arguments.compiled else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit("the engine died; its output is above")
+        return line
+
+    def ask(self, batch: int, steps: int, qualities: list[str]) -> tuple[float, float]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"batch": batch, "steps": steps, "qualities": qualities}) + "\n")
+        self.process.stdin.flush()
+        seconds, kept = json.loads(self.line())
+        return seconds, kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--mixed", action="store_true", help="also a batch of which half is at a quarter, beside its two halves alone")
+    parser.add_argument("--keep", type=Path, help="build the model here, or use what is there")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        return serve(arguments.serve, arguments.dtype, not arguments.compiled)
+    with tempfile.TemporaryDirectory() as scratch:
+        elastic = arguments.keep or Path(scratch) / "elastic"
+        if not elastic.exists():
+            build(elastic, arguments.layers)
+        stock = Path(scratch) / "stock"  # the same files without prism.json: the plug-in leaves it alone
+        stock.mkdir()
+        for file in elastic.iterdir():
+            if not file.name.startswith("prism"):
+                (stock / file.name).symlink_to(file.resolve())
+        children = {"stock": Child(stock, arguments), "elastic": Child(elastic, arguments)}
+        try:
+            report(arguments, children)
+        finally:
+            for child in children.values():
+                child.process.kill()
+
+
+def report(arguments: argparse.Namespace, children: dict[str, Child]) -> None:
+    for child in children.values():
+        child.line()
+    rows = []
+    for batch in map(int, arguments.batches.split(",")):
+        runs = {"stock": ("stock", batch, ["full"])} | {q: ("elastic", batch, [q]) for q in ("full", *BUDGETS)}
+        if arguments.mixed and batch > 1:
+            runs |= {"mixed": ("elastic", batch, ["quarter", "full"])}
+            runs |= {"half full": ("elastic", batch // 2, ["full"]), "half quarter": ("elastic", batch // 2, ["quarter"])}
+        found: dict[str, list[float]] = {name: [] for name in runs}
+        kept = {}
+        for turn in range(arguments.rounds + 1):
+            for name, (child, count, qualities) in runs.items():
+                seconds, kept[name] = children[child].ask(count, arguments.steps, qualities)
+                if turn:
+                    found[name].append(seconds)
+        rows.append(_row(batch, found, kept))
+        if not arguments.json:
+            print("  ".join(f"{key} {value:g}" for key, value in rows[-1].items()), flush=True)
+    if arguments.json:
+        print(json.dumps(rows))
+
+
+def _row(batch: int, found: dict[str, list[float]], kept: dict[str, float]) -> dict[str, float]:
+    def ratio(a: str, b: str) -> float:
+        return round(statistics.median(x / y for x, y in zip(found[a], found[b], strict=True)), 3)
+
+    row = {"batch": batch, "stock_ms": round(1e3 * statistics.median(found["stock"]), 1), "full/stock": ratio("full", "stock")}
+    for name, budget in BUDGETS.items():
+        row |= {f"{budget:g}/full": ratio(name, "full"), f"kept@{budget:g}": round(kept[name], 3)}
+    if "mixed" in found:
+        row |= {"mixed/full": ratio("mixed", "full"), "two_steps/full": round(ratio("half full", "full") + ratio("half quarter", "full"), 3)}
+    return row
+
+
+if __name__ == "__main__":
+    main()

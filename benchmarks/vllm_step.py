@@ -43,12 +43,18 @@ def build(folder: Path, layers: int) -> None:
     ridges = [torch.randn(E, N_SUB, HIDDEN + N_SUB * GATES + 1) * 0.5 / HIDDEN**0.5 for _ in range(layers)]
     elastic = attach(model, N_SUB, gates=GATES, tensors=[{"ridge": ridge} for ridge in ridges])
     levels = _levels(model, elastic)
-    side = {f"layers.{i}.ridge": ridge for i, ridge in enumerate(ridges)} | {f"layers.{i}.levels": v for i, v in enumerate(levels)}
+    side = {f"layers.{i}.ridge": ridge for i, ridge in enumerate(ridges)} | {
+        f"layers.{i}.levels": v for i, v in enumerate(levels)
+    }
     with OutputFolder(folder) as out:
-        model.save_pretrained(out.work)
+        model.save_pretrained(
+            out.work, max_shard_size="400MB"
+        )  # with an index: vLLM reads every *.safetensors where there is none
         out.save_tensors("prism.safetensors", side)
         # qualities of a random model mean nothing; they only have to rise
-        ladder = [{"name": n, "budget": b, "slots": b * K * N_SUB, "quality": b} for n, b in sorted(BUDGETS.items(), key=lambda i: i[1])]
+        ladder = [
+            {"name": n, "budget": b, "slots": b * K * N_SUB, "quality": b} for n, b in sorted(BUDGETS.items(), key=lambda i: i[1])
+        ]
         out.write_bytes("ladder.json", json.dumps({"levels": ladder}).encode())
         facts = [{"name": f"model.layers.{i}.mlp.experts", "experts": E, "width": WIDTH} for i in range(layers)]
         write_manifest(out, {"kind": "elastic", "n_sub": N_SUB, "gates": GATES, "layers": facts})
@@ -89,7 +95,13 @@ def serve(folder: str, dtype: str, eager: bool) -> None:
     from vllm import LLM, SamplingParams
 
     engine = LLM(
-        folder, dtype=dtype, enforce_eager=eager, max_model_len=512, max_num_seqs=64, enable_prefix_caching=False, skip_tokenizer_init=True
+        folder,
+        dtype=dtype,
+        enforce_eager=eager,
+        max_model_len=512,
+        max_num_seqs=64,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
     ).llm_engine
     from moe_prism.serve.vllm import layer  # not before the engine: see worker.py
 
@@ -108,7 +120,9 @@ def serve(folder: str, dtype: str, eager: bool) -> None:
         for i, prompt in enumerate(prompts):
             quality = order["qualities"][i % len(order["qualities"])]
             extra = None if quality == "full" else {"quality": quality}
-            params = SamplingParams(temperature=0, max_tokens=order["steps"] + 2, ignore_eos=True, extra_args=extra, detokenize=False)
+            params = SamplingParams(
+                temperature=0, max_tokens=order["steps"] + 2, ignore_eos=True, extra_args=extra, detokenize=False
+            )
             engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
         engine.step()
         seconds = []
@@ -118,7 +132,11 @@ def serve(folder: str, dtype: str, eager: bool) -> None:
             began = time.perf_counter()
             engine.step()
             seconds.append(time.perf_counter() - began)
-        print(json.dumps([statistics.median(seconds[2 : order["steps"]]), statistics.mean(kept) if kept else 1.0]), file=reply, flush=True)
+        print(
+            json.dumps([statistics.median(seconds[2 : order["steps"]]), statistics.mean(kept) if kept else 1.0]),
+            file=reply,
+            flush=True,
+        )
 
 
 class Child:
@@ -153,7 +171,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--mixed", action="store_true", help="also a batch of which half is at a quarter, beside its two halves alone")
+    parser.add_argument(
+        "--mixed", action="store_true", help="also a batch of which half is at a quarter, beside its two halves alone"
+    )
     parser.add_argument("--keep", type=Path, help="build the model here, or use what is there")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -208,7 +228,10 @@ def _row(batch: int, found: dict[str, list[float]], kept: dict[str, float]) -> d
     for name, budget in BUDGETS.items():
         row |= {f"{budget:g}/full": ratio(name, "full"), f"kept@{budget:g}": round(kept[name], 3)}
     if "mixed" in found:
-        row |= {"mixed/full": ratio("mixed", "full"), "two_steps/full": round(ratio("half full", "full") + ratio("half quarter", "full"), 3)}
+        row |= {
+            "mixed/full": ratio("mixed", "full"),
+            "two_steps/full": round(ratio("half full", "full") + ratio("half quarter", "full"), 3),
+        }
     return row
 
 

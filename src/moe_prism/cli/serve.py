@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from ..errors import UsageError
 
@@ -12,6 +13,7 @@ def serve(
     folder: Path,
     /,
     *,
+    engine: Literal["embedded", "vllm"] = "embedded",
     policy: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -28,6 +30,7 @@ def serve(
     Parameters
     ----------
     folder: Written by `moe-prism refactor`; after `moe-prism frontier --compare threshold` it has more operating points.
+    engine: embedded, or vllm: hand over to vLLM's own server (docs/vllm.md), which takes --host, --port, --api-key and --name only.
     policy: Scheduling policy; see `moe-prism ls policies`. Default elastic.
     host: Address to listen on. Anything but loopback needs a key.
     port: Port to listen on; 0 for any free one.
@@ -46,5 +49,13 @@ def serve(
     if not 0 < probe_seconds <= 600:
         raise UsageError(f"--probe-seconds {probe_seconds:g} is out of range", "give more than 0 and at most 600")
     key = api_key or os.environ.get("MOE_PRISM_API_KEY") or None
+    if engine == "vllm":
+        given = {"--policy": policy, "--config": config, "--cost": cost, "--save-cost": save_cost}
+        wrong = next((option for option, value in given.items() if value is not None), None)
+        if wrong:
+            raise UsageError(f"{wrong} is not available with --engine vllm", "leave it out; vLLM schedules by itself")
+        from ..serve.vllm.launch import launch
+
+        return launch(folder, host, port, name, key)
     logs.set_up(debug)
-    run(folder, ServeOptions(host, port, policy, config, key, name, cost, save_cost, probe_seconds))
+    return run(folder, ServeOptions(host, port, policy, config, key, name, cost, save_cost, probe_seconds))

@@ -54,9 +54,7 @@ def problem() -> str | None:
     """Why the installed vLLM cannot be used; None if it can."""
     if find_spec("vllm") is None:
         return f"vLLM is not installed; {_advice()}"
-    from vllm import __version__
-
-    return version_problem(__version__)
+    return version_problem(import_module("vllm").__version__)
 
 
 def version_problem(version: str) -> str | None:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class ElasticExperts(compat.name("RoutedExperts")):  # type: ignore[misc]
-    """vLLM's experts, with `elastic` beside them. A step at full budget, and in any step the rows at full budget, are the stock kernel's."""
+    """vLLM's experts, with `elastic` beside them. Rows at full budget are always the stock kernel's, whoever else is in the step."""
 
     elastic: PackedLayer
 
@@ -52,7 +52,9 @@ def install(model: Any, config: Any) -> None:
     manifest = read_manifest(folder)
     runners = [module for module in model.modules() if isinstance(module, compat.name("MoERunner"))]
     if len(runners) != len(manifest["layers"]):
-        raise CorruptError(f"prism.json knows {len(manifest['layers'])} MoE layers, vLLM found {len(runners)}", "refactor the model again")
+        raise CorruptError(
+            f"prism.json knows {len(manifest['layers'])} MoE layers, vLLM found {len(runners)}", "refactor the model again"
+        )
     problem = _problem(runners[0].routed_experts, manifest["layers"][0]["width"])
     if problem:
         logger.warning("moe-prism: %s; every request is served at full budget", problem)

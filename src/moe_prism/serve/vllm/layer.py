@@ -51,7 +51,9 @@ class PackedLayer:
     def _check(self, w13: Tensor, activation: str, side: Mapping[str, Tensor]) -> None:
         features = self.hidden + self.n_sub * self.gates + 1
         if activation not in ACTIVATIONS:
-            raise UsageError(f"experts with the activation '{activation}' run at full budget only", "serve without a quality below 1")
+            raise UsageError(
+                f"experts with the activation '{activation}' run at full budget only", "serve without a quality below 1"
+            )
         if w13.shape != (self.experts, 2 * self.width, self.hidden) or self.width % (self.n_sub * WIDTH):
             raise UsageError(
                 f"sub-experts of {self.width}/{self.n_sub} neurons do not fit vLLM's CPU kernel, which keeps {WIDTH} together",

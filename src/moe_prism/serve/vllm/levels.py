@@ -50,7 +50,9 @@ class Menu:
         """`quality` alone fixes the level; `min_quality` lets load lower it to there. UsageError for a value that means nothing."""
         for field in NOT_HERE:
             if field in fields:
-                raise UsageError(f"{field} is not available with vLLM", "leave it out, or use `moe-prism serve` without --engine vllm")
+                raise UsageError(
+                    f"{field} is not available with vLLM", "leave it out, or use `moe-prism serve` without --engine vllm"
+                )
         floor, ceiling = self.default
         if "quality" in fields:
             floor = ceiling = self.level(fields["quality"], "quality")

@@ -2,100 +2,74 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from numba import cfunc, njit
 from torch import Tensor
 
 from ...elastic import team
 from ...elastic.jobs import group
-from ...elastic.tiles import LANES, read, take
-from .tiles import WIDTH, packed_tile
+from ...elastic.tiles import read, take
+from .tiles import SIDES, WIDTH, packed
 
 JOB = "void(intp)"
-ROWS, COLUMNS = (6, 4) if LANES == 16 else (2, 2)  # of the largest tile: what the registers hold
+ROWS, COLUMNS = SIDES[0][0], SIDES[1][0]
 CHUNK = 8  # columns (of 16 values) of a unit of work
-
-_full = {(r, c): packed_tile(r, c, half=False) for r in (1, 2, 4, 6) for c in (1, 2, 4)}
-_half = {(r, c): packed_tile(r, c, half=True) for r in (1, 2, 4, 6) for c in (1, 2, 4)}
-
-
-def _chooser(tiles: dict[tuple[int, int], Any]) -> Any:
-    """A function that runs the tile of r rows and c columns."""
-    t11, t12, t14, t21, t22, t24 = (tiles[r, c] for r in (1, 2) for c in (1, 2, 4))
-    t41, t42, t44, t61, t62, t64 = (tiles[r, c] for r in (4, 6) for c in (1, 2, 4))
-
-    @njit(inline="always")
-    def choose(r, c, x, ids, ldx, w, ldw, depth, out, o, ldo):  # type: ignore[no-untyped-def]
-        if r == 6:
-            if c == 4:
-                t64(x, ids, ldx, w, ldw, depth, out, o, ldo)
-            elif c == 2:
-                t62(x, ids, ldx, w, ldw, depth, out, o, ldo)
-            else:
-                t61(x, ids, ldx, w, ldw, depth, out, o, ldo)
-        elif r == 4:
-            if c == 4:
-                t44(x, ids, ldx, w, ldw, depth, out, o, ldo)
-            elif c == 2:
-                t42(x, ids, ldx, w, ldw, depth, out, o, ldo)
-            else:
-                t41(x, ids, ldx, w, ldw, depth, out, o, ldo)
-        elif r == 2:
-            if c == 4:
-                t24(x, ids, ldx, w, ldw, depth, out, o, ldo)
-            elif c == 2:
-                t22(x, ids, ldx, w, ldw, depth, out, o, ldo)
-            else:
-                t21(x, ids, ldx, w, ldw, depth, out, o, ldo)
-        elif c == 4:
-            t14(x, ids, ldx, w, ldw, depth, out, o, ldo)
-        elif c == 2:
-            t12(x, ids, ldx, w, ldw, depth, out, o, ldo)
-        else:
-            t11(x, ids, ldx, w, ldw, depth, out, o, ldo)
-
-    return choose
-
-
-_choose_full, _choose_half = _chooser(_full), _chooser(_half)
 
 
 @njit(inline="always")
-def _largest(left, most):  # type: ignore[no-untyped-def]
-    """The largest tile side (6, 4, 2, 1) that fits what is left."""
+def _side(left: int, most: int) -> int:
+    """The largest side of a tile that fits what is left."""
     side = 6 if left >= 6 else 4 if left >= 4 else 2 if left >= 2 else 1
     return min(side, most)
 
 
 @njit(inline="always")
-def _tiles(half, begin, end, first, last, x, ids, ldx, w, ldw, depth, out, o, ldo):  # type: ignore[no-untyped-def]
+def _product(
+    half: int,
+    begin: int,
+    end: int,
+    first: int,
+    last: int,
+    x: int,
+    ids: int,
+    ldx: int,
+    w: int,
+    ldw: int,
+    depth: int,
+    out: int,
+    o: int,
+    ldo: int,
+) -> None:
     """All tiles of rows begin..end - 1 and columns first..last - 1; `ids` and `o` have one entry per row."""
     size = 2 if half else 4
     c = first
     while c < last:
-        columns = min(_largest(last - c, COLUMNS), 4)
+        columns = _side(min(last - c, 5), COLUMNS)
         s = begin
         while s < end:
-            rows = _largest(end - s, ROWS)
+            rows = _side(end - s, ROWS)
             here, there = w + size * c * ldw, out + 4 * WIDTH * c
-            if half:
-                _choose_half(rows, columns, x, ids + 8 * s, ldx, here, ldw, depth, there, o + 8 * s, ldo)
-            else:
-                _choose_full(rows, columns, x, ids + 8 * s, ldx, here, ldw, depth, there, o + 8 * s, ldo)
+            packed(half, rows, columns, x, ids + 8 * s, ldx, here, ldw, depth, there, o + 8 * s, ldo)
             s += rows
         c += columns
 
 
 @cfunc(JOB, cache=True)
-def dot_job(job):  # type: ignore[no-untyped-def]
+def dot_job(job: int) -> None:
     """out[o] += x[row] . w for every slot of the active groups. A unit is CHUNK columns of one part of one group. job: see `dot`."""
     x, ldx, depth, out, ldo = read(job, 1), read(job, 2), read(job, 3), read(job, 4), read(job, 5)
     rows, o, offsets, active, count = read(job, 6), read(job, 7), read(job, 8), read(job, 9), read(job, 10)
-    w, w_expert, n_sub, columns, parts, jump = read(job, 11), read(job, 12), read(job, 13), read(job, 14), read(job, 15), read(job, 16)
-    half = read(job, 17) == 1
+    w, w_expert, n_sub, columns, parts, jump = (
+        read(job, 11),
+        read(job, 12),
+        read(job, 13),
+        read(job, 14),
+        read(job, 15),
+        read(job, 16),
+    )
+    half = read(job, 17)
     size, ldw = 2 if half else 4, depth * WIDTH
     chunks = (columns + CHUNK - 1) // CHUNK
     unit = take(job)
@@ -104,20 +78,27 @@ def dot_job(job):  # type: ignore[no-untyped-def]
         part, first = unit // chunks % parts, unit % chunks * CHUNK
         base = w + size * (at // n_sub * w_expert + (part * jump + at % n_sub * columns) * ldw)
         begin, end, last = read(offsets, at), read(offsets, at + 1), min(columns, first + CHUNK)
-        _tiles(half, begin, end, first, last, x, rows, ldx, base, ldw, depth, out + 4 * WIDTH * part * columns, o, ldo)
+        _product(half, begin, end, first, last, x, rows, ldx, base, ldw, depth, out + 4 * WIDTH * part * columns, o, ldo)
         unit = take(job)
 
 
 @cfunc(JOB, cache=True)
-def add_job(job):  # type: ignore[no-untyped-def]
+def add_job(job: int) -> None:
     """out[row] += a[slot] . w for every slot of the active groups, in their order.
 
     job: see `add`. A unit is a strip of out's columns, for all groups: no two threads write to the same place.
     """
     a, lda, depth, out, ldo = read(job, 1), read(job, 2), read(job, 3), read(job, 4), read(job, 5)
     slots, rows, offsets, active, count = read(job, 6), read(job, 7), read(job, 8), read(job, 9), read(job, 10)
-    w, w_expert, n_sub, columns, ldw, strip = read(job, 11), read(job, 12), read(job, 13), read(job, 14), read(job, 15), read(job, 16)
-    half = read(job, 17) == 1
+    w, w_expert, n_sub, columns, ldw, strip = (
+        read(job, 11),
+        read(job, 12),
+        read(job, 13),
+        read(job, 14),
+        read(job, 15),
+        read(job, 16),
+    )
+    half = read(job, 17)
     size = 2 if half else 4
     unit = take(job)
     while unit * strip < columns:
@@ -126,7 +107,7 @@ def add_job(job):  # type: ignore[no-untyped-def]
             at = read(active, i)
             base = w + size * (at // n_sub * w_expert + at % n_sub * depth * WIDTH)
             begin, end = read(offsets, at), read(offsets, at + 1)
-            _tiles(half, begin, end, first, last, a, slots, lda, base, ldw, depth, out, rows, ldo)
+            _product(half, begin, end, first, last, a, slots, lda, base, ldw, depth, out, rows, ldo)
         unit = take(job)
 
 
@@ -145,8 +126,8 @@ class Groups(NamedTuple):
     def of(cls, index: Tensor, keep: Tensor, experts: int) -> Groups:
         """index [T, k] int64, keep [T, k, N] bool."""
         row, choice, offset, active, _ = group(index.numpy(), keep.numpy(), experts)
-        tensors = [torch.from_numpy(array) for array in (row, choice, np.arange(len(row)), offset, active)]
-        return cls(*tensors, n_sub=keep.shape[2])
+        whole = torch.from_numpy
+        return cls(whole(row), whole(choice), torch.arange(len(row)), whole(offset), whole(active), keep.shape[2])
 
     def numbers(self) -> list[int]:
         return [self.offset.data_ptr(), self.active.data_ptr(), len(self.active)]

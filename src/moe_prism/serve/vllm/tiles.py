@@ -11,19 +11,20 @@ Addresses are bytes, strides are elements. Inputs and results are float32, weigh
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from ...elastic.tiles import LANES
+
 WIDTH = 16
 """Values that lie side by side."""
 
 I16, I64, F32 = ir.IntType(16), ir.IntType(64), ir.FloatType()
 VECTOR, WORDS, HALVES = (ir.VectorType(kind, WIDTH) for kind in (F32, ir.IntType(32), I16))
-
-Tile = Callable[..., None]
 
 
 def _number(value: int) -> ir.Constant:
@@ -33,8 +34,8 @@ def _number(value: int) -> ir.Constant:
 class _Code:
     """The instructions of one tile."""
 
-    def __init__(self, builder: Any, half: bool) -> None:
-        self.b, self.half = builder, half
+    def __init__(self, builder: Any, *, half: bool) -> None:
+        self.b, self.half, self.size = builder, half, 2 if half else 4
         kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
         self.fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{WIDTH}f32")
 
@@ -81,33 +82,55 @@ class _Code:
         return result
 
 
-def packed_tile(rows: int, columns: int, *, half: bool) -> Tile:
-    """out[o[i], 16 c : 16 c + 16] += sum over k < depth of x[ids[i], k] w[c, k, 0:16] for i < rows, c < columns. depth >= 1.
+def _tile(
+    c: _Code, rows: int, columns: int, x: Any, ids: Any, ldx: Any, w: Any, ldw: Any, depth: Any, out: Any, o: Any, ldo: Any
+) -> None:
+    """A register for every 16 columns of an output row."""
+    inputs, outputs = c.rows(x, ids, ldx, rows), c.rows(out, o, ldo, rows)
+    starts = [c.at(w, c.b.mul(ldw, _number(i)), c.size) for i in range(columns)]
+    places = [c.b.add(address, _number(4 * WIDTH * i)) for address in outputs for i in range(columns)]
 
-    Arguments: x, ids, ldx, w, ldw (from one c to the next), depth, out, o, ldo. half: bfloat16 weights.
+    def step(k: Any, acc: list[Any]) -> list[Any]:
+        offset = c.b.mul(k, _number(WIDTH * c.size))
+        loaded = [c.weights(c.b.add(start, offset)) for start in starts]
+        factors = [c.spread(c.load(c.at(address, k), F32)) for address in inputs]
+        return [c.b.call(c.fma, [f, v, acc[i * columns + j]]) for i, f in enumerate(factors) for j, v in enumerate(loaded)]
+
+    for value, place in zip(c.loop(depth, [c.load(p) for p in places], step), places, strict=True):
+        c.b.store(value, c.b.inttoptr(place, VECTOR.as_pointer())).align = 4
+
+
+SIDES = ((6, 4, 2, 1), (4, 2, 1)) if LANES == 16 else ((2, 1), (2, 1))
+"""Rows and columns of the tiles, largest first: what the registers hold."""
+
+
+@intrinsic
+def packed(
+    context: Any,
+    half: Any,
+    rows: Any,
+    columns: Any,
+    x: Any,
+    ids: Any,
+    ldx: Any,
+    w: Any,
+    ldw: Any,
+    depth: Any,
+    out: Any,
+    o: Any,
+    ldo: Any,
+) -> Any:
+    """out[o[i], 16 c : 16 c + 16] += sum over k < depth of x[ids[i], k] w[c, k, 0:16], i < rows, c < columns, sides from SIDES.
+
+    depth >= 1; ldw from one c to the next; half: 1 for bfloat16 weights, 0 for float32.
     """
-    size = 2 if half else 4
-
-    def body(c: _Code, x: Any, ids: Any, ldx: Any, w: Any, ldw: Any, depth: Any, out: Any, o: Any, ldo: Any) -> None:
-        inputs, outputs = c.rows(x, ids, ldx, rows), c.rows(out, o, ldo, rows)
-        starts = [c.at(w, c.b.mul(ldw, _number(i)), size) for i in range(columns)]
-        places = [c.b.add(address, _number(4 * WIDTH * i)) for address in outputs for i in range(columns)]
-
-        def step(k: Any, acc: list[Any]) -> list[Any]:
-            offset = c.b.mul(k, _number(WIDTH * size))
-            loaded = [c.weights(c.b.add(start, offset)) for start in starts]
-            factors = [c.spread(c.load(c.at(address, k), F32)) for address in inputs]
-            return [c.b.call(c.fma, [f, v, acc[i * columns + j]]) for i, f in enumerate(factors) for j, v in enumerate(loaded)]
-
-        for value, place in zip(c.loop(depth, [c.load(p) for p in places], step), places, strict=True):
-            c.b.store(value, c.b.inttoptr(place, VECTOR.as_pointer())).align = 4
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        body(_Code(builder, half), *values)
+        given, rest = values[:3], values[3:]
+        for case in product((0, 1), *SIDES):
+            same = [builder.icmp_signed("==", value, _number(wanted)) for value, wanted in zip(given, case, strict=True)]
+            with builder.if_then(builder.and_(builder.and_(same[0], same[1]), same[2])):
+                _tile(_Code(builder, half=case[0] == 1), case[1], case[2], *rest)
         return context.get_dummy_value()
 
-    @intrinsic
-    def tile(context, x, ids, ldx, w, ldw, depth, out, o, ldo):  # type: ignore[no-untyped-def]
-        return types.void(*[types.intp] * 9), codegen
-
-    return tile  # type: ignore[no-any-return]
+    return types.void(*[types.intp] * 12), codegen

@@ -65,7 +65,9 @@ def configure(config: Any) -> None:
     problem = unsupported(config)
     if problem:
         if menu.default.floor < menu.ladder.top:
-            raise UsageError(f"moe-prism cannot serve a quality below 1: {problem}", f"leave {SECTION} out of --additional-config")
+            raise UsageError(
+                f"moe-prism cannot serve a quality below 1: {problem}", f"leave {SECTION} out of --additional-config"
+            )
         logger.warning("moe-prism: %s; every request is served at full budget", problem)
         return
     if len(menu.ladder) == 1:

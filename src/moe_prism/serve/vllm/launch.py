@@ -1,0 +1,37 @@
+"""`moe-prism serve OUT --engine vllm`: hand the process over to vLLM's own server."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from ...errors import UsageError
+from ..server import LOOPBACK
+from . import compat
+from .levels import is_elastic
+
+KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+GIB = "4"
+"""GiB of key/value cache unless the variable says otherwise: vLLM's own default is nine tenths of the machine, and it refuses to start
+when less is free."""
+
+
+def command(folder: Path, host: str, port: int, name: str | None) -> list[str]:
+    """vLLM's server, started without its `vllm` program: that one fails where only the distribution vllm-cpu is installed."""
+    served = name or folder.resolve().name
+    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    return [*program, "--model", str(folder), "--served-model-name", served, "--host", host, "--port", str(port)]
+
+
+def launch(folder: Path, host: str, port: int, name: str | None, api_key: str | None) -> None:
+    """Does not return. UsageError if vLLM is missing or of an unknown version, or the folder is not elastic."""
+    problem = compat.problem()
+    if problem:
+        raise UsageError(problem.split("; ")[0], "see docs/vllm.md")
+    if not is_elastic(folder):
+        raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
+    if host not in LOOPBACK and not api_key:
+        raise UsageError(f"--host {host} is reachable from outside and needs a key", "give --api-key, or leave --host out")
+    environment = {KV_SPACE: GIB, **os.environ, **({"VLLM_API_KEY": api_key} if api_key else {})}
+    os.execve(sys.executable, command(folder, host, port, name), environment)  # noqa: S606 - our own interpreter, no shell

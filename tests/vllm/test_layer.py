@@ -1,0 +1,124 @@
+"""The packed layer against the readable reference of `elastic`. Needs no vLLM."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import OlmoeConfig
+from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+
+from moe_prism.elastic import LayerPlan, Slots, rules, scorers
+from moe_prism.elastic.execute import reference
+from moe_prism.errors import UsageError
+from moe_prism.model import find_layers
+from moe_prism.serve.vllm.layer import PackedLayer, pack
+
+E, K, D, F = 5, 3, 32, 192  # three columns of 16 values per block: tiles of every width occur
+
+
+def stored(rows):
+    """[E, rows, depth] as vLLM keeps it: packed, and called by its old shape."""
+    return pack(rows).view(rows.shape)
+
+
+def make(dtype=torch.float32, n_sub=4, gates=1):
+    """(plan on the family's own weights, the same layer packed)."""
+    torch.manual_seed(0)
+    holder = torch.nn.Module()
+    holder.experts = OlmoeExperts(OlmoeConfig(hidden_size=D, intermediate_size=F, num_experts=E, num_experts_per_tok=K))
+    for p in holder.experts.parameters():
+        p.data.normal_(std=p.shape[-1] ** -0.5)
+    layer = find_layers(holder)[0]
+    ridge = (torch.randn(E, n_sub, D + n_sub * gates + 1) * 0.2).bfloat16()
+    side = {"ridge": ridge, "levels": torch.linspace(2.0, 0, 129)}
+    first, down = holder.experts.gate_up_proj.data, holder.experts.down_proj.data
+    return LayerPlan(layer, n_sub, gates, side), PackedLayer(
+        stored(first.to(dtype)), stored(down.to(dtype)), "silu", n_sub, gates, side
+    )
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2])
+def pair(request):
+    return make(gates=request.param)
+
+
+def batch(tokens, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    index = torch.rand(tokens, E, generator=g).topk(K, dim=1).indices
+    return torch.randn(tokens, D, generator=g), index, torch.rand(tokens, K, generator=g)
+
+
+def selected(plan, x, index, weight, budget):
+    """keep by the tensor forms of `elastic`."""
+    scorer = scorers.get("ridge")(plan)
+    slots = Slots(x, index, weight, torch.ones_like(index, dtype=torch.bool), plan.n_sub, lambda: scorer(x, index))
+    return rules.get("threshold")(plan).keep(slots, budget)
+
+
+@torch.no_grad()
+@given(seed=st.integers(0, 10_000), tokens=st.integers(1, 24), share=st.floats(0, 1))
+@settings(max_examples=40, deadline=None)
+def test_run_is_the_sum_of_the_kept_slots(pair, seed, tokens, share):
+    plan, packed = pair
+    x, index, weight = batch(tokens, seed)
+    keep = torch.rand(tokens, K, 4, generator=torch.Generator().manual_seed(seed)) < share
+    torch.testing.assert_close(packed.run(x, index, weight, keep), reference(plan, x, index, weight, keep), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_selection_is_that_of_the_embedded_engine(pair):
+    plan, packed = pair
+    x, index, weight = batch(200)
+    budget = torch.linspace(0.05, 1, 200)
+    assert torch.equal(packed.keep(x, index, weight, budget), selected(plan, x, index, weight, budget))
+
+
+@torch.no_grad()
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=20, deadline=None)
+def test_a_token_does_not_depend_on_its_batch(pair, seed):
+    """Bit by bit, whatever the others are and want."""
+    packed = pair[1]
+    x, index, weight = batch(17, seed)
+    budget = torch.rand(17, generator=torch.Generator().manual_seed(seed)).clamp(min=0.1)
+    together = packed(x, index, weight, budget)
+    alone = [packed(x[i : i + 1], index[i : i + 1], weight[i : i + 1], budget[i : i + 1]) for i in range(17)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@torch.no_grad()
+def test_threads_share_the_work_and_change_nothing(pair):
+    packed = pair[1]
+    x, index, weight = batch(300)
+    budget = torch.full((300,), 0.6)
+    one = packed(x, index, weight, budget)
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(packed(x, index, weight, budget), one)
+    finally:
+        torch.set_num_threads(1)
+
+
+@torch.no_grad()
+def test_bfloat16_weights():
+    plan, packed = make(torch.bfloat16)
+    x, index, weight = batch(9)
+    keep = torch.ones(9, K, 4, dtype=torch.bool)
+    found = packed(x.bfloat16(), index, weight, torch.ones(9))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), reference(plan, x, index, weight, keep), rtol=0.05, atol=0.02)
+
+
+def test_refusals():
+    plan, _ = make()
+    first, down = stored(torch.randn(E, 2 * F, D)), stored(torch.randn(E, D, F))
+    with pytest.raises(UsageError, match="relu"):
+        PackedLayer(first, down, "relu", 4, 1, plan.tensors)
+    with pytest.raises(UsageError, match="do not fit"):
+        PackedLayer(first, down, "silu", 8, 1, plan.tensors)
+    with pytest.raises(UsageError, match="float16"):
+        PackedLayer(first.half(), down.half(), "silu", 4, 1, plan.tensors)
+    with pytest.raises(UsageError, match="does not belong"):
+        PackedLayer(first, down, "silu", 4, 2, plan.tensors)

@@ -1,0 +1,177 @@
+"""What needs no engine: versions, request fields, refusals of a configuration, the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from moe_prism.cli import main
+from moe_prism.errors import UsageError
+from moe_prism.serve.vllm import compat, launch, wiring
+from moe_prism.serve.vllm.levels import Menu, full_slots, is_elastic
+from tests.vllm.prompts import LEVELS
+
+
+@pytest.fixture(scope="module")
+def tiny_levels(elastic_tiny, tmp_path_factory):
+    from tests.vllm.conftest import with_levels
+
+    return with_levels(elastic_tiny, tmp_path_factory.mktemp("vllm") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def menu(tiny_levels):
+    (tiny_levels / "ladder.json").write_text(json.dumps({"levels": [{**row, "slots": row["slots"] / 2} for row in LEVELS]}))
+    return Menu.of(tiny_levels)
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.32.0+cpu", "0.33.1"])
+def test_known_versions(version):
+    assert compat.version_problem(version) is None
+
+
+@pytest.mark.parametrize("version", ["0.30.9", "0.34.0", "1.0", "dev", ""])
+def test_unknown_versions_name_the_window(version):
+    assert ">= 0.31 and < 0.34" in compat.version_problem(version)
+
+
+def test_names_that_moved_are_named(monkeypatch):
+    monkeypatch.setitem(compat._PLACES, "nowhere", "json.nowhere")
+    with pytest.raises(UsageError, match=r"json.nowhere.nowhere; use vLLM >= 0.31"):
+        compat.name("nowhere")
+    monkeypatch.setitem(compat._PLACES, "JSONDecoder", "json")
+    monkeypatch.setitem(compat._MEMBERS, "JSONDecoder", ("decode", "encode"))
+    with pytest.raises(UsageError, match="JSONDecoder of this vLLM has no encode"):
+        compat.name("JSONDecoder")
+
+
+def test_levels_of_fields(menu):
+    top = menu.ladder.top
+    assert menu.read({}) == (top, top)
+    assert menu.read({"quality": 0.7}) == (0, 0) and menu.read({"quality": 0.701}) == (1, 1)
+    assert menu.read({"quality": "half", "min_quality": 0}) == (0, 1)
+    assert menu.read({"min_quality": "most"}) == (2, top)
+    assert menu.budget(1) == 0.5 and menu.budget(top) == 1.0
+
+
+def test_defaults_of_the_operator(tiny_levels, menu):
+    eager = Menu.of(tiny_levels, {"quality": 0.85, "min_quality": 0.7})
+    assert eager.default == eager.read({}) == (0, 1)
+    assert eager.read({"quality": 1}) == (3, 3) and eager.read({"min_quality": 0.95}) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"qualty": 1}, "qualty"), ({"quality": -1}, "from 0 to 1"), ({"quality": "x"}, "no operating point 'x'")],
+)
+def test_bad_defaults(tiny_levels, options, words):
+    with pytest.raises(UsageError, match=words):
+        Menu.of(tiny_levels, options)
+
+
+@pytest.mark.parametrize("value", [True, None, float("nan"), 1.5, [0.5]])
+def test_values_that_mean_nothing(menu, value):
+    with pytest.raises(UsageError, match="quality is"):
+        menu.read({"quality": value})
+
+
+def test_a_folder_without_levels_has_only_full(elastic_tiny):
+    alone = Menu.of(elastic_tiny)
+    assert len(alone.ladder) == 1 and alone.read({"quality": 0.1}) == (0, 0)
+
+
+def test_what_is_elastic(elastic_tiny, tiny_source):
+    assert is_elastic(elastic_tiny) and not is_elastic(tiny_source)
+    assert full_slots(elastic_tiny) == 2 * json.loads((elastic_tiny / "prism.json").read_text())["n_sub"]
+
+
+def configuration(folder, **changes):
+    """The parts of a VllmConfig that `configure` looks at."""
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(model=str(folder), quantization=None, logits_processors=None),
+        parallel_config=SimpleNamespace(worker_cls="auto", world_size=1, data_parallel_size=1),
+        scheduler_config=SimpleNamespace(scheduler_cls=None),
+        speculative_config=None,
+        additional_config={},
+    )
+    for path, value in changes.items():
+        part, _, field = path.partition("__")
+        if field:
+            setattr(getattr(config, part), field, value)
+        else:
+            setattr(config, part, value)
+    return config
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(compat, "name", lambda what: SimpleNamespace(is_cpu=lambda: True))
+    monkeypatch.setenv(wiring.FOLDER, "")
+
+
+def test_an_elastic_folder_is_wired(tiny_levels, on_cpu):
+    config = configuration(tiny_levels)
+    wiring.configure(config)
+    assert (config.scheduler_config.scheduler_cls, config.parallel_config.worker_cls) == (wiring.SCHEDULER, wiring.WORKER)
+    assert config.model_config.logits_processors == [wiring.CHECK]
+    assert config.additional_config == {"moe_prism": {"wired": 1}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel_config__world_size": 2},
+        {"parallel_config__data_parallel_size": 2},
+        {"model_config__quantization": "fp8"},
+        {"speculative_config": object()},
+        {"scheduler_config__scheduler_cls": "mine.Scheduler"},
+        {"parallel_config__worker_cls": "mine.Worker"},
+    ],
+)
+def test_what_cannot_be_split_is_served_whole(tiny_levels, on_cpu, caplog, changes):
+    config, before = configuration(tiny_levels, **changes), configuration(tiny_levels, **changes)
+    wiring.configure(config)
+    assert vars(config.parallel_config) == vars(before.parallel_config)
+    assert config.model_config.logits_processors is None and "served at full budget" in caplog.text
+    config.additional_config = {"moe_prism": {"quality": 0.7}}
+    with pytest.raises(UsageError, match="cannot serve a quality below 1"):
+        wiring.configure(config)
+
+
+def test_other_models_are_left_alone(tiny_source, on_cpu):
+    config, before = configuration(tiny_source), configuration(tiny_source)
+    wiring.configure(config)
+    assert vars(config.scheduler_config) == vars(before.scheduler_config) and config.additional_config == {}
+
+
+def test_the_command_hands_over(elastic_tiny, monkeypatch):
+    called = []
+    monkeypatch.setattr(compat, "problem", lambda: None)
+    monkeypatch.setattr(launch.os, "execve", lambda *arguments: called.append(arguments))
+    assert main(["serve", str(elastic_tiny), "--engine", "vllm", "--port", "8123", "--api-key", "k"]) == 0
+    ((program, command, environment),) = called
+    assert program == sys.executable and command[command.index("--port") + 1] == "8123"
+    assert environment["VLLM_API_KEY"] == "k" and "k" not in command  # a key on a command line can be read by everybody
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--policy", "fifo"], "--policy is not available with --engine vllm"),
+        (["--host", "0.0.0.0"], "needs a key"),
+    ],
+)
+def test_the_command_refuses(elastic_tiny, monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(compat, "problem", lambda: None)
+    monkeypatch.delenv("MOE_PRISM_API_KEY", raising=False)
+    assert main(["serve", str(elastic_tiny), "--engine", "vllm", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_without_vllm_the_command_says_so(elastic_tiny, monkeypatch, capsys):
+    monkeypatch.setattr(compat, "find_spec", lambda name: None)
+    assert main(["serve", str(elastic_tiny), "--engine", "vllm"]) == 2
+    assert "vLLM is not installed" in capsys.readouterr().err

@@ -88,7 +88,9 @@ def test_load_lowers_to_the_floor_and_not_below(llm, alone):
     ],
 )
 def test_bad_fields_are_refused(llm, fields, words):
-    with pytest.raises(ValueError, match=words):
+    from vllm.exceptions import VLLMValidationError  # the server answers it with 400
+
+    with pytest.raises(VLLMValidationError, match=words):
         generate(llm, SHORT[:1], [fields])
 
 

@@ -37,7 +37,7 @@ SHAPES = {  # E, k, d, f
 }
 BUDGETS = (1.0, 0.75, 0.5, 0.25)
 N_SUB, GATES = 4, 1
-SHORTEST = 0.02  # seconds of a turn: fast runs are repeated within one
+ENOUGH = 1.0  # seconds of measuring: fast runs get more turns
 
 
 def build(shape: tuple[int, int, int, int], device: str) -> tuple[torch.nn.Module, Elastic]:
@@ -78,22 +78,19 @@ def set_levels(layer: ElasticLayer, inputs: tuple[torch.Tensor, ...]) -> None:
 
 
 def fastest(runs: list[Callable[[], Any]], repeats: int, clock: Callable[[], float]) -> list[float]:
-    """Least seconds of each over `repeats` turns, taken alternately after one warm-up."""
-
-    def turn(run: Callable[[], Any], times: int) -> float:
-        begin = clock()
-        for _ in range(times):
-            run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return (clock() - begin) / times
-
-    counts = []
+    """Least seconds of each over at least `repeats` turns and ENOUGH seconds, taken alternately after one warm-up."""
+    found: list[list[float]] = [[] for _ in runs]
     for run in runs:
         run()
-        counts.append(max(1, round(SHORTEST / max(turn(run, 1), 1e-6))))
-    found = [[turn(run, count) for run, count in zip(runs, counts, strict=True)] for _ in range(repeats)]
-    return [min(column) for column in zip(*found, strict=True)]
+    while len(found[-1]) < repeats or sum(map(sum, found)) < ENOUGH:
+        for run, times in zip(runs, found, strict=True):
+            run()  # what this run has evicted from the caches, and what it finds there, is its own
+            begin = clock()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(clock() - begin)
+    return [min(times) for times in found]
 
 
 @dataclass

@@ -12,10 +12,24 @@ import pytest
 from moe_prism import cli
 from moe_prism.api import plan
 from moe_prism.checkpoint import sha256_file
+from moe_prism.cli.listing import REGISTRIES
 from tests.tiny_sources import digests
 
-COMMANDS = ("demo", "doctor", "inspect", "calibrate", "refactor", "frontier", "generate", "verify", "ls")
-KINDS = ("families", "solvers", "rules", "scorers", "collectors", "gates", "compensators")
+COMMANDS = (
+    "demo",
+    "doctor",
+    "inspect",
+    "calibrate",
+    "refactor",
+    "recover",
+    "frontier",
+    "generate",
+    "serve",
+    "bench",
+    "verify",
+    "ls",
+)
+KINDS = ("families", *REGISTRIES)
 COMMAND = (sys.executable, "-c", "from moe_prism.cli import entry; entry()")  # what the installed script does
 SMALL = ("--tokens", "256", "--length", "32")
 

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, Literal
 
 from .output import emit, table
 
-Kind = Literal["families", "solvers", "rules", "scorers", "collectors", "objectives", "gates", "compensators", "recoveries"]
+Kind = Literal[
+    "families", "solvers", "objectives", "gates", "rules", "scorers", "compensators", "recoveries", "collectors", "policies"
+]
+
+REGISTRIES = {
+    "solvers": ("partition", "solvers"),
+    "objectives": ("partition", "objectives"),
+    "gates": ("partition", "gates"),
+    "rules": ("elastic", "rules"),
+    "scorers": ("elastic", "scorers"),
+    "compensators": ("elastic", "compensators"),
+    "recoveries": ("recover", "methods"),
+    "collectors": ("calibrate", "collectors"),
+    "policies": ("schedule", "policies"),
+}
+"""kind -> (package, registry)."""
 
 
 def ls(kind: Kind, /, *, json: bool = False) -> None:
@@ -14,8 +30,8 @@ def ls(kind: Kind, /, *, json: bool = False) -> None:
 
     Parameters
     ----------
-    kind: families (MoE model types of the installed transformers), solvers, rules, scorers, collectors, objectives, gates,
-        compensators, or recoveries.
+    kind: families (MoE model types of the installed transformers), solvers, objectives, gates, rules, scorers, compensators,
+        recoveries, collectors, or policies.
     json: One JSON object on stdout.
     """
     if kind == "families":
@@ -29,18 +45,5 @@ def ls(kind: Kind, /, *, json: bool = False) -> None:
 
 
 def _registry(kind: str) -> Any:
-    if kind in ("solvers", "objectives", "gates"):
-        from .. import partition
-
-        return getattr(partition, kind)
-    if kind == "collectors":
-        from ..calibrate import collectors
-
-        return collectors
-    if kind == "recoveries":
-        from ..recover import methods
-
-        return methods
-    from .. import elastic
-
-    return getattr(elastic, kind)
+    package, attribute = REGISTRIES[kind]
+    return getattr(import_module(f"moe_prism.{package}"), attribute)

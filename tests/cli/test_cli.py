@@ -67,7 +67,7 @@ for command in sys.argv[1:]:
     with contextlib.redirect_stdout(io.StringIO()) as out:
         code = main([command, "--help"] if command != "top" else ["--help"])
     assert code == 0 and "Usage: moe-prism" in out.getvalue(), (command, out.getvalue())
-    assert command in ("top", "demo", "doctor", "ls") or "--json" in out.getvalue()
+    assert command in ("top", "demo", "doctor", "ls", "serve") or "--json" in out.getvalue()
 print(sorted({"torch", "transformers", "numba"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script, "top", *COMMANDS], capture_output=True, text=True, check=False)

@@ -235,6 +235,37 @@ def test_a_failing_step_ends_its_requests_and_no_others(nano, waves):
     assert waves.tokens(prompts[1:], [2] * 3) == reference[2][1:]
 
 
+def test_requests_cancelled_as_they_arrive_are_gone(nano, waves):
+    _, prompts, reference = nano
+    heard = []
+    for i in range(300):
+        request = waves.submit(prompts[3], 2, new=200, heard=heard.append)
+        if i % 7:
+            time.sleep(0)
+        waves.engine.cancel(request.job.id)
+    assert waves.tokens(prompts[:2], [2, 2]) == reference[2][:2]
+    assert waves.engine.failed_steps == 0 and not any(e.finish or e.error for e in heard)
+
+
+def test_an_engine_that_stops_ends_every_request_and_takes_no_more(nano):
+    model, prompts, _ = nano
+    waves = Waves(model)
+
+    class Broken(Plain):
+        def step(self, *args):
+            raise ZeroDivisionError
+
+    waves.engine.replace_policy(Broken())
+    (result,) = waves.run(prompts[:1], [2])
+    assert result[1][-1].error == "the engine stopped"
+    until = time.monotonic() + 10
+    while waves.engine.alive and time.monotonic() < until:
+        time.sleep(0.01)
+    with pytest.raises(moe_prism.errors.PrismError, match="stopped"):
+        waves.submit(prompts[0], 2, heard=lambda e: None)
+    waves.engine.stop()
+
+
 def test_s21_an_id_in_use_is_refused(nano, waves):
     _, prompts, _ = nano
     request = waves.submit(prompts[0], 2, new=300, heard=lambda e: None)

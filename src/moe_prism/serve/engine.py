@@ -16,7 +16,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 from ..elastic.runtime import Elastic, experts_per_token
-from ..errors import UsageError
+from ..errors import PrismError, UsageError
 from ..schedule.base import Ladder, Policy
 from ..schedule.cost import LayerFacts
 from .paged import NAME as PAGED
@@ -127,7 +127,9 @@ class Engine:
         return bool(self.manager.is_running())
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Its sink gets every event, the last one with `finish` or `error`."""
+        """Queue a request. Its sink gets every event, the last one with `finish` or `error`. PrismError if the engine has stopped."""
+        if not self.alive:
+            raise PrismError("the engine has stopped", "restart the server; the log says why")
         with self._lock:
             if request.job.id in self.book:
                 raise UsageError(f"request id '{request.job.id}' is in use", "choose another")
@@ -153,8 +155,10 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Drop a request; it leaves the batch before the next step and its sink is not called again."""
-        self.book.pop(request_id, None)
-        self.manager.cancel_request(request_id)
+        request = self.book.get(request_id)
+        if request is not None:
+            request.cancelled = True
+            self.manager.cancel_request(request_id)
 
     def check_integrity(self) -> list[str]:
         """What is held though no request needs it; empty when all is well. Call while idle."""
@@ -209,9 +213,11 @@ class Engine:
             self.failed_steps += 1
             self._in_a_row += 1
             logger.exception("a step failed")
-            if self._in_a_row > FAILURES:
-                raise
             self._fail_step(processor, error)
+            if self._in_a_row > FAILURES:
+                for request in list(self.book.values()):
+                    self._finish(request, Event(error="the engine stopped"))
+                raise
         return True
 
     def _wait(self) -> None:
@@ -256,12 +262,14 @@ class Engine:
             finish = None
             if part.state.status == RequestStatus.FINISHED:
                 finish = "stop" if event.token in request.stop_ids else "length"
-            if request.job.id in self.book and self.book[request.job.id] is request:
+            if request.job.id in self.book and not request.cancelled:
                 event = Event(event.token, event.logprob, event.prompt, event.level, finish, event.error)
                 if finish or event.error:
                     self._finish(request, event)
                 elif event.token is not None or event.prompt:
                     request.sink(event)
+            elif finish:
+                self.book.pop(request.job.id, None)
         self._forget(runner)
         if self.observer is not None:
             self.observer(step, now - step.began)
@@ -272,7 +280,8 @@ class Engine:
 
     def _finish(self, request: Request, event: Event) -> None:
         self.book.pop(request.job.id, None)
-        request.sink(event)
+        if not request.cancelled:
+            request.sink(event)
 
     def _fail_step(self, processor: ContinuousBatchProcessor, error: Exception) -> None:
         """End the requests of a failed step, and only those."""

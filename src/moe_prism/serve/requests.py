@@ -65,6 +65,7 @@ class Request:
     deadline: float | None = None  # engine clock; the request is ended with an error then
     track: Track = field(init=False)
     levels: dict[int, int] = field(default_factory=dict)  # level -> tokens computed at it
+    cancelled: bool = False  # set by any thread; the engine's thread takes it out
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     computed_at: list[int] = field(default_factory=list)  # level of every token in the cache; kept only with a prefix cache
 

@@ -81,13 +81,25 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         promised = sum(self.promised(self.book[i]) for i in self.active_requests if i in self.book)
         return Limits(self.max_requests_per_batch, token_budget, self.capacity - promised)
 
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        """Also out of the book. A request may be cancelled before it has arrived here: that is remembered."""
+        with self._cancellation_lock:
+            wanted = set(self._requests_to_cancel)
+        states: list[RequestState] = super().clear_cancelled_requests()
+        for state in states:
+            self.book.pop(state.request_id, None)
+        with self._cancellation_lock:
+            self._requests_to_cancel |= {i for i in wanted if i in self.book}
+        return states
+
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[list[FutureRequestState], bool, int, int]:
         limits = self.limits(token_budget)
         waiting = [self.book[i].track for i in self.waiting_requests_order]
         running = [self.book[i].track for i in self.active_requests]
         now = self.clock()
+        self.current = Step(began=now)
         works = self.policy.step(now, waiting, running, limits)
-        self.current = Step(began=now, asked=self.clock() - now)
+        self.current.asked = self.clock() - now
         scheduled: list[FutureRequestState] = []
         admitted: set[str] = set()
         left, read = limits, 0

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..errors import PrismError
 from ..schedule.base import Job, Ladder
 from ..schedule.classes import RequestClass
 from .config import Config
@@ -184,8 +185,11 @@ class Service:
         deadline = now + self.config.bounds.request_seconds
         request = Request(job, prompt, sampling, ends, lambda event: mail.post(queue, event), deadline)
         sequence = Strand(index, prompt, request, queue, Detokenizer(self.tokenizer), Stops(stops), now, hidden=hidden)
+        try:
+            self.engine.submit(request)
+        except PrismError as error:
+            raise Refusal(503, error.cause, code="engine", retry=10) from error
         self._live[id] = sequence
-        self.engine.submit(request)
         return sequence
 
     async def pieces(self, sequence: Strand) -> AsyncIterator[Piece]:

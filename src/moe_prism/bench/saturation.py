@@ -1,7 +1,7 @@
 """Was more offered than the server can do? Then queues grow for as long as the run lasts, and its latencies are those of its length.
 
 The run is cut into blocks of equal time. It is saturated if both the requests in flight and the time to first token rise from block to
-block (Kendall's tau, one-sided, 1 %) and end at least 1.5 times as high as they began. Blocks instead of single requests,
+block (Kendall's tau, one-sided, 0.2 %) and end at least 1.5 times as high as they began. Blocks instead of single requests,
 because successive requests meet the same queue and a test that takes them as independent sees slopes everywhere.
 """
 
@@ -16,7 +16,7 @@ from .measures import Window
 from .outcome import Outcome
 
 BLOCKS = 10
-RISING = 0.6  # tau of ten values that chance reaches with 0.8 %
+RISING = 0.7  # tau of ten values that chance reaches with 0.2 %
 GROWTH = 1.5
 
 

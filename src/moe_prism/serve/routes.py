@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ class Answer:
     place: Place
     strands: list[Strand]
     began: float
+    closed: bool = False
 
     @property
     def model(self) -> str:
@@ -59,7 +60,10 @@ class Answer:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "system_fingerprint": fingerprint}
 
     def close(self, reason: str) -> None:
-        """Give everything back and write the log line; the text is in neither."""
+        """Give everything back and write the log line; the text is in neither. Only the first call counts."""
+        if self.closed:
+            return
+        self.closed = True
         for strand in self.strands:
             self.service.drop(strand)
         self.place.leave()
@@ -146,9 +150,7 @@ async def _run(service: Service, door: Door, http: Request, body: Any, prompts: 
         raise
     headers = _headers(service, body, wish)
     if body.stream:
-        return StreamingResponse(
-            _stream(answer), media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
-        )
+        return _Events(answer, {**headers, "cache-control": "no-cache"})
     return await _whole(answer, http, headers)
 
 
@@ -241,7 +243,23 @@ def _choice(answer: Answer, strand: Strand, piece: Piece, prompt: Sequence[Token
     return {**choice, "text": answer.texts[strand.index // answer.body.n] + piece.text}
 
 
-async def _stream(answer: Answer) -> AsyncIterator[bytes]:
+class _Events(StreamingResponse):
+    """Gives everything back whichever way the response ends, before its first event too. A generator that is left alone is closed by the
+    garbage collector, at a time of its own."""
+
+    def __init__(self, answer: Answer, headers: dict[str, str]) -> None:
+        self._answer, self._events = answer, _stream(answer)
+        super().__init__(self._events, media_type="text/event-stream", headers=headers)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+            self._answer.close("disconnect")
+
+
+async def _stream(answer: Answer) -> AsyncGenerator[bytes, None]:
     """Events of all sequences as they come, then usage if asked for, then [DONE]."""
     merged: asyncio.Queue[tuple[Strand, Piece | Refusal]] = asyncio.Queue()
     tasks = [asyncio.create_task(_feed(answer.service, strand, merged)) for strand in answer.strands]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from ..data import read_documents, split_documents
@@ -66,5 +67,6 @@ def fitted(arrivals: Sequence[Arrival], context: int | None) -> list[Arrival]:
     return out
 
 
+@cache
 def _text() -> str:
     return "\n".join(d.text for d in split_documents(read_documents("stdlib"), "evaluation", source="stdlib"))

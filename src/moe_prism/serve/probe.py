@@ -31,7 +31,9 @@ class Script(Policy):
 
     def step(self, now: float, waiting: Sequence[Progress], running: Sequence[Progress], limits: Limits) -> list[Work]:
         batch, chunk, level = next(self._shape)
-        ready = [p for p in running if p.remaining_prompt <= 0]
+        ready = sorted((p for p in running if p.remaining_prompt <= 0), key=lambda p: p.context)
+        if self._random.random() < 0.5:  # short contexts or long ones, or a token's own cost could not be told from its context's
+            ready.reverse()
         prompts = [p for p in running if p.remaining_prompt > 0] + list(waiting)
         works = [Work(p.job.id, 1, self._level(level)) for p in ready[: min(batch, limits.tokens)]]
         room = limits.tokens - len(works)
@@ -103,7 +105,7 @@ def probe(engine: Engine, texts: Sequence[int], seconds: float = 4.0) -> CostMod
 def _room(engine: Engine) -> tuple[int, int, int]:
     """(requests, longest prompt, generated tokens) that fit the context and the cache."""
     size, limit = engine.size, context_limit(engine.model) or 2048
-    output = max(4, min(1024, limit // 2, size.cache_tokens // 8))
+    output = max(4, min(128, limit // 2, size.cache_tokens // 8))
     count = max(1, min(size.requests, max(BATCHES), size.cache_tokens // (2 * output)))
     return count, max(8, min(limit - output, 512, size.cache_tokens // count - output)), output
 

@@ -85,11 +85,12 @@ def need_packages() -> None:
     try:
         import fastapi
         import prometheus_client
+        import psutil  # transformers' cache asks for it
         import transformers.generation.continuous_batching.cache_allocators  # not there before 5.18
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UsageError(f"serving needs {error.name}", "pip install 'moe-prism[serve]'") from error
-    del fastapi, prometheus_client, transformers
+    del fastapi, prometheus_client, psutil, transformers
 
 
 def run(folder: Path, options: ServeOptions, config: Config, listening: socket.socket) -> None:

@@ -10,7 +10,6 @@ Addresses are bytes, strides are float32 elements.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +27,8 @@ else:
     LANES, ROWS = 4, 6
 """float32 values of a vector register, and rows of a tile."""
 
-PAYS = bool(_features.get("fma")) or platform.machine() in ("aarch64", "arm64")
-"""Whether the processor multiplies and adds in one instruction: without it the tiles are slower than the libraries."""
+PAYS = bool(_features.get("avx512f"))
+"""Whether the tiles are used: only where they were run. The narrower ones are written, but no such processor was at hand."""
 
 I64, F32 = ir.IntType(64), ir.FloatType()
 VECTOR = ir.VectorType(F32, LANES)

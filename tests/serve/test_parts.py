@@ -15,6 +15,7 @@ from moe_prism.errors import UsageError
 from moe_prism.model import load_tokenizer
 from moe_prism.model.load import NANO
 from moe_prism.schedule.base import Level
+from moe_prism.serve.build import compute_threads
 from moe_prism.serve.config import Config, load_config, read_config
 from moe_prism.serve.door import Door
 from moe_prism.serve.ladder import climb, find_ladder
@@ -153,6 +154,17 @@ def test_levels_come_from_the_frontier_first(tmp_path):
     (tmp_path / "ladder.json").write_text("{}")
     with pytest.raises(UsageError, match="measured again"):
         find_ladder(tmp_path, 16)
+
+
+def test_one_core_is_left_to_the_server(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+    assert compute_threads(None) == 3
+    assert compute_threads(8) == 8
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)  # OMP_NUM_THREADS=1
+    assert compute_threads(None) == 1
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0}, raising=False)
+    assert compute_threads(None) == 1
 
 
 def test_config_of_the_documentation_is_read(tmp_path):

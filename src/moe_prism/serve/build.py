@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..api import load
-from ..elastic.runtime import slots_per_token
+from ..elastic.runtime import operating_point, slots_per_token
 from ..errors import UsageError
 from ..schedule import CostModel, policies
 from .config import Config
@@ -43,12 +46,14 @@ def build(folder: Path, options: ServeOptions, config: Config) -> Built:
     make = policies.get(chosen)  # an unknown name is found before anything is loaded
     _check_options(make, config.policy_options, chosen)
     cost = CostModel.load(options.cost) if options.cost else None
+    torch.set_num_threads(compute_threads(config.engine.threads))
     model, tokenizer = load(folder)
     model.eval()
     ladder, ladder_from = find_ladder(folder, slots_per_token(model._moe_prism))
     if ladder is None:
         logger.info("measuring operating points: the folder has no frontier of the threshold rule")
         ladder, ladder_from = measure_ladder(model, tokenizer, folder), "measured"
+    _compile_kernels(model)
     size = config.engine
     engine = Engine(
         model,
@@ -73,6 +78,25 @@ def build(folder: Path, options: ServeOptions, config: Config) -> Built:
     except BaseException:
         engine.stop()
         raise
+
+
+@torch.no_grad()
+def _compile_kernels(model: Any) -> None:
+    """One small forward below full budget: kernels are compiled at first use, which is not to be a client's first request."""
+    with operating_point(model, 0.5):
+        model(input_ids=torch.zeros(1, 8, dtype=torch.long, device=model.device))
+
+
+def compute_threads(wanted: int | None) -> int:
+    """Threads of a forward pass.
+
+    Threads wait for each other many times in a layer. One that shares its core with the HTTP loop makes all of them wait for a turn of the
+    operating system: on two cores, two threads served prism-nano slower than one.
+    """
+    if wanted is not None:
+        return wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(torch.get_num_threads(), cores - 1))
 
 
 def _observer(metrics: Metrics, cost: CostModel, history: History) -> Any:

@@ -24,6 +24,8 @@ class Engine(_Strict):
     cache_tokens: int = Field(default=32_768, ge=256, le=1 << 28)
     page: int = Field(default=32, ge=4, le=1024)
     prefix_cache: bool = True
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """Cores the model computes with; default: all but one, which is left to the server and its neighbours."""
 
 
 class Bounds(_Strict):

@@ -10,10 +10,11 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from moe_prism.elastic import LayerPlan, Slots, rules, scorers
+from moe_prism.elastic.compensate import compensator
 from moe_prism.elastic.execute import reference
 from moe_prism.errors import UsageError
 from moe_prism.model import find_layers
-from moe_prism.serve.vllm.layer import PackedLayer, pack
+from moe_prism.serve.vllm.layer import PackedLayer, pack, unknown_side
 
 E, K, D, F = 5, 3, 32, 192  # three columns of 16 values per block: tiles of every width occur
 
@@ -23,7 +24,7 @@ def stored(rows):
     return pack(rows).view(rows.shape)
 
 
-def make(dtype=torch.float32, n_sub=4, gates=1):
+def make(dtype=torch.float32, n_sub=4, gates=1, means=None):
     """(plan on the family's own weights, the same layer packed)."""
     torch.manual_seed(0)
     holder = torch.nn.Module()
@@ -33,6 +34,8 @@ def make(dtype=torch.float32, n_sub=4, gates=1):
     layer = find_layers(holder)[0]
     ridge = (torch.randn(E, n_sub, D + n_sub * gates + 1) * 0.2).bfloat16()
     side = {"ridge": ridge, "levels": torch.linspace(2.0, 0, 129)}
+    if means is not None:
+        side["compensate.mean.vectors"] = means
     first, down = holder.experts.gate_up_proj.data, holder.experts.down_proj.data
     return LayerPlan(layer, n_sub, gates, side), PackedLayer(
         stored(first.to(dtype)), stored(down.to(dtype)), "silu", n_sub, gates, side
@@ -65,6 +68,23 @@ def test_run_is_the_sum_of_the_kept_slots(pair, seed, tokens, share):
     x, index, weight = batch(tokens, seed)
     keep = torch.rand(tokens, K, 4, generator=torch.Generator().manual_seed(seed)) < share
     torch.testing.assert_close(packed.run(x, index, weight, keep), reference(plan, x, index, weight, keep), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_means_stand_in_for_what_is_dropped():
+    means = (torch.randn(E, 4, D, generator=torch.Generator().manual_seed(3)) * 0.3).bfloat16()
+    plan, packed = make(means=means)
+    x, index, weight = batch(40)
+    keep = torch.rand(40, K, 4, generator=torch.Generator().manual_seed(1)) < 0.5
+    expected = reference(plan, x, index, weight, keep) + compensator(plan)(x, index, weight, keep)
+    torch.testing.assert_close(packed.run(x, index, weight, keep), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_computed_here_is_named():
+    one = torch.zeros(1)
+    assert unknown_side({"ridge": one, "compensate.mean.vectors": one}) is None
+    assert unknown_side({"compensate.low-rank.down": one}) == "compensation 'low-rank'"
+    assert unknown_side({"repair": one}) == "a repaired W_down"
 
 
 @torch.no_grad()

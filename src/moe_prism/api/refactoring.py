@@ -53,7 +53,7 @@ class RefactorOptions:
     dropped: int | None = None
     seed: int = 0
     profile_tokens: int = 4096
-    compensate: str = "none"
+    compensate: str = "mean"
     rank: int = 2
     profile_points: int = 0
     calibration: CalibrateOptions = field(default_factory=CalibrateOptions)

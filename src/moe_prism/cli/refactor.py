@@ -23,7 +23,7 @@ def refactor(
     objective: str = "paper",
     gate_choice: str = "energy",
     dropped: int | None = None,
-    compensate: str = "none",
+    compensate: str = "mean",
     rank: int = 2,
     text: str = "stdlib",
     tokens: int = 65_536,

@@ -13,7 +13,7 @@ from ...api.loading import side_tensors
 from ...checkpoint import read_manifest
 from ...errors import CorruptError
 from . import compat
-from .layer import PackedLayer, pack
+from .layer import PackedLayer, pack, unknown_side
 from .state import STEP
 from .tiles import WIDTH
 
@@ -60,6 +60,10 @@ def install(model: Any, config: Any) -> None:
         logger.warning("moe-prism: %s; every request is served at full budget", problem)
         return
     sides = side_tensors(folder, len(runners))
+    unknown = unknown_side(sides[0])
+    if unknown:
+        logger.warning("moe-prism: %s is not computed in vLLM; every request is served at full budget", unknown)
+        return
     for runner, side in zip(runners, sides, strict=True):
         experts = runner.routed_experts
         experts.elastic = PackedLayer(

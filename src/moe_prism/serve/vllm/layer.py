@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...elastic.compensate.base import Blocks
 from ...elastic.marks import mark_above, predicted_norms, slot_values
 from ...elastic.ridge import CEILING
 from ...errors import UsageError
@@ -20,6 +21,17 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
 }
+
+
+MEANS = "compensate.mean.vectors"
+
+
+def unknown_side(side: Mapping[str, Tensor]) -> str | None:
+    """What of prism.safetensors changes results below full budget and is not computed here; None if nothing."""
+    if "repair" in side:
+        return "a repaired W_down"
+    kinds = {key.split(".")[1] for key in side if key.startswith("compensate.") and key != MEANS}
+    return f"compensation '{kinds.pop()}'" if kinds else None
 
 
 def pack(rows: Tensor) -> Tensor:
@@ -35,7 +47,8 @@ class PackedLayer:
     """
 
     def __init__(self, w13: Tensor, w2: Tensor, activation: str, n_sub: int, gates: int, side: Mapping[str, Tensor]) -> None:
-        """w13 [E, 2f, d] and w2 [E, d, f]: packed, float32 or bfloat16. side: `ridge` and `levels` of prism.safetensors.
+        """w13 [E, 2f, d] and w2 [E, d, f]: packed, float32 or bfloat16. side: `ridge`, `levels`, and the means
+        of dropped sub-experts, of prism.safetensors.
 
         Raises UsageError if the shapes do not fit together.
         """
@@ -46,6 +59,7 @@ class PackedLayer:
         self.down = w2.detach().view(self.experts, -1, self.width, WIDTH)
         self.activate = ACTIVATIONS[activation]
         self.levels = side["levels"].float().contiguous()
+        self.means = side[MEANS].float().flatten(0, 1) if MEANS in side else None
         self._predictor(side["ridge"])
 
     def _check(self, w13: Tensor, activation: str, side: Mapping[str, Tensor]) -> None:
@@ -94,14 +108,17 @@ class PackedLayer:
         return keep
 
     def run(self, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
-        """[T, d] float32: the sum of the kept sub-experts, each times its expert's routing weight. Arguments as in `keep`."""
+        """[T, d] float32: the sum of the kept sub-experts, and of the means of the others, each times its expert's routing weight.
+
+        Arguments as in `keep`.
+        """
         groups, m = Groups.of(index, keep, self.experts), self.width // self.n_sub
         out = torch.zeros(x.shape)
         pre = torch.zeros(len(groups.row), 2 * m)
         dot(x, groups, self.first, 2, groups.slot, pre)
         a = self.activate(pre[:, :m]).mul_(pre[:, m:]).mul_(weight.reshape(-1)[groups.choice, None])
         add(a, groups, self.down, out)
-        return out
+        return out if self.means is None else out.add_(Blocks.of(index, weight, ~keep).combine(self.means))
 
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor, budget: Tensor) -> Tensor:
         """[T, d] in x's dtype. x [T, d], index [T, k] and weight [T, k] of the router, budget [T] in (0, 1]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 from unittest import mock
 
@@ -11,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_prism.api import load, verify
+from moe_prism.elastic.runtime import slots_per_token
 from moe_prism.errors import UsageError
 from moe_prism.model import load_tokenizer
 from moe_prism.model.load import NANO
@@ -18,7 +21,7 @@ from moe_prism.schedule.base import Level
 from moe_prism.serve.build import compute_threads
 from moe_prism.serve.config import Config, load_config, read_config
 from moe_prism.serve.door import Door
-from moe_prism.serve.ladder import climb, find_ladder
+from moe_prism.serve.ladder import climb, find_ladder, measure_ladder
 from moe_prism.serve.paged import Segment, attention, plan
 from moe_prism.serve.protocol import Refusal
 from moe_prism.serve.requests import Sampling
@@ -154,6 +157,16 @@ def test_levels_come_from_the_frontier_first(tmp_path):
     (tmp_path / "ladder.json").write_text("{}")
     with pytest.raises(UsageError, match="measured again"):
         find_ladder(tmp_path, 16)
+
+
+def test_a_measured_ladder_is_kept_beside_the_model_and_known_to_verify(elastic_nano, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(elastic_nano, folder)
+    model, tokenizer = load(folder)
+    measured = measure_ladder(model, tokenizer, folder, tokens=1024)
+    assert len(measured) > 3
+    assert find_ladder(folder, slots_per_token(model._moe_prism)) == (measured, "ladder.json")
+    verify(folder)
 
 
 def test_one_core_is_left_to_the_server(monkeypatch):

@@ -48,7 +48,7 @@ def climb(levels: Iterable[Level], full_slots: int) -> Ladder:
 
 def measure_ladder(model: Any, tokenizer: Any, folder: Path, tokens: int = 4096) -> Ladder:
     """Measure a few budgets on held-out text and keep the result beside the model, if the folder can be written."""
-    from ..checkpoint import read_manifest
+    from ..checkpoint import read_manifest, update_manifest
     from ..data import token_windows
     from ..frontier.measure import measure
 
@@ -65,6 +65,7 @@ def measure_ladder(model: Any, tokenizer: Any, folder: Path, tokens: int = 4096)
     rows = {"levels": [asdict(level) for level in ladder.levels[:-1]], "tokens": windows.tokens, "text": windows.source}
     try:
         replace_file(folder / MEASURED, (json.dumps(rows, indent=1) + "\n").encode())
+        update_manifest(folder, {})  # `verify` knows every file of the folder
     except OSError:
         return ladder  # a read-only model is served all the same, and measured again next time
     return ladder

@@ -68,9 +68,16 @@ class Bench:
     choices: Sequence[PolicyChoice]
     workload: Workload
     options: Options
-    cost: CostModel
     engine: Engine
     cut: Cut
+
+
+@dataclass
+class Measured:
+    """One rate: what each policy's server made of it, repeat by repeat."""
+
+    rate: float
+    real: dict[str, list[dict[str, Any]]]
 
 
 def compare(folder: Path, offer: Offer, options: Options, tell: Tell) -> tuple[dict[str, Any], list[tuple[str, Run]]]:
@@ -79,22 +86,40 @@ def compare(folder: Path, offer: Offer, options: Options, tell: Tell) -> tuple[d
     config = load_config(options.config)
     workload = offer.of(config.classes)
     before = environment()
-    with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-prism-bench-")))
-        cost_file = options.cost or scratch / "cost.json"
-        servers: dict[str, Server] = {}
-        for i, policy in enumerate(chosen):
-            tell(f"starting the server of {policy.label}")
-            arguments = ["--probe-seconds", str(options.probe_seconds)]
-            arguments += ["--cost" if options.cost or i else "--save-cost", str(cost_file)]
-            servers[policy.label] = stack.enter_context(
-                serving(folder, settings(config, workload.classes, policy), arguments, scratch, f"server{i}")
-            )
-        cost = CostModel.load(cost_file)
-        if options.save_cost:
-            cost.save(options.save_cost)
-        result, runs = asyncio.run(_measure(folder, servers, chosen, workload, options, cost, config, tell))
-    return {"kind": "policies", "environment": before, "load_after": load(), **result}, runs
+    with tempfile.TemporaryDirectory(prefix="moe-prism-bench-") as scratch:
+        place = Path(scratch)
+        cost_file = options.cost or place / "cost.json"
+        learned = {policy.label: place / f"learned{i}.json" for i, policy in enumerate(chosen)}
+        with contextlib.ExitStack() as stack:
+            servers: dict[str, Server] = {}
+            for i, policy in enumerate(chosen):
+                tell(f"starting the server of {policy.label}")
+                arguments = ["--probe-seconds", str(options.probe_seconds), "--save-cost", str(learned[policy.label])]
+                arguments += ["--cost", str(cost_file)] if options.cost or i else []
+                servers[policy.label] = stack.enter_context(
+                    serving(folder, settings(config, workload.classes, policy), arguments, place, f"server{i}")
+                )
+                if not (options.cost or i):
+                    CostModel.load(learned[policy.label]).save(cost_file)  # the one that all begin with
+            cost = CostModel.load(cost_file)
+            if options.save_cost:
+                cost.save(options.save_cost)
+            bench, unloaded, found, runs = asyncio.run(_measure(folder, servers, chosen, workload, options, cost, config, tell))
+        costs = {label: CostModel.load(path) for label, path in learned.items()}
+    first = next(iter(bench.targets.values()))
+    return {
+        "kind": "policies",
+        "environment": before,
+        "load_after": load(),
+        "model": str(folder),
+        "operating_points": [asdict(level) for level in first.ladder.levels],
+        "workload": workload.described(),
+        "engine": asdict(bench.engine),
+        "cost": cost.to_json(),
+        "unloaded": unloaded,
+        "repeats": options.repeats,
+        "rates": [_row(bench, measured, costs) for measured in found],
+    }, runs
 
 
 async def _measure(
@@ -106,11 +131,11 @@ async def _measure(
     cost: CostModel,
     config: Config,
     tell: Tell,
-) -> tuple[dict[str, Any], list[tuple[str, Run]]]:
+) -> tuple[Bench, dict[str, Any], list[Measured], list[tuple[str, Run]]]:
     targets = {label: await find_target(server.url) for label, server in servers.items()}
     size = config.engine
     engine = Engine(size.requests, size.step_tokens, size.cache_tokens)
-    bench = Bench(targets, chosen, workload, options, cost, engine, cut_tokens(folder))
+    bench = Bench(targets, chosen, workload, options, engine, cut_tokens(folder))
     warm = bench.cut(UNLOADED, random.Random(0))  # noqa: S311
     unloaded = {label: await warm_up(target, warm) for label, target in targets.items()}
     first = next(iter(targets.values()))
@@ -120,26 +145,12 @@ async def _measure(
         rates = [round(found * options.load, 3)]
         tell(f"fifo's capacity in the simulator: {found:.2f} requests/s; offered: {rates[0]:g}")
     runs: list[tuple[str, Run]] = []
-    rows = []
-    for rate in rates:
-        made = await _at(bench, rate, runs, tell)
-        rows.append({"rate": rate, "policies": made, "ratios": ratios(made, [p.label for p in chosen])})
-    return {
-        "model": str(folder),
-        "operating_points": [asdict(level) for level in first.ladder.levels],
-        "workload": workload.described(),
-        "engine": asdict(engine),
-        "cost": cost.to_json(),
-        "unloaded": unloaded,
-        "repeats": options.repeats,
-        "rates": rows,
-    }, runs
+    return bench, unloaded, [await _at(bench, rate, runs, tell) for rate in rates], runs
 
 
-async def _at(bench: Bench, rate: float, runs: list[tuple[str, Run]], tell: Tell) -> dict[str, dict[str, Any]]:
+async def _at(bench: Bench, rate: float, runs: list[tuple[str, Run]], tell: Tell) -> Measured:
     """Every policy at one rate: repeat by repeat, each repeat in another order, all policies on the repeat's arrivals."""
     real: dict[str, list[dict[str, Any]]] = {p.label: [] for p in bench.choices}
-    replay: dict[str, list[dict[str, Any]]] = {p.label: [] for p in bench.choices}
     options = bench.options
     for repeat in range(options.repeats):
         shift = repeat % len(bench.choices)
@@ -150,21 +161,33 @@ async def _at(bench: Bench, rate: float, runs: list[tuple[str, Run]], tell: Tell
             found = {**about, **run_result(run, target.ladder)}
             real[policy.label].append(found)
             runs.append((f"{policy.label} rate {rate:g} seed {seed}", run))
-            replay[policy.label].append(_replayed(bench, policy, rate, seed))
-            tell(_line(policy.label, repeat, found, replay[policy.label][-1]))
-    return {label: {"real": real[label], "simulated": replay[label]} for label in real}
+            tell(_line(policy.label, repeat, found))
+    return Measured(rate, real)
 
 
-def _replayed(bench: Bench, policy: PolicyChoice, rate: float, seed: int) -> dict[str, Any]:
+def _row(bench: Bench, measured: Measured, costs: dict[str, CostModel]) -> dict[str, Any]:
+    """A rate as JSON, with the same arrivals in the simulator. costs: what each server had learned of its steps when it ended."""
+    options = bench.options
+    made = {}
+    for policy in bench.choices:
+        replays = [
+            _replayed(bench, policy, costs[policy.label], measured.rate, options.seed + repeat)
+            for repeat in range(options.repeats)
+        ]
+        made[policy.label] = {"real": measured.real[policy.label], "simulated": replays}
+    return {"rate": measured.rate, "policies": made, "ratios": ratios(made, [p.label for p in bench.choices])}
+
+
+def _replayed(bench: Bench, policy: PolicyChoice, cost: CostModel, rate: float, seed: int) -> dict[str, Any]:
     target = bench.targets[policy.label]
     arrivals = bench.workload.arrivals(rate, seed, target.ladder, target.context)
-    run = simulated(arrivals, policy, bench.cost, target.ladder, bench.engine, bench.workload.seconds, bench.options.patience)
+    run = simulated(arrivals, policy, cost, target.ladder, bench.engine, bench.workload.seconds, bench.options.patience)
     return run_result(run, target.ladder)
 
 
-def _line(label: str, repeat: int, real: dict[str, Any], replay: dict[str, Any]) -> str:
+def _line(label: str, repeat: int, real: dict[str, Any]) -> str:
     void = "; VOID: " + real["void"][0] if real["void"] else ""
-    return f"{label} {repeat + 1}: goodput {real['goodput']:.2f} requests/s, simulated {replay['goodput']:.2f}{void}"
+    return f"{label} {repeat + 1}: goodput {real['goodput']:.2f} requests/s{void}"
 
 
 def ratios(made: dict[str, dict[str, Any]], labels: Sequence[str]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def serve(
     api_key: Key that every route but /health asks for; default: the variable MOE_PRISM_API_KEY.
     name: Model name in answers; default: the folder's.
     cost: Cost model to load instead of measuring one.
-    save_cost: Where to save the cost model.
+    save_cost: Where to save the cost model: when it is measured, and again at the end with what was learned.
     probe_seconds: Seconds to measure the cost model.
     debug: Plain logs with stack traces.
     """

@@ -7,6 +7,7 @@ import gc
 import logging
 import signal
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,11 @@ logger = logging.getLogger(__name__)
 SEND_BUFFER = 128 << 10
 """Bytes the kernel may hold for a client that does not read; by default it would be megabytes."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+TURN = 3e-4
+"""Seconds a thread may keep the interpreter while another wants it. The engine gives it up at every tensor operation, and with Python's
+5 ms would wait that long for the HTTP loop each time: of the tokens per second under load this was a sixth (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
         "cost": built.cost_from,
         "seconds": round(time.monotonic() - began, 2),
     }
+    sys.setswitchinterval(TURN)
     gc.collect()
     gc.freeze()  # the model's objects live as long as the process: no pause to look at them again, here or on the way out
     logger.info("ready", extra={"fields": fields})
@@ -119,6 +126,8 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
         make_server(app, built.door, config).run(sockets=[listening])
     finally:
         built.service.engine.stop()
+        if options.save_cost:
+            built.cost.save(options.save_cost)  # with what was learned while serving
         logger.info("stopped")
 
 

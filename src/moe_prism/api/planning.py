@@ -79,7 +79,7 @@ def _list(values: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in values)
 
 
-def plan(model: str | Path, options: PlanOptions | None = None, *, report: Report = silent) -> Plan:
+def plan_model(model: str | Path, options: PlanOptions | None = None, *, report: Report = silent) -> Plan:
     """Predicted tokens/s of a model at every concurrency: full, skipping experts, pruned, and, if it is elastic, at sub-expert budgets.
 
     With `options.machine` only config.json is read (and the weights, where a text to count routing on is given). Without, the model is

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from moe_prism.api.decoding import fewer_experts, measure_routing
-from moe_prism.api.planning import PROBED, PlanOptions, _spread, plan_model
+from moe_prism.api.planning import PlanOptions, plan_model, probed
 from moe_prism.data import token_windows
 from moe_prism.frontier.distinct import Routing
 from moe_prism.frontier.planned import Plan
@@ -174,10 +174,9 @@ def summary(plan: Plan, kind: str) -> dict[str, Any] | None:
     if not rows:
         return None
     names = list(dict.fromkeys(r.name for r in rows))
-    probed = {names[i] for i in (0, len(names) // 2, len(names) - 1)}
-    batches = _spread(sorted({1, *plan.concurrencies}), PROBED)
+    timed, batches = {names[i] for i in (0, len(names) // 2, len(names) - 1)}, probed(plan.concurrencies)
     error = {(r.concurrency, r.name): abs(r.error or 0.0) for r in rows}
-    new = [e for (batch, name), e in error.items() if batch not in batches or name not in probed]
+    new = [e for (batch, name), e in error.items() if batch not in batches or name not in timed]
     full = {r.concurrency: r.tokens_per_s for r in plan.rows if r.kind == "full"}
     flat = [abs(full[r.concurrency] / r.measured_tokens_per_s - 1) for r in rows if r.measured_tokens_per_s]
     ratio = [abs(r.ratio / r.measured_ratio - 1) for r in rows if r.measured_ratio and r.kind != "full"]

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from moe_prism.frontier.distinct import uniform
 from moe_prism.frontier.steptime import ExpertLayer, Fit, Load, Read, Shape, Terms, fit, terms
 
 TABLES = json.loads(Path(__file__).with_name("published.json").read_text())
@@ -68,6 +67,4 @@ def _choice(model: Shape, name: str, value: int) -> tuple[Read, ...]:
     """Even routing: `value` experts per token, or `value` experts in all."""
     layer = model.layers[0]
     experts, chosen = (value, layer.chosen) if name.startswith("prune") else (layer.experts, value)
-    shares = np.full(experts, chosen / experts)
-    assert uniform(experts, chosen, 1) == chosen
-    return (Read((shares,) * len(model.layers)),)
+    return (Read((np.full(experts, chosen / experts),) * len(model.layers)),)

@@ -137,8 +137,8 @@ def _step(model: Any, ids: Tensor, cache: Any) -> float:
     """Mean seconds of the steps that feed ids [B, steps] one by one."""
     _wait()
     began = time.perf_counter()
-    for column in ids.split(1, dim=1):
-        model(input_ids=column, past_key_values=cache, use_cache=True)
+    for at in range(ids.shape[1]):
+        model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
     _wait()
     return (time.perf_counter() - began) / ids.shape[1]
 

@@ -27,6 +27,7 @@ from .shape import config_tree, shape_of
 
 WINDOW = 256  # tokens of the windows that routing is counted on
 PROBED = 4  # concurrencies that the probe times
+CUTS = (0.75, 0.5, 0.25)  # budgets that the probe times
 ROUNDS = 4  # over all concurrencies; the fastest turn of all rounds counts, which is the one that a busy machine disturbed least
 
 Key = tuple[str, int, str]
@@ -136,7 +137,7 @@ class _Planner:
         options, fits, measured = self.options, dict[str, Fit | Machine](), dict[Key, Measured]()
         ids = token_windows(self.tokenizer, self.text, "calibration", length=WINDOW, tokens=options.tokens).ids
         shape, routing, points = self._stock(ids, fits, measured)
-        if options.machine is None and self._is_elastic():
+        if options.machine is None and options.budgets and self._is_elastic():
             points = [*points, *self._elastic(shape, points[0], ids, fits, measured)]
         machines = {name: found.machine if isinstance(found, Fit) else found for name, found in fits.items()}
         rows = predict(shape, points, machines, _loads(options), measured)
@@ -178,20 +179,21 @@ class _Planner:
     ) -> list[Point]:
         """Points at sub-expert budgets; the machine they run on is added to fits."""
         model, _ = load(self.source)
-        points = [
-            Point(f"{budget:.0%} of slots", "sub-experts", choice, ELASTIC, at_budget(model, budget))
-            for budget, choice in block_choices(model, ids, self.options.budgets).items()
-        ]
-        if points:
-            fits[ELASTIC] = self._calibrate("probe of sub-experts", model, shape, points)
-            measured |= self._measure("measure sub-experts", model, [replace(full, engine=ELASTIC, run=nullcontext), *points])
-        return [replace(point, run=None) for point in points]
+        counted = sorted({*self.options.budgets, *CUTS})
+        points = {
+            budget: Point(f"{budget:.0%} of slots", "sub-experts", choice, ELASTIC, at_budget(model, budget))
+            for budget, choice in block_choices(model, ids, counted).items()
+        }
+        fits[ELASTIC] = self._calibrate("probe of sub-experts", model, shape, [points[budget] for budget in CUTS])
+        asked = [points[budget] for budget in self.options.budgets]
+        measured |= self._measure("measure sub-experts", model, [replace(full, engine=ELASTIC, run=nullcontext), *asked])
+        return [replace(point, run=None) for point in asked]
 
     def _calibrate(self, title: str, model: Any, shape: Shape, points: Sequence[Point]) -> Fit:
         """Time the dearest, a middle and the cheapest runnable point at up to four concurrencies, and fit a machine to that."""
         runnable = [p for p in points if p.run]
         chosen = {p.name: p for p in (runnable[i] for i in sorted({0, len(runnable) // 2, len(runnable) - 1}))}
-        timed = self._time(title, model, list(chosen.values()), _spread(sorted({1, *self.options.concurrency}), PROBED))
+        timed = self._time(title, model, list(chosen.values()), probed(self.options.concurrency))
         return fit([(_need(shape, chosen[name], batch, was), was.seconds) for (_, batch, name), was in timed.items()])
 
     def _measure(self, title: str, model: Any, points: Sequence[Point]) -> dict[Key, Measured]:
@@ -238,8 +240,10 @@ def _need(shape: Shape, point: Point, batch: int, was: Measured) -> Terms:
     return terms(shape, point.choice, Load(batch, was.context))
 
 
-def _spread(values: Sequence[int], count: int) -> list[int]:
-    """At most `count` of them, ends included, evenly over the list."""
-    if len(values) <= count:
-        return list(values)
-    return [values[round(i * (len(values) - 1) / (count - 1))] for i in range(count)]
+def probed(concurrency: Sequence[int]) -> list[int]:
+    """The concurrencies that the probe times: 1, the highest and two between, small powers of two where fewer are planned."""
+    values = sorted({1, *concurrency})
+    extra = (2**i for i in range(1, PROBED + 1) if 2**i not in values)
+    while len(values) < PROBED:
+        values = sorted([*values, next(extra)])
+    return [values[round(i * (len(values) - 1) / (PROBED - 1))] for i in range(PROBED)]

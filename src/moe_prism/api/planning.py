@@ -42,7 +42,7 @@ class PlanOptions:
     machine: given instead of probed; the model is then read from its config.json alone. text: what routing is counted on (calibration
     side) and steps are timed on (evaluation side); None: `stdlib` where the machine is probed, even routing where it is given.
     bits: per stored weight, where it differs from the config's dtype. measure: time every point that can be run, at every concurrency.
-    seconds: about how long the probe takes, and the measurement again.
+    seconds: about how long the steps of the probe take.
     """
 
     concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
@@ -166,8 +166,8 @@ class _Planner:
         if self.options.machine is not None:
             fits[STOCK] = self.options.machine
         else:
-            fits[STOCK] = self._calibrate("probe", model, shape, points)
-            measured |= self._measure("measure", model, points)
+            fits[STOCK], found = self._calibrate("probe", model, shape, points, points)
+            measured |= found
         return shape, routing, [replace(point, run=None) for point in points]  # which lets go of the model
 
     def _is_elastic(self) -> bool:
@@ -184,21 +184,31 @@ class _Planner:
             budget: Point(f"{budget:.0%} of slots", "sub-experts", choice, ELASTIC, at_budget(model, budget))
             for budget, choice in block_choices(model, ids, counted).items()
         }
-        fits[ELASTIC] = self._calibrate("probe of sub-experts", model, shape, [points[budget] for budget in CUTS])
-        asked = [points[budget] for budget in self.options.budgets]
-        measured |= self._measure("measure sub-experts", model, [replace(full, engine=ELASTIC, run=nullcontext), *asked])
+        asked, cuts = ([points[budget] for budget in budgets] for budgets in (self.options.budgets, CUTS))
+        whole = replace(full, engine=ELASTIC, run=nullcontext)
+        fits[ELASTIC], found = self._calibrate("probe of sub-experts", model, shape, cuts, [whole, *asked])
+        measured |= found
         return [replace(point, run=None) for point in asked]
 
-    def _calibrate(self, title: str, model: Any, shape: Shape, points: Sequence[Point]) -> Fit:
-        """Time the dearest, a middle and the cheapest runnable point at up to four concurrencies, and fit a machine to that."""
-        runnable = [p for p in points if p.run]
-        chosen = {p.name: p for p in (runnable[i] for i in sorted({0, len(runnable) // 2, len(runnable) - 1}))}
-        timed = self._time(title, model, list(chosen.values()), probed(self.options.concurrency))
-        return fit([(_need(shape, chosen[name], batch, was), was.seconds) for (_, batch, name), was in timed.items()])
+    def _calibrate(
+        self, title: str, model: Any, shape: Shape, points: Sequence[Point], measured: Sequence[Point]
+    ) -> tuple[Fit, dict[Key, Measured]]:
+        """A machine fitted to the dearest, a middle and the cheapest runnable point at four concurrencies.
 
-    def _measure(self, title: str, model: Any, points: Sequence[Point]) -> dict[Key, Measured]:
-        """Every runnable point at every concurrency, if asked for."""
-        return self._time(title, model, points, self.options.concurrency) if self.options.measure else {}
+        With `measure`, the points to measure are timed at all concurrencies in the same rounds, and returned, but not fitted to.
+        """
+        options = self.options
+        runnable = [p for p in points if p.run]
+        few = {p.name: p for p in (runnable[i] for i in sorted({0, len(runnable) // 2, len(runnable) - 1}))}
+        every = {**few, **({p.name: p for p in measured if p.run} if options.measure else {})}
+        batches = probed(options.concurrency)
+        timed = self._time(
+            title, model, list(every.values()), sorted({*batches, *(options.concurrency if options.measure else ())})
+        )
+        used = [
+            (_need(shape, few[name], n, was), was.seconds) for (_, n, name), was in timed.items() if name in few and n in batches
+        ]
+        return fit(used), timed if options.measure else {}
 
     def _time(self, title: str, model: Any, points: Sequence[Point], batches: Sequence[int]) -> dict[Key, Measured]:
         runnable = [(p, p.run) for p in points if p.run]

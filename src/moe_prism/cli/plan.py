@@ -59,7 +59,7 @@ def plan(
     text: Text to count routing on and to time steps on; default stdlib, with --bandwidth and --peak even routing.
     tokens: Tokens to count routing on.
     measure: Time every point that can be run at every concurrency and print it beside the prediction (pruning cannot).
-    seconds: About how long to time steps for the prediction, and again with --measure.
+    seconds: About how long to time steps, twice that for a model that is elastic.
     out: Folder for plan.json, plan.html and plan.png.
     json: One JSON object on stdout.
     """

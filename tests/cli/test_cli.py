@@ -23,6 +23,7 @@ COMMANDS = (
     "refactor",
     "recover",
     "frontier",
+    "plan",
     "generate",
     "serve",
     "bench",

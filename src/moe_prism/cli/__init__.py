@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import cyclopts
 
 from ..errors import PrismError
-from . import bench, calibrate, demo, doctor, frontier, generate, inspect, listing, recover, refactor, serve, verify
+from . import bench, calibrate, demo, doctor, frontier, generate, inspect, listing, plan, recover, refactor, serve, verify
 from .output import plain_line
 
 INTERRUPTED = 130
@@ -36,6 +36,7 @@ def build() -> cyclopts.App:
         (refactor.refactor, "refactor"),
         (recover.recover, "recover"),
         (frontier.frontier, "frontier"),
+        (plan.plan, "plan"),
         (generate.generate, "generate"),
         (serve.serve, "serve"),
         (bench.bench, "bench"),

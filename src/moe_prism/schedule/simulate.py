@@ -220,7 +220,7 @@ def _execute(
     if len(by_id) != len(works):
         raise RuntimeError("the policy gave work to a request that is not there")
     totals = cost.totals(((by_id[work.id], work) for work in works), state.ladder)
-    seconds = float(cost.base(totals)) * (math.exp(noise * random.standard_normal()) if noise else 1.0)
+    seconds = cost.seconds(totals) * (math.exp(noise * random.standard_normal()) if noise else 1.0)
     if believed is not None:
         believed.observe(totals, seconds)
     state.advance(works, now + seconds)

@@ -22,6 +22,7 @@ COMMANDS = (
     "calibrate",
     "refactor",
     "recover",
+    "skip",
     "frontier",
     "generate",
     "serve",

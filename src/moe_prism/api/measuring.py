@@ -70,7 +70,7 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     options = options or FrontierOptions()
     options.check()
     opened = open_model(folder)
-    windows = _windows(opened, options, "evaluation", options.tokens)
+    windows = evaluation_windows(opened, options)
     subject = subject_of(opened, options, report)
     tagged = [(m.name, candidate) for m in options.chosen() for candidate in _candidates(m, subject)]
     named = [(Path(path).stem, SkipPlan.load(path)) for path in options.plans]
@@ -98,17 +98,19 @@ def subject_of(opened: Opened, options: FrontierOptions, report: Report = silent
     slots = slots_per_token(opened.elastic)
 
     def calibration() -> Tensor:
-        return _windows(opened, options, "calibration", options.calibration_tokens).ids
+        wanted = options.calibration_tokens
+        return token_windows(opened.tokenizer, options.text, "calibration", length=options.length, tokens=wanted).ids
 
     n_sub = opened.n_sub
     return Subject(opened.model, opened.tokenizer, opened.elastic, n_sub, slots // n_sub, calibration, options.points, report)
 
 
-def _windows(opened: Opened, options: FrontierOptions, side: Any, tokens: int) -> Windows:
-    manifest = opened.manifest or {"calibration": {"documents": ()}}
-    # a method may fit on what the partition was fitted on, but nothing may be evaluated there
-    exclude = manifest["calibration"]["documents"] if side == "evaluation" else ()
-    return token_windows(opened.tokenizer, options.text, side, length=options.length, tokens=tokens, exclude=exclude)
+def evaluation_windows(opened: Opened, options: FrontierOptions) -> Windows:
+    """Held-out text: the evaluation side, without what the model was calibrated on when it was refactored."""
+    known = opened.manifest["calibration"]["documents"] if opened.manifest else ()
+    return token_windows(
+        opened.tokenizer, options.text, "evaluation", length=options.length, tokens=options.tokens, exclude=known
+    )
 
 
 def _candidates(chosen: Method, subject: Subject) -> Sequence[Candidate]:

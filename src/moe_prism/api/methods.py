@@ -97,13 +97,17 @@ methods: Registry[type[Method]] = Registry(
         ),
         "sensitivity": (
             "moe_prism.api.methods_skip:Sensitivity",
-            "expert skipping: counts by what each layer loses, exact allocation; :isolated for Alloc-MoE's profile",
+            "expert skipping: counts by what each layer loses, exact allocation; :isolated for Alloc-MoE's profile, :refined",
         ),
         "ser": ("moe_prism.api.methods_skip:Ser", "expert skipping per token: weights below a share of the largest; :K_MIN"),
         "naee": ("moe_prism.api.methods_skip:Naee", "the same with thresholds per layer and rank from calibration quantiles"),
         "score-mass": (
             "moe_prism.api.methods_skip:ScoreMassMethod",
             "expert skipping per token: the fewest experts that hold a share of the routing weight",
+        ),
+        "weight-level": (
+            "moe_prism.api.methods_skip:WeightLevelMethod",
+            "expert skipping per token: weights below the layer's calibrated level; :METHOD gives the counts",
         ),
         "batch-redistribution": (
             "moe_prism.api.methods_skip:Batch",

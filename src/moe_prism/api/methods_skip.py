@@ -7,22 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..elastic.routed import made, normalises, policy_for, recorded
+from ..elastic.routed import made, policy_for
 from ..elastic.runtime import Setting
 from ..errors import UsageError
 from ..frontier.allocation import exact
-from ..frontier.measure import measure
 from ..routing import SkipPlan
 from ..routing.patterns import IndexOver, Rounding, pattern_skip, shaped, uniform, whole_total
 from ..routing.score_mass import fit_score_mass
 from ..routing.token_threshold import fit_naee, fit_ser
+from ..routing.weight_level import fit_weight_level
 from .methods import Candidate, Method, Subject, methods
-from .sensitivity import LOGIT_ROWS
+from .methods_profile import own_rule, profile, refine, samples
 
 STEP = 0.5  # between the means of a curve
+COUNTS = "sensitivity"  # what gives the counts to a method that spends them by token or by batch
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class SkipMethod(Method):
         """The plan, with what happens to the weights settled and how it was made on record."""
         options = options or SkipOptions()
         plan = self.plan(subject, mean, options)
-        keep_mass = _own_rule(subject) if options.keep_mass is None else options.keep_mass
+        keep_mass = own_rule(subject) if options.keep_mass is None else options.keep_mass
         return plan.with_(keep_mass=keep_mass, made={"method": self.name, "experts_per_token": subject.k, **plan.made})
 
     def candidates(self, subject: Subject) -> Sequence[Candidate]:
@@ -105,20 +103,19 @@ class Sensitivity(SkipMethod):
     """Counts by an exact dynamic program over what every layer loses with n experts, all other layers whole.
 
     `sensitivity:isolated`: with every later layer down to one expert, so that no later layer makes up for the loss (Alloc-MoE,
-    arXiv 2604.08133).
+    arXiv 2604.08133). `sensitivity:refined`: then improved by moving one expert from a layer to another as long as the loss of the whole
+    plan, measured, falls: losses of layers alone do not add up.
     """
 
     def plan(self, subject: Subject, mean: float | None, options: SkipOptions) -> SkipPlan:
-        isolated = _isolated(self.argument)
+        variant = _variant(self.argument)
         total = whole_total(len(subject.elastic.layers), subject.k, _given(self.name, mean))
-        losses = profile(subject, isolated=isolated)
+        losses = profile(subject, isolated=variant == "isolated")
         best = exact([[(n + 1.0, loss) for n, loss in enumerate(row)] for row in losses], total)
         counts = tuple(choice + 1 for choice in best.choices)
-        facts = {
-            "profile": [[round(loss, 9) for loss in row] for row in losses],
-            "isolated": isolated,
-            "predicted_loss": best.loss,
-        }
+        facts = {"profile": [[round(loss, 9) for loss in row] for row in losses], "predicted_loss": best.loss}
+        if variant == "refined":
+            counts, facts["calibration_loss"] = refine(subject, counts)
         return SkipPlan(counts, mean=sum(counts) / len(counts), made=facts | _text(subject))
 
 
@@ -151,17 +148,34 @@ class ScoreMassMethod(SkipMethod):
         return fit_score_mass(_all(subject), samples(subject), _given(self.name, mean)).with_(made=_text(subject))
 
 
+class WeightLevelMethod(SkipMethod):
+    """`weight-level:METHOD`: a level per layer that keeps the counts of another method (default `sensitivity`) on average."""
+
+    def plan(self, subject: Subject, mean: float | None, options: SkipOptions) -> SkipPlan:
+        counts = _counts(self.argument, subject, mean, options)
+        return fit_weight_level(counts.layers, samples(subject)).with_(made=dict(counts.made) | _text(subject))
+
+    def means(self, subject: Subject) -> list[float | None]:
+        return skip_method(self.argument or COUNTS).means(subject)
+
+
 class Batch(SkipMethod):
     """`batch-redistribution:METHOD`: the counts of another method (default `sensitivity`) as a budget of the whole batch."""
 
     def plan(self, subject: Subject, mean: float | None, options: SkipOptions) -> SkipPlan:
-        plan = skip_method(self.argument or "sensitivity").plan(subject, mean, options)
-        if plan.policy != "top-n":
-            raise UsageError(f"'{self.argument}' gives no counts per layer", "take uniform, pattern-skip or sensitivity")
+        plan = _counts(self.argument, subject, mean, options)
         return plan.with_(policy="batch-redistribution", parameters={"base": ((1.0,),) * len(plan.layers)})
 
     def means(self, subject: Subject) -> list[float | None]:
-        return skip_method(self.argument or "sensitivity").means(subject)
+        return skip_method(self.argument or COUNTS).means(subject)
+
+
+def _counts(name: str | None, subject: Subject, mean: float | None, options: SkipOptions) -> SkipPlan:
+    """A plan of plain counts."""
+    plan = skip_method(name or COUNTS).plan(subject, mean, options)
+    if plan.policy != "top-n":
+        raise UsageError(f"'{name}' gives no counts per layer", "take uniform, pattern-skip or sensitivity")
+    return plan
 
 
 def skip_method(name: str) -> SkipMethod:
@@ -174,53 +188,9 @@ def skip_method(name: str) -> SkipMethod:
     return found(name, argument if colon else None)
 
 
-def profile(subject: Subject, *, isolated: bool = False) -> list[list[float]]:
-    """loss [L][k]: KL to the full model in nats per token with n = 1..k experts in one layer, on the calibration windows.
-
-    The other layers are whole; isolated: the layers after it have one expert each, and the loss is against that layer whole.
-    """
-    key = f"profile, isolated {isolated}"
-    if key not in subject.cache:
-        subject.cache[key] = _profiled(subject, isolated)
-    return subject.cache[key]  # type: ignore[no-any-return]
-
-
-def _profiled(subject: Subject, isolated: bool) -> list[list[float]]:
-    layers, k = len(subject.elastic.layers), subject.k
-    counts = range(1, k + 1) if isolated else range(1, k)
-    plans = [
-        SkipPlan((*(k,) * layer, n, *(1 if isolated else k,) * (layers - layer - 1))) for layer in range(layers) for n in counts
-    ]
-    policy = policy_for(subject.elastic, [plan.with_(keep_mass=_own_rule(subject)) for plan in plans])
-    settings = [Setting(routing=policy, level=i) for i in range(len(plans))]
-    ids = subject.calibration
-    with subject.report("profile of the layers") as update:
-        found = measure(subject.model, subject.elastic, ids, settings, batch=max(1, LOGIT_ROWS // ids.shape[1]), progress=update)
-    rows = torch.tensor([quality.kl for quality, _ in found], dtype=torch.float64).view(layers, len(counts)).tolist()
-    return [[loss - row[-1] for loss in row] if isolated else [*row, 0.0] for row in rows]
-
-
-@torch.no_grad()
-def samples(subject: Subject) -> list[Tensor]:
-    """Routing weights [S, k] of every layer over the calibration windows, largest first."""
-    if "routing weights" not in subject.cache:
-        ids = subject.calibration
-        with recorded(subject.elastic) as recorder:
-            for rows in ids.split(4):
-                subject.model(input_ids=rows.to(subject.model.device), use_cache=False, logits_to_keep=1)
-        subject.cache["routing weights"] = recorder.ranked()
-    return subject.cache["routing weights"]  # type: ignore[no-any-return]
-
-
 def plan_candidates(plans: Sequence[tuple[str, SkipPlan]], subject: Subject) -> list[Candidate]:
     """Plans read from files, by name."""
     return [Candidate(name, Setting(routing=policy_for(subject.elastic, plan))) for name, plan in plans]
-
-
-def _own_rule(subject: Subject) -> bool:
-    if "normalises" not in subject.cache:
-        subject.cache["normalises"] = normalises(subject.elastic)
-    return subject.cache["normalises"]  # type: ignore[no-any-return]
 
 
 def _positions(subject: Subject) -> tuple[list[int], int]:
@@ -249,10 +219,12 @@ def _all(subject: Subject) -> tuple[int, ...]:
     return (subject.k,) * len(subject.elastic.layers)
 
 
-def _isolated(argument: str | None) -> bool:
-    if argument not in (None, "isolated"):
-        raise UsageError(f"method 'sensitivity' has no variant '{argument}'", "write sensitivity or sensitivity:isolated")
-    return argument is not None
+def _variant(argument: str | None) -> str | None:
+    if argument not in (None, "isolated", "refined"):
+        raise UsageError(
+            f"method 'sensitivity' has no variant '{argument}'", "write sensitivity, sensitivity:isolated or sensitivity:refined"
+        )
+    return argument
 
 
 def _whole(name: str, argument: str | None, default: int, most: int) -> int:

@@ -18,6 +18,10 @@ routing_policies: Registry[type[RoutingPolicy]] = Registry(
             "moe_prism.routing.score_mass:ScoreMass",
             "the fewest experts that hold a share of the token's routing weight (for sigmoid routers too)",
         ),
+        "weight-level": (
+            "moe_prism.routing.weight_level:WeightLevel",
+            "experts whose weight reaches the layer's level: n per token on average over the calibration text",
+        ),
         "batch-redistribution": (
             "moe_prism.routing.batch:BatchRedistribution",
             "n experts per token on average over the batch, spent on its largest weights (Alloc-MoE)",

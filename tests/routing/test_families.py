@@ -137,9 +137,9 @@ class watched:
             moe = layer.plan.layer
             self.count[moe.index] = 0
 
-            def counting(expert, x, neurons=slice(None), *, moe=moe, own=type(moe).activations):
+            def counting(expert, x, neurons=slice(None), *, moe=moe):
                 self.count[moe.index] += 1
-                return own(moe, expert, x, neurons)
+                return type(moe).activations(moe, expert, x, neurons)
 
             moe.activations = counting
         return self.count

@@ -13,6 +13,7 @@ from moe_prism.routing import SkipPlan, routing_policies
 from moe_prism.routing.base import mean_kept
 from moe_prism.routing.score_mass import ScoreMass, fit_score_mass, score_mass
 from moe_prism.routing.token_threshold import TokenThreshold, fit_naee, fit_ser, naee, ser
+from moe_prism.routing.weight_level import fit_weight_level
 
 EXPERTS, K, LAYERS = 9, 4, 2
 
@@ -34,7 +35,8 @@ def plans(n=2):
     layers = (n,) * LAYERS
     whole = (K,) * LAYERS
     batch = SkipPlan(layers, "batch-redistribution", {"base": ((1.0,),) * LAYERS})
-    return [SkipPlan(layers), ser(whole, 0.4, 1), ser((3,) * LAYERS, 0.3, 2), score_mass(whole, 0.35), batch]
+    level = SkipPlan((3,) * LAYERS, "weight-level", {"level": ((0.4,),) * LAYERS})
+    return [SkipPlan(layers), ser(whole, 0.4, 1), ser((3,) * LAYERS, 0.3, 2), score_mass(whole, 0.35), level, batch]
 
 
 def by_hand(plan, row_weights, index):
@@ -51,6 +53,8 @@ def by_hand(plan, row_weights, index):
                 break
             kept.append(j)
         return set(kept)
+    if plan.policy == "weight-level":
+        return set(order[:1]) | {j for j in order[:n] if row_weights[j] >= plan.parameters["level"][0][0]}
     kept, held, mass = [], 0.0, sum(row_weights[j] for j in order)
     for j in order[:n]:
         if held >= (1 - plan.parameters["epsilon"][0][0]) * mass:
@@ -60,7 +64,7 @@ def by_hand(plan, row_weights, index):
     return set(kept)
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(5))
 @given(seed=st.integers(0, 500), missing=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_policies_keep_what_their_definition_says(which, seed, missing):
@@ -91,7 +95,8 @@ def test_redistribution_takes_the_largest_weights_of_the_batch(seed, n, base):
 @pytest.mark.parametrize("keep_mass", [False, True])
 @pytest.mark.parametrize("policy", list(routing_policies.names()))
 def test_neutral_policies_return_the_very_same_tensors(policy, keep_mass):
-    parameters = {"t": ((0.0,),) * LAYERS, "least": ((1.0,),) * LAYERS, "epsilon": ((0.0,),) * LAYERS, "base": ((1.0,),) * LAYERS}
+    zero, one = ((0.0,),) * LAYERS, ((1.0,),) * LAYERS
+    parameters = {"t": zero, "least": one, "epsilon": zero, "level": zero, "base": one}
     plan = SkipPlan((K, K + 3), policy, parameters, keep_mass)
     index, weight = choices(0)
     for layer in range(LAYERS):
@@ -101,7 +106,7 @@ def test_neutral_policies_return_the_very_same_tensors(policy, keep_mass):
 
 
 @pytest.mark.parametrize("keep_mass", [False, True])
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", range(6))
 @given(seed=st.integers(0, 500), missing=st.booleans(), equal=st.booleans())
 @settings(max_examples=20, deadline=None)
 def test_every_token_has_its_own_plan(which, keep_mass, seed, missing, equal):
@@ -120,7 +125,7 @@ def test_every_token_has_its_own_plan(which, keep_mass, seed, missing, equal):
     assert torch.equal(mixed[level == 1], alone[0]) and torch.equal(left[level == 1], alone[1])
 
 
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", range(6))
 @given(seed=st.integers(0, 500), missing=st.booleans())
 @settings(max_examples=20, deadline=None)
 def test_keep_mass_keeps_the_mass_and_nothing_else(which, seed, missing):
@@ -133,7 +138,7 @@ def test_keep_mass_keeps_the_mass_and_nothing_else(which, seed, missing):
     torch.testing.assert_close(scaled[1], plain[1] * (full / plain[1].sum(1))[:, None])
 
 
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", range(6))
 @given(seed=st.integers(0, 500))
 @settings(max_examples=20, deadline=None)
 def test_the_order_of_the_choices_does_not_matter(which, seed):
@@ -146,7 +151,7 @@ def test_the_order_of_the_choices_does_not_matter(which, seed):
     assert torch.equal(again[0], kept[:, order]) and torch.equal(again[1], left[:, order])
 
 
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", range(6))
 def test_one_expert_is_always_kept(which):
     index, weight = choices(1)
     for values in (weight, weight * 0, weight.bfloat16()):
@@ -175,6 +180,16 @@ def test_fits_keep_the_mean_that_was_asked_for(mean):
     ):
         assert mean <= plan.mean < mean + 0.02
         assert plan.mean == mean_kept(policy([plan]), samples)
+
+
+@pytest.mark.parametrize("counts", [(1, 4), (2, 3), (4, 4)])
+def test_levels_keep_the_counts_of_every_layer(counts):
+    samples = ranked(6)
+    plan = fit_weight_level(counts, samples)
+    policy = made([plan])
+    for layer, (n, rows) in enumerate(zip(counts, samples, strict=True)):
+        assert abs(float(policy.kept(rows, layer, 0).sum(1).double().mean()) - n) < 0.01
+    assert abs(plan.mean - sum(counts) / 2) < 0.01
 
 
 def test_least_is_a_floor():

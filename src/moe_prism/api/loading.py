@@ -88,7 +88,9 @@ def generate(
     seed: int = 0,
     routing: SkipPlan | None = None,
 ) -> Generated:
-    """Continue a prompt at one operating point (see `operating_point`, also for routing); greedy at temperature 0, else sampled with the seed.
+    """Continue a prompt at one operating point (see `operating_point`, also for routing).
+
+    Greedy at temperature 0, else sampled with the seed.
 
     Raises UsageError for an empty prompt, a bad number, or a prompt over the context limit.
     """

@@ -61,6 +61,8 @@ def refine(subject: Subject, counts: Counts) -> tuple[Counts, float]:
     for _ in range(ROUNDS):
         more = [layer for layer, n in enumerate(counts) if n < subject.k]
         less = [layer for layer, n in enumerate(counts) if n > 1]
+        if not more or not less:
+            break
         around = losses(subject, [*(_moved(counts, a, None) for a in more), *(_moved(counts, None, b) for b in less)])
         gain, cost = dict(zip(more, around, strict=False)), dict(zip(less, around[len(more) :], strict=True))
         moves = sorted((gain[a] + cost[b] - loss, a, b) for a in more for b in less if a != b)[:TRIES]

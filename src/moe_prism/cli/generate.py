@@ -47,7 +47,15 @@ def generate(
         routing, opened = SkipPlan.load(plan), open_model(folder)
         model, tokenizer = opened.model, opened.tokenizer
     result = run(
-        model, tokenizer, prompt, budget=budget, rule=rule, max_tokens=max_tokens, temperature=temperature, seed=seed, routing=routing
+        model,
+        tokenizer,
+        prompt,
+        budget=budget,
+        rule=rule,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        routing=routing,
     )
     note(f"budget {budget:g}: {result.tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
     emit({**asdict(result), "tokens_per_s": result.tokens_per_s}, prompt + result.text, json)

@@ -36,7 +36,7 @@ def skip(
     keep_mass: Scale what is left of a token's routing weights up to their full sum; default: as the model's own router does it.
     rounding: Of pattern-skip: half-up, floor, ceil, or budget (largest remainders; always so where --mean is given).
     index_over: Of pattern-skip: whether its layers are the MoE layers (moe) or all layers (all).
-    text: Calibration text: stdlib, topics, a file, a folder, a .jsonl file or a saved dataset. Its other side is what the plan is measured on.
+    text: stdlib, topics, a file, a folder, a .jsonl file or a saved dataset: one side to calibrate on, the other to measure the plan.
     tokens: Calibration tokens, and as many for the measurement.
     length: Tokens per window.
     json: One JSON object on stdout.

@@ -68,15 +68,15 @@ class Recorder(RoutingPolicy):
 
 @contextmanager
 def recorded(elastic: Elastic) -> Iterator[Recorder]:
-    """Record the routing weights of what runs inside the block, at full budget."""
+    """Record the routing weights of what runs inside the block, at full budget and uncounted."""
     from .runtime import Setting
 
-    recorder, before = Recorder(len(elastic.layers)), elastic.setting
-    elastic.setting = Setting(routing=recorder)
+    recorder, before, counting = Recorder(len(elastic.layers)), elastic.setting, elastic.counting
+    elastic.setting, elastic.counting = Setting(rule="linear", routing=recorder), False
     try:
         yield recorder
     finally:
-        elastic.setting = before
+        elastic.setting, elastic.counting = before, counting
 
 
 @torch.no_grad()

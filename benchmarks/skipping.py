@@ -35,16 +35,17 @@ METHODS = (
     "pattern-skip:ascending",
     "pattern-skip:peak",
     "pattern-skip:valley",
-    "sensitivity",
+    "sensitivity:alone",
     "sensitivity:isolated",
-    "sensitivity:refined",
+    "sensitivity",
     "ser",
     "naee",
     "score-mass",
     "weight-level:uniform",
+    "weight-level:sensitivity:alone",
     "weight-level",
-    "weight-level:sensitivity:refined",
     "batch-redistribution:uniform",
+    "batch-redistribution:sensitivity:alone",
     "batch-redistribution",
 )
 SCALED = ("uniform", "sensitivity", "score-mass", "weight-level")
@@ -63,13 +64,13 @@ def settings(subject: Subject, mean: float) -> dict[str, tuple[Setting, Any]]:
     room = mean * subject.n_sub - selection_overhead(subject.elastic.layers[0], subject.k)
     found["product"] = rule_setting("product", int(room), subject.slots), None
     found["threshold"] = rule_setting("threshold", room, subject.slots), None
-    plan = skip_method("sensitivity").finished(subject, mean + (subject.k - mean) / 2)
-    found["sensitivity and threshold"] = both(subject, plan, room), plan.layers
+    plan = skip_method("sensitivity:alone").finished(subject, mean + (subject.k - mean) / 2)
+    found["sensitivity:alone and threshold"] = both(subject, plan, room), plan.layers
     return found
 
 
 def both(subject: Subject, plan: Any, room: float) -> Setting:
-    """Half of the cut by skipping, the rest by sub-experts of what is left."""
+    """Half of the cut by skipping, the rest by sub-experts of what is left: its bytes are near uniform's, see the column."""
     left = sum(plan.layers) / len(plan.layers) * subject.n_sub
     return Setting(min(1.0, room / left), "threshold", "ridge", routing=made([plan]))
 

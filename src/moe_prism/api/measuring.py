@@ -42,7 +42,7 @@ class FrontierOptions:
     points: int | None = None
     methods: tuple[str, ...] = ()
     plans: tuple[str, ...] = ()
-    calibration_tokens: int = 16_384
+    calibration_tokens: int = 8_192
 
     def chosen(self) -> list[Method]:
         """What is measured, each once. Raises UsageError for an unknown name."""
@@ -132,7 +132,8 @@ def _plain(subject: Subject) -> list[Candidate]:
 
 def _is_whole(candidate: Candidate) -> bool:
     setting = candidate.setting
-    return setting.layers is None and setting.routing is None and setting.budget == 1 and candidate.resident_share == 1
+    untouched = setting.layers is None and setting.routing is None and candidate.resident_share == 1
+    return untouched and not isinstance(setting.budget, Tensor) and setting.budget >= 1
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -97,7 +97,7 @@ methods: Registry[type[Method]] = Registry(
         ),
         "sensitivity": (
             "moe_prism.api.methods_skip:Sensitivity",
-            "expert skipping: counts by what each layer loses, exact allocation; :isolated for Alloc-MoE's profile, :refined",
+            "expert skipping: counts by what each layer loses, improved together; :alone, :isolated (Alloc-MoE) without that",
         ),
         "ser": ("moe_prism.api.methods_skip:Ser", "expert skipping per token: weights below a share of the largest; :K_MIN"),
         "naee": ("moe_prism.api.methods_skip:Naee", "the same with thresholds per layer and rank from calibration quantiles"),

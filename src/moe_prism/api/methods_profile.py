@@ -57,6 +57,13 @@ def refine(subject: Subject, counts: Counts) -> tuple[Counts, float]:
     What a move is worth is guessed from the plan with one expert more in one layer and with one less in another; the moves that look
     best are measured. 2 L + 4 runs of the calibration windows per move.
     """
+    key = f"refined {counts}"
+    if key not in subject.cache:
+        subject.cache[key] = _refined(subject, counts)
+    return subject.cache[key]  # type: ignore[no-any-return]
+
+
+def _refined(subject: Subject, counts: Counts) -> tuple[Counts, float]:
     loss = losses(subject, [counts])[0]
     for _ in range(ROUNDS):
         more = [layer for layer, n in enumerate(counts) if n < subject.k]

@@ -100,11 +100,11 @@ class PatternSkip(SkipMethod):
 
 
 class Sensitivity(SkipMethod):
-    """Counts by an exact dynamic program over what every layer loses with n experts, all other layers whole.
+    """Counts by an exact dynamic program over what every layer loses with n experts, then improved together.
 
-    `sensitivity:isolated`: with every later layer down to one expert, so that no later layer makes up for the loss (Alloc-MoE,
-    arXiv 2604.08133). `sensitivity:refined`: then improved by moving one expert from a layer to another as long as the loss of the whole
-    plan, measured, falls: losses of layers alone do not add up.
+    Losses of layers alone do not add up, so one expert at a time moves from a layer to another as long as the measured loss of the whole
+    plan falls. `sensitivity:alone` stops before that. `sensitivity:isolated` too, and profiles every layer with all later ones down to one
+    expert, so that none makes up for the loss (Alloc-MoE, arXiv 2604.08133).
     """
 
     def plan(self, subject: Subject, mean: float | None, options: SkipOptions) -> SkipPlan:
@@ -113,8 +113,8 @@ class Sensitivity(SkipMethod):
         losses = profile(subject, isolated=variant == "isolated")
         best = exact([[(n + 1.0, loss) for n, loss in enumerate(row)] for row in losses], total)
         counts = tuple(choice + 1 for choice in best.choices)
-        facts = {"profile": [[round(loss, 9) for loss in row] for row in losses], "predicted_loss": best.loss}
-        if variant == "refined":
+        facts: dict[str, Any] = {"profile": [[round(loss, 9) for loss in row] for row in losses], "predicted_loss": best.loss}
+        if variant is None:
             counts, facts["calibration_loss"] = refine(subject, counts)
         return SkipPlan(counts, mean=sum(counts) / len(counts), made=facts | _text(subject))
 
@@ -220,9 +220,9 @@ def _all(subject: Subject) -> tuple[int, ...]:
 
 
 def _variant(argument: str | None) -> str | None:
-    if argument not in (None, "isolated", "refined"):
+    if argument not in (None, "alone", "isolated"):
         raise UsageError(
-            f"method 'sensitivity' has no variant '{argument}'", "write sensitivity, sensitivity:isolated or sensitivity:refined"
+            f"method 'sensitivity' has no variant '{argument}'", "write sensitivity, sensitivity:alone or sensitivity:isolated"
         )
     return argument
 

@@ -23,7 +23,7 @@ def make_plan(
     options: SkipOptions | None = None,
     *,
     text: str = "stdlib",
-    tokens: int = 16_384,
+    tokens: int = 8_192,
     length: int = 512,
     report: Report = silent,
 ) -> SkipPlan:

@@ -28,7 +28,7 @@ def frontier(
     text: str = "stdlib",
     tokens: int = 16_384,
     length: int = 512,
-    calibration_tokens: int = 16_384,
+    calibration_tokens: int = 8_192,
     json: bool = False,
 ) -> None:
     """Measure quality and cost of every operating point of a model, beside plain top-k; writes JSON and an HTML report.

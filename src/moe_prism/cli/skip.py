@@ -21,7 +21,7 @@ def skip(
     rounding: Literal["half-up", "floor", "ceil", "budget"] = "half-up",
     index_over: Literal["moe", "all"] = "moe",
     text: str = "stdlib",
-    tokens: int = 16_384,
+    tokens: int = 8_192,
     length: int = 512,
     json: bool = False,
 ) -> None:

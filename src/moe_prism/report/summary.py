@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from ..elastic import rules
 from ..frontier.pareto import distinct_points, largest_cliff
@@ -28,6 +29,7 @@ def full_bytes(frontier: Frontier) -> float:
     return min(full) if full else max(everything, default=1.0) or 1.0
 
 
+@cache
 def series(rule: str) -> str:
     """How a curve is called: selection rules choose among sub-experts, other methods go by their own names."""
     return f"sub-experts, {rule}" if rule in rules.names() else rule

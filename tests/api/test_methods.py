@@ -165,6 +165,7 @@ def test_pattern_knots_rounding_and_index(subject):
         skip_method("weight-level:ser").plan(subject, 1.5, SkipOptions())
 
 
+@torch.no_grad()
 def test_every_method_restores_the_model(opened, subject, masked):
     before = {name: p.clone() for name, p in opened.model.named_parameters()}
     setting = opened.elastic.setting

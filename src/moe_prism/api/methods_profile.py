@@ -93,7 +93,7 @@ def samples(subject: Subject) -> list[Tensor]:
     if "routing weights" not in subject.cache:
         ids = subject.calibration
         with recorded(subject.elastic) as recorder:
-            for rows in ids.split(4):
+            for rows in torch.split(ids, 4):
                 subject.model(input_ids=rows.to(subject.model.device), use_cache=False, logits_to_keep=1)
         subject.cache["routing weights"] = recorder.ranked()
     return subject.cache["routing weights"]  # type: ignore[no-any-return]

@@ -50,7 +50,7 @@ class SkipMethod(Method):
         plans = [self.finished(subject, mean) for mean in self.means(subject)]
         return [Candidate(f"{self.name}-{_mean(plan):.3g}", Setting(routing=made([plan]))) for plan in plans]
 
-    def means(self, subject: Subject) -> list[float | None]:
+    def means(self, subject: Subject) -> Sequence[float | None]:
         """Means worth a point, dearest first: every half expert below k, or as many as were asked for, down to 1."""
         if subject.k < 2:
             raise UsageError(f"method '{self.name}' skips experts, and this model has one per token", "measure other methods")
@@ -68,7 +68,7 @@ class Uniform(SkipMethod):
             raise UsageError(f"method 'uniform' cannot keep {mean:g} experts", "give a whole number, or take `sensitivity`")
         return uniform(len(subject.elastic.layers), subject.k, int(mean))
 
-    def means(self, subject: Subject) -> list[float | None]:
+    def means(self, subject: Subject) -> Sequence[float | None]:
         return sorted({mean for mean in super().means(subject) if mean is not None and mean == int(mean)}, reverse=True)
 
 
@@ -86,7 +86,7 @@ class PatternSkip(SkipMethod):
         plan = pattern_skip(layers, subject.k, b, h, e, p, rounding=rounding, total=total, positions=positions, depth=depth)
         return plan.with_(made={"rounding": rounding, "index_over": options.index_over})
 
-    def means(self, subject: Subject) -> list[float | None]:
+    def means(self, subject: Subject) -> Sequence[float | None]:
         return super().means(subject) if self._knots() is None else [None]
 
     def _knots(self) -> tuple[int, int, int, int] | None:
@@ -127,7 +127,7 @@ class Ser(SkipMethod):
         plan = fit_ser(_all(subject), samples(subject), _given(self.name, mean), least)
         return plan.with_(made=_text(subject))
 
-    def means(self, subject: Subject) -> list[float | None]:
+    def means(self, subject: Subject) -> Sequence[float | None]:
         least = _whole(self.name, self.argument, 1, subject.k)
         return [mean for mean in super().means(subject) if mean is not None and mean >= least]
 
@@ -155,7 +155,7 @@ class WeightLevelMethod(SkipMethod):
         counts = _counts(self.argument, subject, mean, options)
         return fit_weight_level(counts.layers, samples(subject)).with_(made=dict(counts.made) | _text(subject))
 
-    def means(self, subject: Subject) -> list[float | None]:
+    def means(self, subject: Subject) -> Sequence[float | None]:
         return skip_method(self.argument or COUNTS).means(subject)
 
 
@@ -166,7 +166,7 @@ class Batch(SkipMethod):
         plan = _counts(self.argument, subject, mean, options)
         return plan.with_(policy="batch-redistribution", parameters={"base": ((1.0,),) * len(plan.layers)})
 
-    def means(self, subject: Subject) -> list[float | None]:
+    def means(self, subject: Subject) -> Sequence[float | None]:
         return skip_method(self.argument or COUNTS).means(subject)
 
 

@@ -52,7 +52,7 @@ def frontier(
     from ..checkpoint import update_manifest
 
     if out is None and not (folder / "prism.json").is_file():
-        raise UsageError(f"'{folder}' was not written by moe-prism", "give --out FOLDER for the report")
+        raise UsageError(f"'{folder}' has no prism.json", "give a folder that moe-prism wrote, or --out FOLDER for the report")
     options = FrontierOptions(text, tokens, length, _names(compare), points, _names(methods), _names(plan), calibration_tokens)
     result = run(folder, options, report=progress)
     target = out or folder
@@ -65,7 +65,7 @@ def frontier(
 
 
 def _names(text: str | None) -> tuple[str, ...]:
-    return tuple(text.split(",")) if text else ()
+    return () if text is None else tuple(text.split(","))
 
 
 def write(result: Frontier, target: Path, extra: dict[str, Any]) -> None:

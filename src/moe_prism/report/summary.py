@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from ..elastic import rules
 from ..frontier.pareto import distinct_points, largest_cliff
 from ..frontier.record import Frontier, Point
 
@@ -29,10 +28,17 @@ def full_bytes(frontier: Frontier) -> float:
     return min(full) if full else max(everything, default=1.0) or 1.0
 
 
-@cache
 def series(rule: str) -> str:
     """How a curve is called: selection rules choose among sub-experts, other methods go by their own names."""
-    return f"sub-experts, {rule}" if rule in rules.names() else rule
+    return f"sub-experts, {rule}" if is_rule(rule) else rule
+
+
+@cache
+def is_rule(name: str) -> bool:
+    """Whether a method chooses among sub-experts."""
+    from ..elastic import rules  # brings torch, which importing this package must not
+
+    return name in rules.names()
 
 
 def main_rule(frontier: Frontier) -> str:
@@ -99,7 +105,7 @@ def _score(frontier: Frontier) -> str:
     wins = sum(d.best is not None and d.best.kl < d.plain.kl for d in found)
     if not found:
         return ""
-    who = "Sub-experts" if {p.rule for p in frontier.points} <= set(rules.names()) else "A measured method"
+    who = "Sub-experts" if all(is_rule(p.rule) for p in frontier.points) else "A measured method"
     verb = "are" if who == "Sub-experts" else "is"
     return f"{who} {verb} closer to the full model than plain top-k at {wins} of {len(found)} plain top-k prices."
 

@@ -37,7 +37,7 @@ class Column:
 
     def of_plan(self, plan: int, layer: int) -> list[float]:
         """The same as Python numbers, without waiting for any device."""
-        return self._rows[plan, layer].tolist()  # type: ignore[no-any-return]
+        return self._rows[plan, layer].tolist()
 
 
 class RoutingPolicy(ABC):
@@ -83,7 +83,7 @@ class RoutingPolicy(ABC):
         if isinstance(level, int):
             rows: Sequence[int] = (level,)
         elif level.device.type == "cpu":
-            rows = level.unique().tolist()
+            rows = torch.unique(level).tolist()
         else:
             rows = range(len(self.plans))
         return all(self._row_is_neutral(row, layer, k) for row in rows)

@@ -53,9 +53,9 @@ def pattern_skip(
         raise UsageError(f"p = {p} is outside the layers 1..{last}", "give the 1-based layer of the knee")
     lines = [_clamp(_value(place, last, Fraction(b), Fraction(h), Fraction(e), p), k) for place in places]
     if rounding == "budget":
-        counts = to_budget(lines, k, _half_up(sum(lines)) if total is None else total)
+        counts = to_budget(lines, k, _half_up(sum(lines, Fraction())) if total is None else total)
     else:
-        counts = [{"half-up": _half_up, "floor": math.floor, "ceil": math.ceil}[rounding](line) for line in lines]
+        counts = [_rounded(line, rounding) for line in lines]
     return SkipPlan(tuple(counts), mean=sum(counts) / len(counts))
 
 
@@ -115,6 +115,12 @@ def _value(place: int, last: int, b: Fraction, h: Fraction, e: Fraction, p: int)
 
 def _clamp(value: Fraction, k: int) -> Fraction:
     return min(max(value, Fraction(1)), Fraction(k))
+
+
+def _rounded(value: Fraction, rounding: Rounding) -> int:
+    if rounding == "half-up":
+        return _half_up(value)
+    return math.floor(value) if rounding == "floor" else math.ceil(value)
 
 
 def _half_up(value: Fraction) -> int:

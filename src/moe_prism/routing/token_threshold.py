@@ -48,7 +48,7 @@ def naee(layers: Sequence[int], samples: Sequence[Tensor], quantile: float = 0.5
 def _quantiles(ranked: Tensor, quantile: float) -> list[float]:
     """Of w_j / w_1 for ranks 2..k; the value itself, not an interpolation, so that it is a ratio that occurs."""
     ratio = (ranked[:, 1:].clamp(min=0) / ranked[:, :1].clamp(min=torch.finfo(torch.float32).tiny)).sort(0).values
-    return ratio[min(round(quantile * len(ratio)), len(ratio) - 1)].tolist()  # type: ignore[no-any-return]
+    return ratio[min(round(quantile * len(ratio)), len(ratio) - 1)].tolist()
 
 
 def fit_ser(layers: Sequence[int], samples: Sequence[Tensor], mean: float, least: int = 1) -> SkipPlan:

@@ -22,6 +22,7 @@ COMMANDS = (
     "calibrate",
     "refactor",
     "recover",
+    "skip",
     "frontier",
     "plan",
     "generate",
@@ -132,6 +133,24 @@ def test_the_whole_path(run_json, run, tiny_source, text_file, tmp_path):
     assert made["prompt"] == "import" and 1 <= made["tokens"] <= 4 and made["tokens_per_s"] > 0
     code, shown, _ = run("generate", out, "--prompt", "import", "--budget", "0.5", "--max-tokens", "4")
     assert (code, shown) == (0, ("import" + made["text"]).rstrip() + "\n")
+
+
+def test_a_plan_is_made_measured_and_used(run_json, run, tiny_source, elastic_tiny, text_file, tmp_path):
+    """skip -> generate --plan -> frontier --plan --methods, on a plain checkpoint and on an elastic folder."""
+    text, plan = ("--text", text_file), tmp_path / "plan.json"
+    for source in (tiny_source, elastic_tiny):
+        found = run_json("skip", source, "--mean", "1.5", "-o", plan, *text, *SMALL)
+        assert sum(found["layers"].values()) == 3 and found["made"]["quality"]["kl"] > 0
+        assert {k: v for k, v in found.items() if k != "plan"} == json.loads(plan.read_text())
+        made = run_json("generate", source, "--prompt", "import", "--plan", plan, "--max-tokens", "4")
+        assert 1 <= made["tokens"] <= 4
+        out = tmp_path / source.name
+        measured = run_json("frontier", source, "-o", out, *text, *SMALL, "--plan", plan, "--methods", "uniform")
+        assert {p["rule"] for p in measured["points"]} == {"uniform", "plan file"}
+        assert (out / "report.html").stat().st_size
+    code, _, err = run("frontier", tiny_source, *text, *SMALL, "--methods", "uniform")
+    assert code == 2 and "--out" in err
+    assert run("skip", tiny_source, "--method", "product", "-o", plan)[0] == 2
 
 
 def test_progress_goes_to_stderr(run, tiny_source, text_file, tmp_path):

@@ -15,6 +15,7 @@ from ..checkpoint import read_manifest
 from ..elastic import attach, operating_point
 from ..errors import CorruptError, UsageError
 from ..model import find_layers, load_model, load_tokenizer
+from ..routing import SkipPlan
 
 SIDE_FILE = "prism.safetensors"
 
@@ -85,8 +86,11 @@ def generate(
     max_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    routing: SkipPlan | None = None,
 ) -> Generated:
-    """Continue a prompt at one operating point (see `operating_point`); greedy at temperature 0, else sampled with the seed.
+    """Continue a prompt at one operating point (see `operating_point`, also for routing).
+
+    Greedy at temperature 0, else sampled with the seed.
 
     Raises UsageError for an empty prompt, a bad number, or a prompt over the context limit.
     """
@@ -104,7 +108,7 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {})}
     torch.manual_seed(seed)
     began = time.perf_counter()
-    with torch.no_grad(), operating_point(model, budget, rule=rule):
+    with torch.no_grad(), operating_point(model, budget, rule=rule, routing=routing):
         ids = model.generate(
             **rows, max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **sampling
         )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import cyclopts
 
 from ..errors import PrismError
-from . import bench, calibrate, demo, doctor, frontier, generate, inspect, listing, plan, recover, refactor, serve, verify
+from . import bench, calibrate, demo, doctor, frontier, generate, inspect, listing, plan, recover, refactor, serve, skip, verify
 from .output import plain_line
 
 INTERRUPTED = 130
@@ -35,6 +35,7 @@ def build() -> cyclopts.App:
         (calibrate.calibrate, "calibrate"),
         (refactor.refactor, "refactor"),
         (recover.recover, "recover"),
+        (skip.skip, "skip"),
         (frontier.frontier, "frontier"),
         (plan.plan, "plan"),
         (generate.generate, "generate"),

@@ -15,6 +15,7 @@ def generate(
     prompt: str,
     budget: float = 1.0,
     rule: str | None = None,
+    plan: Path | None = None,
     max_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
@@ -24,10 +25,11 @@ def generate(
 
     Parameters
     ----------
-    folder: Written by `moe-prism refactor`.
+    folder: Written by `moe-prism refactor`; with --plan any checkpoint.
     prompt: Text to continue.
     budget: Kept slots / all slots, in (0, 1].
     rule: Selection rule; see `moe-prism ls rules`. Default threshold: the budget is met on average.
+    plan: Skip plan written by `moe-prism skip`: only so many of the chosen experts are computed, and a budget is a share of those.
     max_tokens: Tokens to generate.
     temperature: 0 is greedy.
     seed: Seed of sampling.
@@ -36,7 +38,24 @@ def generate(
     from ..api import generate as run
     from ..api import load
 
-    model, tokenizer = load(folder)
-    result = run(model, tokenizer, prompt, budget=budget, rule=rule, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    if plan is None:
+        (model, tokenizer), routing = load(folder), None
+    else:
+        from ..api.opening import open_model
+        from ..routing import SkipPlan
+
+        routing, opened = SkipPlan.load(plan), open_model(folder)
+        model, tokenizer = opened.model, opened.tokenizer
+    result = run(
+        model,
+        tokenizer,
+        prompt,
+        budget=budget,
+        rule=rule,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        routing=routing,
+    )
     note(f"budget {budget:g}: {result.tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
     emit({**asdict(result), "tokens_per_s": result.tokens_per_s}, prompt + result.text, json)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 from ..frontier.record import Frontier, Point
 from .png import deflated
-from .summary import KL_ZERO, full_bytes, main_rule, perplexity
+from .summary import KL_ZERO, full_bytes, main_rule, perplexity, series
 
 if TYPE_CHECKING:
     import altair as alt
@@ -52,7 +52,7 @@ def libraries() -> Any:
 def rows(frontier: Frontier) -> list[dict[str, Any]]:
     """One row of plain data per point, with its series, its cost in percent of the full model and its label."""
     full, main = full_bytes(frontier), main_rule(frontier)
-    tagged = [(f"sub-experts, {p.rule}", p) for p in frontier.points] + [(PLAIN, p) for p in frontier.baseline_topk]
+    tagged = [(series(p.rule), p) for p in frontier.points] + [(PLAIN, p) for p in frontier.baseline_topk]
     floor = kl_floor(frontier)
     labelled = _labelled([p for p in frontier.points if p.rule == main], full)
     tagged.sort(key=lambda item: item[1].rule == main)  # drawn last, so that it is on top
@@ -73,7 +73,7 @@ def rows(frontier: Frontier) -> list[dict[str, Any]]:
 
 def series_names(frontier: Frontier) -> list[str]:
     """Legend order: the main rule, plain top-k, then the other rules as measured."""
-    main = f"sub-experts, {main_rule(frontier)}"
+    main = series(main_rule(frontier))
     found = dict.fromkeys(row["series"] for row in rows(frontier))
     return [main, *[s for s in (PLAIN,) if s in found], *[s for s in found if s not in (main, PLAIN)]]
 
@@ -174,8 +174,9 @@ def _encodings(alt: Any, names: Sequence[str], width: int) -> tuple[Any, Any]:
     legend = alt.Legend(title=None, orient="top", columns=0 if width > 500 else 1, symbolSize=110, labelFontSize=13)
     # one domain for both, so that the two legends become one
     fit = [i % 6 for i in range(len(names))]
+    turned = [i % 6 + i // 6 for i in range(len(names))]  # from the seventh on a colour comes again, with another shape
     color = alt.Color("series:N", legend=legend).scale(domain=list(names), range=[colors[i % len(colors)] for i in fit])
-    shape = alt.Shape("series:N", legend=legend).scale(domain=list(names), range=[shapes[i % len(shapes)] for i in fit])
+    shape = alt.Shape("series:N", legend=legend).scale(domain=list(names), range=[shapes[i % len(shapes)] for i in turned])
     return color, shape
 
 

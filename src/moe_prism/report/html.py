@@ -92,7 +92,8 @@ def _columns(points: Sequence[Point]) -> list[dict[str, Any]]:
     """The cost columns with one unit each, so that a column can be read down."""
     wanted = (("active_expert_bytes", "Expert bytes", "B"), ("active_expert_params", "Expert parameters", ""))
     columns = []
-    for key, title, unit in (*wanted, ("flops_per_token", "FLOPs", "")):
+    resident = [("resident_expert_bytes", "Resident experts", "B")] if any(p.resident_expert_bytes for p in points) else []
+    for key, title, unit in (*wanted, ("flops_per_token", "FLOPs", ""), *resident):
         top = max((getattr(p, key) for p in points), default=0.0)
         size, prefix = next((s for s in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if top >= s[0]), (1.0, ""))
         columns.append({"key": key, "title": title, "unit": prefix + unit, "size": size})

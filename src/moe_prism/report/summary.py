@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from ..frontier.pareto import distinct_points, largest_cliff
 from ..frontier.record import Frontier, Point
@@ -25,6 +26,19 @@ def full_bytes(frontier: Frontier) -> float:
     full = [p.active_expert_bytes for p in frontier.points if p.budget >= 1]
     everything = [p.active_expert_bytes for p in (*frontier.points, *frontier.baseline_topk)]
     return min(full) if full else max(everything, default=1.0) or 1.0
+
+
+def series(rule: str) -> str:
+    """How a curve is called: selection rules choose among sub-experts, other methods go by their own names."""
+    return f"sub-experts, {rule}" if is_rule(rule) else rule
+
+
+@cache
+def is_rule(name: str) -> bool:
+    """Whether a method chooses among sub-experts."""
+    from ..elastic import rules  # brings torch, which importing this package must not
+
+    return name in rules.names()
 
 
 def main_rule(frontier: Frontier) -> str:
@@ -65,8 +79,9 @@ def _range(frontier: Frontier) -> str:
     full = full_bytes(frontier)
     shares = [p.active_expert_bytes / full for p in frontier.points]
     kept = sum(p.pareto for p in frontier.points)
+    cut = f", with every expert cut into {frontier.n_sub} sub-experts," if frontier.n_sub > 1 else ""
     return (
-        f"{frontier.model}, with every expert cut into {frontier.n_sub} sub-experts, was measured at {len(shares)} operating "
+        f"{frontier.model}{cut} was measured at {len(shares)} operating "
         f"points between {percent(min(shares))} and {percent(max(shares))} of the expert weights per token; "
         f"{kept} of them {'is' if kept == 1 else 'are'} not beaten by any other point."
     )
@@ -90,7 +105,9 @@ def _score(frontier: Frontier) -> str:
     wins = sum(d.best is not None and d.best.kl < d.plain.kl for d in found)
     if not found:
         return ""
-    return f"Sub-experts are closer to the full model than plain top-k at {wins} of {len(found)} plain top-k prices."
+    who = "Sub-experts" if all(is_rule(p.rule) for p in frontier.points) else "A measured method"
+    verb = "are" if who == "Sub-experts" else "is"
+    return f"{who} {verb} closer to the full model than plain top-k at {wins} of {len(found)} plain top-k prices."
 
 
 def _steps(frontier: Frontier) -> str:

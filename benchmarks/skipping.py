@@ -1,0 +1,163 @@
+"""What expert skipping costs in quality: every method against uniform counts at the same mean, and sub-experts at no more bytes.
+
+    python benchmarks/skipping.py [--folder ELASTIC] [--means 3,2,1] [--seeds 3] [--tokens 12288] [--calibration-tokens 24576] [--json]
+
+Each seed is a part of the calibration windows (to fit on) and a part of the evaluation windows (to measure on), disjoint from the other
+seeds' parts; calibration and evaluation text are disjoint by file. Baseline, measured in the same run on the same windows: `uniform`.
+Ratios are of the mean KL over all seeds, with the smallest and largest ratio of one seed behind it. `product` and `threshold` read
+no more expert bytes than uniform at that mean, their predictor included. Without --folder prism-nano is refactored first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moe_prism.api import FrontierOptions, refactor
+from moe_prism.api.measuring import evaluation_windows, subject_of
+from moe_prism.api.methods import Subject
+from moe_prism.api.methods_rules import rule_setting, selection_overhead
+from moe_prism.api.methods_skip import skip_method
+from moe_prism.api.opening import Opened, open_model
+from moe_prism.data import token_windows
+from moe_prism.elastic.routed import made
+from moe_prism.elastic.runtime import Setting
+from moe_prism.frontier.measure import measure
+
+METHODS = (
+    "uniform",
+    "pattern-skip:descending",
+    "pattern-skip:ascending",
+    "pattern-skip:peak",
+    "pattern-skip:valley",
+    "sensitivity:alone",
+    "sensitivity:isolated",
+    "sensitivity",
+    "ser",
+    "naee",
+    "score-mass",
+    "weight-level:uniform",
+    "weight-level:sensitivity:alone",
+    "weight-level",
+    "batch-redistribution:uniform",
+    "batch-redistribution:sensitivity:alone",
+    "batch-redistribution",
+)
+SCALED = ("uniform", "sensitivity", "score-mass", "weight-level")
+"""Measured with keep_mass the other way round too."""
+
+
+def settings(subject: Subject, mean: float) -> dict[str, tuple[Setting, Any]]:
+    """name -> (setting, counts of the plan)."""
+    found: dict[str, tuple[Setting, Any]] = {}
+    for name in METHODS:
+        plan = skip_method(name).finished(subject, mean)
+        found[name] = Setting(routing=made([plan])), plan.layers
+        if name in SCALED:
+            other = plan.with_(keep_mass=not plan.keep_mass)
+            found[f"{name}, keep_mass {other.keep_mass}"] = Setting(routing=made([other])), plan.layers
+    room = mean * subject.n_sub - selection_overhead(subject.elastic.layers[0], subject.k)
+    found["product"] = rule_setting("product", int(room), subject.slots), None
+    found["threshold"] = rule_setting("threshold", room, subject.slots), None
+    plan = skip_method("sensitivity:alone").finished(subject, mean + (subject.k - mean) / 2)
+    found["sensitivity:alone and threshold"] = both(subject, plan, room), plan.layers
+    return found
+
+
+def both(subject: Subject, plan: Any, room: float) -> Setting:
+    """Half of the cut by skipping, the rest by sub-experts of what is left: its bytes are near uniform's, see the column."""
+    left = sum(plan.layers) / len(plan.layers) * subject.n_sub
+    return Setting(min(1.0, room / left), "threshold", "ridge", routing=made([plan]))
+
+
+def rows(opened: Opened, args: argparse.Namespace) -> list[dict[str, Any]]:
+    options = FrontierOptions(tokens=args.tokens, length=args.length)
+    evaluation = evaluation_windows(opened, options).ids
+    wanted = args.calibration_tokens
+    calibration = token_windows(opened.tokenizer, "stdlib", "calibration", length=args.length, tokens=wanted).ids
+    found = []
+    for seed in range(args.seeds):
+        found += one_seed(opened, options, calibration[seed :: args.seeds], evaluation[seed :: args.seeds], args.means, seed)
+    return found
+
+
+def one_seed(
+    opened: Opened, options: FrontierOptions, calibration: Tensor, evaluation: Tensor, means: list[float], seed: int
+) -> list[dict[str, Any]]:
+    subject = subject_of(opened, options)
+    subject.__dict__["calibration"] = calibration  # this seed's part
+    plans = [(mean, name, *made) for mean in means for name, made in settings(subject, mean).items()]
+    measured = measure(opened.model, opened.elastic, evaluation, [setting for _, _, setting, _ in plans], batch=2)
+    return [
+        {
+            "seed": seed,
+            "mean": mean,
+            "method": name,
+            "counts": counts,
+            "kl": quality.kl,
+            "ppl": quality.ppl,
+            "experts": cost.k_slots / opened.n_sub,
+            "bytes": cost.active_expert_bytes,
+        }
+        for (mean, name, _, counts), (quality, cost) in zip(plans, measured, strict=True)
+    ]
+
+
+def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per mean and method: means over the seeds, ratio to uniform and its range."""
+    lines = []
+    for mean, name in dict.fromkeys((row["mean"], row["method"]) for row in found):
+        mine = [row for row in found if (row["mean"], row["method"]) == (mean, name)]
+        base = [row for row in found if (row["mean"], row["method"]) == (mean, "uniform")]
+        ratios = [m["kl"] / b["kl"] for m, b in zip(mine, base, strict=True)]
+        average = {key: sum(row[key] for row in mine) / len(mine) for key in ("kl", "ppl", "experts", "bytes")}
+        ratio = average["kl"] / (sum(row["kl"] for row in base) / len(base))
+        bytes_ratio = average["bytes"] / (sum(row["bytes"] for row in base) / len(base))
+        lines.append(
+            {
+                "mean": mean,
+                "method": name,
+                **average,
+                "ratio": ratio,
+                "low": min(ratios),
+                "high": max(ratios),
+                "bytes_ratio": bytes_ratio,
+            }
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", help="an elastic model, instead of refactoring prism-nano")
+    parser.add_argument("--means", default="3,2,1", type=lambda text: [float(part) for part in text.split(",")])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=12_288)
+    parser.add_argument("--calibration-tokens", type=int, default=24_576)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(args.folder or temporary) / ("" if args.folder else "elastic")
+        if not args.folder:
+            refactor("nano", folder)
+        found = rows(open_model(folder), args)
+    lines = summary(found)
+    if args.json:
+        print(json.dumps({"benchmark": "skipping", "rows": lines, "seeds": found}))
+        return
+    for line in lines:
+        print(
+            f"mean {line['mean']:g} {line['method']:36} KL {line['kl']:.4f}  {line['ratio']:.2f}x uniform ({line['low']:.2f} to "
+            f"{line['high']:.2f}), bytes {line['bytes_ratio']:.3f}x, {line['experts']:.3f} experts, perplexity {line['ppl']:.3f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

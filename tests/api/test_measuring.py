@@ -5,20 +5,19 @@ import itertools
 import pytest
 
 from moe_prism.api import FrontierOptions
-from moe_prism.api.measuring import _grid
+from moe_prism.api.methods_rules import grid
 from moe_prism.errors import UsageError
 
 
 def test_a_continuous_rule_gets_points_of_equal_cost_ratio_with_exact_ends():
-    grid = _grid("threshold", range(3, 17), 40, overhead=0.7)
-    assert len(grid) == 40 and grid[0] == 3 and grid[-1] == 16
-    ratios = [(b + 0.7) / (a + 0.7) for a, b in itertools.pairwise(grid)]
+    counts = grid(range(3, 17), 40, overhead=0.7)
+    assert len(counts) == 40 and counts[0] == 3 and counts[-1] == 16
+    ratios = [(b + 0.7) / (a + 0.7) for a, b in itertools.pairwise(counts)]
     assert max(ratios) - min(ratios) < 1e-9
 
 
 def test_a_counting_rule_is_measured_at_every_count():
-    assert _grid("product", range(3, 17), 40, overhead=0.7) == list(range(3, 17))
-    assert _grid("threshold", range(3, 17), None, overhead=0.7) == list(range(3, 17))
+    assert grid(range(3, 17), None, overhead=0.7) == list(range(3, 17))
 
 
 def test_one_point_is_no_curve():

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from ..errors import UsageError
 from .output import emit, note, progress, table
 
 if TYPE_CHECKING:
     from ..frontier import Frontier
 
-HEADERS = ("point", "slots", "KL", "perplexity", "top-1", "expert bytes", "of full", "Pareto")
+HEADERS = ("point", "slots", "KL", "perplexity", "top-1", "expert bytes", "of full", "MFLOPs", "resident", "Pareto")
 
 
 def frontier(
@@ -20,31 +21,40 @@ def frontier(
     /,
     *,
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
-    compare: str = "product",
+    compare: str | None = None,
+    methods: str | None = None,
+    plan: str | None = None,
     points: int | None = None,
     text: str = "stdlib",
     tokens: int = 16_384,
     length: int = 512,
+    calibration_tokens: int = 16_384,
     json: bool = False,
 ) -> None:
-    """Measure quality and cost of every operating point of an elastic model, beside plain top-k; writes JSON and an HTML report.
+    """Measure quality and cost of every operating point of a model, beside plain top-k; writes JSON and an HTML report.
 
     Parameters
     ----------
-    folder: Written by `moe-prism refactor`.
+    folder: Written by `moe-prism refactor`, or any checkpoint (give --out, and methods that need no sub-experts).
     out: Folder for frontier.json, report.html and frontier.png; default is FOLDER itself, whose prism.json then lists the points.
-    compare: Comma-separated selection rules to measure; see `moe-prism ls rules`.
-    points: Budgets to measure for rules with a continuous dial; default: one per slot count.
+    compare: Comma-separated selection rules to measure; see `moe-prism ls rules`. Default product, unless --methods or --plan is given.
+    methods: Comma-separated methods to measure on the same axes: rules, and those of `moe-prism ls methods`, such as uniform,sensitivity.
+    plan: Comma-separated skip plans written by `moe-prism skip`: one point each.
+    points: Points of a method with a continuous dial; default: where methods without one have theirs.
     text: Evaluation text: stdlib, topics, a file, a folder, a .jsonl file or a saved dataset. Only its evaluation side is used.
     tokens: Evaluation tokens.
     length: Tokens per window.
+    calibration_tokens: Tokens that methods fit on, of the calibration side of the text.
     json: One JSON object on stdout.
     """
     from ..api import FrontierOptions
     from ..api import measure_frontier as run
     from ..checkpoint import update_manifest
 
-    result = run(folder, FrontierOptions(text, tokens, length, tuple(compare.split(",")), points), report=progress)
+    if out is None and not (folder / "prism.json").is_file():
+        raise UsageError(f"'{folder}' was not written by moe-prism", "give --out FOLDER for the report")
+    options = FrontierOptions(text, tokens, length, _names(compare), points, _names(methods), _names(plan), calibration_tokens)
+    result = run(folder, options, report=progress)
     target = out or folder
     write(result, target, {})
     if out is None:
@@ -52,6 +62,10 @@ def frontier(
         update_manifest(folder, {"operating_points": best})
     emit(result.to_json(), f"{show(result)}\n\n{show_comparison(result)}", json)
     note(f"report: {target / 'report.html'}")
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(text.split(",")) if text else ()
 
 
 def write(result: Frontier, target: Path, extra: dict[str, Any]) -> None:
@@ -77,6 +91,8 @@ def show(result: Frontier) -> str:
             f"{p.top1_agreement:.1%}",
             f"{p.active_expert_bytes:.0f}",
             f"{p.active_expert_bytes / full:.1%}",
+            f"{p.flops_per_token / 1e6:.3f}",
+            f"{p.resident_expert_bytes:.0f}",
             "yes" if p.pareto else "-",
         )
         for p in sorted(every, key=lambda p: -p.active_expert_bytes)

@@ -8,7 +8,18 @@ from typing import Any, Literal
 from .output import emit, table
 
 Kind = Literal[
-    "families", "solvers", "objectives", "gates", "rules", "scorers", "compensators", "recoveries", "collectors", "policies"
+    "families",
+    "solvers",
+    "objectives",
+    "gates",
+    "rules",
+    "scorers",
+    "compensators",
+    "recoveries",
+    "collectors",
+    "policies",
+    "routing-policies",
+    "methods",
 ]
 
 REGISTRIES = {
@@ -21,6 +32,8 @@ REGISTRIES = {
     "recoveries": ("recover", "methods"),
     "collectors": ("calibrate", "collectors"),
     "policies": ("schedule", "policies"),
+    "routing-policies": ("routing", "routing_policies"),
+    "methods": ("api.methods", "methods"),
 }
 """kind -> (package, registry)."""
 
@@ -31,7 +44,7 @@ def ls(kind: Kind, /, *, json: bool = False) -> None:
     Parameters
     ----------
     kind: families (MoE model types of the installed transformers), solvers, objectives, gates, rules, scorers, compensators,
-        recoveries, collectors, or policies.
+        recoveries, collectors, policies, routing-policies, or methods (of frontier --methods, beside the rules).
     json: One JSON object on stdout.
     """
     if kind == "families":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..model import MoELayer, find_layers
+from ..routing import Level, RoutingPolicy, SkipPlan
 from . import triton_run
 from .base import LayerPlan, Rule, Scorer, Slots
 from .compensate import Compensator, compensator
@@ -35,7 +36,9 @@ EXECUTORS: Mapping[str, Callable[..., Tensor]] = {
 class Setting:
     """One operating point. budget: one number, or one per token [T] of the next forward; layers: one number per layer instead.
 
-    compensate: make up for what is dropped, where the artefact was written with `--compensate`.
+    compensate: make up for what is dropped, where the artefact was written with `--compensate`. routing: skips whole experts of the
+    router's choice before slots are selected, a budget is then a share of the slots that are left; level: which of its plans, one for
+    all or one per token [T].
     """
 
     budget: float | Tensor = 1.0
@@ -44,6 +47,8 @@ class Setting:
     executor: str = "auto"
     layers: tuple[float, ...] | None = None
     compensate: bool = True
+    routing: RoutingPolicy | None = None
+    level: Level = 0
 
     def at(self, layer: int) -> float | Tensor:
         """The budget of one layer."""
@@ -61,13 +66,17 @@ class Setting:
 class Counter:
     """Slots seen since the last reset, for measured costs: tokens, chosen experts, experts with a kept slot, kept slots.
 
-    Sums stay where they were made: a GPU is waited for when `touched` or `kept` is read. The replay of a CUDA graph is not counted.
+    Sums stay where they were made: a GPU is waited for when one is read. The replay of a CUDA graph is not counted.
     """
 
     tokens: int = 0
-    chosen: int = 0
+    _chosen: int | Tensor = 0
     _touched: int | Tensor = 0
     _kept: int | Tensor = 0
+
+    @property
+    def chosen(self) -> int:
+        return int(self._chosen)
 
     @property
     def touched(self) -> int:
@@ -77,12 +86,12 @@ class Counter:
     def kept(self) -> int:
         return int(self._kept)
 
-    def add(self, index: Tensor, keep: Tensor | None, n_sub: int) -> None:
-        """index [T, k], keep [T, k, N] or None for everything."""
+    def add(self, index: Tensor, keep: Tensor | None, n_sub: int, chosen: Tensor | None = None) -> None:
+        """index [T, k], keep [T, k, N] or None for everything; chosen: how many experts, None for all k of every token."""
         if index.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         self.tokens += index.shape[0]
-        self.chosen += index.numel()
+        self._chosen = self._chosen + (index.numel() if chosen is None else chosen)
         self._touched = self._touched + (index.numel() if keep is None else keep.any(2).sum())
         self._kept = self._kept + (index.numel() * n_sub if keep is None else keep.sum())
 
@@ -99,12 +108,19 @@ class ElasticLayer:
 
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         setting = self.elastic.setting
-        if setting.is_full(self.plan.layer.index) and not self.elastic.always_split:
+        full = setting.is_full(self.plan.layer.index) and not self.elastic.always_split
+        routed = self._route(index, weight, setting)
+        if full and routed is None:
             self._count(index, None)
             return self.plan.layer.native(x, index, weight)
-        valid = index.clamp(0, self.plan.layer.num_experts - 1) == index
+        index, weight = routed or (index, weight)
+        valid = self._valid(index)
+        if full:  # whole experts: nothing to select, to compensate or to repair
+            keep = valid[:, :, None].expand(-1, -1, self.plan.n_sub).contiguous()
+            self._count(index, keep, valid)
+            return EXECUTORS[setting.executor](self.plan, x, index, weight, keep)
         keep = self.select(x, index, weight, valid, setting)
-        self._count(index, keep)
+        self._count(index, keep, None if routed is None else valid)
         extra = self.compensation(setting)
         if extra is None:
             return self._execute(setting, x, index, weight, keep)
@@ -128,9 +144,21 @@ class ElasticLayer:
         slots = Slots(x, index, weight, valid, self.plan.n_sub, norms)
         return self.rule(setting.rule).keep(slots, _per_token(setting.at(self.plan.layer.index), x))
 
-    def _count(self, index: Tensor, keep: Tensor | None) -> None:
+    def _valid(self, index: Tensor) -> Tensor:
+        return index.clamp(0, self.plan.layer.num_experts - 1) == index
+
+    def _route(self, index: Tensor, weight: Tensor, setting: Setting) -> tuple[Tensor, Tensor] | None:
+        """(index, weight) with the skipped experts gone; None where the policy lets the router's choice pass."""
+        policy, layer = setting.routing, self.plan.layer.index
+        if policy is None or policy.is_neutral(layer, setting.level, index.shape[1]):
+            return None
+        marked = index.masked_fill(~self._valid(index), -1)
+        routed = policy(marked, weight, layer, setting.level)
+        return None if routed[0] is marked else routed
+
+    def _count(self, index: Tensor, keep: Tensor | None, valid: Tensor | None = None) -> None:
         if self.elastic.counting:
-            self.counter.add(index, keep, self.plan.n_sub)
+            self.counter.add(index, keep, self.plan.n_sub, None if valid is None else valid.sum())
 
     def compensation(self, setting: Setting) -> Compensator | None:
         """What makes up for dropped slots under a setting, if anything does."""
@@ -231,16 +259,20 @@ def operating_point(
     scorer: str | None = None,
     executor: str = "auto",
     compensate: bool = True,
+    routing: RoutingPolicy | SkipPlan | Sequence[SkipPlan] | None = None,
+    level: Level = 0,
 ) -> Iterator[Elastic]:
     """Run everything inside the block at one operating point.
 
     budget: kept slots / all slots in (0, 1], one number or a tensor [T] with one per token of the flattened batch. k: kept slots
     per token instead, 1..k*N. rule: None takes `threshold` for a budget, which is met on average and spent on the tokens and layers
     that need it, and `product` for k, which is met by every token. scorer: None takes the rule's own (the paper's gate scores for
-    `pattern`, else `ridge`). compensate: False leaves dropped slots uncompensated, for comparison.
-    Raises UsageError for a model that is not elastic, an unknown name, or a number out of range.
+    `pattern`, else `ridge`). compensate: False leaves dropped slots uncompensated, for comparison. routing: a skip plan, several, or a
+    policy: which of the router's experts are left to choose slots from; level: which plan, one number or a tensor [T] with one per token.
+    Raises UsageError for a model that is not elastic, an unknown name, a number out of range, or a plan for another model.
     """
     from . import rules, scorers
+    from .routed import policy_for
 
     elastic: Elastic | None = getattr(model, "_moe_prism", None)
     if elastic is None:
@@ -258,8 +290,11 @@ def operating_point(
     low, high = (budget.min(), budget.max()) if isinstance(budget, Tensor) else (budget, budget)
     if not (low > 0 and high <= 1):
         raise UsageError(f"budget {float(low):g} is outside (0, 1]", "1 keeps every slot, 0.5 half of them")
+    policy = None if routing is None else policy_for(elastic, routing)
+    if policy is not None:
+        policy.check_level(level)
     before = elastic.setting
-    elastic.setting = Setting(budget, rule, scorer, executor, compensate=compensate)
+    elastic.setting = Setting(budget, rule, scorer, executor, None, compensate, policy, level)
     try:
         yield elastic
     finally:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..elastic import Elastic
+from ..elastic.compensate.base import PREFIX
+from ..elastic.repair import REPAIR
 from ..elastic.runtime import ElasticLayer, Setting
 
 
@@ -32,6 +34,25 @@ def measured_cost(elastic: Elastic, setting: Setting) -> Cost:
         size += here * elastic.stored_bytes_per_weight
         slots += layer.counter.kept / tokens
     return Cost(params, size, 2 * params, slots / len(elastic.layers))
+
+
+def resident_bytes(elastic: Elastic, setting: Setting, share: float = 1.0) -> float:
+    """Bytes of expert weights in memory at a setting: a share of the experts' own, and what its selection, compensation and repair read.
+
+    At full budget only the experts count, since nothing else is read.
+    """
+    total = 0.0
+    for layer in elastic.layers:
+        plan, expert = layer.plan, layer.plan.layer
+        total += share * expert.num_experts * expert.parameters_per_expert()
+        if setting.is_full(expert.index):
+            continue
+        if layer.rule(setting.rule).needs_norms:
+            scorer = layer.scorer(setting.scorer)
+            total += expert.num_experts * scorer.parameters_per_expert() + scorer.parameters_per_token()
+        extra = [name for name in plan.tensors if name == REPAIR or (setting.compensate and name.startswith(PREFIX))]
+        total += sum(plan.tensors[name].numel() for name in extra)
+    return total * elastic.stored_bytes_per_weight
 
 
 def _layer_params(layer: ElasticLayer, setting: Setting) -> float:

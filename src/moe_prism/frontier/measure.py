@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +55,13 @@ def measure(
     *,
     batch: int = 4,
     progress: Callable[[int, int], None] | None = None,
+    installs: Sequence[Callable[[], AbstractContextManager[object]]] | None = None,
 ) -> list[tuple[Quality, Cost]]:
-    """Run every setting over ids [n, length] against the full model. The source's log-probabilities exist for one batch at a time."""
+    """Run every setting over ids [n, length] against the full model. The source's log-probabilities exist for one batch at a time.
+
+    installs: a context manager per setting, entered around its run of every batch (None: nothing to install).
+    """
+    around = installs or [nullcontext] * len(settings)
     qualities = [Quality() for _ in settings]
     costs: list[_Sum] = [_Sum() for _ in settings]
     before, counting = elastic.setting, elastic.counting
@@ -65,10 +71,11 @@ def measure(
             target = rows[:, 1:].reshape(-1)
             elastic.setting = Setting()
             source = _logits(model, rows).log_softmax(-1)
-            for setting, quality, cost in zip(settings, qualities, costs, strict=True):
+            for setting, install, quality, cost in zip(settings, around, qualities, costs, strict=True):
                 elastic.setting = setting
                 elastic.reset_counters()
-                quality.add(source, _logits(model, rows), target)
+                with install():
+                    quality.add(source, _logits(model, rows), target)
                 cost.add(measured_cost(elastic, setting), rows.numel())
             if progress:
                 progress(min(start + batch, len(ids)), len(ids))

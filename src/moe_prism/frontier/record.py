@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class Point:
     rule: str
     """How slots are chosen: "product", "pattern", ...; "topk" for the plain model with fewer experts."""
     budget: float
-    """Kept slots / all slots, 0..1."""
+    """Kept slots / all slots, 0..1; of a pruned model at most the share of the experts that is left."""
     k_slots: float
     """Mean kept slots per token and layer; a whole number unless the rule is continuous."""
     ppl: float
@@ -41,12 +41,15 @@ class Point:
     """FLOPs of the expert part per token, two per multiply-add."""
     pareto: bool
     """No measured point is both cheaper and closer."""
+    resident_expert_bytes: float = 0.0
+    """Expert bytes in memory, all layers: what pruning saves. 0 where it was not recorded (older files)."""
 
     @classmethod
     def from_json(cls, data: object, where: str = "point") -> Point:
         """Check and convert one entry of `points`; `where` names it in the error."""
         mapping = _mapping(data, where)
-        return cls(**{f.name: _read(mapping, f.name, str(f.type), where) for f in fields(cls)})
+        known = [f for f in fields(cls) if f.name in mapping or f.default is MISSING]
+        return cls(**{f.name: _read(mapping, f.name, str(f.type), where) for f in known})
 
 
 @dataclass(frozen=True)

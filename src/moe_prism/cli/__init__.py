@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import cyclopts
 
 from ..errors import PrismError
-from . import bench, calibrate, demo, doctor, frontier, generate, inspect, listing, recover, refactor, serve, verify
+from . import bench, calibrate, demo, doctor, frontier, generate, inspect, listing, prune, recover, refactor, serve, verify
 from .output import plain_line
 
 INTERRUPTED = 130
@@ -34,6 +34,7 @@ def build() -> cyclopts.App:
         (inspect.inspect, "inspect"),
         (calibrate.calibrate, "calibrate"),
         (refactor.refactor, "refactor"),
+        (prune.prune, "prune"),
         (recover.recover, "recover"),
         (frontier.frontier, "frontier"),
         (generate.generate, "generate"),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,10 @@ ADVICE = "this family's experts cannot be pruned yet"
 
 @dataclass(frozen=True)
 class Groups:
-    """Group-limited routing: `count` groups of neighbouring experts, the best `limit` of which a token may use; least: experts per group."""
+    """Group-limited routing: `count` groups of neighbouring experts, of which a token may use the best `limit`.
+
+    least: the fewest experts a group can have for its score to be defined.
+    """
 
     count: int
     limit: int
@@ -50,7 +54,7 @@ class _Row:
         return getattr(self.owner, self.leaf)  # type: ignore[no-any-return]
 
 
-class _Stopped(Exception):  # noqa: N818 - no error: the experts were reached
+class _Stopped(Exception):
     """Raised in a forward pass that is wanted only up to the experts."""
 
 
@@ -161,8 +165,8 @@ class Router:
         if refusal:
             raise UsageError(refusal, ADVICE)
         generator = torch.Generator().manual_seed(0)
-        weight = self.rows[0].get()
-        x = torch.randn(64, self.layer.hidden, generator=generator).to(weight.device, self.layer.up.dtype)
+        weight = next(row.get() for row in self.rows if row.get().ndim == 2)
+        x = torch.randn(64, self.layer.hidden, generator=generator).to(weight.device, weight.dtype)
         order = self._shuffled(generator)
         before = self._dense(x)
         with self.sliced(order):
@@ -231,12 +235,16 @@ class Router:
                 setattr(module, name, value)
 
 
+_checked: WeakSet[nn.Module] = WeakSet()  # blocks whose router was proved: mask mode is entered for every batch of a measurement
+
+
 def find_routers(model: nn.Module, layers: Sequence[MoELayer]) -> list[Router]:
-    """The router of every layer. UsageError for a model without experts, or with routers in an unknown form."""
+    """The router of every layer, checked. UsageError for a model without experts, or with routers in an unknown form."""
     routers = [Router(model, layer) for layer in layers]
     for router in routers:
-        if refusal := router.refusal():
-            raise UsageError(refusal, ADVICE)
+        if router.block not in _checked:
+            router.check()
+            _checked.add(router.block)
     return routers
 
 
@@ -276,7 +284,7 @@ def _before(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[N
 @contextmanager
 def _swapped(row: _Row, tensor: Tensor) -> Iterator[None]:
     """Another tensor in the place of a parameter or buffer; the very object comes back."""
-    place = row.owner._parameters if row.leaf in row.owner._parameters else row.owner._buffers
+    place: dict[str, Any] = row.owner._parameters if row.leaf in row.owner._parameters else row.owner._buffers
     before = place[row.leaf]
     place[row.leaf] = nn.Parameter(tensor, requires_grad=False) if isinstance(before, nn.Parameter) else tensor
     try:
@@ -308,7 +316,7 @@ def _under(module: nn.Module, mode: _MaskLogits) -> Iterator[None]:
         with mode:
             return forward(*args, **kwargs)
 
-    module.forward = wrapped  # type: ignore[method-assign]
+    module.forward = wrapped
     try:
         yield
     finally:

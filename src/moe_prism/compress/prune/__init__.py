@@ -4,10 +4,11 @@ from ...registry import Registry
 from .base import Criterion, Subject
 from .choose import Choice, Request, choose
 from .mask import pruned
+from .protect import Protection
 
 __all__ = ["Choice", "Criterion", "Request", "Subject", "choose", "criteria", "protections", "pruned"]
 
-criteria: Registry[Criterion] = Registry(
+criteria: Registry[type[Criterion]] = Registry(
     "prune criterion",
     {
         "random": ("moe_prism.compress.prune.random_:Random", "a uniform draw, by --seed"),
@@ -25,6 +26,6 @@ criteria: Registry[Criterion] = Registry(
     },
 )
 
-protections: Registry = Registry(  # type: ignore[type-arg]
+protections: Registry[Protection] = Registry(
     "protection", {"super-experts": ("moe_prism.compress.prune.protect:super_experts", "experts with outlier outputs (O-07)")}
 )

@@ -28,7 +28,8 @@ class Subject:
         """The statistics of one collector. UsageError if the pass did not run it."""
         if collector not in self.values:
             raise UsageError(
-                f"the calibration holds no '{collector}'", f"calibrate with --collectors ...,{collector}, or leave --calibration out"
+                f"the calibration holds no '{collector}'",
+                f"calibrate with --collectors ...,{collector}, or leave --calibration out",
             )
         return self.values[collector]
 

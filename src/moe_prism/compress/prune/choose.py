@@ -13,12 +13,13 @@ from ...errors import UsageError
 from ...model.router import Groups
 
 GroupMode = Literal["per_group", "regroup", "mask", "drop_groups"]
-Allocation = Literal["layer", "global"]
+Allocation = Literal["layer", "global", "measured"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """keep: share of the experts in (0, 1]; allocation: the same number in every layer, or one ranking over all layers.
+    """keep: share of the experts in (0, 1]; allocation: the same number in every layer, one ranking over all layers (`global`), or by what
+    the model loses with each layer alone pruned (`measured`).
 
     groups: what happens to a group-limited router: `per_group` keeps equally many in every group, `regroup` deals the kept ones into equal
     groups in the order of their ids, `mask` leaves groups unequal (no memory is saved), `drop_groups` removes whole groups.
@@ -57,24 +58,27 @@ def choose(
     per_token: int,
     protected: Sequence[Tensor],
     groups: Sequence[Groups | None],
+    counts: Sequence[int] | None = None,
 ) -> list[Choice]:
-    """scores [E] and protected [E] (bool) per layer. UsageError where the request cannot be met: fewer than k experts, or than groups need."""
+    """scores [E] and protected [E] (bool) per layer; counts: how many stay in each, by default by the request's `layer` or `global`.
+
+    UsageError where the request cannot be met: fewer experts than k, than are protected, or than groups need.
+    """
     request.check()
-    counts = _counts(scores, request, per_token, protected, groups)
+    counts = keep_counts(scores, request, per_token, protected, groups) if counts is None else counts
     return [
-        _choose_layer(s, n, per_token, p, g, request.groups)
-        for s, n, p, g in zip(scores, counts, protected, groups, strict=True)
+        _choose_layer(s, n, per_token, p, g, request.groups) for s, n, p, g in zip(scores, counts, protected, groups, strict=True)
     ]
 
 
-def _counts(
+def keep_counts(
     scores: Sequence[Tensor],
     request: Request,
     per_token: int,
     protected: Sequence[Tensor],
     groups: Sequence[Groups | None],
 ) -> list[int]:
-    """Experts that stay, per layer."""
+    """Experts that stay, per layer, by the allocation `layer` or `global`; of `measured` the equal numbers it redistributes."""
     wanted = [round(request.keep * len(s)) for s in scores]
     for layer, (n, s, p) in enumerate(zip(wanted, scores, protected, strict=True)):
         if n < per_token:
@@ -84,10 +88,12 @@ def _counts(
             )
         if n < int(p.sum()):
             raise UsageError(f"{int(p.sum())} experts of layer {layer} are protected, {n} would stay", "raise --keep")
-    if request.allocation == "layer":
+    if request.allocation != "layer" and any(groups):
+        raise UsageError(
+            f"--allocation {request.allocation} would leave layers with unequal groups", "use --allocation layer for this model"
+        )
+    if request.allocation != "global":
         return wanted
-    if any(groups):
-        raise UsageError("global allocation gives layers unequal groups", "use --allocation layer for a group-limited router")
     return _pooled(scores, sum(wanted), per_token, protected)
 
 
@@ -140,7 +146,9 @@ def _equal(n: int, groups: Groups, k: int, mode: str) -> int:
     """Experts per group. UsageError where groups of that size cannot route."""
     each = n // groups.count
     if n % groups.count:
-        raise UsageError(f"{n} experts do not fill {groups.count} equal groups", f"choose --keep for a multiple of {groups.count}")
+        raise UsageError(
+            f"{n} experts do not fill {groups.count} equal groups", f"choose --keep for a multiple of {groups.count}"
+        )
     if each < groups.least:
         raise UsageError(f"--groups {mode} leaves {each} experts per group, its score needs {groups.least}", "raise --keep")
     if groups.limit * each < k:

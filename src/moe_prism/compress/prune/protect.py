@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+Protection = Callable[[Sequence[Mapping[str, Mapping[str, Tensor]]]], list[Tensor]]
+"""Statistics of all layers (collector -> statistic -> tensor) -> [E] (bool) per layer: what has to stay."""
 
 QUANTILE = 0.995
 SHARE = 0.1  # of the largest output of all

@@ -22,6 +22,10 @@ criteria: Registry[type[Criterion]] = Registry(
         "gate-norm": ("moe_prism.compress.prune.norm:GateNorm", "mean routing weight x output norm over routed tokens (REAP)"),
         "activation-norm": ("moe_prism.compress.prune.norm:ActivationNorm", "mean output norm over routed tokens (MAN)"),
         "easy-ep": ("moe_prism.compress.prune.norm:EasyEp", "routing weight x output norm x how far the layer turns the token"),
+        "output-error": (
+            "moe_prism.compress.prune.output_error:OutputError",
+            "greedy removal by the layer's output error with tokens routed again",
+        ),
         "energy": ("moe_prism.compress.prune.norm:Energy", "sum of squared routing weight x output norm"),
     },
 )

@@ -48,6 +48,7 @@ def seen(model) -> list[dict]:
 
 
 @pytest.mark.parametrize("kind", ["softmax", "router-bias", "group-sigmoid"])
+@torch.no_grad()
 def test_sums_are_those_of_brute_force(kind):
     model = build(kind)
     layers, statistics = find_layers(model), run(model).statistics()

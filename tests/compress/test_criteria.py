@@ -179,7 +179,7 @@ def test_group_modes():
     ("drop_groups", 10 / 16, 2, GROUPS, "whole groups"),
     ("drop_groups", 0.25, 2, GROUPS, "1 groups would stay"),
     ("mask", 3 / 16, 2, GROUPS, "mask leaves"),
-    ("mask", 5 / 16, 4, Groups(4, 2, 1), "mask leaves"),
+    ("mask", 4 / 16, 4, Groups(4, 2, 1), "mask leaves"),
 ])  # fmt: skip
 def test_impossible_groups_are_refused(mode, keep, k, groups, match):
     with pytest.raises(UsageError, match=match):

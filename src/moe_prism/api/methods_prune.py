@@ -36,7 +36,9 @@ class Prune(Method):
         options.check()
         scores, shields = rank(layers, statistics, options, subject.k)
         groups = [router.groups for router in routers]
-        found, refused = [], None
+        found: list[Candidate] = []
+        seen: list[list[Choice]] = []
+        refused: UsageError | None = None
         for keep in FRACTIONS:
             here = replace(options, keep=keep)
             try:
@@ -45,7 +47,11 @@ class Prune(Method):
             except UsageError as error:
                 refused = error
                 continue
-            found.append(self._candidate(subject, keep, choices))
+            if choices not in seen and not all(
+                choice.is_full for choice in choices
+            ):  # few experts: shares round to the same number
+                seen.append(choices)
+                found.append(self._candidate(subject, choices))
         if not found:
             raise refused or UsageError(f"method '{self.name}' has no point on this model", "choose another method")
         return found
@@ -83,10 +89,11 @@ class Prune(Method):
                 subject.model, subject.elastic, statistics, options, ids[:: max(1, len(ids) // wanted)][:wanted], update
             )
 
-    def _candidate(self, subject: Subject, keep: float, choices: Sequence[Choice]) -> Candidate:
+    def _candidate(self, subject: Subject, choices: Sequence[Choice]) -> Candidate:
+        kept = sum(len(c.kept) for c in choices) / sum(c.experts for c in choices)
         layers = [layer.plan.layer for layer in subject.elastic.layers]
         return Candidate(
-            f"{self.name}-{keep:g}",
+            f"{self.name}-{kept:.4g}",
             install=partial(pruned, subject.model, choices, layers),
             resident_share=resident_share(choices),
         )

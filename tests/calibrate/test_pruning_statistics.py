@@ -10,6 +10,7 @@ from moe_prism.calibrate import collectors
 from moe_prism.calibrate.run import Pass, Settings
 from moe_prism.calibrate.scores import KINDS, kind_of
 from moe_prism.compress.prune import criteria
+from moe_prism.compress.prune.protect import super_experts
 from moe_prism.model import find_layers
 from tests.compress.tiny import build
 
@@ -141,3 +142,12 @@ def test_one_expert_per_token_compares_tokens():
     top = z.softmax(-1).topk(1)
     assert KINDS[kind_of(z, top.indices, top.values)] == "softmax"
     assert KINDS[kind_of(z, top.indices, 2.5 * z.sigmoid().gather(1, top.indices))] == "sigmoid"
+
+
+def test_an_expert_with_outlier_outputs_is_found_and_protected():
+    model = build("softmax")
+    layers = find_layers(model)
+    with torch.no_grad():
+        layers[0].down[5] *= 1000
+    values = [layer.values for layer in run(model).statistics().layers]
+    assert [mask.nonzero().flatten().tolist() for mask in super_experts(values)] == [[5], []]

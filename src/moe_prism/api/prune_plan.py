@@ -48,7 +48,7 @@ class PruneOptions:
 
     @property
     def request(self) -> Request:
-        return Request(self.keep, self.allocation, self.groups)
+        return Request(self.keep, self.allocation, self.groups, criteria.get(self.criterion).is_absolute)
 
     def check(self) -> None:
         """Raises UsageError for a name or number that cannot work."""

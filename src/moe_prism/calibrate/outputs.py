@@ -66,7 +66,7 @@ class Outputs(Collector):
 
     @staticmethod
     def bytes_per_layer(layer: MoELayer, capacity: int) -> int:
-        return layer.num_experts * (8 * (len(SUMS) + 1) + 4) + 24
+        return layer.num_experts * (8 * (len(SUMS) + 1) + 4) + 20
 
 
 def expert_outputs(layer: MoELayer, batch: Routed) -> tuple[Tensor, Tensor, Tensor]:

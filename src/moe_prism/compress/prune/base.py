@@ -43,6 +43,9 @@ class Criterion(ABC):
     is_blind: ClassVar[bool] = False
     """Ranks by position or chance: what it gives in one layer says nothing about another, so it is never allocated globally."""
 
+    is_absolute: ClassVar[bool] = False
+    """Scores of different layers compare as they are; else each layer's are divided by their sum before they are ranked together."""
+
     @abstractmethod
     def scores(self, subject: Subject) -> Tensor:
         """[E] (float64): what is lost without each expert; the highest stay, ties go to the lower id."""

@@ -28,6 +28,7 @@ class Request:
     keep: float
     allocation: Allocation = "layer"
     groups: GroupMode = "per_group"
+    is_absolute: bool = False  # of the criterion whose scores are ranked
 
     def check(self) -> None:
         """Raises UsageError for what can never work."""
@@ -94,17 +95,17 @@ def keep_counts(
         )
     if request.allocation != "global":
         return wanted
-    return _pooled(scores, sum(wanted), per_token, protected)
+    shares = scores if request.is_absolute else [s.double() / s.double().abs().sum().clamp(min=1e-300) for s in scores]
+    return _pooled(shares, sum(wanted), per_token, protected)
 
 
 def _pooled(scores: Sequence[Tensor], total: int, per_token: int, protected: Sequence[Tensor]) -> list[int]:
-    """One ranking over all layers, of scores as shares of their layer's sum; every layer keeps its k best and what is protected."""
+    """One ranking over all layers; every layer keeps its k best and what is protected."""
     ranked = []
     for layer, (s, p) in enumerate(zip(scores, protected, strict=True)):
-        share = s.double() / s.double().abs().sum().clamp(min=1e-300)
         order = _ranked(s, p)
         floor = max(per_token, int(p.sum()))
-        ranked += [(place >= floor, -float(share[e]), layer, place) for place, e in enumerate(order)]
+        ranked += [(place >= floor, -float(s[e]), layer, place) for place, e in enumerate(order)]
     counts = [0] * len(scores)
     for _, _, layer, _ in sorted(ranked)[:total]:
         counts[layer] += 1

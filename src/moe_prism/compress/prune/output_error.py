@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ AGREE = 0.98  # share of sampled choices that scores alone must explain
 
 
 class OutputError(Criterion):
-    """From all experts on, the one whose removal costs least goes; an expert's score is its place in that order.
+    """From all experts on, the one whose removal costs least goes; an expert's score is what its removal adds to the cost, never falling.
 
     Cost: mean over sampled tokens of r / (1 + r), r = ‖y - y'‖² / ‖h + y‖², y' the layer's routed output after removal with the family's
     weights among the kept. It saturates because a norm follows: a token that is lost cannot be lost twice. Other criteria ask what an
@@ -21,23 +23,24 @@ class OutputError(Criterion):
     """
 
     needs = ("grams",)
+    is_absolute = True
 
     def scores(self, subject: Subject) -> Tensor:
         sample = _Sample(subject)
         live = torch.ones(subject.experts, dtype=torch.bool)
-        place = torch.zeros(subject.experts, dtype=torch.float64)
-        for step in range(subject.experts - subject.per_token):
+        price = torch.zeros(subject.experts, dtype=torch.float64)
+        last = before = 0.0
+        for _ in range(subject.experts - subject.per_token):
             open_to = (live & ~subject.protected).nonzero().flatten().tolist()
             if not open_to:
                 break
-            costs = [(sample.cost(live, e), e) for e in open_to]
-            gone = min(costs)[1]
+            now, gone = min((sample.cost(live, e), e) for e in open_to)
             live[gone] = False
-            place[gone] = step
-        rest = live.nonzero().flatten()  # at the end k are left: by what each alone would cost
-        alone = torch.tensor([sample.alone(int(e)) for e in rest], dtype=torch.float64)
-        place[rest] = subject.experts + alone.argsort(stable=True).argsort().double()
-        return place
+            price[gone] = last = max(now - before, math.nextafter(last, math.inf))
+            before = now
+        rest = live.nonzero().flatten()  # the last k, and what is protected
+        price[rest] = last + torch.tensor([1 + sample.alone(int(e)) for e in rest], dtype=torch.float64)
+        return price
 
 
 class _Sample:

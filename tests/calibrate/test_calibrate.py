@@ -13,7 +13,7 @@ from moe_prism.calibrate import Routed, collectors
 from moe_prism.calibrate.counts import Counts
 from moe_prism.calibrate.run import Pass, Settings, bounded_capacity
 from moe_prism.calibrate.statistics import LayerStatistics
-from moe_prism.calibrate.tokens import TokenReservoir, _keys
+from moe_prism.calibrate.tokens import TokenReservoir, token_keys
 from moe_prism.errors import CorruptError, DoesNotFit
 from moe_prism.model import find_layers
 from tests.parity.families import build
@@ -42,7 +42,7 @@ def feed(collector, data, sizes):
 def brute_force(data, expert, capacity, seed):
     """Of all tokens that chose the expert, first tokens of windows aside, those with the smallest keys, in order of key."""
     x, index, weight = data
-    keys = _keys(torch.arange(len(x)).numpy(), seed, LAYER.index).tolist()
+    keys = token_keys(torch.arange(len(x)).numpy(), seed, LAYER.index).tolist()
     rows = [t for t in range(len(x)) if t % WINDOW and expert in index[t].tolist()]
     rows = sorted(rows, key=lambda t: keys[t])[:capacity]
     chosen = [index[t].tolist().index(expert) for t in rows]
@@ -115,7 +115,7 @@ def test_counts_equal_brute_force():
 
 def test_the_sample_is_uniform_over_the_text():
     total, capacity = 4000, 400
-    keys = _keys(torch.arange(total).numpy(), 5, 0)
+    keys = token_keys(torch.arange(total).numpy(), 5, 0)
     assert len(keys.unique()) == total and bool((keys >= 0).all())
     chosen = keys.argsort()[:capacity]
     parts = torch.bincount(chosen * 10 // total, minlength=10)
@@ -127,7 +127,8 @@ def test_the_sample_is_uniform_over_the_text():
 def test_declared_memory_is_what_is_held(name, capacity):
     collector = collectors.get(name)(LAYER, capacity=capacity, seed=0)
     feed(collector, tokens(20 * WINDOW), [20 * WINDOW])
-    assert sum(t.nbytes for t in collector.state().values()) == collector.bytes_per_layer(LAYER, capacity)
+    held, declared = sum(t.nbytes for t in collector.state().values()), collector.bytes_per_layer(LAYER, capacity)
+    assert held == declared or (name == "grams" and held < declared)  # its sample grows with the tokens
 
 
 def test_the_reservoir_shrinks_to_the_memory_it_is_given():

@@ -4,6 +4,8 @@ from .calibration import CalibrateOptions, calibrate_model
 from .inspection import inspect_model
 from .loading import generate, load
 from .measuring import FrontierOptions, measure_frontier
+from .prune_plan import PruneOptions
+from .pruning import plan_pruning, prune_model
 from .recovering import RecoverOptions, recover_model
 from .refactoring import RefactorOptions, refactor
 from .verification import verify
@@ -11,6 +13,7 @@ from .verification import verify
 __all__ = [
     "CalibrateOptions",
     "FrontierOptions",
+    "PruneOptions",
     "RecoverOptions",
     "RefactorOptions",
     "calibrate_model",
@@ -18,6 +21,8 @@ __all__ = [
     "inspect_model",
     "load",
     "measure_frontier",
+    "plan_pruning",
+    "prune_model",
     "recover_model",
     "refactor",
     "verify",

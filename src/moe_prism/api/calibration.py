@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from ..calibrate import collectors
 from ..calibrate.run import Pass, Settings, bounded_capacity
 from ..calibrate.statistics import LayerStatistics, Statistics
 from ..checkpoint import Journal, LayerStream, OutputFolder, read_manifest, source_facts, write_manifest
@@ -33,7 +34,7 @@ STARVED = 256  # tokens; fewer say too little about an expert's neurons (spec se
 class CalibrateOptions:
     """text: `stdlib`, `topics`, a file or a folder; tokens and length of the windows; reservoir tokens per expert; memory for statistics.
 
-    low_memory keeps one decoder layer in memory at a time.
+    low_memory keeps one decoder layer in memory at a time. collectors: what the pass keeps; `refactor` reads the default two.
     """
 
     text: str = "stdlib"
@@ -43,18 +44,22 @@ class CalibrateOptions:
     memory_mib: int = 4096
     seed: int = 0
     low_memory: bool = False
+    collectors: list[str] = field(default_factory=lambda: ["counts", "tokens"])  # a list: equal to what JSON gives back
 
     def check(self) -> None:
         """Raises UsageError naming the option that is out of range."""
         for name, least in (("tokens", 1), ("length", 8), ("reservoir", 64), ("memory_mib", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small", f"give at least {least}")
+        for name in self.collectors:
+            collectors.get(name)
 
 
 def settings(options: CalibrateOptions) -> Settings:
     # a pass in low memory reads every layer from disk once per batch, so it takes many windows at once
     batch = 64 if options.low_memory else 8
-    return Settings(capacity=options.reservoir, memory_bytes=options.memory_mib << 20, batch=batch, seed=options.seed)
+    names = tuple(options.collectors)
+    return Settings(names, capacity=options.reservoir, memory_bytes=options.memory_mib << 20, batch=batch, seed=options.seed)
 
 
 def calibrate_model(

@@ -90,6 +90,10 @@ class Method(ABC):
 methods: Registry[type[Method]] = Registry(
     "method",
     {
+        "prune": (
+            "moe_prism.api.methods_prune:Prune",
+            "expert pruning in mask mode: fewer experts in memory, as many per token; :CRITERION, :CRITERION-global, :CRITERION-measured",
+        ),
         "uniform": ("moe_prism.api.methods_skip:Uniform", "expert skipping: the same number of experts in every layer"),
         "pattern-skip": (
             "moe_prism.api.methods_skip:PatternSkip",

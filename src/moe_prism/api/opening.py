@@ -43,8 +43,9 @@ def open_model(folder: str | Path) -> Opened:
     path = Path(folder)
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
-        model, tokenizer = load(path)
-        return Opened(model, tokenizer, manifest, path.name)
+        if manifest.get("kind") != "pruned":  # a pruned checkpoint is a plain one
+            model, tokenizer = load(path)
+            return Opened(model, tokenizer, manifest, path.name)
     where = resolve(folder)
     stored = Weights(where).bytes_per_weight
     gpu = torch.cuda.is_available()

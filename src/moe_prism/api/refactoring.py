@@ -136,6 +136,8 @@ def refactor(
         raise UsageError(
             f"'{calibration}' was calibrated on another checkpoint", "calibrate this one, or leave --calibration out"
         )
+    if given and not {"counts", "tokens"} <= set(given.layers[0].values):
+        raise UsageError(f"'{calibration}' holds no sample of tokens", "calibrate with --collectors counts,tokens")
     inputs = {"source": source, "options": asdict(options)}
     fingerprint = {**inputs, "calibration": given.facts if given else None}
     if resume and (done := finished(out, {"kind": "elastic", **inputs, **({"calibration": _summary(given)} if given else {})})):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,10 +20,15 @@ class Routed:
     weight: Tensor  # [T, k] routing weights
     first_token: int
     window: int
+    scores: Tensor | None = None  # [T, E] what the router gave every expert; only for collectors that need it
+    residual: Tensor | None = None  # [T, d] the residual stream the layer adds to; likewise
 
 
 class Collector(ABC):
     """Mergeable statistics of one layer. Memory must be bounded by the settings, whatever the number of tokens."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `Routed` beyond the ones that are always there. A field can be None all the same, in a family that does not show it."""
 
     def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
         """capacity: tokens per expert a reservoir may keep."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from ..errors import CorruptError, DoesNotFit
 from ..model import MoELayer
+from ..model.router import Router
 from . import collectors as registry
 from .base import Collector, Routed
+from .residual import watch_residual
 from .statistics import LayerStatistics, Statistics
 
 PROFILE_TOKENS = 8192  # of the windows that are kept
@@ -69,10 +72,11 @@ class Pass:
         """ids [n, length]. Continues after the `done` windows; the layers' own computation is untouched."""
         backbone = backbone_of(self.model)
         length = ids.shape[1]
+        stack = ExitStack()
         self.profile = ids[:: -(-ids.numel() // PROFILE_TOKENS)].contiguous()
         try:
             for layer, mine in zip(self.layers, self.collectors, strict=True):
-                layer.install(self._observer(layer, mine, length))
+                layer.install(self._observer(layer, mine, length, self._views(layer, stack)))
             while self.done < len(ids):
                 batch = ids[self.done : self.done + self.settings.batch]
                 backbone(input_ids=batch.to(input_device(self.model)), use_cache=False)
@@ -82,16 +86,31 @@ class Pass:
                 if after_batch:
                     after_batch()
         finally:
+            stack.close()
             for layer in self.layers:
                 layer.uninstall()
 
-    def _observer(self, layer: MoELayer, mine: dict[str, Collector], window: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def _views(self, layer: MoELayer, stack: ExitStack) -> dict[str, Callable[[Tensor], Tensor | None]]:
+        """What the collectors need to see beside the layer's call: field of `Routed` -> its value for the layer's input."""
+        needs = {name for maker in self.settings.collectors for name in registry.get(maker).needs}
+        views: dict[str, Callable[[Tensor], Tensor | None]] = {}
+        if layer.num_experts > 1 and "scores" in needs:
+            last = stack.enter_context(Router(self.model, layer).watched())
+            views["scores"] = lambda _x: last()
+        if layer.num_experts > 1 and "residual" in needs:
+            views["residual"] = stack.enter_context(watch_residual(self.model, layer))
+        return views
+
+    def _observer(
+        self, layer: MoELayer, mine: dict[str, Collector], window: int, views: dict[str, Callable[[Tensor], Tensor | None]]
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         def observe(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
             if not torch.isfinite(x).all():
                 raise CorruptError(
                     f"non-finite input at '{layer.name}'", "the weights or the text are damaged; run `moe-prism verify`"
                 )
-            routed = Routed(x, index, weight, self.done * window, window)
+            more = {name: view(x) for name, view in views.items()}
+            routed = Routed(x, index, weight, self.done * window, window, **more)
             for collector in mine.values():
                 collector.update(routed)
             return layer.stock(x, index, weight)

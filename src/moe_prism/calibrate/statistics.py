@@ -22,8 +22,8 @@ class LayerStatistics:
         return tokens["x"][expert, :kept].float(), tokens["weight"][expert, :kept]
 
     def kept(self) -> list[int]:
-        """Sampled tokens per expert."""
-        return [int(n) for n in self.values["tokens"]["kept"]]
+        """Sampled tokens per expert; none where no sample was kept."""
+        return [int(n) for n in self.values["tokens"]["kept"]] if "tokens" in self.values else []
 
     def flat(self) -> dict[str, Tensor]:
         return {f"{c}.{k}": v.contiguous() for c, state in self.values.items() for k, v in state.items()}

@@ -32,7 +32,7 @@ class TokenReservoir(Collector):
     def update(self, batch: Routed) -> None:
         tokens = batch.x.shape[0]
         number = torch.arange(batch.first_token, batch.first_token + tokens)
-        keys = _keys(number.numpy(), self.seed, self.layer.index)
+        keys = token_keys(number.numpy(), self.seed, self.layer.index)
         usable = (number % batch.window) >= SKIPPED_POSITIONS
         index, weight = batch.index.cpu(), batch.weight.float().cpu()
         for e in range(self.layer.num_experts):
@@ -67,7 +67,7 @@ class TokenReservoir(Collector):
         return layer.num_experts * (capacity * (2 * layer.hidden + 12) + 8)
 
 
-def _keys(number: np.ndarray, seed: int, layer: int) -> Tensor:
+def token_keys(number: np.ndarray, seed: int, layer: int) -> Tensor:
     """SplitMix64 of the token's number, with a stream per (seed, layer); 63 bits, so int64 order is the hash's order."""
     with np.errstate(over="ignore"):
         z = number.astype(np.uint64) + np.uint64((seed * 1_000_003 + layer + 1) % 2**64) * np.uint64(0x9E3779B97F4A7C15)

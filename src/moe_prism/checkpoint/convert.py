@@ -6,7 +6,7 @@ come from `get_model_conversion_mapping`, and what they give back is compared wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,11 +65,8 @@ class Conversion:
 
     def revert(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors on disk called `names`, from parameters `state` (full names). UsageError naming any that differs."""
-        found = revert_weight_conversion(self.model, state)
-        prefix = f"{self.model.base_model_prefix}."
         wanted = set(names)
-        # A checkpoint saved from the bare base model lacks its prefix; loading adds it silently, so it is taken off here.
-        found = {name if name in wanted else name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        found = self.disk_form(state, wanted)
         different = sorted(wanted ^ set(found))
         if different:
             raise UsageError(f"tensor '{different[0]}' does not come back from transformers' conversion under this name", ADVICE)
@@ -79,6 +76,13 @@ class Conversion:
                 here, disk = f"{tensor.dtype} {tuple(tensor.shape)}", f"{info.torch_dtype} {info.shape}"
                 raise UsageError(f"tensor '{name}' is {disk} on disk and comes back as {here}", ADVICE)
         return found
+
+    def disk_form(self, state: dict[str, Tensor], names: Container[str]) -> dict[str, Tensor]:
+        """Parameters `state` (full names, any shapes) as the files would store them; names: those of the files."""
+        found: dict[str, Tensor] = revert_weight_conversion(self.model, state)
+        prefix = f"{self.model.base_model_prefix}."
+        # A checkpoint saved from the bare base model lacks its prefix; loading adds it silently, so it is taken off here.
+        return {name if name in names else name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
     def _targets(self) -> Iterator[tuple[str, str]]:
         renamings = [rule for rule in self.rules if isinstance(rule, WeightRenaming)]

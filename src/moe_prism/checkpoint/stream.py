@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,14 @@ class LayerStream:
             name: tensor.detach() for name, tensor in _stored(self.model) if name in self._empty and name.startswith(f"{prefix}.")
         }
         return self._conversion.revert(state, self.disk_names(prefix))
+
+    def disk_form(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters by their full names, of whatever shape, as tensors by the names the files use: for layers with other sizes."""
+        return self._conversion.disk_form(state, set(self.source.names()))
+
+    def feeds(self, parameters: Container[str]) -> list[str]:
+        """Tensors on disk that feed any of these parameters (full names)."""
+        return [name for name, target in self._conversion.owner.items() if target in parameters]
 
     @contextmanager
     def streaming(self) -> Iterator[Any]:

@@ -10,7 +10,23 @@ from collections.abc import Sequence
 import cyclopts
 
 from ..errors import PrismError
-from . import bench, calibrate, demo, doctor, frontier, generate, inspect, listing, plan, recover, refactor, serve, skip, verify
+from . import (
+    bench,
+    calibrate,
+    demo,
+    doctor,
+    frontier,
+    generate,
+    inspect,
+    listing,
+    plan,
+    prune,
+    recover,
+    refactor,
+    serve,
+    skip,
+    verify,
+)
 from .output import plain_line
 
 INTERRUPTED = 130
@@ -34,6 +50,7 @@ def build() -> cyclopts.App:
         (inspect.inspect, "inspect"),
         (calibrate.calibrate, "calibrate"),
         (refactor.refactor, "refactor"),
+        (prune.prune, "prune"),
         (recover.recover, "recover"),
         (skip.skip, "skip"),
         (frontier.frontier, "frontier"),

@@ -21,6 +21,7 @@ def calibrate(
     reservoir: int = 2048,
     memory_mib: int = 4096,
     seed: int = 0,
+    collectors: str = "counts,tokens",
     low_memory: bool = False,
     resume: bool = False,
     force: bool = False,
@@ -38,6 +39,7 @@ def calibrate(
     reservoir: Sampled tokens kept per expert.
     memory_mib: Limit for all statistics together; the reservoir shrinks to fit.
     seed: Seed of the sample.
+    collectors: Comma-separated statistics to keep; see `moe-prism ls collectors`. refactor reads counts and tokens.
     low_memory: Keep one decoder layer in memory at a time.
     resume: Continue an interrupted pass; ends in the same bytes.
     force: Replace an existing output.
@@ -47,7 +49,7 @@ def calibrate(
     from ..api import calibrate_model as run
     from ..api.calibration import STARVED
 
-    options = CalibrateOptions(text, tokens, length, reservoir, memory_mib, seed, low_memory)
+    options = CalibrateOptions(text, tokens, length, reservoir, memory_mib, seed, low_memory, collectors.split(","))
     statistics = run(model, out, options, resume=resume, force=force, report=progress)
     starved = statistics.starved(min(STARVED, statistics.facts["capacity"]))
     facts = {

@@ -20,6 +20,8 @@ Kind = Literal[
     "policies",
     "routing-policies",
     "methods",
+    "prune-criteria",
+    "protections",
 ]
 
 REGISTRIES = {
@@ -34,6 +36,8 @@ REGISTRIES = {
     "policies": ("schedule", "policies"),
     "routing-policies": ("routing", "routing_policies"),
     "methods": ("api.methods", "methods"),
+    "prune-criteria": ("compress.prune", "criteria"),
+    "protections": ("compress.prune", "protections"),
 }
 """kind -> (package, registry)."""
 
@@ -44,7 +48,8 @@ def ls(kind: Kind, /, *, json: bool = False) -> None:
     Parameters
     ----------
     kind: families (MoE model types of the installed transformers), solvers, objectives, gates, rules, scorers, compensators,
-        recoveries, collectors, policies, routing-policies, or methods (of frontier --methods, beside the rules).
+        recoveries, collectors, policies, routing-policies, methods (of frontier --methods, beside the rules), prune-criteria, or
+        protections (of prune).
     json: One JSON object on stdout.
     """
     if kind == "families":

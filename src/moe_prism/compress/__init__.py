@@ -1,0 +1,1 @@
+"""Make a model smaller before it is served. One method, one file."""

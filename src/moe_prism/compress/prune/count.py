@@ -1,0 +1,38 @@
+"""Counts of the router's choices (SEER-MoE, arXiv 2404.05089, as arXiv 2505.03531 uses them; formulas are ours, the paper has none)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...errors import UsageError
+from .base import Criterion, Subject
+
+
+class HardCount(Criterion):
+    """A_i = number of tokens that chose expert i."""
+
+    needs = ("counts",)
+
+    def scores(self, subject: Subject) -> Tensor:
+        return subject.of("counts")["count"].double()
+
+
+class SoftCount(Criterion):
+    """S_i = router probability of expert i summed over all tokens, chosen or not (see `calibrate.scores`)."""
+
+    needs = ("scores",)
+
+    def scores(self, subject: Subject) -> Tensor:
+        found = subject.of("scores")
+        if not int(found["tokens"]):
+            raise UsageError(f"the router scores of '{subject.name}' were not seen", "use --criterion soft-selected or gate-norm")
+        return found["prob_sum"].double()
+
+
+class SoftSelected(Criterion):
+    """The same over the tokens that chose expert i only: the sum of its routing weights."""
+
+    needs = ("counts",)
+
+    def scores(self, subject: Subject) -> Tensor:
+        return subject.of("counts")["weight_sum"].double()

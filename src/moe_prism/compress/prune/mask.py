@@ -1,0 +1,27 @@
+"""Mask mode: run a model as if experts had been removed, without touching its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from ...model import MoELayer, find_layers
+from ...model.router import find_routers
+from .choose import Choice
+
+
+@contextmanager
+def pruned(model: Any, choices: Sequence[Choice], layers: Sequence[MoELayer] | None = None) -> Iterator[None]:
+    """Route among the kept experts of every layer inside the block; the model is as it was after it.
+
+    The router's rows are sliced as removal slices them, so the family's own normalisation, selection bias and groups apply, and the
+    logits are those of the removed model. A layer that keeps everything is not touched. Works under elastic execution as well: only
+    which experts are chosen changes. UsageError for a router in an unknown form.
+    """
+    routers = find_routers(model, find_layers(model) if layers is None else layers)
+    with ExitStack() as stack:
+        for router, choice in zip(routers, choices, strict=True):
+            if not choice.is_full:
+                stack.enter_context(router.masked(choice.kept) if choice.masked else router.sliced(choice.kept, choice.groups))
+        yield

@@ -1,0 +1,48 @@
+"""Structured choices by expert id: single draws that show how far chance can fall (arXiv 2505.03531, Table 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import Criterion, Subject
+
+
+def _ids(subject: Subject) -> Tensor:
+    return torch.arange(subject.experts, dtype=torch.float64)
+
+
+class Odd(Criterion):
+    """1, 3, 5, ... first, counted from 0; the lower id first among them. Keeping less or more than half is well defined too."""
+
+    is_blind = True
+
+    def scores(self, subject: Subject) -> Tensor:
+        return (_ids(subject) % 2) * subject.experts - _ids(subject)
+
+
+class Even(Criterion):
+    """0, 2, 4, ... first."""
+
+    is_blind = True
+
+    def scores(self, subject: Subject) -> Tensor:
+        return (1 - _ids(subject) % 2) * subject.experts - _ids(subject)
+
+
+class FirstHalf(Criterion):
+    """The lowest ids."""
+
+    is_blind = True
+
+    def scores(self, subject: Subject) -> Tensor:
+        return -_ids(subject)
+
+
+class LastHalf(Criterion):
+    """The highest ids."""
+
+    is_blind = True
+
+    def scores(self, subject: Subject) -> Tensor:
+        return _ids(subject)

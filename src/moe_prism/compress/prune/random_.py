@@ -1,0 +1,18 @@
+"""A uniform draw: the baseline every criterion has to beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import Criterion, Subject
+
+
+class Random(Criterion):
+    """Every layer draws for itself; the draws of all kept fractions are nested."""
+
+    is_blind = True
+
+    def scores(self, subject: Subject) -> Tensor:
+        generator = torch.Generator().manual_seed(subject.seed * 100_003 + subject.layer)
+        return torch.randperm(subject.experts, generator=generator).double()

@@ -8,9 +8,12 @@ it moves the bytes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from .trace import Trace
 
 Key = int
 """One loadable unit of weights: a sub-expert (or a whole expert where N = 1) of one layer, numbered by `KeySpace`."""
@@ -45,7 +48,7 @@ class KeySpace:
 
 
 class Moment(NamedTuple):
-    """When a group is served: clock counts groups, step counts forward passes, layer is where the step is."""
+    """When a group is served: clock = step * L + layer, step counts forward passes, layer is where the step is."""
 
     clock: int
     step: int
@@ -62,9 +65,15 @@ class CachePolicy(ABC):
     needs_future = False
     """Whether `foresee` must be called first: such a policy is a bound, not something that could run."""
 
-    def __init__(self, space: KeySpace, slots: int, *, seed: int = 0) -> None:
-        """slots: how many keys of the smallest size the pool holds."""
+    def __init__(self, space: KeySpace, slots: int, *, size_of: Callable[[Key], int] | None = None, seed: int = 0) -> None:
+        """slots: how many keys the pool holds; size_of: bytes of a key, where keys differ."""
         self.space, self.slots, self.seed = space, slots, seed
+        self.size_of = size_of or (lambda _key: 1)
+
+    @classmethod
+    def fit(cls, trace: Trace, space: KeySpace, slots: int) -> dict[str, Any]:
+        """Further arguments of this policy, from the calibration side of a trace; slots of the pool it will run in."""
+        return {}
 
     def used(self, key: Key, weight: float, now: Moment) -> None:  # noqa: B027 - not every policy looks at hits
         """A resident key was requested; weight: the routing weight of its expert (largest of the group's tokens)."""

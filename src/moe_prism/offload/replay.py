@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,27 @@ from .trace import Array, Trace
 
 Hints = np.ndarray
 """[T, L, E] scores of every layer's experts, handed to the policy before the layer's request of the row's step."""
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    """Before a layer's request, make resident what was predicted for it.
+
+    scores [T, L, n]: of every layer's experts, or of its keys where they are sub-experts; several tokens of a step add up.
+    width: keys wanted per layer; first_layer: no prediction before it.
+    """
+
+    scores: Array
+    width: int
+    first_layer: int = 0
+
+    def keys(self, group: Group, space: KeySpace) -> list[Key]:
+        """The best keys for a group, best first."""
+        if group.layer < self.first_layer or self.width < 1:
+            return []
+        scores = self.scores[group.first_row : group.last_row, group.layer].sum(0)
+        best = np.argsort(-scores, kind="stable")[: self.width]
+        return (best + space.of_layer(group.layer).start).tolist()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -117,6 +138,7 @@ def replay(
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     order: Sequence[Group] | None = None,
+    prefetch: Prefetch | None = None,
 ) -> Counts:
     """Counts of a policy on a trace. order: the trace's groups, where the caller has them already."""
     space = space or trace.space
@@ -129,11 +151,30 @@ def replay(
     for group in work:
         if group.fresh and group.layer == 0:
             cache.new_sequence()
+        now = Moment(group.step * space.layers + group.layer, group.step, group.layer)
+        if prefetch is not None:
+            wanted = prefetch.keys(group, space)
+            cache.expect(group.layer, wanted)
+            cache.prefetch(wanted, now)
         if hints is not None:
-            now = Moment(group.step * space.layers + group.layer, group.step, group.layer)
             cache.hint(group.layer, hints[group.first_row : group.last_row, group.layer].mean(0).tolist(), now)
         serve(cache, group, space.layers)
     return cache.counts
+
+
+def interleave(trace: Trace, batch: int) -> Trace:
+    """The same requests decoded `batch` at a time: step j of a batch holds the j-th step of each of its requests."""
+    if batch < 1:
+        raise UsageError(f"a batch of {batch} requests is impossible", "give at least 1")
+    requests, which = np.unique(trace.request, return_inverse=True)
+    first = np.full(len(requests), np.iinfo(np.int64).max)
+    np.minimum.at(first, which, trace.step)
+    stage = trace.step - first[which]
+    group = which // batch
+    order = np.lexsort((which, stage, group))
+    changed = (np.diff(group[order]) != 0) | (np.diff(stage[order]) != 0)
+    step = np.r_[0, np.cumsum(changed)].astype(np.int32)
+    return replace(trace.rows(order), step=step)
 
 
 def clocks(work: Sequence[Group], layers: int) -> dict[Key, list[int]]:

@@ -101,7 +101,7 @@ class Trace:
         return np.bitwise_count(np.where(self.expert_ids >= 0, self.kept, 0).astype(np.uint32)).sum(2)
 
     def rows(self, chosen: Array) -> Trace:
-        """The trace of some rows: a bool mask or ascending indices."""
+        """The trace of some rows: a bool mask or indices in the wanted order."""
         arrays = {n: getattr(self, n) for n in _SHAPES if n != "routers"}
         return replace(self, **{n: None if a is None else a[chosen] for n, a in arrays.items()})
 

@@ -11,12 +11,17 @@ from .ranked import Ranked
 
 
 class Belady(Ranked):
-    """worth = - the clock of the next request. The most hits any demand cache can have where keys are of one size."""
+    """worth = - the clock of the next request. The most hits any demand cache can have where keys are of one size.
+
+    window: how many steps the look-ahead reaches; a key not needed within them counts as never needed, ties to the least recently used.
+    0 is `lru`, None everything (Read-ME, arXiv 2410.19123, evicts like this with the routes its pre-gate knows).
+    """
 
     needs_future = True
 
-    def __init__(self, *args: object, **settings: object) -> None:
+    def __init__(self, *args: object, window: int | None = None, **settings: object) -> None:
         super().__init__(*args, **settings)
+        self._reach = math.inf if window is None else window * self.space.layers
         self._uses: Mapping[Key, Sequence[int]] = {}
         self._next: dict[Key, float] = {}
 
@@ -37,4 +42,5 @@ class Belady(Ranked):
         self._next[key] = clocks[at] if at < len(clocks) else math.inf
 
     def worth(self, key: Key, now: Moment) -> float:
-        return -self._next[key]
+        next_use = self._next[key]
+        return -next_use if next_use <= now.clock + self._reach else -math.inf

@@ -26,6 +26,7 @@ COMMANDS = (
     "generate",
     "serve",
     "bench",
+    "trace",
     "verify",
     "ls",
 )

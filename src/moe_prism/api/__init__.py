@@ -6,6 +6,7 @@ from .loading import generate, load
 from .measuring import FrontierOptions, measure_frontier
 from .recovering import RecoverOptions, recover_model
 from .refactoring import RefactorOptions, refactor
+from .tracing import TraceOptions, record_trace
 from .verification import verify
 
 __all__ = [
@@ -13,11 +14,13 @@ __all__ = [
     "FrontierOptions",
     "RecoverOptions",
     "RefactorOptions",
+    "TraceOptions",
     "calibrate_model",
     "generate",
     "inspect_model",
     "load",
     "measure_frontier",
+    "record_trace",
     "recover_model",
     "refactor",
     "verify",

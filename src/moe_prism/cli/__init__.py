@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import cyclopts
 
 from ..errors import PrismError
-from . import bench, calibrate, demo, doctor, frontier, generate, inspect, listing, recover, refactor, serve, verify
+from . import bench, calibrate, demo, doctor, frontier, generate, inspect, listing, recover, refactor, serve, trace, verify
 from .output import plain_line
 
 INTERRUPTED = 130
@@ -39,6 +39,7 @@ def build() -> cyclopts.App:
         (generate.generate, "generate"),
         (serve.serve, "serve"),
         (bench.bench, "bench"),
+        (trace.trace, "trace"),
         (verify.verify, "verify"),
         (listing.ls, "ls"),
     ):

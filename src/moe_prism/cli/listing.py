@@ -8,7 +8,18 @@ from typing import Any, Literal
 from .output import emit, table
 
 Kind = Literal[
-    "families", "solvers", "objectives", "gates", "rules", "scorers", "compensators", "recoveries", "collectors", "policies"
+    "families",
+    "solvers",
+    "objectives",
+    "gates",
+    "rules",
+    "scorers",
+    "compensators",
+    "recoveries",
+    "collectors",
+    "policies",
+    "cache-policies",
+    "predictors",
 ]
 
 REGISTRIES = {
@@ -21,6 +32,8 @@ REGISTRIES = {
     "recoveries": ("recover", "methods"),
     "collectors": ("calibrate", "collectors"),
     "policies": ("schedule", "policies"),
+    "cache-policies": ("offload", "cache_policies"),
+    "predictors": ("offload", "predictors"),
 }
 """kind -> (package, registry)."""
 
@@ -31,7 +44,7 @@ def ls(kind: Kind, /, *, json: bool = False) -> None:
     Parameters
     ----------
     kind: families (MoE model types of the installed transformers), solvers, objectives, gates, rules, scorers, compensators,
-        recoveries, collectors, or policies.
+        recoveries, collectors, policies (scheduling), cache-policies, or predictors (of experts).
     json: One JSON object on stdout.
     """
     if kind == "families":

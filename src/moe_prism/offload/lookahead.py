@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 from ..errors import UsageError
@@ -10,9 +11,10 @@ from ..errors import UsageError
 def fill_batches(wanted: Sequence[Collection[int]], limit: int, *, window: int = 64, patience: int = 8) -> list[list[int]]:
     """Batches of at most `limit` waiting requests, by index into `wanted`, the experts that each is known to need.
 
-    As in the paper: take the expert that most of the waiting want, fill the batch with the oldest that want it, then go on with the next
-    expert. Two additions: after the first expert the next is the one with the most takers per expert not in the batch yet, and a request that `patience` batches
-    passed over opens the next one. window: how many requests wait at a time (they arrive in order). Every request is in one batch.
+    A batch is filled with the waiting request that adds the fewest experts to it, of equal ones the one whose expert most of the
+    waiting want, then the oldest. Where each request wants one expert this is the paper's rule: fill from the longest queue, then from
+    the next. A request that `patience` batches passed over opens the next one, which the paper lacks. window: how many requests wait
+    at a time (they arrive in order).
     """
     if limit < 1 or window < limit or patience < 1:
         raise UsageError(f"limit {limit}, window {window}, patience {patience} do not fit", "give 1 <= limit <= window, patience >= 1")
@@ -34,19 +36,12 @@ def fill_batches(wanted: Sequence[Collection[int]], limit: int, *, window: int =
 
 
 def _fill(batch: list[int], waiting: Sequence[int], wanted: Sequence[Collection[int]], limit: int) -> None:
+    queues = Counter(e for r in waiting for e in wanted[r])
+    popular = {r: max((queues[e] for e in wanted[r]), default=0) for r in waiting}
     active = {e for r in batch for e in wanted[r]}
     left = [r for r in waiting if r not in batch]
-    if not batch and left:
-        queues: dict[int, int] = {}
-        for request in left:
-            for expert in wanted[request]:
-                queues[expert] = queues.get(expert, 0) + 1
-        busiest = min(queues, key=lambda e: (-queues[e], e), default=None)
-        batch.append(next((r for r in left if busiest in wanted[r]), left[0]))
-        left.remove(batch[0])
-        active |= set(wanted[batch[0]])
     while left and len(batch) < limit:
-        request = min(left, key=lambda r: (len(set(wanted[r]) - active), left.index(r)))
+        request = min(left, key=lambda r: (len(set(wanted[r]) - active), -popular[r], r))
         batch.append(request)
         left.remove(request)
         active |= set(wanted[request])

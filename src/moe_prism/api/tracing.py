@@ -50,7 +50,12 @@ class TraceOptions:
 
 
 def record_trace(
-    model: str | Path, out: str | Path | None, options: TraceOptions | None = None, *, force: bool = False, report: Report = silent
+    model: str | Path,
+    out: str | Path | None,
+    options: TraceOptions | None = None,
+    *,
+    force: bool = False,
+    report: Report = silent,
 ) -> Trace:
     """Run text through a model or an elastic folder and keep its routing; written to `out` unless that is None.
 

@@ -98,4 +98,7 @@ def _load(trace: Trace, layer: int) -> dict[str, float]:
     share = chosen(trace, layer).sum(0)
     share = share / max(share.sum(), 1)
     used = share[share > 0]
-    return {"entropy": float(-(used * np.log(used)).sum() / np.log(len(share))) if len(share) > 1 else 1.0, "busiest": float(share.max())}
+    return {
+        "entropy": float(-(used * np.log(used)).sum() / np.log(len(share))) if len(share) > 1 else 1.0,
+        "busiest": float(share.max()),
+    }

@@ -17,7 +17,9 @@ def fill_batches(wanted: Sequence[Collection[int]], limit: int, *, window: int =
     at a time (they arrive in order).
     """
     if limit < 1 or window < limit or patience < 1:
-        raise UsageError(f"limit {limit}, window {window}, patience {patience} do not fit", "give 1 <= limit <= window, patience >= 1")
+        raise UsageError(
+            f"limit {limit}, window {window}, patience {patience} do not fit", "give 1 <= limit <= window, patience >= 1"
+        )
     waiting: list[int] = []
     age: dict[int, int] = {}
     arrived, batches = 0, []

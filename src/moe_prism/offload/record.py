@@ -74,7 +74,9 @@ class Recorder:
 
     def _values(self, inner: ElasticLayer, x: Tensor, index: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
         scorer = inner.scorer(inner.elastic.setting.scorer)
-        slots = Slots(x, index, weight, valid, inner.plan.n_sub, lambda: scorer(x, index.clamp(0, inner.plan.layer.num_experts - 1)))
+        slots = Slots(
+            x, index, weight, valid, inner.plan.n_sub, lambda: scorer(x, index.clamp(0, inner.plan.layer.num_experts - 1))
+        )
         return slots.values()
 
     def arrays(self) -> dict[str, Any]:

@@ -163,7 +163,12 @@ def _problem(trace: Trace) -> str | None:
             return f"header '{name}' is not a positive number"
     if header["n_sub"] > 32:
         return "header 'n_sub' is above 32"
-    lengths = {"T": trace.step.shape[0] if trace.step.ndim else 0, "L": header["layers"], "k": header["k"], "E": header["experts"]}
+    lengths = {
+        "T": trace.step.shape[0] if trace.step.ndim else 0,
+        "L": header["layers"],
+        "k": header["k"],
+        "E": header["experts"],
+    }
     lengths["N"] = header["n_sub"]
     if lengths["T"] == 0:
         return "it holds no tokens"

@@ -88,4 +88,3 @@ def coming(used: np.ndarray, decay: float) -> np.ndarray:
         out[step] = total
         total = (total + used[step]) * decay
     return out
-

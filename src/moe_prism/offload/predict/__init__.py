@@ -8,7 +8,10 @@ __all__ = ["Predictor", "Seen", "predictors", "recall"]
 predictors: Registry[type[Predictor]] = Registry(
     "predictor",
     {
-        "gate": ("moe_prism.offload.predict.gate:CrossLayerGate", "the layer's router on the input one layer before (training-free)"),
+        "gate": (
+            "moe_prism.offload.predict.gate:CrossLayerGate",
+            "the layer's router on the input one layer before (training-free)",
+        ),
         "learned-gate": ("moe_prism.offload.predict.learned_gate:LearnedGate", "the same, fitted in closed form (ours)"),
         "dictionary": ("moe_prism.offload.predict.dictionary:Dictionary", "from the experts of the two layers before"),
         "token": ("moe_prism.offload.predict.token_table:TokenTable", "from the token id"),

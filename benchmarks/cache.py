@@ -1,6 +1,6 @@
 """Hit rates of every cache policy against Belady's bound, on the routing of prism-nano; recall of every predictor; what prefetching adds.
 
-    python benchmarks/cache.py [--tokens 32768] [--elastic FOLDER] [--json]
+    python benchmarks/cache.py [--tokens 8192] [--elastic FOLDER] [--json]
 
 Decode steps of held-out text, one token per step; policies and predictors are fitted on calibration text. Whole experts: nano is run
 for `tokens` tokens, so that router inputs are there (hints of `reuse`, the gates). Sub-experts: the shipped trace (6,144 tokens at half
@@ -85,9 +85,7 @@ def batches(trace: Trace) -> list[dict[str, Any]]:
     for size in (1, 2, 4, 8, 16):
         rows = interleave(trace.part("evaluation").decode(), size)
         work = list(groups(rows, rows.space))
-        hits = {
-            name: replay(rows, cache_policies.get(name), 2 * rows.k, order=work) for name in ("belady", "lru", "lfu", "static")
-        }
+        hits = {name: replay(rows, cache_policies.get(name), 2 * rows.k, order=work) for name in ("belady", "lru", "lfu")}
         best = hits.pop("belady")
         found.append({"batch": size, "belady": best.hit_rate, **{n: c.hits / best.hits for n, c in hits.items()}})
     return found
@@ -127,7 +125,7 @@ def wide(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--elastic")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

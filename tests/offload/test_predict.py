@@ -24,9 +24,13 @@ def nano():
 
 
 @pytest.fixture(scope="module")
-def scores(nano):
-    fitting, rows = nano
-    return {name: predictors.get(name).fit(fitting, fitting.space).scores(rows) for name in predictors.names()}
+def fitted(nano):
+    return {name: predictors.get(name).fit(nano[0], nano[0].space) for name in predictors.names()}
+
+
+@pytest.fixture(scope="module")
+def scores(nano, fitted):
+    return {name: predictor.scores(nano[1]) for name, predictor in fitted.items()}
 
 
 def test_order_on_held_out_text(nano, scores):
@@ -70,10 +74,9 @@ def test_a_perfect_prediction_leaves_no_misses():
     assert counts.misses == 0 and counts.prefetch_precision > 0.99
 
 
-def test_known_ids_are_worth_more_than_the_past(nano):
+def test_known_ids_are_worth_more_than_the_past(nano, fitted):
     """The path predictor on the next ids against all that is known without them; the true routing is worth more still."""
-    fitting, rows = nano
-    path, policy = predictors.get("path").fit(fitting, fitting.space), cache_policies.get("reuse")
+    rows, path, policy = nano[1].rows(slice(768)), fitted["path"], cache_policies.get("reuse")
     mix = {"coefficients": coefficients(rows.space)}
     hits = [replay(rows, policy, 8, hints=h, settings=mix).hits for h in (drafted(rows, path, 4), oracle(rows, 4))]
     assert (
@@ -81,9 +84,9 @@ def test_known_ids_are_worth_more_than_the_past(nano):
     )
 
 
-def test_drafted_equals_its_sum(nano):
+def test_drafted_equals_its_sum(nano, fitted):
     rows = nano[1].rows(slice(185, 200))  # the last rows of one request and the first of another
-    path = predictors.get("path").fit(rows, rows.space)
+    path = fitted["path"]
     p = 1 / (1 + np.exp(-path.scores(rows).astype(np.float64)))
     found = drafted(rows, path, 2)
     for t in range(15):

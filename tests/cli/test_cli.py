@@ -28,6 +28,7 @@ COMMANDS = (
     "generate",
     "serve",
     "bench",
+    "trace",
     "verify",
     "ls",
 )

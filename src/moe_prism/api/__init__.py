@@ -8,6 +8,7 @@ from .prune_plan import PruneOptions
 from .pruning import plan_pruning, prune_model
 from .recovering import RecoverOptions, recover_model
 from .refactoring import RefactorOptions, refactor
+from .tracing import TraceOptions, record_trace
 from .verification import verify
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "PruneOptions",
     "RecoverOptions",
     "RefactorOptions",
+    "TraceOptions",
     "calibrate_model",
     "generate",
     "inspect_model",
@@ -23,6 +25,7 @@ __all__ = [
     "measure_frontier",
     "plan_pruning",
     "prune_model",
+    "record_trace",
     "recover_model",
     "refactor",
     "verify",

@@ -25,6 +25,7 @@ from . import (
     refactor,
     serve,
     skip,
+    trace,
     verify,
 )
 from .output import plain_line
@@ -58,6 +59,7 @@ def build() -> cyclopts.App:
         (generate.generate, "generate"),
         (serve.serve, "serve"),
         (bench.bench, "bench"),
+        (trace.trace, "trace"),
         (verify.verify, "verify"),
         (listing.ls, "ls"),
     ):

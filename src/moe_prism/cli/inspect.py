@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from .output import emit, table
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from .output import emit, note, progress, table
 
 
-def inspect(model: str, /, *, json: bool = False) -> None:
+def inspect(
+    model: str, /, *, routing: bool = False, trace: str | None = None, report: Path | None = None, json: bool = False
+) -> None:
     """Show the MoE layers of a model, its bytes, and how its experts can be split. Reads headers, not weights.
 
     Parameters
     ----------
     model: Folder with config.json and safetensors, a .gguf file, or 'nano'.
+    routing: Also how steady its routing is (SRP, SCH) and what caches of its experts would hit. Runs 4,096 tokens.
+    trace: With --routing: a file written by `moe-prism trace`, or 'nano' for the shipped one, instead of running the model.
+    report: With --trace: write a page with the miss curves of all cache policies here.
     json: One JSON object on stdout.
     """
     from ..api import inspect_model
 
+    if not routing and (trace or report):
+        raise UsageError("--trace and --report belong to --routing", "add --routing")
+    if report and not trace:
+        raise UsageError("--report needs a recorded trace", "run `moe-prism trace` and add --trace FILE")
     facts = inspect_model(model)
     share = facts["expert_parameters"] / facts["parameters"]
     head = (
@@ -23,4 +36,37 @@ def inspect(model: str, /, *, json: bool = False) -> None:
         f"experts per token: {facts['experts_per_token'] or 'unknown'}; --n-sub can be {facts['sub_experts']}\n"
     )
     columns = ("name", "kind", "experts", "hidden", "width", "gated", "biases")
-    emit(facts, head + table(columns, [[row[c] for c in columns] for row in facts["layers"]]), json)
+    text = head + table(columns, [[row[c] for c in columns] for row in facts["layers"]])
+    if routing:
+        from ..api.tracing import inspect_routing
+
+        facts["routing"] = inspect_routing(model, trace, report=progress)
+        text += "\n\n" + show_routing(facts["routing"])
+    if report and trace:
+        _write(report, trace)
+    emit(facts, text, json)
+
+
+def show_routing(facts: dict[str, Any]) -> str:
+    """SRP, hit rates and load as tables."""
+    srp = table(
+        ("segment", "SRP", "active experts"),
+        [(row["m"], f"{row['score']:.1%}", f"{row['size'] * facts['k']:.1f}") for row in facts["srp"]],
+    )
+    names = [name for name in facts["hit_rates"][0] if name != "slots"]
+    rates = table(
+        ("slots per layer", *names),
+        [(row["slots"], *[f"{row[name]:.1%}" for name in names]) for row in facts["hit_rates"]],
+    )
+    load = table(
+        ("layer", "load entropy", "busiest expert"),
+        [(i, f"{row['entropy']:.3f}", f"{row['busiest']:.1%}") for i, row in enumerate(facts["load"])],
+    )
+    return f"routing of {facts['tokens']} decoded tokens\n{srp}\n\nhit rates\n{rates}\n\n{load}"
+
+
+def _write(report: Path, trace: str) -> None:
+    from ..api.tracing import write_miss_curves
+
+    write_miss_curves(trace, report, report=progress)
+    note(f"report: {report}")

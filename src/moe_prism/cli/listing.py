@@ -22,6 +22,8 @@ Kind = Literal[
     "methods",
     "prune-criteria",
     "protections",
+    "cache-policies",
+    "predictors",
 ]
 
 REGISTRIES = {
@@ -38,6 +40,8 @@ REGISTRIES = {
     "methods": ("api.methods", "methods"),
     "prune-criteria": ("compress.prune", "criteria"),
     "protections": ("compress.prune", "protections"),
+    "cache-policies": ("offload", "cache_policies"),
+    "predictors": ("offload", "predictors"),
 }
 """kind -> (package, registry)."""
 
@@ -48,8 +52,8 @@ def ls(kind: Kind, /, *, json: bool = False) -> None:
     Parameters
     ----------
     kind: families (MoE model types of the installed transformers), solvers, objectives, gates, rules, scorers, compensators,
-        recoveries, collectors, policies, routing-policies, methods (of frontier --methods, beside the rules), prune-criteria, or
-        protections (of prune).
+        recoveries, collectors, policies (scheduling), routing-policies, methods (of frontier --methods, beside the rules),
+        prune-criteria, protections (of prune), cache-policies, or predictors (of experts).
     json: One JSON object on stdout.
     """
     if kind == "families":

@@ -1,0 +1,26 @@
+"""Offloading: traces of routing, eviction policies, prediction, and what they are worth on a trace."""
+
+from .base import Access, CachePolicy, Counts, ExpertCache, KeySpace, Load, Moment
+from .cache import LayerPools, Pool, cache_policies
+from .predict import Predictor, predictors
+from .replay import Prefetch, replay
+from .trace import Trace, load_trace
+
+__all__ = [
+    "Access",
+    "CachePolicy",
+    "Counts",
+    "ExpertCache",
+    "KeySpace",
+    "LayerPools",
+    "Load",
+    "Moment",
+    "Pool",
+    "Predictor",
+    "Prefetch",
+    "Trace",
+    "cache_policies",
+    "load_trace",
+    "predictors",
+    "replay",
+]

@@ -1,0 +1,53 @@
+"""How many slots each layer gets, from its own miss curve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import UsageError
+from .base import CachePolicy, KeySpace
+from .cache.pool import LayerPools
+from .replay import groups, serve
+from .trace import Array, Trace
+
+
+def miss_curves(
+    trace: Trace, policy: type[CachePolicy], sizes: Sequence[int], space: KeySpace, settings: Mapping[str, Any] | None = None
+) -> Array:
+    """[L, sizes] misses of every layer with that many slots of its own."""
+    work = list(groups(trace, space))
+    out = np.zeros((space.layers, len(sizes)), np.int64)
+    for at, size in enumerate(sizes):
+        cache = LayerPools([size] * space.layers, lambda _, slots: policy(space, slots, **(settings or {})))
+        for group in work:
+            serve(cache, group, space.layers)
+        out[:, at] = [pool.counts.misses for pool in cache.pools]
+    return out
+
+
+def quotas(curves: Array, sizes: Sequence[int], total: int) -> list[int]:
+    """The size of every layer (one of `sizes`, ascending) with the fewest misses in all, whose sum is at most `total`.
+
+    Exact dynamic programme over layers, O(L total len(sizes)). UsageError if even the smallest sizes do not fit.
+    """
+    layers = len(curves)
+    if total < layers * sizes[0]:
+        raise UsageError(f"{total} slots are too few for {layers} layers of at least {sizes[0]}", "give the cache more memory")
+    best = np.full(total + 1, np.inf)
+    best[0] = 0.0
+    picks = np.zeros((layers, total + 1), np.int64)
+    for layer in range(layers):
+        options = np.full((len(sizes), total + 1), np.inf)
+        for at, size in enumerate(sizes):
+            if size <= total:
+                options[at, size:] = best[: total + 1 - size] + curves[layer, at]
+        picks[layer] = options.argmin(0)
+        best = options.min(0)
+    left, found = int(best.argmin()), []
+    for layer in range(layers - 1, -1, -1):
+        found.append(int(sizes[int(picks[layer, left])]))
+        left -= found[-1]
+    return found[::-1]

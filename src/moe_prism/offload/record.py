@@ -1,0 +1,180 @@
+"""Record a trace: run windows of text through a model and keep what every MoE layer was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..elastic import Slots
+from ..elastic.runtime import ElasticLayer, experts_per_token
+from ..errors import UsageError
+from ..model import MoELayer, find_layers
+from .trace import DECODE, FORMAT, PREFILL, SIDES, Trace
+
+BATCH = 4  # windows per forward
+
+
+class Recorder:
+    """Installed on all MoE layers between `with`; the model's output is what it would be without.
+
+    values: also the value of every candidate slot (elastic models); inputs: also the routers' inputs and weights.
+    """
+
+    def __init__(self, model: Any, *, values: bool = False, inputs: bool = False) -> None:
+        elastic = getattr(model, "_moe_prism", None)
+        self.model, self.inputs = model, inputs
+        self.inner: list[ElasticLayer | None] = list(elastic.layers) if elastic else []
+        self.layers: list[MoELayer] = [e.plan.layer for e in elastic.layers] if elastic else find_layers(model, dense=False)
+        self.inner = self.inner or [None] * len(self.layers)
+        if values and not elastic:
+            raise UsageError("slot values need an elastic model", "give a folder written by `moe-prism refactor`")
+        self.values = values
+        self._rows: list[dict[str, list[Tensor]]] = [{} for _ in self.layers]
+
+    def __enter__(self) -> Recorder:
+        for number, layer in enumerate(self.layers):
+            layer.install(self._observer(number))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for layer, inner in zip(self.layers, self.inner, strict=True):
+            layer.uninstall()
+            if inner is not None:
+                layer.install(inner)
+
+    def _observer(self, number: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        layer, inner, rows = self.layers[number], self.inner[number], self._rows[number]
+
+        def keep(name: str, tensor: Tensor) -> None:
+            rows.setdefault(name, []).append(tensor.detach().cpu())
+
+        def observe(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+            valid = index.clamp(0, layer.num_experts - 1) == index
+            keep("expert_ids", index.masked_fill(~valid, -1).to(torch.int16))
+            keep("weights", (weight * valid).half())
+            if self.inputs:
+                keep("inputs", x.half())
+            if inner is not None:
+                keep("kept", _bits(self._select(inner, x, index, weight, valid)))
+                if self.values:
+                    keep("values", self._values(inner, x, index, weight, valid).half())
+            return layer.native(x, index, weight) if inner is None else inner(x, index, weight)
+
+        return observe
+
+    def _select(self, inner: ElasticLayer, x: Tensor, index: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
+        setting = inner.elastic.setting
+        if setting.is_full(inner.plan.layer.index):
+            return valid[:, :, None].expand(-1, -1, inner.plan.n_sub)
+        return inner.select(x, index, weight, valid, setting)
+
+    def _values(self, inner: ElasticLayer, x: Tensor, index: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
+        scorer = inner.scorer(inner.elastic.setting.scorer)
+        slots = Slots(
+            x, index, weight, valid, inner.plan.n_sub, lambda: scorer(x, index.clamp(0, inner.plan.layer.num_experts - 1))
+        )
+        return slots.values()
+
+    def arrays(self) -> dict[str, Any]:
+        """Everything seen so far, layers stacked: name -> [T, L, ...]."""
+        names = self._rows[0]
+        found = {n: torch.stack([torch.cat(rows[n]) for rows in self._rows], dim=1).numpy() for n in names}
+        if "kept" in found:
+            found["kept"] = found["kept"].astype(_smallest(self.n_sub))
+        if self.inputs:
+            routers = torch.stack([router_weight(self.model, layer) for layer in self.layers]).float().cpu()
+            found["routers"] = routers.numpy()
+            scores = [torch.from_numpy(found["inputs"][:, i]).float() @ routers[i].T for i in range(len(self.layers))]
+            found["logits"] = torch.stack(scores, dim=1).half().numpy()
+        return found
+
+    @property
+    def n_sub(self) -> int:
+        return self.inner[0].plan.n_sub if self.inner[0] is not None else 1
+
+
+@torch.no_grad()
+def record(
+    model: Any,
+    windows: Sequence[tuple[str, Tensor]],
+    *,
+    prompt: int,
+    header: dict[str, Any] | None = None,
+    values: bool = False,
+    inputs: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Trace:
+    """The trace of windows, each (side, ids [n, length]): every row is a request whose first `prompt` tokens are one prefill step and
+    whose other tokens are decode steps.
+
+    The text itself stands for what the model generates: routing at a position depends on the tokens before it only, so one pass over
+    the window records what decoding these tokens would. Runs at the model's current operating point.
+    """
+    recorder = Recorder(model, values=values, inputs=inputs)
+    total = sum(len(ids) for _, ids in windows)
+    done = 0
+    with recorder:
+        for _, ids in windows:
+            for start in range(0, len(ids), BATCH):
+                rows = ids[start : start + BATCH]
+                model(input_ids=rows.to(model.device), use_cache=False)
+                done += len(rows)
+                if progress:
+                    progress(done, total)
+    layer = recorder.layers[0]
+    facts = {
+        "format": FORMAT,
+        "layers": len(recorder.layers),
+        "experts": max(each.num_experts for each in recorder.layers),
+        "k": experts_per_token(model, layer),
+        "n_sub": recorder.n_sub,
+        **(header or {}),
+    }
+    arrays = recorder.arrays()
+    facts["k"] = int(arrays["expert_ids"].shape[2])
+    return Trace(facts, **arrays, **_when(windows, prompt))
+
+
+def _when(windows: Sequence[tuple[str, Tensor]], prompt: int) -> dict[str, Any]:
+    """request, position, phase, step, side and token of every row."""
+    parts: dict[str, list[Any]] = {name: [] for name in ("request", "position", "phase", "step", "side", "token")}
+    request = step = 0
+    for side, ids in windows:
+        length = ids.shape[1]
+        first = min(prompt, length)
+        position = np.arange(length)
+        for row in ids.numpy():
+            parts["request"].append(np.full(length, request))
+            parts["position"].append(position)
+            parts["phase"].append(np.where(position < first, PREFILL, DECODE))
+            # the prompt is one step (none if it is empty), every further token one more
+            steps = np.maximum(position - max(first, 1) + 1, 0)
+            parts["step"].append(step + steps)
+            parts["side"].append(np.full(length, SIDES.index(side)))
+            parts["token"].append(row)
+            request, step = request + 1, step + int(steps[-1]) + 1
+    small = {"phase": np.int8, "side": np.int8}
+    return {name: np.concatenate(rows).astype(small.get(name, np.int32)) for name, rows in parts.items()}
+
+
+def router_weight(model: nn.Module, layer: MoELayer) -> Tensor:
+    """The [E, d] matrix beside a layer's experts. UsageError where the family keeps it elsewhere."""
+    parent = model.get_submodule(layer.name.rpartition(".")[0])
+    wanted = (layer.num_experts, layer.hidden)
+    found = [p for name, p in parent.named_parameters() if tuple(p.shape) == wanted and "expert" not in name.split(".")[0]]
+    if len(found) != 1:
+        raise UsageError(f"no router matrix {list(wanted)} found beside '{layer.name}'", "record without router inputs")
+    return found[0].detach()
+
+
+def _bits(keep: Tensor) -> Tensor:
+    """keep [T, k, N] bool -> int64 [T, k], bit n = block n."""
+    return (keep.long() << torch.arange(keep.shape[2], device=keep.device)).sum(2)
+
+
+def _smallest(bits: int) -> Any:
+    return np.uint8 if bits <= 8 else np.uint16 if bits <= 16 else np.uint32

@@ -1,0 +1,94 @@
+"""A page of miss curves: every cache policy against the bound, at expert and at sub-expert granularity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..frontier.record import write_atomic
+from . import chart
+
+TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Miss curves</title><style>
+body { font: 16px/1.5 system-ui, sans-serif; color: {{ ink }}; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid {{ grid }}; }
+th:first-child, td:first-child { text-align: left; } figure { margin: 1rem 0; overflow-x: auto; } .bound { color: {{ muted }}; }
+</style></head><body>
+<h1>Miss curves of {{ facts.model }}</h1>
+<p>{{ facts.tokens }} decoded tokens of held-out text, {{ facts.k }} of {{ facts.experts }} experts per token in {{ facts.layers }} layers.
+Policies were fitted on other text. No policy can be below Belady, which knows the future; <code>sch</code> knows the next 16 tokens.</p>
+{% for part in parts %}
+<h2>{{ part.title }}</h2>
+<figure role="img" aria-label="{{ part.title }}: misses per token against cache size, all policies">{{ part.drawing }}</figure>
+<table><thead><tr><th>hit rate</th>{% for size in part.sizes %}<th>{{ size }} slots</th>{% endfor %}</tr></thead><tbody>
+{% for row in part.rows %}<tr{% if row.bound %} class="bound"{% endif %}><td>{{ row.policy }}</td>
+{% for rate in row.rates %}<td>{{ "%.1f"|format(100 * rate) }} %</td>{% endfor %}</tr>
+{% endfor %}</tbody></table>
+{% endfor %}
+</body></html>
+"""
+
+
+def write_misses(path: str | Path, facts: Mapping[str, Any], parts: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> None:
+    """Write the page, at once or not at all.
+
+    facts: model, tokens, k, experts, layers. parts: (title, rows), each row {"policy", "slots", "hit_rate", "loads_per_token", "bound"}.
+    Raises UsageError where there is nothing to draw or a library is missing.
+    """
+    chart.libraries()
+    if not parts or not all(rows for _, rows in parts):
+        raise UsageError("there are no miss curves to draw", "give at least one policy and one size")
+    write_atomic(Path(path), render(facts, parts).encode())
+
+
+def render(facts: Mapping[str, Any], parts: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
+    """The page as text."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    found = [
+        {
+            "title": title,
+            # ours, with every text in it escaped by the renderer
+            "drawing": Markup(chart.svg(draw(rows))),  # noqa: S704
+            "sizes": sorted({row["slots"] for row in rows}),
+            "rows": _by_policy(rows),
+        }
+        for title, rows in parts
+    ]
+    page = environment.from_string(TEMPLATE)
+    return page.render(facts=facts, parts=found, ink=chart.INK, grid=chart.GRID, muted=chart.MUTED)
+
+
+def _by_policy(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One table row per policy, the best at the smallest size first; bounds on top."""
+    names = dict.fromkeys(row["policy"] for row in rows)
+    found = []
+    for name in names:
+        mine = sorted((row for row in rows if row["policy"] == name), key=lambda row: row["slots"])
+        found.append({"policy": name, "bound": mine[0]["bound"], "rates": [row["hit_rate"] for row in mine]})
+    return sorted(found, key=lambda row: (not row["bound"], -sum(row["rates"])))
+
+
+def draw(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Misses per token (log) against slots per layer, one line per policy; bounds dashed."""
+    alt = chart.libraries()
+    data = [dict(row) for row in rows if row["loads_per_token"] > 0]
+    names = [row["policy"] for row in _by_policy(rows)]
+    base = alt.Chart(alt.Data(values=data)).encode(
+        x=alt.X("slots:Q", title="slots per layer").axis(tickMinStep=1),
+        y=alt.Y("loads_per_token:Q", title="misses per token").scale(type="log"),
+        color=alt.Color("policy:N", sort=names, title=None).scale(scheme="tableau20"),
+        strokeDash=alt.StrokeDash("bound:N", legend=None).scale(domain=[False, True], range=[[1, 0], [6, 4]]),
+    )
+    return (
+        (base.mark_line(strokeWidth=2) + base.mark_point(filled=True, size=30))
+        .properties(width=chart.WIDE - 60, height=380)
+        .configure_axis(**chart.AXIS)
+        .configure_view(strokeWidth=0)
+    )

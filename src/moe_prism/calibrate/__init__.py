@@ -9,7 +9,10 @@ collectors: Registry[type[Collector]] = Registry(
         "counts": ("moe_prism.calibrate.counts:Counts", "tokens and routing weight per expert"),
         "tokens": ("moe_prism.calibrate.tokens:TokenReservoir", "a bounded uniform sample of each expert's inputs"),
         "outputs": ("moe_prism.calibrate.outputs:Outputs", "norms and peaks of each expert's outputs, for pruning"),
-        "grams": ("moe_prism.calibrate.grams:Grams", "inner products of all experts' outputs for a sample of tokens, for output-error"),
+        "grams": (
+            "moe_prism.calibrate.grams:Grams",
+            "inner products of all experts' outputs for a sample of tokens, for output-error",
+        ),
         "scores": ("moe_prism.calibrate.scores:Scores", "router probabilities over all tokens, for pruning"),
     },
 )

@@ -48,13 +48,15 @@ Variants = Mapping[str, tuple[RefactorOptions, Sequence[tuple[str, str]]]]
 
 
 def variants(base: RefactorOptions) -> Variants:
-    """Name -> (how to refactor, which (rule, scorer) to measure on it)."""
+    """Name -> (how to refactor, which (rule, scorer) to measure on it). One part is changed at a time, and without compensation."""
+    base = replace(base, compensate="none")
     every = [("linear", "ridge"), *((rule, s) for rule in ("product", "threshold") for s in ("ridge", "low-rank", "oracle"))]
     paper = [("pattern", "gates"), ("product", "gates")]
     default = [("product", "ridge"), ("threshold", "ridge")]
     four = replace(base, gates=4)
     return {
-        "default": (replace(base, extra_scorers=["low-rank"]), [*every, ("plan", "ridge"), ("mass", "ridge")]),
+        "default": (replace(base, compensate="mean", extra_scorers=["low-rank"]), [*every, ("plan", "ridge"), ("mass", "ridge")]),
+        "no compensation": (replace(base, extra_scorers=["low-rank"]), [*every, ("plan", "ridge"), ("mass", "ridge")]),
         PAPER: (replace(four, solver="sa", gate_choice="centrality"), paper),
         "centrality gates": (replace(four, gate_choice="centrality"), paper),
         "centrality-expert gates": (replace(four, gate_choice="centrality-expert"), paper),
@@ -70,7 +72,6 @@ def variants(base: RefactorOptions) -> Variants:
         "solver nested": (replace(base, solver="nested"), default),
         "nested output-router": (replace(base, solver="nested", objective="output-router"), default),
         "half dropped": (replace(base, dropped=base.n_sub // 2), default),
-        "compensate mean": (replace(base, compensate="mean"), [*default, ("product", "oracle")]),
         "compensate scale": (replace(base, compensate="scale"), default),
         "compensate low-rank 1": (replace(base, compensate="low-rank", rank=1), default),
         "compensate low-rank 2": (replace(base, compensate="low-rank", rank=2), default),

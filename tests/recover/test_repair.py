@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_prism.elastic import LayerPlan, attach, operating_point
+from moe_prism.elastic.compensate import compensator
 from moe_prism.elastic.execute import grouped, reference
 from moe_prism.elastic.repair import REPAIR, Repaired, band_of
 from moe_prism.errors import DoesNotFit
@@ -153,6 +154,31 @@ def test_on_its_own_data_a_repair_never_hurts(layer, seed, tokens):
         assert delta.abs().max() > 0
     for (b, e), (z, y) in pairs(plan, 3, x, index, weight, keep).items():
         assert float((y - z @ delta[b, e]).square().sum()) <= 1.001 * float(y.square().sum())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["mean", "scale"])
+def test_a_repair_is_of_what_compensation_leaves(layer, method):
+    """On its own data, at the only budget there is, the two together miss less than compensation alone."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"mean": ("vectors", (layer.num_experts, N, layer.hidden)), "scale": ("factors", (layer.num_experts, N + 1))}
+    name, shape = shapes[method]
+    tensor = 0.5 + torch.randn(shape, generator=generator) * 0.3
+    plan = LayerPlan(layer, N, 0, {f"compensate.{method}.{name}": tensor})
+    x, index, weight, _ = batch(layer, 300, 6)
+    index = index[:, :1].contiguous()  # one expert per token: errors of several add up, each is least alone
+    weight, keep = weight[:, :1].contiguous(), torch.rand(300, 1, N, generator=generator) < 0.6
+    keep[..., 0] = True
+    normal = Normal(plan, 3)
+    for held in (False, True):
+        normal.add(x, index, weight, [keep], held=held)
+    repaired = LayerPlan(layer, N, 0, {**plan.tensors, REPAIR: normal.solve()})
+    whole = reference(plan, x, index, weight, torch.ones_like(keep))
+    extra = compensator(plan)
+    scaled, added = extra.weights(index, weight, keep), extra(x, index, weight, keep)
+    before = whole - reference(plan, x, index, scaled, keep) - added
+    after = whole - Repaired(repaired)(reference, x, index, scaled, keep) - added
+    assert after.square().sum() < 0.9 * before.square().sum()
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """Closed-form repair of W_down: least squares, per expert and band of dropped blocks, on calibration inputs.
 
 Drop j of an expert's N blocks for a token and its output misses W_down a_dropped. What is kept often tells what is missing, so that
-part of it can be had for nothing: with a the activations, z those of them that are kept and w the routing weight, D minimises
+part of it can be had for nothing: with a the activations, z those of them that are kept, both times the routing weight, and c what compensation
+adds already, D minimises
 
-    sum over tokens of w^2 || W_down (a - z) - D z ||^2  +  ridge ||D||^2
+    sum over tokens of || W_down (a - z) - c - D z ||^2  +  ridge ||D||^2
 
 over the tokens that drop j blocks, at several budgets under the default rule: a ridge regression towards the original W_down. D depends
 on how many blocks an expert lost and not on the budget, so one set of tensors serves every rule, K and budget, and tokens of
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..elastic import LayerPlan
+from ..elastic.compensate import compensator
 from ..elastic.repair import band_of
 
 STRENGTHS = (10.0, 1.0, 0.1, 0.01)  # of the ridge, relative to the mean squared activation; the best on the held-out part is used
@@ -27,7 +29,7 @@ class Normal:
 
     def __init__(self, plan: LayerPlan, bands: int) -> None:
         layer = plan.layer
-        self.plan, self.bands = plan, bands
+        self.plan, self.bands, self.extra = plan, bands, compensator(plan)
         device = layer.down.device
         self.gram = torch.zeros(2, bands, layer.num_experts, layer.width, layer.width, device=device)
         self.cross = torch.zeros(2, bands, layer.num_experts, layer.width, layer.hidden, device=device)
@@ -46,21 +48,26 @@ class Normal:
         for expert in range(self.plan.layer.num_experts):
             rows = (flat == expert).nonzero()[:, 0]
             if len(rows):
-                a = self.plan.layer.activations(expert, x[rows // k]).float() * scale[rows]
                 for mask in kept:
-                    self._add(int(held), expert, a, mask[rows])
+                    self._add(int(held), expert, x[rows // k], scale[rows], mask[rows])
 
-    def _add(self, part: int, expert: int, a: Tensor, keep: Tensor) -> None:
-        """Weighted activations a [S, f] of one expert under keep [S, N]."""
+    def _add(self, part: int, expert: int, x: Tensor, weight: Tensor, keep: Tensor) -> None:
+        """Inputs x [S, d] of one expert with routing weights [S, 1], under keep [S, N]."""
         plan = self.plan
         band = band_of(plan.n_sub - keep.sum(1), self.bands, plan.n_sub)
-        down = plan.layer.down[expert].float()
+        down, a = plan.layer.down[expert].float(), plan.layer.activations(expert, x).float()
+        z, missing = a * weight, torch.zeros(len(x), plan.layer.hidden, device=x.device)
+        if self.extra is not None:
+            own, one = torch.full((len(x), 1), expert, device=x.device), keep[:, None]
+            z = a * self.extra.weights(own, weight, one)
+            missing -= self.extra(x, own, weight, one)
+        z = z * keep.repeat_interleave(plan.block, 1)
+        missing += (a * weight - z) @ down.T
         for b in range(self.bands):
             mine = band == b
             if mine.any():
-                z = a[mine] * keep[mine].repeat_interleave(plan.block, 1)
-                self.gram[part, b, expert] += z.T @ z
-                self.cross[part, b, expert] += z.T @ ((a[mine] - z) @ down.T)
+                self.gram[part, b, expert] += z[mine].T @ z[mine]
+                self.cross[part, b, expert] += z[mine].T @ missing[mine]
 
     def solve(self) -> Tensor:
         """D [bands, E, d, f] in bfloat16; zero where nothing was seen, or where no repair helps on the held-out part."""

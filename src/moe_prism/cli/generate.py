@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from .output import emit, note
+from .output import emit, note, store_options
 
 
 def generate(
@@ -18,6 +18,8 @@ def generate(
     max_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    expert_memory: str | None = None,
+    expert_file: Path | None = None,
     json: bool = False,
 ) -> None:
     """Continue a prompt at a price.
@@ -31,12 +33,14 @@ def generate(
     max_tokens: Tokens to generate.
     temperature: 0 is greedy.
     seed: Seed of sampling.
+    expert_memory: Keep the experts on disk and this much of them in memory, for example 200MB; default all of them.
+    expert_file: Where they are packed for that, written on first use; default experts.pack in the folder.
     json: One JSON object on stdout.
     """
     from ..api import generate as run
     from ..api import load
 
-    model, tokenizer = load(folder)
+    model, tokenizer = load(folder, store=store_options(expert_memory, expert_file))
     result = run(model, tokenizer, prompt, budget=budget, rule=rule, max_tokens=max_tokens, temperature=temperature, seed=seed)
     note(f"budget {budget:g}: {result.tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
     emit({**asdict(result), "tokens_per_s": result.tokens_per_s}, prompt + result.text, json)

@@ -7,7 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..offload.store import StoreOptions
 
 QUIET_SECONDS = 10.0  # between plain progress lines when stderr is no terminal
 
@@ -68,3 +72,16 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
             note(f"{title}: {done}/{total} ({last - began:.0f} s)")
 
     yield update
+
+
+def store_options(memory: str | None, file: Path | None) -> StoreOptions | None:
+    """What --expert-memory and --expert-file ask for."""
+    from ..errors import UsageError
+
+    if memory is None:
+        if file is not None:
+            raise UsageError("--expert-file is of no use alone", "give --expert-memory as well")
+        return None
+    from ..offload.store import StoreOptions, parse_bytes
+
+    return StoreOptions(parse_bytes(memory), file)

@@ -43,7 +43,7 @@ def build(folder: Path, options: ServeOptions, config: Config) -> Built:
     make = policies.get(chosen)  # an unknown name is found before anything is loaded
     _check_options(make, config.policy_options, chosen)
     cost = CostModel.load(options.cost) if options.cost else None
-    model, tokenizer = load(folder)
+    model, tokenizer = load(folder, store=options.store)
     model.eval()
     ladder, ladder_from = find_ladder(folder, slots_per_token(model._moe_prism))
     if ladder is None:

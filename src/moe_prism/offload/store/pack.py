@@ -113,6 +113,8 @@ def _write(
     progress: Progress | None,
 ) -> None:
     layout, resident = _survey(stream, layers, manifest, parts)
+    if low and layout.low_bytes > layout.bytes:
+        raise UsageError("these sub-experts are too small for int8 records to save anything", "leave --int8-budget out")
     count = layers[0].num_experts * parts
     total = len(layers) * count
     sums = np.zeros(total * (1 + low), np.uint64)

@@ -197,11 +197,10 @@ class ExpertStore:
                 if 2 * size > capacity:
                     begin(number + 1)
         finally:
-            for rest in jobs.values():
-                for job in rest:
-                    job.wait()
             for key, count in held.items():
                 self.cache.unpin([key] * count)
+            for rest in jobs.values():  # only after an error
+                self._arrived(rest, layer)
 
     def _fetch(self, layer: int, wanted: Wanted, first: int, last: int, low: frozenset[Key]) -> list[Job]:
         """Request keys first..last - 1; the reads to wait for."""
@@ -239,26 +238,32 @@ class ExpertStore:
     def _wait(self, jobs: Sequence[Job], layer: int) -> None:
         """Wait for reads; what failed leaves the cache, and the first of it is raised."""
         began = time.perf_counter()
-        for job in jobs:
-            job.wait()
-            self.times.reading += job.seconds
+        failed = self._arrived(jobs, layer)
         waited = time.perf_counter() - began
         self.times.waited += waited
         records = sum(len(job.items) for job in jobs)
         if records:
             self._price += PRICE * (waited / records - self._price) if self._price else waited / records
-        failed = {key: reason for job in jobs for key, reason in job.failed.items()}
+        if failed:
+            key, reason = next(iter(failed.items()))
+            raise StoreError(
+                f"{self.pack.path}: {self.describe(key)} cannot be read: {reason}", "check the disk, or write the file again"
+            )
+
+    def _arrived(self, jobs: Sequence[Job], layer: int) -> dict[Key, str]:
+        """Wait for reads; what failed leaves the cache, and is returned with the reason."""
+        failed: dict[Key, str] = {}
+        for job in jobs:
+            job.wait()
+            self.times.reading += job.seconds
+            failed |= job.failed
         for key in failed:
             if key in self._flying:
                 self._land(key)
             if key in self.cache:
                 self.cache.drop(key, self.moment(layer))
                 self._vacate(key)
-        if failed:
-            key, reason = next(iter(failed.items()))
-            raise StoreError(
-                f"{self.pack.path}: {self.describe(key)} cannot be read: {reason}", "check the disk, or write the file again"
-            )
+        return failed
 
     def describe(self, key: Key) -> str:
         space = self.space

@@ -1,6 +1,6 @@
 """Hit rates of every cache policy against Belady's bound, on the routing of prism-nano; recall of every predictor; what prefetching adds.
 
-    python benchmarks/cache.py [--tokens 32768] [--elastic FOLDER] [--json]
+    python benchmarks/cache.py [--tokens 8192] [--elastic FOLDER] [--json]
 
 Decode steps of held-out text, one token per step; policies and predictors are fitted on calibration text. Whole experts: nano is run
 for `tokens` tokens, so that router inputs are there (hints of `reuse`, the gates). Sub-experts: the shipped trace (6,144 tokens at half
@@ -18,6 +18,8 @@ from moe_prism.api.tracing import TraceOptions, compare_policies, record_trace
 from moe_prism.cli.output import note, progress, table
 from moe_prism.offload import Prefetch, Trace, cache_policies, load_trace, predictors
 from moe_prism.offload.predict import recall
+from moe_prism.offload.predict.drafted import coefficients, drafted, oracle
+from moe_prism.offload.predict.path import Path
 from moe_prism.offload.quotas import miss_curves, quotas
 from moe_prism.offload.replay import groups, interleave, replay
 
@@ -40,6 +42,23 @@ def lookahead(trace: Trace) -> list[dict[str, Any]]:
     for window in WINDOWS:
         counts = replay(rows, policy, 2 * rows.k, order=work, settings={"window": window})
         found.append({"window": window, "hit_rate": counts.hit_rate, "of_belady": counts.hits / best})
+    return found
+
+
+def drafting(trace: Trace) -> list[dict[str, Any]]:
+    """`reuse` where the ids of the next tokens are known and the path predictor says what they need, at 2k slots per layer."""
+    fitting, rows = trace.part("calibration"), trace.part("evaluation").decode()
+    work = list(groups(rows, rows.space))
+    path, policy = Path.fit(fitting, fitting.space), cache_policies.get("reuse")
+    best = replay(rows, cache_policies.get("belady"), 2 * rows.k, order=work).hits
+    settings = {"coefficients": coefficients(rows.space)}
+    found = []
+    for steps in (1, 2, 4, 8):
+        hints = {"predicted": drafted(rows, path, steps), "true routing": oracle(rows, steps)}
+        hits = {
+            name: replay(rows, policy, 2 * rows.k, order=work, hints=each, settings=settings).hits for name, each in hints.items()
+        }
+        found.append({"ids known": steps, **{name: count / best for name, count in hits.items()}})
     return found
 
 
@@ -85,9 +104,7 @@ def batches(trace: Trace) -> list[dict[str, Any]]:
     for size in (1, 2, 4, 8, 16):
         rows = interleave(trace.part("evaluation").decode(), size)
         work = list(groups(rows, rows.space))
-        hits = {
-            name: replay(rows, cache_policies.get(name), 2 * rows.k, order=work) for name in ("belady", "lru", "lfu", "static")
-        }
+        hits = {name: replay(rows, cache_policies.get(name), 2 * rows.k, order=work) for name in ("belady", "lru", "lfu")}
         best = hits.pop("belady")
         found.append({"batch": size, "belady": best.hit_rate, **{n: c.hits / best.hits for n, c in hits.items()}})
     return found
@@ -127,7 +144,7 @@ def wide(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--elastic")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -141,6 +158,7 @@ def main() -> None:
         "experts, one pool": policies(whole, whole.k, False, True, (0.5, 1.0, 2.0)),
         "sub-experts": policies(sub, needed, True, False, RHOS),
         "look-ahead": lookahead(whole),
+        "drafts": drafting(whole),
         "prediction": predicting(whole),
         "prefetch": prefetching(whole),
         "batches": batches(whole),

@@ -98,21 +98,22 @@ def orders(uses):
             yield list(order)
 
 
-def test_hottest_first_is_near_the_optimum_and_never_behind_number_order():
+@pytest.mark.parametrize("planes", [1, 2])
+def test_hottest_first_is_near_the_optimum(planes):
+    """One plane per expert: exactly it (Johnson's rule). Several: close, where number order is several percent off."""
     gaps, naive = [], []
     for seed in range(30):
         draw = np.random.default_rng(seed)
-        uses = np.sort(draw.integers(1, 30, size=(3, 2)), axis=1)[:, ::-1].tolist()
-        load, compute = draw.uniform(1, 3, 2).tolist(), draw.uniform(0.02, 0.3, 2).tolist()
+        uses = np.sort(draw.integers(1, 30, size=(5 - planes, planes)), axis=1)[:, ::-1].tolist()
+        load, compute = draw.uniform(1, 3, planes).tolist(), draw.uniform(0.05, 0.2, planes).tolist()
         best = min(makespan(order, uses, load, compute) for order in orders(uses))
         ours, plain = (makespan(order(uses), uses, load, compute) for order in (hottest_first, by_number))
-        total = sum(load[p] for _, p in by_number(uses))
-        work = sum(uses[e][p] * compute[p] for e, p in by_number(uses))
-        assert best >= max(total, work + load[0]) - 1e-9
+        jobs = by_number(uses)
+        assert best >= max(sum(load[p] for _, p in jobs), sum(uses[e][p] * compute[p] for e, p in jobs) + load[0]) - 1e-9
         gaps.append(ours / best - 1)
         naive.append(plain / best - 1)
-    assert np.mean(gaps) < 0.02 < np.mean(naive)
-    assert max(gaps) < 0.1
+    assert np.mean(gaps) < 0.005 < 0.02 < np.mean(naive)
+    assert max(gaps) < (1e-9 if planes == 1 else 0.1)
 
 
 def test_planes_stay_in_order_and_unused_ones_are_not_loaded():

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from ..checkpoint.manifest import MANIFEST
 from ..data import token_windows
+from ..data.splits import Side
 from ..elastic import operating_point
 from ..errors import UsageError
 from ..model import find_layers, load_model, load_tokenizer, resolve
@@ -19,7 +20,7 @@ from ..offload.consistency import routing_report
 from ..offload.predict.reuse import ReusePredictor
 from ..offload.record import record
 from ..offload.replay import groups, replay
-from ..offload.trace import SIDES, Trace, load_trace
+from ..offload.trace import Trace, load_trace
 from .loading import load
 from .progress import Report, silent
 
@@ -70,7 +71,7 @@ def record_trace(
     length = min(options.length, limit)
     windows = [
         (side, token_windows(tokenizer, options.text, side, length=length, tokens=max(length, options.tokens // 2)).ids)
-        for side in SIDES
+        for side in get_args(Side)
     ]
     header = {"model": Path(str(model)).name, "text": options.text, "budget": options.budget, "options": asdict(options)}
     with report("trace") as update:

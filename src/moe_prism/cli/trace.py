@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -47,7 +47,7 @@ def trace(
 
     options = TraceOptions(text, tokens, length, prompt, budget, rule, inputs, values)
     found = record_trace(model, out, options, force=force, report=progress)
-    facts = {
+    facts: dict[str, Any] = {
         "file": str(out),
         "bytes": out.stat().st_size,
         "tokens": len(found),

@@ -97,13 +97,15 @@ class Trace:
     def slots(self) -> Array:
         """K [T, L]: kept slots of every token."""
         if self.kept is None:
-            return (self.expert_ids >= 0).sum(2) * self.n_sub
-        return np.bitwise_count(np.where(self.expert_ids >= 0, self.kept, 0).astype(np.uint32)).sum(2)
+            return np.asarray((self.expert_ids >= 0).sum(2) * self.n_sub)
+        bits = np.where(self.expert_ids >= 0, self.kept, 0).astype(np.uint32)
+        return np.asarray(((bits[..., None] >> np.arange(self.n_sub, dtype=np.uint32)) & 1).sum((2, 3)))
 
     def rows(self, chosen: Array) -> Trace:
         """The trace of some rows: a bool mask or indices in the wanted order."""
-        arrays = {n: getattr(self, n) for n in _SHAPES if n != "routers"}
-        return replace(self, **{n: None if a is None else a[chosen] for n, a in arrays.items()})
+        arrays: dict[str, Any] = {n: getattr(self, n) for n in _SHAPES if n != "routers"}
+        picked: dict[str, Any] = {n: None if a is None else a[chosen] for n, a in arrays.items()}
+        return replace(self, **picked)
 
     def part(self, side: str) -> Trace:
         """The rows of one side; UsageError if there are none."""

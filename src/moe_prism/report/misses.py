@@ -14,7 +14,8 @@ TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Miss curves</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; color: {{ ink }}; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid {{ grid }}; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid {{ grid }}; }
 th:first-child, td:first-child { text-align: left; } figure { margin: 1rem 0; overflow-x: auto; } .bound { color: {{ muted }}; }
 </style></head><body>
 <h1>Miss curves of {{ facts.model }}</h1>
@@ -22,7 +23,7 @@ th:first-child, td:first-child { text-align: left; } figure { margin: 1rem 0; ov
 Policies were fitted on other text. No policy can be below Belady, which knows the future; <code>sch</code> knows the next 16 tokens.</p>
 {% for part in parts %}
 <h2>{{ part.title }}</h2>
-<figure role="img" aria-label="{{ part.title }}: misses per token against cache size, every policy and the bound">{{ part.drawing }}</figure>
+<figure role="img" aria-label="{{ part.title }}: misses per token against cache size, all policies">{{ part.drawing }}</figure>
 <table><thead><tr><th>hit rate</th>{% for size in part.sizes %}<th>{{ size }} slots</th>{% endfor %}</tr></thead><tbody>
 {% for row in part.rows %}<tr{% if row.bound %} class="bound"{% endif %}><td>{{ row.policy }}</td>
 {% for rate in row.rates %}<td>{{ "%.1f"|format(100 * rate) }} %</td>{% endfor %}</tr>

@@ -19,7 +19,7 @@ class Ranked(CachePolicy):
     @abstractmethod
     def worth(self, key: Key, now: Moment) -> float: ...
 
-    def count(self, key: Key, weight: float, now: Moment) -> None:  # noqa: B027 - the name of what most of them keep
+    def count(self, key: Key, weight: float, now: Moment) -> None:
         """A request of a key, hit or miss."""
 
     def used(self, key: Key, weight: float, now: Moment) -> None:

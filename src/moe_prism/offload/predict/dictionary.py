@@ -42,7 +42,7 @@ class Dictionary(Predictor):
     def at(self, layer: int, seen: Seen) -> Array:
         last = _onehot(seen.expert_ids[:, layer - 1], self.one.shape[1])
         if layer == 1:
-            return last @ self.one[1]
+            return np.asarray(last @ self.one[1])
         pairs = (_onehot(seen.expert_ids[:, layer - 2], self.one.shape[1])[:, :, None] * last[:, None]).reshape(len(last), -1)
         scores: Array = pairs @ self.two[layer].reshape(-1, self.one.shape[1])
         return scores

@@ -67,7 +67,7 @@ class _Net(nn.Module):
 
     def forward(self, slots: Tensor) -> Tensor:
         out: Tensor = self.heads(self.mix(self.embed(slots).flatten(1)))
-        return out.unflatten(1, self.shape)
+        return out.view(-1, *self.shape)
 
 
 def _train(net: _Net, x: Tensor, base: Tensor, y: Tensor) -> None:
@@ -76,9 +76,10 @@ def _train(net: _Net, x: Tensor, base: Tensor, y: Tensor) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps)
     net.train()
     for _ in range(PASSES):
-        for rows in torch.randperm(len(x)).split(BATCH):
+        for rows in torch.split(torch.randperm(len(x)), BATCH):
             optimiser.zero_grad()
-            nn.functional.binary_cross_entropy_with_logits(net(x[rows]) + base[rows], y[rows]).backward()
+            loss = nn.functional.binary_cross_entropy_with_logits(net(x[rows]) + base[rows], y[rows])
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
 

@@ -32,4 +32,4 @@ class TokenTable(Predictor):
     def at(self, layer: int, seen: Seen) -> Array:
         at = np.minimum(np.searchsorted(self.ids, seen.token), len(self.ids) - 1)
         known = self.ids[at] == seen.token
-        return np.where(known[:, None], self.shares[at, layer], self.prior[layer])
+        return np.asarray(np.where(known[:, None], self.shares[at, layer], self.prior[layer]))

@@ -10,7 +10,22 @@ from collections.abc import Sequence
 import cyclopts
 
 from ..errors import PrismError
-from . import bench, calibrate, demo, doctor, frontier, generate, inspect, listing, recover, refactor, serve, trace, verify
+from . import (
+    bench,
+    calibrate,
+    demo,
+    doctor,
+    frontier,
+    generate,
+    inspect,
+    listing,
+    offload,
+    recover,
+    refactor,
+    serve,
+    trace,
+    verify,
+)
 from .output import plain_line
 
 INTERRUPTED = 130
@@ -40,6 +55,7 @@ def build() -> cyclopts.App:
         (serve.serve, "serve"),
         (bench.bench, "bench"),
         (trace.trace, "trace"),
+        (offload.offload, "offload"),
         (verify.verify, "verify"),
         (listing.ls, "ls"),
     ):

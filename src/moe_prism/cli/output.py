@@ -7,11 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from ..offload.store import StoreOptions
+from typing import Any
 
 QUIET_SECONDS = 10.0  # between plain progress lines when stderr is no terminal
 
@@ -72,16 +68,3 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
             note(f"{title}: {done}/{total} ({last - began:.0f} s)")
 
     yield update
-
-
-def store_options(memory: str | None, file: Path | None) -> StoreOptions | None:
-    """What --expert-memory and --expert-file ask for."""
-    from ..errors import UsageError
-
-    if memory is None:
-        if file is not None:
-            raise UsageError("--expert-file is of no use alone", "give --expert-memory as well")
-        return None
-    from ..offload.store import StoreOptions, parse_bytes
-
-    return StoreOptions(parse_bytes(memory), file)

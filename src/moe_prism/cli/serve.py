@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import UsageError
-from .output import store_options
+from .experts import Experts
 
 
 def serve(
@@ -24,8 +24,7 @@ def serve(
     cost: Path | None = None,
     save_cost: Path | None = None,
     probe_seconds: float = 4.0,
-    expert_memory: str | None = None,
-    expert_file: Path | None = None,
+    experts: Experts = Experts(),  # noqa: B008 - frozen
     debug: bool = False,
 ) -> None:
     """Serve an elastic model with an OpenAI-compatible API, every request at its own operating point.
@@ -43,8 +42,6 @@ def serve(
     cost: Cost model to load instead of measuring one.
     save_cost: Where to save the cost model.
     probe_seconds: Seconds to measure the cost model.
-    expert_memory: Keep the experts on disk and this much of them in memory, for example 200MB; default all of them.
-    expert_file: Where they are packed for that, written on first use; default experts.pack in the folder.
     debug: Plain logs with stack traces.
     """
     from ..serve import logs
@@ -55,7 +52,8 @@ def serve(
         raise UsageError(f"--probe-seconds {probe_seconds:g} is out of range", "give more than 0 and at most 600")
     key = api_key or os.environ.get("MOE_PRISM_API_KEY") or None
     if engine == "vllm":
-        given = {"--policy": policy, "--config": config, "--cost": cost, "--save-cost": save_cost, "--expert-memory": expert_memory}
+        given = {"--policy": policy, "--config": config, "--cost": cost, "--save-cost": save_cost}
+        given["--expert-memory"] = experts.expert_memory
         wrong = next((option for option, value in given.items() if value is not None), None)
         if wrong:
             raise UsageError(f"{wrong} is not available with --engine vllm", "leave it out; vLLM schedules by itself")
@@ -63,5 +61,4 @@ def serve(
 
         return launch(folder, host, port, name, key)
     logs.set_up(debug)
-    store = store_options(expert_memory, expert_file)
-    return run(folder, ServeOptions(host, port, policy, config, key, name, cost, save_cost, probe_seconds, store))
+    return run(folder, ServeOptions(host, port, policy, config, key, name, cost, save_cost, probe_seconds, experts.options()))

@@ -98,9 +98,7 @@ def test_on_first_use_it_becomes_part_of_the_folder(elastic_tiny, tmp_path):
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    st.integers(1, 40), st.integers(1, 9), st.booleans(), st.booleans(), st.sampled_from(sorted(DTYPES)), st.integers(0, 9)
-)
+@given(st.integers(1, 40), st.integers(1, 9), st.booleans(), st.booleans(), st.sampled_from(sorted(DTYPES)), st.integers(0, 9))
 def test_int8_form_is_within_half_a_step(hidden, block, has_gate, has_bias, dtype, seed):
     layout = Layout(hidden, block, has_gate, has_bias, dtype)
     torch.manual_seed(seed)

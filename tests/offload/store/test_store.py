@@ -13,7 +13,7 @@ from moe_prism.offload.store.choose import Misses
 from tests.offload.store.common import PROMPT, logits, opened, smallest, store_of
 from tests.tiny_sources import save_tiny
 
-SLOTS = (1, 2, 3, 7, 12, 1000)
+SLOTS = (1, 5, 12, 1000)
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,12 @@ def test_logits_are_those_of_the_model_in_memory_at_every_size(name, request, tm
         store = store_of(stored)
         assert store.slots == min(slots, len(store.space))
         assert store.arena.bytes + memory - slots * store.pack.layout.bytes <= memory
-        for budget in (1.0, 0.6, 0.3):
+        for budget in (1.0, 0.4):
             found, wanted = logits(stored, ids, budget), logits(model, ids, budget)
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
             assert torch.equal(found, first.setdefault(budget, found))  # not even the last bit depends on the size
-        for budget in (1.0, 0.5):
-            text = generate(stored, tokenizer, PROMPT, budget=budget, max_tokens=8).text
-            assert text == generate(model, tokenizer, PROMPT, budget=budget, max_tokens=8).text
+        text = generate(stored, tokenizer, PROMPT, budget=0.5, max_tokens=6).text
+        assert text == generate(model, tokenizer, PROMPT, budget=0.5, max_tokens=6).text
         check_counts(store.cache.counts, len(store.cache))
         store.close()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...elastic.execute import auto
 from ...model import MoELayer
-from ..base import CachePolicy, ExpertCache, Key, Moment
+from ..base import CachePolicy, ExpertCache, Key, KeySpace, Moment
 from ..cache.pool import LayerPools, Pool
 from .arena import Arena
 from .pack import Pack
@@ -58,7 +58,7 @@ class ExpertStore:
         self.pack, self.slots, self.space = pack, slots, pack.space
         self.arena = Arena(slots, pack.layout, like)
         self.reader = reader(pack, self.arena.memory)
-        self.cache = make_cache(policy, pack, slots, settings or {})
+        self.cache = pools(policy, pack.space, slots, settings or {})
         self.times = Times()
         self.step = -1
         self.low: set[Key] = set()  # resident in int8 form
@@ -300,9 +300,9 @@ class ExpertStore:
                     self._lose(item.key)
 
     def _capacity(self, layer: int) -> int:
-        pools = self.cache.pools[layer] if isinstance(self.cache, LayerPools) else self.cache
-        assert isinstance(pools, Pool)
-        return pools.capacity
+        pool = self.cache.pools[layer] if isinstance(self.cache, LayerPools) else self.cache
+        assert isinstance(pool, Pool)
+        return pool.capacity
 
     def _slot_of(self, wanted: Wanted, first: int, last: int) -> Tensor:
         """Slots [S] of the entries of keys first..last - 1."""
@@ -332,10 +332,10 @@ class ExpertStore:
         return found.float()
 
 
-def make_cache(policy: type[CachePolicy], pack: Pack, slots: int, settings: dict[str, Any]) -> ExpertCache:
+def pools(policy: type[CachePolicy], space: KeySpace, slots: int, settings: dict[str, Any]) -> ExpertCache:
     """One pool per layer of equal size; one pool for all where a layer would not get a slot."""
-    layers = pack.space.layers
+    layers = space.layers
     if slots < layers:
-        return Pool(slots, policy(pack.space, slots, **settings))
+        return Pool(slots, policy(space, slots, **settings))
     quotas = [slots // layers + (layer < slots % layers) for layer in range(layers)]
-    return LayerPools(quotas, lambda _, capacity: policy(pack.space, capacity, **settings))
+    return LayerPools(quotas, lambda _, capacity: policy(space, capacity, **settings))

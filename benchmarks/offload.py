@@ -30,11 +30,15 @@ import torch
 
 from moe_prism.api import CalibrateOptions, RefactorOptions, load, refactor
 from moe_prism.api.loading import side_tensors
-from moe_prism.checkpoint import read_manifest
+from moe_prism.checkpoint import LayerStream, read_manifest
 from moe_prism.data import token_windows
 from moe_prism.elastic import operating_point
-from moe_prism.offload.store import Reader, StoreOptions
+from moe_prism.model import find_layers
+from moe_prism.offload.cache import cache_policies
+from moe_prism.offload.record import record
+from moe_prism.offload.store import ExpertStore, Reader, StoreOptions, open_pack
 from moe_prism.offload.store.choose import Misses
+from moe_prism.offload.store.foresee import at_budget, forecast, measure_prices, measure_step
 from moe_prism.offload.store.store import Times
 
 PROMPT = 32
@@ -163,6 +167,83 @@ def ours(args: argparse.Namespace, folder: Path, work: Path, quality: bool) -> l
     return [{"config": "in memory", "ms_per_token": in_memory, "memory": None}, *found] if in_memory else found
 
 
+def overlap(args: argparse.Namespace, folder: Path, work: Path) -> list[dict[str, Any]]:
+    """One layer streamed for T tokens: reading alone (outputs are zeros), computing alone (everything resident), and both."""
+    manifest = read_manifest(folder)
+    pack_for(folder, work / "parts", low=not args.large)
+    pack = open_pack(work / "parts", manifest)
+    layers = find_layers(LayerStream(folder).model)
+    count = pack.space.experts * pack.space.parts
+    policy = cache_policies.get("lru")
+    small = pack.space.layers * max(8, count // 8)
+    both, reading = (kind(pack, small, layers[0], policy) for kind in (ExpertStore, Reading))
+    whole = ExpertStore(pack, len(pack.space), layers[0], policy)
+    found = []
+    for tokens in (1, 16, 64, 128, 256, 512):
+        x = torch.randn(tokens, pack.layout.hidden)
+        index = torch.rand(tokens, pack.space.experts).topk(min(4, pack.space.experts)).indices
+        weight, keep = torch.rand(index.shape), torch.ones(*index.shape, pack.space.parts, dtype=torch.bool)
+        seconds: dict[str, list[float]] = {"both": [], "read": [], "compute": []}
+        for turn_ in range(args.rounds * 4 + 1):
+            for name, store in (("both", both), ("read", reading), ("compute", whole)):
+                began = time.perf_counter()
+                for layer in range(pack.space.layers):
+                    store.run(layer, x, index, weight, keep)
+                if turn_:
+                    seconds[name].append(time.perf_counter() - began)
+        ms = {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
+        found.append({"tokens": tokens, **ms, "ratio": ms["both"] / max(ms["read"], ms["compute"])})
+    return found
+
+
+class Reading(ExpertStore):
+    """Reads and computes nothing."""
+
+    def _outputs(self, x: Any, wanted: Any, slot: Any, entries: torch.Tensor, start: int = 0) -> torch.Tensor:
+        return torch.zeros(len(entries), x.shape[1])
+
+
+def simulate(args: argparse.Namespace, folder: Path, work: Path) -> list[dict[str, Any]]:
+    """Forecast from the routing of calibration text and measured prices, against the decoding of held-out text."""
+    whole, tokenizer = load(folder)
+    windows = held_out(folder, tokenizer, args)
+    length = PROMPT + args.tokens
+    text = token_windows(tokenizer, "stdlib", "calibration", length=length, tokens=length * 16).ids
+    with operating_point(whole):
+        trace = record(whole, [("calibration", text)], prompt=PROMPT, values=True)
+    total = expert_bytes(folder, whole)
+    del whole
+    found = []
+    for share in (0.15, 0.25, 0.4, 0.6, 0.8):
+        for budget in (1.0, args.budget):
+            config = Config(f"{share:g} of memory, budget {budget:g}", budget, options={"policy": args.policy})
+            model = stored(folder, work, int(share * total), config, args)
+            store = model._moe_prism.store
+            with operating_point(model, budget):
+                step = measure_step(model, windows[:1, :PROMPT])
+            prices = measure_prices(store)
+            rows = at_budget(trace, model._moe_prism, budget)
+            guess = forecast(rows, store.space, store.slots, cache_policies.get(args.policy), prices, step)
+            run = Run(config, model)
+            decode(model, windows[-1:], budget, 16)
+            for row in windows:
+                turn(run, row[None], args.tokens, None)
+            real = run.row()
+            found.append(
+                {
+                    "config": config.name,
+                    "ms_per_token": real["ms_per_token"],
+                    "forecast_ms": guess.seconds * 1e3,
+                    "error": guess.seconds * 1e3 / real["ms_per_token"] - 1,
+                    "hit_rate": real["hit_rate"],
+                    "forecast_hit_rate": guess.hit_rate,
+                    "step_ms": step * 1e3,
+                }
+            )
+            store.close()
+    return found
+
+
 def stored(folder: Path, work: Path, memory: int, config: Config, args: argparse.Namespace) -> Any:
     name = "experts" if config.parts == 1 else "parts"
     options = dict(config.options)
@@ -245,6 +326,8 @@ def main() -> None:
     parser.add_argument("--folder", help="an elastic model, instead of refactoring prism-nano")
     parser.add_argument("--work", help="folder for packed files, default a temporary one")
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--overlap", action="store_true")
+    parser.add_argument("--simulate", action="store_true")
     parser.add_argument("--low", action="store_true", help="int8 records for the large model too")
     parser.add_argument("--share", type=float, default=0.25)
     parser.add_argument("--tokens", type=int, default=96)
@@ -263,11 +346,20 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as temporary:
         work = Path(args.work or temporary)
-        rows = ours(args, elastic(args, work), work, quality=not args.large)
+        folder = elastic(args, work)
+        if args.overlap or args.simulate:
+            rows = (overlap if args.overlap else simulate)(args, folder, work)
+        else:
+            rows = ours(args, folder, work, quality=not args.large)
     if args.json:
         json.dump({"benchmark": "offload", "arguments": vars(args), "rows": rows}, sys.stdout)
-        return
-    show(rows)
+    elif args.overlap or args.simulate:
+        for row in rows:
+            print(
+                "  ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())
+            )
+    else:
+        show(rows)
 
 
 if __name__ == "__main__":

@@ -60,9 +60,7 @@ def test_side_tensors_are_small_exact_at_full_budget_and_verified(compensated, t
 
 
 def test_values_are_fitted_to_what_is_lost_after_compensation(compensated):
-    plain, mean, scale = (
-        side_tensors(compensated(method), 2)[0]["ridge"] for method in ("none", "mean", "scale")
-    )
+    plain, mean, scale = (side_tensors(compensated(method), 2)[0]["ridge"] for method in ("none", "mean", "scale"))
     assert torch.equal(plain, scale)  # scaling leaves the norm of a block what it is
     assert not torch.equal(plain, mean)
 

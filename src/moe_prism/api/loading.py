@@ -15,21 +15,25 @@ from ..checkpoint import read_manifest
 from ..elastic import attach, operating_point
 from ..errors import CorruptError, UsageError
 from ..model import find_layers, load_model, load_tokenizer
+from ..offload.store import StoreOptions, load_stored
 from ..routing import SkipPlan
 
 SIDE_FILE = "prism.safetensors"
 
 
-def load(folder: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+def load(folder: str | Path, dtype: torch.dtype | None = None, *, store: StoreOptions | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder written by `refactor`: a transformers model that is elastic and runs at full budget.
 
     dtype None: float32 on a CPU, the checkpoint's own elsewhere. Change the price with `operating_point(model, budget=...)`.
+    store: keep the experts on disk and this much of them in memory; the model then runs on the CPU in float32 (docs/store.md).
     Raises UsageError for a folder that is not a refactored model, CorruptError if prism.json was damaged.
     """
     manifest = read_manifest(folder)
     if manifest.get("kind") != "elastic":
         raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
     tensors = side_tensors(folder, len(manifest["layers"]))
+    if store is not None:
+        return load_stored(Path(folder), manifest, tensors, store), load_tokenizer(folder)
     gpu = torch.cuda.is_available()
     model = load_model(folder, dtype or (None if gpu else torch.float32))
     if gpu:

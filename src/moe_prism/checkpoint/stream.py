@@ -120,6 +120,13 @@ class LayerStream:
             for name, empty in self._empty.items():
                 _set(self.model, name, empty)
 
+    def keep_outside(self, prefixes: Iterable[str]) -> Any:
+        """Load all parameters that are not in the modules called `prefixes`, for good, and return the model: those stay empty."""
+        inside = tuple(f"{name}." for name in prefixes)
+        outside = [name for name in self._empty if not name.startswith(inside)]
+        self._load(outside, [n for n, target in self._conversion.owner.items() if not target.startswith(inside)], False)
+        return self.model
+
     def resident_bytes(self) -> int:
         """Bytes of the parameters and stored buffers that are in memory now, tied ones once."""
         found = {

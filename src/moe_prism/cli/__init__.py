@@ -19,6 +19,7 @@ from . import (
     generate,
     inspect,
     listing,
+    offload,
     plan,
     prune,
     recover,
@@ -60,6 +61,7 @@ def build() -> cyclopts.App:
         (serve.serve, "serve"),
         (bench.bench, "bench"),
         (trace.trace, "trace"),
+        (offload.offload, "offload"),
         (verify.verify, "verify"),
         (listing.ls, "ls"),
     ):

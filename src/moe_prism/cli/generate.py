@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from .experts import Experts
 from .output import emit, note
 
 
@@ -19,6 +20,7 @@ def generate(
     max_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    experts: Experts = Experts(),  # noqa: B008 - frozen
     json: bool = False,
 ) -> None:
     """Continue a prompt at a price.
@@ -37,14 +39,15 @@ def generate(
     """
     from ..api import generate as run
     from ..api import load
+    from ..routing import SkipPlan
 
-    if plan is None:
-        (model, tokenizer), routing = load(folder), None
+    store, routing = experts.options(), None if plan is None else SkipPlan.load(plan)
+    if routing is None or store is not None:
+        model, tokenizer = load(folder, store=store)
     else:
         from ..api.opening import open_model
-        from ..routing import SkipPlan
 
-        routing, opened = SkipPlan.load(plan), open_model(folder)
+        opened = open_model(folder)
         model, tokenizer = opened.model, opened.tokenizer
     result = run(
         model,

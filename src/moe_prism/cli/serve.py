@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import UsageError
+from .experts import Experts
 
 
 def serve(
@@ -23,6 +24,7 @@ def serve(
     cost: Path | None = None,
     save_cost: Path | None = None,
     probe_seconds: float = 4.0,
+    experts: Experts = Experts(),  # noqa: B008 - frozen
     debug: bool = False,
 ) -> None:
     """Serve an elastic model with an OpenAI-compatible API, every request at its own operating point.
@@ -51,6 +53,7 @@ def serve(
     key = api_key or os.environ.get("MOE_PRISM_API_KEY") or None
     if engine == "vllm":
         given = {"--policy": policy, "--config": config, "--cost": cost, "--save-cost": save_cost}
+        given["--expert-memory"] = experts.expert_memory
         wrong = next((option for option, value in given.items() if value is not None), None)
         if wrong:
             raise UsageError(f"{wrong} is not available with --engine vllm", "leave it out; vLLM schedules by itself")
@@ -58,4 +61,4 @@ def serve(
 
         return launch(folder, host, port, name, key)
     logs.set_up(debug)
-    return run(folder, ServeOptions(host, port, policy, config, key, name, cost, save_cost, probe_seconds))
+    return run(folder, ServeOptions(host, port, policy, config, key, name, cost, save_cost, probe_seconds, experts.options()))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import team
+from . import jobs, team
 from .base import LayerPlan
-from .jobs import add_job, dot_job, group
+from .jobs import group
 from .tiles import LANES, PAYS
 
 ALIGN = 64  # columns: strips of an output row end on a cache line
@@ -47,7 +47,7 @@ class Stored:
     key: tuple[int, ...]
     first: tuple[Part, ...]  # gate and up, or up alone, [E, f, d], one block's pre-activations beside the other's
     down: Matrix  # [E, f, d]
-    ready: bool  # float32 on a CPU, neuron by neuron, rows of whole vectors
+    ready: bool  # float32 or bfloat16 on a CPU, neuron by neuron, rows of whole vectors
 
     @classmethod
     def of(cls, plan: LayerPlan) -> Stored:
@@ -55,7 +55,8 @@ class Stored:
         if plan.stored is None or plan.stored.key != key:
             rows = [w.detach() for w in (layer.gate, layer.up, layer.down.transpose(1, 2)) if w is not None]
             ready = PAYS and layer.hidden % LANES == 0
-            ready &= all(w.device.type == "cpu" and w.dtype == torch.float32 and w.stride(2) == 1 for w in rows)
+            ready &= all(w.device.type == "cpu" and w.dtype == rows[0].dtype and w.stride(2) == 1 for w in rows)
+            ready &= rows[0].dtype in (torch.float32, torch.bfloat16)
             *first, down = map(Matrix.of, rows)
             plan.stored = cls(key, tuple(Part(m, i * plan.block) for i, m in enumerate(first)), down, ready)
         return plan.stored  # type: ignore[no-any-return]
@@ -125,8 +126,9 @@ def dot(
     values += [groups.n_sub, columns, len(parts)]
     for p in parts:
         m = p.matrix
-        values += [m.address + 4 * p.start * m.row, m.expert, block * m.row, p.jump * m.row, p.column, p.step]
-    team.run(dot_job, values, (span.end - span.begin) * columns * x.shape[1] * len(parts))
+        first = m.address + m.tensor.element_size() * p.start * m.row
+        values += [first, m.expert, block * m.row, p.jump * m.row, p.column, p.step]
+    team.run(_job(parts[0].matrix, "dot_job"), values, (span.end - span.begin) * columns * x.shape[1] * len(parts))
 
 
 def add(a: Tensor, groups: Groups, span: Span, down: Matrix, out: Tensor) -> None:
@@ -145,4 +147,13 @@ def add(a: Tensor, groups: Groups, span: Span, down: Matrix, out: Tensor) -> Non
         depth * down.row,
         down.row,
     ]
-    team.run(add_job, [*values, width, strip, span.begin], work)
+    team.run(_job(down, "add_job"), [*values, width, strip, span.begin], work)
+
+
+def _job(matrix: Matrix, name: str) -> Any:
+    """The job for weights of this dtype; all matrices of a call have the same."""
+    if matrix.tensor.dtype == torch.float32:
+        return getattr(jobs, name)
+    from . import halves  # compiles on first use
+
+    return getattr(halves, name)

@@ -60,6 +60,14 @@ class _Code:
         value.align = 8 if kind is I64 else BYTES
         return value
 
+    def weight_at(self, address: Any, elements: Any = 0, stride: Any = None) -> Any:
+        """`at` among weights."""
+        return self.at(address, elements, stride)
+
+    def weight(self, address: Any) -> Any:
+        """A vector of weights, as float32."""
+        return self.load(address)
+
     def store(self, value: Any, address: Any) -> None:
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer())).align = BYTES
 
@@ -133,11 +141,11 @@ def _dot_tile(
 ) -> None:
     """The tile of `dot`: a register for every sum, over the lanes of which is added up at the end."""
     xs = c.rows(x, ids, ldx, rows)
-    ws = [c.at(w, j, ldw) for j in range(columns)]
+    ws = [c.weight_at(w, j, ldw) for j in range(columns)]
 
     def step(i: Any, acc: list[Any]) -> list[Any]:
         offset = c.b.mul(i, _constant(LANES))
-        loaded = [c.load(c.at(address, offset)) for address in ws]
+        loaded = [c.weight(c.weight_at(address, offset)) for address in ws]
         result = []
         for r, address in enumerate(xs):
             value = c.load(c.at(address, offset))
@@ -159,8 +167,8 @@ def _add_tile(
     factors = [c.at(a, i, lda) for i in range(rows)]
 
     def step(k: Any, acc: list[Any]) -> list[Any]:
-        row = c.at(w, k, ldw)
-        loaded = [c.load(c.at(row, LANES * v)) for v in range(vectors)]
+        row = c.weight_at(w, k, ldw)
+        loaded = [c.weight(c.weight_at(row, LANES * v)) for v in range(vectors)]
         result = []
         for r, address in enumerate(factors):
             factor = c.spread(c.load(c.at(address, k), F32))
@@ -174,7 +182,9 @@ def _add_tile(
             c.store(acc[r * vectors + v], c.at(address, LANES * v))
 
 
-def _cases(tile: Callable[..., None], shapes: list[tuple[int, int]], arguments: int) -> tuple[Any, Any]:
+def _cases(
+    tile: Callable[..., None], shapes: list[tuple[int, int]], arguments: int, code: type[_Code] = _Code
+) -> tuple[Any, Any]:
     """What numba wants to hear about a function of (rows, columns, *arguments) that runs the tile of that shape."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -182,7 +192,7 @@ def _cases(tile: Callable[..., None], shapes: list[tuple[int, int]], arguments: 
         for r, c in shapes:
             same = [builder.icmp_signed("==", value, _constant(wanted)) for value, wanted in ((rows, r), (columns, c))]
             with builder.if_then(builder.and_(*same)):
-                tile(_Code(builder), r, c, *rest)
+                tile(code(builder), r, c, *rest)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * (arguments + 2)), codegen

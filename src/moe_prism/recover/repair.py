@@ -1,8 +1,8 @@
 """Closed-form repair of W_down: least squares, per expert and band of dropped blocks, on calibration inputs.
 
 Drop j of an expert's N blocks for a token and its output misses W_down a_dropped. What is kept often tells what is missing, so that
-part of it can be had for nothing: with a the activations, z those of them that are kept, both times the routing weight, and c what compensation
-adds already, D minimises
+part of it can be had for nothing: with a the activations, z those of them that are kept, both times the routing weight, and c
+what compensation adds already, D minimises
 
     sum over tokens of || W_down (a - z) - c - D z ||^2  +  ridge ||D||^2
 
@@ -29,7 +29,7 @@ class Normal:
 
     def __init__(self, plan: LayerPlan, bands: int) -> None:
         layer = plan.layer
-        self.plan, self.bands, self.extra = plan, bands, compensator(plan)
+        self.plan, self.bands, self.added = plan, bands, compensator(plan)
         device = layer.down.device
         self.gram = torch.zeros(2, bands, layer.num_experts, layer.width, layer.width, device=device)
         self.cross = torch.zeros(2, bands, layer.num_experts, layer.width, layer.hidden, device=device)
@@ -57,10 +57,10 @@ class Normal:
         band = band_of(plan.n_sub - keep.sum(1), self.bands, plan.n_sub)
         down, a = plan.layer.down[expert].float(), plan.layer.activations(expert, x).float()
         z, missing = a * weight, torch.zeros(len(x), plan.layer.hidden, device=x.device)
-        if self.extra is not None:
+        if self.added is not None:
             own, one = torch.full((len(x), 1), expert, device=x.device), keep[:, None]
-            z = a * self.extra.weights(own, weight, one)
-            missing -= self.extra(x, own, weight, one)
+            z = a * self.added.weights(own, weight, one)
+            missing -= self.added(x, own, weight, one)
         z = z * keep.repeat_interleave(plan.block, 1)
         missing += (a * weight - z) @ down.T
         for b in range(self.bands):

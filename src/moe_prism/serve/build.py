@@ -47,7 +47,7 @@ def build(folder: Path, options: ServeOptions, config: Config) -> Built:
     _check_options(make, config.policy_options, chosen)
     cost = CostModel.load(options.cost) if options.cost else None
     torch.set_num_threads(compute_threads(config.engine.threads))
-    model, tokenizer = load(folder)
+    model, tokenizer = load(folder, store=options.store)
     model.eval()
     ladder, ladder_from = find_ladder(folder, slots_per_token(model._moe_prism))
     if ladder is None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 
 if TYPE_CHECKING:
+    from ..offload.store import StoreOptions
     from .config import Config
     from .door import Door
 
@@ -34,7 +35,7 @@ TURN = 3e-4
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """The command's options. cost: a cost model saved by `--save-cost`, instead of measuring at start."""
+    """The command's options. cost: a cost model saved by `--save-cost`, instead of measuring at start; store: experts stay on disk."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -45,6 +46,7 @@ class ServeOptions:
     cost: Path | None = None
     save_cost: Path | None = None
     probe_seconds: float = 4.0
+    store: StoreOptions | None = None
 
 
 def serve(folder: Path, options: ServeOptions) -> None:

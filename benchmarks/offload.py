@@ -1,0 +1,366 @@
+"""What a model costs whose experts are on disk: ms per decoded token of the store against LRU over whole experts, at equal memory.
+
+    python benchmarks/offload.py [--folder ELASTIC] [--share 0.25] [--tokens 96] [--rounds 3] [--link MB/s] [--only lru,mixed] [--json]
+    python benchmarks/offload.py --large           # a random model of 300 MB of experts: timing only
+    python benchmarks/offload.py --overlap         # step time against the larger of reading and computing
+    python benchmarks/offload.py --simulate        # ms per token as replayed from a trace, against the run, at five memory sizes
+
+Every configuration decodes the same held-out text token by token (teacher forcing, so that all do equal work) and adds one thing to the
+one before it; they take turns, window by window. Memory is `share` of the expert weights, predictors included. Reads go past the page
+cache. KL is against the model in memory on the same tokens. --link slows reads down to a bandwidth, to see a slower disk than the one at
+hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_prism.api import CalibrateOptions, RefactorOptions, load, refactor
+from moe_prism.api.loading import side_tensors
+from moe_prism.checkpoint import LayerStream, read_manifest
+from moe_prism.data import token_windows
+from moe_prism.elastic import operating_point
+from moe_prism.model import find_layers
+from moe_prism.offload.cache import cache_policies
+from moe_prism.offload.record import record
+from moe_prism.offload.store import ExpertStore, Reader, StoreOptions, open_pack
+from moe_prism.offload.store.choose import Misses
+from moe_prism.offload.store.foresee import at_budget, forecast, measure_prices, measure_step
+from moe_prism.offload.store.store import Times
+
+PROMPT = 32
+LARGE = {
+    "hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8,
+    "num_experts": 32, "num_experts_per_tok": 4, "max_position_embeddings": 1024,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """One line of the ablation. budget: operating point; the rest goes to the store."""
+
+    name: str
+    budget: float = 1.0
+    parts: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def ablation(args: argparse.Namespace) -> list[Config]:
+    """Each adds one thing to the line before it."""
+    floor = Misses(args.floor)
+    policy = {"policy": args.policy}
+    ahead = {**policy, "ahead": args.ahead}
+    return [
+        Config("lru", parts=1),
+        Config("packing"),
+        Config("finer-k", args.budget),
+        Config("policy", args.budget, options=policy),
+        Config("prefetch", args.budget, options=ahead),
+        Config("aware", args.wide, options={**policy, "misses": floor}),
+        Config("aware+prefetch", args.wide, options={**ahead, "misses": floor}),
+        Config("mixed", args.wide, options={**policy, "misses": Misses(args.exact, low=args.floor)}),
+    ]
+
+
+class Link:
+    """preadv at a bandwidth: all threads share one queue."""
+
+    def __init__(self, megabytes: float) -> None:
+        self.rate, self.free, self.lock = megabytes * 1e6, 0.0, threading.Lock()
+
+    def __call__(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        began = time.perf_counter()
+        got = os.preadv(descriptor, buffers, offset)
+        with self.lock:
+            self.free = max(self.free, began) + got / self.rate
+            until = self.free
+        time.sleep(max(0.0, until - time.perf_counter()))
+        return got
+
+
+@dataclass
+class Run:
+    """A configuration and what it has shown: seconds of every decode step, KL of every token."""
+
+    config: Config
+    model: Any
+    seconds: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    bytes: int = 0
+    waited: float = 0.0
+    hits: int = 0
+    requested: int = 0
+
+    def row(self, base: Run | None = None) -> dict[str, Any]:
+        ms = statistics.fmean(self.seconds) * 1e3
+        return {
+            "config": self.config.name,
+            "ms_per_token": ms,
+            "ratio": ms / (statistics.fmean(base.seconds) * 1e3) if base else 1.0,
+            "kl": statistics.fmean(self.kl) if self.kl else None,
+            "hit_rate": self.hits / max(1, self.requested),
+            "kb_per_token": self.bytes / len(self.seconds) / 1e3,
+            "waited_ms": self.waited / len(self.seconds) * 1e3,
+            "slots": self.model._moe_prism.store.slots if hasattr(self.model._moe_prism, "store") else None,
+        }
+
+
+@torch.no_grad()
+def decode(model: Any, ids: torch.Tensor, budget: float, count: int) -> tuple[list[float], torch.Tensor]:
+    """Prefill PROMPT tokens, then `count` steps: their seconds, and the log-probabilities [count, V]."""
+    seconds, found = [], []
+    with operating_point(model, budget):
+        out = model(input_ids=ids[:, :PROMPT], use_cache=True)
+        for i in range(PROMPT, PROMPT + count):
+            began = time.perf_counter()
+            out = model(input_ids=ids[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+            seconds.append(time.perf_counter() - began)
+            found.append(out.logits[0, -1].float().log_softmax(-1))
+    return seconds, torch.stack(found)
+
+
+def turn(run: Run, ids: torch.Tensor, count: int, reference: torch.Tensor | None) -> None:
+    """One window of one configuration."""
+    store = run.model._moe_prism.store
+    store.times = Times()
+    before = store.cache.counts + type(store.cache.counts)()
+    seconds, found = decode(run.model, ids, run.config.budget, count)
+    after = store.cache.counts
+    run.seconds += seconds
+    run.bytes += store.times.bytes
+    run.waited += store.times.waited
+    run.hits += after.hits - before.hits
+    run.requested += after.requested - before.requested
+    if reference is not None:
+        run.kl += (reference.exp() * (reference - found)).sum(-1).tolist()
+
+
+def ours(args: argparse.Namespace, folder: Path, work: Path, quality: bool) -> list[dict[str, Any]]:
+    whole, tokenizer = load(folder)
+    windows = held_out(folder, tokenizer, args)
+    memory = int(args.share * expert_bytes(folder, whole))
+    reference = [decode(whole, row[None], 1.0, args.tokens) for row in windows] if quality else None
+    in_memory = statistics.fmean(s for seconds, _ in reference for s in seconds) * 1e3 if reference else None
+    del whole
+    configs = [c for c in ablation(args) if not args.only or c.name in args.only.split(",")]
+    runs = [Run(config, stored(folder, work, memory, config, args)) for config in configs]
+    for run in runs:  # compile, fill the cache
+        decode(run.model, windows[-1:], run.config.budget, 16)
+    for number, row in enumerate(windows):
+        order = runs if number % 2 == 0 else runs[::-1]
+        for run in order:
+            turn(run, row[None], args.tokens, reference[number][1] if reference else None)
+    found = [run.row(runs[0]) for run in runs]
+    return [{"config": "in memory", "ms_per_token": in_memory, "memory": None}, *found] if in_memory else found
+
+
+def overlap(args: argparse.Namespace, folder: Path, work: Path) -> list[dict[str, Any]]:
+    """One layer streamed for T tokens: reading alone (outputs are zeros), computing alone (everything resident), and both."""
+    manifest = read_manifest(folder)
+    pack_for(folder, work / "parts", low=not args.large)
+    pack = open_pack(work / "parts", manifest)
+    layers = find_layers(LayerStream(folder).model)
+    count = pack.space.experts * pack.space.parts
+    policy = cache_policies.get("lru")
+    small = pack.space.layers * max(8, count // 8)
+    both, reading = (kind(pack, small, layers[0], policy) for kind in (ExpertStore, Reading))
+    whole = ExpertStore(pack, len(pack.space), layers[0], policy)
+    found = []
+    for tokens in (1, 16, 64, 128, 256, 512):
+        x = torch.randn(tokens, pack.layout.hidden)
+        index = torch.rand(tokens, pack.space.experts).topk(min(4, pack.space.experts)).indices
+        weight, keep = torch.rand(index.shape), torch.ones(*index.shape, pack.space.parts, dtype=torch.bool)
+        seconds: dict[str, list[float]] = {"both": [], "read": [], "compute": []}
+        for turn_ in range(args.rounds * 4 + 1):
+            for name, store in (("both", both), ("read", reading), ("compute", whole)):
+                began = time.perf_counter()
+                for layer in range(pack.space.layers):
+                    store.run(layer, x, index, weight, keep)
+                if turn_:
+                    seconds[name].append(time.perf_counter() - began)
+        ms = {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
+        found.append({"tokens": tokens, **ms, "ratio": ms["both"] / max(ms["read"], ms["compute"])})
+    return found
+
+
+class Reading(ExpertStore):
+    """Reads and computes nothing."""
+
+    def _outputs(self, x: Any, wanted: Any, slot: Any, entries: torch.Tensor, start: int = 0) -> torch.Tensor:
+        return torch.zeros(len(entries), x.shape[1])
+
+
+def simulate(args: argparse.Namespace, folder: Path, work: Path) -> list[dict[str, Any]]:
+    """Forecast from the routing of calibration text and measured prices, against the decoding of held-out text."""
+    whole, tokenizer = load(folder)
+    windows = held_out(folder, tokenizer, args)
+    length = PROMPT + args.tokens
+    text = token_windows(tokenizer, "stdlib", "calibration", length=length, tokens=length * 16).ids
+    with operating_point(whole):
+        trace = record(whole, [("calibration", text)], prompt=PROMPT, values=True)
+    total = expert_bytes(folder, whole)
+    del whole
+    found = []
+    for share in (0.15, 0.25, 0.4, 0.6, 0.8):
+        for budget in (1.0, args.budget):
+            config = Config(f"{share:g} of memory, budget {budget:g}", budget, options={"policy": args.policy})
+            model = stored(folder, work, int(share * total), config, args)
+            store = model._moe_prism.store
+            with operating_point(model, budget):
+                step = measure_step(model, windows[:1, :PROMPT])
+            prices = measure_prices(store)
+            rows = at_budget(trace, model._moe_prism, budget)
+            guess = forecast(rows, store.space, store.slots, cache_policies.get(args.policy), prices, step)
+            run = Run(config, model)
+            decode(model, windows[-1:], budget, 16)
+            for row in windows:
+                turn(run, row[None], args.tokens, None)
+            real = run.row()
+            found.append(
+                {
+                    "config": config.name,
+                    "ms_per_token": real["ms_per_token"],
+                    "forecast_ms": guess.seconds * 1e3,
+                    "error": guess.seconds * 1e3 / real["ms_per_token"] - 1,
+                    "hit_rate": real["hit_rate"],
+                    "forecast_hit_rate": guess.hit_rate,
+                    "step_ms": step * 1e3,
+                }
+            )
+            store.close()
+    return found
+
+
+def stored(folder: Path, work: Path, memory: int, config: Config, args: argparse.Namespace) -> Any:
+    name = "experts" if config.parts == 1 else "parts"
+    options = dict(config.options)
+    if config.parts is None:
+        options.setdefault("misses", Misses())
+        pack_for(folder, work / name, low=not args.large or args.low)
+    else:
+        memory += predictors(folder)  # whole experts need none
+    if args.link:
+        options["reader"] = lambda pack, arena: Reader(pack, arena, read=Link(args.link))
+    return load(folder, store=StoreOptions(memory, work / name, parts=config.parts, **options))[0]
+
+
+def predictors(folder: Path) -> int:
+    """Bytes that selection keeps resident, in float32."""
+    return sum(4 * t.numel() for own in side_tensors(folder, len(read_manifest(folder)["layers"])) for t in own.values())
+
+
+def pack_for(folder: Path, path: Path, low: bool) -> None:
+    from moe_prism.offload.store import write_pack
+
+    if not path.exists():
+        write_pack(folder, path, read_manifest(folder), low=low)
+
+
+def expert_bytes(folder: Path, model: Any) -> int:
+    layers = [layer.plan.layer for layer in model._moe_prism.layers]
+    return sum(e.num_experts * e.parameters_per_expert() for e in layers) * int(read_manifest(folder)["bytes_per_weight"])
+
+
+def held_out(folder: Path, tokenizer: Any, args: argparse.Namespace) -> torch.Tensor:
+    exclude = read_manifest(folder)["calibration"]["documents"]
+    length = PROMPT + args.tokens
+    return token_windows(tokenizer, "stdlib", "evaluation", length=length, tokens=length * args.rounds, exclude=exclude).ids
+
+
+def elastic(args: argparse.Namespace, work: Path) -> Path:
+    """The elastic model to run: one that is given, prism-nano without gate neurons, or a random one."""
+    if args.folder:
+        return Path(args.folder)
+    if not args.large:
+        refactor("nano", work / "nano", RefactorOptions(gates=0))
+        return work / "nano"
+    source = work / "source"
+    random_model(source)
+    tiny = CalibrateOptions(tokens=2048, length=256, reservoir=256)
+    refactor(source, work / "large", RefactorOptions(gates=0, solver="random", profile_tokens=0, calibration=tiny))
+    return work / "large"
+
+
+def random_model(folder: Path) -> None:
+    """OLMoE with prism-nano's vocabulary and 192 experts of 1.5 MB: random weights route as evenly as it gets."""
+    import shutil
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from moe_prism.model.load import NANO
+
+    nano = json.loads((NANO / "config.json").read_text())
+    special = {key: nano[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("olmoe", **{**LARGE, **special})
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    for file in NANO.glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        cells = [f"{row['config']:16}", f"{row['ms_per_token']:8.2f} ms/token"]
+        if "ratio" in row:
+            cells += [f"{row['ratio']:.3f}x", f"hits {row['hit_rate']:.3f}", f"{row['kb_per_token']:8.0f} kB/token"]
+            cells += [f"waited {row['waited_ms']:6.2f} ms", f"{row['slots']} slots"]
+            cells += [f"KL {row['kl']:.5f}"] if row["kl"] is not None else []
+        print("  ".join(cells), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", help="an elastic model, instead of refactoring prism-nano")
+    parser.add_argument("--work", help="folder for packed files, default a temporary one")
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--overlap", action="store_true")
+    parser.add_argument("--simulate", action="store_true")
+    parser.add_argument("--low", action="store_true", help="int8 records for the large model too")
+    parser.add_argument("--share", type=float, default=0.25)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--link", type=float, default=0.0, help="MB/s, default the disk's own")
+    parser.add_argument("--policy", default="lfu")
+    parser.add_argument("--ahead", type=int, default=6)
+    parser.add_argument("--budget", type=float, default=0.75, help="of the lines without cache-aware selection")
+    parser.add_argument("--wide", type=float, default=0.9, help="budget for resident slots")
+    parser.add_argument("--floor", type=float, default=0.65, help="budget for missing slots")
+    parser.add_argument(
+        "--exact", type=float, default=0.3, help="budget for missing slots that are read as they are, the others int8"
+    )
+    parser.add_argument("--only", help="comma-separated configurations")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.work) as temporary:
+        work = Path(args.work or temporary)
+        folder = elastic(args, work)
+        if args.overlap or args.simulate:
+            rows = (overlap if args.overlap else simulate)(args, folder, work)
+        else:
+            rows = ours(args, folder, work, quality=not args.large)
+    if args.json:
+        json.dump({"benchmark": "offload", "arguments": vars(args), "rows": rows}, sys.stdout)
+    elif args.overlap or args.simulate:
+        for row in rows:
+            print(
+                "  ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())
+            )
+    else:
+        show(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Options of the commands that can run a model whose experts stay on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from ..offload.store import StoreOptions
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Experts:
+    """Experts on disk.
+
+    Parameters
+    ----------
+    expert_memory: Keep the experts on disk and this much of them in memory, for example 200MB; default all of them.
+    expert_file: Where they are packed for that, written on first use; default experts.pack in the folder.
+    expert_policy: Who leaves when room is needed; see `moe-prism ls cache-policies`.
+    expert_ahead: Sub-experts to read ahead of a layer at most, by the next layer's router on this layer's input.
+    miss_floor: Budget at which sub-experts are read that are not in memory, below --budget; those in memory are used up to --budget.
+    int8_budget: Budget up to which missing ones are then read in int8 form instead of being skipped.
+    """
+
+    expert_memory: str | None = None
+    expert_file: Path | None = None
+    expert_policy: str = "lru"
+    expert_ahead: int = 0
+    miss_floor: float = 1.0
+    int8_budget: float | None = None
+
+    def options(self) -> StoreOptions | None:
+        """What a store is opened with; None for a model in memory. UsageError for an option that would do nothing."""
+        from ..errors import UsageError
+
+        if self.expert_memory is None:
+            for name, value in vars(self).items():
+                if value != getattr(Experts, name):
+                    raise UsageError(f"--{name.replace('_', '-')} is of no use alone", "give --expert-memory as well")
+            return None
+        from ..offload.store import StoreOptions, parse_bytes
+        from ..offload.store.choose import Misses
+
+        if self.expert_ahead < 0:
+            raise UsageError(f"--expert-ahead {self.expert_ahead} is impossible", "give 0 or more")
+        misses = Misses(self.miss_floor, self.int8_budget)
+        return StoreOptions(
+            parse_bytes(self.expert_memory), self.expert_file, self.expert_policy, misses=misses, ahead=self.expert_ahead
+        )

@@ -1,0 +1,151 @@
+"""What a store would cost per token, without running it: a trace replayed through the same cache, with the measured price of reads.
+
+A step takes what it takes with everything resident, plus for every layer the price of the records it has to read at once. Both are
+measured on the store itself: a step that is repeated finds everything it needs, and the price of n missing records is the time of a
+request with n misses less that of the same request again.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..base import CachePolicy, KeySpace
+from ..replay import groups, serve
+from ..trace import Trace
+from .store import ExpertStore, pools
+
+if TYPE_CHECKING:
+    from .layer import StoredElastic
+
+COUNTS = (1, 2, 4, 8, 16, 32)
+REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Prices:
+    """seconds[i]: what counts[i] records cost that a layer has to read at once."""
+
+    counts: Sequence[int]
+    seconds: Sequence[float]
+
+    def of(self, missing: int) -> float:
+        """Linear between the measured counts and beyond the last two."""
+        if missing <= 0:
+            return 0.0
+        n, s = self.counts, self.seconds
+        if missing > n[-1]:
+            slope = (s[-1] - s[-2]) / (n[-1] - n[-2]) if len(n) > 1 else s[-1] / n[-1]
+            return s[-1] + slope * (missing - n[-1])
+        return float(np.interp(missing, [0, *n], [0.0, *s]))
+
+    @property
+    def bandwidth(self) -> float:
+        """Records per second when many are read at once."""
+        return self.counts[-1] / self.seconds[-1]
+
+
+def measure_prices(store: ExpertStore, *, low: bool = False, seed: int = 0) -> Prices:
+    """Time requests of n absent records against the same requests when they are there; medians of REPEATS."""
+    draw, space = random.Random(seed), store.space  # noqa: S311 - which records are timed
+    capacity = store.slots // space.layers
+    counts, seconds = [], []
+    for count in [n for n in COUNTS if n <= min(capacity, space.experts * space.parts)]:
+        found = []
+        for _ in range(REPEATS + 1):
+            layer = draw.randrange(space.layers)
+            resident = store.resident(layer).reshape(-1)
+            absent = np.flatnonzero(~resident).tolist()
+            if len(absent) < count:
+                break
+            chosen = draw.sample(absent, count)
+            cold, warm = (_request(store, layer, chosen, low) for _ in range(2))
+            found.append(cold - warm)
+        if len(found) > 1:
+            counts.append(count)
+            seconds.append(max(1e-7, statistics.median(found[1:])))
+    if not counts:
+        return Prices([1], [0.0])  # everything is resident: nothing is ever read
+    return Prices(counts, list(np.maximum.accumulate(seconds)))
+
+
+def _request(store: ExpertStore, layer: int, numbers: Sequence[int], low: bool) -> float:
+    """Seconds of one token's request for these records of a layer."""
+    space = store.space
+    experts = sorted({n // space.parts for n in numbers})
+    keep = torch.zeros(1, len(experts), space.parts, dtype=torch.bool)
+    for n in numbers:
+        keep[0, experts.index(n // space.parts), n % space.parts] = True
+    form = None
+    if low:
+        form = np.zeros((space.experts, space.parts), bool)
+        form.reshape(-1)[list(numbers)] = True
+    x, weight = torch.randn(1, store.pack.layout.hidden), torch.ones(1, len(experts))
+    began = time.perf_counter()
+    store.run(layer, x, torch.tensor([experts]), weight, keep, low=form)
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def measure_step(model: Any, ids: Tensor, repeats: int = REPEATS) -> float:
+    """Seconds of a decode step after the prompt ids [1, n] with everything it needs resident: the best of its repetitions."""
+    out = model(input_ids=ids, use_cache=True)
+    cache, last = out.past_key_values, ids[:, -1:]
+    found = []
+    for _ in range(repeats + 2):
+        began = time.perf_counter()
+        model(input_ids=last, past_key_values=cache, use_cache=True)
+        found.append(time.perf_counter() - began)
+        cache.crop(ids.shape[1])
+    return statistics.median(found[2:])
+
+
+def at_budget(trace: Trace, elastic: StoredElastic, budget: float) -> Trace:
+    """The trace, recorded with `values` at full budget, as the threshold rule would keep slots at a budget."""
+    if trace.values is None:
+        return trace
+    levels = [layer.rule("threshold").level(torch.tensor([budget])).item() for layer in elastic.stored]  # type: ignore[attr-defined]
+    values = trace.values.astype(np.float32)
+    keep = values >= np.array(levels, np.float32)[None, :, None, None]
+    keep |= values >= values.max((2, 3), keepdims=True)
+    bits = (keep.astype(np.uint32) << np.arange(trace.n_sub, dtype=np.uint32)).sum(3).astype(np.uint32)
+    return replace(trace, kept=bits)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Means per decode step."""
+
+    seconds: float
+    misses: float
+    hit_rate: float
+
+
+def forecast(
+    trace: Trace,
+    space: KeySpace,
+    slots: int,
+    policy: type[CachePolicy],
+    prices: Prices,
+    step_seconds: float,
+    *,
+    settings: dict[str, Any] | None = None,
+) -> Forecast:
+    """Replay the decode rows of a trace through the cache that a store of this many slots has."""
+    rows = trace.decode()
+    cache = pools(policy, space, slots, settings or {})
+    stalls, steps, missing = 0.0, set(), 0
+    for group in groups(rows, space):
+        lost = sum(len(access.loads) + len(access.bypassed) for access in serve(cache, group, space.layers))
+        stalls += prices.of(lost)
+        missing += lost
+        steps.add(group.step)
+    return Forecast(step_seconds + stalls / len(steps), missing / len(steps), cache.counts.hit_rate)

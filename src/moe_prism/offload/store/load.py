@@ -1,0 +1,89 @@
+"""Load a model whose experts stay on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from ...checkpoint import LayerStream, update_manifest
+from ...errors import CorruptError
+from ...model import find_layers
+from ..cache import cache_policies
+from .arena import slots_in
+from .choose import Misses
+from .layer import StoredElastic, resident_bytes, stored_plans
+from .pack import Pack, open_pack, write_pack
+from .reader import Reader
+from .store import ExpertStore
+
+PACK_FILE = "experts.pack"
+POLICY = "lru"
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """memory: bytes for experts and what predicts them, or None for all of it in memory; file: the packed file, default `experts.pack`
+    in the model's folder; policy, settings: who is evicted; parts: records per expert (1 = whole experts), default the model's sub-experts;
+    misses: what is not read, or in int8 form; ahead: records to read ahead of a layer; reader: a test's own."""
+
+    memory: int
+    file: Path | None = None
+    policy: str = POLICY
+    settings: dict[str, Any] = field(default_factory=dict)
+    parts: int | None = None
+    misses: Misses = field(default_factory=Misses)
+    ahead: int = 0
+    reader: Callable[[Pack, Tensor], Reader] = Reader
+
+
+def ready_pack(
+    folder: Path, manifest: Mapping[str, Any], options: StoreOptions, progress: Callable[[int, int], None] | None = None
+) -> Pack:
+    """The packed file of an artefact, written first where there is none."""
+    path, low = options.file or folder / PACK_FILE, options.misses.low is not None
+    if not path.exists():
+        write_pack(folder, path, manifest, parts=options.parts, low=low, progress=progress)
+        if path.parent.resolve() == folder.resolve():
+            update_manifest(folder, {})
+    pack = open_pack(path, manifest)
+    wanted = manifest["n_sub"] if options.parts is None else options.parts
+    if pack.space.parts != wanted or (low and not pack.has_low):
+        what = f"{pack.space.parts} parts per expert instead of {wanted}" if pack.space.parts != wanted else "no int8 records"
+        raise CorruptError(f"'{path}' has {what}", "remove it, or give another place with --expert-file")
+    return pack
+
+
+def load_stored(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    tensors: Sequence[dict[str, Tensor]],
+    options: StoreOptions,
+    progress: Callable[[int, int], None] | None = None,
+) -> Any:
+    """A model on the CPU in float32 whose experts were never in memory: elastic, at full budget. tensors: side tensors per layer.
+
+    Raises DoesNotFit if the memory holds no sub-expert, CorruptError for a packed file that is damaged or of another model.
+    """
+    policy = cache_policies.get(options.policy)
+    pack = ready_pack(folder, manifest, options, progress)
+    stream = LayerStream(folder, torch.float32)
+    layers = find_layers(stream.model)
+    plans = stored_plans(layers, pack, manifest["n_sub"], manifest["gates"], tensors)
+    slots = slots_in(options.memory, resident_bytes(plans), pack.layout, len(pack.space))
+    model = stream.keep_outside([layer.name for layer in layers])
+    store = ExpertStore(pack, slots, plans[0].layer, policy, settings=options.settings, reader=options.reader)
+    model._moe_prism = StoredElastic(model, plans, store, manifest["bytes_per_weight"], options.misses, options.ahead)
+    _generation_config(model, folder)
+    return model
+
+
+def _generation_config(model: Any, folder: Path) -> None:
+    """What `from_pretrained` reads beside the weights."""
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))

@@ -1,0 +1,341 @@
+"""The store: the sub-experts of a model on disk, as many of them as fit in an arena, and the computation of whatever a step asks for.
+
+Shapes: T tokens, k experts per token, N parts per expert, d hidden. One thread runs a store; reading happens on others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...elastic.execute import auto
+from ...model import MoELayer
+from ..base import CachePolicy, ExpertCache, Key, KeySpace, Moment
+from ..cache.pool import LayerPools, Pool
+from .arena import Arena
+from .pack import Pack
+from .reader import Item, Job, Reader, StoreError
+from .wanted import Wanted, add_rows
+
+ENTRIES = 1 << 20  # numbers of partial outputs held at a time
+PRICE = 0.05  # weight of the newest wait in the price of a record
+
+
+@dataclass
+class Times:
+    """Seconds since the last reset: `waited` for reads while nothing could be computed, `computed`; bytes read, in `reads` calls."""
+
+    waited: float = 0.0
+    computed: float = 0.0
+    reading: float = 0.0  # summed over threads
+    bytes: int = 0
+    reads: int = 0
+
+
+class ExpertStore:
+    """`run` gives what an in-memory executor would, from records that are read when they are missing.
+
+    The result does not depend on what was resident: every sub-expert's output is computed alone and they are added in key order.
+    """
+
+    def __init__(
+        self,
+        pack: Pack,
+        slots: int,
+        like: MoELayer,
+        policy: type[CachePolicy],
+        *,
+        settings: dict[str, Any] | None = None,
+        reader: Callable[[Pack, Tensor], Reader] = Reader,
+    ) -> None:
+        """slots: records that fit; like: a layer of the model (its activation); policy and settings: who is evicted."""
+        self.pack, self.slots, self.space = pack, slots, pack.space
+        self.arena = Arena(slots, pack.layout, like)
+        self.reader = reader(pack, self.arena.memory)
+        self.cache = pools(policy, pack.space, slots, settings or {})
+        self.times = Times()
+        self.step = -1
+        self.low: set[Key] = set()  # resident in int8 form
+        self._free = list(range(slots - 1, -1, -1))
+        self._slot = np.full(len(self.space), -1, np.int64)
+        self._flying: dict[Key, Job] = {}  # prefetched and not looked at since
+        self._price = 0.0
+
+    def close(self) -> None:
+        self.settle()
+        self.reader.close()
+
+    def resident(self, layer: int) -> np.ndarray:
+        """Whether each record of a layer is resident (or on its way), bool [E, N]."""
+        keys = self.space.of_layer(layer)
+        return self._slot[keys.start : keys.stop].reshape(self.space.experts, self.space.parts) >= 0
+
+    @property
+    def seconds_per_record(self) -> float:
+        """What a record has cost so far that was waited for, spread over the threads; 0 = nothing is known."""
+        return self._price
+
+    def moment(self, layer: int) -> Moment:
+        return Moment(self.step * self.space.layers + layer, self.step, layer)
+
+    def run(
+        self,
+        layer: int,
+        x: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        keep: Tensor,
+        *,
+        low: np.ndarray | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """out [T, d] (float32): sum over kept (choice, part) of weight x output, without down biases. keep [T, k, N].
+
+        low [E, N] bool: records to take in int8 form if they have to be read; meanwhile: called once while reads are under way.
+        StoreError if a record cannot be read; the store can be used further then.
+        """
+        if layer == 0:
+            self.step += 1
+        self._reap()
+        out = torch.zeros(x.shape, dtype=torch.float32)
+        base = self.space.of_layer(layer).start
+        wanted = Wanted.of(index, weight, keep, self.space.experts, base)
+        lowered = frozenset() if low is None else frozenset((np.flatnonzero(low) + base).tolist())
+        self._unwanted(layer, wanted)
+        if len(wanted) + len(self._flying) <= self._capacity(layer):
+            self._single(layer, x, wanted, lowered, out, meanwhile)
+        else:
+            self._pieces(layer, x, wanted, lowered, out)
+            if meanwhile is not None:
+                meanwhile()
+        return out
+
+    def prefetch(self, layer: int, keys: Sequence[Key]) -> None:
+        """Begin to read keys of a layer that will run next, as far as there is room; never waited for unless they are asked for."""
+        self._reap()
+        now = self.moment(layer)
+        self.cache.expect(layer, keys)
+        access = self.cache.prefetch(list(keys), now)
+        items = [self._place(load.key, load.victims, False) for load in access.loads]
+        self.cache.pin(item.key for item in items)
+        for job in self._submit(items, ahead=True):
+            self._flying.update((item.key, job) for item in job.items)
+
+    def settle(self) -> None:
+        """Wait for everything that was begun ahead of its use."""
+        for job in list(self._flying.values()):
+            job.wait()
+        self._reap()
+
+    def _single(
+        self, layer: int, x: Tensor, wanted: Wanted, low: frozenset[Key], out: Tensor, meanwhile: Callable[[], None] | None
+    ) -> None:
+        """Everything fits: what is there is computed while the rest is read."""
+        jobs = self._fetch(layer, wanted, 0, len(wanted), low)
+        missing = {item.key for job in jobs for item in job.items}
+        if not missing:
+            if meanwhile is not None:
+                meanwhile()
+            self._compute(x, wanted, 0, len(wanted), out)
+            return
+        late = np.fromiter((key in missing for key in wanted.keys.tolist()), bool, len(wanted))
+        entries = np.repeat(late, wanted.end - wanted.begin)
+        if len(entries) * x.shape[1] > ENTRIES or late.all():
+            if meanwhile is not None:
+                meanwhile()
+            self._wait(jobs, layer)
+            self._compute(x, wanted, 0, len(wanted), out)
+            return
+        slot = self._slot_of(wanted, 0, len(wanted))
+        parts = torch.empty(len(entries), x.shape[1])
+        ready, rest = torch.from_numpy(np.flatnonzero(~entries)), torch.from_numpy(np.flatnonzero(entries))
+        parts[ready] = self._outputs(x, wanted, slot, ready)
+        if meanwhile is not None:
+            meanwhile()
+        self._wait(jobs, layer)
+        parts[rest] = self._outputs(x, wanted, slot, rest)
+        add_rows(parts.numpy(), wanted.row.numpy(), out.numpy())
+
+    def _pieces(self, layer: int, x: Tensor, wanted: Wanted, low: frozenset[Key], out: Tensor) -> None:
+        """More than the cache holds: pieces in key order, each read while the one before is computed.
+
+        Residents that come later are pinned until their turn, as many as leave room for two pieces.
+        """
+        self.settle()
+        capacity = self._capacity(layer)
+        size = max(1, capacity // 4)
+        bounds = [(i, min(i + size, len(wanted))) for i in range(0, len(wanted), size)]
+        keys = wanted.keys.tolist()
+        later = [key for key in keys if key in self.cache][: max(0, capacity - 2 * size)]
+        held = dict.fromkeys(later, 1)
+        self.cache.pin(later)
+        jobs: dict[int, list[Job]] = {}
+
+        def begin(number: int) -> None:
+            if number < len(bounds):
+                first, last = bounds[number]
+                jobs[number] = self._fetch(layer, wanted, first, last, low)
+                self.cache.pin(keys[first:last])
+                for key in keys[first:last]:
+                    held[key] = held.get(key, 0) + 1
+
+        try:
+            begin(0)
+            for number, (first, last) in enumerate(bounds):
+                if 2 * size <= capacity:
+                    begin(number + 1)
+                self._wait(jobs.pop(number), layer)
+                self._compute(x, wanted, first, last, out)
+                for key in keys[first:last]:
+                    self.cache.unpin([key] * held.pop(key))
+                if 2 * size > capacity:
+                    begin(number + 1)
+        finally:
+            for key, count in held.items():
+                self.cache.unpin([key] * count)
+            for rest in jobs.values():  # only after an error
+                self._arrived(rest, layer)
+
+    def _fetch(self, layer: int, wanted: Wanted, first: int, last: int, low: frozenset[Key]) -> list[Job]:
+        """Request keys first..last - 1; the reads to wait for."""
+        keys, weights = wanted.by_importance(first, last)
+        access = self.cache.request(keys, self.moment(layer), weights)
+        if access.bypassed:
+            raise RuntimeError(f"no room for {len(access.bypassed)} of {len(keys)} sub-experts")  # a piece was cut too large
+        items = [self._place(load.key, load.victims, load.key in low) for load in access.loads]
+        jobs = self._submit(items, ahead=False)
+        if self._flying:
+            jobs += {id(job): job for key in access.hits if (job := self._flying.get(key))}.values()
+        return jobs
+
+    def _place(self, key: Key, victims: Sequence[Key], low: bool) -> Item:
+        for victim in victims:
+            self._vacate(victim)
+        slot = self._free.pop()
+        self._slot[key] = slot
+        if low:
+            self.low.add(key)
+        return Item(key, slot, low)
+
+    def _vacate(self, key: Key) -> None:
+        self._free.append(int(self._slot[key]))
+        self._slot[key] = -1
+        self.low.discard(key)
+
+    def _submit(self, items: list[Item], *, ahead: bool) -> list[Job]:
+        jobs = self.reader.submit(items, ahead=ahead)
+        layout = self.pack.layout
+        self.times.reads += len(jobs)
+        self.times.bytes += sum(layout.low_bytes if item.low else layout.bytes for item in items)
+        return jobs
+
+    def _wait(self, jobs: Sequence[Job], layer: int) -> None:
+        """Wait for reads; what failed leaves the cache, and the first of it is raised."""
+        began = time.perf_counter()
+        failed = self._arrived(jobs, layer)
+        waited = time.perf_counter() - began
+        self.times.waited += waited
+        records = sum(len(job.items) for job in jobs)
+        if records:
+            self._price += PRICE * (waited / records - self._price) if self._price else waited / records
+        if failed:
+            key, reason = next(iter(failed.items()))
+            raise StoreError(
+                f"{self.pack.path}: {self.describe(key)} cannot be read: {reason}", "check the disk, or write the file again"
+            )
+
+    def _arrived(self, jobs: Sequence[Job], layer: int) -> dict[Key, str]:
+        """Wait for reads; what failed leaves the cache, and is returned with the reason."""
+        failed: dict[Key, str] = {}
+        for job in jobs:
+            job.wait()
+            self.times.reading += job.seconds
+            failed |= job.failed
+        for key in failed:
+            if key in self._flying:
+                self._land(key)
+            if key in self.cache:
+                self.cache.drop(key, self.moment(layer))
+                self._vacate(key)
+        return failed
+
+    def describe(self, key: Key) -> str:
+        space = self.space
+        part = f" part {space.part(key)}" if space.parts > 1 else ""
+        return f"layer {space.layer(key)} expert {space.expert(key)}{part}"
+
+    def _reap(self) -> None:
+        """Take note of prefetches that have arrived."""
+        for key, job in list(self._flying.items()):
+            if job.done:
+                self._land(key)
+                self.times.reading += job.seconds / len(job.items)
+                if key in job.failed:
+                    self._lose(key)
+
+    def _land(self, key: Key) -> None:
+        del self._flying[key]
+        self.cache.unpin([key])
+
+    def _lose(self, key: Key) -> None:
+        self.cache.drop(key, self.moment(self.space.layer(key)))
+        self._vacate(key)
+
+    def _unwanted(self, layer: int, wanted: Wanted) -> None:
+        """Take back the prefetches of this layer that nobody wants and no thread has begun."""
+        if not self._flying:
+            return
+        needed = set(wanted.keys.tolist())
+        jobs = {id(job): job for key, job in self._flying.items() if self.space.layer(key) == layer}
+        for job in jobs.values():
+            if not any(item.key in needed for item in job.items) and self.reader.cancel(job):
+                for item in job.items:
+                    self._land(item.key)
+                    self._lose(item.key)
+
+    def _capacity(self, layer: int) -> int:
+        pool = self.cache.pools[layer] if isinstance(self.cache, LayerPools) else self.cache
+        assert isinstance(pool, Pool)
+        return pool.capacity
+
+    def _slot_of(self, wanted: Wanted, first: int, last: int) -> Tensor:
+        """Slots [S] of the entries of keys first..last - 1."""
+        count = wanted.end[first:last] - wanted.begin[first:last]
+        return torch.from_numpy(np.repeat(self._slot[wanted.keys[first:last]], count))
+
+    def _compute(self, x: Tensor, wanted: Wanted, first: int, last: int, out: Tensor) -> None:
+        """Add the outputs of keys first..last - 1, all of them resident, in pieces of bounded size."""
+        if first == last:
+            return
+        slot = self._slot_of(wanted, first, last)
+        start, stop = int(wanted.begin[first]), int(wanted.end[last - 1])
+        step = max(1, ENTRIES // x.shape[1])
+        for a in range(start, stop, step):
+            entries = torch.arange(a, min(stop, a + step))
+            parts = self._outputs(x, wanted, slot, entries, start)
+            add_rows(parts.numpy(), wanted.row[entries].numpy(), out.numpy())
+
+    def _outputs(self, x: Tensor, wanted: Wanted, slot: Tensor, entries: Tensor, start: int = 0) -> Tensor:
+        """[S, d]: routing weight x output of single entries; slot counts from entry `start`."""
+        began = time.perf_counter()
+        rows = x[wanted.row[entries]]
+        weight = wanted.weight[entries, None].to(x.dtype)
+        keep = torch.ones(len(entries), 1, 1, dtype=torch.bool)
+        found = auto(self.arena.plan, rows, slot[entries - start, None], weight, keep)
+        self.times.computed += time.perf_counter() - began
+        return found.float()
+
+
+def pools(policy: type[CachePolicy], space: KeySpace, slots: int, settings: dict[str, Any]) -> ExpertCache:
+    """One pool per layer of equal size; one pool for all where a layer would not get a slot."""
+    layers = space.layers
+    if slots < layers:
+        return Pool(slots, policy(space, slots, **settings))
+    quotas = [slots // layers + (layer < slots % layers) for layer in range(layers)]
+    return LayerPools(quotas, lambda _, capacity: policy(space, capacity, **settings))

@@ -199,8 +199,8 @@ def overlap(args: argparse.Namespace, folder: Path, work: Path) -> list[dict[str
 class Reading(ExpertStore):
     """Reads and computes nothing."""
 
-    def _outputs(self, x: Any, wanted: Any, slot: Any, entries: torch.Tensor, start: int = 0) -> torch.Tensor:
-        return torch.zeros(len(entries), x.shape[1])
+    def _outputs(self, x: torch.Tensor, row: torch.Tensor, weight: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(row), x.shape[1])
 
 
 def simulate(args: argparse.Namespace, folder: Path, work: Path) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ def text(elastic_tiny, text_file, tmp_path_factory):
 def test_the_replay_misses_what_the_store_misses(elastic_tiny, text, policy, budget):
     """Loads of the decode steps, in the order and with the cache of the run: equal, not close."""
     whole, ids, file = text
-    stored, _ = opened(elastic_tiny, file, smallest(whole, 12), policy=policy)
+    stored, _ = opened(elastic_tiny, file, smallest(whole, 18), policy=policy)
     with operating_point(whole, budget):
         trace = record(whole, [("evaluation", ids)], prompt=1)
     store = store_of(stored)

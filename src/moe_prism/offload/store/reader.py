@@ -11,6 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -19,15 +21,17 @@ from torch import Tensor
 
 from ...errors import PrismError, UsageError
 from .checksum import checksum
+from .native import OK, REASONS, read_records, widen_bfloat16
 from .pack import Pack
 
 THREADS = 4
 RUN = 8  # neighbouring records read by one call at most
+SHARE = 2  # records per job at least: waking a thread costs about as much as reading a small record
 TRIES = 4
 PAUSE = 0.002  # seconds before the second try, doubled for each further one
 
 ReadFn = Callable[[int, Sequence[memoryview], int], int]
-"""os.preadv, or a test's version of it: (descriptor, buffers, offset) -> bytes read."""
+"""A test's version of os.preadv: (descriptor, buffers, offset) -> bytes read."""
 
 
 class StoreError(PrismError):
@@ -44,7 +48,7 @@ class Item(NamedTuple):
 
 @dataclass
 class Job:
-    """A run of records that lie one after the other in the file. `failed`: the keys that could not be read, with the reason."""
+    """Records for one thread to read, in file order. `failed`: the keys that could not be read, with the reason."""
 
     items: list[Item]
     ahead: bool
@@ -75,23 +79,23 @@ class Reader:
         self.pack, self._arena = pack, arena
         self._bytes: NDArray[np.uint8] = arena.numpy()
         self._words = self._bytes.view(np.uint64)
-        self._read: ReadFn = read or os.preadv
+        self._read = read
         self._descriptor, self.direct = _open(pack)
         self._demand: deque[Job] = deque()
         self._ahead: deque[Job] = deque()
-        self._work = threading.Semaphore(0)
+        self._work: SimpleQueue[None] = SimpleQueue()  # one entry per job: a lock of C, not of Python
         self._closed = False
         self._threads = [threading.Thread(target=self._serve, daemon=True, name="moe-prism-read") for _ in range(threads)]
         for thread in self._threads:
             thread.start()
 
     def submit(self, items: Sequence[Item], *, ahead: bool = False) -> list[Job]:
-        """Begin to read; neighbours in the file are read together. ahead: after everything that is asked for on demand."""
-        jobs = [Job(run, ahead) for run in runs(items)]
+        """Begin to read, shared out among the threads. ahead: after everything that is asked for on demand."""
+        jobs = [Job(share, ahead) for share in shares(items, len(self._threads))]
         queue = self._ahead if ahead else self._demand
         for job in jobs:
             queue.append(job)
-            self._work.release()
+            self._work.put(None)
         return jobs
 
     def cancel(self, job: Job) -> bool:
@@ -108,14 +112,14 @@ class Reader:
         """End the threads, then close the file."""
         self._closed = True
         for _ in self._threads:
-            self._work.release()
+            self._work.put(None)
         for thread in self._threads:
             thread.join()
         os.close(self._descriptor)
 
     def _serve(self) -> None:
         while True:
-            self._work.acquire()
+            self._work.get()
             if self._closed:
                 return
             job = self._next()
@@ -138,26 +142,53 @@ class Reader:
         return None
 
     def _run(self, job: Job) -> None:
-        wrong = self._attempt(job.items)
+        wrong: dict[int, str] = {}
+        if self._read is None:
+            wrong = self._native(job.items)
+        else:
+            for run in runs(job.items):
+                wrong |= self._attempt(run, self._read)
         for item in [i for i in job.items if i.key in wrong]:  # each of them alone from now on
             pause, reason = PAUSE, wrong[item.key]
             for _ in range(TRIES - 1):
                 time.sleep(pause)
                 pause *= 2
-                found = self._attempt([item])
+                found = self._attempt([item], self._read or os.preadv)
                 if not found:
                     break
                 reason = found[item.key]
             else:
                 job.failed[item.key] = reason
 
-    def _attempt(self, items: Sequence[Item]) -> dict[int, str]:
+    def _native(self, items: Sequence[Item]) -> dict[int, str]:
+        """All items of a job, which are of one form; what is wrong, by key."""
+        low, layout = items[0].low, self.pack.layout
+        size = layout.low_bytes if low else layout.bytes
+        keys, slots = np.array([i.key for i in items]), np.array([i.slot for i in items])
+        start, offset = (self.pack.low_start, len(self.pack.space)) if low else (self.pack.start, 0)
+        sums = self.pack.sums[keys + offset]
+        skip = (layout.bytes - size) // 8
+        found = read_records(self._descriptor, self._words, slots, start + keys * size, skip, RUN, sums)
+        if low:
+            for item, state in zip(items, found.tolist(), strict=True):
+                if state == OK:
+                    self._widen(item)
+        return {item.key: REASONS[state] for item, state in zip(items, found.tolist(), strict=True) if state != OK}
+
+    def _widen(self, item: Item) -> None:
+        layout = self.pack.layout
+        if layout.dtype == "bfloat16" and not layout.has_bias:
+            widen_bfloat16(self._bytes[item.slot], layout.rows, layout.hidden, layout.bytes - layout.low_bytes)
+        else:
+            layout.raise_(self._arena[item.slot])
+
+    def _attempt(self, items: Sequence[Item], read: ReadFn) -> dict[int, str]:
         """One call for a run; what is wrong, by key."""
         first, layout = items[0], self.pack.layout
         size = layout.low_bytes if first.low else layout.bytes
         buffers = [memoryview(self._bytes[item.slot, layout.bytes - size :]) for item in items]
         try:
-            got = self._read(self._descriptor, buffers, self.pack.place(first.key, first.low))
+            got = read(self._descriptor, buffers, self.pack.place(first.key, first.low))
         except OSError as error:
             return dict.fromkeys((i.key for i in items), error.strerror or str(error))
         wrong = {}
@@ -167,13 +198,24 @@ class Reader:
             elif not self._verified(item, size):
                 wrong[item.key] = "wrong checksum"
             elif item.low:
-                layout.raise_(self._arena[item.slot])
+                self._widen(item)
         return wrong
 
     def _verified(self, item: Item, size: int) -> bool:
         words = self._words[item.slot, (self.pack.layout.bytes - size) // 8 :]
         number = item.key + (len(self.pack.space) if item.low else 0)
         return bool(checksum(words) == self.pack.sums[number])
+
+
+def shares(items: Sequence[Item], threads: int) -> list[list[Item]]:
+    """Items in file order, cut into at most as many parts as there are threads, of one form and at least SHARE items each."""
+    found: list[list[Item]] = []
+    for low in (False, True):
+        own = sorted((i for i in items if i.low == low), key=lambda i: i.key)
+        parts = max(1, min(threads, len(own) // SHARE))
+        bounds = [len(own) * p // parts for p in range(parts + 1)]
+        found += [own[a:b] for a, b in pairwise(bounds) if b > a]
+    return found
 
 
 def runs(items: Sequence[Item]) -> list[list[Item]]:

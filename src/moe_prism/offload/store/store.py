@@ -21,6 +21,7 @@ from ..cache.pool import LayerPools, Pool
 from .arena import Arena
 from .pack import Pack
 from .reader import Item, Job, Reader, StoreError
+from .units import UnitPool
 from .wanted import Wanted, add_rows
 
 ENTRIES = 1 << 20  # numbers of partial outputs held at a time
@@ -155,11 +156,11 @@ class ExpertStore:
         slot = self._slot_of(wanted, 0, len(wanted))
         parts = torch.empty(len(entries), x.shape[1])
         ready, rest = torch.from_numpy(np.flatnonzero(~entries)), torch.from_numpy(np.flatnonzero(entries))
-        parts[ready] = self._outputs(x, wanted, slot, ready)
+        parts[ready] = self._outputs(x, wanted.row[ready], wanted.weight[ready], slot[ready])
         if meanwhile is not None:
             meanwhile()
         self._wait(jobs, layer)
-        parts[rest] = self._outputs(x, wanted, slot, rest)
+        parts[rest] = self._outputs(x, wanted.row[rest], wanted.weight[rest], slot[rest])
         add_rows(parts.numpy(), wanted.row.numpy(), out.numpy())
 
     def _pieces(self, layer: int, x: Tensor, wanted: Wanted, low: frozenset[Key], out: Tensor) -> None:
@@ -316,18 +317,19 @@ class ExpertStore:
         slot = self._slot_of(wanted, first, last)
         start, stop = int(wanted.begin[first]), int(wanted.end[last - 1])
         step = max(1, ENTRIES // x.shape[1])
-        for a in range(start, stop, step):
-            entries = torch.arange(a, min(stop, a + step))
-            parts = self._outputs(x, wanted, slot, entries, start)
-            add_rows(parts.numpy(), wanted.row[entries].numpy(), out.numpy())
+        for first_entry in range(start, stop, step):
+            last_entry = min(stop, first_entry + step)
+            part = slice(first_entry, last_entry)
+            own = slot[first_entry - start : last_entry - start]
+            parts = self._outputs(x, wanted.row[part], wanted.weight[part], own)
+            add_rows(parts.numpy(), wanted.row[part].numpy(), out.numpy())
 
-    def _outputs(self, x: Tensor, wanted: Wanted, slot: Tensor, entries: Tensor, start: int = 0) -> Tensor:
-        """[S, d]: routing weight x output of single entries; slot counts from entry `start`."""
+    def _outputs(self, x: Tensor, row: Tensor, weight: Tensor, slot: Tensor) -> Tensor:
+        """[S, d]: routing weight x output of entries, each the row of x it is about, its weight and its slot [S]."""
         began = time.perf_counter()
-        rows = x[wanted.row[entries]]
-        weight = wanted.weight[entries, None].to(x.dtype)
-        keep = torch.ones(len(entries), 1, 1, dtype=torch.bool)
-        found = auto(self.arena.plan, rows, slot[entries - start, None], weight, keep)
+        rows = x.expand(len(row), -1) if len(x) == 1 else x[row]
+        keep = torch.ones(len(row), 1, 1, dtype=torch.bool)
+        found = auto(self.arena.plan, rows, slot.unsqueeze(1), weight.to(x.dtype).unsqueeze(1), keep)
         self.times.computed += time.perf_counter() - began
         return found.float()
 
@@ -336,6 +338,8 @@ def pools(policy: type[CachePolicy], space: KeySpace, slots: int, settings: dict
     """One pool per layer of equal size; one pool for all where a layer would not get a slot."""
     layers = space.layers
     if slots < layers:
-        return Pool(slots, policy(space, slots, **settings))
+        return UnitPool(slots, policy(space, slots, **settings))
     quotas = [slots // layers + (layer < slots % layers) for layer in range(layers)]
-    return LayerPools(quotas, lambda _, capacity: policy(space, capacity, **settings))
+    found = LayerPools(quotas, lambda _, capacity: policy(space, capacity, **settings))
+    found.pools = [UnitPool(pool.capacity, pool.policy) for pool in found.pools]
+    return found

@@ -1,0 +1,106 @@
+"""The store's pool is `Pool`, call by call; native reads are those of `os.preadv`; native widening is torch's."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_prism.offload.base import KeySpace, Moment
+from moe_prism.offload.cache import Pool, cache_policies
+from moe_prism.offload.store.checksum import checksum
+from moe_prism.offload.store.layout import Layout
+from moe_prism.offload.store.native import FAILED, OK, SHORT, WRONG, read_records, widen_bfloat16
+from moe_prism.offload.store.reader import RUN, Item, runs, shares
+from moe_prism.offload.store.units import UnitPool
+
+SPACE = KeySpace(2, 4, 2)
+KEYS = st.lists(st.integers(0, len(SPACE) - 1), unique=True, max_size=8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["lru", "lfu", "arc", "reuse"]),
+    st.integers(0, 9),
+    st.lists(st.tuples(st.sampled_from(["request", "prefetch", "expect", "pin", "unpin", "drop"]), KEYS), max_size=40),
+)
+def test_the_pool_answers_and_counts_as_the_general_one(name, capacity, calls):
+    policy = cache_policies.get(name)
+    pools = [kind(capacity, policy(SPACE, capacity)) for kind in (Pool, UnitPool)]
+    pinned: list[int] = []
+    for step, (call, keys) in enumerate(calls):
+        now = Moment(step * 2, step, step % 2)
+        if call in ("request", "prefetch"):
+            first, second = (getattr(pool, call)(keys, now) for pool in pools)
+            assert first == second
+        elif call == "expect":
+            for pool in pools:
+                pool.expect(step % 2, keys)
+        elif call == "pin":
+            pinned += keys
+            for pool in pools:
+                pool.pin(keys)
+        elif call == "unpin" and pinned:
+            key = pinned.pop()
+            for pool in pools:
+                pool.unpin([key])
+        elif call == "drop":
+            for key in [k for k in keys if k in pools[0]]:
+                for pool in pools:
+                    pool.drop(key, now)
+        assert pools[0].counts == pools[1].counts
+        assert pools[0].resident == pools[1].resident
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 60), st.booleans()), unique=True, max_size=40), st.integers(1, 6))
+def test_what_is_asked_for_is_shared_out_once(asked, threads):
+    items = [Item(key, slot, low) for slot, (key, low) in enumerate(asked)]
+    for cut in (runs(items), shares(items, threads)):
+        assert sorted(i for part in cut for i in part) == sorted(items)
+        assert all(
+            part and len({i.low for i in part}) == 1 and [i.key for i in part] == sorted(i.key for i in part) for part in cut
+        )
+    assert all(len(run) <= RUN and run[-1].key - run[0].key == len(run) - 1 for run in runs(items))
+
+
+def test_native_reads_put_every_record_in_its_slot(tmp_path):
+    size, count = 4096, 20
+    data = np.random.default_rng(0).integers(0, 2**63, (count, size // 8)).astype(np.uint64)
+    (tmp_path / "f").write_bytes(data.tobytes())
+    sums = np.array([checksum(row) for row in data], np.uint64)
+    keys = np.array([0, 1, 2, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 19])
+    slots = np.random.default_rng(1).permutation(count)[: len(keys)]
+    descriptor = os.open(tmp_path / "f", os.O_RDONLY)
+    for skip in (0, 8):
+        arena = np.zeros((count, size // 8 + skip), np.uint64)
+        assert (read_records(descriptor, arena, slots, keys * size, skip, RUN, sums[keys]) == OK).all()
+        assert (arena[slots, skip:] == data[keys]).all()
+        assert arena.sum() == data[keys].sum()
+        wrong = sums[keys].copy()
+        wrong[3] ^= np.uint64(1)
+        assert read_records(descriptor, arena, slots, keys * size, skip, RUN, wrong).tolist() == [0, 0, 0, WRONG] + [0] * 11
+    os.truncate(tmp_path / "f", 16 * size)
+    assert read_records(descriptor, arena, slots, keys * size, 8, RUN, sums[keys]).tolist() == [0] * 13 + [SHORT] * 2
+    os.close(descriptor)
+    assert (read_records(descriptor, arena, slots, keys * size, 8, RUN, sums[keys]) == FAILED).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 50), st.integers(0, 9))
+def test_native_widening_is_that_of_the_layout(hidden, block, seed):
+    layout = Layout(hidden, block, True, False, "bfloat16")
+    if layout.low_bytes > layout.bytes:
+        return
+    torch.manual_seed(seed)
+    numbers = torch.randn(1, layout.weights).to(torch.bfloat16)
+    records = torch.nn.functional.pad(numbers.view(torch.uint8), (0, layout.bytes - numbers.shape[1] * 2))
+    slot = torch.zeros(layout.bytes, dtype=torch.uint8)
+    slot[layout.bytes - layout.low_bytes :] = layout.lowered(records)[0]
+    other = slot.clone()
+    layout.raise_(slot)
+    widen_bfloat16(other.numpy(), layout.rows, hidden, layout.bytes - layout.low_bytes)
+    assert torch.equal(slot[: 2 * layout.weights], other[: 2 * layout.weights])

@@ -31,6 +31,7 @@ import torch
 from moe_prism.api import CalibrateOptions, RefactorOptions, load, refactor
 from moe_prism.api.loading import side_tensors
 from moe_prism.checkpoint import LayerStream, read_manifest
+from moe_prism.cli.output import note
 from moe_prism.data import token_windows
 from moe_prism.elastic import operating_point
 from moe_prism.model import find_layers
@@ -159,10 +160,12 @@ def ours(args: argparse.Namespace, folder: Path, work: Path, quality: bool) -> l
     runs = [Run(config, stored(folder, work, memory, config, args)) for config in configs]
     for run in runs:  # compile, fill the cache
         decode(run.model, windows[-1:], run.config.budget, 16)
+        note(f"{run.config.name}: warm")
     for number, row in enumerate(windows):
         order = runs if number % 2 == 0 else runs[::-1]
         for run in order:
             turn(run, row[None], args.tokens, reference[number][1] if reference else None)
+        note(f"window {number + 1}/{len(windows)}")
     found = [run.row(runs[0]) for run in runs]
     return [{"config": "in memory", "ms_per_token": in_memory, "memory": None}, *found] if in_memory else found
 

@@ -13,7 +13,7 @@ SEED = np.uint64(0xCBF29CE484222325)
 
 
 @njit(nogil=True, cache=True)
-def checksum(words: Words) -> int:
+def checksum(words: Words) -> np.uint64:
     """Of a record as uint64 words, a multiple of 8 of them. A change of one word always changes it, any other with 1 - 2^-64."""
     a = b = c = d = e = f = g = h = SEED
     for i in range(0, len(words), 8):

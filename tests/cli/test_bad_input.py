@@ -214,6 +214,52 @@ def test_a_folder_that_is_not_elastic(fails, tiny_source, tmp_path, command):
     assert "no prism.json" in fails(2, command[0], tmp_path / "missing", *command[1:])
 
 
+@pytest.mark.parametrize(
+    ("command", "out"),
+    [
+        (("skip", "--mean", "1"), "missing/plan.json"),
+        (("trace",), "missing/trace.npz"),
+        (("inspect", "--routing", "--trace", "nano", "--report"), "missing/misses.html"),
+        (("plan",), "file/plan"),
+        (("frontier",), "file/report"),
+    ],
+)
+def test_an_unwritable_output_is_told_before_the_work(fails, elastic_tiny, tmp_path, monkeypatch, command, out):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)  # nothing is loaded
+    option = () if command[-1] == "--report" else ("-o",)
+    assert "cannot write" in fails(2, command[0], elastic_tiny, *command[1:], *option, tmp_path / out)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (("--methods", "threshold,prune:best"), "unknown prune criterion 'best'"),
+        (("--plan", "missing.json"), "missing.json"),
+    ],
+)
+def test_wrong_names_are_told_before_anything_is_fitted(fails, elastic_tiny, tmp_path, monkeypatch, options, names):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    assert names in fails(2, "frontier", elastic_tiny, "-o", tmp_path / "out", *options)
+
+
+@pytest.mark.parametrize("method", ["prune", "threshold", "nonsense"])
+def test_a_method_that_makes_no_skip_plan(fails, tiny_source, tmp_path, method):
+    line = fails(2, "skip", tiny_source, "--method", method, "--mean", "1", "-o", tmp_path / "plan.json")
+    assert f"'{method}'" in line and "choose one of: uniform" in line
+
+
+@pytest.mark.parametrize("mean", ["0", "9", "nan", "inf"])
+def test_bad_means_of_skip(fails, tiny_source, text_file, tmp_path, mean):
+    for method in ("sensitivity", "naee", "pattern-skip:2-1-1-1"):
+        options = ("--method", method, "--mean", mean, "-o", tmp_path / "plan.json", "--text", text_file, *SMALL)
+        assert "outside 1.." in fails(2, "skip", tiny_source, *options)
+
+
+def test_a_trace_of_another_model(fails, tiny_source):
+    assert "6 layers of 32 experts" in fails(2, "inspect", tiny_source, "--routing", "--trace", "nano")
+
+
 def test_a_damaged_side_file_is_no_crash(fails, elastic_tiny, tmp_path):
     shutil.copytree(elastic_tiny, tmp_path / "elastic")
     side = tmp_path / "elastic" / "prism.safetensors"

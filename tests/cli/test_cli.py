@@ -21,6 +21,7 @@ COMMANDS = (
     "inspect",
     "calibrate",
     "refactor",
+    "prune",
     "recover",
     "skip",
     "frontier",
@@ -75,6 +76,24 @@ print(sorted({"torch", "transformers", "numba"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script, "top", *COMMANDS], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+def test_help_describes_every_parameter():
+    app = cli.build()
+    for name in COMMANDS:
+        for argument in app[name].assemble_argument_collection(parse_docstring=True):
+            assert argument.parameter.help, (name, argument.name)
+
+
+@pytest.mark.parametrize(("command", "next_step"), [("refactor", "go on with --resume"), ("inspect", "run it again")])
+def test_an_interruption_names_what_helps(run, tiny_source, tmp_path, monkeypatch, command, next_step):
+    def interrupted(*_args, **_more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe_prism.api.refactor", interrupted)
+    monkeypatch.setattr("moe_prism.api.inspect_model", interrupted)
+    code, _, err = run(command, tiny_source, *(("-o", tmp_path / "out") if command == "refactor" else ()))
+    assert code == cli.INTERRUPTED and next_step in err and err.count("\n") == 1
 
 
 def test_the_command_ends_with_the_exit_code():

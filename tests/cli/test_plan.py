@@ -134,6 +134,8 @@ def test_given_machine_with_measured_routing(run, tiny_source, text_file):
         (("--keep", "1.5"), "--keep 1.5"),
         (("--budgets", "0"), "--budgets 0"),
         (("--context", "0"), "--context 0"),
+        (("--context", "inf"), "--context inf"),
+        (("--prompt", "inf"), "--prompt inf"),
         (("--prompt", "-1"), "--prompt -1"),
         (("--bits", "0"), "--bits 0"),
         (("--tokens", "3"), "--tokens 3"),

@@ -180,6 +180,19 @@ def test_no_trace_at_all(tmp_path, content):
         load_trace(tmp_path / "missing.npz")
 
 
+@pytest.mark.parametrize("start", range(8))
+def test_flipped_bytes_are_one_line_or_harmless(trace, tmp_path, start):
+    path = tmp_path / "x.npz"
+    trace.save(path)
+    whole = path.read_bytes()
+    for position in range(start * 11, len(whole), 89):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        try:
+            load_trace(path)
+        except CorruptError as error:
+            assert "\n" not in str(error)
+
+
 def test_missing_and_unknown_arrays_are_named(trace, tmp_path):
     path = tmp_path / "x.npz"
     trace.save(path)

@@ -69,11 +69,11 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     """
     options = options or FrontierOptions()
     options.check()
+    named = [(Path(path).stem, SkipPlan.load(path)) for path in options.plans]
     opened = open_model(folder)
     windows = evaluation_windows(opened, options)
     subject = subject_of(opened, options, report)
     tagged = [(m.name, candidate) for m in options.chosen() for candidate in _candidates(m, subject)]
-    named = [(Path(path).stem, SkipPlan.load(path)) for path in options.plans]
     tagged += [("plan file", candidate) for candidate in plan_candidates(named, subject)]
     if not any(_is_whole(candidate) for _, candidate in tagged):
         tagged.append((tagged[0][0], Candidate("full")))  # every curve ends at the model itself

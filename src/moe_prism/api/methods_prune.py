@@ -26,6 +26,10 @@ class Prune(Method):
     Active bytes per token hardly change, because a token uses k experts as before; what falls is what has to be in memory.
     """
 
+    def __init__(self, name: str, argument: str | None) -> None:
+        super().__init__(name, argument)
+        self._parts()  # a wrong name is told before anything is measured
+
     def candidates(self, subject: Subject) -> Sequence[Candidate]:
         criterion, allocation = self._parts()
         layers = [layer.plan.layer for layer in subject.elastic.layers]

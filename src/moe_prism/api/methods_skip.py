@@ -42,6 +42,8 @@ class SkipMethod(Method):
     def finished(self, subject: Subject, mean: float | None, options: SkipOptions | None = None) -> SkipPlan:
         """The plan, with what happens to the weights settled and how it was made on record."""
         options = options or SkipOptions()
+        if mean is not None and not 1 <= mean <= subject.k:  # also refuses nan
+            raise UsageError(f"a mean of {mean:g} experts per token is outside 1..{subject.k}", "give a number between them")
         plan = self.plan(subject, mean, options)
         keep_mass = own_rule(subject) if options.keep_mass is None else options.keep_mass
         return plan.with_(keep_mass=keep_mass, made={"method": self.name, "experts_per_token": subject.k, **plan.made})
@@ -181,8 +183,8 @@ def _counts(name: str | None, subject: Subject, mean: float | None, options: Ski
 def skip_method(name: str) -> SkipMethod:
     """A method of this kind by name; UsageError for any other."""
     plain, colon, argument = name.partition(":")
-    found = methods.get(plain)
-    if not issubclass(found, SkipMethod):
+    found = methods.get(plain) if plain in methods.names() else None
+    if found is None or not issubclass(found, SkipMethod):
         skipping = [known for known in methods.names() if issubclass(methods.get(known), SkipMethod)]
         raise UsageError(f"method '{plain}' makes no skip plan", f"choose one of: {', '.join(skipping)}")
     return found(name, argument if colon else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -64,7 +65,7 @@ class PlanOptions:
         for name, shares in (("--keep", self.keep), ("--budgets", self.budgets)):
             if any(not 0 < share < 1 for share in shares):
                 raise UsageError(f"{name} {_list(shares)} is outside (0, 1)", "0.5 keeps half")
-        if not (self.context >= 1 and self.prompt >= 0):
+        if not (1 <= self.context < math.inf and 0 <= self.prompt < math.inf):
             raise UsageError(f"--context {self.context:g} or --prompt {self.prompt:g} is out of range", "give >= 1 and >= 0")
         if self.bits is not None and not 0 < self.bits <= 64:
             raise UsageError(f"--bits {self.bits:g} is no width of a weight", "give 4, 8, 16 or 32")

@@ -21,6 +21,7 @@ from ..offload.predict.reuse import ReusePredictor
 from ..offload.record import record
 from ..offload.replay import groups, replay
 from ..offload.trace import Trace, load_trace
+from .inspection import inspect_model
 from .loading import load
 from .progress import Report, silent
 
@@ -112,7 +113,14 @@ def _loaded(model: str | Path, options: TraceOptions) -> tuple[Any, Any]:
 
 def inspect_routing(model: str | Path, trace: str | Path | None = None, *, report: Report = silent) -> dict[str, Any]:
     """SRP, SCH and hit rates of a model's routing: from a trace file (`nano` is the shipped one), else from 4,096 tokens run now."""
-    found = load_trace(trace) if trace is not None else record_trace(model, None, TraceOptions(tokens=4096), report=report)
+    if trace is None:
+        return routing_report(record_trace(model, None, TraceOptions(tokens=4096), report=report))
+    found, experts = load_trace(trace), [row["experts"] for row in inspect_model(model)["layers"] if row["kind"] == "moe"]
+    if experts != [found.experts] * found.layers:
+        raise UsageError(
+            f"trace '{trace}' has {found.layers} layers of {found.experts} experts, '{model}' has not",
+            "record a trace of this model",
+        )
     return routing_report(found)
 
 

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
 from ..files import replace_file
 from ..schedule.base import Ladder
 from .load import Run
@@ -68,10 +67,3 @@ def failures(outcomes: Sequence[Outcome]) -> dict[str, int]:
 def save(path: Path, result: dict[str, Any]) -> None:
     """Write JSON; a reader meets the old file or the new one."""
     replace_file(path, (json.dumps({"version": VERSION, **result}, indent=1) + "\n").encode())
-
-
-def check_writable(*paths: Path | None) -> None:
-    """UsageError before an hour of measuring, not after it."""
-    for path in paths:
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise UsageError(f"cannot write {path}", "name a file in a folder that exists")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect as reflection
 import json
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import cyclopts
 
@@ -32,6 +34,7 @@ from . import (
 from .output import plain_line
 
 INTERRUPTED = 130
+RESUMABLE = ("calibrate", "refactor", "recover", "prune")
 
 
 def build() -> cyclopts.App:
@@ -65,8 +68,15 @@ def build() -> cyclopts.App:
         (verify.verify, "verify"),
         (listing.ls, "ls"),
     ):
-        app.command(command, name=name)
+        app.command(_described(command), name=name)
     return app
+
+
+def _described(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with its "name: text" parameters in numpydoc's two lines; what cyclopts reads in one line is a name and its type."""
+    head, title, parameters = reflection.cleandoc(command.__doc__ or "").partition("\nParameters\n----------\n")
+    command.__doc__ = head + title + re.sub(r"^(\w+): ", r"\1\n    ", parameters, flags=re.MULTILINE)
+    return command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,9 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PrismError as error:
         return _fail(error.cause, error.next_step, error.exit_code, "--json" in tokens)
     except KeyboardInterrupt:
-        return _fail("interrupted", "a long command goes on with --resume", INTERRUPTED, "--json" in tokens)
+        resumable = tokens[:1] and tokens[0] in RESUMABLE and "--report-only" not in tokens
+        next_step = "go on with --resume" if resumable else "run it again; it starts from the beginning"
+        return _fail("interrupted", next_step, INTERRUPTED, "--json" in tokens)
     except OSError as error:
-        return _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), "", 1, "--json" in tokens)
+        cause = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+        return _fail(cause, "check the path, its permissions and the free space", 1, "--json" in tokens)
     return 0
 
 

@@ -75,8 +75,9 @@ def bench(
     from ..bench import compare as comparison
     from ..bench import single
     from ..bench.outcome import write_events
-    from ..bench.result import check_writable, save
+    from ..bench.result import save
     from ..bench.workload import Offer
+    from ..files import check_writable
 
     check_writable(out, events, save_cost)
     offer = Offer(workload, seconds, trace, spread, slower)

@@ -50,7 +50,9 @@ def frontier(
     from ..api import FrontierOptions
     from ..api import measure_frontier as run
     from ..checkpoint import update_manifest
+    from ..files import check_writable_folder
 
+    check_writable_folder(out)
     if out is None and not (folder / "prism.json").is_file():
         raise UsageError(f"'{folder}' has no prism.json", "give a folder that moe-prism wrote, or --out FOLDER for the report")
     options = FrontierOptions(text, tokens, length, _names(compare), points, _names(methods), _names(plan), calibration_tokens)

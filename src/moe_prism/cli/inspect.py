@@ -23,7 +23,9 @@ def inspect(
     json: One JSON object on stdout.
     """
     from ..api import inspect_model
+    from ..files import check_writable
 
+    check_writable(report)
     if not routing and (trace or report):
         raise UsageError("--trace and --report belong to --routing", "add --routing")
     if report and not trace:

@@ -65,7 +65,9 @@ def plan(
     """
     from ..api.planning import PlanOptions
     from ..api.planning import plan_model as run
+    from ..files import check_writable_folder
 
+    check_writable_folder(out)
     options = PlanOptions(
         concurrency=tuple(int(x) for x in _numbers("--concurrency", concurrency, whole=True)),
         keep=tuple(_numbers("--keep", keep)),

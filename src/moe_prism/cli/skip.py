@@ -42,7 +42,9 @@ def skip(
     json: One JSON object on stdout.
     """
     from ..api.skipping import SkipOptions, make_plan
+    from ..files import check_writable
 
+    check_writable(out)
     options = SkipOptions(rounding, index_over, keep_mass)
     plan = make_plan(folder, method, mean, options, text=text, tokens=tokens, length=length, report=progress)
     plan.save(out)

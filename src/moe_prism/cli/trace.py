@@ -44,7 +44,9 @@ def trace(
     json: One JSON object on stdout.
     """
     from ..api.tracing import TraceOptions, record_trace
+    from ..files import check_writable
 
+    check_writable(out)
     options = TraceOptions(text, tokens, length, prompt, budget, rule, inputs, values)
     found = record_trace(model, out, options, force=force, report=progress)
     facts: dict[str, Any] = {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -137,8 +136,9 @@ def load_trace(path: str | Path) -> Trace:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(arrays.pop("header").tobytes())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise CorruptError(f"'{path}' is no trace: {error}", "record it again with `moe-prism trace`") from error
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CorruptError(f"'{path}' is no trace: {first}", "record it again with `moe-prism trace`") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CorruptError(f"'{path}' is no trace of format {FORMAT}", "record it again with `moe-prism trace`")
     unknown = sorted(set(arrays) - set(_SHAPES))

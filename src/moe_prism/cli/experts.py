@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -15,24 +15,28 @@ if TYPE_CHECKING:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Experts:
-    """Experts on disk.
+    """Experts on disk."""
 
-    Parameters
-    ----------
-    expert_memory: Keep the experts on disk and this much of them in memory, for example 200MB; default all of them.
-    expert_file: Where they are packed for that, written on first use; default experts.pack in the folder.
-    expert_policy: Who leaves when room is needed; see `moe-prism ls cache-policies`.
-    expert_ahead: Sub-experts to read ahead of a layer at most, by the next layer's router on this layer's input.
-    miss_floor: Budget at which sub-experts are read that are not in memory, below --budget; those in memory are used up to --budget.
-    int8_budget: Budget up to which missing ones are then read in int8 form instead of being skipped.
-    """
-
-    expert_memory: str | None = None
-    expert_file: Path | None = None
-    expert_policy: str = "lru"
-    expert_ahead: int = 0
-    miss_floor: float = 1.0
-    int8_budget: float | None = None
+    expert_memory: Annotated[
+        str | None,
+        Parameter(help="Keep the experts on disk and this much of them in memory, for example 200MB; default all of them."),
+    ] = None
+    expert_file: Annotated[
+        Path | None, Parameter(help="Where they are packed for that, written on first use; default experts.pack in the folder.")
+    ] = None
+    expert_policy: Annotated[str, Parameter(help="Who leaves when room is needed; see `moe-prism ls cache-policies`.")] = "lru"
+    expert_ahead: Annotated[
+        int, Parameter(help="Sub-experts to read ahead of a layer at most, by the next layer's router on this layer's input.")
+    ] = 0
+    miss_floor: Annotated[
+        float,
+        Parameter(
+            help="Budget at which sub-experts are read that are not in memory, below --budget; those in memory are used up to --budget."
+        ),
+    ] = 1.0
+    int8_budget: Annotated[
+        float | None, Parameter(help="Budget up to which missing ones are then read in int8 form instead of being skipped.")
+    ] = None
 
     def options(self) -> StoreOptions | None:
         """What a store is opened with; None for a model in memory. UsageError for an option that would do nothing."""

@@ -21,6 +21,7 @@ from .layer import StoredElastic, resident_bytes, stored_plans
 from .pack import Pack, open_pack, write_pack
 from .reader import Reader
 from .store import ExpertStore
+from .workers import READER
 
 PACK_FILE = "experts.pack"
 POLICY = "lru"
@@ -39,7 +40,7 @@ class StoreOptions:
     parts: int | None = None
     misses: Misses = field(default_factory=Misses)
     ahead: int = 0
-    reader: Callable[[Pack, Tensor], Reader] = Reader
+    reader: Callable[[Pack, Tensor], Reader] = READER
 
 
 def ready_pack(

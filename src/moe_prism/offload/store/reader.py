@@ -54,7 +54,6 @@ class Job:
     ahead: bool
     failed: dict[int, str] = field(default_factory=dict)
     cancelled: bool = False
-    seconds: float = 0.0
     _open: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -81,6 +80,9 @@ class Reader:
         self._words = self._bytes.view(np.uint64)
         self._read = read
         self._descriptor, self.direct = _open(pack)
+        self._start(threads)
+
+    def _start(self, threads: int) -> None:
         self._demand: deque[Job] = deque()
         self._ahead: deque[Job] = deque()
         self._work: SimpleQueue[None] = SimpleQueue()  # one entry per job: a lock of C, not of Python
@@ -125,12 +127,10 @@ class Reader:
             job = self._next()
             if job is None:
                 continue
-            began = time.perf_counter()
             try:
                 self._run(job)
             except Exception as error:  # noqa: BLE001 - whatever happens, nobody may wait for ever
                 job.failed = {item.key: f"{type(error).__name__}: {error}" for item in job.items}
-            job.seconds = time.perf_counter() - began
             job.finish()
 
     def _next(self) -> Job | None:
@@ -148,17 +148,20 @@ class Reader:
         else:
             for run in runs(job.items):
                 wrong |= self._attempt(run, self._read)
-        for item in [i for i in job.items if i.key in wrong]:  # each of them alone from now on
-            pause, reason = PAUSE, wrong[item.key]
-            for _ in range(TRIES - 1):
-                time.sleep(pause)
-                pause *= 2
-                found = self._attempt([item], self._read or os.preadv)
-                if not found:
-                    break
-                reason = found[item.key]
-            else:
-                job.failed[item.key] = reason
+        for item in [i for i in job.items if i.key in wrong]:
+            self._again(job.failed, item, wrong[item.key])
+
+    def _again(self, failed: dict[int, str], item: Item, reason: str) -> None:
+        """The further tries of one record; into `failed` if all of them fail."""
+        pause = PAUSE
+        for _ in range(TRIES - 1):
+            time.sleep(pause)
+            pause *= 2
+            found = self._attempt([item], self._read or os.preadv)
+            if not found:
+                return
+            reason = found[item.key]
+        failed[item.key] = reason
 
     def _native(self, items: Sequence[Item]) -> dict[int, str]:
         """All items of a job, which are of one form; what is wrong, by key."""

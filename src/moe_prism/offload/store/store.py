@@ -23,6 +23,7 @@ from .pack import Pack
 from .reader import Item, Job, Reader, StoreError
 from .units import UnitPool
 from .wanted import Wanted, add_rows
+from .workers import READER
 
 ENTRIES = 1 << 20  # numbers of partial outputs held at a time
 PRICE = 0.05  # weight of the newest wait in the price of a record
@@ -34,7 +35,6 @@ class Times:
 
     waited: float = 0.0
     computed: float = 0.0
-    reading: float = 0.0  # summed over threads
     bytes: int = 0
     reads: int = 0
 
@@ -53,7 +53,7 @@ class ExpertStore:
         policy: type[CachePolicy],
         *,
         settings: dict[str, Any] | None = None,
-        reader: Callable[[Pack, Tensor], Reader] = Reader,
+        reader: Callable[[Pack, Tensor], Reader] = READER,
     ) -> None:
         """slots: records that fit; like: a layer of the model (its activation); policy and settings: who is evicted."""
         self.pack, self.slots, self.space = pack, slots, pack.space
@@ -256,7 +256,6 @@ class ExpertStore:
         failed: dict[Key, str] = {}
         for job in jobs:
             job.wait()
-            self.times.reading += job.seconds
             failed |= job.failed
         for key in failed:
             if key in self._flying:
@@ -276,7 +275,6 @@ class ExpertStore:
         for key, job in list(self._flying.items()):
             if job.done:
                 self._land(key)
-                self.times.reading += job.seconds / len(job.items)
                 if key in job.failed:
                     self._lose(key)
 

@@ -189,7 +189,7 @@ class Reader:
         """One call for a run; what is wrong, by key."""
         first, layout = items[0], self.pack.layout
         size = layout.low_bytes if first.low else layout.bytes
-        buffers = [memoryview(self._bytes[item.slot, layout.bytes - size :]) for item in items]
+        buffers = [self._bytes[item.slot, layout.bytes - size :].data for item in items]
         try:
             got = read(self._descriptor, buffers, self.pack.place(first.key, first.low))
         except OSError as error:

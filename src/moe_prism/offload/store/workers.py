@@ -169,7 +169,7 @@ class WorkerReader(Reader):
 @njit(cache=True)
 def take_ticket(tickets: Ints, number: int) -> bool:
     """Whether the job had no owner; it has one now."""
-    return take(tickets.ctypes.data + 8 * number) == 0
+    return bool(take(tickets.ctypes.data + 8 * number) == 0)
 
 
 READER: type[Reader] = WorkerReader if hasattr(os, "eventfd") else Reader

@@ -73,10 +73,14 @@ class ExpertStore:
         self.settle()
         self.reader.close()
 
-    def resident(self, layer: int) -> np.ndarray:
-        """Whether each record of a layer is resident (or on its way), bool [E, N]."""
+    def slots_of(self, layer: int) -> np.ndarray:
+        """Slot of each record of a layer that is resident or on its way, else -1: [E, N]."""
         keys = self.space.of_layer(layer)
-        return self._slot[keys.start : keys.stop].reshape(self.space.experts, self.space.parts) >= 0
+        return self._slot[keys.start : keys.stop].reshape(self.space.experts, self.space.parts)
+
+    def resident(self, layer: int) -> np.ndarray:
+        """Whether each record of a layer is resident or on its way, bool [E, N]."""
+        return self.slots_of(layer) >= 0
 
     @property
     def seconds_per_record(self) -> float:

@@ -1,7 +1,7 @@
 """What a model costs whose experts are on disk: ms per decoded token of the store against LRU over whole experts, at equal memory.
 
     python benchmarks/offload.py [--folder ELASTIC] [--share 0.25] [--tokens 96] [--rounds 3] [--link MB/s] [--only lru,mixed] [--json]
-    python benchmarks/offload.py --large           # a random model of 300 MB of experts: timing only
+    python benchmarks/offload.py --large           # a random model of 400 MB of experts: timing only
     python benchmarks/offload.py --overlap         # step time against the larger of reading and computing
     python benchmarks/offload.py --simulate        # ms per token as replayed from a trace, against the run, at five memory sizes
 
@@ -44,7 +44,7 @@ from moe_prism.offload.store.store import Times
 
 PROMPT = 32
 LARGE = {
-    "hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8,
+    "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8,
     "num_experts": 32, "num_experts_per_tok": 4, "max_position_embeddings": 1024,
 }  # fmt: skip
 
@@ -73,6 +73,7 @@ def ablation(args: argparse.Namespace) -> list[Config]:
         Config("aware", args.wide, options={**policy, "misses": floor}),
         Config("aware+prefetch", args.wide, options={**ahead, "misses": floor}),
         Config("mixed", args.wide, options={**policy, "misses": Misses(args.exact, low=args.floor)}),
+        Config("mixed+prefetch", args.wide, options={**ahead, "misses": Misses(args.exact, low=args.floor)}),
     ]
 
 
@@ -298,7 +299,7 @@ def elastic(args: argparse.Namespace, work: Path) -> Path:
 
 
 def random_model(folder: Path) -> None:
-    """OLMoE with prism-nano's vocabulary and 192 experts of 1.5 MB: random weights route as evenly as it gets."""
+    """OLMoE with prism-nano's vocabulary and 128 experts of 3.1 MB. Embeddings and routers are scaled so that tokens spread over them."""
     import shutil
 
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -309,7 +310,12 @@ def random_model(folder: Path) -> None:
     special = {key: nano[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
     torch.manual_seed(0)
     config = AutoConfig.for_model("olmoe", **{**LARGE, **special})
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("embed_tokens.weight", "mlp.gate.weight")):
+                parameter.mul_(50 if "embed" in name else 10)
+    model.save_pretrained(folder)
     for file in NANO.glob("tokenizer*"):
         shutil.copyfile(file, folder / file.name)
 

@@ -40,14 +40,15 @@ class Ahead:
         """The records layer `number` would keep on this input, best first, at most `width`."""
         layer = self.elastic.stored[number]
         weight, index = (x @ self.routers[number].T).float().softmax(-1).topk(self.k, -1)
-        setting, space = self.elastic.setting, self.elastic.store.space
+        setting, misses, space = self.elastic.setting, self.elastic.misses, self.elastic.store.space
         valid = torch.ones_like(index, dtype=torch.bool)
-        if setting.is_full(number) or space.parts == 1:
+        if (setting.is_full(number) and misses.is_exact) or space.parts == 1:
             values = weight[:, :, None].expand(-1, -1, space.parts)
             keep = torch.ones_like(values, dtype=torch.bool)
         else:
             slots = layer.slots(x, index, weight, valid, setting)
-            values, keep = slots.values(), layer.rule(setting.rule).keep(slots, _per_token(setting.at(number), x))
+            budget = _per_token(setting.at(number), x).clamp(max=misses.floor)  # what is kept only where it is there is not read
+            values, keep = slots.values(), layer.rule(setting.rule).keep(slots, budget)
         first = space.of_layer(number).start
         number_of = first + index[:, :, None] * space.parts + torch.arange(space.parts)
         order = values[keep].argsort(descending=True)

@@ -60,8 +60,8 @@ class ArenaLayer(MoELayer):
         self.num_experts, self.hidden, self.width = len(memory), layout.hidden, layout.block
         self._like, self._has_gate, self._has_bias = like, layout.has_gate, layout.has_bias
         numbers = memory.view(layout.torch_dtype)
-        self._matrices = torch.unflatten(numbers[:, : layout.weights], 1, (-1, layout.block, layout.hidden))
-        self._biases = torch.unflatten(numbers[:, layout.weights : layout.weights + layout.biases], 1, (-1, layout.block or 1))
+        self._matrices: Tensor = torch.unflatten(numbers[:, : layout.weights], 1, (-1, layout.block, layout.hidden))
+        self._biases: Tensor = torch.unflatten(numbers[:, layout.weights : layout.weights + layout.biases], 1, (-1, layout.block))
 
     @property
     def gate(self) -> Tensor | None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numba import njit
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...elastic.base import Slots
@@ -22,6 +24,10 @@ from ...errors import UsageError
 
 if TYPE_CHECKING:
     from .layer import StoredLayer
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -66,22 +72,56 @@ def choose(layer: StoredLayer, slots: Slots, setting: Setting, misses: Misses) -
     wide = rule.keep(slots, budget)
     if misses.is_exact:
         return Choice(wide)
-    there = torch.from_numpy(layer.store.resident(layer.number))[slots.index.clamp(0, layer.plan.layer.num_experts - 1)]
-    missing = wide & ~there
-    if not missing.any():
-        return Choice(wide)
-    read = missing & rule.keep(slots, torch.minimum(budget, torch.full_like(budget, misses.floor)))
+    experts, parts = layer.store.space.experts, layer.store.space.parts
+    if parts != wide.shape[2]:
+        raise UsageError("a store of whole experts knows no sub-experts to skip", "leave miss floors out")
+    sure = rule.keep(slots, budget.clamp(max=misses.floor))
     if misses.step_seconds is not None:
-        read |= _affordable(layer, slots, missing & ~read, _count(slots.index, read), misses.step_seconds)
-    keep = (wide & there) | read
-    if misses.low is None:
-        return Choice(_never_empty(keep, wide, slots))
-    cheap = missing & ~read & rule.keep(slots, torch.minimum(budget, torch.full_like(budget, misses.low)))
-    keep = _never_empty(keep | cheap, wide, slots)
-    low = np.zeros((layer.store.space.experts, layer.store.space.parts), bool)
-    _mark(low, slots.index, keep & cheap, True)
-    _mark(low, slots.index, keep & ~cheap, False)  # wanted whole by another token of the batch
-    return Choice(keep, low)
+        there = torch.from_numpy(layer.store.resident(layer.number))[slots.index.clamp(0, experts - 1)]
+        missing = wide & ~there
+        sure = sure | _affordable(layer, slots, missing & ~sure, _count(slots.index, missing & sure), misses.step_seconds)
+    cheap = sure if misses.low is None else rule.keep(slots, budget.clamp(max=misses.low))
+    keep, low = torch.empty_like(wide), np.zeros((experts, parts), np.bool_)
+    flags = [flag.contiguous().numpy() for flag in (wide, sure, cheap)]
+    values = slots.values().float().contiguous().numpy()
+    some = decide(slots.index.contiguous().numpy(), *flags, layer.store.slots_of(layer.number), values, keep.numpy(), low)
+    return Choice(keep, low if some else None)
+
+
+@njit(nogil=True, cache=True)
+def decide(index: Ints, wide: Flags, sure: Flags, cheap: Flags, slot: Ints, values: Floats, keep: Flags, low: Flags) -> bool:
+    """keep [T, k, N] = wide where the record is resident, else wide and sure or cheap; low [E, N]: missing and cheap for all who want it.
+
+    index [T, k]; wide, sure, cheap [T, k, N]; slot [E, N], negative = missing. A token that lost everything keeps the best of its wide
+    slots. Returns whether anything is low.
+    """
+    tokens, k, parts = wide.shape
+    exact = np.zeros(low.shape, np.bool_)
+    for t in range(tokens):
+        some, best, at = False, np.float32(-1), -1
+        for c in range(k):
+            for n in range(parts):
+                keep[t, c, n] = False
+                if not wide[t, c, n]:
+                    continue
+                there = slot[index[t, c], n] >= 0
+                keep[t, c, n] = there or sure[t, c, n] or cheap[t, c, n]
+                some |= keep[t, c, n]
+                if keep[t, c, n] and not there:
+                    exact[index[t, c], n] |= sure[t, c, n]
+                    low[index[t, c], n] = True
+                if values[t, c, n] > best:
+                    best, at = values[t, c, n], c * parts + n
+        if not some and at >= 0:
+            c, n = at // parts, at % parts
+            keep[t, c, n] = True
+            exact[index[t, c], n] = True
+    found = False
+    for e in range(low.shape[0]):
+        for n in range(parts):
+            low[e, n] = low[e, n] and not exact[e, n]
+            found |= low[e, n]
+    return found
 
 
 def _once(slots: Slots) -> Callable[[], Tensor]:
@@ -94,17 +134,6 @@ def _once(slots: Slots) -> Callable[[], Tensor]:
         return found[0]
 
     return norms
-
-
-def _never_empty(keep: Tensor, wide: Tensor, slots: Slots) -> Tensor:
-    """A token that lost everything keeps the best of its slots, resident or not."""
-    empty = ~keep.any(2).any(1) & wide.any(2).any(1)
-    if not empty.any():
-        return keep
-    values = slots.values().masked_fill(~wide, -1.0).flatten(1)
-    best = torch.zeros_like(values, dtype=torch.bool)
-    best[torch.arange(len(values)), values.argmax(1)] = True
-    return keep | (best.view_as(keep) & empty[:, None, None])
 
 
 def _affordable(layer: StoredLayer, slots: Slots, open_: Tensor, already: int, seconds: float) -> Tensor:
@@ -127,8 +156,3 @@ def _count(index: Tensor, keep: Tensor) -> int:
     """Distinct records among kept slots."""
     token, choice, part = keep.nonzero(as_tuple=True)
     return int(torch.unique(index[token, choice] * keep.shape[2] + part).numel())
-
-
-def _mark(table: np.ndarray, index: Tensor, keep: Tensor, value: bool) -> None:
-    token, choice, part = keep.nonzero(as_tuple=True)
-    table[index[token, choice].numpy(), part.numpy()] = value

@@ -78,7 +78,7 @@ class Layout:
     def lowered(self, records: Tensor) -> Tensor:
         """The int8 forms, uint8 [n, low_bytes], of records uint8 [n, bytes]: every row in steps of its largest weight / 127."""
         numbers = records[:, : (self.weights + self.biases) * self.item].view(self.torch_dtype)
-        rows = torch.unflatten(numbers[:, : self.weights].float(), 1, (self.rows, self.hidden))
+        rows = numbers[:, : self.weights].float().reshape(-1, self.rows, self.hidden)
         scale = rows.abs().amax(2) / LEVELS
         steps = (rows / scale.clamp(min=1e-30).unsqueeze(2)).round().to(torch.int8)
         head = torch.cat([scale.view(torch.uint8), numbers[:, self.weights :].contiguous().view(torch.uint8)], 1)

@@ -26,6 +26,7 @@ from .wanted import Wanted, add_rows
 from .workers import READER
 
 ENTRIES = 1 << 20  # numbers of partial outputs held at a time
+AHEAD = 3  # pieces of a long prompt that are read while one is computed
 PRICE = 0.05  # weight of the newest wait in the price of a record
 
 
@@ -72,10 +73,14 @@ class ExpertStore:
         self.settle()
         self.reader.close()
 
-    def resident(self, layer: int) -> np.ndarray:
-        """Whether each record of a layer is resident (or on its way), bool [E, N]."""
+    def slots_of(self, layer: int) -> np.ndarray:
+        """Slot of each record of a layer that is resident or on its way, else -1: [E, N]."""
         keys = self.space.of_layer(layer)
-        return self._slot[keys.start : keys.stop].reshape(self.space.experts, self.space.parts) >= 0
+        return self._slot[keys.start : keys.stop].reshape(self.space.experts, self.space.parts)
+
+    def resident(self, layer: int) -> np.ndarray:
+        """Whether each record of a layer is resident or on its way, bool [E, N]."""
+        return self.slots_of(layer) >= 0
 
     @property
     def seconds_per_record(self) -> float:
@@ -164,39 +169,36 @@ class ExpertStore:
         add_rows(parts.numpy(), wanted.row.numpy(), out.numpy())
 
     def _pieces(self, layer: int, x: Tensor, wanted: Wanted, low: frozenset[Key], out: Tensor) -> None:
-        """More than the cache holds: pieces in key order, each read while the one before is computed.
+        """More than the cache holds: pieces in key order, the next few being read while one is computed.
 
-        Residents that come later are pinned until their turn, as many as leave room for two pieces.
+        Residents that come later are pinned until their turn, as many as leave room for these pieces.
         """
         self.settle()
         capacity = self._capacity(layer)
-        size = max(1, capacity // 4)
+        size = max(1, capacity // (2 * (AHEAD + 1)))
+        ahead = min(AHEAD, capacity // size - 1)
         bounds = [(i, min(i + size, len(wanted))) for i in range(0, len(wanted), size)]
         keys = wanted.keys.tolist()
-        later = [key for key in keys if key in self.cache][: max(0, capacity - 2 * size)]
+        later = [key for key in keys if key in self.cache][: capacity - (ahead + 1) * size]
         held = dict.fromkeys(later, 1)
         self.cache.pin(later)
         jobs: dict[int, list[Job]] = {}
 
         def begin(number: int) -> None:
-            if number < len(bounds):
-                first, last = bounds[number]
-                jobs[number] = self._fetch(layer, wanted, first, last, low)
-                self.cache.pin(keys[first:last])
-                for key in keys[first:last]:
-                    held[key] = held.get(key, 0) + 1
+            first, last = bounds[number]
+            jobs[number] = self._fetch(layer, wanted, first, last, low)
+            self.cache.pin(keys[first:last])
+            for key in keys[first:last]:
+                held[key] = held.get(key, 0) + 1
 
         try:
-            begin(0)
             for number, (first, last) in enumerate(bounds):
-                if 2 * size <= capacity:
-                    begin(number + 1)
+                for following in range(number + len(jobs), min(number + ahead + 1, len(bounds))):
+                    begin(following)
                 self._wait(jobs.pop(number), layer)
                 self._compute(x, wanted, first, last, out)
                 for key in keys[first:last]:
                     self.cache.unpin([key] * held.pop(key))
-                if 2 * size > capacity:
-                    begin(number + 1)
         finally:
             for key, count in held.items():
                 self.cache.unpin([key] * count)

@@ -88,6 +88,18 @@ def test_correction_learns_near_what_was_observed_and_everywhere_else_the_mean()
     assert model.seconds(step) < 2 * float(model.base(step))
 
 
+def test_the_first_observations_count_most():
+    model, rounds = cost(), []
+    step = Totals(decode=8, decode_slots=64, unread=8 * FACTS.unread(8))
+    for _ in range(30):
+        before = model.correction(step)
+        model.observe(step, 2.0 * float(model.base(step)))
+        rounds.append((model.correction(step) - before) / (2.0 - before))
+    assert rounds[0] == pytest.approx(0.25)
+    assert rounds[-1] == pytest.approx(0.05)
+    assert all(later <= sooner + 1e-9 for sooner, later in zip(rounds, rounds[1:], strict=False))
+
+
 def test_file_round_trip(tmp_path):
     model = CostModel.fit(FACTS, samples(cost(), 40))
     step = Totals(decode=8, decode_slots=64)

@@ -9,7 +9,7 @@ from moe_prism.schedule import Job, Limits, Progress, Work
 from moe_prism.schedule.backlog import Backlog
 from moe_prism.schedule.cost import Totals, chunk_pairs
 from moe_prism.schedule.elastic import MARGIN
-from moe_prism.schedule.levels import Parts, Prices, lift
+from moe_prism.schedule.levels import Parts, Prices, lift, worthwhile
 
 from .common import FACTS, LADDER, check, cost, policy, runs, waits
 
@@ -74,7 +74,63 @@ def test_on_a_concave_ladder_no_other_choice_of_equal_time_is_better():
         assert got >= best - 0.04  # one rung of one request: lifts are whole
 
 
+@settings(deadline=None)
+@given(st.lists(st.floats(0.1, 1.0), min_size=1, max_size=6), st.floats(0.0, 3.0))
+def test_levels_worth_serving_are_those_down_to_the_first_that_costs_too_much_quality(shares, worth):
+    seconds = np.sort(np.array([*shares, 1.0]))
+    quality = np.linspace(0.8, 1.0, len(seconds))
+    found = worthwhile(seconds, quality, worth)
+    bought, paid = 1 - seconds / seconds[-1], 1 - quality / quality[-1]
+    assert (bought >= worth * paid - 1e-9)[found:].all()
+    assert found == 0 or bought[found - 1] < worth * paid[found - 1]
+    assert worthwhile(seconds, quality, 0.0) == 0
+
+
 # -- the step
+
+
+def test_quality_is_not_thrown_after_time_that_it_does_not_buy():
+    running = [runs(f"r{i}", generated=10, first=1.0, tpot=0.04) for i in range(45)]
+
+    def levels(slope, **options):
+        return {work.level for work in policy("elastic", cost(slope), **options).step(1.0 + 0.04 * 9, [], running, Limits())}
+
+    assert levels(0.97) == {LADDER.top}  # 3 % of the time for 15 % of the quality
+    assert min(levels(0.97, worth=0.0)) < LADDER.top
+    assert min(levels(0.5)) < LADDER.top
+
+
+def test_decodes_that_can_wait_make_room_for_an_urgent_prompt():
+    tight = [runs(f"t{i}", generated=10, first=1.0, tpot=0.045, output=100) for i in range(10)]
+    loose = [runs(f"l{i}", generated=10, first=1.0, output=100, priority=2) for i in range(40)]
+    now = 1.0 + 0.045 * 9
+
+    def step(*waiting):
+        works = {work.id: work for work in policy("elastic").step(now, waiting, [*tight, *loose], Limits())}
+        assert {p.job.id for p in tight} < set(works)
+        return works
+
+    everyone = {p.job.id for p in (*tight, *loose)}
+    assert everyone <= set(step())
+    assert everyone <= set(step(waits("calm", now, prompt=2000, priority=2))), "nobody waits for who has no target"
+    works = step(waits("urgent", now, prompt=2000, ttft=0.45))
+    assert not everyone <= set(works)
+    assert works["urgent"].tokens * 0.45 / 0.045 >= 2000, "at this pace it is in time"
+
+
+def test_among_the_late_the_longest_wait_in_units_of_the_target_goes_first():
+    late = [
+        waits("short", 8.0, prompt=300, ttft=0.5, kind="a"),
+        waits("long", 2.0, prompt=300, ttft=5.0, kind="b", priority=1),
+        waits("old", -90.0, prompt=300, kind="c", priority=2),
+    ]
+    order = []
+    chosen = policy("elastic")
+    while late:
+        first = chosen.step(10.0, late, [], Limits(requests=1, tokens=300))[0].id
+        order.append(first)
+        late = [p for p in late if p.job.id != first]
+    assert order == ["old", "short", "long"]
 
 
 def test_full_quality_when_there_is_time():

@@ -25,7 +25,8 @@ from .base import Ladder, Progress, Work
 
 Numbers = Any  # a float, or a float array: the formulas are the same for one step and for many
 
-LEARNING_RATE = 0.05  # of the online correction, per observed step
+LEARNING_RATE = 0.05  # of the online correction, per observed step; more while little was observed
+WARM = 3  # steps that the prediction before any observation counts for
 CORRECTION = (0.2, 5.0)  # an observation outside this ratio is a stall, not a cost
 
 
@@ -125,6 +126,7 @@ class CostModel:
         self.facts, self.coefficients, self.error = facts, coefficients, error
         self.everywhere = 1.0  # observed / predicted, mean over all steps
         self._corrections: dict[str, float] = {}  # bucket -> observed / predicted; a few dozen buckets exist
+        self._seen: dict[str | None, int] = {}  # bucket -> steps observed here; None: all
 
     @classmethod
     def fit(cls, facts: LayerFacts, samples: Sequence[Sample], held_out: int = 4) -> CostModel:
@@ -221,9 +223,14 @@ class CostModel:
         """Learn from a step that took `seconds`."""
         low, high = CORRECTION
         ratio = min(max(seconds / float(self.base(totals)), low), high)
-        before = self.correction(totals)
-        self.everywhere += LEARNING_RATE * (ratio - self.everywhere)
-        self._corrections[self.bucket(totals)] = before + LEARNING_RATE * (ratio - before)
+        bucket, before = self.bucket(totals), self.correction(totals)
+        self.everywhere += self._rate(None) * (ratio - self.everywhere)
+        self._corrections[bucket] = before + self._rate(bucket) * (ratio - before)
+
+    def _rate(self, bucket: str | None) -> float:
+        """The first observations move a mean further: each of n counts 1 / (n + WARM) until that is the learning rate."""
+        seen = self._seen[bucket] = self._seen.get(bucket, 0) + 1
+        return max(LEARNING_RATE, 1 / (seen + WARM))
 
     # -- files
 

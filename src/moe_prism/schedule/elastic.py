@@ -2,13 +2,16 @@
 
 1. *Time.* The step may last as long as the decodes in it can wait for their next token: the target per token, plus a part of what a
    request is ahead of its schedule, minus a part of what it is behind. It is also kept short beside the tightest time to first token.
-2. *Decodes.* All of them, at their floors. If that alone is too long, those that can wait longest are left out of this step.
+2. *Decodes.* All of them, at their floors. If that alone is too long, those that can wait longest are left out of this step, and also
+   if a prompt of the first class would otherwise miss its target.
 3. *Prompts.* In the order in which they must start. As many tokens as fit with everyone at the ceiling; more, at the price of
    quality, only if deadlines need the pace. If not all deadlines can be met even at the floors, by priority.
-4. *Quality.* What time is left lifts the lowest levels first (`levels.lift`).
+4. *Quality.* What time is left lifts the lowest levels first (`levels.lift`). Levels at which a percent of quality buys less than a
+   percent of time are not used, whatever the floor: where time hardly depends on K, overload is no reason to lower it.
 
-Who can no longer meet the target is served after those who can, by arrival, but `share` of the prompt tokens goes to them and to every
-class that has requests waiting, and a running request without a token for `stall` seconds goes first. So everyone advances.
+Who can no longer meet the target is served after those who can, by what they have waited in units of their target, but `share` of the
+prompt tokens goes to them and to every class that has requests waiting, and a running request without a token for `stall` seconds goes
+first. So everyone advances.
 """
 
 from __future__ import annotations
@@ -21,17 +24,18 @@ from numpy.typing import NDArray
 from .base import Ladder, Limits, Policy, Progress, Work
 from .cost import CostModel, Totals, chunk_pairs
 from .fill import ceiling
-from .levels import Parts, Prices, lift
-from .prompts import RESERVED, Chunk, Prompts, Room
+from .levels import Parts, Prices, lift, worthwhile
+from .prompts import RESERVED, Begun, Chunk, Prompts, Room
 from .running import DONE, END, LAST, OUTPUT, PROMPT, START, TPOT, Running
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-MARGIN = 0.92  # share of a step's time that is planned: predictions err
+MARGIN = 0.9  # share of a step's time that is planned: predictions err
 HORIZON = 8  # tokens over which a request ahead of or behind its schedule returns to it
 RESPONSE = 0.35  # longest step as a share of the tightest time to first token
 LONGEST = 0.5  # seconds of a step when no target says anything
+AFRESH = 0.2  # seconds after which levels are weighed anew
 MEMORY = 1 << 16  # tokens over which the mean quality is kept
 
 
@@ -46,28 +50,33 @@ class Elastic(Policy):
         patience: float = 10.0,
         share: float = 0.08,
         stall: float = 1.0,
+        worth: float = 1.0,
     ) -> None:
         """quality: least mean quality over served tokens: while the mean is below, nobody is served below this quality.
 
         patience: seconds in which requests without a target should start. share: part of the prompt tokens kept for each class, and for
         those that are late. stall: seconds without a token after which a running request goes first.
+        worth: share of time that a share of quality must buy for a level to be used, whatever the floor; 0 allows all levels.
         """
         self.ladder, self.cost, self.quality, self.stall = ladder, cost, quality, stall
-        self._least = ladder.at_least(quality)
+        self._least, self._worth = ladder.at_least(quality), worth
+        self._decode_least = 0  # level below which no decode is served now
+        self._weighed = -np.inf  # when levels were last weighed against their time
+        self._worthy = (0, 0)  # lowest level worth its time, for decodes and for prompts
         self._prices = Prices(ladder, cost.facts)
         self._prompts = Prompts(ladder, cost, patience, share)
         self._running = Running(ladder)
         self._weight, self._mean = 0.0, 0.0  # tokens served and their mean quality, fading
 
     def step(self, now: float, waiting: Sequence[Progress], running: Sequence[Progress], limits: Limits) -> list[Work]:
-        self._prompts.least = self._least if self._mean < self.quality else 0
         self._prompts.backlog.sync(waiting, now)
         rows = self._running.sync(running, now)
-        begun = [i for i in self._running.silent if running[i].remaining_prompt > 0]
-        partial = [running[i] for i in begun]
-        rows = np.delete(rows, begun) if begun else rows
-        room, rows, parts = self._decodes(now, rows, limits, len(running))
-        self._prompts.plan(now, partial, self._running.remaining(rows), waiting, room)
+        prompts = [i for i in self._running.silent if running[i].remaining_prompt > 0]
+        begun = self._prompts.begun([running[i] for i in prompts])
+        rows = np.delete(rows, prompts) if prompts else rows
+        self._weigh(now, len(rows))
+        room, rows, parts = self._decodes(now, rows, begun, limits, len(running))
+        self._prompts.plan(now, begun, self._running.remaining(rows), waiting, room)
         return self._works(now, rows, self._with_chunks(parts, room.chunks), room)
 
     def _works(self, now: float, rows: Ints, parts: Parts, room: Room) -> list[Work]:
@@ -83,9 +92,21 @@ class Elastic(Policy):
             works.append(Work(chunk.progress.job.id, chunk.tokens, level))
         return works
 
+    def _weigh(self, now: float, decodes: int) -> None:
+        """Below which level nobody is served now."""
+        if now - self._weighed > AFRESH:
+            self._weighed = now
+            slots, unread, quality = self._prices.slots, self._prices.unread, self._prices.quality
+            n = max(decodes, 1)
+            step = self.cost.base(Totals(decode=float(n), decode_slots=n * slots, unread=n * unread))
+            prompt = np.array([self._prompts.token_seconds(level, n * float(unread[-1])) for level in range(len(slots))])
+            self._worthy = worthwhile(step, quality, self._worth), worthwhile(prompt, quality, self._worth)
+        mandated = self._least if self._mean < self.quality else 0
+        self._decode_least, self._prompts.least = (max(mandated, level) for level in self._worthy)
+
     # -- decodes
 
-    def _decodes(self, now: float, rows: Ints, limits: Limits, running: int) -> tuple[Room, Ints, Parts]:
+    def _decodes(self, now: float, rows: Ints, begun: Sequence[Begun], limits: Limits, running: int) -> tuple[Room, Ints, Parts]:
         """Who decodes in this step, and the room that leaves for prompts."""
         seconds = min(LONGEST, RESPONSE * self._prompts.tightest)
         parts = self._parts(rows)
@@ -93,8 +114,10 @@ class Elastic(Policy):
         if len(rows):
             allowance = self._allowance(now, rows)
             seconds = max(min(seconds, float(allowance.min())), 1e-6)
-            if len(rows) > limits.tokens or self.cost.base(parts.floors) > seconds * MARGIN / correction:
-                rows = self._most_urgent(now, rows, allowance, seconds * MARGIN / correction, limits.tokens)
+            planned = seconds * MARGIN / correction
+            left = planned * (1 - self._prompts.urgent(now, begun))
+            if len(rows) > limits.tokens or self.cost.base(parts.floors) > left:
+                rows = self._most_urgent(now, rows, allowance, (planned, left, 2 * seconds), limits.tokens)
                 parts = self._parts(rows)
         used, planned = float(self.cost.base(parts.floors)), seconds * MARGIN / correction
         room = Room(
@@ -114,11 +137,11 @@ class Elastic(Policy):
 
     def _parts(self, rows: Ints) -> Parts:
         """One decode of each of these."""
-        levels = self._running.levels[rows].T
+        levels = self._running.levels.take(rows, axis=0).T
         floor, top = levels
-        if self._prompts.least:
-            floor[:] = np.minimum(np.maximum(floor, self._prompts.least), top)
-        table = self._running.table[rows]
+        if self._decode_least:
+            floor[:] = np.minimum(np.maximum(floor, self._decode_least), top)
+        table = self._running.table.take(rows, axis=0)
         floors, ceilings = self._prices.decodes(levels, float(table[:, PROMPT].sum() + table[:, DONE].sum()))
         return Parts(floor, top, np.zeros(0), floors, ceilings)
 
@@ -140,7 +163,7 @@ class Elastic(Policy):
 
     def _allowance(self, now: float, rows: Ints) -> Floats:
         """Seconds that each decode can wait for its next token and still be on schedule HORIZON tokens later; infinite without a target."""
-        table = self._running.table[rows]
+        table = self._running.table.take(rows, axis=0)
         tpot, done = table[:, TPOT], table[:, DONE]
         ahead = table[:, START] + tpot * done - now
         allowance: Floats = np.maximum(tpot + ahead / HORIZON, tpot / 4)
@@ -148,18 +171,24 @@ class Elastic(Policy):
         allowance[lost] = np.inf
         return allowance
 
-    def _most_urgent(self, now: float, rows: Ints, allowance: Floats, planned: float, most: int) -> Ints:
-        """As many as fit the step at the floors, most urgent first; some of those without a token for `stall` seconds before them."""
+    def _most_urgent(self, now: float, rows: Ints, allowance: Floats, times: tuple[float, float, float], most: int) -> Ints:
+        """As many as fit the step at the floors, most urgent first; some of those without a token for `stall` seconds before them.
+
+        times: seconds that all of them may take, seconds that those may take who can wait, and for how long these can.
+        """
+        planned, left, patient = times
         last = self._running.table[rows, LAST]
         order = np.lexsort((last, allowance))
         stalled = np.flatnonzero(now - last[order] > self.stall)[: 1 + len(rows) // 8]
         order = np.concatenate([order[stalled], np.delete(order, stalled)])
-        floor = np.maximum(self._running.levels[rows[order], 0], self._prompts.least)
+        floor = np.maximum(self._running.levels[rows[order], 0], self._decode_least)
         sums = Totals(
             decode=np.arange(1.0, len(rows) + 1),
             decode_slots=self._prices.slots[floor].cumsum(),
             decode_pairs=(self._running.table[rows[order], PROMPT] + self._running.table[rows[order], DONE]).cumsum(),
             unread=self._prices.unread[floor].cumsum(),
         )
-        fits = int(np.searchsorted(self.cost.base(sums), planned, side="right"))
-        return rows[np.sort(order[: min(max(fits, 1), most)])]
+        seconds = self.cost.base(sums)
+        fits, spare = (int(np.searchsorted(seconds, limit, side="right")) for limit in (planned, left))
+        hurried = len(stalled) + int((allowance[order[len(stalled) :]] < patient).sum())
+        return rows[np.sort(order[: min(max(min(fits, max(spare, hurried)), 1), most)])]

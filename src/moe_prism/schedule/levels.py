@@ -26,7 +26,7 @@ class Prices:
 
     def decodes(self, levels: Ints, pairs: float) -> list[Totals]:
         """For each row of levels [rows, n], the sums of n decodes at these levels."""
-        sums = self.both[:, levels].sum(axis=2).T.tolist()
+        sums = ((self.both @ np.bincount(row, minlength=self.both.shape[1])).tolist() for row in levels)
         count = float(levels.shape[1])
         return [Totals(decode=count, decode_slots=slots, decode_pairs=pairs, unread=unread) for slots, unread in sums]
 
@@ -58,6 +58,15 @@ class Parts:
     def mean(self, values: Floats) -> float:
         """Token-weighted mean of a value per part."""
         return (float(values[: self.decodes].sum()) + float(self.tokens @ values[self.decodes :])) / self.weight
+
+
+def worthwhile(seconds: Floats, quality: Floats, worth: float) -> int:
+    """The lowest level that is worth serving: a share x of quality given up, from the top, buys at least the share `worth` x of time.
+
+    seconds, quality: of every level, cheapest first. Where time hardly depends on K, quality is not thrown after it.
+    """
+    bad = np.flatnonzero(1 - seconds / seconds[-1] < worth * (1 - quality / quality[-1]) - 1e-12)
+    return int(bad[-1]) + 1 if len(bad) else 0
 
 
 def lift(parts: Parts, seconds: float, cost: CostModel, prices: Prices) -> Ints:

@@ -18,11 +18,15 @@ from .fill import ceiling
 Floats = NDArray[np.float64]
 
 EARLY = 0.2  # share of the time left in which waiting requests are to be started: who plans to be just in time is late
+URGENT = 0.5  # the same for the first class: for its sake decodes that can wait are left out
 STARTS = 64  # most requests admitted in one step, so that a step's planning is bounded
 LEAST_CHUNK = 16  # prompt tokens: less is not worth its place, unless the prompt ends
 AFRESH = 0.1  # seconds after which the needs of a long backlog are computed anew
 RESERVED = 0.125  # share of the places, once a request with a time to first token was seen
 MEMORY = 16384  # prompt tokens over which shares are measured
+
+
+Begun = tuple[float, Progress]  # a prompt partly computed, after the moment by which it must go on
 
 
 class Chunk(NamedTuple):
@@ -77,14 +81,15 @@ class Prompts:
         self.advanced = 0.0  # when a prompt last did
         self._served: dict[Lane | None, float] = {}  # prompt tokens by lane, None: the late ones; fading
         self._read = (-math.inf, -1, 0.0, math.inf, False)  # when and what `_pace` last read from the backlog
+        self._begun: dict[str, tuple[int, float]] = {}  # prompt tokens computed, and when the prompt must go on
         self._short: set[Lane | None] = set()  # those that have had less than their share, at this step
 
-    def plan(self, now: float, partial: Sequence[Progress], remaining: Floats, waiting: Sequence[Progress], room: Room) -> None:
-        """Fill `room.chunks`. partial: prompts partly computed. remaining: tokens that each running request may still generate."""
-        if not partial and not waiting:
+    def plan(self, now: float, begun: Sequence[Begun], remaining: Floats, waiting: Sequence[Progress], room: Room) -> None:
+        """Fill `room.chunks`. remaining: tokens that each running request may still generate."""
+        if not begun and not waiting:
             return
-        strict = self._pace(now, partial, remaining, room)
-        options = self._options(now, partial, strict)
+        strict = self._pace(now, begun, remaining, room)
+        options = self._options(now, begun, strict)
         for _ in range(STARTS):
             best = min(
                 (o for o in options if not o.waits or room.places > (room.reserved if o.patient and o.rank else 0)), default=None
@@ -95,11 +100,11 @@ class Prompts:
             if not tokens:
                 return
             if best.waits and not self._admit(best, room, waiting):
-                options = [o for o in options if not o.waits] + self._all_heads(strict)
+                options = [o for o in options if not o.waits] + self._all_heads(now, strict)
                 continue
             options.remove(best)
             if best.waits:
-                options += self._heads(best.lane, strict, best.late)
+                options += self._heads(now, best.lane, strict, best.late)
             self._take(best, tokens, room)
             self.advanced = now
 
@@ -117,15 +122,21 @@ class Prompts:
     def _alone(self, progress: Progress) -> float:
         """Seconds for the rest of a prompt, alone and at the floor, at most."""
         c, rest = self.cost.coefficients, progress.remaining_prompt
-        each = self._token_seconds(progress.job.floor, 0.0)
+        each = self.token_seconds(progress.job.floor, 0.0)
         return float((c.step + rest * each + c.prefill_pair * chunk_pairs(rest, progress.computed)) * self.cost.everywhere)
 
-    def _due(self, progress: Progress) -> float:
-        """`_start_by` for a prompt that is partly computed."""
-        job = progress.job
-        return job.arrival + (self.patience if job.ttft is None else job.ttft - self._alone(progress))
+    def begun(self, partial: Sequence[Progress]) -> list[Begun]:
+        """`_start_by` for prompts that are partly computed, anew when they have advanced."""
+        before, self._begun = self._begun, {}
+        for p in partial:
+            known = before.get(p.job.id)
+            if known is None or known[0] != p.computed:
+                wait = self.patience if p.job.ttft is None else p.job.ttft - self._alone(p)
+                known = (p.computed, p.job.arrival + wait)
+            self._begun[p.job.id] = known
+        return [(due, p) for (_, due), p in zip(self._begun.values(), partial, strict=True)]
 
-    def _pace(self, now: float, partial: Sequence[Progress], remaining: Floats, room: Room) -> bool:
+    def _pace(self, now: float, begun: Sequence[Begun], remaining: Floats, room: Room) -> bool:
         """Set what the deadlines need of this step. True if they cannot all be met even at the floors.
 
         A long backlog changes slowly: what it needs is computed anew when a thirty-second of it has changed, or after a while.
@@ -133,7 +144,7 @@ class Prompts:
         when, changes, pace, release, strict = self._read
         changed = self.backlog.changes - changes
         if now - when > AFRESH or changed > len(self.backlog) / 32:
-            pace, strict = self._deadlines(now, partial, remaining, room)
+            pace, strict = self._deadlines(now, begun, remaining, room)
             self._read = (now, self.backlog.changes, pace, room.release, strict)
         else:
             room.release = release
@@ -141,19 +152,19 @@ class Prompts:
         room.needed = (pace + late) * room.seconds
         return strict
 
-    def _deadlines(self, now: float, partial: Sequence[Progress], remaining: Floats, room: Room) -> tuple[float, bool]:
+    def _deadlines(self, now: float, begun: Sequence[Begun], remaining: Floats, room: Room) -> tuple[float, bool]:
         """Prompt tokens per second that all deadlines need, and whether that is more than the floors allow."""
         timely = self.backlog.timely()
         short = self._release(timely[0] - now, timely[2], remaining, room)
-        alone = self._token_seconds(self.least, room.unread) * room.correction
+        alone = self.token_seconds(self.least, room.unread) * room.correction
         slowed = alone * (room.used + max(room.floors, 1e-9)) / max(room.floors, 1e-9)
-        begun, pace = 0.0, 0.0  # prompts partly computed go first here; in truth by their deadlines
-        for due, rest in sorted((self._due(p), p.remaining_prompt) for p in partial):
-            begun += rest
-            pace = max(pace, begun / (EARLY * max(due - now, 0.0) + alone * rest))
+        first, pace = 0.0, 0.0  # prompts partly computed go first here; in truth by their deadlines
+        for due, rest in sorted((due, p.remaining_prompt) for due, p in begun):
+            first += rest
+            pace = max(pace, first / (EARLY * max(due - now, 0.0) + alone * rest))
         if timely.shape[1]:
             left, tokens = timely[0] - now, timely[1]
-            before = begun + tokens.cumsum() - tokens
+            before = first + tokens.cumsum() - tokens
             pace = max(pace, float(((before + tokens) / (EARLY * left + alone * tokens)).max()))
             short = short or bool((before * slowed > left).any())
         return pace, short
@@ -173,24 +184,46 @@ class Prompts:
         room.release = max(EARLY * float((left / steps).min()), 1e-6)
         return room.release < EARLY * room.used * room.correction
 
+    def urgent(self, now: float, begun: Sequence[Begun]) -> float:
+        """Share of the coming time that prompts of the first class with something to meet need, at their floors; before correction."""
+        timely = [(due, p) for due, p in begun if p.job.ttft is not None and due >= now]
+        queues = [(lane[0], q) for lane, q in self.backlog.lanes.items() if q.timely and q.timely[0][2].job.ttft is not None]
+        first = min([p.job.priority for _, p in timely] + [priority for priority, _ in queues], default=None)
+        if first is None:
+            return 0.0
+        columns = [queue.columns()[:2, :STARTS] for priority, queue in queues if priority == first]
+        own = [(due, p.remaining_prompt) for due, p in timely if p.job.priority == first]
+        due, tokens = np.concatenate([np.array(own, dtype=np.float64).reshape(-1, 2).T, *columns], axis=1)
+        order = due.argsort()
+        work = tokens[order].cumsum() * self.token_seconds(self.least, 0.0)
+        return float((work / (URGENT * (due[order] - now) + work)).max())
+
     # -- who
 
-    def _options(self, now: float, partial: Sequence[Progress], strict: bool) -> list[Option]:
+    def _options(self, now: float, begun: Sequence[Begun], strict: bool) -> list[Option]:
         """Prompts partly computed, and the heads of every lane."""
         least = self.share * sum(self._served.values())
         self._short = {key for key in (*self.backlog.lanes, *self._served, None) if self._served.get(key, 0.0) < least}
         options = []
-        for p in partial:
-            due = self._due(p)
-            options.append(self._option((p.job.priority, p.job.kind), due < now, due, p, strict, waits=False))
-        return options + self._all_heads(strict)
+        for due, p in begun:
+            lane, late = (p.job.priority, p.job.kind), due < now
+            options.append(self._option(lane, late, self._again(p, now) if late else due, p, strict, waits=False))
+        return options + self._all_heads(now, strict)
 
-    def _all_heads(self, strict: bool) -> list[Option]:
-        return [o for lane in self.backlog.lanes for late in (False, True) for o in self._heads(lane, strict, late)]
+    def _all_heads(self, now: float, strict: bool) -> list[Option]:
+        return [o for lane in self.backlog.lanes for late in (False, True) for o in self._heads(now, lane, strict, late)]
 
-    def _heads(self, lane: Lane, strict: bool, late: bool) -> list[Option]:
+    def _heads(self, now: float, lane: Lane, strict: bool, late: bool) -> list[Option]:
         queue = self.backlog.lanes[lane].late if late else self.backlog.lanes[lane].timely
-        return [self._option(lane, late, queue[0][0], queue[0][2], strict, waits=True)] if queue else []
+        if not queue:
+            return []
+        start, _, first = queue[0]
+        return [self._option(lane, late, self._again(first, now) if late else start, first, strict, waits=True)]
+
+    def _again(self, progress: Progress, now: float) -> float:
+        """Late ones in the order of what they have waited in units of their targets: nobody is passed by for ever."""
+        job = progress.job
+        return now - (now - job.arrival) * self.patience / (self.patience if job.ttft is None else max(job.ttft, 1e-3))
 
     def _option(self, lane: Lane, late: bool, due: float, progress: Progress, strict: bool, waits: bool) -> Option:
         short = lane in self._short or (late and None in self._short)
@@ -221,8 +254,8 @@ class Prompts:
         """Prompt tokens of this request that the step can take: all that fit at the ceiling, as many as are needed at the floor."""
         rest, job = min(progress.remaining_prompt, room.tokens), progress.job
         pair = self.cost.coefficients.prefill_pair * (progress.computed + rest / 2)
-        floor = room.floors / (self._token_seconds(self.floor(job), room.unread) + pair + 1e-12)
-        top = room.ceilings / (self._token_seconds(ceiling(job, self.ladder), room.unread) + pair + 1e-12)
+        floor = room.floors / (self.token_seconds(self.floor(job), room.unread) + pair + 1e-12)
+        top = room.ceilings / (self.token_seconds(ceiling(job, self.ladder), room.unread) + pair + 1e-12)
         tokens = max(top, min(floor, room.needed))
         if capped:
             tokens = min(tokens, max(LEAST_CHUNK, 2 * self.share * floor))
@@ -230,7 +263,7 @@ class Prompts:
             return min(LEAST_CHUNK, rest) if room.must and not room.chunks else 0
         return min(int(tokens), rest)
 
-    def _token_seconds(self, level: int, unread: float) -> float:
+    def token_seconds(self, level: int, unread: float) -> float:
         """Seconds that one more prompt token at this level adds to a step, attention aside."""
         c, slots = self.cost.coefficients, self.ladder.levels[level].slots
         return c.prefill_token + c.prefill_slot * slots + c.block * slots * math.exp(unread)
@@ -240,8 +273,8 @@ class Prompts:
         progress, job = option.progress, option.progress.job
         pairs = self.cost.coefficients.prefill_pair * chunk_pairs(tokens, progress.computed)
         room.chunks.append(Chunk(progress, tokens))
-        room.floors -= tokens * self._token_seconds(self.floor(job), room.unread) + pairs
-        room.ceilings -= tokens * self._token_seconds(ceiling(job, self.ladder), room.unread) + pairs
+        room.floors -= tokens * self.token_seconds(self.floor(job), room.unread) + pairs
+        room.ceilings -= tokens * self.token_seconds(ceiling(job, self.ladder), room.unread) + pairs
         room.needed -= tokens
         room.tokens -= tokens
         for key in (option.lane, None) if option.late else (option.lane,):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from .fill import ceiling
 # matter. START: when token 0 would have come on schedule, counting from 0. END: when the last one is due. LAST: when it last took part
 # in a step. DONE: tokens generated.
 TPOT, PROMPT, OUTPUT, START, END, LAST, DONE = range(7)
+ID, GENERATED = attrgetter("job.id"), attrgetter("generated")
 LEARNING_RATE = 0.05  # of the share of their allowance that requests use
 Floats = NDArray[np.float64]
 
@@ -36,17 +38,17 @@ class Running:
         """The row of each running request."""
         known = self._rows
         try:
-            rows = [known[p.job.id] for p in running]
+            rows = list(map(known.__getitem__, map(ID, running)))
         except KeyError:
             for p in running:
                 if p.job.id not in known:
                     self._add(p.job, now)
-            rows = [known[p.job.id] for p in running]
+            rows = list(map(known.__getitem__, map(ID, running)))
         if len(known) != len(rows):
             for row in set(known.values()).difference(rows):
                 self._remove(row)
         found = np.array(rows, dtype=np.int64)
-        generated = np.array([p.generated for p in running], dtype=np.float64)
+        generated = np.fromiter(map(GENERATED, running), np.float64, len(running))
         self.table[found, DONE] = generated
         self.silent = np.flatnonzero(generated == 0).tolist()
         silent = {rows[i] for i in self.silent}

@@ -17,7 +17,7 @@ from moe_prism.bench.outcome import FAILED, OK, REFUSED, UNFINISHED, Outcome, of
 from moe_prism.bench.prompts import cut_characters, cut_tokens, fitted, prompts
 from moe_prism.bench.stream import Stream
 from moe_prism.bench.target import find_target
-from moe_prism.bench.workload import Offer, fingerprint
+from moe_prism.bench.workload import Offer, fingerprint, recorded_seconds
 from moe_prism.errors import PrismError, UsageError
 from moe_prism.model.load import NANO
 from moe_prism.schedule.classes import default_classes
@@ -218,6 +218,15 @@ def test_a_trace_is_stretched_to_the_rate(tmp_path):
     workload = Offer("classes", 10.0, path).of(default_classes())
     assert [a.job.arrival for a in workload.arrivals(0.0, 0, LADDER, None)] == list(range(10))
     assert [a.job.arrival for a in workload.arrivals(2.2, 0, LADDER, None)][:3] == [0, 0.5, 1.0]
+
+
+def test_all_of_a_trace_is_as_long_as_it_was_recorded(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(json.dumps({"arrival": 7 + i, "class": "batch", "prompt": 5, "output": 4}) + "\n" for i in range(11)))
+    workload = Offer("classes", recorded_seconds(path), path).of(default_classes())
+    assert len(workload.arrivals(0.0, 0, LADDER, None)) == 11
+    path.write_text("{}")
+    assert recorded_seconds(path) == 60.0
 
 
 def test_the_simulator_in_the_client_s_terms():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -85,6 +86,15 @@ class Workload:
         scale = len(arrivals) / (rate * span) if rate and span else 1.0
         moved = [Arrival(replace(a.job, arrival=round((a.job.arrival - first) * scale, 6)), a.length) for a in arrivals]
         return [a for a in moved if a.job.arrival < self.seconds]
+
+
+def recorded_seconds(trace: Path) -> float:
+    """How long a trace is, at least 1 second; 60 for one that cannot be read, which whoever replays it will say better."""
+    try:
+        times = [float(json.loads(line)["arrival"]) for line in trace.read_text().splitlines() if line.strip()]
+        return min(max(math.nextafter(max(times) - min(times), math.inf), 1.0), 86_400.0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 60.0
 
 
 def fingerprint(arrivals: Sequence[Arrival]) -> str:

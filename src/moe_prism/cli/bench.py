@@ -26,7 +26,7 @@ def bench(
     workload: str = "classes",
     trace: Path | None = None,
     spread: float = 0.0,
-    seconds: float = 60.0,
+    seconds: float | None = None,
     seed: int = 0,
     repeats: int = 3,
     patience: float = 30.0,
@@ -55,7 +55,7 @@ def bench(
     workload: chat (Poisson), burst (gamma), classes (a day with a step to three times), or longtail.
     trace: JSON lines to replay instead, stretched to --rate (auto: as recorded).
     spread: Standard deviation, as a share of the levels, of quality floors drawn per request; 0 keeps the classes'.
-    seconds: How long requests are offered; the first and the last tenth do not count.
+    seconds: How long requests are offered, default 60, or all of a trace as recorded; the first and the last tenth do not count.
     seed: Of arrivals and prompts; with --compare, repeat i has seed + i.
     repeats: With --compare, runs of each policy, taken in turn.
     patience: Seconds to wait for answers after the last request; what is unfinished then counts as bad.
@@ -76,12 +76,14 @@ def bench(
     from ..bench import single
     from ..bench.outcome import write_events
     from ..bench.result import save
-    from ..bench.workload import Offer
+    from ..bench.workload import Offer, recorded_seconds
     from ..files import check_writable
 
     check_writable(out, events, save_cost)
-    offer = Offer(workload, seconds, trace, spread, slower)
     rates = _rates(rate)
+    if seconds is None:
+        seconds = 60.0 if trace is None or rates else recorded_seconds(trace)
+    offer = Offer(workload, seconds, trace, spread, slower)
     if compare is not None and url is None:
         limits = comparison.Options(
             policies.split(","), rates, load, repeats, seed, patience, cost, save_cost, probe_seconds, config

@@ -66,6 +66,7 @@ class Elastic(Policy):
         self._prices = Prices(ladder, cost.facts)
         self._prompts = Prompts(ladder, cost, patience, share)
         self._running = Running(ladder)
+        self._usual = Totals()  # of the last step's prompts
         self._weight, self._mean = 0.0, 0.0  # tokens served and their mean quality, fading
 
     def step(self, now: float, waiting: Sequence[Progress], running: Sequence[Progress], limits: Limits) -> list[Work]:
@@ -110,7 +111,8 @@ class Elastic(Policy):
         """Who decodes in this step, and the room that leaves for prompts."""
         seconds = min(LONGEST, RESPONSE * self._prompts.tightest)
         parts = self._parts(rows)
-        correction = self.cost.correction(parts.floors)
+        prompts = self._usual if begun or self._prompts.backlog else Totals()
+        correction = self.cost.correction(parts.floors + prompts)
         if len(rows):
             allowance = self._allowance(now, rows)
             seconds = max(min(seconds, float(allowance.min())), 1e-6)
@@ -153,11 +155,12 @@ class Elastic(Policy):
         floor = np.array([self._prompts.floor(chunk.progress.job) for chunk in chunks], dtype=np.int64)
         top = np.array([ceiling(chunk.progress.job, self.ladder) for chunk in chunks], dtype=np.int64)
         pairs = float(sum(chunk_pairs(chunk.tokens, chunk.progress.computed) for chunk in chunks))
+        self._usual = self._prices.prompts(tokens, floor, pairs)
         return Parts(
             floor=np.concatenate([parts.floor, floor]),
             ceiling=np.concatenate([parts.ceiling, top]),
             tokens=tokens,
-            floors=parts.floors + self._prices.prompts(tokens, floor, pairs),
+            floors=parts.floors + self._usual,
             ceilings=parts.ceilings + self._prices.prompts(tokens, top, pairs),
         )
 

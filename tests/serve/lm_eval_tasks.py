@@ -35,8 +35,8 @@ metric_list:
 """,
     "prism_complete_line": """\
 output_type: generate_until
-doc_to_text: "{{context}}"
-doc_to_target: "{{line}}"
+doc_to_text: "{{begun}}"
+doc_to_target: "{{rest}}"
 target_delimiter: ""
 generation_kwargs:
   until: ["\\n"]
@@ -57,7 +57,7 @@ def write_tasks(folder: Path, questions: int = 100, documents: int = 12, seed: i
     rows = {
         "prism_next_line": [{k: q[k] for k in ("context", "choices", "answer")} for q in asked],
         "prism_source": [{"text": text[:9000]} for text in rng.sample(texts, documents)],
-        "prism_complete_line": [{k: q[k] for k in ("context", "line")} for q in asked],
+        "prism_complete_line": [{k: q[k] for k in ("begun", "rest")} for q in asked],
     }
     for name, task in TASKS.items():
         data = folder / f"{name}.jsonl"
@@ -68,7 +68,7 @@ def write_tasks(folder: Path, questions: int = 100, documents: int = 12, seed: i
 
 
 def _question(rng: random.Random, texts: list[str]) -> dict[str, object]:
-    """Twelve lines of a file, and four lines of which one comes next."""
+    """Twelve lines of a file, and four lines of which one comes next; the same with that line begun, and its last third."""
     own, *others = rng.sample([t for t in texts if t.count("\n") > 60], 4)
     lines = own.split("\n")
     at = rng.choice([i for i in range(12, len(lines)) if len(lines[i].strip()) > 8])
@@ -76,7 +76,9 @@ def _question(rng: random.Random, texts: list[str]) -> dict[str, object]:
     choices = [lines[at], *wrong]
     rng.shuffle(choices)
     context = "\n".join(lines[at - 12 : at]) + "\n"
-    return {"context": context, "choices": choices, "answer": choices.index(lines[at]), "line": lines[at]}
+    cut = len(lines[at]) * 2 // 3
+    begun, rest = context + lines[at][:cut], lines[at][cut:]
+    return {"context": context, "choices": choices, "answer": choices.index(lines[at]), "begun": begun, "rest": rest}
 
 
 if __name__ == "__main__":

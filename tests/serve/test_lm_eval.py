@@ -145,7 +145,7 @@ def test_generation(web, house, model):
 
 @pytest.mark.parametrize(
     ("model", "levels"),
-    [("tiny@1", "full"), ("tiny@0.85", "half"), ("tiny@low", "low"), ("tiny@0", "low"), ("tiny", "full")],
+    [("tiny@1", "full"), ("tiny@full", "full"), ("tiny@0.85", "half"), ("tiny@low", "low"), ("tiny@0", "low"), ("tiny", "full")],
 )
 def test_the_models_name_may_fix_the_quality(web, model, levels):
     answer = web.post("/v1/completions", json={"model": model, "prompt": PROMPT, "max_tokens": 1})
@@ -182,7 +182,7 @@ def test_the_harness_itself(house, tmp_path):
     server = f"base_url={house.url}/completions,model=tiny@1,tokenizer={house.folder},num_concurrent=4,max_length={length}"
     served = harness(tmp_path, tasks, "local-completions", server, "2")
     # its windows are two tokens shorter over HTTP: one is generated, one is kept for the prefix
-    memory = harness(tmp_path, tasks, "hf", f"pretrained={house.folder},dtype=float32,device=cpu,max_length={length - 2}", "1")
+    memory = harness(tmp_path, tasks, "hf", f"pretrained={house.folder},dtype=float32,max_length={length - 2}", "1")
     assert served.keys() == memory.keys() and len(served) == 6
     for name, value in served.items():
         assert value == pytest.approx(memory[name], rel=1e-3), name
@@ -190,7 +190,19 @@ def test_the_harness_itself(house, tmp_path):
 
 def harness(folder, tasks, model, arguments, batch):
     out = folder / model
-    command = [sys.executable, "-m", "lm_eval", "--model", model, "--model_args", arguments, "--batch_size", batch]
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        model,
+        "--model_args",
+        arguments,
+        "--batch_size",
+        batch,
+        "--device",
+        "cpu",
+    ]
     command += ["--include_path", str(tasks), "--tasks", ",".join(TASKS), "--output_path", str(out)]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     subprocess.run(command, check=True, timeout=600, env={**os.environ, **offline})

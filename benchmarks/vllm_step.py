@@ -239,10 +239,8 @@ def _row(batch: int, found: dict[str, list[float]], kept: dict[str, float]) -> d
     for name, budget in BUDGETS.items():
         row |= {f"{budget:g}/full": ratio(name, "full"), f"kept@{budget:g}": round(kept[name], 3)}
     if "mixed" in found:
-        row |= {
-            "mixed/full": ratio("mixed", "full"),
-            "two_steps/full": round(ratio("half full", "full") + ratio("half quarter", "full"), 3),
-        }
+        found["two steps"] = [a + b for a, b in zip(found["half full"], found["half quarter"], strict=True)]
+        row |= {"mixed/full": ratio("mixed", "full"), "mixed/two_steps": ratio("mixed", "two steps")}
     return row
 
 

@@ -1,4 +1,4 @@
-"""S02: requests made from the server's own schema. `FUZZ_CASES` sets their number."""
+"""S02: requests made from the server's own schema. `FUZZ_CASES` sets how many are answered at least; 2,000 take two and a half minutes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_s02_no_request_of_the_schema_breaks_the_server(tiny_levels):
         heavy = [o for o in operations if o.method.upper() == "POST"]
         seen: dict[int, int] = {}
         for operation in operations:
-            count = (CASES - 20 * (len(operations) - len(heavy))) // len(heavy) if operation in heavy else 20
+            count = CASES * 21 // 20 // len(heavy) if operation in heavy else 20  # some cases no client can send
 
             @settings(max_examples=count, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
             @given(case=operation.as_strategy() | operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE))
@@ -48,5 +48,5 @@ def test_s02_no_request_of_the_schema_breaks_the_server(tiny_levels):
 
             attack()
         print(f"answers by status: {dict(sorted(seen.items()))}")
-        assert sum(seen.values()) >= CASES * 0.5 and house.idle() == []
+        assert sum(seen.values()) >= CASES and house.idle() == []
         assert web.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 from unittest import mock
@@ -226,3 +227,11 @@ def test_the_door_counts_exactly_and_never_passes_its_bounds(visits):
     for place in places:
         place.leave()
     assert (door.requests, door.tokens) == (0, 0)
+
+
+@pytest.mark.parametrize(("fields", "bound"), [({}, math.inf), ({"ttft_ms": 2000}, 8000), ({"ttft_ms": 1}, 4096)])
+def test_waiting_tokens_are_bounded_by_the_shortest_target(fields, bound):
+    config = read_config({"classes": {"only": fields}, "default_class": "only"})
+    assert Door(config, rate=1000.0, refused=str).bound_tokens == bound
+    given = read_config({"classes": {"only": fields}, "bounds": {"queue_tokens": 7}})
+    assert Door(given, rate=1000.0, refused=str).bound_tokens == 7

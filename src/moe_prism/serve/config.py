@@ -42,7 +42,7 @@ class Bounds(_Strict):
     queue_requests: int | None = Field(default=None, ge=1, le=65_536)
     """Requests that may wait; default 4 x engine.requests."""
     queue_tokens: int | None = Field(default=None, ge=1, le=1 << 28)
-    """Prompt tokens that may wait; default: what can be prefilled within the shortest TTFT target of a class."""
+    """Prompt tokens that may wait; default: what can be prefilled in four times the shortest TTFT target; no bound if no class has one."""
     reserved: float = Field(default=0.25, ge=0, le=0.9)
     """Share of the queue that only the classes of the smallest priority may use."""
     n: int = Field(default=16, ge=1, le=16)

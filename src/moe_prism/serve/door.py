@@ -36,10 +36,14 @@ class Door:
         self.config, self.rate, self._refused = config, rate, refused
         self.requests = self.tokens = 0
         self.draining = False
-        shortest = min((c.ttft for c in config.classes.values() if c.ttft), default=1.5)
+        shortest = min((c.ttft for c in config.classes.values() if c.ttft), default=None)
         self.bound_requests = config.engine.requests + config.queue_requests
-        self.bound_tokens = config.bounds.queue_tokens or max(4 * config.engine.step_tokens, 4096, math.ceil(4 * shortest * rate))
+        self.bound_tokens = config.bounds.queue_tokens or self._prefilled_in_time(shortest, rate)
         self._first = min(c.priority for c in config.classes.values())
+
+    def _prefilled_in_time(self, shortest: float | None, rate: float) -> float:
+        """Prompt tokens that may wait. Where no class has a target nobody is late, and only the number of requests is bounded."""
+        return math.inf if shortest is None else max(4 * self.config.engine.step_tokens, 4096, math.ceil(4 * shortest * rate))
 
     def check_open(self) -> None:
         """Before a body is read: 503 while draining, or when not even the reserved places are free. The guard counts it."""

@@ -112,8 +112,8 @@ async def chat(service: Service, door: Door, http: Request, body: ChatRequest) -
 async def _run(service: Service, door: Door, http: Request, body: Any, prompts: list[list[int]], *, chat: bool) -> Response:
     _check(service, body, len(prompts))
     asked = (body.max_completion_tokens or body.max_tokens) if chat else body.max_tokens
-    outputs = [service.output_tokens(len(p), asked) for p in prompts]
     wish = service.wish(body)
+    outputs = [service.output_tokens(len(p), asked) for p in prompts]
     count = body.n * len(prompts)
     place = door.enter(count, sum(len(p) for p in prompts) * body.n, wish.kind)
     answer = Answer(
@@ -155,10 +155,6 @@ async def _run(service: Service, door: Door, http: Request, body: Any, prompts: 
 
 
 def _check(service: Service, body: Common, prompts: int) -> None:
-    if body.model is not None and body.model != service.name:
-        raise Refusal(
-            404, f"no model '{body.model[:64]}'; this server has '{service.name}'", code="model_not_found", param="model"
-        )
     name = body.unsupported()
     if name is not None:
         raise Refusal(400, f"'{name}' is not supported", param=name, code="unsupported")

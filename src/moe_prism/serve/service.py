@@ -112,17 +112,32 @@ class Service:
         if kind is None:
             raise Refusal(400, f"no class '{body.kind}'; choose one of: {', '.join(self.config.classes)}", param="class")
         floor, ceiling = self.ladder.at_least(kind.min_quality), self.ladder.at_least(kind.max_quality)
-        if body.quality is not None:
-            ceiling = self.level(body.quality, "quality")
+        quality, source = self._quality(body)
+        if quality is not None:
+            ceiling = self.level(quality, source)
             floor = ceiling
         if body.min_quality is not None:
             floor = self.level(body.min_quality, "min_quality")
-            if body.quality is not None and floor > ceiling:
+            if quality is not None and floor > ceiling:
                 raise Refusal(400, "min_quality is above quality", param="min_quality")
             ceiling = max(ceiling, floor)
         ttft = body.ttft_ms / 1000 if body.ttft_ms is not None else kind.ttft
         tpot = body.tpot_ms / 1000 if body.tpot_ms is not None else kind.tpot
         return Wish(kind, floor, ceiling, ttft, tpot, kind.priority if body.priority is None else body.priority)
+
+    def _quality(self, body: Common) -> tuple[float | str | None, str]:
+        """What fixes the level, and in which field: `quality`, or behind the model's name for clients that can add no field."""
+        if body.model in (None, self.name):
+            return body.quality, "quality"
+        name, at, wanted = str(body.model).rpartition("@")
+        if not at or name != self.name:
+            message = (
+                f"no model '{str(body.model)[:64]}'; this server has '{self.name}', and '{self.name}@QUALITY' for a fixed quality"
+            )
+            raise Refusal(404, message, code="model_not_found", param="model")
+        if body.quality is not None:
+            raise Refusal(400, "quality is given twice, in the model's name too", param="quality")
+        return _number(wanted), "model"
 
     def level(self, wanted: float | str, field_name: str) -> int:
         """A quality 0..1, the name of an operating point, or a name of the configuration."""
@@ -201,7 +216,7 @@ class Service:
                 if event.error is not None:
                     raise self._failure(event.error)
                 piece = self._piece(sequence, event)
-                if event.logprob is not None and not sequence.hidden and not self._is_end(sequence, event):
+                if event.logprob is not None and not sequence.hidden:  # of the end token too: lm-eval drops one generated token
                     held.append(event.logprob)
                 if piece.text or piece.finish or piece.prompt:
                     yield replace(piece, logprobs=tuple(held))
@@ -288,6 +303,15 @@ class Service:
         self.metrics.running.set(len(processor.scheduler.active_requests))
         self.metrics.waiting.set(len(processor.scheduler.waiting_requests))
         self.metrics.cache.set(1.0 - float(processor.cache.compute_free_capacity()))
+
+
+def _number(text: str) -> float | str:
+    """A quality 0..1 where the text is one, else the text, which then is a name."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return number if 0 <= number <= 1 else text
 
 
 def _ids(value: int | list[int] | None) -> list[int]:

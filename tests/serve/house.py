@@ -21,7 +21,7 @@ LEVELS = [
     {"name": "low", "budget": 0.25, "slots": 2.0, "quality": 0.8},
     {"name": "half", "budget": 0.5, "slots": 4.0, "quality": 0.9},
 ]
-SMALL: dict[str, Any] = {"engine": {"requests": 4, "step_tokens": 64, "cache_tokens": 2048, "page": 16}}
+SMALL: dict[str, Any] = {"engine": {"process": False, "requests": 4, "step_tokens": 64, "cache_tokens": 2048, "page": 16}}
 
 
 @dataclass
@@ -75,6 +75,6 @@ def open_house(folder: Path, config: Mapping[str, Any] | None = None, **options:
     finally:
         server.should_exit = True
         thread.join(10)
-        built.service.engine.stop()
+        built.stop()
         listening.close()
     assert not thread.is_alive() and not built.service.engine.alive

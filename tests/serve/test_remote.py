@@ -167,12 +167,16 @@ def test_what_the_engine_refuses_is_told():
             return Gauges()
 
         def submit(self, request):
-            raise PrismError("the engine has stopped", "restart")
+            raise self.error
 
     with ours.socket, theirs.socket:
         engine = Full()
-        child._submit(Submit(Job("a", 0.0, 1, 1), [1], Sampling(), frozenset(), None), engine, child.Outbox(ours, engine))
-        assert theirs.receive().events == (("a", None, None, (), None, None, "the engine has stopped"),)
+        for engine.error, told in (
+            (PrismError("the engine has stopped", "restart"), "the engine has stopped"),
+            (ValueError("a prompt"), "the engine could not take the request"),
+        ):
+            child._submit(Submit(Job("a", 0.0, 1, 1), [1], Sampling(), frozenset(), None), engine, child.Outbox(ours, engine))
+            assert theirs.receive().events == (("a", None, None, (), None, None, told),)
 
 
 def test_errors_cross_the_border():

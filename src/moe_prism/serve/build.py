@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,8 @@ def _in_a_thread(folder: Path, options: ServeOptions, config: Config) -> Built:
 
 
 def _in_a_process(folder: Path, options: ServeOptions, config: Config) -> Built:
+    if os.name != "posix":
+        raise UsageError("engine.process needs a POSIX system", "set it to false")
     from .remote import RemoteEngine
     from .spawn import EngineProcess
 

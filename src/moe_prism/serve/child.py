@@ -120,6 +120,9 @@ def _submit(message: Submit, engine: Engine, outbox: Outbox) -> None:
         engine.submit(Request(job, tokens, sampling, stop_ids, partial(outbox.hear, job.id), deadline))
     except PrismError as error:
         outbox.refuse(job.id, error.cause)
+    except Exception:
+        logger.exception("a request could not be queued")
+        outbox.refuse(job.id, "the engine could not take the request")
 
 
 def _portable(error: Exception) -> Exception:

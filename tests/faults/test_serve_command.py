@@ -50,6 +50,7 @@ class Process:
                 self.lines.append(json.loads(line))
                 if self.lines[-1]["event"] == "ready":
                     self.url = self.lines[-1]["url"].removesuffix("/v1")
+                    self.engine = self.lines[-1]["engine"]  # the process that computes
                     break
         assert self.url, self.lines
         threading.Thread(target=self._read, daemon=True).start()
@@ -72,7 +73,8 @@ class Process:
 @pytest.fixture
 def process(tiny_levels, tmp_path):
     config = tmp_path / "qos.yaml"
-    config.write_text(json.dumps({**SMALL, "bounds": {"drain_seconds": 20}}))
+    engine = {**SMALL["engine"], "process": True}  # as an operator starts it
+    config.write_text(json.dumps({**SMALL, "engine": engine, "bounds": {"drain_seconds": 20}}))
     process = Process(tiny_levels, "--config", str(config))
     yield process
     if process.child.poll() is None:
@@ -99,6 +101,8 @@ def test_s14_sigterm_finishes_what_was_admitted_and_refuses_the_rest(process):
         while web.get("/ready").json()["requests"] < 6 and len(results) < 3 and time.monotonic() < until:
             time.sleep(0.01)
         assert {address for address, _ in process.listening()} == {"0100007F"}  # X03: 127.0.0.1 and nothing else
+        os.kill(process.engine, signal.SIGTERM)  # a supervisor may send it to all; only the HTTP process heeds it
+        os.kill(process.engine, signal.SIGINT)
         process.child.send_signal(signal.SIGTERM)
         refused = web.post("/v1/completions", json=BODY)
         ready = web.get("/ready")
@@ -109,6 +113,8 @@ def test_s14_sigterm_finishes_what_was_admitted_and_refuses_the_rest(process):
     assert refused.status_code == 503 and refused.headers["retry-after"] and ready.json()["status"] == "draining"
     time.sleep(0.1)
     assert [line["event"] for line in process.lines if line["event"] in ("draining", "stopped")] == ["draining", "stopped"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.engine, 0)
 
 
 def test_s14_a_second_signal_ends_at_once(process):
@@ -120,6 +126,8 @@ def test_s14_a_second_signal_ends_at_once(process):
     process.child.send_signal(signal.SIGTERM)
     process.child.send_signal(signal.SIGINT)
     assert process.child.wait(90) == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.engine, 0)
 
 
 def test_s15_what_is_wrong_at_the_start_is_one_line(tiny_levels, elastic_tiny, tmp_path, capsys):

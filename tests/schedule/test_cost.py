@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_the_first_observations_count_most():
         rounds.append((model.correction(step) - before) / (2.0 - before))
     assert rounds[0] == pytest.approx(0.25)
     assert rounds[-1] == pytest.approx(0.05)
-    assert all(later <= sooner + 1e-9 for sooner, later in zip(rounds, rounds[1:], strict=False))
+    assert all(later <= sooner + 1e-9 for sooner, later in pairwise(rounds))
 
 
 def test_file_round_trip(tmp_path):

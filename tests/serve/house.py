@@ -21,7 +21,7 @@ LEVELS = [
     {"name": "low", "budget": 0.25, "slots": 2.0, "quality": 0.8},
     {"name": "half", "budget": 0.5, "slots": 4.0, "quality": 0.9},
 ]
-SMALL: dict[str, Any] = {"engine": {"requests": 4, "step_tokens": 64, "cache_tokens": 2048, "page": 16}}
+SMALL: dict[str, Any] = {"engine": {"process": False, "requests": 4, "step_tokens": 64, "cache_tokens": 2048, "page": 16}}
 
 
 @dataclass
@@ -41,13 +41,22 @@ class House:
         """What is still held once nothing runs, or what remains after the time."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            held = self.built.service.engine.check_integrity() + (
-                [f"{self.built.door.requests} places"] * bool(self.built.door.requests)
-            )
+            held = self._in_engine() + [f"{self.built.door.requests} places"] * bool(self.built.door.requests)
             if not held:
                 return []
             time.sleep(0.01)
         return held
+
+    def _in_engine(self) -> list[str]:
+        engine = self.built.service.engine
+        if hasattr(engine, "check_integrity"):
+            return engine.check_integrity()
+        news = engine.last_turn
+        until = time.monotonic() + 5
+        while engine.last_turn == news and time.monotonic() < until:
+            time.sleep(0.01)  # what it last said may be older than what it was last told
+        now = engine.gauges()
+        return [f"{count} requests" for count in (len(engine.book), now.running, now.waiting) if count]
 
 
 def with_levels(source: Path, target: Path) -> Path:
@@ -75,6 +84,6 @@ def open_house(folder: Path, config: Mapping[str, Any] | None = None, **options:
     finally:
         server.should_exit = True
         thread.join(10)
-        built.service.engine.stop()
+        built.stop()
         listening.close()
     assert not thread.is_alive() and not built.service.engine.alive

@@ -19,10 +19,10 @@ from moe_prism.errors import UsageError
 from moe_prism.model import load_tokenizer
 from moe_prism.model.load import NANO
 from moe_prism.schedule.base import Level
-from moe_prism.serve.build import compute_threads
 from moe_prism.serve.config import Config, load_config, read_config
 from moe_prism.serve.door import Door
 from moe_prism.serve.ladder import climb, find_ladder, measure_ladder
+from moe_prism.serve.loading import compute_threads
 from moe_prism.serve.paged import Segment, attention, plan
 from moe_prism.serve.protocol import Refusal
 from moe_prism.serve.requests import Sampling

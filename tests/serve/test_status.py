@@ -11,6 +11,7 @@ import httpx2
 import pytest
 
 from moe_prism.schedule import Ladder, Level
+from moe_prism.serve.backend import Tally
 from moe_prism.serve.metrics import Metrics
 from moe_prism.serve.scheduler import Part, Step
 from moe_prism.serve.status import SECONDS, History, page
@@ -20,18 +21,18 @@ LADDER = Ladder((Level("low", 0.5, 4.0, 0.8), Level("full", 1.0, 8.0, 1.0)))
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-def step(*parts: tuple[int, int, bool]) -> Step:
+def step(seconds: float, *parts: tuple[int, int, bool]) -> Tally:
     """Parts of (tokens, level, yields)."""
-    return Step([Part(None, None, 0, tokens, level, not yields, yields) for tokens, level, yields in parts])
+    return Step([Part(None, None, 0, tokens, level, not yields, yields) for tokens, level, yields in parts]).tally(seconds)
 
 
 def test_a_second_adds_its_steps_up():
     now = [0.0]
     history = History(LADDER, lambda: now[0])
-    history.observe(step((3, 0, False)), 0.1)
-    history.observe(step((1, 1, True)), 0.2)
+    history.observe(step(0.1, (3, 0, False)))
+    history.observe(step(0.2, (1, 1, True)))
     now[0] = 2.5
-    history.observe(step((1, 1, True), (1, 0, True)), 0.1)
+    history.observe(step(0.1, (1, 1, True), (1, 0, True)))
     first, second = history.recent()
     assert (first["at"], first["steps"], first["tokens"], first["generated"]) == (0, 2, 4, 1)
     assert first["quality"] == pytest.approx((3 * 0.8 + 1) / 4) and first["slots"] == pytest.approx((3 * 4 + 8) / 4)
@@ -44,7 +45,7 @@ def test_history_is_bounded_and_forgets():
     history = History(LADDER, lambda: now[0])
     for second in range(2 * SECONDS):
         now[0] = float(second)
-        history.observe(step((1, 0, True)), 0.01)
+        history.observe(step(0.01, (1, 0, True)))
     assert len(history.recent()) == SECONDS
     now[0] = 10.0 * SECONDS
     assert history.recent() == []

@@ -61,4 +61,6 @@ def serve(
 
         return launch(folder, host, port, name, key)
     logs.set_up(debug)
-    return run(folder, ServeOptions(host, port, policy, config, key, name, cost, save_cost, probe_seconds, experts.options()))
+    return run(
+        folder, ServeOptions(host, port, policy, config, key, name, cost, save_cost, probe_seconds, experts.options(), debug)
+    )

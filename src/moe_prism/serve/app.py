@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -25,7 +27,16 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 def create_app(service: Service, door: Door, history: status.History, key: str | None = None) -> App:
     """The application behind its guard. key: needed by every route but /health and the status page, which holds no data."""
-    app = FastAPI(title="moe-prism", docs_url=None, redoc_url=None, responses=ERRORS)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.engine.attach()
+        try:
+            yield
+        finally:
+            await service.engine.detach()
+
+    app = FastAPI(title="moe-prism", docs_url=None, redoc_url=None, responses=ERRORS, lifespan=lifespan)
     started = int(time.time())
 
     @app.exception_handler(Refusal)
@@ -50,9 +61,10 @@ def create_app(service: Service, door: Door, history: status.History, key: str |
         return JSONResponse(Refusal(500, "an error inside the server").body(), 500)
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        """The process lives."""
-        return {"status": "ok"}
+    async def health() -> Response:
+        """The server lives, and its engine."""
+        alive = service.engine.alive
+        return JSONResponse({"status": "ok" if alive else "engine stopped"}, 200 if alive else 503)
 
     @app.get("/ready")
     async def ready() -> Response:
@@ -61,7 +73,7 @@ def create_app(service: Service, door: Door, history: status.History, key: str |
         status = "draining" if door.draining else "ready" if engine.alive else "engine stopped"
         if status == "ready" and engine.clock() - engine.last_turn > HUNG:
             status = "engine hung"
-        content = {"status": status, "policy": type(engine.policy).__name__, "requests": door.requests}
+        content = {"status": status, "policy": engine.policy_name, "requests": door.requests}
         return JSONResponse(content, 200 if status == "ready" else 503)
 
     @app.get("/metrics")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ class Engine(_Strict):
     cache_tokens: int = Field(default=32_768, ge=256, le=1 << 28)
     page: int = Field(default=32, ge=4, le=1024)
     prefix_cache: bool = True
+    process: bool = os.name == "posix"
+    """A process of its own for the engine, so that HTTP and computing do not compete for one interpreter."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Cores the model computes with; default: all but one, which is left to the server and its neighbours."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from ..elastic.runtime import Elastic, experts_per_token
 from ..errors import PrismError, UsageError
 from ..schedule.base import Ladder, Policy
 from ..schedule.cost import LayerFacts
+from .backend import Gauges
 from .paged import NAME as PAGED
 from .requests import Event, Request
 from .runner import Runner
@@ -80,10 +82,14 @@ class Engine:
         self.model, self.elastic, self.ladder, self.policy, self.clock = model, elastic, ladder, policy, clock
         self.size = size or EngineSize()
         self.observer = observer
+        self.context = min(context_limit(model) or self.size.cache_tokens, self.size.cache_tokens)
+        self.eos = frozenset(_ids(getattr(model.generation_config, "eos_token_id", None)))
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
         self.book: dict[str, Request] = {}
         self.failed_steps = 0
         self.last_turn = clock()
         self._in_a_row = 0
+        self._stopping = False
         self._deadlines: list[tuple[float, str]] = []
         self._lock = threading.Lock()
         self._paged = model.device.type == "cpu" and model.dtype == torch.float32 and _full_attention(model)
@@ -116,15 +122,43 @@ class Engine:
 
     def stop(self, timeout: float | None = 10.0) -> None:
         """End the thread; what is unfinished gets an error."""
+        self._stopping = True
         self.manager.stop(block=True, timeout=timeout, hard_stop=True)
         for request in list(self.book.values()):
             self._finish(request, Event(error="the server stopped"))
         if self._paged:
             self.model.config._attn_implementation = self._attention
 
+    async def attach(self) -> None:
+        """Nothing to do: this engine needs no event loop."""
+
+    async def detach(self) -> None:
+        """Nothing to do."""
+
     @property
     def alive(self) -> bool:
         return bool(self.manager.is_running())
+
+    def ended(self) -> str | None:
+        """Why it stopped though nobody asked it to."""
+        return None if self.alive or self._stopping else "the engine stopped"
+
+    @property
+    def pid(self) -> int:
+        return os.getpid()
+
+    @property
+    def policy_name(self) -> str:
+        return type(self.policy).__name__
+
+    def gauges(self) -> Gauges:
+        """How things stand between two steps."""
+        processor = self.manager.batch_processor
+        if processor is None:
+            return Gauges(failed_steps=self.failed_steps)
+        scheduler = processor.scheduler
+        used = 1.0 - float(processor.cache.compute_free_capacity())
+        return Gauges(len(scheduler.active_requests), len(scheduler.waiting_requests), used, self.failed_steps)
 
     def submit(self, request: Request) -> None:
         """Queue a request. Its sink gets every event, the last one with `finish` or `error`. PrismError if the engine has stopped."""
@@ -188,7 +222,7 @@ class Engine:
             self.clock,
             facts=layer_facts(self.elastic),
             paged=self._paged,
-            vocabulary=self.model.config.get_text_config().vocab_size,
+            vocabulary=self.vocabulary,
         )
         processor.model_runner = Runner.over(processor)
 
@@ -295,6 +329,16 @@ def layer_facts(elastic: Elastic) -> LayerFacts:
     """E, N and k of the model's MoE layers, as a cost model wants them."""
     plan = elastic.layers[0].plan
     return LayerFacts(plan.layer.num_experts, plan.n_sub, experts_per_token(elastic.model, plan.layer))
+
+
+def context_limit(model: Any) -> int | None:
+    """Tokens a sequence may have, if the model says."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
 def _full_attention(model: Any) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ..schedule.base import Ladder
-from .scheduler import Step
+from .backend import Gauges, Tally
 
 PREFIX = "moe_prism:"
 LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -62,6 +62,7 @@ class Metrics:
         ).labels(**self._model)
         self._names = [level.name for level in ladder.levels]
         self._slots = 0.0
+        self._failed_steps = 0
         for reason in REASONS:
             self.refused.labels(**self._model, reason=reason)
         for name in self._names:
@@ -70,27 +71,29 @@ class Metrics:
             for made in (self.ttft, self.gap, self.e2e):
                 made.labels(**self._model, **{"class": kind})
 
-    def observe_step(self, step: Step, seconds: float) -> None:
-        """In the engine's thread."""
-        self.step.observe(seconds)
+    def observe_step(self, step: Tally) -> None:
+        """After every step, in the thread of the engine's observer."""
+        self.step.observe(step.seconds)
         self.asked.observe(step.asked)
-        per_level: dict[int, int] = {}
-        prompt = generated = 0
-        for part in step.parts:
-            per_level[part.level] = per_level.get(part.level, 0) + part.tokens
-            prompt += part.tokens if part.is_prompt else 0
-            generated += part.yields
-        self.prompt.inc(prompt)
-        self.generated.inc(generated)
+        self.prompt.inc(step.prompt)
+        self.generated.inc(step.generated)
         levels, tokens = self.ladder.levels, max(1, step.tokens)
-        for level, count in per_level.items():
+        for level, count in step.levels.items():
             self.at_level.labels(**self._model, point=self._names[level]).inc(count)
-        self.level.set(sum(levels[i].quality * n for i, n in per_level.items()) / tokens)
-        slots = sum(levels[i].slots * n for i, n in per_level.items()) / tokens
+        self.level.set(sum(levels[i].quality * n for i, n in step.levels.items()) / tokens)
+        slots = sum(levels[i].slots * n for i, n in step.levels.items()) / tokens
         self.slots.set(slots)
         if abs(slots - self._slots) >= 1:
             self.switches.inc()
         self._slots = slots
+
+    def set_gauges(self, now: Gauges) -> None:
+        """Before they are read."""
+        self.running.set(now.running)
+        self.waiting.set(now.waiting)
+        self.cache.set(now.cache)
+        self.failed.inc(now.failed_steps - self._failed_steps)
+        self._failed_steps = now.failed_steps
 
     def refuse(self, reason: str) -> None:
         self.refused.labels(**self._model, reason=reason).inc()

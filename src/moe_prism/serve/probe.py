@@ -6,12 +6,11 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from ..errors import PrismError
 from ..schedule.base import Job, Ladder, Limits, Policy, Progress, Work
 from ..schedule.cost import CostModel, Sample
-from .engine import Engine, layer_facts
+from .engine import Engine, context_limit, layer_facts
 from .requests import Event, Request, Sampling
 from .scheduler import Step
 
@@ -117,9 +116,3 @@ def _prompts(texts: Sequence[int], longest: int) -> Iterator[list[int]]:
         length = rng.randint(max(1, longest // 8), longest)
         start = rng.randrange(max(1, len(texts) - length))
         yield list(texts[start : start + length])
-
-
-def context_limit(model: Any) -> int | None:
-    """Tokens a sequence may have, if the model says."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None

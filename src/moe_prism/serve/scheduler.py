@@ -13,6 +13,7 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 from ..elastic.runtime import Elastic, Setting
 from ..schedule.base import Ladder, Limits, Policy, Work
 from ..schedule.cost import LayerFacts, Totals, chunk_pairs
+from .backend import Tally
 from .paged import Layout, Segment, plan
 from .requests import Request
 
@@ -44,6 +45,16 @@ class Step:
     @property
     def tokens(self) -> int:
         return sum(part.tokens for part in self.parts)
+
+    def tally(self, seconds: float) -> Tally:
+        """The step in numbers, once it took `seconds`."""
+        levels: dict[int, int] = {}
+        prompt = generated = 0
+        for part in self.parts:
+            levels[part.level] = levels.get(part.level, 0) + part.tokens
+            prompt += part.tokens if part.is_prompt else 0
+            generated += part.yields
+        return Tally(seconds, self.asked, levels, prompt, generated)
 
 
 class PolicyScheduler(Scheduler):  # type: ignore[misc]

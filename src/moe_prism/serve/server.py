@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import PrismError, UsageError
 
 if TYPE_CHECKING:
     from ..offload.store import StoreOptions
@@ -29,13 +29,14 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 TURN = 3e-4
-"""Seconds a thread may keep the interpreter while another wants it. The engine gives it up at every tensor operation, and with Python's
-5 ms would wait that long for the HTTP loop each time: of the tokens per second under load this was a sixth (docs/log.md)."""
+"""Seconds a thread may keep the interpreter while another wants it. An engine in a thread gives it up at every tensor operation, and with
+Python's 5 ms would wait that long for the HTTP loop each time: of the tokens per second under load this was a sixth (docs/log.md)."""
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """The command's options. cost: a cost model saved by `--save-cost`, instead of measuring at start; store: experts stay on disk."""
+    """The command's options. cost: a cost model saved by `--save-cost`, instead of measuring at start; store: experts stay on disk;
+    debug: plain logs."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -47,6 +48,7 @@ class ServeOptions:
     save_cost: Path | None = None
     probe_seconds: float = 4.0
     store: StoreOptions | None = None
+    debug: bool = False
 
 
 def serve(folder: Path, options: ServeOptions) -> None:
@@ -108,29 +110,33 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
 
     began = time.monotonic()
     built = build(folder, options, config)
+    engine = built.service.engine
     app = create_app(built.service, built.door, built.history, options.api_key)
     host, port = listening.getsockname()[:2]
     fields = {
         "url": f"http://{host}:{port}/v1",
         "status": f"http://{host}:{port}/status",
         "model": built.service.name,
-        "policy": type(built.service.engine.policy).__name__.lower(),
+        "engine": engine.pid,
+        "policy": engine.policy_name.lower(),
         "levels": len(built.service.ladder),
-        "ladder": built.ladder_from,
-        "cost": built.cost_from,
+        "ladder": built.facts.ladder_from,
+        "cost": built.facts.cost_from,
         "seconds": round(time.monotonic() - began, 2),
     }
-    sys.setswitchinterval(TURN)
+    if not config.engine.process:
+        sys.setswitchinterval(TURN)
     gc.collect()
     gc.freeze()  # the model's objects live as long as the process: no pause to look at them again, here or on the way out
     logger.info("ready", extra={"fields": fields})
     try:
         make_server(app, built.door, config).run(sockets=[listening])
     finally:
-        built.service.engine.stop()
-        if options.save_cost:
-            built.cost.save(options.save_cost)  # with what was learned while serving
+        ended = engine.ended()
+        built.stop()
         logger.info("stopped")
+    if ended:
+        raise PrismError(ended, "start the server again; the log says more")
 
 
 def make_server(app: Any, door: Door, config: Config) -> Any:
@@ -163,7 +169,7 @@ def make_server(app: Any, door: Door, config: Config) -> Any:
         log_config=None,
         access_log=False,
         server_header=False,
-        lifespan="off",
+        lifespan="on",
         http=paced_protocol(bounds.header_seconds),
         h11_max_incomplete_event_size=bounds.header_bytes,
         limit_concurrency=bounds.connections,

@@ -14,25 +14,29 @@ from typing import Any
 from ..errors import PrismError
 from ..schedule.base import Job, Ladder
 from ..schedule.classes import RequestClass
+from .backend import Backend
 from .config import Config
-from .engine import Engine
 from .metrics import Metrics
-from .probe import context_limit
 from .protocol import Common, Refusal
 from .requests import Event, Request, Sampling, TokenLogprob
 from .text import Detokenizer, Stops
 
 
 class Mail:
-    """Carries events from the engine's thread to the event loop, one wake-up for all that come together."""
+    """Carries events from the engine's thread to the event loop, one wake-up for all that come together. An engine in another process
+    speaks on the event loop itself. Made on that loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._home = threading.get_ident()
         self._waiting: deque[tuple[asyncio.Queue[Event], Event]] = deque()
         self._lock = threading.Lock()
         self._called = False
 
     def post(self, queue: asyncio.Queue[Event], event: Event) -> None:
+        if threading.get_ident() == self._home:
+            queue.put_nowait(event)
+            return
         self._waiting.append((queue, event))
         with self._lock:
             if self._called:
@@ -93,13 +97,10 @@ class Strand:
 class Service:
     """Everything the routes need. Lives on the event loop."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, config: Config, metrics: Metrics, name: str) -> None:
+    def __init__(self, engine: Backend, tokenizer: Any, config: Config, metrics: Metrics, name: str) -> None:
         self.engine, self.tokenizer, self.config, self.metrics, self.name = engine, tokenizer, config, metrics, name
         self.ladder: Ladder = engine.ladder
-        self.context = context_limit(engine.model) or engine.size.cache_tokens
-        self.context = min(self.context, engine.size.cache_tokens)
-        self.eos = frozenset(_ids(getattr(engine.model.generation_config, "eos_token_id", None)))
-        self.vocabulary = engine.model.config.get_text_config().vocab_size
+        self.context, self.eos, self.vocabulary = engine.context, engine.eos, engine.vocabulary
         self.fingerprint = "prism-" + secrets.token_hex(4)
         self._mail: Mail | None = None
         self._live: dict[str, Strand] = {}
@@ -297,12 +298,7 @@ class Service:
 
     def gauges(self) -> None:
         """Bring the gauges up to date before they are read."""
-        processor = self.engine.manager.batch_processor
-        if processor is None:
-            return
-        self.metrics.running.set(len(processor.scheduler.active_requests))
-        self.metrics.waiting.set(len(processor.scheduler.waiting_requests))
-        self.metrics.cache.set(1.0 - float(processor.cache.compute_free_capacity()))
+        self.metrics.set_gauges(self.engine.gauges())
 
 
 def _number(text: str) -> float | str:
@@ -312,7 +308,3 @@ def _number(text: str) -> float | str:
     except ValueError:
         return text
     return number if 0 <= number <= 1 else text
-
-
-def _ids(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else list(value)

@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from ..schedule.base import Ladder
-from .scheduler import Step
+from .backend import Tally
 
 if TYPE_CHECKING:
     from .door import Door
@@ -35,21 +35,21 @@ class Second:
     slots: float = 0.0  # K
     busy: float = 0.0  # seconds spent in steps
 
-    def add(self, step: Step, seconds: float, ladder: Ladder) -> None:
+    def add(self, step: Tally, ladder: Ladder) -> None:
         new = step.tokens
         if new:
-            levels = [(ladder.levels[part.level], part.tokens) for part in step.parts]
+            levels = [(ladder.levels[level], tokens) for level, tokens in step.levels.items()]
             share = new / (self.tokens + new)
             self.quality += share * (sum(level.quality * n for level, n in levels) / new - self.quality)
             self.slots += share * (sum(level.slots * n for level, n in levels) / new - self.slots)
         self.steps += 1
         self.tokens += new
-        self.generated += sum(part.yields for part in step.parts)
-        self.busy += seconds
+        self.generated += step.generated
+        self.busy += step.seconds
 
 
 class History:
-    """The last minutes, second by second. Written by the engine's thread, read by the event loop."""
+    """The last minutes, second by second. Written by the engine's observer, read by the event loop."""
 
     def __init__(self, ladder: Ladder, clock: Callable[[], float] = time.monotonic) -> None:
         self.ladder, self.clock = ladder, clock
@@ -61,12 +61,12 @@ class History:
         """Seconds since the start."""
         return self.clock() - self._started
 
-    def observe(self, step: Step, seconds: float) -> None:
-        """In the engine's thread, after every step."""
+    def observe(self, step: Tally) -> None:
+        """After every step, in the thread of the engine's observer."""
         second = int(self.now)
         if not self._seconds or self._seconds[-1].at != second:
             self._seconds.append(Second(second))
-        self._seconds[-1].add(step, seconds, self.ladder)
+        self._seconds[-1].add(step, self.ladder)
 
     def recent(self) -> list[dict[str, Any]]:
         """The seconds in which something ran, oldest first."""
@@ -82,7 +82,7 @@ def snapshot(service: Service, door: Door, history: History) -> dict[str, Any]:
         queues[request.job.kind][state] += 1
     return {
         "model": service.name,
-        "policy": type(service.engine.policy).__name__.lower(),
+        "policy": service.engine.policy_name.lower(),
         "draining": door.draining,
         "now": round(history.now, 3),
         "span": SECONDS,

@@ -1,0 +1,90 @@
+"""What the HTTP side needs of an engine, whether it runs in a thread here or in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+from ..schedule.base import Ladder
+from .requests import Request
+
+
+class Tally(NamedTuple):
+    """What one step was, for metrics and the status page."""
+
+    seconds: float
+    asked: float  # of them, seconds the policy took
+    levels: dict[int, int]  # level -> tokens computed at it
+    prompt: int  # prompt tokens computed
+    generated: int  # tokens drawn
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.levels.values())
+
+
+class Gauges(NamedTuple):
+    """How things stand in the engine."""
+
+    running: int = 0  # sequences in the batch
+    waiting: int = 0
+    cache: float = 0.0  # used share of the KV cache
+    failed_steps: int = 0  # since the start
+
+
+class Backend(Protocol):
+    """An engine that runs. Everything but `stop` may be called on the event loop and does not block it."""
+
+    @property
+    def ladder(self) -> Ladder: ...
+
+    @property
+    def context(self) -> int:
+        """Tokens a sequence may have."""
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """Tokens that end a sequence."""
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def policy_name(self) -> str: ...
+
+    @property
+    def book(self) -> Mapping[str, Request]:
+        """Unfinished requests by id."""
+
+    @property
+    def pid(self) -> int:
+        """Of the process that computes."""
+
+    @property
+    def alive(self) -> bool: ...
+
+    @property
+    def last_turn(self) -> float:
+        """When its loop last came round, on `clock`."""
+
+    def clock(self) -> float: ...
+
+    async def attach(self) -> None:
+        """Called once, on the event loop that will submit requests."""
+
+    async def detach(self) -> None:
+        """Called once, before that loop ends."""
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Its sink gets every event, the last one with `finish` or `error`. PrismError if the engine has stopped."""
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request; its sink is not called again."""
+
+    def gauges(self) -> Gauges: ...
+
+    def ended(self) -> str | None:
+        """Why it stopped though nobody asked it to; None if it did not."""
+
+    def stop(self) -> None:
+        """End it; what is unfinished gets an error."""

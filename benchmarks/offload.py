@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from moe_prism.api import CalibrateOptions, RefactorOptions, load, refactor
@@ -203,8 +204,8 @@ def overlap(args: argparse.Namespace, folder: Path, work: Path) -> list[dict[str
 class Reading(ExpertStore):
     """Reads and computes nothing."""
 
-    def _outputs(self, x: torch.Tensor, row: torch.Tensor, weight: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(row), x.shape[1])
+    def _outputs(self, x: torch.Tensor, row: Any, weight: Any, slot: Any) -> Any:
+        return np.zeros((len(row), x.shape[1]), np.float32)
 
 
 def simulate(args: argparse.Namespace, folder: Path, work: Path) -> list[dict[str, Any]]:

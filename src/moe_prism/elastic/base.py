@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class LayerPlan:
     gates: int  # r, the first neurons of every block
     tensors: dict[str, Tensor] = field(default_factory=dict)
     stored: Any = field(default=None, init=False, repr=False)  # of `products.Stored`: where the weights are
+    few: Any = field(default=None, init=False, repr=False)  # of `few.few_outputs`: the same, prepared
 
     @property
     def block(self) -> int:
@@ -49,7 +51,11 @@ class Slots:
     norms: Callable[[], Tensor]  # -> [T, k, N] estimated block output norms, >= 0
 
     def values(self) -> Tensor:
-        """[T, k, N]: routing weight x estimated output norm; -1 where there is no expert."""
+        """[T, k, N]: routing weight x estimated output norm; -1 where there is no expert. Computed once."""
+        return self._values
+
+    @cached_property
+    def _values(self) -> Tensor:
         norms = self.norms()
         if is_compiled(norms, self.weight):
             from .marks import slot_values  # compiles on first use
@@ -63,7 +69,7 @@ class Slots:
 
 def is_compiled(*tensors: Tensor) -> bool:
     """Whether the functions of `marks.py` take these: float32 on a CPU, no gradients."""
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" and not t.requires_grad for t in tensors)
+    return all(t.dtype == torch.float32 and t.is_cpu and not t.requires_grad for t in tensors)
 
 
 class Scorer(ABC):

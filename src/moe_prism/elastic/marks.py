@@ -84,3 +84,18 @@ def mark_above(values: Floats, levels: Floats, budget: Floats, valid: Flags, kee
                 if values[t, c, n] > best:
                     best, at = values[t, c, n], c * n_sub + n
         keep[t, at // n_sub, at % n_sub] = valid[t, at // n_sub]
+
+
+@njit(nogil=True, cache=True, fastmath={"contract"})
+def add_dropped(index: Ints, weight: Floats, keep: Flags, vectors: Floats, out: Floats) -> None:
+    """out[t] += routing weight x vector of every slot that is not kept, in their order. vectors [E, N, d], ids outside [0, E) mean none."""
+    tokens, k, n_sub = keep.shape
+    for t in range(tokens):
+        for c in range(k):
+            expert, factor = index[t, c], weight[t, c]
+            if expert < 0 or expert >= len(vectors):
+                continue
+            for n in range(n_sub):
+                if not keep[t, c, n]:
+                    for j in range(out.shape[1]):
+                        out[t, j] += factor * vectors[expert, n, j]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...elastic.execute import auto
+from ...elastic.few import few_outputs
 from ...model import MoELayer
 from ..base import CachePolicy, ExpertCache, Key, KeySpace, Moment
 from ..cache.pool import LayerPools, Pool
@@ -22,7 +23,7 @@ from .arena import Arena
 from .pack import Pack
 from .reader import Item, Job, Reader, StoreError
 from .units import UnitPool
-from .wanted import Wanted, add_rows
+from .wanted import Floats, Ints, Wanted, add_rows
 from .workers import READER
 
 ENTRIES = 1 << 20  # numbers of partial outputs held at a time
@@ -109,7 +110,7 @@ class ExpertStore:
         if layer == 0:
             self.step += 1
         self._reap()
-        out = torch.zeros(x.shape, dtype=torch.float32)
+        out = np.zeros(x.shape, np.float32)
         base = self.space.of_layer(layer).start
         wanted = Wanted.of(index, weight, keep, self.space.experts, base)
         lowered = frozenset() if low is None else frozenset((np.flatnonzero(low) + base).tolist())
@@ -120,7 +121,7 @@ class ExpertStore:
             self._pieces(layer, x, wanted, lowered, out)
             if meanwhile is not None:
                 meanwhile()
-        return out
+        return torch.from_numpy(out)
 
     def prefetch(self, layer: int, keys: Sequence[Key]) -> None:
         """Begin to read keys of a layer that will run next, as far as there is room; never waited for unless they are asked for."""
@@ -140,7 +141,7 @@ class ExpertStore:
         self._reap()
 
     def _single(
-        self, layer: int, x: Tensor, wanted: Wanted, low: frozenset[Key], out: Tensor, meanwhile: Callable[[], None] | None
+        self, layer: int, x: Tensor, wanted: Wanted, low: frozenset[Key], out: Floats, meanwhile: Callable[[], None] | None
     ) -> None:
         """Everything fits: what is there is computed while the rest is read."""
         jobs = self._fetch(layer, wanted, 0, len(wanted), low)
@@ -150,25 +151,24 @@ class ExpertStore:
                 meanwhile()
             self._compute(x, wanted, 0, len(wanted), out)
             return
-        late = np.fromiter((key in missing for key in wanted.keys.tolist()), bool, len(wanted))
-        entries = np.repeat(late, wanted.end - wanted.begin)
-        if len(entries) * x.shape[1] > ENTRIES or late.all():
+        late = np.array([key in missing for key in wanted.keys.tolist()])
+        if len(wanted.row) * x.shape[1] > ENTRIES or late.all():
             if meanwhile is not None:
                 meanwhile()
             self._wait(jobs, layer)
             self._compute(x, wanted, 0, len(wanted), out)
             return
         slot = self._slot_of(wanted, 0, len(wanted))
-        parts = torch.empty(len(entries), x.shape[1])
-        ready, rest = torch.from_numpy(np.flatnonzero(~entries)), torch.from_numpy(np.flatnonzero(entries))
+        parts = np.empty((len(slot), x.shape[1]), np.float32)
+        ready, rest = wanted.entries(late)
         parts[ready] = self._outputs(x, wanted.row[ready], wanted.weight[ready], slot[ready])
         if meanwhile is not None:
             meanwhile()
         self._wait(jobs, layer)
         parts[rest] = self._outputs(x, wanted.row[rest], wanted.weight[rest], slot[rest])
-        add_rows(parts.numpy(), wanted.row.numpy(), out.numpy())
+        add_rows(parts, wanted.row, out)
 
-    def _pieces(self, layer: int, x: Tensor, wanted: Wanted, low: frozenset[Key], out: Tensor) -> None:
+    def _pieces(self, layer: int, x: Tensor, wanted: Wanted, low: frozenset[Key], out: Floats) -> None:
         """More than the cache holds: pieces in key order, the next few being read while one is computed.
 
         Residents that come later are pinned until their turn, as many as leave room for these pieces.
@@ -305,12 +305,13 @@ class ExpertStore:
         assert isinstance(pool, Pool)
         return pool.capacity
 
-    def _slot_of(self, wanted: Wanted, first: int, last: int) -> Tensor:
+    def _slot_of(self, wanted: Wanted, first: int, last: int) -> Ints:
         """Slots [S] of the entries of keys first..last - 1."""
+        slots: Ints = self._slot[wanted.keys[first:last]]
         count = wanted.end[first:last] - wanted.begin[first:last]
-        return torch.from_numpy(np.repeat(self._slot[wanted.keys[first:last]], count))
+        return slots if count.sum() == len(slots) else np.repeat(slots, count)
 
-    def _compute(self, x: Tensor, wanted: Wanted, first: int, last: int, out: Tensor) -> None:
+    def _compute(self, x: Tensor, wanted: Wanted, first: int, last: int, out: Floats) -> None:
         """Add the outputs of keys first..last - 1, all of them resident, in pieces of bounded size."""
         if first == last:
             return
@@ -321,17 +322,19 @@ class ExpertStore:
             last_entry = min(stop, first_entry + step)
             part = slice(first_entry, last_entry)
             own = slot[first_entry - start : last_entry - start]
-            parts = self._outputs(x, wanted.row[part], wanted.weight[part], own)
-            add_rows(parts.numpy(), wanted.row[part].numpy(), out.numpy())
+            add_rows(self._outputs(x, wanted.row[part], wanted.weight[part], own), wanted.row[part], out)
 
-    def _outputs(self, x: Tensor, row: Tensor, weight: Tensor, slot: Tensor) -> Tensor:
+    def _outputs(self, x: Tensor, row: Ints, weight: Floats, slot: Ints) -> Floats:
         """[S, d]: routing weight x output of entries, each the row of x it is about, its weight and its slot [S]."""
         began = time.perf_counter()
-        rows = x.expand(len(row), -1) if len(x) == 1 else x[row]
-        keep = torch.ones(len(row), 1, 1, dtype=torch.bool)
-        found = auto(self.arena.plan, rows, slot.unsqueeze(1), weight.to(x.dtype).unsqueeze(1), keep)
+        found = few_outputs(self.arena.plan, x, row, weight, slot)
+        if found is None:
+            rows = x.expand(len(row), -1) if len(x) == 1 else x[torch.from_numpy(row)]
+            keep = torch.ones(len(row), 1, 1, dtype=torch.bool)
+            factor = torch.from_numpy(weight).to(x.dtype).unsqueeze(1)
+            found = auto(self.arena.plan, rows, torch.from_numpy(slot).unsqueeze(1), factor, keep).float().numpy()
         self.times.computed += time.perf_counter() - began
-        return found.float()
+        return found
 
 
 def pools(policy: type[CachePolicy], space: KeySpace, slots: int, settings: dict[str, Any]) -> ExpertCache:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -99,6 +100,9 @@ class Reader:
             queue.append(job)
             self._work.put(None)
         return jobs
+
+    def poll(self) -> None:
+        """Take note of jobs that have ended, where nobody else does."""
 
     def cancel(self, job: Job) -> bool:
         """Take back a job that no thread has begun; False if it is too late."""
@@ -246,3 +250,12 @@ def _open(pack: Pack) -> tuple[int, bool]:
         raise UsageError(f"cannot open '{pack.path}': {error.strerror}", "check the file") from error
     os.posix_fadvise(plain, 0, 0, os.POSIX_FADV_RANDOM)
     return plain, False
+
+
+def is_direct(path: Path) -> bool:
+    """Whether a file can be read past the page cache."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True

@@ -20,11 +20,11 @@ from ...model import MoELayer
 from ..base import CachePolicy, ExpertCache, Key, KeySpace, Moment
 from ..cache.pool import LayerPools, Pool
 from .arena import Arena
+from .kernel import open_reader
 from .pack import Pack
 from .reader import Item, Job, Reader, StoreError
 from .units import UnitPool
 from .wanted import Floats, Ints, Wanted, add_rows
-from .workers import READER
 
 ENTRIES = 1 << 20  # numbers of partial outputs held at a time
 AHEAD = 3  # pieces of a long prompt that are read while one is computed
@@ -55,7 +55,7 @@ class ExpertStore:
         policy: type[CachePolicy],
         *,
         settings: dict[str, Any] | None = None,
-        reader: Callable[[Pack, Tensor], Reader] = READER,
+        reader: Callable[[Pack, Tensor], Reader] = open_reader,
     ) -> None:
         """slots: records that fit; like: a layer of the model (its activation); policy and settings: who is evicted."""
         self.pack, self.slots, self.space = pack, slots, pack.space
@@ -274,6 +274,9 @@ class ExpertStore:
 
     def _reap(self) -> None:
         """Take note of prefetches that have arrived."""
+        if not self._flying:
+            return
+        self.reader.poll()
         for key, job in list(self._flying.items()):
             if job.done:
                 self._land(key)

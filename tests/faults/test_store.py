@@ -120,7 +120,8 @@ def test_thrashing_at_the_smallest_sizes_makes_progress(setting, steps):
             if draw.random() < 0.3:
                 store.prefetch(layer, draw.sample(space.of_layer(layer), draw.randrange(5)))
             weight = torch.rand(2, 2)
-            assert torch.equal(store.run(layer, x, index, weight, keep), reference.run(layer, x, index, weight, keep))
+            wanted = store.wanted(layer, index, weight, keep)
+            assert torch.equal(store.run(layer, x, wanted), reference.run(layer, x, wanted))
             counts = store.cache.counts
             assert counts.requested == counts.hits + counts.misses
             assert counts.loads + counts.prefetched - counts.evictions == len(store.cache) <= store.slots

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..model import MoELayer
@@ -107,6 +109,8 @@ class Rule(ABC):
     needs_norms = True
     is_continuous = False
     """Whether budgets between two slot counts give different results."""
+    compiled: NDArray[np.float32] | None = None
+    """What `marks.select` needs to decide as this rule does: its levels, an empty array for top-K; None = it cannot."""
 
     def __init__(self, plan: LayerPlan) -> None:
         self.plan = plan

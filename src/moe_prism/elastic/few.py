@@ -65,7 +65,7 @@ def few_outputs(plan: LayerPlan, x: Tensor, row: Ints, weight: Floats, expert: I
     _, first, down, (dot_all, add_all) = plan.few
     x = x if x.stride(1) == 1 else x.contiguous()
     pre = np.empty((len(row), len(stored.first) * plan.block), np.float32)
-    dot_all(x.detach().numpy(), row, expert, first, plan.block, ORDER, pre)
+    dot_all(x.detach().numpy(), row, expert, layer.num_experts - 1, first, plan.block, ORDER, pre)
     a = layer.activate_joined(torch.from_numpy(pre)).numpy()
     out = np.empty((len(row), x.shape[1]), np.float32)
     add_all(a, weight, expert, down, ORDER, out)
@@ -73,16 +73,16 @@ def few_outputs(plan: LayerPlan, x: Tensor, row: Ints, weight: Floats, expert: I
 
 
 @njit(nogil=True, cache=True)
-def dots(x: Floats, row: Ints, expert: Ints, table: Ints, columns: int, order: Ints, out: Floats) -> None:
+def dots(x: Floats, row: Ints, expert: Ints, last: int, table: Ints, columns: int, order: Ints, out: Floats) -> None:
     """out[s, column + j * step] = x[row[s]] . (row j of the expert's weights), j < columns, for every part in `table` (`table_of`).
 
-    order: 0, 1, ..., at least S of them; rows of x and out contiguous, d a multiple of LANES.
+    Ids of experts are clamped to 0..last. order: 0, 1, ..., at least S of them; rows of x and out contiguous, d a multiple of LANES.
     """
     ldx, ldo, depth = x.strides[0] // 4, out.strides[0] // 4, x.shape[1]
     for s in range(len(row)):
         for p in range(len(table)):
             ldw, ldj = table[p, 2], table[p, 4]
-            w = table[p, 0] + 4 * expert[s] * table[p, 1]
+            w = table[p, 0] + 4 * min(max(expert[s], 0), last) * table[p, 1]
             target = out.ctypes.data + 4 * table[p, 3]
             ids, o, j = row.ctypes.data + 8 * s, order.ctypes.data + 8 * s, 0
             while j < columns:

@@ -14,13 +14,13 @@ Floats = NDArray[np.float32]
 
 
 @njit(nogil=True, cache=True)
-def dots(x: Floats, row: Ints, expert: Ints, table: Ints, columns: int, order: Ints, out: Floats) -> None:
+def dots(x: Floats, row: Ints, expert: Ints, last: int, table: Ints, columns: int, order: Ints, out: Floats) -> None:
     """As `few.dots`."""
     ldx, ldo, depth = x.strides[0] // 4, out.strides[0] // 4, x.shape[1]
     for s in range(len(row)):
         for p in range(len(table)):
             ldw, ldj = table[p, 2], table[p, 4]
-            w = table[p, 0] + 2 * expert[s] * table[p, 1]
+            w = table[p, 0] + 2 * min(max(expert[s], 0), last) * table[p, 1]
             target = out.ctypes.data + 4 * table[p, 3]
             ids, o, j = row.ctypes.data + 8 * s, order.ctypes.data + 8 * s, 0
             while j < columns:

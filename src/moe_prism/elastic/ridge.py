@@ -137,8 +137,23 @@ class Ridge(Scorer):
 
     def _direct(self, x: Tensor, index: Tensor, stored: Stored) -> Tensor:
         """`_tiled` for few choices, to the last bit: one by one, in one call."""
-        from .few import ORDER, dots, rows_of, table_of
         from .marks import predicted_norms
+
+        norms = np.empty((*index.shape, self.plan.n_sub), np.float32)
+        predicted_norms(*self._terms(x, index, stored), index.contiguous().numpy(), CEILING, norms)
+        return torch.from_numpy(norms)
+
+    def terms(self, x: Tensor, index: Tensor) -> tuple[Any, Any, Any, Any] | None:
+        """What `marks.predicted_norms` wants to know of few choices; None where there are many, or the weights are not laid out for it."""
+        from .products import usable
+
+        if index.numel() > FEW or self.plan.layer.up_bias is not None:
+            return None
+        stored = usable(self.plan, x)
+        return None if stored is None else self._terms(x, index, stored)
+
+    def _terms(self, x: Tensor, index: Tensor, stored: Stored) -> tuple[Any, Any, Any, Any]:
+        from .few import ORDER, dots, rows_of, table_of
 
         if self._constants is None or self._constants[0] is not stored:
             self._constants = stored, table_of(self._parts(stored)), self.scale.flatten(1).numpy(), self.weight.numpy()
@@ -146,13 +161,11 @@ class Ridge(Scorer):
         n, r = self.plan.n_sub, self.plan.gates
         x, choice = x if x.stride(1) == 1 else x.contiguous(), index.contiguous().numpy()
         products = np.empty((choice.size, n + len(stored.first) * n * r), np.float32)
-        dots(x.detach().numpy(), rows_of(*choice.shape), choice.reshape(-1), table, n, ORDER, products)
+        dots(x.detach().numpy(), rows_of(*choice.shape), choice.reshape(-1), len(weight) - 1, table, n, ORDER, products)
         gates = products[:, n:]
         if r:
             gates = self.plan.layer.activate_joined(torch.from_numpy(gates)).numpy()
-        norms = np.empty((*choice.shape, n), np.float32)
-        predicted_norms(products, gates, scale, weight, choice, CEILING, norms)
-        return torch.from_numpy(norms)
+        return products, gates, scale, weight
 
     def _parts(self, stored: Stored) -> list[Part]:
         """Predictor rows, then gate neurons, as columns of one product."""

@@ -27,6 +27,7 @@ from .units import UnitPool
 from .wanted import Floats, Ints, Wanted, add_rows
 
 ENTRIES = 1 << 20  # numbers of partial outputs held at a time
+TOGETHER = 1 << 14  # multiplications that are not worth a turn of their own while reads are under way
 AHEAD = 3  # pieces of a long prompt that are read while one is computed
 PRICE = 0.05  # weight of the newest wait in the price of a record
 
@@ -91,18 +92,20 @@ class ExpertStore:
     def moment(self, layer: int) -> Moment:
         return Moment(self.step * self.space.layers + layer, self.step, layer)
 
+    def wanted(self, layer: int, index: Tensor, weight: Tensor, keep: Tensor) -> Wanted:
+        """What a batch asks of a layer: index, weight [T, k], keep [T, k, N] bool."""
+        return Wanted.of(index, weight, keep, self.space.experts, self.space.of_layer(layer).start)
+
     def run(
         self,
         layer: int,
         x: Tensor,
-        index: Tensor,
-        weight: Tensor,
-        keep: Tensor,
+        wanted: Wanted,
         *,
         low: np.ndarray | None = None,
         meanwhile: Callable[[], None] | None = None,
     ) -> Tensor:
-        """out [T, d] (float32): sum over kept (choice, part) of weight x output, without down biases. keep [T, k, N].
+        """out [T, d] (float32): sum over the wanted (token, sub-expert) pairs of weight x output, without down biases. x [T, d].
 
         low [E, N] bool: records to take in int8 form if they have to be read; meanwhile: called once while reads are under way.
         StoreError if a record cannot be read; the store can be used further then.
@@ -112,7 +115,6 @@ class ExpertStore:
         self._reap()
         out = np.zeros(x.shape, np.float32)
         base = self.space.of_layer(layer).start
-        wanted = Wanted.of(index, weight, keep, self.space.experts, base)
         lowered = frozenset() if low is None else frozenset((np.flatnonzero(low) + base).tolist())
         self._unwanted(layer, wanted)
         if len(wanted) + len(self._flying) <= self._capacity(layer):
@@ -152,7 +154,8 @@ class ExpertStore:
             self._compute(x, wanted, 0, len(wanted), out)
             return
         late = np.array([key in missing for key in wanted.keys.tolist()])
-        if len(wanted.row) * x.shape[1] > ENTRIES or late.all():
+        there = int((wanted.end - wanted.begin)[~late].sum()) * self.pack.layout.weights
+        if len(wanted.row) * x.shape[1] > ENTRIES or there < TOGETHER:
             if meanwhile is not None:
                 meanwhile()
             self._wait(jobs, layer)

@@ -105,12 +105,12 @@ class Link:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.reader, name)
 
-    def submit(self, items: Any, *, ahead: bool = False) -> list[LinkJob]:
+    def read(self, keys: Any, slots: Any, *, low: bool = False, ahead: bool = False) -> list[LinkJob]:
         layout = self.reader.pack.layout
         found = []
         self.free = max(self.free, time.perf_counter())
-        for job in self.reader.submit(items, ahead=ahead):
-            self.free += sum(layout.low_bytes if item.low else layout.bytes for item in job.items) / self.rate
+        for job in self.reader.read(keys, slots, low=low, ahead=ahead):
+            self.free += job.count * (layout.low_bytes if low else layout.bytes) / self.rate
             found.append(LinkJob(job, self.free))
         return found
 

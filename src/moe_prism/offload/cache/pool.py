@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from ...errors import UsageError
 from ..base import Access, CachePolicy, Counts, ExpertCache, Key, Load, Moment
@@ -111,6 +112,10 @@ class Pool(ExpertCache):
     def foresee(self, uses: Mapping[Key, Sequence[int]]) -> None:
         self.policy.foresee(uses)
 
+    @property
+    def pinned(self) -> set[Key]:
+        return set(self._pinned)
+
     def __contains__(self, key: object) -> bool:
         return key in self.resident
 
@@ -165,8 +170,9 @@ class LayerPools(ExpertCache):
 
     def __init__(self, capacities: Sequence[int], policy: Callable[[int, int], CachePolicy]) -> None:
         """policy(layer, capacity) makes the policy of one layer's pool."""
-        self.pools = [Pool(capacity, policy(layer, capacity)) for layer, capacity in enumerate(capacities)]
-        self._layer = self.pools[0].policy.space.layer
+        pools = [Pool(capacity, policy(layer, capacity)) for layer, capacity in enumerate(capacities)]
+        self.pools: list[Any] = list(pools)  # of `ExpertCache`, as far as nobody puts others in their place
+        self._layer = pools[0].policy.space.layer
 
     def request(self, keys: Sequence[Key], now: Moment, weights: Sequence[float] | None = None) -> Access:
         return self.pools[now.layer].request(keys, now, weights)

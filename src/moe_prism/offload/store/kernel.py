@@ -10,7 +10,6 @@ import os
 import platform
 import sys
 import weakref
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -88,10 +87,10 @@ def take_in(
 
 @njit(nogil=True, cache=True)
 def begin(
-    numbers: Ints, context: Ints, keys: Ints, slots: Ints, low: int, job: int, form: Ints, words: Words, arena: Bytes, sums: Words,
+    numbers: Ints, context: Ints, keys: Ints, slots: Ints, low: int, jobs: Ints, form: Ints, words: Words, arena: Bytes, sums: Words,
     free: Ints, table: Ints, left: Ints, wrong: Ints, blocks: Ints, vectors: Ints, pointers: Ints, events: Ints,
 ) -> tuple[int, int]:  # fmt: skip
-    """Begin to read `keys` (ascending) into `slots`, neighbours by one read; (records begun, records that are wrong already).
+    """Begin to read `keys` (ascending) into `slots`, neighbours of one job by one read; (records begun, records that are wrong already).
 
     numbers: system calls and the descriptor; form: as `workers.work`; free: free[0] of the reads free[1...] are unused; blocks [D, 8],
     vectors [D, RUN, 2], pointers, events: what the kernel wants to see of each. Stops where no read is free.
@@ -102,19 +101,19 @@ def begin(
     while at < len(keys) and free[0] > reads:
         r = free[free[0] - reads]
         first = at
-        while at < len(keys) and at - first < RUN and keys[at] == keys[first] + at - first:
+        while at < len(keys) and at - first < RUN and keys[at] == keys[first] + at - first and jobs[at] == jobs[first]:
             vectors[r, at - first, 0] = words.ctypes.data + 8 * (slots[at] * words.shape[1] + skip)
             vectors[r, at - first, 1] = size
             table[r, KEYS + at - first], table[r, SLOTS + at - first] = keys[at], slots[at]
             at += 1
-        table[r, JOB], table[r, COUNT], table[r, LOW] = job, at - first, low
+        table[r, JOB], table[r, COUNT], table[r, LOW] = jobs[first], at - first, low
+        left[jobs[first]] += 1
         blocks[r, 0], blocks[r, 2] = r, PREADV + (numbers[4] << 32)
         blocks[r, 3], blocks[r, 4] = vectors.ctypes.data + r * 16 * RUN, at - first
         blocks[r, 5] = form[low] + keys[first] * size
         pointers[reads] = blocks.ctypes.data + 64 * r
         reads += 1
     free[0] -= reads
-    left[job] = reads
     begun, here = 0, 0
     while begun < reads:
         got = _system(numbers[3], context[0], reads - begun, pointers.ctypes.data + 8 * begun, 0, 0)
@@ -146,12 +145,21 @@ class NoQueue(Exception):
 class KernelJob:
     """As `reader.Job`; what failed is tried again when its end is noticed."""
 
-    items: list[Item]
-    ahead: bool
+    keys: Ints
+    slots: Ints
+    low: bool
     reader: KernelReader
     failed: dict[int, str] = field(default_factory=dict)
     wrong: dict[int, str] = field(default_factory=dict)
     over: bool = False
+
+    @property
+    def items(self) -> list[Item]:
+        return [Item(key, slot, self.low) for key, slot in zip(self.keys.tolist(), self.slots.tolist(), strict=True)]
+
+    @property
+    def count(self) -> int:
+        return len(self.keys)
 
     @property
     def done(self) -> bool:
@@ -189,31 +197,30 @@ class KernelReader(Reader):
         self._jobs: dict[int, KernelJob] = {}
         self._unused = list(range(DEPTH))
 
-    def submit(self, items: Sequence[Item], *, ahead: bool = False) -> list[KernelJob]:  # type: ignore[override]
+    def read(self, keys: Ints, slots: Ints, *, low: bool = False, ahead: bool = False) -> list[KernelJob]:  # type: ignore[override]
         """One job for all that is wanted now; read ahead, one per record."""
         jobs: list[KernelJob] = []
-        for low in (False, True):
-            own = sorted(item for item in items if item.low == low)
-            for part in [[item] for item in own] if ahead else [own] if own else []:
-                jobs += self._begin(part, ahead)
-        return jobs
-
-    def _begin(self, items: list[Item], ahead: bool) -> list[KernelJob]:
-        jobs: list[KernelJob] = []
-        keys, slots = np.array([i.key for i in items]), np.array([i.slot for i in items])
         at = 0
-        while at < len(items):
+        while at < len(keys):
+            room = DEPTH if not ahead else len(self._unused)
             while not self._unused or not self._free[0]:
                 self.poll(1)
-            number = self._unused.pop()
+                room = len(self._unused)
+            mine, places = keys[at : at + room], slots[at : at + room]
+            numbers = self._unused[-len(mine) :] if ahead else self._unused[-1:]
+            del self._unused[-len(numbers) :]
+            each = np.array(numbers if ahead else numbers * len(mine), np.int64)
             count, bad = begin(
-                self._numbers, self._context, keys[at:], slots[at:], int(items[0].low), number, self._form, self._words, self._bytes,
+                self._numbers, self._context, mine, places, int(low), each, self._form, self._words, self._bytes,
                 self._sums, self._free, self._table, self._left, self._wrong, self._blocks, self._vectors, self._pointers, self._events,
             )  # fmt: skip
-            self._jobs[number] = KernelJob(items[at : at + count], ahead, self)
-            jobs.append(self._jobs[number])
+            parts = [slice(i, i + 1) for i in range(count)] if ahead else [slice(0, count)]
+            begun = [KernelJob(mine[part], places[part], low, self) for part in parts]
+            self._jobs.update(zip(numbers, begun, strict=False))
+            self._unused += numbers[len(begun) :]
+            jobs += begun
             at += count
-            if bad or not self._left[number]:
+            if bad or not self._left[numbers[: len(begun)]].all():
                 self._note(bad)
         return jobs
 
@@ -232,12 +239,16 @@ class KernelReader(Reader):
         for number in [n for n in self._jobs if not self._left[n]]:
             job = self._jobs.pop(number)
             self._unused.append(number)
-            for item in job.items:
-                if item.key in job.wrong:
-                    self._again(job.failed, item, job.wrong[item.key])
-                elif item.low and not self._widens:
-                    self._widen(item)
+            if job.wrong or (job.low and not self._widens):
+                self._finish(job)
             job.over = True
+
+    def _finish(self, job: KernelJob) -> None:
+        for item in job.items:
+            if item.key in job.wrong:
+                self._again(job.failed, item, job.wrong[item.key])
+            elif item.low and not self._widens:
+                self._widen(item)
 
     def cancel(self, job: KernelJob) -> bool:  # type: ignore[override]
         """What the kernel has been told it reads."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...errors import PrismError, UsageError
 from .checksum import checksum
-from .native import OK, REASONS, read_records, widen_bfloat16
+from .native import OK, REASONS, Ints, read_records, widen_bfloat16
 from .pack import Pack
 
 THREADS = 4
@@ -64,6 +64,10 @@ class Job:
     def done(self) -> bool:
         return not self._open.locked()
 
+    @property
+    def count(self) -> int:
+        return len(self.items)
+
     def finish(self) -> None:
         self._open.release()
 
@@ -92,8 +96,12 @@ class Reader:
         for thread in self._threads:
             thread.start()
 
+    def read(self, keys: Ints, slots: Ints, *, low: bool = False, ahead: bool = False) -> Sequence[Job]:
+        """Begin to read records (keys ascending) into slots, in int8 form if `low`. ahead: after everything that is asked for on demand."""
+        return self.submit([Item(k, s, low) for k, s in zip(keys.tolist(), slots.tolist(), strict=True)], ahead=ahead)
+
     def submit(self, items: Sequence[Item], *, ahead: bool = False) -> list[Job]:
-        """Begin to read, shared out among the threads. ahead: after everything that is asked for on demand."""
+        """`read`, shared out among the threads."""
         jobs = [Job(share, ahead) for share in shares(items, len(self._threads))]
         queue = self._ahead if ahead else self._demand
         for job in jobs:

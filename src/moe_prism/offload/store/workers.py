@@ -74,6 +74,10 @@ class WorkerJob:
     over: bool = False
 
     @property
+    def count(self) -> int:
+        return len(self.items)
+
+    @property
     def done(self) -> bool:
         if not self.over and self.reader.is_done(self.number):
             self.reader.collect(self)

@@ -368,12 +368,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--link", type=float, default=0.0, help="MB/s, default the disk's own")
     parser.add_argument("--policy", default="lfu")
-    parser.add_argument("--ahead", type=int, default=6)
+    parser.add_argument("--ahead", type=int, default=3)
     parser.add_argument("--budget", type=float, default=0.75, help="of the lines without cache-aware selection")
     parser.add_argument("--wide", type=float, default=0.9, help="budget for resident slots")
-    parser.add_argument("--floor", type=float, default=0.65, help="budget for missing slots")
+    parser.add_argument("--floor", type=float, default=0.6, help="budget for missing slots")
     parser.add_argument(
-        "--exact", type=float, default=0.3, help="budget for missing slots that are read as they are, the others int8"
+        "--exact", type=float, default=0.05, help="budget for missing slots that are read as they are, the others int8"
     )
     parser.add_argument("--only", help="comma-separated configurations")
     parser.add_argument("--json", action="store_true")

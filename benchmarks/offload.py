@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -371,7 +370,7 @@ def main() -> None:
     parser.add_argument("--ahead", type=int, default=3)
     parser.add_argument("--budget", type=float, default=0.75, help="of the lines without cache-aware selection")
     parser.add_argument("--wide", type=float, default=0.9, help="budget for resident slots")
-    parser.add_argument("--floor", type=float, default=0.6, help="budget for missing slots")
+    parser.add_argument("--floor", type=float, default=0.65, help="budget for missing slots")
     parser.add_argument(
         "--exact", type=float, default=0.05, help="budget for missing slots that are read as they are, the others int8"
     )

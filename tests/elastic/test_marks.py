@@ -28,6 +28,7 @@ def test_one_pass_equals_the_tensor_form(seed, tokens, k, n, rule):
     norms = (torch.rand(tokens, k, n, generator=g) * 6).round() / 4  # with ties
     valid = torch.rand(tokens, k, generator=g) < 0.8
     valid[:, 0] = True
+
     def slots():
         return Slots(torch.zeros(tokens, 2), torch.zeros(tokens, k, dtype=torch.long), weight, valid, n, lambda: norms)
 

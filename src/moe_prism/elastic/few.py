@@ -23,7 +23,7 @@ from .tiles import LANES, NARROW, VECTORS, WIDE, add, dot
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
-ENOUGH = 128  # rows of a result: beyond that grouping by sub-expert pays
+ENOUGH = 512  # rows of a result at most
 ORDER: Ints = np.arange(ENOUGH)
 FIRST: Ints = np.zeros(ENOUGH, np.int64)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .base import LayerPlan, Scorer, gate_activations, gate_activations_all, gate_activations_each, of_choices, per_expert
 
 if TYPE_CHECKING:
-    from .products import Stored
+    from .products import Part, Stored
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared feature; the best on a held-out fifth of the sample is used
 MIN_TOKENS = 16  # below this only the mean is known

@@ -63,8 +63,8 @@ def test_more_reads_than_the_queue_is_deep(setting):
         jobs += reader.read(np.arange(0, 16, 2), np.arange(8) + turn % 8 * 8, ahead=turn % 2 == 0)
     assert not wait(jobs)
     assert reader._free[0] == DEPTH and sorted(reader._unused) == list(range(DEPTH)) and not reader._jobs
-    for reader in (reader, other):
-        reader.close()
+    reader.close()
+    other.close()
 
 
 def test_what_the_kernel_does_not_take_is_read_at_once(setting):
@@ -77,8 +77,8 @@ def test_what_the_kernel_does_not_take_is_read_at_once(setting):
     wait(other.read(np.array([0, 1, 2, 3, 4, 7, 8]), np.arange(7)))
     assert torch.equal(reader._arena[:7], other._arena[:7])
     reader._context[0] = context
-    for reader in (reader, other):
-        reader.close()
+    reader.close()
+    other.close()
 
 
 def test_wrong_and_missing_records_are_named(setting):
@@ -92,8 +92,8 @@ def test_wrong_and_missing_records_are_named(setting):
     assert wait(reader.read(np.array([2, 3, 4, 8, 9]), np.arange(5))) == {3: "wrong checksum", 9: "the file is cut short"}
     assert set(wait(reader.read(np.array([3, 9]), np.arange(2), ahead=True))) == {3, 9}
     assert not wait(reader.read(np.array([4]), np.arange(1)))
-    for reader in (reader, other):
-        reader.close()
+    reader.close()
+    other.close()
 
 
 def test_where_there_is_no_queue_threads_read(setting, monkeypatch):

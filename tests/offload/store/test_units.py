@@ -99,7 +99,10 @@ def test_the_table_answers_and_counts_as_a_pool(name, capacity, calls):
 
 
 def test_only_two_policies_have_a_table():
-    assert {n for n in cache_policies.names() if TablePool.half_life_of(cache_policies.get(n)(SPACE, 4)) is not None} == {"lru", "lfu"}
+    assert {n for n in cache_policies.names() if TablePool.half_life_of(cache_policies.get(n)(SPACE, 4)) is not None} == {
+        "lru",
+        "lfu",
+    }
 
 
 @settings(max_examples=60, deadline=None)

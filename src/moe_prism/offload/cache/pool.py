@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 from ...errors import UsageError
 from ..base import Access, CachePolicy, Counts, ExpertCache, Key, Load, Moment
@@ -171,7 +170,7 @@ class LayerPools(ExpertCache):
     def __init__(self, capacities: Sequence[int], policy: Callable[[int, int], CachePolicy]) -> None:
         """policy(layer, capacity) makes the policy of one layer's pool."""
         pools = [Pool(capacity, policy(layer, capacity)) for layer, capacity in enumerate(capacities)]
-        self.pools: list[Any] = list(pools)  # of `ExpertCache`, as far as nobody puts others in their place
+        self.pools: list[ExpertCache] = list(pools)
         self._layer = pools[0].policy.space.layer
 
     def request(self, keys: Sequence[Key], now: Moment, weights: Sequence[float] | None = None) -> Access:

@@ -88,7 +88,7 @@ class Ahead:
 @njit(nogil=True, cache=True)
 def best_experts(logits: Floats, k: int) -> tuple[Floats, Ints]:
     """(weights, ids) [T, k] of the largest softmax probabilities, largest first, equal ones in order."""
-    tokens, experts = logits.shape
+    tokens = len(logits)
     weight, index = np.empty((tokens, k), np.float32), np.empty((tokens, k), np.int64)
     for t in range(tokens):
         left = np.exp(logits[t] - logits[t].max())

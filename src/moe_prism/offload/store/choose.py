@@ -114,8 +114,9 @@ def choose_entries(
     linear: Floats, gates: Floats, scale: Floats, predictor: Floats, ceiling: float, index: Ints, weight: Floats, levels: Floats,
     budgets: Floats, slot: Ints, base: int,
 ) -> tuple[Flags, Flags, bool, Ints, Ints, Ints, Ints, Floats, Floats]:  # fmt: skip
-    """(keep, low, whether anything is low, the fields of `Wanted`): `marks.select`, `decide` if there are two budgets or more, `sort_entries`.
+    """(keep, low, whether anything is low, the fields of `Wanted`).
 
+    `marks.select`, `decide` if there are two budgets or more, `sort_entries`, one after the other.
     budgets [B, T]: the operating point's, the floor's, that of int8 records; slot, low: as `decide`; base: the layer's first key.
     """
     experts, parts = slot.shape

@@ -193,7 +193,11 @@ class KernelReader(Reader):
         self._table = np.zeros((DEPTH, 3 + 2 * RUN), np.int64)
         self._blocks, self._vectors = np.zeros((DEPTH, 8), np.int64), np.zeros((DEPTH, RUN, 2), np.int64)
         self._pointers, self._events = np.zeros(DEPTH, np.int64), np.zeros((DEPTH, 4), np.int64)
-        self._left, self._wrong, self._zero = np.zeros(DEPTH, np.int64), np.zeros((DEPTH * RUN, 4), np.int64), np.zeros(2, np.int64)
+        self._left, self._wrong, self._zero = (
+            np.zeros(DEPTH, np.int64),
+            np.zeros((DEPTH * RUN, 4), np.int64),
+            np.zeros(2, np.int64),
+        )
         self._jobs: dict[int, KernelJob] = {}
         self._unused = list(range(DEPTH))
 

@@ -20,7 +20,7 @@ from ...model import MoELayer
 from ..base import CachePolicy, ExpertCache, Key, KeySpace, Load, Moment
 from ..cache.pool import LayerPools, Pool
 from .arena import Arena
-from .kernel import open_reader
+from .kernel import SMALL, open_reader
 from .pack import Pack
 from .reader import Job, Reader, StoreError
 from .table import Slots, TablePool
@@ -28,8 +28,9 @@ from .units import UnitPool
 from .wanted import Floats, Ints, Wanted, add_rows
 
 ENTRIES = 1 << 20  # numbers of partial outputs held at a time
+LITTLE = 1 << 22  # multiplications up to which preparing more than one thread, or rows in common, costs more than it saves
 TOGETHER = 1 << 14  # multiplications that are not worth a turn of their own while reads are under way
-AHEAD = 3  # pieces of a long prompt that are read while one is computed
+AHEAD = 3  # pieces of a long prompt that are read while one is computed; of small records one, their pieces are short enough
 PRICE = 0.05  # weight of the newest wait in the price of a record
 
 
@@ -182,8 +183,9 @@ class ExpertStore:
         """
         self.settle()
         capacity = self._capacity(layer)
-        size = max(1, capacity // (2 * (AHEAD + 1)))
-        ahead = min(AHEAD, capacity // size - 1)
+        most = 1 if self.pack.layout.bytes <= SMALL else AHEAD
+        size = max(1, capacity // (2 * (most + 1)))
+        ahead = min(most, capacity // size - 1)
         bounds = [(i, min(i + size, len(wanted))) for i in range(0, len(wanted), size)]
         keys = wanted.keys.tolist()
         later = [key for key in keys if key in self.cache][: capacity - (ahead + 1) * size]
@@ -364,7 +366,8 @@ class ExpertStore:
     def _outputs(self, x: Tensor, row: Ints, weight: Floats, slot: Ints) -> Floats:
         """[S, d]: routing weight x output of entries, each the row of x it is about, its weight and its slot [S]."""
         began = time.perf_counter()
-        found = few_outputs(self.arena.plan, x, row, weight, slot)
+        little = len(row) * self.pack.layout.weights <= LITTLE
+        found = few_outputs(self.arena.plan, x, row, weight, slot) if little else None
         if found is None:
             rows = x.expand(len(row), -1) if len(x) == 1 else x[torch.from_numpy(row)]
             keep = torch.ones(len(row), 1, 1, dtype=torch.bool)
@@ -385,7 +388,7 @@ def pools(
     found = LayerPools(quotas, lambda _, capacity: policy(space, capacity, **settings))
     half_life = TablePool.half_life_of(policy(space, 1, **settings))
     if half_life is None:
-        found.pools = [UnitPool(pool.capacity, pool.policy) for pool in found.pools]
+        found.pools = [UnitPool(capacity, policy(space, capacity, **settings)) for capacity in quotas]
     else:
         found.pools = [TablePool(capacity, space.of_layer(layer), half_life, places) for layer, capacity in enumerate(quotas)]
     return found

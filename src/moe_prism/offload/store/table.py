@@ -104,9 +104,10 @@ def serve(
         if resident >= capacity:
             worst = -1
             for v in range(len(used)):
-                if used[v] >= 0 and not blocked[v]:
-                    if worst < 0 or rank[v] < rank[worst] or (rank[v] == rank[worst] and used[v] < used[worst]):
-                        worst = v
+                if used[v] < 0 or blocked[v]:
+                    continue
+                if worst < 0 or rank[v] < rank[worst] or (rank[v] == rank[worst] and used[v] < used[worst]):
+                    worst = v
             victims[count] = worst + base
             used[worst] = -1
             counts[EVICTIONS] += 1

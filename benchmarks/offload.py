@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from moe_prism.api import CalibrateOptions, RefactorOptions, load, refactor
@@ -37,9 +35,10 @@ from moe_prism.elastic import operating_point
 from moe_prism.model import find_layers
 from moe_prism.offload.cache import cache_policies
 from moe_prism.offload.record import record
-from moe_prism.offload.store import ExpertStore, Reader, StoreOptions, open_pack
+from moe_prism.offload.store import ExpertStore, StoreOptions, open_pack
 from moe_prism.offload.store.choose import Misses
 from moe_prism.offload.store.foresee import at_budget, forecast, measure_prices, measure_step
+from moe_prism.offload.store.kernel import open_reader
 from moe_prism.offload.store.store import Times
 
 PROMPT = 32
@@ -77,20 +76,45 @@ def ablation(args: argparse.Namespace) -> list[Config]:
     ]
 
 
+@dataclass
+class LinkJob:
+    """A job that has ended when the link has carried it, too."""
+
+    job: Any
+    until: float
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.job, name)
+
+    @property
+    def done(self) -> bool:
+        return self.job.done and time.perf_counter() >= self.until
+
+    def wait(self) -> None:
+        self.job.wait()
+        time.sleep(max(0.0, self.until - time.perf_counter()))
+
+
 class Link:
-    """preadv at a bandwidth: all threads share one queue."""
+    """The store's own reader behind a link of a bandwidth: what is asked for is carried one after the other."""
 
-    def __init__(self, megabytes: float) -> None:
-        self.rate, self.free, self.lock = megabytes * 1e6, 0.0, threading.Lock()
+    def __init__(self, reader: Any, megabytes: float) -> None:
+        self.reader, self.rate, self.free = reader, megabytes * 1e6, 0.0
 
-    def __call__(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-        began = time.perf_counter()
-        got = os.preadv(descriptor, buffers, offset)
-        with self.lock:
-            self.free = max(self.free, began) + got / self.rate
-            until = self.free
-        time.sleep(max(0.0, until - time.perf_counter()))
-        return got
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.reader, name)
+
+    def read(self, keys: Any, slots: Any, *, low: bool = False, ahead: bool = False) -> list[LinkJob]:
+        layout = self.reader.pack.layout
+        found = []
+        self.free = max(self.free, time.perf_counter())
+        for job in self.reader.read(keys, slots, low=low, ahead=ahead):
+            self.free += job.count * (layout.low_bytes if low else layout.bytes) / self.rate
+            found.append(LinkJob(job, self.free))
+        return found
+
+    def cancel(self, job: LinkJob) -> bool:
+        return self.reader.cancel(job.job)
 
 
 @dataclass
@@ -192,7 +216,7 @@ def overlap(args: argparse.Namespace, folder: Path, work: Path) -> list[dict[str
             for name, store in (("both", both), ("read", reading), ("compute", whole)):
                 began = time.perf_counter()
                 for layer in range(pack.space.layers):
-                    store.run(layer, x, index, weight, keep)
+                    store.run(layer, x, store.wanted(layer, index, weight, keep))
                 if turn_:
                     seconds[name].append(time.perf_counter() - began)
         ms = {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
@@ -203,8 +227,8 @@ def overlap(args: argparse.Namespace, folder: Path, work: Path) -> list[dict[str
 class Reading(ExpertStore):
     """Reads and computes nothing."""
 
-    def _outputs(self, x: torch.Tensor, row: torch.Tensor, weight: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(row), x.shape[1])
+    def _outputs(self, x: torch.Tensor, row: Any, weight: Any, slot: Any) -> Any:
+        return np.zeros((len(row), x.shape[1]), np.float32)
 
 
 def simulate(args: argparse.Namespace, folder: Path, work: Path) -> list[dict[str, Any]]:
@@ -257,7 +281,7 @@ def stored(folder: Path, work: Path, memory: int, config: Config, args: argparse
     else:
         memory += predictors(folder)  # whole experts need none
     if args.link:
-        options["reader"] = lambda pack, arena: Reader(pack, arena, read=Link(args.link))
+        options["reader"] = lambda pack, arena: Link(open_reader(pack, arena), args.link)
     return load(folder, store=StoreOptions(memory, work / name, parts=config.parts, **options))[0]
 
 
@@ -343,12 +367,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--link", type=float, default=0.0, help="MB/s, default the disk's own")
     parser.add_argument("--policy", default="lfu")
-    parser.add_argument("--ahead", type=int, default=6)
+    parser.add_argument("--ahead", type=int, default=3)
     parser.add_argument("--budget", type=float, default=0.75, help="of the lines without cache-aware selection")
     parser.add_argument("--wide", type=float, default=0.9, help="budget for resident slots")
     parser.add_argument("--floor", type=float, default=0.65, help="budget for missing slots")
     parser.add_argument(
-        "--exact", type=float, default=0.3, help="budget for missing slots that are read as they are, the others int8"
+        "--exact", type=float, default=0.05, help="budget for missing slots that are read as they are, the others int8"
     )
     parser.add_argument("--only", help="comma-separated configurations")
     parser.add_argument("--json", action="store_true")

@@ -28,17 +28,20 @@ def test_one_pass_equals_the_tensor_form(seed, tokens, k, n, rule):
     norms = (torch.rand(tokens, k, n, generator=g) * 6).round() / 4  # with ties
     valid = torch.rand(tokens, k, generator=g) < 0.8
     valid[:, 0] = True
-    slots = Slots(torch.zeros(tokens, 2), torch.zeros(tokens, k, dtype=torch.long), weight, valid, n, lambda: norms)
+
+    def slots():
+        return Slots(torch.zeros(tokens, 2), torch.zeros(tokens, k, dtype=torch.long), weight, valid, n, lambda: norms)
+
     budget = torch.rand(tokens, generator=g).clamp(min=0.01)
     budget[0] = 1.0
     made = rules.get(rule)(PLAN)
-    one_pass = made.keep(slots, budget)
+    one_pass = made.keep(slots(), budget)
     modules = (base, product_module, threshold_module)
     before = [m.is_compiled for m in modules]
     try:
         for m in modules:
             m.is_compiled = lambda *_: False
-        assert torch.equal(made.keep(slots, budget), one_pass)
+        assert torch.equal(made.keep(slots(), budget), one_pass)
     finally:
         for m, function in zip(modules, before, strict=True):
             m.is_compiled = function

@@ -61,8 +61,8 @@ def test_a_store_that_always_fails_is_an_error_of_the_request_and_heals(setting)
     assert torch.equal(logits(stored, ids), logits(whole, ids))
     store = store_of(stored)
     store.settle()
-    assert not any(pool._pinned for pool in store.cache.pools)
-    assert len(store._free) + len(store.cache) == store.slots
+    assert not any(pool.pinned for pool in store.cache.pools)
+    assert int(store.places.free[0]) + len(store.cache) == store.slots
 
 
 def test_a_wrong_record_on_disk_is_named_and_never_used(setting):
@@ -120,11 +120,12 @@ def test_thrashing_at_the_smallest_sizes_makes_progress(setting, steps):
             if draw.random() < 0.3:
                 store.prefetch(layer, draw.sample(space.of_layer(layer), draw.randrange(5)))
             weight = torch.rand(2, 2)
-            assert torch.equal(store.run(layer, x, index, weight, keep), reference.run(layer, x, index, weight, keep))
+            wanted = store.wanted(layer, index, weight, keep)
+            assert torch.equal(store.run(layer, x, wanted), reference.run(layer, x, wanted))
             counts = store.cache.counts
             assert counts.requested == counts.hits + counts.misses
             assert counts.loads + counts.prefetched - counts.evictions == len(store.cache) <= store.slots
-            assert len(store._free) + len(store.cache) == store.slots
+            assert int(store.places.free[0]) + len(store.cache) == store.slots
         store.close()
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..model import MoELayer
@@ -22,6 +25,7 @@ class LayerPlan:
     gates: int  # r, the first neurons of every block
     tensors: dict[str, Tensor] = field(default_factory=dict)
     stored: Any = field(default=None, init=False, repr=False)  # of `products.Stored`: where the weights are
+    few: Any = field(default=None, init=False, repr=False)  # of `few.few_outputs`: the same, prepared
 
     @property
     def block(self) -> int:
@@ -49,7 +53,11 @@ class Slots:
     norms: Callable[[], Tensor]  # -> [T, k, N] estimated block output norms, >= 0
 
     def values(self) -> Tensor:
-        """[T, k, N]: routing weight x estimated output norm; -1 where there is no expert."""
+        """[T, k, N]: routing weight x estimated output norm; -1 where there is no expert. Computed once."""
+        return self._values
+
+    @cached_property
+    def _values(self) -> Tensor:
         norms = self.norms()
         if is_compiled(norms, self.weight):
             from .marks import slot_values  # compiles on first use
@@ -63,7 +71,7 @@ class Slots:
 
 def is_compiled(*tensors: Tensor) -> bool:
     """Whether the functions of `marks.py` take these: float32 on a CPU, no gradients."""
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" and not t.requires_grad for t in tensors)
+    return all(t.dtype == torch.float32 and t.is_cpu and not t.requires_grad for t in tensors)
 
 
 class Scorer(ABC):
@@ -101,6 +109,8 @@ class Rule(ABC):
     needs_norms = True
     is_continuous = False
     """Whether budgets between two slot counts give different results."""
+    compiled: NDArray[np.float32] | None = None
+    """What `marks.select` needs to decide as this rule does: its levels, an empty array for top-K; None = it cannot."""
 
     def __init__(self, plan: LayerPlan) -> None:
         self.plan = plan

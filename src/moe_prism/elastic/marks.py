@@ -84,3 +84,41 @@ def mark_above(values: Floats, levels: Floats, budget: Floats, valid: Flags, kee
                 if values[t, c, n] > best:
                     best, at = values[t, c, n], c * n_sub + n
         keep[t, at // n_sub, at % n_sub] = valid[t, at // n_sub]
+
+
+@njit(nogil=True, cache=True, fastmath={"contract"})
+def add_dropped(index: Ints, weight: Floats, keep: Flags, vectors: Floats, out: Floats) -> None:
+    """out[t] += routing weight x vector of every slot that is not kept, in their order. vectors [E, N, d], ids outside [0, E) mean none."""
+    tokens, k, n_sub = keep.shape
+    for t in range(tokens):
+        for c in range(k):
+            expert, factor = index[t, c], weight[t, c]
+            if expert < 0 or expert >= len(vectors):
+                continue
+            for n in range(n_sub):
+                if not keep[t, c, n]:
+                    for j in range(out.shape[1]):
+                        out[t, j] += factor * vectors[expert, n, j]
+
+
+@njit(nogil=True, cache=True)
+def select(
+    linear: Floats, gates: Floats, scale: Floats, predictor: Floats, ceiling: float, index: Ints, weight: Floats, levels: Floats,
+    budgets: Floats, keeps: Flags, values: Floats,
+) -> None:  # fmt: skip
+    """keeps [B, T, k, N] of a choice at each of budgets [B, T], and the slots' values [T, k, N].
+
+    linear ... ceiling: as `predicted_norms`; levels: as `mark_above`, or none of them for `mark_largest`. Ids outside [0, E) mean none.
+    """
+    clamped, valid = np.empty_like(index), np.empty(index.shape, np.bool_)
+    for t in range(index.shape[0]):
+        for c in range(index.shape[1]):
+            clamped[t, c] = min(max(index[t, c], 0), len(predictor) - 1)
+            valid[t, c] = clamped[t, c] == index[t, c]
+    predicted_norms(linear, gates, scale, predictor, clamped, ceiling, values)
+    slot_values(weight, values, valid, values)
+    for b in range(len(budgets)):
+        if len(levels):
+            mark_above(values, levels, budgets[b], valid, keeps[b])
+        else:
+            mark_largest(values, budgets[b], valid, keeps[b])

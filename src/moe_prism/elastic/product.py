@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,8 @@ def top_slots(values: Tensor, count: Tensor) -> Tensor:
 
 class Product(Rule):
     """value = routing weight x estimated output norm; any K, per token."""
+
+    compiled = np.empty(0, np.float32)
 
     def keep(self, slots: Slots, budget: Tensor) -> Tensor:
         values = slots.values()

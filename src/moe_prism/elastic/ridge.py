@@ -8,20 +8,21 @@ dropped: norms fitted directly come out negative for weak blocks, tie at zero, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .base import LayerPlan, Scorer, gate_activations, gate_activations_all, gate_activations_each, of_choices, per_expert
 
 if TYPE_CHECKING:
-    from .products import Stored
+    from .products import Part, Stored
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared feature; the best on a held-out fifth of the sample is used
 MIN_TOKENS = 16  # below this only the mean is known
 FLOOR = 1e-3  # of the mean block norm, added before the log: a block that is off is not infinitely far from one that is faint
-FEW = 64  # choices up to which weights are gathered per choice
+FEW = 64  # choices up to which they are computed one by one
 CEILING = 30.0  # of a predicted log norm: no overflow on inputs far from the sample
 
 
@@ -100,13 +101,14 @@ class Ridge(Scorer):
         super().__init__(plan)
         self.weight = plan.tensors["ridge"].to(plan.layer.up.device).float()
         self.scale = gate_scale(plan)
+        self._constants: tuple[Stored, Any, Any, Any] | None = None  # of `_direct`
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
         from .products import usable  # compiles on first use
 
         stored = usable(self.plan, x)
         if stored is not None and self.plan.layer.up_bias is None:
-            return self._tiled(x, index, stored)
+            return self._direct(x, index, stored) if index.numel() <= FEW else self._tiled(x, index, stored)
         if index.numel() <= FEW:
             return self._few(x.repeat_interleave(index.shape[1], 0), index.reshape(-1)).view(*index.shape, -1)
         if x.device.type != "cpu":
@@ -121,12 +123,9 @@ class Ridge(Scorer):
     def _tiled(self, x: Tensor, index: Tensor, stored: Stored) -> Tensor:
         """By the compiled jobs: predictor rows and gate neurons are columns of one product, grouped by expert."""
         from .marks import predicted_norms
-        from .products import Groups, Matrix, Part, dot
+        from .products import Groups, dot
 
-        n, r, layer = self.plan.n_sub, self.plan.gates, self.plan.layer
-        parts = [Part(Matrix.of(self.weight), 0)]
-        for i, (matrix, *_) in enumerate(stored.first):
-            parts += [Part(matrix, n + i * n * r + g, g, r, self.plan.block) for g in range(r)]
+        n, r, layer, parts = self.plan.n_sub, self.plan.gates, self.plan.layer, self._parts(stored)
         groups = Groups.of(index, torch.ones(*index.shape, 1, dtype=torch.bool), layer.num_experts)
         products = torch.empty(index.numel(), n + len(stored.first) * n * r)
         dot(x if x.stride(1) == 1 else x.contiguous(), groups, groups.all, parts, 0, n, products, groups.choice)
@@ -135,6 +134,48 @@ class Ridge(Scorer):
         scale, weight = self.scale.flatten(1).numpy(), self.weight.numpy()
         predicted_norms(products.numpy(), gates.numpy(), scale, weight, index.numpy(), CEILING, norms.numpy())
         return norms
+
+    def _direct(self, x: Tensor, index: Tensor, stored: Stored) -> Tensor:
+        """`_tiled` for few choices, to the last bit: one by one, in one call."""
+        from .marks import predicted_norms
+
+        norms = np.empty((*index.shape, self.plan.n_sub), np.float32)
+        predicted_norms(*self._terms(x, index, stored), index.contiguous().numpy(), CEILING, norms)
+        return torch.from_numpy(norms)
+
+    def terms(self, x: Tensor, index: Tensor) -> tuple[Any, Any, Any, Any] | None:
+        """What `marks.predicted_norms` wants to know of few choices; None where there are many, or the weights are not laid out for it."""
+        from .products import usable
+
+        if index.numel() > FEW or self.plan.layer.up_bias is not None:
+            return None
+        stored = usable(self.plan, x)
+        return None if stored is None else self._terms(x, index, stored)
+
+    def _terms(self, x: Tensor, index: Tensor, stored: Stored) -> tuple[Any, Any, Any, Any]:
+        from .few import ORDER, dots, rows_of, table_of
+
+        if self._constants is None or self._constants[0] is not stored:
+            self._constants = stored, table_of(self._parts(stored)), self.scale.flatten(1).numpy(), self.weight.numpy()
+        _, table, scale, weight = self._constants
+        n, r = self.plan.n_sub, self.plan.gates
+        x, choice = x if x.stride(1) == 1 else x.contiguous(), index.contiguous().numpy()
+        products = np.empty((choice.size, n + len(stored.first) * n * r), np.float32)
+        dots(x.detach().numpy(), rows_of(*choice.shape), choice.reshape(-1), len(weight) - 1, table, n, ORDER, products)
+        gates = products[:, n:]
+        if r:
+            gates = self.plan.layer.activate_joined(torch.from_numpy(gates)).numpy()
+        return products, gates, scale, weight
+
+    def _parts(self, stored: Stored) -> list[Part]:
+        """Predictor rows, then gate neurons, as columns of one product."""
+        from .products import Matrix, Part
+
+        n, r = self.plan.n_sub, self.plan.gates
+        parts = [Part(Matrix.of(self.weight), 0)]
+        for i, (matrix, *_) in enumerate(stored.first):
+            parts += [Part(matrix, n + i * n * r + g, g, r, self.plan.block) for g in range(r)]
+        return parts
 
     def _few(self, x: Tensor, experts: Tensor) -> Tensor:
         """Rows x [S, d] with one expert [S] each -> [S, N], by gathered weights: at decode a loop over experts would cost more."""

@@ -18,7 +18,9 @@ from . import triton_run
 from .base import LayerPlan, Rule, Scorer, Slots
 from .compensate import Compensator, compensator
 from .execute import auto, grouped, reference
+from .few_select import select_few
 from .repair import REPAIR, Repaired
+from .ridge import FEW
 
 TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token", "moe_k", "top_k")
 """How configurations name the experts per token."""
@@ -136,6 +138,10 @@ class ElasticLayer:
     def select(self, x: Tensor, index: Tensor, weight: Tensor, valid: Tensor, setting: Setting) -> Tensor:
         """keep [T, k, N] of a batch under a setting."""
         scorer = self.scorer(setting.scorer) if self.rule(setting.rule).needs_norms else None
+        if scorer is not None and index.numel() <= FEW:
+            keep = select_few(scorer, self.rule(setting.rule), x, index, weight, setting.at(self.plan.layer.index))
+            if keep is not None:
+                return keep
 
         def norms() -> Tensor:
             assert scorer is not None

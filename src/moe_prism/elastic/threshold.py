@@ -50,6 +50,7 @@ class Threshold(Rule):
     def __init__(self, plan: LayerPlan) -> None:
         super().__init__(plan)
         self.levels = plan.tensors["levels"].to(plan.layer.up.device)
+        self.compiled = self.levels.cpu().numpy()
 
     def keep(self, slots: Slots, budget: Tensor) -> Tensor:
         values = slots.values()
@@ -57,7 +58,7 @@ class Threshold(Rule):
             from .marks import mark_above  # compiles on first use
 
             keep = torch.empty(values.shape, dtype=torch.bool)
-            mark_above(values.numpy(), self.levels.numpy(), budget.numpy(), slots.valid.numpy(), keep.numpy())
+            mark_above(values.numpy(), self.compiled, budget.numpy(), slots.valid.numpy(), keep.numpy())
             return keep
         best = top_slots(values, torch.ones_like(budget, dtype=torch.long))
         return ((values >= self.level(budget)[:, None, None]) | best) & slots.valid[:, :, None]

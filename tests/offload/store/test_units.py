@@ -15,9 +15,11 @@ from moe_prism.offload.store.checksum import checksum
 from moe_prism.offload.store.layout import Layout
 from moe_prism.offload.store.native import FAILED, OK, SHORT, WRONG, read_records, widen_bfloat16
 from moe_prism.offload.store.reader import RUN, Item, runs, shares
+from moe_prism.offload.store.table import Slots, TablePool
 from moe_prism.offload.store.units import UnitPool
 
 SPACE = KeySpace(2, 4, 2)
+LATER = st.lists(st.sampled_from(list(SPACE.of_layer(1))), unique=True, max_size=8)
 KEYS = st.lists(st.integers(0, len(SPACE) - 1), unique=True, max_size=8)
 
 
@@ -53,6 +55,54 @@ def test_the_pool_answers_and_counts_as_the_general_one(name, capacity, calls):
                     pool.drop(key, now)
         assert pools[0].counts == pools[1].counts
         assert pools[0].resident == pools[1].resident
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["lru", "lfu"]),
+    st.integers(0, 9),
+    st.lists(st.tuples(st.sampled_from(["request", "prefetch", "expect", "pin", "unpin", "drop"]), LATER), max_size=40),
+)
+def test_the_table_answers_and_counts_as_a_pool(name, capacity, calls):
+    """Of the second layer; and every key that is there has a slot of its own."""
+    policy = cache_policies.get(name)(SPACE, capacity)
+    slots = Slots.new(len(SPACE), capacity)
+    half_life = TablePool.half_life_of(policy)
+    pools = [Pool(capacity, policy), TablePool(capacity, SPACE.of_layer(1), half_life, slots)]
+    pinned: list[int] = []
+    for step, (call, keys) in enumerate(calls):
+        now = Moment(step * 2, step, 1)
+        if call in ("request", "prefetch"):
+            assert pools[0].chunks(keys, 1) == pools[1].chunks(keys, 1) or not capacity
+            first, second = (getattr(pool, call)(keys, now) for pool in pools)
+            assert first == second
+        for pool in pools:
+            if call == "expect":
+                pool.expect(1, keys)
+            elif call == "pin":
+                pool.pin(keys)
+            elif call == "unpin":
+                pool.unpin(pinned[-1:])
+            elif call == "drop":
+                for key in [k for k in keys if k in pool]:
+                    pool.drop(key, now)
+                    if pool is pools[1]:
+                        slots.vacate(key)
+        pinned = pinned + keys if call == "pin" else pinned[:-1] if call == "unpin" else pinned
+        assert pools[0].counts == pools[1].counts
+        assert pools[0].pinned == pools[1].pinned
+        there = {key for key in SPACE.of_layer(1) if key in pools[1]}
+        assert there == pools[0].resident
+        taken = [slots.of[key] for key in there]
+        assert len(set(taken)) == len(taken) == len(pools[1]) == (slots.of >= 0).sum() == capacity - slots.free[0]
+        assert sorted([*taken, *slots.free[1 : 1 + slots.free[0]]]) == list(range(capacity))
+
+
+def test_only_two_policies_have_a_table():
+    assert {n for n in cache_policies.names() if TablePool.half_life_of(cache_policies.get(n)(SPACE, 4)) is not None} == {
+        "lru",
+        "lfu",
+    }
 
 
 @settings(max_examples=60, deadline=None)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import LayerPlan
+from ..base import LayerPlan, is_compiled
 from .base import MIN_ROWS, Blocks, Compensator, Sample, outputs
+
+FEW = 256  # slots up to which preparing the sum costs more than the sum
 
 
 class Mean(Compensator):
@@ -29,6 +32,16 @@ class Mean(Compensator):
                 if len(rows) >= MIN_ROWS:
                     vectors[expert, n] = outputs(plan, rows, expert, n).mean(0)
         return {"vectors": vectors.bfloat16()}
+
+    def __call__(self, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
+        """As `Compensator` says; for few slots in one call, to the last bit the same."""
+        if keep.numel() > FEW or self.plan.layer.down_bias is not None or not is_compiled(weight, self.vectors):
+            return super().__call__(x, index, weight, keep)
+        from ..marks import add_dropped  # compiles on first use
+
+        out = np.zeros(x.shape, np.float32)
+        add_dropped(index.contiguous().numpy(), weight.contiguous().numpy(), keep.contiguous().numpy(), self.vectors.numpy(), out)
+        return torch.from_numpy(out)
 
     def estimate(self, x: Tensor, expert: int, block: int) -> Tensor:
         return self.vectors[expert, block][None]

@@ -111,6 +111,10 @@ class Pool(ExpertCache):
     def foresee(self, uses: Mapping[Key, Sequence[int]]) -> None:
         self.policy.foresee(uses)
 
+    @property
+    def pinned(self) -> set[Key]:
+        return set(self._pinned)
+
     def __contains__(self, key: object) -> bool:
         return key in self.resident
 
@@ -165,8 +169,9 @@ class LayerPools(ExpertCache):
 
     def __init__(self, capacities: Sequence[int], policy: Callable[[int, int], CachePolicy]) -> None:
         """policy(layer, capacity) makes the policy of one layer's pool."""
-        self.pools = [Pool(capacity, policy(layer, capacity)) for layer, capacity in enumerate(capacities)]
-        self._layer = self.pools[0].policy.space.layer
+        pools = [Pool(capacity, policy(layer, capacity)) for layer, capacity in enumerate(capacities)]
+        self.pools: list[ExpertCache] = list(pools)
+        self._layer = pools[0].policy.space.layer
 
     def request(self, keys: Sequence[Key], now: Moment, weights: Sequence[float] | None = None) -> Access:
         return self.pools[now.layer].request(keys, now, weights)

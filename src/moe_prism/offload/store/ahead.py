@@ -9,15 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numba import njit
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ...elastic.base import is_compiled
+from ...elastic.few_select import budgets_of, prepared
+from ...elastic.marks import select
 from ...elastic.runtime import _per_token, experts_per_token
 from ..base import Key
 from ..record import router_weight
 
 if TYPE_CHECKING:
-    from .layer import StoredElastic
+    from .layer import StoredElastic, StoredLayer
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
 
 FEW = 8  # tokens up to which there is something to gain: a long prompt wants nearly everything
 
@@ -39,8 +48,15 @@ class Ahead:
     def keys(self, number: int, x: Tensor) -> Sequence[Key]:
         """The records layer `number` would keep on this input, best first, at most `width`."""
         layer = self.elastic.stored[number]
-        weight, index = (x @ self.routers[number].T).float().softmax(-1).topk(self.k, -1)
         setting, misses, space = self.elastic.setting, self.elastic.misses, self.elastic.store.space
+        if is_compiled(x):
+            arrays = best_experts((x @ self.routers[number].T).numpy(), self.k)
+            weight, index = map(torch.from_numpy, arrays)
+        else:
+            weight, index = (x @ self.routers[number].T).float().softmax(-1).topk(self.k, -1)
+        found = self._few(layer, x, index, weight)
+        if found is not None:
+            return found
         valid = torch.ones_like(index, dtype=torch.bool)
         if (setting.is_full(number) and misses.is_exact) or space.parts == 1:
             values = weight[:, :, None].expand(-1, -1, space.parts)
@@ -53,3 +69,56 @@ class Ahead:
         number_of = first + index[:, :, None] * space.parts + torch.arange(space.parts)
         order = values[keep].argsort(descending=True)
         return list(dict.fromkeys(number_of[keep][order].tolist()))[: self.width]
+
+    def _few(self, layer: StoredLayer, x: Tensor, index: Tensor, weight: Tensor) -> Sequence[Key] | None:
+        """The same where selection takes two compiled calls."""
+        setting, misses, space = self.elastic.setting, self.elastic.misses, self.elastic.store.space
+        number = layer.number
+        if space.parts != layer.plan.n_sub or (setting.is_full(number) and misses.is_exact):
+            return None
+        budgets = budgets_of([setting.at(number)], len(x))
+        found = prepared(layer.scorer(setting.scorer), layer.rule(setting.rule), x, index, weight)
+        if budgets is None or found is None:
+            return None
+        np.minimum(budgets, np.float32(misses.floor), out=budgets)
+        keys: list[Key] = best_keys(*found, budgets, layer.plan.n_sub, space.of_layer(number).start, self.width).tolist()
+        return keys
+
+
+@njit(nogil=True, cache=True)
+def best_experts(logits: Floats, k: int) -> tuple[Floats, Ints]:
+    """(weights, ids) [T, k] of the largest softmax probabilities, largest first, equal ones in order."""
+    tokens = len(logits)
+    weight, index = np.empty((tokens, k), np.float32), np.empty((tokens, k), np.int64)
+    for t in range(tokens):
+        left = np.exp(logits[t] - logits[t].max())
+        left /= left.sum()
+        for c in range(k):
+            best = np.argmax(left)
+            weight[t, c], index[t, c], left[best] = left[best], best, np.float32(-1)
+    return weight, index
+
+
+@njit(nogil=True, cache=True)
+def best_keys(
+    linear: Floats, gates: Floats, scale: Floats, predictor: Floats, ceiling: float, index: Ints, weight: Floats, levels: Floats,
+    budgets: Floats, parts: int, base: int, width: int,
+) -> Ints:  # fmt: skip
+    """The keys of what `marks.select` keeps, the most valuable first, each once, at most `width`."""
+    tokens, k = index.shape
+    keeps, values = np.empty((1, tokens, k, parts), np.bool_), np.empty((tokens, k, parts), np.float32)
+    select(linear, gates, scale, predictor, ceiling, index, weight, levels, budgets, keeps, values)
+    best = np.full(len(predictor) * parts, -1.0, np.float32)
+    for t in range(tokens):
+        for c in range(k):
+            for n in range(parts):
+                if keeps[0, t, c, n]:
+                    key = index[t, c] * parts + n
+                    best[key] = max(best[key], values[t, c, n])
+    found = np.empty(width, np.int64)
+    for i in range(width):
+        at = np.argmax(best)
+        if best[at] < 0:
+            return found[:i]
+        found[i], best[at] = at + base, np.float32(-1)
+    return found

@@ -8,8 +8,7 @@ may be read in int8 form instead of being skipped (HOBBIT, arXiv 2411.01433: hig
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,8 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...elastic.base import Slots
+from ...elastic.few_select import budgets_of, prepared
+from ...elastic.marks import select
+from ...elastic.ridge import FEW
 from ...elastic.runtime import Setting, _per_token
 from ...errors import UsageError
+from .wanted import Wanted, sort_entries
 
 if TYPE_CHECKING:
     from .layer import StoredLayer
@@ -58,17 +61,17 @@ class Misses:
 
 @dataclass(frozen=True)
 class Choice:
-    """keep [T, k, N]; low [E, N]: records to take in int8 form if they are missing, None for none of them."""
+    """keep [T, k, N]; low [E, N]: records to take in int8 form if they are missing, None for none of them; wanted: keep, sorted."""
 
     keep: Tensor
     low: np.ndarray | None = None
+    wanted: Wanted | None = None
 
 
 def choose(layer: StoredLayer, slots: Slots, setting: Setting, misses: Misses) -> Choice:
     """What a batch keeps at one layer, given what is resident now."""
     budget = _per_token(setting.at(layer.plan.layer.index), slots.x)
     rule = layer.rule(setting.rule)
-    slots = replace(slots, norms=_once(slots))
     wide = rule.keep(slots, budget)
     if misses.is_exact:
         return Choice(wide)
@@ -86,6 +89,45 @@ def choose(layer: StoredLayer, slots: Slots, setting: Setting, misses: Misses) -
     values = slots.values().float().contiguous().numpy()
     some = decide(slots.index.contiguous().numpy(), *flags, layer.store.slots_of(layer.number), values, keep.numpy(), low)
     return Choice(keep, low if some else None)
+
+
+def choose_few(layer: StoredLayer, x: Tensor, index: Tensor, weight: Tensor, setting: Setting, misses: Misses) -> Choice | None:
+    """`choose` for few tokens in two calls; None where scorer, rule or setting are not of the compiled kind."""
+    experts, parts = layer.store.space.experts, layer.store.space.parts
+    if index.numel() > FEW or parts != layer.plan.n_sub or misses.step_seconds is not None:
+        return None
+    levels = [misses.floor] if misses.low is None else [misses.floor, misses.low]
+    at = setting.at(layer.plan.layer.index)
+    budgets = budgets_of([at] if misses.is_exact else [at] * (len(levels) + 1), len(x))
+    found = None if budgets is None else prepared(layer.scorer(setting.scorer), layer.rule(setting.rule), x, index, weight)
+    if budgets is None or found is None:
+        return None
+    for budget, level in zip(budgets[1:], levels, strict=False):
+        np.minimum(budget, np.float32(level), out=budget)
+    base = layer.number * experts * parts
+    keep, low, some, *wanted = choose_entries(*found, budgets, layer.store.slots_of(layer.number), base)
+    return Choice(torch.from_numpy(keep), low if some else None, Wanted(*wanted))
+
+
+@njit(nogil=True, cache=True)
+def choose_entries(
+    linear: Floats, gates: Floats, scale: Floats, predictor: Floats, ceiling: float, index: Ints, weight: Floats, levels: Floats,
+    budgets: Floats, slot: Ints, base: int,
+) -> tuple[Flags, Flags, bool, Ints, Ints, Ints, Ints, Floats, Floats]:  # fmt: skip
+    """(keep, low, whether anything is low, the fields of `Wanted`).
+
+    `marks.select`, `decide` if there are two budgets or more, `sort_entries`, one after the other.
+    budgets [B, T]: the operating point's, the floor's, that of int8 records; slot, low: as `decide`; base: the layer's first key.
+    """
+    experts, parts = slot.shape
+    keeps = np.empty((len(budgets), *index.shape, parts), np.bool_)
+    values = np.empty((*index.shape, parts), np.float32)
+    select(linear, gates, scale, predictor, ceiling, index, weight, levels, budgets, keeps, values)
+    keep, low, some = keeps[0], np.zeros((experts, parts), np.bool_), False
+    if len(budgets) > 1:
+        keep = np.empty(values.shape, np.bool_)
+        some = decide(index, keeps[0], keeps[1], keeps[-1], slot, values, keep, low)
+    return (keep, low, some, *sort_entries(index, weight, keep, experts, base))
 
 
 @njit(nogil=True, cache=True)
@@ -122,18 +164,6 @@ def decide(index: Ints, wide: Flags, sure: Flags, cheap: Flags, slot: Ints, valu
             low[e, n] = low[e, n] and not exact[e, n]
             found |= low[e, n]
     return found
-
-
-def _once(slots: Slots) -> Callable[[], Tensor]:
-    """The norms, computed at the first call only: several budgets ask for them."""
-    found: list[Tensor] = []
-
-    def norms() -> Tensor:
-        if not found:
-            found.append(slots.norms())
-        return found[0]
-
-    return norms
 
 
 def _affordable(layer: StoredLayer, slots: Slots, open_: Tensor, already: int, seconds: float) -> Tensor:

@@ -90,7 +90,7 @@ def _request(store: ExpertStore, layer: int, numbers: Sequence[int], low: bool) 
         form.reshape(-1)[list(numbers)] = True
     x, weight = torch.randn(1, store.pack.layout.hidden), torch.ones(1, len(experts))
     began = time.perf_counter()
-    store.run(layer, x, torch.tensor([experts]), weight, keep, low=form)
+    store.run(layer, x, store.wanted(layer, torch.tensor([experts]), weight, keep), low=form)
     return time.perf_counter() - began
 
 

@@ -16,7 +16,7 @@ from ...errors import UsageError
 from ...model import MoELayer
 from ...model.base import ExpertsFn
 from .ahead import Ahead
-from .choose import Choice, Misses, choose
+from .choose import Choice, Misses, choose, choose_few
 from .pack import Pack
 from .store import ExpertStore
 
@@ -90,10 +90,12 @@ class StoredLayer(ElasticLayer):
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         setting, misses = self.elastic.setting, self.elastic.misses
         layer = self.plan.layer
-        valid = index.clamp(0, layer.num_experts - 1) == index
         full = setting.is_full(layer.index) and not self.elastic.always_split and misses.is_exact
-        every = valid[:, :, None].expand(-1, -1, self.plan.n_sub)
-        found = Choice(every) if full else choose(self, self.slots(x, index, weight, valid, setting), setting, misses)
+        found = None if full else choose_few(self, x, index, weight, setting, misses)
+        if found is None:
+            valid = index.clamp(0, layer.num_experts - 1) == index
+            every = valid[:, :, None].expand(-1, -1, self.plan.n_sub)
+            found = Choice(every) if full else choose(self, self.slots(x, index, weight, valid, setting), setting, misses)
         keep = found.keep
         self._count(index, None if full else keep)
         extra = None if full else self.compensation(setting)
@@ -102,7 +104,10 @@ class StoredLayer(ElasticLayer):
         def meanwhile() -> None:
             self.elastic.ahead(self.number + 1, x)
 
-        out = self.store.run(self.number, x, index, weights, self._parts(keep), low=found.low, meanwhile=meanwhile).to(x.dtype)
+        wanted = found.wanted if weights is weight else None
+        if wanted is None:
+            wanted = self.store.wanted(self.number, index, weights, self._parts(keep))
+        out = self.store.run(self.number, x, wanted, low=found.low, meanwhile=meanwhile).to(x.dtype)
         if layer.down_bias is not None:
             bias = layer.down_bias[index.clamp(0, layer.num_experts - 1)]
             out += (bias * (weights * keep.any(2))[:, :, None]).sum(1)

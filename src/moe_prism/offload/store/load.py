@@ -17,11 +17,11 @@ from ...model import find_layers
 from ..cache import cache_policies
 from .arena import slots_in
 from .choose import Misses
+from .kernel import open_reader
 from .layer import StoredElastic, resident_bytes, stored_plans
 from .pack import Pack, open_pack, write_pack
 from .reader import Reader
 from .store import ExpertStore
-from .workers import READER
 
 PACK_FILE = "experts.pack"
 POLICY = "lru"
@@ -40,7 +40,7 @@ class StoreOptions:
     parts: int | None = None
     misses: Misses = field(default_factory=Misses)
     ahead: int = 0
-    reader: Callable[[Pack, Tensor], Reader] = READER
+    reader: Callable[[Pack, Tensor], Reader] = open_reader
 
 
 def ready_pack(

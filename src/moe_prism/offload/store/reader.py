@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ...errors import PrismError, UsageError
 from .checksum import checksum
-from .native import OK, REASONS, read_records, widen_bfloat16
+from .native import OK, REASONS, Ints, read_records, widen_bfloat16
 from .pack import Pack
 
 THREADS = 4
@@ -63,6 +64,10 @@ class Job:
     def done(self) -> bool:
         return not self._open.locked()
 
+    @property
+    def count(self) -> int:
+        return len(self.items)
+
     def finish(self) -> None:
         self._open.release()
 
@@ -91,14 +96,21 @@ class Reader:
         for thread in self._threads:
             thread.start()
 
+    def read(self, keys: Ints, slots: Ints, *, low: bool = False, ahead: bool = False) -> Sequence[Job]:
+        """Begin to read records (keys ascending) into slots, in int8 form if `low`. ahead: after everything that is asked for on demand."""
+        return self.submit([Item(k, s, low) for k, s in zip(keys.tolist(), slots.tolist(), strict=True)], ahead=ahead)
+
     def submit(self, items: Sequence[Item], *, ahead: bool = False) -> list[Job]:
-        """Begin to read, shared out among the threads. ahead: after everything that is asked for on demand."""
+        """`read`, shared out among the threads."""
         jobs = [Job(share, ahead) for share in shares(items, len(self._threads))]
         queue = self._ahead if ahead else self._demand
         for job in jobs:
             queue.append(job)
             self._work.put(None)
         return jobs
+
+    def poll(self) -> None:
+        """Take note of jobs that have ended, where nobody else does."""
 
     def cancel(self, job: Job) -> bool:
         """Take back a job that no thread has begun; False if it is too late."""
@@ -246,3 +258,12 @@ def _open(pack: Pack) -> tuple[int, bool]:
         raise UsageError(f"cannot open '{pack.path}': {error.strerror}", "check the file") from error
     os.posix_fadvise(plain, 0, 0, os.POSIX_FADV_RANDOM)
     return plain, False
+
+
+def is_direct(path: Path) -> bool:
+    """Whether a file can be read past the page cache."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True

@@ -15,18 +15,22 @@ import torch
 from torch import Tensor
 
 from ...elastic.execute import auto
+from ...elastic.few import few_outputs
 from ...model import MoELayer
-from ..base import CachePolicy, ExpertCache, Key, KeySpace, Moment
+from ..base import CachePolicy, ExpertCache, Key, KeySpace, Load, Moment
 from ..cache.pool import LayerPools, Pool
 from .arena import Arena
+from .kernel import SMALL, open_reader
 from .pack import Pack
-from .reader import Item, Job, Reader, StoreError
+from .reader import Job, Reader, StoreError
+from .table import Slots, TablePool
 from .units import UnitPool
-from .wanted import Wanted, add_rows
-from .workers import READER
+from .wanted import Floats, Ints, Wanted, add_rows
 
 ENTRIES = 1 << 20  # numbers of partial outputs held at a time
-AHEAD = 3  # pieces of a long prompt that are read while one is computed
+LITTLE = 1 << 22  # multiplications up to which preparing more than one thread, or rows in common, costs more than it saves
+TOGETHER = 1 << 14  # multiplications that are not worth a turn of their own while reads are under way
+AHEAD = 3  # pieces of a long prompt that are read while one is computed; of small records one, their pieces are short enough
 PRICE = 0.05  # weight of the newest wait in the price of a record
 
 
@@ -54,18 +58,17 @@ class ExpertStore:
         policy: type[CachePolicy],
         *,
         settings: dict[str, Any] | None = None,
-        reader: Callable[[Pack, Tensor], Reader] = READER,
+        reader: Callable[[Pack, Tensor], Reader] = open_reader,
     ) -> None:
         """slots: records that fit; like: a layer of the model (its activation); policy and settings: who is evicted."""
         self.pack, self.slots, self.space = pack, slots, pack.space
         self.arena = Arena(slots, pack.layout, like)
         self.reader = reader(pack, self.arena.memory)
-        self.cache = pools(policy, pack.space, slots, settings or {})
+        self.places = Slots.new(len(self.space), slots)
+        self.cache = pools(policy, pack.space, slots, settings or {}, self.places)
         self.times = Times()
         self.step = -1
         self.low: set[Key] = set()  # resident in int8 form
-        self._free = list(range(slots - 1, -1, -1))
-        self._slot = np.full(len(self.space), -1, np.int64)
         self._flying: dict[Key, Job] = {}  # prefetched and not looked at since
         self._price = 0.0
 
@@ -76,7 +79,7 @@ class ExpertStore:
     def slots_of(self, layer: int) -> np.ndarray:
         """Slot of each record of a layer that is resident or on its way, else -1: [E, N]."""
         keys = self.space.of_layer(layer)
-        return self._slot[keys.start : keys.stop].reshape(self.space.experts, self.space.parts)
+        return self.places.of[keys.start : keys.stop].reshape(self.space.experts, self.space.parts)
 
     def resident(self, layer: int) -> np.ndarray:
         """Whether each record of a layer is resident or on its way, bool [E, N]."""
@@ -90,18 +93,20 @@ class ExpertStore:
     def moment(self, layer: int) -> Moment:
         return Moment(self.step * self.space.layers + layer, self.step, layer)
 
+    def wanted(self, layer: int, index: Tensor, weight: Tensor, keep: Tensor) -> Wanted:
+        """What a batch asks of a layer: index, weight [T, k], keep [T, k, N] bool."""
+        return Wanted.of(index, weight, keep, self.space.experts, self.space.of_layer(layer).start)
+
     def run(
         self,
         layer: int,
         x: Tensor,
-        index: Tensor,
-        weight: Tensor,
-        keep: Tensor,
+        wanted: Wanted,
         *,
         low: np.ndarray | None = None,
         meanwhile: Callable[[], None] | None = None,
     ) -> Tensor:
-        """out [T, d] (float32): sum over kept (choice, part) of weight x output, without down biases. keep [T, k, N].
+        """out [T, d] (float32): sum over the wanted (token, sub-expert) pairs of weight x output, without down biases. x [T, d].
 
         low [E, N] bool: records to take in int8 form if they have to be read; meanwhile: called once while reads are under way.
         StoreError if a record cannot be read; the store can be used further then.
@@ -109,28 +114,29 @@ class ExpertStore:
         if layer == 0:
             self.step += 1
         self._reap()
-        out = torch.zeros(x.shape, dtype=torch.float32)
-        base = self.space.of_layer(layer).start
-        wanted = Wanted.of(index, weight, keep, self.space.experts, base)
-        lowered = frozenset() if low is None else frozenset((np.flatnonzero(low) + base).tolist())
+        out = np.zeros(x.shape, np.float32)
         self._unwanted(layer, wanted)
         if len(wanted) + len(self._flying) <= self._capacity(layer):
-            self._single(layer, x, wanted, lowered, out, meanwhile)
+            self._single(layer, x, wanted, low, out, meanwhile)
         else:
-            self._pieces(layer, x, wanted, lowered, out)
+            self._pieces(layer, x, wanted, low, out)
             if meanwhile is not None:
                 meanwhile()
-        return out
+        return torch.from_numpy(out)
 
     def prefetch(self, layer: int, keys: Sequence[Key]) -> None:
         """Begin to read keys of a layer that will run next, as far as there is room; never waited for unless they are asked for."""
         self._reap()
         now = self.moment(layer)
         self.cache.expect(layer, keys)
-        access = self.cache.prefetch(list(keys), now)
-        items = [self._place(load.key, load.victims, False) for load in access.loads]
-        self.cache.pin(item.key for item in items)
-        for job in self._submit(items, ahead=True):
+        pool = self._table(layer)
+        if pool is not None:
+            loads, victims, _ = pool.serve(np.array(keys, np.int64), self.step, True)
+            found = self._loaded(loads, victims)
+        else:
+            found = self._placed(self.cache.prefetch(list(keys), now).loads)
+        self.cache.pin(found.tolist())
+        for job in self._read(layer, found, None, ahead=True):
             self._flying.update((item.key, job) for item in job.items)
 
     def settle(self) -> None:
@@ -140,43 +146,46 @@ class ExpertStore:
         self._reap()
 
     def _single(
-        self, layer: int, x: Tensor, wanted: Wanted, low: frozenset[Key], out: Tensor, meanwhile: Callable[[], None] | None
+        self, layer: int, x: Tensor, wanted: Wanted, low: np.ndarray | None, out: Floats, meanwhile: Callable[[], None] | None
     ) -> None:
         """Everything fits: what is there is computed while the rest is read."""
-        jobs = self._fetch(layer, wanted, 0, len(wanted), low)
-        missing = {item.key for job in jobs for item in job.items}
-        if not missing:
+        jobs, loads = self._fetch(layer, wanted, 0, len(wanted), low)
+        if not jobs:
             if meanwhile is not None:
                 meanwhile()
             self._compute(x, wanted, 0, len(wanted), out)
             return
-        late = np.fromiter((key in missing for key in wanted.keys.tolist()), bool, len(wanted))
-        entries = np.repeat(late, wanted.end - wanted.begin)
-        if len(entries) * x.shape[1] > ENTRIES or late.all():
+        base = self.space.of_layer(layer).start
+        missing = np.zeros(self.space.experts * self.space.parts, bool)
+        missing[loads - base] = True
+        late = missing[wanted.keys - base]
+        there = int((wanted.end - wanted.begin)[~late].sum()) * self.pack.layout.weights
+        if len(wanted.row) * x.shape[1] > ENTRIES or there < TOGETHER:
             if meanwhile is not None:
                 meanwhile()
             self._wait(jobs, layer)
             self._compute(x, wanted, 0, len(wanted), out)
             return
         slot = self._slot_of(wanted, 0, len(wanted))
-        parts = torch.empty(len(entries), x.shape[1])
-        ready, rest = torch.from_numpy(np.flatnonzero(~entries)), torch.from_numpy(np.flatnonzero(entries))
+        parts = np.empty((len(slot), x.shape[1]), np.float32)
+        ready, rest = wanted.entries(late)
         parts[ready] = self._outputs(x, wanted.row[ready], wanted.weight[ready], slot[ready])
         if meanwhile is not None:
             meanwhile()
         self._wait(jobs, layer)
         parts[rest] = self._outputs(x, wanted.row[rest], wanted.weight[rest], slot[rest])
-        add_rows(parts.numpy(), wanted.row.numpy(), out.numpy())
+        add_rows(parts, wanted.row, out)
 
-    def _pieces(self, layer: int, x: Tensor, wanted: Wanted, low: frozenset[Key], out: Tensor) -> None:
+    def _pieces(self, layer: int, x: Tensor, wanted: Wanted, low: np.ndarray | None, out: Floats) -> None:
         """More than the cache holds: pieces in key order, the next few being read while one is computed.
 
         Residents that come later are pinned until their turn, as many as leave room for these pieces.
         """
         self.settle()
         capacity = self._capacity(layer)
-        size = max(1, capacity // (2 * (AHEAD + 1)))
-        ahead = min(AHEAD, capacity // size - 1)
+        most = 1 if self.pack.layout.bytes <= SMALL else AHEAD
+        size = max(1, capacity // (2 * (most + 1)))
+        ahead = min(most, capacity // size - 1)
         bounds = [(i, min(i + size, len(wanted))) for i in range(0, len(wanted), size)]
         keys = wanted.keys.tolist()
         later = [key for key in keys if key in self.cache][: capacity - (ahead + 1) * size]
@@ -186,7 +195,7 @@ class ExpertStore:
 
         def begin(number: int) -> None:
             first, last = bounds[number]
-            jobs[number] = self._fetch(layer, wanted, first, last, low)
+            jobs[number], _ = self._fetch(layer, wanted, first, last, low)
             self.cache.pin(keys[first:last])
             for key in keys[first:last]:
                 held[key] = held.get(key, 0) + 1
@@ -205,37 +214,60 @@ class ExpertStore:
             for rest in jobs.values():  # only after an error
                 self._arrived(rest, layer)
 
-    def _fetch(self, layer: int, wanted: Wanted, first: int, last: int, low: frozenset[Key]) -> list[Job]:
-        """Request keys first..last - 1; the reads to wait for."""
-        keys, weights = wanted.by_importance(first, last)
-        access = self.cache.request(keys, self.moment(layer), weights)
-        if access.bypassed:
-            raise RuntimeError(f"no room for {len(access.bypassed)} of {len(keys)} sub-experts")  # a piece was cut too large
-        items = [self._place(load.key, load.victims, load.key in low) for load in access.loads]
-        jobs = self._submit(items, ahead=False)
+    def _fetch(self, layer: int, wanted: Wanted, first: int, last: int, low: np.ndarray | None) -> tuple[list[Job], Ints]:
+        """Request keys first..last - 1: the reads to wait for, and the keys they bring."""
+        pool = self._table(layer)
+        if pool is not None:
+            keys = wanted.keys[first:last]
+            asked = keys[np.argsort(-wanted.importance[first:last], kind="stable")]
+            loads, victims, bypassed = pool.serve(asked, self.step)
+            found = self._loaded(loads, victims)
+        else:
+            names, weights = wanted.by_importance(first, last)
+            access = self.cache.request(names, self.moment(layer), weights)
+            found, bypassed = self._placed(access.loads), np.array(access.bypassed)
+        if len(bypassed):
+            raise RuntimeError(f"no room for {len(bypassed)} of {last - first} sub-experts")  # a piece was cut too large
+        jobs = self._read(layer, found, low)
         if self._flying:
-            jobs += {id(job): job for key in access.hits if (job := self._flying.get(key))}.values()
-        return jobs
+            wanted_now = wanted.keys[first:last].tolist()
+            under_way = {id(job): job for key in wanted_now if (job := self._flying.get(key))}.values()
+            jobs = [*jobs, *under_way]
+            found = np.array([*found.tolist(), *(item.key for job in under_way for item in job.items)], np.int64)
+        return jobs, found
 
-    def _place(self, key: Key, victims: Sequence[Key], low: bool) -> Item:
-        for victim in victims:
-            self._vacate(victim)
-        slot = self._free.pop()
-        self._slot[key] = slot
-        if low:
-            self.low.add(key)
-        return Item(key, slot, low)
+    def _loaded(self, loads: Ints, victims: Ints) -> Ints:
+        """Keys to load, ascending, of a table that has given them the slots of their victims."""
+        if self.low:
+            self.low.difference_update(victims.tolist())
+        return np.sort(loads)
+
+    def _placed(self, loads: Sequence[Load]) -> Ints:
+        """The same for loads that have no slot yet."""
+        for load in loads:
+            self.low.difference_update(load.victims)
+            self.places.place(load.key, load.victims)
+        return np.array(sorted(load.key for load in loads), np.int64)
 
     def _vacate(self, key: Key) -> None:
-        self._free.append(int(self._slot[key]))
-        self._slot[key] = -1
+        self.places.vacate(key)
         self.low.discard(key)
 
-    def _submit(self, items: list[Item], *, ahead: bool) -> list[Job]:
-        jobs = self.reader.submit(items, ahead=ahead)
+    def _read(self, layer: int, keys: Ints, low: np.ndarray | None, *, ahead: bool = False) -> list[Job]:
+        """Begin to read keys into their slots; low [E, N]: which of the layer's records in int8 form."""
+        if not len(keys):
+            return []
         layout = self.pack.layout
+        lowered = None if low is None else low.reshape(-1)[keys - self.space.of_layer(layer).start]
+        if lowered is None or not lowered.any():
+            jobs = list(self.reader.read(keys, self.places.of[keys], ahead=ahead))
+            self.times.bytes += len(keys) * layout.bytes
+        else:
+            exact, small = keys[~lowered], keys[lowered]
+            self.low.update(small.tolist())
+            jobs = [*self.reader.read(exact, self.places.of[exact]), *self.reader.read(small, self.places.of[small], low=True)]
+            self.times.bytes += len(exact) * layout.bytes + len(small) * layout.low_bytes
         self.times.reads += len(jobs)
-        self.times.bytes += sum(layout.low_bytes if item.low else layout.bytes for item in items)
         return jobs
 
     def _wait(self, jobs: Sequence[Job], layer: int) -> None:
@@ -244,7 +276,7 @@ class ExpertStore:
         failed = self._arrived(jobs, layer)
         waited = time.perf_counter() - began
         self.times.waited += waited
-        records = sum(len(job.items) for job in jobs)
+        records = sum(job.count for job in jobs)
         if records:
             self._price += PRICE * (waited / records - self._price) if self._price else waited / records
         if failed:
@@ -274,6 +306,9 @@ class ExpertStore:
 
     def _reap(self) -> None:
         """Take note of prefetches that have arrived."""
+        if not self._flying:
+            return
+        self.reader.poll()
         for key, job in list(self._flying.items()):
             if job.done:
                 self._land(key)
@@ -302,15 +337,20 @@ class ExpertStore:
 
     def _capacity(self, layer: int) -> int:
         pool = self.cache.pools[layer] if isinstance(self.cache, LayerPools) else self.cache
-        assert isinstance(pool, Pool)
+        assert isinstance(pool, (Pool, TablePool))
         return pool.capacity
 
-    def _slot_of(self, wanted: Wanted, first: int, last: int) -> Tensor:
-        """Slots [S] of the entries of keys first..last - 1."""
-        count = wanted.end[first:last] - wanted.begin[first:last]
-        return torch.from_numpy(np.repeat(self._slot[wanted.keys[first:last]], count))
+    def _table(self, layer: int) -> TablePool | None:
+        pool = self.cache.pools[layer] if isinstance(self.cache, LayerPools) else None
+        return pool if isinstance(pool, TablePool) else None
 
-    def _compute(self, x: Tensor, wanted: Wanted, first: int, last: int, out: Tensor) -> None:
+    def _slot_of(self, wanted: Wanted, first: int, last: int) -> Ints:
+        """Slots [S] of the entries of keys first..last - 1."""
+        slots: Ints = self.places.of[wanted.keys[first:last]]
+        count = wanted.end[first:last] - wanted.begin[first:last]
+        return slots if count.sum() == len(slots) else np.repeat(slots, count)
+
+    def _compute(self, x: Tensor, wanted: Wanted, first: int, last: int, out: Floats) -> None:
         """Add the outputs of keys first..last - 1, all of them resident, in pieces of bounded size."""
         if first == last:
             return
@@ -321,25 +361,34 @@ class ExpertStore:
             last_entry = min(stop, first_entry + step)
             part = slice(first_entry, last_entry)
             own = slot[first_entry - start : last_entry - start]
-            parts = self._outputs(x, wanted.row[part], wanted.weight[part], own)
-            add_rows(parts.numpy(), wanted.row[part].numpy(), out.numpy())
+            add_rows(self._outputs(x, wanted.row[part], wanted.weight[part], own), wanted.row[part], out)
 
-    def _outputs(self, x: Tensor, row: Tensor, weight: Tensor, slot: Tensor) -> Tensor:
+    def _outputs(self, x: Tensor, row: Ints, weight: Floats, slot: Ints) -> Floats:
         """[S, d]: routing weight x output of entries, each the row of x it is about, its weight and its slot [S]."""
         began = time.perf_counter()
-        rows = x.expand(len(row), -1) if len(x) == 1 else x[row]
-        keep = torch.ones(len(row), 1, 1, dtype=torch.bool)
-        found = auto(self.arena.plan, rows, slot.unsqueeze(1), weight.to(x.dtype).unsqueeze(1), keep)
+        little = len(row) * self.pack.layout.weights <= LITTLE
+        found = few_outputs(self.arena.plan, x, row, weight, slot) if little else None
+        if found is None:
+            rows = x.expand(len(row), -1) if len(x) == 1 else x[torch.from_numpy(row)]
+            keep = torch.ones(len(row), 1, 1, dtype=torch.bool)
+            factor = torch.from_numpy(weight).to(x.dtype).unsqueeze(1)
+            found = auto(self.arena.plan, rows, torch.from_numpy(slot).unsqueeze(1), factor, keep).float().numpy()
         self.times.computed += time.perf_counter() - began
-        return found.float()
+        return found
 
 
-def pools(policy: type[CachePolicy], space: KeySpace, slots: int, settings: dict[str, Any]) -> ExpertCache:
-    """One pool per layer of equal size; one pool for all where a layer would not get a slot."""
-    layers = space.layers
+def pools(
+    policy: type[CachePolicy], space: KeySpace, slots: int, settings: dict[str, Any], places: Slots | None = None
+) -> ExpertCache:
+    """One pool per layer of equal size; one pool for all where a layer would not get a slot. A table where the policy has one."""
+    layers, places = space.layers, places or Slots.new(len(space), slots)
     if slots < layers:
         return UnitPool(slots, policy(space, slots, **settings))
     quotas = [slots // layers + (layer < slots % layers) for layer in range(layers)]
     found = LayerPools(quotas, lambda _, capacity: policy(space, capacity, **settings))
-    found.pools = [UnitPool(pool.capacity, pool.policy) for pool in found.pools]
+    half_life = TablePool.half_life_of(policy(space, 1, **settings))
+    if half_life is None:
+        found.pools = [UnitPool(capacity, policy(space, capacity, **settings)) for capacity in quotas]
+    else:
+        found.pools = [TablePool(capacity, space.of_layer(layer), half_life, places) for layer, capacity in enumerate(quotas)]
     return found

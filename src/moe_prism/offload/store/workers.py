@@ -74,6 +74,10 @@ class WorkerJob:
     over: bool = False
 
     @property
+    def count(self) -> int:
+        return len(self.items)
+
+    @property
     def done(self) -> bool:
         if not self.over and self.reader.is_done(self.number):
             self.reader.collect(self)
@@ -170,7 +174,3 @@ class WorkerReader(Reader):
 def take_ticket(tickets: Ints, number: int) -> bool:
     """Whether the job had no owner; it has one now."""
     return bool(take(tickets.ctypes.data + 8 * number) == 0)
-
-
-READER: type[Reader] = WorkerReader if hasattr(os, "eventfd") else Reader
-"""What a store reads with: elsewhere than on Linux the threads run Python between their reads."""

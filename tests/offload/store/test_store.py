@@ -134,6 +134,39 @@ def test_a_floor_keeps_what_lies_between_the_two_budgets(elastic_tiny, tmp_path,
         assert not (torch.from_numpy(mixed.low)[index] & low & high).any() or not there.all()
 
 
+@pytest.mark.parametrize("rule", ["product", "threshold"])
+@pytest.mark.parametrize("misses", [Misses(), Misses(0.3), Misses(0.2, low=0.6)])
+def test_the_choice_of_few_tokens_is_that_of_any_number(elastic_tiny, tmp_path, ids, rule, misses):
+    """Kept slots, int8 records and entries; and the guess of what to read ahead. Slot by slot, not close."""
+    from moe_prism.elastic.runtime import Setting
+    from moe_prism.elastic.tiles import PAYS
+    from moe_prism.offload.store.choose import choose, choose_few
+
+    if not PAYS:
+        pytest.skip("the tiles are not used on this processor")
+    whole, _ = opened(elastic_tiny, tmp_path / "p", misses=misses)
+    stored, _ = opened(elastic_tiny, tmp_path / "p", smallest(whole, 6), misses=misses, ahead=3)
+    logits(stored, ids, 0.8)
+    layer, ahead = stored._moe_prism.stored[1], stored._moe_prism.ahead
+    for tokens in (1, 2, 7):
+        x, weight = torch.randn(tokens, 32), torch.rand(tokens, 2)
+        index = torch.rand(tokens, 4).argsort(1)[:, :2]
+        valid = torch.ones_like(index, dtype=torch.bool)
+        for budget in (0.7, torch.rand(tokens) * 0.9 + 0.1):
+            setting = stored._moe_prism.setting = Setting(budget, rule)
+            with torch.no_grad():
+                few = choose_few(layer, x, index, weight, setting, misses)
+                many = choose(layer, layer.slots(x, index, weight, valid, setting), setting, misses)
+                assert few is not None and torch.equal(few.keep, many.keep)
+                assert (few.low is None) == (many.low is None) and (few.low is None or (few.low == many.low).all())
+                wanted = store_of(stored).wanted(1, index, weight, many.keep)
+                assert all((getattr(wanted, name) == getattr(few.wanted, name)).all() for name in vars(wanted))
+                guess = ahead.keys(1, x)
+                ahead._few = lambda *_: None
+                assert guess == ahead.keys(1, x)
+                del ahead._few
+
+
 def test_everything_resident_means_no_loss(elastic_tiny, tmp_path, ids):
     stored, _ = opened(elastic_tiny, tmp_path / "p", misses=Misses(floor=0.2))
     whole, _ = opened(elastic_tiny, tmp_path / "p")

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from moe_prism.data import Document, bucket_of, read_documents, split_documents, token_windows
 from moe_prism.errors import CorruptError, UsageError
 
-NAMES = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=8), min_size=1, max_size=12)
+NAME = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=8).filter(
+    lambda n: n not in (".", "..")
+)
+NAMES = st.lists(NAME, min_size=1, max_size=12)
 
 
 class Characters:

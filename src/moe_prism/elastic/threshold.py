@@ -50,11 +50,11 @@ class Threshold(Rule):
     def __init__(self, plan: LayerPlan) -> None:
         super().__init__(plan)
         self.levels = plan.tensors["levels"].to(plan.layer.up.device)
-        self.compiled = self.levels.cpu().numpy()
+        self.compiled = self.levels.numpy() if self.levels.is_cpu else None
 
     def keep(self, slots: Slots, budget: Tensor) -> Tensor:
         values = slots.values()
-        if is_compiled(values, budget):
+        if self.compiled is not None and is_compiled(values, budget):
             from .marks import mark_above  # compiles on first use
 
             keep = torch.empty(values.shape, dtype=torch.bool)

@@ -65,7 +65,7 @@ def worthwhile(seconds: Floats, quality: Floats, worth: float) -> int:
 
     seconds, quality: of every level, cheapest first. Where time hardly depends on K, quality is not thrown after it.
     """
-    bad = np.flatnonzero(1 - seconds / seconds[-1] < worth * (1 - quality / quality[-1]) - 1e-12)
+    bad = np.flatnonzero(seconds[-1] - seconds < seconds[-1] * (worth * (1 - quality / quality[-1]) - 1e-12))
     return int(bad[-1]) + 1 if len(bad) else 0
 
 

@@ -31,7 +31,7 @@ from .running import DONE, END, LAST, OUTPUT, PROMPT, START, TPOT, Running
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-MARGIN = 0.9  # share of a step's time that is planned: predictions err
+MARGIN = 0.86  # share of a step's time that is planned: predictions err
 HORIZON = 8  # tokens over which a request ahead of or behind its schedule returns to it
 RESPONSE = 0.35  # longest step as a share of the tightest time to first token
 LONGEST = 0.5  # seconds of a step when no target says anything

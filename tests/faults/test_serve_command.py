@@ -111,8 +111,10 @@ def test_s14_sigterm_finishes_what_was_admitted_and_refuses_the_rest(process):
     assert process.child.wait(90) == 0
     assert [r.status_code for r in results] == [200] * 6
     assert refused.status_code == 503 and refused.headers["retry-after"] and ready.json()["status"] == "draining"
-    time.sleep(0.1)
-    assert [line["event"] for line in process.lines if line["event"] in ("draining", "stopped")] == ["draining", "stopped"]
+    until = time.monotonic() + 10  # another thread reads the lines
+    while "stopped" not in (said := [line["event"] for line in process.lines]) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert [event for event in said if event in ("draining", "stopped")] == ["draining", "stopped"]
     with pytest.raises(ProcessLookupError):
         os.kill(process.engine, 0)
 

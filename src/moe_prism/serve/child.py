@@ -85,10 +85,10 @@ def main(handle: int) -> int:
         return 1
     engine = running.engine
     outbox = Outbox(link, engine)
-    running.watch(outbox.observe)
     gc.collect()
     gc.freeze()  # as in `server.run`
-    link.send(running.facts)
+    link.send(running.facts)  # the first message: the last step of the probe may still be running
+    running.watch(outbox.observe)
     threading.Thread(target=_receive, args=(link, engine, outbox), daemon=True).start()
     while engine.alive and not ending.wait(PULSE):
         outbox.pulse()

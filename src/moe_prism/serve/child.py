@@ -137,4 +137,6 @@ def _portable(error: Exception) -> Exception:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    code = main(int(sys.argv[1]))
+    logging.shutdown()
+    os._exit(code)  # some libraries (triton) have much to say when the interpreter ends, in the middle of our log

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def model_card(facts: Mapping[str, Any], model_type: str) -> str:
-    """Markdown with the front matter model hubs read."""
-    source = facts["source"]["name"]
-    calibration = facts["calibration"]
-    width = facts["layers"][0]["width"]
+def front_matter(source: str, model_type: str) -> str:
+    """What model hubs read of a model card."""
     return f"""---
 library_name: transformers
 base_model: {source}
@@ -19,7 +16,15 @@ tags:
 - mixture-of-experts
 - {model_type}
 ---
+"""
 
+
+def model_card(facts: Mapping[str, Any], model_type: str) -> str:
+    """Markdown."""
+    source = facts["source"]["name"]
+    calibration = facts["calibration"]
+    width = facts["layers"][0]["width"]
+    return f"""{front_matter(source, model_type)}
 # {source}, elastic
 
 The weights of `{source}` with the neurons of every expert reordered, so that each expert is {facts["n_sub"]} contiguous sub-experts of

@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .card import front_matter
+
 
 def pruned_card(facts: Mapping[str, Any], plan: Mapping[str, Any], model_type: str) -> str:
-    """Markdown with the front matter model hubs read."""
+    """Markdown."""
     source, first = facts["source"]["name"], plan["layers"][0]
-    return f"""---
-library_name: transformers
-base_model: {source}
-tags:
-- moe-prism
-- mixture-of-experts
-- {model_type}
----
-
+    return f"""{front_matter(source, model_type)}
 # {source}, {len(first["kept"])} of {first["experts"]} experts
 
 `{source}` without {first["experts"] - len(first["kept"])} of the {first["experts"]} routed experts of every layer, chosen by

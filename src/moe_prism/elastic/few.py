@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .base import LayerPlan
 from .products import Part, usable
-from .tiles import LANES, NARROW, VECTORS, WIDE, add, dot
+from .tiles import LANES, NARROW, VECTORS, WIDE, add, dot, size_of
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -42,13 +42,9 @@ def rows_of(tokens: int, k: int) -> Ints:
     return FIRST[:k] if tokens == 1 else ORDER[: tokens * k] // k
 
 
-def functions(dtype: torch.dtype) -> tuple[Any, Any]:
-    """(dots, adds) for weights of a dtype."""
-    if dtype == torch.float32:
-        return dots, adds
-    from . import few_halves  # compiles on first use
-
-    return few_halves.dots, few_halves.adds
+def like_of(dtype: torch.dtype) -> Any:
+    """A number of the type that stands for weights of a dtype in `tiles`."""
+    return np.float32(0) if dtype == torch.float32 else np.uint16(0)
 
 
 def few_outputs(plan: LayerPlan, x: Tensor, row: Ints, weight: Floats, expert: Ints) -> Floats | None:
@@ -61,50 +57,53 @@ def few_outputs(plan: LayerPlan, x: Tensor, row: Ints, weight: Floats, expert: I
     if stored is None:
         return None
     if plan.few is None or plan.few[0] is not stored:
-        plan.few = stored, table_of(stored.first), table_of([Part(stored.down, 0)]), functions(stored.down.tensor.dtype)
-    _, first, down, (dot_all, add_all) = plan.few
+        plan.few = stored, table_of(stored.first), table_of([Part(stored.down, 0)]), like_of(stored.down.tensor.dtype)
+    _, first, down, like = plan.few
     x = x if x.stride(1) == 1 else x.contiguous()
     pre = np.empty((len(row), len(stored.first) * plan.block), np.float32)
-    dot_all(x.detach().numpy(), row, expert, layer.num_experts - 1, first, plan.block, ORDER, pre)
+    dots(x.detach().numpy(), row, expert, layer.num_experts - 1, first, plan.block, ORDER, pre, like)
     a = layer.activate_joined(torch.from_numpy(pre)).numpy()
     out = np.empty((len(row), x.shape[1]), np.float32)
-    add_all(a, weight, expert, down, ORDER, out)
+    adds(a, weight, expert, down, ORDER, out, like)
     return out
 
 
 @njit(nogil=True, cache=True)
-def dots(x: Floats, row: Ints, expert: Ints, last: int, table: Ints, columns: int, order: Ints, out: Floats) -> None:
+def dots(x: Floats, row: Ints, expert: Ints, last: int, table: Ints, columns: int, order: Ints, out: Floats, like: Any) -> None:
     """out[s, column + j * step] = x[row[s]] . (row j of the expert's weights), j < columns, for every part in `table` (`table_of`).
 
     Ids of experts are clamped to 0..last. order: 0, 1, ..., at least S of them; rows of x and out contiguous, d a multiple of LANES.
+    like: `like_of` the weights' dtype.
     """
     ldx, ldo, depth = x.strides[0] // 4, out.strides[0] // 4, x.shape[1]
+    size = size_of(like)
     for s in range(len(row)):
         for p in range(len(table)):
             ldw, ldj = table[p, 2], table[p, 4]
-            w = table[p, 0] + 4 * min(max(expert[s], 0), last) * table[p, 1]
+            w = table[p, 0] + size * min(max(expert[s], 0), last) * table[p, 1]
             target = out.ctypes.data + 4 * table[p, 3]
             ids, o, j = row.ctypes.data + 8 * s, order.ctypes.data + 8 * s, 0
             while j < columns:
                 c = WIDE if j + WIDE <= columns else NARROW if j + NARROW <= columns else 1
-                dot(1, c, x.ctypes.data, ids, ldx, w + 4 * j * ldw, ldw, depth, target + 4 * j * ldj, o, ldo, ldj)
+                dot(1, c, x.ctypes.data, ids, ldx, w + size * j * ldw, ldw, depth, target + 4 * j * ldj, o, ldo, ldj, like)
                 j += c
 
 
 @njit(nogil=True, cache=True)
-def adds(a: Floats, factor: Floats, expert: Ints, table: Ints, order: Ints, out: Floats) -> None:
+def adds(a: Floats, factor: Floats, expert: Ints, table: Ints, order: Ints, out: Floats, like: Any) -> None:
     """out[s] = sum over j of (factor[s] a[s, j]) x (row j of the expert's weights, the one part in `table`). a [S, m], out [S, d]."""
     depth, width, ldo = a.shape[1], out.shape[1], out.strides[0] // 4
     scaled = np.empty((1, depth), np.float32)
-    ldw = table[0, 2]
+    ldw, size = table[0, 2], size_of(like)
     for s in range(len(a)):
         for j in range(depth):
             scaled[0, j] = a[s, j] * factor[s]
         for j in range(width):
             out[s, j] = np.float32(0)
-        w, c = table[0, 0] + 4 * expert[s] * table[0, 1], 0
+        w, c = table[0, 0] + size * expert[s] * table[0, 1], 0
         while c < width:
             v = VECTORS if c + VECTORS * LANES <= width else 1
-            add(1, v, scaled.ctypes.data, depth, w + 4 * c, ldw, depth, out.ctypes.data + 4 * c, order.ctypes.data + 8 * s, ldo)
+            at = order.ctypes.data + 8 * s
+            add(1, v, scaled.ctypes.data, depth, w + size * c, ldw, depth, out.ctypes.data + 4 * c, at, ldo, like)
             c += v * LANES
     scaled[0, 0] = 0  # alive until here: above only its address is used

@@ -7,11 +7,13 @@ in float32 elements, sizes) that every thread reads; units of work are taken fro
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import cfunc, njit
 from numpy.typing import NDArray
 
-from .tiles import FEW, LANES, NARROW, ROWS, VECTORS, WIDE, add, dot, read, take
+from .tiles import FEW, LANES, NARROW, ROWS, VECTORS, WIDE, add, dot, read, size_of, take
 
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -21,16 +23,16 @@ CHUNK = 32  # columns of a unit of the dot job
 DEPTH = 16  # rows of w that an add tile goes through before it moves on along them
 
 
-@cfunc(JOB, cache=True)
-def dot_job(job: int) -> None:
+@njit(nogil=True, cache=True)
+def dot_units(job: int, like: Any) -> None:
     """out[o, j] = x[row] . w[j] for every slot (row, o) of the active groups and every column j of every part.
 
-    job: as `products.dot` writes it. A unit is CHUNK columns of one part of one group.
+    job: as `products.dot` writes it; like: as in `tiles.dot`. A unit is CHUNK columns of one part of one group.
     """
     x, ldx, depth, out, ldo = read(job, 1), read(job, 2), read(job, 3), read(job, 4), read(job, 5)
     rows, o, offsets, active = read(job, 6), read(job, 7), read(job, 8), read(job, 9)
     first, last, n_sub, columns, parts = read(job, 10), read(job, 11), read(job, 12), read(job, 13), read(job, 14)
-    chunks = (columns + CHUNK - 1) // CHUNK
+    chunks, size = (columns + CHUNK - 1) // CHUNK, size_of(like)
     units = (last - first) * parts * chunks
     unit = take(job)
     while unit < units:
@@ -38,7 +40,7 @@ def dot_job(job: int) -> None:
         part = job + 8 * (15 + 6 * (unit // chunks % parts))
         begin, end = read(offsets, group), read(offsets, group + 1)
         ldw, ldj = read(part, 3), read(part, 5)
-        w = read(part, 0) + 4 * (group // n_sub * read(part, 1) + group % n_sub * read(part, 2))
+        w = read(part, 0) + size * (group // n_sub * read(part, 1) + group % n_sub * read(part, 2))
         target = out + 4 * read(part, 4)
         j = unit % chunks * CHUNK
         stop = min(columns, j + CHUNK)
@@ -48,29 +50,30 @@ def dot_job(job: int) -> None:
             s = begin
             while s < end:
                 r = min(ROWS, end - s)
-                dot(r, c, x, rows + 8 * s, ldx, w + 4 * j * ldw, ldw, depth, target + 4 * j * ldj, o + 8 * s, ldo, ldj)
+                dot(r, c, x, rows + 8 * s, ldx, w + size * j * ldw, ldw, depth, target + 4 * j * ldj, o + 8 * s, ldo, ldj, like)
                 s += r
             j += c
         unit = take(job)
 
 
-@cfunc(JOB, cache=True)
-def add_job(job: int) -> None:
+@njit(nogil=True, cache=True)
+def add_units(job: int, like: Any) -> None:
     """out[row] += sum over j < depth of a[s, j] w[j] for every slot s of the active groups, in their order.
 
-    job: as `products.add` writes it. A unit is a strip of out's columns, for all groups: no two threads write to the same place.
+    job: as `products.add` writes it; like: as in `tiles.dot`.
+    A unit is a strip of out's columns, for all groups: no two threads write to the same place.
     """
     a, lda, depth, out, ldo = read(job, 1), read(job, 2), read(job, 3), read(job, 4), read(job, 5)
     rows, offsets, active, first, last = read(job, 6), read(job, 7), read(job, 8), read(job, 9), read(job, 10)
     n_sub, w0, w_expert, w_block, ldw = read(job, 11), read(job, 12), read(job, 13), read(job, 14), read(job, 15)
-    width, strip, start = read(job, 16), read(job, 17), read(job, 18)
+    width, strip, start, size = read(job, 16), read(job, 17), read(job, 18), size_of(like)
     unit = take(job)
     while unit * strip < width:
         left, right = unit * strip, min(width, unit * strip + strip)
         for at in range(first, last):
             group = read(active, at)
             begin, end = read(offsets, group), read(offsets, group + 1)
-            w = w0 + 4 * (group // n_sub * w_expert + group % n_sub * w_block)
+            w = w0 + size * (group // n_sub * w_expert + group % n_sub * w_block)
             k = 0
             while k < depth:
                 step = min(DEPTH, depth - k)
@@ -80,11 +83,23 @@ def add_job(job: int) -> None:
                     source, ids, c = a + 4 * ((s - start) * lda + k), rows + 8 * s, left
                     while c < right:
                         v = VECTORS if c + VECTORS * LANES <= right else 1
-                        add(r, v, source, lda, w + 4 * (k * ldw + c), ldw, step, out + 4 * c, ids, ldo)
+                        add(r, v, source, lda, w + size * (k * ldw + c), ldw, step, out + 4 * c, ids, ldo, like)
                         c += v * LANES
                     s += r
                 k += step
         unit = take(job)
+
+
+@cfunc(JOB, cache=True)
+def dot_job(job: int) -> None:
+    """`dot_units` over float32 weights."""
+    dot_units(job, np.float32(0))
+
+
+@cfunc(JOB, cache=True)
+def add_job(job: int) -> None:
+    """`add_units` over float32 weights."""
+    add_units(job, np.float32(0))
 
 
 @njit(nogil=True, cache=True)

@@ -104,10 +104,8 @@ class Ridge(Scorer):
         self._constants: tuple[Stored, Any, Any, Any] | None = None  # of `_direct`
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
-        from .products import usable  # compiles on first use
-
-        stored = usable(self.plan, x)
-        if stored is not None and self.plan.layer.up_bias is None:
+        stored = self._stored(x)
+        if stored is not None:
             return self._direct(x, index, stored) if index.numel() <= FEW else self._tiled(x, index, stored)
         if index.numel() <= FEW:
             return self._few(x.repeat_interleave(index.shape[1], 0), index.reshape(-1)).view(*index.shape, -1)
@@ -145,12 +143,15 @@ class Ridge(Scorer):
 
     def terms(self, x: Tensor, index: Tensor) -> tuple[Any, Any, Any, Any] | None:
         """What `marks.predicted_norms` wants to know of few choices; None where there are many, or the weights are not laid out for it."""
-        from .products import usable
-
-        if index.numel() > FEW or self.plan.layer.up_bias is not None:
-            return None
-        stored = usable(self.plan, x)
+        stored = self._stored(x) if index.numel() <= FEW else None
         return None if stored is None else self._terms(x, index, stored)
+
+    def _stored(self, x: Tensor) -> Stored | None:
+        """The layer's weights, where one product can take them and the predictor: both float32."""
+        from .products import usable  # compiles on first use
+
+        stored = usable(self.plan, x) if self.plan.layer.up_bias is None else None
+        return stored if stored is not None and stored.down.tensor.dtype == torch.float32 else None
 
     def _terms(self, x: Tensor, index: Tensor, stored: Stored) -> tuple[Any, Any, Any, Any]:
         from .few import ORDER, dots, rows_of, table_of
@@ -161,7 +162,17 @@ class Ridge(Scorer):
         n, r = self.plan.n_sub, self.plan.gates
         x, choice = x if x.stride(1) == 1 else x.contiguous(), index.contiguous().numpy()
         products = np.empty((choice.size, n + len(stored.first) * n * r), np.float32)
-        dots(x.detach().numpy(), rows_of(*choice.shape), choice.reshape(-1), len(weight) - 1, table, n, ORDER, products)
+        dots(
+            x.detach().numpy(),
+            rows_of(*choice.shape),
+            choice.reshape(-1),
+            len(weight) - 1,
+            table,
+            n,
+            ORDER,
+            products,
+            np.float32(0),
+        )
         gates = products[:, n:]
         if r:
             gates = self.plan.layer.activate_joined(torch.from_numpy(gates)).numpy()

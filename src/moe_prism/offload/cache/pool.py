@@ -9,6 +9,20 @@ from ...errors import UsageError
 from ..base import Access, CachePolicy, Counts, ExpertCache, Key, Load, Moment
 
 
+def groups_of(keys: Iterable[Key], size_of: Callable[[Key], int], room: int) -> list[list[Key]]:
+    """Keys in groups of at most `room` (or of one key), in their order."""
+    groups: list[list[Key]] = []
+    left = 0
+    for key in keys:
+        size = size_of(key)
+        if size > left or not groups:
+            groups.append([])
+            left = room
+        groups[-1].append(key)
+        left -= size
+    return groups
+
+
 class Pool(ExpertCache):
     """One pool of `capacity` bytes (or slots, if every key has size 1)."""
 
@@ -55,16 +69,7 @@ class Pool(ExpertCache):
     def chunks(self, keys: Sequence[Key], layer: int) -> list[list[Key]]:
         fixed = sum(self.size_of(k) for k in self._pinned if k in self.resident)
         ordered = [k for k in keys if k in self.resident] + [k for k in keys if k not in self.resident]
-        groups: list[list[Key]] = []
-        left = 0
-        for key in ordered:
-            size = 0 if key in self._pinned else self.size_of(key)
-            if size > left or not groups:
-                groups.append([])
-                left = self.capacity - fixed
-            groups[-1].append(key)
-            left -= size
-        return groups
+        return groups_of(ordered, lambda key: 0 if key in self._pinned else self.size_of(key), self.capacity - fixed)
 
     def prefetch(self, keys: Sequence[Key], now: Moment) -> Access:
         held = self._held(keys).union(*self._expected.values())

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..base import Access, CachePolicy, Counts, ExpertCache, Key, Load, Moment
 from ..cache.lfu import LFU
 from ..cache.lru import LRU
+from ..cache.pool import groups_of
 
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -182,16 +183,7 @@ class TablePool(ExpertCache):
         there = {k for k in keys if k in self}
         ordered = [k for k in keys if k in there] + [k for k in keys if k not in there]
         fixed = int(((self._pins > 0) & (self._used >= 0)).sum())
-        groups: list[list[Key]] = []
-        left = 0
-        for key in ordered:
-            size = int(self._pins[key - self.base] == 0)
-            if size > left or not groups:
-                groups.append([])
-                left = self.capacity - fixed
-            groups[-1].append(key)
-            left -= size
-        return groups
+        return groups_of(ordered, lambda key: int(self._pins[key - self.base] == 0), self.capacity - fixed)
 
     def expect(self, layer: int, keys: Iterable[Key]) -> None:
         self._expected[:] = False

@@ -3,7 +3,6 @@
     python benchmarks/offload.py [--folder ELASTIC] [--share 0.25] [--tokens 96] [--rounds 3] [--link MB/s] [--only lru,mixed] [--json]
     python benchmarks/offload.py --large           # a random model of 400 MB of experts: timing only
     python benchmarks/offload.py --overlap         # step time against the larger of reading and computing
-    python benchmarks/offload.py --simulate        # ms per token as replayed from a trace, against the run, at five memory sizes
 
 Every configuration decodes the same held-out text token by token (teacher forcing, so that all do equal work) and adds one thing to the
 one before it; they take turns, window by window. Memory is `share` of the expert weights, predictors included. Reads go past the page
@@ -34,10 +33,8 @@ from moe_prism.data import token_windows
 from moe_prism.elastic import operating_point
 from moe_prism.model import find_layers
 from moe_prism.offload.cache import cache_policies
-from moe_prism.offload.record import record
 from moe_prism.offload.store import ExpertStore, StoreOptions, open_pack
 from moe_prism.offload.store.choose import Misses
-from moe_prism.offload.store.foresee import at_budget, forecast, measure_prices, measure_step
 from moe_prism.offload.store.kernel import open_reader
 from moe_prism.offload.store.store import Times
 
@@ -231,48 +228,8 @@ class Reading(ExpertStore):
         return np.zeros((len(row), x.shape[1]), np.float32)
 
 
-def simulate(args: argparse.Namespace, folder: Path, work: Path) -> list[dict[str, Any]]:
-    """Forecast from the routing of calibration text and measured prices, against the decoding of held-out text."""
-    whole, tokenizer = load(folder)
-    windows = held_out(folder, tokenizer, args)
-    length = PROMPT + args.tokens
-    text = token_windows(tokenizer, "stdlib", "calibration", length=length, tokens=length * 16).ids
-    with operating_point(whole):
-        trace = record(whole, [("calibration", text)], prompt=PROMPT, values=True)
-    total = expert_bytes(folder, whole)
-    del whole
-    found = []
-    for share in (0.15, 0.25, 0.4, 0.6, 0.8):
-        for budget in (1.0, args.budget):
-            config = Config(f"{share:g} of memory, budget {budget:g}", budget, options={"policy": args.policy})
-            model = stored(folder, work, int(share * total), config, args)
-            store = model._moe_prism.store
-            with operating_point(model, budget):
-                step = measure_step(model, windows[:1, :PROMPT])
-            prices = measure_prices(store)
-            rows = at_budget(trace, model._moe_prism, budget)
-            guess = forecast(rows, store.space, store.slots, cache_policies.get(args.policy), prices, step)
-            run = Run(config, model)
-            decode(model, windows[-1:], budget, 16)
-            for row in windows:
-                turn(run, row[None], args.tokens, None)
-            real = run.row()
-            found.append(
-                {
-                    "config": config.name,
-                    "ms_per_token": real["ms_per_token"],
-                    "forecast_ms": guess.seconds * 1e3,
-                    "error": guess.seconds * 1e3 / real["ms_per_token"] - 1,
-                    "hit_rate": real["hit_rate"],
-                    "forecast_hit_rate": guess.hit_rate,
-                    "step_ms": step * 1e3,
-                }
-            )
-            store.close()
-    return found
-
-
 def stored(folder: Path, work: Path, memory: int, config: Config, args: argparse.Namespace) -> Any:
+    """The model over a store of `memory` bytes, its packed file in `work`."""
     name = "experts" if config.parts == 1 else "parts"
     options = dict(config.options)
     if config.parts is None:
@@ -360,7 +317,6 @@ def main() -> None:
     parser.add_argument("--work", help="folder for packed files, default a temporary one")
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--overlap", action="store_true")
-    parser.add_argument("--simulate", action="store_true")
     parser.add_argument("--low", action="store_true", help="int8 records for the large model too")
     parser.add_argument("--share", type=float, default=0.25)
     parser.add_argument("--tokens", type=int, default=96)
@@ -380,13 +336,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.work) as temporary:
         work = Path(args.work or temporary)
         folder = elastic(args, work)
-        if args.overlap or args.simulate:
-            rows = (overlap if args.overlap else simulate)(args, folder, work)
-        else:
-            rows = ours(args, folder, work, quality=not args.large)
+        rows = overlap(args, folder, work) if args.overlap else ours(args, folder, work, quality=not args.large)
     if args.json:
         json.dump({"benchmark": "offload", "arguments": vars(args), "rows": rows}, sys.stdout)
-    elif args.overlap or args.simulate:
+    elif args.overlap:
         for row in rows:
             print(
                 "  ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())

@@ -60,6 +60,7 @@ def plan_offload(
     memory: int,
     *,
     target_ms: float | None = None,
+    link: float | None = None,
     file: Path | None = None,
     tokens: int = 1280,
     budgets: Sequence[float] = BUDGETS,
@@ -67,10 +68,13 @@ def plan_offload(
 ) -> OffloadPlan:
     """Measure the link and the steps, replay the routing of calibration text, and compare ways to run in `memory` bytes.
 
-    tokens: of the replayed text. Raises UsageError for a target or budget that is impossible, DoesNotFit if the memory holds no sub-expert.
+    link: bytes per second of what the experts will be read over, if that is slower than the disk they are on now; tokens: of the replayed
+    text. Raises UsageError for a target, link or budget that is impossible, DoesNotFit if the memory holds no sub-expert.
     """
     if target_ms is not None and target_ms <= 0:
         raise UsageError(f"--target-ms {target_ms:g} is impossible", "give a positive number of milliseconds")
+    if link is not None and link <= 0:
+        raise UsageError(f"--link {link:g} is impossible", "give bytes per second, for example 500MB")
     if not all(0 < b <= 1 for b in budgets):
         raise UsageError("budgets lie in (0, 1]", "1 keeps every slot")
     model, tokenizer = load(folder, store=StoreOptions(memory, file, misses=Misses(low=None)))
@@ -79,14 +83,16 @@ def plan_offload(
     windows = token_windows(tokenizer, text, "calibration", length=LENGTH, tokens=max(tokens, LENGTH)).ids
     with report("trace") as update, operating_point(model):
         trace = record(model, [("calibration", windows)], prompt=PROMPT, values=True, progress=update)
-    prices = {"exact": measure_prices(store)}
+    here = measure_prices(store)
+    forms = {"exact": (here, store.pack.layout.bytes)}
     if store.pack.has_low:
-        prices["int8"] = measure_prices(store, low=True)
+        forms["int8"] = measure_prices(store, low=True), store.pack.layout.low_bytes
+    prices = {name: price.over(size / link) if link else price for name, (price, size) in forms.items()}
     ways = []
     total = slots_per_token(elastic)
     for budget in budgets:
         with operating_point(model, budget):
-            step = measure_step(model, windows[:1, :PROMPT])
+            step = measure_step(model, windows[:1], PROMPT, here)
         rows = at_budget(trace, elastic, budget)
         for policy in POLICIES:
             for precision, price in prices.items():

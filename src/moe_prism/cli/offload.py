@@ -13,6 +13,7 @@ def offload(
     *,
     memory: str,
     target_ms: float | None = None,
+    link: str | None = None,
     expert_file: Path | None = None,
     tokens: int = 1280,
     json: bool = False,
@@ -26,6 +27,7 @@ def offload(
     folder: Written by `moe-prism refactor`.
     memory: For experts and their predictors, for example 200MB.
     target_ms: Milliseconds a token may take; the largest budget within it is chosen. Default: no limit.
+    link: Bytes per second of what the experts will be read over, for example 500MB, if that is slower than the disk they are on now.
     expert_file: Where the experts are packed, written on first use; default experts.pack in the folder.
     tokens: Of the text that is replayed.
     json: One JSON object on stdout.
@@ -34,7 +36,8 @@ def offload(
     from ..offload.store import parse_bytes
 
     size = parse_bytes(memory)
-    plan = plan_offload(folder, size, target_ms=target_ms, file=expert_file, tokens=tokens, report=progress)
+    rate = None if link is None else float(parse_bytes(link))
+    plan = plan_offload(folder, size, target_ms=target_ms, link=rate, file=expert_file, tokens=tokens, report=progress)
     best = plan.best
     if not plan.met:
         note(f"no way meets {target_ms:g} ms; this is the fastest")

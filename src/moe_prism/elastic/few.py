@@ -18,12 +18,12 @@ from torch import Tensor
 
 from .base import LayerPlan
 from .products import Part, usable
-from .tiles import LANES, NARROW, VECTORS, WIDE, add, dot, size_of
+from .tiles import FEW, LANES, NARROW, ROWS, VECTORS, WIDE, add, dot, size_of
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
-ENOUGH = 512  # rows of a result at most
+ENOUGH = 4096  # rows of a result at most
 ORDER: Ints = np.arange(ENOUGH)
 FIRST: Ints = np.zeros(ENOUGH, np.int64)
 
@@ -72,38 +72,51 @@ def few_outputs(plan: LayerPlan, x: Tensor, row: Ints, weight: Floats, expert: I
 def dots(x: Floats, row: Ints, expert: Ints, last: int, table: Ints, columns: int, order: Ints, out: Floats, like: Any) -> None:
     """out[s, column + j * step] = x[row[s]] . (row j of the expert's weights), j < columns, for every part in `table` (`table_of`).
 
-    Ids of experts are clamped to 0..last. order: 0, 1, ..., at least S of them; rows of x and out contiguous, d a multiple of LANES.
+    Neighbours with the same expert share its weights, as many as a tile has rows. Ids of experts are clamped to 0..last.
+    order: 0, 1, ..., at least S of them; rows of x and out contiguous, d a multiple of LANES.
     like: `like_of` the weights' dtype.
     """
     ldx, ldo, depth = x.strides[0] // 4, out.strides[0] // 4, x.shape[1]
     size = size_of(like)
-    for s in range(len(row)):
+    s = 0
+    while s < len(row):
+        end = s + 1
+        while end < len(row) and end - s < ROWS and expert[end] == expert[s]:
+            end += 1
+        rows = end - s
+        wide = WIDE if rows <= FEW else NARROW
         for p in range(len(table)):
             ldw, ldj = table[p, 2], table[p, 4]
             w = table[p, 0] + size * min(max(expert[s], 0), last) * table[p, 1]
             target = out.ctypes.data + 4 * table[p, 3]
             ids, o, j = row.ctypes.data + 8 * s, order.ctypes.data + 8 * s, 0
             while j < columns:
-                c = WIDE if j + WIDE <= columns else NARROW if j + NARROW <= columns else 1
-                dot(1, c, x.ctypes.data, ids, ldx, w + size * j * ldw, ldw, depth, target + 4 * j * ldj, o, ldo, ldj, like)
+                c = wide if j + wide <= columns else NARROW if j + NARROW <= columns else 1
+                dot(rows, c, x.ctypes.data, ids, ldx, w + size * j * ldw, ldw, depth, target + 4 * j * ldj, o, ldo, ldj, like)
                 j += c
+        s = end
 
 
 @njit(nogil=True, cache=True)
 def adds(a: Floats, factor: Floats, expert: Ints, table: Ints, order: Ints, out: Floats, like: Any) -> None:
     """out[s] = sum over j of (factor[s] a[s, j]) x (row j of the expert's weights, the one part in `table`). a [S, m], out [S, d]."""
     depth, width, ldo = a.shape[1], out.shape[1], out.strides[0] // 4
-    scaled = np.empty((1, depth), np.float32)
+    scaled = np.empty((ROWS, depth), np.float32)
     ldw, size = table[0, 2], size_of(like)
-    for s in range(len(a)):
-        for j in range(depth):
-            scaled[0, j] = a[s, j] * factor[s]
-        for j in range(width):
-            out[s, j] = np.float32(0)
-        w, c = table[0, 0] + size * expert[s] * table[0, 1], 0
+    s = 0
+    while s < len(a):
+        end = s
+        while end < len(a) and end - s < ROWS and expert[end] == expert[s]:
+            for j in range(depth):
+                scaled[end - s, j] = a[end, j] * factor[end]
+            for j in range(width):
+                out[end, j] = np.float32(0)
+            end += 1
+        rows, w, c = end - s, table[0, 0] + size * expert[s] * table[0, 1], 0
         while c < width:
             v = VECTORS if c + VECTORS * LANES <= width else 1
             at = order.ctypes.data + 8 * s
-            add(1, v, scaled.ctypes.data, depth, w + size * c, ldw, depth, out.ctypes.data + 4 * c, at, ldo, like)
+            add(rows, v, scaled.ctypes.data, depth, w + size * c, ldw, depth, out.ctypes.data + 4 * c, at, ldo, like)
             c += v * LANES
+        s = end
     scaled[0, 0] = 0  # alive until here: above only its address is used

@@ -15,8 +15,8 @@ from moe_prism.errors import UsageError
 from moe_prism.offload.cache import cache_policies
 from moe_prism.offload.record import record
 from moe_prism.offload.replay import groups, serve
-from moe_prism.offload.store.foresee import Prices, at_budget, forecast
-from moe_prism.offload.store.store import pools
+from moe_prism.offload.store.foresee import Prices, at_budget, forecast, measure_step
+from moe_prism.offload.store.pools import pools
 from tests.offload.store.common import opened, smallest, store_of
 
 LENGTH, PROMPT = 24, 8
@@ -64,6 +64,18 @@ def test_a_forecast_is_the_step_plus_the_prices_of_its_misses(text):
 def test_prices_between_and_beyond_what_was_measured():
     prices = Prices([1, 4], [1.0, 2.5])
     assert [prices.of(n) for n in (0, 1, 2, 4, 6)] == [0.0, 1.0, 1.5, 2.5, 3.5]
+    slow = prices.over(1.5)
+    assert [slow.of(n) for n in (1, 2, 4)] == [1.5, 3.0, 6.0]
+    assert prices.over(0.1) == prices
+
+
+def test_a_step_apart_from_its_reads_is_what_its_misses_leave_of_it(elastic_tiny, text):
+    """With free reads the whole of it; with reads that cost more than everything, nothing."""
+    whole, ids, file = text
+    stored, _ = opened(elastic_tiny, file, smallest(whole, 8))
+    free, dear = (measure_step(stored, ids, PROMPT, Prices([1, 2], [c, 2 * c])) for c in (0.0, 1e9))
+    assert free > 0 and dear == 0
+    assert measure_step(whole, ids, PROMPT, Prices([1], [1e9])) > 0  # nothing is missing here
 
 
 def test_slots_at_a_budget_are_those_of_the_rule(text):
@@ -91,8 +103,12 @@ def test_plan_of_a_tiny_model(elastic_tiny, text):
     assert plan.slots == 12
     assert [(w.budget, w.policy) for w in plan.ways] == [(b, p) for b in (1.0, 0.5) for p in ("lru", "lfu")]
     assert plan.ways[2].reads_per_token < plan.ways[0].reads_per_token
-    with pytest.raises(UsageError, match="impossible"):
-        plan_offload(elastic_tiny, 1 << 20, target_ms=0.0, file=file)
+    slow = plan_offload(elastic_tiny, smallest(whole, 12), link=1e3, file=file, tokens=160, budgets=(1.0,))
+    assert slow.bytes_per_second <= 1e3
+    assert slow.ways[0].ms_per_token > 1e3 * slow.ways[0].reads_per_token * slow.record_bytes / 1e3 / 2
+    for wrong in ({"target_ms": 0.0}, {"link": 0.0}):
+        with pytest.raises(UsageError, match="impossible"):
+            plan_offload(elastic_tiny, 1 << 20, file=file, **wrong)
 
 
 def test_commands(elastic_tiny, text, capsys):

@@ -1,8 +1,9 @@
 """What a store would cost per token, without running it: a trace replayed through the same cache, with the measured price of reads.
 
-A step takes what it takes with everything resident, plus for every layer the price of the records it has to read at once. Both are
-measured on the store itself: a step that is repeated finds everything it needs, and the price of n missing records is the time of a
-request with n misses less that of the same request again.
+A step takes what it takes apart from reads, plus for every layer the price of the records it has to read at once. Both are measured on the
+store itself: the price of n missing records is the time of a request with n misses less that of the same request again; what a step takes
+besides is the time of real steps less the price of what they missed. (A repeated step, which misses nothing, is too fast: its weights are
+still in the processor's cache.)
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..base import CachePolicy, KeySpace
+from ..cache.pool import LayerPools
 from ..replay import groups, serve
 from ..trace import Trace
-from .store import ExpertStore, pools
+from .pools import pools
+from .store import ExpertStore
 
 if TYPE_CHECKING:
     from .layer import StoredElastic
@@ -37,7 +41,7 @@ class Prices:
     counts: Sequence[int]
     seconds: Sequence[float]
 
-    def of(self, missing: int) -> float:
+    def of(self, missing: float) -> float:
         """Linear between the measured counts and beyond the last two."""
         if missing <= 0:
             return 0.0
@@ -46,6 +50,10 @@ class Prices:
             slope = (s[-1] - s[-2]) / (n[-1] - n[-2]) if len(n) > 1 else s[-1] / n[-1]
             return s[-1] + slope * (missing - n[-1])
         return float(np.interp(missing, [0, *n], [0.0, *s]))
+
+    def over(self, seconds_per_record: float) -> Prices:
+        """The same behind a link that takes so long for each record."""
+        return Prices(self.counts, [max(s, n * seconds_per_record) for n, s in zip(self.counts, self.seconds, strict=True)])
 
     @property
     def bandwidth(self) -> float:
@@ -95,17 +103,30 @@ def _request(store: ExpertStore, layer: int, numbers: Sequence[int], low: bool) 
 
 
 @torch.no_grad()
-def measure_step(model: Any, ids: Tensor, repeats: int = REPEATS) -> float:
-    """Seconds of a decode step after the prompt ids [1, n] with everything it needs resident: the best of its repetitions."""
-    out = model(input_ids=ids, use_cache=True)
-    cache, last = out.past_key_values, ids[:, -1:]
-    found = []
-    for _ in range(repeats + 2):
-        began = time.perf_counter()
-        model(input_ids=last, past_key_values=cache, use_cache=True)
-        found.append(time.perf_counter() - began)
-        cache.crop(-1)
-    return statistics.median(found[2:])
+def measure_step(model: Any, ids: Tensor, prompt: int, prices: Prices) -> float:
+    """Seconds of a decode step apart from its reads: mean over the steps that decode ids [B, n] after their first `prompt` tokens.
+
+    The first text also warms up: it is decoded twice, once without being timed.
+    """
+    store, found = model._moe_prism.store, []
+    for number, row in enumerate([ids[0], *ids]):
+        past = model(input_ids=row[None, :prompt], use_cache=True).past_key_values
+        for i in range(prompt, len(row)):
+            before = _missed(store)
+            began = time.perf_counter()
+            past = model(input_ids=row[None, i : i + 1], past_key_values=past, use_cache=True).past_key_values
+            seconds = time.perf_counter() - began
+            if number:
+                found.append(seconds - sum(prices.of(n) for n in _missed(store) - before))
+    return max(0.0, statistics.fmean(found))
+
+
+def _missed(store: ExpertStore) -> NDArray[np.float64]:
+    """Misses so far of each layer; of one pool for all layers, equal shares."""
+    cache = store.cache
+    if isinstance(cache, LayerPools):
+        return np.array([pool.counts.misses for pool in cache.pools], np.float64)
+    return np.full(store.space.layers, cache.counts.misses / store.space.layers)
 
 
 def at_budget(trace: Trace, elastic: StoredElastic, budget: float) -> Trace:

@@ -17,20 +17,22 @@ from torch import Tensor
 from ...elastic.execute import auto
 from ...elastic.few import few_outputs
 from ...model import MoELayer
-from ..base import CachePolicy, ExpertCache, Key, KeySpace, Load, Moment
+from ..base import CachePolicy, Key, Load, Moment
 from ..cache.pool import LayerPools, Pool
 from .arena import Arena
 from .kernel import SMALL, open_reader
 from .pack import Pack
+from .pools import pools
 from .reader import Job, Reader, StoreError
 from .table import Slots, TablePool
-from .units import UnitPool
 from .wanted import Floats, Ints, Wanted, add_rows
 
 ENTRIES = 1 << 20  # numbers of partial outputs held at a time
-LITTLE = 1 << 22  # multiplications up to which preparing more than one thread, or rows in common, costs more than it saves
+LITTLE = 1 << 22  # multiplications up to which preparing more than one thread costs more than it saves
+LESS = 1 << 24  # the same where there is but one
 TOGETHER = 1 << 14  # multiplications that are not worth a turn of their own while reads are under way
 AHEAD = 3  # pieces of a long prompt that are read while one is computed; of small records one, their pieces are short enough
+MANY = 4  # times what fits: from there on nothing is kept for later pieces, larger ones are worth more
 PRICE = 0.05  # weight of the newest wait in the price of a record
 
 
@@ -118,10 +120,12 @@ class ExpertStore:
         self._unwanted(layer, wanted)
         if len(wanted) + len(self._flying) <= self._capacity(layer):
             self._single(layer, x, wanted, low, out, meanwhile)
-        else:
-            self._pieces(layer, x, wanted, low, out)
-            if meanwhile is not None:
-                meanwhile()
+            return torch.from_numpy(out)
+        self.settle()
+        few = len(wanted) < MANY * self._capacity(layer) and len(wanted.row) * x.shape[1] <= ENTRIES
+        (self._rounds if few else self._pieces)(layer, x, wanted, low, out)
+        if meanwhile is not None:
+            meanwhile()
         return torch.from_numpy(out)
 
     def prefetch(self, layer: int, keys: Sequence[Key]) -> None:
@@ -148,25 +152,39 @@ class ExpertStore:
     def _single(
         self, layer: int, x: Tensor, wanted: Wanted, low: np.ndarray | None, out: Floats, meanwhile: Callable[[], None] | None
     ) -> None:
-        """Everything fits: what is there is computed while the rest is read."""
-        jobs, loads = self._fetch(layer, wanted, 0, len(wanted), low)
-        if not jobs:
-            if meanwhile is not None:
-                meanwhile()
-            self._compute(x, wanted, 0, len(wanted), out)
+        """Everything fits."""
+        jobs, loads = self._fetch(layer, wanted, low)
+        if jobs and len(wanted.row) * x.shape[1] <= ENTRIES:
+            add_rows(self._parts(layer, x, wanted, jobs, loads, meanwhile), wanted.row, out)
             return
+        if meanwhile is not None:
+            meanwhile()
+        self._wait(jobs, layer)
+        self._compute(x, wanted, 0, len(wanted), out)
+
+    def _rounds(self, layer: int, x: Tensor, wanted: Wanted, low: np.ndarray | None, out: Floats) -> None:
+        """A little more than fits: what is there with as much of the rest as has room, then what is left."""
+        parts = np.empty((len(wanted.row), x.shape[1]), np.float32)
+        for group in self.cache.chunks(wanted.keys.tolist(), layer):
+            own, entries = wanted.of_keys(np.isin(wanted.keys, group))
+            parts[entries] = self._parts(layer, x, own, *self._fetch(layer, own, low))
+        add_rows(parts, wanted.row, out)
+
+    def _parts(
+        self, layer: int, x: Tensor, wanted: Wanted, jobs: list[Job], loads: Ints, meanwhile: Callable[[], None] | None = None
+    ) -> Floats:
+        """[S, d] of all entries: what is there is computed while the rest, which `jobs` bring, is read."""
         base = self.space.of_layer(layer).start
         missing = np.zeros(self.space.experts * self.space.parts, bool)
         missing[loads - base] = True
         late = missing[wanted.keys - base]
+        slot = self._slot_of(wanted, 0, len(wanted))
         there = int((wanted.end - wanted.begin)[~late].sum()) * self.pack.layout.weights
-        if len(wanted.row) * x.shape[1] > ENTRIES or there < TOGETHER:
+        if there < TOGETHER:
             if meanwhile is not None:
                 meanwhile()
             self._wait(jobs, layer)
-            self._compute(x, wanted, 0, len(wanted), out)
-            return
-        slot = self._slot_of(wanted, 0, len(wanted))
+            return self._outputs(x, wanted.row, wanted.weight, slot)
         parts = np.empty((len(slot), x.shape[1]), np.float32)
         ready, rest = wanted.entries(late)
         parts[ready] = self._outputs(x, wanted.row[ready], wanted.weight[ready], slot[ready])
@@ -174,17 +192,17 @@ class ExpertStore:
             meanwhile()
         self._wait(jobs, layer)
         parts[rest] = self._outputs(x, wanted.row[rest], wanted.weight[rest], slot[rest])
-        add_rows(parts, wanted.row, out)
+        return parts
 
     def _pieces(self, layer: int, x: Tensor, wanted: Wanted, low: np.ndarray | None, out: Floats) -> None:
         """More than the cache holds: pieces in key order, the next few being read while one is computed.
 
         Residents that come later are pinned until their turn, as many as leave room for these pieces.
         """
-        self.settle()
         capacity = self._capacity(layer)
         most = 1 if self.pack.layout.bytes <= SMALL else AHEAD
-        size = max(1, capacity // (2 * (most + 1)))
+        kept = 1 if len(wanted) < MANY * capacity else 0
+        size = max(1, capacity // ((1 + kept) * (most + 1)))
         ahead = min(most, capacity // size - 1)
         bounds = [(i, min(i + size, len(wanted))) for i in range(0, len(wanted), size)]
         keys = wanted.keys.tolist()
@@ -195,7 +213,7 @@ class ExpertStore:
 
         def begin(number: int) -> None:
             first, last = bounds[number]
-            jobs[number], _ = self._fetch(layer, wanted, first, last, low)
+            jobs[number], _ = self._fetch(layer, wanted, low, first, last)
             self.cache.pin(keys[first:last])
             for key in keys[first:last]:
                 held[key] = held.get(key, 0) + 1
@@ -214,8 +232,11 @@ class ExpertStore:
             for rest in jobs.values():  # only after an error
                 self._arrived(rest, layer)
 
-    def _fetch(self, layer: int, wanted: Wanted, first: int, last: int, low: np.ndarray | None) -> tuple[list[Job], Ints]:
-        """Request keys first..last - 1: the reads to wait for, and the keys they bring."""
+    def _fetch(
+        self, layer: int, wanted: Wanted, low: np.ndarray | None, first: int = 0, last: int | None = None
+    ) -> tuple[list[Job], Ints]:
+        """Request keys first..last - 1, all of them by default: the reads to wait for, and the keys they bring."""
+        last = len(wanted) if last is None else last
         pool = self._table(layer)
         if pool is not None:
             keys = wanted.keys[first:last]
@@ -366,7 +387,7 @@ class ExpertStore:
     def _outputs(self, x: Tensor, row: Ints, weight: Floats, slot: Ints) -> Floats:
         """[S, d]: routing weight x output of entries, each the row of x it is about, its weight and its slot [S]."""
         began = time.perf_counter()
-        little = len(row) * self.pack.layout.weights <= LITTLE
+        little = len(row) * self.pack.layout.weights <= (LESS if torch.get_num_threads() == 1 else LITTLE)
         found = few_outputs(self.arena.plan, x, row, weight, slot) if little else None
         if found is None:
             rows = x.expand(len(row), -1) if len(x) == 1 else x[torch.from_numpy(row)]
@@ -375,20 +396,3 @@ class ExpertStore:
             found = auto(self.arena.plan, rows, torch.from_numpy(slot).unsqueeze(1), factor, keep).float().numpy()
         self.times.computed += time.perf_counter() - began
         return found
-
-
-def pools(
-    policy: type[CachePolicy], space: KeySpace, slots: int, settings: dict[str, Any], places: Slots | None = None
-) -> ExpertCache:
-    """One pool per layer of equal size; one pool for all where a layer would not get a slot. A table where the policy has one."""
-    layers, places = space.layers, places or Slots.new(len(space), slots)
-    if slots < layers:
-        return UnitPool(slots, policy(space, slots, **settings))
-    quotas = [slots // layers + (layer < slots % layers) for layer in range(layers)]
-    found = LayerPools(quotas, lambda _, capacity: policy(space, capacity, **settings))
-    half_life = TablePool.half_life_of(policy(space, 1, **settings))
-    if half_life is None:
-        found.pools = [UnitPool(capacity, policy(space, capacity, **settings)) for capacity in quotas]
-    else:
-        found.pools = [TablePool(capacity, space.of_layer(layer), half_life, places) for layer, capacity in enumerate(quotas)]
-    return found

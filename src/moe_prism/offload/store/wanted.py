@@ -44,6 +44,14 @@ class Wanted:
         each = np.repeat(marked, self.end - self.begin) if len(self.row) > len(self.keys) else marked
         return np.flatnonzero(~each), np.flatnonzero(each)
 
+    def of_keys(self, marked: Flags) -> tuple[Wanted, Ints]:
+        """The part about marked keys [G], and which entries it consists of."""
+        counts = (self.end - self.begin)[marked]
+        _, entries = self.entries(marked)
+        end = np.cumsum(counts)
+        own = Wanted(self.keys[marked], end - counts, end, self.row[entries], self.weight[entries], self.importance[marked])
+        return own, entries
+
 
 @njit(nogil=True, cache=True)
 def sort_entries(

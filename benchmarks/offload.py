@@ -262,7 +262,7 @@ def expert_bytes(folder: Path, model: Any) -> int:
 def held_out(folder: Path, tokenizer: Any, args: argparse.Namespace) -> torch.Tensor:
     exclude = read_manifest(folder)["calibration"]["documents"]
     length = PROMPT + args.tokens
-    return token_windows(tokenizer, "stdlib", "evaluation", length=length, tokens=length * args.rounds, exclude=exclude).ids
+    return token_windows(tokenizer, args.text, "evaluation", length=length, tokens=length * args.rounds, exclude=exclude).ids
 
 
 def elastic(args: argparse.Namespace, work: Path) -> Path:
@@ -318,6 +318,7 @@ def main() -> None:
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--overlap", action="store_true")
     parser.add_argument("--low", action="store_true", help="int8 records for the large model too")
+    parser.add_argument("--text", default="stdlib", help="its evaluation side is decoded")
     parser.add_argument("--share", type=float, default=0.25)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)

@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--link", type=float, default=0.0, help="MB/s, default the disk's own")
     parser.add_argument("--policy", default="lfu")
+    parser.add_argument("--text", default="stdlib", help="its evaluation side is decoded")
     parser.add_argument("--budget", type=float, default=0.75, help="beside the full one")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

@@ -11,8 +11,11 @@ from .products import Groups, Span, add, dot, usable
 PIECE = 1 << 20  # pre-activations computed before they are used, so that they are still in the cache then
 
 
-def tiled(plan: LayerPlan, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor | None:
-    """As `execute.reference`. None where the layer is not `usable`, or a token has an expert twice: slots of a group would share a row."""
+def tiled(plan: LayerPlan, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor, row: Tensor | None = None) -> Tensor | None:
+    """As `execute.reference`, of x[row] if `row` is given (without making it).
+
+    None where the layer is not `usable`, or a token has an expert twice: slots of a group would share a row.
+    """
     layer, stored, m = plan.layer, usable(plan, x), plan.block
     if stored is None:
         return None
@@ -22,11 +25,12 @@ def tiled(plan: LayerPlan, x: Tensor, index: Tensor, weight: Tensor, keep: Tenso
     x = x if x.stride(1) == 1 else x.contiguous()
     factor = weight.reshape(-1)[groups.choice].unsqueeze(1)
     width = len(stored.first) * m
-    out = torch.zeros(x.shape)
+    asked = groups if row is None else groups._replace(row=row[groups.row])
+    out = torch.zeros(len(index), x.shape[1])
     for span in groups.spans(PIECE // width):
         slots = span.end - span.begin
         pre = torch.empty(slots, width)
-        dot(x, groups, span, stored.first, m, m, pre, torch.arange(slots))
+        dot(x, asked, span, stored.first, m, m, pre, torch.arange(slots))
         if layer.up_bias is not None:
             pre += _biases(plan, groups, span)
         a = layer.activate_joined(pre).mul_(factor[span.begin : span.end])

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...elastic.execute import auto
+from ...elastic.execute import grouped
 from ...elastic.few import few_outputs
+from ...elastic.tiled import tiled
 from ...model import MoELayer
 from ..base import CachePolicy, Key, Load, Moment
 from ..cache.pool import LayerPools, Pool
@@ -120,12 +121,12 @@ class ExpertStore:
         self._unwanted(layer, wanted)
         if len(wanted) + len(self._flying) <= self._capacity(layer):
             self._single(layer, x, wanted, low, out, meanwhile)
-            return torch.from_numpy(out)
-        self.settle()
-        few = len(wanted) < MANY * self._capacity(layer) and len(wanted.row) * x.shape[1] <= ENTRIES
-        (self._rounds if few else self._pieces)(layer, x, wanted, low, out)
-        if meanwhile is not None:
-            meanwhile()
+        else:
+            self.settle()
+            few = len(wanted) < MANY * self._capacity(layer) and len(wanted.row) * x.shape[1] <= ENTRIES
+            (self._rounds if few else self._pieces)(layer, x, wanted, low, out)
+            if meanwhile is not None:
+                meanwhile()
         return torch.from_numpy(out)
 
     def prefetch(self, layer: int, keys: Sequence[Key]) -> None:
@@ -390,9 +391,10 @@ class ExpertStore:
         little = len(row) * self.pack.layout.weights <= (LESS if torch.get_num_threads() == 1 else LITTLE)
         found = few_outputs(self.arena.plan, x, row, weight, slot) if little else None
         if found is None:
-            rows = x.expand(len(row), -1) if len(x) == 1 else x[torch.from_numpy(row)]
             keep = torch.ones(len(row), 1, 1, dtype=torch.bool)
+            rows, slots = torch.from_numpy(row), torch.from_numpy(slot).unsqueeze(1)
             factor = torch.from_numpy(weight).to(x.dtype).unsqueeze(1)
-            found = auto(self.arena.plan, rows, torch.from_numpy(slot).unsqueeze(1), factor, keep).float().numpy()
+            out = tiled(self.arena.plan, x, slots, factor, keep, rows)
+            found = (grouped(self.arena.plan, x[rows], slots, factor, keep) if out is None else out).float().numpy()
         self.times.computed += time.perf_counter() - began
         return found

@@ -189,6 +189,7 @@ def test_chat(house, client):
         ({"max_tokens": 1000}, 400, "max_tokens"),
         ({"prompt": [99_999]}, 400, "prompt"),
         ({"n": 16, "prompt": [PROMPT] * 2}, 400, "n"),
+        ({"n": 9, "prompt": [PROMPT] * 2}, 400, "n"),  # of 20 places the default class may have 16
         ({"echo": True, "stream": True}, 400, "echo"),
     ],
 )

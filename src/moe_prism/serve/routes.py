@@ -110,7 +110,7 @@ async def chat(service: Service, door: Door, http: Request, body: ChatRequest) -
 
 
 async def _run(service: Service, door: Door, http: Request, body: Any, prompts: list[list[int]], *, chat: bool) -> Response:
-    _check(service, body, len(prompts))
+    _check(service, body)
     asked = (body.max_completion_tokens or body.max_tokens) if chat else body.max_tokens
     wish = service.wish(body)
     outputs = [service.output_tokens(len(p), asked) for p in prompts]
@@ -154,15 +154,13 @@ async def _run(service: Service, door: Door, http: Request, body: Any, prompts: 
     return await _whole(answer, http, headers)
 
 
-def _check(service: Service, body: Common, prompts: int) -> None:
+def _check(service: Service, body: Common) -> None:
     name = body.unsupported()
     if name is not None:
         raise Refusal(400, f"'{name}' is not supported", param=name, code="unsupported")
     bounds = service.config.bounds
     if body.n > bounds.n:
         raise Refusal(400, f"n is above {bounds.n}", param="n")
-    if body.n * prompts > service.config.engine.requests + service.config.queue_requests:
-        raise Refusal(400, "n times the number of prompts is more than the server can hold", param="n")
     if len(body.stops) > bounds.stop_strings:
         raise Refusal(400, f"more than {bounds.stop_strings} stop strings", param="stop")
 

@@ -287,12 +287,12 @@ class Service:
         for sequence in sequences:
             for level, count in sequence.request.levels.items():
                 tokens[level] = tokens.get(level, 0) + count
-        total = sum(tokens.values())
         levels = self.ladder.levels
+        quality, slots = self.ladder.mean(tokens)
         return {
             "point": levels[next(iter(tokens))].name if len(tokens) == 1 else "mixed" if tokens else None,
-            "quality": round(sum(levels[i].quality * n for i, n in tokens.items()) / total, 6) if total else None,
-            "slots": round(sum(levels[i].slots * n for i, n in tokens.items()) / total, 4) if total else None,
+            "quality": round(quality, 6) if tokens else None,
+            "slots": round(slots, 4) if tokens else None,
             "tokens": {levels[i].name: n for i, n in sorted(tokens.items())},
         }
 

@@ -17,7 +17,7 @@ from moe_prism.bench.outcome import FAILED, OK, REFUSED, UNFINISHED, Outcome, of
 from moe_prism.bench.prompts import cut_characters, cut_tokens, fitted, prompts
 from moe_prism.bench.stream import Stream
 from moe_prism.bench.target import find_target
-from moe_prism.bench.workload import Offer, fingerprint, recorded_seconds
+from moe_prism.bench.workload import Offer, fingerprint
 from moe_prism.errors import PrismError, UsageError
 from moe_prism.model.load import NANO
 from moe_prism.schedule.classes import default_classes
@@ -220,13 +220,24 @@ def test_a_trace_is_stretched_to_the_rate(tmp_path):
     assert [a.job.arrival for a in workload.arrivals(2.2, 0, LADDER, None)][:3] == [0, 0.5, 1.0]
 
 
-def test_all_of_a_trace_is_as_long_as_it_was_recorded(tmp_path):
+@pytest.mark.parametrize("step", [1, 0.30000049])
+def test_all_of_a_trace_is_offered_unless_seconds_are_given_and_it_is_read_once(tmp_path, step):
     path = tmp_path / "trace.jsonl"
-    path.write_text("".join(json.dumps({"arrival": 7 + i, "class": "batch", "prompt": 5, "output": 4}) + "\n" for i in range(11)))
-    workload = Offer("classes", recorded_seconds(path), path).of(default_classes())
-    assert len(workload.arrivals(0.0, 0, LADDER, None)) == 11
-    path.write_text("{}")
-    assert recorded_seconds(path) == 60.0
+    lines = [{"arrival": 7 + i * step, "class": "batch", "prompt": 5, "output": 4} for i in range(11)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    workload = Offer("classes", None, path).of(default_classes())
+    assert workload.seconds == pytest.approx(10 * step) and workload.described()["seconds"] == workload.seconds
+    path.unlink()
+    assert [len(workload.arrivals(0.0, seed, LADDER, None)) for seed in range(2)] == [11, 11]
+    assert Offer().length == 60.0
+
+
+@pytest.mark.parametrize(("text", "cause"), [("", "has no requests"), ("{}", "jsonl:1")])
+def test_a_trace_that_cannot_be_replayed_is_told(tmp_path, text, cause):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=cause):
+        Offer("classes", None, path).of(default_classes()).arrivals(0.0, 0, LADDER, None)
 
 
 def test_the_simulator_in_the_client_s_terms():

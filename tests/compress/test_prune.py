@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from moe_prism import cli
-from moe_prism.api import CalibrateOptions, PruneOptions, load, measure_frontier, plan_pruning, prune_model, verify
-from moe_prism.api.measuring import FrontierOptions
+from moe_prism.api import CalibrateOptions, PruneOptions, load, measure_frontier, plan_pruning, prune_model, prune_plan, verify
+from moe_prism.api.measuring import FrontierOptions, subject_of
+from moe_prism.api.methods_prune import Prune
+from moe_prism.api.opening import open_model
+from moe_prism.api.prune_plan import measured_counts
 from moe_prism.checkpoint import OutputFolder
 from moe_prism.compress.prune import pruned
 from moe_prism.elastic import operating_point
 from moe_prism.errors import CorruptError, UsageError
 from moe_prism.model import find_layers, load_model
-from tests.tiny_sources import digests
+from tests.tiny_sources import digests, save_tiny
 
 IDS = torch.arange(3, 67).reshape(4, 16)
 
@@ -180,3 +183,20 @@ def test_pruning_is_a_frontier_method(elastic_tiny, text_file):
         assert half[name].resident_expert_bytes < full.resident_expert_bytes and half[name].kl > 0
         assert half[name].active_expert_bytes == pytest.approx(full.active_expert_bytes)
     assert full.kl == 0
+
+
+def test_all_fractions_of_a_measured_method_share_one_profile(tmp_path, text_file, monkeypatch):
+    """And keep what `plan_pruning`'s own profile for each of them says."""
+    save_tiny("olmoe", tmp_path / "model", num_experts=8)
+    opened, profiles, measure = open_model(tmp_path / "model"), [], prune_plan.measure
+    monkeypatch.setattr(prune_plan, "measure", lambda *args, **more: profiles.append(1) or measure(*args, **more))
+    subject = subject_of(opened, FrontierOptions(str(text_file), 256, 32, calibration_tokens=512))
+    made = Prune("prune:gate-norm-measured", "gate-norm-measured")
+    found = [candidate.install.args[1] for candidate in made.candidates(subject)]
+    assert len(profiles) == 1 and len(found) > 3
+    statistics = made._statistics(subject, ("counts", "outputs"))
+    for choices in found:
+        kept = sum(len(choice.kept) for choice in choices)
+        options = PruneOptions("gate-norm", kept / 16, "measured")
+        counts = measured_counts(opened.model, subject.elastic, statistics, options, subject.calibration, lambda *_: None)
+        assert [len(choice.kept) for choice in choices] == counts and sum(counts) == kept

@@ -83,6 +83,7 @@ def test_wrong_number_of_budgets(model):
         model(IDS)
 
 
-def test_width_must_divide(model):
-    with pytest.raises(UsageError, match="do not split into 5"):
-        attach(model, 5)
+@pytest.mark.parametrize("n_sub", [5, 0, -2])
+def test_width_must_divide(model, n_sub):
+    with pytest.raises(UsageError, match=rf"16 neurons of '.*' do not split into {n_sub} .* choose n_sub from \[2, 4, 8, 16\]"):
+        attach(model, n_sub)

@@ -21,7 +21,7 @@ import httpx2
 
 from moe_prism import cli
 from moe_prism.errors import PrismError
-from moe_prism.serve import app
+from moe_prism.serve import app, server
 from moe_prism.serve.config import Config
 from moe_prism.serve.server import ServeOptions
 from moe_prism.serve.spawn import EngineProcess
@@ -51,6 +51,7 @@ def post(house, answers, **fields):
 
 def test_an_engine_that_hangs_and_one_that_is_killed(tiny_levels, monkeypatch, caplog):
     monkeypatch.setattr(app, "HUNG", 0.6)
+    monkeypatch.setattr(server, "FAREWELL", 60)  # time to look at it
     with (
         open_house(tiny_levels, {"engine": IN_A_PROCESS}) as house,
         httpx2.Client(base_url=house.root, timeout=30) as web,

@@ -132,6 +132,32 @@ def test_s14_a_second_signal_ends_at_once(process):
         os.kill(process.engine, 0)
 
 
+def test_a_server_whose_engine_is_killed_tells_its_clients_and_fails(process):
+    """Whoever supervises it sees /health, then the exit code, and starts it again."""
+    results: list[httpx2.Response] = []
+    body = {**BODY, "max_tokens": 120, "stream": True}
+    with httpx2.Client(base_url=process.url) as web, httpx2.stream("POST", f"{process.url}/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        os.kill(process.engine, signal.SIGSTOP)  # so that it cannot end an answer first
+        whole = threading.Thread(target=ask, args=(process.url, results))
+        whole.start()
+        until = time.monotonic() + 30
+        while web.get("/ready").json()["requests"] < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        os.kill(process.engine, signal.SIGKILL)
+        while (health := web.get("/health")).status_code == 200 and time.monotonic() < until:
+            time.sleep(0.01)
+        errors = [json.loads(line.removeprefix("data: ")) for line in lines if "error" in line]
+    whole.join(60)
+    assert process.child.wait(60) == 1
+    assert health.status_code == 503 and health.json()["status"] == "engine stopped"
+    assert [e["error"]["message"] for e in errors] == ["the engine stopped"]
+    assert [(r.status_code, r.json()["error"]["message"]) for r in results] == [(503, "the engine stopped")]
+    told = [line["event"] for line in process.lines if line["level"] == "error"]
+    assert told == ["the engine's process was killed by signal 9"]
+
+
 def test_s15_what_is_wrong_at_the_start_is_one_line(tiny_levels, elastic_tiny, tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text("engine: {request: 4}\n")
     (tmp_path / "worse.yaml").write_text("engine: {requests: -4}\n")

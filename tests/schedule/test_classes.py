@@ -62,3 +62,9 @@ def test_bad_files(tmp_path, text):
     assert "\n" not in str(caught.value)
     with pytest.raises(UsageError):
         load_classes(tmp_path / "none.yaml")
+
+
+def test_means_are_over_tokens():
+    low, top = LADDER.levels[0], LADDER.levels[-1]
+    assert LADDER.mean({0: 3, LADDER.top: 1}) == ((3 * low.quality + top.quality) / 4, (3 * low.slots + top.slots) / 4)
+    assert LADDER.mean({0: 5}) == (low.quality, low.slots) and LADDER.mean({}) == (0, 0)

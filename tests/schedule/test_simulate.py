@@ -60,7 +60,7 @@ def test_floors_can_be_drawn_for_each_request():
 def test_traces_come_back_as_they_went(tmp_path):
     sent = arrivals()
     write_trace(tmp_path / "t.jsonl", sent, LADDER)
-    assert read_trace(tmp_path / "t.jsonl", default_classes(), LADDER) == sent
+    assert [line.of(default_classes(), LADDER) for line in read_trace(tmp_path / "t.jsonl")] == sent
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_bad_trace_names_its_line(tmp_path, line):
     good = json.dumps({"arrival": 0, "class": "batch", "prompt": 1, "output": 1})
     (tmp_path / "t.jsonl").write_text(f"{good}\n{line}\n")
     with pytest.raises(UsageError, match=r"t\.jsonl:2"):
-        read_trace(tmp_path / "t.jsonl", default_classes(), LADDER)
+        [line.of(default_classes(), LADDER) for line in read_trace(tmp_path / "t.jsonl")]
 
 
 def test_unknown_workloads_and_impossible_rates():

@@ -74,7 +74,8 @@ def open_house(folder: Path, config: Mapping[str, Any] | None = None, **options:
     built = build(folder, ServeOptions(**options), settings)
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
-    server = make_server(create_app(built.service, built.door, built.history, options.get("api_key")), built.door, settings)
+    app = create_app(built.service, built.door, built.history, options.get("api_key"))
+    server = make_server(app, built.door, settings, built.service.engine)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import time
 
 import httpx2
 import openai
 import pytest
 import torch
 
+from moe_prism.serve.text import Detokenizer
 from tests.serve.house import LEVELS, open_house
 
 PROMPT = "def main(args):\n    return "
@@ -189,6 +192,7 @@ def test_chat(house, client):
         ({"max_tokens": 1000}, 400, "max_tokens"),
         ({"prompt": [99_999]}, 400, "prompt"),
         ({"n": 16, "prompt": [PROMPT] * 2}, 400, "n"),
+        ({"n": 9, "prompt": [PROMPT] * 2}, 400, "n"),  # of 20 places the default class may have 16
         ({"echo": True, "stream": True}, 400, "echo"),
     ],
 )
@@ -233,3 +237,44 @@ def test_every_policy_serves(tiny_levels, policy):
         answer = client.completions.create(model="tiny", prompt=[PROMPT] * 6, max_tokens=5, extra_body={"min_quality": 0.85})
         assert len(answer.choices) == 6 and set(answer.moe_prism["tokens"]) <= {"half", "full"}
         assert house.idle() == []
+
+
+@pytest.fixture
+def waiting(house):
+    """Tasks of the server's event loop that have not ended."""
+
+    async def names():
+        return [task.get_coro().__qualname__ for task in asyncio.all_tasks()]
+
+    def count(name):
+        loop = house.built.service._mail._loop
+        return asyncio.run_coroutine_threadsafe(names(), loop).result(10).count(name)
+
+    return count
+
+
+def test_where_one_of_n_sequences_fails_nobody_waits_for_the_others(web, house, waiting, monkeypatch):
+    def fails(logits, parts):
+        for row, part in enumerate(parts):
+            if part.request.job.id.endswith("-1") and part.yields:
+                logits[row] = math.nan
+
+    runner = house.built.service.engine.manager.batch_processor.model_runner
+    monkeypatch.setattr(runner, "inject", fails)
+    answer = post(web, n=3, max_tokens=100)
+    assert answer.status_code == 503 and "not finite" in answer.json()["error"]["message"]
+    until = time.monotonic() + 10
+    while waiting("_collect") and time.monotonic() < until:
+        time.sleep(0.01)
+    assert waiting("_collect") == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_of_ours_ends_an_answer(web, monkeypatch, stream):
+    def fails(self, token):
+        raise RuntimeError("Already borrowed")
+
+    monkeypatch.setattr(Detokenizer, "push", fails)
+    answer = post(web, stream=stream)
+    assert answer.status_code == (200 if stream else 500)
+    assert json.loads(answer.text.removeprefix("data: "))["error"]["message"] == "an error inside the server"

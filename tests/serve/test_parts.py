@@ -229,6 +229,19 @@ def test_the_door_counts_exactly_and_never_passes_its_bounds(visits):
     assert (door.requests, door.tokens) == (0, 0)
 
 
+@pytest.mark.parametrize(("kind", "most"), [("interactive", 40), ("standard", 32), ("batch", 32)])
+def test_what_can_never_enter_is_not_told_to_come_again(kind, most):
+    door = Door(Config(engine={"requests": 8}), rate=1000.0, refused=str)
+    of = door.config.classes[kind]
+    with pytest.raises(Refusal, match=f"n x prompts is {most + 1}, class '{kind}' may hold {most} .*; send fewer") as found:
+        door.enter(most + 1, 1, of)
+    assert (found.value.status, found.value.param, door.requests) == (400, "n", 0)
+    door.enter(most, 1, of)
+    with pytest.raises(Refusal) as found:
+        door.enter(1, 1, of)
+    assert found.value.status == 503
+
+
 @pytest.mark.parametrize(("fields", "bound"), [({}, math.inf), ({"ttft_ms": 2000}, 8000), ({"ttft_ms": 1}, 4096)])
 def test_waiting_tokens_are_bounded_by_the_shortest_target(fields, bound):
     config = read_config({"classes": {"only": fields}, "default_class": "only"})

@@ -18,7 +18,7 @@ from ..calibrate.statistics import LayerStatistics, Statistics
 from ..checkpoint import Journal, LayerStream, OutputFolder, read_manifest, source_facts, write_manifest
 from ..data import Windows, token_windows
 from ..errors import UsageError
-from ..model import find_layers, load_model, load_tokenizer, resolve
+from ..model import find_layers, load_to_run, load_tokenizer, resolve
 from .loading import read_tensors
 from .output import check_apart, finished
 from .progress import Report, silent
@@ -150,14 +150,12 @@ def run_pass(
 
 @contextmanager
 def _model(where: Path | str, options: CalibrateOptions) -> Iterator[Any]:
-    """The model to calibrate: float32 on a CPU, where that is the fast type, else the checkpoint's own."""
-    dtype = None if torch.cuda.is_available() else torch.float32
+    """The model to calibrate, whole or layer by layer; that is done on the CPU."""
     with torch.no_grad():
         if not options.low_memory:
-            model = load_model(where, dtype)
-            yield model.cuda() if torch.cuda.is_available() else model
+            yield load_to_run(where)
             return
-        with LayerStream(where, dtype).streaming() as model:
+        with LayerStream(where, torch.float32).streaming() as model:
             yield model
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from ..checkpoint import read_manifest
 from ..elastic import attach, operating_point
 from ..errors import CorruptError, UsageError
-from ..model import find_layers, load_model, load_tokenizer
+from ..model import find_layers, load_to_run, load_tokenizer
 from ..offload.store import StoreOptions, load_stored
 from ..routing import SkipPlan
 
@@ -34,12 +34,9 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, *, store: StoreOp
     tensors = side_tensors(folder, len(manifest["layers"]))
     if store is not None:
         return load_stored(Path(folder), manifest, tensors, store), load_tokenizer(folder)
-    gpu = torch.cuda.is_available()
-    model = load_model(folder, dtype or (None if gpu else torch.float32))
-    if gpu:
-        model = model.cuda()
+    model = load_to_run(folder, dtype)
     layers = find_layers(model)
-    if not gpu:
+    if model.device.type == "cpu":
         for layer in layers:
             layer.arrange()
     attach(model, manifest["n_sub"], gates=manifest["gates"], tensors=tensors, layers=layers)

@@ -11,10 +11,11 @@ from torch import Tensor
 from ..calibrate.run import Pass, Settings
 from ..calibrate.statistics import Statistics
 from ..compress.prune import Choice, choose, criteria, pruned
+from ..compress.prune.choose import keep_counts
 from ..errors import UsageError
 from ..model.router import find_routers
 from .methods import Candidate, Method, Subject
-from .prune_plan import PruneOptions, measured_counts, rank, resident_share
+from .prune_plan import Curve, PruneOptions, loss_curves, rank, resident_share, spend
 
 FRACTIONS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 ALLOCATIONS = ("layer", "global", "measured")
@@ -44,10 +45,12 @@ class Prune(Method):
         seen: list[list[Choice]] = []
         refused: UsageError | None = None
         for keep in FRACTIONS:
-            here = replace(options, keep=keep)
+            request = replace(options, keep=keep).request
             try:
-                counts = self._counts(subject, statistics, here) if allocation == "measured" else None
-                choices = choose(scores, here.request, subject.k, shields, groups, counts)
+                counts = keep_counts(scores, request, subject.k, shields, groups)
+                if allocation == "measured":
+                    counts = spend(self._curves(subject, scores, shields, options.profile_tokens), sum(counts))
+                choices = choose(scores, request, subject.k, shields, groups, counts)
             except UsageError as error:
                 refused = error
                 continue
@@ -85,13 +88,17 @@ class Prune(Method):
         found: Statistics = subject.cache[key]
         return found
 
-    def _counts(self, subject: Subject, statistics: Statistics, options: PruneOptions) -> list[int]:
-        ids: Tensor = subject.calibration
-        wanted = max(1, options.profile_tokens // ids.shape[1])
-        with subject.report("profile") as update:
-            return measured_counts(
-                subject.model, subject.elastic, statistics, options, ids[:: max(1, len(ids) // wanted)][:wanted], update
-            )
+    def _curves(self, subject: Subject, scores: Sequence[Tensor], shields: Sequence[Tensor], tokens: int) -> list[Curve]:
+        """The profile of the criterion, measured once for all fractions."""
+        key = f"prune-curves {self.name}"
+        if key not in subject.cache:
+            ids: Tensor = subject.calibration
+            wanted = max(1, tokens // ids.shape[1])
+            ids = ids[:: max(1, len(ids) // wanted)][:wanted]
+            with subject.report("profile") as update:
+                subject.cache[key] = loss_curves(subject.model, subject.elastic, scores, shields, ids, update)
+        found: list[Curve] = subject.cache[key]
+        return found
 
     def _candidate(self, subject: Subject, choices: Sequence[Choice]) -> Candidate:
         kept = sum(len(c.kept) for c in choices) / sum(c.experts for c in choices)

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..checkpoint import read_manifest
 from ..checkpoint.manifest import MANIFEST
 from ..elastic import Elastic, attach
-from ..model import load_model, load_tokenizer, resolve
+from ..model import load_to_run, load_tokenizer, resolve
 from .loading import load
 from .weights import Weights
 
@@ -48,7 +46,6 @@ def open_model(folder: str | Path) -> Opened:
             return Opened(model, tokenizer, manifest, path.name)
     where = resolve(folder)
     stored = Weights(where).bytes_per_weight
-    gpu = torch.cuda.is_available()
-    model = load_model(where, None if gpu else torch.float32)
-    attach(model.cuda() if gpu else model, 1).stored_bytes_per_weight = stored
+    model = load_to_run(where)
+    attach(model, 1).stored_bytes_per_weight = stored
     return Opened(model, load_tokenizer(where), None, Path(where).name)

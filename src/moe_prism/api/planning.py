@@ -19,7 +19,7 @@ from ..errors import UsageError
 from ..frontier.distinct import Routing
 from ..frontier.planned import ELASTIC, PAYS, STOCK, Measured, Plan, Point, plain_points, predict
 from ..frontier.steptime import Fit, Load, Machine, Shape, Terms, fit, terms
-from ..model import find_layers, load_model, load_tokenizer, resolve
+from ..model import find_layers, load_to_run, load_tokenizer, resolve
 from .block_choices import at_budget, block_choices
 from .decoding import fewer_experts, measure_routing, needed_tokens, time_steps
 from .loading import load
@@ -148,11 +148,9 @@ class _Planner:
         self, ids: Tensor, fits: dict[str, Fit | Machine], measured: dict[Key, Measured]
     ) -> tuple[Shape, Routing, list[Point]]:
         """The model as it is: shape, routing, points; its machine is added to fits."""
-        gpu = torch.cuda.is_available()
-        model = load_model(self.source, None if gpu else torch.float32)
-        model = model.cuda() if gpu else model
+        model = load_to_run(self.source)
         layers = find_layers(model, dense=False)
-        if not gpu:
+        if model.device.type == "cpu":
             for layer in layers:
                 layer.arrange()
         shape = _shape(model, self.options)

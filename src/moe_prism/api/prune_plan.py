@@ -27,6 +27,8 @@ from .progress import Update
 
 PROFILE_POINTS = 7  # numbers of kept experts at which a layer is run alone, for `measured`
 LOGIT_ROWS = 1024  # tokens whose logits are held at a time
+Curve = list[tuple[float, float]]
+"""(kept experts, loss) of a layer."""
 
 
 @dataclass(frozen=True)
@@ -154,28 +156,41 @@ def decide(
 def measured_counts(
     model: Any, elastic: Elastic, statistics: Statistics | None, options: PruneOptions, ids: Tensor, update: Update
 ) -> list[int]:
-    """How many experts every layer keeps, so that the sum of what is lost with each layer alone pruned is least.
-
-    Every layer is run alone at PROFILE_POINTS numbers of kept experts, in the order of the criterion, on windows ids [n, length] of
-    calibration text; between them the loss (KL to the full model) is interpolated, and the numbers come from the exact allocation.
-    """
+    """How many experts every layer keeps, so that the sum of what is lost with each layer alone pruned (`loss_curves`) is least."""
     layers = [layer.plan.layer for layer in elastic.layers]
     per_token = experts_per_token(model, layers[0])
     scores, shields = rank(layers, statistics, options, per_token)
     groups = [Router(model, layer).groups for layer in layers]
     total = sum(keep_counts(scores, options.request, per_token, shields, groups))
+    return spend(loss_curves(model, elastic, scores, shields, ids, update), total)
+
+
+def loss_curves(
+    model: Any, elastic: Elastic, scores: Sequence[Tensor], shields: Sequence[Tensor], ids: Tensor, update: Update
+) -> list[Curve]:
+    """What the model loses with one layer alone pruned, for every number of kept experts. It does not depend on how many shall stay in all.
+
+    Every layer is run alone at PROFILE_POINTS numbers of kept experts, in the order of the scores, on windows ids [n, length] of
+    calibration text; between them the loss (KL to the full model) is interpolated. Routers must have no groups.
+    """
+    layers = [layer.plan.layer for layer in elastic.layers]
+    per_token = experts_per_token(model, layers[0])
     grids = [_grid(max(per_token, int(p.sum())), len(s)) for s, p in zip(scores, shields, strict=True)]
     runs = [(i, n) for i, grid in enumerate(grids) for n in grid]
 
     def alone(i: int, n: int) -> list[Choice]:
         wanted = [n if j == i else len(s) for j, s in enumerate(scores)]
-        return choose(scores, Request(1.0), per_token, shields, groups, wanted)
+        return choose(scores, Request(1.0), per_token, shields, [None] * len(layers), wanted)
 
     installs = [partial(pruned, model, alone(i, n), layers) for i, n in runs]
     batch = max(1, LOGIT_ROWS // ids.shape[1])
     found = measure(model, elastic, ids, [Setting()] * len(runs), batch=batch, progress=update, installs=installs)
     losses = {run: quality.kl for run, (quality, _) in zip(runs, found, strict=True)}
-    curves = [_curve([(n, losses[i, n]) for n in grid], len(scores[i])) for i, grid in enumerate(grids)]
+    return [_curve([(n, losses[i, n]) for n in grid], len(scores[i])) for i, grid in enumerate(grids)]
+
+
+def spend(curves: Sequence[Curve], total: int) -> list[int]:
+    """Experts per layer, `total` in all, whose losses add up to the least; exact."""
     chosen = exact(curves, total).choices
     return [int(curve[c][0]) for curve, c in zip(curves, chosen, strict=True)]
 
@@ -185,7 +200,7 @@ def _grid(least: int, experts: int) -> list[int]:
     return sorted({round(n) for n in np.linspace(least, experts, PROFILE_POINTS + 1)[:-1].tolist()} - {experts})
 
 
-def _curve(points: Sequence[tuple[int, float]], experts: int) -> list[tuple[float, float]]:
+def _curve(points: Sequence[tuple[int, float]], experts: int) -> Curve:
     """(kept experts, loss) for every number from the least measured on; never rising with the number."""
     known = [*points, (experts, 0.0)]
     grid = list(range(known[0][0], experts + 1))

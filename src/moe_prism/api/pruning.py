@@ -21,7 +21,7 @@ from ..compress.prune.remove import check_removable, remove_experts
 from ..data import Windows
 from ..elastic import attach
 from ..errors import UsageError
-from ..model import find_layers, load_model, resolve
+from ..model import find_layers, load_to_run, resolve
 from .calibration import SNAPSHOT, calibration_windows, check_fit, read_statistics, run_pass
 from .loading import SIDE_FILE, read_tensors
 from .output import check_apart, finished
@@ -158,8 +158,7 @@ class _Job:
         """Experts per layer by measurement, a unit of the journal."""
         assert statistics is not None
         if not journal.done(COUNTS):
-            loaded = load_model(self.weights.path, None if torch.cuda.is_available() else torch.float32)
-            loaded = loaded.cuda() if torch.cuda.is_available() else loaded
+            loaded = load_to_run(self.weights.path)
             elastic = attach(loaded, 1, layers=find_layers(loaded))
             ids = statistics.profile
             wanted = max(1, self.options.profile_tokens // ids.shape[1])

@@ -21,6 +21,7 @@ from ..errors import UsageError
 from ..model import MoELayer, resolve
 from ..partition import gates as gate_choices
 from ..partition import objectives, solvers
+from ..partition.base import check_blocks
 from .calibration import SNAPSHOT, CalibrateOptions, calibration_windows, check_fit, read_statistics, run_pass
 from .card import model_card
 from .loading import SIDE_FILE
@@ -159,12 +160,7 @@ def refactor(
 
 
 def _check_width(layer: MoELayer, options: RefactorOptions) -> None:
-    if layer.width % options.n_sub:
-        legal = [n for n in range(2, min(layer.width, 65)) if layer.width % n == 0]
-        raise UsageError(
-            f"{layer.width} neurons of '{layer.name}' do not split into {options.n_sub} equal sub-experts",
-            f"choose --n-sub from {legal}",
-        )
+    check_blocks(layer.width, options.n_sub, f"'{layer.name}'")
     if options.compensate == "low-rank" and options.rank > layer.hidden:
         raise UsageError(f"--rank {options.rank} is more than the hidden size {layer.hidden}", "give a small number, like 2")
     if not 0 <= options.gates <= layer.width // options.n_sub:

@@ -15,7 +15,7 @@ from ..elastic.runtime import Setting
 from ..elastic.threshold import dropped_energy
 from ..frontier.allocation import greedy_path
 from ..frontier.measure import measure
-from ..model import find_layers, load_model
+from ..model import find_layers, load_to_run
 from .progress import Update
 
 LOGIT_ROWS = 512  # tokens whose logits are held at a time: with a vocabulary of 150,000 some 2 GB
@@ -31,8 +31,7 @@ class Profiler:
     """The whole model with its new neuron order, made elastic by what was fitted per layer (`units`)."""
 
     def __init__(self, where: Path | str, units: Sequence[dict[str, Tensor]], n_sub: int, gates: int) -> None:
-        model = load_model(where, None if torch.cuda.is_available() else torch.float32)
-        self.model = model.cuda() if torch.cuda.is_available() else model
+        self.model = load_to_run(where)
         layers = find_layers(self.model)
         for layer, unit in zip(layers, units, strict=True):
             layer.permute(unit["perm"])

@@ -7,14 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
 from ..checkpoint.manifest import MANIFEST
 from ..data import token_windows
 from ..data.splits import Side
 from ..elastic import operating_point
 from ..errors import UsageError
-from ..model import find_layers, load_model, load_tokenizer, resolve
+from ..model import find_layers, load_to_run, load_tokenizer, resolve
 from ..offload.cache import cache_policies
 from ..offload.consistency import routing_report
 from ..offload.predict.reuse import ReusePredictor
@@ -105,10 +103,9 @@ def _loaded(model: str | Path, options: TraceOptions) -> tuple[Any, Any]:
         return load(where)
     if options.budget != 1.0:
         raise UsageError(f"'{model}' is not elastic, so it has no budget {options.budget:g}", "run `moe-prism refactor` first")
-    gpu = torch.cuda.is_available()
-    found = load_model(where, None if gpu else torch.float32)
+    found = load_to_run(where)
     find_layers(found, dense=False)
-    return (found.cuda() if gpu else found), load_tokenizer(where)
+    return found, load_tokenizer(where)
 
 
 def inspect_routing(model: str | Path, trace: str | Path | None = None, *, report: Report = silent) -> dict[str, Any]:

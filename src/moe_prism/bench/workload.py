@@ -7,23 +7,24 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
 from ..schedule.base import Ladder
 from ..schedule.classes import RequestClass
-from ..schedule.workloads import TIMES, Arrival, generate, read_trace
+from ..schedule.workloads import TIMES, Arrival, Recorded, generate, read_trace
 from .prompts import fitted
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What a user asks for. name: one of `moe_prism.schedule.workloads`; trace: replayed instead. spread: of floors drawn per request,
-    0 keeps the classes'. slower: factor on the classes' times."""
+    """What a user asks for. name: one of `moe_prism.schedule.workloads`; trace: replayed instead. seconds: None for 60, or all of a trace
+    as recorded. spread: of floors drawn per request, 0 keeps the classes'. slower: factor on the classes' times."""
 
     name: str = "classes"
-    seconds: float = 60.0
+    seconds: float | None = None
     trace: Path | None = None
     spread: float = 0.0
     slower: float = 1.0
@@ -35,12 +36,25 @@ class Offer:
                 raise UsageError(f"no trace at {self.trace}", "give a file of JSON lines, see docs/scheduling.md")
         elif self.name not in TIMES:
             raise UsageError(f"unknown workload '{self.name}'", f"choose one of: {', '.join(TIMES)}; or give --trace")
-        if not 1 <= self.seconds <= 86_400:
+        if self.seconds is not None and not 1 <= self.seconds <= 86_400:
             raise UsageError(f"--seconds {self.seconds:g} is out of range", "give 1 to 86400")
         if not (0 <= self.spread <= 1 and 1e-3 <= self.slower <= 1e3):
             raise UsageError(
                 f"--spread {self.spread:g} or --slower {self.slower:g} is out of range", "give 0 to 1, and 0.001 to 1000"
             )
+
+    @cached_property
+    def recorded(self) -> Sequence[Recorded]:
+        """The trace, read once; empty without one."""
+        return read_trace(self.trace) if self.trace else ()
+
+    @cached_property
+    def length(self) -> float:
+        """Seconds of it, at least 1."""
+        if self.seconds is not None or not self.recorded:
+            return self.seconds or 60.0
+        span = round(self.recorded[-1].arrival - self.recorded[0].arrival, 6)  # as `Workload.arrivals` rounds
+        return min(max(math.nextafter(span, math.inf), 1.0), 86_400.0)
 
     def of(self, classes: Mapping[str, RequestClass]) -> Workload:
         """With these classes."""
@@ -56,7 +70,7 @@ class Workload:
 
     @property
     def seconds(self) -> float:
-        return self.offer.seconds
+        return self.offer.length
 
     @property
     def name(self) -> str:
@@ -66,35 +80,24 @@ class Workload:
         """As JSON."""
         trace = self.offer.trace and str(self.offer.trace)
         classes = {name: asdict(kind) for name, kind in self.classes.items()}
-        return {**asdict(self.offer), "name": self.name, "trace": trace, "classes": classes}
+        return {**asdict(self.offer), "name": self.name, "seconds": self.seconds, "trace": trace, "classes": classes}
 
     def arrivals(self, rate: float, seed: int, ladder: Ladder, context: int | None) -> list[Arrival]:
         """In order of arrival. A trace is stretched to the rate (0: as recorded) and cut to the seconds."""
         offer = self.offer
         if offer.trace is None:
-            made = generate(offer.name, rate, offer.seconds, self.classes, ladder, seed, spread=offer.spread)
+            made = generate(offer.name, rate, self.seconds, self.classes, ladder, seed, spread=offer.spread)
         else:
-            made = self._replayed(read_trace(offer.trace, self.classes, ladder), rate)
+            made = self._replayed([line.of(self.classes, ladder) for line in offer.recorded], rate)
         if len(made) < 2:
             raise UsageError(f"{len(made)} requests in {self.seconds:g} s", "raise the rate or the seconds")
         return fitted(made, context)
 
     def _replayed(self, arrivals: Sequence[Arrival], rate: float) -> list[Arrival]:
-        if not arrivals:
-            raise UsageError(f"{self.offer.trace} has no requests", "give a trace with some")
         first, span = arrivals[0].job.arrival, arrivals[-1].job.arrival - arrivals[0].job.arrival
         scale = len(arrivals) / (rate * span) if rate and span else 1.0
         moved = [Arrival(replace(a.job, arrival=round((a.job.arrival - first) * scale, 6)), a.length) for a in arrivals]
         return [a for a in moved if a.job.arrival < self.seconds]
-
-
-def recorded_seconds(trace: Path) -> float:
-    """How long a trace is, at least 1 second; 60 for one that cannot be read, which whoever replays it will say better."""
-    try:
-        times = [float(json.loads(line)["arrival"]) for line in trace.read_text().splitlines() if line.strip()]
-        return min(max(math.nextafter(max(times) - min(times), math.inf), 1.0), 86_400.0)
-    except (OSError, ValueError, KeyError, TypeError):
-        return 60.0
 
 
 def fingerprint(arrivals: Sequence[Arrival]) -> str:

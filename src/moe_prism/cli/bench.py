@@ -76,13 +76,13 @@ def bench(
     from ..bench import single
     from ..bench.outcome import write_events
     from ..bench.result import save
-    from ..bench.workload import Offer, recorded_seconds
+    from ..bench.workload import Offer
     from ..files import check_writable
 
     check_writable(out, events, save_cost)
     rates = _rates(rate)
-    if seconds is None:
-        seconds = 60.0 if trace is None or rates else recorded_seconds(trace)
+    if seconds is None and rates:
+        seconds = 60.0
     offer = Offer(workload, seconds, trace, spread, slower)
     if compare is not None and url is None:
         limits = comparison.Options(

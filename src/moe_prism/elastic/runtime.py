@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..model import MoELayer, find_layers
+from ..partition.base import check_blocks
 from ..routing import Level, RoutingPolicy, SkipPlan
 from . import triton_run
 from .base import LayerPlan, Rule, Scorer, Slots
@@ -245,11 +246,8 @@ def attach(
     """
     found = find_layers(model) if layers is None else layers
     for layer in found:
-        if n_sub < 1 or layer.width % n_sub:
-            divisors = [n for n in (2, 4, 8, 16, 32) if layer.width % n == 0]
-            raise UsageError(
-                f"{layer.width} neurons of '{layer.name}' do not split into {n_sub} equal sub-experts", f"try one of {divisors}"
-            )
+        if n_sub != 1:  # whole experts
+            check_blocks(layer.width, n_sub, f"'{layer.name}'")
     plans = [LayerPlan(layer, n_sub, gates, dict(tensors[i]) if tensors else {}) for i, layer in enumerate(found)]
     model._moe_prism = Elastic(model, plans)
     return model._moe_prism  # type: ignore[no-any-return]

@@ -51,11 +51,11 @@ def check_mass(mass: Floats) -> Floats:
     return mass
 
 
-def check_blocks(width: int, n_sub: int) -> None:
-    """n_sub equal blocks must exist. Raises UsageError."""
+def check_blocks(width: int, n_sub: int, of: str = "an expert") -> None:
+    """n_sub equal blocks must exist. Raises UsageError; of: whose neurons they are."""
     if n_sub < 2 or width % n_sub:
-        legal = [n for n in range(2, min(width, 64) + 1) if width % n == 0]
-        raise UsageError(f"{width} neurons cannot be cut into {n_sub} equal sub-experts", f"choose n_sub from {legal}")
+        legal = [n for n in range(2, min(width, 64) + 1) if width % n == 0] or [width]
+        raise UsageError(f"{width} neurons of {of} do not split into {n_sub} equal sub-experts", f"choose n_sub from {legal}")
 
 
 def check_problem(mass: Floats, n_sub: int, dropped: int) -> Floats:

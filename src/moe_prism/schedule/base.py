@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -47,6 +47,12 @@ class Ladder:
     def at_least(self, quality: float) -> int:
         """The cheapest level of at least this quality; the top for anything above."""
         return min(bisect_left([level.quality for level in self.levels], quality), self.top)
+
+    def mean(self, tokens: Mapping[int, int]) -> tuple[float, float]:
+        """(quality, slots) per token, of how many tokens were computed at which level; 0 of none."""
+        total = sum(tokens.values()) or 1
+        at = [(self.levels[i], n) for i, n in tokens.items()]
+        return sum(level.quality * n for level, n in at) / total, sum(level.slots * n for level, n in at) / total
 
     def named(self, name: str) -> int:
         """The level of that name; UsageError lists the names."""

@@ -145,17 +145,42 @@ def write_trace(path: Path, arrivals: Iterable[Arrival], ladder: Ladder) -> None
     replace_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
-def read_trace(path: Path, classes: Mapping[str, RequestClass], ladder: Ladder) -> list[Arrival]:
-    """Arrivals in order. UsageError names the line that is wrong."""
+@dataclass(frozen=True)
+class Recorded:
+    """One line of a trace. floor: a quality, None for the class's; place: file and line, for errors."""
+
+    place: str
+    id: str
+    arrival: float
+    kind: str
+    prompt: int
+    output: int
+    length: int
+    floor: float | None
+
+    def of(self, classes: Mapping[str, RequestClass], ladder: Ladder) -> Arrival:
+        """As a request of its class. UsageError if there is none of that name."""
+        if self.kind not in classes:
+            raise UsageError(f"{self.place}: no class '{self.kind}'", f"choose from: {', '.join(classes)}")
+        job = classes[self.kind].job(self.id, self.arrival, self.prompt, self.output, ladder)
+        if self.floor is not None:
+            job = replace(job, floor=ladder.at_least(self.floor), ceiling=max(job.ceiling, ladder.at_least(self.floor)))
+        return Arrival(job, self.length)
+
+
+def read_trace(path: Path) -> list[Recorded]:
+    """At least one line, in order of arrival. UsageError names the line that is wrong."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"cannot read {path}: {e}", "give a file of JSON lines") from e
-    arrivals = [_line(line, f"{path}:{i + 1}", i, classes, ladder) for i, line in enumerate(lines) if line.strip()]
-    return sorted(arrivals, key=lambda a: (a.job.arrival, a.job.id))
+    recorded = [_line(line, f"{path}:{i + 1}", i) for i, line in enumerate(lines) if line.strip()]
+    if not recorded:
+        raise UsageError(f"{path} has no requests", "give a trace with some")
+    return sorted(recorded, key=lambda r: (r.arrival, r.id))
 
 
-def _line(text: str, place: str, i: int, classes: Mapping[str, RequestClass], ladder: Ladder) -> Arrival:
+def _line(text: str, place: str, i: int) -> Recorded:
     try:
         data: dict[str, Any] = json.loads(text)
         arrival, kind = float(data["arrival"]), str(data["class"])
@@ -164,11 +189,6 @@ def _line(text: str, place: str, i: int, classes: Mapping[str, RequestClass], la
         floor = float(data["floor"]) if "floor" in data else None
     except (ValueError, KeyError, TypeError) as e:
         raise UsageError(f"{place}: {type(e).__name__} {e}", "see docs/scheduling.md for the fields") from e
-    if kind not in classes:
-        raise UsageError(f"{place}: no class '{kind}'", f"choose from: {', '.join(classes)}")
     if not (0 <= arrival < 1e9 and 1 <= prompt <= 1 << 24 and 1 <= length <= output <= 1 << 24):
         raise UsageError(f"{place}: a number is out of range", "arrival >= 0, prompt >= 1, 1 <= length <= output")
-    job = classes[kind].job(f"{i:06d}", arrival, prompt, output, ladder)
-    if floor is not None:
-        job = replace(job, floor=ladder.at_least(floor), ceiling=max(job.ceiling, ladder.at_least(floor)))
-    return Arrival(job, length)
+    return Recorded(place, f"{i:06d}", arrival, kind, prompt, output, length, floor)

@@ -53,12 +53,16 @@ class Door:
             raise Refusal(503, "the server is full", code="queue_requests", retry=self._retry())
 
     def enter(self, requests: int, tokens: int, kind: RequestClass) -> Place:
-        """Reserve, or refuse with 503. Classes behind the first leave a share of the queue to it."""
+        """Reserve, or refuse: with 503, or with 400 where waiting would not help. Classes behind the first leave a share of the queue
+        to it."""
         share = 1.0 if kind.priority <= self._first else 1.0 - self.config.bounds.reserved
         if self.draining:
             raise self._refuse("draining", "the server is shutting down", 5)
-        queue = self.config.queue_requests * share
-        if self.requests + requests > self.config.engine.requests + queue:
+        most = self.config.engine.requests + int(self.config.queue_requests * share)
+        if requests > most:
+            held = f"class '{kind.name}' may hold {most} (bounds.queue_requests)"
+            raise Refusal(400, f"n x prompts is {requests}, {held}; send fewer in one request", param="n")
+        if self.requests + requests > most:
             raise self._refuse("queue_requests", "the server is full", self._retry())
         if self.tokens and self.tokens + tokens > self.bound_tokens * share:
             raise self._refuse("queue_tokens", "too many prompt tokens are waiting", self._retry())

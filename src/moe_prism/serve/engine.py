@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, ContinuousBatchProcessor
-from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+    OutputRouter,
+)
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
 
 from ..elastic.runtime import Elastic, experts_per_token
 from ..errors import PrismError, UsageError
@@ -48,6 +52,16 @@ class EngineSize:
 
 Observer = Callable[[Step, float], None]
 """Called in the engine's thread after every step with the step and its seconds."""
+
+
+class Nowhere(OutputRouter):  # type: ignore[misc]
+    """Sinks have told already. transformers would keep every finished request, tokens and all, until somebody fetched it."""
+
+    def deliver(self, output: GenerationOutput) -> None:
+        """Forget it."""
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        """Forget them."""
 
 
 class Manager(ContinuousBatchingManager):  # type: ignore[misc]
@@ -98,6 +112,7 @@ class Engine:
             model.config._attn_implementation = PAGED  # `set_attn_implementation` would look for a flash package
         self.manager = Manager(model, GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1), self._config())
         self.manager.engine = self
+        self.manager.output_router = Nowhere()
 
     def _config(self) -> ContinuousBatchingConfig:
         size = self.size
@@ -206,6 +221,7 @@ class Engine:
             "active": len(scheduler.active_requests),
             "waiting": len(scheduler.waiting_requests),
             "samplers": len(processor.model_runner.samplers),
+            "results": processor.output_router.output_queue.qsize(),
             **{f"block tables of {name}": count for name, count in tables.items()},
         }
         return [f"{count} {what}" for what, count in held.items() if count]

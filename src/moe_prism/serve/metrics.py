@@ -77,11 +77,10 @@ class Metrics:
         self.asked.observe(step.asked)
         self.prompt.inc(step.prompt)
         self.generated.inc(step.generated)
-        levels, tokens = self.ladder.levels, max(1, step.tokens)
         for level, count in step.levels.items():
             self.at_level.labels(**self._model, point=self._names[level]).inc(count)
-        self.level.set(sum(levels[i].quality * n for i, n in step.levels.items()) / tokens)
-        slots = sum(levels[i].slots * n for i, n in step.levels.items()) / tokens
+        quality, slots = self.ladder.mean(step.levels)
+        self.level.set(quality)
         self.slots.set(slots)
         if abs(slots - self._slots) >= 1:
             self.switches.inc()

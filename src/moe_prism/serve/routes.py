@@ -110,11 +110,12 @@ async def chat(service: Service, door: Door, http: Request, body: ChatRequest) -
 
 
 async def _run(service: Service, door: Door, http: Request, body: Any, prompts: list[list[int]], *, chat: bool) -> Response:
-    _check(service, body, len(prompts))
+    _check(service, body)
     asked = (body.max_completion_tokens or body.max_tokens) if chat else body.max_tokens
     wish = service.wish(body)
     outputs = [service.output_tokens(len(p), asked) for p in prompts]
     count = body.n * len(prompts)
+    texts = [service.tokenizer.decode(p) for p in prompts] if not chat and body.echo else [""] * len(prompts)
     place = door.enter(count, sum(len(p) for p in prompts) * body.n, wish.kind)
     answer = Answer(
         service,
@@ -123,7 +124,7 @@ async def _run(service: Service, door: Door, http: Request, body: Any, prompts: 
         int(time.time()),
         chat,
         prompts,
-        [service.tokenizer.decode(p) for p in prompts] if not chat and body.echo else [""] * len(prompts),
+        texts,
         wish,
         place,
         [],
@@ -154,15 +155,13 @@ async def _run(service: Service, door: Door, http: Request, body: Any, prompts: 
     return await _whole(answer, http, headers)
 
 
-def _check(service: Service, body: Common, prompts: int) -> None:
+def _check(service: Service, body: Common) -> None:
     name = body.unsupported()
     if name is not None:
         raise Refusal(400, f"'{name}' is not supported", param=name, code="unsupported")
     bounds = service.config.bounds
     if body.n > bounds.n:
         raise Refusal(400, f"n is above {bounds.n}", param="n")
-    if body.n * prompts > service.config.engine.requests + service.config.queue_requests:
-        raise Refusal(400, "n times the number of prompts is more than the server can hold", param="n")
     if len(body.stops) > bounds.stop_strings:
         raise Refusal(400, f"more than {bounds.stop_strings} stop strings", param="stop")
 
@@ -190,7 +189,8 @@ def _headers(service: Service, body: Common, wish: Wish) -> dict[str, str]:
 
 
 async def _whole(answer: Answer, http: Request, headers: dict[str, str]) -> Response:
-    gathered = asyncio.gather(*(_collect(answer.service, strand) for strand in answer.strands))
+    tasks = [asyncio.create_task(_collect(answer.service, strand)) for strand in answer.strands]
+    gathered = asyncio.gather(*tasks)
     reason = "error"
     try:
         while not gathered.done():
@@ -213,6 +213,8 @@ async def _whole(answer: Answer, http: Request, headers: dict[str, str]) -> Resp
         return JSONResponse(content, headers={**headers, **point})
     finally:
         gathered.cancel()
+        for task in tasks:  # where one has failed, the others would wait for ever
+            task.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await gathered
         answer.close(reason)
@@ -220,11 +222,10 @@ async def _whole(answer: Answer, http: Request, headers: dict[str, str]) -> Resp
 
 async def _collect(service: Service, strand: Strand) -> tuple[Piece, list[TokenLogprob]]:
     """The whole sequence as one piece, and the log-probabilities of its prompt."""
-    whole, prompt = Piece(), list[TokenLogprob]()
-    async for piece in service.pieces(strand):
-        whole = Piece(whole.text + piece.text, (*whole.logprobs, *piece.logprobs), (), piece.finish)
-        prompt.extend(piece.prompt)
-    return whole, prompt
+    pieces = [piece async for piece in service.pieces(strand)]
+    logprobs = tuple(entry for piece in pieces for entry in piece.logprobs)
+    whole = Piece("".join(piece.text for piece in pieces), logprobs, finish=pieces[-1].finish)
+    return whole, [entry for piece in pieces for entry in piece.prompt]
 
 
 def _choice(answer: Answer, strand: Strand, piece: Piece, prompt: Sequence[TokenLogprob]) -> dict[str, Any]:
@@ -293,6 +294,9 @@ async def _feed(service: Service, strand: Strand, merged: asyncio.Queue[tuple[St
             merged.put_nowait((strand, piece))
     except Refusal as refusal:
         merged.put_nowait((strand, refusal))
+    except Exception:
+        logger.exception("an answer failed")  # and whoever waits for its next piece must hear of it
+        merged.put_nowait((strand, Refusal(500, "an error inside the server")))
 
 
 def _chunk_kind(answer: Answer) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from ..errors import PrismError, UsageError
 
 if TYPE_CHECKING:
     from ..offload.store import StoreOptions
+    from .backend import Backend
     from .config import Config
     from .door import Door
 
@@ -26,8 +28,8 @@ logger = logging.getLogger(__name__)
 SEND_BUFFER = 128 << 10
 """Bytes the kernel may hold for a client that does not read; by default it would be megabytes."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-
+FAREWELL = 1.0
+"""Seconds for which a server whose engine has ended says so with 503, before it ends too."""
 TURN = 3e-4
 """Seconds a thread may keep the interpreter while another wants it. An engine in a thread gives it up at every tensor operation, and with
 Python's 5 ms would wait that long for the HTTP loop each time: of the tokens per second under load this was a sixth (docs/log.md)."""
@@ -130,7 +132,7 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
     gc.freeze()  # the model's objects live as long as the process: no pause to look at them again, here or on the way out
     logger.info("ready", extra={"fields": fields})
     try:
-        make_server(app, built.door, config).run(sockets=[listening])
+        make_server(app, built.door, config, engine).run(sockets=[listening])
     finally:
         ended = engine.ended()
         built.stop()
@@ -139,14 +141,22 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
         raise PrismError(ended, "start the server again; the log says more")
 
 
-def make_server(app: Any, door: Door, config: Config) -> Any:
-    """A uvicorn server with our deadlines; `run(sockets=[...])` returns after the drain."""
+def make_server(app: Any, door: Door, config: Config, engine: Backend) -> Any:
+    """A uvicorn server with our deadlines; `run(sockets=[...])` returns after the drain, or when the engine has ended by itself."""
     import uvicorn
 
     from .pace import paced_protocol
 
     class Server(uvicorn.Server):  # type: ignore[misc]
         """Drains on the first signal, ends on the second."""
+
+        _until = math.inf
+
+        async def on_tick(self, counter: int) -> bool:
+            """Whether to end now; asked ten times a second. Without its engine a server only waits to be restarted."""
+            if self._until == math.inf and engine.ended():
+                self._until = time.monotonic() + FAREWELL
+            return await super().on_tick(counter) or time.monotonic() >= self._until
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if door.draining:

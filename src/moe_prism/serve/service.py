@@ -86,7 +86,6 @@ class Strand:
     detokenizer: Detokenizer
     stops: Stops
     started: float
-    ended: float | None = None
     first: float | None = None
     last: float | None = None
     generated: int = 0
@@ -271,8 +270,7 @@ class Service:
             return
         if sequence.stops.found or job.id in self.engine.book:
             self.engine.cancel(job.id)
-        sequence.ended = self.engine.clock()
-        self.metrics.latency(self.metrics.e2e, job.kind, sequence.ended - sequence.started)
+        self.metrics.latency(self.metrics.e2e, job.kind, self.engine.clock() - sequence.started)
         self.metrics.cached.inc(sequence.request.cached_tokens)
         self.metrics.queried.inc(len(sequence.prompt))
         if job.ttft is not None:
@@ -285,14 +283,14 @@ class Service:
         """The operating points that computed an answer, by tokens."""
         tokens: dict[int, int] = {}
         for sequence in sequences:
-            for level, count in sequence.request.levels.items():
+            for level, count in sequence.request.levels.copy().items():  # an engine in a thread may be writing
                 tokens[level] = tokens.get(level, 0) + count
-        total = sum(tokens.values())
         levels = self.ladder.levels
+        quality, slots = self.ladder.mean(tokens)
         return {
             "point": levels[next(iter(tokens))].name if len(tokens) == 1 else "mixed" if tokens else None,
-            "quality": round(sum(levels[i].quality * n for i, n in tokens.items()) / total, 6) if total else None,
-            "slots": round(sum(levels[i].slots * n for i, n in tokens.items()) / total, 4) if total else None,
+            "quality": round(quality, 6) if tokens else None,
+            "slots": round(slots, 4) if tokens else None,
             "tokens": {levels[i].name: n for i, n in sorted(tokens.items())},
         }
 

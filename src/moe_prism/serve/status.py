@@ -38,10 +38,10 @@ class Second:
     def add(self, step: Tally, ladder: Ladder) -> None:
         new = step.tokens
         if new:
-            levels = [(ladder.levels[level], tokens) for level, tokens in step.levels.items()]
+            quality, slots = ladder.mean(step.levels)
             share = new / (self.tokens + new)
-            self.quality += share * (sum(level.quality * n for level, n in levels) / new - self.quality)
-            self.slots += share * (sum(level.slots * n for level, n in levels) / new - self.slots)
+            self.quality += share * (quality - self.quality)
+            self.slots += share * (slots - self.slots)
         self.steps += 1
         self.tokens += new
         self.generated += step.generated

@@ -58,12 +58,12 @@ class Config:
 def ablation(args: argparse.Namespace) -> list[Config]:
     """Each adds one thing to the line before it."""
     floor = Misses(args.floor)
-    policy = {"policy": args.policy}
+    lru, policy = {"policy": "lru"}, {"policy": args.policy}
     ahead = {**policy, "ahead": args.ahead}
     return [
-        Config("lru", parts=1),
-        Config("packing"),
-        Config("finer-k", args.budget),
+        Config("lru", parts=1, options=lru),
+        Config("packing", options=lru),
+        Config("finer-k", args.budget, options=lru),
         Config("policy", args.budget, options=policy),
         Config("prefetch", args.budget, options=ahead),
         Config("aware", args.wide, options={**policy, "misses": floor}),

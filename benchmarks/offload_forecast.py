@@ -80,7 +80,7 @@ def simulate(args: argparse.Namespace, folder: Path, work: Path) -> list[dict[st
         memory = int(share * total)
         for budget in (1.0, args.budget):
             name = f"{share:g} of memory, budget {budget:g}"
-            model = stored(folder, work, memory, Config(name), direct)
+            model = stored(folder, work, memory, Config(name, options={"policy": "lru"}), direct)
             found = measure(model, text[:2], budget, args.link)
             middle.setdefault(budget, found)
             model._moe_prism.store.close()

@@ -21,7 +21,7 @@ from .loading import load
 from .progress import Report, silent
 
 BUDGETS = (1.0, 0.75, 0.5, 0.25)
-POLICIES = ("lru", "lfu")
+POLICIES = ("lru", "lfu", "edge-moe")
 LENGTH, PROMPT = 160, 32
 
 

@@ -24,7 +24,12 @@ class Experts:
     expert_file: Annotated[
         Path | None, Parameter(help="Where they are packed for that, written on first use; default experts.pack in the folder.")
     ] = None
-    expert_policy: Annotated[str, Parameter(help="Who leaves when room is needed; see `moe-prism ls cache-policies`.")] = "lru"
+    expert_policy: Annotated[
+        str | None,
+        Parameter(
+            help="Who leaves when room is needed, see `moe-prism ls cache-policies`; default lfu, or edge-moe for few slots per layer."
+        ),
+    ] = None
     expert_ahead: Annotated[
         int, Parameter(help="Sub-experts to read ahead of a layer at most, by the next layer's router on this layer's input.")
     ] = 0

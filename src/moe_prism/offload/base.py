@@ -43,6 +43,10 @@ class KeySpace:
         """All keys of one layer."""
         return range(layer * self.experts * self.parts, (layer + 1) * self.experts * self.parts)
 
+    def describe(self, key: Key) -> str:
+        part = f" part {self.part(key)}" if self.parts > 1 else ""
+        return f"layer {self.layer(key)} expert {self.expert(key)}{part}"
+
     def __len__(self) -> int:
         return self.layers * self.experts * self.parts
 
@@ -64,6 +68,8 @@ class CachePolicy(ABC):
 
     needs_future = False
     """Whether `foresee` must be called first: such a policy is a bound, not something that could run."""
+    needs_fit = False
+    """Whether it is of no use without what `fit` returns."""
 
     def __init__(self, space: KeySpace, slots: int, *, size_of: Callable[[Key], int] | None = None, seed: int = 0) -> None:
         """slots: how many keys the pool holds; size_of: bytes of a key, where keys differ."""

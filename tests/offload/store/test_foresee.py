@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from moe_prism.api.offloading import Way, choose_way, plan_offload
+from moe_prism.api.offloading import POLICIES, Way, choose_way, plan_offload
 from moe_prism.cli import main
 from moe_prism.data import token_windows
 from moe_prism.elastic import operating_point
@@ -44,7 +44,7 @@ def test_the_replay_misses_what_the_store_misses(elastic_tiny, text, policy, bud
             past = None
             for i in range(LENGTH):
                 past = stored(input_ids=row[None, i : i + 1], past_key_values=past, use_cache=True).past_key_values
-    cache = pools(cache_policies.get(policy), store.space, store.slots, {})
+    cache = pools(cache_policies.get(policy), store.space, store.slots, {}, store.group)
     for group in groups(trace, store.space):
         serve(cache, group, store.space.layers)
     assert cache.counts == store.cache.counts
@@ -101,8 +101,8 @@ def test_plan_of_a_tiny_model(elastic_tiny, text):
     whole, _, file = text
     plan = plan_offload(elastic_tiny, smallest(whole, 12), file=file, tokens=160, budgets=(1.0, 0.5))
     assert plan.slots == 12
-    assert [(w.budget, w.policy) for w in plan.ways] == [(b, p) for b in (1.0, 0.5) for p in ("lru", "lfu")]
-    assert plan.ways[2].reads_per_token < plan.ways[0].reads_per_token
+    assert [(w.budget, w.policy) for w in plan.ways] == [(b, p) for b in (1.0, 0.5) for p in POLICIES]
+    assert plan.ways[len(POLICIES)].reads_per_token < plan.ways[0].reads_per_token
     slow = plan_offload(elastic_tiny, smallest(whole, 12), link=1e3, file=file, tokens=160, budgets=(1.0,))
     assert slow.bytes_per_second <= 1e3
     assert slow.ways[0].ms_per_token > 1e3 * slow.ways[0].reads_per_token * slow.record_bytes / 1e3 / 2
@@ -125,3 +125,6 @@ def test_commands(elastic_tiny, text, capsys):
     assert "give at least" in capsys.readouterr().err
     assert main(base) == 2
     assert "--expert-file is of no use alone" in capsys.readouterr().err
+    for policy, reason in (("belady", "knows the future"), ("static", "is fitted on a trace"), ("lrv", "did you mean")):
+        assert main([*base, "--expert-memory", memory, "--expert-policy", policy]) == 2
+        assert reason in capsys.readouterr().err

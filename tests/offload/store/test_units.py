@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_prism.offload.base import KeySpace, Moment
-from moe_prism.offload.cache import Pool, cache_policies
+from moe_prism.offload.cache import LayerPools, Pool, cache_policies
 from moe_prism.offload.store.checksum import checksum
 from moe_prism.offload.store.layout import Layout
 from moe_prism.offload.store.native import FAILED, OK, SHORT, WRONG, read_records, widen_bfloat16
+from moe_prism.offload.store.pools import policy_for, pools
 from moe_prism.offload.store.reader import RUN, Item, runs, shares
 from moe_prism.offload.store.table import Slots, TablePool
 from moe_prism.offload.store.units import UnitPool
@@ -154,3 +155,25 @@ def test_native_widening_is_that_of_the_layout(hidden, block, seed):
     layout.raise_(slot)
     widen_bfloat16(other.numpy(), layout.rows, hidden, layout.bytes - layout.low_bytes)
     assert torch.equal(slot[: 2 * layout.weights], other[: 2 * layout.weights])
+
+
+def test_one_pool_serves_all_layers_where_half_a_token_does_not_fit_into_one_of_a_layer():
+    """A token wants 4 keys of each layer."""
+    layers = SPACE.layers
+    kinds = [type(pools(cache_policies.get("lfu"), SPACE, slots, {}, 4)) for slots in (layers, 2 * layers - 1, 2 * layers)]
+    assert kinds == [TablePool, TablePool, LayerPools]
+    assert [policy_for(SPACE, slots, 4) for slots in (layers, 2 * layers)] == ["edge-moe", "lfu"]
+
+
+def test_a_sweep_over_all_layers_keeps_something():
+    """Every key is wanted in every step: recency and counts keep nothing, distance to the layer does."""
+    rates = {}
+    for name in ("lru", "lfu", "edge-moe"):
+        space = KeySpace(6, 1, 4)
+        pool = pools(cache_policies.get(name), space, 8, {}, 4)
+        for step in range(20):
+            for layer in range(space.layers):
+                pool.request(list(space.of_layer(layer)), Moment(step * space.layers + layer, step, layer))
+        rates[name] = pool.counts.hit_rate
+    assert rates["lru"] == rates["lfu"] == 0
+    assert rates["edge-moe"] > 0.1

@@ -15,6 +15,8 @@ from .ranked import Ranked
 class Static(Ranked):
     """worth = requests on the calibration trace. With room for one step's keys beside it this is a hot list that never changes."""
 
+    needs_fit = True
+
     def __init__(self, *args: object, profile: Sequence[float] = (), **settings: object) -> None:
         """profile: one number per key of the space; empty = all equal."""
         super().__init__(*args, **settings)

@@ -38,7 +38,9 @@ class Ahead:
         self.elastic, self.width = elastic, width
         self.k = experts_per_token(elastic.model, elastic.stored[0].plan.layer)
         layers = [layer.plan.layer for layer in elastic.stored] if width else []
-        self.routers = [router_weight(elastic.model, layer) for layer in layers]
+        self.routers = [
+            router_weight(elastic.model, layer) if layer.num_experts > 1 else torch.zeros(1, layer.hidden) for layer in layers
+        ]
 
     def __call__(self, number: int, x: Tensor) -> None:
         """Begin to read for layer `number`, from the input x [T, d] of the layer before."""

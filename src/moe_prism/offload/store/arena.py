@@ -1,6 +1,6 @@
 """The arena: equal slots of memory that hold records, seen as a layer whose experts are the slots, so that executors run on it as it is.
 
-Shapes: S slots, d hidden, m neurons of a sub-expert, R rows of a batch.
+Shapes: S slots, d hidden, m neurons of a sub-expert, R rows of a result.
 """
 
 from __future__ import annotations
@@ -12,12 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from ...elastic.base import LayerPlan
+from ...elastic.execute import grouped
+from ...elastic.few import few_outputs
+from ...elastic.tiled import tiled
 from ...errors import DoesNotFit, UsageError
 from ...model import MoELayer
 from ...model.base import ExpertsFn
 from .layout import Layout
+from .wanted import Floats, Ints
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+LITTLE = 1 << 22  # multiplications up to which preparing more than one thread costs more than it saves
+LESS = 1 << 24  # the same where there is but one
 
 
 def parse_bytes(text: str) -> int:
@@ -45,11 +52,25 @@ class Arena:
     def __init__(self, slots: int, layout: Layout, like: MoELayer) -> None:
         self._map = mmap.mmap(-1, slots * layout.bytes)
         self.memory = torch.frombuffer(self._map, dtype=torch.uint8).view(slots, layout.bytes)
-        self.plan = LayerPlan(ArenaLayer(self.memory, layout, like), 1, 0)
+        self.plan, self.weights = LayerPlan(ArenaLayer(self.memory, layout, like), 1, 0), layout.weights
 
     @property
     def bytes(self) -> int:
         return len(self._map)
+
+    def outputs(self, x: Tensor, row: Ints, weight: Floats, slot: Ints) -> Floats:
+        """[R, d]: weight [R] x output of slot [R] for the rows row [R] of x."""
+        little = len(row) * self.weights <= (LESS if torch.get_num_threads() == 1 else LITTLE)
+        found = few_outputs(self.plan, x, row, weight, slot) if little else None
+        if found is not None:
+            return found
+        keep = torch.ones(len(row), 1, 1, dtype=torch.bool)
+        rows, slots = torch.from_numpy(row), torch.from_numpy(slot).unsqueeze(1)
+        factor = torch.from_numpy(weight).to(x.dtype).unsqueeze(1)
+        out = tiled(self.plan, x, slots, factor, keep, rows)
+        if out is None:
+            out = grouped(self.plan, x[rows], slots, factor, keep)
+        return out.float().numpy()
 
 
 class ArenaLayer(MoELayer):

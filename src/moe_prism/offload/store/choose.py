@@ -168,7 +168,7 @@ def decide(index: Ints, wide: Flags, sure: Flags, cheap: Flags, slot: Ints, valu
 
 def _affordable(layer: StoredLayer, slots: Slots, open_: Tensor, already: int, seconds: float) -> Tensor:
     """The most valuable of the open slots whose records can be read in a layer's share of a step, after `already` others."""
-    space, price = layer.store.space, layer.store.seconds_per_record
+    space, price = layer.store.space, layer.store.price
     room = int(seconds / space.layers / price) - already if price else open_.numel()
     if room <= 0:
         return torch.zeros_like(open_)

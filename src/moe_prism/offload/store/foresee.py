@@ -162,7 +162,7 @@ def forecast(
 ) -> Forecast:
     """Replay the decode rows of a trace through the cache that a store of this many slots has."""
     rows = trace.decode()
-    cache = pools(policy, space, slots, settings or {})
+    cache = pools(policy, space, slots, settings or {}, trace.k * space.parts)
     stalls, steps, missing = 0.0, set(), 0
     for group in groups(rows, space):
         lost = sum(len(access.loads) + len(access.bypassed) for access in serve(cache, group, space.layers))

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ...checkpoint import LayerStream, update_manifest
-from ...errors import CorruptError
+from ...elastic.runtime import experts_per_token
+from ...errors import CorruptError, UsageError
 from ...model import find_layers
 from ..cache import cache_policies
 from .arena import slots_in
@@ -20,22 +21,23 @@ from .choose import Misses
 from .kernel import open_reader
 from .layer import StoredElastic, resident_bytes, stored_plans
 from .pack import Pack, open_pack, write_pack
+from .pools import policy_for
 from .reader import Reader
 from .store import ExpertStore
 
 PACK_FILE = "experts.pack"
-POLICY = "lru"
 
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """memory: bytes for experts and what predicts them, or None for all of it in memory; file: the packed file, default `experts.pack`
-    in the model's folder; policy, settings: who is evicted; parts: records per expert (1 = whole experts), default the model's sub-experts;
-    misses: what is not read, or in int8 form; ahead: records to read ahead of a layer; reader: a test's own."""
+    """memory: bytes for experts and what predicts them; file: the packed file, default `experts.pack`
+    in the model's folder; policy, settings: who is evicted, default `pools.policy_for`; parts: records per expert (1 = whole experts),
+    default the model's sub-experts; misses: what is not read, or in int8 form; ahead: records to read ahead of a layer; reader: a test's
+    own."""
 
     memory: int
     file: Path | None = None
-    policy: str = POLICY
+    policy: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     parts: int | None = None
     misses: Misses = field(default_factory=Misses)
@@ -71,17 +73,30 @@ def load_stored(
 
     Raises DoesNotFit if the memory holds no sub-expert, CorruptError for a packed file that is damaged or of another model.
     """
-    policy = cache_policies.get(options.policy)
+    _check_policy(options)  # before anything is read
     pack = ready_pack(folder, manifest, options, progress)
     stream = LayerStream(folder, torch.float32)
     layers = find_layers(stream.model)
     plans = stored_plans(layers, pack, manifest["n_sub"], manifest["gates"], tensors)
     slots = slots_in(options.memory, resident_bytes(plans), pack.layout, len(pack.space))
     model = stream.keep_outside([layer.name for layer in layers])
-    store = ExpertStore(pack, slots, plans[0].layer, policy, settings=options.settings, reader=options.reader)
+    group = experts_per_token(model, plans[0].layer) * pack.space.parts
+    policy = cache_policies.get(options.policy or policy_for(pack.space, slots, group))
+    store = ExpertStore(pack, slots, plans[0].layer, policy, group=group, settings=options.settings, reader=options.reader)
     model._moe_prism = StoredElastic(model, plans, store, manifest["bytes_per_weight"], options.misses, options.ahead)
     _generation_config(model, folder)
     return model
+
+
+def _check_policy(options: StoreOptions) -> None:
+    """UsageError for a policy that is not known, or cannot run here."""
+    if options.policy is None:
+        return
+    policy, instead = cache_policies.get(options.policy), "replay it with `moe-prism inspect --routing`, and take lfu here"
+    if policy.needs_future:
+        raise UsageError(f"'{options.policy}' knows the future: it is a bound for replays", instead)
+    if policy.needs_fit and not options.settings:
+        raise UsageError(f"'{options.policy}' is fitted on a trace, which there is none of here", instead)
 
 
 def _generation_config(model: Any, folder: Path) -> None:

@@ -10,16 +10,33 @@ from .table import Slots, TablePool
 from .units import UnitPool
 
 
+def is_shared(space: KeySpace, slots: int, group: int) -> bool:
+    """Whether one pool serves all layers: where half of what a token wants of a layer (`group` keys) would not fit into one of its own.
+
+    That one would be read through in many small pieces, and keep nothing.
+    """
+    return 2 * (slots // space.layers) < group
+
+
+def policy_for(space: KeySpace, slots: int, group: int) -> str:
+    """Who is evicted unless somebody says otherwise. A pool for all layers sees a sweep over them, which defeats recency and counts."""
+    return "edge-moe" if is_shared(space, slots, group) else "lfu"
+
+
 def pools(
-    policy: type[CachePolicy], space: KeySpace, slots: int, settings: dict[str, Any], places: Slots | None = None
+    policy: type[CachePolicy], space: KeySpace, slots: int, settings: dict[str, Any], group: int, places: Slots | None = None
 ) -> ExpertCache:
-    """One pool per layer of equal size; one pool for all where a layer would not get a slot. A table where the policy has one."""
+    """One pool per layer of equal size, or one for all of them (`is_shared`). Tables where the policy has one."""
     layers, places = space.layers, places or Slots.new(len(space), slots)
-    if slots < layers:
-        return UnitPool(slots, policy(space, slots, **settings))
+    half_life = TablePool.half_life_of(policy(space, 1, **settings))
+    if is_shared(space, slots, group):
+        return (
+            UnitPool(slots, policy(space, slots, **settings))
+            if half_life is None
+            else TablePool(slots, range(len(space)), half_life, places)
+        )
     quotas = [slots // layers + (layer < slots % layers) for layer in range(layers)]
     found = LayerPools(quotas, lambda _, capacity: policy(space, capacity, **settings))
-    half_life = TablePool.half_life_of(policy(space, 1, **settings))
     if half_life is None:
         found.pools = [UnitPool(capacity, policy(space, capacity, **settings)) for capacity in quotas]
     else:

@@ -14,11 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...elastic.execute import grouped
-from ...elastic.few import few_outputs
-from ...elastic.tiled import tiled
 from ...model import MoELayer
-from ..base import CachePolicy, Key, Load, Moment
+from ..base import CachePolicy, ExpertCache, Key, Load, Moment
 from ..cache.pool import LayerPools, Pool
 from .arena import Arena
 from .kernel import SMALL, open_reader
@@ -29,8 +26,6 @@ from .table import Slots, TablePool
 from .wanted import Floats, Ints, Wanted, add_rows
 
 ENTRIES = 1 << 20  # numbers of partial outputs held at a time
-LITTLE = 1 << 22  # multiplications up to which preparing more than one thread costs more than it saves
-LESS = 1 << 24  # the same where there is but one
 TOGETHER = 1 << 14  # multiplications that are not worth a turn of their own while reads are under way
 AHEAD = 3  # pieces of a long prompt that are read while one is computed; of small records one, their pieces are short enough
 MANY = 4  # times what fits: from there on nothing is kept for later pieces, larger ones are worth more
@@ -60,20 +55,22 @@ class ExpertStore:
         like: MoELayer,
         policy: type[CachePolicy],
         *,
+        group: int = 1,
         settings: dict[str, Any] | None = None,
         reader: Callable[[Pack, Tensor], Reader] = open_reader,
     ) -> None:
-        """slots: records that fit; like: a layer of the model (its activation); policy and settings: who is evicted."""
-        self.pack, self.slots, self.space = pack, slots, pack.space
+        """slots: records that fit; like: a layer of the model (its activation); policy and settings: who is evicted; group: keys that
+        a token wants of a layer."""
+        self.pack, self.slots, self.space, self.group = pack, slots, pack.space, group
         self.arena = Arena(slots, pack.layout, like)
         self.reader = reader(pack, self.arena.memory)
         self.places = Slots.new(len(self.space), slots)
-        self.cache = pools(policy, pack.space, slots, settings or {}, self.places)
+        self.cache = pools(policy, pack.space, slots, settings or {}, group, self.places)
         self.times = Times()
         self.step = -1
         self.low: set[Key] = set()  # resident in int8 form
         self._flying: dict[Key, Job] = {}  # prefetched and not looked at since
-        self._price = 0.0
+        self.price = 0.0  # seconds a record has cost so far that was waited for, spread over the threads; 0 = nothing is known
 
     def close(self) -> None:
         self.settle()
@@ -87,11 +84,6 @@ class ExpertStore:
     def resident(self, layer: int) -> np.ndarray:
         """Whether each record of a layer is resident or on its way, bool [E, N]."""
         return self.slots_of(layer) >= 0
-
-    @property
-    def seconds_per_record(self) -> float:
-        """What a record has cost so far that was waited for, spread over the threads; 0 = nothing is known."""
-        return self._price
 
     def moment(self, layer: int) -> Moment:
         return Moment(self.step * self.space.layers + layer, self.step, layer)
@@ -120,7 +112,7 @@ class ExpertStore:
         out = np.zeros(x.shape, np.float32)
         self._unwanted(layer, wanted)
         if len(wanted) + len(self._flying) <= self._capacity(layer):
-            self._single(layer, x, wanted, low, out, meanwhile)
+            self._single(layer, x, wanted, low, out, self._beside(wanted, meanwhile))
         else:
             self.settle()
             few = len(wanted) < MANY * self._capacity(layer) and len(wanted.row) * x.shape[1] <= ENTRIES
@@ -128,6 +120,21 @@ class ExpertStore:
             if meanwhile is not None:
                 meanwhile()
         return torch.from_numpy(out)
+
+    def _beside(self, wanted: Wanted, meanwhile: Callable[[], None] | None) -> Callable[[], None] | None:
+        """`meanwhile`, unable to push out what is about to be used. From a pool of its own no other layer pushes it out."""
+        if meanwhile is None or isinstance(self.cache, LayerPools):
+            return meanwhile
+
+        def kept() -> None:
+            keys = wanted.keys.tolist()
+            self.cache.pin(keys)
+            try:
+                meanwhile()
+            finally:
+                self.cache.unpin(keys)
+
+        return kept
 
     def prefetch(self, layer: int, keys: Sequence[Key]) -> None:
         """Begin to read keys of a layer that will run next, as far as there is room; never waited for unless they are asked for."""
@@ -300,11 +307,12 @@ class ExpertStore:
         self.times.waited += waited
         records = sum(job.count for job in jobs)
         if records:
-            self._price += PRICE * (waited / records - self._price) if self._price else waited / records
+            self.price += PRICE * (waited / records - self.price) if self.price else waited / records
         if failed:
             key, reason = next(iter(failed.items()))
             raise StoreError(
-                f"{self.pack.path}: {self.describe(key)} cannot be read: {reason}", "check the disk, or write the file again"
+                f"{self.pack.path}: {self.space.describe(key)} cannot be read: {reason}",
+                "check the disk, or write the file again",
             )
 
     def _arrived(self, jobs: Sequence[Job], layer: int) -> dict[Key, str]:
@@ -320,11 +328,6 @@ class ExpertStore:
                 self.cache.drop(key, self.moment(layer))
                 self._vacate(key)
         return failed
-
-    def describe(self, key: Key) -> str:
-        space = self.space
-        part = f" part {space.part(key)}" if space.parts > 1 else ""
-        return f"layer {space.layer(key)} expert {space.expert(key)}{part}"
 
     def _reap(self) -> None:
         """Take note of prefetches that have arrived."""
@@ -358,12 +361,15 @@ class ExpertStore:
                     self._lose(item.key)
 
     def _capacity(self, layer: int) -> int:
-        pool = self.cache.pools[layer] if isinstance(self.cache, LayerPools) else self.cache
+        pool = self._pool(layer)
         assert isinstance(pool, (Pool, TablePool))
         return pool.capacity
 
+    def _pool(self, layer: int) -> ExpertCache:
+        return self.cache.pools[layer] if isinstance(self.cache, LayerPools) else self.cache
+
     def _table(self, layer: int) -> TablePool | None:
-        pool = self.cache.pools[layer] if isinstance(self.cache, LayerPools) else None
+        pool = self._pool(layer)
         return pool if isinstance(pool, TablePool) else None
 
     def _slot_of(self, wanted: Wanted, first: int, last: int) -> Ints:
@@ -388,13 +394,6 @@ class ExpertStore:
     def _outputs(self, x: Tensor, row: Ints, weight: Floats, slot: Ints) -> Floats:
         """[S, d]: routing weight x output of entries, each the row of x it is about, its weight and its slot [S]."""
         began = time.perf_counter()
-        little = len(row) * self.pack.layout.weights <= (LESS if torch.get_num_threads() == 1 else LITTLE)
-        found = few_outputs(self.arena.plan, x, row, weight, slot) if little else None
-        if found is None:
-            keep = torch.ones(len(row), 1, 1, dtype=torch.bool)
-            rows, slots = torch.from_numpy(row), torch.from_numpy(slot).unsqueeze(1)
-            factor = torch.from_numpy(weight).to(x.dtype).unsqueeze(1)
-            out = tiled(self.arena.plan, x, slots, factor, keep, rows)
-            found = (grouped(self.arena.plan, x[rows], slots, factor, keep) if out is None else out).float().numpy()
+        found = self.arena.outputs(x, row, weight, slot)
         self.times.computed += time.perf_counter() - began
         return found

@@ -1,6 +1,6 @@
-"""The pool of a layer under `lru` or `lfu` as one table: who is there, who leaves and which slot a record gets, in one call per request.
+"""A pool under `lru` or `lfu` as one table: who is there, who leaves and which slot a record gets, in one call per request.
 
-Same answers, same counts as `Pool` (tested). Other policies keep `UnitPool`. Shapes: n records of a layer, G keys of a request.
+Same answers, same counts as `Pool` (tested). Other policies keep `UnitPool`. Shapes: n records that it is for, G keys of a request.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def add_use(rank: NDArray[np.float64], i: int, half_life: float, step: int) -> N
 
 
 class TablePool(ExpertCache):
-    """One pool of `capacity` slots for the keys `of` one layer. half_life: of the counts of `lfu`; 0 = `lru`."""
+    """One pool of `capacity` slots for the keys `of` a layer or all layers. half_life: of the counts of `lfu`; 0 = `lru`."""
 
     def __init__(self, capacity: int, of: range, half_life: float, slots: Slots) -> None:
         self.capacity, self.base, self.half_life, self.slots = capacity, of.start, half_life, slots

@@ -64,17 +64,19 @@ class Prices:
 def measure_prices(store: ExpertStore, *, low: bool = False, seed: int = 0) -> Prices:
     """Time requests of n absent records against the same requests when they are there; medians of REPEATS."""
     draw, space = random.Random(seed), store.space  # noqa: S311 - which records are timed
-    capacity = store.slots // space.layers
+    capacity = store.capacity(0)
     counts, seconds = [], []
     for count in [n for n in COUNTS if n <= min(capacity, space.experts * space.parts)]:
         found = []
         for _ in range(REPEATS + 1):
             layer = draw.randrange(space.layers)
             resident = store.resident(layer).reshape(-1)
-            absent = np.flatnonzero(~resident).tolist()
-            if len(absent) < count:
+            experts = draw.sample(
+                range(space.experts), space.experts
+            )  # a token wants several sub-experts of an expert: neighbours
+            chosen = [n for e in experts for n in range(e * space.parts, (e + 1) * space.parts) if not resident[n]][:count]
+            if len(chosen) < count:
                 break
-            chosen = draw.sample(absent, count)
             cold, warm = (_request(store, layer, chosen, low) for _ in range(2))
             found.append(cold - warm)
         if len(found) > 1:

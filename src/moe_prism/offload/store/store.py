@@ -111,11 +111,11 @@ class ExpertStore:
         self._reap()
         out = np.zeros(x.shape, np.float32)
         self._unwanted(layer, wanted)
-        if len(wanted) + len(self._flying) <= self._capacity(layer):
+        if len(wanted) + len(self._flying) <= self.capacity(layer):
             self._single(layer, x, wanted, low, out, self._beside(wanted, meanwhile))
         else:
             self.settle()
-            few = len(wanted) < MANY * self._capacity(layer) and len(wanted.row) * x.shape[1] <= ENTRIES
+            few = len(wanted) < MANY * self.capacity(layer) and len(wanted.row) * x.shape[1] <= ENTRIES
             (self._rounds if few else self._pieces)(layer, x, wanted, low, out)
             if meanwhile is not None:
                 meanwhile()
@@ -207,7 +207,7 @@ class ExpertStore:
 
         Residents that come later are pinned until their turn, as many as leave room for these pieces.
         """
-        capacity = self._capacity(layer)
+        capacity = self.capacity(layer)
         most = 1 if self.pack.layout.bytes <= SMALL else AHEAD
         kept = 1 if len(wanted) < MANY * capacity else 0
         size = max(1, capacity // ((1 + kept) * (most + 1)))
@@ -360,7 +360,8 @@ class ExpertStore:
                     self._land(item.key)
                     self._lose(item.key)
 
-    def _capacity(self, layer: int) -> int:
+    def capacity(self, layer: int) -> int:
+        """Slots of the pool a layer uses."""
         pool = self._pool(layer)
         assert isinstance(pool, (Pool, TablePool))
         return pool.capacity

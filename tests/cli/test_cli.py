@@ -30,6 +30,7 @@ COMMANDS = (
     "serve",
     "bench",
     "trace",
+    "offload",
     "verify",
     "ls",
 )
@@ -83,6 +84,12 @@ def test_help_describes_every_parameter():
     for name in COMMANDS:
         for argument in app[name].assemble_argument_collection(parse_docstring=True):
             assert argument.children or argument.parameter.help, (name, argument.name)
+            assert "\n" not in (argument.parameter.help or ""), f"{name} {argument.name}: a line break of the source in the help"
+
+
+def test_help_lists_the_commands_as_they_are_used(run):
+    out = run("--help")[1]
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("│ ") and line[2].islower()] == list(COMMANDS)
 
 
 @pytest.mark.parametrize(("command", "next_step"), [("refactor", "go on with --resume"), ("inspect", "run it again")])

@@ -49,7 +49,7 @@ def build() -> cyclopts.App:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    for command, name in (
+    every = (
         (demo.demo, "demo"),
         (doctor.doctor, "doctor"),
         (inspect.inspect, "inspect"),
@@ -67,14 +67,19 @@ def build() -> cyclopts.App:
         (offload.offload, "offload"),
         (verify.verify, "verify"),
         (listing.ls, "ls"),
-    ):
-        app.command(_described(command), name=name)
+    )
+    for place, (command, name) in enumerate(every):  # --help lists them as they are used, not by the alphabet
+        app.command(_described(command), name=name, sort_key=place)
     return app
 
 
 def _described(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with its "name: text" parameters in numpydoc's two lines; what cyclopts reads in one line is a name and its type."""
+    """The command with its "name: text" parameters in numpydoc's two lines; what cyclopts reads in one line is a name and its type.
+
+    Lines that only the width of the source broke are joined: the terminal breaks them again.
+    """
     head, title, parameters = reflection.cleandoc(command.__doc__ or "").partition("\nParameters\n----------\n")
+    head, parameters = re.sub(r"(?<=\S)\n(?=\S)", " ", head), re.sub(r"\n +", " ", parameters)
     command.__doc__ = head + title + re.sub(r"^(\w+): ", r"\1\n    ", parameters, flags=re.MULTILINE)
     return command
 

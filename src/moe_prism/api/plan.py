@@ -49,15 +49,16 @@ def _row_bytes(weights: Weights, hidden: int, width: int, length: int) -> int:
     return FLOAT32 * (16 * hidden + 4 * 8 * width + 2 * heads * length)
 
 
-def check_plan(plan: dict[str, Any]) -> None:
-    """DoesNotFit if this machine has less than a plan asks for."""
+def check_plan(plan: dict[str, Any], out: str | Path) -> None:
+    """DoesNotFit if this machine has less memory, or the disk of `out` less space, than a plan asks for."""
     memory = available_memory()
     if plan["peak_memory_bytes"] > memory:
         raise DoesNotFit(
             f"this needs {plan['peak_memory_bytes'] / 2**30:.1f} GiB of memory, {memory / 2**30:.1f} GiB are free",
             "use --low-memory, a smaller --reservoir, or a larger machine",
         )
-    free = shutil.disk_usage(Path.cwd()).free
+    there = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
     if plan["disk_bytes"] > free:
         raise DoesNotFit(
             f"this needs {plan['disk_bytes'] / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free", "free some space"

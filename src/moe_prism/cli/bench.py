@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from ..errors import UsageError
 from .output import emit, note, table
@@ -39,7 +41,7 @@ def bench(
     cost: Path | None = None,
     save_cost: Path | None = None,
     probe_seconds: float = 8.0,
-    out: Path | None = None,
+    out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     events: Path | None = None,
     json: bool = False,
 ) -> None:

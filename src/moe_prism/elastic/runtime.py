@@ -292,7 +292,12 @@ def operating_point(
     scorer = scorer or ("gates" if rule == "pattern" else "ridge")
     scorers.get(scorer)
     if k is not None:
-        budget = k / slots_per_token(elastic)
+        slots = slots_per_token(elastic)
+        if not isinstance(budget, Tensor) and budget != 1.0:
+            raise UsageError(f"both budget {budget:g} and k {k} were given", "give one of them")
+        if not 1 <= k <= slots:
+            raise UsageError(f"k {k} is outside 1..{slots}", f"a token has {slots} slots")
+        budget = k / slots
     low, high = (budget.min(), budget.max()) if isinstance(budget, Tensor) else (budget, budget)
     if not (low > 0 and high <= 1):
         raise UsageError(f"budget {float(low):g} is outside (0, 1]", "1 keeps every slot, 0.5 half of them")

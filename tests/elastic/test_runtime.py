@@ -69,7 +69,9 @@ def test_bad_budgets(model, budget):
         pass
 
 
-@pytest.mark.parametrize(("given", "names"), [({"k": 0}, "k 0 .*1..8"), ({"k": 9}, "k 9 .*1..8"), ({"k": 3, "budget": 0.5}, "both")])
+@pytest.mark.parametrize(
+    ("given", "names"), [({"k": 0}, "k 0 .*1..8"), ({"k": 9}, "k 9 .*1..8"), ({"k": 3, "budget": 0.5}, "both")]
+)
 def test_bad_k(model, given, names):
     attach(model, 4)
     with pytest.raises(UsageError, match=names), operating_point(model, **given):

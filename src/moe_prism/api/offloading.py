@@ -69,7 +69,9 @@ def plan_offload(
 
     tokens: of the replayed text. Raises UsageError for a target or budget that is impossible, DoesNotFit if the memory holds no sub-expert.
     """
-    if target_ms is not None and target_ms <= 0:
+    if tokens < 1:
+        raise UsageError(f"--tokens {tokens} is too small", "give at least 1; what is replayed are whole requests of 160")
+    if target_ms is not None and not target_ms > 0:
         raise UsageError(f"--target-ms {target_ms:g} is impossible", "give a positive number of milliseconds")
     if not all(0 < b <= 1 for b in budgets):
         raise UsageError("budgets lie in (0, 1]", "1 keeps every slot")

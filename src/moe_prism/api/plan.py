@@ -11,7 +11,7 @@ from ..calibrate.run import bounded_capacity, declared_bytes
 from ..errors import DoesNotFit
 from ..model import resolve
 from .calibration import settings
-from .refactoring import RefactorOptions
+from .refactoring import RefactorOptions, check_width
 from .weights import Weights
 
 PROCESS_BYTES = 700 << 20  # Python with torch, transformers and numba loaded
@@ -19,9 +19,11 @@ FLOAT32 = 4
 
 
 def plan_refactor(model: str | Path, options: RefactorOptions) -> dict[str, Any]:
-    """Declared peak memory and disk of `refactor`, in bytes, by part."""
+    """Declared peak memory and disk of `refactor`, in bytes, by part. UsageError for options that the model does not allow."""
     options.check()
     weights = Weights(resolve(model))
+    for each in weights.layers:
+        check_width(each, options)
     calibration = options.calibration
     run = settings(calibration)
     capacity = bounded_capacity(weights.layers, run)

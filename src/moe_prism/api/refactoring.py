@@ -21,6 +21,7 @@ from ..errors import UsageError
 from ..model import MoELayer, resolve
 from ..partition import gates as gate_choices
 from ..partition import objectives, solvers
+from ..registry import choices
 from .calibration import SNAPSHOT, CalibrateOptions, calibration_windows, check_fit, read_statistics, run_pass
 from .card import model_card
 from .loading import SIDE_FILE
@@ -68,7 +69,7 @@ class RefactorOptions:
             scorers.get(name)
         if self.compensate not in ("none", *compensators.names()):
             raise UsageError(
-                f"unknown compensator '{self.compensate}'", f"choose one of: none, {', '.join(compensators.names())}"
+                f"unknown compensator '{self.compensate}'", choices(self.compensate, ["none", *compensators.names()])
             )
         if self.rank < 1:
             raise UsageError(f"--rank {self.rank} is no rank", "give 1 or more")
@@ -125,7 +126,7 @@ def refactor(
     given = read_statistics(calibration) if calibration else None
     weights = Weights(where)
     for layer in weights.layers:
-        _check_width(layer, options)
+        check_width(layer, options)
     windows = None if given else calibration_windows(where, options.calibration)
     if windows:
         check_fit(weights, options.calibration)
@@ -158,7 +159,8 @@ def refactor(
     return Refactored(Path(out), manifest, peak_rss_bytes())
 
 
-def _check_width(layer: MoELayer, options: RefactorOptions) -> None:
+def check_width(layer: MoELayer, options: RefactorOptions) -> None:
+    """UsageError for sub-experts, gate neurons or a rank that the layer's shape does not allow."""
     if layer.width % options.n_sub:
         legal = [n for n in range(2, min(layer.width, 65)) if layer.width % n == 0]
         raise UsageError(

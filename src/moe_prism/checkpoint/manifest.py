@@ -60,9 +60,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """prism.json, checked against its own sha256. UsageError if there is none, CorruptError if it was edited or is damaged."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise UsageError(
-            f"'{folder}' has no {MANIFEST}", "give a folder that moe-prism wrote; `moe-prism refactor MODEL -o FOLDER` writes one"
-        )
+        raise UsageError(f"'{folder}' has no {MANIFEST}", "give a folder that moe-prism wrote")
     try:
         value: Any = json.loads(path.read_bytes().decode("utf-8"))
         files = value["files"].items()

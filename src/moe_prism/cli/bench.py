@@ -82,6 +82,8 @@ def bench(
     from ..files import check_writable
 
     check_writable(out, events, save_cost)
+    if seed < 0:
+        raise UsageError(f"--seed {seed} is too small", "give at least 0")
     rates = _rates(rate)
     if seconds is None:
         seconds = 60.0 if trace is None or rates else recorded_seconds(trace)

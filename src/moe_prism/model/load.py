@@ -32,9 +32,7 @@ def resolve(source: str | Path) -> Path | str:
             return path
         raise UsageError(f"'{text}' is a file, not a model folder", "give the folder that holds config.json, or a .gguf file")
     if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise UsageError(
-            f"model path '{text}' does not exist", "give a folder with config.json, a .gguf file, or 'nano'"
-        )
+        raise UsageError(f"model path '{text}' does not exist", "give a folder with config.json, a .gguf file, or 'nano'")
     return text
 
 
@@ -42,7 +40,9 @@ def on_disk(where: Path | str) -> Path:
     """What `resolve` gave, if it is a path. UsageError for a hub name where the files themselves are read."""
     if isinstance(where, Path):
         return where
-    raise UsageError(f"'{where}' is not on this machine", f"fetch it, `hf download {where} --local-dir FOLDER`, and give that folder")
+    raise UsageError(
+        f"'{where}' is not on this machine", f"fetch it, `hf download {where} --local-dir FOLDER`, and give that folder"
+    )
 
 
 def load_model(source: str | Path, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:

@@ -305,3 +305,26 @@ def test_names_of_methods_and_compensators_are_guessed(fails, elastic_tiny, tiny
 def test_a_file_that_is_no_trace(fails, tiny_source, text_file):
     line = fails(4, "inspect", tiny_source, "--routing", "--trace", text_file)
     assert "is no .npz file" in line and "pickle" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "names"),
+    [("model", 4, "weights of"), ("prism", 4, "prism.safetensors"), ("tokenizer", 2, "no tokenizer.json")],
+)
+def test_a_damaged_elastic_folder_is_not_generated_from(fails, elastic_tiny, tmp_path, name, code, names):
+    shutil.copytree(elastic_tiny, tmp_path / "elastic")
+    file = next((tmp_path / "elastic").glob(f"{name}*.safetensors" if name != "tokenizer" else "tokenizer.json"))
+    file.unlink() if name == "tokenizer" else file.write_bytes(file.read_bytes()[:-64])
+    assert names in fails(code, "generate", tmp_path / "elastic", "--prompt", "x", "--max-tokens", "1")
+
+
+def test_a_disk_that_is_too_small_is_the_disk_of_the_output(fails, tiny_source, tmp_path, monkeypatch):
+    asked = []
+
+    def usage(path):
+        asked.append(path)
+        return shutil._ntuple_diskusage(1, 1, 0)
+
+    monkeypatch.setattr("moe_prism.api.plan.shutil.disk_usage", usage)
+    line = fails(3, "refactor", tiny_source, "-o", tmp_path / "deep" / "out", "--dry-run", "--json")
+    assert "MiB of disk" in line and asked == [tmp_path]

@@ -145,6 +145,7 @@ def test_the_whole_path(run_json, run, tiny_source, text_file, tmp_path):
 
     planned = run_json("refactor", tiny_source, "-o", out, *text, *SMALL, "--dry-run")
     assert planned["peak_memory_bytes"] > planned["weights_bytes"] > 0 and not out.exists()
+    assert planned["disk_bytes"] > planned["statistics_bytes"]  # their snapshot lies beside the new checkpoint until it is whole
     made = run_json("refactor", tiny_source, "-o", out, "--calibration", calibration)
     assert (made["folder"], made["n_sub"], made["layers"]) == (str(out), 4, 2) and made["peak_rss_bytes"] > 0
     assert run_json("verify", out)["checks"][-1]["name"] == "side tensors"

@@ -27,6 +27,7 @@ def plan_refactor(model: str | Path, options: RefactorOptions) -> dict[str, Any]
     calibration = options.calibration
     run = settings(calibration)
     capacity = bounded_capacity(weights.layers, run)
+    declared = declared_bytes(weights.layers, run, capacity)
     layer = max(weights.layers, key=lambda x: x.num_experts * x.parameters_per_expert())
     experts = layer.num_experts * layer.parameters_per_expert() * FLOAT32
     everything = sum(p.numel() for p in weights.model.parameters()) * FLOAT32
@@ -35,12 +36,13 @@ def plan_refactor(model: str | Path, options: RefactorOptions) -> dict[str, Any]
     parts = {
         "process_bytes": PROCESS_BYTES,
         "weights_bytes": 3 * experts if calibration.low_memory else everything + experts,
-        "statistics_bytes": 2 * declared_bytes(weights.layers, run, capacity),
+        "statistics_bytes": 2 * declared,
         "activations_bytes": tokens * _row_bytes(weights, layer.hidden, layer.width, calibration.length),
         "logits_bytes": 0 if calibration.low_memory else 6 * calibration.length * config.vocab_size * FLOAT32,
         "solver_bytes": 4 * layer.num_experts * capacity * layer.width * FLOAT32,
     }
-    disk = weights.stream.source.bytes if weights.stream else everything // 2
+    written = weights.stream.source.bytes if weights.stream else everything // 2
+    disk = written + 2 * declared  # a new snapshot of the statistics is complete before the one before it goes
     return {"peak_memory_bytes": sum(parts.values()), "disk_bytes": disk, **parts, "reservoir_tokens": capacity}
 
 
@@ -56,15 +58,20 @@ def check_plan(plan: dict[str, Any], out: str | Path) -> None:
     memory = available_memory()
     if plan["peak_memory_bytes"] > memory:
         raise DoesNotFit(
-            f"this needs {plan['peak_memory_bytes'] / 2**30:.1f} GiB of memory, {memory / 2**30:.1f} GiB are free",
+            f"this needs {_size(plan['peak_memory_bytes'])} of memory, {_size(memory)} are free",
             "use --low-memory, a smaller --reservoir, or a larger machine",
         )
     there = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if plan["disk_bytes"] > free:
         raise DoesNotFit(
-            f"this needs {plan['disk_bytes'] / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free", "free some space"
+            f"this needs {_size(plan['disk_bytes'])} of disk, {_size(free)} are free at '{out}'",
+            "free some, or choose another --out",
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def available_memory() -> int:

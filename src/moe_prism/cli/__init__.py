@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         next_step = "go on with --resume" if resumable else "run it again; it starts from the beginning"
         return _fail("interrupted", next_step, INTERRUPTED, "--json" in tokens)
     except OSError as error:
-        cause = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+        cause = f"{error.strerror or error}: {error.filename}" if error.filename else error.strerror or str(error)
         return _fail(cause, "check the path, its permissions and the free space", 1, "--json" in tokens)
     return 0
 

@@ -92,10 +92,16 @@ def refactor(
     )
     if dry_run:
         plan = plan_refactor(model, options)
-        lines = [f"{key:22} {value / GIB:8.2f} GiB" for key, value in plan.items() if key.endswith("bytes")]
+        sizes = {key: value for key, value in plan.items() if key.endswith("bytes")}
+        parts = [
+            f"  {key:20} {sizes.pop(key) / GIB:8.2f} GiB" for key in list(sizes) if key not in ("peak_memory_bytes", "disk_bytes")
+        ]
+        memory, disk = (f"{key:22} {value / GIB:8.2f} GiB" for key, value in sizes.items())
+        lines = [memory, *parts, disk]
         if not json:  # shown even where it does not fit; stdout of --json holds one object, then that of the error
             emit(plan, "\n".join(lines), json)
         check_plan(plan, out)
+        note("this machine has enough of both")
         if json:
             emit(plan, "", json)
         return

@@ -70,7 +70,14 @@ def test_bad_budgets(model, budget):
 
 
 @pytest.mark.parametrize(
-    ("given", "names"), [({"k": 0}, "k 0 .*1..8"), ({"k": 9}, "k 9 .*1..8"), ({"k": 3, "budget": 0.5}, "both")]
+    ("given", "names"),
+    [
+        ({"k": 0}, "k 0 .*1..8"),
+        ({"k": 9}, "k 9 .*1..8"),
+        ({"k": 2.5}, "whole number"),
+        ({"k": 3, "budget": 0.5}, "both"),
+        ({"budget": [0.5]}, "not list"),
+    ],
 )
 def test_bad_k(model, given, names):
     attach(model, 4)

@@ -49,7 +49,7 @@ def build() -> cyclopts.App:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    every = (
+    every: tuple[tuple[Callable[..., None], str], ...] = (
         (demo.demo, "demo"),
         (doctor.doctor, "doctor"),
         (inspect.inspect, "inspect"),

@@ -46,6 +46,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]  # so that tab completion knows what has not been imported yet
+
+
 def __getattr__(name: str) -> Any:
     """Import on first use: `moe-prism --help` must not pay for torch."""
     if name in _HOME:

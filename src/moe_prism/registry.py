@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar, cast
@@ -21,6 +21,14 @@ class Entry:
     target: str
     summary: str
     origin: str = "moe-prism"
+
+
+def choices(name: str, legal: Iterable[str]) -> str:
+    """The next step after an unknown name: the nearest legal one, and all of them."""
+    names = list(legal)
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"{hint}choose one of: {', '.join(names)}"
 
 
 class Registry(Generic[T]):
@@ -51,9 +59,7 @@ class Registry(Generic[T]):
     def _resolve(self, name: str) -> T:
         entries = self.entries()
         if name not in entries:
-            near = difflib.get_close_matches(name, entries, 1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            raise UsageError(f"unknown {self.kind} '{name}'", f"{hint}choose one of: {', '.join(entries)}")
+            raise UsageError(f"unknown {self.kind} '{name}'", choices(name, entries))
         module, _, attribute = entries[name].target.partition(":")
         return cast(T, getattr(importlib.import_module(module), attribute))
 

@@ -146,7 +146,10 @@ def test_a_model_without_any_mlp(fails, text_file, tmp_path, command):
     ],
 )
 def test_bad_options_of_refactor(fails, tiny_source, text_file, tmp_path, options, names):
-    assert names in fails(2, "refactor", tiny_source, "-o", tmp_path / "out", "--text", text_file, *options)
+    arguments = ("refactor", tiny_source, "-o", tmp_path / "out", "--text", text_file, *options)
+    assert names in fails(2, *arguments)
+    if options[0] != "--calibration":
+        assert names in fails(2, *arguments, "--dry-run")
 
 
 def test_too_little_memory_for_statistics(fails, text_file, tmp_path):
@@ -272,3 +275,56 @@ def test_a_damaged_side_file_is_no_crash(fails, elastic_tiny, tmp_path):
 @pytest.mark.parametrize("arguments", [("ls", "nonsense"), ("nonsense",), ("verify",), ("refactor", "nano")])
 def test_bad_commands(fails, arguments):
     fails(2, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (("--budget", "0"), "budget 0 is outside (0, 1]"),
+        (("--budget", "nan"), "budget nan"),
+        (("--rule", "treshold"), "did you mean 'threshold'?"),
+        (("--temperature", "nan"), "temperature nan"),
+        (("--max-tokens", "0"), "max_tokens 0"),
+        (("--seed", "-1"), "seed -1"),
+        (("--seed", str(10**30)), "seed 1000"),
+        (("--expert-memory", "5MB", "--budget", "0.5", "--miss-floor", "0.8"), "not below --budget 0.5"),
+        (("--bugdet", "0.5"), "see `moe-prism generate --help`"),
+    ],
+)
+def test_bad_options_of_generate_are_told_before_the_model_is_loaded(fails, elastic_tiny, monkeypatch, options, names):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    assert names in fails(2, "generate", elastic_tiny, "--prompt", "x", *options)
+
+
+def test_names_of_methods_and_compensators_are_guessed(fails, elastic_tiny, tiny_source, tmp_path):
+    assert "did you mean 'threshold'?" in fails(2, "frontier", elastic_tiny, "--compare", "treshold")
+    assert "did you mean 'mean'?" in fails(2, "refactor", tiny_source, "-o", tmp_path / "out", "--compensate", "maen")
+    assert "did you mean 'sensitivity'?" in fails(2, "skip", tiny_source, "-o", tmp_path / "p.json", "--method", "sensitivty")
+
+
+def test_a_file_that_is_no_trace(fails, tiny_source, text_file):
+    line = fails(4, "inspect", tiny_source, "--routing", "--trace", text_file)
+    assert "is no .npz file" in line and "pickle" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "names"),
+    [("model", 4, "weights of"), ("prism", 4, "prism.safetensors"), ("tokenizer", 2, "no tokenizer.json")],
+)
+def test_a_damaged_elastic_folder_is_not_generated_from(fails, elastic_tiny, tmp_path, name, code, names):
+    shutil.copytree(elastic_tiny, tmp_path / "elastic")
+    file = next((tmp_path / "elastic").glob(f"{name}*.safetensors" if name != "tokenizer" else "tokenizer.json"))
+    file.unlink() if name == "tokenizer" else file.write_bytes(file.read_bytes()[:-64])
+    assert names in fails(code, "generate", tmp_path / "elastic", "--prompt", "x", "--max-tokens", "1")
+
+
+def test_a_disk_that_is_too_small_is_the_disk_of_the_output(fails, tiny_source, tmp_path, monkeypatch):
+    asked = []
+
+    def usage(path):
+        asked.append(path)
+        return shutil._ntuple_diskusage(1, 1, 0)
+
+    monkeypatch.setattr("moe_prism.api.plan.shutil.disk_usage", usage)
+    line = fails(3, "refactor", tiny_source, "-o", tmp_path / "deep" / "out", "--dry-run", "--json")
+    assert "MiB of disk" in line and asked == [tmp_path]

@@ -30,6 +30,7 @@ COMMANDS = (
     "serve",
     "bench",
     "trace",
+    "offload",
     "verify",
     "ls",
 )
@@ -83,6 +84,12 @@ def test_help_describes_every_parameter():
     for name in COMMANDS:
         for argument in app[name].assemble_argument_collection(parse_docstring=True):
             assert argument.children or argument.parameter.help, (name, argument.name)
+            assert "\n" not in (argument.parameter.help or ""), f"{name} {argument.name}: a line break of the source in the help"
+
+
+def test_help_lists_the_commands_as_they_are_used(run):
+    out = run("--help")[1]
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("│ ") and line[2].islower()] == list(COMMANDS)
 
 
 @pytest.mark.parametrize(("command", "next_step"), [("refactor", "go on with --resume"), ("inspect", "run it again")])
@@ -138,6 +145,7 @@ def test_the_whole_path(run_json, run, tiny_source, text_file, tmp_path):
 
     planned = run_json("refactor", tiny_source, "-o", out, *text, *SMALL, "--dry-run")
     assert planned["peak_memory_bytes"] > planned["weights_bytes"] > 0 and not out.exists()
+    assert planned["disk_bytes"] > planned["statistics_bytes"]  # their snapshot lies beside the new checkpoint until it is whole
     made = run_json("refactor", tiny_source, "-o", out, "--calibration", calibration)
     assert (made["folder"], made["n_sub"], made["layers"]) == (str(out), 4, 2) and made["peak_rss_bytes"] > 0
     assert run_json("verify", out)["checks"][-1]["name"] == "side tensors"

@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from moe_prism import cli
-from moe_prism.api import CalibrateOptions, PruneOptions, load, measure_frontier, plan_pruning, prune_model, prune_plan, verify
+from moe_prism.api import (
+    CalibrateOptions,
+    PruneOptions,
+    TraceOptions,
+    load,
+    measure_frontier,
+    plan_pruning,
+    prune_model,
+    prune_plan,
+    record_trace,
+    verify,
+)
 from moe_prism.api.measuring import FrontierOptions, subject_of
 from moe_prism.api.methods_prune import Prune
 from moe_prism.api.opening import open_model
@@ -54,6 +65,11 @@ def test_the_written_folder_is_the_masked_model(tiny_source, small, options):
     assert sum(f.stat().st_size for f in small.glob("*.safetensors")) < sum(
         f.stat().st_size for f in tiny_source.glob("*.safetensors")
     )
+
+
+def test_the_routing_of_a_pruned_folder_can_be_traced(small, text_file):
+    trace = record_trace(small, None, TraceOptions(text=str(text_file), tokens=128, length=32, prompt=8))
+    assert (trace.experts, trace.n_sub) == (2, 1)
 
 
 def test_a_pruned_folder_can_be_refactored_pruned_again_and_measured(small, tmp_path, tiny_calibration):

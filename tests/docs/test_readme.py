@@ -2,8 +2,8 @@
 
 What a reader gets from earlier commands stands ready: `demo/model` is a refactored prism-nano. Commands run as they are written, by
 bash, with two changes: `moe-prism` is served by one warm process (warm.py), which also lowers `--tokens`, `--length` and
-`--max-tokens` where a command does not give them. Not run: `make` (its targets are looked up), `git clone` and `cd` into it,
-`pip install`, and a block after `<!-- not run: reason -->`.
+`--max-tokens` where a command does not give them. Not run: `make` (its targets are looked up), `git clone`, `cd` into it and
+the activation of its environment, `pip install`, and a block after `<!-- not run: reason -->`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LANGUAGES = ("bash", "console", "python")
 BLOCK = re.compile(
     r"(?:<!--\s*not run:\s*(?P<reason>.*?)\s*-->\s*)?^```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^```\s*$", re.S | re.M
 )
-ELSEWHERE = re.compile(r"^(make|git clone|cd moe-prism|(python3? -m )?pip install)\b")
+ELSEWHERE = re.compile(r"^(make|git clone|cd moe-prism|source .venv/bin/activate|(python3? -m )?pip install)\b")
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,22 @@ def test_bad_budgets(model, budget):
         pass
 
 
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({"k": 0}, "k 0 .*1..8"),
+        ({"k": 9}, "k 9 .*1..8"),
+        ({"k": 2.5}, "whole number"),
+        ({"k": 3, "budget": 0.5}, "both"),
+        ({"budget": [0.5]}, "not list"),
+    ],
+)
+def test_bad_k(model, given, names):
+    attach(model, 4)
+    with pytest.raises(UsageError, match=names), operating_point(model, **given):
+        pass
+
+
 @pytest.mark.parametrize(("name", "value"), [("rule", "best"), ("scorer", "magic"), ("executor", "warp")])
 def test_unknown_names_list_the_legal_ones(model, name, value):
     attach(model, 4)

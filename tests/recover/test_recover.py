@@ -95,7 +95,7 @@ def test_same_inputs_same_bytes_also_one_layer_at_a_time_and_after_an_interrupti
 
 def test_what_was_measured_before_does_not_come_along(elastic_tiny, recovered, tmp_path):
     shutil.copytree(elastic_tiny, tmp_path / "measured")
-    for name in ("frontier.json", "report.html", "frontier.png"):
+    for name in ("frontier.json", "ladder.json", "report.html", "frontier.png"):
         (tmp_path / "measured" / name).touch()
     update_manifest(tmp_path / "measured", {"operating_points": [{"name": "product-4"}]})
     recover_model(tmp_path / "measured", tmp_path / "out", OPTIONS)

@@ -114,6 +114,13 @@ def test_samples_and_notes(text, frontier):
         render(frontier, {"note": []})
 
 
+def test_every_cost_has_its_unit(frontier):
+    held = replace(frontier, points=tuple(replace(p, resident_expert_bytes=2e9) for p in frontier.points))
+    heads = dict(re.findall(r"<th scope=\"col\">([\w ]+) <small>([^<]+)</small>", render(held)))
+    assert heads["Expert bytes"] == "MB per token" and heads["FLOPs"] == "M per token"
+    assert heads["Resident experts"] == "GB"  # of the model, not of a token
+
+
 def test_sentences_say_what_was_measured(frontier):
     said = " ".join(sentences(frontier)).replace("\u00a0", " ")
     assert "At half the expert bytes KL is 0.0240, plain top-2 costs 0.0395." in said

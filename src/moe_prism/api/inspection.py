@@ -7,22 +7,20 @@ from typing import Any
 
 from ..checkpoint import LayerStream
 from ..errors import UsageError
-from ..model import MoELayer, find_layers, load_model, resolve
+from ..model import MoELayer, find_layers, load_model, on_disk, resolve
 
 SUB_EXPERTS = (2, 4, 8, 16, 32)
 
 
 def inspect_model(model: str | Path) -> dict[str, Any]:
     """Layers, experts, shapes, bytes and the sub-expert counts that divide evenly, as JSON-ready values."""
-    where = resolve(model)
-    if isinstance(where, Path) and where.is_dir():
+    where = on_disk(resolve(model))
+    if where.is_dir():
         stream = LayerStream(where)
         tree, dtype, size = stream.model, stream.dtype, stream.source.bytes
-    elif isinstance(where, Path):
+    else:
         tree = load_model(where)
         dtype, size = tree.dtype, where.stat().st_size
-    else:
-        raise UsageError(f"'{model}' is not on this machine", "download it first and give its folder")
     layers = find_layers(tree)
     total = sum(p.numel() for p in tree.parameters())
     experts = sum(layer.num_experts * layer.parameters_per_expert() for layer in layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..checkpoint import read_manifest
-from ..elastic import attach, operating_point
+from ..checkpoint.manifest import MANIFEST
+from ..elastic import attach, operating_point, rules
 from ..errors import CorruptError, UsageError
 from ..model import find_layers, load_to_run, load_tokenizer
 from ..offload.store import StoreOptions, load_stored
@@ -28,6 +30,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, *, store: StoreOp
     store: keep the experts on disk and this much of them in memory; the model then runs on the CPU in float32 (docs/store.md).
     Raises UsageError for a folder that is not a refactored model, CorruptError if prism.json was damaged.
     """
+    if not (Path(folder) / MANIFEST).is_file():
+        raise UsageError(f"'{folder}' has no {MANIFEST}", "give a folder that `moe-prism refactor MODEL -o FOLDER` wrote")
     manifest = read_manifest(folder)
     if manifest.get("kind") != "elastic":
         raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
@@ -77,6 +81,20 @@ class Generated:
         return self.tokens / self.seconds
 
 
+def check_request(prompt: str, budget: float, rule: str | None, max_tokens: int, temperature: float, seed: int) -> None:
+    """UsageError for what no model could be asked; a command looks at it before it loads one."""
+    if not prompt:
+        raise UsageError("the prompt is empty", "give some text with --prompt")
+    if not 0 < budget <= 1:
+        raise UsageError(f"budget {budget:g} is outside (0, 1]", "1 keeps every slot, 0.5 half of them")
+    if rule is not None:
+        rules.get(rule)
+    if max_tokens < 1 or not 0 <= temperature < math.inf:
+        raise UsageError(f"max_tokens {max_tokens} or temperature {temperature:g} is out of range", "use >= 1 and >= 0")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed {seed} is out of range", "give 0 or more, below 2**63")
+
+
 def generate(
     model: Any,
     tokenizer: Any,
@@ -95,10 +113,7 @@ def generate(
 
     Raises UsageError for an empty prompt, a bad number, or a prompt over the context limit.
     """
-    if not prompt:
-        raise UsageError("the prompt is empty", "give some text with --prompt")
-    if max_tokens < 1 or temperature < 0:
-        raise UsageError(f"max_tokens {max_tokens} or temperature {temperature} is out of range", "use >= 1 and >= 0")
+    check_request(prompt, budget, rule, max_tokens, temperature, seed)
     rows = tokenizer(prompt, return_tensors="pt").to(model.device)
     length = rows["input_ids"].shape[1]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)

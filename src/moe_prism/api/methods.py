@@ -19,7 +19,7 @@ from torch import Tensor
 from ..elastic import Elastic, rules
 from ..elastic.runtime import Setting
 from ..errors import UsageError
-from ..registry import Registry
+from ..registry import Registry, choices
 from .progress import Report, silent
 
 
@@ -130,4 +130,4 @@ def method(name: str) -> Method:
         from .methods_rules import RuleMethod
 
         return RuleMethod(name, argument if colon else None)
-    raise UsageError(f"unknown method '{plain}'", f"choose of: {', '.join([*rules.names(), *methods.names()])}")
+    raise UsageError(f"unknown method '{plain}'", choices(plain, [*rules.names(), *methods.names()]))

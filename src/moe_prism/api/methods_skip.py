@@ -11,6 +11,7 @@ from ..elastic.routed import made, policy_for
 from ..elastic.runtime import Setting
 from ..errors import UsageError
 from ..frontier.allocation import exact
+from ..registry import choices
 from ..routing import SkipPlan
 from ..routing.patterns import IndexOver, Rounding, pattern_skip, shaped, uniform, whole_total
 from ..routing.score_mass import fit_score_mass
@@ -186,7 +187,7 @@ def skip_method(name: str) -> SkipMethod:
     found = methods.get(plain) if plain in methods.names() else None
     if found is None or not issubclass(found, SkipMethod):
         skipping = [known for known in methods.names() if issubclass(methods.get(known), SkipMethod)]
-        raise UsageError(f"method '{plain}' makes no skip plan", f"choose one of: {', '.join(skipping)}")
+        raise UsageError(f"method '{plain}' makes no skip plan", choices(plain, skipping))
     return found(name, argument if colon else None)
 
 
@@ -209,7 +210,7 @@ def _positions(subject: Subject) -> tuple[list[int], int]:
 
 def _given(name: str, mean: float | None) -> float:
     if mean is None:
-        raise UsageError(f"method '{name}' needs a mean", "say how many experts per token are kept on average")
+        raise UsageError(f"method '{name}' needs a mean", "say with --mean how many experts per token are kept on average")
     return mean
 
 

@@ -71,7 +71,9 @@ def plan_offload(
     link: bytes per second of what the experts will be read over, if that is slower than the disk they are on now; tokens: of the replayed
     text. Raises UsageError for a target, link or budget that is impossible, DoesNotFit if the memory holds no sub-expert.
     """
-    if target_ms is not None and target_ms <= 0:
+    if tokens < 1:
+        raise UsageError(f"--tokens {tokens} is too small", "give at least 1; what is replayed are whole requests of 160")
+    if target_ms is not None and not target_ms > 0:
         raise UsageError(f"--target-ms {target_ms:g} is impossible", "give a positive number of milliseconds")
     if link is not None and link <= 0:
         raise UsageError(f"--link {link:g} is impossible", "give bytes per second, for example 500MB")

@@ -21,7 +21,7 @@ from .loading import SIDE_FILE, load, read_tensors
 from .output import check_apart, finished
 from .progress import Report, peak_rss_bytes, silent
 
-MEASURED = ("frontier.json", "report.html", "frontier.png")  # of the model as it was
+MEASURED = ("frontier.json", "ladder.json", "report.html", "frontier.png")  # of the model as it was
 FILLED_IN = ("schema", "versions", "files", "sha256")  # keys of a manifest that its writer sets
 
 

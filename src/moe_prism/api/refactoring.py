@@ -22,6 +22,7 @@ from ..model import MoELayer, resolve
 from ..partition import gates as gate_choices
 from ..partition import objectives, solvers
 from ..partition.base import check_blocks
+from ..registry import choices
 from .calibration import SNAPSHOT, CalibrateOptions, calibration_windows, check_fit, read_statistics, run_pass
 from .card import model_card
 from .loading import SIDE_FILE
@@ -69,7 +70,7 @@ class RefactorOptions:
             scorers.get(name)
         if self.compensate not in ("none", *compensators.names()):
             raise UsageError(
-                f"unknown compensator '{self.compensate}'", f"choose one of: none, {', '.join(compensators.names())}"
+                f"unknown compensator '{self.compensate}'", choices(self.compensate, ["none", *compensators.names()])
             )
         if self.rank < 1:
             raise UsageError(f"--rank {self.rank} is no rank", "give 1 or more")
@@ -126,7 +127,7 @@ def refactor(
     given = read_statistics(calibration) if calibration else None
     weights = Weights(where)
     for layer in weights.layers:
-        _check_width(layer, options)
+        check_width(layer, options)
     windows = None if given else calibration_windows(where, options.calibration)
     if windows:
         check_fit(weights, options.calibration)
@@ -159,7 +160,8 @@ def refactor(
     return Refactored(Path(out), manifest, peak_rss_bytes())
 
 
-def _check_width(layer: MoELayer, options: RefactorOptions) -> None:
+def check_width(layer: MoELayer, options: RefactorOptions) -> None:
+    """UsageError for sub-experts, gate neurons or a rank that the layer's shape does not allow."""
     check_blocks(layer.width, options.n_sub, f"'{layer.name}'")
     if options.compensate == "low-rank" and options.rank > layer.hidden:
         raise UsageError(f"--rank {options.rank} is more than the hidden size {layer.hidden}", "give a small number, like 2")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from ..checkpoint import read_manifest
 from ..checkpoint.manifest import MANIFEST
 from ..data import token_windows
 from ..data.splits import Side
@@ -99,7 +100,7 @@ def _record(loaded: Any, windows: Any, options: TraceOptions, header: dict[str, 
 def _loaded(model: str | Path, options: TraceOptions) -> tuple[Any, Any]:
     """(model, tokenizer), elastic where the folder is."""
     where = resolve(model)
-    if isinstance(where, Path) and (where / MANIFEST).is_file():
+    if isinstance(where, Path) and (where / MANIFEST).is_file() and read_manifest(where).get("kind") != "pruned":
         return load(where)
     if options.budget != 1.0:
         raise UsageError(f"'{model}' is not elastic, so it has no budget {options.budget:g}", "run `moe-prism refactor` first")

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Journal, LayerStream, OutputFolder, check_finite, rewrite_gguf, rewrite_shards
-from ..errors import UsageError
-from ..model import MoELayer, find_layers, load_model
+from ..model import MoELayer, find_layers, load_model, on_disk
 from .progress import Update
 
 
@@ -20,11 +19,9 @@ class Weights:
     """`layers` in model order; `loaded(layer)` brings one layer's experts in (float32); `rewrite` writes the permuted checkpoint."""
 
     def __init__(self, where: Path | str) -> None:
-        if not isinstance(where, Path):
-            raise UsageError(f"'{where}' is not on this machine", "download it first and give its folder")
-        self.path = where
-        self.stream = None if where.is_file() else LayerStream(where, torch.float32)
-        self.model: Any = self.stream.model if self.stream else load_model(where, torch.float32)
+        self.path = on_disk(where)
+        self.stream = None if self.path.is_file() else LayerStream(self.path, torch.float32)
+        self.model: Any = self.stream.model if self.stream else load_model(self.path, torch.float32)
         self.layers = find_layers(self.model)
 
     @property

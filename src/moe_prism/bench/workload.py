@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..registry import choices
 from ..schedule.base import Ladder
 from ..schedule.classes import RequestClass
 from ..schedule.workloads import TIMES, Arrival, Recorded, generate, read_trace
@@ -35,7 +36,7 @@ class Offer:
             if not self.trace.is_file():
                 raise UsageError(f"no trace at {self.trace}", "give a file of JSON lines, see docs/scheduling.md")
         elif self.name not in TIMES:
-            raise UsageError(f"unknown workload '{self.name}'", f"choose one of: {', '.join(TIMES)}; or give --trace")
+            raise UsageError(f"unknown workload '{self.name}'", f"{choices(self.name, TIMES)}; or give --trace")
         if self.seconds is not None and not 1 <= self.seconds <= 86_400:
             raise UsageError(f"--seconds {self.seconds:g} is out of range", "give 1 to 86400")
         if not (0 <= self.spread <= 1 and 1e-3 <= self.slower <= 1e3):

@@ -49,7 +49,7 @@ def build() -> cyclopts.App:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    for command, name in (
+    every: tuple[tuple[Callable[..., None], str], ...] = (
         (demo.demo, "demo"),
         (doctor.doctor, "doctor"),
         (inspect.inspect, "inspect"),
@@ -67,14 +67,21 @@ def build() -> cyclopts.App:
         (offload.offload, "offload"),
         (verify.verify, "verify"),
         (listing.ls, "ls"),
-    ):
-        app.command(_described(command), name=name)
+    )
+    for place, (command, name) in enumerate(every):  # --help lists them as they are used, not by the alphabet
+        app.command(_described(command), name=name, sort_key=place)
     return app
 
 
 def _described(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with its "name: text" parameters in numpydoc's two lines; what cyclopts reads in one line is a name and its type."""
+    """The command with its "name: text" parameters in numpydoc's two lines; what cyclopts reads in one line is a name and its type.
+
+    Lines that only the width of the source broke are joined: the terminal breaks them again.
+    """
     head, title, parameters = reflection.cleandoc(command.__doc__ or "").partition("\nParameters\n----------\n")
+    if re.search(r"^\w+$", parameters, re.MULTILINE):
+        return command  # an earlier `build` did it
+    head, parameters = re.sub(r"(?<=\S)\n(?=\S)", " ", head), re.sub(r"\n +", " ", parameters)
     command.__doc__ = head + title + re.sub(r"^(\w+): ", r"\1\n    ", parameters, flags=re.MULTILINE)
     return command
 
@@ -83,10 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. 0 done, 1 failed, 2 bad usage, 3 does not fit, 4 corrupt, 130 interrupted."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own bars; ours say which stage is running
+    app = build()
     try:
-        build()(tokens, exit_on_error=False, print_error=False)
+        app(tokens, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
-        return _fail(plain_line(str(error)), "see `moe-prism --help`", 2, "--json" in tokens)
+        known = " ".join(["moe-prism", *(name for name in tokens[:1] if name in app)])
+        return _fail(re.sub(r"(?<!\.)\.$", "", plain_line(str(error))), f"see `{known} --help`", 2, "--json" in tokens)
     except PrismError as error:
         return _fail(error.cause, error.next_step, error.exit_code, "--json" in tokens)
     except KeyboardInterrupt:
@@ -94,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         next_step = "go on with --resume" if resumable else "run it again; it starts from the beginning"
         return _fail("interrupted", next_step, INTERRUPTED, "--json" in tokens)
     except OSError as error:
-        cause = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+        cause = f"{error.strerror or error}: {error.filename}" if error.filename else error.strerror or str(error)
         return _fail(cause, "check the path, its permissions and the free space", 1, "--json" in tokens)
     return 0
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from ..errors import UsageError
 from .output import emit, note, table
@@ -39,7 +41,7 @@ def bench(
     cost: Path | None = None,
     save_cost: Path | None = None,
     probe_seconds: float = 8.0,
-    out: Path | None = None,
+    out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     events: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -80,6 +82,8 @@ def bench(
     from ..files import check_writable
 
     check_writable(out, events, save_cost)
+    if seed < 0:
+        raise UsageError(f"--seed {seed} is too small", "give at least 0")
     rates = _rates(rate)
     if seconds is None and rates:
         seconds = 60.0

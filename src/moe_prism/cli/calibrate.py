@@ -31,7 +31,7 @@ def calibrate(
 
     Parameters
     ----------
-    model: Folder with config.json and safetensors, a .gguf file, a hub name, or 'nano'.
+    model: Folder with config.json and safetensors, a .gguf file, or 'nano'.
     out: Folder to write. It appears only when it is complete.
     text: stdlib, topics, a file, a folder, a .jsonl file or a saved dataset. Its evaluation side is never used.
     tokens: Calibration tokens.

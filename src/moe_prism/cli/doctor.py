@@ -11,7 +11,13 @@ from typing import Any
 
 from .output import emit
 
-LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "numba", "altair", "vl-convert-python", "gguf", "datasets")
+LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "numba")
+EXTRAS = {
+    "report": ("HTML reports", ("altair", "vl-convert-python", "jinja2")),
+    "serve": ("the server", ("fastapi", "uvicorn", "prometheus-client", "psutil", "pydantic", "pyyaml")),
+    "gguf": ("GGUF files", ("gguf",)),
+}
+"""extra -> (what it is for, packages)."""
 GIB = 2**30
 
 
@@ -23,8 +29,8 @@ def doctor(*, json: bool = False) -> None:
     json: One JSON object on stdout.
     """
     facts = machine()
-    lines = [f"{key:14} {value}" for key, value in facts["machine"].items()]
-    lines += [f"{name:14} {found or 'not installed'}" for name, found in facts["libraries"].items()]
+    lines = [f"{key:18} {value}" for key, value in facts["machine"].items()]
+    lines += [f"{name:18} {found or 'not installed'}" for name, found in facts["libraries"].items()]
     lines += [f"{'ok' if check['ok'] else 'NO':4} {check['what']}" for check in facts["checks"]]
     emit(facts, "\n".join(lines), json)
 
@@ -35,14 +41,14 @@ def machine() -> dict[str, Any]:
     from ..api.plan import available_memory
     from ..model import find_layers, load_model
 
-    found = {name: _version(name) for name in LIBRARIES}
+    packages = [name for _, names in EXTRAS.values() for name in names]
+    found = {name: _version(name) for name in (*LIBRARIES, *packages, "datasets")}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     layers = find_layers(load_model("nano"))
     checks = [
         {"what": f"prism-nano loads: {len(layers)} MoE layers of {layers[0].num_experts} experts", "ok": True},
         {"what": "experts interface of transformers", "ok": True},
-        {"what": "HTML reports (extra: report)", "ok": bool(found["altair"] and found["vl-convert-python"])},
-        {"what": "GGUF files (extra: gguf)", "ok": bool(found["gguf"])},
+        *({"what": f"{what} (extra: {e})", "ok": all(found[n] for n in names)} for e, (what, names) in EXTRAS.items()),
         {"what": "GPU", "ok": bool(gpus)},
     ]
     facts = {

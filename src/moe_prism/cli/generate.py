@@ -39,8 +39,13 @@ def generate(
     """
     from ..api import generate as run
     from ..api import load
+    from ..api.loading import check_request
+    from ..errors import UsageError
     from ..routing import SkipPlan
 
+    check_request(prompt, budget, rule, max_tokens, temperature, seed)
+    if experts.miss_floor != 1 and experts.miss_floor >= budget:
+        raise UsageError(f"--miss-floor {experts.miss_floor:g} is not below --budget {budget:g}", "lower it, or leave it out")
     store, routing = experts.options(), None if plan is None else SkipPlan.load(plan)
     if routing is None or store is not None:
         model, tokenizer = load(folder, store=store)

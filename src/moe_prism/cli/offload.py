@@ -48,6 +48,7 @@ def offload(
     text = table(("budget", "slots", "policy", "reads", "hit rate", "reads/token", "ms/token"), rows)
     text += (
         f"\n{plan.slots} of {plan.records} sub-experts fit ({plan.record_bytes} bytes each), reads {plan.bytes_per_second / 1e6:.0f} MB/s"
-        f"\nuse --budget {best.budget:g}: {best.slots:.1f} slots, {best.policy}, {best.precision} reads, {best.ms_per_token:.2f} ms/token"
+        f"\nuse --expert-memory {memory} --budget {best.budget:g} --expert-policy {best.policy}: {best.slots:.1f} slots, "
+        f"{best.precision} reads, {best.ms_per_token:.2f} ms/token"
     )
     emit(plan.to_json(), text, json)

@@ -33,8 +33,10 @@ def recover(
     ----------
     folder: Written by `moe-prism refactor`.
     out: Folder to write. It appears only when it is complete.
-    method: repair: W_down of cut experts, by least squares. predictor: the predictor, trained to choose slots; do this one first.
-    bands: Of repair: copies of W_down, each for a range of dropped sub-experts; each adds a third of the expert weights to memory.
+    method: repair: W_down of cut experts, by least squares. predictor: the predictor, trained to choose slots; for both, run it
+        before repair.
+    bands: Of repair: copies of W_down, each for a range of dropped sub-experts, at most n_sub - 1; each adds a third of the
+        expert weights to memory.
     steps: Of predictor: training steps of two windows.
     text: Calibration text: stdlib, a file, a folder, a .jsonl file or a saved dataset; default: what FOLDER was calibrated on.
     tokens: Calibration tokens.

@@ -64,8 +64,8 @@ def refactor(
     profile_tokens: Calibration tokens run once per layer to learn how to spend a budget across layers; 0 = every layer alike.
     extra_scorers: Predictors to fit beside the default one, e.g. low-rank; see `moe-prism ls scorers`.
     profile_points: Budgets at which every layer is run once more, to refine the rule `plan`; each takes as long as the profile.
-    calibration: Folder written by `moe-prism calibrate`, instead of the five options above.
-    low_memory: Keep one decoder layer in memory at a time.
+    calibration: Folder written by `moe-prism calibrate`, instead of --text, --tokens, --length, --reservoir and --memory-mib.
+    low_memory: Keep one decoder layer in memory at a time. No profile then: a budget is spent alike in all layers.
     resume: Continue an interrupted run; ends in the same bytes.
     force: Replace an existing output.
     dry_run: Print the plan and exit; 3 if this machine cannot do it.
@@ -92,10 +92,16 @@ def refactor(
     )
     if dry_run:
         plan = plan_refactor(model, options)
-        lines = [f"{key:22} {value / GIB:8.2f} GiB" for key, value in plan.items() if key.endswith("bytes")]
+        sizes = {key: value for key, value in plan.items() if key.endswith("bytes")}
+        parts = [
+            f"  {key:20} {sizes.pop(key) / GIB:8.2f} GiB" for key in list(sizes) if key not in ("peak_memory_bytes", "disk_bytes")
+        ]
+        memory, disk = (f"{key:22} {value / GIB:8.2f} GiB" for key, value in sizes.items())
+        lines = [memory, *parts, disk]
         if not json:  # shown even where it does not fit; stdout of --json holds one object, then that of the error
             emit(plan, "\n".join(lines), json)
-        check_plan(plan)
+        check_plan(plan, out)
+        note("this machine has enough of both")
         if json:
             emit(plan, "", json)
         return

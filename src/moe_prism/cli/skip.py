@@ -32,7 +32,7 @@ def skip(
     folder: Written by `moe-prism refactor`, or any checkpoint of a model with experts.
     out: The plan, for `moe-prism generate --plan` and `moe-prism frontier --plan`.
     method: How it is made; see `moe-prism ls methods` (those of expert skipping).
-    mean: Experts per token and layer that are left on average.
+    mean: Experts per token and layer that are left on average; naee and pattern-skip:b-h-e-p do without.
     keep_mass: Scale what is left of a token's routing weights up to their full sum; default: as the model's own router does it.
     rounding: Of pattern-skip: half-up, floor, ceil, or budget (largest remainders; always so where --mean is given).
     index_over: Of pattern-skip: whether its layers are the MoE layers (moe) or all layers (all).

@@ -37,7 +37,7 @@ def trace(
     length: Tokens per request.
     prompt: How many of them are the prefill step; the others are one decode step each.
     budget: Kept slots / all slots of an elastic model, in (0, 1].
-    rule: Selection rule of an elastic model; see `moe-prism ls rules`.
+    rule: Selection rule of an elastic model; see `moe-prism ls rules`. Default threshold.
     inputs: Also keep the routers' inputs and weights, which cross-layer prediction needs.
     values: Also keep the value of every candidate slot of an elastic model.
     force: Replace an existing file.

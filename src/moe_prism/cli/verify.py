@@ -13,7 +13,7 @@ def verify(folder: Path, /, *, json: bool = False) -> None:
 
     Parameters
     ----------
-    folder: Written by `moe-prism refactor` or `moe-prism calibrate`.
+    folder: Written by `moe-prism refactor`, `prune`, `recover` or `calibrate`.
     json: One JSON object on stdout.
     """
     from ..api import verify as run

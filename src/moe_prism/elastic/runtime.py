@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import torch
@@ -290,7 +291,16 @@ def operating_point(
     scorer = scorer or ("gates" if rule == "pattern" else "ridge")
     scorers.get(scorer)
     if k is not None:
-        budget = k / slots_per_token(elastic)
+        slots = slots_per_token(elastic)
+        if not isinstance(budget, Tensor) and budget != 1.0:
+            raise UsageError(f"both budget {budget:g} and k {k} were given", "give one of them")
+        if not 1 <= k <= slots or k != int(k):
+            raise UsageError(f"k {k} is outside 1..{slots}", f"give a whole number: a token has {slots} slots")
+        budget = k / slots
+    if not isinstance(budget, Tensor | Real):
+        raise UsageError(
+            f"a budget is a number or a tensor, not {type(budget).__name__}", "torch.tensor([...]) has one per token"
+        )
     low, high = (budget.min(), budget.max()) if isinstance(budget, Tensor) else (budget, budget)
     if not (low > 0 and high <= 1):
         raise UsageError(f"budget {float(low):g} is outside (0, 1]", "1 keeps every slot, 0.5 half of them")

@@ -2,6 +2,6 @@
 
 from .base import Layout, MoELayer
 from .find import find_layers
-from .load import load_model, load_to_run, load_tokenizer, resolve
+from .load import load_model, load_to_run, load_tokenizer, on_disk, resolve
 
-__all__ = ["Layout", "MoELayer", "find_layers", "load_model", "load_to_run", "load_tokenizer", "resolve"]
+__all__ = ["Layout", "MoELayer", "find_layers", "load_model", "load_to_run", "load_tokenizer", "on_disk", "resolve"]

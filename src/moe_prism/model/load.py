@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ..errors import CorruptError, UsageError
 
@@ -32,10 +33,17 @@ def resolve(source: str | Path) -> Path | str:
             return path
         raise UsageError(f"'{text}' is a file, not a model folder", "give the folder that holds config.json, or a .gguf file")
     if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise UsageError(
-            f"model path '{text}' does not exist", "give a folder with config.json, a .gguf file, a hub name, or 'nano'"
-        )
+        raise UsageError(f"model path '{text}' does not exist", "give a folder with config.json, a .gguf file, or 'nano'")
     return text
+
+
+def on_disk(where: Path | str) -> Path:
+    """What `resolve` gave, if it is a path. UsageError for a hub name where the files themselves are read."""
+    if isinstance(where, Path):
+        return where
+    raise UsageError(
+        f"'{where}' is not on this machine", f"fetch it, `hf download {where} --local-dir FOLDER`, and give that folder"
+    )
 
 
 def load_model(source: str | Path, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
@@ -64,8 +72,13 @@ def _guard(auto: Any, source: str | Path, **kwargs: Any) -> Any:
         kwargs["gguf_file"], where = where.name, where.parent
     try:
         return auto.from_pretrained(str(where), trust_remote_code=False, **kwargs)
+    except SafetensorError as error:
+        raise CorruptError(f"the weights of '{source}' cannot be read: {error}", "restore the files from their source") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "backend tokenizer" in first:  # a list of reasons follows that is about other formats
+            first = "there is no tokenizer.json that transformers can read"
+        here = isinstance(where, Path)
         raise UsageError(
-            f"cannot load '{source}': {first}", "check the folder, or your connection if it is a hub name"
+            f"cannot load '{source}': {first}", "check the folder" if here else "check the name and the connection"
         ) from error

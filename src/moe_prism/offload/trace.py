@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -137,6 +138,8 @@ def load_trace(path: str | Path) -> Trace:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(arrays.pop("header").tobytes())
     except Exception as error:
+        if not zipfile.is_zipfile(path):  # numpy would recommend to unpickle it
+            raise CorruptError(f"'{path}' is no .npz file", "record it again with `moe-prism trace`") from error
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise CorruptError(f"'{path}' is no trace: {first}", "record it again with `moe-prism trace`") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:

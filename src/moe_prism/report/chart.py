@@ -101,14 +101,15 @@ def ppl_chart(frontier: Frontier, width: int = WIDE) -> alt.LayerChart:
     values = [row["ppl"] for row in data] or [1.0]
     low, high = min(values), max(values)
     log = low > 0 and high > 5 * low
-    pad = (high / low) ** 0.12 if log else max((high - low) * 0.12, high * 1e-3)
+    share, dy = (0.12, 23) if width > 500 else (0.2, 36)  # a phone's labels are as large as a desk's: the note goes below theirs
+    pad = (high / low) ** share if log else max((high - low) * share, high * 1e-3)
     domain = [low / pad, high * pad] if log else [low - pad, high + pad]
     scale = {"type": "log" if log else "linear", "domain": domain, "nice": False, "zero": False}
     axis = {"values": _decades(low, high), "format": "~g"} if log else {"tickCount": 6}
     subtitle = _subtitle("Perplexity per token on held-out text. Lower is better.", data, width)
     chart = _layers(frontier, data, "ppl", scale, axis, PPL_TITLE, subtitle, width)
     zero = [row for row in data if row["zero"]]
-    return chart + _note(zero, "ppl", f"full model: {perplexity(zero[-1]['ppl'])}" if zero else "", dx=6, dy=23)
+    return chart + _note(zero, "ppl", f"full model: {perplexity(zero[-1]['ppl'])}" if zero else "", dx=6, dy=dy)
 
 
 def svg(chart: alt.LayerChart) -> str:
@@ -139,7 +140,7 @@ def _layers(
     names = series_names(frontier)
     color, shape = _encodings(alt, names, width)
     costs = [row["cost"] for row in data] or [0.0, 100.0]
-    left, right = (0.09, 0.05) if width > 500 else (0.18, 0.08)  # room for the label of the cheapest point
+    left, right = (0.09, 0.05) if width > 500 else (0.27, 0.08)  # room for the label of the cheapest point
     span = max(max(costs) - min(costs), 10.0)
     x = alt.X("cost:Q", title="Expert weights read per token, % of the full model")
     x = x.scale(domain=[min(costs) - left * span, max(costs) + right * span], nice=False, zero=False)

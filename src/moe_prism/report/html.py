@@ -96,7 +96,8 @@ def _columns(points: Sequence[Point]) -> list[dict[str, Any]]:
     for key, title, unit in (*wanted, ("flops_per_token", "FLOPs", ""), *resident):
         top = max((getattr(p, key) for p in points), default=0.0)
         size, prefix = next((s for s in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if top >= s[0]), (1.0, ""))
-        columns.append({"key": key, "title": title, "unit": prefix + unit, "size": size})
+        unit = prefix + unit if key.startswith("resident") else f"{prefix}{unit} per token".lstrip()
+        columns.append({"key": key, "title": title, "unit": unit, "size": size})
     return columns
 
 

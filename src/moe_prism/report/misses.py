@@ -12,22 +12,32 @@ from . import chart
 
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Miss curves</title><style>
-body { font: 16px/1.5 system-ui, sans-serif; color: {{ ink }}; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid {{ grid }}; }
-th:first-child, td:first-child { text-align: left; } figure { margin: 1rem 0; overflow-x: auto; } .bound { color: {{ muted }}; }
+<meta name="color-scheme" content="light dark"><title>Miss curves of {{ facts.model }}</title><style>
+:root { --ink: #1b1f24; --muted: #57606a; --page: #f6f7f9; --line: #d8dde3; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --muted: #9aa4af; --page: #101418; --line: #313943; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { line-height: 1.15; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; } .bound { color: var(--muted); }
+figure { margin: 1rem 0; padding: .5rem; background: #fff; border: 1px solid var(--line); border-radius: 10px; }
+figure svg { display: block; width: 100%; max-width: 860px; height: auto; margin: 0 auto; } .narrow { display: none; }
+@media (max-width: 560px) { .wide { display: none; } .narrow { display: block; } th, td { padding: .2rem .4rem; } }
 </style></head><body>
 <h1>Miss curves of {{ facts.model }}</h1>
 <p>{{ facts.tokens }} decoded tokens of held-out text, {{ facts.k }} of {{ facts.experts }} experts per token in {{ facts.layers }} layers.
-Policies were fitted on other text. No policy can be below Belady, which knows the future; <code>sch</code> knows the next 16 tokens.</p>
+Policies were fitted on other text. Dashed: no policy can be below <code>belady</code>, which knows the future;
+<code>sch</code> knows the next 16 tokens.</p>
 {% for part in parts %}
 <h2>{{ part.title }}</h2>
-<figure role="img" aria-label="{{ part.title }}: misses per token against cache size, all policies">{{ part.drawing }}</figure>
-<table><thead><tr><th>hit rate</th>{% for size in part.sizes %}<th>{{ size }} slots</th>{% endfor %}</tr></thead><tbody>
+<figure role="img" aria-label="{{ part.title }}: misses per token against cache size, all policies">
+<div class="wide" aria-hidden="true">{{ part.wide }}</div><div class="narrow" aria-hidden="true">{{ part.narrow }}</div></figure>
+<div class="scroll"><table><caption>Hit rate, %, by slots per layer</caption>
+<thead><tr><th>policy</th>{% for size in part.sizes %}<th>{{ size }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in part.rows %}<tr{% if row.bound %} class="bound"{% endif %}><td>{{ row.policy }}</td>
-{% for rate in row.rates %}<td>{{ "%.1f"|format(100 * rate) }} %</td>{% endfor %}</tr>
-{% endfor %}</tbody></table>
+{% for rate in row.rates %}<td>{{ "%.1f"|format(100 * rate) }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
 {% endfor %}
 </body></html>
 """
@@ -55,14 +65,15 @@ def render(facts: Mapping[str, Any], parts: Sequence[tuple[str, Sequence[Mapping
         {
             "title": title,
             # ours, with every text in it escaped by the renderer
-            "drawing": Markup(chart.svg(draw(rows))),  # noqa: S704
+            "wide": Markup(chart.svg(draw(rows, chart.WIDE - 60))),  # noqa: S704
+            "narrow": Markup(chart.svg(draw(rows, chart.NARROW))),  # noqa: S704
             "sizes": sorted({row["slots"] for row in rows}),
             "rows": _by_policy(rows),
         }
         for title, rows in parts
     ]
     page = environment.from_string(TEMPLATE)
-    return page.render(facts=facts, parts=found, ink=chart.INK, grid=chart.GRID, muted=chart.MUTED)
+    return page.render(facts=facts, parts=found)
 
 
 def _by_policy(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -75,20 +86,24 @@ def _by_policy(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: (not row["bound"], -sum(row["rates"])))
 
 
-def draw(rows: Sequence[Mapping[str, Any]]) -> Any:
+def draw(rows: Sequence[Mapping[str, Any]], width: int) -> Any:
     """Misses per token (log) against slots per layer, one line per policy; bounds dashed."""
     alt = chart.libraries()
     data = [dict(row) for row in rows if row["loads_per_token"] > 0]
     names = [row["policy"] for row in _by_policy(rows)]
+    misses = [row["loads_per_token"] for row in data] or [1.0]
+    legend = alt.Legend(title=None, labelFontSize=13) if width > 500 else alt.Legend(title=None, orient="bottom", columns=3)
     base = alt.Chart(alt.Data(values=data)).encode(
         x=alt.X("slots:Q", title="slots per layer").axis(tickMinStep=1),
-        y=alt.Y("loads_per_token:Q", title="misses per token").scale(type="log"),
-        color=alt.Color("policy:N", sort=names, title=None).scale(scheme="tableau20"),
+        y=alt.Y("loads_per_token:Q", title="misses per token, log scale").scale(
+            type="log", domain=[min(misses) / 1.1, max(misses) * 1.1], nice=False
+        ),
+        color=alt.Color("policy:N", sort=names, legend=legend).scale(scheme="tableau20"),
         strokeDash=alt.StrokeDash("bound:N", legend=None).scale(domain=[False, True], range=[[1, 0], [6, 4]]),
     )
     return (
         (base.mark_line(strokeWidth=2) + base.mark_point(filled=True, size=30))
-        .properties(width=chart.WIDE - 60, height=380)
+        .properties(width=width, height=380, background="white")
         .configure_axis(**chart.AXIS)
         .configure_view(strokeWidth=0)
     )

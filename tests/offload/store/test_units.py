@@ -60,7 +60,7 @@ def test_the_pool_answers_and_counts_as_the_general_one(name, capacity, calls):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from(["lru", "lfu"]),
+    st.sampled_from(["lru", "lfu", "edge-moe"]),
     st.integers(0, 9),
     st.lists(st.tuples(st.sampled_from(["request", "prefetch", "expect", "pin", "unpin", "drop"]), LATER), max_size=40),
 )
@@ -68,8 +68,7 @@ def test_the_table_answers_and_counts_as_a_pool(name, capacity, calls):
     """Of the second layer; and every key that is there has a slot of its own."""
     policy = cache_policies.get(name)(SPACE, capacity)
     slots = Slots.new(len(SPACE), capacity)
-    half_life = TablePool.half_life_of(policy)
-    pools = [Pool(capacity, policy), TablePool(capacity, SPACE.of_layer(1), half_life, slots)]
+    pools = [Pool(capacity, policy), TablePool(capacity, SPACE, SPACE.of_layer(1), policy, slots)]
     pinned: list[int] = []
     for step, (call, keys) in enumerate(calls):
         now = Moment(step * 2, step, 1)
@@ -99,11 +98,17 @@ def test_the_table_answers_and_counts_as_a_pool(name, capacity, calls):
         assert sorted([*taken, *slots.free[1 : 1 + slots.free[0]]]) == list(range(capacity))
 
 
-def test_only_two_policies_have_a_table():
-    assert {n for n in cache_policies.names() if TablePool.half_life_of(cache_policies.get(n)(SPACE, 4)) is not None} == {
-        "lru",
-        "lfu",
-    }
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["lru", "lfu", "edge-moe"]), st.integers(1, 9), st.lists(st.tuples(st.integers(0, 1), KEYS), max_size=40))
+def test_a_table_for_all_layers_answers_as_a_pool(name, capacity, calls):
+    """Requests of one layer after the other; keys of the other layer leave for them."""
+    policy = cache_policies.get(name)(SPACE, capacity)
+    pools = [Pool(capacity, policy), TablePool(capacity, SPACE, range(len(SPACE)), policy, Slots.new(len(SPACE), capacity))]
+    for step, (layer, keys) in enumerate(calls):
+        own = [k for k in keys if SPACE.layer(k) == layer]
+        first, second = (pool.request(own, Moment(step * 2 + layer, step, layer)) for pool in pools)
+        assert first == second
+        assert pools[0].counts == pools[1].counts
 
 
 @settings(max_examples=60, deadline=None)

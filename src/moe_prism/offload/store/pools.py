@@ -6,7 +6,7 @@ from typing import Any
 
 from ..base import CachePolicy, ExpertCache, KeySpace
 from ..cache.pool import LayerPools
-from .table import Slots, TablePool
+from .table import POLICIES, Slots, TablePool
 from .units import UnitPool
 
 
@@ -27,18 +27,15 @@ def pools(
     policy: type[CachePolicy], space: KeySpace, slots: int, settings: dict[str, Any], group: int, places: Slots | None = None
 ) -> ExpertCache:
     """One pool per layer of equal size, or one for all of them (`is_shared`). Tables where the policy has one."""
-    layers, places = space.layers, places or Slots.new(len(space), slots)
-    half_life = TablePool.half_life_of(policy(space, 1, **settings))
+    layers, places, table = space.layers, places or Slots.new(len(space), slots), policy in POLICIES
+
+    def pool(capacity: int, of: range) -> ExpertCache:
+        own = policy(space, capacity, **settings)
+        return TablePool(capacity, space, of, own, places) if table else UnitPool(capacity, own)
+
     if is_shared(space, slots, group):
-        return (
-            UnitPool(slots, policy(space, slots, **settings))
-            if half_life is None
-            else TablePool(slots, range(len(space)), half_life, places)
-        )
+        return pool(slots, range(len(space)))
     quotas = [slots // layers + (layer < slots % layers) for layer in range(layers)]
     found = LayerPools(quotas, lambda _, capacity: policy(space, capacity, **settings))
-    if half_life is None:
-        found.pools = [UnitPool(capacity, policy(space, capacity, **settings)) for capacity in quotas]
-    else:
-        found.pools = [TablePool(capacity, space.of_layer(layer), half_life, places) for layer, capacity in enumerate(quotas)]
+    found.pools = [pool(capacity, space.of_layer(layer)) for layer, capacity in enumerate(quotas)]
     return found

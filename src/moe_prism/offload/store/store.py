@@ -143,7 +143,7 @@ class ExpertStore:
         self.cache.expect(layer, keys)
         pool = self._table(layer)
         if pool is not None:
-            loads, victims, _ = pool.serve(np.array(keys, np.int64), self.step, True)
+            loads, victims, _ = pool.serve(np.array(keys, np.int64), now, True)
             found = self._loaded(loads, victims)
         else:
             found = self._placed(self.cache.prefetch(list(keys), now).loads)
@@ -249,7 +249,7 @@ class ExpertStore:
         if pool is not None:
             keys = wanted.keys[first:last]
             asked = keys[np.argsort(-wanted.importance[first:last], kind="stable")]
-            loads, victims, bypassed = pool.serve(asked, self.step)
+            loads, victims, bypassed = pool.serve(asked, self.moment(layer))
             found = self._loaded(loads, victims)
         else:
             names, weights = wanted.by_importance(first, last)

@@ -1,4 +1,4 @@
-"""A pool under `lru` or `lfu` as one table: who is there, who leaves and which slot a record gets, in one call per request.
+"""A pool under `lru`, `lfu` or `edge-moe` as one table: who is there, who leaves and which slot a record gets, in one call per request.
 
 Same answers, same counts as `Pool` (tested). Other policies keep `UnitPool`. Shapes: n records that it is for, G keys of a request.
 """
@@ -13,7 +13,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from ..base import Access, CachePolicy, Counts, ExpertCache, Key, Load, Moment
+from ..base import Access, CachePolicy, Counts, ExpertCache, Key, KeySpace, Load, Moment
+from ..cache.edge_moe import EdgeMoE
 from ..cache.lfu import LFU
 from ..cache.lru import LRU
 from ..cache.pool import groups_of
@@ -21,6 +22,7 @@ from ..cache.pool import groups_of
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
+POLICIES = (LRU, LFU, EdgeMoE)
 NOBODY = -1
 REQUESTED, HITS, MISSES, LOADS, EVICTIONS, PREFETCHED, USED, WASTED = range(8)
 NAMES = ("requested", "hits", "misses", "loads", "evictions", "prefetched", "prefetch_used", "prefetch_wasted")
@@ -61,12 +63,13 @@ class Fetched(NamedTuple):
 
 @njit(nogil=True, cache=True)
 def serve(
-    keys: Ints, base: int, capacity: int, ahead: bool, half_life: float, step: int, used: Ints, rank: NDArray[np.float64],
-    pinned: Ints, expected: Flags, early: Flags, counts: Ints, clock: Ints, slot: Ints, free: Ints,
+    keys: Ints, base: int, capacity: int, ahead: bool, half_life: float, step: int, layer: int, width: int, layers: int,
+    used: Ints, rank: NDArray[np.float64], pinned: Ints, expected: Flags, early: Flags, counts: Ints, clock: Ints, slot: Ints, free: Ints,
 ) -> tuple[Ints, Ints, Ints]:  # fmt: skip
     """Request or prefetch (`ahead`) keys, in order of importance: (keys to load, their victims, keys without room).
 
-    used [n]: number of the last use, negative = not resident; rank [n]: log2 of the aged count (`Aged`) where half_life > 0.
+    used [n]: number of the last use, negative = not resident; rank [n]: log2 of the aged count (`Aged`) where half_life > 0, the count
+    where width > 0: the keys of a layer, whose distance it is then divided by (`EdgeMoE`).
     """
     blocked = np.zeros(len(used), np.bool_)
     for key in keys:
@@ -89,26 +92,30 @@ def serve(
                 early[i] = False
                 used[i] = clock[0]
                 clock[0] += 1
-                add_use(rank, i, half_life, step)
+                add_use(rank, i, half_life, step, width)
     for key in keys:
         i = key - base
         if used[i] >= 0:
             continue
         if not ahead:
             counts[MISSES] += 1
-            add_use(rank, i, half_life, step)
+            add_use(rank, i, half_life, step, width)
         if stuck >= capacity:
             refused[without] = key
             without += 1
             continue
         victims[count] = NOBODY
         if resident >= capacity:
-            worst = -1
+            worst, least = -1, 0.0
             for v in range(len(used)):
                 if used[v] < 0 or blocked[v]:
                     continue
-                if worst < 0 or rank[v] < rank[worst] or (rank[v] == rank[worst] and used[v] < used[worst]):
-                    worst = v
+                worth = rank[v]
+                if width > 0:
+                    distance = ((v + base) // width - layer) % layers
+                    worth /= distance if distance > 0 else layers
+                if worst < 0 or worth < least or (worth == least and used[v] < used[worst]):
+                    worst, least = v, worth
             victims[count] = worst + base
             used[worst] = -1
             counts[EVICTIONS] += 1
@@ -132,9 +139,11 @@ def serve(
 
 
 @njit(nogil=True, cache=True)
-def add_use(rank: NDArray[np.float64], i: int, half_life: float, step: int) -> None:
-    """`Aged.add` of one use."""
-    if half_life > 0:
+def add_use(rank: NDArray[np.float64], i: int, half_life: float, step: int, width: int) -> None:
+    """`Aged.add` of one use; of plain counts where width > 0."""
+    if width > 0:
+        rank[i] += 1
+    elif half_life > 0:
         new = step / half_life
         if rank[i] == -np.inf:
             rank[i] = new
@@ -143,41 +152,34 @@ def add_use(rank: NDArray[np.float64], i: int, half_life: float, step: int) -> N
 
 
 class TablePool(ExpertCache):
-    """One pool of `capacity` slots for the keys `of` a layer or all layers. half_life: of the counts of `lfu`; 0 = `lru`."""
+    """One pool of `capacity` slots for the keys `of` a layer or all layers, under one of POLICIES. One layer at a time expects keys."""
 
-    def __init__(self, capacity: int, of: range, half_life: float, slots: Slots) -> None:
-        self.capacity, self.base, self.half_life, self.slots = capacity, of.start, half_life, slots
-        self._used, self._rank = np.full(len(of), -1, np.int64), np.full(len(of), -np.inf)
+    def __init__(self, capacity: int, space: KeySpace, of: range, policy: CachePolicy, slots: Slots) -> None:
+        self.capacity, self.base, self.slots = capacity, of.start, slots
+        self._half_life = policy._uses.half_life if isinstance(policy, LFU) else 0.0
+        self._width, self._layers = (space.experts * space.parts if isinstance(policy, EdgeMoE) else 0), space.layers
+        self._used, self._rank = np.full(len(of), -1, np.int64), np.full(len(of), -np.inf if self._half_life else 0.0)
         self._pins, self._expected, self._early = np.zeros(len(of), np.int64), np.zeros(len(of), bool), np.zeros(len(of), bool)
         self._numbers, self._clock = np.zeros(len(NAMES), np.int64), np.zeros(1, np.int64)
-        if half_life <= 0:
-            self._rank[:] = 0
 
-    @staticmethod
-    def half_life_of(policy: CachePolicy) -> float | None:
-        """What a pool of this policy takes; None where there is none of its kind."""
-        if type(policy) is LFU:
-            return policy._uses.half_life
-        return 0.0 if type(policy) is LRU else None
-
-    def serve(self, keys: Ints, step: int, ahead: bool = False) -> tuple[Ints, Ints, Ints]:
+    def serve(self, keys: Ints, now: Moment, ahead: bool = False) -> tuple[Ints, Ints, Ints]:
         """`serve` on this pool."""
         return serve(  # type: ignore[no-any-return]
-            keys, self.base, self.capacity, ahead, self.half_life, step, self._used, self._rank, self._pins, self._expected,
-            self._early, self._numbers, self._clock, self.slots.of, self.slots.free,
+            keys, self.base, self.capacity, ahead, self._half_life, now.step, now.layer, self._width, self._layers, self._used,
+            self._rank, self._pins, self._expected, self._early, self._numbers, self._clock, self.slots.of, self.slots.free,
         )  # fmt: skip
 
-    def _access(self, keys: Sequence[Key], step: int, ahead: bool) -> Access:
+    def _access(self, keys: Sequence[Key], now: Moment, ahead: bool) -> Access:
         hits = tuple(k for k in keys if k in self)
-        loads, victims, refused = (a.tolist() for a in self.serve(np.array(keys, np.int64), step, ahead))
+        loads, victims, refused = (a.tolist() for a in self.serve(np.array(keys, np.int64), now, ahead))
         found = tuple(Load(k, () if v == NOBODY else (v,)) for k, v in zip(loads, victims, strict=True))
         return Access(hits, found, tuple(refused))
 
     def request(self, keys: Sequence[Key], now: Moment, weights: Sequence[float] | None = None) -> Access:
-        return self._access(keys, now.step, False)
+        return self._access(keys, now, False)
 
     def prefetch(self, keys: Sequence[Key], now: Moment) -> Access:
-        return self._access(keys, now.step, True)
+        return self._access(keys, now, True)
 
     def chunks(self, keys: Sequence[Key], layer: int) -> list[list[Key]]:
         there = {k for k in keys if k in self}

@@ -45,7 +45,7 @@ def _cut(where: Path) -> int | None:
     if not (where / MANIFEST).is_file():
         return None
     manifest = read_manifest(where)
-    return manifest["n_sub"] if manifest.get("kind") == "elastic" else None
+    return int(manifest["n_sub"]) if manifest.get("kind") == "elastic" else None
 
 
 def _layer(layer: MoELayer) -> dict[str, Any]:

@@ -259,6 +259,14 @@ def test_bad_means_of_skip(fails, tiny_source, text_file, tmp_path, mean):
         assert "outside 1.." in fails(2, "skip", tiny_source, *options)
 
 
+def test_a_skip_plan_of_more_experts_than_a_token_has(fails, elastic_tiny, text_file, tmp_path):
+    (tmp_path / "plan.json").write_text('{"0": 2, "1": 9}')
+    line = "layer 1 of the skip plan keeps 9 experts, a token of the model has 2; give 1 to 2"
+    assert line in fails(2, "generate", elastic_tiny, "--prompt", "x", "--plan", tmp_path / "plan.json")
+    options = ("-o", tmp_path / "out", "--plan", tmp_path / "plan.json", "--text", text_file, *SMALL)
+    assert line in fails(2, "frontier", elastic_tiny, *options)
+
+
 def test_a_trace_of_another_model(fails, tiny_source):
     assert "6 layers of 32 experts" in fails(2, "inspect", tiny_source, "--routing", "--trace", "nano")
 

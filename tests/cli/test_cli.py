@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -133,6 +135,35 @@ def test_inspect(run_json, tiny_source, tiny_dense):
     assert [(r["kind"], r["experts"], r["width"]) for r in found["layers"]] == [("moe", 4, 16)] * 2
     assert found["sub_experts"] == [2, 4, 8, 16]
     assert {r["kind"] for r in run_json("inspect", tiny_dense)["layers"]} == {"dense"}
+
+
+def test_inspect_says_what_is_elastic_already(run_json, run, tiny_source, elastic_tiny):
+    assert run_json("inspect", tiny_source)["n_sub"] is None and run_json("inspect", elastic_tiny)["n_sub"] == 4
+    _, shown, _ = run("inspect", elastic_tiny)
+    assert f"elastic already, 4 sub-experts each; next: `moe-prism frontier {elastic_tiny}`" in shown and "--n-sub" not in shown
+
+
+@pytest.mark.parametrize("json_wanted", [True, False])
+@pytest.mark.parametrize("command", ["frontier", "skip"])
+def test_a_disk_that_fills_during_the_work_does_not_cost_the_result(
+    run, elastic_tiny, text_file, tmp_path, monkeypatch, command, json_wanted
+):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for place in ("moe_prism.routing.plan.replace_file", "moe_prism.frontier.record.replace_file"):
+        monkeypatch.setattr(place, full)
+    options = ("--mean", "1", "--method", "uniform") if command == "skip" else ("--compare", "product", "--points", "2")
+    code, out, err = run(
+        command, elastic_tiny, "-o", tmp_path / "out", *options, "--text", text_file, *SMALL, *["--json"] * json_wanted
+    )
+    errors = [line for line in err.splitlines() if line.startswith("moe-prism: error: ")]
+    assert code == 1 and len(errors) == 1 and "No space left on device" in errors[0] and "Traceback" not in err
+    if json_wanted:
+        found = json.loads(out)  # one object
+        assert found["points"] if command == "frontier" else found["layers"]
+    else:
+        assert ("resident MB" if command == "frontier" else "perplexity") in out
 
 
 def test_the_whole_path(run_json, run, tiny_source, text_file, tmp_path):

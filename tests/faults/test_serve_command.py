@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -179,12 +180,25 @@ def test_s15_what_is_wrong_at_the_start_is_one_line(tiny_levels, elastic_tiny, t
             ),
             (["--config", str(tmp_path / "worse.yaml"), "--port", "0"], 2, "engine.requests: input should be greater than"),
             (["--cost", str(tmp_path / "cost.json"), "--port", "0"], 4, "measure the cost model again"),
+            (["--cost", str(tmp_path / "none.json"), "--port", "0"], 2, "--save-cost FILE"),
             (["--probe-seconds", "-1", "--port", "0"], 2, "out of range"),
         ]
         for arguments, code, cause in cases:
             assert cli.main(["serve", str(tiny_levels), *arguments]) == code, arguments
             error = capsys.readouterr().err
             assert cause in error and error.count("\n") == 1 and "Traceback" not in error
-    for folder in (tmp_path / "nowhere", tmp_path):
+    for folder, cause in ((tmp_path / "nowhere", "there is no folder"), (tmp_path, "is not an elastic model")):
         assert cli.main(["serve", str(folder)]) == 2
-        assert "is not an elastic model" in capsys.readouterr().err
+        assert cause in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("process", ["true", "false"])
+def test_s15_truncated_weights_are_one_line(tiny_levels, tmp_path, capfd, process):
+    shutil.copytree(tiny_levels, tmp_path / "elastic")
+    file = next((tmp_path / "elastic").glob("model*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-64])
+    (tmp_path / "qos.yaml").write_text(f"engine: {{process: {process}}}\n")
+    capfd.readouterr()
+    assert cli.main(["serve", str(tmp_path / "elastic"), "--config", str(tmp_path / "qos.yaml"), "--port", "0"]) == 4
+    error = capfd.readouterr().err  # of the engine's process too
+    assert "the weights of" in error and error.count("\n") == 1 and "Traceback" not in error

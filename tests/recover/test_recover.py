@@ -97,7 +97,9 @@ def test_what_was_measured_before_does_not_come_along(elastic_tiny, recovered, t
     shutil.copytree(elastic_tiny, tmp_path / "measured")
     for name in ("frontier.json", "ladder.json", "report.html", "frontier.png"):
         (tmp_path / "measured" / name).touch()
-    update_manifest(tmp_path / "measured", {"operating_points": [{"name": "product-4"}]})
+    (tmp_path / "measured" / "experts.pack").touch()
+    update_manifest(tmp_path / "measured", {"operating_points": [{"name": "product-4"}], "caches": ["experts.pack"]})
+    (tmp_path / "measured" / "experts.pack").unlink()
     recover_model(tmp_path / "measured", tmp_path / "out", OPTIONS)
     assert digests(tmp_path / "out") == digests(recovered)
 

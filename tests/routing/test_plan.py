@@ -61,4 +61,4 @@ def test_no_file_and_no_json(tmp_path):
 
 def test_a_plan_of_another_model():
     with pytest.raises(UsageError, match="3 MoE layers, the model 2"):
-        SkipPlan((1, 1, 1)).check(2)
+        SkipPlan((1, 1, 1)).check(2, 4)

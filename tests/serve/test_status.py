@@ -99,7 +99,11 @@ def test_in_a_browser(tiny_levels, tmp_path):
         view.fill("#count", "12")
         view.click("#send")
         view.locator("#answers p", has_text="12 tokens").nth(2).wait_for()
-        view.locator("#point .first[d*=h1]").wait_for(state="attached")
+        for chart, line in (("quality", "first"), ("slots", "other"), ("rate", "first")):
+            view.locator(f"#{chart}-chart .{line}[d*=h1]").wait_for(state="attached")
+        assert view.locator("#quality-scale span").all_text_contents() == ["1", "0.9", "0.8"]
+        assert view.locator("#slots-scale span").all_text_contents() == ["8", "4", "0"]
+        assert view.locator(".time").all_text_contents() == ["5 min ago2.5 minnow"] * 3
         assert view.locator("#answers h2").all_text_contents() == [
             "low, quality 0.800",
             "half, quality 0.900",
@@ -109,6 +113,10 @@ def test_in_a_browser(tiny_levels, tmp_path):
         assert view.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         view.set_viewport_size({"width": 380, "height": 800})
         assert view.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        heights = "[...document.querySelectorAll('#targets td')].map((cell) => cell.offsetHeight)"
+        shown = "met({ met: 5, missed: 0 })"
+        view.evaluate(f"table('targets', [['interactive', {shown}, {shown}], ['batch', '-', '-']])")
+        assert len(set(view.evaluate(heights))) == 1, "a share is broken into two lines"
         view.set_viewport_size({"width": 1100, "height": 1300})
         view.screenshot(path=tmp_path / "status.png")
         assert (tmp_path / "status.png").stat().st_size > 20_000 and problems == []

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import LayerStream
+from ..checkpoint import LayerStream, read_manifest
+from ..checkpoint.manifest import MANIFEST
 from ..errors import UsageError
 from ..model import MoELayer, find_layers, load_model, on_disk, resolve
 
@@ -13,7 +14,8 @@ SUB_EXPERTS = (2, 4, 8, 16, 32)
 
 
 def inspect_model(model: str | Path) -> dict[str, Any]:
-    """Layers, experts, shapes, bytes and the sub-expert counts that divide evenly, as JSON-ready values."""
+    """Layers, experts, shapes, bytes and the sub-expert counts that divide evenly, as JSON-ready values. n_sub is that of
+    a folder that is elastic already, else None."""
     where = on_disk(resolve(model))
     if where.is_dir():
         stream = LayerStream(where)
@@ -34,8 +36,16 @@ def inspect_model(model: str | Path) -> dict[str, Any]:
         "expert_parameters": experts,
         "experts_per_token": _experts_per_token(tree, layers[0]),
         "layers": [_layer(layer) for layer in layers],
+        "n_sub": _cut(where),
         "sub_experts": [n for n in SUB_EXPERTS if all(layer.width % n == 0 for layer in layers)],
     }
+
+
+def _cut(where: Path) -> int | None:
+    if not (where / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(where)
+    return int(manifest["n_sub"]) if manifest.get("kind") == "elastic" else None
 
 
 def _layer(layer: MoELayer) -> dict[str, Any]:

@@ -35,18 +35,18 @@ def _profiled(subject: Subject, isolated: bool) -> list[list[float]]:
     counts = range(1, k + 1) if isolated else range(1, k)
     after = 1 if isolated else k
     plans = [(*(k,) * layer, n, *(after,) * (layers - layer - 1)) for layer in range(layers) for n in counts]
-    rows = torch.tensor(losses(subject, plans), dtype=torch.float64).view(layers, len(counts)).tolist()
+    rows = torch.tensor(losses(subject, plans, "losses of layers"), dtype=torch.float64).view(layers, len(counts)).tolist()
     return [[loss - row[-1] for loss in row] if isolated else [*row, 0.0] for row in rows]
 
 
-def losses(subject: Subject, plans: Sequence[Counts]) -> list[float]:
-    """KL to the full model of plans of counts [L], on the calibration windows."""
+def losses(subject: Subject, plans: Sequence[Counts], stage: str = "losses of plans") -> list[float]:
+    """KL to the full model of plans of counts [L], on the calibration windows. stage: what a report calls it."""
     own = own_rule(subject)
     policy = made([SkipPlan(counts, keep_mass=own) for counts in plans])
     settings = [Setting(routing=policy, level=i) for i in range(len(plans))]
     ids = subject.calibration
     batch = max(1, LOGIT_ROWS // ids.shape[1])
-    with subject.report("losses of plans") as update:
+    with subject.report(stage) as update:
         found = measure(subject.model, subject.elastic, ids, settings, batch=batch, progress=update)
     return [quality.kl for quality, _ in found]
 
@@ -64,19 +64,21 @@ def refine(subject: Subject, counts: Counts) -> tuple[Counts, float]:
 
 
 def _refined(subject: Subject, counts: Counts) -> tuple[Counts, float]:
-    loss = losses(subject, [counts])[0]
-    for _ in range(ROUNDS):
+    loss = losses(subject, [counts], "loss of the plan")[0]
+    for number in range(1, ROUNDS + 1):
+        stage = f"losses of plans, round {number} of at most {ROUNDS}"
         more = [layer for layer, n in enumerate(counts) if n < subject.k]
         less = [layer for layer, n in enumerate(counts) if n > 1]
         if not more or not less:
             break
-        around = losses(subject, [*(_moved(counts, a, None) for a in more), *(_moved(counts, None, b) for b in less)])
+        neighbours = [*(_moved(counts, a, None) for a in more), *(_moved(counts, None, b) for b in less)]
+        around = losses(subject, neighbours, stage)
         gain, cost = dict(zip(more, around, strict=False)), dict(zip(less, around[len(more) :], strict=True))
         moves = sorted((gain[a] + cost[b] - loss, a, b) for a in more for b in less if a != b)[:TRIES]
         if not moves:
             break
         tried = [_moved(counts, a, b) for _, a, b in moves]
-        best, plan = min(zip(losses(subject, tried), tried, strict=True))
+        best, plan = min(zip(losses(subject, tried, f"{stage}, moves"), tried, strict=True))
         if best >= loss:
             break
         loss, counts = best, plan

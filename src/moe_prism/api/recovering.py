@@ -182,7 +182,7 @@ def _unit(layer: int) -> str:
 
 def _copy(folder: Path, manifest: Mapping[str, Any], output: OutputFolder, update: Any) -> None:
     """Every file of the elastic model but what is written anew or was measured on the model as it was."""
-    names = [name for name in sorted(manifest["files"]) if name not in (*MEASURED, SIDE_FILE)]
+    names = [name for name in sorted(manifest["files"]) if name not in (*MEASURED, SIDE_FILE, *manifest.get("caches", ()))]
     output.require_space(sum(manifest["files"][name]["bytes"] for name in names))
     for done, name in enumerate(names, 1):
         with (folder / name).open("rb") as source, output.stage(name) as file:
@@ -201,7 +201,7 @@ def _expert_bytes(model: Any, manifest: Mapping[str, Any]) -> int:
 
 def _manifest(old: Mapping[str, Any], windows: Windows, recovery: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of the elastic model, with what was done to it. Text used here is calibration text too: no frontier may use it."""
-    kept = {key: value for key, value in old.items() if key not in (*FILLED_IN, "operating_points")}
+    kept = {key: value for key, value in old.items() if key not in (*FILLED_IN, "operating_points", "caches")}
     documents = dict.fromkeys([*old["calibration"]["documents"], *windows.documents])
     calibration = {**old["calibration"], "documents": list(documents)}
     return {**kept, "calibration": calibration, "recovery": [*old.get("recovery", []), dict(recovery)]}

@@ -80,7 +80,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def update_manifest(folder: str | Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Replace or add facts of a finished folder and list its files again, atomically (a measured frontier, a written model card).
 
-    Weights keep the sha256 they were written with, so a later change to them is still found by `verify`.
+    Weights keep the sha256 they were written with, so a later change to them is still found by `verify`. The fact `caches` names files
+    that are written again when they are missed: `verify` checks them, and does not ask for one that is gone.
     """
     path, old = Path(folder), read_manifest(folder)
     kept = {k: v for k, v in old.items() if k not in ("schema", "versions", "files", "sha256")}
@@ -97,17 +98,18 @@ def verify(folder: str | Path) -> list[Check]:
     its shards, or the tensor with a value that is not finite.
     """
     path, manifest = Path(folder), read_manifest(folder)
-    _check_files(path, manifest["files"])
-    weights = [name for name in sorted(manifest["files"]) if name.endswith(".safetensors")]
+    files = _kept(path, manifest)
+    _check_files(path, files)
+    weights = [name for name in sorted(files) if name.endswith(".safetensors")]
     for name in weights:
         read_header(path / name)
     if any((path / name).is_file() for name in (SINGLE, INDEX)):
         Source(path)
     count = sum(_check_values(path / name) for name in weights)
-    total = sum(entry["bytes"] for entry in manifest["files"].values())
+    total = sum(entry["bytes"] for entry in files.values())
     return [
         Check("manifest", f"{MANIFEST} matches its own sha256"),
-        Check("files", f"{len(manifest['files'])} files, {total} bytes: none missing, extra or changed"),
+        Check("files", f"{len(files)} files, {total} bytes: none missing, extra or changed"),
         Check("headers", f"{len(weights)} safetensors headers agree with their files"),
         Check("values", f"{count} tensors hold finite values only"),
     ]
@@ -133,6 +135,12 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 def _encode(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _kept(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The listed files without the caches that somebody removed."""
+    caches = manifest.get("caches", ())
+    return {name: entry for name, entry in manifest["files"].items() if name not in caches or (folder / name).exists()}
 
 
 def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:

@@ -31,7 +31,7 @@ from . import (
     trace,
     verify,
 )
-from .output import plain_line
+from .output import Unwritten, plain_line
 
 INTERRUPTED = 130
 RESUMABLE = ("calibrate", "refactor", "recover", "prune")
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = " ".join(["moe-prism", *(name for name in tokens[:1] if name in app)])
         return _fail(re.sub(r"(?<!\.)\.$", "", plain_line(str(error))), f"see `{known} --help`", 2, "--json" in tokens)
     except PrismError as error:
-        return _fail(error.cause, error.next_step, error.exit_code, "--json" in tokens)
+        return _fail(error.cause, error.next_step, error.exit_code, "--json" in tokens and not isinstance(error, Unwritten))
     except KeyboardInterrupt:
         resumable = tokens[:1] and tokens[0] in RESUMABLE and "--report-only" not in tokens
         next_step = "go on with --resume" if resumable else "run it again; it starts from the beginning"

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import UsageError
-from .output import emit, note, progress, table
+from .output import note, progress, table, written
 
 if TYPE_CHECKING:
     from ..frontier import Frontier
 
-HEADERS = ("point", "slots", "KL", "perplexity", "top-1", "expert bytes", "of full", "MFLOPs", "resident", "Pareto")
+HEADERS = ("point", "slots", "KL", "perplexity", "top-1", "expert MB", "of full", "MFLOPs", "resident MB", "Pareto")
 
 
 def frontier(
@@ -58,11 +58,11 @@ def frontier(
     options = FrontierOptions(text, tokens, length, _names(compare), points, _names(methods), _names(plan), calibration_tokens)
     result = run(folder, options, report=progress)
     target = out or folder
-    write(result, target, {})
-    if out is None:
-        best = [p for p in result.to_json()["points"] if p["pareto"]]
-        update_manifest(folder, {"operating_points": best})
-    emit(result.to_json(), f"{show(result)}\n\n{show_comparison(result)}", json)
+    facts = result.to_json()
+    with written(facts, f"{show(result)}\n\n{show_comparison(result)}", json):
+        write(result, target, {})
+        if out is None:
+            update_manifest(folder, {"operating_points": [p for p in facts["points"] if p["pareto"]]})
     note(f"report: {target / 'report.html'}")
 
 
@@ -81,7 +81,7 @@ def write(result: Frontier, target: Path, extra: dict[str, Any]) -> None:
 
 
 def show(result: Frontier) -> str:
-    """The frontier as a table, dearest point first."""
+    """The frontier as a table, dearest point first; expert MB are read per token, a MB is 10^6 bytes."""
     every = [*result.points, *result.baseline_topk]
     full = max(p.active_expert_bytes for p in every if p.budget >= 1)
     rows = [
@@ -91,10 +91,10 @@ def show(result: Frontier) -> str:
             f"{p.kl:.4f}",
             f"{p.ppl:.3f}",
             f"{p.top1_agreement:.1%}",
-            f"{p.active_expert_bytes:.0f}",
+            f"{p.active_expert_bytes / 1e6:.3f}",
             f"{p.active_expert_bytes / full:.1%}",
             f"{p.flops_per_token / 1e6:.3f}",
-            f"{p.resident_expert_bytes:.0f}",
+            f"{p.resident_expert_bytes / 1e6:.3f}",
             "yes" if p.pareto else "-",
         )
         for p in sorted(every, key=lambda p: -p.active_expert_bytes)

@@ -35,7 +35,7 @@ def inspect(
     head = (
         f"{facts['model']}: {facts['architecture']} ({facts['family']}), {facts['parameters'] / 1e6:.2f} M parameters, "
         f"{share:.0%} in experts, {facts['dtype']}, {facts['bytes_on_disk'] / 2**20:.1f} MiB on disk\n"
-        f"experts per token: {facts['experts_per_token'] or 'unknown'}; --n-sub can be {facts['sub_experts']}\n"
+        f"experts per token: {facts['experts_per_token'] or 'unknown'}; {_next(facts)}\n"
     )
     columns = ("name", "kind", "experts", "hidden", "width", "gated", "biases")
     text = head + table(columns, [[row[c] for c in columns] for row in facts["layers"]])
@@ -47,6 +47,13 @@ def inspect(
     if report and trace:
         _write(report, trace)
     emit(facts, text, json)
+
+
+def _next(facts: dict[str, Any]) -> str:
+    """What a reader does with this model."""
+    if facts["n_sub"] is None:
+        return f"--n-sub can be {facts['sub_experts']}"
+    return f"elastic already, {facts['n_sub']} sub-experts each; next: `moe-prism frontier {facts['model']}`, or generate, serve"
 
 
 def show_routing(facts: dict[str, Any]) -> str:

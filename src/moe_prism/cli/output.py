@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ..errors import PrismError, UsageError
+
 QUIET_SECONDS = 10.0  # between plain progress lines when stderr is no terminal
 
 
@@ -20,6 +22,22 @@ def plain_line(text: str) -> str:
 def emit(result: dict[str, Any], text: str, as_json: bool) -> None:
     """The command's result: one JSON object, or the text."""
     sys.stdout.write((json.dumps(result, default=str) if as_json else text.rstrip()) + "\n")
+
+
+class Unwritten(PrismError):
+    """What could not be written is on stdout instead."""
+
+
+@contextmanager
+def written(result: dict[str, Any], text: str, as_json: bool) -> Iterator[None]:
+    """Emit the result of long work after the block that writes its files, and also where that fails: a full disk costs only the files."""
+    try:
+        yield
+    except (OSError, UsageError) as error:
+        emit(result, text, as_json)
+        cause = error.cause if isinstance(error, UsageError) else f"cannot write: {error.strerror or error}"
+        raise Unwritten(cause, "the result is on stdout; free some space and run it again for its files") from error
+    emit(result, text, as_json)
 
 
 def note(text: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from .output import emit, note, progress, table
+from .output import note, progress, table, written
 
 
 def skip(
@@ -47,9 +47,10 @@ def skip(
     check_writable(out)
     options = SkipOptions(rounding, index_over, keep_mass)
     plan = make_plan(folder, method, mean, options, text=text, tokens=tokens, length=length, report=progress)
-    plan.save(out)
     quality = plan.made["quality"]
     counts = table(("layer", "experts"), list(enumerate(plan.layers)))
     facts = f"{plan.policy}: {quality['experts_per_token']:.2f} of {plan.made['experts_per_token']} experts per token, "
-    emit(plan.to_json() | {"plan": str(out)}, f"{counts}\n\n{facts}KL {quality['kl']:.4f}, perplexity {quality['ppl']:.3f}", json)
+    shown = f"{counts}\n\n{facts}KL {quality['kl']:.4f}, perplexity {quality['ppl']:.3f}"
+    with written(plan.to_json() | {"plan": str(out)}, shown, json):
+        plan.save(out)
     note(f"plan: {out}")

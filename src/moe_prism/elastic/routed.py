@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from ..routing import Level, RoutingPolicy, SkipPlan, routing_policies
 
 if TYPE_CHECKING:
@@ -27,17 +28,25 @@ def policy_for(elastic: Elastic, routing: RoutingPolicy | SkipPlan | Sequence[Sk
         return routing
     plans = [routing] if isinstance(routing, SkipPlan) else list(routing)
     for plan in plans:
-        plan.check(len(elastic.layers))
+        plan.check(len(elastic.layers), _experts(elastic))
     if any(plan.keep_mass is None for plan in plans):
         own = normalises(elastic)
         plans = [plan.with_(keep_mass=own) if plan.keep_mass is None else plan for plan in plans]
     return made(plans)
 
 
+def _experts(elastic: Elastic) -> int | None:
+    """k, where the configuration names it."""
+    from .runtime import experts_per_token
+
+    try:
+        return experts_per_token(elastic.model, elastic.layers[0].plan.layer)
+    except UsageError:
+        return None
+
+
 def made(plans: Sequence[SkipPlan]) -> RoutingPolicy:
     """The policy of plans that say themselves what happens to the weights."""
-    from ..errors import UsageError
-
     names = {plan.policy for plan in plans}
     if len(names) > 1:
         raise UsageError(f"the plans are of different policies: {', '.join(sorted(names))}", "give plans of one policy")

@@ -22,7 +22,7 @@ Numbers = tuple[tuple[float, ...], ...]
 class SkipPlan:
     """Data, nothing else: what `plan.json` holds.
 
-    layers: n of every MoE layer, in model order, each at least 1; n at or above the model's k skips nothing. policy: a name of
+    layers: n of every MoE layer, in model order, each at least 1; n equal to the model's k skips nothing. policy: a name of
     `routing_policies`; parameters: its own, per layer. keep_mass: whether what is left of a token's routing weights is scaled up to their
     full sum; None: as the model's router does it (normalised routers scale, others do not). mean: experts per token and layer, by
     count or as fitted. made: how and on what the plan was made, and its measured quality.
@@ -49,10 +49,15 @@ class SkipPlan:
         """A copy with some fields replaced."""
         return SkipPlan(**{**self.__dict__, **changes})
 
-    def check(self, layers: int) -> None:
-        """UsageError where the plan is for a model with another number of MoE layers."""
+    def check(self, layers: int, k: int | None) -> None:
+        """UsageError where the plan is for a model with another number of MoE layers or fewer experts per token; k None: not known."""
         if len(self.layers) != layers:
             raise UsageError(f"the skip plan has {len(self.layers)} MoE layers, the model {layers}", "make a plan for this model")
+        for layer, n in enumerate(self.layers):
+            if k is not None and n > k:
+                raise UsageError(
+                    f"layer {layer} of the skip plan keeps {n} experts, a token of the model has {k}", f"give 1 to {k}"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """The content of `plan.json`."""

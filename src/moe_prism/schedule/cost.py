@@ -269,7 +269,7 @@ class CostModel:
         try:
             data = json.loads(path.read_text())
         except FileNotFoundError as e:
-            raise UsageError(f"no cost model at {path}", "measure one first") from e
+            raise UsageError(f"no cost model at {path}", "leave --cost out, and --save-cost FILE keeps what is measured") from e
         except (UnicodeDecodeError, json.JSONDecodeError) as e:
             raise CorruptError(f"{path}: {e}", "measure the cost model again") from e
         return cls.from_json(data, str(path))

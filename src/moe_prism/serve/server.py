@@ -72,6 +72,8 @@ def serve(folder: Path, options: ServeOptions) -> None:
 
 
 def check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder '{folder}'", "give the folder written by `moe-prism refactor`")
     if not (folder / "prism.json").is_file():
         raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
 

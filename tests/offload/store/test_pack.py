@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_prism.api import load
-from moe_prism.checkpoint import read_manifest, verify
+from moe_prism.checkpoint import read_manifest, update_manifest, verify
 from moe_prism.errors import CorruptError, DoesNotFit, UsageError
 from moe_prism.offload.store import StoreOptions, open_pack, parse_bytes, write_pack
 from moe_prism.offload.store.arena import slots_in
@@ -95,6 +95,24 @@ def test_on_first_use_it_becomes_part_of_the_folder(elastic_tiny, tmp_path):
     stamp = (folder / "experts.pack").stat().st_mtime_ns
     load(folder, store=StoreOptions(1 << 30))
     assert (folder / "experts.pack").stat().st_mtime_ns == stamp
+
+
+def test_verify_checks_it_and_does_not_miss_it(elastic_tiny, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(elastic_tiny, folder)
+    load(folder, store=StoreOptions(1 << 30))
+    update_manifest(folder, {"operating_points": []})  # as `frontier` does: every file is listed again
+    file = folder / "experts.pack"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(CorruptError, match=r"experts\.pack was changed"):
+        verify(folder)
+    file.unlink()
+    files = next(check for check in verify(folder) if check.name == "files")
+    assert files.detail.startswith(f"{len(list(folder.iterdir())) - 1} files")  # prism.json does not list itself
+    (folder / "prism.safetensors").unlink()
+    with pytest.raises(CorruptError, match=r"prism\.safetensors is missing"):
+        verify(folder)
 
 
 @settings(max_examples=30, deadline=None)

@@ -53,7 +53,7 @@ def ready_pack(
     if not path.exists():
         write_pack(folder, path, manifest, parts=options.parts, low=low, progress=progress)
         if path.parent.resolve() == folder.resolve():
-            update_manifest(folder, {})
+            update_manifest(folder, {"caches": sorted({*manifest.get("caches", ()), path.name})})
     pack = open_pack(path, manifest)
     wanted = manifest["n_sub"] if options.parts is None else options.parts
     if pack.space.parts != wanted or (low and not pack.has_low):

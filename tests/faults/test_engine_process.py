@@ -93,6 +93,21 @@ def test_an_engine_that_hangs_and_one_that_is_killed(tiny_levels, monkeypatch, c
     assert told == ["the engine's process was killed by signal 9"]
 
 
+def test_an_engine_that_hangs_for_good_is_killed(tiny_levels, monkeypatch, caplog):
+    monkeypatch.setattr(server, "FAREWELL", 60)
+    with open_house(tiny_levels, {"engine": IN_A_PROCESS, "bounds": {"step_seconds": 1.5}}) as house:
+        engine = house.built.service.engine
+        os.kill(engine.pid, signal.SIGSTOP)
+        answers: list[httpx2.Response] = []
+        post(house, answers)
+        assert [(a.status_code, a.json()["error"]["message"]) for a in answers] == [(503, "the engine stopped")]
+        until = time.monotonic() + 10
+        while engine.ended() == "the engine's process ended" and time.monotonic() < until:
+            time.sleep(0.01)
+        assert engine.ended() == "the engine hung: no turn for 1.5 s (bounds.step_seconds); its process was killed"
+        assert gone(engine.pid) and house.built.door.requests == 0
+
+
 def test_an_engine_killed_while_it_starts(tiny_levels):
     process = EngineProcess(tiny_levels, ServeOptions(), Config())
     try:

@@ -86,5 +86,8 @@ class Backend(Protocol):
     def ended(self) -> str | None:
         """Why it stopped though nobody asked it to; None if it did not."""
 
+    def give_up(self, seconds: float) -> None:
+        """It has not come round for so long: end it by force, if it has a process of its own."""
+
     def stop(self) -> None:
         """End it; what is unfinished gets an error."""

@@ -39,6 +39,8 @@ class Bounds(_Strict):
     header_seconds: float = Field(default=10.0, gt=0, le=600)
     body_seconds: float = Field(default=30.0, gt=0, le=600)
     request_seconds: float = Field(default=600.0, gt=0, le=86_400)
+    step_seconds: float = Field(default=300.0, gt=0, le=86_400)
+    """Seconds without a turn of an engine in a process of its own, after which it is taken to hang and is killed."""
     write_seconds: float = Field(default=30.0, gt=0, le=600)
     drain_seconds: float = Field(default=30.0, ge=0, le=3600)
     connections: int = Field(default=1024, ge=1, le=65_536)

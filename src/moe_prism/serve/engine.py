@@ -154,6 +154,9 @@ class Engine:
     def alive(self) -> bool:
         return bool(self.manager.is_running())
 
+    def give_up(self, seconds: float) -> None:
+        """Nothing: a thread cannot be ended from outside."""
+
     def ended(self) -> str | None:
         """Why it stopped though nobody asked it to."""
         return None if self.alive or self._stopping else "the engine stopped"

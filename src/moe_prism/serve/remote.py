@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
+import signal
 import time
 from collections.abc import Callable
 
@@ -32,6 +35,7 @@ class RemoteEngine(asyncio.Protocol):
         self._transport: asyncio.WriteTransport | None = None
         self._lost = self._leaving = False
         self._ended: str | None = None
+        self._hung = 0.0  # seconds, if that is why it was killed
         self._mourning: asyncio.Task[None] | None = None
 
     def clock(self) -> float:
@@ -77,6 +81,12 @@ class RemoteEngine(asyncio.Protocol):
         """As of the last message; they come at least four times a second."""
         return self._gauges
 
+    def give_up(self, seconds: float) -> None:
+        """Kill a process that hangs; its socket closes then, as if it had died by itself."""
+        self._hung = seconds
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
     def ended(self) -> str | None:
         """How the process ended, if it did so by itself."""
         return self._ended
@@ -106,7 +116,10 @@ class RemoteEngine(asyncio.Protocol):
 
     async def _mourn(self) -> None:
         """Say once how it ended, which may be known a moment later than that it did."""
-        self._ended = f"the engine's process {await asyncio.to_thread(self._process.outcome)}"
+        outcome = await asyncio.to_thread(self._process.outcome)
+        self._ended = f"the engine's process {outcome}"
+        if self._hung:
+            self._ended = f"the engine hung: no turn for {self._hung:g} s (bounds.step_seconds); its process was killed"
         logger.error(self._ended)
 
     def _take(self, news: News) -> None:

@@ -158,6 +158,8 @@ def make_server(app: Any, door: Door, config: Config, engine: Backend) -> Any:
             """Whether to end now; asked ten times a second. Without its engine a server only waits to be restarted."""
             if self._until == math.inf and engine.ended():
                 self._until = time.monotonic() + FAREWELL
+            elif engine.alive and engine.clock() - engine.last_turn > config.bounds.step_seconds:
+                engine.give_up(config.bounds.step_seconds)
             return await super().on_tick(counter) or time.monotonic() >= self._until
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -23,7 +23,7 @@ from moe_prism.data import token_windows
 from moe_prism.elastic import operating_point
 from moe_prism.offload.cache import cache_policies
 from moe_prism.offload.record import record
-from moe_prism.offload.store.foresee import Forecast, Prices, at_budget, forecast, measure_prices, measure_step
+from moe_prism.offload.store.foresee import Prices, at_budget, measure_prices, measure_step, replayed
 from moe_prism.offload.trace import Trace
 
 SHARES = (0.4, 0.15, 0.25, 0.6, 0.8)  # of the expert weights; the middle first
@@ -48,11 +48,8 @@ def compare(
     for row in windows:
         turn(run, row[None], tokens, None)
     real, kept = run.row(), at_budget(trace, run.model._moe_prism, run.config.budget)
-
-    def foresee(prices: Prices, step: float) -> Forecast:
-        return forecast(kept, store.space, store.slots, cache_policies.get(policy), prices, step)
-
-    here, middle = (foresee(*found) for found in measured)
+    misses = replayed(kept, store.space, store.slots, cache_policies.get(policy))
+    here, middle = (misses.at(*found) for found in measured)
     return {
         "config": run.config.name,
         "ms_per_token": real["ms_per_token"],

@@ -12,8 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..checkpoint import read_manifest
-from ..checkpoint.manifest import MANIFEST
+from ..checkpoint import elastic_manifest
 from ..elastic import attach, operating_point, rules
 from ..errors import CorruptError, UsageError
 from ..model import find_layers, load_to_run, load_tokenizer
@@ -30,11 +29,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, *, store: StoreOp
     store: keep the experts on disk and this much of them in memory; the model then runs on the CPU in float32 (docs/store.md).
     Raises UsageError for a folder that is not a refactored model, CorruptError if prism.json was damaged.
     """
-    if not (Path(folder) / MANIFEST).is_file():
-        raise UsageError(f"'{folder}' has no {MANIFEST}", "give a folder that `moe-prism refactor MODEL -o FOLDER` wrote")
-    manifest = read_manifest(folder)
-    if manifest.get("kind") != "elastic":
-        raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
+    manifest = elastic_manifest(folder)
     tensors = side_tensors(folder, len(manifest["layers"]))
     if store is not None:
         return load_stored(Path(folder), manifest, tensors, store), load_tokenizer(folder)

@@ -16,7 +16,7 @@ from ..offload.cache import cache_policies
 from ..offload.record import record
 from ..offload.store import StoreOptions
 from ..offload.store.choose import Misses
-from ..offload.store.foresee import at_budget, forecast, measure_prices, measure_step
+from ..offload.store.foresee import at_budget, measure_prices, measure_step, replayed
 from .loading import load
 from .progress import Report, silent
 
@@ -96,10 +96,11 @@ def plan_offload(
         with operating_point(model, budget):
             step = measure_step(model, windows[:1], PROMPT, here)
         rows = at_budget(trace, elastic, budget)
+        kept = float(rows.decode().slots().mean()) if budget < 1 else float(total)
         for policy in POLICIES:
+            misses = replayed(rows, store.space, store.slots, cache_policies.get(policy))
             for precision, price in prices.items():
-                found = forecast(rows, store.space, store.slots, cache_policies.get(policy), price, step)
-                kept = float(rows.decode().slots().mean()) if budget < 1 else float(total)
+                found = misses.at(price, step)
                 ways.append(Way(budget, kept, policy, precision, found.hit_rate, found.misses, found.seconds * 1e3))
     best, met = choose_way(ways, target_ms)
     rate = prices["exact"].bandwidth * store.pack.layout.bytes if len(store.space) > store.slots else 0.0

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..checkpoint import Journal, OutputFolder, read_manifest, write_manifest
+from ..checkpoint import Journal, OutputFolder, elastic_manifest, write_manifest
 from ..data import Windows, token_windows
 from ..elastic.runtime import ElasticLayer
 from ..errors import CorruptError, UsageError
@@ -84,7 +84,7 @@ def recover_model(
     """
     options = options or RecoverOptions()
     options.check()
-    manifest = read_manifest(folder)
+    manifest = elastic_manifest(folder)
     _check(folder, manifest, options)
     check_apart(folder, out)
     weights = {name: entry["sha256"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
@@ -108,8 +108,6 @@ def recover_model(
 
 
 def _check(folder: str | Path, manifest: Mapping[str, Any], options: RecoverOptions) -> None:
-    if manifest.get("kind") != "elastic":
-        raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
     had = [step["method"] for step in manifest.get("recovery", [])]
     if options.method in had:
         raise UsageError(f"'{folder}' has had --method {options.method} already", "give the folder it was made from")

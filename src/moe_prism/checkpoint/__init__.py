@@ -3,7 +3,7 @@
 from .atomic import OutputFolder, sha256_file
 from .header import TensorInfo, read_header
 from .journal import Journal
-from .manifest import Check, read_manifest, source_facts, update_manifest, verify, versions, write_manifest
+from .manifest import Check, elastic_manifest, read_manifest, source_facts, update_manifest, verify, versions, write_manifest
 from .rewrite import copy_companions, rewrite_gguf, rewrite_shards, save_model
 from .shards import Source, check_finite, first_non_finite
 from .stream import LayerStream
@@ -17,6 +17,7 @@ __all__ = [
     "TensorInfo",
     "check_finite",
     "copy_companions",
+    "elastic_manifest",
     "first_non_finite",
     "read_header",
     "read_manifest",

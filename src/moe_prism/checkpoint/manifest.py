@@ -56,6 +56,16 @@ def write_manifest(out: OutputFolder, facts: Mapping[str, Any]) -> dict[str, Any
     return content
 
 
+def elastic_manifest(folder: str | Path) -> dict[str, Any]:
+    """`read_manifest` of an elastic model; UsageError for a folder that is none."""
+    if not (Path(folder) / MANIFEST).is_file():
+        raise UsageError(f"'{folder}' has no {MANIFEST}", "give a folder that `moe-prism refactor MODEL -o FOLDER` wrote")
+    manifest = read_manifest(folder)
+    if manifest.get("kind") != "elastic":
+        raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
+    return manifest
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """prism.json, checked against its own sha256. UsageError if there is none, CorruptError if it was edited or is damaged."""
     path = Path(folder) / MANIFEST

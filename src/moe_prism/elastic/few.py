@@ -69,6 +69,15 @@ def few_outputs(plan: LayerPlan, x: Tensor, row: Ints, weight: Floats, expert: I
 
 
 @njit(nogil=True, cache=True)
+def alike(expert: Ints, s: int) -> int:
+    """How many rows from s on have its expert, at most as many as a tile has rows."""
+    end = s + 1
+    while end < len(expert) and end - s < ROWS and expert[end] == expert[s]:
+        end += 1
+    return end - s
+
+
+@njit(nogil=True, cache=True)
 def dots(x: Floats, row: Ints, expert: Ints, last: int, table: Ints, columns: int, order: Ints, out: Floats, like: Any) -> None:
     """out[s, column + j * step] = x[row[s]] . (row j of the expert's weights), j < columns, for every part in `table` (`table_of`).
 
@@ -80,10 +89,7 @@ def dots(x: Floats, row: Ints, expert: Ints, last: int, table: Ints, columns: in
     size = size_of(like)
     s = 0
     while s < len(row):
-        end = s + 1
-        while end < len(row) and end - s < ROWS and expert[end] == expert[s]:
-            end += 1
-        rows = end - s
+        rows = alike(expert, s)
         wide = WIDE if rows <= FEW else NARROW
         for p in range(len(table)):
             ldw, ldj = table[p, 2], table[p, 4]
@@ -94,7 +100,7 @@ def dots(x: Floats, row: Ints, expert: Ints, last: int, table: Ints, columns: in
                 c = wide if j + wide <= columns else NARROW if j + NARROW <= columns else 1
                 dot(rows, c, x.ctypes.data, ids, ldx, w + size * j * ldw, ldw, depth, target + 4 * j * ldj, o, ldo, ldj, like)
                 j += c
-        s = end
+        s += rows
 
 
 @njit(nogil=True, cache=True)
@@ -105,18 +111,17 @@ def adds(a: Floats, factor: Floats, expert: Ints, table: Ints, order: Ints, out:
     ldw, size = table[0, 2], size_of(like)
     s = 0
     while s < len(a):
-        end = s
-        while end < len(a) and end - s < ROWS and expert[end] == expert[s]:
+        rows = alike(expert, s)
+        for r in range(rows):
             for j in range(depth):
-                scaled[end - s, j] = a[end, j] * factor[end]
+                scaled[r, j] = a[s + r, j] * factor[s + r]
             for j in range(width):
-                out[end, j] = np.float32(0)
-            end += 1
-        rows, w, c = end - s, table[0, 0] + size * expert[s] * table[0, 1], 0
+                out[s + r, j] = np.float32(0)
+        w, c = table[0, 0] + size * expert[s] * table[0, 1], 0
         while c < width:
             v = VECTORS if c + VECTORS * LANES <= width else 1
             at = order.ctypes.data + 8 * s
             add(rows, v, scaled.ctypes.data, depth, w + size * c, ldw, depth, out.ctypes.data + 4 * c, at, ldo, like)
             c += v * LANES
-        s = end
+        s += rows
     scaled[0, 0] = 0  # alive until here: above only its address is used

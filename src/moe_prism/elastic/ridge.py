@@ -162,17 +162,8 @@ class Ridge(Scorer):
         n, r = self.plan.n_sub, self.plan.gates
         x, choice = x if x.stride(1) == 1 else x.contiguous(), index.contiguous().numpy()
         products = np.empty((choice.size, n + len(stored.first) * n * r), np.float32)
-        dots(
-            x.detach().numpy(),
-            rows_of(*choice.shape),
-            choice.reshape(-1),
-            len(weight) - 1,
-            table,
-            n,
-            ORDER,
-            products,
-            np.float32(0),
-        )
+        asked = x.detach().numpy(), rows_of(*choice.shape), choice.reshape(-1)
+        dots(*asked, len(weight) - 1, table, n, ORDER, products, np.float32(0))
         gates = products[:, n:]
         if r:
             gates = self.plan.layer.activate_joined(torch.from_numpy(gates)).numpy()

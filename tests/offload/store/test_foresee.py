@@ -15,7 +15,7 @@ from moe_prism.errors import UsageError
 from moe_prism.offload.cache import cache_policies
 from moe_prism.offload.record import record
 from moe_prism.offload.replay import groups, serve
-from moe_prism.offload.store.foresee import Prices, at_budget, forecast, measure_step
+from moe_prism.offload.store.foresee import Prices, at_budget, measure_step, replayed
 from moe_prism.offload.store.pools import pools
 from tests.offload.store.common import opened, smallest, store_of
 
@@ -55,9 +55,9 @@ def test_a_forecast_is_the_step_plus_the_prices_of_its_misses(text):
     with operating_point(whole):
         trace = record(whole, [("evaluation", ids)], prompt=PROMPT)
     space = store_of(whole).space
-    free = forecast(trace, space, len(space), cache_policies.get("lru"), Prices([1, 2], [0.0, 0.0]), 0.5)
+    free = replayed(trace, space, len(space), cache_policies.get("lru")).at(Prices([1, 2], [0.0, 0.0]), 0.5)
     assert free.seconds == 0.5
-    dear = forecast(trace, space, 8, cache_policies.get("lru"), Prices([1, 2], [1.0, 2.0]), 0.5)
+    dear = replayed(trace, space, 8, cache_policies.get("lru")).at(Prices([1, 2], [1.0, 2.0]), 0.5)
     assert dear.seconds == pytest.approx(0.5 + dear.misses)
 
 

@@ -71,9 +71,8 @@ def measure_prices(store: ExpertStore, *, low: bool = False, seed: int = 0) -> P
         for _ in range(REPEATS + 1):
             layer = draw.randrange(space.layers)
             resident = store.resident(layer).reshape(-1)
-            experts = draw.sample(
-                range(space.experts), space.experts
-            )  # a token wants several sub-experts of an expert: neighbours
+            # whole experts: a token wants several sub-experts of one, and neighbours are read together
+            experts = draw.sample(range(space.experts), space.experts)
             chosen = [n for e in experts for n in range(e * space.parts, (e + 1) * space.parts) if not resident[n]][:count]
             if len(chosen) < count:
                 break
@@ -152,23 +151,27 @@ class Forecast:
     hit_rate: float
 
 
-def forecast(
-    trace: Trace,
-    space: KeySpace,
-    slots: int,
-    policy: type[CachePolicy],
-    prices: Prices,
-    step_seconds: float,
-    *,
-    settings: dict[str, Any] | None = None,
-) -> Forecast:
+@dataclass(frozen=True)
+class Replayed:
+    """What a cache has to read. lost: records of every group; steps: how many they belong to."""
+
+    lost: Sequence[int]
+    steps: int
+    hit_rate: float
+
+    def at(self, prices: Prices, step_seconds: float) -> Forecast:
+        stalls = sum(map(prices.of, self.lost))
+        return Forecast(step_seconds + stalls / self.steps, sum(self.lost) / self.steps, self.hit_rate)
+
+
+def replayed(
+    trace: Trace, space: KeySpace, slots: int, policy: type[CachePolicy], *, settings: dict[str, Any] | None = None
+) -> Replayed:
     """Replay the decode rows of a trace through the cache that a store of this many slots has."""
     rows = trace.decode()
     cache = pools(policy, space, slots, settings or {}, trace.k * space.parts)
-    stalls, steps, missing = 0.0, set(), 0
+    lost, steps = [], set()
     for group in groups(rows, space):
-        lost = sum(len(access.loads) + len(access.bypassed) for access in serve(cache, group, space.layers))
-        stalls += prices.of(lost)
-        missing += lost
+        lost.append(sum(len(access.loads) + len(access.bypassed) for access in serve(cache, group, space.layers)))
         steps.add(group.step)
-    return Forecast(step_seconds + stalls / len(steps), missing / len(steps), cache.counts.hit_rate)
+    return Replayed(lost, len(steps), cache.counts.hit_rate)

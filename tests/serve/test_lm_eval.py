@@ -111,18 +111,28 @@ def test_a_key_of_no_letters(house):
     connection.close()
 
 
+def assert_same(first, *others):
+    """The same tokens, and numbers that differ by rounding: the BLAS behind attention and head may add up a row by the batch it is in."""
+    for other in others:
+        a, b = first["logprobs"], other["logprobs"]
+        assert a["tokens"] == b["tokens"]
+        assert a["token_logprobs"][1:] == pytest.approx(b["token_logprobs"][1:], abs=1e-5)
+        assert [row and row.keys() for row in a["top_logprobs"]] == [row and row.keys() for row in b["top_logprobs"]]
+
+
 def test_prompts_as_text(web, house):
     """`tokenized_requests=False`: one text, or a list of them with a larger batch."""
     tokens = house.built.service.tokenizer(PROMPT)["input_ids"]
     one, two, ids = score(web, PROMPT), score(web, [PROMPT, PROMPT]), score(web, [tokens])
-    assert one[0]["logprobs"] == two[0]["logprobs"] == two[1]["logprobs"] == ids[0]["logprobs"]
+    assert_same(one[0], *two, *ids)
 
 
 def test_a_batch_larger_than_what_runs_at_once(web, house):
     tokens = house.built.service.tokenizer(PROMPT)["input_ids"]
     engine = house.built.service.config.engine
     choices = score(web, [tokens] * (engine.requests * 3))
-    assert len({json.dumps(choice["logprobs"]) for choice in choices}) == 1
+    assert len(choices) == engine.requests * 3
+    assert_same(*choices)
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny@half"])

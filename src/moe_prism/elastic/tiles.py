@@ -29,8 +29,8 @@ else:
     LANES, ROWS = 4, 6
 """float32 values of a vector register, and rows of a tile."""
 
-PAYS = bool(_features.get("avx512f"))
-"""Whether the tiles are used: only where they were run. The narrower ones are written, but no such processor was at hand."""
+PAYS = bool(_features.get("avx512f") or _features.get("avx2"))
+"""Whether the tiles are used: only on processors with vectors on which they were timed (docs/log.md)."""
 
 
 def _dot_tile(

@@ -14,8 +14,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from moe_prism.api.tracing import TraceOptions, compare_policies, record_trace
 from moe_prism.cli.output import note, progress, table
+from moe_prism.jobs.trace import TraceOptions, compare_policies, record_trace
 from moe_prism.offload import Prefetch, Trace, cache_policies, load_trace, predictors
 from moe_prism.offload.predict import recall
 from moe_prism.offload.predict.drafted import coefficients, drafted, oracle

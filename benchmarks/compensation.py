@@ -19,9 +19,9 @@ import torch
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from moe_prism.elastic import LayerPlan, compensate, compensators
-from moe_prism.elastic.compensate import Compensator, Sample
-from moe_prism.elastic.execute import grouped
+from moe_prism.elastic import LayerParts, compensate
+from moe_prism.elastic.compensate import Compensator, ExpertSample, compensators
+from moe_prism.elastic.execute.plain import grouped
 from moe_prism.model import MoELayer, find_layers
 
 EXPERTS, CHOSEN, HIDDEN, WIDTH, N_SUB = 64, 8, 2048, 1024, 4
@@ -64,10 +64,12 @@ def seconds(run: Callable[[], Any]) -> float:
 def rows(tokens: list[int], repeats: int) -> list[dict[str, Any]]:
     layer, found = build(), []
     g = torch.Generator().manual_seed(0)
-    few = [Sample(torch.randn(32, HIDDEN, generator=g), torch.ones(32, N_SUB, dtype=torch.bool))]  # one expert is fitted, all run
-    none = Sample(torch.zeros(0, HIDDEN), torch.zeros(0, N_SUB, dtype=torch.bool))
+    few = [
+        ExpertSample(torch.randn(32, HIDDEN, generator=g), torch.ones(32, N_SUB, dtype=torch.bool))
+    ]  # one expert is fitted, all run
+    none = ExpertSample(torch.zeros(0, HIDDEN), torch.zeros(0, N_SUB, dtype=torch.bool))
     for method in compensators.names():
-        plan = LayerPlan(layer, N_SUB, 0)
+        plan = LayerParts(layer, N_SUB, 0)
         extra = compensate.fit(method, plan, few + [none] * (EXPERTS - 1), rank=2)
         for count in tokens:
             ours, kept = alternate(extra, count, repeats, g)

@@ -25,8 +25,8 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from moe_prism.elastic import attach
+from moe_prism.elastic.rules.threshold import fit_levels
 from moe_prism.elastic.runtime import Elastic, ElasticLayer, Setting
-from moe_prism.elastic.threshold import fit_levels
 from moe_prism.model import find_layers
 
 SHAPES = {  # E, k, d, f

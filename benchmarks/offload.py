@@ -25,18 +25,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_prism.api import CalibrateOptions, RefactorOptions, load, refactor
-from moe_prism.api.loading import side_tensors
+from moe_prism.artefact.load import load, side_tensors
+from moe_prism.calibrate.options import CalibrateOptions
 from moe_prism.checkpoint import LayerStream, read_manifest
 from moe_prism.cli.output import note
 from moe_prism.data import token_windows
 from moe_prism.elastic import operating_point
+from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.model import find_layers
 from moe_prism.offload.cache import cache_policies
-from moe_prism.offload.store import ExpertStore, StoreOptions, open_pack
-from moe_prism.offload.store.choose import Misses
-from moe_prism.offload.store.kernel import open_reader
-from moe_prism.offload.store.store import Times
+from moe_prism.store import ExpertStore, StoreOptions, open_pack
+from moe_prism.store.aio_reader import open_reader
+from moe_prism.store.choose_misses import Misses
+from moe_prism.store.store import Times
 
 PROMPT = 32
 LARGE = {
@@ -248,7 +249,7 @@ def predictors(folder: Path) -> int:
 
 
 def pack_for(folder: Path, path: Path, low: bool) -> None:
-    from moe_prism.offload.store import write_pack
+    from moe_prism.store import write_pack
 
     if not path.exists():
         write_pack(folder, path, read_manifest(folder), low=low)

@@ -18,19 +18,19 @@ from typing import Any
 
 from offload import PROMPT, Config, Run, elastic, expert_bytes, held_out, stored, turn
 
-from moe_prism.api import load
+from moe_prism.artefact.load import load
 from moe_prism.data import token_windows
 from moe_prism.elastic import operating_point
 from moe_prism.offload.cache import cache_policies
 from moe_prism.offload.record import record
-from moe_prism.offload.store.foresee import Prices, at_budget, measure_prices, measure_step, replayed
 from moe_prism.offload.trace import Trace
+from moe_prism.store.price_reads import ReadPrices, at_budget, measure_prices, measure_step, replayed
 
 SHARES = (0.4, 0.15, 0.25, 0.6, 0.8)  # of the expert weights; the middle first
 
 
-def measure(model: Any, text: Any, budget: float, link: float) -> tuple[Prices, float]:
-    """Prices of reads, over the link, and seconds of a step apart from them."""
+def measure(model: Any, text: Any, budget: float, link: float) -> tuple[ReadPrices, float]:
+    """ReadPrices of reads, over the link, and seconds of a step apart from them."""
     store = model._moe_prism.store
     prices = measure_prices(store)
     with operating_point(model, budget):
@@ -39,7 +39,7 @@ def measure(model: Any, text: Any, budget: float, link: float) -> tuple[Prices, 
 
 
 def compare(
-    run: Run, windows: Any, tokens: int, trace: Trace, measured: list[tuple[Prices, float]], policy: str
+    run: Run, windows: Any, tokens: int, trace: Trace, measured: list[tuple[ReadPrices, float]], policy: str
 ) -> dict[str, Any]:
     """Decode the windows, the last one twice: the first time warms up."""
     store = run.model._moe_prism.store
@@ -70,7 +70,7 @@ def simulate(args: argparse.Namespace, folder: Path, work: Path) -> list[dict[st
         trace = record(whole, [("calibration", text)], prompt=PROMPT, values=True)
     total = expert_bytes(folder, whole)
     del whole
-    middle: dict[float, tuple[Prices, float]] = {}
+    middle: dict[float, tuple[ReadPrices, float]] = {}
     rows = []
     direct = argparse.Namespace(**{**vars(args), "link": 0.0})
     for share in SHARES:

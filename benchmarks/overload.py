@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_prism.api import RefactorOptions, refactor
-from moe_prism.bench.load import Run
+from moe_prism.bench.load import LoadRun
 from moe_prism.bench.outcome import OK, Outcome
 from moe_prism.bench.servers import serving
-from moe_prism.bench.single import Options, bench
+from moe_prism.bench.single import SingleOptions, bench
 from moe_prism.bench.workload import Offer
 from moe_prism.cli.output import note, table
+from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.schedule import Ladder, Level
 from moe_prism.schedule.classes import default_classes
 from moe_prism.schedule.workloads import generate, write_trace
@@ -34,18 +34,18 @@ FLOOD = 60.0  # requests/s while the capacity is measured
 FULL = Ladder((Level("full", 1.0, 1.0, 1.0),))  # floors are the classes' own: the trace gives none
 
 
-def finished(run: Run, start: float, end: float) -> float:
+def finished(run: LoadRun, start: float, end: float) -> float:
     """Requests that ended whole per second of a part of a run."""
     return sum(o.status == OK and o.end is not None and start <= o.end < end for o in run.outcomes) / (end - start)
 
 
-def offer(url: str, mix: dict[str, float], rate: float, seconds: float, work: Path) -> Run:
+def offer(url: str, mix: dict[str, float], rate: float, seconds: float, work: Path) -> LoadRun:
     """Arrivals in these shares, sent by class: the server knows what the classes want."""
     trace = work / "trace.jsonl"
     write_trace(trace, generate("chat", rate, seconds, default_classes(), FULL, mix=mix), FULL)
     lines = [json.loads(line) for line in trace.read_text().splitlines()]
     trace.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "floor"}) + "\n" for line in lines))
-    return bench(url, Offer(seconds=seconds, trace=trace), Options([0.0], fields="class"))[1][0][1]
+    return bench(url, Offer(seconds=seconds, trace=trace), SingleOptions([0.0], fields="class"))[1][0][1]
 
 
 def row(kind: str, outcomes: Sequence[Outcome], everyone: int) -> dict[str, Any]:

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_prism.api.decoding import fewer_experts, measure_routing
-from moe_prism.api.planning import PlanOptions, plan_model, probed
 from moe_prism.data import token_windows
-from moe_prism.frontier.distinct import Routing
-from moe_prism.frontier.planned import Plan
+from moe_prism.forecast.distinct import Routing
+from moe_prism.forecast.speed import SpeedForecast
+from moe_prism.jobs.forecast_speed import SpeedOptions, plan_model, probed
+from moe_prism.jobs.time_steps import fewer_experts, measure_routing
 from moe_prism.model import MoELayer, find_layers, load_model, load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -162,11 +162,11 @@ def show_tables(rows: list[dict[str, Any]]) -> None:
 
 
 def speed(source: str, concurrency: tuple[int, ...], seconds: float) -> dict[str, Any]:
-    plan = plan_model(source, PlanOptions(concurrency=concurrency, measure=True, seconds=seconds))
+    plan = plan_model(source, SpeedOptions(concurrency=concurrency, measure=True, seconds=seconds))
     return {"plan": plan.to_json(), "summary": {kind: summary(plan, kind) for kind in ("stock", "sub-experts")}}
 
 
-def summary(plan: Plan, kind: str) -> dict[str, Any] | None:
+def summary(plan: SpeedForecast, kind: str) -> dict[str, Any] | None:
     """Errors of tokens/s and of the ratio to full; beside them those of a step that takes as long as a full one."""
     rows = [
         r for r in plan.rows if r.measured_tokens_per_s and (r.kind == kind or (kind == "stock" and r.kind in ("full", "skip")))

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_prism.api.prune_plan import PruneOptions, measured_counts, rank
 from moe_prism.calibrate.run import Pass, Settings
 from moe_prism.calibrate.statistics import Statistics
 from moe_prism.compress.prune import choose, criteria, pruned
@@ -29,6 +28,7 @@ from moe_prism.elastic import attach
 from moe_prism.elastic.runtime import Setting, experts_per_token
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
+from moe_prism.methods.prune.select import PruneOptions, measured_counts, rank
 from moe_prism.model import load_model, load_tokenizer
 from moe_prism.model.router import find_routers
 

@@ -29,16 +29,18 @@ from typing import Any
 import torch
 from scipy.stats import spearmanr
 
-from moe_prism.api import CalibrateOptions, RefactorOptions, calibrate_model, load, refactor
-from moe_prism.api.calibration import read_statistics
+from moe_prism.artefact.load import load
+from moe_prism.calibrate.options import CalibrateOptions
 from moe_prism.calibrate.statistics import Statistics
 from moe_prism.checkpoint import read_manifest
 from moe_prism.data import token_windows
 from moe_prism.elastic import Elastic
+from moe_prism.elastic.rules.threshold import fit_levels, pool_levels
 from moe_prism.elastic.runtime import ElasticLayer, Setting, slots_per_token
-from moe_prism.elastic.threshold import fit_levels, pool_levels
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
+from moe_prism.jobs.calibrate import calibrate_model, read_statistics
+from moe_prism.jobs.refactor import RefactorOptions, refactor
 
 SHARES = (0.75, 0.5, 0.25)
 PAPER = "paper"

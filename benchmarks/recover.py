@@ -19,11 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_prism.api import load, refactor
+from moe_prism.artefact.load import load
 from moe_prism.checkpoint import read_manifest
 from moe_prism.data import token_windows
 from moe_prism.elastic.runtime import Setting, slots_per_token
 from moe_prism.frontier.measure import measure
+from moe_prism.jobs.refactor import refactor
 
 SHARES = (0.75, 0.5, 0.25)
 RULES = ("threshold", "product")

@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_prism.forecast.step_cost import Coefficients
 from moe_prism.schedule import CostModel, Job, Ladder, LayerFacts, Level, Limits, Policy, Progress, policies
 from moe_prism.schedule.classes import default_classes
-from moe_prism.schedule.cost import Coefficients
-from moe_prism.schedule.simulate import Engine, simulate
+from moe_prism.schedule.simulate import SimulatedEngine, simulate
 from moe_prism.schedule.summary import Summary, by_class, summarise, window
 from moe_prism.schedule.workloads import Arrival, generate
 
@@ -32,7 +32,7 @@ POINTS = ((3.11, 0.851), (3.95, 0.875), (5.04, 0.903), (6.44, 0.925), (8.14, 0.9
 LADDER = Ladder(tuple(Level(f"k{k:g}", k / 16, k, quality) for k, quality in POINTS))
 FACTS = LayerFacts(experts=32, parts=4, chosen=4)
 SLOPES = (0.4, 0.6, 0.8)
-ENGINE = Engine(requests=64, tokens=512, cache=1 << 17)
+ENGINE = SimulatedEngine(requests=64, tokens=512, cache=1 << 17)
 COMPARED = ("fifo", "edf", "prism", "elastic")
 
 

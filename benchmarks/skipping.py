@@ -18,16 +18,16 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_prism.api import FrontierOptions, refactor
-from moe_prism.api.measuring import evaluation_windows, subject_of
-from moe_prism.api.methods import Subject
-from moe_prism.api.methods_rules import rule_setting, selection_overhead
-from moe_prism.api.methods_skip import skip_method
-from moe_prism.api.opening import Opened, open_model
+from moe_prism.artefact.open import Opened, open_model
 from moe_prism.data import token_windows
-from moe_prism.elastic.routed import made
+from moe_prism.elastic.bind_plans import made
 from moe_prism.elastic.runtime import Setting
 from moe_prism.frontier.measure import measure
+from moe_prism.jobs.frontier import FrontierOptions, evaluation_windows, subject_of
+from moe_prism.jobs.refactor import refactor
+from moe_prism.methods.base import Subject
+from moe_prism.methods.skip.base import skip_method
+from moe_prism.methods.slots.rules import rule_setting, selection_overhead
 
 METHODS = (
     "uniform",

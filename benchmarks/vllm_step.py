@@ -67,7 +67,7 @@ def _levels(model: Any, elastic: Any) -> list[Any]:
     """Quantiles of every layer's slot values on random tokens."""
     import torch
 
-    from moe_prism.elastic.threshold import fit_levels
+    from moe_prism.elastic.rules.threshold import fit_levels
 
     levels = []
 

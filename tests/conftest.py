@@ -75,7 +75,7 @@ def tiny_dense(shared) -> Path:
 @pytest.fixture(scope="session")
 def tiny_calibration(text_file):
     """Calibration options that suit the tiny models."""
-    from moe_prism.api import CalibrateOptions
+    from moe_prism.calibrate.options import CalibrateOptions
 
     return CalibrateOptions(text=str(text_file), tokens=2048, length=32, reservoir=256)
 
@@ -83,7 +83,7 @@ def tiny_calibration(text_file):
 @pytest.fixture(scope="session")
 def elastic_tiny(shared, tiny_source, tiny_calibration) -> Path:
     """The tiny olmoe model, refactored."""
-    from moe_prism.api import RefactorOptions, refactor
+    from moe_prism.jobs.refactor import RefactorOptions, refactor
 
     return shared("elastic-tiny", lambda out: refactor(tiny_source, out, RefactorOptions(calibration=tiny_calibration)))
 
@@ -91,7 +91,8 @@ def elastic_tiny(shared, tiny_source, tiny_calibration) -> Path:
 @pytest.fixture(scope="session")
 def elastic_nano(shared) -> Path:
     """prism-nano, refactored with the default solver on few tokens."""
-    from moe_prism.api import CalibrateOptions, RefactorOptions, refactor
+    from moe_prism.calibrate.options import CalibrateOptions
+    from moe_prism.jobs.refactor import RefactorOptions, refactor
 
     options = RefactorOptions(calibration=CalibrateOptions(tokens=CALIBRATION_TOKENS))
     return shared("elastic-nano", lambda out: refactor("nano", out, options))

@@ -8,19 +8,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import calibrate_model, generate, inspect_model, load, measure_frontier, recover_model, refactor, verify
+    from .artefact.load import generate, load
     from .elastic import operating_point
     from .errors import CorruptError, DoesNotFit, PrismError, UsageError
+    from .jobs.calibrate import calibrate_model
+    from .jobs.frontier import measure_frontier
+    from .jobs.inspect import inspect_model
+    from .jobs.recover import recover_model
+    from .jobs.refactor import refactor
+    from .jobs.verify import verify
 
 _HOME = {
-    "calibrate_model": "api",
-    "measure_frontier": "api",
-    "generate": "api",
-    "inspect_model": "api",
-    "load": "api",
-    "recover_model": "api",
-    "refactor": "api",
-    "verify": "api",
+    "calibrate_model": "jobs.calibrate",
+    "measure_frontier": "jobs.frontier",
+    "generate": "artefact.load",
+    "inspect_model": "jobs.inspect",
+    "load": "artefact.load",
+    "recover_model": "jobs.recover",
+    "refactor": "jobs.refactor",
+    "verify": "jobs.verify",
     "operating_point": "elastic",
     "CorruptError": "errors",
     "DoesNotFit": "errors",

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_prism.bench.http import Address, Broken, Call, Reader
+from moe_prism.bench.http import Address, Broken, Call, ResponseReader
 from moe_prism.bench.load import bodies, drive, request_fields, warm_up
 from moe_prism.bench.outcome import FAILED, OK, REFUSED, UNFINISHED, Outcome, of_simulation, write_events
 from moe_prism.bench.prompts import cut_characters, cut_tokens, fitted, prompts
@@ -33,7 +33,7 @@ OPEN = b"HTTP/1.1 200 OK\r\nserver: x\r\n\r\nWikipedia"
 
 @given(st.sampled_from([CHUNKED, SIZED, OPEN]), st.lists(st.integers(0, 120), max_size=8))
 def test_an_answer_is_the_same_however_it_is_cut(raw, cuts):
-    reader, body, marks = Reader(), b"", sorted({0, len(raw), *(c for c in cuts if c < len(raw))})
+    reader, body, marks = ResponseReader(), b"", sorted({0, len(raw), *(c for c in cuts if c < len(raw))})
     for a, b in itertools.pairwise(marks):
         body += reader.feed(raw[a:b])
     reader.end()
@@ -45,7 +45,7 @@ def test_an_answer_is_the_same_however_it_is_cut(raw, cuts):
 )
 def test_a_broken_answer_is_broken(raw):
     with pytest.raises(Broken):
-        reader = Reader()
+        reader = ResponseReader()
         reader.feed(raw)
         reader.end()
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_prism.bench.load import Run
+from moe_prism.bench.load import LoadRun
 from moe_prism.bench.measures import Lateness, Window, measure, percentiles, stalls
 from moe_prism.bench.outcome import FAILED, REFUSED, UNFINISHED
 from moe_prism.bench.result import below_floor, run_result
@@ -99,14 +99,14 @@ def test_run_is_void_if_the_generator_was_late():
     assert not Lateness.of(late, 100.0).void, "2 % of a mean gap of a second are 20 ms"
     one = [outcome(due=i / 100) for i in range(999)] + [outcome(due=9.99, sent=10.5)]
     assert not Lateness.of(one, 10.0).void and Lateness.of(one, 10.0).most == pytest.approx(0.51)
-    assert run_result(Run(late, 10.0), PLAIN)["void"] and not run_result(Run(one, 10.0), PLAIN)["void"]
+    assert run_result(LoadRun(late, 10.0), PLAIN)["void"] and not run_result(LoadRun(one, 10.0), PLAIN)["void"]
 
 
 def test_result_warns_of_short_answers_and_of_floors():
     o = outcome(due=5.0, quality=0.5, computed=10)
     o.length, o.job = 9, outcome().job.__class__("r", 5.0, 10, 9, floor=1)
     assert below_floor(o, LADDER)
-    found = run_result(Run([o, outcome(due=6.0)], 10.0), LADDER)
+    found = run_result(LoadRun([o, outcome(due=6.0)], 10.0), LADDER)
     assert found["short_answers"] == 1 and found["below_floor"] == 1 and len(found["warnings"]) == 2
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_prism.api import RefactorOptions
 from moe_prism.errors import UsageError
+from moe_prism.jobs.refactor import RefactorOptions
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "quality.py"
 

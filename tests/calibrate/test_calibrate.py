@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_prism.calibrate import Routed, collectors
-from moe_prism.calibrate.counts import Counts
+from moe_prism.calibrate.counts import ChoiceCounts
 from moe_prism.calibrate.run import Pass, Settings, bounded_capacity
 from moe_prism.calibrate.statistics import LayerStatistics
 from moe_prism.calibrate.tokens import TokenReservoir, token_keys
@@ -66,7 +66,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("kind", [TokenReservoir, Counts])
+@pytest.mark.parametrize("kind", [TokenReservoir, ChoiceCounts])
 def test_batches_do_not_matter_and_a_restored_state_goes_on_bit_identically(kind):
     data = tokens(40 * WINDOW)
     make = lambda: kind(LAYER, capacity=20, seed=3)  # noqa: E731
@@ -105,7 +105,7 @@ def test_first_tokens_of_windows_are_left_out():
 
 def test_counts_equal_brute_force():
     x, index, weight = data = tokens(30 * WINDOW)
-    counts = feed(Counts(LAYER, capacity=1, seed=0), data, [10 * WINDOW] * 3)
+    counts = feed(ChoiceCounts(LAYER, capacity=1, seed=0), data, [10 * WINDOW] * 3)
     for expert in range(E):
         hit = index == expert
         assert int(counts.count[expert]) == int(hit.sum())

@@ -12,9 +12,9 @@ import sys
 import pytest
 
 from moe_prism import cli
-from moe_prism.api import plan
 from moe_prism.checkpoint import sha256_file
 from moe_prism.cli.listing import REGISTRIES
+from moe_prism.jobs import refactor_resources
 from tests.tiny_sources import digests
 
 COMMANDS = (
@@ -99,8 +99,8 @@ def test_an_interruption_names_what_helps(run, tiny_source, tmp_path, monkeypatc
     def interrupted(*_args, **_more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moe_prism.api.refactor", interrupted)
-    monkeypatch.setattr("moe_prism.api.inspect_model", interrupted)
+    monkeypatch.setattr("moe_prism.jobs.refactor", interrupted)
+    monkeypatch.setattr("moe_prism.jobs.inspect_model", interrupted)
     code, _, err = run(command, tiny_source, *(("-o", tmp_path / "out") if command == "refactor" else ()))
     assert code == cli.INTERRUPTED and next_step in err and err.count("\n") == 1
 
@@ -196,11 +196,11 @@ def test_the_whole_path(run_json, run, tiny_source, text_file, tmp_path):
 
 def test_a_plan_is_made_measured_and_used(run_json, run, tiny_source, elastic_tiny, text_file, tmp_path):
     """skip -> generate --plan -> frontier --plan --methods, on a plain checkpoint and on an elastic folder."""
-    text, plan = ("--text", text_file), tmp_path / "plan.json"
+    text, plan = ("--text", text_file), tmp_path / "refactor_resources.json"
     for source in (tiny_source, elastic_tiny):
         found = run_json("skip", source, "--mean", "1.5", "-o", plan, *text, *SMALL)
         assert sum(found["layers"].values()) == 3 and found["made"]["quality"]["kl"] > 0
-        assert {k: v for k, v in found.items() if k != "plan"} == json.loads(plan.read_text())
+        assert {k: v for k, v in found.items() if k != "plan"} == json.loads(refactor_resources.read_text())
         made = run_json("generate", source, "--prompt", "import", "--plan", plan, "--max-tokens", "4")
         assert 1 <= made["tokens"] <= 4
         out = tmp_path / source.name
@@ -228,7 +228,7 @@ def test_force_and_resume(run, tiny_source, text_file, tmp_path):
 
 
 def test_a_machine_that_is_too_small_gives_3_and_one_object(run, tiny_source, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "available_memory", lambda: 1)
+    monkeypatch.setattr(refactor_resources, "available_memory", lambda: 1)
     code, out, err = run("refactor", tiny_source, "-o", tmp_path / "out", "--dry-run", "--json")
     assert code == 3 and json.loads(out)["exit_code"] == 3 and "--low-memory" in err
     code, out, _ = run("refactor", tiny_source, "-o", tmp_path / "out", "--dry-run")

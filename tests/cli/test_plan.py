@@ -82,7 +82,7 @@ def test_width_of_a_weight(run, config_only, changes, options, bits):
 
 def test_latent_attention_and_shared_experts_are_counted(tmp_path):
     """DeepSeek-V2-Lite's published configuration, counted from the module tree as by hand."""
-    from moe_prism.api.shape import config_tree, shape_of
+    from moe_prism.jobs.model_shape import config_tree, shape_of
     from tests.frontier.published import shape
 
     config = {

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_prism.compress.prune import Request, Subject, choose, criteria
+from moe_prism.compress.prune import LayerSubject, PruneRequest, choose, criteria
 from moe_prism.compress.prune.protect import super_experts
 from moe_prism.errors import UsageError
-from moe_prism.model.router import Groups
+from moe_prism.model.router import RoutingGroups
 
 E = 12
 BLIND = {name for name in criteria.names() if criteria.get(name).is_blind}
@@ -36,8 +36,8 @@ def permuted(found: dict, order: torch.Tensor) -> dict:
     return {c: {k: v[order] if v.shape == (E,) else v for k, v in inner.items()} for c, inner in found.items()}
 
 
-def subject(found: dict, seed: int = 0) -> Subject:
-    return Subject(0, "layer", E, 2, found, torch.zeros(E, dtype=torch.bool), seed)
+def subject(found: dict, seed: int = 0) -> LayerSubject:
+    return LayerSubject(0, "layer", E, 2, found, torch.zeros(E, dtype=torch.bool), seed)
 
 
 def free(layers: int = 1) -> list[torch.Tensor]:
@@ -49,22 +49,22 @@ def free(layers: int = 1) -> list[torch.Tensor]:
 @settings(max_examples=20, deadline=None)
 def test_permuting_expert_ids_permutes_what_is_kept(name, order, seed, keep):
     criterion, found, order = criteria.get(name)(), values(seed), torch.tensor(order)
-    plain = choose([criterion.scores(subject(found))], Request(keep), 2, free(), [None])[0]
-    moved = choose([criterion.scores(subject(permuted(found, order)))], Request(keep), 2, free(), [None])[0]
+    plain = choose([criterion.scores(subject(found))], PruneRequest(keep), 2, free(), [None])[0]
+    moved = choose([criterion.scores(subject(permuted(found, order)))], PruneRequest(keep), 2, free(), [None])[0]
     assert sorted(int(order[e]) for e in moved.kept) == list(plain.kept)
 
 
 @pytest.mark.parametrize("name", [*SIGHTED, *sorted(BLIND)])
 def test_what_is_kept_is_nested(name):
     scores = criteria.get(name)().scores(subject(values()))
-    kept = [set(choose([scores], Request(k / E), 2, free(), [None])[0].kept) for k in range(2, E + 1)]
+    kept = [set(choose([scores], PruneRequest(k / E), 2, free(), [None])[0].kept) for k in range(2, E + 1)]
     assert [len(k) for k in kept] == list(range(2, E + 1))
     assert all(a < b for a, b in pairwise(kept))
 
 
 def test_positions():
     def kept(name: str) -> list[int]:
-        return list(choose([criteria.get(name)().scores(subject({}))], Request(0.5), 2, free(), [None])[0].kept)
+        return list(choose([criteria.get(name)().scores(subject({}))], PruneRequest(0.5), 2, free(), [None])[0].kept)
 
     assert kept("odd") == [1, 3, 5, 7, 9, 11]
     assert kept("even") == [0, 2, 4, 6, 8, 10]
@@ -74,7 +74,7 @@ def test_positions():
 
 def test_random_draws_differ_by_layer_and_seed_and_repeat():
     def draw(layer: int, seed: int) -> list[float]:
-        return criteria.get("random")().scores(Subject(layer, "", E, 2, {}, free()[0], seed)).tolist()
+        return criteria.get("random")().scores(LayerSubject(layer, "", E, 2, {}, free()[0], seed)).tolist()
 
     assert draw(0, 0) == draw(0, 0)
     assert draw(0, 0) != draw(1, 0) and draw(0, 0) != draw(0, 1)
@@ -92,7 +92,7 @@ def test_formulas():
 
 
 def test_ties_go_to_the_lower_id():
-    assert choose([torch.ones(E)], Request(0.5), 2, free(), [None])[0].kept == tuple(range(6))
+    assert choose([torch.ones(E)], PruneRequest(0.5), 2, free(), [None])[0].kept == tuple(range(6))
 
 
 def test_an_expert_that_was_never_chosen_goes_first():
@@ -101,7 +101,7 @@ def test_an_expert_that_was_never_chosen_goes_first():
     for name in ("gated", "norm"):
         found["outputs"][name][3] = 0
     for name in ("gate-norm", "activation-norm"):
-        assert 3 not in choose([criteria.get(name)().scores(subject(found))], Request(11 / 12), 2, free(), [None])[0].kept
+        assert 3 not in choose([criteria.get(name)().scores(subject(found))], PruneRequest(11 / 12), 2, free(), [None])[0].kept
 
 
 def test_missing_statistics_are_named():
@@ -116,20 +116,20 @@ def test_missing_statistics_are_named():
 @pytest.mark.parametrize("keep", [0.0, -1.0, 1.5, float("nan")])
 def test_shares_outside_the_range_are_refused(keep):
     with pytest.raises(UsageError, match="outside"):
-        choose([torch.ones(E)], Request(keep), 2, free(), [None])
+        choose([torch.ones(E)], PruneRequest(keep), 2, free(), [None])
 
 
 def test_fewer_experts_than_a_token_uses_are_refused():
     with pytest.raises(UsageError, match="a token uses 4"):
-        choose([torch.ones(E)], Request(0.25), 4, free(), [None])
+        choose([torch.ones(E)], PruneRequest(0.25), 4, free(), [None])
 
 
 def test_global_allocation_ranks_shares_and_keeps_k_everywhere():
     flat, steep = torch.ones(E), torch.tensor([100.0, 50.0] + [0.01] * (E - 2))
-    choices = choose([flat, steep], Request(0.5, "global"), 2, free(2), [None, None])
+    choices = choose([flat, steep], PruneRequest(0.5, "global"), 2, free(2), [None, None])
     assert [len(c.kept) for c in choices] == [10, 2]
     assert choices[1].kept == (0, 1)
-    scaled = choose([flat * 7, steep], Request(0.5, "global"), 2, free(2), [None, None])
+    scaled = choose([flat * 7, steep], PruneRequest(0.5, "global"), 2, free(2), [None, None])
     assert scaled == choices  # the unit of a layer's scores does not matter
 
 
@@ -144,29 +144,29 @@ def test_protection_and_budget_always_hold(keep, allocation, seed, shields):
     n = round(keep * E)
     if any(int(m.sum()) > n for m in masks):
         with pytest.raises(UsageError, match="protected"):
-            choose(scores, Request(keep, allocation), 2, masks, [None, None])
+            choose(scores, PruneRequest(keep, allocation), 2, masks, [None, None])
         return
-    choices = choose(scores, Request(keep, allocation), 2, masks, [None, None])
+    choices = choose(scores, PruneRequest(keep, allocation), 2, masks, [None, None])
     assert sum(len(c.kept) for c in choices) == 2 * n
     for choice, mask in zip(choices, masks, strict=True):
         assert set(mask.nonzero().flatten().tolist()) <= set(choice.kept)
         assert len(choice.kept) >= 2 and list(choice.kept) == sorted(set(choice.kept))
 
 
-GROUPS = Groups(4, 2, 2)
+GROUPS = RoutingGroups(4, 2, 2)
 
 
-def group_choice(mode: str, keep: float, k: int = 2, groups: Groups = GROUPS, shield: torch.Tensor | None = None):
+def group_choice(mode: str, keep: float, k: int = 2, groups: RoutingGroups = GROUPS, shield: torch.Tensor | None = None):
     scores = torch.arange(16.0)
     mask = torch.zeros(16, dtype=torch.bool) if shield is None else shield
-    return choose([scores], Request(keep, groups=mode), k, [mask], [groups])[0]
+    return choose([scores], PruneRequest(keep, groups=mode), k, [mask], [groups])[0]
 
 
 def test_group_modes():
     assert group_choice("per_group", 0.5).kept == (2, 3, 6, 7, 10, 11, 14, 15)
     assert group_choice("regroup", 0.5).kept == tuple(range(8, 16))
     dropped = group_choice("drop_groups", 0.5)
-    assert dropped.kept == tuple(range(8, 16)) and dropped.groups == Groups(2, 2, 2)
+    assert dropped.kept == tuple(range(8, 16)) and dropped.groups == RoutingGroups(2, 2, 2)
     masked = group_choice("mask", 0.5)
     assert masked.kept == tuple(range(8, 16)) and masked.masked
 
@@ -179,7 +179,7 @@ def test_group_modes():
     ("drop_groups", 10 / 16, 2, GROUPS, "whole groups"),
     ("drop_groups", 0.25, 2, GROUPS, "1 groups would stay"),
     ("mask", 3 / 16, 2, GROUPS, "mask leaves"),
-    ("mask", 4 / 16, 4, Groups(4, 2, 1), "mask leaves"),
+    ("mask", 4 / 16, 4, RoutingGroups(4, 2, 1), "mask leaves"),
 ])  # fmt: skip
 def test_impossible_groups_are_refused(mode, keep, k, groups, match):
     with pytest.raises(UsageError, match=match):
@@ -195,7 +195,7 @@ def test_groups_and_protection():
     with pytest.raises(UsageError, match="group 0 has 3 protected"):
         group_choice("per_group", 0.5, shield=shield)
     with pytest.raises(UsageError, match="unequal groups"):
-        choose([torch.rand(16)], Request(0.5, "global"), 2, [torch.zeros(16, dtype=torch.bool)], [GROUPS])
+        choose([torch.rand(16)], PruneRequest(0.5, "global"), 2, [torch.zeros(16, dtype=torch.bool)], [GROUPS])
 
 
 def outputs_of(peaks: list[torch.Tensor], hidden: list[float], seen: int = 1) -> list[dict]:

@@ -7,21 +7,21 @@ import torch
 from torch import Tensor
 
 from moe_prism.checkpoint import Journal, LayerStream, OutputFolder
-from moe_prism.compress.prune import Choice, Request, choose, pruned
+from moe_prism.compress.prune import KeptExperts, PruneRequest, choose, pruned
 from moe_prism.compress.prune.remove import remove_experts
 from moe_prism.errors import UsageError
 from moe_prism.model import find_layers
-from moe_prism.model.router import Groups, Router, find_routers
+from moe_prism.model.router import Router, RoutingGroups, find_routers
 
 from .tiny import FAMILIES, build, load, logits, relative, save
 
 
-def choices_of(model, keep: float, groups: str = "per_group", seed: int = 0) -> list[Choice]:
+def choices_of(model, keep: float, groups: str = "per_group", seed: int = 0) -> list[KeptExperts]:
     layers = find_layers(model)
     generator = torch.Generator().manual_seed(seed)
     scores = [torch.rand(layer.num_experts, generator=generator) for layer in layers]
     none = [torch.zeros(layer.num_experts, dtype=torch.bool) for layer in layers]
-    return choose(scores, Request(keep, groups=groups), 2, none, [Router(model, layer).groups for layer in layers])
+    return choose(scores, PruneRequest(keep, groups=groups), 2, none, [Router(model, layer).groups for layer in layers])
 
 
 def write(source, out, choices) -> None:
@@ -82,7 +82,7 @@ def test_equal_groups_masked_are_what_sliced_ones_are():
         choices = choices_of(model, 0.5)
         with pruned(model, choices):
             sliced = logits(model)
-        with pruned(model, [Choice(c.experts, c.kept, c.groups, masked=True) for c in choices]):
+        with pruned(model, [KeptExperts(c.experts, c.kept, c.groups, masked=True) for c in choices]):
             assert relative(logits(model), sliced) < 1e-5
 
 
@@ -169,7 +169,7 @@ def test_a_router_that_depends_on_the_order_is_refused():
 
 def test_layers_with_different_counts_are_mask_mode_only(tmp_path):
     model = save("softmax", tmp_path / "source")
-    choices = [Choice(8, (0, 1, 2)), Choice(8, (3, 4, 5, 6))]
+    choices = [KeptExperts(8, (0, 1, 2)), KeptExperts(8, (3, 4, 5, 6))]
     with pruned(model, choices):
         logits(model)
     with pytest.raises(UsageError, match="one number"):
@@ -177,7 +177,11 @@ def test_layers_with_different_counts_are_mask_mode_only(tmp_path):
 
 
 def test_groups_found_where_they_matter():
-    for kind, groups in (("group-sigmoid", Groups(4, 2, 2)), ("group-softmax", Groups(4, 2, 1)), ("sigmoid-bias", None)):
+    for kind, groups in (
+        ("group-sigmoid", RoutingGroups(4, 2, 2)),
+        ("group-softmax", RoutingGroups(4, 2, 1)),
+        ("sigmoid-bias", None),
+    ):
         model = build(kind)
         assert Router(model, find_layers(model)[0]).groups == groups
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_prism.calibrate.run import Pass, Settings
-from moe_prism.compress.prune import Choice, Subject, criteria, pruned
+from moe_prism.compress.prune import KeptExperts, LayerSubject, criteria, pruned
 from moe_prism.compress.prune.output_error import OutputError, _Sample
 from moe_prism.errors import UsageError
 from moe_prism.model import find_layers
@@ -24,9 +24,9 @@ def sampled(kind: str, batch: int = 2, capacity: int = 64):
     return model, layers, work
 
 
-def subject(layer, found, protected=None) -> Subject:
+def subject(layer, found, protected=None) -> LayerSubject:
     shield = torch.zeros(layer.num_experts, dtype=torch.bool) if protected is None else protected
-    return Subject(0, layer.name, layer.num_experts, 2, {"grams": found}, shield)
+    return LayerSubject(0, layer.name, layer.num_experts, 2, {"grams": found}, shield)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "softmax-normalised", "top-k-softmax", "router-bias"])
@@ -41,7 +41,7 @@ def test_replayed_weights_are_those_of_the_pruned_router(kind):
     def note(_module, args, kwargs):
         seen["index"], seen["weight"] = [*args, *kwargs.values()][1:3]
 
-    with pruned(model, [Choice(8, kept), *[Choice(8, tuple(range(8)))] * (len(layers) - 1)]):
+    with pruned(model, [KeptExperts(8, kept), *[KeptExperts(8, tuple(range(8)))] * (len(layers) - 1)]):
         handle = layers[0].module.register_forward_pre_hook(note, with_kwargs=True)
         with torch.no_grad():
             model(input_ids=IDS, use_cache=False)

@@ -9,26 +9,20 @@ import pytest
 import torch
 
 from moe_prism import cli
-from moe_prism.api import (
-    CalibrateOptions,
-    PruneOptions,
-    TraceOptions,
-    load,
-    measure_frontier,
-    plan_pruning,
-    prune_model,
-    prune_plan,
-    record_trace,
-    verify,
-)
-from moe_prism.api.measuring import FrontierOptions, subject_of
-from moe_prism.api.methods_prune import Prune
-from moe_prism.api.opening import open_model
-from moe_prism.api.prune_plan import measured_counts
+from moe_prism.artefact.load import load
+from moe_prism.artefact.open import open_model
+from moe_prism.calibrate.options import CalibrateOptions
 from moe_prism.checkpoint import OutputFolder
 from moe_prism.compress.prune import pruned
 from moe_prism.elastic import operating_point
 from moe_prism.errors import CorruptError, UsageError
+from moe_prism.jobs.frontier import FrontierOptions, measure_frontier, subject_of
+from moe_prism.jobs.prune import plan_pruning, prune_model
+from moe_prism.jobs.trace import TraceOptions, record_trace
+from moe_prism.jobs.verify import verify
+from moe_prism.methods.prune import select
+from moe_prism.methods.prune.masked import Prune
+from moe_prism.methods.prune.select import PruneOptions, measured_counts
 from moe_prism.model import find_layers, load_model
 from tests.tiny_sources import digests, save_tiny
 
@@ -73,7 +67,7 @@ def test_the_routing_of_a_pruned_folder_can_be_traced(small, text_file):
 
 
 def test_a_pruned_folder_can_be_refactored_pruned_again_and_measured(small, tmp_path, tiny_calibration):
-    from moe_prism.api import RefactorOptions, refactor
+    from moe_prism.jobs.refactor import RefactorOptions, refactor
 
     refactor(small, tmp_path / "elastic", RefactorOptions(calibration=tiny_calibration, profile_tokens=0))
     assert load(tmp_path / "elastic")[0].config.num_experts == 2
@@ -131,7 +125,7 @@ def test_an_elastic_folder_stays_elastic(elastic_tiny, tmp_path, budget):
 
 
 def test_one_calibration_serves_refactor_and_every_criterion(tiny_source, text_file, tmp_path):
-    from moe_prism.api import calibrate_model
+    from moe_prism.jobs.calibrate import calibrate_model
 
     every = ["counts", "tokens", "outputs", "scores", "grams"]
     calibrate_model(tiny_source, tmp_path / "cal", CalibrateOptions(str(text_file), 512, 32, 64, collectors=every))
@@ -204,8 +198,8 @@ def test_pruning_is_a_frontier_method(elastic_tiny, text_file):
 def test_all_fractions_of_a_measured_method_share_one_profile(tmp_path, text_file, monkeypatch):
     """And keep what `plan_pruning`'s own profile for each of them says."""
     save_tiny("olmoe", tmp_path / "model", num_experts=8)
-    opened, profiles, measure = open_model(tmp_path / "model"), [], prune_plan.measure
-    monkeypatch.setattr(prune_plan, "measure", lambda *args, **more: profiles.append(1) or measure(*args, **more))
+    opened, profiles, measure = open_model(tmp_path / "model"), [], select.measure
+    monkeypatch.setattr(select, "measure", lambda *args, **more: profiles.append(1) or measure(*args, **more))
     subject = subject_of(opened, FrontierOptions(str(text_file), 256, 32, calibration_tokens=512))
     made = Prune("prune:gate-norm-measured", "gate-norm-measured")
     found = [candidate.install.args[1] for candidate in made.candidates(subject)]

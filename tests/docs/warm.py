@@ -71,7 +71,7 @@ def child(link: socket.socket) -> None:
 def serve(address: str) -> None:
     import torch
 
-    from moe_prism import api, elastic, report  # noqa: F401 - what every command needs, imported once
+    from moe_prism import elastic, jobs, report  # noqa: F401 - what every command needs, imported once
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for: they report themselves

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_prism.elastic import Elastic, LayerPlan, attach, compensate, compensators, operating_point
-from moe_prism.elastic.compensate import Sample
+from moe_prism.elastic import Elastic, LayerParts, attach, compensate, operating_point
+from moe_prism.elastic.compensate import ExpertSample, compensators
 from moe_prism.elastic.compensate.base import MIN_ROWS, Blocks, Compensator
 from moe_prism.elastic.compensate.low_rank import FEW, _reduced_rank
-from moe_prism.elastic.execute import grouped
+from moe_prism.elastic.execute.plain import grouped
 from moe_prism.elastic.runtime import Setting
 from moe_prism.frontier.cost import measured_cost
 from moe_prism.model import find_layers
@@ -29,13 +29,13 @@ N, RANK = 4, 2
 def samples(layer, rows=120, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [
-        Sample(torch.randn(rows, layer.hidden, generator=g), torch.rand(rows, N, generator=g) < 0.5)
+        ExpertSample(torch.randn(rows, layer.hidden, generator=g), torch.rand(rows, N, generator=g) < 0.5)
         for _ in range(layer.num_experts)
     ]
 
 
 def fitted(layer, method, given=None):
-    plan = LayerPlan(layer, N, 0)
+    plan = LayerParts(layer, N, 0)
     with torch.no_grad():
         found = compensate.fit(method, plan, given or samples(layer), RANK)
     assert type(compensate.compensator(plan)) is type(found) and found.method == method
@@ -122,7 +122,7 @@ def test_mean_is_that_of_the_dropped_rows_only(layer):
     given = samples(layer)
     loud = given[0].x.clone()
     loud[~given[0].dropped[:, 1]] *= 1000.0  # massive activations where the block is kept say nothing about where it is dropped
-    extra = fitted(layer, "mean", [Sample(loud, given[0].dropped), *given[1:]])
+    extra = fitted(layer, "mean", [ExpertSample(loud, given[0].dropped), *given[1:]])
     rows = given[0].x[given[0].dropped[:, 1]]
     block = slice(layer.width // N, 2 * layer.width // N)
     expected = layer.activations(0, rows, block) @ layer.down[0][:, block].T
@@ -271,7 +271,7 @@ def test_cost_is_the_counted_number(layer, method, tokens):
 def test_measured_cost_adds_what_compensation_reads(layer, method):
     x, index, weight, _ = batch(layer, 8)
     extra = fitted(layer, method)
-    plain, paid = (Elastic(None, [LayerPlan(layer, N, 0, dict(tensors))]) for tensors in ({}, extra.plan.tensors))
+    plain, paid = (Elastic(None, [LayerParts(layer, N, 0, dict(tensors))]) for tensors in ({}, extra.plan.tensors))
     for budget in (0.3, 1.0):
         setting = Setting(budget, "linear")
         costs = []

@@ -7,12 +7,13 @@ waits for the device.
 import pytest
 import torch
 
-from moe_prism.elastic import LayerPlan, attach, scorers
-from moe_prism.elastic import ridge as ridge_module
+from moe_prism.elastic import LayerParts, attach
 from moe_prism.elastic.base import gate_activations, gate_activations_all, per_expert
-from moe_prism.elastic.ridge import FEW
+from moe_prism.elastic.execute.triton_align import align
 from moe_prism.elastic.runtime import Counter, Setting
-from moe_prism.elastic.triton_align import align
+from moe_prism.elastic.scorers import ridge as ridge_module
+from moe_prism.elastic.scorers import scorers
+from moe_prism.elastic.scorers.ridge import FEW
 from moe_prism.model import find_layers
 from tests.parity.families import build
 
@@ -29,7 +30,7 @@ def inputs(layer, tokens=80):
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gate_activations_of_all_experts_at_once(family):
-    plan = LayerPlan(find_layers(build(family), dense=False)[0], N, R)
+    plan = LayerParts(find_layers(build(family), dense=False)[0], N, R)
     x, index = inputs(plan.layer)
     each = per_expert(index, plan.layer.num_experts, lambda e, rows: gate_activations(plan, x[rows], e).flatten(1), N * R)
     torch.testing.assert_close(gate_activations_all(plan, x, index).flatten(2), each, rtol=1e-4, atol=1e-6)
@@ -39,7 +40,7 @@ def test_gate_activations_of_all_experts_at_once(family):
 @pytest.mark.parametrize("gates", [0, R])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_predictor_for_all_experts_at_once(family, gates):
-    plan = LayerPlan(find_layers(build(family), dense=False)[0], N, gates)
+    plan = LayerParts(find_layers(build(family), dense=False)[0], N, gates)
     x, index = inputs(plan.layer)
     plan.tensors["ridge"] = ridge_module.fit(plan, [x] * plan.layer.num_experts)
     scorer = scorers.get("ridge")(plan)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_prism.elastic import LayerPlan
-from moe_prism.elastic.execute import FEW, _pieces, grouped, reference
+from moe_prism.elastic import LayerParts
+from moe_prism.elastic.execute.plain import FEW, _pieces, grouped, reference
 from moe_prism.model import find_layers
 from tests.parity.families import build
 
@@ -16,7 +16,7 @@ LAYOUTS = ["olmoe", "gpt_oss", "aria", "nemotron_h"]  # concatenated, interleave
 @pytest.fixture(scope="module", params=LAYOUTS)
 def plan(request):
     layer = find_layers(build(request.param), dense=False)[0]
-    return LayerPlan(layer, 4, 0)
+    return LayerParts(layer, 4, 0)
 
 
 def batch(plan, tokens, k, seed):

@@ -5,13 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_prism.elastic import LayerPlan, Slots, attach, few, operating_point, rules, scorers, tiled
+from moe_prism.elastic import LayerParts, Slots, attach, operating_point
 from moe_prism.elastic.compensate.base import Compensator
-from moe_prism.elastic.few_select import select_few
-from moe_prism.elastic.products import usable
-from moe_prism.elastic.ridge import FEW
-from moe_prism.elastic.threshold import LEVELS
-from moe_prism.elastic.tiles import PAYS
+from moe_prism.elastic.execute import decode_products, tiled
+from moe_prism.elastic.execute.batch_products import usable
+from moe_prism.elastic.fused_select import select_few
+from moe_prism.elastic.rules import rules
+from moe_prism.elastic.rules.threshold import LEVELS
+from moe_prism.elastic.scorers import scorers
+from moe_prism.elastic.scorers.ridge import FEW
+from moe_prism.kernels.tiles import PAYS
 
 from .test_compensate import fitted
 from .test_execute import batch
@@ -26,7 +29,7 @@ def plan_of(gates=1, n_sub=N, dtype=torch.float32):
     layer.module.to(dtype)
     g = torch.Generator().manual_seed(gates)
     ridge = torch.randn(layer.num_experts, n_sub, layer.hidden + n_sub * gates + 1, generator=g) * 0.3
-    return LayerPlan(layer, n_sub, gates, {"ridge": ridge, "levels": torch.linspace(2.0, 0.0, LEVELS)})
+    return LayerParts(layer, n_sub, gates, {"ridge": ridge, "levels": torch.linspace(2.0, 0.0, LEVELS)})
 
 
 PLANS = {gates: plan_of(gates) for gates in (0, 1, 2)}
@@ -46,18 +49,18 @@ def test_outputs_are_those_of_the_tiles(seed, tokens, dtype, runs):
     x, expert, weight, _ = batch(plan, tokens, 1, seed)
     expert = expert.sort(0).values if runs else expert
     row = torch.randint(tokens, (tokens,), generator=torch.Generator().manual_seed(seed))
-    found = few.few_outputs(plan, x, row.numpy(), weight[:, 0].numpy(), expert[:, 0].numpy())
+    found = decode_products.few_outputs(plan, x, row.numpy(), weight[:, 0].numpy(), expert[:, 0].numpy())
     keep = torch.ones(tokens, 1, 1, dtype=torch.bool)
     assert torch.equal(torch.from_numpy(found), tiled.tiled(plan, x[row], expert, weight, keep))
 
 
 def test_outputs_of_many_rows_or_with_biases_are_left_to_others():
     plan = plan_of(0, 1)
-    x, expert, weight, _ = batch(plan, few.ENOUGH + 1, 1, 0)
+    x, expert, weight, _ = batch(plan, decode_products.ENOUGH + 1, 1, 0)
     arrays = (torch.arange(len(x)).numpy(), weight[:, 0].numpy(), expert[:, 0].numpy())
-    assert few.few_outputs(plan, x, *arrays) is None
-    biased = LayerPlan(arranged("gpt_oss"), 1, 0)
-    assert few.few_outputs(biased, torch.randn(2, biased.layer.hidden), *(a[:2] for a in arrays)) is None
+    assert decode_products.few_outputs(plan, x, *arrays) is None
+    biased = LayerParts(arranged("gpt_oss"), 1, 0)
+    assert decode_products.few_outputs(biased, torch.randn(2, biased.layer.hidden), *(a[:2] for a in arrays)) is None
 
 
 @torch.no_grad()

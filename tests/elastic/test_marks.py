@@ -4,14 +4,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_prism.elastic import LayerPlan, Slots, base, rules
-from moe_prism.elastic import product as product_module
-from moe_prism.elastic import threshold as threshold_module
-from moe_prism.elastic.threshold import LEVELS
+from moe_prism.elastic import LayerParts, Slots, base
+from moe_prism.elastic.rules import rules
+from moe_prism.elastic.rules import threshold as threshold_module
+from moe_prism.elastic.rules import top_slots as product_module
+from moe_prism.elastic.rules.threshold import LEVELS
 from moe_prism.model import find_layers
 from tests.parity.families import build
 
-PLAN = LayerPlan(find_layers(build("olmoe"))[0], 4, 0, {"levels": torch.linspace(0.9, 0.0, LEVELS)})
+PLAN = LayerParts(find_layers(build("olmoe"))[0], 4, 0, {"levels": torch.linspace(0.9, 0.0, LEVELS)})
 
 
 @given(

@@ -6,11 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_prism.elastic import LayerPlan, Slots, rules
-from moe_prism.elastic.pattern import counts
-from moe_prism.elastic.plan_ import plan_steps
-from moe_prism.elastic.product import top_slots
-from moe_prism.elastic.threshold import LEVELS, dropped_energy, fit_levels, pool_levels
+from moe_prism.elastic import LayerParts, Slots
+from moe_prism.elastic.rules import rules
+from moe_prism.elastic.rules.layer_budgets import plan_steps
+from moe_prism.elastic.rules.pattern import counts
+from moe_prism.elastic.rules.threshold import LEVELS, dropped_energy, fit_levels, pool_levels
+from moe_prism.elastic.rules.top_slots import top_slots
 from moe_prism.errors import UsageError
 from moe_prism.model import find_layers
 from tests.parity.families import build
@@ -20,7 +21,7 @@ N, K = 4, 3
 
 @pytest.fixture(scope="module")
 def plan():
-    plan = LayerPlan(find_layers(build("olmoe"))[0], N, 0)
+    plan = LayerParts(find_layers(build("olmoe"))[0], N, 0)
     g = torch.Generator().manual_seed(5)
     plan.tensors["levels"] = fit_levels(torch.rand(4000, generator=g), torch.ones(4000))
     plan.tensors["plan"] = plan_steps([0, 1, *[0] * 5, *[1] * 11, *[0] * 6], 2)[0]
@@ -157,7 +158,7 @@ def test_plan_meets_the_dial_on_average_over_layers(plan, data, layers):
     made = []
     for steps in plan_steps(order, layers):
         assert (steps.diff() >= 0).all()
-        made.append(rules.get("plan")(LayerPlan(plan.layer, N, 0, {"plan": steps})))
+        made.append(rules.get("plan")(LayerParts(plan.layer, N, 0, {"plan": steps})))
     s, _, _ = slots(2)
     before = [0] * layers
     for m in range(layers, layers * total + 1):
@@ -181,4 +182,4 @@ def test_plan_dials_may_differ_per_token(plan):
 
 def test_a_model_without_a_profile_has_no_plan(plan):
     with pytest.raises(UsageError, match="no budgets per layer"):
-        rules.get("plan")(LayerPlan(plan.layer, N, 0))
+        rules.get("plan")(LayerParts(plan.layer, N, 0))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from moe_prism.elastic import LayerPlan, scorers
-from moe_prism.elastic import low_rank as low_rank_module
-from moe_prism.elastic import ridge as ridge_module
+from moe_prism.elastic import LayerParts
+from moe_prism.elastic.scorers import low_rank as low_rank_module
+from moe_prism.elastic.scorers import ridge as ridge_module
+from moe_prism.elastic.scorers import scorers
 from moe_prism.errors import UsageError
 from moe_prism.model import find_layers
 from tests.parity.families import build
@@ -22,7 +23,7 @@ def inputs(layer, n=400):
 
 @torch.no_grad()
 def test_gate_scores_follow_the_paper(layer):
-    plan = LayerPlan(layer, 4, 2)
+    plan = LayerParts(layer, 4, 2)
     x = inputs(layer, 5)
     score = scorers.get("gates")(plan)(x, torch.zeros(5, 1, dtype=torch.long))
     gate, up = layer.gate[0], layer.up[0]
@@ -34,7 +35,7 @@ def test_gate_scores_follow_the_paper(layer):
 
 @torch.no_grad()
 def test_oracle_is_the_true_norm(layer):
-    plan = LayerPlan(layer, 4, 0)
+    plan = LayerParts(layer, 4, 0)
     x = inputs(layer, 3)
     norms = scorers.get("oracle")(plan)(x, torch.tensor([[1, 2]] * 3))
     a = layer.activations(2, x)
@@ -44,7 +45,7 @@ def test_oracle_is_the_true_norm(layer):
 
 @torch.no_grad()
 def test_ridge_recovers_a_linear_truth(monkeypatch, layer):
-    plan = LayerPlan(layer, 4, 0)
+    plan = LayerParts(layer, 4, 0)
     truth = torch.rand(layer.hidden, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     monkeypatch.setattr(ridge_module, "FLOOR", 0.0)
     monkeypatch.setattr(ridge_module, "block_norms", lambda plan, x, expert: (x.double() @ truth + 3.0).exp())
@@ -57,7 +58,7 @@ def test_ridge_recovers_a_linear_truth(monkeypatch, layer):
 @pytest.mark.parametrize("gates", [0, 2])
 def test_low_rank_recovers_a_shared_truth(monkeypatch, layer, gates):
     """Log norms that depend on x through 3 directions common to all experts, linearly and through their absolute values."""
-    plan = LayerPlan(layer, 4, gates)
+    plan = LayerParts(layer, 4, gates)
     generator = torch.Generator().manual_seed(1)
     directions = torch.randn(layer.hidden, 3, generator=generator, dtype=torch.float64) / layer.hidden**0.5
     heads = torch.randn(layer.num_experts, 6, 4, generator=generator, dtype=torch.float64)
@@ -84,7 +85,7 @@ def test_low_rank_recovers_a_shared_truth(monkeypatch, layer, gates):
 @torch.no_grad()
 def test_low_rank_with_every_direction_is_no_worse_than_ridge(layer, monkeypatch):
     monkeypatch.setattr(low_rank_module, "RANK", layer.hidden)
-    plan = LayerPlan(layer, 4, 0)
+    plan = LayerParts(layer, 4, 0)
     samples = [inputs(layer)] * layer.num_experts
     plan.tensors |= {"ridge": ridge_module.fit(plan, samples), **scorers.get("low-rank").fit(plan, samples)}
     index = torch.zeros(400, 1, dtype=torch.long)
@@ -95,7 +96,7 @@ def test_low_rank_with_every_direction_is_no_worse_than_ridge(layer, monkeypatch
 
 def test_low_rank_that_was_not_fitted_says_how_to(layer):
     with pytest.raises(UsageError, match="without the low-rank predictor"):
-        scorers.get("low-rank")(LayerPlan(layer, 4, 0))
+        scorers.get("low-rank")(LayerParts(layer, 4, 0))
 
 
 @torch.no_grad()
@@ -104,7 +105,7 @@ def test_every_layer_uses_its_own_predictor():
     layers = find_layers(build("olmoe"))
     weights = []
     for layer in layers[:2]:
-        plan = LayerPlan(layer, 4, 1)
+        plan = LayerParts(layer, 4, 1)
         plan.tensors["ridge"] = ridge_module.fit(plan, [inputs(layer)] * layer.num_experts)
         weights.append(plan.tensors["ridge"])
         x = inputs(layer, 200)
@@ -117,7 +118,7 @@ def test_every_layer_uses_its_own_predictor():
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [0, 1, 15, 40])
 def test_few_tokens_give_finite_predictions(layer, rows):
-    plan = LayerPlan(layer, 4, 1)
+    plan = LayerParts(layer, 4, 1)
     plan.tensors["ridge"] = ridge_module.fit(plan, [inputs(layer, rows)] * layer.num_experts)
     plan.tensors |= scorers.get("low-rank").fit(
         plan, [inputs(layer, max(1, rows))] + [inputs(layer, rows)] * (layer.num_experts - 1)
@@ -130,7 +131,7 @@ def test_few_tokens_give_finite_predictions(layer, rows):
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "nemotron_h"])
 def test_a_few_choices_give_what_many_give(family):
     layer = find_layers(build(family))[0]
-    plan = LayerPlan(layer, 4, 2)
+    plan = LayerParts(layer, 4, 2)
     plan.tensors["ridge"] = ridge_module.fit(plan, [inputs(layer)] * layer.num_experts)
     scorer = scorers.get("ridge")(plan)
     x = inputs(layer, 80)

@@ -5,11 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_prism.elastic import LayerPlan, attach, operating_point, products, scorers, team, tiled
-from moe_prism.elastic import ridge as ridge_module
-from moe_prism.elastic.execute import auto, grouped, reference
-from moe_prism.elastic.products import Groups, Matrix, Part, usable
-from moe_prism.elastic.tiles import LANES, PAYS
+from moe_prism.elastic import LayerParts, attach, operating_point
+from moe_prism.elastic.execute import batch_products, tiled
+from moe_prism.elastic.execute.batch_products import Matrix, MatrixPart, SlotGroups, usable
+from moe_prism.elastic.execute.plain import auto, grouped, reference
+from moe_prism.elastic.scorers import ridge as ridge_module
+from moe_prism.elastic.scorers import scorers
+from moe_prism.kernels import threads
+from moe_prism.kernels.tiles import LANES, PAYS
 from moe_prism.model import find_layers
 from tests.model import test_dense
 from tests.parity.families import build
@@ -32,7 +35,7 @@ def layer(request):
 
 @pytest.fixture(scope="module")
 def olmoe():
-    return LayerPlan(arranged("olmoe"), 4, 0)
+    return LayerParts(arranged("olmoe"), 4, 0)
 
 
 def choices(layer):
@@ -43,7 +46,7 @@ def choices(layer):
 @given(seed=st.integers(0, 10_000), tokens=st.integers(1, 60), share=st.floats(0, 1), n_sub=st.sampled_from([1, 2, 4, 8]))
 @settings(max_examples=25, deadline=None)
 def test_equals_the_reference(layer, seed, tokens, share, n_sub):
-    plan = LayerPlan(layer, n_sub, 0)
+    plan = LayerParts(layer, n_sub, 0)
     x, index, weight, g = batch(plan, tokens, choices(layer), seed)
     keep = torch.rand(*index.shape, n_sub, generator=g) < share
     out = tiled.tiled(plan, x, index, weight, keep)
@@ -53,7 +56,7 @@ def test_equals_the_reference(layer, seed, tokens, share, n_sub):
 
 @torch.no_grad()
 def test_all_slots_kept_is_the_stock_layer(layer):
-    plan = LayerPlan(layer, 4, 0)
+    plan = LayerParts(layer, 4, 0)
     x, index, weight, _ = batch(plan, 9, choices(layer), 0)
     weight = torch.ones_like(weight) if layer.num_experts == 1 else weight
     keep = torch.ones(*index.shape, 4, dtype=torch.bool)
@@ -77,14 +80,14 @@ def test_threads_and_pieces_change_nothing(olmoe, monkeypatch):
     alone = tiled.tiled(olmoe, x, index, weight, keep)
     monkeypatch.setattr(tiled, "PIECE", 64)
     assert torch.equal(tiled.tiled(olmoe, x, index, weight, keep), alone)
-    monkeypatch.setattr(team, "SMALL", 0)
-    threads = torch.get_num_threads()
+    monkeypatch.setattr(threads, "SMALL", 0)
+    count = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        if team.can_share():
+        if threads.can_share():
             assert torch.equal(tiled.tiled(olmoe, x, index, weight, keep), alone)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(count)
 
 
 @torch.no_grad()
@@ -107,7 +110,7 @@ def test_skipped_ids_add_nothing(olmoe):
 
 def test_what_it_cannot_run_is_left_to_the_other_executor():
     layer = find_layers(build("olmoe"))[0]
-    plan = LayerPlan(layer, 4, 0)
+    plan = LayerParts(layer, 4, 0)
     x, index, weight, g = batch(plan, 4, 2, 7)
     keep = torch.rand(4, 2, 4, generator=g) < 0.7
     with torch.no_grad():
@@ -132,12 +135,12 @@ def test_products_of_any_size(rows, columns, vectors, seed):
     g = torch.Generator().manual_seed(seed)
     depth = vectors * LANES
     x, w, wide = torch.randn(rows, depth, generator=g), torch.randn(2, columns, depth, generator=g), torch.ones(rows, columns + 3)
-    groups = Groups.of(torch.ones(rows, 1, dtype=torch.long), torch.ones(rows, 1, 1, dtype=torch.bool), 2)
-    products.dot(x, groups, groups.all, [Part(Matrix.of(w), 2)], columns, columns, wide, groups.choice)
+    groups = SlotGroups.of(torch.ones(rows, 1, dtype=torch.long), torch.ones(rows, 1, 1, dtype=torch.bool), 2)
+    batch_products.dot(x, groups, groups.all, [MatrixPart(Matrix.of(w), 2)], columns, columns, wide, groups.choice)
     torch.testing.assert_close(wide[:, 2:-1], x @ w[1].T, rtol=1e-4, atol=1e-4)
     assert (wide[:, :2] == 1).all() and (wide[:, -1] == 1).all()
     a, out = torch.randn(rows, columns, generator=g), torch.ones(rows, depth)
-    products.add(a, groups, groups.all, Matrix.of(w), out)
+    batch_products.add(a, groups, groups.all, Matrix.of(w), out)
     torch.testing.assert_close(out, 1 + a @ w[1], rtol=1e-4, atol=1e-4)
 
 
@@ -146,14 +149,14 @@ def test_products_of_any_size(rows, columns, vectors, seed):
 @pytest.mark.parametrize("gates", [0, 1, 3])
 def test_the_predictor_equals_its_tensor_form(family, gates, monkeypatch):
     layer = arranged(family)
-    plan = LayerPlan(layer, 4, gates)
+    plan = LayerParts(layer, 4, gates)
     g = torch.Generator().manual_seed(0)
     plan.tensors["ridge"] = 0.1 * torch.randn(layer.num_experts, 4, layer.hidden + 4 * gates + 1, generator=g)
     scorer = scorers.get("ridge")(plan)
     x, index, _, _ = batch(plan, 40, choices(layer), 1)
     fast = scorer(x, index)
     assert torch.equal(scorer(x[7:9], index[7:9]), fast[7:9])
-    monkeypatch.setattr(products, "usable", lambda *_: None)
+    monkeypatch.setattr(batch_products, "usable", lambda *_: None)
     torch.testing.assert_close(fast, scorer(x, index), rtol=1e-4, atol=1e-5)
     assert ridge_module.CEILING < 88  # exp of it is a finite float32
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from moe_prism.elastic import LayerPlan, attach, operating_point, triton_run
-from moe_prism.elastic.execute import grouped, reference
-from moe_prism.elastic.triton_align import align, capacity
+from moe_prism.elastic import LayerParts, attach, operating_point
+from moe_prism.elastic.execute import triton_run
+from moe_prism.elastic.execute.plain import grouped, reference
+from moe_prism.elastic.execute.triton_align import align, capacity
 from moe_prism.model import find_layers
 from tests.parity.families import build
 
@@ -36,7 +37,7 @@ def make(experts, hidden, block, n_sub, *, act="silu", dtype=torch.float32, seed
     for p in holder.experts.parameters():
         p.copy_(torch.randn(p.shape, generator=g) * p.shape[-1] ** -0.5)
     holder.to(DEVICE, dtype)
-    return LayerPlan(find_layers(holder)[0], n_sub, gates)
+    return LayerParts(find_layers(holder)[0], n_sub, gates)
 
 
 def batch(plan, tokens, k, share, seed=0):
@@ -142,7 +143,7 @@ def test_weights_are_read_where_they_lie(storage):
         plan.layer.arrange()
     else:
         model = build("aria") if storage == "transposed" else dense()
-        plan = LayerPlan(find_layers(model.to(DEVICE))[0], 2, 0)
+        plan = LayerParts(find_layers(model.to(DEVICE))[0], 2, 0)
     inputs = batch(plan, 5, min(2, plan.layer.num_experts), 0.6)
     assert triton_run.refusal(plan, inputs[0]) is None
     close(triton_run.deterministic(plan, *inputs), reference(plan, *inputs))
@@ -176,7 +177,7 @@ def test_what_the_kernels_cannot_do_runs_grouped(family, reason):
             stock = plan.layer.module._apply_gate
             plan.layer.module._apply_gate = lambda both: stock(both.clamp(max=10.0))
     else:
-        plan = LayerPlan(find_layers(build(family).to(DEVICE), dense=False)[0], 4, 0)
+        plan = LayerParts(find_layers(build(family).to(DEVICE), dense=False)[0], 4, 0)
     inputs = batch(plan, 5, 2, 0.6)
     assert reason in triton_run.refusal(plan, inputs[0])
     assert torch.equal(triton_run.deterministic(plan, *inputs), grouped(plan, *inputs))
@@ -268,7 +269,7 @@ class TestOnGpu:
     def test_equals_the_reference(self, run, dtype, tokens):
         plan = make(16, 512, 96, 4, dtype=dtype)
         x, index, weight, keep = batch(plan, tokens, 4, 0.5)
-        wide = LayerPlan(make(16, 512, 96, 4).layer, 4, 0)
+        wide = LayerParts(make(16, 512, 96, 4).layer, 4, 0)
         for name in ("gate", "up", "down"):
             getattr(wide.layer, name).copy_(getattr(plan.layer, name))
         expected = grouped(wide, x.float(), index, weight.float(), keep)
@@ -311,7 +312,7 @@ class TestOnGpu:
                 assert torch.equal(replayed, holder.experts(x, index, weight))
 
     def test_one_compilation_for_all_budgets(self):
-        from moe_prism.elastic import triton_kernels as kernels
+        from moe_prism.kernels import triton_kernels as kernels
 
         plan = make(8, 256, 64, 4, dtype=torch.bfloat16)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_prism.api import generate
-from moe_prism.offload.store import Reader, StoreError
-from tests.offload.store.common import PROMPT, Faults, flaky, logits, opened, smallest, store_of
+from moe_prism.artefact.load import generate
+from moe_prism.store import RecordReader, StoreError
+from tests.store.common import PROMPT, Faults, flaky, logits, opened, smallest, store_of
 
 STEPS = 400
 LONG = 100_000
@@ -133,7 +133,7 @@ def test_reads_past_the_page_cache_where_the_file_system_allows(setting):
     folder, file, *_ = setting
     stored, _ = opened(folder, file)
     reader = store_of(stored).reader
-    assert isinstance(reader, Reader)
+    assert isinstance(reader, RecordReader)
     lines = Path(f"/proc/self/fdinfo/{reader._descriptor}").read_text().splitlines()
     flags = int(next(line for line in lines if line.startswith("flags")).split()[1], 8)
     assert bool(flags & os.O_DIRECT) == reader.direct

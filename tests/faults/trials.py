@@ -23,8 +23,10 @@ from typing import Any
 import torch
 
 from moe_prism import cli
-from moe_prism.api import CalibrateOptions, RefactorOptions, calibration, refactor
+from moe_prism.calibrate.options import CalibrateOptions
 from moe_prism.checkpoint import OutputFolder
+from moe_prism.jobs import calibrate
+from moe_prism.jobs.refactor import RefactorOptions, refactor
 from tests.tiny_sources import digests
 
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir")
@@ -205,7 +207,7 @@ class Trials:
 def main() -> None:
     source, text, root, count = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
     torch.set_num_threads(1)
-    calibration.SNAPSHOT_SECONDS = 0.0  # a snapshot after every batch: the calibration of a tiny model too is killed between two
+    calibrate.SNAPSHOT_SECONDS = 0.0  # a snapshot after every batch: the calibration of a tiny model too is killed between two
     trials = Trials(source, text, root)
     kinds = [*trials.counts, None]  # by event, evenly over the phases; every n-th by time
     rows = [trials.one(seed, kinds[seed % len(kinds)]) for seed in range(count)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from moe_prism.frontier.steptime import ExpertLayer, Fit, Load, Read, Shape, Terms, fit, terms
+from moe_prism.forecast.step_time import ExpertLayer, Fit, Read, Shape, StepLoad, Terms, fit, terms
 
 TABLES = json.loads(Path(__file__).with_name("published.json").read_text())
 NAMES = ("skip-v2-lite", "skip-v3", "prune-v2-lite")
@@ -53,7 +53,7 @@ def reproduce(name: str, prompt: float = PROMPT) -> Reproduced:
     model, values = shape(table["model"]), table["values"]
     steps: list[list[tuple[Terms, float]]] = []
     for batch, row in table["tokens_per_s"].items():
-        needs = [terms(model, _choice(model, name, value), Load(int(batch), CONTEXT, prompt)) for value in values]
+        needs = [terms(model, _choice(model, name, value), StepLoad(int(batch), CONTEXT, prompt)) for value in values]
         # the benchmark counts prompt tokens too, so a request makes two tokens per step
         steps.append([(need, 2 * int(batch) / speed) for need, speed in zip(needs, row, strict=True)])
     found = fit([cell for row in steps for cell in row], per_token=False)

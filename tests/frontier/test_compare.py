@@ -1,10 +1,10 @@
 """Rules compared over the whole curve."""
 
-from moe_prism.frontier import Frontier, Point, comparison
+from moe_prism.frontier import Frontier, MeasuredPoint, comparison
 
 
 def point(rule, cost, kl, budget):
-    return Point(f"{rule}-{cost}", rule, budget, 1.0, 2.0, kl, 1.0, 1.0, cost, 1.0, True)
+    return MeasuredPoint(f"{rule}-{cost}", rule, budget, 1.0, 2.0, kl, 1.0, 1.0, cost, 1.0, True)
 
 
 def test_a_dominating_rule_has_more_volume_and_the_full_model_is_shared():

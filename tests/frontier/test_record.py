@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_prism.errors import CorruptError, UsageError
-from moe_prism.frontier import Frontier, Point
+from moe_prism.frontier import Frontier, MeasuredPoint
 
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
 KINDS = {"str": st.text(), "float": NUMBER, "bool": st.booleans()}
-POINTS = st.builds(Point, **{f.name: KINDS[f.type] for f in fields(Point)})
+POINTS = st.builds(MeasuredPoint, **{f.name: KINDS[f.type] for f in fields(MeasuredPoint)})
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | NUMBER | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -27,7 +27,7 @@ FRONTIERS = st.builds(
     st.lists(POINTS, max_size=3).map(tuple),
     st.dictionaries(st.text(), PLAIN, max_size=3),
 )
-POINT = Point("product-8", "product", 0.5, 8, 9.1, 0.024, 0.93, 1e5, 2e5, 4e5, True)
+POINT = MeasuredPoint("product-8", "product", 0.5, 8, 9.1, 0.024, 0.93, 1e5, 2e5, 4e5, True)
 FRONTIER = Frontier("nano", "org/nano", 4, (POINT,), (replace(POINT, name="top-2", rule="topk"),), {"seed": 0})
 
 

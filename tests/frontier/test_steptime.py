@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_prism.errors import UsageError
-from moe_prism.frontier.distinct import Routing, distinct, kept_shares, uniform
-from moe_prism.frontier.planned import ELASTIC, STOCK, Measured, Point, plain_points, predict
-from moe_prism.frontier.steptime import ExpertLayer, Load, Machine, Read, Shape, fit, terms
+from moe_prism.forecast.distinct import Routing, distinct, kept_shares, uniform
+from moe_prism.forecast.speed import ELASTIC, STOCK, ForecastPoint, MeasuredStep, plain_points, predict
+from moe_prism.forecast.step_time import ExpertLayer, Machine, Read, Shape, StepLoad, fit, terms
 
 from .published import NAMES, reproduce
 
@@ -114,7 +114,7 @@ def test_ranks_add_up():
 
 
 def test_terms_are_the_sums_that_a_loop_makes():
-    choice, load = (Read(tuple(EVEN.shares(2))),), Load(5, 7.0, 0.5)
+    choice, load = (Read(tuple(EVEN.shares(2))),), StepLoad(5, 7.0, 0.5)
     need = terms(SHAPE, choice, load)
     read = uniform(16, 2, 5) * 1000 + uniform(8, 2, 5) * 500
     per_token = 2 * 1000 + 2 * 500
@@ -130,17 +130,17 @@ def test_terms_are_the_sums_that_a_loop_makes():
 
 
 def test_sub_experts_that_are_all_kept_are_the_experts():
-    whole = terms(SHAPE, (Read(tuple(EVEN.shares())),), Load(1, 3.0))
-    cut = terms(SHAPE, (Read(tuple(np.repeat(p, 4) for p in EVEN.shares()), 1 / 4),), Load(1, 3.0))
+    whole = terms(SHAPE, (Read(tuple(EVEN.shares())),), StepLoad(1, 3.0))
+    cut = terms(SHAPE, (Read(tuple(np.repeat(p, 4) for p in EVEN.shares()), 1 / 4),), StepLoad(1, 3.0))
     assert cut.expert_bytes == pytest.approx(whole.expert_bytes) and cut.expert_flops == pytest.approx(whole.expert_flops)
-    many = terms(SHAPE, (Read(tuple(np.repeat(p / 2, 4) for p in EVEN.shares()), 1 / 4),), Load(1, 3.0))
+    many = terms(SHAPE, (Read(tuple(np.repeat(p / 2, 4) for p in EVEN.shares()), 1 / 4),), StepLoad(1, 3.0))
     assert many.expert_bytes == pytest.approx(whole.expert_bytes / 2)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.floats(1, 300), st.floats(0, 5000), st.floats(0, 2))
 def test_fewer_experts_never_take_longer(batch, context, prompt):
-    load = Load(batch, context, prompt)
+    load = StepLoad(batch, context, prompt)
     times = [MACHINE.seconds(terms(SHAPE, (Read(tuple(EVEN.shares(n))),), load)) for n in (1, 2)]
     pruned = MACHINE.seconds(terms(SHAPE, (Read(tuple(EVEN.shares(2, 0.5))),), load))
     assert times[0] <= times[1] + 1e-12 and pruned <= times[1] + 1e-12
@@ -157,7 +157,7 @@ def test_fit_finds_the_machine_that_made_the_times(per_token):
 
 
 def _need(batch, chosen):
-    return terms(SHAPE, (Read(tuple(EVEN.shares(chosen))),), Load(batch, 20.0))
+    return terms(SHAPE, (Read(tuple(EVEN.shares(chosen))),), StepLoad(batch, 20.0))
 
 
 def test_fit_bears_outliers_and_names_a_limit_that_was_not_met():
@@ -179,7 +179,7 @@ def test_bad_machines_and_too_few_steps():
     with pytest.raises(UsageError, match="more steps"):
         fit([(_need(1, 1), 0.0)] * 5)
     with pytest.raises(UsageError, match="routing of 1"):
-        terms(SHAPE, (Read((np.ones(2),)),), Load(1))
+        terms(SHAPE, (Read((np.ones(2),)),), StepLoad(1))
 
 
 # -- plans
@@ -188,7 +188,7 @@ def test_bad_machines_and_too_few_steps():
 def test_points_and_ratios():
     points = plain_points(SHAPE, EVEN, (0.5, 0.25))
     assert [p.name for p in points] == ["top-4", "top-3", "top-2", "top-1", "8 experts", "4 experts"]
-    rows = predict(SHAPE, points, {STOCK: MACHINE}, [Load(1, 9.0), Load(8, 9.0)])
+    rows = predict(SHAPE, points, {STOCK: MACHINE}, [StepLoad(1, 9.0), StepLoad(8, 9.0)])
     assert [r.ratio for r in rows if r.kind == "full"] == [1.0, 1.0]
     assert all(r.seconds == pytest.approx(sum(r.parts.values())) and r.error is None for r in rows)
     assert rows[0].distinct == pytest.approx(3.0)  # the mean of 4 and 2
@@ -202,15 +202,15 @@ def test_no_more_than_eight_points_of_skipping():
 
 def test_measured_rows_are_predicted_at_their_own_context_and_compared_with_full_on_the_same_engine():
     full, skip = plain_points(SHAPE, EVEN, ())[:2]
-    cut = Point("half", "sub-experts", skip.choice, ELASTIC)
+    cut = ForecastPoint("half", "sub-experts", skip.choice, ELASTIC)
     measured = {
-        (STOCK, 2, full.name): Measured(1e-2, 50.0),
-        (ELASTIC, 2, full.name): Measured(2e-2, 50.0),
-        (ELASTIC, 2, "half"): Measured(1e-2, 90.0),
+        (STOCK, 2, full.name): MeasuredStep(1e-2, 50.0),
+        (ELASTIC, 2, full.name): MeasuredStep(2e-2, 50.0),
+        (ELASTIC, 2, "half"): MeasuredStep(1e-2, 90.0),
     }
-    rows = predict(SHAPE, [full, skip, cut], {STOCK: MACHINE, ELASTIC: MACHINE}, [Load(2, 7.0, 1.0)], measured)
+    rows = predict(SHAPE, [full, skip, cut], {STOCK: MACHINE, ELASTIC: MACHINE}, [StepLoad(2, 7.0, 1.0)], measured)
     assert (rows[0].measured_tokens_per_s, rows[0].measured_ratio) == (200.0, 1.0) and rows[1].measured_ratio is None
-    assert rows[2].measured_ratio == 2.0 and rows[2].seconds == MACHINE.seconds(terms(SHAPE, cut.choice, Load(2, 90.0)))
+    assert rows[2].measured_ratio == 2.0 and rows[2].seconds == MACHINE.seconds(terms(SHAPE, cut.choice, StepLoad(2, 90.0)))
 
 
 # -- the paper's tables

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moe_prism.errors import UsageError
-from moe_prism.model import Layout, MoELayer, find_layers
+from moe_prism.model import ExpertLayout, MoELayer, find_layers
 
 from ..parity.checks import output
 from ..parity.families import GENERIC, build, names, randomise
@@ -33,11 +33,11 @@ OUTSIDE = {
 INSTALLED = [f for f in OUTSIDE if f not in names()]
 
 LAYOUTS = {
-    "olmoe": Layout(),
-    "aria": Layout(is_transposed=True),
-    "gpt_oss": Layout(is_concatenated=False, is_transposed=True, has_bias=True),
-    "openai_privacy_filter": Layout(is_transposed=True, has_bias=True),
-    "nemotron_h": Layout(has_gate=False),
+    "olmoe": ExpertLayout(),
+    "aria": ExpertLayout(is_transposed=True),
+    "gpt_oss": ExpertLayout(is_concatenated=False, is_transposed=True, has_bias=True),
+    "openai_privacy_filter": ExpertLayout(is_transposed=True, has_bias=True),
+    "nemotron_h": ExpertLayout(has_gate=False),
 }
 
 
@@ -129,11 +129,11 @@ def test_a_norm_after_each_expert_is_refused() -> None:
 
 
 @pytest.fixture(params=LAYOUTS)
-def laid_out(request: pytest.FixtureRequest) -> tuple[MoELayer, Layout]:
+def laid_out(request: pytest.FixtureRequest) -> tuple[MoELayer, ExpertLayout]:
     return find_layers(build(request.param))[0], LAYOUTS[request.param]
 
 
-def test_view_shapes(laid_out: tuple[MoELayer, Layout]) -> None:
+def test_view_shapes(laid_out: tuple[MoELayer, ExpertLayout]) -> None:
     layer, layout = laid_out
     e, d, f = layer.num_experts, layer.hidden, layer.width
     assert (e, d, f) == (8, 32, 16)
@@ -149,7 +149,7 @@ def test_view_shapes(laid_out: tuple[MoELayer, Layout]) -> None:
         assert layer.gate_bias is layer.up_bias is layer.down_bias is None
 
 
-def test_views_alias_the_weights(laid_out: tuple[MoELayer, Layout]) -> None:
+def test_views_alias_the_weights(laid_out: tuple[MoELayer, ExpertLayout]) -> None:
     layer, layout = laid_out
     views = {"gate": layer.gate, "up": layer.up, "down": layer.down, "gate_bias": layer.gate_bias, "up_bias": layer.up_bias}
     parameters = dict(layer.module.named_parameters(recurse=False))
@@ -171,7 +171,7 @@ def _shares(view: torch.Tensor, parameter: torch.Tensor) -> bool:
     return view.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
 
 
-def test_blocks_add_up_to_the_expert(laid_out: tuple[MoELayer, Layout]) -> None:
+def test_blocks_add_up_to_the_expert(laid_out: tuple[MoELayer, ExpertLayout]) -> None:
     layer, _ = laid_out
     x = torch.randn(5, layer.hidden, generator=torch.Generator().manual_seed(0))
     for e in range(layer.num_experts):
@@ -182,7 +182,7 @@ def test_blocks_add_up_to_the_expert(laid_out: tuple[MoELayer, Layout]) -> None:
         )
 
 
-def test_permutation_is_undone_by_its_inverse(laid_out: tuple[MoELayer, Layout]) -> None:
+def test_permutation_is_undone_by_its_inverse(laid_out: tuple[MoELayer, ExpertLayout]) -> None:
     layer, _ = laid_out
     before = copy.deepcopy(layer.module.state_dict())
     perm = torch.stack(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moe_prism.api.tracing import TraceOptions, record_trace
 from moe_prism.errors import UsageError
+from moe_prism.jobs.trace import TraceOptions, record_trace
 from moe_prism.offload import Prefetch, cache_policies, predictors, replay
 from moe_prism.offload.predict import recall
 from moe_prism.offload.predict.base import chosen, history

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from moe_prism import cli
-from moe_prism.api import load
-from moe_prism.api.tracing import TraceOptions, compare_policies, miss_sizes, record_trace, write_miss_curves
+from moe_prism.artefact.load import load
 from moe_prism.elastic import operating_point
 from moe_prism.errors import CorruptError, UsageError
+from moe_prism.jobs.trace import TraceOptions, compare_policies, miss_sizes, record_trace, write_miss_curves
 from moe_prism.model import find_layers, load_model
 from moe_prism.offload import load_trace
-from moe_prism.offload.record import Recorder, record, router_weight
+from moe_prism.offload.record import TraceRecorder, record, router_weight
 from moe_prism.offload.replay import groups, interleave
 from moe_prism.offload.trace import DECODE, PREFILL, check
 
@@ -76,7 +76,7 @@ def test_full_budget_keeps_every_slot(elastic_tiny):
 
 def test_values_need_an_elastic_model(tiny_source):
     with pytest.raises(UsageError, match="elastic"):
-        Recorder(load_model(tiny_source), values=True)
+        TraceRecorder(load_model(tiny_source), values=True)
 
 
 def test_router_is_found_beside_the_experts(tiny_source):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe_prism.elastic import attach, operating_point
 from moe_prism.elastic.runtime import experts_per_token
-from moe_prism.model import Layout, MoELayer, find_layers
+from moe_prism.model import ExpertLayout, MoELayer, find_layers
 
 BLOCKS = 4
 LIMIT = 1e-5  # relative error, float32
@@ -126,7 +126,7 @@ def measure(model: nn.Module, *, dense: bool | None = False) -> Result:
     )
 
 
-def describe(layout: Layout | None) -> str:
+def describe(layout: ExpertLayout | None) -> str:
     if layout is None:
         return "dense"
     words = ["concatenated" if layout.is_concatenated else "interleaved"] if layout.has_gate else ["no gate"]

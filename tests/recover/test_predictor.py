@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import moe_prism
-from moe_prism.api import RecoverOptions, recover_model
 from moe_prism.elastic import operating_point
-from moe_prism.elastic.execute import reference
+from moe_prism.elastic.execute.plain import reference
 from moe_prism.elastic.runtime import Setting
 from moe_prism.errors import UsageError
+from moe_prism.jobs.recover import RecoverOptions, recover_model
 from moe_prism.recover.predictor import _price, _Trained
 from tests.tiny_sources import digests
 

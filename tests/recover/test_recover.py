@@ -12,13 +12,13 @@ import torch
 
 import moe_prism
 from moe_prism import cli
-from moe_prism.api import RecoverOptions, recover_model
 from moe_prism.checkpoint import update_manifest
 from moe_prism.data import token_windows
 from moe_prism.elastic import operating_point
 from moe_prism.elastic.runtime import Setting
 from moe_prism.errors import CorruptError, UsageError
 from moe_prism.frontier.measure import measure
+from moe_prism.jobs.recover import RecoverOptions, recover_model
 from tests.tiny_sources import digests
 
 OPTIONS = RecoverOptions(bands=3, tokens=1024, length=32)

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_prism.elastic import LayerPlan, attach, operating_point
+from moe_prism.elastic import LayerParts, attach, operating_point
 from moe_prism.elastic.compensate import compensator
-from moe_prism.elastic.execute import grouped, reference
+from moe_prism.elastic.execute.plain import grouped, reference
 from moe_prism.elastic.repair import REPAIR, Repaired, band_of
 from moe_prism.errors import DoesNotFit
 from moe_prism.model import find_layers
@@ -35,7 +35,7 @@ def batch(layer, tokens, seed, k=2):
 def plan_with(layer, bands, seed=0):
     g = torch.Generator().manual_seed(seed)
     shape = (bands, layer.num_experts, layer.hidden, layer.width)
-    return LayerPlan(layer, N, 0, {REPAIR: torch.randn(shape, generator=g).bfloat16()})
+    return LayerParts(layer, N, 0, {REPAIR: torch.randn(shape, generator=g).bfloat16()})
 
 
 @given(n_sub=st.integers(2, 40), bands=st.integers(1, 39))
@@ -118,7 +118,7 @@ def ridge(z, y, strength):
 @pytest.mark.parametrize("bands", [1, 3])
 def test_the_fit_is_that_of_a_least_squares_solver(layer, bands):
     """Independent reference: rows instead of normal equations, residuals instead of their quadratic form."""
-    plan = LayerPlan(layer, N, 0)
+    plan = LayerParts(layer, N, 0)
     parts = [batch(layer, 200, seed) for seed in (2, 3)]
     normal = Normal(plan, bands)
     for held, (x, index, weight, keep) in enumerate(parts):
@@ -143,7 +143,7 @@ def test_the_fit_is_that_of_a_least_squares_solver(layer, bands):
 @given(seed=st.integers(0, 10_000), tokens=st.integers(1, 60))
 @settings(max_examples=20, deadline=None)
 def test_on_its_own_data_a_repair_never_hurts(layer, seed, tokens):
-    plan = LayerPlan(layer, N, 0)
+    plan = LayerParts(layer, N, 0)
     x, index, weight, keep = batch(layer, tokens, seed)
     normal = Normal(plan, 3)
     normal.add(x, index, weight, [keep])
@@ -164,7 +164,7 @@ def test_a_repair_is_of_what_compensation_leaves(layer, method):
     shapes = {"mean": ("vectors", (layer.num_experts, N, layer.hidden)), "scale": ("factors", (layer.num_experts, N + 1))}
     name, shape = shapes[method]
     tensor = 0.5 + torch.randn(shape, generator=generator) * 0.3
-    plan = LayerPlan(layer, N, 0, {f"compensate.{method}.{name}": tensor})
+    plan = LayerParts(layer, N, 0, {f"compensate.{method}.{name}": tensor})
     x, index, weight, _ = batch(layer, 300, 6)
     index = index[:, :1].contiguous()  # one expert per token: errors of several add up, each is least alone
     weight, keep = weight[:, :1].contiguous(), torch.rand(300, 1, N, generator=generator) < 0.6
@@ -172,7 +172,7 @@ def test_a_repair_is_of_what_compensation_leaves(layer, method):
     normal = Normal(plan, 3)
     for held in (False, True):
         normal.add(x, index, weight, [keep], held=held)
-    repaired = LayerPlan(layer, N, 0, {**plan.tensors, REPAIR: normal.solve()})
+    repaired = LayerParts(layer, N, 0, {**plan.tensors, REPAIR: normal.solve()})
     whole = reference(plan, x, index, weight, torch.ones_like(keep))
     extra = compensator(plan)
     scaled, added = extra.weights(index, weight, keep), extra(x, index, weight, keep)
@@ -183,7 +183,7 @@ def test_a_repair_is_of_what_compensation_leaves(layer, method):
 
 @torch.no_grad()
 def test_an_expert_that_is_never_cut_keeps_its_projection(layer):
-    normal = Normal(LayerPlan(layer, N, 0), 3)
+    normal = Normal(LayerParts(layer, N, 0), 3)
     x, index, weight, keep = batch(layer, 20, 4)
     index[:] = torch.tensor([0, 1])
     for held in (False, True):

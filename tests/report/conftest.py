@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from moe_prism.frontier import Frontier, Point, pareto
+from moe_prism.frontier import Frontier, MeasuredPoint, pareto
 
 MEASURED = {4: 0.104, 8: 0.024, 12: 0.0059, 15: 0.0011}  # K of 16 slots -> KL
 PLAIN = {3: 0.0106, 2: 0.0395, 1: 0.178}
@@ -22,13 +22,15 @@ def interpolated(slots: int) -> float:
     return math.exp((1 - part) * math.log(MEASURED[low]) + part * math.log(MEASURED[high]))
 
 
-def point(name: str, rule: str, slots: float, kl: float) -> Point:
+def point(name: str, rule: str, slots: float, kl: float) -> MeasuredPoint:
     params = FULL_PARAMS * slots / 16
     agreement = 1 - 0.62 * kl**0.55
-    return Point(name, rule, slots / 16, slots, 9.37 * math.exp(0.9 * kl), kl, agreement, params, 2 * params, 2 * params, False)
+    return MeasuredPoint(
+        name, rule, slots / 16, slots, 9.37 * math.exp(0.9 * kl), kl, agreement, params, 2 * params, 2 * params, False
+    )
 
 
-def marked(points: list[Point]) -> list[Point]:
+def marked(points: list[MeasuredPoint]) -> list[MeasuredPoint]:
     return [replace(p, pareto=k) for p, k in zip(points, pareto([p.budget for p in points], [p.kl for p in points]), strict=True)]
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_prism.elastic.routed import made
+from moe_prism.elastic.bind_plans import made
 from moe_prism.errors import UsageError
 from moe_prism.routing import SkipPlan, routing_policies
 from moe_prism.routing.base import mean_kept

@@ -7,13 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_prism.errors import CorruptError, UsageError
+from moe_prism.forecast.step_cost import StepSample, Totals
 from moe_prism.schedule import CostModel, LayerFacts, Work
-from moe_prism.schedule.cost import Sample, Totals
+from moe_prism.schedule.totals import step_totals
 
 from .common import FACTS, LADDER, cost, runs, waits
 
 
-def samples(model: CostModel, n: int, noise: float = 0.0) -> list[Sample]:
+def samples(model: CostModel, n: int, noise: float = 0.0) -> list[StepSample]:
     random = np.random.default_rng(0)
     found = []
     for _ in range(n):
@@ -23,7 +24,7 @@ def samples(model: CostModel, n: int, noise: float = 0.0) -> list[Sample]:
         step = chunk + Totals(
             decode=decodes, decode_slots=decodes * b, decode_pairs=decodes * 200.0, unread=decodes * FACTS.unread(float(b))
         )
-        found.append(Sample(step, float(model.base(step)) * float(np.exp(noise * random.standard_normal()))))
+        found.append(StepSample(step, float(model.base(step)) * float(np.exp(noise * random.standard_normal()))))
     return found
 
 
@@ -42,7 +43,7 @@ def test_fit_recovers_the_formula_and_reports_held_out_error():
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
 def test_fit_refuses_what_is_not_a_time(seconds):
     with pytest.raises(UsageError):
-        CostModel.fit(FACTS, [*samples(cost(), 20), Sample(Totals(decode=1), seconds)])
+        CostModel.fit(FACTS, [*samples(cost(), 20), StepSample(Totals(decode=1), seconds)])
     with pytest.raises(UsageError):
         CostModel.fit(FACTS, samples(cost(), 5))
 
@@ -69,12 +70,14 @@ def test_distinct_sub_experts_match_drawing_them():
 def test_a_mixed_step_is_priced_part_by_part():
     model = cost(block=2e-4)
     parts = [(runs("a"), Work("a", 1, 0)), (runs("b"), Work("b", 1, 4)), (waits("c"), Work("c", 30, 2))]
-    totals = model.totals(parts, LADDER)
+    totals = step_totals(model.facts, parts, LADDER)
     assert totals.decode_slots == 19
     assert totals.prefill_slots == 240
     assert totals.decode_pairs == 102
     assert totals.prefill_pairs == 30 * 31 / 2
-    prices = [model.base(model.totals([(p, Work(w.id, w.tokens, level)) for p, w in parts], LADDER)) for level in (0, 4)]
+    prices = [
+        model.base(step_totals(model.facts, [(p, Work(w.id, w.tokens, level)) for p, w in parts], LADDER)) for level in (0, 4)
+    ]
     assert prices[0] < model.base(totals) < prices[1]
 
 

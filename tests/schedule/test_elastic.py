@@ -5,20 +5,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_prism.forecast.step_cost import Totals, chunk_pairs
 from moe_prism.schedule import Job, Limits, Progress, Work
 from moe_prism.schedule.backlog import Backlog
-from moe_prism.schedule.cost import Totals, chunk_pairs
 from moe_prism.schedule.elastic import MARGIN
-from moe_prism.schedule.levels import Parts, Prices, lift, worthwhile
+from moe_prism.schedule.levels import LevelPrices, Parts, lift, worthwhile
+from moe_prism.schedule.totals import step_totals
 
 from .common import FACTS, LADDER, check, cost, policy, runs, waits
 
-PRICES = Prices(LADDER, FACTS)
+PRICES = LevelPrices(LADDER, FACTS)
 
 
 def seconds(works, progress, model) -> float:
     known = {p.job.id: p for p in progress}
-    return model.seconds(model.totals([(known[w.id], w) for w in works], LADDER))
+    return model.seconds(step_totals(model.facts, [(known[w.id], w) for w in works], LADDER))
 
 
 # -- levels
@@ -231,7 +232,7 @@ def test_a_learnt_correction_shortens_what_is_planned():
     before = policy("elastic", model).step(now, [], running, Limits())
     for level in range(len(LADDER)):
         for _ in range(200):
-            step = model.totals([(p, Work(p.job.id, 1, level)) for p in running], LADDER)
+            step = step_totals(model.facts, [(p, Work(p.job.id, 1, level)) for p in running], LADDER)
             model.observe(step, 1.5 * float(model.base(step)))
     after = policy("elastic", model).step(now, [], running, Limits())
     assert sum(work.level for work in after) < sum(work.level for work in before)

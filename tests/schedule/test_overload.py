@@ -4,17 +4,17 @@ from dataclasses import replace
 
 import pytest
 
+from moe_prism.forecast.step_cost import Coefficients
 from moe_prism.schedule import CostModel, policies
 from moe_prism.schedule.classes import default_classes
-from moe_prism.schedule.cost import Coefficients
-from moe_prism.schedule.simulate import Engine, simulate
+from moe_prism.schedule.simulate import SimulatedEngine, simulate
 from moe_prism.schedule.summary import by_class, summarise, window
 from moe_prism.schedule.workloads import Arrival, generate
 
 from .common import FACTS, LADDER, cost, policy
 
 SLOWER = 8.0  # than `common.cost`, with targets to match: fewer steps in ten minutes
-ENGINE = Engine(requests=32, tokens=512, cache=1 << 15, queue=128)
+ENGINE = SimulatedEngine(requests=32, tokens=512, cache=1 << 15, queue=128)
 CLASSES = {name: c.slower(SLOWER) for name, c in default_classes().items()}
 CAPACITY = 1.5  # requests/s that this engine can take at the floors, about
 MINUTES = 600.0

@@ -7,7 +7,7 @@ import pytest
 from moe_prism.errors import UsageError
 from moe_prism.schedule import Job, Policy, Work, policies
 from moe_prism.schedule.classes import default_classes
-from moe_prism.schedule.simulate import Engine, simulate
+from moe_prism.schedule.simulate import SimulatedEngine, simulate
 from moe_prism.schedule.summary import by_class, summarise, window
 from moe_prism.schedule.workloads import TIMES, Arrival, generate, read_trace, write_trace
 
@@ -96,7 +96,7 @@ def test_unknown_workloads_and_impossible_rates():
 def test_one_request_by_hand():
     model = cost()
     job = Job("a", 1.0, 100, 3, floor=1, ttft=1.0, tpot=1.0)
-    run = simulate([Arrival(job, 3)], policy("fifo"), model, LADDER, Engine(tokens=60))
+    run = simulate([Arrival(job, 3)], policy("fifo"), model, LADDER, SimulatedEngine(tokens=60))
     slots = LADDER.levels[1].slots
     first = model.prefill(60, slots) + model.prefill(40, slots, computed=60)
     rest = model.decode(1, slots, 101) + model.decode(1, slots, 102)
@@ -114,7 +114,14 @@ def test_same_seed_same_run_and_everyone_is_served(name):
     def replay():
         model = cost()
         return simulate(
-            arrivals("burst"), policy(name, model), cost(), LADDER, Engine(16, 256, 8192), noise=0.1, seed=3, believed=model
+            arrivals("burst"),
+            policy(name, model),
+            cost(),
+            LADDER,
+            SimulatedEngine(16, 256, 8192),
+            noise=0.1,
+            seed=3,
+            believed=model,
         )
 
     one, same = replay(), replay()
@@ -127,7 +134,7 @@ def test_same_seed_same_run_and_everyone_is_served(name):
 
 
 def test_refusals_and_the_unfinished_count_as_missed():
-    run = simulate(arrivals(rate=60.0), policy("fifo"), cost(), LADDER, Engine(queue=5), until=20.0)
+    run = simulate(arrivals(rate=60.0), policy("fifo"), cost(), LADDER, SimulatedEngine(queue=5), until=20.0)
     total = summarise(run.results, 20.0)
     refused = [r for r in run.results if r.refused]
     assert refused
@@ -169,5 +176,5 @@ def test_a_policy_that_breaks_the_contract_is_caught(works):
             Broken([Work("a", 1, 1), Work("c", 1, 1)]),
             cost(),
             LADDER,
-            Engine(1),
+            SimulatedEngine(1),
         )

@@ -10,7 +10,7 @@ import torch
 
 import moe_prism
 from moe_prism.schedule.base import Job, Ladder, Level, Policy, Work
-from moe_prism.serve.engine import Engine, EngineSize
+from moe_prism.serve.engine.engine import Engine, EngineSize
 from moe_prism.serve.requests import Request, Sampling
 
 LADDER = Ladder((Level("low", 0.25, 4, 0.8), Level("half", 0.5, 8, 0.9), Level("full", 1.0, 16, 1.0)))
@@ -122,7 +122,7 @@ def test_prompts_in_chunks_give_the_same_tokens(nano, step_tokens):
 
 def test_stock_attention_gives_the_same_tokens(nano, monkeypatch):
     model, prompts, reference = nano
-    monkeypatch.setattr("moe_prism.serve.engine._full_attention", lambda model: False)
+    monkeypatch.setattr("moe_prism.serve.engine.engine._full_attention", lambda model: False)
     waves = Waves(model)
     try:
         assert model.config._attn_implementation == "sdpa"

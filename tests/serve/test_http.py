@@ -12,7 +12,7 @@ import openai
 import pytest
 import torch
 
-from moe_prism.serve.text import Detokenizer
+from moe_prism.serve.http.detokenize import Detokenizer
 from tests.serve.house import LEVELS, open_house
 
 PROMPT = "def main(args):\n    return "

@@ -13,21 +13,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_prism.api import load, verify
+from moe_prism.artefact.load import load
 from moe_prism.elastic.runtime import slots_per_token
 from moe_prism.errors import UsageError
+from moe_prism.jobs.verify import verify
 from moe_prism.model import load_tokenizer
 from moe_prism.model.load import NANO
 from moe_prism.schedule.base import Level
 from moe_prism.serve.config import Config, load_config, read_config
-from moe_prism.serve.door import Door
-from moe_prism.serve.ladder import climb, find_ladder, measure_ladder
-from moe_prism.serve.loading import compute_threads
-from moe_prism.serve.paged import Segment, attention, plan
-from moe_prism.serve.protocol import Refusal
+from moe_prism.serve.engine.ladder import climb, find_ladder, measure_ladder
+from moe_prism.serve.engine.paged_attention import Segment, attention, plan
+from moe_prism.serve.engine.sampling import Sampler, draw, logprobs
+from moe_prism.serve.engine.start import compute_threads
+from moe_prism.serve.http.admission import Door
+from moe_prism.serve.http.detokenize import Detokenizer, Stops, token_text
+from moe_prism.serve.http.protocol import Refusal
 from moe_prism.serve.requests import Sampling
-from moe_prism.serve.sampling import Sampler, draw, logprobs
-from moe_prism.serve.text import Detokenizer, Stops, token_text
 
 TOKENIZER = load_tokenizer(NANO)
 
@@ -118,7 +119,10 @@ def test_paged_attention_is_attention_request_by_request(threads, shapes, heads)
     q = torch.randn(1, heads_q, start, dim)
     k, v = torch.randn(2, 1, heads_k, start, dim)
     cache.moe_prism_layout = plan(segments, page, page)
-    with mock.patch("torch.get_num_threads", return_value=threads), mock.patch("moe_prism.serve.paged.WORTH_A_THREAD", 0):
+    with (
+        mock.patch("torch.get_num_threads", return_value=threads),
+        mock.patch("moe_prism.serve.engine.paged_attention.WORTH_A_THREAD", 0),
+    ):
         out, _ = attention(SimpleNamespace(layer_idx=0), q, k, v, None, scaling=0.3, cache=cache, write=torch.tensor(write))
     for s in segments:
         rows = [s.blocks[j // page] * page + j % page for j in range(s.total)]

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from moe_prism.errors import CorruptError, PrismError, UsageError
 from moe_prism.schedule.base import Job, Ladder, Level
-from moe_prism.serve import child
 from moe_prism.serve.backend import Gauges, Tally
 from moe_prism.serve.config import Config
-from moe_prism.serve.metrics import Metrics
-from moe_prism.serve.remote import RemoteEngine
+from moe_prism.serve.http.metrics import Metrics
+from moe_prism.serve.process import engine_main
+from moe_prism.serve.process.messages import Cancel, Facts, Frames, Link, News, Submit, pack
+from moe_prism.serve.process.remote_engine import RemoteEngine
 from moe_prism.serve.requests import Request, Sampling
 from moe_prism.serve.server import ServeOptions, run
-from moe_prism.serve.wire import Cancel, Facts, Frames, Link, News, Submit, pack
 from tests.serve.house import open_house
 
 LADDER = Ladder((Level("low", 0.5, 4.0, 0.8), Level("full", 1.0, 8.0, 1.0)))
@@ -175,7 +175,9 @@ def test_what_the_engine_refuses_is_told():
             (PrismError("the engine has stopped", "restart"), "the engine has stopped"),
             (ValueError("a prompt"), "the engine could not take the request"),
         ):
-            child._submit(Submit(Job("a", 0.0, 1, 1), [1], Sampling(), frozenset(), None), engine, child.Outbox(ours, engine))
+            engine_main._submit(
+                Submit(Job("a", 0.0, 1, 1), [1], Sampling(), frozenset(), None), engine, engine_main.Outbox(ours, engine)
+            )
             assert theirs.receive().events == (("a", None, None, (), None, None, told),)
 
 
@@ -183,10 +185,10 @@ def test_errors_cross_the_border():
     class Odd(Exception):
         """Cannot be unpickled: it is local."""
 
-    explained = pickle.loads(pickle.dumps(child._portable(CorruptError("bad file", "get another"))))
+    explained = pickle.loads(pickle.dumps(engine_main._portable(CorruptError("bad file", "get another"))))
     assert (explained.cause, explained.next_step, explained.exit_code) == ("bad file", "get another", 4)
-    assert "in the engine's process" in pickle.loads(pickle.dumps(child._portable(OSError(28, "full")))).__notes__[0]
-    assert "Odd: 3" in str(child._portable(Odd(3)))
+    assert "in the engine's process" in pickle.loads(pickle.dumps(engine_main._portable(OSError(28, "full")))).__notes__[0]
+    assert "Odd: 3" in str(engine_main._portable(Odd(3)))
 
 
 def test_a_server_whose_engine_ended_fails_at_the_end(monkeypatch):
@@ -196,7 +198,7 @@ def test_a_server_whose_engine_ended_fails_at_the_end(monkeypatch):
     service = SimpleNamespace(engine=engine, name="m", ladder=LADDER)
     built = SimpleNamespace(service=service, door=None, history=None, facts=FACTS, stop=lambda: stopped.append(1))
     monkeypatch.setattr("moe_prism.serve.build.build", lambda *a: built)
-    monkeypatch.setattr("moe_prism.serve.app.create_app", lambda *a: None)
+    monkeypatch.setattr("moe_prism.serve.http.app.create_app", lambda *a: None)
     monkeypatch.setattr("moe_prism.serve.server.make_server", lambda *a: SimpleNamespace(run=lambda sockets: None))
     with socket.socket() as listening, pytest.raises(PrismError, match="signal 9"):
         listening.bind(("127.0.0.1", 0))

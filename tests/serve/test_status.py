@@ -12,9 +12,9 @@ import pytest
 
 from moe_prism.schedule import Ladder, Level
 from moe_prism.serve.backend import Tally
-from moe_prism.serve.metrics import Metrics
-from moe_prism.serve.scheduler import Part, Step
-from moe_prism.serve.status import SECONDS, History, page
+from moe_prism.serve.engine.scheduler import Step, StepPart
+from moe_prism.serve.http.metrics import Metrics
+from moe_prism.serve.http.status import SECONDS, History, page
 from tests.serve.house import open_house
 
 LADDER = Ladder((Level("low", 0.5, 4.0, 0.8), Level("full", 1.0, 8.0, 1.0)))
@@ -23,7 +23,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 def step(seconds: float, *parts: tuple[int, int, bool]) -> Tally:
     """Parts of (tokens, level, yields)."""
-    return Step([Part(None, None, 0, tokens, level, not yields, yields) for tokens, level, yields in parts]).tally(seconds)
+    return Step([StepPart(None, None, 0, tokens, level, not yields, yields) for tokens, level, yields in parts]).tally(seconds)
 
 
 def test_a_second_adds_its_steps_up():

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from moe_prism.elastic import LayerPlan, Slots, rules, scorers
+from moe_prism.elastic import LayerParts, Slots
 from moe_prism.elastic.compensate import compensator
-from moe_prism.elastic.execute import reference
+from moe_prism.elastic.execute.plain import reference
+from moe_prism.elastic.rules import rules
+from moe_prism.elastic.scorers import scorers
 from moe_prism.errors import UsageError
 from moe_prism.model import find_layers
 from moe_prism.serve.vllm.layer import PackedLayer, pack, unknown_side
@@ -37,7 +39,7 @@ def make(dtype=torch.float32, n_sub=4, gates=1, means=None):
     if means is not None:
         side["compensate.mean.vectors"] = means
     first, down = holder.experts.gate_up_proj.data, holder.experts.down_proj.data
-    return LayerPlan(layer, n_sub, gates, side), PackedLayer(
+    return LayerParts(layer, n_sub, gates, side), PackedLayer(
         stored(first.to(dtype)), stored(down.to(dtype)), "silu", n_sub, gates, side
     )
 

@@ -15,13 +15,13 @@ import numpy as np
 
 from ..errors import UsageError
 from ..schedule import CostModel, policies
-from ..schedule.simulate import Engine
+from ..schedule.simulate import SimulatedEngine
 from ..serve.config import Config, load_config
 from .environment import environment, load
-from .load import Run, warm_up
+from .load import LoadRun, warm_up
 from .prompts import Cut, cut_tokens
 from .result import run_result
-from .servers import PolicyChoice, Server, serving, settings
+from .servers import PolicyChoice, ServerProcess, serving, settings
 from .simulated import LOAD, capacity, simulated
 from .single import UNLOADED, offered
 from .target import Target, find_target
@@ -32,7 +32,7 @@ Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Options:
+class CompareOptions:
     """rates empty: one near the saturation of fifo. cost: load this cost model instead of measuring one."""
 
     policies: Sequence[str] = ("fifo", "prism", "elastic")
@@ -67,8 +67,8 @@ class Bench:
     targets: dict[str, Target]
     choices: Sequence[PolicyChoice]
     workload: Workload
-    options: Options
-    engine: Engine
+    options: CompareOptions
+    engine: SimulatedEngine
     cut: Cut
 
 
@@ -80,7 +80,7 @@ class Measured:
     real: dict[str, list[dict[str, Any]]]
 
 
-def compare(folder: Path, offer: Offer, options: Options, tell: Tell) -> tuple[dict[str, Any], list[tuple[str, Run]]]:
+def compare(folder: Path, offer: Offer, options: CompareOptions, tell: Tell) -> tuple[dict[str, Any], list[tuple[str, LoadRun]]]:
     """Measure and simulate. Returns the result as JSON, and the measured runs by name. tell: hears of progress, line by line."""
     chosen = options.check()
     config = load_config(options.config)
@@ -91,7 +91,7 @@ def compare(folder: Path, offer: Offer, options: Options, tell: Tell) -> tuple[d
         cost_file = options.cost or place / "cost.json"
         learned = {policy.label: place / f"learned{i}.json" for i, policy in enumerate(chosen)}
         with contextlib.ExitStack() as stack:
-            servers: dict[str, Server] = {}
+            servers: dict[str, ServerProcess] = {}
             for i, policy in enumerate(chosen):
                 tell(f"starting the server of {policy.label}")
                 arguments = ["--probe-seconds", str(options.probe_seconds), "--save-cost", str(learned[policy.label])]
@@ -124,17 +124,17 @@ def compare(folder: Path, offer: Offer, options: Options, tell: Tell) -> tuple[d
 
 async def _measure(
     folder: Path,
-    servers: dict[str, Server],
+    servers: dict[str, ServerProcess],
     chosen: Sequence[PolicyChoice],
     workload: Workload,
-    options: Options,
+    options: CompareOptions,
     cost: CostModel,
     config: Config,
     tell: Tell,
-) -> tuple[Bench, dict[str, Any], list[Measured], list[tuple[str, Run]]]:
+) -> tuple[Bench, dict[str, Any], list[Measured], list[tuple[str, LoadRun]]]:
     targets = {label: await find_target(server.url) for label, server in servers.items()}
     size = config.engine
-    engine = Engine(size.requests, size.step_tokens, size.cache_tokens)
+    engine = SimulatedEngine(size.requests, size.step_tokens, size.cache_tokens)
     bench = Bench(targets, chosen, workload, options, engine, cut_tokens(folder))
     warm = bench.cut(UNLOADED, random.Random(0))  # noqa: S311
     unloaded = {label: await warm_up(target, warm) for label, target in targets.items()}
@@ -144,11 +144,11 @@ async def _measure(
         found = capacity(workload, PolicyChoice.parse("fifo"), cost, first.ladder, engine, first.context, options.seed)
         rates = [round(found * options.load, 3)]
         tell(f"fifo's capacity in the simulator: {found:.2f} requests/s; offered: {rates[0]:g}")
-    runs: list[tuple[str, Run]] = []
+    runs: list[tuple[str, LoadRun]] = []
     return bench, unloaded, [await _at(bench, rate, runs, tell) for rate in rates], runs
 
 
-async def _at(bench: Bench, rate: float, runs: list[tuple[str, Run]], tell: Tell) -> Measured:
+async def _at(bench: Bench, rate: float, runs: list[tuple[str, LoadRun]], tell: Tell) -> Measured:
     """Every policy at one rate: repeat by repeat, each repeat in another order, all policies on the repeat's arrivals."""
     real: dict[str, list[dict[str, Any]]] = {p.label: [] for p in bench.choices}
     options = bench.options

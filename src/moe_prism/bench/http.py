@@ -66,7 +66,7 @@ class Address:
 
 
 @dataclass
-class Reader:
+class ResponseReader:
     """A response, fed as its bytes come."""
 
     status: int = 0
@@ -153,7 +153,7 @@ class Call(asyncio.Protocol):
     """One connection and the one answer on it. `finished` is done when the answer is, or has the exception."""
 
     def __init__(self, clock: Clock, hear: Hear) -> None:
-        self.reader = Reader()
+        self.reader = ResponseReader()
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._clock, self._hear = clock, hear
         self._transport: asyncio.Transport | None = None
@@ -216,7 +216,7 @@ async def dial(address: Address, clock: Clock, hear: Hear) -> Call:
 
 async def fetch(
     address: Address, method: str, route: str, key: str | None, body: bytes = b"", seconds: float = 30.0
-) -> tuple[Reader, bytes]:
+) -> tuple[ResponseReader, bytes]:
     """A whole answer. OSError, Broken, or TimeoutError."""
     content = bytearray()
     async with asyncio.timeout(seconds):

@@ -27,7 +27,7 @@ Fields = Literal["none", "targets", "class"]
 
 
 @dataclass(frozen=True)
-class Run:
+class LoadRun:
     """A run and what is known about its making."""
 
     outcomes: list[Outcome]
@@ -80,7 +80,9 @@ def bodies(target: Target, arrivals: Iterable[Arrival], prompts: Iterable[Prompt
     return made
 
 
-async def drive(target: Target, arrivals: Sequence[Arrival], requests: Sequence[bytes], seconds: float, patience: float) -> Run:
+async def drive(
+    target: Target, arrivals: Sequence[Arrival], requests: Sequence[bytes], seconds: float, patience: float
+) -> LoadRun:
     """Send all; wait `patience` seconds after the last was due, then cut off what is unfinished. arrivals are in order."""
     loop = asyncio.get_running_loop()
     outcomes = [Outcome(a.job, a.length) for a in arrivals]
@@ -101,7 +103,7 @@ async def drive(target: Target, arrivals: Sequence[Arrival], requests: Sequence[
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
         share = (time.process_time() - cpu) / (time.perf_counter() - began)
-    return Run(outcomes, seconds, share)
+    return LoadRun(outcomes, seconds, share)
 
 
 async def _one(target: Target, outcome: Outcome, request: bytes, zero: float) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..files import replace_file
 from ..schedule.base import Ladder
-from .load import Run
+from .load import LoadRun
 from .measures import measure
 from .outcome import FAILED, Outcome
 
@@ -18,7 +18,7 @@ VERSION = 1
 REPEATED = 3  # kinds of failure that are reported with their message
 
 
-def run_result(run: Run, ladder: Ladder) -> dict[str, Any]:
+def run_result(run: LoadRun, ladder: Ladder) -> dict[str, Any]:
     """JSON of a run. `void` names what makes its figures worthless; `warnings` what a reader must know."""
     lateness = run.lateness
     figures = measure(run.outcomes, run.window)

@@ -66,7 +66,7 @@ def _fields(kind: RequestClass) -> dict[str, Any]:
 
 
 @dataclass
-class Server:
+class ServerProcess:
     """A running server."""
 
     process: subprocess.Popen[bytes]
@@ -74,7 +74,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, settings: dict[str, Any], arguments: Sequence[str], scratch: Path, name: str) -> Iterator[Server]:
+def serving(
+    folder: Path, settings: dict[str, Any], arguments: Sequence[str], scratch: Path, name: str
+) -> Iterator[ServerProcess]:
     """Start, wait until ready, and stop at the end. PrismError with the server's own words if it does not come up."""
     scratch.mkdir(parents=True, exist_ok=True)
     config, log = scratch / f"{name}.json", scratch / f"{name}.log"
@@ -85,7 +87,7 @@ def serving(folder: Path, settings: dict[str, Any], arguments: Sequence[str], sc
         process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=_environment())  # noqa: S603
     _behind_us(process.pid)
     try:
-        yield Server(process, _ready(process, log))
+        yield ServerProcess(process, _ready(process, log))
     finally:
         process.send_signal(signal.SIGTERM)
         try:

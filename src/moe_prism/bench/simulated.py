@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..schedule import CostModel, Ladder, policies
-from ..schedule.simulate import Engine, simulate
+from ..schedule.simulate import SimulatedEngine, simulate
 from ..schedule.workloads import Arrival
-from .load import Run
+from .load import LoadRun
 from .measures import measure
 from .outcome import of_simulation
 from .servers import PolicyChoice
@@ -23,20 +23,26 @@ def simulated(
     policy: PolicyChoice,
     cost: CostModel,
     ladder: Ladder,
-    engine: Engine,
+    engine: SimulatedEngine,
     seconds: float,
     patience: float,
-) -> Run:
+) -> LoadRun:
     """A run as `drive` would give it, cut off after the same time."""
     believed = CostModel(cost.facts, cost.coefficients)
     made = policies.get(policy.name)(ladder, believed, **policy.options)
     until = arrivals[-1].job.arrival + patience
     run = simulate(arrivals, made, cost, ladder, engine, until, believed=believed)
-    return Run(of_simulation(run.results, run.end), seconds)
+    return LoadRun(of_simulation(run.results, run.end), seconds)
 
 
 def capacity(
-    workload: Workload, policy: PolicyChoice, cost: CostModel, ladder: Ladder, engine: Engine, context: int | None, seed: int = 0
+    workload: Workload,
+    policy: PolicyChoice,
+    cost: CostModel,
+    ladder: Ladder,
+    engine: SimulatedEngine,
+    context: int | None,
+    seed: int = 0,
 ) -> float:
     """The highest rate at which 90 % of the requests meet their targets, by bisection; requests per second."""
 

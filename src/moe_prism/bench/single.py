@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ..errors import UsageError
 from ..schedule.classes import default_classes, load_classes
 from .environment import environment, load
-from .load import Fields, Run, bodies, drive, warm_up
+from .load import Fields, LoadRun, bodies, drive, warm_up
 from .prompts import Cut, cut_characters, cut_tokens, prompts, sample_text
 from .result import run_result
 from .target import Target, find_target
@@ -23,7 +23,7 @@ SAMPLE = 2000  # characters with which a server's tokens are measured
 
 
 @dataclass(frozen=True)
-class Options:
+class SingleOptions:
     """How a server is asked. rates: requests/s, 0 for a trace as recorded; patience: seconds to wait for answers after the last request;
     tokenizer: a model folder; config: a file with classes."""
 
@@ -37,13 +37,13 @@ class Options:
     config: Path | None = None
 
 
-def bench(url: str, offer: Offer, options: Options) -> tuple[dict[str, Any], list[tuple[str, Run]]]:
+def bench(url: str, offer: Offer, options: SingleOptions) -> tuple[dict[str, Any], list[tuple[str, LoadRun]]]:
     """Measure a server at each rate. Returns the result as JSON, and the runs by name."""
     workload = offer.of(load_classes(options.config) if options.config else default_classes())
     return asyncio.run(_bench(url, workload, options))
 
 
-async def _bench(url: str, workload: Workload, options: Options) -> tuple[dict[str, Any], list[tuple[str, Run]]]:
+async def _bench(url: str, workload: Workload, options: SingleOptions) -> tuple[dict[str, Any], list[tuple[str, LoadRun]]]:
     target = await find_target(url, options.key, options.model)
     cut = cut_tokens(options.tokenizer) if options.tokenizer else cut_characters(await characters_per_token(target))
     fields: Fields = ("targets" if target.elastic else "none") if options.fields == "auto" else options.fields
@@ -69,7 +69,7 @@ async def _bench(url: str, workload: Workload, options: Options) -> tuple[dict[s
 
 async def offered(
     target: Target, workload: Workload, rate: float, seed: int, cut: Cut, fields: Fields, patience: float
-) -> tuple[Run, dict[str, Any]]:
+) -> tuple[LoadRun, dict[str, Any]]:
     """One run, and what was offered in it."""
     arrivals = workload.arrivals(rate, seed, target.ladder, target.context)
     made = prompts(arrivals, cut, f"{workload.name} {rate:g} {seed}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .http import Broken, Reader
+from .http import Broken, ResponseReader
 from .outcome import FAILED, OK, REFUSED, Outcome
 from .target import message
 
@@ -31,7 +31,7 @@ class Stream:
             if line.startswith(b"data:"):
                 self._event(now - self._zero, bytes(line[5:]).strip())
 
-    def close(self, reader: Reader, error: Exception | None = None) -> None:
+    def close(self, reader: ResponseReader, error: Exception | None = None) -> None:
         """The answer ended, with an error of the connection or without."""
         o = self.outcome
         if reader.status and reader.status != 200:

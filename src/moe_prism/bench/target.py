@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import PrismError, UsageError
 from ..schedule.base import Ladder, Level
-from .http import Address, Broken, Reader, fetch
+from .http import Address, Broken, ResponseReader, fetch
 
 PLAIN = Ladder((Level("full", 1.0, 1.0, 1.0),))
 
@@ -86,7 +86,7 @@ async def ask(
     return found
 
 
-def _check(address: Address, route: str, reader: Reader, content: bytes) -> None:
+def _check(address: Address, route: str, reader: ResponseReader, content: bytes) -> None:
     if reader.status in (401, 403):
         raise UsageError(f"{address.url} wants a key ({reader.status})", "give --api-key, or set MOE_PRISM_API_KEY")
     if reader.status == 404 and route == "/models":

@@ -6,7 +6,7 @@ from .base import Collector, Routed
 collectors: Registry[type[Collector]] = Registry(
     "collector",
     {
-        "counts": ("moe_prism.calibrate.counts:Counts", "tokens and routing weight per expert"),
+        "counts": ("moe_prism.calibrate.counts:ChoiceCounts", "tokens and routing weight per expert"),
         "tokens": ("moe_prism.calibrate.tokens:TokenReservoir", "a bounded uniform sample of each expert's inputs"),
         "outputs": ("moe_prism.calibrate.outputs:Outputs", "norms and peaks of each expert's outputs, for pruning"),
         "grams": (

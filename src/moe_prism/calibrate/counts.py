@@ -9,7 +9,7 @@ from ..model import MoELayer
 from .base import Collector, Routed
 
 
-class Counts(Collector):
+class ChoiceCounts(Collector):
     """count [E] (int64), weight_sum [E] (float64), tokens [1]."""
 
     def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:

@@ -89,7 +89,7 @@ def bench(
         seconds = 60.0
     offer = Offer(workload, seconds, trace, spread, slower)
     if compare is not None and url is None:
-        limits = comparison.Options(
+        limits = comparison.CompareOptions(
             policies.split(","), rates, load, repeats, seed, patience, cost, save_cost, probe_seconds, config
         )
         result, runs, text = _policies(compare, offer, limits)
@@ -97,7 +97,7 @@ def bench(
         if not rates and trace is None:
             raise UsageError("--rate is missing", "give requests per second; auto needs --compare or --trace")
         key = api_key or os.environ.get("MOE_PRISM_API_KEY") or None
-        asked = single.Options(rates or [0.0], seed, patience, fields, key, model, tokenizer, config)
+        asked = single.SingleOptions(rates or [0.0], seed, patience, fields, key, model, tokenizer, config)
         result, runs, text = _server(url, offer, asked)
     else:
         raise UsageError("give the address of a server, or --compare FOLDER", "see `moe-prism bench --help`")
@@ -108,7 +108,7 @@ def bench(
     emit(result, text, json)
 
 
-def _server(url: str, offer: Offer, options: single.Options) -> tuple[dict[str, Any], Any, str]:
+def _server(url: str, offer: Offer, options: single.SingleOptions) -> tuple[dict[str, Any], Any, str]:
     from ..bench.single import bench
     from ..bench.text import notes, single_rows
 
@@ -117,7 +117,7 @@ def _server(url: str, offer: Offer, options: single.Options) -> tuple[dict[str, 
     return result, runs, "\n".join([table(*single_rows(result)), *lines])
 
 
-def _policies(folder: Path, offer: Offer, options: comparison.Options) -> tuple[dict[str, Any], Any, str]:
+def _policies(folder: Path, offer: Offer, options: comparison.CompareOptions) -> tuple[dict[str, Any], Any, str]:
     from ..bench.compare import compare
     from ..bench.text import compare_notes, compare_rows
     from ..serve.server import check_folder, need_packages

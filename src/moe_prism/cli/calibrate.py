@@ -45,9 +45,9 @@ def calibrate(
     force: Replace an existing output.
     json: One JSON object on stdout.
     """
-    from ..api import CalibrateOptions
-    from ..api import calibrate_model as run
-    from ..api.calibration import STARVED
+    from ..calibrate.options import CalibrateOptions
+    from ..jobs.calibrate import STARVED
+    from ..jobs.calibrate import calibrate_model as run
 
     options = CalibrateOptions(text, tokens, length, reservoir, memory_mib, seed, low_memory, collectors.split(","))
     statistics = run(model, out, options, resume=resume, force=force, report=progress)

@@ -26,8 +26,10 @@ def demo(
     force: Replace what an earlier demo left there.
     json: One JSON object on stdout.
     """
-    from ..api import FrontierOptions, generate, load, refactor
-    from ..api import measure_frontier as measure
+    from ..artefact.load import generate, load
+    from ..jobs.frontier import FrontierOptions
+    from ..jobs.frontier import measure_frontier as measure
+    from ..jobs.refactor import refactor
     from .frontier import show, show_comparison, write
 
     refactor("nano", out / MODEL, force=force, report=progress)

@@ -38,7 +38,7 @@ def doctor(*, json: bool = False) -> None:
 def machine() -> dict[str, Any]:
     import torch
 
-    from ..api.plan import available_memory
+    from ..jobs.refactor_resources import available_memory
     from ..model import find_layers, load_model
 
     packages = [name for _, names in EXTRAS.values() for name in names]

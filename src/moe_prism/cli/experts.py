@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 if TYPE_CHECKING:
-    from ..offload.store import StoreOptions
+    from ..store import StoreOptions
 
 
 @Parameter(name="*")
@@ -52,8 +52,8 @@ class Experts:
                 if value != getattr(Experts, name):
                     raise UsageError(f"--{name.replace('_', '-')} is of no use alone", "give --expert-memory as well")
             return None
-        from ..offload.store import StoreOptions, parse_bytes
-        from ..offload.store.choose import Misses
+        from ..store import StoreOptions, parse_bytes
+        from ..store.choose_misses import Misses
 
         if self.expert_ahead < 0:
             raise UsageError(f"--expert-ahead {self.expert_ahead} is impossible", "give 0 or more")

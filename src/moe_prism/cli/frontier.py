@@ -47,10 +47,10 @@ def frontier(
     calibration_tokens: Tokens that methods fit on, of the calibration side of the text.
     json: One JSON object on stdout.
     """
-    from ..api import FrontierOptions
-    from ..api import measure_frontier as run
     from ..checkpoint import update_manifest
     from ..files import check_writable_folder
+    from ..jobs.frontier import FrontierOptions
+    from ..jobs.frontier import measure_frontier as run
 
     check_writable_folder(out)
     if out is None and not (folder / "prism.json").is_file():

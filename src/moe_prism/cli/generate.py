@@ -37,9 +37,8 @@ def generate(
     seed: Seed of sampling.
     json: One JSON object on stdout.
     """
-    from ..api import generate as run
-    from ..api import load
-    from ..api.loading import check_request
+    from ..artefact.load import check_request, load
+    from ..artefact.load import generate as run
     from ..errors import UsageError
     from ..routing import SkipPlan
 
@@ -50,7 +49,7 @@ def generate(
     if routing is None or store is not None:
         model, tokenizer = load(folder, store=store)
     else:
-        from ..api.opening import open_model
+        from ..artefact.open import open_model
 
         opened = open_model(folder)
         model, tokenizer = opened.model, opened.tokenizer

@@ -22,8 +22,8 @@ def inspect(
     report: With --trace: write a page with the miss curves of all cache policies here; takes some minutes.
     json: One JSON object on stdout.
     """
-    from ..api import inspect_model
     from ..files import check_writable
+    from ..jobs.inspect import inspect_model
 
     check_writable(report)
     if not routing and (trace or report):
@@ -40,7 +40,7 @@ def inspect(
     columns = ("name", "kind", "experts", "hidden", "width", "gated", "biases")
     text = head + table(columns, [[row[c] for c in columns] for row in facts["layers"]])
     if routing:
-        from ..api.tracing import inspect_routing
+        from ..jobs.trace import inspect_routing
 
         facts["routing"] = inspect_routing(model, trace, report=progress)
         text += "\n\n" + show_routing(facts["routing"])
@@ -75,7 +75,7 @@ def show_routing(facts: dict[str, Any]) -> str:
 
 
 def _write(report: Path, trace: str) -> None:
-    from ..api.tracing import write_miss_curves
+    from ..jobs.trace import write_miss_curves
 
     write_miss_curves(trace, report, report=progress)
     note(f"report: {report}")

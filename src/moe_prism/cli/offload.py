@@ -32,8 +32,8 @@ def offload(
     tokens: Of the text that is replayed.
     json: One JSON object on stdout.
     """
-    from ..api.offloading import plan_offload
-    from ..offload.store import parse_bytes
+    from ..jobs.forecast_offload import plan_offload
+    from ..store import parse_bytes
 
     size = parse_bytes(memory)
     rate = None if link is None else float(parse_bytes(link))

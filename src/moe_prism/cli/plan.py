@@ -12,8 +12,8 @@ from ..errors import UsageError
 from .output import emit, note, progress, table
 
 if TYPE_CHECKING:
-    from ..frontier.planned import Plan
-    from ..frontier.steptime import Machine
+    from ..forecast.speed import SpeedForecast
+    from ..forecast.step_time import Machine
 
 PREFIXES = {"": 1.0, "n": 1e-9, "u": 1e-6, "µ": 1e-6, "m": 1e-3, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 QUANTITY = re.compile(r"^\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([numµkKMGTP]?)(B/s|FLOPS|FLOP/s|s)\s*$")
@@ -63,12 +63,12 @@ def plan(
     out: Folder for plan.json, plan.html and plan.png.
     json: One JSON object on stdout.
     """
-    from ..api.planning import PlanOptions
-    from ..api.planning import plan_model as run
     from ..files import check_writable_folder
+    from ..jobs.forecast_speed import SpeedOptions
+    from ..jobs.forecast_speed import plan_model as run
 
     check_writable_folder(out)
-    options = PlanOptions(
+    options = SpeedOptions(
         concurrency=tuple(int(x) for x in _numbers("--concurrency", concurrency, whole=True)),
         keep=tuple(_numbers("--keep", keep)),
         budgets=tuple(_numbers("--budgets", budgets)),
@@ -94,7 +94,7 @@ def _machine(bandwidth: str | None, peak: str | None, fixed: str | None) -> Mach
         return None
     if bandwidth is None or peak is None:
         raise UsageError("a machine needs both --bandwidth and --peak", "give both, or neither to measure this machine")
-    from ..frontier.steptime import Machine
+    from ..forecast.step_time import Machine
 
     return Machine(
         quantity("--bandwidth", bandwidth, ("B/s",)),
@@ -124,17 +124,17 @@ def _numbers(option: str, text: str, *, whole: bool = False) -> list[float]:
         ) from error
 
 
-def write(result: Plan, folder: Path) -> None:
+def write(result: SpeedForecast, folder: Path) -> None:
     """plan.json, plan.html and plan.png."""
-    from ..report.planned import write_plan
+    from ..report.speed import write_plan
 
     folder.mkdir(parents=True, exist_ok=True)
     write_plan(result, folder)
 
 
-def show(result: Plan) -> str:
+def show(result: SpeedForecast) -> str:
     """Tokens/s by concurrency and point with the ratio to full, what was measured below, and where each kind pays."""
-    from ..report.plan_summary import machine_lines, sentences
+    from ..report.speed_summary import machine_lines, sentences
 
     rows = []
     for batch in result.concurrencies:

@@ -60,7 +60,9 @@ def prune(
     force: Replace an existing output.
     json: One JSON object on stdout.
     """
-    from ..api import CalibrateOptions, PruneOptions, plan_pruning, prune_model
+    from ..calibrate.options import CalibrateOptions
+    from ..jobs.prune import plan_pruning, prune_model
+    from ..methods.prune.select import PruneOptions
 
     options = PruneOptions(
         criterion,

@@ -47,8 +47,8 @@ def recover(
     force: Replace an existing output.
     json: One JSON object on stdout.
     """
-    from ..api import RecoverOptions
-    from ..api import recover_model as run
+    from ..jobs.recover import RecoverOptions
+    from ..jobs.recover import recover_model as run
 
     options = RecoverOptions(method, bands, steps, text, tokens, length, memory_mib, seed)
     result = run(folder, out, options, resume=resume, force=force, report=progress)

@@ -71,9 +71,10 @@ def refactor(
     dry_run: Print the plan and exit; 3 if this machine cannot do it.
     json: One JSON object on stdout.
     """
-    from ..api import CalibrateOptions, RefactorOptions
-    from ..api import refactor as run
-    from ..api.plan import check_plan, plan_refactor
+    from ..calibrate.options import CalibrateOptions
+    from ..jobs.refactor import RefactorOptions
+    from ..jobs.refactor import refactor as run
+    from ..jobs.refactor_resources import check_plan, plan_refactor
 
     options = RefactorOptions(
         n_sub,

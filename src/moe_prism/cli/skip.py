@@ -41,8 +41,8 @@ def skip(
     length: Tokens per window.
     json: One JSON object on stdout.
     """
-    from ..api.skipping import SkipOptions, make_plan
     from ..files import check_writable
+    from ..jobs.skip import SkipOptions, make_plan
 
     check_writable(out)
     options = SkipOptions(rounding, index_over, keep_mass)

@@ -43,8 +43,8 @@ def trace(
     force: Replace an existing file.
     json: One JSON object on stdout.
     """
-    from ..api.tracing import TraceOptions, record_trace
     from ..files import check_writable
+    from ..jobs.trace import TraceOptions, record_trace
 
     check_writable(out)
     options = TraceOptions(text, tokens, length, prompt, budget, rule, inputs, values)

@@ -16,7 +16,7 @@ def verify(folder: Path, /, *, json: bool = False) -> None:
     folder: Written by `moe-prism refactor`, `prune`, `recover` or `calibrate`.
     json: One JSON object on stdout.
     """
-    from ..api import verify as run
+    from ..jobs.verify import verify as run
 
     checks = run(folder)
     text = "\n".join(f"ok  {check.name}: {check.detail}" for check in checks)

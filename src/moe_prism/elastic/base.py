@@ -17,7 +17,7 @@ from ..model import MoELayer
 
 
 @dataclass
-class LayerPlan:
+class LayerParts:
     """What makes one layer elastic, beside its (permuted) weights: the side tensors of `prism.safetensors`."""
 
     layer: MoELayer
@@ -60,7 +60,7 @@ class Slots:
     def _values(self) -> Tensor:
         norms = self.norms()
         if is_compiled(norms, self.weight):
-            from .marks import slot_values  # compiles on first use
+            from ..kernels.selection import slot_values  # compiles on first use
 
             out = torch.empty(norms.shape)
             slot_values(self.weight.numpy(), norms.numpy(), self.valid.numpy(), out.numpy())
@@ -77,7 +77,7 @@ def is_compiled(*tensors: Tensor) -> bool:
 class Scorer(ABC):
     """Estimates the output norm of every candidate block without computing it."""
 
-    def __init__(self, plan: LayerPlan) -> None:
+    def __init__(self, plan: LayerParts) -> None:
         self.plan = plan
 
     @abstractmethod
@@ -93,7 +93,7 @@ class Scorer(ABC):
         return 0
 
     @staticmethod
-    def fit(plan: LayerPlan, samples: list[Tensor]) -> dict[str, Tensor]:
+    def fit(plan: LayerParts, samples: list[Tensor]) -> dict[str, Tensor]:
         """Side tensors this scorer reads, from the sampled inputs [S_e, d] of each expert; none for most."""
         return {}
 
@@ -112,7 +112,7 @@ class Rule(ABC):
     compiled: NDArray[np.float32] | None = None
     """What `marks.select` needs to decide as this rule does: its levels, an empty array for top-K; None = it cannot."""
 
-    def __init__(self, plan: LayerPlan) -> None:
+    def __init__(self, plan: LayerParts) -> None:
         self.plan = plan
 
     @abstractmethod
@@ -128,13 +128,13 @@ class Rule(ABC):
         return torch.minimum((budget * total).round().long().clamp(min=1), total)
 
 
-def gate_activations(plan: LayerPlan, x: Tensor, expert: int) -> Tensor:
+def gate_activations(plan: LayerParts, x: Tensor, expert: int) -> Tensor:
     """|activations| [S, N, r] of one expert's gate neurons for rows x [S, d]."""
     ids = plan.gate_ids().flatten()
     return plan.layer.activations(expert, x, ids).abs().float().view(len(x), plan.n_sub, plan.gates)
 
 
-def gate_activations_each(plan: LayerPlan, x: Tensor, experts: Tensor) -> Tensor:
+def gate_activations_each(plan: LayerParts, x: Tensor, experts: Tensor) -> Tensor:
     """The same for rows x [S, d] that each have an expert of their own, experts [S]: gathers S N r weight rows."""
     layer, ids = plan.layer, plan.gate_ids().flatten()
 
@@ -146,7 +146,7 @@ def gate_activations_each(plan: LayerPlan, x: Tensor, experts: Tensor) -> Tensor
     return layer.activate(gate, rows(layer.up, layer.up_bias)).abs().float().view(len(x), plan.n_sub, plan.gates)
 
 
-def gate_activations_all(plan: LayerPlan, x: Tensor, index: Tensor) -> Tensor:
+def gate_activations_all(plan: LayerParts, x: Tensor, index: Tensor) -> Tensor:
     """The same [T, k, N, r] for x [T, d] and its choices index [T, k], without the host waiting for the device.
 
     To know which experts occur is to wait, so the gate neurons of all E experts are computed in one product: T E N r d multiplications

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..model import MoELayer
 from ..model.base import ExpertsFn
-from .base import LayerPlan
+from .base import LayerParts
 
 REPAIR = "repair"
 """Side tensor [bands, E, d, f] (bfloat16): D_b of every band."""
@@ -81,10 +81,10 @@ class WithDown(MoELayer):
 class Repaired:
     """Runs an executor so that every chosen expert is projected as its number of dropped blocks asks for."""
 
-    def __init__(self, plan: LayerPlan) -> None:
+    def __init__(self, plan: LayerParts) -> None:
         self.plan = plan
         self.bands = len(plan.tensors[REPAIR])
-        self._plans: dict[int, LayerPlan] = {}
+        self._plans: dict[int, LayerParts] = {}
 
     def __call__(self, execute: Callable[..., Tensor], x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
         """Shapes as in `execute.reference`."""
@@ -96,7 +96,7 @@ class Repaired:
                 out = out + execute(self._with(b), x, index, weight, keep & mine)
         return out
 
-    def _with(self, band: int) -> LayerPlan:
+    def _with(self, band: int) -> LayerParts:
         """The plan with W_down + D_b, stored neuron by neuron so that a block is one piece of memory; made on first use."""
         if band not in self._plans:
             layer = self.plan.layer

@@ -15,14 +15,16 @@ from torch import Tensor
 from ..errors import UsageError
 from ..model import MoELayer, find_layers
 from ..partition.base import check_blocks
-from ..routing import Level, RoutingPolicy, SkipPlan
-from . import triton_run
-from .base import LayerPlan, Rule, Scorer, Slots
+from ..routing import PlanIndex, RoutingPolicy, SkipPlan
+from .base import LayerParts, Rule, Scorer, Slots
 from .compensate import Compensator, compensator
-from .execute import auto, grouped, reference
-from .few_select import select_few
+from .execute import triton_run
+from .execute.plain import auto, grouped, reference
+from .fused_select import select_few
 from .repair import REPAIR, Repaired
-from .ridge import FEW
+from .rules import rules
+from .scorers import scorers
+from .scorers.ridge import FEW
 
 TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token", "moe_k", "top_k")
 """How configurations name the experts per token."""
@@ -52,7 +54,7 @@ class Setting:
     layers: tuple[float, ...] | None = None
     compensate: bool = True
     routing: RoutingPolicy | None = None
-    level: Level = 0
+    level: PlanIndex = 0
 
     def at(self, layer: int) -> float | Tensor:
         """The budget of one layer."""
@@ -104,7 +106,7 @@ class Counter:
 class ElasticLayer:
     """One layer's plan, its scorers and rules made on first use, and its counter."""
 
-    plan: LayerPlan
+    plan: LayerParts
     elastic: Elastic
     counter: Counter = field(default_factory=Counter)
     _scorers: dict[str, Scorer] = field(default_factory=dict)
@@ -188,15 +190,11 @@ class ElasticLayer:
             self.__dict__.pop(name, None)
 
     def scorer(self, name: str) -> Scorer:
-        from . import scorers
-
         if name not in self._scorers:
             self._scorers[name] = scorers.get(name)(self.plan)
         return self._scorers[name]
 
     def rule(self, name: str) -> Rule:
-        from . import rules
-
         if name not in self._rules:
             self._rules[name] = rules.get(name)(self.plan)
         return self._rules[name]
@@ -208,7 +206,7 @@ class Elastic:
     `counting`: whether the layers' counters run. They are for measuring costs; generation does not pay for them.
     """
 
-    def __init__(self, model: Any, plans: Sequence[LayerPlan]) -> None:
+    def __init__(self, model: Any, plans: Sequence[LayerParts]) -> None:
         self.model = model
         self.setting = Setting()
         self.always_split = False
@@ -249,7 +247,7 @@ def attach(
     for layer in found:
         if n_sub != 1:  # whole experts
             check_blocks(layer.width, n_sub, f"'{layer.name}'")
-    plans = [LayerPlan(layer, n_sub, gates, dict(tensors[i]) if tensors else {}) for i, layer in enumerate(found)]
+    plans = [LayerParts(layer, n_sub, gates, dict(tensors[i]) if tensors else {}) for i, layer in enumerate(found)]
     model._moe_prism = Elastic(model, plans)
     return model._moe_prism  # type: ignore[no-any-return]
 
@@ -265,7 +263,7 @@ def operating_point(
     executor: str = "auto",
     compensate: bool = True,
     routing: RoutingPolicy | SkipPlan | Sequence[SkipPlan] | None = None,
-    level: Level = 0,
+    level: PlanIndex = 0,
 ) -> Iterator[Elastic]:
     """Run everything inside the block at one operating point.
 
@@ -276,8 +274,7 @@ def operating_point(
     policy: which of the router's experts are left to choose slots from; level: which plan, one number or a tensor [T] with one per token.
     Raises UsageError for a model that is not elastic, an unknown name, a number out of range, or a plan for another model.
     """
-    from . import rules, scorers
-    from .routed import policy_for
+    from .bind_plans import policy_for
 
     elastic: Elastic | None = getattr(model, "_moe_prism", None)
     if elastic is None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from .allocation import Allocation, GreedyPath, exact, greedy_path, hull_greedy, lp_bound
 from .compare import Comparison, comparison
 from .pareto import distinct_points, hypervolume, largest_cliff, pareto
-from .record import Frontier, Point
+from .record import Frontier, MeasuredPoint
 
 __all__ = [
     "Allocation",
     "Comparison",
     "Frontier",
     "GreedyPath",
-    "Point",
+    "MeasuredPoint",
     "comparison",
     "distinct_points",
     "exact",

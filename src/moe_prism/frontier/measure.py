@@ -15,6 +15,8 @@ from ..elastic import Elastic
 from ..elastic.runtime import Setting
 from .cost import Cost, measured_cost
 
+LOGIT_ROWS = 512  # tokens whose logits are held at a time: with a vocabulary of 150,000 some 2 GB
+
 
 @dataclass
 class Quality:

@@ -16,7 +16,7 @@ REMEASURE = "write it again with `moe-prism frontier`"
 
 
 @dataclass(frozen=True)
-class Point:
+class MeasuredPoint:
     """One operating point: what it costs per token and how far it is from the source model on held-out text."""
 
     name: str
@@ -45,7 +45,7 @@ class Point:
     """Expert bytes in memory, all layers: what pruning saves. 0 where it was not recorded (older files)."""
 
     @classmethod
-    def from_json(cls, data: object, where: str = "point") -> Point:
+    def from_json(cls, data: object, where: str = "point") -> MeasuredPoint:
         """Check and convert one entry of `points`; `where` names it in the error."""
         mapping = _mapping(data, where)
         known = [f for f in fields(cls) if f.name in mapping or f.default is MISSING]
@@ -59,8 +59,8 @@ class Frontier:
     model: str
     source: str
     n_sub: int
-    points: tuple[Point, ...]
-    baseline_topk: tuple[Point, ...] = ()
+    points: tuple[MeasuredPoint, ...]
+    baseline_topk: tuple[MeasuredPoint, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -114,11 +114,11 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         raise UsageError(f"cannot write {path}: {error.strerror}", "choose a path in an existing, writable folder") from error
 
 
-def _points(mapping: Mapping[str, Any], key: str) -> tuple[Point, ...]:
+def _points(mapping: Mapping[str, Any], key: str) -> tuple[MeasuredPoint, ...]:
     rows = _get(mapping, key, "frontier")
     if not isinstance(rows, list):
         raise CorruptError(f"key '{key}' of frontier must be a list, not {type(rows).__name__}", REMEASURE)
-    return tuple(Point.from_json(row, f"{key}[{i}]") for i, row in enumerate(rows))
+    return tuple(MeasuredPoint.from_json(row, f"{key}[{i}]") for i, row in enumerate(rows))
 
 
 def _mapping(data: object, where: str) -> dict[str, Any]:

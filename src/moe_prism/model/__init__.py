@@ -1,7 +1,7 @@
 """What an MoE layer is, found in any transformers model."""
 
-from .base import Layout, MoELayer
+from .base import ExpertLayout, MoELayer
 from .find import find_layers
 from .load import load_model, load_to_run, load_tokenizer, on_disk, resolve
 
-__all__ = ["Layout", "MoELayer", "find_layers", "load_model", "load_to_run", "load_tokenizer", "on_disk", "resolve"]
+__all__ = ["ExpertLayout", "MoELayer", "find_layers", "load_model", "load_to_run", "load_tokenizer", "on_disk", "resolve"]

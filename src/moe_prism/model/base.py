@@ -17,7 +17,7 @@ ExpertsFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Layout:
+class ExpertLayout:
     """How a transformers experts module stores its tensors: the flags of `use_experts_implementation`."""
 
     is_concatenated: bool = True  # [gate | up], else gate and up rows alternate

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hook
-from .base import ExpertsFn, Layout, MoELayer
+from .base import ExpertLayout, ExpertsFn, MoELayer
 
 FLAGS = ("is_concatenated", "is_transposed", "has_bias", "has_gate")
 
@@ -24,7 +24,7 @@ class FusedLayer(MoELayer):
 
     def __init__(self, name: str, module: nn.Module, index: int) -> None:
         self.name, self.module, self.index = name, module, index
-        self.layout = Layout(**{flag: bool(getattr(module, flag)) for flag in FLAGS})
+        self.layout = ExpertLayout(**{flag: bool(getattr(module, flag)) for flag in FLAGS})
         self.num_experts, self.hidden, self.width = self.down.shape
 
     def _first(self) -> Tensor:

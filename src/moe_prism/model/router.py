@@ -30,7 +30,7 @@ ADVICE = "this family's experts cannot be pruned yet"
 
 
 @dataclass(frozen=True)
-class Groups:
+class RoutingGroups:
     """Group-limited routing: `count` groups of neighbouring experts, of which a token may use the best `limit`.
 
     least: the fewest experts a group can have for its score to be defined.
@@ -79,7 +79,7 @@ class Router:
         return None
 
     @contextmanager
-    def sliced(self, kept: Sequence[int], groups: Groups | None = None) -> Iterator[None]:
+    def sliced(self, kept: Sequence[int], groups: RoutingGroups | None = None) -> Iterator[None]:
         """Route among `kept` only (ids [M], in the order the removed model would have them), with the family's own code.
 
         The experts keep their ids: what the router chooses is translated back. groups: other groups than the router's own.
@@ -204,18 +204,18 @@ class Router:
         for root in self.roots:
             yield from root.modules()
 
-    def _groups(self) -> Groups | None:
+    def _groups(self) -> RoutingGroups | None:
         for module in self._modules():
             count = next((getattr(module, n) for n in GROUP_NAMES if isinstance(getattr(module, n, None), int)), None)
             limit = next((getattr(module, n) for n in GROUP_LIMIT_NAMES if isinstance(getattr(module, n, None), int)), None)
             if count is None or limit is None or count <= 1 or getattr(module, "topk_method", "") == "greedy":
                 continue
             pairs = any("correction" in row.leaf for row in self.rows)  # then a group's score is the sum of its two best
-            return Groups(count, limit, 2 if pairs else 1)
+            return RoutingGroups(count, limit, 2 if pairs else 1)
         return None
 
     @contextmanager
-    def _counts(self, experts: int, groups: Groups | None) -> Iterator[None]:
+    def _counts(self, experts: int, groups: RoutingGroups | None) -> Iterator[None]:
         """The numbers of experts and groups that the modules hold, replaced."""
         changed: list[tuple[nn.Module, str, Any]] = []
         wanted: list[tuple[tuple[str, ...], int, int]] = [(COUNT_NAMES, self.experts, experts)]

@@ -1,6 +1,6 @@
 """Offloading: traces of routing, eviction policies, prediction, and what they are worth on a trace."""
 
-from .base import Access, CachePolicy, Counts, ExpertCache, KeySpace, Load, Moment
+from .base import Access, CacheCounts, CachePolicy, ExpertCache, KeySpace, Load, Moment
 from .cache import LayerPools, Pool, cache_policies
 from .predict import Predictor, predictors
 from .replay import Prefetch, replay
@@ -8,8 +8,8 @@ from .trace import Trace, load_trace
 
 __all__ = [
     "Access",
+    "CacheCounts",
     "CachePolicy",
-    "Counts",
     "ExpertCache",
     "KeySpace",
     "LayerPools",

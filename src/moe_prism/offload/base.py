@@ -127,7 +127,7 @@ class Access:
 
 
 @dataclass
-class Counts:
+class CacheCounts:
     """What a cache did, in keys and in the unit of its sizes. requested = hits + misses; loads + prefetched - evictions = resident."""
 
     requested: int = 0
@@ -162,8 +162,8 @@ class Counts:
         needed = self.prefetch_used + self.misses
         return self.prefetch_used / needed if needed else 1.0
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+    def __add__(self, other: CacheCounts) -> CacheCounts:
+        return CacheCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 class ExpertCache(ABC):
@@ -221,4 +221,4 @@ class ExpertCache(ABC):
 
     @property
     @abstractmethod
-    def counts(self) -> Counts: ...
+    def counts(self) -> CacheCounts: ...

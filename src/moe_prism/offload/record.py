@@ -18,7 +18,7 @@ from .trace import DECODE, FORMAT, PREFILL, SIDES, Trace
 BATCH = 4  # windows per forward
 
 
-class Recorder:
+class TraceRecorder:
     """Installed on all MoE layers between `with`; the model's output is what it would be without.
 
     values: also the value of every candidate slot (elastic models); inputs: also the routers' inputs and weights.
@@ -35,7 +35,7 @@ class Recorder:
         self.values = values
         self._rows: list[dict[str, list[Tensor]]] = [{} for _ in self.layers]
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> TraceRecorder:
         for number, layer in enumerate(self.layers):
             layer.install(self._observer(number))
         return self
@@ -114,7 +114,7 @@ def record(
     The text itself stands for what the model generates: routing at a position depends on the tokens before it only, so one pass over
     the window records what decoding these tokens would. Runs at the model's current operating point.
     """
-    recorder = Recorder(model, values=values, inputs=inputs)
+    recorder = TraceRecorder(model, values=values, inputs=inputs)
     total = sum(len(ids) for _, ids in windows)
     done = 0
     with recorder:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError
-from .base import Access, CachePolicy, Counts, ExpertCache, Key, KeySpace, Moment
+from .base import Access, CacheCounts, CachePolicy, ExpertCache, Key, KeySpace, Moment
 from .cache.pool import LayerPools, Pool
 from .trace import Array, Trace
 
@@ -139,8 +139,8 @@ def replay(
     settings: Mapping[str, Any] | None = None,
     order: Sequence[Group] | None = None,
     prefetch: Prefetch | None = None,
-) -> Counts:
-    """Counts of a policy on a trace. order: the trace's groups, where the caller has them already."""
+) -> CacheCounts:
+    """CacheCounts of a policy on a trace. order: the trace's groups, where the caller has them already."""
     space = space or trace.space
     work = list(groups(trace, space)) if order is None else order
     cache = make_cache(policy, space, slots, shared=shared, size_of=size_of, seed=seed, settings=settings)

@@ -1,9 +1,9 @@
 """Win back quality below full budget from calibration text, in tensors beside the weights."""
 
 from ..registry import Registry
-from .base import Job, Method
+from .base import Method, RecoverJob
 
-__all__ = ["Job", "Method", "methods"]
+__all__ = ["Method", "RecoverJob", "methods"]
 
 methods: Registry[Method] = Registry(
     "recovery",

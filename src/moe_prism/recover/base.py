@@ -13,7 +13,7 @@ from ..elastic import Elastic
 
 
 @dataclass(frozen=True)
-class Job:
+class RecoverJob:
     """An elastic model in memory, calibration windows, and a place for finished parts of the work.
 
     `done(layer)` and `save(layer, tensors)` journal the side tensors of a layer, so that a killed run need not fit it again.
@@ -32,5 +32,5 @@ class Job:
     report: Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 
-Method = Callable[[Job], dict[str, Any]]
+Method = Callable[[RecoverJob], dict[str, Any]]
 """Saves side tensors of every layer and returns facts for prism.json."""

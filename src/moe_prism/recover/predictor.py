@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from ..calibrate.run import backbone_of
 from ..elastic import Slots
-from ..elastic.ridge import CEILING, Ridge, features
+from ..elastic.rules.threshold import Threshold, fit_levels, pool_levels
 from ..elastic.runtime import ElasticLayer, Setting
-from ..elastic.threshold import Threshold, fit_levels, pool_levels
+from ..elastic.scorers.ridge import CEILING, Ridge, features
 from ..frontier.measure import measure
-from .base import Job
+from .base import RecoverJob
 
 RATE = 1e-3
 BATCH = 2  # windows
@@ -82,7 +82,7 @@ class _Trained:
         return y if layer.down_bias is None else y + layer.down_bias[expert] * (mask > 0).any(1, keepdim=True)
 
 
-def train(job: Job) -> dict[str, Any]:
+def train(job: RecoverJob) -> dict[str, Any]:
     """The method: `ridge` and `levels` of every layer. Short enough to be started again rather than resumed."""
     job.model.requires_grad_(False)
     price = _price(job)
@@ -103,7 +103,9 @@ def train(job: Job) -> dict[str, Any]:
     return {"steps": job.steps, "rate": RATE, "budgets": list(BUDGETS), "seed": job.seed}
 
 
-def _steps(job: Job, layers: Sequence[_Trained], price: Callable[[float], float], update: Callable[[int, int], None]) -> None:
+def _steps(
+    job: RecoverJob, layers: Sequence[_Trained], price: Callable[[float], float], update: Callable[[int, int], None]
+) -> None:
     weights = [layer.weight for layer in layers]  # all that is trained
     optimizer = torch.optim.AdamW(weights, lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(job.seed)
@@ -135,7 +137,7 @@ def _log_probabilities(model: Any, layers: Sequence[_Trained], rows: Tensor, bud
     return logits.float().flatten(0, 1).log_softmax(-1)
 
 
-def _price(job: Job) -> Callable[[float], float]:
+def _price(job: RecoverJob) -> Callable[[float], float]:
     """KL that a slot more saves, as a share of all slots: the slope of ln KL = a - b budget, fitted to the untrained model."""
     ids = job.ids[:: max(1, len(job.ids) // PRICE_WINDOWS)][:PRICE_WINDOWS]
     settings = [Setting(budget, "threshold") for budget in PRICED_AT]
@@ -146,7 +148,7 @@ def _price(job: Job) -> Callable[[float], float]:
 
 
 @torch.no_grad()
-def _levels(job: Job) -> list[Tensor]:
+def _levels(job: RecoverJob) -> list[Tensor]:
     """Levels for the trained predictor, from slot values of the full model on calibration windows."""
     values: list[list[Tensor]] = [[] for _ in job.elastic.layers]
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..elastic import LayerPlan
+from ..elastic import LayerParts
 from ..elastic.compensate import compensator
 from ..elastic.repair import band_of
 
@@ -27,7 +27,7 @@ PRIOR = 0.1  # of the layer's mean added to the expert's own: an expert that is 
 class Normal:
     """The normal equations of one layer, summed over any number of batches, in two parts: one to fit, one held out to choose the ridge."""
 
-    def __init__(self, plan: LayerPlan, bands: int) -> None:
+    def __init__(self, plan: LayerParts, bands: int) -> None:
         layer = plan.layer
         self.plan, self.bands, self.added = plan, bands, compensator(plan)
         device = layer.down.device
@@ -35,7 +35,7 @@ class Normal:
         self.cross = torch.zeros(2, bands, layer.num_experts, layer.width, layer.hidden, device=device)
 
     @staticmethod
-    def bytes(plan: LayerPlan, bands: int) -> int:
+    def bytes(plan: LayerParts, bands: int) -> int:
         """What one layer's equations hold in memory."""
         layer = plan.layer
         return 8 * bands * layer.num_experts * layer.width * (layer.width + layer.hidden)

@@ -15,7 +15,7 @@ from ..elastic import Elastic
 from ..elastic.repair import REPAIR
 from ..elastic.runtime import ElasticLayer, Setting
 from ..errors import CorruptError, DoesNotFit
-from .base import Job
+from .base import RecoverJob
 from .repair import Normal
 
 BUDGETS = (0.75, 0.5, 0.25)  # of the default rule, where the equations see what is kept; alike
@@ -92,7 +92,7 @@ def _observer(layer: ElasticLayer, normal: Normal, window: int, *, last: bool) -
     return observe
 
 
-def repair(job: Job) -> dict[str, Any]:
+def repair(job: RecoverJob) -> dict[str, Any]:
     """The method: groups of layers, one pass each; a layer is saved when its group has been summed."""
     layers = job.elastic.layers
     bands = min(job.bands, layers[0].plan.n_sub - 1)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..frontier.record import Frontier, Point
+from ..frontier.record import Frontier, MeasuredPoint
 from .png import deflated
 from .summary import KL_ZERO, full_bytes, main_rule, perplexity, series
 
@@ -203,7 +203,7 @@ def _dress(chart: alt.LayerChart, title: str, subtitle: list[str], width: int) -
     )
 
 
-def _labelled(points: Sequence[Point], full: float) -> set[str]:
+def _labelled(points: Sequence[MeasuredPoint], full: float) -> set[str]:
     """The points nearest to three quarters, half and the lowest price: enough to read the curve, few enough not to collide."""
     if not points:
         return set()

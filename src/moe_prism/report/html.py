@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..frontier.record import Frontier, Point, write_atomic
+from ..frontier.record import Frontier, MeasuredPoint, write_atomic
 from . import chart
 from .summary import Duel, distinct, duels, full_bytes, kl, main_points, main_rule, percent, perplexity, plain_points, sentences
 
@@ -88,7 +88,7 @@ def _figures(frontier: Frontier) -> list[dict[str, Any]]:
     ]
 
 
-def _columns(points: Sequence[Point]) -> list[dict[str, Any]]:
+def _columns(points: Sequence[MeasuredPoint]) -> list[dict[str, Any]]:
     """The cost columns with one unit each, so that a column can be read down."""
     wanted = (("active_expert_bytes", "Expert bytes", "B"), ("active_expert_params", "Expert parameters", ""))
     columns = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ..frontier.pareto import distinct_points, largest_cliff
-from ..frontier.record import Frontier, Point
+from ..frontier.record import Frontier, MeasuredPoint
 
 KL_ZERO = 1e-6  # nats per token; below it float32 logits cannot tell two models apart
 
@@ -17,8 +17,8 @@ KL_ZERO = 1e-6  # nats per token; below it float32 logits cannot tell two models
 class Duel:
     """A plain top-k point and the closest sub-expert point that reads no more expert bytes (None: there is none)."""
 
-    plain: Point
-    best: Point | None
+    plain: MeasuredPoint
+    best: MeasuredPoint | None
 
 
 def full_bytes(frontier: Frontier) -> float:
@@ -36,7 +36,7 @@ def series(rule: str) -> str:
 @cache
 def is_rule(name: str) -> bool:
     """Whether a method chooses among sub-experts."""
-    from ..elastic import rules  # brings torch, which importing this package must not
+    from ..elastic.rules import rules  # brings torch, which importing this package must not
 
     return name in rules.names()
 
@@ -48,12 +48,12 @@ def main_rule(frontier: Frontier) -> str:
     return wins.most_common(1)[0][0] if wins else ""
 
 
-def main_points(frontier: Frontier) -> list[Point]:
+def main_points(frontier: Frontier) -> list[MeasuredPoint]:
     """The points of the main rule."""
     return [p for p in frontier.points if p.rule == main_rule(frontier)]
 
 
-def plain_points(frontier: Frontier) -> list[Point]:
+def plain_points(frontier: Frontier) -> list[MeasuredPoint]:
     """What plain top-k offers: its points, and the full model it starts from."""
     full = [p for p in main_points(frontier) if p.budget >= 1]
     return [*frontier.baseline_topk, *full[:1]]
@@ -65,7 +65,7 @@ def duels(frontier: Frontier) -> list[Duel]:
     return [Duel(plain, _closest_within(frontier.points, plain.active_expert_bytes)) for plain in ordered]
 
 
-def _closest_within(points: Sequence[Point], cost: float) -> Point | None:
+def _closest_within(points: Sequence[MeasuredPoint], cost: float) -> MeasuredPoint | None:
     affordable = [p for p in points if p.active_expert_bytes <= cost * (1 + 1e-9)]
     return min(affordable, key=lambda p: p.kl, default=None)
 
@@ -129,12 +129,12 @@ def _quality(frontier: Frontier) -> str:
     )
 
 
-def cliff(points: Sequence[Point]) -> float:
+def cliff(points: Sequence[MeasuredPoint]) -> float:
     """Largest KL step between cost-neighbours, share of the KL range."""
     return largest_cliff([p.active_expert_bytes for p in points], [p.kl for p in points])
 
 
-def distinct(points: Sequence[Point]) -> int:
+def distinct(points: Sequence[MeasuredPoint]) -> int:
     """How many of the points are real choices: not dominated and at least 2 % apart in cost."""
     return len(distinct_points([p.active_expert_bytes for p in points], [p.kl for p in points]))
 

@@ -1,10 +1,10 @@
 """Skipping whole experts at run time: plans per layer, rules per token, and what they do to the router's choice."""
 
 from ..registry import Registry
-from .base import Level, RoutingPolicy
+from .base import PlanIndex, RoutingPolicy
 from .plan import SkipPlan
 
-__all__ = ["Level", "RoutingPolicy", "SkipPlan", "routing_policies"]
+__all__ = ["PlanIndex", "RoutingPolicy", "SkipPlan", "routing_policies"]
 
 routing_policies: Registry[type[RoutingPolicy]] = Registry(
     "routing policy",

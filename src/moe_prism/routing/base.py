@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import UsageError
 from .plan import SkipPlan
 
-Level = int | Tensor
+PlanIndex = int | Tensor
 """Which plan of a policy: one for all tokens, or one per token [T] (int64)."""
 
 
@@ -28,7 +28,7 @@ class Column:
         self._rows = torch.tensor(rows, dtype=torch.float32)
         self._on = {self._rows.device: self._rows}
 
-    def at(self, layer: int, level: Level, device: torch.device) -> Tensor:
+    def at(self, layer: int, level: PlanIndex, device: torch.device) -> Tensor:
         """[1 or k] of one plan, or [T, 1 or k] of one per token."""
         if device not in self._on:
             self._on[device] = self._rows.to(device)
@@ -67,7 +67,7 @@ class RoutingPolicy(ABC):
     def column(self, name: str) -> Column:
         return self._columns[name]
 
-    def check_level(self, level: Level) -> None:
+    def check_level(self, level: PlanIndex) -> None:
         """UsageError for a plan that does not exist. Levels on a GPU are not asked for."""
         if isinstance(level, Tensor):
             if level.device.type != "cpu" or not level.numel():
@@ -78,7 +78,7 @@ class RoutingPolicy(ABC):
         if low < 0 or high >= len(self.plans):
             raise UsageError(f"there is no plan {low if low < 0 else high}", f"give a level from 0 to {len(self.plans) - 1}")
 
-    def is_neutral(self, layer: int, level: Level, k: int) -> bool:
+    def is_neutral(self, layer: int, level: PlanIndex, k: int) -> bool:
         """Whether nothing can be skipped. Never waits for a GPU: levels there count as all plans."""
         if isinstance(level, int):
             rows: Sequence[int] = (level,)
@@ -99,13 +99,13 @@ class RoutingPolicy(ABC):
         return self.counts.of_plan(plan, layer)[0] >= k
 
     @abstractmethod
-    def kept(self, ranked: Tensor, layer: int, level: Level) -> Tensor:
+    def kept(self, ranked: Tensor, layer: int, level: PlanIndex) -> Tensor:
         """keep [T, k] bool, from a token's routing weights ranked [T, k], largest first; -1 where the router chose no expert.
 
         The first is always kept; a token at a plan that `keeps_all` keeps everything.
         """
 
-    def __call__(self, index: Tensor, weight: Tensor, layer: int, level: Level = 0) -> tuple[Tensor, Tensor]:
+    def __call__(self, index: Tensor, weight: Tensor, layer: int, level: PlanIndex = 0) -> tuple[Tensor, Tensor]:
         """index, weight [T, k] of the router (-1: no expert) -> the same with id -1 and weight 0 where an expert is skipped.
 
         The very same tensors where nothing can be skipped. Ranks are by |weight|, equal ones in the router's order. Nothing is read back

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import Level, RoutingPolicy, ranks
+from .base import PlanIndex, RoutingPolicy, ranks
 
 
 class BatchRedistribution(RoutingPolicy):
@@ -21,7 +21,7 @@ class BatchRedistribution(RoutingPolicy):
     parameters = ("base",)
     depends_on_batch = True
 
-    def kept(self, ranked: Tensor, layer: int, level: Level) -> Tensor:
+    def kept(self, ranked: Tensor, layer: int, level: PlanIndex) -> Tensor:
         device, rank = ranked.device, ranks(ranked)
         tokens, k = ranked.shape
         count = self.counts.at(layer, level, device).clamp(max=k)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .base import Level, RoutingPolicy, fit_dial, mean_kept, ranks
+from .base import PlanIndex, RoutingPolicy, fit_dial, mean_kept, ranks
 from .plan import SkipPlan
 
 
@@ -22,7 +22,7 @@ class ScoreMass(RoutingPolicy):
     def keeps_all(self, plan: int, layer: int, k: int) -> bool:
         return self.column("epsilon").of_plan(plan, layer)[0] <= 0 and super().keeps_all(plan, layer, k)
 
-    def kept(self, ranked: Tensor, layer: int, level: Level) -> Tensor:
+    def kept(self, ranked: Tensor, layer: int, level: PlanIndex) -> Tensor:
         device, rank = ranked.device, ranks(ranked)
         sizes = ranked.clamp(min=0).double()
         lost = self.column("epsilon").at(layer, level, device).double()

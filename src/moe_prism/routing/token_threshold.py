@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import Level, RoutingPolicy, fit_dial, mean_kept, ranks
+from .base import PlanIndex, RoutingPolicy, fit_dial, mean_kept, ranks
 from .plan import Numbers, SkipPlan
 
 
@@ -25,7 +25,7 @@ class TokenThreshold(RoutingPolicy):
         passes = max(self.column("t").of_plan(plan, layer)) <= 0 or self.column("least").of_plan(plan, layer)[0] >= k
         return passes and super().keeps_all(plan, layer, k)
 
-    def kept(self, ranked: Tensor, layer: int, level: Level) -> Tensor:
+    def kept(self, ranked: Tensor, layer: int, level: PlanIndex) -> Tensor:
         device, rank = ranked.device, ranks(ranked)
         share = self.column("t").at(layer, level, device)
         passed = (ranked >= share * ranked[:, :1]).long().cumprod(1).bool()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .base import Level, RoutingPolicy, mean_kept, ranks
+from .base import PlanIndex, RoutingPolicy, mean_kept, ranks
 from .plan import SkipPlan
 
 
@@ -23,7 +23,7 @@ class WeightLevel(RoutingPolicy):
     def keeps_all(self, plan: int, layer: int, k: int) -> bool:
         return self.column("level").of_plan(plan, layer)[0] <= 0 and super().keeps_all(plan, layer, k)
 
-    def kept(self, ranked: Tensor, layer: int, level: Level) -> Tensor:
+    def kept(self, ranked: Tensor, layer: int, level: PlanIndex) -> Tensor:
         device, rank = ranked.device, ranks(ranked)
         least = self.column("level").at(layer, level, device)
         return ((ranked >= least) & (rank < self.counts.at(layer, level, device))) | (rank < 1)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..forecast.step_cost import CostModel, LayerFacts
 from ..registry import Registry
 from .base import Job, Ladder, Level, Limits, Policy, Progress, Work
-from .cost import CostModel, LayerFacts
 
 __all__ = ["CostModel", "Job", "Ladder", "LayerFacts", "Level", "Limits", "Policy", "Progress", "Work", "policies"]
 
 policies: Registry[Callable[..., Policy]] = Registry(
     "policy",
     {
-        "elastic": ("moe_prism.schedule.elastic:Elastic", "mixed batches, deadlines first, then quality (default)"),
+        "elastic": ("moe_prism.schedule.elastic:ElasticPolicy", "mixed batches, deadlines first, then quality (default)"),
         "prism": ("moe_prism.schedule.prism:Prism", "the paper: virtual queues per level, best predicted tokens per second"),
         "edf": (
             "moe_prism.schedule.edf:Edf",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..forecast.step_cost import CostModel
 from .base import Job, Ladder, Limits, Policy, Progress, Work
-from .cost import CostModel
 from .fill import Filler, at_level, cheapest, is_decode, top_floor
 
 SAFETY = 1.5  # on the predicted prefill time

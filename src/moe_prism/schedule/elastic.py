@@ -21,10 +21,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..forecast.step_cost import CostModel, Totals, chunk_pairs
 from .base import Ladder, Limits, Policy, Progress, Work
-from .cost import CostModel, Totals, chunk_pairs
 from .fill import ceiling
-from .levels import Parts, Prices, lift, worthwhile
+from .levels import LevelPrices, Parts, lift, worthwhile
 from .prompts import RESERVED, Begun, Chunk, Prompts, Room
 from .running import DONE, END, LAST, OUTPUT, PROMPT, START, TPOT, Running
 
@@ -39,7 +39,7 @@ AFRESH = 0.2  # seconds after which levels are weighed anew
 MEMORY = 1 << 16  # tokens over which the mean quality is kept
 
 
-class Elastic(Policy):
+class ElasticPolicy(Policy):
     """Deadlines first, then quality; nobody below the floor, nobody forgotten."""
 
     def __init__(
@@ -63,7 +63,7 @@ class Elastic(Policy):
         self._decode_least = 0  # level below which no decode is served now
         self._weighed = -np.inf  # when levels were last weighed against their time
         self._worthy = (0, 0)  # lowest level worth its time, for decodes and for prompts
-        self._prices = Prices(ladder, cost.facts)
+        self._prices = LevelPrices(ladder, cost.facts)
         self._prompts = Prompts(ladder, cost, patience, share)
         self._running = Running(ladder)
         self._usual = Totals()  # of the last step's prompts

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..forecast.step_cost import CostModel
 from .base import Ladder, Limits, Policy, Progress, Work
-from .cost import CostModel
 from .fill import Filler, at_level, cheapest, top_floor
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ..forecast.step_cost import CostModel
 from .base import Job, Ladder, Limits, Progress, Work
-from .cost import CostModel
+from .totals import step_totals
 
 Picks = list[tuple[Progress, int]]  # who takes part in the step, with how many tokens
 
@@ -76,4 +77,6 @@ def cheapest(picks: Picks, ladder: Ladder, cost: CostModel) -> list[Work]:
 
 def price(picks: Picks, works: Sequence[Work], ladder: Ladder, cost: CostModel) -> float:
     """Predicted seconds of a step."""
-    return cost.seconds(cost.totals(((progress, work) for (progress, _), work in zip(picks, works, strict=True)), ladder))
+    return cost.seconds(
+        step_totals(cost.facts, ((progress, work) for (progress, _), work in zip(picks, works, strict=True)), ladder)
+    )

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..forecast.step_cost import CostModel, LayerFacts, Totals
 from .base import Ladder
-from .cost import CostModel, LayerFacts, Totals
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-class Prices:
+class LevelPrices:
     """Per level: K, log share of unread sub-experts, quality; and what one level more adds."""
 
     def __init__(self, ladder: Ladder, facts: LayerFacts) -> None:
@@ -69,7 +69,7 @@ def worthwhile(seconds: Floats, quality: Floats, worth: float) -> int:
     return int(bad[-1]) + 1 if len(bad) else 0
 
 
-def lift(parts: Parts, seconds: float, cost: CostModel, prices: Prices) -> Ints:
+def lift(parts: Parts, seconds: float, cost: CostModel, prices: LevelPrices) -> Ints:
     """The level of every part: the floors, then always the lowest part one level up while the step keeps within `seconds`.
 
     Quality rises ever more slowly with K, so lifting the lowest first buys the most quality per slot. Everyone who climbs a rung
@@ -101,7 +101,7 @@ class Climb:
     limit: float
     cost: CostModel
 
-    def take(self, rung: int, decodes: float, prompts: float, prices: Prices) -> bool:
+    def take(self, rung: int, decodes: float, prompts: float, prices: LevelPrices) -> bool:
         """Lift so many decode and prompt tokens by this rung if the step then keeps its time."""
         c, (slots, unread) = self.cost.coefficients, prices.more[rung]
         after = self.linear + slots * (decodes * c.decode_slot + prompts * c.prefill_slot)
@@ -112,7 +112,7 @@ class Climb:
         return True
 
 
-def _some(climb: Climb, rung: int, who: Ints, parts: Parts, prices: Prices) -> int:
+def _some(climb: Climb, rung: int, who: Ints, parts: Parts, prices: LevelPrices) -> int:
     """How many of these, in their order, can climb the rung."""
     decodes = int(np.searchsorted(who, parts.decodes))
     lifted, step = 0, 1 << decodes.bit_length()

@@ -18,13 +18,13 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ..forecast.step_cost import CostModel
 from .base import Ladder, Limits, Policy, Progress, Work
-from .cost import CostModel
 from .fill import Filler, Picks, at_level, cheapest, price
 
 
 @dataclass(frozen=True)
-class Candidate:
+class QueueStart:
     """One queue's batch."""
 
     level: int
@@ -104,7 +104,7 @@ class Prism(Policy):
 
     def _candidate(
         self, level: int, first: Progress | None, queue: Iterator[Progress], running: Sequence[Progress], limits: Limits
-    ) -> Candidate:
+    ) -> QueueStart:
         filler = Filler(running, limits)
         group = [p for p in running if p.job.floor <= level]
         runs = any(p is first for p in group)
@@ -124,7 +124,7 @@ class Prism(Policy):
             )
         tokens = sum(tokens for _, tokens in filler.picks)
         utility = tokens / price(filler.picks, works, self.ladder, self.cost) if tokens else 0.0
-        return Candidate(level, filler.picks, works, utility, filler.places < 1)
+        return QueueStart(level, filler.picks, works, utility, filler.places < 1)
 
 
 def _oldest(buckets: Sequence[Sequence[tuple[int, Progress]]], least: int, level: int) -> Iterator[Progress]:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..forecast.step_cost import CostModel, chunk_pairs
 from .backlog import Backlog, Lane, still_waiting
 from .base import Job, Ladder, Progress
-from .cost import CostModel, chunk_pairs
 from .fill import ceiling
 
 Floats = NDArray[np.float64]

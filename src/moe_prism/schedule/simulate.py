@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..forecast.step_cost import CostModel
 from .base import Job, Ladder, Limits, Policy, Progress, Work
-from .cost import CostModel
 from .fill import ceiling
+from .totals import step_totals
 from .workloads import Arrival
 
 
 @dataclass(frozen=True)
-class Engine:
+class SimulatedEngine:
     """Limits of the simulated engine."""
 
     requests: int = 64
@@ -72,7 +73,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Step:
+class SimulatedStep:
     """One step of a run, for plots."""
 
     start: float
@@ -84,18 +85,18 @@ class Step:
 
 
 @dataclass
-class Run:
+class SimulatedRun:
     """A replay: every request's fate and every step."""
 
     results: list[Result]
-    steps: list[Step] = field(default_factory=list)
+    steps: list[SimulatedStep] = field(default_factory=list)
     end: float = 0.0
 
 
 class _State:
     """Requests on the engine."""
 
-    def __init__(self, engine: Engine, ladder: Ladder) -> None:
+    def __init__(self, engine: SimulatedEngine, ladder: Ladder) -> None:
         self.engine, self.ladder = engine, ladder
         self.waiting: list[Progress] = []
         self.running: list[Progress] = []
@@ -170,20 +171,20 @@ def simulate(
     policy: Policy,
     cost: CostModel,
     ladder: Ladder,
-    engine: Engine | None = None,
+    engine: SimulatedEngine | None = None,
     until: float = math.inf,
     noise: float = 0.0,
     seed: int = 0,
     believed: CostModel | None = None,
-) -> Run:
+) -> SimulatedRun:
     """Replay until all are done or the clock passes `until`.
 
     cost: what steps really last. noise: standard deviation of the log of a random factor on each step. believed: the model the policy
     predicts with; it is told every step's time.
     """
     queue = deque(sorted(arrivals, key=lambda a: a.job.arrival))
-    state = _State(engine or Engine(), ladder)
-    steps: list[Step] = []
+    state = _State(engine or SimulatedEngine(), ladder)
+    steps: list[SimulatedStep] = []
     random = np.random.default_rng(seed)
     now = queue[0].job.arrival if queue else 0.0
     while now < until:
@@ -200,7 +201,7 @@ def simulate(
         now += seconds
     for arrival in queue:
         state.arrive(arrival)
-    return Run(list(state.results.values()), steps, now)
+    return SimulatedRun(list(state.results.values()), steps, now)
 
 
 def _execute(
@@ -211,7 +212,7 @@ def _execute(
     noise: float,
     random: np.random.Generator,
     believed: CostModel | None,
-) -> tuple[Step, float]:
+) -> tuple[SimulatedStep, float]:
     ids = {work.id for work in works}
     if len(ids) != len(works) or sum(work.tokens for work in works) > state.engine.tokens:
         raise RuntimeError("the policy gave a request twice, or more tokens than a step takes")
@@ -219,14 +220,14 @@ def _execute(
     by_id = {p.job.id: p for p in state.running if p.job.id in ids}
     if len(by_id) != len(works):
         raise RuntimeError("the policy gave work to a request that is not there")
-    totals = cost.totals(((by_id[work.id], work) for work in works), state.ladder)
+    totals = step_totals(cost.facts, ((by_id[work.id], work) for work in works), state.ladder)
     seconds = cost.seconds(totals) * (math.exp(noise * random.standard_normal()) if noise else 1.0)
     if believed is not None:
         believed.observe(totals, seconds)
     state.advance(works, now + seconds)
     tokens = totals.prefill + totals.decode
     quality = sum(work.tokens * state.ladder.levels[work.level].quality for work in works) / tokens
-    return Step(now, seconds, int(totals.prefill), int(totals.decode), len(state.waiting), quality), seconds
+    return SimulatedStep(now, seconds, int(totals.prefill), int(totals.decode), len(state.waiting), quality), seconds
 
 
 def _next(policy: Policy, now: float, queue: deque[Arrival], stuck: bool) -> float:

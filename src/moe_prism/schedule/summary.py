@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .simulate import Result, Run
+from .simulate import Result, SimulatedRun
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Summary:
     tpot_p99: float
 
 
-def window(run: Run, start: float, end: float) -> list[Result]:
+def window(run: SimulatedRun, start: float, end: float) -> list[Result]:
     """Requests that arrived in [start, end)."""
     return [r for r in run.results if start <= r.job.arrival < end]
 

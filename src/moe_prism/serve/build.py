@@ -13,12 +13,12 @@ from ..errors import UsageError
 from ..schedule import CostModel, policies
 from .backend import Backend, Tally
 from .config import Config
-from .door import Door
-from .metrics import Metrics
+from .http.admission import Door
+from .http.metrics import Metrics
+from .http.service import Service
+from .http.status import History
+from .process.messages import Facts
 from .server import ServeOptions
-from .service import Service
-from .status import History
-from .wire import Facts
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def build(folder: Path, options: ServeOptions, config: Config) -> Built:
 
 
 def _in_a_thread(folder: Path, options: ServeOptions, config: Config) -> Built:
-    from .loading import start_engine
+    from .engine.start import start_engine
 
     running = start_engine(folder, options, config)
     try:
@@ -57,8 +57,8 @@ def _in_a_thread(folder: Path, options: ServeOptions, config: Config) -> Built:
 def _in_a_process(folder: Path, options: ServeOptions, config: Config) -> Built:
     if os.name != "posix":
         raise UsageError("engine.process needs a POSIX system", "set it to false")
-    from .remote import RemoteEngine
-    from .spawn import EngineProcess
+    from .process.remote_engine import RemoteEngine
+    from .process.spawn import EngineProcess
 
     process = EngineProcess(folder, options, config)
     try:

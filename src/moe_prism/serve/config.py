@@ -17,7 +17,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Engine(_Strict):
+class EngineLimits(_Strict):
     """What runs at once. Counts of requests and tokens."""
 
     requests: int = Field(default=64, ge=1, le=4096)
@@ -64,7 +64,7 @@ class Config(_Strict):
     default_class: str = "standard"
     policy: str = "elastic"
     policy_options: dict[str, Any] = Field(default_factory=dict)
-    engine: Engine = Engine()
+    engine: EngineLimits = EngineLimits()
     bounds: Bounds = Bounds()
     names: dict[str, float] = Field(default_factory=dict)
     """Names for qualities: a request may then say `quality: good` instead of a number."""
@@ -116,7 +116,7 @@ def _first(error: Exception) -> str:
     first = error.errors()[0]
     place = ".".join(str(p) for p in first["loc"])
     if first["type"] == "extra_forbidden":
-        scopes: dict[str, type[BaseModel]] = {"engine": Engine, "bounds": Bounds}
+        scopes: dict[str, type[BaseModel]] = {"engine": EngineLimits, "bounds": Bounds}
         scope = scopes.get(str(first["loc"][0]), Config) if len(first["loc"]) > 1 else Config
         near = difflib.get_close_matches(str(first["loc"][-1]), scope.model_fields, 1)
         return f"unknown key '{place}'" + (f", did you mean '{near[0]}'?" if near else "")

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import PrismError, UsageError
 
 if TYPE_CHECKING:
-    from ..offload.store import StoreOptions
+    from ..store import StoreOptions
     from .backend import Backend
     from .config import Config
-    from .door import Door
+    from .http.admission import Door
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,8 @@ def need_packages() -> None:
 
 def run(folder: Path, options: ServeOptions, config: Config, listening: socket.socket) -> None:
     """Load, measure, and serve on a bound socket."""
-    from .app import create_app
     from .build import build
+    from .http.app import create_app
 
     began = time.monotonic()
     built = build(folder, options, config)
@@ -147,7 +147,7 @@ def make_server(app: Any, door: Door, config: Config, engine: Backend) -> Any:
     """A uvicorn server with our deadlines; `run(sockets=[...])` returns after the drain, or when the engine has ended by itself."""
     import uvicorn
 
-    from .pace import paced_protocol
+    from .http.header_deadline import paced_protocol
 
     class Server(uvicorn.Server):  # type: ignore[misc]
         """Drains on the first signal, ends on the second."""

@@ -1,17 +1,17 @@
 """Remove whole experts: criteria that rank them, the choice under a budget, mask mode and physical removal."""
 
 from ...registry import Registry
-from .base import Criterion, Subject
-from .choose import Choice, Request, choose
+from .base import Criterion, LayerSubject
+from .choose import KeptExperts, PruneRequest, choose
 from .mask import pruned
 from .protect import Protection
 
-__all__ = ["Choice", "Criterion", "Request", "Subject", "choose", "criteria", "protections", "pruned"]
+__all__ = ["Criterion", "KeptExperts", "LayerSubject", "PruneRequest", "choose", "criteria", "protections", "pruned"]
 
 criteria: Registry[type[Criterion]] = Registry(
     "prune criterion",
     {
-        "random": ("moe_prism.compress.prune.random_:Random", "a uniform draw, by --seed"),
+        "random": ("moe_prism.compress.prune.random_:RandomDraw", "a uniform draw, by --seed"),
         "odd": ("moe_prism.compress.prune.position:Odd", "experts with odd ids, counted from 0"),
         "even": ("moe_prism.compress.prune.position:Even", "experts with even ids, counted from 0"),
         "first-half": ("moe_prism.compress.prune.position:FirstHalf", "the lower ids"),

@@ -13,7 +13,7 @@ from ...errors import UsageError
 
 
 @dataclass(frozen=True)
-class Subject:
+class LayerSubject:
     """One layer as a criterion sees it. values: collector -> statistic -> tensor; protected [E] (bool): experts that will stay."""
 
     layer: int
@@ -47,5 +47,5 @@ class Criterion(ABC):
     """Scores of different layers compare as they are; else each layer's are divided by their sum before they are ranked together."""
 
     @abstractmethod
-    def scores(self, subject: Subject) -> Tensor:
+    def scores(self, subject: LayerSubject) -> Tensor:
         """[E] (float64): what is lost without each expert; the highest stay, ties go to the lower id."""

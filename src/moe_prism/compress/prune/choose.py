@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError
-from ...model.router import Groups
+from ...model.router import RoutingGroups
 
 GroupMode = Literal["per_group", "regroup", "mask", "drop_groups"]
 Allocation = Literal["layer", "global", "measured"]
 
 
 @dataclass(frozen=True)
-class Request:
+class PruneRequest:
     """keep: share of the experts in (0, 1]; allocation: the same number in every layer, one ranking over all layers (`global`), or by what
     the model loses with each layer alone pruned (`measured`).
 
@@ -40,12 +40,12 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Choice:
+class KeptExperts:
     """What stays of one layer. kept: ids in the order they get after removal; groups: the router's after it; masked: not removable."""
 
     experts: int
     kept: tuple[int, ...]
-    groups: Groups | None = None
+    groups: RoutingGroups | None = None
     masked: bool = False
 
     @property
@@ -55,12 +55,12 @@ class Choice:
 
 def choose(
     scores: Sequence[Tensor],
-    request: Request,
+    request: PruneRequest,
     per_token: int,
     protected: Sequence[Tensor],
-    groups: Sequence[Groups | None],
+    groups: Sequence[RoutingGroups | None],
     counts: Sequence[int] | None = None,
-) -> list[Choice]:
+) -> list[KeptExperts]:
     """scores [E] and protected [E] (bool) per layer; counts: how many stay in each, by default by the request's `layer` or `global`.
 
     UsageError where the request cannot be met: fewer experts than k, than are protected, or than groups need.
@@ -74,10 +74,10 @@ def choose(
 
 def keep_counts(
     scores: Sequence[Tensor],
-    request: Request,
+    request: PruneRequest,
     per_token: int,
     protected: Sequence[Tensor],
-    groups: Sequence[Groups | None],
+    groups: Sequence[RoutingGroups | None],
 ) -> list[int]:
     """Experts that stay, per layer, by the allocation `layer` or `global`; of `measured` the equal numbers it redistributes."""
     wanted = [round(request.keep * len(s)) for s in scores]
@@ -118,16 +118,18 @@ def _ranked(scores: Tensor, protected: Tensor) -> list[int]:
     return sorted(range(len(values)), key=lambda e: (not shield[e], -values[e], e))
 
 
-def _choose_layer(scores: Tensor, n: int, k: int, protected: Tensor, groups: Groups | None, mode: GroupMode) -> Choice:
+def _choose_layer(
+    scores: Tensor, n: int, k: int, protected: Tensor, groups: RoutingGroups | None, mode: GroupMode
+) -> KeptExperts:
     experts = len(scores)
     if n == experts:
-        return Choice(experts, tuple(range(experts)), groups)
+        return KeptExperts(experts, tuple(range(experts)), groups)
     if groups is None:
-        return Choice(experts, tuple(sorted(_ranked(scores, protected)[:n])))
+        return KeptExperts(experts, tuple(sorted(_ranked(scores, protected)[:n])))
     return _IN_GROUPS[mode](scores, n, k, protected, groups)
 
 
-def _per_group(scores: Tensor, n: int, k: int, protected: Tensor, groups: Groups) -> Choice:
+def _per_group(scores: Tensor, n: int, k: int, protected: Tensor, groups: RoutingGroups) -> KeptExperts:
     each = _equal(n, groups, k, "per_group")
     size, kept = len(scores) // groups.count, []
     for g in range(groups.count):
@@ -135,15 +137,15 @@ def _per_group(scores: Tensor, n: int, k: int, protected: Tensor, groups: Groups
         if int(protected[part].sum()) > each:
             raise UsageError(f"group {g} has {int(protected[part].sum())} protected experts, {each} would stay", "raise --keep")
         kept += [g * size + e for e in sorted(_ranked(scores[part], protected[part])[:each])]
-    return Choice(len(scores), tuple(kept), groups)
+    return KeptExperts(len(scores), tuple(kept), groups)
 
 
-def _regroup(scores: Tensor, n: int, k: int, protected: Tensor, groups: Groups) -> Choice:
+def _regroup(scores: Tensor, n: int, k: int, protected: Tensor, groups: RoutingGroups) -> KeptExperts:
     _equal(n, groups, k, "regroup")
-    return Choice(len(scores), tuple(sorted(_ranked(scores, protected)[:n])), groups)
+    return KeptExperts(len(scores), tuple(sorted(_ranked(scores, protected)[:n])), groups)
 
 
-def _equal(n: int, groups: Groups, k: int, mode: str) -> int:
+def _equal(n: int, groups: RoutingGroups, k: int, mode: str) -> int:
     """Experts per group. UsageError where groups of that size cannot route."""
     each = n // groups.count
     if n % groups.count:
@@ -159,7 +161,7 @@ def _equal(n: int, groups: Groups, k: int, mode: str) -> int:
     return each
 
 
-def _mask(scores: Tensor, n: int, k: int, protected: Tensor, groups: Groups) -> Choice:
+def _mask(scores: Tensor, n: int, k: int, protected: Tensor, groups: RoutingGroups) -> KeptExperts:
     size = len(scores) // groups.count
     kept = sorted(_ranked(scores, protected)[:n])
     left = torch.bincount(torch.tensor(kept) // size, minlength=groups.count)
@@ -169,10 +171,10 @@ def _mask(scores: Tensor, n: int, k: int, protected: Tensor, groups: Groups) -> 
             f"--groups mask leaves groups of {left.tolist()} experts; a token's best {groups.limit} may hold fewer than {k}",
             "raise --keep, or use --groups per_group",
         )
-    return Choice(len(scores), tuple(kept), groups, masked=True)
+    return KeptExperts(len(scores), tuple(kept), groups, masked=True)
 
 
-def _drop_groups(scores: Tensor, n: int, k: int, protected: Tensor, groups: Groups) -> Choice:
+def _drop_groups(scores: Tensor, n: int, k: int, protected: Tensor, groups: RoutingGroups) -> KeptExperts:
     size = len(scores) // groups.count
     if n % size:
         raise UsageError(f"{n} experts are no whole groups of {size}", f"choose --keep for a multiple of {size}")
@@ -184,7 +186,7 @@ def _drop_groups(scores: Tensor, n: int, k: int, protected: Tensor, groups: Grou
     if int(protected.reshape(groups.count, size).any(1).sum()) > left:
         raise UsageError(f"more than {left} groups hold protected experts", "raise --keep, or use --groups per_group")
     kept = [g * size + e for g in sorted(order[:left]) for e in range(size)]
-    return Choice(len(scores), tuple(kept), Groups(left, groups.limit, groups.least))
+    return KeptExperts(len(scores), tuple(kept), RoutingGroups(left, groups.limit, groups.least))
 
 
 _IN_GROUPS = {"per_group": _per_group, "regroup": _regroup, "mask": _mask, "drop_groups": _drop_groups}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...errors import UsageError
-from .base import Criterion, Subject
+from .base import Criterion, LayerSubject
 
 
 class HardCount(Criterion):
@@ -13,7 +13,7 @@ class HardCount(Criterion):
 
     needs = ("counts",)
 
-    def scores(self, subject: Subject) -> Tensor:
+    def scores(self, subject: LayerSubject) -> Tensor:
         return subject.of("counts")["count"].double()
 
 
@@ -22,7 +22,7 @@ class SoftCount(Criterion):
 
     needs = ("scores",)
 
-    def scores(self, subject: Subject) -> Tensor:
+    def scores(self, subject: LayerSubject) -> Tensor:
         found = subject.of("scores")
         if not int(found["tokens"]):
             raise UsageError(f"the router scores of '{subject.name}' were not seen", "use --criterion soft-selected or gate-norm")
@@ -34,5 +34,5 @@ class SoftSelected(Criterion):
 
     needs = ("counts",)
 
-    def scores(self, subject: Subject) -> Tensor:
+    def scores(self, subject: LayerSubject) -> Tensor:
         return subject.of("counts")["weight_sum"].double()

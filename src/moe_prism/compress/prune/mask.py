@@ -8,11 +8,11 @@ from typing import Any
 
 from ...model import MoELayer, find_layers
 from ...model.router import find_routers
-from .choose import Choice
+from .choose import KeptExperts
 
 
 @contextmanager
-def pruned(model: Any, choices: Sequence[Choice], layers: Sequence[MoELayer] | None = None) -> Iterator[None]:
+def pruned(model: Any, choices: Sequence[KeptExperts], layers: Sequence[MoELayer] | None = None) -> Iterator[None]:
     """Route among the kept experts of every layer inside the block; the model is as it was after it.
 
     The router's rows are sliced as removal slices them, so the family's own normalisation, selection bias and groups apply, and the

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...errors import UsageError
-from .base import Criterion, Subject
+from .base import Criterion, LayerSubject
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ class GateNorm(Criterion):
 
     needs = ("outputs",)
 
-    def scores(self, subject: Subject) -> Tensor:
+    def scores(self, subject: LayerSubject) -> Tensor:
         found = subject.of("outputs")
         return _mean(found["gated"], found["count"])
 
@@ -28,7 +28,7 @@ class ActivationNorm(Criterion):
 
     needs = ("outputs",)
 
-    def scores(self, subject: Subject) -> Tensor:
+    def scores(self, subject: LayerSubject) -> Tensor:
         found = subject.of("outputs")
         return _mean(found["norm"], found["count"])
 
@@ -38,7 +38,7 @@ class EasyEp(Criterion):
 
     needs = ("outputs",)
 
-    def scores(self, subject: Subject) -> Tensor:
+    def scores(self, subject: LayerSubject) -> Tensor:
         found = subject.of("outputs")
         if not int(found["residual_tokens"]):
             raise UsageError(f"the residual stream of '{subject.name}' was not seen", "use --criterion gate-norm")
@@ -50,5 +50,5 @@ class Energy(Criterion):
 
     needs = ("outputs",)
 
-    def scores(self, subject: Subject) -> Tensor:
+    def scores(self, subject: LayerSubject) -> Tensor:
         return subject.of("outputs")["gated_sq"].double()

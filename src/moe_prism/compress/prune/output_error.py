@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...calibrate.scores import KINDS, kind_of, raw
 from ...errors import UsageError
-from .base import Criterion, Subject
+from .base import Criterion, LayerSubject
 
 AGREE = 0.98  # share of sampled choices that scores alone must explain
 
@@ -25,7 +25,7 @@ class OutputError(Criterion):
     needs = ("grams",)
     is_absolute = True
 
-    def scores(self, subject: Subject) -> Tensor:
+    def scores(self, subject: LayerSubject) -> Tensor:
         sample = _Sample(subject)
         live = torch.ones(subject.experts, dtype=torch.bool)
         price = torch.zeros(subject.experts, dtype=torch.float64)
@@ -46,7 +46,7 @@ class OutputError(Criterion):
 class _Sample:
     """The sampled tokens of a layer, and its router written as a formula of its scores."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: LayerSubject) -> None:
         found = subject.of("grams")
         if not len(found["key"]):
             raise UsageError(f"the router scores of '{subject.name}' were not seen", "use --criterion easy-ep or gate-norm")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Criterion, Subject
+from .base import Criterion, LayerSubject
 
 
-def _ids(subject: Subject) -> Tensor:
+def _ids(subject: LayerSubject) -> Tensor:
     return torch.arange(subject.experts, dtype=torch.float64)
 
 
@@ -17,7 +17,7 @@ class Odd(Criterion):
 
     is_blind = True
 
-    def scores(self, subject: Subject) -> Tensor:
+    def scores(self, subject: LayerSubject) -> Tensor:
         return (_ids(subject) % 2) * subject.experts - _ids(subject)
 
 
@@ -26,7 +26,7 @@ class Even(Criterion):
 
     is_blind = True
 
-    def scores(self, subject: Subject) -> Tensor:
+    def scores(self, subject: LayerSubject) -> Tensor:
         return (1 - _ids(subject) % 2) * subject.experts - _ids(subject)
 
 
@@ -35,7 +35,7 @@ class FirstHalf(Criterion):
 
     is_blind = True
 
-    def scores(self, subject: Subject) -> Tensor:
+    def scores(self, subject: LayerSubject) -> Tensor:
         return -_ids(subject)
 
 
@@ -44,5 +44,5 @@ class LastHalf(Criterion):
 
     is_blind = True
 
-    def scores(self, subject: Subject) -> Tensor:
+    def scores(self, subject: LayerSubject) -> Tensor:
         return _ids(subject)

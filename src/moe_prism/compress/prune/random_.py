@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Criterion, Subject
+from .base import Criterion, LayerSubject
 
 
-class Random(Criterion):
+class RandomDraw(Criterion):
     """Every layer draws for itself; the draws of all kept fractions are nested."""
 
     is_blind = True
 
-    def scores(self, subject: Subject) -> Tensor:
+    def scores(self, subject: LayerSubject) -> Tensor:
         generator = torch.Generator().manual_seed(subject.seed * 100_003 + subject.layer)
         return torch.randperm(subject.experts, generator=generator).double()

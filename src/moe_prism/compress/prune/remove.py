@@ -18,13 +18,13 @@ from ...checkpoint.shards import INDEX
 from ...errors import UsageError
 from ...model import MoELayer, find_layers
 from ...model.router import COUNT_NAMES, GROUP_LIMIT_NAMES, GROUP_NAMES, Router
-from .choose import Choice
+from .choose import KeptExperts
 
 Progress = Callable[[int, int], None]
 """(bytes written, bytes in total)."""
 
 
-def check_removable(choices: Sequence[Choice]) -> int:
+def check_removable(choices: Sequence[KeptExperts]) -> int:
     """The number of experts every layer keeps. UsageError where transformers could not hold the result."""
     counts = sorted({len(choice.kept) for choice in choices})
     if len(counts) > 1:
@@ -40,7 +40,7 @@ def check_removable(choices: Sequence[Choice]) -> int:
 def remove_experts(
     stream: LayerStream,
     layers: Sequence[MoELayer],
-    choices: Sequence[Choice],
+    choices: Sequence[KeptExperts],
     out: OutputFolder,
     journal: Journal,
     progress: Progress | None = None,
@@ -84,7 +84,7 @@ class _Tensor:
 class _Writer:
     """Writes one output shard at a time, and holds the sliced tensors of one block at a time."""
 
-    def __init__(self, stream: LayerStream, routers: Sequence[Router], choices: Sequence[Choice]) -> None:
+    def __init__(self, stream: LayerStream, routers: Sequence[Router], choices: Sequence[KeptExperts]) -> None:
         self.stream, self.routers, self.choices = stream, routers, choices
         self._targets = [self._parameters(router) for router in routers]
         self._owner = {name: i for i, targets in enumerate(self._targets) for name in stream.feeds(targets)}
@@ -197,7 +197,7 @@ def _volume(shape: Sequence[int]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def _config(stream: LayerStream, choice: Choice, experts: int) -> bytes:
+def _config(stream: LayerStream, choice: KeptExperts, experts: int) -> bytes:
     """config.json with the new number of experts, and of groups where those changed. UsageError if it names no such number."""
     config = stream.model.config.get_text_config(decoder=True)
     raw: dict[str, Any] = json.loads((stream.source.folder / "config.json").read_bytes())

@@ -10,14 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..base import LayerPlan
+from ..base import LayerParts
 
 PREFIX = "compensate."
 MIN_ROWS = 16  # dropped rows below which nothing is known of a block
 
 
 @dataclass(frozen=True)
-class Sample:
+class ExpertSample:
     """Calibration rows of one expert: inputs x [S, d], and where a block is dropped [S, N] (bool).
 
     Compensation is fitted on those rows only, the weaker half of the layer's slots: the few rows where a block is strong would decide
@@ -37,7 +37,7 @@ class Compensator(ABC):
 
     method: ClassVar[str]
 
-    def __init__(self, plan: LayerPlan) -> None:
+    def __init__(self, plan: LayerParts) -> None:
         self.plan = plan
 
     def tensor(self, name: str) -> Tensor:
@@ -46,7 +46,7 @@ class Compensator(ABC):
 
     @classmethod
     @abstractmethod
-    def fit(cls, plan: LayerPlan, samples: Sequence[Sample], rank: int) -> dict[str, Tensor]:
+    def fit(cls, plan: LayerParts, samples: Sequence[ExpertSample], rank: int) -> dict[str, Tensor]:
         """name -> bfloat16 tensor, from a sample per expert. rank is for methods that have one."""
 
     def weights(self, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class Blocks:
         return torch.nn.functional.embedding_bag(self.block, table, self.start, mode="sum", per_sample_weights=scale)
 
 
-def outputs(plan: LayerPlan, x: Tensor, expert: int, block: int) -> Tensor:
+def outputs(plan: LayerParts, x: Tensor, expert: int, block: int) -> Tensor:
     """[S, d] float32: one block's output for rows x [S, d], before the routing weight."""
     neurons = plan.neurons(block)
     return plan.layer.project(expert, plan.layer.activations(expert, x, neurons), neurons).float()

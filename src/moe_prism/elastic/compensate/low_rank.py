@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..base import LayerPlan
-from .base import MIN_ROWS, Blocks, Compensator, Sample, outputs
+from ..base import LayerParts
+from .base import MIN_ROWS, Blocks, Compensator, ExpertSample, outputs
 
 STRENGTH = 0.1  # of the ridge penalty, in mean squared inputs
 ROUNDS = 12  # of the orthogonal iteration for the r leading directions
 FEW = 64  # dropped slots up to which weights are gathered per slot
 
 
-class LowRank(Compensator):
+class LowRankTerm(Compensator):
     """Adds mean + sum_j (read_j . x) write_j for a dropped block: `mean` [E, N, d], `read` and `write` [E, N, r, d].
 
     Reduced-rank ridge regression of the block's output on the layer input over the rows where it is dropped: with the full fit
@@ -24,12 +24,12 @@ class LowRank(Compensator):
 
     method = "low-rank"
 
-    def __init__(self, plan: LayerPlan) -> None:
+    def __init__(self, plan: LayerParts) -> None:
         super().__init__(plan)
         self.mean, self.read, self.write = (self.tensor(name) for name in ("mean", "read", "write"))
 
     @classmethod
-    def fit(cls, plan: LayerPlan, samples: Sequence[Sample], rank: int) -> dict[str, Tensor]:
+    def fit(cls, plan: LayerParts, samples: Sequence[ExpertSample], rank: int) -> dict[str, Tensor]:
         shape = (plan.layer.num_experts, plan.n_sub)
         mean = torch.zeros(*shape, plan.layer.hidden)
         read, write = torch.zeros(2, *shape, rank, plan.layer.hidden)

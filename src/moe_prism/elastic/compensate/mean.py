@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import LayerPlan, is_compiled
-from .base import MIN_ROWS, Blocks, Compensator, Sample, outputs
+from ..base import LayerParts, is_compiled
+from .base import MIN_ROWS, Blocks, Compensator, ExpertSample, outputs
 
 FEW = 256  # slots up to which preparing the sum costs more than the sum
 
@@ -19,12 +19,12 @@ class Mean(Compensator):
 
     method = "mean"
 
-    def __init__(self, plan: LayerPlan) -> None:
+    def __init__(self, plan: LayerParts) -> None:
         super().__init__(plan)
         self.vectors = self.tensor("vectors")
 
     @classmethod
-    def fit(cls, plan: LayerPlan, samples: Sequence[Sample], rank: int) -> dict[str, Tensor]:
+    def fit(cls, plan: LayerParts, samples: Sequence[ExpertSample], rank: int) -> dict[str, Tensor]:
         vectors = torch.zeros(plan.layer.num_experts, plan.n_sub, plan.layer.hidden)
         for expert, sample in enumerate(samples):
             for n in range(plan.n_sub):
@@ -37,7 +37,7 @@ class Mean(Compensator):
         """As `Compensator` says; for few slots in one call, to the last bit the same."""
         if keep.numel() > FEW or self.plan.layer.down_bias is not None or not is_compiled(weight, self.vectors):
             return super().__call__(x, index, weight, keep)
-        from ..marks import add_dropped  # compiles on first use
+        from ...kernels.selection import add_dropped  # compiles on first use
 
         out = np.zeros(x.shape, np.float32)
         add_dropped(index.contiguous().numpy(), weight.contiguous().numpy(), keep.contiguous().numpy(), self.vectors.numpy(), out)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..base import LayerPlan
-from .base import MIN_ROWS, Blocks, Compensator, Sample, outputs
+from ..base import LayerParts
+from .base import MIN_ROWS, Blocks, Compensator, ExpertSample, outputs
 
 
 class Scale(Compensator):
@@ -19,12 +19,12 @@ class Scale(Compensator):
 
     method = "scale"
 
-    def __init__(self, plan: LayerPlan) -> None:
+    def __init__(self, plan: LayerParts) -> None:
         super().__init__(plan)
         self.factors = self.tensor("factors")
 
     @classmethod
-    def fit(cls, plan: LayerPlan, samples: Sequence[Sample], rank: int) -> dict[str, Tensor]:
+    def fit(cls, plan: LayerParts, samples: Sequence[ExpertSample], rank: int) -> dict[str, Tensor]:
         factors = torch.ones(plan.layer.num_experts, plan.n_sub + 1)
         for expert, sample in enumerate(samples):
             kept = torch.zeros(len(sample.x), plan.layer.hidden, device=sample.x.device)

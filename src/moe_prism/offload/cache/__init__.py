@@ -15,7 +15,7 @@ cache_policies: Registry[type[CachePolicy]] = Registry(
         "arc": ("moe_prism.offload.cache.arc:ARC", "adaptive replacement cache (textbook)"),
         "arc-fate": ("moe_prism.offload.cache.arc:FateARC", "ARC as in Fate's released code"),
         "fifo": ("moe_prism.offload.cache.fifo:FIFO", "first in, first out"),
-        "random": ("moe_prism.offload.cache.random_:Random", "a random key"),
+        "random": ("moe_prism.offload.cache.random_:RandomVictim", "a random key"),
         "static": ("moe_prism.offload.cache.static:Static", "the least used on calibration text"),
         "edge-moe": ("moe_prism.offload.cache.edge_moe:EdgeMoE", "requests over the distance to the key's layer (corrected)"),
         "hobbit": ("moe_prism.offload.cache.hobbit:Hobbit", "recency, frequency, importance and layer distance, fitted mix"),

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ...errors import UsageError
-from ..base import Access, CachePolicy, Counts, ExpertCache, Key, Load, Moment
+from ..base import Access, CacheCounts, CachePolicy, ExpertCache, Key, Load, Moment
 
 
 def groups_of(keys: Iterable[Key], size_of: Callable[[Key], int], room: int) -> list[list[Key]]:
@@ -32,13 +32,13 @@ class Pool(ExpertCache):
         self.capacity, self.policy, self.size_of = capacity, policy, policy.size_of
         self.resident: set[Key] = set()
         self.room = capacity
-        self._counts = Counts()
+        self._counts = CacheCounts()
         self._pinned: Counter[Key] = Counter()
         self._expected: dict[int, frozenset[Key]] = {}
         self._ahead: set[Key] = set()  # prefetched and not requested yet
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> CacheCounts:
         return self._counts
 
     def request(self, keys: Sequence[Key], now: Moment, weights: Sequence[float] | None = None) -> Access:
@@ -219,5 +219,5 @@ class LayerPools(ExpertCache):
         return sum(map(len, self.pools))
 
     @property
-    def counts(self) -> Counts:
-        return sum((pool.counts for pool in self.pools), Counts())
+    def counts(self) -> CacheCounts:
+        return sum((pool.counts for pool in self.pools), CacheCounts())

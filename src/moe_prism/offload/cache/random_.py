@@ -10,7 +10,7 @@ from ..base import Key, Moment
 from .lru import LRU
 
 
-class Random(LRU):
+class RandomVictim(LRU):
     """Evicts a uniformly drawn key; deterministic in the seed."""
 
     def __init__(self, *args: object, **settings: object) -> None:

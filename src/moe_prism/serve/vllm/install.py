@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...api.loading import side_tensors
+from ...artefact.load import side_tensors
 from ...checkpoint import read_manifest
 from ...errors import CorruptError
+from ...kernels.packed_tiles import WIDTH
 from . import compat
 from .layer import PackedLayer, pack, unknown_side
 from .state import STEP
-from .tiles import WIDTH
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...elastic.compensate.base import Blocks
-from ...elastic.marks import mark_above, predicted_norms, slot_values
-from ...elastic.ridge import CEILING
+from ...elastic.scorers.ridge import CEILING
 from ...errors import UsageError
-from .products import Groups, add, dot
-from .tiles import WIDTH
+from ...kernels.packed_tiles import WIDTH
+from ...kernels.selection import mark_above, predicted_norms, slot_values
+from .packed_products import PackedGroups, add, dot
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -94,7 +94,7 @@ class PackedLayer:
         """keep [T, k, N] bool. x [T, d] float32, index [T, k] int64, weight [T, k] float32, budget [T] float32."""
         n, features = self.n_sub, self.n_sub * self.gates
         products = torch.zeros(index.numel(), self.predictor.shape[1] * WIDTH)
-        groups = Groups.of(index, torch.ones(*index.shape, 1, dtype=torch.bool), self.experts)
+        groups = PackedGroups.of(index, torch.ones(*index.shape, 1, dtype=torch.bool), self.experts)
         dot(x, groups, self.predictor, 1, groups.choice, products)
         gates = self.activate(products[:, n : n + features]) * products[:, n + features : n + 2 * features]
         norms, values = torch.empty(*index.shape, n), torch.empty(*index.shape, n)
@@ -112,7 +112,7 @@ class PackedLayer:
 
         Arguments as in `keep`.
         """
-        groups, m = Groups.of(index, keep, self.experts), self.width // self.n_sub
+        groups, m = PackedGroups.of(index, keep, self.experts), self.width // self.n_sub
         out = torch.zeros(x.shape)
         pre = torch.zeros(len(groups.row), 2 * m)
         dot(x, groups, self.first, 2, groups.slot, pre)

@@ -13,7 +13,7 @@ from ...checkpoint import read_manifest
 from ...elastic.runtime import TOP_K_NAMES
 from ...errors import UsageError
 from ...schedule.base import Ladder
-from ..ladder import FULL, climb, find_ladder
+from ..engine.ladder import FULL, climb, find_ladder
 
 SECTION = "moe_prism"
 OPTIONS = ("quality", "min_quality")
@@ -21,7 +21,7 @@ NOT_HERE = ("ttft_ms", "tpot_ms", "class")
 """Fields of `moe-prism serve` that vLLM's scheduler cannot honour: refused, because ignoring a deadline would be worse."""
 
 
-class Wish(NamedTuple):
+class QualityRange(NamedTuple):
     """Levels a request may be served between."""
 
     floor: int
@@ -33,7 +33,7 @@ class Menu:
     """The levels of a folder and what a request gets that does not ask."""
 
     ladder: Ladder
-    default: Wish
+    default: QualityRange
 
     @classmethod
     def of(cls, folder: Path, options: Mapping[str, Any] | None = None) -> Menu:
@@ -44,9 +44,9 @@ class Menu:
             raise UsageError(f"unknown option '{unknown[0]}' of {SECTION}", f"choose from: {', '.join(OPTIONS)}")
         ladder, _ = find_ladder(folder, full_slots(folder))
         ladder = ladder or climb((), 1)
-        return cls(ladder, cls(ladder, Wish(ladder.top, ladder.top)).read(options))
+        return cls(ladder, cls(ladder, QualityRange(ladder.top, ladder.top)).read(options))
 
-    def read(self, fields: Mapping[str, Any]) -> Wish:
+    def read(self, fields: Mapping[str, Any]) -> QualityRange:
         """`quality` alone fixes the level; `min_quality` lets load lower it to there. UsageError for a value that means nothing."""
         for field in NOT_HERE:
             if field in fields:
@@ -60,7 +60,7 @@ class Menu:
             floor = self.level(fields["min_quality"], "min_quality")
             if "quality" in fields and floor > ceiling:
                 raise UsageError("min_quality is above quality", "lower one or raise the other")
-        return Wish(floor, max(floor, ceiling))
+        return QualityRange(floor, max(floor, ceiling))
 
     def level(self, wanted: object, field: str) -> int:
         """The cheapest level of at least a quality 0..1, or the level of a name."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import UsageError
 from . import compat
-from .levels import SECTION, Menu, Wish
+from .levels import SECTION, Menu, QualityRange
 
 CARRIED = "moe_prism_budgets"
 """Attribute of SchedulerOutput: budget of every request of the step that is below full. Absent if there is none."""
@@ -21,7 +21,7 @@ class PrismScheduler(compat.name("AsyncScheduler")):  # type: ignore[misc]
         options = dict(self.vllm_config.additional_config.get(SECTION, {}))
         options.pop("wired", None)
         self.menu = Menu.of(Path(self.vllm_config.model_config.model), options)
-        self.wishes: dict[str, Wish] = {}
+        self.wishes: dict[str, QualityRange] = {}
 
     def add_request(self, request: Any) -> None:
         """Note the levels, and give each floor its own prefix cache: what was computed for less must not serve more."""
@@ -32,13 +32,13 @@ class PrismScheduler(compat.name("AsyncScheduler")):  # type: ignore[misc]
             request.update_block_hashes()
         super().add_request(request)
 
-    def _wish(self, request: Any) -> Wish:
+    def _wish(self, request: Any) -> QualityRange:
         """Bad fields were refused at the door (`check`); nobody could be told here, and full budget is always right."""
         fields = (request.sampling_params and request.sampling_params.extra_args) or {}
         try:
             return self.menu.read(fields)
         except UsageError:
-            return Wish(self.menu.ladder.top, self.menu.ladder.top)
+            return QualityRange(self.menu.ladder.top, self.menu.ladder.top)
 
     def schedule(self, *arguments: Any, **named: Any) -> Any:
         output = super().schedule(*arguments, **named)

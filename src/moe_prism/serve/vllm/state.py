@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 @dataclass
-class Step:
+class RowState:
     """budget: one number in (0, 1] per row of the batch, or None when every row is at full budget (also while vLLM warms up)."""
 
     budget: Tensor | None = None
 
 
-STEP = Step()
+STEP = RowState()

@@ -1,0 +1,51 @@
+"""Open whatever a command was pointed at: a refactored folder, or a plain checkpoint as a model of whole experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import read_manifest
+from ..checkpoint.manifest import MANIFEST
+from ..elastic import Elastic, attach
+from ..model import load_to_run, load_tokenizer, resolve
+from .load import load
+from .source import Weights
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with its elastic state. manifest: None for a plain checkpoint, whose experts are not cut (n_sub 1)."""
+
+    model: Any
+    tokenizer: Any
+    manifest: Mapping[str, Any] | None
+    name: str
+
+    @property
+    def elastic(self) -> Elastic:
+        return self.model._moe_prism  # type: ignore[no-any-return]
+
+    @property
+    def n_sub(self) -> int:
+        return self.elastic.layers[0].plan.n_sub
+
+
+def open_model(folder: str | Path) -> Opened:
+    """A folder written by `refactor` or `recover`, or any checkpoint `load_model` takes, with `attach(model, 1)`.
+
+    Raises UsageError for a path that is neither, CorruptError for a damaged prism.json.
+    """
+    path = Path(folder)
+    if (path / MANIFEST).is_file():
+        manifest = read_manifest(path)
+        if manifest.get("kind") != "pruned":  # a pruned checkpoint is a plain one
+            model, tokenizer = load(path)
+            return Opened(model, tokenizer, manifest, path.name)
+    where = resolve(folder)
+    stored = Weights(where).bytes_per_weight
+    model = load_to_run(where)
+    attach(model, 1).stored_bytes_per_weight = stored
+    return Opened(model, load_tokenizer(where), None, Path(where).name)

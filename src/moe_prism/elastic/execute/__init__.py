@@ -1,0 +1,1 @@
+"""Executors: compute the kept slots of a batch, from weights in memory."""

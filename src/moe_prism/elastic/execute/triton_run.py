@@ -1,0 +1,189 @@
+"""Kept slots on a GPU: two Triton kernels (gate and up with the activation; down with the routing weight) over tiles of equal sub-expert.
+
+Weights are read in place, any strides, no copies. The launch depends on the shape of the batch alone, never on what is kept, and nothing
+is read back to the host: a CUDA graph captured at one budget replays at any other, if the budget is a tensor on the device.
+
+Two ways to add up a token's slots:
+
+- `deterministic`: the down kernel writes one float32 row per slot and a third kernel adds a token's rows in slot order; the tile is the
+  same for every batch. So a token's output has the same bits alone and in any batch, for the same kept slots. Costs T k N d floats
+  of scratch and one pass over the kept ones. Grouping the down kernel by token instead would lose the reuse of weights between tokens.
+- `atomic`: float32 atomic additions into [T, d], and a tile that suits the batch. Less memory; the last bits vary from run to run.
+
+Correctness is tested, on the CPU through Triton's interpreter. Speed on a GPU has not been measured yet: nothing is claimed, and the tiles
+below are reasoned, not tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from ...model import MoELayer
+from ..base import LayerParts
+from .plain import grouped
+from .triton_align import Tiles, align
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
+}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LINE = 128  # bytes of a row that one step of a matrix product reads
+SMALLEST = 16  # the smallest side of a matrix product
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes: slots x neurons of gate and up, slots x output columns of down."""
+
+    rows: int
+    neurons: int
+    columns: int
+    warps: int
+    stages: int
+
+
+SMALL = Tile(rows=16, neurons=32, columns=64, warps=4, stages=4)
+FIXED = Tile(rows=64, neurons=32, columns=64, warps=4, stages=4)
+LARGE = Tile(rows=128, neurons=64, columns=128, warps=8, stages=3)
+BY_LOAD = ((16, SMALL), (64, FIXED))  # up to that many tokens per expert, else LARGE
+
+
+def deterministic(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
+    """x [T, d], index [T, k], weight [T, k], keep [T, k, N] bool -> [T, d]; the sum of `execute.reference`."""
+    if refusal(plan, x):
+        return grouped(plan, x, index, weight, keep)
+    return _run(plan, x, index, weight, keep, FIXED, atomic=False)
+
+
+def atomic(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
+    """The same sum, added up by atomic additions."""
+    if refusal(plan, x):
+        return grouped(plan, x, index, weight, keep)
+    load = index.numel() / plan.layer.num_experts
+    tile = next((tile for most, tile in BY_LOAD if load <= most), LARGE)
+    return _run(plan, x, index, weight, keep, tile, atomic=True)
+
+
+def refusal(plan: LayerParts, x: Tensor) -> str | None:
+    """Why the kernels cannot compute this layer and `grouped` does instead; None if they can."""
+    layer = plan.layer
+    if not _installed():
+        return "Triton is not installed"
+    if not (x.is_cuda or (x.device.type == "cpu" and _kernels().INTERPRETED)):
+        return f"the tensors are on {x.device.type}"
+    if _kernels().INTERPRETED and x.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 as integers"
+    if layer.gate is None or layer.gate.stride() != layer.up.stride():
+        return "there is no gate matrix of the up matrix's shape"
+    if any(bias is not None for bias in (layer.gate_bias, layer.up_bias, layer.down_bias)):
+        return "the experts have biases"
+    if x.dtype not in DTYPES or x.dtype != layer.up.dtype:
+        return f"inputs are {x.dtype}, weights {layer.up.dtype}"
+    if torch.is_grad_enabled() and (x.requires_grad or layer.up.requires_grad):
+        return "gradients are wanted"
+    return None if activation(layer) else "the activation is none of " + ", ".join(ACTIVATIONS)
+
+
+_activations: WeakKeyDictionary[MoELayer, str | None] = WeakKeyDictionary()
+
+
+def activation(layer: MoELayer) -> str | None:
+    """Which of ACTIVATIONS satisfies activate(gate, up) = act(gate) * up on a grid that reaches far out, where some families clamp.
+
+    Asks the device once per layer.
+    """
+    if layer not in _activations:
+        line = torch.cat([torch.linspace(-8, 8, 65), torch.tensor([-1e3, -30.0, 30.0, 1e3])]).to(layer.up.device)
+        gate, up = (side.reshape(1, -1) for side in torch.meshgrid(line, line, indexing="ij"))
+        with torch.no_grad():
+            found = layer.activate(gate, up)
+            names = [n for n, act in ACTIVATIONS.items() if torch.allclose(found, act(gate) * up, rtol=1e-5, atol=1e-6)]
+        _activations[layer] = names[0] if names else None
+    return _activations[layer]
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def _kernels() -> Any:
+    from ...kernels import triton_kernels
+
+    return triton_kernels
+
+
+def _run(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor, tile: Tile, *, atomic: bool) -> Tensor:
+    tokens, hidden = x.shape
+    slots = keep.numel()
+    if not slots:
+        return torch.zeros_like(x)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        tiles = align(index, keep, plan.layer.num_experts, tile.rows)
+        a = x.new_empty(slots, plan.block)
+        _gate_up(plan, x, a, keep, tiles, tile)
+        if atomic:
+            out = x.new_zeros(tokens, hidden, dtype=torch.float32)
+            _down(plan, a, weight, out, keep, tiles, tile, atomic=True)
+            return out.to(x.dtype)
+        rows = x.new_empty(slots, hidden, dtype=torch.float32)
+        _down(plan, a, weight, rows, keep, tiles, tile, atomic=False)
+        return _combine(rows, keep, torch.empty_like(x, memory_format=torch.contiguous_format))
+
+
+def _gate_up(plan: LayerParts, x: Tensor, a: Tensor, keep: Tensor, tiles: Tiles, tile: Tile) -> None:
+    layer, columns = plan.layer, _side(tile.neurons, plan.block)
+    gate = layer.gate
+    assert gate is not None
+    _kernels().gate_up[len(tiles.group) * -(-plan.block // columns),](
+        x, gate, layer.up, a, *_list(tiles), *x.stride(), *gate.stride(),
+        D=layer.hidden, ACT=activation(layer), COLUMNS=columns, DEPTH=_side(LINE // x.element_size(), layer.hidden),
+        **_common(plan, keep, tile),
+    )  # fmt: skip
+
+
+def _down(
+    plan: LayerParts, a: Tensor, weight: Tensor, out: Tensor, keep: Tensor, tiles: Tiles, tile: Tile, *, atomic: bool
+) -> None:
+    layer = plan.layer
+    columns = _side(tile.columns, layer.hidden)
+    _kernels().down[len(tiles.group) * -(-layer.hidden // columns),](
+        a, layer.down, weight.reshape(-1), out, *_list(tiles), *layer.down.stride(),
+        D=layer.hidden, ATOMIC=atomic, COLUMNS=columns, DEPTH=_side(LINE // a.element_size(), plan.block),
+        **_common(plan, keep, tile),
+    )  # fmt: skip
+
+
+def _combine(rows: Tensor, keep: Tensor, out: Tensor) -> Tensor:
+    columns = _side(512, out.shape[1])
+    grid = out.shape[0] * -(-out.shape[1] // columns)
+    kept = keep.contiguous().view(torch.uint8)
+    _kernels().combine[grid,](rows, kept, out, D=out.shape[1], PER_TOKEN=keep[0].numel(), COLUMNS=columns)
+    return out
+
+
+def _list(tiles: Tiles) -> tuple[Tensor, ...]:
+    return tiles.slots, tiles.group, tiles.first, tiles.end
+
+
+def _common(plan: LayerParts, keep: Tensor, tile: Tile) -> dict[str, int]:
+    return {
+        "BLOCK": plan.block, "N_SUB": plan.n_sub, "PER_TOKEN": keep[0].numel(),
+        "ROWS": tile.rows, "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+
+
+def _side(most: int, size: int) -> int:
+    """The power of two a tile uses of a side of this size."""
+    return min(most, max(SMALLEST, 1 << (size - 1).bit_length()))

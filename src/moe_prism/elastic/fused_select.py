@@ -1,0 +1,60 @@
+"""Selection for few tokens: predictor, values and rule in two compiled calls with the activation of the gate neurons between them.
+
+What it keeps is what scorer and rule keep one after the other, slot by slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .base import Rule, Scorer, is_compiled
+from .rules.top_slots import FEW
+from .scorers.ridge import CEILING, Ridge
+
+
+def prepared(scorer: Scorer, rule: Rule, x: Tensor, index: Tensor, weight: Tensor) -> tuple[Any, ...] | None:
+    """The arguments of `marks.select` up to the levels for x [T, d], index, weight [T, k]; None where it does not take them.
+
+    It takes the ridge scorer with the rules that say so (`Rule.compiled`), few choices, float32 on a CPU.
+    """
+    if rule.compiled is None or not isinstance(scorer, Ridge) or not is_compiled(weight):
+        return None
+    if not len(rule.compiled) and index.shape[1] * scorer.plan.n_sub > FEW:
+        return None
+    terms = scorer.terms(x, index)
+    if terms is None:
+        return None
+    return *terms, CEILING, index.contiguous().numpy(), weight.contiguous().numpy(), rule.compiled
+
+
+def budgets_of(values: Sequence[float | Tensor], tokens: int) -> NDArray[np.float32] | None:
+    """[B, T] of budgets that are a number or one per token each; None for tensors that are not [T] on a CPU."""
+    found = np.empty((len(values), tokens), np.float32)
+    for row, value in zip(found, values, strict=True):
+        if isinstance(value, Tensor):
+            if value.numel() != tokens or not value.is_cpu:
+                return None
+            row[:] = value.reshape(-1).float().numpy()
+        else:
+            row[:] = value
+    return found
+
+
+def select_few(scorer: Scorer, rule: Rule, x: Tensor, index: Tensor, weight: Tensor, budget: float | Tensor) -> Tensor | None:
+    """keep [T, k, N] of few tokens, as rule and scorer choose it; None where they have to do it themselves."""
+    budgets = budgets_of([budget], len(x))
+    found = None if budgets is None else prepared(scorer, rule, x, index, weight)
+    if found is None:
+        return None
+    from ..kernels.selection import select  # compiles on first use
+
+    shape = (*index.shape, scorer.plan.n_sub)
+    keeps = np.empty((1, *shape), np.bool_)
+    select(*found, budgets, keeps, np.empty(shape, np.float32))
+    return torch.from_numpy(keeps[0])

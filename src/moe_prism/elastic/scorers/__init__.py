@@ -1,0 +1,20 @@
+"""Scorers: estimates of the output norm of every candidate block, without computing it."""
+
+from ...registry import Registry
+from ..base import Scorer
+
+scorers: Registry[type[Scorer]] = Registry(
+    "scorer",
+    {
+        "ridge": (
+            "moe_prism.elastic.scorers.ridge:Ridge",
+            "output norms predicted from input and gate neurons, fitted in closed form (default)",
+        ),
+        "low-rank": (
+            "moe_prism.elastic.scorers.low_rank:LowRankScorer",
+            "the same from a few shared projections of the input: fewer weights per expert, less exact; fitted on request",
+        ),
+        "gates": ("moe_prism.elastic.scorers.gates:GateScores", "the paper's proxy: mean |activation| of the gate neurons"),
+        "oracle": ("moe_prism.elastic.scorers.oracle:Oracle", "true output norms: costs the full layer, for analysis only"),
+    },
+)

@@ -1,0 +1,106 @@
+"""A predictor that all experts of a layer share up to a small head: low-rank maps of the input, then a ridge regression per expert.
+
+h = V (x - mean) with V [R, d] is computed once per token; the block norms of expert e are predicted as
+exp(B_e [h, |h|, sqrt(gate contributions), 1]), so a chosen expert reads N (2 R + N r + 1) numbers where `ridge` reads N (d + N r + 1).
+V comes in closed form from reduced-rank regression: with B the slopes of every expert's own ridge regression on x, stacked [E N, d],
+and C the covariance of x, the best rank-R approximation in prediction error is the truncated SVD of B C^(1/2).
+It pays where R < k N. On prism-nano it loses to `ridge` (docs/method.md): what its experts respond to has no small common subspace.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import UsageError
+from ..base import LayerParts, Scorer, gate_activations, per_expert
+from . import ridge
+
+RANK = 16  # of the shared projections; the hidden size where that is less
+
+
+class LowRankScorer(Scorer):
+    """Reads `low_rank.map` [R, d + 1] (V and the offset V mean) and `low_rank.heads` [E, N, 2 R + N r + 1] of the plan."""
+
+    def __init__(self, plan: LayerParts) -> None:
+        super().__init__(plan)
+        if "low_rank.map" not in plan.tensors:
+            raise UsageError("the model was refactored without the low-rank predictor", "refactor with --extra-scorers low-rank")
+        device = plan.layer.up.device
+        self.map = plan.tensors["low_rank.map"].to(device).float()
+        self.heads = plan.tensors["low_rank.heads"].to(device).float()
+        self.scale = ridge.gate_scale(plan)
+
+    def __call__(self, x: Tensor, index: Tensor) -> Tensor:
+        shared = _shared(x.float(), self.map)
+
+        def predict(expert: int, tokens: Tensor) -> Tensor:
+            z = _features(self.plan, shared[tokens], x[tokens], expert, self.scale[expert])
+            return (z @ self.heads[expert].T).clamp(max=ridge.CEILING).exp()
+
+        return per_expert(index, self.plan.layer.num_experts, predict, self.plan.n_sub)
+
+    def parameters_per_expert(self) -> int:
+        return self.heads[0].numel()
+
+    def parameters_per_token(self) -> int:
+        return self.map.numel()
+
+    @property
+    def reads_gates(self) -> bool:
+        return self.plan.gates > 0
+
+    @staticmethod
+    def fit(plan: LayerParts, samples: list[Tensor]) -> dict[str, Tensor]:
+        """The two tensors (bfloat16) from the sampled inputs [S_e, d] of each expert."""
+        device, experts = plan.layer.up.device, range(plan.layer.num_experts)
+        inputs = [x.to(device, plan.layer.up.dtype) for x in samples]
+        targets = [
+            _logs(ridge.block_norms(plan, x, e)) if len(x) else torch.zeros(0, plan.n_sub)
+            for e, x in zip(experts, inputs, strict=True)
+        ]
+        shared_map = _reduce(inputs, targets).to(torch.bfloat16)
+        scale = ridge.gate_scale(plan)
+        width = 2 * len(shared_map) + plan.n_sub * plan.gates + 1
+        heads = torch.zeros(len(experts), plan.n_sub, width, dtype=torch.bfloat16)
+        for e, (x, y) in enumerate(zip(inputs, targets, strict=True)):
+            if len(x):
+                z = _features(plan, _shared(x.float(), shared_map.float()), x, e, scale[e]).double()
+                heads[e] = ridge._ridge(z, y).T.to("cpu", torch.bfloat16)
+        return {"low_rank.map": shared_map.cpu(), "low_rank.heads": heads}
+
+
+def _shared(x: Tensor, shared_map: Tensor) -> Tensor:
+    """[h, |h|] of rows x [S, d]."""
+    h = x @ shared_map[:, :-1].T - shared_map[:, -1]
+    return torch.cat([h, h.abs()], 1)
+
+
+def _features(plan: LayerParts, shared: Tensor, x: Tensor, expert: int, scale: Tensor) -> Tensor:
+    """[h, |h|, sqrt(gate contributions), 1] of rows x [S, d]."""
+    gates = gate_activations(plan, x, expert) if plan.gates else None
+    return ridge._join(shared, gates, scale)
+
+
+def _logs(norms: Tensor) -> Tensor:
+    y = norms.double()
+    return (y + ridge.FLOOR * y.mean() + 1e-30).log()
+
+
+def _reduce(inputs: list[Tensor], targets: list[Tensor]) -> Tensor:
+    """V and V mean, [R, d + 1], rows scaled so that every h has unit variance."""
+    rows = torch.cat(inputs).double()
+    mean = rows.mean(0)
+    values, axes = torch.linalg.eigh(
+        torch.cov(rows.T) if len(rows) > 1 else torch.eye(len(mean), dtype=torch.float64, device=rows.device)
+    )
+    spread = values.clamp(min=1e-9 * float(values[-1].clamp(min=1e-30))).sqrt()
+    slopes = [
+        ridge._ridge(torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64, device=x.device)], 1), y)[:-1].T
+        * len(x) ** 0.5
+        for x, y in zip(inputs, targets, strict=True)
+        if len(x)
+    ]
+    _, _, right = torch.linalg.svd(torch.cat(slopes) @ (axes * spread), full_matrices=False)
+    v = right[: min(RANK, rows.shape[1])] @ (axes / spread).T
+    return torch.cat([v, (v @ mean)[:, None]], 1)

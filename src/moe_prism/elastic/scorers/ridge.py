@@ -1,0 +1,204 @@
+"""The default scorer: a ridge regression per expert from the layer input and its gate neurons to the log of the block output norms.
+
+For expert e and features z = [x, sqrt(|a_g| ||W_down[:, g]||) for its N*r gate neurons, 1], the block output norms are predicted as
+exp(B_e z), B_e fitted in closed form on the calibration sample. No training, one small matmul. The log matters where slots are
+dropped: norms fitted directly come out negative for weak blocks, tie at zero, and the wrong ones go (docs/log.md has the figures).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..base import LayerParts, Scorer, gate_activations, gate_activations_all, gate_activations_each, of_choices, per_expert
+
+if TYPE_CHECKING:
+    from ..execute.batch_products import MatrixPart, Stored
+
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared feature; the best on a held-out fifth of the sample is used
+MIN_TOKENS = 16  # below this only the mean is known
+FLOOR = 1e-3  # of the mean block norm, added before the log: a block that is off is not infinitely far from one that is faint
+FEW = 64  # choices up to which they are computed one by one
+CEILING = 30.0  # of a predicted log norm: no overflow on inputs far from the sample
+
+
+def block_norms(plan: LayerParts, x: Tensor, expert: int) -> Tensor:
+    """True output norms [S, N] of one expert's blocks for rows x [S, d], before the routing weight."""
+    layer = plan.layer
+    blocks = [plan.neurons(n) for n in range(plan.n_sub)]
+    return torch.stack([layer.project(expert, layer.activations(expert, x, b), b).float().norm(dim=-1) for b in blocks], 1)
+
+
+def features(plan: LayerParts, x: Tensor, expert: int, scale: Tensor) -> Tensor:
+    """z [S, d + N r + 1]. scale [N, r]: down-projection column norms of the gate neurons."""
+    gates = gate_activations(plan, x, expert) if plan.gates else None
+    return _join(x, gates, scale)
+
+
+def _join(x: Tensor, gates: Tensor | None, scale: Tensor) -> Tensor:
+    """[x, sqrt(gates * scale), 1] of rows x [S, d] and gate activations [S, N, r]."""
+    parts = [x.float()] if gates is None else [x.float(), (gates * scale).sqrt().flatten(1)]
+    return torch.cat([*parts, torch.ones(len(x), 1, device=x.device)], 1)
+
+
+def gate_scale(plan: LayerParts) -> Tensor:
+    """||W_down[:, g]|| of every gate neuron, [E, N, r]."""
+    norms: Tensor = plan.layer.down[:, :, plan.gate_ids().flatten()].float().norm(dim=1)
+    return norms.view(plan.layer.num_experts, plan.n_sub, plan.gates)
+
+
+def fit(plan: LayerParts, samples: list[Tensor], losses: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
+    """B [E, N, d + N r + 1] (bfloat16) from the sampled inputs [S_e, d] of each expert.
+
+    losses(x, expert) -> [S, N]: what is predicted instead of the norms of the blocks' outputs.
+    """
+    scale = gate_scale(plan)
+    width = plan.layer.hidden + plan.n_sub * plan.gates + 1
+    result = torch.zeros(plan.layer.num_experts, plan.n_sub, width, dtype=torch.bfloat16)
+    for expert, x in enumerate(samples):
+        if len(x):
+            x = x.to(plan.layer.up.device, plan.layer.up.dtype)
+            z = features(plan, x, expert, scale[expert]).double()
+            y = (losses(x, expert) if losses else block_norms(plan, x, expert)).double()
+            result[expert] = _ridge(z, (y + FLOOR * y.mean() + 1e-30).log()).T.to("cpu", torch.bfloat16)
+    return result
+
+
+def _ridge(z: Tensor, y: Tensor) -> Tensor:
+    """Coefficients [D, N] of the least-squares fit y ~ z with the strength that does best on the last fifth of the rows."""
+    if len(z) < MIN_TOKENS:
+        constant = torch.zeros(z.shape[1], y.shape[1], dtype=z.dtype, device=z.device)
+        constant[-1] = y.mean(0)
+        return constant
+    cut = len(z) - len(z) // 5
+    train = _normal(z[:cut], y[:cut])
+    errors = [((z[cut:] @ _solve(*train, s) - y[cut:]) ** 2).sum() for s in STRENGTHS]
+    best = STRENGTHS[int(torch.stack(errors).argmin())]
+    return _solve(*_normal(z, y), best)
+
+
+def _normal(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Centred Gram matrix, centred right-hand side and both means; the constant (last feature) is never penalised."""
+    mz, my = z[:, :-1].mean(0), y.mean(0)
+    zc = z[:, :-1] - mz
+    return zc.T @ zc, zc.T @ (y - my), mz, my
+
+
+def _solve(gram: Tensor, rhs: Tensor, mz: Tensor, my: Tensor, strength: float) -> Tensor:
+    diagonal = strength * gram.diagonal().mean() + 1e-12
+    slope = torch.linalg.solve(gram + diagonal * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), rhs)
+    return torch.cat([slope, (my - mz @ slope)[None]], 0)
+
+
+class Ridge(Scorer):
+    """Reads `ridge` [E, N, d + N r + 1] of the plan."""
+
+    def __init__(self, plan: LayerParts) -> None:
+        super().__init__(plan)
+        self.weight = plan.tensors["ridge"].to(plan.layer.up.device).float()
+        self.scale = gate_scale(plan)
+        self._constants: tuple[Stored, Any, Any, Any] | None = None  # of `_direct`
+
+    def __call__(self, x: Tensor, index: Tensor) -> Tensor:
+        stored = self._stored(x)
+        if stored is not None:
+            return self._direct(x, index, stored) if index.numel() <= FEW else self._tiled(x, index, stored)
+        if index.numel() <= FEW:
+            return self._few(x.repeat_interleave(index.shape[1], 0), index.reshape(-1)).view(*index.shape, -1)
+        if x.device.type != "cpu":
+            return self._all(x, index)
+
+        def predict(expert: int, tokens: Tensor) -> Tensor:
+            z = features(self.plan, x[tokens], expert, self.scale[expert])
+            return (z @ self.weight[expert].T).clamp(max=CEILING).exp()
+
+        return per_expert(index, self.plan.layer.num_experts, predict, self.plan.n_sub)
+
+    def _tiled(self, x: Tensor, index: Tensor, stored: Stored) -> Tensor:
+        """By the compiled jobs: predictor rows and gate neurons are columns of one product, grouped by expert."""
+        from ...kernels.selection import predicted_norms
+        from ..execute.batch_products import SlotGroups, dot
+
+        n, r, layer, parts = self.plan.n_sub, self.plan.gates, self.plan.layer, self._parts(stored)
+        groups = SlotGroups.of(index, torch.ones(*index.shape, 1, dtype=torch.bool), layer.num_experts)
+        products = torch.empty(index.numel(), n + len(stored.first) * n * r)
+        dot(x if x.stride(1) == 1 else x.contiguous(), groups, groups.all, parts, 0, n, products, groups.choice)
+        gates = layer.activate_joined(products[:, n:]) if r else products[:, n:]
+        norms = torch.empty(*index.shape, n)
+        scale, weight = self.scale.flatten(1).numpy(), self.weight.numpy()
+        predicted_norms(products.numpy(), gates.numpy(), scale, weight, index.numpy(), CEILING, norms.numpy())
+        return norms
+
+    def _direct(self, x: Tensor, index: Tensor, stored: Stored) -> Tensor:
+        """`_tiled` for few choices, to the last bit: one by one, in one call."""
+        from ...kernels.selection import predicted_norms
+
+        norms = np.empty((*index.shape, self.plan.n_sub), np.float32)
+        predicted_norms(*self._terms(x, index, stored), index.contiguous().numpy(), CEILING, norms)
+        return torch.from_numpy(norms)
+
+    def terms(self, x: Tensor, index: Tensor) -> tuple[Any, Any, Any, Any] | None:
+        """What `marks.predicted_norms` wants to know of few choices; None where there are many, or the weights are not laid out for it."""
+        stored = self._stored(x) if index.numel() <= FEW else None
+        return None if stored is None else self._terms(x, index, stored)
+
+    def _stored(self, x: Tensor) -> Stored | None:
+        """The layer's weights, where one product can take them and the predictor: both float32."""
+        from ..execute.batch_products import usable  # compiles on first use
+
+        stored = usable(self.plan, x) if self.plan.layer.up_bias is None else None
+        return stored if stored is not None and stored.down.tensor.dtype == torch.float32 else None
+
+    def _terms(self, x: Tensor, index: Tensor, stored: Stored) -> tuple[Any, Any, Any, Any]:
+        from ..execute.decode_products import ORDER, dots, rows_of, table_of
+
+        if self._constants is None or self._constants[0] is not stored:
+            self._constants = stored, table_of(self._parts(stored)), self.scale.flatten(1).numpy(), self.weight.numpy()
+        _, table, scale, weight = self._constants
+        n, r = self.plan.n_sub, self.plan.gates
+        x, choice = x if x.stride(1) == 1 else x.contiguous(), index.contiguous().numpy()
+        products = np.empty((choice.size, n + len(stored.first) * n * r), np.float32)
+        asked = x.detach().numpy(), rows_of(*choice.shape), choice.reshape(-1)
+        dots(*asked, len(weight) - 1, table, n, ORDER, products, np.float32(0))
+        gates = products[:, n:]
+        if r:
+            gates = self.plan.layer.activate_joined(torch.from_numpy(gates)).numpy()
+        return products, gates, scale, weight
+
+    def _parts(self, stored: Stored) -> list[MatrixPart]:
+        """Predictor rows, then gate neurons, as columns of one product."""
+        from ..execute.batch_products import Matrix, MatrixPart
+
+        n, r = self.plan.n_sub, self.plan.gates
+        parts = [MatrixPart(Matrix.of(self.weight), 0)]
+        for i, (matrix, *_) in enumerate(stored.first):
+            parts += [MatrixPart(matrix, n + i * n * r + g, g, r, self.plan.block) for g in range(r)]
+        return parts
+
+    def _few(self, x: Tensor, experts: Tensor) -> Tensor:
+        """Rows x [S, d] with one expert [S] each -> [S, N], by gathered weights: at decode a loop over experts would cost more."""
+        gates = gate_activations_each(self.plan, x, experts) if self.plan.gates else None
+        z = _join(x, gates, self.scale[experts])
+        return torch.einsum("sd,snd->sn", z, self.weight[experts]).clamp(max=CEILING).exp()
+
+    def _all(self, x: Tensor, index: Tensor) -> Tensor:
+        """[T, k, N] on a GPU: what every expert reads off x in one product, then the gate neurons' part of the chosen ones."""
+        hidden, experts, n_sub = x.shape[1], *self.weight.shape[:2]
+        own, gates, constant = self.weight[:, :, :hidden], self.weight[:, :, hidden:-1], self.weight[:, :, -1]
+        every = torch.nn.functional.linear(x.float(), own.flatten(0, 1), constant.flatten())
+        log = of_choices(every.view(-1, experts, n_sub), index)
+        if self.plan.gates:
+            g = (gate_activations_all(self.plan, x, index) * self.scale[index]).sqrt().flatten(2)
+            log = log + torch.einsum("tkg,tkng->tkn", g, gates[index])
+        return log.clamp(max=CEILING).exp()
+
+    def parameters_per_expert(self) -> int:
+        return self.weight[0].numel()
+
+    @property
+    def reads_gates(self) -> bool:
+        return self.plan.gates > 0

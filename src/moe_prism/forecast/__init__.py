@@ -1,0 +1,1 @@
+"""Predicted times and sizes: what a step, its reads or its scheduling will take."""

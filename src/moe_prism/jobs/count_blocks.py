@@ -1,0 +1,72 @@
+"""Which sub-experts an elastic model's tokens read at a budget, counted on text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibrate.run import backbone_of, input_device
+from ..elastic.runtime import ElasticLayer, Setting
+from ..forecast.step_time import Read, Reads
+
+RULE = "threshold"  # what `operating_point` takes for a budget
+
+
+@torch.no_grad()
+def block_choices(model: Any, ids: Tensor, budgets: Sequence[float], *, batch: int = 8) -> dict[float, Reads]:
+    """For every budget the share of tokens of windows ids [n, length] that keep each sub-expert, and that read each predictor."""
+    elastic = model._moe_prism
+    counted = [_Counted(layer, [Setting(budget, RULE) for budget in budgets]) for layer in elastic.layers]
+    try:
+        for each in counted:
+            each.layer.plan.layer.install(each)
+        for start in range(0, len(ids), batch):
+            backbone_of(model)(input_ids=ids[start : start + batch].to(input_device(model)), use_cache=False)
+    finally:
+        for layer in elastic.layers:
+            layer.plan.layer.install(layer)
+    tokens = ids.numel()
+    n_sub = elastic.layers[0].plan.n_sub
+    chosen = tuple((each.chosen / tokens).numpy() for each in counted)
+    predictor = Read(chosen, _predictor_size(elastic.layers[0]))
+    return {
+        budget: (Read(tuple((each.kept[i] / tokens).flatten().numpy() for each in counted), 1 / n_sub), predictor)
+        for i, budget in enumerate(budgets)
+    }
+
+
+def _predictor_size(layer: ElasticLayer) -> float:
+    """Weights read to choose among the sub-experts of one chosen expert, as a share of the expert: predictor and gate neurons."""
+    plan = layer.plan
+    matrices = 2 if plan.layer.gate is not None else 1
+    gates = plan.n_sub * plan.gates * matrices * plan.layer.hidden
+    return (layer.scorer("ridge").parameters_per_expert() + gates) / plan.layer.parameters_per_expert()
+
+
+class _Counted:
+    """An experts function that computes what the model does and counts what every setting would keep. chosen [E], kept [E, N] each."""
+
+    def __init__(self, layer: ElasticLayer, settings: Sequence[Setting]) -> None:
+        experts = layer.plan.layer.num_experts
+        self.layer, self.settings = layer, settings
+        self.chosen = torch.zeros(experts, dtype=torch.float64)
+        self.kept = [torch.zeros(experts, layer.plan.n_sub, dtype=torch.float64) for _ in settings]
+
+    def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        valid = torch.ones_like(index, dtype=torch.bool)
+        flat = index.flatten().cpu()
+        self.chosen += torch.bincount(flat, minlength=len(self.chosen))
+        for setting, kept in zip(self.settings, self.kept, strict=True):
+            keep = self.layer.select(x, index, weight, valid, setting)
+            kept.index_add_(0, flat, keep.flatten(0, 1).double().cpu())
+        return self.layer.plan.layer.native(x, index, weight)
+
+
+def at_budget(model: Any, budget: float) -> Callable[[], Any]:
+    """Makes contexts in which an elastic model runs at this budget, as `operating_point` does by default."""
+    from ..elastic import operating_point
+
+    return lambda: operating_point(model, budget, rule=RULE)

@@ -1,0 +1,116 @@
+"""Say how a model that does not fit should be run: which budget, policy and precision, and what a token will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..artefact.load import load
+from ..checkpoint import read_manifest
+from ..data import token_windows
+from ..elastic import operating_point
+from ..elastic.runtime import slots_per_token
+from ..errors import UsageError
+from ..offload.cache import cache_policies
+from ..offload.record import record
+from ..progress import Report, silent
+from ..store import StoreOptions
+from ..store.choose_misses import Misses
+from ..store.price_reads import at_budget, measure_prices, measure_step, replayed
+
+BUDGETS = (1.0, 0.75, 0.5, 0.25)
+POLICIES = ("lru", "lfu", "edge-moe")
+LENGTH, PROMPT = 160, 32
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run. precision: of what is read on a miss; slots: kept per token and layer on average; ms_per_token: expected."""
+
+    budget: float
+    slots: float
+    policy: str
+    precision: str
+    hit_rate: float
+    reads_per_token: float
+    ms_per_token: float
+
+
+@dataclass(frozen=True)
+class OffloadForecast:
+    """`best`: the largest budget that meets the target (the fastest way where none does, `met` is then false)."""
+
+    memory: int
+    slots: int
+    records: int
+    record_bytes: int
+    bytes_per_second: float
+    best: Way
+    met: bool
+    ways: list[Way]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan_offload(
+    folder: str | Path,
+    memory: int,
+    *,
+    target_ms: float | None = None,
+    link: float | None = None,
+    file: Path | None = None,
+    tokens: int = 1280,
+    budgets: Sequence[float] = BUDGETS,
+    report: Report = silent,
+) -> OffloadForecast:
+    """Measure the link and the steps, replay the routing of calibration text, and compare ways to run in `memory` bytes.
+
+    link: bytes per second of what the experts will be read over, if that is slower than the disk they are on now; tokens: of the replayed
+    text. Raises UsageError for a target, link or budget that is impossible, DoesNotFit if the memory holds no sub-expert.
+    """
+    if tokens < 1:
+        raise UsageError(f"--tokens {tokens} is too small", "give at least 1; what is replayed are whole requests of 160")
+    if target_ms is not None and not target_ms > 0:
+        raise UsageError(f"--target-ms {target_ms:g} is impossible", "give a positive number of milliseconds")
+    if link is not None and link <= 0:
+        raise UsageError(f"--link {link:g} is impossible", "give bytes per second, for example 500MB")
+    if not all(0 < b <= 1 for b in budgets):
+        raise UsageError("budgets lie in (0, 1]", "1 keeps every slot")
+    model, tokenizer = load(folder, store=StoreOptions(memory, file, misses=Misses(low=None)))
+    elastic, store = model._moe_prism, model._moe_prism.store
+    text = read_manifest(folder)["calibration"]["text"]
+    windows = token_windows(tokenizer, text, "calibration", length=LENGTH, tokens=max(tokens, LENGTH)).ids
+    with report("trace") as update, operating_point(model):
+        trace = record(model, [("calibration", windows)], prompt=PROMPT, values=True, progress=update)
+    here = measure_prices(store)
+    forms = {"exact": (here, store.pack.layout.bytes)}
+    if store.pack.has_low:
+        forms["int8"] = measure_prices(store, low=True), store.pack.layout.low_bytes
+    prices = {name: price.over(size / link) if link else price for name, (price, size) in forms.items()}
+    ways = []
+    total = slots_per_token(elastic)
+    for budget in budgets:
+        with operating_point(model, budget):
+            step = measure_step(model, windows[:1], PROMPT, here)
+        rows = at_budget(trace, elastic, budget)
+        kept = float(rows.decode().slots().mean()) if budget < 1 else float(total)
+        for policy in POLICIES:
+            misses = replayed(rows, store.space, store.slots, cache_policies.get(policy))
+            for precision, price in prices.items():
+                found = misses.at(price, step)
+                ways.append(Way(budget, kept, policy, precision, found.hit_rate, found.misses, found.seconds * 1e3))
+    best, met = choose_way(ways, target_ms)
+    rate = prices["exact"].bandwidth * store.pack.layout.bytes if len(store.space) > store.slots else 0.0
+    store.close()
+    return OffloadForecast(memory, store.slots, len(store.space), store.pack.layout.bytes, rate, best, met, ways)
+
+
+def choose_way(ways: Sequence[Way], target_ms: float | None) -> tuple[Way, bool]:
+    """The largest budget within the target, exact before int8, then the fastest; without one that meets it, the fastest of all."""
+    fits = [w for w in ways if target_ms is None or w.ms_per_token <= target_ms]
+    if not fits:
+        return min(ways, key=lambda w: w.ms_per_token), False
+    return max(fits, key=lambda w: (w.budget, w.precision == "exact", -w.ms_per_token)), True

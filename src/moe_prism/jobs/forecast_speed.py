@@ -1,0 +1,258 @@
+"""Predict how fast a model decodes with fewer experts per token, fewer experts, or fewer sub-experts, at every concurrency."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..artefact.load import load
+from ..checkpoint import read_manifest, versions
+from ..data import token_windows
+from ..errors import UsageError
+from ..forecast.distinct import Routing
+from ..forecast.speed import ELASTIC, PAYS, STOCK, ForecastPoint, MeasuredStep, SpeedForecast, plain_points, predict
+from ..forecast.step_time import Fit, Machine, Shape, StepLoad, Terms, fit, terms
+from ..model import find_layers, load_to_run, load_tokenizer, resolve
+from ..progress import Report, silent
+from .count_blocks import at_budget, block_choices
+from .model_shape import config_tree, shape_of
+from .time_steps import fewer_experts, measure_routing, needed_tokens, time_steps
+
+WINDOW = 256  # tokens of the windows that routing is counted on
+PROBED = 4  # concurrencies that the probe times
+CUTS = (0.75, 0.5, 0.25)  # budgets that the probe times
+ROUNDS = 4  # over all concurrencies; the fastest turn of all rounds counts, which is the one that a busy machine disturbed least
+
+Key = tuple[str, int, str]
+"""Engine, concurrency, point."""
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    """concurrency: requests that decode together. keep: shares of the experts that pruning leaves. budgets: of an elastic model.
+
+    context: mean tokens a request attends to; prompt: prompt tokens computed per generated token beside decoding (1024 in and 1024 out: 1).
+    machine: given instead of probed; the model is then read from its config.json alone. text: what routing is counted on (calibration
+    side) and steps are timed on (evaluation side); None: `stdlib` where the machine is probed, even routing where it is given.
+    bits: per stored weight, where it differs from the config's dtype. measure: time every point that can be run, at every concurrency.
+    seconds: about how long the steps of the probe take.
+    """
+
+    concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    keep: tuple[float, ...] = (0.5,)
+    budgets: tuple[float, ...] = (0.75, 0.5, 0.25)
+    context: float = 256.0
+    prompt: float = 0.0
+    machine: Machine | None = None
+    bits: float | None = None
+    text: str | None = None
+    tokens: int = 16_384
+    measure: bool = False
+    seconds: float = 45.0
+
+    def check(self) -> None:
+        """UsageError for anything out of range."""
+        if not self.concurrency or min(self.concurrency) < 1:
+            raise UsageError(f"--concurrency {_list(self.concurrency)} is no list of counts", "give one like 1,2,4,8")
+        for name, shares in (("--keep", self.keep), ("--budgets", self.budgets)):
+            if any(not 0 < share < 1 for share in shares):
+                raise UsageError(f"{name} {_list(shares)} is outside (0, 1)", "0.5 keeps half")
+        if not (1 <= self.context < math.inf and 0 <= self.prompt < math.inf):
+            raise UsageError(f"--context {self.context:g} or --prompt {self.prompt:g} is out of range", "give >= 1 and >= 0")
+        if self.bits is not None and not 0 < self.bits <= 64:
+            raise UsageError(f"--bits {self.bits:g} is no width of a weight", "give 4, 8, 16 or 32")
+        if self.tokens < WINDOW or not 1 <= self.seconds <= 3600:
+            raise UsageError(
+                f"--tokens {self.tokens} or --seconds {self.seconds:g} is out of range", f"give >= {WINDOW}, and 1 to 3600"
+            )
+        if self.measure and self.machine:
+            raise UsageError("--measure needs the machine itself", "leave out --bandwidth and --peak")
+
+
+def _list(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
+def plan_model(model: str | Path, options: SpeedOptions | None = None, *, report: Report = silent) -> SpeedForecast:
+    """Predicted tokens/s of a model at every concurrency: full, skipping experts, pruned, and, if it is elastic, at sub-expert budgets.
+
+    With `options.machine` only config.json is read (and the weights, where a text to count routing on is given). Without, the model is
+    loaded, its routing counted and its decoding steps timed. Raises UsageError for a model without experts and for bad options.
+    """
+    options = options or SpeedOptions()
+    options.check()
+    if options.machine is not None and options.text is None:
+        return _from_config(model, options, options.machine)
+    return _Planner(model, options, report).plan()
+
+
+def _from_config(model: str | Path, options: SpeedOptions, machine: Machine) -> SpeedForecast:
+    shape = _shape(config_tree(model), options)
+    routing = Routing.even([(layer.experts, layer.chosen) for layer in shape.layers])
+    rows = predict(shape, plain_points(shape, routing, options.keep), {STOCK: machine}, _loads(options))
+    return SpeedForecast(_name(model), rows, {STOCK: machine}, shape, _facts(options, routing, "even (assumed)"))
+
+
+def _name(model: str | Path) -> str:
+    path = Path(model)
+    return path.resolve().parent.name if path.name == "config.json" else path.resolve().name if path.exists() else str(model)
+
+
+def _shape(tree: Any, options: SpeedOptions) -> Shape:
+    if getattr(tree.config, "quantization_config", None) and options.bits is None:
+        raise UsageError("the weights are quantized and their width is not in the config", "give --bits, 8 for FP8")
+    return shape_of(tree, bytes_per_weight=None if options.bits is None else options.bits / 8)
+
+
+def _loads(options: SpeedOptions) -> list[StepLoad]:
+    return [StepLoad(batch, options.context, options.prompt) for batch in options.concurrency]
+
+
+def _facts(options: SpeedOptions, routing: Routing, source: str) -> dict[str, Any]:
+    return {
+        "routing": {"source": source, "tokens": routing.tokens},
+        "load": {"context": options.context, "prompt_per_token": options.prompt},
+        "pays_from": PAYS,
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+class _Planner:
+    """The model itself: loaded, its routing counted, its steps timed."""
+
+    def __init__(self, source: str | Path, options: SpeedOptions, report: Report) -> None:
+        self.source, self.options, self.report = source, options, report
+        self.text = options.text or "stdlib"
+        self.tokenizer = load_tokenizer(source)
+
+    def plan(self) -> SpeedForecast:
+        options, fits, measured = self.options, dict[str, Fit | Machine](), dict[Key, MeasuredStep]()
+        ids = token_windows(self.tokenizer, self.text, "calibration", length=WINDOW, tokens=options.tokens).ids
+        shape, routing, points = self._stock(ids, fits, measured)
+        if options.machine is None and options.budgets and self._is_elastic():
+            points = [*points, *self._elastic(shape, points[0], ids, fits, measured)]
+        machines = {name: found.machine if isinstance(found, Fit) else found for name, found in fits.items()}
+        rows = predict(shape, points, machines, _loads(options), measured)
+        return SpeedForecast(_name(self.source), rows, fits, shape, _facts(options, routing, self.text))
+
+    def _stock(
+        self, ids: Tensor, fits: dict[str, Fit | Machine], measured: dict[Key, MeasuredStep]
+    ) -> tuple[Shape, Routing, list[ForecastPoint]]:
+        """The model as it is: shape, routing, points; its machine is added to fits."""
+        model = load_to_run(self.source)
+        layers = find_layers(model, dense=False)
+        if model.device.type == "cpu":
+            for layer in layers:
+                layer.arrange()
+        shape = _shape(model, self.options)
+        with self.report("routing") as update:
+            routing = measure_routing(model, layers, ids, progress=update)
+        points = [
+            replace(point, run=partial(fewer_experts, layers, round(point.choice[0].shares[0].sum())))
+            if point.kind in ("full", "skip")
+            else point
+            for point in plain_points(shape, routing, self.options.keep)
+        ]
+        if self.options.machine is not None:
+            fits[STOCK] = self.options.machine
+        else:
+            fits[STOCK], found = self._calibrate("probe", model, shape, points, points)
+            measured |= found
+        return shape, routing, [replace(point, run=None) for point in points]  # which lets go of the model
+
+    def _is_elastic(self) -> bool:
+        where = resolve(self.source)
+        return isinstance(where, Path) and (where / "prism.json").is_file() and read_manifest(where).get("kind") == "elastic"
+
+    def _elastic(
+        self, shape: Shape, full: ForecastPoint, ids: Tensor, fits: dict[str, Fit | Machine], measured: dict[Key, MeasuredStep]
+    ) -> list[ForecastPoint]:
+        """Points at sub-expert budgets; the machine they run on is added to fits."""
+        model, _ = load(self.source)
+        counted = sorted({*self.options.budgets, *CUTS})
+        points = {
+            budget: ForecastPoint(f"{budget:.0%} of slots", "sub-experts", choice, ELASTIC, at_budget(model, budget))
+            for budget, choice in block_choices(model, ids, counted).items()
+        }
+        asked, cuts = ([points[budget] for budget in budgets] for budgets in (self.options.budgets, CUTS))
+        whole = replace(full, engine=ELASTIC, run=nullcontext)
+        fits[ELASTIC], found = self._calibrate("probe of sub-experts", model, shape, cuts, [whole, *asked])
+        measured |= found
+        return [replace(point, run=None) for point in asked]
+
+    def _calibrate(
+        self, title: str, model: Any, shape: Shape, points: Sequence[ForecastPoint], measured: Sequence[ForecastPoint]
+    ) -> tuple[Fit, dict[Key, MeasuredStep]]:
+        """A machine fitted to the dearest, a middle and the cheapest runnable point at four concurrencies.
+
+        With `measure`, the points to measure are timed at all concurrencies in the same rounds, and returned, but not fitted to.
+        """
+        options = self.options
+        runnable = [p for p in points if p.run]
+        few = {p.name: p for p in (runnable[i] for i in sorted({0, len(runnable) // 2, len(runnable) - 1}))}
+        every = {**few, **({p.name: p for p in measured if p.run} if options.measure else {})}
+        batches = probed(options.concurrency)
+        timed = self._time(
+            title, model, list(every.values()), sorted({*batches, *(options.concurrency if options.measure else ())})
+        )
+        used = [
+            (_need(shape, few[name], n, was), was.seconds) for (_, n, name), was in timed.items() if name in few and n in batches
+        ]
+        return fit(used), timed if options.measure else {}
+
+    def _time(self, title: str, model: Any, points: Sequence[ForecastPoint], batches: Sequence[int]) -> dict[Key, MeasuredStep]:
+        runnable = [(p, p.run) for p in points if p.run]
+        prompt = self._prompt(model, len(runnable))
+        ids = self._sequences(max(batches), prompt + needed_tokens(len(runnable)))
+        rounds = [batch for _ in range(ROUNDS) for batch in batches]  # a load that comes and goes meets all of them
+        seconds = self.options.seconds / len(rounds)
+        found: dict[Key, MeasuredStep] = {}
+        with self.report(title) as update:
+            for done, batch in enumerate(rounds, 1):
+                rows = ids[torch.arange(batch) * len(ids) // batch]
+                timed = time_steps(model, rows, [run for _, run in runnable], prompt=prompt, seconds=seconds)
+                for (point, _), each in zip(runnable, timed, strict=True):
+                    key = (point.engine, batch, point.name)
+                    found[key] = MeasuredStep(min(each.best, found[key].seconds if key in found else each.best), each.context)
+                update(done, len(rounds))
+        return found
+
+    def _prompt(self, model: Any, points: int) -> int:
+        """Prompt tokens such that the steps lie around the planned context, as far as the model's limit allows."""
+        grown = needed_tokens(points)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+        if limit < grown + 8:
+            raise UsageError(f"a context limit of {limit} is too short to time steps", "give --bandwidth and --peak")
+        return int(max(8, min(self.options.context - grown / 2, limit - grown)))
+
+    def _sequences(self, count: int, length: int) -> Tensor:
+        """[>= count, length] of held-out text: a sequence of its own for every request of the largest batch."""
+        ids = token_windows(self.tokenizer, self.text, "evaluation", length=length, tokens=length * count).ids
+        if len(ids) < count:
+            raise UsageError(
+                f"text source '{self.text}' has {len(ids)} held-out sequences of {length} tokens, --concurrency asks for {count}",
+                "give more text or a lower concurrency",
+            )
+        return ids
+
+
+def _need(shape: Shape, point: ForecastPoint, batch: int, was: MeasuredStep) -> Terms:
+    return terms(shape, point.choice, StepLoad(batch, was.context))
+
+
+def probed(concurrency: Sequence[int]) -> list[int]:
+    """The concurrencies that the probe times: 1, the highest and two between, small powers of two where fewer are planned."""
+    values = sorted({1, *concurrency})
+    extra = (2**i for i in range(1, PROBED + 1) if 2**i not in values)
+    while len(values) < PROBED:
+        values = sorted([*values, next(extra)])
+    return [values[round(i * (len(values) - 1) / (PROBED - 1))] for i in range(PROBED)]

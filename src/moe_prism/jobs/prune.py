@@ -1,0 +1,214 @@
+"""Write a checkpoint without some of its experts, or only say which would go."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..artefact.load import SIDE_FILE, read_tensors
+from ..artefact.output import check_apart, finished
+from ..artefact.source import Weights
+from ..calibrate.statistics import Statistics
+from ..checkpoint import Journal, OutputFolder, read_manifest, source_facts, write_manifest
+from ..checkpoint.manifest import MANIFEST
+from ..compress.prune import KeptExperts
+from ..compress.prune.remove import check_removable, remove_experts
+from ..data import Windows
+from ..elastic import attach
+from ..errors import UsageError
+from ..methods.prune.select import PruneOptions, PruneSelection, decide, measured_counts, read_kept
+from ..model import find_layers, load_to_run, resolve
+from ..progress import Report, peak_rss_bytes, silent
+from .calibrate import SNAPSHOT, calibration_windows, check_fit, read_statistics, run_pass
+from .prune_card import pruned_card
+from .recover import FILLED_IN
+
+KEPT = "kept.json"
+COUNTS = "kept-counts.safetensors"
+EXPERT_DIMS = {"ridge": 0, "repair": 1, "low_rank.heads": 0}
+"""Side tensors with an entry per expert -> where it is; those of compensation have theirs first."""
+SHARED = ("levels", "plan", "low_rank.map")
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The plan, and where a model was written: its folder and manifest."""
+
+    plan: PruneSelection
+    folder: Path | None
+    manifest: Mapping[str, Any] | None
+    peak_rss_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        where = {"folder": str(self.folder)} if self.folder else {}
+        return {**where, **self.plan.to_json(), "peak_rss_bytes": self.peak_rss_bytes}
+
+
+def plan_pruning(
+    model: str | Path, options: PruneOptions | None = None, *, calibration: str | Path | None = None, report: Report = silent
+) -> Pruned:
+    """Which experts would stay; nothing is written. `compress.prune.pruned(model, result.plan.choices)` runs it in mask mode."""
+    options = options or PruneOptions()
+    options.check()
+    job = _Job(model, options, calibration)
+    with tempfile.TemporaryDirectory() as scratch, OutputFolder(Path(scratch) / "plan") as folder:
+        plan = job.plan(folder, Journal(folder.work, {}), report)
+    return Pruned(plan, None, None, peak_rss_bytes())
+
+
+def prune_model(
+    model: str | Path,
+    out: str | Path,
+    options: PruneOptions | None = None,
+    *,
+    calibration: str | Path | None = None,
+    kept: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    report: Report = silent,
+) -> Pruned:
+    """Write a checkpoint with fewer experts per layer, which unmodified transformers loads; kept.json says which stayed.
+
+    model: a safetensors folder, plain or written by `refactor` (the result is then elastic too). calibration: a folder written by
+    `calibrate` with the collectors that the criterion needs. kept: a kept.json instead of a criterion. An interrupted run continues with
+    resume=True and ends in the same bytes. Raises UsageError, DoesNotFit or CorruptError before anything is visible at `out`.
+    """
+    options = options or PruneOptions()
+    options.check()
+    job = _Job(model, options, calibration)
+    check_apart(job.weights.path, out)
+    if job.weights.stream is None:
+        raise UsageError("a GGUF file is not written again", "load it with transformers' gguf_file=, save_pretrained, prune that")
+    if kept is None and options.allocation != "layer":
+        raise UsageError(
+            f"--allocation {options.allocation} gives layers different numbers of experts, transformers has one for all",
+            "use --allocation layer, or --report-only and mask mode",
+        )
+    given = read_kept(kept, job.weights.model, job.weights.layers) if kept else None
+    if given:
+        check_removable(given.choices)
+    manifest = _elastic_manifest(job.weights.path)
+    inputs = {"source": source_facts(job.weights.path), "options": asdict(options), "given": given.to_json() if given else None}
+    statistics = {"statistics": job.given.facts if job.given and not given else None}
+    kind = "elastic" if manifest else "pruned"
+    if resume and (done := finished(out, {"kind": kind, "pruning": {**inputs, **statistics}})):
+        plan = read_kept(Path(out) / KEPT, job.weights.model, job.weights.layers)
+        return Pruned(plan, Path(out), done, peak_rss_bytes())
+    with OutputFolder(out, resume=resume, force=force) as folder:
+        journal = Journal(folder.work, {**inputs, **statistics})
+        plan = given or job.plan(folder, journal, report)
+        with report("write") as update:
+            remove_experts(job.weights.stream, job.weights.layers, plan.choices, folder, journal, update)
+        if manifest:
+            _slice_side_file(job.weights.path, plan.choices, folder)
+        folder.write_bytes(KEPT, json.dumps(plan.to_json(), indent=1).encode() + b"\n")
+        facts = _facts(manifest, plan, {**inputs, **statistics}, job, kind)
+        folder.write_bytes("README.md", pruned_card(facts, plan.to_json(), job.weights.model.config.model_type).encode())
+        for name in (SNAPSHOT, COUNTS):
+            folder.discard(name)
+        written = write_manifest(folder, facts)
+        folder.finish()
+    return Pruned(plan, Path(out), written, peak_rss_bytes())
+
+
+class _Job:
+    """One model, what is known of it, and the text of the pass if there has to be one."""
+
+    def __init__(self, model: str | Path, options: PruneOptions, calibration: str | Path | None) -> None:
+        self.options = options
+        self.weights = Weights(resolve(model))
+        self.given = read_statistics(calibration) if calibration else None
+        if self.given and self.given.facts["source"] != source_facts(self.weights.path):
+            raise UsageError(
+                f"'{calibration}' was calibrated on another checkpoint", "calibrate this one, or leave --calibration out"
+            )
+        decide(
+            self.weights.model, self.weights.layers, None, replace(options, criterion="first-half", protect=[])
+        )  # would it fit at all
+        collectors = options.collectors()
+        self.settings = replace(options.calibration, collectors=collectors)
+        self.windows: Windows | None = None
+        if collectors and not self.given:
+            self.windows = calibration_windows(self.weights.path, self.settings)
+            check_fit(self.weights, self.settings)
+
+    @property
+    def documents(self) -> Sequence[str]:
+        """SHA-256 of the calibration documents that were used."""
+        if self.windows:
+            return self.windows.documents
+        return self.given.facts["documents"] if self.given else ()
+
+    def plan(self, folder: OutputFolder, journal: Journal, report: Report) -> PruneSelection:
+        statistics = self.given
+        if self.windows is not None:
+            statistics = run_pass(self.weights.path, self.windows, self.settings, folder, journal, report)
+        counts = self._counts(statistics, folder, journal, report) if self.options.allocation == "measured" else None
+        return decide(self.weights.model, self.weights.layers, statistics, self.options, counts)
+
+    def _counts(self, statistics: Statistics | None, folder: OutputFolder, journal: Journal, report: Report) -> list[int]:
+        """Experts per layer by measurement, a unit of the journal."""
+        assert statistics is not None
+        if not journal.done(COUNTS):
+            loaded = load_to_run(self.weights.path)
+            elastic = attach(loaded, 1, layers=find_layers(loaded))
+            ids = statistics.profile
+            wanted = max(1, self.options.profile_tokens // ids.shape[1])
+            with report("profile") as update:
+                found = measured_counts(
+                    loaded, elastic, statistics, self.options, ids[:: max(1, len(ids) // wanted)][:wanted], update
+                )
+            journal.finish(COUNTS, COUNTS, folder.save_tensors(COUNTS, {"counts": torch.tensor(found)}))
+        counts: list[int] = load_file(str(folder.work / COUNTS))["counts"].tolist()
+        return counts
+
+
+def _elastic_manifest(folder: Path) -> dict[str, Any] | None:
+    """prism.json of a folder that `refactor` or `recover` wrote, None for any other model."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(folder)
+    return manifest if manifest.get("kind") == "elastic" else None
+
+
+def _slice_side_file(source: Path, choices: Sequence[KeptExperts], out: OutputFolder) -> None:
+    """prism.safetensors without what belongs to experts that went."""
+    flat = {}
+    for key, tensor in read_tensors(source / SIDE_FILE).items():
+        _, layer, name = key.split(".", 2)
+        choice = choices[int(layer)]
+        flat[key] = (
+            tensor
+            if name in SHARED
+            else _slice(key, tensor, 0 if name.startswith("compensate.") else EXPERT_DIMS.get(name), choice)
+        )
+    out.save_tensors(SIDE_FILE, flat, {"format": "pt"})
+
+
+def _slice(key: str, tensor: Tensor, dim: int | None, choice: KeptExperts) -> Tensor:
+    if dim is None or tensor.shape[dim] != choice.experts:
+        raise UsageError(f"side tensor '{key}' is not known to pruning", "prune the source model, then refactor that")
+    return tensor.index_select(dim, torch.tensor(choice.kept))
+
+
+def _facts(
+    manifest: Mapping[str, Any] | None, plan: PruneSelection, inputs: Mapping[str, Any], job: _Job, kind: str
+) -> dict[str, Any]:
+    """prism.json: of an elastic model its own facts with fewer experts, else what was done."""
+    if manifest is None:
+        return {"kind": kind, "source": inputs["source"], "pruning": dict(inputs), "documents": list(job.documents)}
+    old = {key: value for key, value in manifest.items() if key not in (*FILLED_IN, "operating_points")}
+    layers = [
+        {**row, "experts": len(c.kept), "starved": [c.kept.index(e) for e in row["starved"] if e in c.kept]}
+        for row, c in zip(old["layers"], plan.choices, strict=True)
+    ]
+    calibration = {**old["calibration"], "documents": list(dict.fromkeys([*old["calibration"]["documents"], *job.documents]))}
+    return {**old, "layers": layers, "calibration": calibration, "pruning": dict(inputs)}

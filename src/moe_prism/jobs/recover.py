@@ -1,0 +1,205 @@
+"""Win back quality that dropped blocks cost, without touching the model at full budget."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..artefact.load import SIDE_FILE, load, read_tensors
+from ..artefact.output import check_apart, finished
+from ..checkpoint import Journal, OutputFolder, elastic_manifest, write_manifest
+from ..data import Windows, token_windows
+from ..elastic.runtime import ElasticLayer
+from ..errors import CorruptError, UsageError
+from ..progress import Report, peak_rss_bytes, silent
+from ..recover import RecoverJob, methods
+from ..recover.run import BATCH, groups
+
+MEASURED = ("frontier.json", "ladder.json", "report.html", "frontier.png")  # of the model as it was
+FILLED_IN = ("schema", "versions", "files", "sha256")  # keys of a manifest that its writer sets
+
+
+@dataclass(frozen=True)
+class RecoverOptions:
+    """method: a name from `recover.methods`. bands (`repair`): repaired copies of W_down per expert, each for a range of dropped blocks
+    (at most N-1 of them differ). steps and seed (`predictor`): of training.
+
+    text: None is the text the model was calibrated on; its evaluation side is never used. tokens and length of the windows;
+    memory for the normal equations of the layers that are summed together.
+    """
+
+    method: str = "repair"
+    bands: int = 1
+    steps: int = 96
+    text: str | None = None
+    tokens: int = 65_536
+    length: int = 512
+    memory_mib: int = 4096
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises UsageError for a name or number that cannot work."""
+        methods.get(self.method)
+        for name, least in (("bands", 1), ("steps", 1), ("tokens", 1), ("length", 8), ("memory_mib", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small", f"give at least {least}")
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """The folder, its manifest, and the peak memory of this process."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    peak_rss_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        facts = self.manifest["recovery"][-1]
+        return {
+            "folder": str(self.folder),
+            **{key: facts[key] for key in ("method", "tokens", "resident_bytes", "resident_share")},
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }
+
+
+def recover_model(
+    folder: str | Path,
+    out: str | Path,
+    options: RecoverOptions | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    report: Report = silent,
+) -> Recovered:
+    """Write a copy of an elastic model that loses less below full budget, with the same weights and the same function at full budget.
+
+    Of two methods, `predictor` goes first: a repair is fitted to what is kept. An interrupted `repair` continues with resume=True and
+    ends in the same bytes, `predictor` starts again. Raises UsageError, DoesNotFit or CorruptError before OUT is visible.
+    """
+    options = options or RecoverOptions()
+    options.check()
+    manifest = elastic_manifest(folder)
+    _check(folder, manifest, options)
+    check_apart(folder, out)
+    weights = {name: entry["sha256"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
+    inputs = {"from": weights, "options": asdict(options)}
+    done = finished(out, {"kind": "elastic"}) if resume else None
+    if done and done.get("recovery", [{}])[-1].get("inputs") == inputs:
+        return Recovered(Path(out), done, peak_rss_bytes())
+    model, tokenizer = load(folder)
+    windows = _windows(tokenizer, model, manifest, options)
+    _check_repair(model._moe_prism.layers, windows, options)
+    with OutputFolder(out, resume=resume, force=force) as output:
+        facts = _fit(model, windows, manifest, options, output, Journal(output.work, inputs), report)
+        with report("write") as update:
+            _copy(Path(folder), manifest, output, update)
+        extra = _write_side_file(Path(folder), len(manifest["layers"]), output)
+        facts |= {"inputs": inputs, "text": windows.source, "tokens": windows.tokens, "resident_bytes": extra}
+        facts["resident_share"] = round(extra / _expert_bytes(model, manifest), 4)
+        result = write_manifest(output, _manifest(manifest, windows, facts))
+        output.finish()
+    return Recovered(Path(out), result, peak_rss_bytes())
+
+
+def _check(folder: str | Path, manifest: Mapping[str, Any], options: RecoverOptions) -> None:
+    had = [step["method"] for step in manifest.get("recovery", [])]
+    if options.method in had:
+        raise UsageError(f"'{folder}' has had --method {options.method} already", "give the folder it was made from")
+    if "repair" in had:
+        raise UsageError(f"'{folder}' is repaired, and a repair is fitted to its predictor", "train the predictor first")
+
+
+def _windows(tokenizer: Any, model: Any, manifest: Mapping[str, Any], options: RecoverOptions) -> Windows:
+    text = manifest["calibration"]["text"] if options.text is None else options.text
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or options.length
+    return token_windows(tokenizer, text, "calibration", length=min(options.length, longest), tokens=options.tokens)
+
+
+def _check_repair(layers: Sequence[ElasticLayer], windows: Windows, options: RecoverOptions) -> None:
+    """UsageError or DoesNotFit, before anything is written, where `repair` could not work."""
+    if options.method == "repair":
+        if len(windows.ids) < BATCH:
+            raise UsageError(
+                f"{len(windows.ids)} windows are too few: one in {BATCH} is held out", "give more --tokens or a smaller --length"
+            )
+        groups(layers, min(options.bands, layers[0].plan.n_sub - 1), options.memory_mib << 20)
+
+
+def _fit(
+    model: Any,
+    windows: Windows,
+    manifest: Mapping[str, Any],
+    options: RecoverOptions,
+    output: OutputFolder,
+    journal: Journal,
+    report: Report,
+) -> dict[str, Any]:
+    """Run the method; side tensors of every layer are then units in the work folder. Returns its facts."""
+
+    def save(layer: int, tensors: dict[str, Tensor]) -> None:
+        named = {f"layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
+        journal.finish(_unit(layer), _unit(layer), output.save_tensors(_unit(layer), named))
+
+    found = [layer.get("sensitivity") for layer in manifest["layers"]]
+    job = RecoverJob(
+        model,
+        model._moe_prism,
+        windows.ids,
+        None if None in found else found,
+        options.bands,
+        options.steps,
+        options.memory_mib << 20,
+        options.seed,
+        lambda layer: journal.done(_unit(layer)),
+        save,
+        report,
+    )
+    return {"method": options.method, **methods.get(options.method)(job)}
+
+
+def _write_side_file(folder: Path, layers: int, output: OutputFolder) -> int:
+    """prism.safetensors with the new side tensors in it; work files leave. Returns the bytes it grew by."""
+    old = read_tensors(folder / SIDE_FILE)
+    new = dict(old)
+    for i in range(layers):
+        new |= load_file(str(output.work / _unit(i)))
+        output.discard(_unit(i))
+    output.save_tensors(SIDE_FILE, new, {"format": "pt"})
+    return sum(t.nbytes for t in new.values()) - sum(t.nbytes for t in old.values())
+
+
+def _unit(layer: int) -> str:
+    return f"repair-{layer:03d}.safetensors"
+
+
+def _copy(folder: Path, manifest: Mapping[str, Any], output: OutputFolder, update: Any) -> None:
+    """Every file of the elastic model but what is written anew or was measured on the model as it was."""
+    names = [name for name in sorted(manifest["files"]) if name not in (*MEASURED, SIDE_FILE, *manifest.get("caches", ()))]
+    output.require_space(sum(manifest["files"][name]["bytes"] for name in names))
+    for done, name in enumerate(names, 1):
+        with (folder / name).open("rb") as source, output.stage(name) as file:
+            shutil.copyfileobj(source, file)
+        if output.hashes[name] != manifest["files"][name]["sha256"]:
+            raise CorruptError(f"{folder / name} was changed (sha256 differs)", "restore the folder, or refactor again")
+        update(done, len(names))
+
+
+def _expert_bytes(model: Any, manifest: Mapping[str, Any]) -> int:
+    layers = [layer.plan.layer for layer in model._moe_prism.layers]
+    size: int = manifest["bytes_per_weight"]
+    weights: int = sum(layer.num_experts * layer.parameters_per_expert() for layer in layers)
+    return size * weights
+
+
+def _manifest(old: Mapping[str, Any], windows: Windows, recovery: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of the elastic model, with what was done to it. Text used here is calibration text too: no frontier may use it."""
+    kept = {key: value for key, value in old.items() if key not in (*FILLED_IN, "operating_points", "caches")}
+    documents = dict.fromkeys([*old["calibration"]["documents"], *windows.documents])
+    calibration = {**old["calibration"], "documents": list(documents)}
+    return {**kept, "calibration": calibration, "recovery": [*old.get("recovery", []), dict(recovery)]}

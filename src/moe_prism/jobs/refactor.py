@@ -1,0 +1,318 @@
+"""Turn a checkpoint into an elastic one: calibrate, partition every expert, fit the predictors, write the weights in block order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..artefact.load import SIDE_FILE
+from ..artefact.output import check_apart, finished
+from ..artefact.source import Weights
+from ..calibrate.options import CalibrateOptions
+from ..calibrate.statistics import Statistics
+from ..checkpoint import Journal, OutputFolder, source_facts, write_manifest
+from ..elastic.compensate import compensators
+from ..elastic.rules.threshold import pool_levels
+from ..elastic.scorers import scorers
+from ..errors import UsageError
+from ..model import MoELayer, resolve
+from ..partition import gates as gate_choices
+from ..partition import objectives, solvers
+from ..partition.base import check_blocks
+from ..progress import Report, Update, peak_rss_bytes, silent
+from ..registry import choices
+from .calibrate import SNAPSHOT, calibration_windows, check_fit, read_statistics, run_pass
+from .profile_layers import Profiler, plan_tensors, profile_runs, unit_cost
+from .refactor_card import model_card
+from .solve_layer import solve
+
+LEVELS_FILE = "levels.safetensors"
+
+
+@dataclass(frozen=True)
+class RefactorOptions:
+    """n_sub: sub-experts per expert; gates: gate neurons per sub-expert; solver, objective, gate_choice: names from the registries.
+
+    dropped: how many of an expert's weakest sub-experts the partition objective charges; None is n_sub - 1, the paper's code.
+    extra_scorers: predictors to fit beside the default one, for `operating_point(scorer=...)`.
+    profile_tokens: calibration tokens run once per layer to learn how a budget is best spent across layers; 0: every layer alike.
+    compensate: what makes up for dropped sub-experts: none, or a name from the registry; rank: of `low-rank`.
+    profile_points: budgets at which every layer is also run with a fixed count of slots, to refine the rule `plan`; each takes as long
+    as the profile without.
+    """
+
+    n_sub: int = 4
+    gates: int = 1
+    solver: str = "alt"
+    objective: str = "paper"
+    gate_choice: str = "energy"
+    dropped: int | None = None
+    seed: int = 0
+    profile_tokens: int = 4096
+    compensate: str = "mean"
+    rank: int = 2
+    profile_points: int = 0
+    calibration: CalibrateOptions = field(default_factory=CalibrateOptions)
+    extra_scorers: list[str] = field(default_factory=list)  # a list: equal to what JSON gives back
+
+    def check(self) -> None:
+        """Raises UsageError for a name or number that cannot work."""
+        solvers.get(self.solver)
+        objectives.get(self.objective)
+        gate_choices.get(self.gate_choice)
+        for name in self.extra_scorers:
+            scorers.get(name)
+        if self.compensate not in ("none", *compensators.names()):
+            raise UsageError(
+                f"unknown compensator '{self.compensate}'", choices(self.compensate, ["none", *compensators.names()])
+            )
+        if self.rank < 1:
+            raise UsageError(f"--rank {self.rank} is no rank", "give 1 or more")
+        if self.profile_tokens < 0:
+            raise UsageError(f"--profile-tokens {self.profile_tokens} is negative", "0 switches the profile off")
+        if self.profile_points < 0:
+            raise UsageError(f"--profile-points {self.profile_points} is negative", "0 makes the plan from the one run there is")
+        if self.n_sub < 2:
+            raise UsageError(f"--n-sub {self.n_sub} splits nothing", "give 2 or more")
+        if self.dropped is not None and not 1 <= self.dropped < self.n_sub:
+            raise UsageError(f"--dropped {self.dropped} is outside 1..{self.n_sub - 1}", "leave it out for N-1, the paper's code")
+        self.calibration.check()
+
+
+@dataclass(frozen=True)
+class Refactored:
+    """What was done: the folder, its manifest, the partition costs, and the peak memory of this process."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    peak_rss_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        layers = self.manifest["layers"]
+        return {
+            "folder": str(self.folder),
+            "n_sub": self.manifest["n_sub"],
+            "layers": len(layers),
+            "partition_cost_share": sum(layer["cost_share"] for layer in layers) / len(layers),
+            "starved_experts": sum(len(layer["starved"]) for layer in layers),
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }
+
+
+def refactor(
+    model: str | Path,
+    out: str | Path,
+    options: RefactorOptions | None = None,
+    *,
+    calibration: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    report: Report = silent,
+) -> Refactored:
+    """Write an elastic copy of a checkpoint to `out`: same files, names and shapes, plus prism.json and prism.safetensors.
+
+    calibration: a folder written by `calibrate`; without it the pass runs here. An interrupted run continues with resume=True and
+    ends in the same bytes. Raises UsageError or CorruptError before anything is written if the model, text or options cannot work.
+    """
+    options = options or RefactorOptions()
+    options.check()
+    where = resolve(model)
+    check_apart(where, out)
+    given = read_statistics(calibration) if calibration else None
+    weights = Weights(where)
+    for layer in weights.layers:
+        check_width(layer, options)
+    windows = None if given else calibration_windows(where, options.calibration)
+    if windows:
+        check_fit(weights, options.calibration)
+    else:
+        weights.check_finite()
+    source = source_facts(where)
+    if given and given.facts["source"] != source:
+        raise UsageError(
+            f"'{calibration}' was calibrated on another checkpoint", "calibrate this one, or leave --calibration out"
+        )
+    if given and not {"counts", "tokens"} <= set(given.layers[0].values):
+        raise UsageError(f"'{calibration}' holds no sample of tokens", "calibrate with --collectors counts,tokens")
+    inputs = {"source": source, "options": asdict(options)}
+    fingerprint = {**inputs, "calibration": given.facts if given else None}
+    if resume and (done := finished(out, {"kind": "elastic", **inputs, **({"calibration": _summary(given)} if given else {})})):
+        return Refactored(Path(out), done, peak_rss_bytes())
+    with OutputFolder(out, resume=resume, force=force) as folder:
+        journal = Journal(folder.work, fingerprint)
+        if windows is not None:
+            given = run_pass(where, windows, options.calibration, folder, journal, report)
+        assert given is not None
+        rows = _solve_layers(folder, journal, weights, given, options, report)
+        _pool_levels(folder, journal, weights, given, options, rows, report)
+        with report("write") as update:
+            weights.rewrite(folder, journal, lambda layer: _unit(folder, layer)["perm"], update)
+        facts = _facts(weights, source, options, rows, given)
+        _write_side_files(folder, weights, facts)
+        manifest = write_manifest(folder, facts)
+        folder.finish()
+    return Refactored(Path(out), manifest, peak_rss_bytes())
+
+
+def check_width(layer: MoELayer, options: RefactorOptions) -> None:
+    """UsageError for sub-experts, gate neurons or a rank that the layer's shape does not allow."""
+    check_blocks(layer.width, options.n_sub, f"'{layer.name}'")
+    if options.compensate == "low-rank" and options.rank > layer.hidden:
+        raise UsageError(f"--rank {options.rank} is more than the hidden size {layer.hidden}", "give a small number, like 2")
+    if not 0 <= options.gates <= layer.width // options.n_sub:
+        raise UsageError(
+            f"--gates {options.gates} is outside 0..{layer.width // options.n_sub}", "a block has no more neurons than that"
+        )
+
+
+def _solve_layers(
+    folder: OutputFolder, journal: Journal, weights: Weights, statistics: Statistics, options: RefactorOptions, report: Report
+) -> list[dict[str, Any]]:
+    """One journal unit per layer: its tensors, with its facts in the file's metadata. Returns the facts."""
+    rows = []
+    with report("partition") as update:
+        for layer, mine in zip(weights.layers, statistics.layers, strict=True):
+            unit = _unit_name(layer)
+            if not journal.done(unit):
+                with weights.loaded(layer):
+                    tensors, facts = solve(layer, mine, options)
+                digest = folder.save_tensors(unit, tensors, {"facts": json.dumps(facts)})
+                journal.finish(unit, unit, digest)
+            rows.append(_unit_facts(folder, layer))
+            update(layer.index + 1, len(weights.layers))
+    return rows
+
+
+def _pool_levels(
+    folder: OutputFolder,
+    journal: Journal,
+    weights: Weights,
+    statistics: Statistics,
+    options: RefactorOptions,
+    rows: list[dict[str, Any]],
+    report: Report,
+) -> None:
+    """Levels and plans that spend a budget where it matters most. Needs the model in memory, so not with low_memory."""
+    if options.calibration.low_memory or not options.profile_tokens:
+        return
+    units = [_unit(folder, layer) for layer in weights.layers]
+    runs = profile_runs(options.profile_points)
+    wanted = max(1, options.profile_tokens // statistics.profile.shape[1])
+    ids = statistics.profile[:: max(1, len(statistics.profile) // wanted)][:wanted]
+    found = _profile(folder, journal, lambda: Profiler(weights.path, units, options.n_sub, options.gates), runs, ids, report)
+    own = [unit["levels"] for unit in units]
+    profiles = [[(budget, float(run["kl"][i])) for (_, budget), run in zip(runs, found, strict=True)] for i in range(len(units))]
+    costs = [unit_cost(level, *profile[0]) for level, profile in zip(own, profiles, strict=True)]
+    if not journal.done(LEVELS_FILE):
+        tensors = {f"layers.{i}.levels": level for i, level in enumerate(pool_levels(own, costs))}
+        plans = plan_tensors(own, [profile[1:] or profile for profile in profiles], int(found[0]["slots"]))
+        digest = folder.save_tensors(LEVELS_FILE, tensors | {f"layers.{i}.plan": plan for i, plan in enumerate(plans)})
+        journal.finish(LEVELS_FILE, LEVELS_FILE, digest)
+    for row, cost, profile in zip(rows, costs, profiles, strict=True):
+        row["sensitivity"] = cost
+        row["profile"] = [
+            {"rule": rule, "budget": budget, "kl": kl} for (rule, _), (budget, kl) in zip(runs, profile, strict=True)
+        ]
+
+
+def _profile(
+    folder: OutputFolder,
+    journal: Journal,
+    make: Callable[[], Profiler],
+    runs: Sequence[tuple[str, float]],
+    ids: Tensor,
+    report: Report,
+) -> list[dict[str, Tensor]]:
+    """{kl [L], slots} per run, each a journal unit: an interruption loses at most the run in flight."""
+    names = [_profile_name(i) for i in range(len(runs))]
+    todo = [(name, *run) for name, run in zip(names, runs, strict=True) if not journal.done(name)]
+    if todo:
+        with report("sensitivity") as update:
+            profiler = make()
+            for i, (name, rule, budget) in enumerate(todo):
+                kl, slots = profiler.alone(rule, budget, ids, _part(update, i, len(todo)))
+                journal.finish(name, name, folder.save_tensors(name, {"kl": kl, "slots": torch.tensor(slots)}))
+    return [load_file(str(folder.work / name)) for name in names]
+
+
+def _part(update: Update, i: int, parts: int) -> Update:
+    """Progress of the i-th of several equal parts as progress of the whole."""
+    return lambda done, total: update(i * total + done, parts * total)
+
+
+def _profile_name(point: int) -> str:
+    return f"profile-{point:02d}.safetensors"
+
+
+def _unit_name(layer: MoELayer) -> str:
+    return f"unit-{layer.index:03d}.safetensors"
+
+
+def _unit(folder: OutputFolder, layer: MoELayer) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = load_file(str(folder.work / _unit_name(layer)))
+    return tensors
+
+
+def _unit_facts(folder: OutputFolder, layer: MoELayer) -> dict[str, Any]:
+    with safe_open(str(folder.work / _unit_name(layer)), "pt") as file:
+        facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+    return facts
+
+
+def _facts(
+    weights: Weights,
+    source: Mapping[str, Any],
+    options: RefactorOptions,
+    rows: Sequence[Mapping[str, Any]],
+    statistics: Statistics,
+) -> dict[str, Any]:
+    """prism.json: nothing in it depends on time, machine or interruptions."""
+    return {
+        "kind": "elastic",
+        "source": source,
+        "n_sub": options.n_sub,
+        "gates": options.gates,
+        "bytes_per_weight": weights.bytes_per_weight,
+        "layers": list(rows),
+        "options": asdict(options),
+        "calibration": _summary(statistics),
+    }
+
+
+def _summary(statistics: Statistics) -> dict[str, Any]:
+    return {key: statistics.facts[key] for key in ("text", "tokens", "documents", "capacity")}
+
+
+def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str, Any]) -> None:
+    """prism.safetensors and the model card; work files leave, so that what is renamed is only the result."""
+    side = {f"layers.{layer.index}.{k}": v for layer in weights.layers for k, v in _unit(folder, layer).items() if k != "perm"}
+    if (folder.work / LEVELS_FILE).exists():
+        side |= load_file(str(folder.work / LEVELS_FILE))
+    folder.save_tensors(SIDE_FILE, side, {"format": "pt"})
+    folder.write_bytes("README.md", model_card(facts, weights.model.config.model_type).encode())
+    # vLLM loads every *.safetensors of a folder that has no index: name the weights, so that the side file is not taken for them
+    index, single = folder.work / "model.safetensors.index.json", folder.work / "model.safetensors"
+    if single.exists() and not index.exists():
+        folder.write_bytes(index.name, _index(single))
+    for layer in weights.layers:
+        folder.discard(_unit_name(layer))
+    folder.discard(SNAPSHOT)
+    folder.discard(LEVELS_FILE)
+    for i in range(1 + facts["options"]["profile_points"]):
+        folder.discard(_profile_name(i))
+
+
+def _index(single: Path) -> bytes:
+    with safe_open(str(single), "pt") as file:
+        names = sorted(file.keys())
+    return json.dumps(
+        {"metadata": {"total_size": single.stat().st_size}, "weight_map": dict.fromkeys(names, single.name)}, indent=1
+    ).encode()

@@ -1,0 +1,125 @@
+"""Everything that is fitted for one layer: neuron order, predictor, levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..calibrate.statistics import LayerStatistics
+from ..elastic import LayerParts, compensate
+from ..elastic.compensate import Compensator
+from ..elastic.rules.threshold import LEVELS, fit_levels
+from ..elastic.scorers import ridge as ridge_scorer
+from ..elastic.scorers import scorers
+from ..model import MoELayer
+from ..partition import Partition, objectives, order_gates, refiners, solvers
+from ..partition import gates as gate_choices
+from ..partition.parallel import solve_layer
+from ..partition.weights import weight_fallback
+from .calibrate import STARVED
+
+
+def solve(layer: MoELayer, statistics: LayerStatistics, options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, facts) of one layer whose weights are loaded; the weights are left in the new order.
+
+    tensors: perm [E, f] int32, ridge, levels, what compensation reads. facts: experts, width, cost_share (mean), starved experts.
+    """
+    samples, weights, starved = _samples(statistics)
+    mass = [layer.activations(e, x).abs().float().numpy() for e, x in enumerate(samples)]
+    dropped = options.dropped or options.n_sub - 1
+    down = layer.down.float().norm(dim=1).numpy()  # [E, f]
+    objective = objectives.get(options.objective)
+    wanted = {e: objective(m, weights[e].numpy(), down[e]) for e, m in enumerate(mass)}
+    partitions = solve_layer(wanted, options.n_sub, dropped, solvers.get(options.solver), layer=layer.index, seed=options.seed)
+    if options.objective in refiners.names():
+        partitions = _refine(layer, partitions, samples, weights, options, dropped)
+    orders = {e: p.perm for e, p in partitions.items()}
+    for e in starved:
+        orders[e] = weight_fallback(_rows(layer.gate, e), layer.up[e].float().numpy(), options.n_sub, options.seed).perm
+    choice = gate_choices.get(options.gate_choice)
+    perm = np.stack([order_gates(m, orders[e], options.n_sub, options.gates, choice, down[e]) for e, m in enumerate(mass)])
+    layer.permute(torch.from_numpy(perm))
+    plan = LayerParts(layer, options.n_sub, options.gates)
+    extra = None if options.compensate == "none" else _compensate(plan, statistics, samples, weights, options)
+    plan.tensors["ridge"] = ridge_scorer.fit(plan, samples, extra.losses if extra else None)
+    for name in options.extra_scorers:
+        plan.tensors |= scorers.get(name).fit(plan, samples)
+    scorer = ridge_scorer.Ridge(plan)
+    plan.tensors["levels"] = _levels(statistics, samples, lambda e, rows: scorer(rows, torch.full((len(rows), 1), e))[:, 0])
+    shares = [
+        p.cost / max(float(m.sum(dtype=np.float64)), 1e-30) for p, m in zip(partitions.values(), wanted.values(), strict=True)
+    ]
+    facts = {
+        "name": layer.name,
+        "experts": layer.num_experts,
+        "width": layer.width,
+        "cost_share": round(float(np.mean(shares)), 6),
+        "starved": starved,
+    }
+    return {"perm": torch.from_numpy(perm.astype(np.int32)), **plan.tensors}, facts
+
+
+def _refine(
+    layer: MoELayer,
+    partitions: dict[int, Partition],
+    samples: list[Tensor],
+    weights: list[Tensor],
+    options: Any,
+    dropped: int,
+) -> dict[int, Partition]:
+    """The partitions after the objective's own refinement on signed activations times routing weight."""
+    refine, better = refiners.get(options.objective), {}
+    for e, partition in partitions.items():
+        signed = (layer.activations(e, samples[e]).float() * weights[e][:, None]).numpy()
+        better[e] = refine(partition, signed, layer.down[e].float().numpy(), options.n_sub, dropped)
+    return better
+
+
+def _samples(statistics: LayerStatistics) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Inputs [S_e, d] and routing weights [S_e] per expert, and which experts are starved.
+
+    Those borrow rows of the best fed expert until they have STARVED.
+    """
+    pairs = [statistics.inputs(e) for e in range(len(statistics.kept()))]
+    richest = max(pairs, key=lambda pair: len(pair[0]))
+    least = min(STARVED, len(richest[0]))
+    starved = [e for e, (x, _) in enumerate(pairs) if len(x) < least]
+    for e in starved:
+        x, weight = pairs[e]
+        missing = least - len(x)
+        pairs[e] = torch.cat([x, richest[0][:missing]]), torch.cat([weight, richest[1][:missing]])
+    return [x for x, _ in pairs], [weight for _, weight in pairs], starved
+
+
+def _compensate(
+    plan: LayerParts, statistics: LayerStatistics, samples: list[Tensor], weights: list[Tensor], options: Any
+) -> Compensator:
+    """Fit compensation on the weaker half of the layer's slots, and put its tensors into the plan."""
+    true = [ridge_scorer.block_norms(plan, x, e) for e, x in enumerate(samples)]
+    half = _levels(statistics, samples, lambda e, rows: true[e][: len(rows)])[LEVELS // 2]
+    dropped = [weight.abs()[:, None] * norms < half for weight, norms in zip(weights, true, strict=True)]
+    rows = [compensate.ExpertSample(x, mask) for x, mask in zip(samples, dropped, strict=True)]
+    return compensate.fit(options.compensate, plan, rows, options.rank)
+
+
+def _rows(weight: Tensor | None, expert: int) -> Any:
+    return None if weight is None else weight[expert].float().numpy()
+
+
+def _levels(statistics: LayerStatistics, samples: list[Tensor], norms: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Levels for the threshold rule: slot values of each expert's sample, weighted by how often the expert is chosen.
+
+    norms(expert, rows [S, d]) -> [S, N].
+    """
+    values, importance = [], []
+    for e, x in enumerate(samples):
+        _, weight = statistics.inputs(e)
+        rows = x[: len(weight)]
+        if len(rows):
+            values.append((weight.abs()[:, None] * norms(e, rows)).flatten())
+            importance.append(torch.full_like(values[-1], float(statistics.values["counts"]["count"][e]) / len(rows)))
+    return fit_levels(torch.cat(values), torch.cat(importance))

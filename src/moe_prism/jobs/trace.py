@@ -1,0 +1,195 @@
+"""Record routing traces, and say what caches of all sizes would make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from ..artefact.load import load
+from ..checkpoint import read_manifest
+from ..checkpoint.manifest import MANIFEST
+from ..data import token_windows
+from ..data.splits import Side
+from ..elastic import operating_point
+from ..errors import UsageError
+from ..model import find_layers, load_to_run, load_tokenizer, resolve
+from ..offload.cache import cache_policies
+from ..offload.consistency import routing_report
+from ..offload.predict.reuse import ReusePredictor
+from ..offload.record import record
+from ..offload.replay import groups, replay
+from ..offload.trace import Trace, load_trace
+from ..progress import Report, silent
+from .inspect import inspect_model
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """text: source, both of its sides are recorded; tokens: in all; length and prompt: tokens per request, and of its prefill.
+
+    budget: operating point of an elastic model; inputs: also the routers' inputs and weights; values: also all slot values.
+    """
+
+    text: str = "stdlib"
+    tokens: int = 8192
+    length: int = 256
+    prompt: int = 64
+    budget: float = 1.0
+    rule: str | None = None
+    inputs: bool = False
+    values: bool = False
+
+    def check(self) -> None:
+        """Raises UsageError naming the option that is out of range."""
+        for name, least in (("tokens", 1), ("length", 8), ("prompt", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name} {getattr(self, name)} is too small", f"give at least {least}")
+        if self.prompt >= self.length:
+            raise UsageError(f"--prompt {self.prompt} leaves nothing to decode of {self.length} tokens", "give a longer --length")
+
+
+def record_trace(
+    model: str | Path,
+    out: str | Path | None,
+    options: TraceOptions | None = None,
+    *,
+    force: bool = False,
+    report: Report = silent,
+) -> Trace:
+    """Run text through a model or an elastic folder and keep its routing; written to `out` unless that is None.
+
+    Raises UsageError for a bad option, a model without MoE layers, or an existing `out`.
+    """
+    options = options or TraceOptions()
+    options.check()
+    if out is not None and Path(out).exists() and not force:
+        raise UsageError(f"'{out}' exists", "choose another path, or --force")
+    loaded, tokenizer = _loaded(model, options)
+    limit = int(getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or options.length)
+    length = min(options.length, limit)
+    windows = [
+        (side, token_windows(tokenizer, options.text, side, length=length, tokens=max(length, options.tokens // 2)).ids)
+        for side in get_args(Side)
+    ]
+    header = {"model": Path(str(model)).name, "text": options.text, "budget": options.budget, "options": asdict(options)}
+    with report("trace") as update:
+        if hasattr(loaded, "_moe_prism"):
+            with operating_point(loaded, options.budget, rule=options.rule):
+                trace = _record(loaded, windows, options, header, update)
+        else:
+            trace = _record(loaded, windows, options, header, update)
+    if out is not None:
+        trace.save(out)
+    return trace
+
+
+def _record(loaded: Any, windows: Any, options: TraceOptions, header: dict[str, Any], update: Any) -> Trace:
+    return record(
+        loaded,
+        windows,
+        prompt=options.prompt,
+        header=header,
+        values=options.values,
+        inputs=options.inputs,
+        progress=update,
+    )
+
+
+def _loaded(model: str | Path, options: TraceOptions) -> tuple[Any, Any]:
+    """(model, tokenizer), elastic where the folder is."""
+    where = resolve(model)
+    if isinstance(where, Path) and (where / MANIFEST).is_file() and read_manifest(where).get("kind") != "pruned":
+        return load(where)
+    if options.budget != 1.0:
+        raise UsageError(f"'{model}' is not elastic, so it has no budget {options.budget:g}", "run `moe-prism refactor` first")
+    found = load_to_run(where)
+    find_layers(found, dense=False)
+    return found, load_tokenizer(where)
+
+
+def inspect_routing(model: str | Path, trace: str | Path | None = None, *, report: Report = silent) -> dict[str, Any]:
+    """SRP, SCH and hit rates of a model's routing: from a trace file (`nano` is the shipped one), else from 4,096 tokens run now."""
+    if trace is None:
+        return routing_report(record_trace(model, None, TraceOptions(tokens=4096), report=report))
+    found, experts = load_trace(trace), [row["experts"] for row in inspect_model(model)["layers"] if row["kind"] == "moe"]
+    if experts != [found.experts] * found.layers:
+        raise UsageError(
+            f"trace '{trace}' has {found.layers} layers of {found.experts} experts, '{model}' has not",
+            "record a trace of this model",
+        )
+    return routing_report(found)
+
+
+def compare_policies(
+    trace: Trace,
+    sizes: Sequence[int],
+    *,
+    sub_experts: bool = False,
+    shared: bool = False,
+    policies: Sequence[str] | None = None,
+    report: Report = silent,
+) -> list[dict[str, Any]]:
+    """Hit rates of policies on the decode rows of a trace's evaluation side, fitted on its calibration side.
+
+    sizes: slots per layer, in experts or sub-experts. One row per (policy, size): policy, slots, hit_rate, of_belady (its hits over
+    Belady's), loads per token (misses). `reuse` gets its hints where the trace has router inputs.
+    """
+    fitting, rows = trace.part("calibration").decode(), trace.part("evaluation").decode()
+    space = trace.sub_space if sub_experts else trace.space
+    work = list(groups(rows, space))
+    hints = ReusePredictor.fit(fitting, space).scores(rows) if trace.inputs is not None else None
+    names = ["belady", *(n for n in policies or cache_policies.names() if n != "belady")]
+    found: list[dict[str, Any]] = []
+    with report("replay") as update:
+        for done, size in enumerate(sizes):
+            best = 0
+            for name in names:
+                policy = cache_policies.get(name)
+                counts = replay(
+                    rows,
+                    policy,
+                    size,
+                    space=space,
+                    shared=shared,
+                    hints=hints if name == "reuse" else None,
+                    settings=policy.fit(fitting, space, size),
+                    order=work,
+                )
+                best = best or counts.hits
+                found.append(
+                    {
+                        "policy": name,
+                        "slots": size,
+                        "hit_rate": counts.hit_rate,
+                        "of_belady": counts.hits / best if best else 1.0,
+                        "loads_per_token": counts.misses / len(rows),
+                        "bound": policy.needs_future,
+                    }
+                )
+            update(done + 1, len(sizes))
+    return found
+
+
+def write_miss_curves(trace: str | Path, out: str | Path, *, report: Report = silent) -> None:
+    """A page with the miss curves of all policies on a trace, for whole experts and, where it has them, for sub-experts."""
+    from ..report.misses import write_misses
+
+    found = load_trace(trace)
+    parts = [("Whole experts", compare_policies(found, miss_sizes(found.k, found.experts), report=report))]
+    if found.n_sub > 1:
+        needed = max(1, round(float(found.slots().mean())))
+        sizes = miss_sizes(needed, found.experts * found.n_sub)
+        parts.append(("Sub-experts", compare_policies(found, sizes, sub_experts=True, report=report)))
+    facts = {
+        "model": found.header.get("model", "a model"),
+        "tokens": len(found.part("evaluation").decode()),
+        **{name: getattr(found, name) for name in ("k", "experts", "layers")},
+    }
+    write_misses(out, facts, parts)
+
+
+def miss_sizes(k: int, keys: int) -> list[int]:
+    """Slots per layer worth a look: 1, 1.5, 2, 3 and 4 times what a token needs, below everything."""
+    return sorted({min(keys, max(1, round(rho * k))) for rho in (1, 1.5, 2, 3, 4)})

@@ -1,0 +1,34 @@
+"""Check a folder against its own manifest, and the model in it against its parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .. import checkpoint
+from ..checkpoint import Check
+
+
+def verify(folder: str | Path) -> list[Check]:
+    """Recompute hashes, headers and finiteness; for an elastic model also that its layers match prism.safetensors.
+
+    Raises CorruptError naming what is wrong.
+    """
+    checks = list(checkpoint.verify(folder))
+    manifest = checkpoint.read_manifest(folder)
+    if manifest.get("kind") == "elastic":
+        checks.append(_check_side_tensors(folder, manifest["layers"], manifest["n_sub"]))
+    return checks
+
+
+def _check_side_tensors(folder: str | Path, layers: list[dict[str, int]], n_sub: int) -> Check:
+    from ..artefact.load import side_tensors
+    from ..errors import CorruptError
+
+    for i, (tensors, layer) in enumerate(zip(side_tensors(folder, len(layers)), layers, strict=True)):
+        ridge = tensors.get("ridge")
+        if ridge is None or tuple(ridge.shape[:2]) != (layer["experts"], n_sub) or "levels" not in tensors:
+            raise CorruptError(f"prism.safetensors does not fit layer {i}", "run `moe-prism refactor` again")
+        repair = tensors.get("repair")
+        if repair is not None and (repair.ndim, repair.shape[1], repair.shape[3]) != (4, layer["experts"], layer["width"]):
+            raise CorruptError(f"the repair in prism.safetensors does not fit layer {i}", "run `moe-prism recover` again")
+    return Check("side tensors", f"{len(layers)} layers fit the model")

@@ -1,0 +1,1 @@
+"""Expert pruning: weight changes that leave fewer experts in memory."""

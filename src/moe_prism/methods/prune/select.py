@@ -1,0 +1,238 @@
+"""Decide which experts stay: statistics, protection, criterion, allocation. Nothing here writes a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...calibrate.options import CalibrateOptions
+from ...calibrate.statistics import Statistics
+from ...compress.prune import KeptExperts, LayerSubject, PruneRequest, choose, criteria, protections, pruned
+from ...compress.prune.choose import Allocation, GroupMode, keep_counts
+from ...elastic.runtime import Elastic, Setting, experts_per_token
+from ...errors import CorruptError, UsageError
+from ...frontier.allocation import exact
+from ...frontier.measure import measure
+from ...model import MoELayer
+from ...model.router import Router, RoutingGroups
+from ...progress import Update
+
+PROFILE_POINTS = 7  # numbers of kept experts at which a layer is run alone, for `measured`
+LOGIT_ROWS = 1024  # tokens whose logits are held at a time
+Curve = list[tuple[float, float]]
+"""(kept experts, loss) of a layer."""
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """criterion, protect: names from the registries; keep, allocation, groups: see `compress.prune.Request`.
+
+    seed: of the criterion `random`; calibration: text and size of the pass, whose collectors are chosen by what is needed;
+    profile_tokens: calibration tokens that every layer is run alone on, for `--allocation measured`.
+    """
+
+    criterion: str = "easy-ep"
+    keep: float = 0.5
+    allocation: Allocation = "layer"
+    groups: GroupMode = "per_group"
+    protect: list[str] = field(default_factory=list)  # lists: equal to what JSON gives back
+    seed: int = 0
+    profile_tokens: int = 2048
+    calibration: CalibrateOptions = field(default_factory=CalibrateOptions)
+
+    @property
+    def request(self) -> PruneRequest:
+        return PruneRequest(self.keep, self.allocation, self.groups, criteria.get(self.criterion).is_absolute)
+
+    def check(self) -> None:
+        """Raises UsageError for a name or number that cannot work."""
+        criterion = criteria.get(self.criterion)
+        for name in self.protect:
+            protections.get(name)
+        self.request.check()
+        if criterion.is_blind and self.allocation == "global":
+            raise UsageError(f"--criterion {self.criterion} cannot compare layers", "use --allocation layer")
+        for name, least in (("seed", 0), ("profile_tokens", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small", f"give at least {least}")
+        if self.allocation == "measured" and self.calibration.low_memory:
+            raise UsageError("--allocation measured runs the whole model", "leave --low-memory out, or use --allocation global")
+        self.calibration.check()
+
+    def collectors(self) -> list[str]:
+        """What the pass has to keep."""
+        needs = set(criteria.get(self.criterion).needs) | {"outputs" for _ in self.protect[:1]}
+        # a profile runs the text of the pass, so `measured` needs one even where the criterion reads nothing
+        return sorted(needs | ({"counts"} if self.allocation == "measured" else set()))
+
+
+@dataclass(frozen=True)
+class PruneSelection:
+    """What stays of every layer, and why. facts: JSON values; starved: fewest tokens any kept or removed expert was seen with."""
+
+    choices: tuple[KeptExperts, ...]
+    names: tuple[str, ...]
+    facts: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--kept` reads again."""
+        rows = [
+            {
+                "layer": i,
+                "name": name,
+                "experts": c.experts,
+                "kept": list(c.kept),
+                "groups": asdict(c.groups) if c.groups else None,
+                "masked": c.masked,
+            }
+            for i, (name, c) in enumerate(zip(self.names, self.choices, strict=True))
+        ]
+        return {**self.facts, "resident_share": round(resident_share(self.choices), 6), "layers": rows}
+
+
+def resident_share(choices: Sequence[KeptExperts]) -> float:
+    """Experts that stay in memory / all experts; a masked layer saves nothing."""
+    return sum(c.experts if c.masked else len(c.kept) for c in choices) / sum(c.experts for c in choices)
+
+
+def rank(
+    layers: Sequence[MoELayer],
+    statistics: Statistics | None,
+    options: PruneOptions,
+    per_token: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(scores [E], protected [E] bool) of every layer."""
+    values = [layer.values for layer in statistics.layers] if statistics else [{} for _ in layers]
+    shields = [torch.zeros(layer.num_experts, dtype=torch.bool) for layer in layers]
+    for name in options.protect:
+        if any("outputs" not in v for v in values):
+            raise UsageError(
+                "the calibration holds no 'outputs'", "calibrate with --collectors outputs, or leave --calibration out"
+            )
+        shields = [a | b for a, b in zip(shields, protections.get(name)(values), strict=True)]
+    criterion = criteria.get(options.criterion)()
+    scores = []
+    for layer, v, shield in zip(layers, values, shields, strict=True):
+        subject = LayerSubject(layer.index, layer.name, layer.num_experts, per_token, v, shield, options.seed)
+        scores.append(criterion.scores(subject))
+    return scores, shields
+
+
+def decide(
+    model: Any,
+    layers: Sequence[MoELayer],
+    statistics: Statistics | None,
+    options: PruneOptions,
+    counts: Sequence[int] | None = None,
+) -> PruneSelection:
+    """The plan of a model whose weights need not be loaded. counts: experts per layer, from `measured_counts`."""
+    groups: list[RoutingGroups | None] = []
+    for layer in layers:
+        router = Router(model, layer)
+        if refusal := router.refusal():
+            raise UsageError(refusal, "give a model with experts that a router chooses")
+        groups.append(router.groups)
+    per_token = experts_per_token(model, layers[0])
+    scores, shields = rank(layers, statistics, options, per_token)
+    choices = choose(scores, options.request, per_token, shields, groups, counts)
+    facts = {
+        "criterion": options.criterion,
+        "keep": options.keep,
+        "allocation": options.allocation,
+        "protected": [[int(e) for e in shield.nonzero().flatten()] for shield in shields],
+        **({"least_tokens": _least_tokens(statistics)} if statistics else {}),
+    }
+    return PruneSelection(tuple(choices), tuple(layer.name for layer in layers), facts)
+
+
+def measured_counts(
+    model: Any, elastic: Elastic, statistics: Statistics | None, options: PruneOptions, ids: Tensor, update: Update
+) -> list[int]:
+    """How many experts every layer keeps, so that the sum of what is lost with each layer alone pruned (`loss_curves`) is least."""
+    layers = [layer.plan.layer for layer in elastic.layers]
+    per_token = experts_per_token(model, layers[0])
+    scores, shields = rank(layers, statistics, options, per_token)
+    groups = [Router(model, layer).groups for layer in layers]
+    total = sum(keep_counts(scores, options.request, per_token, shields, groups))
+    return spend(loss_curves(model, elastic, scores, shields, ids, update), total)
+
+
+def loss_curves(
+    model: Any, elastic: Elastic, scores: Sequence[Tensor], shields: Sequence[Tensor], ids: Tensor, update: Update
+) -> list[Curve]:
+    """What the model loses with one layer alone pruned, for every number of kept experts. It does not depend on how many shall stay in all.
+
+    Every layer is run alone at PROFILE_POINTS numbers of kept experts, in the order of the scores, on windows ids [n, length] of
+    calibration text; between them the loss (KL to the full model) is interpolated. Routers must have no groups.
+    """
+    layers = [layer.plan.layer for layer in elastic.layers]
+    per_token = experts_per_token(model, layers[0])
+    grids = [_grid(max(per_token, int(p.sum())), len(s)) for s, p in zip(scores, shields, strict=True)]
+    runs = [(i, n) for i, grid in enumerate(grids) for n in grid]
+
+    def alone(i: int, n: int) -> list[KeptExperts]:
+        wanted = [n if j == i else len(s) for j, s in enumerate(scores)]
+        return choose(scores, PruneRequest(1.0), per_token, shields, [None] * len(layers), wanted)
+
+    installs = [partial(pruned, model, alone(i, n), layers) for i, n in runs]
+    batch = max(1, LOGIT_ROWS // ids.shape[1])
+    found = measure(model, elastic, ids, [Setting()] * len(runs), batch=batch, progress=update, installs=installs)
+    losses = {run: quality.kl for run, (quality, _) in zip(runs, found, strict=True)}
+    return [_curve([(n, losses[i, n]) for n in grid], len(scores[i])) for i, grid in enumerate(grids)]
+
+
+def spend(curves: Sequence[Curve], total: int) -> list[int]:
+    """Experts per layer, `total` in all, whose losses add up to the least; exact."""
+    chosen = exact(curves, total).choices
+    return [int(curve[c][0]) for curve, c in zip(curves, chosen, strict=True)]
+
+
+def _grid(least: int, experts: int) -> list[int]:
+    """Numbers of kept experts to measure: evenly from the least on; all of them lose nothing and need no run."""
+    return sorted({round(n) for n in np.linspace(least, experts, PROFILE_POINTS + 1)[:-1].tolist()} - {experts})
+
+
+def _curve(points: Sequence[tuple[int, float]], experts: int) -> Curve:
+    """(kept experts, loss) for every number from the least measured on; never rising with the number."""
+    known = [*points, (experts, 0.0)]
+    grid = list(range(known[0][0], experts + 1))
+    losses = np.minimum.accumulate(np.interp(grid, [n for n, _ in known], [loss for _, loss in known]))
+    return [(float(n), float(loss)) for n, loss in zip(grid, losses, strict=True)]
+
+
+def _least_tokens(statistics: Statistics) -> int | None:
+    """The fewest tokens any expert was chosen for: a ranking by means says little below some hundred."""
+    found = [v for layer in statistics.layers for v in (layer.values.get("outputs"), layer.values.get("counts")) if v]
+    return min((int(v["count"].min()) for v in found), default=None)
+
+
+def read_kept(path: str | Path, model: Any, layers: Sequence[MoELayer]) -> PruneSelection:
+    """The plan of a file that `prune` wrote (kept.json). UsageError if it does not fit the model, CorruptError if it is none."""
+    try:
+        data: Any = json.loads(Path(path).read_text("utf-8"))
+        rows = [(row["experts"], tuple(row["kept"]), row["groups"], row["masked"]) for row in data["layers"]]
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", "give the kept.json of a pruned folder") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptError(f"{path} is no list of kept experts", "write it again with `moe-prism prune --report-only`") from error
+    per_token = experts_per_token(model, layers[0])
+    if len(rows) != len(layers):
+        raise UsageError(f"{path} has {len(rows)} layers, the model has {len(layers)}", "it was made for another model")
+    choices = []
+    for layer, (experts, kept, groups, masked) in zip(layers, rows, strict=True):
+        good = all(type(e) is int and 0 <= e < layer.num_experts for e in kept) and len(set(kept)) == len(kept) >= per_token
+        if experts != layer.num_experts or not good:
+            raise UsageError(
+                f"{path} does not fit '{layer.name}' of {layer.num_experts} experts", "it was made for another model"
+            )
+        choices.append(KeptExperts(experts, kept, RoutingGroups(**groups) if groups else None, bool(masked)))
+    facts = {key: value for key, value in data.items() if key not in ("layers", "resident_share")}
+    return PruneSelection(tuple(choices), tuple(layer.name for layer in layers), facts)

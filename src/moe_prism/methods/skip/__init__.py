@@ -1,0 +1,1 @@
+"""Expert skipping: routing stages that compute fewer of the router's experts."""

@@ -1,0 +1,1 @@
+"""Sub-experts: rules that keep some of a token's slots."""

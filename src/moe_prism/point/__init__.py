@@ -1,0 +1,17 @@
+"""The operating point: how a model runs. Data, nothing else; what runs it is in `elastic`, what measures it in `frontier`."""
+
+from .base import FULL, Decoding, OperatingPoint, RoutingStage, SlotRule, WeightChange
+from .named import NamedPoint, find_point, read_points, write_point
+
+__all__ = [
+    "FULL",
+    "Decoding",
+    "NamedPoint",
+    "OperatingPoint",
+    "RoutingStage",
+    "SlotRule",
+    "WeightChange",
+    "find_point",
+    "read_points",
+    "write_point",
+]

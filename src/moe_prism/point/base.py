@@ -1,0 +1,219 @@
+"""`OperatingPoint` and its four parts, with their JSON form.
+
+A part says *when* it acts: `weights` once per checkpoint, `routing` and `slots` for every token, `decoding` once per request. A part that
+is left out is neutral, and neutral is exact: `OperatingPoint()` is the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from ..errors import CorruptError, UsageError
+from . import read
+
+SCHEMA = 1
+Numbers = tuple[tuple[float, ...], ...]
+"""A parameter of a routing stage: per MoE layer one number, or one per routing rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightChange:
+    """A change of the weights. change: its name in `compress.weight_changes`; settings: plain JSON values that it understands."""
+
+    change: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"change": self.change, "settings": dict(self.settings)}
+
+    @classmethod
+    def from_json(cls, data: object) -> WeightChange:
+        row = read.mapping(data, "weights", ("change", "settings"))
+        settings = read.mapping(row.get("settings", {}), "settings of weights")
+        read.check_plain(settings, "settings of weights")
+        return cls(change=read.text(row, "change", "weights"), settings=settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingStage:
+    """One stage of routing: which of the router's experts a token computes, and with which weights.
+
+    stage: its name in `routing.routing_stages`. layers: at most so many experts per token in every MoE layer, in model order, each at
+    least 1; the model's k limits nothing. parameters: the stage's own, per layer. keep_mass: whether what is left of a token's routing
+    weights is scaled up to their full sum; None: as the model's router does it (normalised routers scale, others do not).
+    """
+
+    layers: tuple[int, ...]
+    stage: str = "top-n"
+    parameters: Mapping[str, Numbers] = field(default_factory=dict)
+    keep_mass: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise UsageError("a routing stage has no layers", "give a number of experts for every MoE layer")
+        for layer, n in enumerate(self.layers):
+            if n < 1:
+                raise UsageError(f"layer {layer} of a routing stage keeps {n} experts", "every layer keeps at least 1")
+        for name, rows in self.parameters.items():
+            if len(rows) != len(self.layers):
+                raise UsageError(f"'{name}' of a routing stage has {len(rows)} layers, not {len(self.layers)}", read.REMAKE)
+
+    def check(self, layers: int, k: int | None) -> None:
+        """UsageError where it is for a model with another number of MoE layers or fewer experts per token; k None: not known."""
+        if len(self.layers) != layers:
+            raise UsageError(
+                f"the routing stage has {len(self.layers)} MoE layers, the model {layers}", "make one for this model"
+            )
+        for layer, n in enumerate(self.layers):
+            if k is not None and n > k:
+                raise UsageError(
+                    f"layer {layer} of the routing stage keeps {n} experts, a token of the model has {k}", f"give 1 to {k}"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "layers": list(self.layers),
+            "parameters": {name: [list(row) for row in rows] for name, rows in self.parameters.items()},
+            "keep_mass": self.keep_mass,
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> RoutingStage:
+        where = "routing stage"
+        row = read.mapping(data, where, ("stage", "layers", "parameters", "keep_mass"))
+        parameters = read.mapping(row.get("parameters", {}), f"parameters of a {where}")
+        return cls(
+            stage=read.text(row, "stage", where),
+            layers=read.whole_numbers(read.get(row, "layers", where), f"layers of a {where}"),
+            parameters={name: read.rows(value, f"parameter '{name}' of a {where}") for name, value in parameters.items()},
+            keep_mass=read.flag(row.get("keep_mass"), f"keep_mass of a {where}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotRule:
+    """Which slots of the routed experts are kept.
+
+    budget: kept slots / all slots, (0, 1]; 1 keeps all. rule, scorer: names of `elastic.rules` and `elastic.scorers`. compensate: make up
+    for what is dropped, where the artefact was written with `--compensate`. layers: a budget for every MoE layer, instead of `budget`.
+    """
+
+    budget: float = 1.0
+    rule: str = "threshold"
+    scorer: str = "ridge"
+    compensate: bool = True
+    layers: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for budget in (self.budget, *(self.layers or ())):
+            if not 0 < budget <= 1:  # also refuses nan
+                raise UsageError(f"budget {budget:g} is outside (0, 1]", "1 keeps every slot, 0.5 half of them")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every slot is kept, whatever the rule."""
+        return all(budget >= 1 for budget in (self.layers or (self.budget,)))
+
+    def at(self, layer: int) -> float:
+        """The budget of one layer."""
+        return self.budget if self.layers is None else self.layers[layer]
+
+    def to_json(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {
+            "layers": None if self.layers is None else list(self.layers)
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> SlotRule:
+        where = "slots"
+        row = read.mapping(data, where, tuple(f.name for f in fields(cls)))
+        layers = row.get("layers")
+        return cls(
+            budget=read.number(row.get("budget", 1.0), f"budget of {where}"),
+            rule=read.text(row, "rule", where),
+            scorer=read.text(row, "scorer", where, cls.scorer),
+            compensate=read.flag(row.get("compensate", True), f"compensate of {where}") is not False,
+            layers=None if layers is None else read.numbers(layers, f"layers of {where}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How the next token follows from one or several forwards. method: its name; settings: plain JSON values that it understands."""
+
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"method": self.method, "settings": dict(self.settings)}
+
+    @classmethod
+    def from_json(cls, data: object) -> Decoding:
+        row = read.mapping(data, "decoding", ("method", "settings"))
+        settings = read.mapping(row.get("settings", {}), "settings of decoding")
+        read.check_plain(settings, "settings of decoding")
+        return cls(method=read.text(row, "method", "decoding"), settings=settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatingPoint:
+    """How a model runs: the one thing that is measured, chosen, served and written down."""
+
+    weights: WeightChange | None = None
+    routing: tuple[RoutingStage, ...] = ()
+    slots: SlotRule = SlotRule()
+    decoding: Decoding | None = None
+
+    @property
+    def is_per_token(self) -> bool:
+        """Whether every part acts per token, so that points like it may share a batch."""
+        return self.weights is None and self.decoding is None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no part does anything. A stage that happens to keep everything still counts as one."""
+        return self.is_per_token and not self.routing and self.slots.is_full
+
+    def with_budget(self, budget: float, rule: str | None = None) -> OperatingPoint:
+        """The same with another number of kept slots, and another rule if one is given."""
+        slots = replace(self.slots, budget=budget, layers=None)
+        return replace(self, slots=slots if rule is None else replace(slots, rule=rule, scorer=own_scorer(rule)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, with the version of this form."""
+        return {
+            "schema": SCHEMA,
+            "weights": self.weights and self.weights.to_json(),
+            "routing": [stage.to_json() for stage in self.routing],
+            "slots": self.slots.to_json(),
+            "decoding": self.decoding and self.decoding.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> OperatingPoint:
+        """The inverse of `to_json`. CorruptError names what is wrong; a version from the future is refused."""
+        row = read.mapping(data, "operating point", ("schema", "weights", "routing", "slots", "decoding"))
+        if read.get(row, "schema", "operating point") != SCHEMA:
+            raise CorruptError(f"an operating point has schema {row['schema']!r}, this version reads {SCHEMA}", read.REMAKE)
+        stages = row.get("routing", [])
+        if not isinstance(stages, list):
+            raise CorruptError("routing of an operating point must be a list of stages", read.REMAKE)
+        weights, slots, decoding = (row.get(name) for name in ("weights", "slots", "decoding"))
+        return cls(
+            weights=None if weights is None else WeightChange.from_json(weights),
+            routing=tuple(RoutingStage.from_json(stage) for stage in stages),
+            slots=SlotRule() if slots is None else SlotRule.from_json(slots),
+            decoding=None if decoding is None else Decoding.from_json(decoding),
+        )
+
+
+def own_scorer(rule: str) -> str:
+    """The scorer that a rule was made for: the paper's gate scores for the paper's rule, else the default."""
+    return "gates" if rule == "pattern" else SlotRule.scorer
+
+
+FULL = OperatingPoint()
+"""The model itself."""

@@ -1,0 +1,1 @@
+"""The computing side of the server."""

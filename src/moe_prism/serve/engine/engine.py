@@ -1,0 +1,368 @@
+"""The model in a thread of its own: requests in, events out."""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+    OutputRouter,
+)
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
+
+from ...elastic.runtime import Elastic, experts_per_token
+from ...errors import PrismError, UsageError
+from ...forecast.step_cost import LayerFacts
+from ...schedule.base import Ladder, Policy
+from ..backend import Gauges
+from ..requests import Event, Request
+from .paged_attention import NAME as PAGED
+from .runner import Runner
+from .scheduler import NAME as SCHEDULER
+from .scheduler import PolicyScheduler, Step
+
+logger = logging.getLogger(__name__)
+# transformers logs the first tokens of a prompt it drops, which nobody may read in a log
+logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
+
+IDLE = 0.05  # seconds between looks at an empty queue
+FAILURES = 5  # steps that may fail one after the other before the engine gives up
+
+
+@dataclass(frozen=True)
+class EngineSize:
+    """What the engine may hold. Tokens and requests of one step; cache in tokens."""
+
+    requests: int = 64
+    step_tokens: int = 512
+    cache_tokens: int = 32_768
+    page: int = 32
+    prefix_cache: bool = True
+
+
+Observer = Callable[[Step, float], None]
+"""Called in the engine's thread after every step with the step and its seconds."""
+
+
+class Nowhere(OutputRouter):  # type: ignore[misc]
+    """Sinks have told already. transformers would keep every finished request, tokens and all, until somebody fetched it."""
+
+    def deliver(self, output: GenerationOutput) -> None:
+        """Forget it."""
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        """Forget them."""
+
+
+class Manager(ContinuousBatchingManager):  # type: ignore[misc]
+    """transformers' manager with our scheduler, runner and loop body."""
+
+    engine: Engine
+
+    def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        processor = super()._create_batch_processor()
+        self.engine.connect(processor)
+        return processor
+
+    def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
+        return self.engine.turn(batch_processor)
+
+
+class Engine:
+    """Runs requests until `stop`. `submit` and `cancel` may be called from any thread; sinks are called in the engine's."""
+
+    def __init__(
+        self,
+        model: Any,
+        ladder: Ladder,
+        policy: Policy,
+        size: EngineSize | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        observer: Observer | None = None,
+    ) -> None:
+        elastic = getattr(model, "_moe_prism", None)
+        if elastic is None:
+            raise UsageError("the model is not elastic", "load a folder written by `moe-prism refactor`")
+        self.model, self.elastic, self.ladder, self.policy, self.clock = model, elastic, ladder, policy, clock
+        self.size = size or EngineSize()
+        self.observer = observer
+        self.context = min(context_limit(model) or self.size.cache_tokens, self.size.cache_tokens)
+        self.eos = frozenset(_ids(getattr(model.generation_config, "eos_token_id", None)))
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
+        self.book: dict[str, Request] = {}
+        self.failed_steps = 0
+        self.last_turn = clock()
+        self._in_a_row = 0
+        self._stopping = False
+        self._deadlines: list[tuple[float, str]] = []
+        self._lock = threading.Lock()
+        self._paged = model.device.type == "cpu" and model.dtype == torch.float32 and _full_attention(model)
+        self._attention = model.config._attn_implementation
+        if self._paged:
+            model.config._attn_implementation = PAGED  # `set_attn_implementation` would look for a flash package
+        self.manager = Manager(model, GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1), self._config())
+        self.manager.engine = self
+        self.manager.output_router = Nowhere()
+
+    def _config(self) -> ContinuousBatchingConfig:
+        size = self.size
+        return ContinuousBatchingConfig(
+            page_size=size.page,
+            num_blocks=-(-size.cache_tokens // size.page),
+            max_batch_tokens=size.step_tokens,
+            max_requests_per_batch=min(size.requests, size.step_tokens),
+            max_blocks_per_request=0,
+            allow_block_sharing=size.prefix_cache,
+            use_async_batching=False,
+            use_cuda_graph=False,
+            scheduler_type=SCHEDULER,
+            safety_margin=0.0,
+            auto_switch_to_flash=False,
+        )
+
+    # ---- any thread
+
+    def start(self) -> None:
+        self.manager.start()
+
+    def stop(self, timeout: float | None = 10.0) -> None:
+        """End the thread; what is unfinished gets an error."""
+        self._stopping = True
+        self.manager.stop(block=True, timeout=timeout, hard_stop=True)
+        for request in list(self.book.values()):
+            self._finish(request, Event(error="the server stopped"))
+        if self._paged:
+            self.model.config._attn_implementation = self._attention
+
+    async def attach(self) -> None:
+        """Nothing to do: this engine needs no event loop."""
+
+    async def detach(self) -> None:
+        """Nothing to do."""
+
+    @property
+    def alive(self) -> bool:
+        return bool(self.manager.is_running())
+
+    def give_up(self, seconds: float) -> None:
+        """Nothing: a thread cannot be ended from outside."""
+
+    def ended(self) -> str | None:
+        """Why it stopped though nobody asked it to."""
+        return None if self.alive or self._stopping else "the engine stopped"
+
+    @property
+    def pid(self) -> int:
+        return os.getpid()
+
+    @property
+    def policy_name(self) -> str:
+        return type(self.policy).__name__
+
+    def gauges(self) -> Gauges:
+        """How things stand between two steps."""
+        processor = self.manager.batch_processor
+        if processor is None:
+            return Gauges(failed_steps=self.failed_steps)
+        scheduler = processor.scheduler
+        used = 1.0 - float(processor.cache.compute_free_capacity())
+        return Gauges(len(scheduler.active_requests), len(scheduler.waiting_requests), used, self.failed_steps)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Its sink gets every event, the last one with `finish` or `error`. PrismError if the engine has stopped."""
+        if not self.alive:
+            raise PrismError("the engine has stopped", "restart the server; the log says why")
+        with self._lock:
+            if request.job.id in self.book:
+                raise UsageError(f"request id '{request.job.id}' is in use", "choose another")
+            self.book[request.job.id] = request
+        if request.deadline is not None:
+            with self._lock:
+                heapq.heappush(self._deadlines, (request.deadline, request.job.id))
+        state = RequestState(
+            request_id=request.job.id,
+            initial_tokens=list(request.tokens),
+            max_new_tokens=request.job.output,
+            eos_token_id=list(request.stop_ids),
+        )
+        self.manager.input_queue.put(state)
+        self.manager._wake_up_loop.set()
+
+    def replace_policy(self, policy: Policy) -> None:
+        """Another policy from the next step on."""
+        self.policy = policy
+        processor = self.manager.batch_processor
+        if processor is not None:
+            processor.scheduler.policy = policy
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request; it leaves the batch before the next step and its sink is not called again."""
+        request = self.book.get(request_id)
+        if request is not None:
+            request.cancelled = True
+            self.manager.cancel_request(request_id)
+
+    def check_integrity(self) -> list[str]:
+        """What is held though no request needs it; empty when all is well. Call while idle."""
+        processor = self.manager.batch_processor
+        if processor is None:
+            return []
+        scheduler = processor.scheduler
+        tables = {name: len(a.block_table) for name, a in processor.cache.cache_allocators.items()}
+        held = {
+            "book": len(self.book),
+            "active": len(scheduler.active_requests),
+            "waiting": len(scheduler.waiting_requests),
+            "samplers": len(processor.model_runner.samplers),
+            "results": processor.output_router.output_queue.qsize(),
+            **{f"block tables of {name}": count for name, count in tables.items()},
+        }
+        return [f"{count} {what}" for what, count in held.items() if count]
+
+    # ---- the engine's thread
+
+    def connect(self, processor: ContinuousBatchProcessor) -> None:
+        scheduler: PolicyScheduler = processor.scheduler
+        scheduler.connect(
+            self.policy,
+            self.ladder,
+            self.elastic,
+            self.book,
+            self.clock,
+            facts=layer_facts(self.elastic),
+            paged=self._paged,
+            vocabulary=self.vocabulary,
+        )
+        processor.model_runner = Runner.over(processor)
+
+    def turn(self, processor: ContinuousBatchProcessor) -> bool:
+        """One pass of the loop: a step if there is one. False ends the thread."""
+        status = self.manager.background_thread_status
+        self.last_turn = self.clock()
+        self._expire(processor)
+        try:
+            if not processor.prepare_next_batch():
+                if status.tp_status == status.HARD_STOP:
+                    return False
+                self._forget(processor.model_runner)
+                self._wait()
+                return True
+            self.manager._generation_step()
+            self._publish(processor)
+            processor.update_batch()
+            self._settle(processor)
+            self._in_a_row = 0
+        except Exception as error:
+            self.failed_steps += 1
+            self._in_a_row += 1
+            logger.exception("a step failed")
+            self._fail_step(processor, error)
+            if self._in_a_row > FAILURES:
+                for request in list(self.book.values()):
+                    self._finish(request, Event(error="the engine stopped"))
+                raise
+        return True
+
+    def _wait(self) -> None:
+        now = self.clock()
+        wake = self.policy.wake(now)
+        self.manager._wake_up_loop.wait(timeout=IDLE if wake is None else min(IDLE, max(0.0, wake - now)))
+        self.manager._wake_up_loop.clear()
+
+    def _expire(self, processor: ContinuousBatchProcessor) -> None:
+        now = self.clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            with self._lock:
+                _, request_id = heapq.heappop(self._deadlines)
+            request = self.book.get(request_id)
+            if request is not None:
+                self._finish(request, Event(error="the request's deadline passed"))
+                processor.scheduler.set_request_cancellation(request_id)
+
+    def _publish(self, processor: ContinuousBatchProcessor) -> None:
+        """Take rows that went wrong out of the batch before the engine's own bookkeeping sees their token."""
+        runner: Runner = processor.model_runner
+        for part in processor.scheduler.current.parts:
+            if runner.results[part.state.request_id].error is not None:
+                processor.scheduler.set_request_cancellation(part.state.request_id)
+
+    def _settle(self, processor: ContinuousBatchProcessor) -> None:
+        """Advance what policies see, and tell the sinks."""
+        runner: Runner = processor.model_runner
+        step: Step = processor.scheduler.current
+        now = self.clock()
+        for part in step.parts:
+            request, track = part.request, part.request.track
+            request.levels[part.level] = request.levels.get(part.level, 0) + part.tokens
+            first = track.first_token if track.first_token is not None or not part.yields else now
+            track.advance(
+                level=part.level,
+                computed=track.computed + (part.tokens if part.is_prompt else 0),
+                generated=track.generated + part.yields,
+                first_token=first,
+            )
+            event = runner.results[part.state.request_id]
+            finish = None
+            if part.state.status == RequestStatus.FINISHED:
+                finish = "stop" if event.token in request.stop_ids else "length"
+            if request.job.id in self.book and not request.cancelled:
+                event = Event(event.token, event.logprob, event.prompt, event.level, finish, event.error)
+                if finish or event.error:
+                    self._finish(request, event)
+                elif event.token is not None or event.prompt:
+                    request.sink(event)
+            elif finish:
+                self.book.pop(request.job.id, None)
+        self._forget(runner)
+        if self.observer is not None:
+            self.observer(step, now - step.began)
+
+    def _forget(self, runner: Runner) -> None:
+        for request_id in [i for i in runner.samplers if i not in self.book]:
+            del runner.samplers[request_id]
+
+    def _finish(self, request: Request, event: Event) -> None:
+        self.book.pop(request.job.id, None)
+        if not request.cancelled:
+            request.sink(event)
+
+    def _fail_step(self, processor: ContinuousBatchProcessor, error: Exception) -> None:
+        """End the requests of a failed step, and only those."""
+        for part in processor.scheduler.current.parts:
+            processor.scheduler.finish_request(part.state.request_id)
+            if part.request.job.id in self.book:
+                self._finish(part.request, Event(error=f"the step failed: {type(error).__name__}"))
+
+
+def layer_facts(elastic: Elastic) -> LayerFacts:
+    """E, N and k of the model's MoE layers, as a cost model wants them."""
+    plan = elastic.layers[0].plan
+    return LayerFacts(plan.layer.num_experts, plan.n_sub, experts_per_token(elastic.model, plan.layer))
+
+
+def context_limit(model: Any) -> int | None:
+    """Tokens a sequence may have, if the model says."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+
+def _full_attention(model: Any) -> bool:
+    config = model.config.get_text_config()
+    types: Sequence[str] | None = getattr(config, "layer_types", None)
+    if types is not None:
+        return all(t == "full_attention" for t in types)
+    return getattr(config, "sliding_window", None) is None

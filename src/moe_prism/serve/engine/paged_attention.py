@@ -1,0 +1,138 @@
+"""Attention of a packed batch over the paged cache, on a CPU.
+
+transformers' own path there builds one mask over all requests of the batch, so every request pays for the context of every other
+one, and lists the cache position of every context token in Python, every step. Here requests that decode go through a kernel that reads
+the cache in place, and every prompt is computed alone. float32 only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...kernels.paged_decode import decode_attention
+
+NAME = "moe_prism_flash_paged"
+"""Registered with transformers. "flash" in a name is how it knows that no mask is to be built."""
+
+WORTH_A_THREAD = 4096  # context tokens below which handing work to a thread costs more than it saves
+_POOL = ThreadPoolExecutor(thread_name_prefix="moe-prism-attention")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One request's part of a packed batch: tokens [start, start + queries) of it, behind `past` tokens in the cache blocks `blocks`."""
+
+    start: int
+    queries: int
+    past: int
+    blocks: Sequence[int]
+
+    @property
+    def total(self) -> int:
+        return self.past + self.queries
+
+
+@dataclass
+class PagedLayout:
+    """How the packed batch of one step lies in the cache; shared by all layers."""
+
+    page: int
+    stride: int
+    rows: Tensor  # [D] rows of the requests that decode
+    table: Tensor  # [D, blocks]
+    lengths: Tensor  # [D]
+    prompts: list[tuple[slice, Tensor | None, Tensor | None]] = field(default_factory=list)  # rows, cache index [C], mask [q, C]
+
+
+def plan(segments: Sequence[Segment], page: int, stride: int) -> PagedLayout:
+    """Lay out a step. page: tokens per cache block; stride: distance of two blocks in rows of the layer's cache view."""
+    decode = [s for s in segments if s.queries == 1]
+    blocks = max((len(s.blocks) for s in decode), default=0)
+    return PagedLayout(
+        page,
+        stride,
+        torch.tensor([s.start for s in decode]),
+        torch.tensor([[*s.blocks, *[0] * (blocks - len(s.blocks))] for s in decode]),
+        torch.tensor([s.total for s in decode]),
+        [_prompt(s, page, stride) for s in segments if s.queries > 1],
+    )
+
+
+def _prompt(segment: Segment, page: int, stride: int) -> tuple[slice, Tensor | None, Tensor | None]:
+    rows = slice(segment.start, segment.start + segment.queries)
+    if segment.past == 0:
+        return rows, None, None
+    pages = -(-segment.total // page)
+    index = (torch.tensor(segment.blocks[:pages])[:, None] * stride + torch.arange(page)).flatten()[: segment.total]
+    mask = torch.ones(segment.queries, segment.total, dtype=torch.bool).tril(segment.past)
+    return rows, index, mask
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,  # [1, heads, T, d]
+    key: Tensor,  # [1, key heads, T, d]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Writes the new keys and values, then attends request by request. -> [1, T, heads, d]."""
+    cache = kwargs["cache"]
+    layout: PagedLayout = cache.moe_prism_layout
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=kwargs)
+    keys, values = cache.layer_to_allocator[layer]._kv_token_views[layer]
+    shared = query.shape[1] != key.shape[1]  # grouped-query attention
+
+    q = query[0].transpose(0, 1).contiguous()  # [T, heads, d]
+    out = torch.empty_like(q)
+    if len(layout.rows):
+        _decode(layout, q, keys, values, q.shape[2] ** -0.5 if scaling is None else scaling, out)
+    for span, index, mask in layout.prompts:
+        k, v = (key[:, :, span], value[:, :, span]) if index is None else (_read(keys, index), _read(values, index))
+        attended = nn.functional.scaled_dot_product_attention(
+            query[:, :, span], k, v, attn_mask=mask, scale=scaling, is_causal=index is None, enable_gqa=shared
+        )
+        out[span] = attended[0].transpose(0, 1)
+    return out[None], None
+
+
+def _decode(layout: PagedLayout, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
+    """Rows of `out` [T, heads, d] that decode."""
+    everyone = len(layout.rows) == len(q)
+    query = q if everyone else q[layout.rows]
+    result = out if everyone else torch.empty_like(query)
+    table, lengths = layout.table.numpy(), layout.lengths.numpy()
+    whole = (query.numpy(), keys.numpy(), values.numpy(), table, lengths, layout.page, layout.stride, scale, result.numpy())
+    threads = min(torch.get_num_threads(), len(lengths))
+    if threads == 1 or lengths.sum() < WORTH_A_THREAD:
+        decode_attention(*whole)
+    else:
+        cuts = [len(lengths) * i // threads for i in range(threads + 1)]
+        list(_POOL.map(lambda span: decode_attention(*_share(whole, slice(*span))), pairwise(cuts)))
+    if not everyone:
+        out[layout.rows] = result
+
+
+def _share(whole: tuple[Any, ...], piece: slice) -> tuple[Any, ...]:
+    """The arguments of some of the requests; views, contiguous like the whole, so that one compiled form serves both."""
+    query, keys, values, table, lengths, page, stride, scale, out = whole
+    return query[piece], keys, values, table[piece], lengths[piece], page, stride, scale, out[piece]
+
+
+def _read(cache: Tensor, index: Tensor) -> Tensor:
+    """cache [rows, key heads, d] at index [C] -> [1, key heads, C, d]. `index_select` copies rows twice as fast as indexing."""
+    return cache.index_select(0, index).transpose(0, 1)[None]
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, attention)

@@ -1,0 +1,113 @@
+"""One forward pass of a step: logits only where they are asked for, tokens drawn per request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.continuous_batching.model_runner import ModelRunner
+
+from ..requests import Event, TokenLogprob
+from .sampling import Sampler, draw, logprobs
+from .scheduler import PolicyScheduler, StepPart
+
+NOT_FINITE = "the model returned numbers that are not finite"
+
+
+class Runner(ModelRunner):  # type: ignore[misc]
+    """transformers' runner with our own logits and sampling. `results` holds what the last step found, by request id."""
+
+    scheduler: PolicyScheduler
+    inject: Callable[[Tensor, list[StepPart]], None] | None = None  # a test's fault
+
+    @classmethod
+    def over(cls, processor: Any) -> Runner:
+        """The runner of a batch processor, in place of its own."""
+        runner = cls(
+            logit_processor=processor.logit_processor,
+            cb_config=processor.cb_config,
+            inputs_and_outputs=processor.inputs_and_outputs,
+            cache=processor.cache,
+            do_sample=False,
+            return_logprobs=False,
+        )
+        runner.scheduler = processor.scheduler
+        runner.samplers = {}
+        runner.results = {}
+        return runner
+
+    samplers: dict[str, Sampler]
+    results: dict[str, Event]
+
+    def _forward_process_and_sample(
+        self, model: nn.Module, batch_data: dict[str, Any], carry_over_ids: Tensor, prev_output_ids: Tensor, output_ids: Tensor
+    ) -> None:
+        parts = self.scheduler.current.parts
+        rows, spans = _rows(parts)
+        sliced = "logits_to_keep" in batch_data
+        if sliced:
+            batch_data["logits_to_keep"] = rows.to(batch_data["input_ids"].device)
+        out = model(**batch_data).logits[0]
+        logits = (out if sliced else out[rows]).float()
+        if self.inject is not None:
+            self.inject(logits, parts)
+        self.results = {}
+        self._prompt_logprobs(parts, spans, logits)
+        drawing = [(part, span[1] - 1) for part, span in zip(parts, spans, strict=True) if part.yields]
+        if drawing:
+            tokens = self._draw([part for part, _ in drawing], logits[[row for _, row in drawing]])
+            output_ids[0, : len(tokens)] = torch.tensor(tokens, dtype=output_ids.dtype)
+        for part in parts:
+            if self.results[part.state.request_id].error is None:
+                self.scheduler.remember_prefix(part)
+
+    def _draw(self, parts: list[StepPart], logits: Tensor) -> list[int]:
+        samplers = [self._sampler(part) for part in parts]
+        tokens, usable = draw(logits, samplers)
+        wanted = [i for i, s in enumerate(samplers) if s.sampling.logprobs is not None and usable[i]]
+        found: dict[int, TokenLogprob] = {}
+        if wanted:
+            count = max(samplers[i].sampling.logprobs or 0 for i in wanted)
+            found = dict(zip(wanted, logprobs(logits[wanted], [tokens[i] for i in wanted], count), strict=True))
+        for i, part in enumerate(parts):
+            before = self.results[part.state.request_id]
+            self.results[part.state.request_id] = (
+                Event(tokens[i], found.get(i), before.prompt, part.level) if usable[i] else Event(error=NOT_FINITE)
+            )
+        return tokens
+
+    def _sampler(self, part: StepPart) -> Sampler:
+        sampler = self.samplers.get(part.state.request_id)
+        if sampler is None:
+            sampler = self.samplers[part.state.request_id] = Sampler(part.request.sampling)
+        return sampler
+
+    def _prompt_logprobs(self, parts: list[StepPart], spans: list[tuple[int, int]], logits: Tensor) -> None:
+        """Row i of a prompt predicts its token i + 1."""
+        for part, (begin, end) in zip(parts, spans, strict=True):
+            entries: list[TokenLogprob] = []
+            sampling = part.request.sampling
+            if part.is_prompt and sampling.prompt_logprobs:
+                first = part.request.track.computed
+                if first == 0:
+                    entries.append(TokenLogprob(part.request.tokens[0], None))
+                targets = list(part.request.tokens[first + 1 : first + part.tokens + 1])
+                entries += logprobs(logits[begin:end][: len(targets)], targets, sampling.logprobs or 0) if targets else []
+            self.results[part.state.request_id] = Event(prompt=tuple(entries), level=part.level)
+
+
+def _rows(parts: list[StepPart]) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Positions of the packed batch whose logits are wanted, and where each request's lie among them."""
+    rows: list[int] = []
+    spans = []
+    for part in parts:
+        begin = len(rows)
+        end = part.start + part.tokens
+        if part.is_prompt and part.request.sampling.prompt_logprobs:
+            rows.extend(range(part.start, end))
+        elif part.yields:
+            rows.append(end - 1)
+        spans.append((begin, len(rows)))
+    return torch.tensor(rows or [0]), spans

@@ -1,0 +1,111 @@
+"""The engine's side of a server: model, levels, cost model, policy. Runs in the process that computes."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...artefact.load import load
+from ...elastic.runtime import operating_point, slots_per_token
+from ...schedule import CostModel, policies
+from ..config import Config
+from ..process.messages import Facts
+from ..server import ServeOptions
+from .engine import Engine, EngineSize
+from .ladder import find_ladder, measure_ladder
+from .probe import Script, probe
+from .scheduler import Step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunningEngine:
+    """A running engine, and what was measured for it."""
+
+    engine: Engine
+    tokenizer: Any
+    cost: CostModel
+    facts: Facts
+    save_cost: Path | None
+
+    def watch(self, heard: Callable[[Step, float], None]) -> None:
+        """From now on the cost model learns from every step, and `heard` is told of it, in the engine's thread."""
+
+        def observe(step: Step, seconds: float) -> None:
+            self.cost.observe(step.totals, seconds)
+            heard(step, seconds)
+
+        self.engine.observer = observe
+
+    def stop(self) -> None:
+        """End the engine, and keep what the cost model has learned."""
+        self.engine.stop()
+        if self.save_cost:
+            self.cost.save(self.save_cost)
+
+
+def start_engine(folder: Path, options: ServeOptions, config: Config) -> RunningEngine:
+    """Load, measure and start. Raises PrismError with a cause; nothing is left running then."""
+    cost = CostModel.load(options.cost) if options.cost else None
+    torch.set_num_threads(compute_threads(config.engine.threads))
+    model, tokenizer = load(folder, store=options.store)
+    model.eval()
+    ladder, ladder_from = find_ladder(folder, slots_per_token(model._moe_prism))
+    if ladder is None:
+        logger.info("measuring operating points: the folder has no frontier of the threshold rule")
+        ladder, ladder_from = measure_ladder(model, tokenizer, folder), "measured"
+    _compile_kernels(model)
+    size = config.engine
+    engine = Engine(
+        model,
+        ladder,
+        Script(ladder),
+        EngineSize(size.requests, size.step_tokens, size.cache_tokens, size.page, size.prefix_cache),
+    )
+    engine.start()
+    try:
+        cost_from = str(options.cost) if cost else "measured"
+        cost = cost or probe(engine, _text(tokenizer), options.probe_seconds)
+        if options.save_cost:
+            cost.save(options.save_cost)
+        engine.replace_policy(policies.get(options.policy or config.policy)(ladder, cost, **config.policy_options))
+        rate = size.step_tokens / cost.prefill(size.step_tokens, ladder.levels[-1].slots)
+        fixed = (ladder, engine.context, engine.eos, engine.vocabulary, engine.policy_name)
+        return RunningEngine(engine, tokenizer, cost, Facts(*fixed, rate, ladder_from, cost_from), options.save_cost)
+    except BaseException:
+        engine.stop()
+        raise
+
+
+@torch.no_grad()
+def _compile_kernels(model: Any) -> None:
+    """One small forward below full budget: kernels are compiled at first use, which is not to be a client's first request."""
+    with operating_point(model, 0.5):
+        model(input_ids=torch.zeros(1, 8, dtype=torch.long, device=model.device))
+
+
+def compute_threads(wanted: int | None) -> int:
+    """Threads of a forward pass.
+
+    Threads wait for each other many times in a layer. One that shares its core with the HTTP side makes all of them wait for a turn of the
+    operating system: on two cores, two threads served prism-nano slower than one.
+    """
+    if wanted is not None:
+        return wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(torch.get_num_threads(), cores - 1))
+
+
+def _text(tokenizer: Any) -> list[int]:
+    """Tokens of some real text, to probe with: routing of random tokens is not that of text."""
+    import argparse
+
+    return list(tokenizer(inspect.getsource(argparse)[:60_000])["input_ids"])

@@ -1,0 +1,121 @@
+"""The HTTP application."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from . import routes, status
+from .admission import Door
+from .guard import App, Guard
+from .protocol import ChatRequest, CompletionRequest, ErrorAnswer, Refusal
+from .service import Service
+
+HUNG = 60.0  # seconds without a turn of the engine after which the server is not ready
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    code: {"model": ErrorAnswer} for code in (400, 401, 404, 405, 408, 413, 415, 429, 503, 504)
+}
+
+
+def create_app(service: Service, door: Door, history: status.History, key: str | None = None) -> App:
+    """The application behind its guard. key: needed by every route but /health and the status page, which holds no data."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.engine.attach()
+        try:
+            yield
+        finally:
+            await service.engine.detach()
+
+    app = FastAPI(title="moe-prism", docs_url=None, redoc_url=None, responses=ERRORS, lifespan=lifespan)
+    started = int(time.time())
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, error: Refusal) -> Response:
+        return JSONResponse(error.body(), error.status, error.headers())
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"][1:] if isinstance(p, int) or p.isidentifier())
+        refusal = Refusal(
+            400, f"{place or 'body'}: {first['msg']}"[:500], param=place[:100] or None
+        )  # never the value: it is the prompt
+        return JSONResponse(refusal.body(), refusal.status)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        return JSONResponse(Refusal(error.status_code, str(error.detail)).body(), error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        return JSONResponse(Refusal(500, "an error inside the server").body(), 500)
+
+    @app.get("/health")
+    async def health() -> Response:
+        """The server lives, and its engine."""
+        alive = service.engine.alive
+        return JSONResponse({"status": "ok" if alive else "engine stopped"}, 200 if alive else 503)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """New requests are taken."""
+        engine = service.engine
+        status = "draining" if door.draining else "ready" if engine.alive else "engine stopped"
+        if status == "ready" and engine.clock() - engine.last_turn > HUNG:
+            status = "engine hung"
+        content = {"status": status, "policy": engine.policy_name, "requests": door.requests}
+        return JSONResponse(content, 200 if status == "ready" else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        service.gauges()
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/status", response_class=HTMLResponse)
+    async def status_page() -> Response:
+        """The live status page."""
+        text, headers = status.page()
+        return HTMLResponse(text, headers=headers)
+
+    @app.get("/status.json")
+    async def status_json() -> dict[str, Any]:
+        """What the page draws."""
+        return status.snapshot(service, door, history)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        points = [{"name": v.name, "quality": v.quality, "slots": v.slots, "budget": v.budget} for v in service.ladder.levels]
+        card = {"id": service.name, "object": "model", "created": started, "owned_by": "moe-prism"}
+        return {"object": "list", "data": [{**card, "max_model_len": service.context, "operating_points": points}]}
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await routes.completions(service, door, request, body)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await routes.chat(service, door, request, body)
+
+    return Guard(_AtTheDoor(app, door), service.config.bounds, key, service.metrics.refuse)
+
+
+class _AtTheDoor:
+    """Refuses generating requests before their body is read, while that is cheap."""
+
+    def __init__(self, app: App, door: Door) -> None:
+        self.app, self.door = app, door
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"].startswith("/v1/"):
+            self.door.check_open()
+        await self.app(scope, receive, send)

@@ -1,0 +1,140 @@
+"""What stands before every route: the key, the size and the pace of a body, the pace of a reader. Plain ASGI."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from ..config import Bounds
+from .protocol import Refusal
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+OPEN = frozenset({"/health", "/status"})
+"""The paths that need no key: a sign of life, and a page that asks for the key before it shows anything."""
+
+
+class Guard:
+    """Wraps the application; `refused(reason)` is told of every refusal."""
+
+    def __init__(self, app: App, bounds: Bounds, key: str | None, refused: Callable[[str], None]) -> None:
+        self.app, self.bounds, self.refused = app, bounds, refused
+        self._key = hashlib.sha256(key.encode()).digest() if key else None
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        reply = _Reply(send, self.bounds.write_seconds)
+        try:
+            headers = dict(scope["headers"])
+            self._authorize(scope["path"], headers)
+            body = reply.body = _Body(receive, self.bounds, headers.get(b"content-length"))
+            await self.app(scope, body.receive, reply.send)
+        except Refusal as refusal:
+            self.refused(refusal.code or "refused")
+            await reply.refuse(refusal)
+        except Exception:
+            if not reply.stalled:
+                raise
+        if reply.stalled:
+            self.refused("slow_reader")
+        elif reply.body is not None and reply.body.failure is not None:
+            self.refused(reply.body.failure.code or "refused")
+
+    def _authorize(self, path: str, headers: dict[bytes, bytes]) -> None:
+        if self._key is None or path in OPEN:
+            return
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        # hashes have one length and compare in constant time
+        ours = hmac.compare_digest(hashlib.sha256(given).digest(), self._key)
+        if scheme.lower() != b"bearer" or not ours:
+            raise Refusal(401, "a valid API key is needed: Authorization: Bearer KEY", code="unauthorized")
+
+
+class _Reply:
+    """Times the client's reading. Frameworks turn any error while reading a body into one of theirs; ours goes out instead."""
+
+    def __init__(self, send: Send, seconds: float) -> None:
+        self._send, self._seconds = send, seconds
+        self.started = self.replaced = self.stalled = False
+        self.body: _Body | None = None
+
+    async def send(self, message: Message) -> None:
+        if not self.started and self.body is not None and self.body.failure is not None:
+            await self.refuse(self.body.failure)
+        if self.replaced:
+            return
+        self.started = True
+        try:
+            async with asyncio.timeout(self._seconds):
+                await self._send(message)
+        except TimeoutError:
+            self.stalled = True
+            self.drop()
+            raise ConnectionAbortedError from None  # what frameworks take for a client that left
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Answer with an error, if nothing has been answered yet; what the application says after that is dropped."""
+        if not self.started:
+            self.started = self.replaced = True
+            await answer(refusal, self._send)
+
+    def drop(self) -> None:
+        """Close the connection without waiting for the client. The server's `send` is a method of its request cycle."""
+        transport = getattr(getattr(self._send, "__self__", None), "transport", None)
+        if transport is not None:
+            transport.abort()
+
+
+class _Body:
+    """Counts and times what a client sends."""
+
+    def __init__(self, receive: Receive, bounds: Bounds, length: bytes | None) -> None:
+        self._receive, self._bounds = receive, bounds
+        self._seen = 0
+        self._until: float | None = None
+        self._done = False
+        self.failure: Refusal | None = None
+        if length is not None and (not length.isdigit() or int(length) > bounds.body_bytes):
+            raise Refusal(413, f"the body is larger than {bounds.body_bytes} bytes", code="too_large")
+
+    async def receive(self) -> Message:
+        if self._done:
+            return await self._receive()  # waits for the disconnect
+        loop = asyncio.get_running_loop()
+        self._until = self._until or loop.time() + self._bounds.body_seconds
+        try:
+            async with asyncio.timeout_at(self._until):
+                message = await self._receive()
+        except TimeoutError:
+            raise self._fail(408, f"the body did not come within {self._bounds.body_seconds:g} s", "slow_body") from None
+        if message["type"] == "http.request":
+            self._seen += len(message.get("body", b""))
+            self._done = not message.get("more_body", False)
+            if self._seen > self._bounds.body_bytes:
+                raise self._fail(413, f"the body is larger than {self._bounds.body_bytes} bytes", "too_large")
+        return message
+
+    def _fail(self, status: int, message: str, code: str) -> Refusal:
+        self.failure = Refusal(status, message, code=code)
+        return self.failure
+
+
+async def answer(refusal: Refusal, send: Send) -> None:
+    """Send an error as OpenAI's clients expect it. What is left of a body is not read: the connection ends."""
+    headers = [(b"content-type", b"application/json")]
+    headers += [(k.encode(), v.encode()) for k, v in refusal.headers().items()]
+    if refusal.status in (408, 413):
+        headers.append((b"connection", b"close"))
+    body = json.dumps(refusal.body()).encode()
+    headers.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,308 @@
+"""From a checked request to sequences in the engine, and from their events to pieces of text."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ...errors import PrismError
+from ...schedule.base import Job, Ladder
+from ...schedule.classes import RequestClass
+from ..backend import Backend
+from ..config import Config
+from ..requests import Event, Request, Sampling, TokenLogprob
+from .detokenize import Detokenizer, Stops
+from .metrics import Metrics
+from .protocol import Common, Refusal
+
+
+class Mail:
+    """Carries events from the engine's thread to the event loop, one wake-up for all that come together. An engine in another process
+    speaks on the event loop itself. Made on that loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._home = threading.get_ident()
+        self._waiting: deque[tuple[asyncio.Queue[Event], Event]] = deque()
+        self._lock = threading.Lock()
+        self._called = False
+
+    def post(self, queue: asyncio.Queue[Event], event: Event) -> None:
+        if threading.get_ident() == self._home:
+            queue.put_nowait(event)
+            return
+        self._waiting.append((queue, event))
+        with self._lock:
+            if self._called:
+                return
+            self._called = True
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        with self._lock:
+            self._called = False
+        while self._waiting:
+            queue, event = self._waiting.popleft()
+            queue.put_nowait(event)
+
+
+@dataclass
+class Wish:
+    """A request's share of the serving contract, after its class and its own fields."""
+
+    kind: RequestClass
+    floor: int
+    ceiling: int
+    ttft: float | None
+    tpot: float | None
+    priority: int
+
+
+@dataclass
+class Piece:
+    """What one event adds to one sequence."""
+
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt: tuple[TokenLogprob, ...] = ()
+    finish: str | None = None
+
+
+@dataclass
+class Strand:
+    """One sequence of an answer, as it grows."""
+
+    index: int
+    prompt: list[int]
+    request: Request
+    events: asyncio.Queue[Event]
+    detokenizer: Detokenizer
+    stops: Stops
+    started: float
+    first: float | None = None
+    last: float | None = None
+    generated: int = 0
+    gaps: list[float] = field(default_factory=list)
+    hidden: bool = False  # max_tokens 0: the engine generates one token that nobody asked for
+
+
+class Service:
+    """Everything the routes need. Lives on the event loop."""
+
+    def __init__(self, engine: Backend, tokenizer: Any, config: Config, metrics: Metrics, name: str) -> None:
+        self.engine, self.tokenizer, self.config, self.metrics, self.name = engine, tokenizer, config, metrics, name
+        self.ladder: Ladder = engine.ladder
+        self.context, self.eos, self.vocabulary = engine.context, engine.eos, engine.vocabulary
+        self.fingerprint = "prism-" + secrets.token_hex(4)
+        self._mail: Mail | None = None
+        self._live: dict[str, Strand] = {}
+
+    # ---- before the engine
+
+    def wish(self, body: Common) -> Wish:
+        """Class, levels and targets. `quality` alone fixes the level; `min_quality` lets load lower it to there."""
+        kind = self.config.classes.get(body.kind or self.config.default_class)
+        if kind is None:
+            raise Refusal(400, f"no class '{body.kind}'; choose one of: {', '.join(self.config.classes)}", param="class")
+        floor, ceiling = self.ladder.at_least(kind.min_quality), self.ladder.at_least(kind.max_quality)
+        quality, source = self._quality(body)
+        if quality is not None:
+            ceiling = self.level(quality, source)
+            floor = ceiling
+        if body.min_quality is not None:
+            floor = self.level(body.min_quality, "min_quality")
+            if quality is not None and floor > ceiling:
+                raise Refusal(400, "min_quality is above quality", param="min_quality")
+            ceiling = max(ceiling, floor)
+        ttft = body.ttft_ms / 1000 if body.ttft_ms is not None else kind.ttft
+        tpot = body.tpot_ms / 1000 if body.tpot_ms is not None else kind.tpot
+        return Wish(kind, floor, ceiling, ttft, tpot, kind.priority if body.priority is None else body.priority)
+
+    def _quality(self, body: Common) -> tuple[float | str | None, str]:
+        """What fixes the level, and in which field: `quality`, or behind the model's name for clients that can add no field."""
+        if body.model in (None, self.name):
+            return body.quality, "quality"
+        name, at, wanted = str(body.model).rpartition("@")
+        if not at or name != self.name:
+            message = (
+                f"no model '{str(body.model)[:64]}'; this server has '{self.name}', and '{self.name}@QUALITY' for a fixed quality"
+            )
+            raise Refusal(404, message, code="model_not_found", param="model")
+        if body.quality is not None:
+            raise Refusal(400, "quality is given twice, in the model's name too", param="quality")
+        return _number(wanted), "model"
+
+    def level(self, wanted: float | str, field_name: str) -> int:
+        """A quality 0..1, the name of an operating point, or a name of the configuration."""
+        if isinstance(wanted, str):
+            if wanted in self.config.names:
+                return self.ladder.at_least(self.config.names[wanted])
+            names = [level.name for level in self.ladder.levels]
+            if wanted not in names:
+                choices = ", ".join([*self.config.names, *names])
+                raise Refusal(400, f"no operating point of that name; choose one of: {choices}", param=field_name)
+            return names.index(wanted)
+        return self.ladder.at_least(wanted)
+
+    async def encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        """Token ids of every prompt, off the event loop."""
+        texts = [p for p in prompts if isinstance(p, str)]
+        rows = iter(await asyncio.to_thread(self._tokenize, texts) if texts else [])
+        out = [next(rows) if isinstance(p, str) else list(p) for p in prompts]
+        for ids in out:
+            if any(i >= self.vocabulary for i in ids):
+                raise Refusal(400, f"a token id is outside the vocabulary of {self.vocabulary}", param="prompt")
+        return [ids or sorted(self.eos)[:1] for ids in out]  # an empty text continues from the beginning
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        return [list(row) for row in self.tokenizer(texts)["input_ids"]]
+
+    def output_tokens(self, prompt: int, asked: int | None) -> int:
+        """How many tokens a sequence may generate. 400 if they do not fit the context."""
+        room = self.context - prompt
+        if room < 1 or (asked or 0) > room:
+            raise Refusal(
+                400,
+                f"{prompt} prompt tokens and {asked if asked is not None else 1} new ones pass the context limit of {self.context}",
+                code="context_length_exceeded",
+                param="max_tokens",
+            )
+        return max(1, room if asked is None else asked)
+
+    # ---- in the engine
+
+    def launch(
+        self,
+        id: str,
+        prompt: list[int],
+        index: int,
+        sampling: Sampling,
+        wish: Wish,
+        output: int,
+        stops: list[str],
+        hidden: bool,
+        ignore_eos: bool,
+    ) -> Strand:
+        """Queue one sequence."""
+        loop = asyncio.get_running_loop()
+        self._mail = self._mail or Mail(loop)
+        mail, queue = self._mail, asyncio.Queue[Event]()
+        now = self.engine.clock()
+        job = Job(id, now, len(prompt), output, wish.floor, wish.ceiling, wish.ttft, wish.tpot, wish.priority, wish.kind.name)
+        ends = frozenset[int]() if ignore_eos else self.eos
+        deadline = now + self.config.bounds.request_seconds
+        request = Request(job, prompt, sampling, ends, lambda event: mail.post(queue, event), deadline)
+        sequence = Strand(index, prompt, request, queue, Detokenizer(self.tokenizer), Stops(stops), now, hidden=hidden)
+        try:
+            self.engine.submit(request)
+        except PrismError as error:
+            raise Refusal(503, error.cause, code="engine", retry=10) from error
+        self._live[id] = sequence
+        return sequence
+
+    async def pieces(self, sequence: Strand) -> AsyncIterator[Piece]:
+        """The sequence's text as it comes; ends after a piece with `finish`. Refusal if the engine ended it with an error."""
+        held: list[TokenLogprob] = []
+        try:
+            while True:
+                event = await sequence.events.get()
+                if event.error is not None:
+                    raise self._failure(event.error)
+                piece = self._piece(sequence, event)
+                if event.logprob is not None and not sequence.hidden:  # of the end token too: lm-eval drops one generated token
+                    held.append(event.logprob)
+                if piece.text or piece.finish or piece.prompt:
+                    yield replace(piece, logprobs=tuple(held))
+                    held = []
+                if piece.finish:
+                    return
+        finally:
+            self.drop(sequence)
+
+    def _piece(self, sequence: Strand, event: Event) -> Piece:
+        self._stamp(sequence, event)
+        if event.token is None:
+            return Piece(prompt=event.prompt)
+        if sequence.hidden:
+            return Piece(prompt=event.prompt, finish="length")
+        sequence.generated += 1
+        ends = self._is_end(sequence, event)
+        text = "" if ends else sequence.detokenizer.push(event.token)
+        if event.finish:
+            text += sequence.detokenizer.rest()
+        shown = sequence.stops.push(text)
+        finish = "stop" if sequence.stops.found else event.finish
+        return Piece(shown + (sequence.stops.rest() if finish else ""), prompt=event.prompt, finish=finish)
+
+    def _is_end(self, sequence: Strand, event: Event) -> bool:
+        return event.token in sequence.request.stop_ids
+
+    def _stamp(self, sequence: Strand, event: Event) -> None:
+        if event.token is None:
+            return
+        now = self.engine.clock()
+        kind = sequence.request.job.kind
+        if sequence.first is None:
+            sequence.first = now
+            self.metrics.latency(self.metrics.ttft, kind, now - sequence.started)
+        elif sequence.last is not None:
+            self.metrics.latency(self.metrics.gap, kind, now - sequence.last)
+        sequence.last = now
+
+    def _failure(self, error: str) -> Refusal:
+        if "not finite" in error:
+            self.metrics.nan.inc()
+        if "deadline" in error:
+            return Refusal(504, error, code="deadline")
+        return Refusal(503, error, code="engine", retry=1)
+
+    def drop(self, sequence: Strand) -> None:
+        """Free what a sequence holds; harmless if it has ended."""
+        job = sequence.request.job
+        if self._live.pop(job.id, None) is None:
+            return
+        if sequence.stops.found or job.id in self.engine.book:
+            self.engine.cancel(job.id)
+        self.metrics.latency(self.metrics.e2e, job.kind, self.engine.clock() - sequence.started)
+        self.metrics.cached.inc(sequence.request.cached_tokens)
+        self.metrics.queried.inc(len(sequence.prompt))
+        if job.ttft is not None:
+            self.metrics.target(job.kind, "ttft", sequence.first is not None and sequence.first - sequence.started <= job.ttft)
+        if job.tpot is not None and sequence.generated > 1 and sequence.first is not None and sequence.last is not None:
+            pace = (sequence.last - sequence.first) / (sequence.generated - 1)
+            self.metrics.target(job.kind, "tpot", pace <= job.tpot)
+
+    def served(self, sequences: Sequence[Strand]) -> dict[str, Any]:
+        """The operating points that computed an answer, by tokens."""
+        tokens: dict[int, int] = {}
+        for sequence in sequences:
+            for level, count in sequence.request.levels.copy().items():  # an engine in a thread may be writing
+                tokens[level] = tokens.get(level, 0) + count
+        levels = self.ladder.levels
+        quality, slots = self.ladder.mean(tokens)
+        return {
+            "point": levels[next(iter(tokens))].name if len(tokens) == 1 else "mixed" if tokens else None,
+            "quality": round(quality, 6) if tokens else None,
+            "slots": round(slots, 4) if tokens else None,
+            "tokens": {levels[i].name: n for i, n in sorted(tokens.items())},
+        }
+
+    def gauges(self) -> None:
+        """Bring the gauges up to date before they are read."""
+        self.metrics.set_gauges(self.engine.gauges())
+
+
+def _number(text: str) -> float | str:
+    """A quality 0..1 where the text is one, else the text, which then is a name."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return number if 0 <= number <= 1 else text

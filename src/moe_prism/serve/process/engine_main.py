@@ -1,0 +1,142 @@
+"""The engine's process, from the inside: `python -m moe_prism.serve.process.engine_main SOCKET`. See docs/serving.md."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import pickle
+import socket
+import sys
+import threading
+import traceback
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ...errors import PrismError
+from ..requests import Event, Request
+from .messages import Cancel, Failed, Link, News, Start, Submit
+from .spawn import STOP
+
+if TYPE_CHECKING:
+    from ..engine.engine import Engine
+    from ..engine.scheduler import Step
+
+logger = logging.getLogger(__name__)
+
+PULSE = 0.25  # seconds between signs of life
+
+
+class Outbox:
+    """Gathers what a step has to say and sends it as one message."""
+
+    def __init__(self, link: Link, engine: Engine) -> None:
+        self._link, self._engine = link, engine
+        self._events: list[tuple[Any, ...]] = []
+
+    def hear(self, request_id: str, event: Event) -> None:
+        """In the engine's thread: a sink. An error may come between two steps and does not wait for the next."""
+        self._events.append((request_id, event.token, event.logprob, event.prompt, event.level, event.finish, event.error))
+        if event.error is not None:
+            self._send(News(self._engine.last_turn, self._engine.gauges(), events=self._taken()))
+
+    def observe(self, step: Step, seconds: float) -> None:
+        """In the engine's thread, after every step."""
+        parts = tuple((p.request.job.id, p.level, p.tokens, p.request.cached_tokens) for p in step.parts)
+        self._send(News(self._engine.last_turn, self._engine.gauges(), step.tally(seconds), parts, self._taken()))
+
+    def pulse(self) -> None:
+        """In any thread."""
+        self._send(News(self._engine.last_turn, self._engine.gauges()))
+
+    def refuse(self, request_id: str, error: str) -> None:
+        """In any thread: a request that the engine did not take."""
+        row = (request_id, None, None, (), None, None, error)
+        self._send(News(self._engine.last_turn, self._engine.gauges(), events=(row,)))
+
+    def _taken(self) -> tuple[tuple[Any, ...], ...]:
+        events, self._events = tuple(self._events), []
+        return events
+
+    def _send(self, news: News) -> None:
+        with contextlib.suppress(OSError):  # nobody is left to hear it, and the life line will end us
+            self._link.send(news)
+
+
+def main(handle: int) -> int:
+    """Serve requests that come over the socket until told to stop. Returns the exit code."""
+    ending = threading.Event()
+    threading.Thread(target=_life_line, args=(ending,), daemon=True).start()
+    link = Link(socket.socket(fileno=handle))
+    try:
+        start: Start = link.receive()
+    except (EOFError, OSError):
+        return 1
+    from .. import logs
+
+    logs.set_up(start.options.debug)
+    try:
+        from ..engine.start import start_engine
+
+        running = start_engine(*start)
+    except Exception as error:  # noqa: BLE001 - told where it can be told
+        link.send(Failed(_portable(error)))
+        return 1
+    engine = running.engine
+    outbox = Outbox(link, engine)
+    gc.collect()
+    gc.freeze()  # as in `server.run`
+    link.send(running.facts)  # the first message: the last step of the probe may still be running
+    running.watch(outbox.observe)
+    threading.Thread(target=_receive, args=(link, engine, outbox), daemon=True).start()
+    while engine.alive and not ending.wait(PULSE):
+        outbox.pulse()
+    link.end()
+    running.stop()
+    return 0 if ending.is_set() else 1
+
+
+def _life_line(ending: threading.Event) -> None:
+    """Our standard input ends when the HTTP process does, however it does, and then there is nobody to compute for."""
+    if sys.stdin.buffer.read() != STOP:
+        os._exit(1)
+    ending.set()
+
+
+def _receive(link: Link, engine: Engine, outbox: Outbox) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            message = link.receive()
+            if isinstance(message, Cancel):
+                engine.cancel(message.id)
+            else:
+                _submit(message, engine, outbox)
+
+
+def _submit(message: Submit, engine: Engine, outbox: Outbox) -> None:
+    job, tokens, sampling, stop_ids, deadline = message
+    try:
+        engine.submit(Request(job, tokens, sampling, stop_ids, partial(outbox.hear, job.id), deadline))
+    except PrismError as error:
+        outbox.refuse(job.id, error.cause)
+    except Exception:
+        logger.exception("a request could not be queued")
+        outbox.refuse(job.id, "the engine could not take the request")
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as it can be sent, with our stack trace as a note where it is not explained."""
+    if not isinstance(error, PrismError):
+        error.add_note("in the engine's process:\n" + "".join(traceback.format_exception(error)))
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+    except Exception:  # noqa: BLE001 - whatever it holds
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error
+
+
+if __name__ == "__main__":
+    code = main(int(sys.argv[1]))
+    logging.shutdown()
+    os._exit(code)  # some libraries (triton) have much to say when the interpreter ends, in the middle of our log

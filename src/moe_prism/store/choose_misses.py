@@ -1,0 +1,190 @@
+"""Selection that knows the cache, and what to read ahead. Shapes: T tokens, k experts per token, N sub-experts per expert.
+
+Two levels instead of one: slots whose sub-expert is resident are kept at the operating point's budget, slots that would have to be read
+only at a smaller one, the floor. Rules rank slots the same way at every budget, so what is kept lies between the two budgets' own
+choices: the loss is bounded by that of the floor run as an operating point, which is measured. Between floor and budget a missing slot
+may be read in int8 form instead of being skipped (HOBBIT, arXiv 2411.01433: high precision, low precision or skip by importance).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numba import njit
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..elastic.base import Slots
+from ..elastic.fused_select import budgets_of, prepared
+from ..elastic.runtime import Setting, _per_token
+from ..elastic.scorers.ridge import FEW
+from ..errors import UsageError
+from ..kernels.selection import select
+from .wanted import Wanted, sort_entries
+
+if TYPE_CHECKING:
+    from .layer import StoredLayer
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Misses:
+    """What happens to slots whose sub-expert is not resident. The default reads all of them: the result is the in-memory one.
+
+    floor: budget at which they are read, below the operating point's. low: budget at which they are read in int8 form, between the two;
+    None = never. step_seconds: read as many of those between floor and budget as fit into this time per step, the most valuable first,
+    instead of none; None = the floor decides alone.
+    """
+
+    floor: float = 1.0
+    low: float | None = None
+    step_seconds: float | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        return self.floor >= 1 and self.low is None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.floor <= 1:
+            raise UsageError(f"floor {self.floor:g} is outside (0, 1]", "1 reads every missing slot")
+        if self.low is not None and not self.floor <= self.low <= 1:
+            raise UsageError(f"int8 budget {self.low:g} is outside [floor, 1]", f"give one from {self.floor:g} to 1")
+        if self.step_seconds is not None and self.step_seconds < 0:
+            raise UsageError(f"{self.step_seconds:g} seconds per step are impossible", "give a positive number")
+
+
+@dataclass(frozen=True)
+class SlotChoice:
+    """keep [T, k, N]; low [E, N]: records to take in int8 form if they are missing, None for none of them; wanted: keep, sorted."""
+
+    keep: Tensor
+    low: np.ndarray | None = None
+    wanted: Wanted | None = None
+
+
+def choose(layer: StoredLayer, slots: Slots, setting: Setting, misses: Misses) -> SlotChoice:
+    """What a batch keeps at one layer, given what is resident now."""
+    budget = _per_token(setting.at(layer.plan.layer.index), slots.x)
+    rule = layer.rule(setting.rule)
+    wide = rule.keep(slots, budget)
+    if misses.is_exact:
+        return SlotChoice(wide)
+    experts, parts = layer.store.space.experts, layer.store.space.parts
+    if parts != wide.shape[2]:
+        raise UsageError("a store of whole experts knows no sub-experts to skip", "leave miss floors out")
+    sure = rule.keep(slots, budget.clamp(max=misses.floor))
+    if misses.step_seconds is not None:
+        there = torch.from_numpy(layer.store.resident(layer.number))[slots.index.clamp(0, experts - 1)]
+        missing = wide & ~there
+        sure = sure | _affordable(layer, slots, missing & ~sure, _count(slots.index, missing & sure), misses.step_seconds)
+    cheap = sure if misses.low is None else rule.keep(slots, budget.clamp(max=misses.low))
+    keep, low = torch.empty_like(wide), np.zeros((experts, parts), np.bool_)
+    flags = [flag.contiguous().numpy() for flag in (wide, sure, cheap)]
+    values = slots.values().float().contiguous().numpy()
+    some = decide(slots.index.contiguous().numpy(), *flags, layer.store.slots_of(layer.number), values, keep.numpy(), low)
+    return SlotChoice(keep, low if some else None)
+
+
+def choose_few(
+    layer: StoredLayer, x: Tensor, index: Tensor, weight: Tensor, setting: Setting, misses: Misses
+) -> SlotChoice | None:
+    """`choose` for few tokens in two calls; None where scorer, rule or setting are not of the compiled kind."""
+    experts, parts = layer.store.space.experts, layer.store.space.parts
+    if index.numel() > FEW or parts != layer.plan.n_sub or misses.step_seconds is not None:
+        return None
+    levels = [misses.floor] if misses.low is None else [misses.floor, misses.low]
+    at = setting.at(layer.plan.layer.index)
+    budgets = budgets_of([at] if misses.is_exact else [at] * (len(levels) + 1), len(x))
+    found = None if budgets is None else prepared(layer.scorer(setting.scorer), layer.rule(setting.rule), x, index, weight)
+    if budgets is None or found is None:
+        return None
+    for budget, level in zip(budgets[1:], levels, strict=False):
+        np.minimum(budget, np.float32(level), out=budget)
+    base = layer.number * experts * parts
+    keep, low, some, *wanted = choose_entries(*found, budgets, layer.store.slots_of(layer.number), base)
+    return SlotChoice(torch.from_numpy(keep), low if some else None, Wanted(*wanted))
+
+
+@njit(nogil=True, cache=True)
+def choose_entries(
+    linear: Floats, gates: Floats, scale: Floats, predictor: Floats, ceiling: float, index: Ints, weight: Floats, levels: Floats,
+    budgets: Floats, slot: Ints, base: int,
+) -> tuple[Flags, Flags, bool, Ints, Ints, Ints, Ints, Floats, Floats]:  # fmt: skip
+    """(keep, low, whether anything is low, the fields of `Wanted`).
+
+    `marks.select`, `decide` if there are two budgets or more, `sort_entries`, one after the other.
+    budgets [B, T]: the operating point's, the floor's, that of int8 records; slot, low: as `decide`; base: the layer's first key.
+    """
+    experts, parts = slot.shape
+    keeps = np.empty((len(budgets), *index.shape, parts), np.bool_)
+    values = np.empty((*index.shape, parts), np.float32)
+    select(linear, gates, scale, predictor, ceiling, index, weight, levels, budgets, keeps, values)
+    keep, low, some = keeps[0], np.zeros((experts, parts), np.bool_), False
+    if len(budgets) > 1:
+        keep = np.empty(values.shape, np.bool_)
+        some = decide(index, keeps[0], keeps[1], keeps[-1], slot, values, keep, low)
+    return (keep, low, some, *sort_entries(index, weight, keep, experts, base))
+
+
+@njit(nogil=True, cache=True)
+def decide(index: Ints, wide: Flags, sure: Flags, cheap: Flags, slot: Ints, values: Floats, keep: Flags, low: Flags) -> bool:
+    """keep [T, k, N] = wide where the record is resident, else wide and sure or cheap; low [E, N]: missing and cheap for all who want it.
+
+    index [T, k]; wide, sure, cheap [T, k, N]; slot [E, N], negative = missing. A token that lost everything keeps the best of its wide
+    slots. Returns whether anything is low.
+    """
+    tokens, k, parts = wide.shape
+    exact = np.zeros(low.shape, np.bool_)
+    for t in range(tokens):
+        some, best, at = False, np.float32(-1), -1
+        for c in range(k):
+            for n in range(parts):
+                keep[t, c, n] = False
+                if not wide[t, c, n]:
+                    continue
+                there = slot[index[t, c], n] >= 0
+                keep[t, c, n] = there or sure[t, c, n] or cheap[t, c, n]
+                some |= keep[t, c, n]
+                if keep[t, c, n] and not there:
+                    exact[index[t, c], n] |= sure[t, c, n]
+                    low[index[t, c], n] = True
+                if values[t, c, n] > best:
+                    best, at = values[t, c, n], c * parts + n
+        if not some and at >= 0:
+            c, n = at // parts, at % parts
+            keep[t, c, n] = True
+            exact[index[t, c], n] = True
+    found = False
+    for e in range(low.shape[0]):
+        for n in range(parts):
+            low[e, n] = low[e, n] and not exact[e, n]
+            found |= low[e, n]
+    return found
+
+
+def _affordable(layer: StoredLayer, slots: Slots, open_: Tensor, already: int, seconds: float) -> Tensor:
+    """The most valuable of the open slots whose records can be read in a layer's share of a step, after `already` others."""
+    space, price = layer.store.space, layer.store.price
+    room = int(seconds / space.layers / price) - already if price else open_.numel()
+    if room <= 0:
+        return torch.zeros_like(open_)
+    values = slots.values().masked_fill(~open_, -1.0)
+    # a record is read once for all tokens: rank records by the largest value anybody puts on them
+    best = torch.full((space.experts * space.parts,), -1.0)
+    number = slots.index.clamp(0, space.experts - 1)[:, :, None] * space.parts + torch.arange(space.parts)
+    best.scatter_reduce_(0, number.flatten(), values.flatten(), "amax")
+    taken = torch.zeros_like(best, dtype=torch.bool)
+    taken[best.topk(min(room, len(best))).indices] = True
+    return open_ & taken[number]
+
+
+def _count(index: Tensor, keep: Tensor) -> int:
+    """Distinct records among kept slots."""
+    token, choice, part = keep.nonzero(as_tuple=True)
+    return int(torch.unique(index[token, choice] * keep.shape[2] + part).numel())

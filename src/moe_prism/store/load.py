@@ -1,0 +1,105 @@
+"""Load a model whose experts stay on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from ..checkpoint import LayerStream, update_manifest
+from ..elastic.runtime import experts_per_token
+from ..errors import CorruptError, UsageError
+from ..model import find_layers
+from ..offload.cache import cache_policies
+from .aio_reader import open_reader
+from .arena import slots_in
+from .choose_misses import Misses
+from .layer import StoredElastic, resident_bytes, stored_plans
+from .pack import Pack, open_pack, write_pack
+from .pools import policy_for
+from .reader import RecordReader
+from .store import ExpertStore
+
+PACK_FILE = "experts.pack"
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """memory: bytes for experts and what predicts them; file: the packed file, default `experts.pack`
+    in the model's folder; policy, settings: who is evicted, default `pools.policy_for`; parts: records per expert (1 = whole experts),
+    default the model's sub-experts; misses: what is not read, or in int8 form; ahead: records to read ahead of a layer; reader: a test's
+    own."""
+
+    memory: int
+    file: Path | None = None
+    policy: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    parts: int | None = None
+    misses: Misses = field(default_factory=Misses)
+    ahead: int = 0
+    reader: Callable[[Pack, Tensor], RecordReader] = open_reader
+
+
+def ready_pack(
+    folder: Path, manifest: Mapping[str, Any], options: StoreOptions, progress: Callable[[int, int], None] | None = None
+) -> Pack:
+    """The packed file of an artefact, written first where there is none."""
+    path, low = options.file or folder / PACK_FILE, options.misses.low is not None
+    if not path.exists():
+        write_pack(folder, path, manifest, parts=options.parts, low=low, progress=progress)
+        if path.parent.resolve() == folder.resolve():
+            update_manifest(folder, {"caches": sorted({*manifest.get("caches", ()), path.name})})
+    pack = open_pack(path, manifest)
+    wanted = manifest["n_sub"] if options.parts is None else options.parts
+    if pack.space.parts != wanted or (low and not pack.has_low):
+        what = f"{pack.space.parts} parts per expert instead of {wanted}" if pack.space.parts != wanted else "no int8 records"
+        raise CorruptError(f"'{path}' has {what}", "remove it, or give another place with --expert-file")
+    return pack
+
+
+def load_stored(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    tensors: Sequence[dict[str, Tensor]],
+    options: StoreOptions,
+    progress: Callable[[int, int], None] | None = None,
+) -> Any:
+    """A model on the CPU in float32 whose experts were never in memory: elastic, at full budget. tensors: side tensors per layer.
+
+    Raises DoesNotFit if the memory holds no sub-expert, CorruptError for a packed file that is damaged or of another model.
+    """
+    _check_policy(options)  # before anything is read
+    pack = ready_pack(folder, manifest, options, progress)
+    stream = LayerStream(folder, torch.float32)
+    layers = find_layers(stream.model)
+    plans = stored_plans(layers, pack, manifest["n_sub"], manifest["gates"], tensors)
+    slots = slots_in(options.memory, resident_bytes(plans), pack.layout, len(pack.space))
+    model = stream.keep_outside([layer.name for layer in layers])
+    group = experts_per_token(model, plans[0].layer) * pack.space.parts
+    policy = cache_policies.get(options.policy or policy_for(pack.space, slots, group))
+    store = ExpertStore(pack, slots, plans[0].layer, policy, group=group, settings=options.settings, reader=options.reader)
+    model._moe_prism = StoredElastic(model, plans, store, manifest["bytes_per_weight"], options.misses, options.ahead)
+    _generation_config(model, folder)
+    return model
+
+
+def _check_policy(options: StoreOptions) -> None:
+    """UsageError for a policy that is not known, or cannot run here."""
+    if options.policy is None:
+        return
+    policy, instead = cache_policies.get(options.policy), "replay it with `moe-prism inspect --routing`, and take lfu here"
+    if policy.needs_future:
+        raise UsageError(f"'{options.policy}' knows the future: it is a bound for replays", instead)
+    if policy.needs_fit and not options.settings:
+        raise UsageError(f"'{options.policy}' is fitted on a trace, which there is none of here", instead)
+
+
+def _generation_config(model: Any, folder: Path) -> None:
+    """What `from_pretrained` reads beside the weights."""
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))

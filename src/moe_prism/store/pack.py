@@ -1,0 +1,231 @@
+"""The packed file: every sub-expert of an artefact as one aligned record, with a checksum of each, beside what stays resident.
+
+    magic, sha256 of the JSON, its length, JSON | checksums (uint64) | resident tensors (safetensors) | records | int8 records
+
+Each part begins at a multiple of 4096 bytes. Records are in key order: layer, expert, part. Shapes: L layers, E experts, N parts, d hidden,
+r gate neurons per sub-expert.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from ..checkpoint import LayerStream
+from ..checkpoint.atomic import raw_bytes
+from ..errors import CorruptError, DoesNotFit, UsageError
+from ..files import sync_folder
+from ..model import MoELayer, find_layers
+from ..offload.base import KeySpace
+from .checksum import checksum
+from .layout import DTYPES, RecordLayout, padded
+
+MAGIC = b"PRISMPK1"
+HEAD = len(MAGIC) + 32 + 8
+AGAIN = "remove it and it is written again on first use"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """An opened packed file: where every record lies. `resident[layer]`: gate neuron rows and biases of the layer."""
+
+    path: Path
+    layout: RecordLayout
+    space: KeySpace
+    source: dict[str, str]  # sha256 of the weight files it was made of
+    sums: NDArray[np.uint64]  # [records], then [int8 records] if there are any
+    start: int
+    low_start: int  # 0 = no int8 records
+    resident: list[dict[str, Tensor]]
+
+    @property
+    def has_low(self) -> bool:
+        return self.low_start > 0
+
+    def place(self, key: int, low: bool) -> int:
+        """Byte offset of a record."""
+        return self.low_start + key * self.layout.low_bytes if low else self.start + key * self.layout.bytes
+
+    @cached_property
+    def bytes(self) -> int:
+        end = self.low_start + len(self.space) * self.layout.low_bytes if self.has_low else 0
+        return max(end, self.start + len(self.space) * self.layout.bytes)
+
+
+def weight_files(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """name -> sha256 of the weight files of an artefact; its packed files are no part of it."""
+    return {name: entry["sha256"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
+
+
+def write_pack(
+    folder: str | Path,
+    path: str | Path,
+    manifest: Mapping[str, Any],
+    *,
+    parts: int | None = None,
+    low: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write the packed file of an artefact, complete or not at all, one layer in memory at a time.
+
+    parts: records per expert, default the artefact's sub-experts; 1 for whole experts. low: int8 records as well. Raises UsageError for
+    layers of different shapes or a dtype that cannot be packed, DoesNotFit if the disk is full.
+    """
+    stream = LayerStream(folder)
+    layers = find_layers(stream.model)
+    parts = manifest["n_sub"] if parts is None else parts
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        with temporary.open("w+b") as file:
+            _write(file, stream, layers, manifest, parts, low, progress)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise DoesNotFit(f"cannot write '{path}': {error.strerror}", "give another place with --expert-file") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(
+    file: BinaryIO,
+    stream: LayerStream,
+    layers: list[MoELayer],
+    manifest: Mapping[str, Any],
+    parts: int,
+    low: bool,
+    progress: Progress | None,
+) -> None:
+    layout, resident = _survey(stream, layers, manifest, parts)
+    if low and layout.low_bytes > layout.bytes:
+        raise UsageError("these sub-experts are too small for int8 records to save anything", "leave --int8-budget out")
+    count = layers[0].num_experts * parts
+    total = len(layers) * count
+    sums = np.zeros(total * (1 + low), np.uint64)
+    blob = save_tensors({f"{i}.{name}": t.contiguous() for i, own in enumerate(resident) for name, t in own.items()})
+    facts: dict[str, Any] = {
+        "format": 1,
+        "source": weight_files(manifest),
+        "layers": len(layers),
+        "experts": layers[0].num_experts,
+        "parts": parts,
+        "layout": layout.to_json(),
+    }
+    sums_at = padded(HEAD + len(json.dumps(facts)) + 400)
+    blob_at = padded(sums_at + sums.nbytes)
+    start = padded(blob_at + len(blob))
+    low_start = start + total * layout.bytes if low else 0
+    for number, layer in enumerate(layers):
+        with stream.module(layer.name, disk_dtype=True):
+            records = layout.records(layer, parts)
+        forms = [(records, start, layout.bytes, 0)]
+        if low:
+            forms.append((layout.lowered(records), low_start, layout.low_bytes, total))
+        for rows, base, size, offset in forms:
+            for i, row in enumerate(rows.numpy()):
+                sums[offset + number * count + i] = checksum(row.view(np.uint64))
+            file.seek(base + number * count * size)
+            file.write(raw_bytes(rows))
+        if progress:
+            progress(number + 1, len(layers))
+    facts |= {"sums_at": sums_at, "blob_at": blob_at, "blob": len(blob), "start": start, "low_start": low_start}
+    facts["small"] = hashlib.sha256(sums.tobytes() + blob).hexdigest()
+    text = json.dumps(facts).encode()
+    file.seek(blob_at)
+    file.write(blob)
+    file.seek(sums_at)
+    file.write(sums.tobytes())
+    file.seek(0)
+    file.write(MAGIC + hashlib.sha256(text).digest() + len(text).to_bytes(8, "little") + text)
+    file.truncate(max(start + total * layout.bytes, low_start + total * layout.low_bytes if low else 0))
+
+
+def _survey(
+    stream: LayerStream, layers: list[MoELayer], manifest: Mapping[str, Any], parts: int
+) -> tuple[RecordLayout, list[dict[str, Tensor]]]:
+    """The layout all layers share, and their resident tensors; layers come into memory one by one."""
+    layouts, resident = [], []
+    for layer in layers:
+        if layer.width % parts:
+            raise UsageError(f"{layer.width} neurons of '{layer.name}' do not split into {parts} parts", "choose another number")
+        with stream.module(layer.name, disk_dtype=True):
+            layouts.append(RecordLayout.of(layer, parts))
+            resident.append(gate_rows(layer, manifest["n_sub"], manifest["gates"]))
+    if len(set(layouts)) > 1 or len({layer.num_experts for layer in layers}) > 1:
+        raise UsageError("the MoE layers of this model have different shapes", "it cannot run from a packed file")
+    if layouts[0].dtype not in DTYPES:
+        raise UsageError(f"weights of type {layouts[0].dtype} cannot be packed", f"use one of: {', '.join(DTYPES)}")
+    return layouts[0], resident
+
+
+def gate_rows(layer: MoELayer, n_sub: int, gates: int) -> dict[str, Tensor]:
+    """Copies of the gate neurons' rows of gate, up, down [E, N r, d] (as stored) and their biases [E, N r], and down_bias [E, d]."""
+    block = layer.width // n_sub
+    ids = (torch.arange(n_sub)[:, None] * block + torch.arange(gates)[None, :]).flatten()
+    found = {"up": layer.up[:, ids], "down": layer.down[:, :, ids].transpose(1, 2), "down_bias": layer.down_bias}
+    found |= {"gate": layer.gate[:, ids]} if layer.gate is not None else {}
+    found |= {"up_bias": layer.up_bias[:, ids]} if layer.up_bias is not None else {}
+    found |= {"gate_bias": layer.gate_bias[:, ids]} if layer.gate_bias is not None else {}
+    return {name: t.detach().clone().contiguous() for name, t in found.items() if t is not None}
+
+
+def open_pack(path: str | Path, manifest: Mapping[str, Any]) -> Pack:
+    """Read and check everything but the records. CorruptError if the file is damaged or was made of other weights."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            facts, sums, blob = _read(path, file)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise CorruptError(f"{path} cannot be read: {error.strerror}", AGAIN) from error
+    if facts["source"] != weight_files(manifest):
+        raise CorruptError(f"{path} was made of other weights than those beside it", AGAIN)
+    space = KeySpace(facts["layers"], facts["experts"], facts["parts"])
+    tensors = load_tensors(blob)
+    resident: list[dict[str, Tensor]] = [{} for _ in range(space.layers)]
+    for name, tensor in tensors.items():
+        layer, _, short = name.partition(".")
+        resident[int(layer)][short] = tensor
+    words = np.frombuffer(sums, np.uint64)
+    pack = Pack(
+        path, RecordLayout(**facts["layout"]), space, facts["source"], words, facts["start"], facts["low_start"], resident
+    )
+    if size != pack.bytes:
+        raise CorruptError(f"{path} has {size} bytes instead of {pack.bytes}", AGAIN)
+    return pack
+
+
+def _read(path: Path, file: BinaryIO) -> tuple[dict[str, Any], bytes, bytes]:
+    """(facts, checksums, resident tensors), all verified."""
+    head = file.read(HEAD)
+    length = int.from_bytes(head[-8:], "little")
+    if head[: len(MAGIC)] != MAGIC or length > 1 << 20:
+        raise CorruptError(f"{path} is no packed file of experts", AGAIN)
+    text = file.read(length)
+    if hashlib.sha256(text).digest() != head[len(MAGIC) : -8]:
+        raise CorruptError(f"{path} has a damaged header", AGAIN)
+    facts: dict[str, Any] = json.loads(text)
+    count = facts["layers"] * facts["experts"] * facts["parts"] * (2 if facts["low_start"] else 1)
+    file.seek(facts["sums_at"])
+    sums = file.read(8 * count)
+    file.seek(facts["blob_at"])
+    blob = file.read(facts["blob"])
+    if hashlib.sha256(sums + blob).hexdigest() != facts["small"]:
+        raise CorruptError(f"{path} has damaged tables", AGAIN)
+    return facts, sums, blob

@@ -1,0 +1,41 @@
+"""The cache of a store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..offload.base import CachePolicy, ExpertCache, KeySpace
+from ..offload.cache.pool import LayerPools
+from .fast_pool import POLICIES, SlotTable, TablePool
+from .unit_pool import UnitPool
+
+
+def is_shared(space: KeySpace, slots: int, group: int) -> bool:
+    """Whether one pool serves all layers: where half of what a token wants of a layer (`group` keys) would not fit into one of its own.
+
+    That one would be read through in many small pieces, and keep nothing.
+    """
+    return 2 * (slots // space.layers) < group
+
+
+def policy_for(space: KeySpace, slots: int, group: int) -> str:
+    """Who is evicted unless somebody says otherwise. A pool for all layers sees a sweep over them, which defeats recency and counts."""
+    return "edge-moe" if is_shared(space, slots, group) else "lfu"
+
+
+def pools(
+    policy: type[CachePolicy], space: KeySpace, slots: int, settings: dict[str, Any], group: int, places: SlotTable | None = None
+) -> ExpertCache:
+    """One pool per layer of equal size, or one for all of them (`is_shared`). Tables where the policy has one."""
+    layers, places, table = space.layers, places or SlotTable.new(len(space), slots), policy in POLICIES
+
+    def pool(capacity: int, of: range) -> ExpertCache:
+        own = policy(space, capacity, **settings)
+        return TablePool(capacity, space, of, own, places) if table else UnitPool(capacity, own)
+
+    if is_shared(space, slots, group):
+        return pool(slots, range(len(space)))
+    quotas = [slots // layers + (layer < slots % layers) for layer in range(layers)]
+    found = LayerPools(quotas, lambda _, capacity: policy(space, capacity, **settings))
+    found.pools = [pool(capacity, space.of_layer(layer)) for layer, capacity in enumerate(quotas)]
+    return found

@@ -1,0 +1,177 @@
+"""What a store would cost per token, without running it: a trace replayed through the same cache, with the measured price of reads.
+
+A step takes what it takes apart from reads, plus for every layer the price of the records it has to read at once. Both are measured on the
+store itself: the price of n missing records is the time of a request with n misses less that of the same request again; what a step takes
+besides is the time of real steps less the price of what they missed. (A repeated step, which misses nothing, is too fast: its weights are
+still in the processor's cache.)
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..offload.base import CachePolicy, KeySpace
+from ..offload.cache.pool import LayerPools
+from ..offload.replay import groups, serve
+from ..offload.trace import Trace
+from .pools import pools
+from .store import ExpertStore
+
+if TYPE_CHECKING:
+    from .layer import StoredElastic
+
+COUNTS = (1, 2, 4, 8, 16, 32)
+REPEATS = 7
+
+
+@dataclass(frozen=True)
+class ReadPrices:
+    """seconds[i]: what counts[i] records cost that a layer has to read at once."""
+
+    counts: Sequence[int]
+    seconds: Sequence[float]
+
+    def of(self, missing: float) -> float:
+        """Linear between the measured counts and beyond the last two."""
+        if missing <= 0:
+            return 0.0
+        n, s = self.counts, self.seconds
+        if missing > n[-1]:
+            slope = (s[-1] - s[-2]) / (n[-1] - n[-2]) if len(n) > 1 else s[-1] / n[-1]
+            return s[-1] + slope * (missing - n[-1])
+        return float(np.interp(missing, [0, *n], [0.0, *s]))
+
+    def over(self, seconds_per_record: float) -> ReadPrices:
+        """The same behind a link that takes so long for each record."""
+        return ReadPrices(self.counts, [max(s, n * seconds_per_record) for n, s in zip(self.counts, self.seconds, strict=True)])
+
+    @property
+    def bandwidth(self) -> float:
+        """Records per second when many are read at once."""
+        return self.counts[-1] / self.seconds[-1]
+
+
+def measure_prices(store: ExpertStore, *, low: bool = False, seed: int = 0) -> ReadPrices:
+    """Time requests of n absent records against the same requests when they are there; medians of REPEATS."""
+    draw, space = random.Random(seed), store.space  # noqa: S311 - which records are timed
+    capacity = store.capacity(0)
+    counts, seconds = [], []
+    for count in [n for n in COUNTS if n <= min(capacity, space.experts * space.parts)]:
+        found = []
+        for _ in range(REPEATS + 1):
+            layer = draw.randrange(space.layers)
+            resident = store.resident(layer).reshape(-1)
+            # whole experts: a token wants several sub-experts of one, and neighbours are read together
+            experts = draw.sample(range(space.experts), space.experts)
+            chosen = [n for e in experts for n in range(e * space.parts, (e + 1) * space.parts) if not resident[n]][:count]
+            if len(chosen) < count:
+                break
+            cold, warm = (_request(store, layer, chosen, low) for _ in range(2))
+            found.append(cold - warm)
+        if len(found) > 1:
+            counts.append(count)
+            seconds.append(max(1e-7, statistics.median(found[1:])))
+    if not counts:
+        return ReadPrices([1], [0.0])  # everything is resident: nothing is ever read
+    return ReadPrices(counts, list(np.maximum.accumulate(seconds)))
+
+
+def _request(store: ExpertStore, layer: int, numbers: Sequence[int], low: bool) -> float:
+    """Seconds of one token's request for these records of a layer."""
+    space = store.space
+    experts = sorted({n // space.parts for n in numbers})
+    keep = torch.zeros(1, len(experts), space.parts, dtype=torch.bool)
+    for n in numbers:
+        keep[0, experts.index(n // space.parts), n % space.parts] = True
+    form = None
+    if low:
+        form = np.zeros((space.experts, space.parts), bool)
+        form.reshape(-1)[list(numbers)] = True
+    x, weight = torch.randn(1, store.pack.layout.hidden), torch.ones(1, len(experts))
+    began = time.perf_counter()
+    store.run(layer, x, store.wanted(layer, torch.tensor([experts]), weight, keep), low=form)
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def measure_step(model: Any, ids: Tensor, prompt: int, prices: ReadPrices) -> float:
+    """Seconds of a decode step apart from its reads: mean over the steps that decode ids [B, n] after their first `prompt` tokens.
+
+    The first text also warms up: it is decoded twice, once without being timed.
+    """
+    store, found = model._moe_prism.store, []
+    for number, row in enumerate([ids[0], *ids]):
+        past = model(input_ids=row[None, :prompt], use_cache=True).past_key_values
+        for i in range(prompt, len(row)):
+            before = _missed(store)
+            began = time.perf_counter()
+            past = model(input_ids=row[None, i : i + 1], past_key_values=past, use_cache=True).past_key_values
+            seconds = time.perf_counter() - began
+            if number:
+                found.append(seconds - sum(prices.of(n) for n in _missed(store) - before))
+    return max(0.0, statistics.fmean(found))
+
+
+def _missed(store: ExpertStore) -> NDArray[np.float64]:
+    """Misses so far of each layer; of one pool for all layers, equal shares."""
+    cache = store.cache
+    if isinstance(cache, LayerPools):
+        return np.array([pool.counts.misses for pool in cache.pools], np.float64)
+    return np.full(store.space.layers, cache.counts.misses / store.space.layers)
+
+
+def at_budget(trace: Trace, elastic: StoredElastic, budget: float) -> Trace:
+    """The trace, recorded with `values` at full budget, as the threshold rule would keep slots at a budget."""
+    if trace.values is None:
+        return trace
+    levels = [layer.rule("threshold").level(torch.tensor([budget])).item() for layer in elastic.stored]  # type: ignore[attr-defined]
+    values = trace.values.astype(np.float32)
+    keep = values >= np.array(levels, np.float32)[None, :, None, None]
+    keep |= values >= values.max((2, 3), keepdims=True)
+    bits = (keep.astype(np.uint32) << np.arange(trace.n_sub, dtype=np.uint32)).sum(3).astype(np.uint32)
+    return replace(trace, kept=bits)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Means per decode step."""
+
+    seconds: float
+    misses: float
+    hit_rate: float
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a cache has to read. lost: records of every group; steps: how many they belong to."""
+
+    lost: Sequence[int]
+    steps: int
+    hit_rate: float
+
+    def at(self, prices: ReadPrices, step_seconds: float) -> Forecast:
+        stalls = sum(map(prices.of, self.lost))
+        return Forecast(step_seconds + stalls / self.steps, sum(self.lost) / self.steps, self.hit_rate)
+
+
+def replayed(
+    trace: Trace, space: KeySpace, slots: int, policy: type[CachePolicy], *, settings: dict[str, Any] | None = None
+) -> Replayed:
+    """Replay the decode rows of a trace through the cache that a store of this many slots has."""
+    rows = trace.decode()
+    cache = pools(policy, space, slots, settings or {}, trace.k * space.parts)
+    lost, steps = [], set()
+    for group in groups(rows, space):
+        lost.append(sum(len(access.loads) + len(access.bypassed) for access in serve(cache, group, space.layers)))
+        steps.add(group.step)
+    return Replayed(lost, len(steps), cache.counts.hit_rate)

@@ -1,0 +1,211 @@
+"""The store computes what the in-memory model computes, at every size, whatever is resident."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_prism.artefact.load import generate, load
+from moe_prism.elastic import operating_point
+from moe_prism.errors import UsageError
+from moe_prism.jobs.refactor import RefactorOptions, refactor
+from moe_prism.offload import CacheCounts
+from moe_prism.store.choose_misses import Misses
+from tests.store.common import PROMPT, logits, opened, smallest, store_of
+from tests.tiny_sources import save_tiny
+
+SLOTS = (1, 5, 12, 1000)
+
+
+@pytest.fixture(scope="module")
+def tiny(elastic_tiny):
+    return load(elastic_tiny)
+
+
+@pytest.fixture(scope="module")
+def ids(tiny):
+    return tiny[1](PROMPT, return_tensors="pt").input_ids
+
+
+@pytest.fixture(scope="module")
+def elastic_half(shared, tmp_path_factory, tiny_calibration):
+    """The tiny model stored as bfloat16."""
+    source = tmp_path_factory.mktemp("half") / "m"
+    save_tiny("olmoe", source, dtype=torch.bfloat16)
+    return shared("elastic-half", lambda out: refactor(source, out, RefactorOptions(calibration=tiny_calibration)))
+
+
+@pytest.fixture(scope="module")
+def elastic_dense(shared, tiny_dense, tiny_calibration):
+    options = RefactorOptions(calibration=tiny_calibration)
+    return shared("elastic-dense", lambda out: refactor(tiny_dense, out, options))
+
+
+def check_counts(counts: CacheCounts, resident: int) -> None:
+    assert counts.requested == counts.hits + counts.misses
+    assert counts.misses == counts.loads
+    assert counts.loads + counts.prefetched - counts.evictions == resident
+
+
+@pytest.mark.parametrize("name", ["elastic_tiny", "elastic_half", "elastic_dense"])
+def test_logits_are_those_of_the_model_in_memory_at_every_size(name, request, tmp_path, ids):
+    folder = request.getfixturevalue(name)
+    model, tokenizer = load(folder)
+    whole, _ = opened(folder, tmp_path / "p")
+    first = {}
+    for slots in SLOTS:
+        memory = smallest(whole, slots)
+        stored, _ = opened(folder, tmp_path / "p", memory)
+        store = store_of(stored)
+        assert store.slots == min(slots, len(store.space))
+        assert store.arena.bytes + memory - slots * store.pack.layout.bytes <= memory
+        for budget in (1.0, 0.4):
+            found, wanted = logits(stored, ids, budget), logits(model, ids, budget)
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+            assert torch.equal(found, first.setdefault(budget, found))  # not even the last bit depends on the size
+        text = generate(stored, tokenizer, PROMPT, budget=0.5, max_tokens=6).text
+        assert text == generate(model, tokenizer, PROMPT, budget=0.5, max_tokens=6).text
+        check_counts(store.cache.counts, len(store.cache))
+        store.close()
+
+
+def test_nothing_is_read_twice_while_everything_fits(elastic_tiny, tmp_path, ids):
+    stored, _ = opened(elastic_tiny, tmp_path / "p")
+    logits(stored, ids)
+    before = store_of(stored).times.bytes
+    logits(stored, ids)
+    assert 0 < store_of(stored).times.bytes == before <= len(store_of(stored).space) * store_of(stored).pack.layout.bytes
+
+
+def test_whole_experts_as_records(elastic_tiny, tiny, tmp_path, ids):
+    stored, _ = opened(elastic_tiny, tmp_path / "p", parts=1)
+    assert store_of(stored).space.parts == 1
+    torch.testing.assert_close(logits(stored, ids), logits(tiny[0], ids), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "arc", "fifo", "reuse"])
+def test_the_policy_changes_no_logit(elastic_tiny, tiny, tmp_path, ids, policy):
+    whole, _ = opened(elastic_tiny, tmp_path / "p")
+    stored, _ = opened(elastic_tiny, tmp_path / "p", smallest(whole, 8), policy=policy)
+    assert torch.equal(logits(stored, ids, 0.6), logits(whole, ids, 0.6))
+
+
+def test_no_expert_is_in_memory(elastic_tiny, tmp_path):
+    stored, _ = opened(elastic_tiny, tmp_path / "p")
+    experts = [p for name, p in stored.named_parameters() if ".experts." in name]
+    assert experts and all(p.is_meta for p in experts)
+    assert all(not p.is_meta for name, p in stored.named_parameters() if ".experts." not in name)
+
+
+@pytest.mark.parametrize("slots", [4, 8, 14])
+@pytest.mark.parametrize("budget", [1.0, 0.6])
+def test_reading_ahead_changes_no_logit(elastic_tiny, tmp_path, ids, slots, budget):
+    whole, tokenizer = opened(elastic_tiny, tmp_path / "p")
+    stored, _ = opened(elastic_tiny, tmp_path / "p", smallest(whole, slots), ahead=3)
+    assert torch.equal(logits(stored, ids[:, :3], budget), logits(whole, ids[:, :3], budget))
+    mine = generate(stored, tokenizer, PROMPT, budget=budget, max_tokens=12).text
+    assert mine == generate(whole, tokenizer, PROMPT, budget=budget, max_tokens=12).text
+    store = store_of(stored)
+    store.settle()
+    assert store.cache.counts.prefetched > 0
+    check_counts(store.cache.counts, len(store.cache))
+    assert not any(store._pool(layer).pinned for layer in range(store.space.layers))
+
+
+def test_a_floor_keeps_what_lies_between_the_two_budgets(elastic_tiny, tmp_path, ids):
+    """Every choice under a floor contains the floor's own and is contained in the budget's."""
+    whole, _ = opened(elastic_tiny, tmp_path / "p")
+    stored, _ = opened(elastic_tiny, tmp_path / "p", smallest(whole, 6), misses=Misses(floor=0.3))
+    layer = stored._moe_prism.stored[1]
+    x = torch.randn(5, 32)
+    index, weight = torch.tensor([[0, 1], [2, 3], [1, 3], [0, 2], [3, 1]]), torch.rand(5, 2)
+    logits(stored, ids, 0.8)
+    from moe_prism.elastic.runtime import Setting
+    from moe_prism.store.choose_misses import choose
+
+    valid = torch.ones_like(index, dtype=torch.bool)
+    for rule in ("product", "threshold"):
+        setting = Setting(0.8, rule)
+        low, high = (layer.select(x, index, weight, valid, Setting(b, rule)) for b in (0.3, 0.8))
+        keep = choose(layer, layer.slots(x, index, weight, valid, setting), setting, Misses(floor=0.3)).keep
+        there = torch.from_numpy(store_of(stored).resident(1))[index]
+        assert torch.equal(keep, (high & there) | (low & ~there))
+        mixed = choose(layer, layer.slots(x, index, weight, valid, setting), setting, Misses(0.3, low=0.8))
+        assert torch.equal(mixed.keep, high)
+        assert not (torch.from_numpy(mixed.low)[index] & low & high).any() or not there.all()
+
+
+@pytest.mark.parametrize("rule", ["product", "threshold"])
+@pytest.mark.parametrize("misses", [Misses(), Misses(0.3), Misses(0.2, low=0.6)])
+def test_the_choice_of_few_tokens_is_that_of_any_number(elastic_tiny, tmp_path, ids, rule, misses):
+    """Kept slots, int8 records and entries; and the guess of what to read ahead. Slot by slot, not close."""
+    from moe_prism.elastic.runtime import Setting
+    from moe_prism.kernels.tiles import PAYS
+    from moe_prism.store.choose_misses import choose, choose_few
+
+    if not PAYS:
+        pytest.skip("the tiles are not used on this processor")
+    whole, _ = opened(elastic_tiny, tmp_path / "p", misses=misses)
+    stored, _ = opened(elastic_tiny, tmp_path / "p", smallest(whole, 6), misses=misses, ahead=3)
+    logits(stored, ids, 0.8)
+    layer, ahead = stored._moe_prism.stored[1], stored._moe_prism.ahead
+    for tokens in (1, 2, 7):
+        x, weight = torch.randn(tokens, 32), torch.rand(tokens, 2)
+        index = torch.rand(tokens, 4).argsort(1)[:, :2]
+        valid = torch.ones_like(index, dtype=torch.bool)
+        for budget in (0.7, torch.rand(tokens) * 0.9 + 0.1):
+            setting = stored._moe_prism.setting = Setting(budget, rule)
+            with torch.no_grad():
+                few = choose_few(layer, x, index, weight, setting, misses)
+                many = choose(layer, layer.slots(x, index, weight, valid, setting), setting, misses)
+                assert few is not None and torch.equal(few.keep, many.keep)
+                assert (few.low is None) == (many.low is None) and (few.low is None or (few.low == many.low).all())
+                wanted = store_of(stored).wanted(1, index, weight, many.keep)
+                assert all((getattr(wanted, name) == getattr(few.wanted, name)).all() for name in vars(wanted))
+                guess = ahead.keys(1, x)
+                ahead._few = lambda *_: None
+                assert guess == ahead.keys(1, x)
+                del ahead._few
+
+
+def test_everything_resident_means_no_loss(elastic_tiny, tmp_path, ids):
+    stored, _ = opened(elastic_tiny, tmp_path / "p", misses=Misses(floor=0.2))
+    whole, _ = opened(elastic_tiny, tmp_path / "p")
+    for _ in range(2):
+        logits(whole, ids)
+        stored._moe_prism.misses, before = Misses(), stored._moe_prism.misses
+        logits(stored, ids)
+        stored._moe_prism.misses = before
+    assert torch.equal(logits(stored, ids, 0.7), logits(whole, ids, 0.7))
+
+
+def test_int8_records_are_close_and_read_less(elastic_half, tmp_path, ids):
+    whole, _ = opened(elastic_half, tmp_path / "p", misses=Misses(0.01, low=1.0))
+    exact, _ = opened(elastic_half, tmp_path / "q")
+    found, wanted = logits(whole, ids, 0.999), logits(exact, ids, 0.999)
+    assert store_of(whole).low
+    assert not torch.equal(found, wanted)
+    kl = (wanted.softmax(-1) * (wanted.log_softmax(-1) - found.log_softmax(-1))).sum(-1).mean()
+    assert float(kl) < 0.01
+
+
+def test_a_time_per_step_of_zero_is_the_floor_and_of_an_hour_is_everything(elastic_tiny, tmp_path, ids):
+    whole, _ = opened(elastic_tiny, tmp_path / "p")
+    memory = smallest(whole, 8)
+    results = {}
+    for seconds in (None, 0.0, 3600.0):
+        stored, _ = opened(elastic_tiny, tmp_path / "p", memory, misses=Misses(0.4, step_seconds=seconds))
+        logits(stored, ids[:, :4], 0.9)  # a price is known from here on
+        results[seconds] = logits(stored, ids[:, 4:9], 0.9)
+    assert torch.equal(results[None], results[0.0])
+    assert torch.equal(results[3600.0], logits(whole, ids[:, 4:9], 0.9))
+
+
+def test_what_a_store_cannot_do(elastic_tiny, tmp_path, ids):
+    stored, _ = opened(elastic_tiny, tmp_path / "p")
+    with pytest.raises(UsageError, match="oracle"), operating_point(stored, 0.5, scorer="oracle"):
+        stored(input_ids=ids)
+    for wrong in (Misses, lambda: Misses(0.0), lambda: Misses(0.5, low=0.2), lambda: Misses(0.5, step_seconds=-1)):
+        if wrong is not Misses:
+            with pytest.raises(UsageError):
+                wrong()

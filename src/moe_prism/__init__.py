@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .artefact.load import generate, load
+    from .artefact.load import load
     from .elastic import operating_point
     from .errors import CorruptError, DoesNotFit, PrismError, UsageError
     from .jobs.calibrate import calibrate_model
     from .jobs.frontier import measure_frontier
+    from .jobs.generate import generate
     from .jobs.inspect import inspect_model
     from .jobs.recover import recover_model
     from .jobs.refactor import refactor
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _HOME = {
     "calibrate_model": "jobs.calibrate",
     "measure_frontier": "jobs.frontier",
-    "generate": "artefact.load",
+    "generate": "jobs.generate",
     "inspect_model": "jobs.inspect",
     "load": "artefact.load",
     "recover_model": "jobs.recover",

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from .errors import UsageError
 
@@ -16,11 +16,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered name: where it lives and a line for `moe-prism ls`."""
+    """One registered name: where it lives and a line for `moe-prism ls`. acts: which part of an operating point it fills in, if it does."""
 
     target: str
     summary: str
     origin: str = "moe-prism"
+    acts: str | None = None
 
 
 def choices(name: str, legal: Iterable[str]) -> str:
@@ -34,34 +35,76 @@ def choices(name: str, legal: Iterable[str]) -> str:
 class Registry(Generic[T]):
     """`get(name)` imports on first use; an unknown name is a UsageError that lists the legal ones."""
 
-    def __init__(self, kind: str, builtin: Mapping[str, tuple[str, str]]) -> None:
-        """builtin: name -> ("package.module:attribute", one-line summary). Entry points: group `moe_prism.<kind>`."""
+    def __init__(
+        self, kind: str, builtin: Mapping[str, tuple[str, str] | Entry], aliases: Mapping[str, str] | None = None
+    ) -> None:
+        """builtin: name -> ("package.module:attribute", one-line summary), or an Entry. Entry points: group `moe_prism.<kind>`.
+
+        aliases: names of earlier versions that are still taken, and not listed.
+        """
         self.kind = kind
-        self._builtin = {name: Entry(target, summary) for name, (target, summary) in builtin.items()}
+        self.aliases = dict(aliases or {})
+        self._builtin = {name: e if isinstance(e, Entry) else Entry(*e) for name, e in builtin.items()}
         self._resolved: dict[str, T] = {}  # looking for plug-ins reads the disk, and `get` is called at every operating point
 
-    def entries(self) -> dict[str, Entry]:
-        """All names, built-ins first. A plug-in cannot replace a built-in."""
+    def entries(self, acts: str | None = None) -> dict[str, Entry]:
+        """All names, built-ins first, or those that act so. A plug-in cannot replace a built-in; how it acts its class says."""
         found = dict(self._builtin)
         for point in self._plugins():
             package = point.dist.name if point.dist else "unknown"
             found.setdefault(point.name, Entry(point.value, f"plug-in {point.value}", package))
-        return found
+        if acts is None:
+            return found
+        return {name: e for name, e in found.items() if (e.acts or getattr(self._load(e), "acts", None)) == acts}
 
-    def names(self) -> list[str]:
-        return list(self.entries())
+    def names(self, acts: str | None = None) -> list[str]:
+        return list(self.entries(acts))
+
+    def own_name(self, name: str) -> str:
+        """The name of today for one of an earlier version; any other as it is."""
+        return self.aliases.get(name, name)
 
     def get(self, name: str) -> T:
         if name not in self._resolved:
-            self._resolved[name] = self._resolve(name)
+            self._resolved[name] = self._resolve(self.own_name(name))
         return self._resolved[name]
+
+    def only(self, acts: str, kind: str) -> View[Any]:
+        """The part of this registry that acts so, called `kind` in errors."""
+        return View(self, acts, kind)
 
     def _resolve(self, name: str) -> T:
         entries = self.entries()
         if name not in entries:
             raise UsageError(f"unknown {self.kind} '{name}'", choices(name, entries))
-        module, _, attribute = entries[name].target.partition(":")
+        return self._load(entries[name])
+
+    @staticmethod
+    def _load(entry: Entry) -> T:
+        module, _, attribute = entry.target.partition(":")
         return cast(T, getattr(importlib.import_module(module), attribute))
 
     def _plugins(self) -> list[EntryPoint]:
         return sorted(entry_points(group=f"moe_prism.{self.kind}"), key=lambda p: p.name)
+
+
+class View(Generic[T]):
+    """The names of a registry that act in one way, for those who want no others."""
+
+    def __init__(self, registry: Registry[Any], acts: str, kind: str) -> None:
+        self.registry, self.acts, self.kind = registry, acts, kind
+        self._known: dict[str, T] = {}
+
+    def entries(self) -> dict[str, Entry]:
+        return self.registry.entries(self.acts)
+
+    def names(self) -> list[str]:
+        return list(self.entries())
+
+    def get(self, name: str) -> T:
+        if name not in self._known:
+            own = self.registry.own_name(name)
+            if own not in self.entries():
+                raise UsageError(f"unknown {self.kind} '{name}'", choices(name, self.names()))
+            self._known[name] = self.registry.get(own)
+        return self._known[name]

@@ -112,7 +112,7 @@ def compare(folder: Path, offer: Offer, options: CompareOptions, tell: Tell) -> 
         "environment": before,
         "load_after": load(),
         "model": str(folder),
-        "operating_points": [asdict(level) for level in first.ladder.levels],
+        "operating_points": [level.to_json() for level in first.ladder.levels],
         "workload": workload.described(),
         "engine": asdict(bench.engine),
         "cost": cost.to_json(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +59,7 @@ async def _bench(url: str, workload: Workload, options: SingleOptions) -> tuple[
         "environment": before,
         "load_after": load(),
         "server": {"url": target.address.url, "model": target.model, "software": target.software, "context": target.context},
-        "operating_points": [asdict(level) for level in target.ladder.levels],
+        "operating_points": [level.to_json() for level in target.ladder.levels],
         "workload": workload.described(),
         "fields": fields,
         "unloaded": unloaded,

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import PrismError, UsageError
+from ..point import FULL, OperatingPoint
 from ..schedule.base import Ladder, Level
 from .http import Address, Broken, ResponseReader, fetch
 
-PLAIN = Ladder((Level("full", 1.0, 1.0, 1.0),))
+PLAIN = Ladder((Level("full", FULL, 1.0, 1.0),))
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,12 @@ def _ladder(points: Any) -> Ladder:
     if not isinstance(points, list) or len(points) < 2:
         return PLAIN
     try:
-        return Ladder(tuple(Level(str(p["name"]), float(p["budget"]), float(p["slots"]), float(p["quality"])) for p in points))
+        return Ladder(
+            tuple(
+                Level(str(p["name"]), OperatingPoint.from_json(p["point"]), float(p["slots"]), float(p["quality"]))
+                for p in points
+            )
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise PrismError(f"the server's operating points cannot be read: {type(error).__name__} {error}") from error
 

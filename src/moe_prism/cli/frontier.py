@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,19 +17,60 @@ if TYPE_CHECKING:
 HEADERS = ("point", "slots", "KL", "perplexity", "top-1", "expert MB", "of full", "MFLOPs", "resident MB", "Pareto")
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What is measured."""
+
+    compare: Annotated[
+        str | None,
+        Parameter(
+            help="Comma-separated selection rules; see `moe-prism ls methods`. Default product, unless other points are asked for."
+        ),
+    ] = None
+    methods: Annotated[
+        str | None,
+        Parameter(
+            help="Comma-separated methods, on the same axes: those of `moe-prism ls methods`, such as uniform,sensitivity; "
+            "all-per-token takes every one whose points can share a batch."
+        ),
+    ] = None
+    points: Annotated[
+        str | None,
+        Parameter(
+            name=("--points", "--plan"),
+            help="Comma-separated files of operating points to measure: of `moe-prism skip`, or another frontier.json.",
+        ),
+    ] = None
+    per_method: Annotated[
+        int | None,
+        Parameter(help="Points of a method with a continuous dial; default: where methods without one have theirs."),
+    ] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class EvaluationText:
+    """Text."""
+
+    text: Annotated[
+        str,
+        Parameter(
+            help="Evaluation text: stdlib, topics, a file, a folder, a .jsonl file or a saved dataset. Only its evaluation side is used."
+        ),
+    ] = "stdlib"
+    tokens: Annotated[int, Parameter(help="Evaluation tokens.")] = 16_384
+    length: Annotated[int, Parameter(help="Tokens per window.")] = 512
+    calibration_tokens: Annotated[int, Parameter(help="Tokens that methods fit on, of the calibration side of the text.")] = 8_192
+
+
 def frontier(
     folder: Path,
     /,
     *,
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
-    compare: str | None = None,
-    methods: str | None = None,
-    plan: str | None = None,
-    points: int | None = None,
-    text: str = "stdlib",
-    tokens: int = 16_384,
-    length: int = 512,
-    calibration_tokens: int = 8_192,
+    what: Measured = Measured(),
+    text: EvaluationText = EvaluationText(),
     json: bool = False,
 ) -> None:
     """Measure quality and cost of every operating point of a model, beside plain top-k; writes JSON and an HTML report.
@@ -37,14 +79,6 @@ def frontier(
     ----------
     folder: Written by `moe-prism refactor`, or any checkpoint (give --out, and methods that need no sub-experts).
     out: Folder for frontier.json, report.html and frontier.png; default is FOLDER itself, whose prism.json then lists the points.
-    compare: Comma-separated selection rules to measure; see `moe-prism ls rules`. Default product, unless --methods or --plan is given.
-    methods: Comma-separated methods to measure on the same axes: rules, and those of `moe-prism ls methods`, such as uniform,sensitivity.
-    plan: Comma-separated skip plans written by `moe-prism skip`: one point each.
-    points: Points of a method with a continuous dial; default: where methods without one have theirs.
-    text: Evaluation text: stdlib, topics, a file, a folder, a .jsonl file or a saved dataset. Only its evaluation side is used.
-    tokens: Evaluation tokens.
-    length: Tokens per window.
-    calibration_tokens: Tokens that methods fit on, of the calibration side of the text.
     json: One JSON object on stdout.
     """
     from ..checkpoint import update_manifest
@@ -55,7 +89,20 @@ def frontier(
     check_writable_folder(out)
     if out is None and not (folder / "prism.json").is_file():
         raise UsageError(f"'{folder}' has no prism.json", "give a folder that moe-prism wrote, or --out FOLDER for the report")
-    options = FrontierOptions(text, tokens, length, _names(compare), points, _names(methods), _names(plan), calibration_tokens)
+    if what.points is not None and what.points.isdigit():
+        raise UsageError(
+            f"--points {what.points} is no file of operating points", f"say --per-method {what.points} for their number"
+        )
+    options = FrontierOptions(
+        text=text.text,
+        tokens=text.tokens,
+        length=text.length,
+        rules=_names(what.compare),
+        points=what.per_method,
+        methods=_names(what.methods),
+        given=_names(what.points),
+        calibration_tokens=text.calibration_tokens,
+    )
     result = run(folder, options, report=progress)
     target = out or folder
     facts = result.to_json()

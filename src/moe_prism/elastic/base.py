@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -106,6 +106,8 @@ class Scorer(ABC):
 class Rule(ABC):
     """Decides which candidate slots are kept."""
 
+    paper: ClassVar[str] = ""
+    """Where it comes from; empty: our own."""
     needs_norms = True
     is_continuous = False
     """Whether budgets between two slot counts give different results."""

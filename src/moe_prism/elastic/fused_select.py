@@ -6,7 +6,7 @@ What it keeps is what scorer and rule keep one after the other, slot by slot.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,11 +15,14 @@ from torch import Tensor
 
 from .base import Rule, Scorer, is_compiled
 from .rules.top_slots import FEW
-from .scorers.ridge import CEILING, Ridge
+from .scorers.ridge import Ridge
+
+if TYPE_CHECKING:
+    from ..kernels.selection import Choosing
 
 
-def prepared(scorer: Scorer, rule: Rule, x: Tensor, index: Tensor, weight: Tensor) -> tuple[Any, ...] | None:
-    """The arguments of `marks.select` up to the levels for x [T, d], index, weight [T, k]; None where it does not take them.
+def prepared(scorer: Scorer, rule: Rule, x: Tensor, index: Tensor, weight: Tensor) -> Choosing | None:
+    """What the compiled selection wants to know of x [T, d], index, weight [T, k]; None where it does not take them.
 
     It takes the ridge scorer with the rules that say so (`Rule.compiled`), few choices, float32 on a CPU.
     """
@@ -27,10 +30,12 @@ def prepared(scorer: Scorer, rule: Rule, x: Tensor, index: Tensor, weight: Tenso
         return None
     if not len(rule.compiled) and index.shape[1] * scorer.plan.n_sub > FEW:
         return None
-    terms = scorer.terms(x, index)
-    if terms is None:
+    norms = scorer.terms(x, index)
+    if norms is None:
         return None
-    return *terms, CEILING, index.contiguous().numpy(), weight.contiguous().numpy(), rule.compiled
+    from ..kernels.selection import Choosing  # compiles on first use
+
+    return Choosing(norms, index.contiguous().numpy(), weight.contiguous().numpy(), rule.compiled)
 
 
 def budgets_of(values: Sequence[float | Tensor], tokens: int) -> NDArray[np.float32] | None:
@@ -56,5 +61,5 @@ def select_few(scorer: Scorer, rule: Rule, x: Tensor, index: Tensor, weight: Ten
 
     shape = (*index.shape, scorer.plan.n_sub)
     keeps = np.empty((1, *shape), np.bool_)
-    select(*found, budgets, keeps, np.empty(shape, np.float32))
+    select(found, budgets, keeps, np.empty(shape, np.float32))
     return torch.from_numpy(keeps[0])

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..elastic import Elastic
-from ..elastic.runtime import Setting
-from .cost import Cost, measured_cost
+from ..elastic.bind import Step, bind
+from ..point import OperatingPoint
+from .cost import Cost, measured_cost, resident_bytes
 
 LOGIT_ROWS = 512  # tokens whose logits are held at a time: with a vocabulary of 150,000 some 2 GB
 
@@ -48,42 +48,45 @@ class Quality:
         self.agree += int((source.argmax(-1) == log_p.argmax(-1)).sum())
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """What was found of one point: its quality, its cost per token, and the expert bytes it has in memory."""
+
+    quality: Quality
+    cost: Cost
+    resident_bytes: float
+
+
 @torch.no_grad()
 def measure(
     model: Any,
-    elastic: Elastic,
     ids: Tensor,
-    settings: Sequence[Setting],
+    points: Sequence[OperatingPoint],
     *,
     batch: int = 4,
     progress: Callable[[int, int], None] | None = None,
-    installs: Sequence[Callable[[], AbstractContextManager[object]]] | None = None,
-) -> list[tuple[Quality, Cost]]:
-    """Run every setting over ids [n, length] against the full model. The source's log-probabilities exist for one batch at a time.
-
-    installs: a context manager per setting, entered around its run of every batch (None: nothing to install).
-    """
-    around = installs or [nullcontext] * len(settings)
-    qualities = [Quality() for _ in settings]
-    costs: list[_Sum] = [_Sum() for _ in settings]
-    before, counting = elastic.setting, elastic.counting
-    try:
-        for start in range(0, len(ids), batch):
-            rows = ids[start : start + batch].to(model.device)
-            target = rows[:, 1:].reshape(-1)
-            elastic.setting = Setting()
+) -> list[Measurement]:
+    """Run every point over ids [n, length] against the full model. The source's log-probabilities exist for one batch at a time."""
+    elastic: Elastic = model._moe_prism
+    steps = [Step(bind(elastic, [point])) for point in points]
+    qualities = [Quality() for _ in points]
+    costs: list[_Sum] = [_Sum() for _ in points]
+    for start in range(0, len(ids), batch):
+        rows = ids[start : start + batch].to(model.device)
+        target = rows[:, 1:].reshape(-1)
+        with elastic.at(elastic.full_step, counting=False):
             source = _logits(model, rows).log_softmax(-1)
-            for setting, install, quality, cost in zip(settings, around, qualities, costs, strict=True):
-                elastic.setting = setting
+        for step, quality, cost in zip(steps, qualities, costs, strict=True):
+            with elastic.at(step):
                 elastic.reset_counters()
-                with install():
-                    quality.add(source, _logits(model, rows), target)
-                cost.add(measured_cost(elastic, setting), rows.numel())
-            if progress:
-                progress(min(start + batch, len(ids)), len(ids))
-    finally:
-        elastic.setting, elastic.counting = before, counting
-    return [(q, c.mean()) for q, c in zip(qualities, costs, strict=True)]
+                quality.add(source, _logits(model, rows), target)
+                cost.add(measured_cost(elastic, step), rows.numel())
+        if progress:
+            progress(min(start + batch, len(ids)), len(ids))
+    return [
+        Measurement(quality, cost.mean(), resident_bytes(elastic, step))
+        for quality, cost, step in zip(qualities, costs, steps, strict=True)
+    ]
 
 
 def _logits(model: Any, rows: Tensor) -> Tensor:
@@ -95,12 +98,12 @@ def _logits(model: Any, rows: Tensor) -> Tensor:
 class _Sum:
     """Token-weighted mean of costs over batches."""
 
-    total: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+    total: tuple[float, ...] = ()
     tokens: int = 0
 
     def add(self, cost: Cost, tokens: int) -> None:
-        row = (cost.active_expert_params, cost.active_expert_bytes, cost.flops_per_token, cost.k_slots)
-        self.total = tuple(t + r * tokens for t, r in zip(self.total, row, strict=True))
+        row = astuple(cost)
+        self.total = tuple(t + r * tokens for t, r in zip(self.total or (0.0,) * len(row), row, strict=True))
         self.tokens += tokens
 
     def mean(self) -> Cost:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..catalogue import methods
 from ..errors import CorruptError, UsageError
 from ..files import replace_file
+from ..point import OperatingPoint, SlotRule
+from ..point.base import own_scorer
 
 REMEASURE = "write it again with `moe-prism frontier`"
 
@@ -43,13 +46,23 @@ class MeasuredPoint:
     """No measured point is both cheaper and closer."""
     resident_expert_bytes: float = 0.0
     """Expert bytes in memory, all layers: what pruning saves. 0 where it was not recorded (older files)."""
+    distinct_expert_bytes: float = 0.0
+    """Expert bytes read per forward of the measurement, what several tokens read counted once. 0 where it was not recorded."""
+    point: OperatingPoint | None = None
+    """What was measured, ready to run again; None where a version before 0.2 wrote it and it cannot be told from the rest."""
 
     @classmethod
     def from_json(cls, data: object, where: str = "point") -> MeasuredPoint:
         """Check and convert one entry of `points`; `where` names it in the error."""
         mapping = _mapping(data, where)
-        known = [f for f in fields(cls) if f.name in mapping or f.default is MISSING]
-        return cls(**{f.name: _read(mapping, f.name, str(f.type), where) for f in known})
+        plain = [f for f in fields(cls) if f.name != "point" and (f.name in mapping or f.default is MISSING)]
+        row = {f.name: _read(mapping, f.name, str(f.type), where) for f in plain}
+        stored = mapping.get("point")
+        return cls(**row, point=_upgraded(row) if stored is None else OperatingPoint.from_json(stored))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, and the operating point in its own form."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"point": self.point and self.point.to_json()}
 
 
 @dataclass(frozen=True)
@@ -69,8 +82,8 @@ class Frontier:
             "model": self.model,
             "source": self.source,
             "n_sub": self.n_sub,
-            "points": [asdict(p) for p in self.points],
-            "baseline_topk": [asdict(p) for p in self.baseline_topk],
+            "points": [p.to_json() for p in self.points],
+            "baseline_topk": [p.to_json() for p in self.baseline_topk],
             "provenance": dict(self.provenance),
         }
 
@@ -104,6 +117,16 @@ class Frontier:
         except ValueError as error:
             raise CorruptError(f"{path} is not JSON: {error}", REMEASURE) from error
         return cls.from_json(data)
+
+
+def _upgraded(row: Mapping[str, Any]) -> OperatingPoint | None:
+    """The point of an entry that a version before 0.2 wrote, where name and budget say it: a selection rule, or plain top-k."""
+    rule = "whole-experts" if row["rule"] == "topk" else methods.own_name(row["rule"])
+    if rule not in methods.names("slots") or not 0 < row["budget"] <= 1:
+        return None
+    return OperatingPoint(
+        slots=SlotRule(budget=row["budget"], rule=rule, scorer=own_scorer(rule), compensate=row["rule"] != "topk")
+    )
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:

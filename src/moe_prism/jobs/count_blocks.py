@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ..calibrate.run import backbone_of, input_device
-from ..elastic.runtime import ElasticLayer, Setting
+from ..elastic.bind import Step, bind
+from ..elastic.layer import ElasticLayer
 from ..forecast.step_time import Read, Reads
+from ..point import FULL
 
 RULE = "threshold"  # what `operating_point` takes for a budget
 
@@ -19,7 +21,8 @@ RULE = "threshold"  # what `operating_point` takes for a budget
 def block_choices(model: Any, ids: Tensor, budgets: Sequence[float], *, batch: int = 8) -> dict[float, Reads]:
     """For every budget the share of tokens of windows ids [n, length] that keep each sub-expert, and that read each predictor."""
     elastic = model._moe_prism
-    counted = [_Counted(layer, [Setting(budget, RULE) for budget in budgets]) for layer in elastic.layers]
+    steps = [Step(bind(elastic, [FULL.with_budget(budget, RULE)])) for budget in budgets]
+    counted = [_Counted(layer, steps) for layer in elastic.layers]
     try:
         for each in counted:
             each.layer.plan.layer.install(each)
@@ -47,20 +50,19 @@ def _predictor_size(layer: ElasticLayer) -> float:
 
 
 class _Counted:
-    """An experts function that computes what the model does and counts what every setting would keep. chosen [E], kept [E, N] each."""
+    """An experts function that computes what the model does and counts what every step would keep. chosen [E], kept [E, N] each."""
 
-    def __init__(self, layer: ElasticLayer, settings: Sequence[Setting]) -> None:
+    def __init__(self, layer: ElasticLayer, steps: Sequence[Step]) -> None:
         experts = layer.plan.layer.num_experts
-        self.layer, self.settings = layer, settings
+        self.layer, self.steps = layer, steps
         self.chosen = torch.zeros(experts, dtype=torch.float64)
-        self.kept = [torch.zeros(experts, layer.plan.n_sub, dtype=torch.float64) for _ in settings]
+        self.kept = [torch.zeros(experts, layer.plan.n_sub, dtype=torch.float64) for _ in steps]
 
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        valid = torch.ones_like(index, dtype=torch.bool)
         flat = index.flatten().cpu()
         self.chosen += torch.bincount(flat, minlength=len(self.chosen))
-        for setting, kept in zip(self.settings, self.kept, strict=True):
-            keep = self.layer.select(x, index, weight, valid, setting)
+        for step, kept in zip(self.steps, self.kept, strict=True):
+            keep = self.layer.kept(step, x, index, weight)
             kept.index_add_(0, flat, keep.flatten(0, 1).double().cpu())
         return self.layer.plan.layer.native(x, index, weight)
 

@@ -10,19 +10,30 @@ from typing import Any
 from torch import Tensor
 
 from ..artefact.open import Opened, open_model
+from ..catalogue import methods
 from ..checkpoint import versions
+from ..compress.changes import change_of
 from ..data import Windows, token_windows
-from ..elastic import Elastic
 from ..elastic.runtime import slots_per_token
 from ..errors import UsageError
 from ..frontier import Frontier, MeasuredPoint, pareto
-from ..frontier.cost import Cost, resident_bytes
-from ..frontier.measure import Quality, measure
-from ..methods.base import Candidate, Method, Subject, method
-from ..methods.skip.base import plan_candidates
-from ..methods.slots.rules import rule_setting
+from ..frontier.measure import Measurement, measure
+from ..methods.base import Method, Subject
+from ..methods.find import method
+from ..methods.slots.rules import slot_rule
+from ..point import FULL, NamedPoint, OperatingPoint, read_points
 from ..progress import Report, peak_rss_bytes, silent
-from ..routing import SkipPlan
+
+GIVEN = "given point"
+ALL_PER_TOKEN = "all-per-token"  # noqa: S105 - no password
+
+
+def expanded(name: str) -> list[str]:
+    """The methods that a name stands for: `all-per-token` for all whose points can share a batch, else itself."""
+    if name != ALL_PER_TOKEN:
+        return [name]
+    names = [*methods.names("slots"), *methods.names("routing")]
+    return [each for each in names if not getattr(methods.get(each), "depends_on_batch", False)]
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class FrontierOptions:
     """text: `stdlib`, `topics`, a file or a folder (its evaluation side is used); tokens and window length.
 
     rules: selection rules beside plain top-k; methods: more of them, or other methods by name (`methods.method`). Without either, and
-    without plans: `product`. plans: skip plans (files) to measure, one point each. points: how many for methods with a continuous dial,
+    without given points: `product`. given: operating points to measure again, files or a frontier.json. points: how many for methods with a continuous dial,
     for rules evenly spaced in relative cost; None: where the other rules are. calibration_tokens: what methods fit on, of the calibration
     side of `text`.
     """
@@ -41,18 +52,19 @@ class FrontierOptions:
     rules: tuple[str, ...] = ()
     points: int | None = None
     methods: tuple[str, ...] = ()
-    plans: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
     calibration_tokens: int = 8_192
 
     def chosen(self) -> list[Method]:
         """What is measured, each once. Raises UsageError for an unknown name."""
-        names = dict.fromkeys((*self.rules, *self.methods))
-        return [method(name) for name in names or ([] if self.plans else ["product"])]
+        names = dict.fromkeys(name for given in (*self.rules, *self.methods) for name in expanded(given))
+        return [method(name) for name in names or ([] if self.given else ["product"])]
 
     def check(self) -> None:
+        """UsageError for a name or a number that cannot be."""
         self.chosen()
         if self.points is not None and self.points < 2:
-            raise UsageError(f"--points {self.points} is no curve", "give 2 or more, or leave it out")
+            raise UsageError(f"--per-method {self.points} is no curve", "give 2 or more, or leave it out")
         for name in ("tokens", "calibration_tokens"):
             if getattr(self, name) < self.length or self.length < 8:
                 raise UsageError(
@@ -69,20 +81,25 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     """
     options = options or FrontierOptions()
     options.check()
-    named = [(Path(path).stem, SkipPlan.load(path)) for path in options.plans]
+    named = [point for path in options.given for point in read_points(path)]
     opened = open_model(folder)
     windows = evaluation_windows(opened, options)
     subject = subject_of(opened, options, report)
-    tagged = [(m.name, candidate) for m in options.chosen() for candidate in _candidates(m, subject)]
-    tagged += [("plan file", candidate) for candidate in plan_candidates(named, subject)]
-    if not any(_is_whole(candidate) for _, candidate in tagged):
-        tagged.append((tagged[0][0], Candidate("full")))  # every curve ends at the model itself
-    _check_names([candidate.name for _, candidate in tagged])
+    tagged = [(m.name, point) for m in options.chosen() for point in _points(m, subject)]
+    tagged += [(GIVEN, point) for point in named if not point.point.is_full]
+    if not any(point.point.is_full for _, point in tagged):
+        tagged.append(
+            (tagged[0][0] if tagged else GIVEN, NamedPoint(name="full", point=FULL))
+        )  # every curve ends at the model itself
+    _check_names([point.name for _, point in tagged])
     split = len(tagged)
-    tagged += [("topk", candidate) for candidate in _plain(subject)]
-    rows = _measured(opened, windows.ids, tagged, report)
-    flags = pareto([r["active_expert_bytes"] for r in rows], [r["kl"] for r in rows])
-    points = tuple(MeasuredPoint(**row, pareto=flag) for row, flag in zip(rows, flags, strict=True))
+    known = {point.name for _, point in tagged}
+    tagged += [("topk", point) for point in _plain(subject) if point.name not in known]
+    with report("frontier") as update:
+        found = measure(opened.model, windows.ids, [point.point for _, point in tagged], progress=update)
+    flags = pareto([m.cost.active_expert_bytes for m in found], [m.quality.kl for m in found])
+    rows = zip(tagged, found, flags, strict=True)
+    points = tuple(_measured(label, point, one, subject.slots, flag) for (label, point), one, flag in rows)
     return Frontier(
         opened.name,
         opened.manifest["source"]["name"] if opened.manifest else opened.name,
@@ -102,7 +119,16 @@ def subject_of(opened: Opened, options: FrontierOptions, report: Report = silent
         return token_windows(opened.tokenizer, options.text, "calibration", length=options.length, tokens=wanted).ids
 
     n_sub = opened.n_sub
-    return Subject(opened.model, opened.tokenizer, opened.elastic, n_sub, slots // n_sub, calibration, options.points, report)
+    return Subject(
+        model=opened.model,
+        tokenizer=opened.tokenizer,
+        elastic=opened.elastic,
+        n_sub=n_sub,
+        k=slots // n_sub,
+        read_calibration=calibration,
+        points=options.points,
+        report=report,
+    )
 
 
 def evaluation_windows(opened: Opened, options: FrontierOptions) -> Windows:
@@ -113,76 +139,55 @@ def evaluation_windows(opened: Opened, options: FrontierOptions) -> Windows:
     )
 
 
-def _candidates(chosen: Method, subject: Subject) -> Sequence[Candidate]:
+def _points(chosen: Method, subject: Subject) -> Sequence[NamedPoint]:
     if chosen.needs_sub_experts and subject.n_sub == 1:
         raise UsageError(
             f"method '{chosen.name}' needs sub-experts, and this model has none",
             "give a folder written by `moe-prism refactor`, or other methods",
         )
-    return chosen.candidates(subject)
+    return chosen.points(subject)
 
 
-def _plain(subject: Subject) -> list[Candidate]:
+def _plain(subject: Subject) -> list[NamedPoint]:
     """Plain top-k' for every k' < k."""
-    return [
-        Candidate(f"top-{n}", replace(rule_setting("linear", subject.n_sub * n, subject.slots), compensate=False))
-        for n in range(1, subject.k)
-    ]
-
-
-def _is_whole(candidate: Candidate) -> bool:
-    setting = candidate.setting
-    untouched = setting.layers is None and setting.routing is None and candidate.resident_share == 1
-    return untouched and not isinstance(setting.budget, Tensor) and setting.budget >= 1
+    rules = [replace(slot_rule("whole-experts", subject.n_sub * n, subject.slots), compensate=False) for n in range(1, subject.k)]
+    return [NamedPoint(name=f"top-{n}", point=OperatingPoint(slots=rule)) for n, rule in enumerate(rules, 1)]
 
 
 def _check_names(names: Sequence[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UsageError(f"two points are called '{twice[0]}'", "name a method or a plan once")
+        raise UsageError(f"two points are called '{twice[0]}'", "name a method or a point once")
 
 
-def _measured(opened: Opened, ids: Tensor, tagged: Sequence[tuple[str, Candidate]], report: Report) -> list[dict[str, Any]]:
-    """One row per candidate: the fields of `MeasuredPoint` but for `pareto`."""
-    elastic, slots = opened.elastic, slots_per_token(opened.elastic)
-    with report("frontier") as update:
-        measured = measure(
-            opened.model,
-            elastic,
-            ids,
-            [candidate.setting for _, candidate in tagged],
-            progress=update,
-            installs=[candidate.install for _, candidate in tagged],
-        )
-    rows = zip(tagged, measured, strict=True)
-    return [_row(elastic, label, candidate, *result, slots) for (label, candidate), result in rows]
-
-
-def _row(elastic: Elastic, label: str, candidate: Candidate, quality: Quality, cost: Cost, slots: int) -> dict[str, Any]:
-    setting = candidate.setting
-    dial = setting.routing is None and setting.layers is None
-    budget = setting.budget if dial else min(cost.k_slots / slots, 1.0)
-    return {
-        "name": candidate.name,
-        "rule": label,
-        "budget": min(budget, candidate.resident_share),
-        "k_slots": cost.k_slots,
-        "ppl": quality.ppl,
-        "kl": quality.kl,
-        "top1_agreement": quality.top1_agreement,
-        "active_expert_params": cost.active_expert_params,
-        "active_expert_bytes": cost.active_expert_bytes,
-        "flops_per_token": cost.flops_per_token,
-        "resident_expert_bytes": resident_bytes(elastic, setting, candidate.resident_share),
-    }
+def _measured(label: str, named: NamedPoint, found: Measurement, slots: int, flag: bool) -> MeasuredPoint:
+    point, cost, quality = named.point, found.cost, found.quality
+    budget = point.slots.budget if not point.routing and point.slots.layers is None else min(cost.k_slots / slots, 1.0)
+    share = 1.0 if point.weights is None else change_of(point.weights).resident_share
+    return MeasuredPoint(
+        name=named.name,
+        rule=label,
+        budget=min(budget, share),
+        k_slots=cost.k_slots,
+        ppl=quality.ppl,
+        kl=quality.kl,
+        top1_agreement=quality.top1_agreement,
+        active_expert_params=cost.active_expert_params,
+        active_expert_bytes=cost.active_expert_bytes,
+        flops_per_token=cost.flops_per_token,
+        pareto=flag,
+        resident_expert_bytes=found.resident_bytes,
+        distinct_expert_bytes=cost.distinct_expert_bytes,
+        point=point,
+    )
 
 
 def _provenance(opened: Opened, options: FrontierOptions, windows: Windows) -> dict[str, Any]:
     manifest: Mapping[str, Any] = opened.manifest or {"calibration": {}}
     return {
-        # a plan is known by its name: where it lies on this machine is nobody's business
+        # a file is known by its name: where it lies on this machine is nobody's business
         "options": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}
-        | {"plans": [Path(p).name for p in options.plans]},
+        | {"given": [Path(p).name for p in options.given]},
         "evaluation": {"text": windows.source, "tokens": windows.tokens, "documents": len(windows.documents)},
         "calibration": {k: v for k, v in manifest["calibration"].items() if k != "documents"},
         "recovery": [{k: v for k, v in step.items() if k != "inputs"} for step in manifest.get("recovery", [])],

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..elastic import attach
 from ..elastic.rules.layer_budgets import plan_steps
 from ..elastic.rules.threshold import dropped_energy
-from ..elastic.runtime import Setting
 from ..frontier.allocation import greedy_path
 from ..frontier.measure import LOGIT_ROWS, measure
 from ..model import find_layers, load_to_run
+from ..point import OperatingPoint, SlotRule
 from ..progress import Update
 
 TYPICAL = 0.5  # the budget whose cost per unit of dropped energy stands for a layer where no more is known
@@ -40,11 +40,12 @@ class Profiler:
     def alone(self, rule: str, budget: float, ids: Tensor, update: Update) -> tuple[Tensor, int]:
         """(KL [L] to the full model in nats per token with that layer alone at `budget`, slots per token); ids: windows [n, length]."""
         count = len(self.elastic.layers)
-        settings = [Setting(rule=rule, layers=tuple(budget if i == j else 1.0 for j in range(count))) for i in range(count)]
-        measured = measure(self.model, self.elastic, ids, settings, batch=max(1, LOGIT_ROWS // ids.shape[1]), progress=update)
+        alone = [tuple(budget if i == j else 1.0 for j in range(count)) for i in range(count)]
+        points = [OperatingPoint(slots=SlotRule(rule=rule, layers=own)) for own in alone]
+        measured = measure(self.model, ids, points, batch=max(1, LOGIT_ROWS // ids.shape[1]), progress=update)
         counter = self.elastic.layers[0].counter
         slots = counter.chosen // counter.tokens * self.elastic.layers[0].plan.n_sub
-        return torch.tensor([quality.kl for quality, _ in measured], dtype=torch.float64), slots
+        return torch.tensor([found.quality.kl for found in measured], dtype=torch.float64), slots
 
 
 def unit_cost(levels: Tensor, budget: float, loss: float) -> float:

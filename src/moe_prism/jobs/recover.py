@@ -15,7 +15,7 @@ from ..artefact.load import SIDE_FILE, load, read_tensors
 from ..artefact.output import check_apart, finished
 from ..checkpoint import Journal, OutputFolder, elastic_manifest, write_manifest
 from ..data import Windows, token_windows
-from ..elastic.runtime import ElasticLayer
+from ..elastic.layer import ElasticLayer
 from ..errors import CorruptError, UsageError
 from ..progress import Report, peak_rss_bytes, silent
 from ..recover import RecoverJob, methods

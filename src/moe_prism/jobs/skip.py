@@ -2,51 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from ..artefact.open import open_model
-from ..elastic.bind_plans import made
-from ..elastic.runtime import Setting
+from ..errors import UsageError
 from ..frontier.measure import measure
-from ..methods.skip.base import SkipOptions, skip_method
+from ..methods.skip.base import SkipMethod, skip_method
+from ..point import NamedPoint
 from ..progress import Report, silent
-from ..routing import SkipPlan
 from .frontier import FrontierOptions, evaluation_windows, subject_of
 
-__all__ = ["SkipOptions", "make_plan"]
+
+@dataclass(frozen=True, kw_only=True)
+class SkipOptions:
+    """mean: experts per token and layer. keep_mass: whether the weights of what is left are scaled up; None: as the model's router does it.
+
+    parameters: of the method, by name, beside what its name says. text, tokens and length: what it is fitted on, and as much of the other
+    side to measure it on.
+    """
+
+    mean: float | None = None
+    keep_mass: bool | None = None
+    parameters: Mapping[str, Any] | None = None
+    text: str = "stdlib"
+    tokens: int = 8_192
+    length: int = 512
 
 
 def make_plan(
-    folder: str | Path,
-    method: str = "sensitivity",
-    mean: float | None = None,
-    options: SkipOptions | None = None,
-    *,
-    text: str = "stdlib",
-    tokens: int = 8_192,
-    length: int = 512,
-    report: Report = silent,
-) -> SkipPlan:
-    """A plan of `mean` experts per token and layer, by a method of expert skipping (`moe-prism ls methods`).
+    folder: str | Path, method: str = "sensitivity", options: SkipOptions | None = None, *, report: Report = silent
+) -> NamedPoint:
+    """An operating point that computes `mean` experts per token and layer, by a method of expert skipping (`moe-prism ls methods`).
 
     Fitted on `tokens` tokens of the calibration side of a text; `made["quality"]` is its perplexity, KL to the full model (nats per token),
     top-1 agreement and experts per token on as many of the other side. Raises UsageError for a folder, method or number that does not fit.
     """
-    chosen = skip_method(method)
-    frontier = FrontierOptions(text=text, tokens=tokens, length=length, calibration_tokens=tokens)
+    options = options or SkipOptions()
+    chosen = with_parameters(skip_method(method), options.parameters or {})
+    frontier = FrontierOptions(text=options.text, tokens=options.tokens, length=options.length, calibration_tokens=options.tokens)
     frontier.check()
     opened = open_model(folder)
     subject = subject_of(opened, frontier, report)
-    plan = chosen.finished(subject, mean, options)
+    named = chosen.point(subject, options.mean, options.keep_mass)
     windows = evaluation_windows(opened, frontier)
     with report("quality of the plan") as update:
-        [(quality, cost)] = measure(opened.model, opened.elastic, windows.ids, [Setting(routing=made([plan]))], progress=update)
+        [found] = measure(opened.model, windows.ids, [named.point], progress=update)
     record = {
         "text": windows.source,
         "tokens": windows.tokens,
-        "kl": quality.kl,
-        "ppl": quality.ppl,
-        "top1_agreement": quality.top1_agreement,
-        "experts_per_token": cost.k_slots / opened.n_sub,
+        "kl": found.quality.kl,
+        "ppl": found.quality.ppl,
+        "top1_agreement": found.quality.top1_agreement,
+        "experts_per_token": found.cost.k_slots / opened.n_sub,
     }
-    return plan.with_(made={**plan.made, "text": text, "model": opened.name, "quality": record})
+    return replace(named, made={**named.made, "text": options.text, "model": opened.name, "quality": record})
+
+
+def with_parameters(chosen: SkipMethod, given: Mapping[str, Any]) -> SkipMethod:
+    """The method with some of its parameters set. UsageError for one that it does not have."""
+    known = [f.name for f in fields(chosen.Parameters)]
+    for name in given:
+        if name not in known:
+            plain = chosen.name.partition(":")[0]
+            raise UsageError(f"method '{plain}' has no --{name.replace('_', '-')}", f"it has: {', '.join(known) or 'none'}")
+    return type(chosen)(chosen.name, replace(chosen.parameters, **given))

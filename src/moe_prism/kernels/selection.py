@@ -5,6 +5,8 @@ Shapes as in `base.py`; every function has its tensor form beside its caller, wh
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -14,14 +16,36 @@ Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
 
-@njit(nogil=True, cache=True)
-def predicted_norms(
-    linear: Floats, gates: Floats, scale: Floats, weight: Floats, index: Ints, ceiling: float, out: Floats
-) -> None:
-    """out [T, k, N] = exp(linear + weight's tail . [sqrt(|gates| scale), 1]) for every choice.
+class Norms(NamedTuple):
+    """What the ridge predictor needs of every choice (S = T k of them) to say how large each block's output is.
 
-    linear [T k, N or more], gates [T k, N r], scale [E, N r], weight [E, N, d + N r + 1], index [T, k]; ceiling of the exponent.
+    linear [S, N or more]: its part that is linear in the input. gates [S, N r]: activations of the gate neurons. scale [E, N r]: their
+    down-projections' norms. weight [E, N, N r + 1 at least]: its last N r + 1 columns are of gates and constant. ceiling: of the exponent.
     """
+
+    linear: Floats
+    gates: Floats
+    scale: Floats
+    weight: Floats
+    ceiling: float
+
+
+class Choosing(NamedTuple):
+    """The candidates of a batch and a rule: chosen (ids), weight [T, k] of the router (ids outside [0, E) mean none).
+
+    cutoffs: at evenly spaced budgets, for `mark_above`; none of them for `mark_largest`.
+    """
+
+    norms: Norms
+    chosen: Ints
+    weight: Floats
+    cutoffs: Floats
+
+
+@njit(nogil=True, cache=True)
+def predicted_norms(norms: Norms, index: Ints, out: Floats) -> None:
+    """out [T, k, N] = exp(linear + weight's tail . [sqrt(|gates| scale), 1]) for every choice index [T, k]."""
+    linear, gates, scale, weight, ceiling = norms.linear, norms.gates, norms.scale, norms.weight, norms.ceiling
     tokens, k, n_sub = out.shape
     features, last = gates.shape[1], weight.shape[2] - 1
     energy = np.empty(features, np.float32)
@@ -65,22 +89,22 @@ def mark_largest(values: Floats, budget: Floats, valid: Flags, keep: Flags) -> N
 
 
 @njit(nogil=True, cache=True)
-def mark_above(values: Floats, levels: Floats, budget: Floats, valid: Flags, keep: Flags) -> None:
-    """keep [T, k, N] = valid slots whose value reaches the level of the token's budget [T], and every token's first largest one.
+def mark_above(values: Floats, cutoffs: Floats, budget: Floats, valid: Flags, keep: Flags) -> None:
+    """keep [T, k, N] = valid slots whose value reaches the cutoff of the token's budget [T], and every token's first largest one.
 
-    levels: at evenly spaced budgets from 0 to 1, linear in between; every valid slot at budget 1.
+    cutoffs: at evenly spaced budgets from 0 to 1, linear in between; every valid slot at budget 1.
     """
     tokens, k, n_sub = values.shape
-    steps = len(levels) - 1
+    steps = len(cutoffs) - 1
     for t in range(tokens):
         position = min(max(budget[t], np.float32(0)), np.float32(1)) * np.float32(steps)
         low = int(position)
-        level = levels[low] + (position - np.float32(low)) * (levels[min(low + 1, steps)] - levels[low])
-        level = np.float32(0) if budget[t] >= 1 else level
+        cutoff = cutoffs[low] + (position - np.float32(low)) * (cutoffs[min(low + 1, steps)] - cutoffs[low])
+        cutoff = np.float32(0) if budget[t] >= 1 else cutoff
         best, at = np.float32(-np.inf), 0
         for c in range(k):
             for n in range(n_sub):
-                keep[t, c, n] = valid[t, c] and values[t, c, n] >= level
+                keep[t, c, n] = valid[t, c] and values[t, c, n] >= cutoff
                 if values[t, c, n] > best:
                     best, at = values[t, c, n], c * n_sub + n
         keep[t, at // n_sub, at % n_sub] = valid[t, at // n_sub]
@@ -102,23 +126,18 @@ def add_dropped(index: Ints, weight: Floats, keep: Flags, vectors: Floats, out: 
 
 
 @njit(nogil=True, cache=True)
-def select(
-    linear: Floats, gates: Floats, scale: Floats, predictor: Floats, ceiling: float, index: Ints, weight: Floats, levels: Floats,
-    budgets: Floats, keeps: Flags, values: Floats,
-) -> None:  # fmt: skip
-    """keeps [B, T, k, N] of a choice at each of budgets [B, T], and the slots' values [T, k, N].
-
-    linear ... ceiling: as `predicted_norms`; levels: as `mark_above`, or none of them for `mark_largest`. Ids outside [0, E) mean none.
-    """
+def select(candidates: Choosing, budgets: Floats, keeps: Flags, values: Floats) -> None:
+    """keeps [B, T, k, N] of a choice at each of budgets [B, T], and the slots' values [T, k, N]."""
+    index, experts = candidates.chosen, len(candidates.norms.weight)
     clamped, valid = np.empty_like(index), np.empty(index.shape, np.bool_)
     for t in range(index.shape[0]):
         for c in range(index.shape[1]):
-            clamped[t, c] = min(max(index[t, c], 0), len(predictor) - 1)
+            clamped[t, c] = min(max(index[t, c], 0), experts - 1)
             valid[t, c] = clamped[t, c] == index[t, c]
-    predicted_norms(linear, gates, scale, predictor, clamped, ceiling, values)
-    slot_values(weight, values, valid, values)
+    predicted_norms(candidates.norms, clamped, values)
+    slot_values(candidates.weight, values, valid, values)
     for b in range(len(budgets)):
-        if len(levels):
-            mark_above(values, levels, budgets[b], valid, keeps[b])
+        if len(candidates.cutoffs):
+            mark_above(values, candidates.cutoffs, budgets[b], valid, keeps[b])
         else:
             mark_largest(values, budgets[b], valid, keeps[b])

@@ -1,34 +1,32 @@
-"""What can be compared on one frontier: a method turns a loaded model into candidates, and all candidates are measured the same way.
+"""The contract of a method: it turns a loaded model into operating points, and all points are measured, run and served the same way.
 
-A method is one file and one line of `methods`. It sees the loaded model through `Subject`, does its fitting (on calibration text only)
-while it makes its candidates, and says in each how the model is to run: a `Setting`, and a context manager that puts whatever else is
-needed on the model and takes it off exactly. The selection rules of `elastic.rules` are methods too, by their own names.
+A method is one file and one line of `catalogue`. It sees the model through `Subject`, does its fitting (on calibration text only) while it
+makes its points, and says in each how the model is to run. A selection rule of `elastic.rules` and a pruning criterion are methods too:
+`RuleMethod` and `Prune` stand between them and this contract.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ..elastic import Elastic
-from ..elastic.rules import rules
-from ..elastic.runtime import Setting
 from ..errors import UsageError
+from ..point import NamedPoint
 from ..progress import Report, silent
-from ..registry import Registry, choices
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Subject:
     """The model that is measured. k experts per token, n_sub sub-experts per expert (1: a plain checkpoint, whole experts only).
 
     `read_calibration` gives token windows [n, length] of text that is not in the evaluation; it is called at most once, when a method asks.
+    points: how many a method with a continuous dial makes; None: its own number.
     """
 
     model: Any
@@ -52,83 +50,63 @@ class Subject:
         """Slots per token and layer at full budget, k * n_sub."""
         return self.k * self.n_sub
 
+    @property
+    def layers(self) -> int:
+        """MoE layers of the model."""
+        return len(self.elastic.layers)
 
-@dataclass(frozen=True)
-class Candidate:
-    """One operating point to measure. name: short and unique on the frontier, e.g. "product-8".
 
-    install: called for every batch of windows, so entering and leaving must be quick; what is slow belongs before, where the candidate
-    is made. Leaving restores the model to the bit. resident_share: expert weights that stay in memory / all expert weights, where the
-    method removes some.
-    """
-
-    name: str
-    setting: Setting = field(default_factory=Setting)
-    install: Callable[[], AbstractContextManager[object]] = nullcontext
-    resident_share: float = 1.0
+@dataclass(frozen=True, kw_only=True)
+class NoParameters:
+    """For methods that have none."""
 
 
 class Method(ABC):
-    """A way to make a model cheaper, at several prices. `argument` is what follows the colon in `prune:soft-count`."""
+    """A way to make a model cheaper, at several prices. name: as the user wrote it, with what follows the colon in `ser:2`."""
 
+    acts: ClassVar[str]
+    """Which part of an operating point it fills in: weights, routing, slots or decoding."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """What it is fitted on, in words for `moe-prism ls methods`."""
+    paper: ClassVar[str] = ""
+    """Where it comes from; empty: our own."""
+    depends_on_batch: ClassVar[bool] = False
+    """Whether what a token gets depends on the other tokens of its batch: never served unless it is named."""
     needs_sub_experts: ClassVar[bool] = False
     """Whether the model must have been refactored."""
+    Parameters: ClassVar[type[Any]] = NoParameters
+    """A frozen dataclass; its fields are what a user may set."""
 
-    def __init__(self, name: str, argument: str | None) -> None:
-        self.name, self.argument = name, argument
+    def __init__(self, name: str, parameters: Any) -> None:
+        self.name, self.parameters = name, parameters
 
-    def refuse_argument(self) -> None:
-        """UsageError if an argument was given: for methods that have none."""
-        if self.argument is not None:
-            plain = self.name.partition(":")[0]
-            raise UsageError(f"method '{plain}' takes no argument, '{self.argument}' was given", f"write '{plain}'")
+    @classmethod
+    def read_argument(cls, name: str, text: str | None) -> Any:
+        """The parameters that the text after the colon says; None: nothing was said. UsageError where it says nothing that is known.
+
+        Here: the value of the first field, a whole number or a name. Methods without parameters take no text.
+        """
+        known = fields(cls.Parameters)
+        if text is None:
+            return cls.Parameters()
+        if not known:
+            plain = name.partition(":")[0]
+            raise UsageError(f"method '{plain}' takes no argument, '{text}' was given", f"write '{plain}'")
+        first = known[0]
+        if str(first.type).startswith("int"):
+            if not text.isdigit():
+                raise UsageError(f"'{text}' of '{name}' is no whole number", "give one, such as 2")
+            return cls.Parameters(**{first.name: int(text)})
+        return cls.Parameters(**{first.name: text})
+
+    @classmethod
+    def example(cls) -> str | None:
+        """What follows the colon where the generic tests try the method; None: nothing does."""
+        return None
 
     @abstractmethod
-    def candidates(self, subject: Subject) -> Sequence[Candidate]:
-        """The points to measure, cheapest or dearest first. Raises UsageError where the model has no such points."""
+    def points(self, subject: Subject) -> Sequence[NamedPoint]:
+        """The points to measure, cheapest or dearest first. Raises UsageError where the model has no such points.
 
-
-methods: Registry[type[Method]] = Registry(
-    "method",
-    {
-        "prune": (
-            "moe_prism.methods.prune.masked:Prune",
-            "expert pruning in mask mode: fewer experts in memory, as many per token; :CRITERION, :CRITERION-global, :CRITERION-measured",
-        ),
-        "uniform": ("moe_prism.methods.skip.base:Uniform", "expert skipping: the same number of experts in every layer"),
-        "pattern-skip": (
-            "moe_prism.methods.skip.base:PatternSkip",
-            "expert skipping: counts along straight lines; :b-h-e-p, :descending (default), :ascending, :peak, :valley",
-        ),
-        "sensitivity": (
-            "moe_prism.methods.skip.base:Sensitivity",
-            "expert skipping: counts by what each layer loses, improved together; :alone, :isolated (Alloc-MoE) without that",
-        ),
-        "ser": ("moe_prism.methods.skip.base:Ser", "expert skipping per token: weights below a share of the largest; :K_MIN"),
-        "naee": ("moe_prism.methods.skip.base:Naee", "the same with thresholds per layer and rank from calibration quantiles"),
-        "score-mass": (
-            "moe_prism.methods.skip.base:ScoreMassMethod",
-            "expert skipping per token: the fewest experts that hold a share of the routing weight",
-        ),
-        "weight-level": (
-            "moe_prism.methods.skip.base:WeightLevelMethod",
-            "expert skipping per token: weights below the layer's calibrated level; :METHOD gives the counts",
-        ),
-        "batch-redistribution": (
-            "moe_prism.methods.skip.base:Batch",
-            "expert skipping per batch: a layer's budget goes to the largest weights; :METHOD gives the counts",
-        ),
-    },
-)
-
-
-def method(name: str) -> Method:
-    """The method of a name as `--methods` takes it: a selection rule, or NAME or NAME:ARGUMENT of the registry."""
-    plain, colon, argument = name.partition(":")
-    if plain in methods.names():
-        return methods.get(plain)(name, argument if colon else None)
-    if plain in rules.names():
-        from .slots.rules import RuleMethod
-
-        return RuleMethod(name, argument if colon else None)
-    raise UsageError(f"unknown method '{plain}'", choices(plain, [*rules.names(), *methods.names()]))
+        Names are short and unique on a frontier, e.g. "product-8".
+        """

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..elastic import Slots
-from ..elastic.runtime import ElasticLayer, experts_per_token
+from ..elastic.layer import ElasticLayer
+from ..elastic.runtime import experts_per_token
 from ..errors import UsageError
 from ..model import MoELayer, find_layers
 from .trace import DECODE, FORMAT, PREFILL, SIDES, Trace
@@ -59,21 +60,15 @@ class TraceRecorder:
             if self.inputs:
                 keep("inputs", x.half())
             if inner is not None:
-                keep("kept", _bits(self._select(inner, x, index, weight, valid)))
+                keep("kept", _bits(inner.kept(inner.elastic.step, x, index, weight)))
                 if self.values:
                     keep("values", self._values(inner, x, index, weight, valid).half())
             return layer.native(x, index, weight) if inner is None else inner(x, index, weight)
 
         return observe
 
-    def _select(self, inner: ElasticLayer, x: Tensor, index: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
-        setting = inner.elastic.setting
-        if setting.is_full(inner.plan.layer.index):
-            return valid[:, :, None].expand(-1, -1, inner.plan.n_sub)
-        return inner.select(x, index, weight, valid, setting)
-
     def _values(self, inner: ElasticLayer, x: Tensor, index: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
-        scorer = inner.scorer(inner.elastic.setting.scorer)
+        scorer = inner.scorer(inner.elastic.step.bound.groups[0].scorer)
         slots = Slots(
             x, index, weight, valid, inner.plan.n_sub, lambda: scorer(x, index.clamp(0, inner.plan.layer.num_experts - 1))
         )

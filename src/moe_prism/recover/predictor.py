@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from ..calibrate.run import backbone_of
 from ..elastic import Slots
+from ..elastic.layer import ElasticLayer
 from ..elastic.rules.threshold import Threshold, fit_levels, pool_levels
-from ..elastic.runtime import ElasticLayer, Setting
 from ..elastic.scorers.ridge import CEILING, Ridge, features
 from ..frontier.measure import measure
+from ..point import FULL
 from .base import RecoverJob
 
 RATE = 1e-3
@@ -140,8 +141,8 @@ def _log_probabilities(model: Any, layers: Sequence[_Trained], rows: Tensor, bud
 def _price(job: RecoverJob) -> Callable[[float], float]:
     """KL that a slot more saves, as a share of all slots: the slope of ln KL = a - b budget, fitted to the untrained model."""
     ids = job.ids[:: max(1, len(job.ids) // PRICE_WINDOWS)][:PRICE_WINDOWS]
-    settings = [Setting(budget, "threshold") for budget in PRICED_AT]
-    kls = [max(quality.kl, 1e-9) for quality, _ in measure(job.model, job.elastic, ids, settings, batch=1)]
+    points = [FULL.with_budget(budget) for budget in PRICED_AT]
+    kls = [max(found.quality.kl, 1e-9) for found in measure(job.model, ids, points, batch=1)]
     budgets = torch.tensor([[1.0, -budget] for budget in PRICED_AT], dtype=torch.float64)
     a, b = torch.linalg.lstsq(budgets, torch.tensor(kls, dtype=torch.float64).log()[:, None]).solution[:, 0].tolist()
     return lambda budget: max(0.0, b * math.exp(a - b * budget))

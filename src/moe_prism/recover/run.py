@@ -12,9 +12,11 @@ from torch import Tensor
 from ..calibrate.run import Progress, backbone_of, input_device
 from ..calibrate.tokens import SKIPPED_POSITIONS
 from ..elastic import Elastic
+from ..elastic.bind import Step, bind
+from ..elastic.layer import ElasticLayer
 from ..elastic.repair import REPAIR
-from ..elastic.runtime import ElasticLayer, Setting
 from ..errors import CorruptError, DoesNotFit
+from ..point import FULL
 from .base import RecoverJob
 from .repair import Normal
 
@@ -71,6 +73,8 @@ def equations(
 
 
 def _observer(layer: ElasticLayer, normal: Normal, window: int, *, last: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    steps = [Step(bind(layer.elastic, [FULL.with_budget(budget)])) for budget in BUDGETS]
+
     def observe(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         if not torch.isfinite(x).all():
             raise CorruptError(
@@ -83,8 +87,7 @@ def _observer(layer: ElasticLayer, normal: Normal, window: int, *, last: bool) -
             rows = usable & ((number // window == BATCH - 1) == held)
             if rows.any():
                 mine = x[rows], index[rows], weight[rows]
-                valid = (mine[1] >= 0) & (mine[1] < layer.plan.layer.num_experts)
-                normal.add(*mine, [layer.select(*mine, valid, Setting(budget, "threshold")) for budget in BUDGETS], held=held)
+                normal.add(*mine, [layer.kept(step, *mine) for step in steps], held=held)
         if last:
             raise _Reached
         return layer.plan.layer.native(x, index, weight)

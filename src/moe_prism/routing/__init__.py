@@ -1,13 +1,12 @@
-"""Skipping whole experts at run time: plans per layer, rules per token, and what they do to the router's choice."""
+"""Routing stages: what is made of the router's choice before slots are selected."""
 
 from ..registry import Registry
-from .base import PlanIndex, RoutingPolicy
-from .plan import SkipPlan
+from .base import PlanIndex, Routed, Stage
 
-__all__ = ["PlanIndex", "RoutingPolicy", "SkipPlan", "routing_policies"]
+__all__ = ["PlanIndex", "Routed", "Stage", "routing_stages", "stage_class"]
 
-routing_policies: Registry[type[RoutingPolicy]] = Registry(
-    "routing policy",
+routing_stages: Registry[type[Stage]] = Registry(
+    "routing stage",
     {
         "top-n": ("moe_prism.routing.top_n:TopN", "a layer's best n experts of every token"),
         "token-threshold": (
@@ -18,9 +17,9 @@ routing_policies: Registry[type[RoutingPolicy]] = Registry(
             "moe_prism.routing.score_mass:ScoreMass",
             "the fewest experts that hold a share of the token's routing weight (for sigmoid routers too)",
         ),
-        "weight-level": (
-            "moe_prism.routing.weight_level:WeightLevel",
-            "experts whose weight reaches the layer's level: n per token on average over the calibration text",
+        "weight-cutoff": (
+            "moe_prism.routing.weight_cutoff:WeightCutoff",
+            "experts whose weight reaches the layer's cutoff: n per token on average over the calibration text",
         ),
         "batch-redistribution": (
             "moe_prism.routing.batch:BatchRedistribution",
@@ -28,3 +27,15 @@ routing_policies: Registry[type[RoutingPolicy]] = Registry(
         ),
     },
 )
+"""Stages that several methods share. A method with a stage of its own needs no line here: its stage has the method's name."""
+
+
+def stage_class(name: str) -> type[Stage]:
+    """The stage of a name: one of `routing_stages`, or that of the method of the same name. UsageError for any other."""
+    from ..catalogue import methods
+
+    if name not in routing_stages.names() and name in methods.names("routing"):
+        own: type[Stage] | None = getattr(methods.get(name), "stage", None)
+        if own is not None:
+            return own
+    return routing_stages.get(name)

@@ -1,91 +1,129 @@
-"""The contract of a routing policy. Shapes: T tokens, k experts per token, L MoE layers, P plans.
+"""The contract of a routing stage. Shapes: T tokens, k experts per token, E experts, d hidden, L MoE layers, P variants.
 
-A policy sees what the router chose and says which of it is computed. It never sees more than that: no scores of other experts, no group
-limits, no selection bias. So it works behind every router, whatever its score function, and what the router does before is untouched.
+A stage sees what the router chose and says what is made of it: fewer experts, more, others, with other weights. What the router does
+before is untouched. A stage that wants more than the choice asks `Routed` for it and says so in `needs`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .plan import SkipPlan
+from ..point import RoutingStage
 
 PlanIndex = int | Tensor
-"""Which plan of a policy: one for all tokens, or one per token [T] (int64)."""
+"""Which variant of a stage: one for all tokens, or one per token [T] (int64)."""
+
+
+def _unavailable() -> Tensor:
+    raise UsageError("nobody offers what this routing stage asks for", "run it on a model that moe-prism has loaded")
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A batch on its way through the stages of one layer.
+
+    x [T, d]: the layer's input. index [T, k]: expert ids, -1 for no expert; ids from E on are experts that are not weights
+    (`model.extra`). weight [T, k]. k may change from stage to stage. scores() gives the router's probabilities [T, E], residual() the
+    residual stream [T, d]: both are computed when asked for. state: what stages carry from layer to layer of one forward, [T, ...] each.
+    """
+
+    x: Tensor
+    index: Tensor
+    weight: Tensor
+    layer: int
+    experts: int
+    scores: Callable[[], Tensor] = _unavailable
+    residual: Callable[[], Tensor] = _unavailable
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def of(self, rows: Tensor) -> Routed:
+        """The part of the batch that rows [S] name. What it carries on is its own: `merged` puts it back."""
+        state = {name: value[rows] for name, value in self.state.items()}
+        return replace(
+            self,
+            x=self.x[rows],
+            index=self.index[rows],
+            weight=self.weight[rows],
+            state=state,
+            scores=lambda: self.scores()[rows],
+            residual=lambda: self.residual()[rows],
+        )
 
 
 class Column:
-    """A number, or one per routing rank, for every plan and layer; on a device it is stored once."""
+    """A number, or one per routing rank, for every variant and layer; on a device it is stored once."""
 
     def __init__(self, rows: Sequence[Sequence[Sequence[float]]]) -> None:
         """rows [P][L][1 or k]."""
         self._rows = torch.tensor(rows, dtype=torch.float32)
         self._on = {self._rows.device: self._rows}
 
-    def at(self, layer: int, level: PlanIndex, device: torch.device) -> Tensor:
-        """[1 or k] of one plan, or [T, 1 or k] of one per token."""
+    def at(self, layer: int, which: PlanIndex, device: torch.device) -> Tensor:
+        """[1 or k] of one variant, or [T, 1 or k] of one per token."""
         if device not in self._on:
             self._on[device] = self._rows.to(device)
         own = self._on[device][:, layer]
-        return own[level] if isinstance(level, int) else own[level.reshape(-1).to(device)]
+        return own[which] if isinstance(which, int) else own[which.reshape(-1).to(device)]
 
-    def of_plan(self, plan: int, layer: int) -> list[float]:
+    def of_plan(self, variant: int, layer: int) -> list[float]:
         """The same as Python numbers, without waiting for any device."""
-        return self._rows[plan, layer].tolist()
+        return self._rows[variant, layer].tolist()
 
 
-class RoutingPolicy(ABC):
-    """Made from one or more plans of the same policy; `level` chooses among them, per call or per token. Holds no state of a batch."""
+class Stage(ABC):
+    """Made from one or more `RoutingStage`s of the same name: variants that differ in numbers, so that one call serves a mixed batch."""
 
     parameters: ClassVar[tuple[str, ...]] = ()
-    """Names of the plan's parameters it reads."""
+    """Names of the parameters it reads."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What it asks of `Routed` beside the choice: "scores", "residual", "state"."""
     depends_on_batch: ClassVar[bool] = False
     """Whether a token's experts depend on the other tokens of the batch."""
 
-    def __init__(self, plans: Sequence[SkipPlan]) -> None:
-        """Raises UsageError where plans differ in layers or in keep_mass, or lack a parameter."""
-        if not plans:
-            raise UsageError("a routing policy was given no plan", "give at least one")
-        if len({len(plan.layers) for plan in plans}) > 1 or len({plan.keep_mass for plan in plans}) > 1:
-            raise UsageError("plans of one policy differ in layers or in keep_mass", "make them for the same model and setting")
-        self.plans = tuple(plans)
-        self.keep_mass = bool(plans[0].keep_mass)
-        self.counts = Column([[[float(n)] for n in plan.layers] for plan in plans])
+    def __init__(self, variants: Sequence[RoutingStage]) -> None:
+        """Raises UsageError where variants differ in layers or in keep_mass, or lack a parameter."""
+        if not variants:
+            raise UsageError("a routing stage was given no variant", "give at least one")
+        if len({len(v.layers) for v in variants}) > 1 or len({v.keep_mass for v in variants}) > 1:
+            raise UsageError("variants of one stage differ in layers or in keep_mass", "make them for the same model and setting")
+        self.variants = tuple(variants)
+        self.keep_mass = bool(variants[0].keep_mass)
+        self.counts = Column([[[float(n)] for n in v.layers] for v in variants])
         for name in self.parameters:
-            missing = [plan for plan in plans if name not in plan.parameters]
-            if missing:
-                raise UsageError(f"a plan has no parameter '{name}'", "make it with `moe-prism skip`")
-        self._columns = {name: Column([plan.parameters[name] for plan in plans]) for name in self.parameters}
+            if any(name not in v.parameters for v in variants):
+                raise UsageError(f"a routing stage has no parameter '{name}'", "make it with `moe-prism skip`")
+        self._columns = {name: Column([v.parameters[name] for v in variants]) for name in self.parameters}
         self._neutral: dict[tuple[int, int, int], bool] = {}
 
     def column(self, name: str) -> Column:
         return self._columns[name]
 
-    def check_level(self, level: PlanIndex) -> None:
-        """UsageError for a plan that does not exist. Levels on a GPU are not asked for."""
-        if isinstance(level, Tensor):
-            if level.device.type != "cpu" or not level.numel():
+    def check_which(self, which: PlanIndex) -> None:
+        """UsageError for a variant that does not exist. Indices on a GPU are not asked for."""
+        if isinstance(which, Tensor):
+            if which.device.type != "cpu" or not which.numel():
                 return
-            low, high = int(level.min()), int(level.max())
+            low, high = int(which.min()), int(which.max())
         else:
-            low = high = level
-        if low < 0 or high >= len(self.plans):
-            raise UsageError(f"there is no plan {low if low < 0 else high}", f"give a level from 0 to {len(self.plans) - 1}")
+            low = high = which
+        if low < 0 or high >= len(self.variants):
+            raise UsageError(f"there is no variant {low if low < 0 else high}", f"give one from 0 to {len(self.variants) - 1}")
 
-    def is_neutral(self, layer: int, level: PlanIndex, k: int) -> bool:
-        """Whether nothing can be skipped. Never waits for a GPU: levels there count as all plans."""
-        if isinstance(level, int):
-            rows: Sequence[int] = (level,)
-        elif level.device.type == "cpu":
-            rows = torch.unique(level).tolist()
+    def is_neutral(self, layer: int, which: PlanIndex, k: int) -> bool:
+        """Whether nothing can change. Never waits for a GPU: indices there count as all variants."""
+        if isinstance(which, int):
+            rows: Sequence[int] = (which,)
+        elif which.device.type == "cpu":
+            rows = torch.unique(which).tolist()
         else:
-            rows = range(len(self.plans))
+            rows = range(len(self.variants))
         return all(self._row_is_neutral(row, layer, k) for row in rows)
 
     def _row_is_neutral(self, row: int, layer: int, k: int) -> bool:
@@ -94,33 +132,44 @@ class RoutingPolicy(ABC):
             self._neutral[key] = self.keeps_all(row, layer, k)
         return self._neutral[key]
 
-    def keeps_all(self, plan: int, layer: int, k: int) -> bool:
-        """Whether a plan skips nothing in a layer; here by its count alone."""
-        return self.counts.of_plan(plan, layer)[0] >= k
+    def keeps_all(self, variant: int, layer: int, k: int) -> bool:
+        """Whether a variant changes nothing in a layer; here by its count alone."""
+        return self.counts.of_plan(variant, layer)[0] >= k
 
     @abstractmethod
-    def kept(self, ranked: Tensor, layer: int, level: PlanIndex) -> Tensor:
+    def route(self, routed: Routed, which: PlanIndex) -> Routed:
+        """What is left to be computed. Nothing is read back from a GPU. Not called where the stage `is_neutral`."""
+
+    def __call__(self, routed: Routed, which: PlanIndex = 0) -> Routed:
+        """`route`, or the very same batch where nothing can change."""
+        if isinstance(which, Tensor) and which.numel() != len(routed.x):
+            raise UsageError(f"{which.numel()} variants for {len(routed.x)} tokens", "give one per token of the flattened batch")
+        return routed if self.is_neutral(routed.layer, which, routed.index.shape[1]) else self.route(routed, which)
+
+
+class SkipStage(Stage):
+    """A stage that computes some of the router's experts and leaves the others out."""
+
+    @abstractmethod
+    def kept(self, ranked: Tensor, layer: int, which: PlanIndex) -> Tensor:
         """keep [T, k] bool, from a token's routing weights ranked [T, k], largest first; -1 where the router chose no expert.
 
-        The first is always kept; a token at a plan that `keeps_all` keeps everything.
+        The first is always kept; a token whose variant `keeps_all` keeps everything.
         """
 
-    def __call__(self, index: Tensor, weight: Tensor, layer: int, level: PlanIndex = 0) -> tuple[Tensor, Tensor]:
-        """index, weight [T, k] of the router (-1: no expert) -> the same with id -1 and weight 0 where an expert is skipped.
+    def ranked_keep(self, ranked: Tensor, order: Tensor, routed: Routed, which: PlanIndex) -> Tensor:
+        """`kept`; a stage that looks at more than the weights overrides this. order [T, k]: places of the ranks in routed.index."""
+        return self.kept(ranked, routed.layer, which)
 
-        The very same tensors where nothing can be skipped. Ranks are by |weight|, equal ones in the router's order. Nothing is read back
-        from a GPU.
-        """
-        tokens, k = index.shape
-        if isinstance(level, Tensor) and level.numel() != tokens:
-            raise UsageError(f"{level.numel()} levels for {tokens} tokens", "give one per token of the flattened batch")
-        if self.is_neutral(layer, level, k):
-            return index, weight
+    def route(self, routed: Routed, which: PlanIndex) -> Routed:
+        """Skipped experts get id -1 and weight 0. Ranks are by |weight|, equal ones in the router's order."""
+        index, weight = routed.index, routed.weight
         chosen = index >= 0
         size = weight.float().abs()
         ranked, order = size.masked_fill(~chosen, -1.0).sort(dim=1, descending=True, stable=True)
-        keep = torch.zeros_like(chosen).scatter_(1, order, self.kept(ranked, layer, level)) & chosen
-        return index.masked_fill(~keep, -1), self._weights(weight, size.masked_fill(~chosen, 0.0), keep)
+        keep = torch.zeros_like(chosen).scatter_(1, order, self.ranked_keep(ranked, order, routed, which)) & chosen
+        left = self._weights(weight, size.masked_fill(~chosen, 0.0), keep)
+        return replace(routed, index=index.masked_fill(~keep, -1), weight=left)
 
     def _weights(self, weight: Tensor, size: Tensor, keep: Tensor) -> Tensor:
         if self.keep_mass:
@@ -144,7 +193,15 @@ def fit_dial(mean_at: Callable[[float], float], mean: float, *, steps: int = 40)
     return low
 
 
-def mean_kept(policy: RoutingPolicy, samples: Sequence[Tensor]) -> float:
-    """Experts per token and layer that a policy of one plan keeps of routing weights [S, k] per layer, largest first."""
-    share = [policy.kept(ranked, layer, 0).sum(1).double().mean() for layer, ranked in enumerate(samples)]
+def mean_kept(stage: SkipStage, samples: Sequence[Tensor]) -> float:
+    """Experts per token and layer that a stage of one variant keeps of routing weights [S, k] per layer, largest first."""
+    share = [stage.kept(ranked, layer, 0).sum(1).double().mean() for layer, ranked in enumerate(samples)]
     return float(torch.stack(share).mean())
+
+
+def merge_state(state: dict[str, Tensor], rows: Tensor, own: Mapping[str, Tensor], tokens: int) -> None:
+    """Put what a part of a batch carries (rows [S]) back into the state of all its `tokens`; rows that carry nothing hold zeros."""
+    for name, value in own.items():
+        if name not in state or state[name].shape[1:] != value.shape[1:]:
+            state[name] = value.new_zeros(tokens, *value.shape[1:])
+        state[name][rows] = value

@@ -12,20 +12,20 @@ import math
 import torch
 from torch import Tensor
 
-from .base import PlanIndex, RoutingPolicy, ranks
+from .base import PlanIndex, SkipStage, ranks
 
 
-class BatchRedistribution(RoutingPolicy):
+class BatchRedistribution(SkipStage):
     """The `base` first experts of every token, and the largest of all others up to sum of n over the tokens."""
 
     parameters = ("base",)
     depends_on_batch = True
 
-    def kept(self, ranked: Tensor, layer: int, level: PlanIndex) -> Tensor:
+    def kept(self, ranked: Tensor, layer: int, which: PlanIndex) -> Tensor:
         device, rank = ranked.device, ranks(ranked)
         tokens, k = ranked.shape
-        count = self.counts.at(layer, level, device).clamp(max=k)
-        base = self.column("base").at(layer, level, device).clamp(min=1)
+        count = self.counts.at(layer, which, device).clamp(max=k)
+        base = self.column("base").at(layer, which, device).clamp(min=1)
         # a token whose plan skips nothing neither gives nor takes
         owned = (rank < torch.minimum(base, count)) | (count >= k)
         total = count.expand(tokens, 1).sum().round().long()

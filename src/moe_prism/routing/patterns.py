@@ -12,51 +12,49 @@ from fractions import Fraction
 from typing import Literal, get_args
 
 from ..errors import UsageError
-from .plan import SkipPlan
+from ..point import RoutingStage
 
 Rounding = Literal["half-up", "floor", "ceil", "budget"]
 IndexOver = Literal["moe", "all"]
 
 
-def uniform(layers: int, k: int, n: int) -> SkipPlan:
+def uniform(layers: int, k: int, n: int) -> RoutingStage:
     """n of k experts in every layer."""
     if not 1 <= n <= k:
         raise UsageError(f"{n} experts per token is outside 1..{k}", "give a whole number of experts the model has per token")
-    return SkipPlan((n,) * layers, mean=float(n))
+    return RoutingStage(layers=(n,) * layers)
 
 
 def pattern_skip(
     layers: int,
     k: int,
-    b: float,
-    h: float,
-    e: float,
-    p: int,
+    knots: tuple[float, float, float, int],
     *,
     rounding: Rounding = "half-up",
     total: int | None = None,
-    positions: Sequence[int] | None = None,
-    depth: int | None = None,
-) -> SkipPlan:
-    """b experts in the first layer, h in layer p (1-based), e in the last, straight lines between; clamped to 1..k.
+    places: tuple[Sequence[int], int | None] | None = None,
+) -> RoutingStage:
+    """knots (b, h, e, p): b experts in the first layer, h in layer p (1-based), e in the last, straight lines between; clamped to 1..k.
 
-    positions, depth: index over all decoder layers, of which the MoE layers are at `positions` (1-based) of `depth`; None: over the MoE
-    layers alone. rounding "budget": largest remainders first, so that the counts add up to `total` (None: to the rounded sum of the lines).
+    places (positions, depth): index over all decoder layers, of which the MoE layers are at `positions` (1-based) of `depth`; None: over
+    the MoE layers alone. rounding "budget": largest remainders first, so that the counts add up to `total` (None: to the rounded sum of the lines).
     Raises UsageError for a p outside the layers, or a total outside layers..k*layers.
     """
     if rounding not in get_args(Rounding):
         raise UsageError(f"unknown rounding '{rounding}'", f"choose one of: {', '.join(get_args(Rounding))}")
     if total is not None and rounding != "budget":
         raise UsageError("a total needs rounding 'budget'", "give both or neither")
-    places, last = (range(1, layers + 1), layers) if positions is None else (positions, depth or max(positions))
+    b, h, e, p = knots
+    positions, depth = (range(1, layers + 1), layers) if places is None else places
+    last = depth or max(positions)
     if not 1 <= p <= last:
         raise UsageError(f"p = {p} is outside the layers 1..{last}", "give the 1-based layer of the knee")
-    lines = [_clamp(_value(place, last, Fraction(b), Fraction(h), Fraction(e), p), k) for place in places]
+    lines = [_clamp(_value(place, last, Fraction(b), Fraction(h), Fraction(e), p), k) for place in positions]
     if rounding == "budget":
         counts = to_budget(lines, k, _half_up(sum(lines, Fraction())) if total is None else total)
     else:
         counts = [_rounded(line, rounding) for line in lines]
-    return SkipPlan(tuple(counts), mean=sum(counts) / len(counts))
+    return RoutingStage(layers=tuple(counts))
 
 
 def to_budget(values: Sequence[Fraction], k: int, total: int) -> list[int]:
@@ -75,7 +73,7 @@ def to_budget(values: Sequence[Fraction], k: int, total: int) -> list[int]:
     return counts
 
 
-def shaped(layers: int, k: int, shape: str, mean: float) -> SkipPlan:
+def shaped(layers: int, k: int, shape: str, mean: float) -> RoutingStage:
     """`descending`, `ascending`, `peak` or `valley` as steep as a mean allows, its counts adding up to the mean exactly."""
     total = whole_total(layers, k, mean)
     spread = Fraction(min(k - mean, mean - 1))
@@ -90,7 +88,7 @@ def shaped(layers: int, k: int, shape: str, mean: float) -> SkipPlan:
         raise UsageError(f"unknown shape '{shape}'", f"choose one of: {', '.join(knees)}, or b-h-e-p")
     b, h, e, p = knees[shape]
     lines = [_value(place, layers, b, h, e, p) for place in range(1, layers + 1)]
-    return SkipPlan(tuple(to_budget(lines, k, total)), mean=total / layers)
+    return RoutingStage(layers=tuple(to_budget(lines, k, total)))
 
 
 def whole_total(layers: int, k: int, mean: float) -> int:

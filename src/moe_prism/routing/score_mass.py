@@ -10,34 +10,33 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .base import PlanIndex, RoutingPolicy, fit_dial, mean_kept, ranks
-from .plan import SkipPlan
+from ..point import RoutingStage
+from .base import PlanIndex, SkipStage, fit_dial, mean_kept, ranks
 
 
-class ScoreMass(RoutingPolicy):
+class ScoreMass(SkipStage):
     """The first ranks whose sum reaches (1 - `epsilon`) of the token's sum, at most the layer's n."""
 
     parameters = ("epsilon",)
 
-    def keeps_all(self, plan: int, layer: int, k: int) -> bool:
-        return self.column("epsilon").of_plan(plan, layer)[0] <= 0 and super().keeps_all(plan, layer, k)
+    def keeps_all(self, variant: int, layer: int, k: int) -> bool:
+        return self.column("epsilon").of_plan(variant, layer)[0] <= 0 and super().keeps_all(variant, layer, k)
 
-    def kept(self, ranked: Tensor, layer: int, level: PlanIndex) -> Tensor:
+    def kept(self, ranked: Tensor, layer: int, which: PlanIndex) -> Tensor:
         device, rank = ranked.device, ranks(ranked)
         sizes = ranked.clamp(min=0).double()
-        lost = self.column("epsilon").at(layer, level, device).double()
+        lost = self.column("epsilon").at(layer, which, device).double()
         wanted = sizes.cumsum(1) - sizes < (1 - lost) * sizes.sum(1, keepdim=True)
         wanted |= lost <= 0  # whatever the rounding of the sums, and experts of weight 0
-        return (wanted & (rank < self.counts.at(layer, level, device))) | (rank < 1)
+        return (wanted & (rank < self.counts.at(layer, which, device))) | (rank < 1)
 
 
-def score_mass(layers: Sequence[int], epsilon: float) -> SkipPlan:
+def score_mass(layers: Sequence[int], epsilon: float) -> RoutingStage:
     """One share for all layers. layers: at most so many experts each."""
-    return SkipPlan(tuple(layers), "score-mass", {"epsilon": ((epsilon,),) * len(layers)})
+    return RoutingStage(layers=tuple(layers), stage="score-mass", parameters={"epsilon": ((epsilon,),) * len(layers)})
 
 
-def fit_score_mass(layers: Sequence[int], samples: Sequence[Tensor], mean: float) -> SkipPlan:
+def fit_score_mass(layers: Sequence[int], samples: Sequence[Tensor], mean: float) -> RoutingStage:
     """The share that keeps `mean` experts per token and layer of routing weights [S, k] per layer, largest first."""
     epsilon = fit_dial(lambda e: mean_kept(ScoreMass([score_mass(layers, e)]), samples), mean)
-    plan = score_mass(layers, epsilon)
-    return plan.with_(mean=mean_kept(ScoreMass([plan]), samples))
+    return score_mass(layers, epsilon)

@@ -12,37 +12,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import PlanIndex, RoutingPolicy, fit_dial, mean_kept, ranks
-from .plan import Numbers, SkipPlan
+from ..point import RoutingStage
+from ..point.base import Numbers
+from .base import PlanIndex, SkipStage, fit_dial, mean_kept, ranks
 
 
-class TokenThreshold(RoutingPolicy):
+class TokenThreshold(SkipStage):
     """Ranks 1, 2, ... while each holds at least `t` of the largest weight, at least `least` of them and at most the layer's n."""
 
     parameters = ("t", "least")
 
-    def keeps_all(self, plan: int, layer: int, k: int) -> bool:
-        passes = max(self.column("t").of_plan(plan, layer)) <= 0 or self.column("least").of_plan(plan, layer)[0] >= k
-        return passes and super().keeps_all(plan, layer, k)
+    def keeps_all(self, variant: int, layer: int, k: int) -> bool:
+        passes = max(self.column("t").of_plan(variant, layer)) <= 0 or self.column("least").of_plan(variant, layer)[0] >= k
+        return passes and super().keeps_all(variant, layer, k)
 
-    def kept(self, ranked: Tensor, layer: int, level: PlanIndex) -> Tensor:
+    def kept(self, ranked: Tensor, layer: int, which: PlanIndex) -> Tensor:
         device, rank = ranked.device, ranks(ranked)
-        share = self.column("t").at(layer, level, device)
+        share = self.column("t").at(layer, which, device)
         passed = (ranked >= share * ranked[:, :1]).long().cumprod(1).bool()
-        passed |= rank < self.column("least").at(layer, level, device)
-        return (passed & (rank < self.counts.at(layer, level, device))) | (rank < 1)
+        passed |= rank < self.column("least").at(layer, which, device)
+        return (passed & (rank < self.counts.at(layer, which, device))) | (rank < 1)
 
 
-def ser(layers: Sequence[int], t: float, least: int = 1) -> SkipPlan:
+def ser(layers: Sequence[int], t: float, least: int = 1) -> RoutingStage:
     """One threshold for all layers. layers: at most so many experts each."""
     many = len(layers)
-    return SkipPlan(tuple(layers), "token-threshold", {"t": ((t,),) * many, "least": ((float(least),),) * many})
+    return RoutingStage(
+        layers=tuple(layers), stage="token-threshold", parameters={"t": ((t,),) * many, "least": ((float(least),),) * many}
+    )
 
 
-def naee(layers: Sequence[int], samples: Sequence[Tensor], quantile: float = 0.5) -> SkipPlan:
+def naee(layers: Sequence[int], samples: Sequence[Tensor], quantile: float = 0.5) -> RoutingStage:
     """Thresholds per layer and rank: the quantile of w_j / w_1 over samples [S, k] per layer, largest first."""
     t: Numbers = tuple((0.0, *_quantiles(ranked, quantile)) for ranked in samples)
-    return SkipPlan(tuple(layers), "token-threshold", {"t": t, "least": ((1.0,),) * len(layers)})
+    return RoutingStage(layers=tuple(layers), stage="token-threshold", parameters={"t": t, "least": ((1.0,),) * len(layers)})
 
 
 def _quantiles(ranked: Tensor, quantile: float) -> list[float]:
@@ -51,19 +54,15 @@ def _quantiles(ranked: Tensor, quantile: float) -> list[float]:
     return ratio[min(round(quantile * len(ratio)), len(ratio) - 1)].tolist()
 
 
-def fit_ser(layers: Sequence[int], samples: Sequence[Tensor], mean: float, least: int = 1) -> SkipPlan:
+def fit_ser(layers: Sequence[int], samples: Sequence[Tensor], mean: float, least: int = 1) -> RoutingStage:
     """SER with the threshold that keeps `mean` experts per token and layer of the samples."""
     t = fit_dial(lambda t: mean_kept(TokenThreshold([ser(layers, t, least)]), samples), mean)
-    return _measured(ser(layers, t, least), samples)
+    return ser(layers, t, least)
 
 
-def fit_naee(layers: Sequence[int], samples: Sequence[Tensor], mean: float | None = None) -> SkipPlan:
+def fit_naee(layers: Sequence[int], samples: Sequence[Tensor], mean: float | None = None) -> RoutingStage:
     """NAEE at its median, or at the quantile that keeps `mean` experts per token and layer of the samples."""
     quantile = 0.5
     if mean is not None:
         quantile = fit_dial(lambda q: mean_kept(TokenThreshold([naee(layers, samples, q)]), samples), mean)
-    return _measured(naee(layers, samples, quantile), samples)
-
-
-def _measured(plan: SkipPlan, samples: Sequence[Tensor]) -> SkipPlan:
-    return plan.with_(mean=mean_kept(TokenThreshold([plan]), samples))
+    return naee(layers, samples, quantile)

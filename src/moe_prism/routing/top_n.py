@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import PlanIndex, RoutingPolicy, ranks
+from .base import PlanIndex, SkipStage, ranks
 
 
-class TopN(RoutingPolicy):
+class TopN(SkipStage):
     """A token's n best experts by routing weight."""
 
-    def kept(self, ranked: Tensor, layer: int, level: PlanIndex) -> Tensor:
-        return (ranks(ranked) < self.counts.at(layer, level, ranked.device)).expand(ranked.shape)
+    def kept(self, ranked: Tensor, layer: int, which: PlanIndex) -> Tensor:
+        return (ranks(ranked) < self.counts.at(layer, which, ranked.device)).expand(ranked.shape)

@@ -10,18 +10,24 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from ..errors import UsageError
+from ..point import OperatingPoint
 
 
 @dataclass(frozen=True)
 class Level:
-    """One operating point that may be served."""
+    """A quality level: an operating point that may be served, under its name."""
 
     name: str
-    budget: float  # kept slots / all slots, (0, 1]
+    point: OperatingPoint
     slots: float  # mean kept slots per token and layer, K
     quality: float  # share of held-out tokens whose most likely successor is the full model's, 0..1
+
+    def to_json(self) -> dict[str, Any]:
+        """As `/v1/models` and `ladder.json` have it."""
+        return {"name": self.name, "point": self.point.to_json(), "slots": self.slots, "quality": self.quality}
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,11 @@ class Ladder:
 
     def __post_init__(self) -> None:
         pairs = list(pairwise(self.levels))
-        if not self.levels or self.levels[-1].budget < 1 or any(a.slots >= b.slots or a.quality >= b.quality for a, b in pairs):
+        if (
+            not self.levels
+            or not self.levels[-1].point.is_full
+            or any(a.slots >= b.slots or a.quality >= b.quality for a, b in pairs)
+        ):
             raise UsageError(
                 "levels must rise in slots and quality and end with the full model", "measure them with `moe-prism frontier`"
             )

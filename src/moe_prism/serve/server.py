@@ -38,7 +38,7 @@ Python's 5 ms would wait that long for the HTTP loop each time: of the tokens pe
 @dataclass(frozen=True)
 class ServeOptions:
     """The command's options. cost: a cost model saved by `--save-cost`, instead of measuring at start; store: experts stay on disk;
-    debug: plain logs."""
+    points: names of measured operating points to serve, or a frontier.json; empty: the Pareto set; debug: plain logs."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -50,6 +50,7 @@ class ServeOptions:
     save_cost: Path | None = None
     probe_seconds: float = 4.0
     store: StoreOptions | None = None
+    points: tuple[str, ...] = ()
     debug: bool = False
 
 

@@ -9,7 +9,7 @@ may be read in int8 form instead of being skipped (HOBBIT, arXiv 2411.01433: hig
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,16 +17,11 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..elastic.base import Slots
-from ..elastic.fused_select import budgets_of, prepared
-from ..elastic.runtime import Setting, _per_token
-from ..elastic.scorers.ridge import FEW
+from ..elastic.execute.base import Candidates, Settled
 from ..errors import UsageError
-from ..kernels.selection import select
+from ..kernels.selection import Choosing, select
+from .store import ExpertStore
 from .wanted import Wanted, sort_entries
-
-if TYPE_CHECKING:
-    from .layer import StoredLayer
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -59,72 +54,68 @@ class Misses:
             raise UsageError(f"{self.step_seconds:g} seconds per step are impossible", "give a positive number")
 
 
-@dataclass(frozen=True)
-class SlotChoice:
-    """keep [T, k, N]; low [E, N]: records to take in int8 form if they are missing, None for none of them; wanted: keep, sorted."""
+class Prepared(NamedTuple):
+    """What is kept, sorted by key. source: the routing weights [T, k] that it was sorted with."""
 
-    keep: Tensor
-    low: np.ndarray | None = None
-    wanted: Wanted | None = None
+    entries: Wanted
+    source: Tensor
 
 
-def choose(layer: StoredLayer, slots: Slots, setting: Setting, misses: Misses) -> SlotChoice:
-    """What a batch keeps at one layer, given what is resident now."""
-    budget = _per_token(setting.at(layer.plan.layer.index), slots.x)
-    rule = layer.rule(setting.rule)
-    wide = rule.keep(slots, budget)
+def choose(store: ExpertStore, layer: int, candidates: Candidates, misses: Misses) -> Settled:
+    """What a batch keeps at one layer, given what is resident now. UsageError where a store of whole experts should skip sub-experts."""
+    found = _fused(store, layer, candidates, misses)
+    if found is not None:
+        return found
+    wide = candidates.keep()
     if misses.is_exact:
-        return SlotChoice(wide)
-    experts, parts = layer.store.space.experts, layer.store.space.parts
+        return Settled(wide)
+    experts, parts = store.space.experts, store.space.parts
     if parts != wide.shape[2]:
         raise UsageError("a store of whole experts knows no sub-experts to skip", "leave miss floors out")
-    sure = rule.keep(slots, budget.clamp(max=misses.floor))
+    sure, values = candidates.keep(misses.floor), candidates.values().float()
+    index = candidates.index
     if misses.step_seconds is not None:
-        there = torch.from_numpy(layer.store.resident(layer.number))[slots.index.clamp(0, experts - 1)]
+        there = torch.from_numpy(store.resident(layer))[index.clamp(0, experts - 1)]
         missing = wide & ~there
-        sure = sure | _affordable(layer, slots, missing & ~sure, _count(slots.index, missing & sure), misses.step_seconds)
-    cheap = sure if misses.low is None else rule.keep(slots, budget.clamp(max=misses.low))
+        already = _count(index, missing & sure)
+        sure = sure | _affordable(store, index, values.masked_fill(~(missing & ~sure), -1.0), already, misses.step_seconds)
+    cheap = sure if misses.low is None else candidates.keep(misses.low)
     keep, low = torch.empty_like(wide), np.zeros((experts, parts), np.bool_)
     flags = [flag.contiguous().numpy() for flag in (wide, sure, cheap)]
-    values = slots.values().float().contiguous().numpy()
-    some = decide(slots.index.contiguous().numpy(), *flags, layer.store.slots_of(layer.number), values, keep.numpy(), low)
-    return SlotChoice(keep, low if some else None)
+    some = decide(index.contiguous().numpy(), *flags, store.slots_of(layer), values.contiguous().numpy(), keep.numpy(), low)
+    return Settled(keep, low if some else None)
 
 
-def choose_few(
-    layer: StoredLayer, x: Tensor, index: Tensor, weight: Tensor, setting: Setting, misses: Misses
-) -> SlotChoice | None:
-    """`choose` for few tokens in two calls; None where scorer, rule or setting are not of the compiled kind."""
-    experts, parts = layer.store.space.experts, layer.store.space.parts
-    if index.numel() > FEW or parts != layer.plan.n_sub or misses.step_seconds is not None:
+def _fused(store: ExpertStore, layer: int, candidates: Candidates, misses: Misses) -> Settled | None:
+    """`choose` for few tokens in two calls; None where scorer, rule or batch are not of the compiled kind."""
+    experts, parts = store.space.experts, store.space.parts
+    if misses.step_seconds is not None:
         return None
-    levels = [misses.floor] if misses.low is None else [misses.floor, misses.low]
-    at = setting.at(layer.plan.layer.index)
-    budgets = budgets_of([at] if misses.is_exact else [at] * (len(levels) + 1), len(x))
-    found = None if budgets is None else prepared(layer.scorer(setting.scorer), layer.rule(setting.rule), x, index, weight)
-    if budgets is None or found is None:
+    limits = [] if misses.is_exact else [misses.floor] if misses.low is None else [misses.floor, misses.low]
+    found = candidates.fused(limits)
+    if found is None:
         return None
-    for budget, level in zip(budgets[1:], levels, strict=False):
-        np.minimum(budget, np.float32(level), out=budget)
-    base = layer.number * experts * parts
-    keep, low, some, *wanted = choose_entries(*found, budgets, layer.store.slots_of(layer.number), base)
-    return SlotChoice(torch.from_numpy(keep), low if some else None, Wanted(*wanted))
+    arguments, budgets = found
+    if parts != arguments.norms.weight.shape[1]:
+        return None
+    keep, low, some, *wanted = choose_entries(arguments, budgets, store.slots_of(layer), layer * experts * parts)
+    return Settled(torch.from_numpy(keep), low if some else None, Prepared(Wanted(*wanted), candidates.weight))
 
 
 @njit(nogil=True, cache=True)
 def choose_entries(
-    linear: Floats, gates: Floats, scale: Floats, predictor: Floats, ceiling: float, index: Ints, weight: Floats, levels: Floats,
-    budgets: Floats, slot: Ints, base: int,
-) -> tuple[Flags, Flags, bool, Ints, Ints, Ints, Ints, Floats, Floats]:  # fmt: skip
+    candidates: Choosing, budgets: Floats, slot: Ints, base: int
+) -> tuple[Flags, Flags, bool, Ints, Ints, Ints, Ints, Floats, Floats]:
     """(keep, low, whether anything is low, the fields of `Wanted`).
 
-    `marks.select`, `decide` if there are two budgets or more, `sort_entries`, one after the other.
+    `selection.select`, `decide` if there are two budgets or more, `sort_entries`, one after the other.
     budgets [B, T]: the operating point's, the floor's, that of int8 records; slot, low: as `decide`; base: the layer's first key.
     """
+    index, weight = candidates.chosen, candidates.weight
     experts, parts = slot.shape
     keeps = np.empty((len(budgets), *index.shape, parts), np.bool_)
     values = np.empty((*index.shape, parts), np.float32)
-    select(linear, gates, scale, predictor, ceiling, index, weight, levels, budgets, keeps, values)
+    select(candidates, budgets, keeps, values)
     keep, low, some = keeps[0], np.zeros((experts, parts), np.bool_), False
     if len(budgets) > 1:
         keep = np.empty(values.shape, np.bool_)
@@ -168,16 +159,17 @@ def decide(index: Ints, wide: Flags, sure: Flags, cheap: Flags, slot: Ints, valu
     return found
 
 
-def _affordable(layer: StoredLayer, slots: Slots, open_: Tensor, already: int, seconds: float) -> Tensor:
-    """The most valuable of the open slots whose records can be read in a layer's share of a step, after `already` others."""
-    space, price = layer.store.space, layer.store.price
+def _affordable(store: ExpertStore, index: Tensor, values: Tensor, already: int, seconds: float) -> Tensor:
+    """The most valuable of the open slots (values [T, k, N], below 0 where a slot is not open) whose records can be read in a layer's
+    share of a step, after `already` others."""
+    space, price = store.space, store.price
+    open_ = values >= 0
     room = int(seconds / space.layers / price) - already if price else open_.numel()
     if room <= 0:
         return torch.zeros_like(open_)
-    values = slots.values().masked_fill(~open_, -1.0)
     # a record is read once for all tokens: rank records by the largest value anybody puts on them
     best = torch.full((space.experts * space.parts,), -1.0)
-    number = slots.index.clamp(0, space.experts - 1)[:, :, None] * space.parts + torch.arange(space.parts)
+    number = index.clamp(0, space.experts - 1)[:, :, None] * space.parts + torch.arange(space.parts)
     best.scatter_reduce_(0, number.flatten(), values.flatten(), "amax")
     taken = torch.zeros_like(best, dtype=torch.bool)
     taken[best.topk(min(room, len(best))).indices] = True

@@ -83,7 +83,8 @@ def load_stored(
     group = experts_per_token(model, plans[0].layer) * pack.space.parts
     policy = cache_policies.get(options.policy or policy_for(pack.space, slots, group))
     store = ExpertStore(pack, slots, plans[0].layer, policy, group=group, settings=options.settings, reader=options.reader)
-    model._moe_prism = StoredElastic(model, plans, store, manifest["bytes_per_weight"], options.misses, options.ahead)
+    model._moe_prism = StoredElastic(model, plans, store, misses=options.misses, ahead=options.ahead)
+    model._moe_prism.stored_bytes_per_weight = manifest["bytes_per_weight"]
     _generation_config(model, folder)
     return model
 

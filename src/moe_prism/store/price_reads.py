@@ -134,7 +134,7 @@ def at_budget(trace: Trace, elastic: StoredElastic, budget: float) -> Trace:
     """The trace, recorded with `values` at full budget, as the threshold rule would keep slots at a budget."""
     if trace.values is None:
         return trace
-    levels = [layer.rule("threshold").level(torch.tensor([budget])).item() for layer in elastic.stored]  # type: ignore[attr-defined]
+    levels = [layer.rule("threshold").level(torch.tensor([budget])).item() for layer in elastic.layers]  # type: ignore[attr-defined]
     values = trace.values.astype(np.float32)
     keep = values >= np.array(levels, np.float32)[None, :, None, None]
     keep |= values >= values.max((2, 3), keepdims=True)

@@ -7,7 +7,6 @@ free), then its predictor and rule, so that sub-experts are guessed and not only
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,75 +15,66 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..elastic.base import is_compiled
-from ..elastic.fused_select import budgets_of, prepared
-from ..elastic.runtime import _per_token, experts_per_token
-from ..kernels.selection import select
+from ..elastic.layer import ElasticLayer
+from ..elastic.runtime import experts_per_token
+from ..kernels.selection import Choosing, select
 from ..offload.base import Key
 from ..offload.record import router_weight
-
-if TYPE_CHECKING:
-    from .layer import StoredElastic, StoredLayer
+from .choose_misses import Misses
+from .store import ExpertStore
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-FEW = 8  # tokens up to which there is something to gain: a long prompt wants nearly everything
+MOST_TOKENS = 8  # up to which there is something to gain: a long prompt wants nearly everything
 
 
-class Ahead:
+class ReadAhead:
     """Guesses for every layer but the first. width: records to read ahead at most; 0 = never."""
 
-    def __init__(self, elastic: StoredElastic, width: int) -> None:
-        self.elastic, self.width = elastic, width
-        self.k = experts_per_token(elastic.model, elastic.stored[0].plan.layer)
-        layers = [layer.plan.layer for layer in elastic.stored] if width else []
-        self.routers = [
-            router_weight(elastic.model, layer) if layer.num_experts > 1 else torch.zeros(1, layer.hidden) for layer in layers
-        ]
+    def __init__(self, layers: Sequence[ElasticLayer], store: ExpertStore, width: int) -> None:
+        self.layers, self.store, self.width = layers, store, width
+        self.k = experts_per_token(layers[0].elastic.model, layers[0].plan.layer)
+        self.routers = [self._router(layer) for layer in layers] if width else []
+
+    @staticmethod
+    def _router(layer: ElasticLayer) -> Tensor:
+        own = layer.plan.layer
+        return router_weight(layer.elastic.model, own) if own.num_experts > 1 else torch.zeros(1, own.hidden)
 
     def __call__(self, number: int, x: Tensor) -> None:
-        """Begin to read for layer `number`, from the input x [T, d] of the layer before."""
-        if self.width and number < len(self.routers) and len(x) <= FEW:
-            self.elastic.store.prefetch(number, self.keys(number, x))
+        """Begin to read for layer `number`, from the input x [T, d] of the layer before.
 
-    def keys(self, number: int, x: Tensor) -> Sequence[Key]:
+        Not for routing stages that ask for more than the router's choice: what they ask for is not known yet.
+        """
+        if self.width and number < len(self.routers) and len(x) <= MOST_TOKENS:
+            elastic = self.layers[number].elastic
+            if not elastic.step.bound.needs:
+                self.store.prefetch(number, self.keys(number, x, elastic.misses))  # type: ignore[attr-defined]
+
+    def keys(self, number: int, x: Tensor, misses: Misses) -> Sequence[Key]:
         """The records layer `number` would keep on this input, best first, at most `width`."""
-        layer = self.elastic.stored[number]
-        setting, misses, space = self.elastic.setting, self.elastic.misses, self.elastic.store.space
+        layer, space = self.layers[number], self.store.space
         if is_compiled(x):
             arrays = best_experts((x @ self.routers[number].T).numpy(), self.k)
             weight, index = map(torch.from_numpy, arrays)
         else:
             weight, index = (x @ self.routers[number].T).float().softmax(-1).topk(self.k, -1)
-        found = self._few(layer, x, index, weight)
-        if found is not None:
-            return found
-        valid = torch.ones_like(index, dtype=torch.bool)
-        if (setting.is_full(number) and misses.is_exact) or space.parts == 1:
+        found = layer.candidates(layer.elastic.step, x, index, weight)
+        first, whole = space.of_layer(number).start, space.parts == 1
+        # what is kept only where it is there is not read: the floor limits the guess
+        fused = None if found is None or whole else found.fused([misses.floor])
+        if fused is not None and fused[0].norms.weight.shape[1] == space.parts:
+            keys: list[Key] = best_keys(fused[0], fused[1][1:], first, self.width).tolist()
+            return keys
+        if found is None or whole:
             values = weight[:, :, None].expand(-1, -1, space.parts)
             keep = torch.ones_like(values, dtype=torch.bool)
         else:
-            slots = layer.slots(x, index, weight, valid, setting)
-            budget = _per_token(setting.at(number), x).clamp(max=misses.floor)  # what is kept only where it is there is not read
-            values, keep = slots.values(), layer.rule(setting.rule).keep(slots, budget)
-        first = space.of_layer(number).start
+            index, values, keep = found.index, found.values(), found.keep(misses.floor)
         number_of = first + index[:, :, None] * space.parts + torch.arange(space.parts)
         order = values[keep].argsort(descending=True)
         return list(dict.fromkeys(number_of[keep][order].tolist()))[: self.width]
-
-    def _few(self, layer: StoredLayer, x: Tensor, index: Tensor, weight: Tensor) -> Sequence[Key] | None:
-        """The same where selection takes two compiled calls."""
-        setting, misses, space = self.elastic.setting, self.elastic.misses, self.elastic.store.space
-        number = layer.number
-        if space.parts != layer.plan.n_sub or (setting.is_full(number) and misses.is_exact):
-            return None
-        budgets = budgets_of([setting.at(number)], len(x))
-        found = prepared(layer.scorer(setting.scorer), layer.rule(setting.rule), x, index, weight)
-        if budgets is None or found is None:
-            return None
-        np.minimum(budgets, np.float32(misses.floor), out=budgets)
-        keys: list[Key] = best_keys(*found, budgets, layer.plan.n_sub, space.of_layer(number).start, self.width).tolist()
-        return keys
 
 
 @njit(nogil=True, cache=True)
@@ -102,15 +92,13 @@ def best_experts(logits: Floats, k: int) -> tuple[Floats, Ints]:
 
 
 @njit(nogil=True, cache=True)
-def best_keys(
-    linear: Floats, gates: Floats, scale: Floats, predictor: Floats, ceiling: float, index: Ints, weight: Floats, levels: Floats,
-    budgets: Floats, parts: int, base: int, width: int,
-) -> Ints:  # fmt: skip
-    """The keys of what `marks.select` keeps, the most valuable first, each once, at most `width`."""
+def best_keys(candidates: Choosing, budgets: Floats, base: int, width: int) -> Ints:
+    """The keys of what `selection.select` keeps at budgets [1, T], the most valuable first, each once, at most `width`."""
+    index, experts, parts = candidates.chosen, len(candidates.norms.weight), candidates.norms.weight.shape[1]
     tokens, k = index.shape
     keeps, values = np.empty((1, tokens, k, parts), np.bool_), np.empty((tokens, k, parts), np.float32)
-    select(linear, gates, scale, predictor, ceiling, index, weight, levels, budgets, keeps, values)
-    best = np.full(len(predictor) * parts, -1.0, np.float32)
+    select(candidates, budgets, keeps, values)
+    best = np.full(experts * parts, -1.0, np.float32)
     for t in range(tokens):
         for c in range(k):
             for n in range(parts):

@@ -37,6 +37,9 @@ class LayerSubject:
 class Criterion(ABC):
     """Ranks the experts of a layer. The same file serves per-layer and global allocation, mask mode and removal."""
 
+    paper: ClassVar[str] = ""
+    """Where it comes from; empty: our own."""
+
     needs: ClassVar[tuple[str, ...]] = ()
     """Collectors it reads."""
 

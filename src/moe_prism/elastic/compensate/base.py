@@ -62,8 +62,8 @@ class Compensator(ABC):
         """Sum [T, d] (float32) over the dropped slots of routing weight x estimate; None for nothing."""
 
     @abstractmethod
-    def parameters(self, touched: int, dropped: int) -> int:
-        """Weights read for `dropped` slots, and for `touched` experts that keep some slots."""
+    def parameters(self) -> tuple[int, int]:
+        """Weights read for a dropped slot, and for an expert that keeps some of its slots."""
 
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
         """What is added [T, d] (float32). x [T, d]; index, weight [T, k], ids outside [0, E) mean none; keep [T, k, N].
@@ -80,11 +80,6 @@ class Compensator(ABC):
             lost = valid & ~keep.any(2)
             total += (layer.down_bias[index.clamp(0, layer.num_experts - 1)] * (weight * lost)[:, :, None]).float().sum(1)
         return total
-
-    def cost(self, chosen: int, touched: int, dropped: int) -> int:
-        """Weights read in all: `parameters`, and the biases of untouched experts."""
-        bias = 0 if self.plan.layer.down_bias is None else self.plan.layer.hidden
-        return self.parameters(touched, dropped) + (chosen - touched) * bias
 
     def losses(self, x: Tensor, expert: int) -> Tensor:
         """Norm [S, N] of what dropping each block of one expert loses after compensation, for rows x [S, d]."""

@@ -62,8 +62,8 @@ class LowRankTerm(Compensator):
             out[rows] = x[blocks.token[rows]] @ read[block].T
         return out
 
-    def parameters(self, touched: int, dropped: int) -> int:
-        return dropped * (2 * self.read.shape[2] + 1) * self.plan.layer.hidden
+    def parameters(self) -> tuple[int, int]:
+        return (2 * self.read.shape[2] + 1) * self.plan.layer.hidden, 0
 
 
 def _reduced_rank(x: Tensor, y: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,5 +49,5 @@ class Mean(Compensator):
     def terms(self, x: Tensor, blocks: Blocks) -> Tensor:
         return blocks.combine(self.vectors.flatten(0, 1))
 
-    def parameters(self, touched: int, dropped: int) -> int:
-        return dropped * self.plan.layer.hidden
+    def parameters(self) -> tuple[int, int]:
+        return self.plan.layer.hidden, 0

@@ -52,5 +52,5 @@ class Scale(Compensator):
     def terms(self, x: Tensor, blocks: Blocks) -> None:
         return None
 
-    def parameters(self, touched: int, dropped: int) -> int:
-        return touched
+    def parameters(self) -> tuple[int, int]:
+        return 0, 1

@@ -1,5 +1,4 @@
-"""Compute the kept slots: a reference to read, a grouped form that does only their work on any device and storage, and `auto`, which
-takes the compiled tiles of `tiled.py` where they fit. All add in float32."""
+"""Compute the kept slots: a reference to read, and a grouped form that does only their work. Both add in float32, on any device."""
 
 from __future__ import annotations
 
@@ -54,18 +53,6 @@ def grouped(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Te
         bias = layer.down_bias[index.clamp(0, layer.num_experts - 1)] * (weight * kept)[:, :, None]
         out += bias.float().sum(1)
     return out.to(x.dtype)
-
-
-def auto(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
-    """The fastest executor that fits the layer. Shapes as in `reference`."""
-    if x.is_cuda:
-        from .triton_run import deterministic
-
-        return deterministic(plan, x, index, weight, keep)
-    from .tiled import tiled  # compiles on first use
-
-    out = tiled(plan, x, index, weight, keep)
-    return grouped(plan, x, index, weight, keep) if out is None else out
 
 
 def _pieces(keep: Tensor, *, merge: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..base import LayerParts, Scorer, gate_activations, gate_activations_all, gate_activations_each, of_choices, per_expert
 
 if TYPE_CHECKING:
+    from ...kernels.selection import Norms
     from ..execute.batch_products import MatrixPart, Stored
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared feature; the best on a held-out fifth of the sample is used
@@ -120,7 +121,7 @@ class Ridge(Scorer):
 
     def _tiled(self, x: Tensor, index: Tensor, stored: Stored) -> Tensor:
         """By the compiled jobs: predictor rows and gate neurons are columns of one product, grouped by expert."""
-        from ...kernels.selection import predicted_norms
+        from ...kernels.selection import Norms, predicted_norms
         from ..execute.batch_products import SlotGroups, dot
 
         n, r, layer, parts = self.plan.n_sub, self.plan.gates, self.plan.layer, self._parts(stored)
@@ -130,7 +131,8 @@ class Ridge(Scorer):
         gates = layer.activate_joined(products[:, n:]) if r else products[:, n:]
         norms = torch.empty(*index.shape, n)
         scale, weight = self.scale.flatten(1).numpy(), self.weight.numpy()
-        predicted_norms(products.numpy(), gates.numpy(), scale, weight, index.numpy(), CEILING, norms.numpy())
+        known = Norms(products.numpy(), gates.numpy(), scale, weight, CEILING)
+        predicted_norms(known, index.numpy(), norms.numpy())
         return norms
 
     def _direct(self, x: Tensor, index: Tensor, stored: Stored) -> Tensor:
@@ -138,11 +140,11 @@ class Ridge(Scorer):
         from ...kernels.selection import predicted_norms
 
         norms = np.empty((*index.shape, self.plan.n_sub), np.float32)
-        predicted_norms(*self._terms(x, index, stored), index.contiguous().numpy(), CEILING, norms)
+        predicted_norms(self._terms(x, index, stored), index.contiguous().numpy(), norms)
         return torch.from_numpy(norms)
 
-    def terms(self, x: Tensor, index: Tensor) -> tuple[Any, Any, Any, Any] | None:
-        """What `marks.predicted_norms` wants to know of few choices; None where there are many, or the weights are not laid out for it."""
+    def terms(self, x: Tensor, index: Tensor) -> Norms | None:
+        """What `selection.predicted_norms` wants to know of few choices; None where there are many, or the weights are not laid out for it."""
         stored = self._stored(x) if index.numel() <= FEW else None
         return None if stored is None else self._terms(x, index, stored)
 
@@ -153,7 +155,8 @@ class Ridge(Scorer):
         stored = usable(self.plan, x) if self.plan.layer.up_bias is None else None
         return stored if stored is not None and stored.down.tensor.dtype == torch.float32 else None
 
-    def _terms(self, x: Tensor, index: Tensor, stored: Stored) -> tuple[Any, Any, Any, Any]:
+    def _terms(self, x: Tensor, index: Tensor, stored: Stored) -> Norms:
+        from ...kernels.selection import Norms
         from ..execute.decode_products import ORDER, dots, rows_of, table_of
 
         if self._constants is None or self._constants[0] is not stored:
@@ -167,7 +170,7 @@ class Ridge(Scorer):
         gates = products[:, n:]
         if r:
             gates = self.plan.layer.activate_joined(torch.from_numpy(gates)).numpy()
-        return products, gates, scale, weight
+        return Norms(products, gates, scale, weight, CEILING)
 
     def _parts(self, stored: Stored) -> list[MatrixPart]:
         """Predictor rows, then gate neurons, as columns of one product."""

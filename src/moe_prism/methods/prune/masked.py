@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ...calibrate.run import Pass, Settings
 from ...calibrate.statistics import Statistics
-from ...compress.prune import KeptExperts, choose, criteria, pruned
+from ...compress.prune import KeptExperts, choose, criteria
+from ...compress.prune.change import PruneChange
 from ...compress.prune.choose import keep_counts
 from ...errors import UsageError
 from ...model.router import find_routers
-from ..base import Candidate, Method, Subject
-from .select import Curve, PruneOptions, loss_curves, rank, resident_share, spend
+from ...point import NamedPoint, OperatingPoint
+from ..base import Method, Subject
+from .select import Curve, PruneOptions, loss_curves, rank, spend
 
 FRACTIONS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 ALLOCATIONS = ("layer", "global", "measured")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneParameters:
+    """criterion: what ranks the experts; allocation: `layer` the same number everywhere, `global` one ranking, `measured` by loss."""
+
+    criterion: str = "easy-ep"
+    allocation: str = "layer"
 
 
 class Prune(Method):
@@ -27,12 +36,22 @@ class Prune(Method):
     Active bytes per token hardly change, because a token uses k experts as before; what falls is what has to be in memory.
     """
 
-    def __init__(self, name: str, argument: str | None) -> None:
-        super().__init__(name, argument)
-        self._parts()  # a wrong name is told before anything is measured
+    acts = "weights"
+    Parameters = PruneParameters
+    parameters: PruneParameters
 
-    def candidates(self, subject: Subject) -> Sequence[Candidate]:
-        criterion, allocation = self._parts()
+    @classmethod
+    def read_argument(cls, name: str, text: str | None) -> PruneParameters:
+        """A wrong name is told before anything is measured."""
+        text = text or PruneParameters.criterion
+        for allocation in ALLOCATIONS:
+            if text.endswith(f"-{allocation}") and text.removesuffix(f"-{allocation}") in criteria.names():
+                return PruneParameters(criterion=text.removesuffix(f"-{allocation}"), allocation=allocation)
+        criteria.get(text)  # names the legal ones
+        return PruneParameters(criterion=text)
+
+    def points(self, subject: Subject) -> Sequence[NamedPoint]:
+        criterion, allocation = self.parameters.criterion, self.parameters.allocation
         layers = [layer.plan.layer for layer in subject.elastic.layers]
         routers = find_routers(subject.model, layers)
         needs = {"counts", *criteria.get(criterion).needs}
@@ -41,7 +60,7 @@ class Prune(Method):
         options.check()
         scores, shields = rank(layers, statistics, options, subject.k)
         groups = [router.groups for router in routers]
-        found: list[Candidate] = []
+        found: list[NamedPoint] = []
         seen: list[list[KeptExperts]] = []
         refused: UsageError | None = None
         for keep in FRACTIONS:
@@ -58,19 +77,10 @@ class Prune(Method):
                 choice.is_full for choice in choices
             ):  # few experts: shares round to the same number
                 seen.append(choices)
-                found.append(self._candidate(subject, choices))
+                found.append(self._point(choices))
         if not found:
             raise refused or UsageError(f"method '{self.name}' has no point on this model", "choose another method")
         return found
-
-    def _parts(self) -> tuple[str, str]:
-        """(criterion, allocation) of the argument."""
-        text = self.argument or "easy-ep"
-        for allocation in ALLOCATIONS:
-            if text.endswith(f"-{allocation}") and text.removesuffix(f"-{allocation}") in criteria.names():
-                return text.removesuffix(f"-{allocation}"), allocation
-        criteria.get(text)  # names the legal ones
-        return text, "layer"
 
     def _statistics(self, subject: Subject, names: tuple[str, ...]) -> Statistics:
         """One pass for all criteria that ask for the same collectors."""
@@ -100,11 +110,6 @@ class Prune(Method):
         found: list[Curve] = subject.cache[key]
         return found
 
-    def _candidate(self, subject: Subject, choices: Sequence[KeptExperts]) -> Candidate:
+    def _point(self, choices: Sequence[KeptExperts]) -> NamedPoint:
         kept = sum(len(c.kept) for c in choices) / sum(c.experts for c in choices)
-        layers = [layer.plan.layer for layer in subject.elastic.layers]
-        return Candidate(
-            f"{self.name}-{kept:.4g}",
-            install=partial(pruned, subject.model, choices, layers),
-            resident_share=resident_share(choices),
-        )
+        return NamedPoint(name=f"{self.name}-{kept:.4g}", point=OperatingPoint(weights=PruneChange(tuple(choices)).part()))

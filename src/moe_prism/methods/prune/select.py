@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,16 @@ from torch import Tensor
 
 from ...calibrate.options import CalibrateOptions
 from ...calibrate.statistics import Statistics
-from ...compress.prune import KeptExperts, LayerSubject, PruneRequest, choose, criteria, protections, pruned
+from ...compress.prune import KeptExperts, LayerSubject, PruneRequest, choose, criteria, protections
+from ...compress.prune.change import PruneChange
 from ...compress.prune.choose import Allocation, GroupMode, keep_counts
-from ...elastic.runtime import Elastic, Setting, experts_per_token
+from ...elastic.runtime import Elastic, experts_per_token
 from ...errors import CorruptError, UsageError
 from ...frontier.allocation import exact
 from ...frontier.measure import measure
 from ...model import MoELayer
 from ...model.router import Router, RoutingGroups
+from ...point import OperatingPoint
 from ...progress import Update
 
 PROFILE_POINTS = 7  # numbers of kept experts at which a layer is run alone, for `measured`
@@ -95,12 +96,7 @@ class PruneSelection:
             }
             for i, (name, c) in enumerate(zip(self.names, self.choices, strict=True))
         ]
-        return {**self.facts, "resident_share": round(resident_share(self.choices), 6), "layers": rows}
-
-
-def resident_share(choices: Sequence[KeptExperts]) -> float:
-    """Experts that stay in memory / all experts; a masked layer saves nothing."""
-    return sum(c.experts if c.masked else len(c.kept) for c in choices) / sum(c.experts for c in choices)
+        return {**self.facts, "resident_share": round(PruneChange(tuple(self.choices)).resident_share, 6), "layers": rows}
 
 
 def rank(
@@ -182,10 +178,10 @@ def loss_curves(
         wanted = [n if j == i else len(s) for j, s in enumerate(scores)]
         return choose(scores, PruneRequest(1.0), per_token, shields, [None] * len(layers), wanted)
 
-    installs = [partial(pruned, model, alone(i, n), layers) for i, n in runs]
+    points = [OperatingPoint(weights=PruneChange(tuple(alone(i, n))).part()) for i, n in runs]
     batch = max(1, LOGIT_ROWS // ids.shape[1])
-    found = measure(model, elastic, ids, [Setting()] * len(runs), batch=batch, progress=update, installs=installs)
-    losses = {run: quality.kl for run, (quality, _) in zip(runs, found, strict=True)}
+    found = measure(model, ids, points, batch=batch, progress=update)
+    losses = {run: each.quality.kl for run, each in zip(runs, found, strict=True)}
     return [_curve([(n, losses[i, n]) for n in grid], len(scores[i])) for i, grid in enumerate(grids)]
 
 

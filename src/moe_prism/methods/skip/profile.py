@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...elastic.bind_plans import made, normalises, recorded
-from ...elastic.runtime import Setting
+from ...elastic.observe import ranked, recorded
 from ...frontier.measure import LOGIT_ROWS, measure
-from ...routing import SkipPlan
+from ...point import OperatingPoint, RoutingStage
 from ..base import Subject
 
 Counts = tuple[int, ...]
@@ -41,13 +40,12 @@ def _profiled(subject: Subject, isolated: bool) -> list[list[float]]:
 def losses(subject: Subject, plans: Sequence[Counts], stage: str = "losses of plans") -> list[float]:
     """KL to the full model of plans of counts [L], on the calibration windows. stage: what a report calls it."""
     own = own_rule(subject)
-    policy = made([SkipPlan(counts, keep_mass=own) for counts in plans])
-    settings = [Setting(routing=policy, level=i) for i in range(len(plans))]
+    points = [OperatingPoint(routing=(RoutingStage(layers=counts, keep_mass=own),)) for counts in plans]
     ids = subject.calibration
     batch = max(1, LOGIT_ROWS // ids.shape[1])
     with subject.report(stage) as update:
-        found = measure(subject.model, subject.elastic, ids, settings, batch=batch, progress=update)
-    return [quality.kl for quality, _ in found]
+        found = measure(subject.model, ids, points, batch=batch, progress=update)
+    return [each.quality.kl for each in found]
 
 
 def refine(subject: Subject, counts: Counts) -> tuple[Counts, float]:
@@ -93,15 +91,13 @@ def samples(subject: Subject) -> list[Tensor]:
     """Routing weights [S, k] of every layer over the calibration windows, largest first."""
     if "routing weights" not in subject.cache:
         ids = subject.calibration
-        with recorded(subject.elastic) as recorder:
+        with subject.elastic.at(subject.elastic.full_step), recorded(subject.elastic) as weights:
             for rows in torch.split(ids, 4):
                 subject.model(input_ids=rows.to(subject.model.device), use_cache=False, logits_to_keep=1)
-        subject.cache["routing weights"] = recorder.ranked()
+        subject.cache["routing weights"] = ranked(weights)
     return subject.cache["routing weights"]  # type: ignore[no-any-return]
 
 
 def own_rule(subject: Subject) -> bool:
     """Whether the model's router would scale the weights of fewer experts up (see `normalises`)."""
-    if "normalises" not in subject.cache:
-        subject.cache["normalises"] = normalises(subject.elastic)
-    return subject.cache["normalises"]  # type: ignore[no-any-return]
+    return subject.elastic.normalises()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...catalogue import methods
+from ...elastic.layer import ElasticLayer
 from ...elastic.rules import rules
-from ...elastic.runtime import ElasticLayer, Setting
 from ...errors import UsageError
-from ..base import Candidate, Method, Subject
+from ...point import NamedPoint, OperatingPoint, SlotRule
+from ...point.base import own_scorer
+from ..base import Method, Subject
 
 
 class RuleMethod(Method):
@@ -16,8 +19,9 @@ class RuleMethod(Method):
     The smallest K is k (one sub-expert per chosen expert), or N - 1 if that is less, so that plain top-1 too has a point below its cost.
     """
 
-    def candidates(self, subject: Subject) -> Sequence[Candidate]:
-        self.refuse_argument()
+    acts = "slots"
+
+    def points(self, subject: Subject) -> Sequence[NamedPoint]:
         rule = rules.get(self.name)
         if subject.n_sub == 1 and rule.needs_norms:
             raise UsageError(
@@ -27,15 +31,16 @@ class RuleMethod(Method):
         counts = range(max(1, min(subject.k, subject.n_sub - 1)), subject.slots + 1)
         points = subject.points if rule.is_continuous else None
         overhead = selection_overhead(subject.elastic.layers[0], subject.k) if points is not None else 0.0
+        own = methods.own_name(self.name)
         return [
-            Candidate(f"{self.name}-{count:.4g}", rule_setting(self.name, count, subject.slots))
+            NamedPoint(name=f"{self.name}-{count:.4g}", point=OperatingPoint(slots=slot_rule(own, count, subject.slots)))
             for count in grid(counts, points, overhead)
         ]
 
 
-def rule_setting(rule: str, count: float, slots: int) -> Setting:
+def slot_rule(rule: str, count: float, slots: int) -> SlotRule:
     """A rule at `count` of `slots` slots per token."""
-    return Setting(min(1.0, count / slots), rule, "gates" if rule == "pattern" else "ridge")
+    return SlotRule(budget=min(1.0, count / slots), rule=rule, scorer=own_scorer(rule))
 
 
 def grid(counts: range, points: int | None, overhead: float) -> list[float]:
@@ -53,8 +58,7 @@ def selection_overhead(layer: ElasticLayer, k: int) -> float:
 
     A kept slot saves its gate neurons and its compensation.
     """
-    plan, scorer = layer.plan, layer.scorer("ridge")
+    plan, scorer, extra = layer.plan, layer.scorer("ridge"), layer.compensator
     matrices = 3 if plan.layer.gate is not None else 2
-    extra = layer.compensation(Setting())
-    dropped = plan.gates * (matrices - 1) * plan.layer.hidden + (extra.parameters(0, 1) if extra else 0)
+    dropped = plan.gates * (matrices - 1) * plan.layer.hidden + (extra.parameters()[0] if extra else 0)
     return k * (scorer.parameters_per_expert() + plan.n_sub * dropped) / (plan.block * matrices * plan.layer.hidden - dropped)

@@ -29,7 +29,7 @@ from ..requests import Event, Request
 from .paged_attention import NAME as PAGED
 from .runner import Runner
 from .scheduler import NAME as SCHEDULER
-from .scheduler import PolicyScheduler, Step
+from .scheduler import Connection, PolicyScheduler, Step
 
 logger = logging.getLogger(__name__)
 # transformers logs the first tokens of a prompt it drops, which nobody may read in a log
@@ -234,14 +234,16 @@ class Engine:
     def connect(self, processor: ContinuousBatchProcessor) -> None:
         scheduler: PolicyScheduler = processor.scheduler
         scheduler.connect(
-            self.policy,
-            self.ladder,
-            self.elastic,
-            self.book,
-            self.clock,
-            facts=layer_facts(self.elastic),
-            paged=self._paged,
-            vocabulary=self.vocabulary,
+            Connection(
+                policy=self.policy,
+                ladder=self.ladder,
+                elastic=self.elastic,
+                book=self.book,
+                clock=self.clock,
+                facts=layer_facts(self.elastic),
+                paged=self._paged,
+                vocabulary=self.vocabulary,
+            )
         )
         processor.model_runner = Runner.over(processor)
 

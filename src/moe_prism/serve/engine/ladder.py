@@ -1,49 +1,125 @@
-"""The levels that are served: points of the `threshold` rule, from the folder's frontier or measured once at start."""
+"""The levels that are served: per-token points of the folder's measured frontier, or a few budgets measured once at start."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...elastic.runtime import Setting, slots_per_token
+from ...elastic.runtime import slots_per_token
 from ...errors import PrismError, UsageError
 from ...files import replace_file
-from ...frontier import Frontier
+from ...frontier import Frontier, MeasuredPoint, pareto
+from ...point import FULL, OperatingPoint
+from ...registry import choices
+from ...routing import stage_class
 from ...schedule.base import Ladder, Level
 
-RULE = "threshold"
-FULL = "full"
+logger = logging.getLogger(__name__)
+
+TOP = "full"
 MEASURED = "ladder.json"
+FRONTIER = "frontier.json"
 BUDGETS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 
+Refusal = Callable[[OperatingPoint], str | None]
+"""Why an engine cannot run a point; None if it can."""
 
-def find_ladder(folder: Path, full_slots: int) -> tuple[Ladder | None, str]:
-    """(ladder, where from): the frontier's Pareto points, else an earlier measurement; None if there is neither."""
-    frontier = folder / "frontier.json"
+
+def find_ladder(folder: Path, full_slots: int, refusal: Refusal, asked: Sequence[str] = ()) -> tuple[Ladder | None, str]:
+    """(ladder, where from): the frontier's points, else an earlier measurement; None if there is neither.
+
+    asked: names of points, or the path of another frontier.json: those are served and no others. Without, the Pareto set of all points
+    that can share a batch. UsageError for a name that is not there, or a point that this engine cannot run, with the reason.
+    """
+    if asked:
+        points, where = _asked(folder, asked, refusal)
+        return climb((_level(p) for p in points), full_slots), where
+    frontier = folder / FRONTIER
     if frontier.exists():
-        points = [p for p in Frontier.load(frontier).points if p.rule == RULE and p.pareto and p.budget < 1]
+        points = _best(Frontier.load(frontier), refusal)
         if points:
-            levels = (Level(p.name, p.budget, p.k_slots, p.top1_agreement) for p in points)
-            return climb(levels, full_slots), frontier.name
+            return climb((_level(p) for p in points), full_slots), frontier.name
     measured = folder / MEASURED
     if measured.exists():
         try:
-            return climb((Level(**row) for row in json.loads(measured.read_text())["levels"]), full_slots), measured.name
+            rows = json.loads(measured.read_text())["levels"]
+            return climb((_read_level(row) for row in rows), full_slots), measured.name
         except (ValueError, TypeError, KeyError, PrismError) as error:
             raise UsageError(f"{measured} cannot be used: {error}", "delete it; it is measured again at start") from error
     return None, ""
+
+
+def _best(frontier: Frontier, refusal: Refusal) -> list[MeasuredPoint]:
+    """The points of a frontier that can share a batch and that none of the others beats. What was left out is logged, by name."""
+    fit: list[MeasuredPoint] = []
+    for p in [*frontier.points, *frontier.baseline_topk]:
+        reason = _reason(p, refusal) or ("what a token gets depends on its batch" if _depends_on_batch(p.point) else None)
+        if reason:
+            logger.info("operating point %s is not served: %s", p.name, reason)
+        elif p.point is not None and not p.point.is_full:
+            fit.append(p)
+    flags = pareto([p.active_expert_bytes for p in fit], [p.kl for p in fit])
+    return [p for p, flag in zip(fit, flags, strict=True) if flag]
+
+
+def _asked(folder: Path, asked: Sequence[str], refusal: Refusal) -> tuple[list[MeasuredPoint], str]:
+    files = [Path(name) for name in asked if name.endswith(".json")]
+    if len(files) > 1 or (files and len(asked) > 1):
+        raise UsageError("points were asked for by file and by name", "give one frontier.json, or names of the folder's points")
+    source = files[0] if files else folder / FRONTIER
+    if not source.is_file():
+        raise UsageError(f"there is no {source}", "measure points with `moe-prism frontier`")
+    frontier = Frontier.load(source)
+    known = {p.name: p for p in [*frontier.baseline_topk, *frontier.points]}
+    names = [name for name, p in known.items() if p.point is None or not p.point.is_full] if files else list(asked)
+    found = []
+    for name in names:
+        if name not in known:
+            raise UsageError(f"no operating point '{name}' in {source.name}", choices(name, known))
+        reason = _reason(known[name], refusal)
+        if reason:
+            raise UsageError(f"operating point '{name}' cannot be served here: {reason}", "leave it out of --points")
+        if _depends_on_batch(known[name].point):
+            logger.warning("operating point %s: what a token gets depends on the other tokens of its batch", name)
+        found.append(known[name])
+    return found, source.name
+
+
+def _reason(p: MeasuredPoint, refusal: Refusal) -> str | None:
+    """Why a point cannot be one of several in a batch."""
+    if p.point is None:
+        return "an earlier version measured it and did not say how it runs; measure it again"
+    if not p.point.is_per_token:
+        return "it changes the weights or the decoding, not single tokens"
+    return refusal(p.point)
+
+
+def _depends_on_batch(point: OperatingPoint | None) -> bool:
+    return point is not None and any(stage_class(stage.stage).depends_on_batch for stage in point.routing)
+
+
+def _level(p: MeasuredPoint) -> Level:
+    assert p.point is not None
+    return Level(p.name, p.point, p.k_slots, p.top1_agreement)
+
+
+def _read_level(row: dict[str, Any]) -> Level:
+    """One entry of `ladder.json`; version 0.1 wrote a budget of the threshold rule."""
+    point = OperatingPoint.from_json(row["point"]) if "point" in row else FULL.with_budget(float(row["budget"]))
+    return Level(str(row["name"]), point, float(row["slots"]), float(row["quality"]))
 
 
 def climb(levels: Iterable[Level], full_slots: int) -> Ladder:
     """The levels sorted, without those that cost more and give no more, and the full model on top."""
     kept: list[Level] = []
     for level in sorted(levels, key=lambda level: (level.slots, -level.quality)):
-        if level.budget < 1 and level.slots < full_slots and level.quality < 1 and (not kept or level.quality > kept[-1].quality):
+        below = not level.point.is_full and level.slots < full_slots and level.quality < 1
+        if below and (not kept or (level.quality > kept[-1].quality and level.slots > kept[-1].slots)):
             kept.append(level)
-    return Ladder((*kept, Level(FULL, 1.0, float(full_slots), 1.0)))
+    return Ladder((*kept, Level(TOP, FULL, float(full_slots), 1.0)))
 
 
 def measure_ladder(model: Any, tokenizer: Any, folder: Path, tokens: int = 4096) -> Ladder:
@@ -54,15 +130,13 @@ def measure_ladder(model: Any, tokenizer: Any, folder: Path, tokens: int = 4096)
 
     exclude = read_manifest(folder)["calibration"]["documents"]
     windows = token_windows(tokenizer, "stdlib", "evaluation", length=512, tokens=tokens, exclude=exclude)
-    elastic = model._moe_prism
-    settings = [Setting(budget, RULE) for budget in BUDGETS]
-    found = measure(model, elastic, windows.ids, settings)
+    points = [FULL.with_budget(budget) for budget in BUDGETS]
     levels = [
-        Level(f"{RULE}-{cost.k_slots:.3g}", budget, cost.k_slots, quality.top1_agreement)
-        for budget, (quality, cost) in zip(BUDGETS, found, strict=True)
+        Level(f"{point.slots.rule}-{found.cost.k_slots:.3g}", point, found.cost.k_slots, found.quality.top1_agreement)
+        for point, found in zip(points, measure(model, windows.ids, points), strict=True)
     ]
-    ladder = climb(levels, slots_per_token(elastic))
-    rows = {"levels": [asdict(level) for level in ladder.levels[:-1]], "tokens": windows.tokens, "text": windows.source}
+    ladder = climb(levels, slots_per_token(model._moe_prism))
+    rows = {"levels": [level.to_json() for level in ladder.levels[:-1]], "tokens": windows.tokens, "text": windows.source}
     try:
         replace_file(folder / MEASURED, (json.dumps(rows, indent=1) + "\n").encode())
         update_manifest(folder, {})  # `verify` knows every file of the folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, Scheduler
 
-from ...elastic.runtime import Elastic, Setting
+from ...elastic.bind import Step as ForwardStep
+from ...elastic.bind import bind
+from ...elastic.runtime import Elastic
 from ...forecast.step_cost import LayerFacts, Totals, chunk_pairs
 from ...schedule.base import Ladder, Limits, Policy, Work
 from ..backend import Tally
@@ -57,25 +60,31 @@ class Step:
         return Tally(seconds, self.asked, levels, prompt, generated)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Connection:
+    """What a scheduler works with. book: requests by id, kept by the engine; paged: our CPU attention runs, and wants a PagedLayout."""
+
+    policy: Policy
+    ladder: Ladder
+    elastic: Elastic
+    book: dict[str, Request]
+    clock: Callable[[], float]
+    facts: LayerFacts
+    paged: bool
+    vocabulary: int
+
+
 class PolicyScheduler(Scheduler):  # type: ignore[misc]
     """Asks `Policy.step` what to run. `connect` must be called once before the first step."""
 
-    def connect(
-        self,
-        policy: Policy,
-        ladder: Ladder,
-        elastic: Elastic,
-        book: dict[str, Request],
-        clock: Callable[[], float],
-        *,
-        facts: LayerFacts,
-        paged: bool,
-        vocabulary: int,
-    ) -> None:
-        """book: requests by id, kept by the engine; paged: our CPU attention runs, and wants a PagedLayout."""
-        self.unread = [facts.unread(level.slots) for level in ladder.levels]
-        self.policy, self.ladder, self.elastic, self.book, self.clock = policy, ladder, elastic, book, clock
-        self.paged, self.vocabulary = paged, vocabulary
+    def connect(self, to: Connection) -> None:
+        """Must be called once before the first step. What the points need of the model stays installed for as long as the engine runs."""
+        self.policy, self.ladder, self.elastic, self.book, self.clock = to.policy, to.ladder, to.elastic, to.book, to.clock
+        self.paged, self.vocabulary = to.paged, to.vocabulary
+        self.unread = [to.facts.unread(level.slots) for level in self.ladder.levels]
+        self.bound = bind(self.elastic, [level.point for level in self.ladder.levels])
+        self.installed = ExitStack()
+        self.installed.enter_context(self.elastic.at(self.bound))
         self.current = Step()
         self.capacity = self.cache.num_blocks * self._allocator.tokens_per_page
 
@@ -163,14 +172,14 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         return bool(self.cache.can_store_request_tokens(state, tokens))
 
     def _set_levels(self) -> None:
-        """The budget of every token of the packed batch; one number where they agree, so that full budget runs undivided."""
+        """The operating point of every token of the packed batch; one number where they agree, so that the full model runs undivided."""
         parts = self.current.parts
-        budgets = [self.ladder.levels[part.level].budget for part in parts]
-        if len(set(budgets)) == 1:
-            budget: float | torch.Tensor = budgets[0]
+        levels = [part.level for part in parts]
+        if len(set(levels)) == 1:
+            which: int | torch.Tensor = levels[0]
         else:
-            budget = torch.tensor(budgets).repeat_interleave(torch.tensor([part.tokens for part in parts]))
-        self.elastic.setting = Setting(budget, "threshold")
+            which = torch.tensor(levels).repeat_interleave(torch.tensor([part.tokens for part in parts]))
+        self.elastic.step = ForwardStep(self.bound, which)
 
     def _totals(self) -> Totals:
         sums = [0.0] * 7

@@ -13,13 +13,18 @@ from typing import Any
 import torch
 
 from ...artefact.load import load
-from ...elastic.runtime import operating_point, slots_per_token
+from ...elastic import Elastic
+from ...elastic.bind import bind
+from ...elastic.runtime import slots_per_token
+from ...errors import UsageError
+from ...point import OperatingPoint
 from ...schedule import CostModel, policies
+from ...schedule.base import Ladder
 from ..config import Config
 from ..process.messages import Facts
 from ..server import ServeOptions
 from .engine import Engine, EngineSize
-from .ladder import find_ladder, measure_ladder
+from .ladder import Refusal, find_ladder, measure_ladder
 from .probe import Script, probe
 from .scheduler import Step
 
@@ -58,11 +63,12 @@ def start_engine(folder: Path, options: ServeOptions, config: Config) -> Running
     torch.set_num_threads(compute_threads(config.engine.threads))
     model, tokenizer = load(folder, store=options.store)
     model.eval()
-    ladder, ladder_from = find_ladder(folder, slots_per_token(model._moe_prism))
+    elastic: Elastic = model._moe_prism
+    ladder, ladder_from = find_ladder(folder, slots_per_token(elastic), _refusal(elastic), options.points)
     if ladder is None:
-        logger.info("measuring operating points: the folder has no frontier of the threshold rule")
+        logger.info("measuring operating points: the folder has no measured frontier")
         ladder, ladder_from = measure_ladder(model, tokenizer, folder), "measured"
-    _compile_kernels(model)
+    _compile_kernels(model, ladder)
     size = config.engine
     engine = Engine(
         model,
@@ -86,10 +92,23 @@ def start_engine(folder: Path, options: ServeOptions, config: Config) -> Running
 
 
 @torch.no_grad()
-def _compile_kernels(model: Any) -> None:
-    """One small forward below full budget: kernels are compiled at first use, which is not to be a client's first request."""
-    with operating_point(model, 0.5):
-        model(input_ids=torch.zeros(1, 8, dtype=torch.long, device=model.device))
+def _compile_kernels(model: Any, ladder: Ladder) -> None:
+    """One small forward at every level: kernels are compiled at first use, which is not to be a client's first request."""
+    elastic: Elastic = model._moe_prism
+    for level in ladder.levels:
+        with elastic.at([level.point]):
+            model(input_ids=torch.zeros(1, 8, dtype=torch.long, device=model.device))
+
+
+def _refusal(elastic: Elastic) -> Refusal:
+    def refusal(point: OperatingPoint) -> str | None:
+        try:
+            bind(elastic, [point])
+        except UsageError as error:
+            return error.cause
+        return None
+
+    return refusal
 
 
 def compute_threads(wanted: int | None) -> int:

@@ -94,7 +94,7 @@ def create_app(service: Service, door: Door, history: status.History, key: str |
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        points = [{"name": v.name, "quality": v.quality, "slots": v.slots, "budget": v.budget} for v in service.ladder.levels]
+        points = [level.to_json() for level in service.ladder.levels]
         card = {"id": service.name, "object": "model", "created": started, "owned_by": "moe-prism"}
         return {"object": "list", "data": [{**card, "max_model_len": service.context, "operating_points": points}]}
 

@@ -1,4 +1,4 @@
-"""Give the MoE layers of a loaded vLLM model a way to run below full budget."""
+"""Give the MoE layers of a loaded vLLM model a way to run at other operating points."""
 
 from __future__ import annotations
 
@@ -11,68 +11,83 @@ from torch import Tensor
 
 from ...artefact.load import side_tensors
 from ...checkpoint import read_manifest
+from ...elastic.bind import Bound, Step, bind
 from ...errors import CorruptError
 from ...kernels.packed_tiles import WIDTH
+from ...schedule.base import Ladder
 from . import compat
-from .layer import PackedLayer, pack, unknown_side
+from .layer import PackedElastic, PackedWeights, pack, unknown_side
+from .levels import SECTION, Menu, full_slots
 from .state import STEP
 
 logger = logging.getLogger(__name__)
 
 
 class ElasticExperts(compat.name("RoutedExperts")):  # type: ignore[misc]
-    """vLLM's experts, with `elastic` beside them. Rows at full budget are always the stock kernel's, whoever else is in the step."""
+    """vLLM's experts, with `elastic` beside them. Rows at the full model are always the stock kernel's, whoever else is in the step."""
 
-    elastic: PackedLayer
+    elastic: PackedElastic
+    number: int
+    bound: Bound
 
     def forward_modular(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *shared: Any, **named: Any) -> Any:
         """x [T, d], topk_weights and topk_ids [T, k], as the stock router chose them; -> [T, d]."""
-        if STEP.budget is None:
+        level = STEP.level
+        if level is None:
             return super().forward_modular(x, topk_weights, topk_ids, *shared, **named)
-        budget = STEP.budget
-        if len(budget) < len(x):  # rows that only fill a shape up
-            budget = torch.cat([budget, budget.new_full((len(x) - len(budget),), float(budget.min()))])
-        less = budget < 1
+        if len(level) < len(x):  # rows that only fill a shape up
+            level = torch.cat([level, level.new_full((len(x) - len(level),), int(level.min()))])
+        less = level < len(self.bound.points) - 1
         if bool(less.all()):
-            return self.elastic(x, topk_ids, topk_weights, budget)
+            return self._split(x, topk_ids, topk_weights, level)
         full, split = less.logical_not().nonzero()[:, 0], less.nonzero()[:, 0]
         out = torch.empty_like(x)
         out[full] = super().forward_modular(x[full], topk_weights[full], topk_ids[full], *shared, **named)
-        out[split] = self.elastic(x[split], topk_ids[split], topk_weights[split], budget[split])
+        out[split] = self._split(x[split], topk_ids[split], topk_weights[split], level[split])
         return out
 
+    def _split(self, x: Tensor, index: Tensor, weight: Tensor, level: Tensor) -> Tensor:
+        self.elastic.step = Step(self.bound, level)
+        return self.elastic.run(self.number, x, index, weight)
 
-def install(model: Any, config: Any) -> None:
-    """model: loaded, its expert weights in the order of vLLM's CPU kernel.
+
+def install(model: Any, config: Any) -> Ladder:
+    """Make a loaded model elastic, its expert weights being in the order of vLLM's CPU kernel; returns the levels it will be asked for.
 
     A kernel that cannot be split is left as it is, with a warning: quality is then above what is asked. Raises PrismError if
     prism.json or prism.safetensors do not belong to the model.
     """
     folder = Path(config.model_config.model)
     manifest = read_manifest(folder)
-    runners = [module for module in model.modules() if isinstance(module, compat.name("MoERunner"))]
+    options = config.additional_config.get(SECTION, {})
+    ladder = Menu.of(folder, {key: value for key, value in options.items() if key != "wired"}).ladder
+    runners = [(name, module) for name, module in model.named_modules() if isinstance(module, compat.name("MoERunner"))]
     if len(runners) != len(manifest["layers"]):
         raise CorruptError(
             f"prism.json knows {len(manifest['layers'])} MoE layers, vLLM found {len(runners)}", "refactor the model again"
         )
-    problem = _problem(runners[0].routed_experts, manifest["layers"][0]["width"])
+    sides = side_tensors(folder, len(runners))
+    first = runners[0][1].routed_experts
+    problem = _problem(first, manifest["layers"][0]["width"]) or unknown_side(sides[0])
     if problem:
         logger.warning("moe-prism: %s; every request is served at full budget", problem)
-        return
-    sides = side_tensors(folder, len(runners))
-    unknown = unknown_side(sides[0])
-    if unknown:
-        logger.warning("moe-prism: %s is not computed in vLLM; every request is served at full budget", unknown)
-        return
-    for runner, side in zip(runners, sides, strict=True):
+        return ladder
+    weights = [(name, _weights(runner.routed_experts)) for name, runner in runners]
+    k = full_slots(folder) // manifest["n_sub"]
+    elastic = PackedElastic(model, weights, sides, n_sub=manifest["n_sub"], gates=manifest["gates"], k=k)
+    bound = bind(elastic, [level.point for level in ladder.levels])
+    for number, (_, runner) in enumerate(runners):
         experts = runner.routed_experts
-        experts.elastic = PackedLayer(
-            experts.w13_weight.data, experts.w2_weight.data, experts.activation.value, manifest["n_sub"], manifest["gates"], side
-        )
+        experts.elastic, experts.number, experts.bound = elastic, number, bound
         experts.__class__ = ElasticExperts
         if config.compilation_config.mode:
             runner._forward_entry = compat.opaque_forward(runner)
-    logger.info("moe-prism: %d MoE layers, %d sub-experts per expert", len(runners), manifest["n_sub"])
+    logger.info("moe-prism: %d MoE layers, %d sub-experts per expert, %d levels", len(runners), manifest["n_sub"], len(ladder))
+    return ladder
+
+
+def _weights(experts: Any) -> PackedWeights:
+    return PackedWeights(w13=experts.w13_weight.data, w2=experts.w2_weight.data, activation=experts.activation.value)
 
 
 def _problem(experts: Any, width: int) -> str | None:

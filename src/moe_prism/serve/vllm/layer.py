@@ -1,20 +1,29 @@
-"""One MoE layer below full budget, on the weights as vLLM's CPU kernel holds them: no copy, no second layout."""
+"""One MoE layer below full budget, on the weights as vLLM's CPU kernel holds them: no copy, no second layout.
+
+Routing, selection and compensation are those of `elastic.layer`; what is written here is where the weights lie and how the kept ones are
+multiplied. E experts, d hidden, f neurons, N sub-experts per expert, r gate neurons of each, T tokens, k experts per token.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...elastic.compensate.base import Blocks
-from ...elastic.scorers.ridge import CEILING
+from ...elastic import Elastic, LayerParts
+from ...elastic.execute.base import Executor, Settled
+from ...elastic.repair import REPAIR
 from ...errors import UsageError
 from ...kernels.packed_tiles import WIDTH
-from ...kernels.selection import mark_above, predicted_norms, slot_values
+from ...model.gate_neurons import GateNeurons
+from ...point import OperatingPoint
 from .packed_products import PackedGroups, add, dot
+from .refusal import refusal
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -23,15 +32,9 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-MEANS = "compensate.mean.vectors"
-
-
 def unknown_side(side: Mapping[str, Tensor]) -> str | None:
     """What of prism.safetensors changes results below full budget and is not computed here; None if nothing."""
-    if "repair" in side:
-        return "a repaired W_down"
-    kinds = {key.split(".")[1] for key in side if key.startswith("compensate.") and key != MEANS}
-    return f"compensation '{kinds.pop()}'" if kinds else None
+    return "a repaired W_down" if REPAIR in side else None
 
 
 def pack(rows: Tensor) -> Tensor:
@@ -40,87 +43,112 @@ def pack(rows: Tensor) -> Tensor:
     return rows.view(experts, count // WIDTH, WIDTH, depth).transpose(2, 3).contiguous()
 
 
-class PackedLayer:
-    """Selection by the ridge predictor and the threshold rule, execution of the kept sub-experts.
+@dataclass(frozen=True, kw_only=True)
+class PackedWeights:
+    """w13 [E, 2f, d] and w2 [E, d, f] as vLLM holds them: packed, float32 or bfloat16. activation: vLLM's name of it."""
 
-    E experts, d hidden, f neurons, N sub-experts per expert, r gate neurons of each.
-    """
+    w13: Tensor
+    w2: Tensor
+    activation: str
 
-    def __init__(self, w13: Tensor, w2: Tensor, activation: str, n_sub: int, gates: int, side: Mapping[str, Tensor]) -> None:
-        """w13 [E, 2f, d] and w2 [E, d, f]: packed, float32 or bfloat16. side: `ridge`, `levels`, and the means
-        of dropped sub-experts, of prism.safetensors.
-
-        Raises UsageError if the shapes do not fit together.
-        """
-        self.experts, self.hidden, self.width = w2.shape
-        self.n_sub, self.gates = n_sub, gates
-        self._check(w13, activation, side)
-        self.first = w13.detach().view(self.experts, -1, self.hidden, WIDTH)
-        self.down = w2.detach().view(self.experts, -1, self.width, WIDTH)
-        self.activate = ACTIVATIONS[activation]
-        self.levels = side["levels"].float().contiguous()
-        self.means = side[MEANS].float().flatten(0, 1) if MEANS in side else None
-        self._predictor(side["ridge"])
-
-    def _check(self, w13: Tensor, activation: str, side: Mapping[str, Tensor]) -> None:
-        features = self.hidden + self.n_sub * self.gates + 1
-        if activation not in ACTIVATIONS:
+    def check(self, n_sub: int) -> None:
+        """UsageError if the kept blocks could not be multiplied where they lie."""
+        experts, hidden, width = self.w2.shape
+        if self.activation not in ACTIVATIONS:
             raise UsageError(
-                f"experts with the activation '{activation}' run at full budget only", "serve without a quality below 1"
+                f"experts with the activation '{self.activation}' run at full budget only", "serve without a quality below 1"
             )
-        if w13.shape != (self.experts, 2 * self.width, self.hidden) or self.width % (self.n_sub * WIDTH):
+        if self.w13.shape != (experts, 2 * width, hidden) or width % (n_sub * WIDTH):
             raise UsageError(
-                f"sub-experts of {self.width}/{self.n_sub} neurons do not fit vLLM's CPU kernel, which keeps {WIDTH} together",
+                f"sub-experts of {width}/{n_sub} neurons do not fit vLLM's CPU kernel, which keeps {WIDTH} together",
                 "refactor with fewer sub-experts per expert",
             )
-        if w13.dtype not in (torch.float32, torch.bfloat16):
-            raise UsageError(f"experts in {w13.dtype} run at full budget only", "use --dtype bfloat16 or float32")
-        if "levels" not in side or tuple(side["ridge"].shape) != (self.experts, self.n_sub, features):
-            raise UsageError("prism.safetensors does not belong to these weights", "refactor the model again")
+        if self.w13.dtype not in (torch.float32, torch.bfloat16):
+            raise UsageError(f"experts in {self.w13.dtype} run at full budget only", "use --dtype bfloat16 or float32")
 
-    def _predictor(self, ridge: Tensor) -> None:
-        """What a score reads, as rows of one packed matrix: the ridge weights of x [N], gate and up rows of the gate neurons [N r]."""
-        neurons = (torch.arange(self.n_sub)[:, None] * (self.width // self.n_sub) + torch.arange(self.gates)).flatten()
+    def gate_neurons(self, name: str, index: int, n_sub: int, gates: int) -> GateNeurons:
+        """A float32 copy of what selection reads, the first `gates` neurons of every block."""
+        experts, hidden, width = self.w2.shape
+        ids = (torch.arange(n_sub)[:, None] * (width // n_sub) + torch.arange(gates)).flatten()
+        first = self.w13.detach().view(experts, -1, hidden, WIDTH).transpose(2, 3)
+        down = self.w2.detach().view(experts, -1, width, WIDTH)
+        tensors = {
+            "gate": first[:, ids // WIDTH, ids % WIDTH],
+            "up": first[:, (ids + width) // WIDTH, (ids + width) % WIDTH],
+            "down": down[:, :, ids].permute(0, 2, 1, 3).flatten(2),
+        }
+        act = ACTIVATIONS[self.activation]
+        return GateNeurons(name, index, width, {k: t.contiguous() for k, t in tensors.items()}, partial(_gated, act))
 
-        def rows(ids: Tensor) -> Tensor:
-            return self.first.transpose(2, 3)[:, ids // WIDTH, ids % WIDTH]
 
-        every = torch.cat([ridge[:, :, : self.hidden].to(self.first.dtype), rows(neurons), rows(neurons + self.width)], 1)
-        self.predictor = pack(functional.pad(every, (0, 0, 0, -every.shape[1] % WIDTH)))
-        self.tail = ridge[:, :, self.hidden :].float().contiguous()
-        self.scale = self.down[:, :, neurons].float().square().sum((1, 3)).sqrt()
+def _gated(act: Callable[[Tensor], Tensor], gate: Tensor | None, up: Tensor) -> Tensor:
+    assert gate is not None
+    return act(gate) * up
 
-    def keep(self, x: Tensor, index: Tensor, weight: Tensor, budget: Tensor) -> Tensor:
-        """keep [T, k, N] bool. x [T, d] float32, index [T, k] int64, weight [T, k] float32, budget [T] float32."""
-        n, features = self.n_sub, self.n_sub * self.gates
-        products = torch.zeros(index.numel(), self.predictor.shape[1] * WIDTH)
-        groups = PackedGroups.of(index, torch.ones(*index.shape, 1, dtype=torch.bool), self.experts)
-        dot(x, groups, self.predictor, 1, groups.choice, products)
-        gates = self.activate(products[:, n : n + features]) * products[:, n + features : n + 2 * features]
-        norms, values = torch.empty(*index.shape, n), torch.empty(*index.shape, n)
-        predicted_norms(
-            products.numpy(), gates.numpy(), self.scale.numpy(), self.tail.numpy(), index.numpy(), CEILING, norms.numpy()
-        )
-        valid = torch.ones(index.shape, dtype=torch.bool).numpy()
-        slot_values(weight.numpy(), norms.numpy(), valid, values.numpy())
-        keep = torch.empty(values.shape, dtype=torch.bool)
-        mark_above(values.numpy(), self.levels.numpy(), budget.numpy(), valid, keep.numpy())
-        return keep
 
-    def run(self, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
-        """[T, d] float32: the sum of the kept sub-experts, and of the means of the others, each times its expert's routing weight.
+class Packed(Executor):
+    """Multiplies the kept blocks of packed weights."""
 
-        Arguments as in `keep`.
-        """
-        groups, m = PackedGroups.of(index, keep, self.experts), self.width // self.n_sub
+    def __init__(self, weights: PackedWeights) -> None:
+        self.experts, self.hidden, self.width = weights.w2.shape
+        self.first = weights.w13.detach().view(self.experts, -1, self.hidden, WIDTH)
+        self.down = weights.w2.detach().view(self.experts, -1, self.width, WIDTH)
+        self.activate = ACTIVATIONS[weights.activation]
+
+    def run(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
+        groups = PackedGroups.of(index, settled.keep, self.experts)
+        m = self.width // settled.keep.shape[2]
         out = torch.zeros(x.shape)
         pre = torch.zeros(len(groups.row), 2 * m)
         dot(x, groups, self.first, 2, groups.slot, pre)
         a = self.activate(pre[:, :m]).mul_(pre[:, m:]).mul_(weight.reshape(-1)[groups.choice, None])
         add(a, groups, self.down, out)
-        return out if self.means is None else out.add_(Blocks.of(index, weight, ~keep).combine(self.means))
+        return out
 
-    def __call__(self, x: Tensor, index: Tensor, weight: Tensor, budget: Tensor) -> Tensor:
-        """[T, d] in x's dtype. x [T, d], index [T, k] and weight [T, k] of the router, budget [T] in (0, 1]."""
+
+class PackedElastic(Elastic):
+    """`Elastic` over the MoE layers of a model that vLLM runs."""
+
+    def __init__(
+        self,
+        model: Any,
+        weights: Sequence[tuple[str, PackedWeights]],
+        sides: Sequence[dict[str, Tensor]],
+        *,
+        n_sub: int,
+        gates: int,
+        k: int,
+    ) -> None:
+        """weights: name and weights of every layer; sides: its side tensors. UsageError if the shapes do not fit together."""
+        self.executors = {i: Packed(own) for i, (_, own) in enumerate(weights)}
+        self._k = k
+        plans = []
+        for i, ((name, own), side) in enumerate(zip(weights, sides, strict=True)):
+            own.check(n_sub)
+            experts, hidden, _ = own.w2.shape
+            if "levels" not in side or tuple(side["ridge"].shape) != (experts, n_sub, hidden + n_sub * gates + 1):
+                raise UsageError("prism.safetensors does not belong to these weights", "refactor the model again")
+            plans.append(LayerParts(own.gate_neurons(name, i, n_sub, gates), n_sub, gates, side))
+        super().__init__(model, plans)
+
+    def executor_of(self, plan: LayerParts) -> Executor:
+        return self.executors[plan.layer.index]
+
+    @property
+    def k(self) -> int:
+        return self._k
+
+    def normalises(self) -> bool:
+        raise UsageError(
+            "an operating point leaves open what happens to the routing weights", "measure it with `moe-prism frontier`"
+        )
+
+    def check(self, point: OperatingPoint) -> None:
+        problem = refusal(point)
+        if problem:
+            raise UsageError(f"vLLM does not run this operating point: {problem}", "choose another")
+
+    def run(self, layer: int, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """[T, d] in x's dtype of a layer, at the current step. x [T, d], index [T, k] and weight [T, k] of the router."""
         rows, ids, factors = x.float().contiguous(), index.long().contiguous(), weight.float().contiguous()
-        return self.run(rows, ids, factors, self.keep(rows, ids, factors, budget)).to(x.dtype)
+        return self.layers[layer](rows, ids, factors).to(x.dtype)

@@ -13,10 +13,11 @@ from ...checkpoint import read_manifest
 from ...elastic.runtime import TOP_K_NAMES
 from ...errors import UsageError
 from ...schedule.base import Ladder
-from ..engine.ladder import FULL, climb, find_ladder
+from ..engine.ladder import TOP, climb, find_ladder
+from .refusal import refusal
 
 SECTION = "moe_prism"
-OPTIONS = ("quality", "min_quality")
+OPTIONS = ("quality", "min_quality", "points")
 NOT_HERE = ("ttft_ms", "tpot_ms", "class")
 """Fields of `moe-prism serve` that vLLM's scheduler cannot honour: refused, because ignoring a deadline would be worse."""
 
@@ -37,14 +38,21 @@ class Menu:
 
     @classmethod
     def of(cls, folder: Path, options: Mapping[str, Any] | None = None) -> Menu:
-        """options: `quality` and `min_quality` for requests without their own. UsageError for a bad one."""
+        """options: `quality` and `min_quality` for requests without their own; `points`: names of the points to serve, default the Pareto set.
+
+        UsageError for a bad one.
+        """
         options = options or {}
         unknown = [key for key in options if key not in OPTIONS]
         if unknown:
             raise UsageError(f"unknown option '{unknown[0]}' of {SECTION}", f"choose from: {', '.join(OPTIONS)}")
-        ladder, _ = find_ladder(folder, full_slots(folder))
+        points = options.get("points", [])
+        if not isinstance(points, list) or not all(isinstance(name, str) for name in points):
+            raise UsageError(f"points of {SECTION} is no list of names", 'give one, such as ["threshold-8"]')
+        ladder, _ = find_ladder(folder, full_slots(folder), refusal, points)
         ladder = ladder or climb((), 1)
-        return cls(ladder, cls(ladder, QualityRange(ladder.top, ladder.top)).read(options))
+        default = {key: value for key, value in options.items() if key != "points"}
+        return cls(ladder, cls(ladder, QualityRange(ladder.top, ladder.top)).read(default))
 
     def read(self, fields: Mapping[str, Any]) -> QualityRange:
         """`quality` alone fixes the level; `min_quality` lets load lower it to there. UsageError for a value that means nothing."""
@@ -67,11 +75,8 @@ class Menu:
         if isinstance(wanted, str):
             return self.ladder.named(wanted)
         if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not (math.isfinite(wanted) and 0 <= wanted <= 1):
-            raise UsageError(f"{field} is {wanted!r}", f"give a number from 0 to 1, or a name such as '{FULL}'")
+            raise UsageError(f"{field} is {wanted!r}", f"give a number from 0 to 1, or a name such as '{TOP}'")
         return self.ladder.at_least(wanted)
-
-    def budget(self, level: int) -> float:
-        return self.ladder.levels[level].budget
 
 
 def is_elastic(folder: Path) -> bool:

@@ -9,8 +9,8 @@ from ...errors import UsageError
 from . import compat
 from .levels import SECTION, Menu, QualityRange
 
-CARRIED = "moe_prism_budgets"
-"""Attribute of SchedulerOutput: budget of every request of the step that is below full. Absent if there is none."""
+CARRIED = "moe_prism_levels"
+"""Attribute of SchedulerOutput: level of every request of the step that is below full. Absent if there is none."""
 
 
 class PrismScheduler(compat.name("AsyncScheduler")):  # type: ignore[misc]
@@ -27,7 +27,7 @@ class PrismScheduler(compat.name("AsyncScheduler")):  # type: ignore[misc]
         """Note the levels, and give each floor its own prefix cache: what was computed for less must not serve more."""
         self.wishes[request.request_id] = wish = self._wish(request)
         if wish.floor < self.menu.ladder.top and getattr(request, "_block_hasher", None) is not None:
-            request.cache_salt = f"{request.cache_salt or ''}|moe-prism {self.menu.budget(wish.floor)}"
+            request.cache_salt = f"{request.cache_salt or ''}|moe-prism {self.menu.ladder.levels[wish.floor].point.to_json()}"
             request.block_hashes.clear()
             request.update_block_hashes()
         super().add_request(request)
@@ -43,13 +43,13 @@ class PrismScheduler(compat.name("AsyncScheduler")):  # type: ignore[misc]
     def schedule(self, *arguments: Any, **named: Any) -> Any:
         output = super().schedule(*arguments, **named)
         crowded = bool(self.waiting)
-        budgets = {}
+        levels = {}
         for id in output.num_scheduled_tokens:
             level = self.wishes[id].floor if crowded else self.wishes[id].ceiling
             if level < self.menu.ladder.top:
-                budgets[id] = self.menu.budget(level)
-        if budgets:
-            setattr(output, CARRIED, budgets)
+                levels[id] = level
+        if levels:
+            setattr(output, CARRIED, levels)
         for id in output.finished_req_ids:
             self.wishes.pop(id, None)
         return output

@@ -9,9 +9,9 @@ from torch import Tensor
 
 @dataclass
 class RowState:
-    """budget: one number in (0, 1] per row of the batch, or None when every row is at full budget (also while vLLM warms up)."""
+    """level: of every row of the batch (int64), or None when every row is at the full model (also while vLLM warms up)."""
 
-    budget: Tensor | None = None
+    level: Tensor | None = None
 
 
 STEP = RowState()

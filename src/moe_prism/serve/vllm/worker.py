@@ -1,4 +1,4 @@
-"""vLLM's CPU worker, which tells the layers the budget of every row of a step.
+"""vLLM's CPU worker, which tells the layers the level of every row of a step.
 
 Nothing that compiles with numba may be imported before the worker has started: vLLM then looks through every module's objects for
 kernels to replace, and the one that llvmlite uses for its library answers to any attribute name, which that search does not survive.
@@ -16,39 +16,41 @@ from .scheduler import CARRIED
 from .state import STEP
 
 
-class RowBudgets:
+class RowLevels:
     """Mixed into vLLM's model runner: the order of the rows of a step is final only just before its forward."""
 
-    moe_prism_step: tuple[dict[str, float], dict[str, int]] | None = None
-    """(budget of each request that is below full, tokens of each request)."""
+    moe_prism_step: tuple[dict[str, int], dict[str, int]] | None = None
+    """(level of each request that is below full, tokens of each request)."""
+    moe_prism_top: int = 0
 
     def _model_forward(self, *arguments: Any, **named: Any) -> Any:
         if self.moe_prism_step is not None:
-            budgets, tokens = self.moe_prism_step
+            levels, tokens = self.moe_prism_step
             ids: list[str] = self.input_batch.req_ids  # type: ignore[attr-defined]
-            rows = np.repeat([budgets.get(id, 1.0) for id in ids], [tokens.get(id, 0) for id in ids])
-            STEP.budget = torch.from_numpy(rows.astype(np.float32))
+            rows = np.repeat([levels.get(id, self.moe_prism_top) for id in ids], [tokens.get(id, 0) for id in ids])
+            STEP.level = torch.from_numpy(rows.astype(np.int64))
         return super()._model_forward(*arguments, **named)  # type: ignore[misc]
 
 
 class PrismWorker(compat.name("CPUWorker")):  # type: ignore[misc]
-    """Without budgets on the SchedulerOutput, a step is exactly the stock worker's."""
+    """Without levels on the SchedulerOutput, a step is exactly the stock worker's."""
 
     def init_device(self) -> None:
         super().init_device()
         stock = type(self.model_runner)
-        self.model_runner.__class__ = type("PrismRunner", (RowBudgets, stock), {})
+        self.model_runner.__class__ = type("PrismRunner", (RowLevels, stock), {})
 
     def load_model(self, *arguments: Any, **named: Any) -> None:
         super().load_model(*arguments, **named)
         from .install import install
 
-        install(self.model_runner.get_model(), self.vllm_config)
+        ladder = install(self.model_runner.get_model(), self.vllm_config)
+        self.model_runner.moe_prism_top = ladder.top
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        budgets = getattr(scheduler_output, CARRIED, None)
-        self.model_runner.moe_prism_step = budgets and (budgets, scheduler_output.num_scheduled_tokens)
+        levels = getattr(scheduler_output, CARRIED, None)
+        self.model_runner.moe_prism_step = levels and (levels, scheduler_output.num_scheduled_tokens)
         try:
             return super().execute_model(scheduler_output)
         finally:
-            STEP.budget = None
+            STEP.level = None

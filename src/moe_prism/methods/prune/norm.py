@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...compress.prune.base import Criterion, LayerSubject
 from ...errors import UsageError
-from .base import Criterion, LayerSubject
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...calibrate.scores import KINDS, kind_of, raw
+from ...compress.prune.base import Criterion, LayerSubject
 from ...errors import UsageError
-from .base import Criterion, LayerSubject
 
 AGREE = 0.98  # share of sampled choices that scores alone must explain
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Criterion, LayerSubject
+from ...compress.prune.base import Criterion, LayerSubject
 
 
 class RandomDraw(Criterion):

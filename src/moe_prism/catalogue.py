@@ -1,0 +1,48 @@
+"""The one table of methods: everything that makes a model cheaper, by name. A method is one file and one line here.
+
+`acts` says when a method acts, which is the part of an operating point that it fills in: weights (per checkpoint), routing and slots (per
+token), decoding (per request).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .registry import Entry, Registry
+
+methods: Registry[type[Any]] = Registry(
+    "method",
+    {
+        # slots: selection rules over sub-experts
+        "product": Entry("moe_prism.elastic.rules.top_slots:TopSlots", "best K slots of a token by routing weight x predicted output norm (default for a count)", acts="slots"),
+        "threshold": Entry("moe_prism.elastic.rules.threshold:Threshold", "every slot whose value passes a calibrated cutoff: a continuous dial (default for a budget)", acts="slots"),
+        "layer-budgets": Entry("moe_prism.elastic.rules.layer_budgets:LayerBudgets", "the product rule with budgets per layer, allocated from each layer's profile", acts="slots"),
+        "mass": Entry("moe_prism.elastic.rules.mass:Mass", "slots until they cover a share of the token's estimated output", acts="slots"),
+        "pattern": Entry("moe_prism.elastic.rules.pattern:Pattern", "the paper's code: a fixed number of sub-experts per routing rank", acts="slots"),
+        "whole-experts": Entry("moe_prism.elastic.rules.whole_experts:WholeExperts", "the paper's linear gate without training: whole experts by rank, ties by order", acts="slots"),
+        # routing: which of the router's experts are computed
+        "uniform": Entry("moe_prism.methods.skip.uniform:Uniform", "the same number of experts in every layer", acts="routing"),
+        "pattern-skip": Entry("moe_prism.methods.skip.pattern_skip:PatternSkip", "counts along straight lines; :b-h-e-p, :descending (default), :ascending, :peak, :valley", acts="routing"),
+        "sensitivity": Entry("moe_prism.methods.skip.sensitivity:Sensitivity", "counts by what each layer loses, improved together; :alone, :isolated (Alloc-MoE) without that", acts="routing"),
+        "ser": Entry("moe_prism.methods.skip.ser:Ser", "per token: weights below a share of the largest are skipped; :K_MIN", acts="routing"),
+        "naee": Entry("moe_prism.methods.skip.naee:Naee", "the same with thresholds per layer and rank from calibration quantiles", acts="routing"),
+        "score-mass": Entry("moe_prism.methods.skip.score_mass:ScoreMassMethod", "per token: the fewest experts that hold a share of the routing weight", acts="routing"),
+        "weight-cutoff": Entry("moe_prism.methods.skip.weight_cutoff:WeightCutoffMethod", "per token: weights below the layer's calibrated cutoff are skipped; :METHOD gives the counts", acts="routing"),
+        "batch-redistribution": Entry("moe_prism.methods.skip.batch_redistribution:BatchMethod", "per batch: a layer's budget goes to the largest weights; :METHOD gives the counts", acts="routing"),
+        # weights: criteria of expert pruning, measured in mask mode as prune:CRITERION
+        "random": Entry("moe_prism.methods.prune.random_draw:RandomDraw", "a uniform draw, by --seed", acts="weights"),
+        "odd": Entry("moe_prism.methods.prune.position:Odd", "experts with odd ids, counted from 0", acts="weights"),
+        "even": Entry("moe_prism.methods.prune.position:Even", "experts with even ids, counted from 0", acts="weights"),
+        "first-half": Entry("moe_prism.methods.prune.position:FirstHalf", "the lower ids", acts="weights"),
+        "last-half": Entry("moe_prism.methods.prune.position:LastHalf", "the higher ids", acts="weights"),
+        "hard-count": Entry("moe_prism.methods.prune.count:HardCount", "how often an expert is chosen (SEER-MoE)", acts="weights"),
+        "soft-count": Entry("moe_prism.methods.prune.count:SoftCount", "router probability over all tokens (SEER-MoE)", acts="weights"),
+        "soft-selected": Entry("moe_prism.methods.prune.count:SoftSelected", "routing weight over the tokens that chose the expert", acts="weights"),
+        "gate-norm": Entry("moe_prism.methods.prune.norm:GateNorm", "mean routing weight x output norm over routed tokens (REAP)", acts="weights"),
+        "activation-norm": Entry("moe_prism.methods.prune.norm:ActivationNorm", "mean output norm over routed tokens (MAN)", acts="weights"),
+        "easy-ep": Entry("moe_prism.methods.prune.norm:EasyEp", "routing weight x output norm x how far the layer turns the token", acts="weights"),
+        "output-error": Entry("moe_prism.methods.prune.output_error:OutputError", "greedy removal by the layer's output error with tokens routed again", acts="weights"),
+        "energy": Entry("moe_prism.methods.prune.norm:Energy", "sum of squared routing weight x output norm", acts="weights"),
+    },
+    aliases={"plan": "layer-budgets", "linear": "whole-experts", "weight-level": "weight-cutoff"},
+)  # fmt: skip

@@ -1,0 +1,58 @@
+"""Changes of weights that a loaded model can be run under, as the `weights` part of an operating point says them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+from ..model import MoELayer
+from ..point import WeightChange
+from ..registry import Registry
+
+
+class Change(ABC):
+    """One change, from its plain settings and back."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Change:
+        """CorruptError for settings that are not of this change."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Plain JSON values."""
+
+    @abstractmethod
+    def installed(self, model: Any, layers: Sequence[MoELayer]) -> AbstractContextManager[object]:
+        """Run the model changed inside the block. Entering and leaving are quick; leaving restores the model to the bit.
+
+        UsageError for a model that the change was not made for.
+        """
+
+    @property
+    @abstractmethod
+    def resident_share(self) -> float:
+        """Expert weights that stay in memory / all expert weights."""
+
+    def part(self) -> WeightChange:
+        """The part of an operating point that says this change."""
+        return WeightChange(change=self.name, settings=self.settings())
+
+
+weight_changes: Registry[type[Change]] = Registry(
+    "weight change", {"prune": ("moe_prism.compress.prune.change:PruneChange", "experts that are not there any more")}
+)
+
+
+def change_of(part: WeightChange) -> Change:
+    """The change that a part of an operating point says."""
+    return weight_changes.get(part.change).from_settings(part.settings)
+
+
+def installed(part: WeightChange, model: Any, layers: Sequence[MoELayer]) -> AbstractContextManager[object]:
+    """Run a model under a change."""
+    return change_of(part).installed(model, layers)

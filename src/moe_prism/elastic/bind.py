@@ -1,0 +1,171 @@
+"""Operating points made ready to run on one model: checked, and grouped so that a batch may mix them.
+
+Points that differ in numbers only (budgets, parameters of a stage) form a group and are served by one pass over their tokens, each with
+its own numbers. Points that differ in kind are groups of their own; a batch that mixes groups is selected group by group and computed at
+once. Shapes: P points, T tokens, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..point import OperatingPoint, RoutingStage
+from ..routing import Stage, stage_class
+from .host import Host
+from .rules import rules
+from .scorers import scorers
+
+MOST_POINTS = 256
+
+
+@dataclass(frozen=True)
+class Group:
+    """Points that one pass serves: the same stages, rule, scorer and compensation. budgets[p][l]: of its point p at layer l."""
+
+    stages: tuple[Stage, ...]
+    rule: str
+    scorer: str
+    compensate: bool
+    budgets: tuple[tuple[float, ...], ...]
+
+    @cached_property
+    def _table(self) -> Tensor:
+        return torch.tensor(self.budgets, dtype=torch.float32)
+
+    def budget(self, layer: int, which: int | Tensor) -> float | Tensor:
+        """The budget of one point, or of each token's [T]."""
+        if isinstance(which, int):
+            return self.budgets[which][layer]
+        return self._table.to(which.device)[:, layer][which]
+
+    def is_full(self, layer: int, which: int | Tensor) -> bool:
+        """Whether every slot is kept. Points on a GPU are never asked for: that would stop it."""
+        if isinstance(which, int):
+            return self.budgets[which][layer] >= 1
+        if which.device.type != "cpu":
+            return all(row[layer] >= 1 for row in self.budgets)
+        return all(self.budgets[p][layer] >= 1 for p in torch.unique(which).tolist())
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Points ready to run. groups; place[p]: (group, number within it) of point p."""
+
+    points: tuple[OperatingPoint, ...]
+    groups: tuple[Group, ...]
+    place: tuple[tuple[int, int], ...]
+
+    @cached_property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Group [P] and number within it [P] of every point."""
+        pairs = torch.tensor(self.place, dtype=torch.int64)
+        return pairs[:, 0], pairs[:, 1]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the stages of all points ask for beside the router's choice."""
+        return frozenset().union(*(stage.needs for group in self.groups for stage in group.stages))
+
+    @property
+    def depends_on_batch(self) -> bool:
+        return any(stage.depends_on_batch for group in self.groups for stage in group.stages)
+
+    def check_which(self, which: int | Tensor) -> None:
+        """UsageError for a point that does not exist. Indices on a GPU are not asked for."""
+        if isinstance(which, Tensor):
+            if which.device.type != "cpu" or not which.numel():
+                return
+            low, high = int(which.min()), int(which.max())
+        else:
+            low = high = which
+        if low < 0 or high >= len(self.points):
+            wrong = low if low < 0 else high
+            raise UsageError(f"there is no operating point {wrong}", f"give a number from 0 to {len(self.points) - 1}")
+
+
+@dataclass
+class Step:
+    """What the next forward runs at. which: the point of all tokens, or of each token of the flattened batch [T].
+
+    budget: one per token [T] in place of the points' own; `bound` has one point then.
+    """
+
+    bound: Bound
+    which: int | Tensor = 0
+    budget: Tensor | None = None
+
+
+def bind(elastic: Host, points: Sequence[OperatingPoint]) -> Bound:
+    """Check points against a model and group them. UsageError names the part that does not fit, and why."""
+    if not 0 < len(points) <= MOST_POINTS:
+        raise UsageError(f"{len(points)} operating points at once", f"give 1 to {MOST_POINTS}")
+    settled = [_settled(elastic, point) for point in points]
+    keys = _group_keys(settled)
+    groups: list[Group] = []
+    place: list[tuple[int, int]] = [(0, 0)] * len(points)
+    for number, key in enumerate(dict.fromkeys(keys)):
+        mine = [p for p, own in enumerate(keys) if own == key]
+        for local, p in enumerate(mine):
+            place[p] = (number, local)
+        groups.append(_group(elastic, key, [settled[p] for p in mine]))
+    return Bound(tuple(points), tuple(groups), tuple(place))
+
+
+Key = tuple[tuple[tuple[str, bool | None], ...], str, str, bool]
+"""Stages with what they do to weights, rule, scorer, compensation."""
+
+
+def _group_keys(points: Sequence[OperatingPoint]) -> list[Key]:
+    """What each point's group is told by. A point that keeps all slots goes with any other of the same stages: its rule does nothing."""
+    stages = [tuple((s.stage, s.keep_mass) for s in point.routing) for point in points]
+    home: dict[tuple[tuple[str, bool | None], ...], Key] = {}
+    keys: list[Key] = []
+    for point, own in zip(points, stages, strict=True):
+        key = (own, point.slots.rule, point.slots.scorer, point.slots.compensate)
+        if not point.slots.is_full:
+            home.setdefault(own, key)
+        keys.append(key)
+    return [home.get(own, key) if p.slots.is_full else key for p, own, key in zip(points, stages, keys, strict=True)]
+
+
+def _group(elastic: Host, key: Key, points: Sequence[OperatingPoint]) -> Group:
+    _, rule, scorer, compensate = key
+    stages = tuple(
+        stage_class(points[0].routing[i].stage)([point.routing[i] for point in points]) for i in range(len(points[0].routing))
+    )
+    layers = range(len(elastic.layers))
+    budgets = tuple(tuple(point.slots.at(layer) for layer in layers) for point in points)
+    return Group(stages, rule, scorer, compensate, budgets)
+
+
+def _settled(elastic: Host, point: OperatingPoint) -> OperatingPoint:
+    """The point with everything decided that it leaves to the model. UsageError for what the model cannot run."""
+    if point.decoding is not None:
+        raise UsageError(f"no decoding method '{point.decoding.method}' is known", "leave decoding out of the operating point")
+    if point.slots.layers is not None and len(point.slots.layers) != len(elastic.layers):
+        raise UsageError(
+            f"the operating point has budgets for {len(point.slots.layers)} MoE layers, the model has {len(elastic.layers)}",
+            "make one for this model",
+        )
+    elastic.check(point)
+    rule = rules.get(point.slots.rule)
+    scorers.get(point.slots.scorer)
+    if not point.slots.is_full and rule.needs_norms and elastic.layers[0].plan.n_sub == 1:
+        raise UsageError(
+            f"rule '{point.slots.rule}' needs sub-experts, and this model has none", "refactor it first, or leave slots out"
+        )
+    for stage in point.routing:
+        stage.check(len(elastic.layers), elastic.k)
+        stage_class(stage.stage)
+    stages = tuple(_with_weights(elastic, stage) for stage in point.routing)
+    return replace(point, routing=stages)
+
+
+def _with_weights(elastic: Host, stage: RoutingStage) -> RoutingStage:
+    return stage if stage.keep_mass is not None else replace(stage, keep_mass=elastic.normalises())

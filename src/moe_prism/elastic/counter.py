@@ -1,0 +1,82 @@
+"""What ran, counted: how often each block, expert and token of a layer was there. `prices.py` has what each of them costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Tallies = dict[str, Tensor]
+"""Sums by what is read: the keys of `prices.Prices`."""
+
+
+@dataclass
+class Counter:
+    """Sums since the last reset, for measured costs. E experts, N sub-experts each.
+
+    `per_token` counts every token that reads something; `per_batch` counts it once per forward, whoever reads it: what is read together
+    is read once. Sums stay where they were made: a GPU is waited for when one is read. The replay of a CUDA graph is not counted.
+    """
+
+    experts: int
+    n_sub: int
+    tokens: int = 0
+    batches: int = 0
+    _chosen: int | Tensor = 0
+    per_token: Tallies = field(default_factory=dict)
+    per_batch: Tallies = field(default_factory=dict)
+
+    def add(self, index: Tensor, keep: Tensor | None, *, selects: bool = False, low: Tensor | None = None) -> None:
+        """index [T, k] (ids outside [0, E) mean none), keep [T, k, N] or None for everything.
+
+        selects: whether predictor and gate neurons of the chosen experts were read, and dropped blocks were made up for; low [E, N]:
+        blocks that were taken in their smaller form.
+        """
+        if index.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        self.tokens += index.shape[0]
+        self.batches += 1
+        valid = (index >= 0) & (index < self.experts)
+        self._chosen = self._chosen + valid.sum()
+        flat = index.clamp(0, self.experts - 1).reshape(-1)
+        kept = (valid[:, :, None] if keep is None else keep & valid[:, :, None]).expand(-1, -1, self.n_sub).flatten(0, 1)
+        blocks = torch.zeros(self.experts, self.n_sub, dtype=torch.float64, device=index.device)
+        rows: Tallies = {
+            "blocks": blocks.index_add(0, flat, kept.double()),
+            "experts": _count(flat, kept.any(1), self.experts),
+        }
+        if selects:
+            chosen = _count(flat, valid.reshape(-1), self.experts)
+            rows["predictors"] = chosen
+            rows["dropped"] = chosen[:, None] - rows["blocks"]
+            rows["lost"] = chosen - rows["experts"]
+            rows["scaled"] = rows["experts"]
+        if low is not None:
+            rows["low"] = rows["blocks"] * low
+            rows["blocks"] = rows["blocks"] * ~low
+        for name, row in rows.items():
+            _add(self.per_token, name, row)
+            _add(self.per_batch, name, (row > 0).double())
+        if selects:
+            _add(self.per_token, "tokens", blocks.new_full((1,), float(index.shape[0])))
+            _add(self.per_batch, "tokens", blocks.new_ones(1))
+
+    @property
+    def chosen(self) -> int:
+        """Experts that tokens were routed to, in all."""
+        return int(self._chosen)
+
+    @property
+    def kept(self) -> int:
+        """Slots kept in all."""
+        return int(sum(float(self.per_token[name].sum()) for name in ("blocks", "low") if name in self.per_token))
+
+
+def _count(flat: Tensor, marked: Tensor, experts: int) -> Tensor:
+    """How often each id [E] occurs among the marked entries."""
+    return torch.zeros(experts, dtype=torch.float64, device=flat.device).index_add(0, flat, marked.double())
+
+
+def _add(sums: Tallies, name: str, row: Tensor) -> None:
+    sums[name] = sums[name] + row if name in sums else row

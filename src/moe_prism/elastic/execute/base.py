@@ -1,0 +1,61 @@
+"""The contract of an executor: what computes the kept slots of a layer, and where its weights lie.
+
+Shapes: T tokens, k experts per token, N sub-experts per expert, d hidden.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Candidates(Protocol):
+    """What an executor may ask of a selection (`elastic.select`)."""
+
+    @property
+    def index(self) -> Tensor: ...
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    def keep(self, most: float = 1.0) -> Tensor:
+        """keep [T, k, N]; most: a budget that no token may pass."""
+
+    def values(self) -> Tensor:
+        """[T, k, N]: what each slot is worth, -1 where there is no expert."""
+
+    def fused(self, most: Any) -> Any:
+        """The arguments of the compiled selection; None where it is not of that kind."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What will be computed. keep [T, k, N]; low [E, N]: blocks taken in their smaller form; plan: the executor's own preparation."""
+
+    keep: Tensor
+    low: Any = None
+    prepared: Any = None
+
+
+class Executor(ABC):
+    """Computes the kept slots of one layer."""
+
+    @property
+    def always_selects(self) -> bool:
+        """Whether even tokens that keep every slot are selected for: `settle` may then drop some all the same."""
+        return False
+
+    def whole(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor | None:
+        """All experts of the router's own choice [T, d]; None where that is no different from keeping every slot."""
+        return None
+
+    def settle(self, candidates: Candidates) -> Settled:
+        """What is kept of the candidates: what the rule says, unless where the weights lie has a say."""
+        return Settled(candidates.keep())
+
+    @abstractmethod
+    def run(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
+        """[T, d]: the sum over kept slots of weight x output, with the output bias of experts that keep any. weight [T, k]."""

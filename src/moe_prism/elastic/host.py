@@ -1,0 +1,39 @@
+"""What a layer, and whoever binds points to it, may ask of the model they belong to (`runtime.Elastic`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..point import OperatingPoint
+from .base import LayerParts
+from .execute.base import Executor
+
+
+class Host(Protocol):
+    """The elastic state of a model, as its layers see it."""
+
+    model: Any
+    step: Any  # `bind.Step`: what the forward that runs is at
+    carried: dict[str, Tensor]
+    counting: bool
+    always_split: bool
+    stored_bytes_per_weight: float
+
+    @property
+    def layers(self) -> Sequence[Any]: ...
+
+    @property
+    def k(self) -> int | None: ...
+
+    def normalises(self) -> bool:
+        """Whether the router scales the weights of its choice to a constant sum."""
+
+    def check(self, point: OperatingPoint) -> None:
+        """UsageError for a point that this model cannot run where its weights are."""
+
+    def residual(self, layer: int, x: Tensor) -> Tensor: ...
+
+    def executor_of(self, plan: LayerParts) -> Executor: ...

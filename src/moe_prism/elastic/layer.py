@@ -1,0 +1,221 @@
+"""The one way through an MoE layer at an operating point: route, select slots, execute, compensate.
+
+Everybody goes this way: a model in memory, one whose experts are on disk, vLLM. What differs is the executor. Shapes: T tokens, k experts
+per token, N sub-experts per expert, E experts, d hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..model.scores import RouterScores
+from ..routing import Routed
+from ..routing.base import merge_state
+from .base import LayerParts, Rule, Scorer
+from .bind import Group, Step
+from .compensate import Compensator, compensator
+from .counter import Counter
+from .execute.base import Executor, Settled
+from .host import Host
+from .prices import Prices, prices_of
+from .rules import rules
+from .scorers import scorers
+from .select import Mixed, Selection, Whole, put
+
+Candidates = Selection | Whole | Mixed
+
+
+@dataclass
+class ElasticLayer:
+    """One layer: its parts, the executor of its blocks, scorers and rules made on first use, and its counter."""
+
+    plan: LayerParts
+    elastic: Host
+    executor: Executor
+    counter: Counter = field(init=False)
+    _scorers: dict[str, Scorer] = field(default_factory=dict)
+    _rules: dict[str, Rule] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.reset_counter()
+
+    @property
+    def index(self) -> int:
+        """Which MoE layer of the model this is."""
+        return self.plan.layer.index
+
+    def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """The layer's output [T, d] for its input x [T, d] and the router's choice [T, k]."""
+        step: Step = self.elastic.step
+        if self.index == 0:
+            self.elastic.carried.clear()
+        found = self.candidates(step, x, index, weight)
+        if found is None:  # the model's own choice, whole: nothing of ours is in the way
+            whole = None if self.elastic.always_split else self.executor.whole(x, index, weight)
+            if whole is not None:
+                self._count(index, None, selects=False)
+                return whole
+            found = Whole(index, weight, self._valid(index), self.plan.n_sub)
+        settled = self.executor.settle(found)
+        self._count(found.index, settled.keep, selects=not isinstance(found, Whole), low=settled.low)
+        extra = False if isinstance(found, Whole) else self._compensated(step)
+        out = self._computed(x, found, settled, extra)
+        return out if out.dtype == x.dtype else out.to(x.dtype)
+
+    def candidates(self, step: Step, x: Tensor, index: Tensor, weight: Tensor) -> Candidates | None:
+        """The slots to choose from, after routing; None where every slot of the router's own choice is kept.
+
+        For a guess of what another input would keep, this is called without being run.
+        """
+        bound, which = step.bound, step.which
+        if isinstance(which, Tensor) and which.numel() != len(x):
+            raise UsageError(f"{which.numel()} operating points for {len(x)} tokens", "give one per token of the flattened batch")
+        if isinstance(which, int):
+            number, local = bound.place[which]
+            return self._of_group(bound.groups[number], local, self._routed(x, index, weight), step.budget)
+        groups, locals_ = (table.to(which.device)[which.reshape(-1)] for table in bound.tables)
+        if len(bound.groups) == 1:
+            return self._of_group(bound.groups[0], locals_, self._routed(x, index, weight), step.budget)
+        return self._mixed(bound.groups, groups, locals_, self._routed(x, index, weight))
+
+    def kept(self, step: Step, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """keep [T, k', N] of a batch at a step, without computing anything of it."""
+        found = self.candidates(step, x, index, weight)
+        return (found or Whole(index, weight, self._valid(index), self.plan.n_sub)).keep()
+
+    def _mixed(self, kinds: tuple[Group, ...], groups: Tensor, locals_: Tensor, routed: Routed) -> Candidates | None:
+        """A batch of several groups [T]: each is routed and selected alone, all are computed together."""
+        parts: list[tuple[Tensor, Selection | Whole]] = []
+        own_way = True  # whether nobody changes the router's choice or drops a slot
+        on_cpu = groups.device.type == "cpu"
+        for number in torch.unique(groups).tolist() if on_cpu else range(len(kinds)):
+            rows = torch.where(groups == number)[0] if on_cpu else groups == number  # a GPU is not asked how many there are
+            if on_cpu and len(rows) == len(groups):
+                return self._of_group(kinds[number], locals_, routed, None)
+            part = routed.of(rows) if on_cpu else routed
+            local = locals_[rows] if on_cpu else torch.where(rows, locals_, 0)
+            found = self._of_group(kinds[number], local, part, None)
+            own_way = own_way and found is None
+            if on_cpu:
+                merge_state(self.elastic.carried, rows, part.state, len(groups))
+            parts.append((rows, found or Whole(part.index, part.weight, self._valid(part.index), self.plan.n_sub)))
+        if own_way:
+            return None
+        return self._joined(parts, routed)
+
+    def _joined(self, parts: list[tuple[Tensor, Selection | Whole]], routed: Routed) -> Mixed:
+        width = max(part.index.shape[1] for _, part in parts)
+        index = routed.index.new_full((len(routed.x), width), -1)
+        weight = routed.weight.new_zeros(len(routed.x), width)
+        for rows, part in parts:
+            put(index, rows, part.index)
+            put(weight, rows, part.weight.to(weight.dtype))
+        return Mixed(parts, index, weight, self.plan.n_sub)
+
+    def _of_group(self, group: Group, which: int | Tensor, routed: Routed, budget: Tensor | None) -> Selection | Whole | None:
+        """The candidates of tokens that are all of one group; None as `candidates` says."""
+        after = routed
+        if group.stages:
+            marked = routed.index.masked_fill(~self._valid(routed.index), -1)
+            start = replace(routed, index=marked)
+            after = start
+            for stage in group.stages:
+                after = stage(after, which)
+            after = routed if after is start else after
+        full = group.is_full(self.index, which) if budget is None else _is_full(budget)
+        if full and after is routed and not self.executor.always_selects:
+            return None
+        valid = self._valid(after.index)
+        if full and not self.executor.always_selects:
+            return Whole(after.index, after.weight, valid, self.plan.n_sub)
+        rule = self.rule(group.rule)
+        scorer = self.scorer(group.scorer) if rule.needs_norms else None
+        own = group.budget(self.index, which) if budget is None else budget
+        return Selection(after.x, after.index, after.weight, valid, self.plan.n_sub, rule, scorer, own)
+
+    def _routed(self, x: Tensor, index: Tensor, weight: Tensor) -> Routed:
+        return Routed(
+            x, index, weight, self.index, self.plan.layer.num_experts,
+            scores=lambda: self.router_scores(x, index, weight), residual=lambda: self.elastic.residual(self.index, x),
+            state=self.elastic.carried,
+        )  # fmt: skip
+
+    @cached_property
+    def router_scores(self) -> RouterScores:
+        """The router's probabilities, for stages that ask for them."""
+        return RouterScores(self.elastic.model, self.plan.layer)
+
+    def _computed(self, x: Tensor, found: Candidates, settled: Settled, extra: Tensor | bool) -> Tensor:
+        """Execute, and make up for what is dropped: of all tokens, of none, or of those marked [T]."""
+        index, weight, keep = found.index, found.weight, settled.keep
+        if extra is False:
+            return self.executor.run(x, index, weight, settled)
+        fix = self.compensator
+        assert fix is not None
+        if extra is True:
+            out = self.executor.run(x, index, fix.weights(index, weight, keep), settled)
+            return out + fix(x, index, weight, keep).to(out.dtype)
+        assert isinstance(extra, Tensor)
+        scaled = torch.where(extra[:, None], fix.weights(index, weight, keep), weight)
+        out = self.executor.run(x, index, scaled, settled)
+        return out + fix(x, index, weight, keep | ~extra[:, None, None]).to(out.dtype)
+
+    def _compensated(self, step: Step) -> Tensor | bool:
+        """Which tokens' dropped slots are made up for: all, none, or marks [T]."""
+        if self.compensator is None:
+            return False
+        wanted = [group.compensate for group in step.bound.groups]
+        if all(wanted) or not any(wanted):
+            return wanted[0]
+        if isinstance(step.which, int):
+            return wanted[step.bound.place[step.which][0]]
+        number = step.bound.tables[0].to(step.which.device)[step.which.reshape(-1)]
+        return torch.tensor(wanted, device=number.device)[number]
+
+    def _valid(self, index: Tensor) -> Tensor:
+        return index.clamp(0, self.plan.layer.num_experts - 1) == index
+
+    def _count(self, index: Tensor, keep: Tensor | None, *, selects: bool, low: Tensor | None = None) -> None:
+        if self.elastic.counting:
+            self.counter.add(index, keep, selects=selects, low=low)
+
+    def reset_counter(self) -> None:
+        self.counter = Counter(self.plan.layer.num_experts, self.plan.n_sub)
+
+    @cached_property
+    def compensator(self) -> Compensator | None:
+        """What makes up for dropped slots, where the artefact has it."""
+        return compensator(self.plan)
+
+    def forget(self) -> None:
+        """Make everything that reads the plan's tensors again at the next call: they have changed."""
+        self._scorers.clear()
+        self._rules.clear()
+        self.__dict__.pop("compensator", None)
+        self.executor = self.elastic.executor_of(self.plan)
+
+    def scorer(self, name: str) -> Scorer:
+        if name not in self._scorers:
+            self._scorers[name] = scorers.get(name)(self.plan)
+        return self._scorers[name]
+
+    def rule(self, name: str) -> Rule:
+        if name not in self._rules:
+            self._rules[name] = rules.get(name)(self.plan)
+        return self._rules[name]
+
+    def prices(self, group: Group) -> Prices:
+        """What reading this layer's weights costs at points of a group."""
+        scorer = self.scorer(group.scorer) if self.rule(group.rule).needs_norms else None
+        extra = self.compensator if group.compensate else None
+        return prices_of(self.plan, scorer, extra, self.elastic.stored_bytes_per_weight)
+
+
+def _is_full(budget: Tensor) -> bool:
+    """Budgets on a GPU are never asked for: a graph may be replayed with others in their place."""
+    return budget.device.type == "cpu" and bool((budget >= 1).all())

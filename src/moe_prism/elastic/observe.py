@@ -1,0 +1,56 @@
+"""Watch what a model's routers do, without changing what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .host import Host
+from .layer import ElasticLayer
+
+PROBE_TOKENS = 16
+CONSTANT = 1e-2  # relative spread of a token's sum of weights up to which the router normalises them; wide enough for bfloat16
+
+
+def _observer(layer: ElasticLayer, found: list[Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def run(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        valid = index.clamp(0, layer.plan.layer.num_experts - 1) == index
+        found.append(weight.detach().float().abs().masked_fill(~valid, -1.0).cpu())
+        return layer(x, index, weight)
+
+    return run
+
+
+@contextmanager
+def recorded(elastic: Host) -> Iterator[list[list[Tensor]]]:
+    """Record the |routing weights| [T, k] of every layer of what runs inside the block; -1 where there is no expert."""
+    found: list[list[Tensor]] = [[] for _ in elastic.layers]
+    try:
+        for layer, rows in zip(elastic.layers, found, strict=True):
+            layer.plan.layer.install(_observer(layer, rows))
+        yield found
+    finally:
+        for layer in elastic.layers:
+            layer.plan.layer.install(layer)
+
+
+def ranked(weights: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """What `recorded` found as [S, k] per layer, largest first."""
+    return [torch.cat(list(rows)).sort(dim=1, descending=True, stable=True).values for rows in weights]
+
+
+@torch.no_grad()
+def normalises(elastic: Host) -> bool:
+    """Whether the router scales the weights of its choice to a constant sum: such a model, run with fewer experts, would do so again.
+
+    Asked of the model itself, on a few arbitrary tokens: configurations name it in many ways, or not at all.
+    """
+    size = elastic.model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(size, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0)).to(elastic.model.device)
+    with recorded(elastic) as weights:
+        elastic.model(input_ids=ids, use_cache=False)
+    sums = [torch.cat(rows).clamp(min=0).sum(1) for rows in weights]
+    return all(bool((s.max() - s.min()) <= CONSTANT * s.max()) for s in sums)

@@ -1,0 +1,63 @@
+"""What a layer's weights cost to read: told by the storage, for whatever `counter.py` counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .base import LayerParts, Scorer
+from .compensate import Compensator
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Weights and bytes of one reading, by what is read.
+
+    blocks [E, N]: a sub-expert. experts [E]: what an expert reads once if it keeps any. predictors [E]: what choosing among an expert's
+    blocks reads. scaled [E]: what compensation reads for an
+    expert that keeps some. dropped [E, N]: what a candidate block costs that is not kept, its gate neurons and what makes up for it. lost [E]: what an
+    expert without any kept block still reads. tokens [1]: what selection reads once per token. low [E, N]: a block in its smaller form.
+    """
+
+    weights: Mapping[str, Tensor]
+    bytes: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def total(self, counts: Mapping[str, Tensor]) -> tuple[float, float]:
+        """(weights, bytes) of all that was counted: the one multiplication that a cost is made of."""
+        return _dot(counts, self.weights), _dot(counts, self.bytes)
+
+
+def _dot(counts: Mapping[str, Tensor], prices: Mapping[str, Tensor]) -> float:
+    return sum(float((counts[name].to("cpu", torch.float64) * prices[name]).sum()) for name in counts if name in prices)
+
+
+def block_weights(parts: LayerParts) -> tuple[Tensor, Tensor]:
+    """(weights of every block [E, N], weights of an expert's output bias [E])."""
+    layer = parts.layer
+    bias = 0 if layer.down_bias is None else layer.hidden
+    whole = layer.parameters_per_expert() - bias
+    blocks = torch.full((layer.num_experts, parts.n_sub), whole / parts.n_sub, dtype=torch.float64)
+    return blocks, torch.full((layer.num_experts,), float(bias), dtype=torch.float64)
+
+
+def prices_of(parts: LayerParts, scorer: Scorer | None, extra: Compensator | None, bytes_per_weight: float) -> Prices:
+    """Prices of a layer with all blocks stored alike. scorer, extra: what selection and compensation read, None where there is none."""
+    layer = parts.layer
+    blocks, bias = block_weights(parts)
+    weights = {"blocks": blocks, "experts": bias.clone(), "dropped": torch.zeros_like(blocks), "lost": torch.zeros_like(bias)}
+    if scorer is not None:
+        weights["predictors"] = torch.full_like(bias, float(scorer.parameters_per_expert()))
+        weights["tokens"] = torch.tensor([float(scorer.parameters_per_token())], dtype=torch.float64)
+        if scorer.reads_gates:
+            matrices = 2 if layer.gate is not None else 1
+            biases = sum(b is not None for b in (layer.gate_bias, layer.up_bias))
+            weights["dropped"] += parts.gates * (matrices * layer.hidden + biases)
+    if extra is not None:
+        per_slot, per_expert = extra.parameters()
+        weights["dropped"] += per_slot
+        weights["scaled"] = torch.full_like(bias, float(per_expert))
+        weights["lost"] += bias
+    return Prices(weights, {name: value * bytes_per_weight for name, value in weights.items()})

@@ -1,0 +1,147 @@
+"""Selection: which candidate slots of a batch are kept. It exists once, in a plain form and in a fused one that gives the same.
+
+Shapes: T tokens, k experts per token, N sub-experts per expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import UsageError
+from .base import Rule, Scorer, Slots
+from .fused_select import budgets_of, prepared, select_few
+from .scorers.ridge import FEW
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The candidate slots of a batch and the rule that chooses among them. Nothing is computed before it is asked for.
+
+    x [T, d]; index, weight [T, k]; valid [T, k] bool: where there is an expert; budget: one number, or one per token [T].
+    """
+
+    x: Tensor
+    index: Tensor
+    weight: Tensor
+    valid: Tensor
+    n_sub: int
+    rule: Rule
+    scorer: Scorer | None  # None where the rule needs no norms
+    budget: float | Tensor
+
+    @cached_property
+    def slots(self) -> Slots:
+        """What a rule sees."""
+        return Slots(self.x, self.index, self.weight, self.valid, self.n_sub, self._norms)
+
+    def _norms(self) -> Tensor:
+        if self.scorer is None:
+            raise RuntimeError("a rule that says it needs no norms has asked for them")
+        return self.scorer(self.x, self.index.clamp(0, self.scorer.plan.layer.num_experts - 1))
+
+    def values(self) -> Tensor:
+        """[T, k, N]: what each slot is worth, -1 where there is no expert."""
+        if self.scorer is None:
+            return (
+                self.slots.weight.float().abs()[:, :, None].expand(-1, -1, self.n_sub).masked_fill(~self.valid[:, :, None], -1.0)
+            )
+        return self.slots.values()
+
+    def keep(self, most: float = 1.0) -> Tensor:
+        """keep [T, k, N] bool; most: a budget that no token may pass, whatever its own."""
+        budget = self.budget if most >= 1 else _least(self.budget, most)
+        if self.scorer is not None and self.index.numel() <= FEW:
+            found = select_few(self.scorer, self.rule, self.x, self.index, self.weight, budget)
+            if found is not None:
+                return found
+        return self.rule.keep(self.slots, _per_token(budget, self.x))
+
+    def fused(self, most: Sequence[float]) -> tuple[Any, NDArray[np.float32]] | None:
+        """What `kernels.selection.select` wants to know, with the budgets [1 + B, T]: the tokens' own, then capped at each of `most`.
+
+        None where scorer, rule or batch are not of the compiled kind.
+        """
+        if self.scorer is None or self.index.numel() > FEW:
+            return None
+        budgets = budgets_of([self.budget] * (1 + len(most)), len(self.x))
+        found = None if budgets is None else prepared(self.scorer, self.rule, self.x, self.index, self.weight)
+        if budgets is None or found is None:
+            return None
+        for budget, limit in zip(budgets[1:], most, strict=True):
+            np.minimum(budget, np.float32(limit), out=budget)
+        return found, budgets
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A batch whose experts are all computed whole: the selection where there is nothing to select."""
+
+    index: Tensor
+    weight: Tensor
+    valid: Tensor
+    n_sub: int
+
+    def values(self) -> Tensor:
+        """[T, k, N]: the routing weight of every slot, -1 where there is no expert."""
+        size = self.weight.float().abs()[:, :, None].expand(-1, -1, self.n_sub)
+        return size.masked_fill(~self.valid[:, :, None], -1.0)
+
+    def keep(self, most: float = 1.0) -> Tensor:
+        return self.valid[:, :, None].expand(-1, -1, self.n_sub).contiguous()
+
+    def fused(self, most: Sequence[float]) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """The selections of parts of a batch as one. rows [S] of each part; of a device's points rows is a mask [T], which asks it nothing."""
+
+    parts: Sequence[tuple[Tensor, Selection | Whole]]
+    index: Tensor
+    weight: Tensor
+    n_sub: int
+
+    def values(self) -> Tensor:
+        return self._joined([part.values() for _, part in self.parts], -1.0)
+
+    def keep(self, most: float = 1.0) -> Tensor:
+        return self._joined([part.keep(most) for _, part in self.parts], False)
+
+    def fused(self, most: Sequence[float]) -> None:
+        return None
+
+    def _joined(self, found: Sequence[Tensor], nothing: float) -> Tensor:
+        out = torch.full((*self.index.shape, self.n_sub), nothing, dtype=found[0].dtype, device=self.index.device)
+        for (rows, _), own in zip(self.parts, found, strict=True):
+            put(out, rows, own)
+        return out
+
+
+def put(out: Tensor, rows: Tensor, own: Tensor) -> None:
+    """Write the rows of a part into those of the batch; a part may have fewer choices than the batch. rows: ids [S], or a mask [T]."""
+    wide = out[:, : own.shape[1]]
+    if rows.dtype == torch.bool:
+        wide.copy_(torch.where(rows.view(-1, *[1] * (own.ndim - 1)), own, wide))
+    else:
+        wide[rows] = own
+
+
+def _least(budget: float | Tensor, most: float) -> float | Tensor:
+    return budget.clamp(max=most) if isinstance(budget, Tensor) else min(budget, most)
+
+
+def _per_token(budget: float | Tensor, x: Tensor) -> Tensor:
+    if not isinstance(budget, Tensor):
+        return torch.full((x.shape[0],), float(budget), device=x.device)
+    if budget.numel() != x.shape[0]:
+        raise UsageError(f"{budget.numel()} budgets for {x.shape[0]} tokens", "give one per token of the flattened batch")
+    return budget.reshape(-1).to(x.device, torch.float32)

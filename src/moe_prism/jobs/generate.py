@@ -1,0 +1,105 @@
+"""Generate from an elastic model at any operating point."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..elastic.rules import rules
+from ..elastic.runtime import elastic_of
+from ..errors import UsageError
+from ..point import FULL, OperatingPoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """max_tokens: new tokens at most. temperature: 0 is greedy. seed: of the random numbers."""
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """UsageError for a number out of range."""
+        if self.max_tokens < 1 or not 0 <= self.temperature < math.inf:
+            raise UsageError(
+                f"max_tokens {self.max_tokens} or temperature {self.temperature:g} is out of range", "use >= 1 and >= 0"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed {self.seed} is out of range", "give 0 or more, below 2**63")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One continuation. seconds: wall clock of the whole call on this machine."""
+
+    prompt: str
+    text: str
+    point: OperatingPoint
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+def check_prompt(prompt: str) -> None:
+    """UsageError for an empty one."""
+    if not prompt:
+        raise UsageError("the prompt is empty", "give some text with --prompt")
+
+
+def asked_point(point: OperatingPoint | None, budget: float | None, rule: str | None) -> OperatingPoint:
+    """What a budget and a rule make of a point, None of the model itself. UsageError for a budget or a rule that there is not."""
+    if budget is not None and not 0 < budget <= 1:
+        raise UsageError(f"budget {budget:g} is outside (0, 1]", "1 keeps every slot, 0.5 half of them")
+    if rule is not None:
+        rules.get(rule)
+    point = point or FULL
+    if budget is None and rule is None:
+        return point
+    return point.with_budget(point.slots.budget if budget is None else budget, rule)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    budget: float | None = None,
+    *,
+    point: OperatingPoint | None = None,
+    sampling: Sampling | None = None,
+) -> Generated:
+    """Continue a prompt at one operating point: a budget under the default rule, or whatever a point says.
+
+    With both, the budget is of the slots that the point's routing leaves. Raises UsageError for an empty prompt, a bad number, or a prompt
+    over the context limit.
+    """
+    sampling, asked = sampling or Sampling(), asked_point(point, budget, None)
+    sampling.check()
+    check_prompt(prompt)
+    rows = tokenizer(prompt, return_tensors="pt").to(model.device)
+    length = rows["input_ids"].shape[1]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and length + sampling.max_tokens > limit:
+        raise UsageError(
+            f"{length} prompt tokens + {sampling.max_tokens} new ones pass the context limit of {limit}", "shorten one of them"
+        )
+    warm = sampling.temperature > 0
+    drawing: dict[str, Any] = {"do_sample": warm, **({"temperature": sampling.temperature} if warm else {})}
+    torch.manual_seed(sampling.seed)
+    began = time.perf_counter()
+    with torch.no_grad(), elastic_of(model).at([asked]):
+        ids = model.generate(
+            **rows,
+            max_new_tokens=sampling.max_tokens,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            **drawing,
+        )
+    new = ids[0, length:]
+    return Generated(prompt, tokenizer.decode(new, skip_special_tokens=True), asked, len(new), time.perf_counter() - began)

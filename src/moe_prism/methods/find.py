@@ -1,0 +1,76 @@
+"""From the name of a method, as a user writes it, to the method; and what is known of each for those who choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..catalogue import methods
+from ..compress.prune import Criterion
+from ..elastic import Rule
+from ..errors import UsageError
+from ..registry import choices
+from .base import Method
+from .prune.masked import Prune
+from .slots.rules import RuleMethod
+
+PRUNE = "prune"
+
+
+def method(name: str) -> Method:
+    """The method of a name as `--methods` takes it: NAME or NAME:ARGUMENT of the catalogue; prune:CRITERION for a pruning criterion."""
+    plain, colon, argument = name.partition(":")
+    text = argument if colon else None
+    if plain == PRUNE:
+        return Prune(name, Prune.read_argument(name, text))
+    if methods.own_name(plain) not in methods.names():
+        raise UsageError(f"unknown method '{plain}'", choices(plain, [*methods.names(), PRUNE]))
+    found = methods.get(plain)
+    if issubclass(found, Rule):
+        return RuleMethod(name, RuleMethod.read_argument(name, text))
+    if issubclass(found, Criterion):
+        raise UsageError(f"'{plain}' is a pruning criterion", f"write {PRUNE}:{plain}")
+    made: Method = found(name, found.read_argument(name, text))
+    return made
+
+
+@dataclass(frozen=True)
+class Described:
+    """A line of `moe-prism ls methods`. name: what to write after --methods."""
+
+    name: str
+    acts: str
+    what: str
+    needs: str
+    paper: str
+    served_by: str
+    origin: str
+
+
+def described() -> list[Described]:
+    """Every method of the catalogue, in its order."""
+    rows = []
+    for name, entry in methods.entries().items():
+        found: Any = methods.get(name)
+        criterion = issubclass(found, Criterion)
+        needs = ", ".join(found.needs if not issubclass(found, Rule) else ("sub-experts",) if found.needs_norms else ())
+        acts = entry.acts or found.acts
+        rows.append(
+            Described(
+                f"{PRUNE}:{name}" if criterion else name,
+                acts,
+                entry.summary,
+                needs or "-",
+                found.paper or "-",
+                served_by(acts, getattr(found, "depends_on_batch", False)),
+                entry.origin,
+            )
+        )
+    return rows
+
+
+def served_by(acts: str, depends_on_batch: bool) -> str:
+    """Who runs the points of a method beside `frontier`, which measures all."""
+    if acts == "weights":
+        return "generate; any engine once `prune` has written it"
+    return "generate; serve where it is named" if depends_on_batch else "generate, serve, vLLM"

@@ -19,8 +19,8 @@ from ..elastic.base import is_compiled
 from ..elastic.fused_select import budgets_of, prepared
 from ..elastic.runtime import _per_token, experts_per_token
 from ..kernels.selection import select
+from ..model.scores import router_weight
 from ..offload.base import Key
-from ..offload.record import router_weight
 
 if TYPE_CHECKING:
     from .layer import StoredElastic, StoredLayer

@@ -91,6 +91,14 @@ def test_views_alias_the_weights_and_survive_arrange(family: str) -> None:
     assert filled == (2 if layer.gate is None else 3) * e * d * f
 
 
+def test_owners_hold_the_experts_and_nothing_else(family: str) -> None:
+    model = build(family)
+    layer = find_layers(model)[0]
+    held = sum(p.numel() for name in layer.owners for p in model.get_submodule(name).parameters())
+    unused = len(layer.extra or ()) * 2 * layer.width * layer.hidden  # LongCat-Flash has rows for its copies
+    assert held == layer.num_experts * layer.parameters_per_expert() + unused
+
+
 def test_separate_experts_follow_a_change_of_type() -> None:
     """Converting a model gives every expert a tensor of its own again."""
     model = build("switch_transformers")

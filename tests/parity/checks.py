@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 from moe_prism.elastic import attach, operating_point
 from moe_prism.elastic.runtime import experts_per_token
-from moe_prism.model import ExpertLayout, MoELayer, find_layers
+from moe_prism.errors import UsageError
+from moe_prism.model import ExpertLayout, MoELayer, RouterScores, find_layers
+from moe_prism.model.parallel import ParallelLayer
+from moe_prism.model.plain import FlatLayer, PlainCall
+from moe_prism.model.scaled_input import ScaledInputLayer
+from moe_prism.model.separate import SeparateLayer
 
 BLOCKS = 4
 LIMIT = 1e-5  # relative error, float32
@@ -27,6 +32,7 @@ class Result:
     split: float  # largest relative error over the executors, every expert computed as BLOCKS sub-experts
     detached: float  # relative error after the hook is taken off again
     matters: float  # relative change when the experts are silenced
+    scores: str  # what `RouterScores` finds: softmax, sigmoid, (softmax) where nothing proves it, or none
     spread: int  # fewest experts in use at a layer, beyond the k that one token uses
     problems: list[str] = field(default_factory=list)
 
@@ -43,8 +49,9 @@ class Result:
 def output(model: nn.Module) -> Tensor:
     """Logits, or the last hidden state of a model without a head, for one fixed batch."""
     ids = torch.randint(3, VOCAB, (2, TOKENS // 2), generator=torch.Generator().manual_seed(2))
+    more = {"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        result = model(input_ids=ids, use_cache=False)
+        result = model(input_ids=ids, use_cache=False, **more)
     out: Tensor = result.logits if hasattr(result, "logits") else result.last_hidden_state
     assert torch.isfinite(out).all(), "the output is not finite"
     return out
@@ -75,14 +82,16 @@ def split_outputs(model: nn.Module, layers: list[MoELayer]) -> list[Tensor]:
     return outputs
 
 
-def routing(model: nn.Module, layers: list[MoELayer]) -> dict[str, Tensor]:
-    """Expert ids [T, k] chosen at every layer that the batch reaches."""
+def routing(model: nn.Module, layers: list[MoELayer]) -> tuple[dict[str, Tensor], str]:
+    """Expert ids [T, k] chosen at every layer that the batch reaches, and what the routers' probabilities are."""
     seen: dict[str, Tensor] = {}
+    scores: set[str] = set()
 
     def recorder(layer: MoELayer):
         def experts(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
             assert x.ndim == 2 and index.shape == weight.shape == (len(x), index.shape[1])
             seen[layer.name] = index
+            scores.add(verdict(model, layer, x, index, weight))
             return layer.stock(x, index, weight)
 
         return experts
@@ -92,7 +101,17 @@ def routing(model: nn.Module, layers: list[MoELayer]) -> dict[str, Tensor]:
     output(model)
     for layer in layers:
         layer.uninstall()
-    return seen
+    return seen, ", ".join(sorted(scores))
+
+
+def verdict(model: nn.Module, layer: MoELayer, x: Tensor, index: Tensor, weight: Tensor) -> str:
+    try:
+        scores = RouterScores(model, layer)
+        found = scores(x, index, weight)
+    except UsageError:
+        return "none"
+    assert found.shape == (len(x), layer.num_experts + len(layer.extra or ())) and torch.isfinite(found).all()
+    return scores.activation or "(softmax)"
 
 
 @torch.no_grad()
@@ -108,7 +127,7 @@ def silenced(model: nn.Module, layers: list[MoELayer]) -> Tensor:
 def measure(model: nn.Module, *, dense: bool | None = False) -> Result:
     layers = find_layers(model, dense=dense)
     before = output(model)
-    seen = routing(model, layers)
+    seen, scores = routing(model, layers)
     k = experts_per_token(model, layers[0])
     assert {ids.shape[1] for ids in seen.values()} == {k}, f"the config says {k} experts per token"
     permute_all(layers)
@@ -117,17 +136,29 @@ def measure(model: nn.Module, *, dense: bool | None = False) -> Result:
     detached = output(model)
     return Result(
         layers=len(layers),
-        layout=describe(getattr(layers[0], "layout", None)),
+        layout=describe(layers[0]),
         permuted=relative(permuted, before),
         split=max(relative(out, before) for out in split),
         detached=relative(detached, permuted),
+        scores=scores,
         spread=min(len(ids.unique()) for ids in seen.values()) - k,
         matters=relative(silenced(model, layers), before),
     )
 
 
-def describe(layout: ExpertLayout | None) -> str:
+FORMS: dict[type[MoELayer], str] = {
+    FlatLayer: "rows of 2-D tensors, no interface",
+    ParallelLayer: "two modules called with sorted rows",
+    SeparateLayer: "a module per expert, no gate",
+}
+
+
+def describe(layer: MoELayer) -> str:
+    layout: ExpertLayout | None = getattr(layer, "layout", None)
     if layout is None:
-        return "dense"
+        return FORMS.get(type(layer), "dense")
     words = ["concatenated" if layout.is_concatenated else "interleaved"] if layout.has_gate else ["no gate"]
-    return ", ".join(words + ["transposed"] * layout.is_transposed + ["bias"] * layout.has_bias)
+    words += ["transposed"] * layout.is_transposed + ["bias"] * layout.has_bias + ["no interface"] * isinstance(layer, PlainCall)
+    words += ["routing weight on the input"] * isinstance(layer, ScaledInputLayer)
+    words += [f"{len(layer.extra)} more that copy their input"] if layer.extra else []
+    return ", ".join(words)

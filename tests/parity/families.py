@@ -1,7 +1,9 @@
-"""Tiny random-weight models of every transformers family that stores experts behind the experts interface.
+"""Tiny random-weight models of every transformers family whose experts we take.
 
-The families are found by scanning the installed transformers, never listed by hand. One generic table of sizes is applied where a
-family's config has the attribute; `OVERRIDES` holds what a family needs beyond it, `UNSUPPORTED` why a family cannot pass.
+Families behind the experts interface are found by scanning the installed transformers, never listed by hand; the few others are named in
+`moe_prism.model.families`. One generic table of sizes is applied where a
+family's config has the attribute; `OVERRIDES` holds what a family needs beyond it, `UNSUPPORTED` why a family cannot pass, `NOT_TAKEN` why
+a family outside the interface is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+
+from moe_prism.model.families import WITHOUT_INTERFACE
 
 from .checks import VOCAB
 
@@ -72,6 +76,13 @@ GENERIC: dict[str, Any] = {
 }
 
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 4,
+        "attn_config": {"kv_n_heads": 4, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 8, "moe_top_k": 2},
+    },
     "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "dots1": {"n_shared_experts": 1},
     "ernie4_5_vl_moe": {
@@ -85,6 +96,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # no rotary part in its attention; one indexed attention layer in four
     "glm5_next": {"qk_rope_head_dim": 0, "index_kpool": 4},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_chunk_size": 16},
+    "jetmoe": {"kv_channels": 8},
+    "llama4": {"num_experts_per_tok": 1, "moe_layers": [0, 2, 3], "intermediate_size_mlp": 16},
+    "longcat_flash": {
+        "num_layers": 2,
+        "qk_head_dim": 16,
+        "expert_ffn_hidden_size": 16,
+        "ffn_hidden_size": 16,
+        "zero_expert_num": 3,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mimo_v2_flash": {
         "num_key_value_heads": 2,  # its sliding layers double them
@@ -100,19 +120,48 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 4,
     },
+    "step3p7": {
+        "share_expert_dim": 16,
+        "sliding_window": 4,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "swiglu_limits": [None, None, 0.5, 0.5],
+    },
+    "switch_transformers": {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 16,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+        "num_sparse_encoder_layers": 2,
+        "num_sparse_decoder_layers": 1,
+        "expert_capacity": 2,  # some tokens are left without an expert
+        "decoder_start_token_id": 0,
+    },
     "zaya": {"num_experts_per_tok": 1},  # the one value its config accepts
 }
-CLASSES: dict[str, str] = {}
+CLASSES: dict[str, str] = {"switch_transformers": "SwitchTransformersForConditionalGeneration"}
 UNSUPPORTED: dict[str, str] = {
     "muse_spark": "normalizes the output of each expert, so sub-experts do not add up to it",
+}
+NOT_TAKEN: dict[str, tuple[str, str]] = {
+    # family: (module that is named when it is refused, why)
+    "doge": ("DogeCDMoE", "an expert is one neuron, a row of two embeddings: there is nothing to split"),
+    "nllb_moe": (
+        "NllbMoe",
+        "transformers 5.19 calls its experts with a mask in the place of ids, so that only the first two ever run",
+    ),
+    "vitpose_backbone": ("VitPose", "the data set an image belongs to chooses the expert, no router does"),
 }
 NEWER = {"muse_spark"}  # families with an entry above that came after transformers 5.19
 
 
 def names() -> list[str]:
-    """Every model folder whose modelling file uses the experts interface."""
+    """Every model folder whose modelling file uses the experts interface, and the families whose form of their own is taken."""
     root = Path(transformers.__file__).parent / "models"
-    return sorted(p.parent.name for p in root.glob("*/modeling_*.py") if "@use_experts_implementation" in p.read_text("utf-8"))
+    files = root.glob("*/modeling_*.py")
+    found = {p.parent.name for p in files if "@use_experts_implementation" in p.read_text("utf-8")}
+    return sorted(found | {name for name in WITHOUT_INTERFACE if (root / name).is_dir()})
 
 
 def model_class(family: str) -> type[nn.Module]:

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable
 from pathlib import Path
 
 import transformers
 
 from .checks import BLOCKS, LIMIT, Result, measure
-from .families import UNSUPPORTED, build, model_class, names
+from .families import NOT_TAKEN, UNSUPPORTED, build, model_class, names
 
 PATH = Path(__file__).parents[2] / "docs" / "families.md"
-COLUMNS = ("family", "model class", "experts layout", "layers found", "error permuted", "error split", "status")
+COLUMNS = ("family", "model class", "experts layout", "layers found", "router", "error permuted", "error split", "status")
 HEADER = f"""# MoE families
 
 Written by `python -m tests.parity.table` with transformers {{version}}; do not edit. `pytest tests/parity` checks it.
 
-Every modelling file of that version that stores experts behind the experts interface: a tiny random-weight model of its
-text part, float32, relative error of the logits (of the last hidden state where there is no language-model head) against the
-model's own eager forward. *Permuted*: the neurons of every expert in random order. *Split*: every expert computed as {BLOCKS}
-sub-experts at full budget, the larger error of the two executors. A family passes when both errors are at most {LIMIT:.0e}, its
-tokens use different experts, and silencing the experts changes the output. {{passed}} of {{total}} pass.
+Every modelling file of that version that stores experts behind the experts interface, and the families whose own form is understood
+("no interface", or what stands instead of a layout). Each is a tiny random-weight model of the text part in float32. An error is the
+relative error of the logits (of the last hidden state where there is no language-model head) against the model's own eager forward.
+*Permuted*: the neurons of every expert in random order. *Split*: every expert computed as {BLOCKS} sub-experts at full budget, the
+largest error of the executors. A family passes when both errors are at most {LIMIT:.0e}, its tokens use different experts, and
+silencing the experts changes the output. {{passed}} of {{total}} pass. Switch Transformers (an
+encoder-decoder) and LongCat-Flash (two attention layers in one) run from Python only: the commands cannot stream their checkpoints.
 
+*Router*: the probabilities that routing stages can ask for, proved on the family's own routing weights. In brackets: assumed, one expert
+per token proves nothing. *none*: the router computes something else, or sees another input than the experts; such stages are refused.
+
+"""
+NOT_TAKEN_HEADER = """
+## Not taken
+
+Families with experts that `find_layers` refuses by name. Llama 4 is taken as it is published, with one expert per token: with several, each
+would need an input of its own, because the routing weight multiplies the input. Of JetMoe the mixture of attention heads stays as it is.
+
+| family | module | reason |
+| --- | --- | --- |
 """
 
 
@@ -34,23 +49,29 @@ def row(family: str, result: Result | None) -> tuple[str, ...]:
     """One line of the table; result None for a family that could not be measured."""
     status = f"unsupported: {UNSUPPORTED[family]}" if family in UNSUPPORTED else "ok"
     if result is None:
-        return (family, "", "", "", "", "", status)
+        return (family, "", "", "", "", "", "", status)
     errors = bucket(result.permuted), bucket(result.split)
-    return (family, model_class(family).__name__, result.layout, str(result.layers), *errors, status)
+    return (family, model_class(family).__name__, result.layout, str(result.layers), result.scores, *errors, status)
 
 
 def render(rows: list[tuple[str, ...]]) -> str:
     passed = sum(r[-1] == "ok" for r in rows)
     head = HEADER.format(version=transformers.__version__, passed=passed, total=len(rows))
     lines = [COLUMNS, tuple("---" for _ in COLUMNS), *rows]
-    return head + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    left = [(family, module, reason) for family, (module, reason) in NOT_TAKEN.items()]
+    return head + _table(lines) + NOT_TAKEN_HEADER + _table(left)
+
+
+def _table(lines: Iterable[tuple[str, ...]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def read() -> tuple[str, dict[str, tuple[str, ...]]]:
     """The version and the rows of the file as it is."""
     text = PATH.read_text("utf-8")
     version = text.split("with transformers ", 1)[1].split(";", 1)[0]
-    cells = [tuple(c.strip() for c in line.strip("|").split("|")) for line in text.splitlines() if line.startswith("| ")]
+    first = text.split(NOT_TAKEN_HEADER)[0]
+    cells = [tuple(c.strip() for c in line.strip("|").split("|")) for line in first.splitlines() if line.startswith("| ")]
     return version, {c[0]: c for c in cells[2:]}
 
 

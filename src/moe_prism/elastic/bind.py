@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..model.extra import ExtraExperts
 from ..point import OperatingPoint, RoutingStage
 from ..routing import Stage, stage_class
 from .host import Host
@@ -33,6 +34,11 @@ class Group:
     scorer: str
     compensate: bool
     budgets: tuple[tuple[float, ...], ...]
+
+    @property
+    def extra(self) -> ExtraExperts | None:
+        """Experts that are not weights, which one of the stages brings along."""
+        return next((stage.extra for stage in self.stages if stage.extra is not None), None)
 
     @cached_property
     def _table(self) -> Tensor:
@@ -139,6 +145,8 @@ def _group(elastic: Host, key: Key, points: Sequence[OperatingPoint]) -> Group:
     stages = tuple(
         stage_class(points[0].routing[i].stage)([point.routing[i] for point in points]) for i in range(len(points[0].routing))
     )
+    if sum(stage.extra is not None for stage in stages) > 1:
+        raise UsageError("two routing stages bring experts of their own", "chain at most one of them")
     layers = range(len(elastic.layers))
     budgets = tuple(tuple(point.slots.at(layer) for layer in layers) for point in points)
     return Group(stages, rule, scorer, compensate, budgets)

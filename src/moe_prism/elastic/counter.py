@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -61,6 +62,14 @@ class Counter:
         if selects:
             _add(self.per_token, "tokens", blocks.new_full((1,), float(index.shape[0])))
             _add(self.per_batch, "tokens", blocks.new_ones(1))
+
+    def add_extra(self, number: Tensor, parameters: Sequence[int]) -> None:
+        """Experts that are not weights: number [T, k] of each choice (outside 0..X - 1: none), and what each of the X reads."""
+        sizes = torch.tensor(parameters, dtype=torch.float64, device=number.device)
+        here = number[(number >= 0) & (number < len(sizes))].reshape(-1)
+        counts = torch.bincount(here, minlength=len(sizes)).double()
+        _add(self.per_token, "extra", (counts * sizes).sum(0, keepdim=True))
+        _add(self.per_batch, "extra", ((counts > 0) * sizes).sum(0, keepdim=True))
 
     @property
     def chosen(self) -> int:

@@ -65,6 +65,8 @@ class ElasticLayer:
         self._count(found.index, settled.keep, selects=not isinstance(found, Whole), low=settled.low)
         extra = False if isinstance(found, Whole) else self._compensated(step)
         out = self._computed(x, found, settled, extra)
+        if found.added is not None:
+            out = out + found.added
         return out if out.dtype == x.dtype else out.to(x.dtype)
 
     def candidates(self, step: Step, x: Tensor, index: Tensor, weight: Tensor) -> Candidates | None:
@@ -132,15 +134,25 @@ class ElasticLayer:
             return None
         valid = self._valid(after.index)
         if full and not self.executor.always_selects:
-            return Whole(after.index, after.weight, valid, self.plan.n_sub)
+            return Whole(after.index, after.weight, valid, self.plan.n_sub, self._added(group, after))
         rule = self.rule(group.rule)
         scorer = self.scorer(group.scorer) if rule.needs_norms else None
         own = group.budget(self.index, which) if budget is None else budget
-        return Selection(after.x, after.index, after.weight, valid, self.plan.n_sub, rule, scorer, own)
+        added = self._added(group, after)
+        return Selection(after.x, after.index, after.weight, valid, self.plan.n_sub, rule, scorer, own, added)
+
+    def _added(self, group: Group, routed: Routed) -> Tensor | None:
+        """[T, d]: what the stages' own experts add, and note what that reads."""
+        if group.extra is None:
+            return None
+        if self.elastic.counting:
+            self.counter.add_extra(routed.index - routed.first_extra, group.extra.parameters)
+        return group.extra(routed.x, routed.index, routed.weight, routed.first_extra)
 
     def _routed(self, x: Tensor, index: Tensor, weight: Tensor) -> Routed:
         return Routed(
             x, index, weight, self.index, self.plan.layer.num_experts,
+            self.plan.layer.num_experts + len(self.plan.layer.extra or ()),
             scores=lambda: self.router_scores(x, index, weight), residual=lambda: self.elastic.residual(self.index, x),
             state=self.elastic.carried,
         )  # fmt: skip

@@ -19,7 +19,8 @@ class Prices:
     blocks [E, N]: a sub-expert. experts [E]: what an expert reads once if it keeps any. predictors [E]: what choosing among an expert's
     blocks reads. scaled [E]: what compensation reads for an
     expert that keeps some. dropped [E, N]: what a candidate block costs that is not kept, its gate neurons and what makes up for it. lost [E]: what an
-    expert without any kept block still reads. tokens [1]: what selection reads once per token. low [E, N]: a block in its smaller form.
+    expert without any kept block still reads. tokens [1]: what selection reads once per token. extra [1]: a weight of an
+    expert that is no matrix. low [E, N]: a block in its smaller form.
     """
 
     weights: Mapping[str, Tensor]
@@ -48,6 +49,7 @@ def prices_of(parts: LayerParts, scorer: Scorer | None, extra: Compensator | Non
     layer = parts.layer
     blocks, bias = block_weights(parts)
     weights = {"blocks": blocks, "experts": bias.clone(), "dropped": torch.zeros_like(blocks), "lost": torch.zeros_like(bias)}
+    weights["extra"] = torch.ones(1, dtype=torch.float64)
     if scorer is not None:
         weights["predictors"] = torch.full_like(bias, float(scorer.parameters_per_expert()))
         weights["tokens"] = torch.tensor([float(scorer.parameters_per_token())], dtype=torch.float64)

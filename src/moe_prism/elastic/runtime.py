@@ -217,12 +217,12 @@ def slots_per_token(elastic: Elastic) -> int:
 
 
 def experts_per_token(model: Any, layer: MoELayer) -> int:
-    """k of the router, as the configuration names it."""
+    """k of the router, as the configuration, the block or the layer names it."""
     if layer.num_experts == 1:
         return 1
     config = getattr(layer.module, "config", model.config)
-    for name in TOP_K_NAMES:
-        value = getattr(config, name, None)
+    owners = config, model.get_submodule(layer.block_name), layer
+    for value in (getattr(owner, name, None) for owner in owners for name in TOP_K_NAMES):
         if isinstance(value, int) and value > 0:
             return value
     raise UsageError(f"cannot tell how many experts '{layer.name}' uses per token", "give a budget instead of k")

@@ -36,6 +36,7 @@ class Selection:
     rule: Rule
     scorer: Scorer | None  # None where the rule needs no norms
     budget: float | Tensor
+    added: Tensor | None = None  # [T, d]: of experts that are not weights
 
     @cached_property
     def slots(self) -> Slots:
@@ -88,6 +89,7 @@ class Whole:
     weight: Tensor
     valid: Tensor
     n_sub: int
+    added: Tensor | None = None
 
     def values(self) -> Tensor:
         """[T, k, N]: the routing weight of every slot, -1 where there is no expert."""
@@ -118,6 +120,17 @@ class Mixed:
 
     def fused(self, most: Sequence[float]) -> None:
         return None
+
+    @property
+    def added(self) -> Tensor | None:
+        """[T, d]: what experts that are not weights add to some of the tokens; None where no part has any."""
+        found = [(rows, part.added) for rows, part in self.parts if part.added is not None]
+        if not found:
+            return None
+        out = found[0][1].new_zeros(len(self.index), found[0][1].shape[1])
+        for rows, own in found:
+            put(out, rows, own)
+        return out
 
     def _joined(self, found: Sequence[Tensor], nothing: float) -> Tensor:
         out = torch.full((*self.index.shape, self.n_sub), nothing, dtype=found[0].dtype, device=self.index.device)

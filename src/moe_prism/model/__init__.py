@@ -1,7 +1,20 @@
 """What an MoE layer is, found in any transformers model."""
 
 from .base import ExpertLayout, MoELayer
+from .extra import ExtraExperts
 from .find import find_layers
 from .load import load_model, load_to_run, load_tokenizer, on_disk, resolve
+from .scores import RouterScores
 
-__all__ = ["ExpertLayout", "MoELayer", "find_layers", "load_model", "load_to_run", "load_tokenizer", "on_disk", "resolve"]
+__all__ = [
+    "ExpertLayout",
+    "ExtraExperts",
+    "MoELayer",
+    "RouterScores",
+    "find_layers",
+    "load_model",
+    "load_to_run",
+    "load_tokenizer",
+    "on_disk",
+    "resolve",
+]

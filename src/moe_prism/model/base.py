@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .extra import ExtraExperts
+
 ExpertsFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden [T, d], expert ids [T, k], routing weights [T, k]) -> [T, d]."""
 
@@ -30,7 +32,8 @@ class MoELayer(ABC):
     """Read access to the experts of one layer, exact neuron permutation, and a seam for another experts function.
 
     `gate`, `up` [E, f, d] and `down` [E, d, f] are views: writing to them writes the model. `gate` is None for ungated experts,
-    the biases are None where the family has none.
+    the biases are None where the family has none. `extra`: experts with ids from E on that hold no matrices. The layer adds what they
+    add by itself; for installed functions and `stock` those ids, like negative ones, mean no expert.
     """
 
     name: str
@@ -39,6 +42,19 @@ class MoELayer(ABC):
     num_experts: int
     hidden: int
     width: int
+    extra: ExtraExperts | None = None
+    calls_with_ids: bool = True  # the module itself is called as experts(hidden, ids, weights)
+    weighs_input: bool = False  # x comes multiplied by the routing weight, which is 1 then
+
+    @property
+    def block_name(self) -> str:
+        """The module that routes and calls the experts."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """The modules that hold the experts' weights and nothing else."""
+        return (self.name,)
 
     @property
     @abstractmethod
@@ -53,17 +69,17 @@ class MoELayer(ABC):
     def down(self) -> Tensor: ...
 
     @property
-    @abstractmethod
-    def gate_bias(self) -> Tensor | None: ...
+    def gate_bias(self) -> Tensor | None:
+        return None
 
     @property
-    @abstractmethod
-    def up_bias(self) -> Tensor | None: ...
+    def up_bias(self) -> Tensor | None:
+        return None
 
     @property
-    @abstractmethod
     def down_bias(self) -> Tensor | None:
         """[E, d]: added once per chosen expert, before the routing weight."""
+        return None
 
     @abstractmethod
     def activate(self, gate: Tensor | None, up: Tensor) -> Tensor:
@@ -84,7 +100,7 @@ class MoELayer(ABC):
     def stock(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The family's own experts computation, unaffected by `install`."""
 
-    def refusal(self) -> str | None:
+    def refusal(self, model: nn.Module) -> str | None:
         """Why this layer's experts are not a sum over neurons although the formula is nearly ours; None if nothing is known."""
         return None
 
@@ -143,12 +159,12 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
-def check_formula(layer: MoELayer, describe: str) -> str | None:
+def check_formula(model: nn.Module, layer: MoELayer, describe: str) -> str | None:
     """Compare our formula with the module's own forward on one random batch; None if equal, else what differs."""
     dtype = layer.up.dtype
     if dtype not in DTYPES:
         return f"{describe}: its weights are stored as {str(dtype).removeprefix('torch.')}, load the model without quantization"
-    refusal = layer.refusal()
+    refusal = layer.refusal(model)
     if refusal or layer.up.is_meta:
         return refusal and f"{describe}: {refusal}"
     x, index, weight = _random_batch(layer)

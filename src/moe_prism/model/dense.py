@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import ExpertsFn, MoELayer
+from .base import ExpertsFn
+from .forward import ForwardLayer
 
 NAMES: tuple[tuple[str | None, str, str], ...] = (
     # (gate, up, down) attribute names, as the dense families spell them; the same name twice = [gate | up] in one Linear
@@ -32,7 +34,7 @@ def dense_names(module: nn.Module) -> tuple[str | None, str, str] | None:
     return None
 
 
-class DenseLayer(MoELayer):
+class DenseLayer(ForwardLayer):
     """SwiGLU, GeGLU or plain MLP of three or two Linear modules."""
 
     def __init__(self, name: str, module: nn.Module, index: int) -> None:
@@ -82,16 +84,13 @@ class DenseLayer(MoELayer):
     def activate(self, gate: Tensor | None, up: Tensor) -> Tensor:
         return self._act(up) if gate is None else self._act(gate) * up  # type: ignore[no-any-return]
 
-    def install(self, function: ExpertsFn) -> None:
+    def adapted(self, function: ExpertsFn) -> Callable[..., Any]:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             flat = x.reshape(-1, x.shape[-1])
             index = torch.zeros(flat.shape[0], 1, dtype=torch.long, device=x.device)
             return function(flat, index, torch.ones_like(index, dtype=x.dtype)).reshape(x.shape)
 
-        self.module.forward = forward
-
-    def uninstall(self) -> None:
-        self.module.__dict__.pop("forward", None)
+        return forward
 
     def arrange(self) -> None:
         """The last Linear keeps its shape but is stored neuron by neuron, as `FusedLayer.arrange` does."""

@@ -24,8 +24,11 @@ class FusedLayer(MoELayer):
 
     def __init__(self, name: str, module: nn.Module, index: int) -> None:
         self.name, self.module, self.index = name, module, index
-        self.layout = ExpertLayout(**{flag: bool(getattr(module, flag)) for flag in FLAGS})
+        self.layout = self._layout()
         self.num_experts, self.hidden, self.width = self.down.shape
+
+    def _layout(self) -> ExpertLayout:
+        return ExpertLayout(**{flag: bool(getattr(self.module, flag)) for flag in FLAGS})
 
     def _first(self) -> Tensor:
         """Pre-activation rows of all experts [E, 2f or f, d]."""
@@ -70,7 +73,7 @@ class FusedLayer(MoELayer):
     def down_bias(self) -> Tensor | None:
         return self.module.down_proj_bias if self.layout.has_bias else None  # type: ignore[return-value]
 
-    def refusal(self) -> str | None:
+    def refusal(self, model: nn.Module) -> str | None:
         if getattr(self.module, "has_post_expert_norm", False):  # a flag newer than 5.19
             return "it normalizes the output of each expert, so sub-experts do not add up to it"
         return None

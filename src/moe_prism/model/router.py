@@ -63,7 +63,7 @@ class Router:
 
     def __init__(self, model: nn.Module, layer: MoELayer) -> None:
         self.layer = layer
-        self.name = layer.name.rpartition(".")[0]
+        self.name = layer.block_name
         self.block = model.get_submodule(self.name)
         self.experts = layer.num_experts
         self.roots = [m for n, m in self.block.named_children() if m is not layer.module and _routes(n, m)]
@@ -74,6 +74,10 @@ class Router:
         """Why this router cannot be sliced, as far as its structure tells; None if nothing is known."""
         if self.experts == 1:
             return f"'{self.layer.name}' is a dense MLP: it has no experts to prune"
+        if extra := self.layer.extra:
+            return f"the router of '{self.layer.name}' also chooses among {len(extra)} experts that hold no matrices"
+        if not self.layer.calls_with_ids:
+            return f"the experts of '{self.layer.name}' are not called with ids that could be translated"
         if not any(row.get().ndim == 2 for row in self.rows):
             return f"no router with a row per expert was found beside '{self.layer.name}'"
         return None

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..elastic import Slots
 from ..elastic.layer import ElasticLayer
 from ..elastic.runtime import experts_per_token
 from ..errors import UsageError
 from ..model import MoELayer, find_layers
+from ..model.scores import router_weight
 from .trace import DECODE, FORMAT, PREFILL, SIDES, Trace
 
 BATCH = 4  # windows per forward
@@ -154,16 +155,6 @@ def _when(windows: Sequence[tuple[str, Tensor]], prompt: int) -> dict[str, Any]:
             request, step = request + 1, step + int(steps[-1]) + 1
     small = {"phase": np.int8, "side": np.int8}
     return {name: np.concatenate(rows).astype(small.get(name, np.int32)) for name, rows in parts.items()}
-
-
-def router_weight(model: nn.Module, layer: MoELayer) -> Tensor:
-    """The [E, d] matrix beside a layer's experts. UsageError where the family keeps it elsewhere."""
-    parent = model.get_submodule(layer.name.rpartition(".")[0])
-    wanted = (layer.num_experts, layer.hidden)
-    found = [p for name, p in parent.named_parameters() if tuple(p.shape) == wanted and "expert" not in name.split(".")[0]]
-    if len(found) != 1:
-        raise UsageError(f"no router matrix {list(wanted)} found beside '{layer.name}'", "record without router inputs")
-    return found[0].detach()
 
 
 def _bits(keep: Tensor) -> Tensor:

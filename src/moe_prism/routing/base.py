@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..model.extra import ExtraExperts
 from ..point import RoutingStage
 
 PlanIndex = int | Tensor
@@ -30,7 +31,7 @@ class Routed:
     """A batch on its way through the stages of one layer.
 
     x [T, d]: the layer's input. index [T, k]: expert ids, -1 for no expert; ids from E on are experts that are not weights
-    (`model.extra`). weight [T, k]. k may change from stage to stage. scores() gives the router's probabilities [T, E], residual() the
+    (`model.extra`): the model's own, then from first_extra on those of the stage. weight [T, k]. k may change from stage to stage. scores() gives the router's probabilities [T, E], residual() the
     residual stream [T, d]: both are computed when asked for. state: what stages carry from layer to layer of one forward, [T, ...] each.
     """
 
@@ -39,6 +40,7 @@ class Routed:
     weight: Tensor
     layer: int
     experts: int
+    first_extra: int
     scores: Callable[[], Tensor] = _unavailable
     residual: Callable[[], Tensor] = _unavailable
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -84,6 +86,8 @@ class Stage(ABC):
     """Names of the parameters it reads."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """What it asks of `Routed` beside the choice: "scores", "residual", "state"."""
+    extra: ExtraExperts | None = None
+    """Experts that are not weights, which the stage may choose: their ids begin at `Routed.first_extra`."""
     depends_on_batch: ClassVar[bool] = False
     """Whether a token's experts depend on the other tokens of the batch."""
 

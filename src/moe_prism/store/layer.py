@@ -29,6 +29,11 @@ class StoredNeurons(GateNeurons):
     def __init__(self, layer: MoELayer, tensors: dict[str, Tensor]) -> None:
         super().__init__(layer.name, layer.index, layer.width, tensors, layer.activate)
         self.layer, self.module = layer, layer.module
+        self.extra, self.weighs_input = layer.extra, layer.weighs_input
+
+    @property
+    def block_name(self) -> str:
+        return self.layer.block_name
 
     def activate_joined(self, both: Tensor) -> Tensor:
         return self.layer.activate_joined(both)

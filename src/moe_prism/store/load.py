@@ -79,7 +79,7 @@ def load_stored(
     layers = find_layers(stream.model)
     plans = stored_plans(layers, pack, manifest["n_sub"], manifest["gates"], tensors)
     slots = slots_in(options.memory, resident_bytes(plans), pack.layout, len(pack.space))
-    model = stream.keep_outside([layer.name for layer in layers])
+    model = stream.keep_outside([name for layer in layers for name in layer.owners])
     group = experts_per_token(model, plans[0].layer) * pack.space.parts
     policy = cache_policies.get(options.policy or policy_for(pack.space, slots, group))
     store = ExpertStore(pack, slots, plans[0].layer, policy, group=group, settings=options.settings, reader=options.reader)

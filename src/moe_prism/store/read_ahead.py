@@ -18,8 +18,8 @@ from ..elastic.base import is_compiled
 from ..elastic.layer import ElasticLayer
 from ..elastic.runtime import experts_per_token
 from ..kernels.selection import Choosing, select
+from ..model.scores import router_weight
 from ..offload.base import Key
-from ..offload.record import router_weight
 from .choose_misses import Misses
 from .store import ExpertStore
 

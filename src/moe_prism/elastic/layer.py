@@ -143,11 +143,12 @@ class ElasticLayer:
 
     def _added(self, group: Group, routed: Routed) -> Tensor | None:
         """[T, d]: what the stages' own experts add, and note what that reads."""
-        if group.extra is None:
+        experts = group.extra
+        if experts is None:
             return None
         if self.elastic.counting:
-            self.counter.add_extra(routed.index - routed.first_extra, group.extra.parameters)
-        return group.extra(routed.x, routed.index, routed.weight, routed.first_extra)
+            self.counter.add_extra(routed.index - routed.first_extra, experts.parameters)
+        return experts(routed.x, routed.index, routed.weight, routed.first_extra)
 
     def _routed(self, x: Tensor, index: Tensor, weight: Tensor) -> Routed:
         return Routed(

@@ -16,11 +16,10 @@ from .compensate import Compensator
 class Prices:
     """Weights and bytes of one reading, by what is read.
 
-    blocks [E, N]: a sub-expert. experts [E]: what an expert reads once if it keeps any. predictors [E]: what choosing among an expert's
-    blocks reads. scaled [E]: what compensation reads for an
-    expert that keeps some. dropped [E, N]: what a candidate block costs that is not kept, its gate neurons and what makes up for it. lost [E]: what an
-    expert without any kept block still reads. tokens [1]: what selection reads once per token. extra [1]: a weight of an
-    expert that is no matrix. low [E, N]: a block in its smaller form.
+    blocks [E, N]: a sub-expert. low [E, N]: the same in its smaller form. experts [E]: what an expert reads once if it keeps any block.
+    lost [E]: what an expert without a kept block still reads. predictors [E]: what choosing among an expert's blocks reads. tokens [1]: what
+    selection reads once per token. dropped [E, N]: a candidate block that is not kept: its gate neurons, and what makes up for it.
+    scaled [E]: what compensation reads for an expert that keeps some. extra [1]: a weight of an expert that is no matrix.
     """
 
     weights: Mapping[str, Tensor]

@@ -40,10 +40,10 @@ def expanded(name: str) -> list[str]:
 class FrontierOptions:
     """text: `stdlib`, `topics`, a file or a folder (its evaluation side is used); tokens and window length.
 
-    rules: selection rules beside plain top-k; methods: more of them, or other methods by name (`methods.method`). Without either, and
-    without given points: `product`. given: operating points to measure again, files or a frontier.json. points: how many for methods with a continuous dial,
-    for rules evenly spaced in relative cost; None: where the other rules are. calibration_tokens: what methods fit on, of the calibration
-    side of `text`.
+    rules: selection rules beside plain top-k; methods: more of them, or other methods by name (`methods.find.method`). given: operating
+    points to measure again, files or a frontier.json. Without any of them: `product`. points: how many for methods with a continuous
+    dial, for rules evenly spaced in relative cost; None: where the other rules are. calibration_tokens: what methods fit on, of the
+    calibration side of `text`.
     """
 
     text: str = "stdlib"

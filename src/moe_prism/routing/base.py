@@ -31,8 +31,9 @@ class Routed:
     """A batch on its way through the stages of one layer.
 
     x [T, d]: the layer's input. index [T, k]: expert ids, -1 for no expert; ids from E on are experts that are not weights
-    (`model.extra`): the model's own, then from first_extra on those of the stage. weight [T, k]. k may change from stage to stage. scores() gives the router's probabilities [T, E], residual() the
-    residual stream [T, d]: both are computed when asked for. state: what stages carry from layer to layer of one forward, [T, ...] each.
+    (`model.extra`): the model's own, then from first_extra on those of the stage. weight [T, k]. k may change from stage to stage.
+    scores() gives the router's probabilities [T, E], residual() the residual stream [T, d]: both are computed when asked for. state:
+    what stages carry from layer to layer of one forward, [T, ...] each.
     """
 
     x: Tensor

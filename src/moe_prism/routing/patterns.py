@@ -34,7 +34,7 @@ def pattern_skip(
     total: int | None = None,
     places: tuple[Sequence[int], int | None] | None = None,
 ) -> RoutingStage:
-    """knots (b, h, e, p): b experts in the first layer, h in layer p (1-based), e in the last, straight lines between; clamped to 1..k.
+    """knots (b, h, e, p): b experts in the first layer, h in layer p (1-based), e in the last, lines between; clamped to 1..k.
 
     places (positions, depth): index over all decoder layers, of which the MoE layers are at `positions` (1-based) of `depth`; None: over
     the MoE layers alone. rounding "budget": largest remainders first, so that the counts add up to `total` (None: to the rounded sum of the lines).

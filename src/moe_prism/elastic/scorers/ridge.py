@@ -144,7 +144,7 @@ class Ridge(Scorer):
         return torch.from_numpy(norms)
 
     def terms(self, x: Tensor, index: Tensor) -> Norms | None:
-        """What `selection.predicted_norms` wants to know of few choices; None where there are many, or the weights are not laid out for it."""
+        """What `selection.predicted_norms` wants to know of few choices; None for many, or where the weights are not laid out for it."""
         stored = self._stored(x) if index.numel() <= FEW else None
         return None if stored is None else self._terms(x, index, stored)
 

@@ -38,7 +38,7 @@ class Menu:
 
     @classmethod
     def of(cls, folder: Path, options: Mapping[str, Any] | None = None) -> Menu:
-        """options: `quality` and `min_quality` for requests without their own; `points`: names of the points to serve, default the Pareto set.
+        """options: `quality` and `min_quality` for requests without their own; `points`: names of those to serve, else the Pareto set.
 
         UsageError for a bad one.
         """

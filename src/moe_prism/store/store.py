@@ -17,7 +17,7 @@ from torch import Tensor
 from ..model import MoELayer
 from ..offload.base import CachePolicy, ExpertCache, Key, Load, Moment
 from ..offload.cache.pool import LayerPools, Pool
-from .aio_reader import SMALL, open_reader
+from .aio_reader import SMALL_RECORD, open_reader
 from .arena import Arena
 from .fast_pool import SlotTable, TablePool
 from .pack import Pack
@@ -208,7 +208,7 @@ class ExpertStore:
         Residents that come later are pinned until their turn, as many as leave room for these pieces.
         """
         capacity = self.capacity(layer)
-        most = 1 if self.pack.layout.bytes <= SMALL else AHEAD
+        most = 1 if self.pack.layout.bytes <= SMALL_RECORD else AHEAD
         kept = 1 if len(wanted) < MANY * capacity else 0
         size = max(1, capacity // ((1 + kept) * (most + 1)))
         ahead = min(most, capacity // size - 1)

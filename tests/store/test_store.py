@@ -109,7 +109,7 @@ def test_reading_ahead_changes_no_logit(elastic_tiny, tmp_path, ids, slots, budg
     store.settle()
     assert store.cache.counts.prefetched > 0
     check_counts(store.cache.counts, len(store.cache))
-    assert not any(store._pool(layer).pinned for layer in range(store.space.layers))
+    assert not any(store.fetcher.pool(layer).pinned for layer in range(store.space.layers))
 
 
 def test_a_floor_keeps_what_lies_between_the_two_budgets(elastic_tiny, tmp_path, ids):

@@ -45,7 +45,7 @@ def serve(
     debug: Plain logs with stack traces.
     """
     from ..serve import logs
-    from ..serve.server import ServeOptions
+    from ..serve.options import ServeOptions
     from ..serve.server import serve as run
 
     if not 0 < probe_seconds <= 600:

@@ -77,7 +77,7 @@ class KernelStructs(NamedTuple):
     events: Ints  # [D, 4] one io_event each: number of the read, address of its block, bytes read or error, unused
 
 
-class Batch(NamedTuple):
+class ReadBatch(NamedTuple):
     """Records to read: keys ascending, the slot of each, the job each is part of, all of them exact or all int8."""
 
     keys: Ints
@@ -117,7 +117,7 @@ def take_in(ended: int, events: Ints, reads: ReadTable, target: Destination) -> 
 
 
 @njit(nogil=True, cache=True)
-def begin(batch: Batch, queue: KernelQueue, reads: ReadTable, kernel: KernelStructs, target: Destination) -> tuple[int, int]:
+def begin(batch: ReadBatch, queue: KernelQueue, reads: ReadTable, kernel: KernelStructs, target: Destination) -> tuple[int, int]:
     """Begin to read a batch, neighbours of one job by one read; (records begun, records that are wrong already).
 
     Stops where no read is free.
@@ -239,7 +239,7 @@ class KernelReader(RecordReader):
             numbers = self._unused[-len(mine) :] if ahead else self._unused[-1:]
             del self._unused[-len(numbers) :]
             each = np.array(numbers if ahead else numbers * len(mine), np.int64)
-            count, bad = begin(Batch(mine, places, each, int(low)), self._queue, self._reads, self._kernel, self._target)
+            count, bad = begin(ReadBatch(mine, places, each, int(low)), self._queue, self._reads, self._kernel, self._target)
             parts = [slice(i, i + 1) for i in range(count)] if ahead else [slice(0, count)]
             begun = [KernelJob(mine[part], places[part], low, self) for part in parts]
             self._jobs.update(zip(numbers, begun, strict=False))

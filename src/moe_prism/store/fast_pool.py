@@ -109,8 +109,8 @@ class Asked(NamedTuple):
 def serve(asked: Asked, pool: Residency, places: SlotTable, ranking: Ranking) -> tuple[Ints, Ints, Ints]:
     """(keys to load, the victim of each or NOBODY, keys without room); the pool and the slots are changed at once."""
     keys, used, counts = asked.keys, pool.used, pool.counts
-    # A record that is pinned, of this very group or, for a prefetch, expected never leaves. `stuck` counts those that are in the pool, so a key that could only
-    # come in by pushing one of them out is refused before a victim is looked for, which therefore always exists.
+    # What is pinned, of this very group or, for a prefetch, expected never leaves. `stuck` counts those of them that are in the pool. A key
+    # that could only come in by pushing one of them out is refused before a victim is looked for, so there always is one.
     blocked = np.zeros(len(used), np.bool_)
     for key in keys:
         blocked[key - pool.base] = True

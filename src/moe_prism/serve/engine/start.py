@@ -16,8 +16,8 @@ from ...artefact.load import load
 from ...elastic.runtime import operating_point, slots_per_token
 from ...schedule import CostModel, policies
 from ..config import Config
+from ..options import ServeOptions
 from ..process.messages import Facts
-from ..server import ServeOptions
 from .engine import Engine, EngineSize
 from .ladder import find_ladder, measure_ladder
 from .probe import Script, probe

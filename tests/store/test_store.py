@@ -183,7 +183,7 @@ def test_int8_records_are_close_and_read_less(elastic_half, tmp_path, ids):
     whole, _ = opened(elastic_half, tmp_path / "p", misses=Misses(0.01, low=1.0))
     exact, _ = opened(elastic_half, tmp_path / "q")
     found, wanted = logits(whole, ids, 0.999), logits(exact, ids, 0.999)
-    assert store_of(whole).low
+    assert store_of(whole).fetcher.low
     assert not torch.equal(found, wanted)
     kl = (wanted.softmax(-1) * (wanted.log_softmax(-1) - found.log_softmax(-1))).sum(-1).mean()
     assert float(kl) < 0.01

@@ -136,7 +136,7 @@ def make_server(app: Any, door: Door, config: Config, engine: Backend) -> Any:
         _until = math.inf
 
         async def on_tick(self, counter: int) -> bool:
-            """Whether to end now; asked ten times a second. Without its engine a server only waits to be restarted."""
+            """Whether to end now. uvicorn asks ten times a second. Without its engine a server can only be restarted, so it ends too."""
             if self._until == math.inf and engine.ended():
                 self._until = time.monotonic() + FAREWELL
             elif engine.alive and engine.clock() - engine.last_turn > config.bounds.step_seconds:

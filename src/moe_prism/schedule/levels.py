@@ -65,8 +65,8 @@ def worthwhile(seconds: Floats, quality: Floats, worth: float) -> int:
 
     seconds, quality: of every level, cheapest first. Where time hardly depends on K, quality is not thrown after it.
     """
-    # A cheap level may be worth it and one above it not. All levels from the highest bad one down are given up: `lift` climbs
-    # rung by rung and would stop at it. The tolerance keeps the top level itself, which buys nothing for nothing.
+    # A cheap level may be worth it and one above it not. All levels from the highest bad one down are given up, because `lift` climbs
+    # rung by rung and may leave a request on any of them. The tolerance keeps the top level itself, which buys nothing for nothing.
     bad = np.flatnonzero(seconds[-1] - seconds < seconds[-1] * (worth * (1 - quality / quality[-1]) - 1e-12))
     return int(bad[-1]) + 1 if len(bad) else 0
 

@@ -69,7 +69,7 @@ class ReadTable(NamedTuple):
 
 
 class KernelStructs(NamedTuple):
-    """What the kernel wants to see of reads. It looks at them until they have ended, so they never move."""
+    """What the kernel wants to see of reads. Blocks hold the addresses of vectors, and pointers those of blocks, so nothing ever moves."""
 
     blocks: Ints  # [D, 8] one iocb each, of 64 bytes
     vectors: Ints  # [D, RUN, 2] the iovecs of each: address and length
@@ -150,7 +150,7 @@ def begin(batch: ReadBatch, queue: KernelQueue, reads: ReadTable, kernel: Kernel
     while begun < count:
         got = _system(queue.submit_call, queue.context[0], count - begun, kernel.pointers.ctypes.data + 8 * begun, 0, 0)
         if got <= 0:
-            # The kernel takes no more for now: all queues of the machine share one limit. One read is done here, then it is asked again.
+            # The kernel takes none, for now or at all. One read is done here and then it is asked again, so this ends either way.
             r = (kernel.pointers[begun] - kernel.blocks.ctypes.data) // 64
             block = kernel.blocks[r]
             kernel.events[here, 0] = r

@@ -70,7 +70,7 @@ class Ranking(NamedTuple):
         """`policy` is one of POLICIES."""
         keys = space.experts * space.parts
         if isinstance(policy, LFU):
-            return cls(BY_AGED_COUNT, policy._uses.half_life, keys, space.layers)
+            return cls(BY_AGED_COUNT, float(policy._uses.half_life), keys, space.layers)
         return cls(BY_COUNT_OVER_DISTANCE if isinstance(policy, EdgeMoE) else BY_RECENCY, 0.0, keys, space.layers)
 
 

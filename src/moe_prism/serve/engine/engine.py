@@ -25,7 +25,7 @@ from ...errors import PrismError, UsageError
 from ...forecast.step_cost import LayerFacts
 from ...schedule.base import Ladder, Policy
 from ..backend import Gauges
-from ..requests import Event, Request
+from ..requests import ErrorKind, Event, Request
 from .paged_attention import NAME as PAGED
 from .runner import Runner
 from .scheduler import NAME as SCHEDULER
@@ -288,7 +288,7 @@ class Engine:
                 _, request_id = heapq.heappop(self._deadlines)
             request = self.book.get(request_id)
             if request is not None:
-                self._finish(request, Event(error="the request's deadline passed"))
+                self._finish(request, Event(error="the request's deadline passed", kind=ErrorKind.DEADLINE))
                 processor.scheduler.set_request_cancellation(request_id)
 
     def _publish(self, processor: ContinuousBatchProcessor) -> None:
@@ -318,7 +318,7 @@ class Engine:
             if part.state.status == RequestStatus.FINISHED:
                 finish = "stop" if event.token in request.stop_ids else "length"
             if request.job.id in self.book and not request.cancelled:
-                event = Event(event.token, event.logprob, event.prompt, event.level, finish, event.error)
+                event = event._replace(finish=finish)
                 if finish or event.error:
                     self._finish(request, event)
                 elif event.token is not None or event.prompt:

@@ -21,8 +21,8 @@ from ...point import OperatingPoint
 from ...schedule import CostModel, policies
 from ...schedule.base import Ladder
 from ..config import Config
+from ..options import ServeOptions
 from ..process.messages import Facts
-from ..server import ServeOptions
 from .engine import Engine, EngineSize
 from .ladder import Refusal, find_ladder, measure_ladder
 from .probe import Script, probe

@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import PrismError
 from ..requests import Event, Request
@@ -33,11 +33,11 @@ class Outbox:
 
     def __init__(self, link: Link, engine: Engine) -> None:
         self._link, self._engine = link, engine
-        self._events: list[tuple[Any, ...]] = []
+        self._events: list[tuple[str, Event]] = []
 
     def hear(self, request_id: str, event: Event) -> None:
         """In the engine's thread: a sink. An error may come between two steps and does not wait for the next."""
-        self._events.append((request_id, event.token, event.logprob, event.prompt, event.level, event.finish, event.error))
+        self._events.append((request_id, event))
         if event.error is not None:
             self._send(News(self._engine.last_turn, self._engine.gauges(), events=self._taken()))
 
@@ -52,10 +52,9 @@ class Outbox:
 
     def refuse(self, request_id: str, error: str) -> None:
         """In any thread: a request that the engine did not take."""
-        row = (request_id, None, None, (), None, None, error)
-        self._send(News(self._engine.last_turn, self._engine.gauges(), events=(row,)))
+        self._send(News(self._engine.last_turn, self._engine.gauges(), events=((request_id, Event(error=error)),)))
 
-    def _taken(self) -> tuple[tuple[Any, ...], ...]:
+    def _taken(self) -> tuple[tuple[str, Event], ...]:
         events, self._events = tuple(self._events), []
         return events
 

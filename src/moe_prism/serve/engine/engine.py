@@ -29,7 +29,7 @@ from ..requests import ErrorKind, Event, Request
 from .paged_attention import NAME as PAGED
 from .runner import Runner
 from .scheduler import NAME as SCHEDULER
-from .scheduler import Connection, PolicyScheduler, Step
+from .scheduler import Connection, PackedStep, PolicyScheduler
 
 logger = logging.getLogger(__name__)
 # transformers logs the first tokens of a prompt it drops, which nobody may read in a log
@@ -50,7 +50,7 @@ class EngineSize:
     prefix_cache: bool = True
 
 
-Observer = Callable[[Step, float], None]
+Observer = Callable[[PackedStep, float], None]
 """Called in the engine's thread after every step with the step and its seconds."""
 
 
@@ -301,7 +301,7 @@ class Engine:
     def _settle(self, processor: ContinuousBatchProcessor) -> None:
         """Advance what policies see, and tell the sinks."""
         runner: Runner = processor.model_runner
-        step: Step = processor.scheduler.current
+        step: PackedStep = processor.scheduler.current
         now = self.clock()
         for part in step.parts:
             request, track = part.request, part.request.track

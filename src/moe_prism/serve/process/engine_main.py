@@ -21,7 +21,7 @@ from .spawn import STOP
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
-    from ..engine.scheduler import Step
+    from ..engine.scheduler import PackedStep
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Outbox:
         if event.error is not None:
             self._send(News(self._engine.last_turn, self._engine.gauges(), events=self._taken()))
 
-    def observe(self, step: Step, seconds: float) -> None:
+    def observe(self, step: PackedStep, seconds: float) -> None:
         """In the engine's thread, after every step."""
         parts = tuple((p.request.job.id, p.level, p.tokens, p.request.cached_tokens) for p in step.parts)
         self._send(News(self._engine.last_turn, self._engine.gauges(), step.tally(seconds), parts, self._taken()))

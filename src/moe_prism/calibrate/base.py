@@ -28,7 +28,7 @@ class Collector(ABC):
     """Mergeable statistics of one layer. Memory must be bounded by the settings, whatever the number of tokens."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Fields of `RoutedBatch` beyond the ones that are always there. A field can be None all the same, in a family that does not show it."""
+    """Fields of `RoutedBatch` beyond those that are always there. One can be None all the same, in a family that does not show it."""
 
     def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
         """capacity: tokens per expert a reservoir may keep."""

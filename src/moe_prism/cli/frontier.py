@@ -69,7 +69,7 @@ def frontier(
     /,
     *,
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
-    what: Measured = WhatToMeasure(),
+    what: WhatToMeasure = WhatToMeasure(),
     text: EvaluationText = EvaluationText(),
     json: bool = False,
 ) -> None:

@@ -17,12 +17,12 @@ from . import (
     calibrate,
     demo,
     doctor,
+    forecast,
     frontier,
     generate,
     inspect,
     listing,
     offload,
-    plan,
     prune,
     recover,
     refactor,
@@ -59,7 +59,7 @@ def build() -> cyclopts.App:
         (recover.recover, "recover"),
         (skip.skip, "skip"),
         (frontier.frontier, "frontier"),
-        (plan.plan, "plan"),
+        (forecast.forecast, "forecast"),
         (generate.generate, "generate"),
         (serve.serve, "serve"),
         (bench.bench, "bench"),
@@ -70,6 +70,7 @@ def build() -> cyclopts.App:
     )
     for place, (command, name) in enumerate(every):  # --help lists them as they are used, not by the alphabet
         app.command(_described(command), name=name, sort_key=place)
+    app.command(_described(forecast.forecast), name="plan", show=False)  # its name in 0.1
     return app
 
 

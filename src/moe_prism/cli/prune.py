@@ -61,7 +61,7 @@ def prune(
     json: One JSON object on stdout.
     """
     from ..calibrate.options import CalibrateOptions
-    from ..jobs.prune import plan_pruning, prune_model
+    from ..jobs.prune import prune_model, select_experts
     from ..methods.prune.select import PruneOptions
 
     options = PruneOptions(
@@ -75,7 +75,7 @@ def prune(
         CalibrateOptions(text, tokens, length, low_memory=low_memory),
     )
     if report_only:
-        result = plan_pruning(model, options, calibration=calibration, report=progress)
+        result = select_experts(model, options, calibration=calibration, report=progress)
     elif out is None:
         raise UsageError("there is no output folder", "give --out FOLDER, or --report-only")
     else:

@@ -68,13 +68,13 @@ def refactor(
     low_memory: Keep one decoder layer in memory at a time. No profile then: a budget is spent alike in all layers.
     resume: Continue an interrupted run; ends in the same bytes.
     force: Replace an existing output.
-    dry_run: Print the plan and exit; 3 if this machine cannot do it.
+    dry_run: Print what it needs and exit; 3 if this machine cannot do it.
     json: One JSON object on stdout.
     """
     from ..calibrate.options import CalibrateOptions
     from ..jobs.refactor import RefactorOptions
     from ..jobs.refactor import refactor as run
-    from ..jobs.refactor_resources import check_plan, plan_refactor
+    from ..jobs.refactor_resources import check_resources, resources_of
 
     options = RefactorOptions(
         n_sub,
@@ -92,19 +92,19 @@ def refactor(
         [name for name in extra_scorers.split(",") if name],
     )
     if dry_run:
-        plan = plan_refactor(model, options)
-        sizes = {key: value for key, value in plan.items() if key.endswith("bytes")}
+        needed = resources_of(model, options)
+        sizes = {key: value for key, value in needed.items() if key.endswith("bytes")}
         parts = [
             f"  {key:20} {sizes.pop(key) / GIB:8.2f} GiB" for key in list(sizes) if key not in ("peak_memory_bytes", "disk_bytes")
         ]
         memory, disk = (f"{key:22} {value / GIB:8.2f} GiB" for key, value in sizes.items())
         lines = [memory, *parts, disk]
         if not json:  # shown even where it does not fit; stdout of --json holds one object, then that of the error
-            emit(plan, "\n".join(lines), json)
-        check_plan(plan, out)
+            emit(needed, "\n".join(lines), json)
+        check_resources(needed, out)
         note("this machine has enough of both")
         if json:
-            emit(plan, "", json)
+            emit(needed, "", json)
         return
     result = run(model, out, options, calibration=calibration, resume=resume, force=force, report=progress)
     facts = result.to_json()

@@ -81,7 +81,7 @@ def _list(values: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in values)
 
 
-def plan_model(model: str | Path, options: SpeedOptions | None = None, *, report: Report = silent) -> SpeedForecast:
+def forecast_speed(model: str | Path, options: SpeedOptions | None = None, *, report: Report = silent) -> SpeedForecast:
     """Predicted tokens/s of a model at every concurrency: full, skipping experts, pruned, and, if it is elastic, at sub-expert budgets.
 
     With `options.machine` only config.json is read (and the weights, where a text to count routing on is given). Without, the model is
@@ -91,7 +91,7 @@ def plan_model(model: str | Path, options: SpeedOptions | None = None, *, report
     options.check()
     if options.machine is not None and options.text is None:
         return _from_config(model, options, options.machine)
-    return _Planner(model, options, report).plan()
+    return _SpeedForecaster(model, options, report).forecast()
 
 
 def _from_config(model: str | Path, options: SpeedOptions, machine: Machine) -> SpeedForecast:
@@ -126,7 +126,7 @@ def _facts(options: SpeedOptions, routing: Routing, source: str) -> dict[str, An
     }
 
 
-class _Planner:
+class _SpeedForecaster:
     """The model itself: loaded, its routing counted, its steps timed."""
 
     def __init__(self, source: str | Path, options: SpeedOptions, report: Report) -> None:
@@ -134,7 +134,7 @@ class _Planner:
         self.text = options.text or "stdlib"
         self.tokenizer = load_tokenizer(source)
 
-    def plan(self) -> SpeedForecast:
+    def forecast(self) -> SpeedForecast:
         options, fits, measured = self.options, dict[str, Fit | Machine](), dict[Key, MeasuredStep]()
         ids = token_windows(self.tokenizer, self.text, "calibration", length=WINDOW, tokens=options.tokens).ids
         shape, routing, points = self._stock(ids, fits, measured)
@@ -227,7 +227,7 @@ class _Planner:
         return found
 
     def _prompt(self, model: Any, points: int) -> int:
-        """Prompt tokens such that the steps lie around the planned context, as far as the model's limit allows."""
+        """Prompt tokens such that the steps lie around the context asked for, as far as the model's limit allows."""
         grown = needed_tokens(points)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
         if limit < grown + 8:
@@ -250,7 +250,7 @@ def _need(shape: Shape, point: ForecastPoint, batch: int, was: MeasuredStep) -> 
 
 
 def probed(concurrency: Sequence[int]) -> list[int]:
-    """The concurrencies that the probe times: 1, the highest and two between, small powers of two where fewer are planned."""
+    """The concurrencies that the probe times: 1, the highest and two between, small powers of two where fewer are asked for."""
     values = sorted({1, *concurrency})
     extra = (2**i for i in range(1, PROBED + 1) if 2**i not in values)
     while len(values) < PROBED:

@@ -133,7 +133,7 @@ def decide(
     options: PruneOptions,
     counts: Sequence[int] | None = None,
 ) -> PruneSelection:
-    """The plan of a model whose weights need not be loaded. counts: experts per layer, from `measured_counts`."""
+    """The selection of a model whose weights need not be loaded. counts: experts per layer, from `measured_counts`."""
     groups: list[RoutingGroups | None] = []
     for layer in layers:
         router = Router(model, layer)
@@ -215,7 +215,7 @@ def _least_tokens(statistics: Statistics) -> int | None:
 
 
 def read_kept(path: str | Path, model: Any, layers: Sequence[MoELayer]) -> PruneSelection:
-    """The plan of a file that `prune` wrote (kept.json). UsageError if it does not fit the model, CorruptError if it is none."""
+    """The selection of a file that `prune` wrote (kept.json). UsageError if it does not fit the model, CorruptError if it is none."""
     try:
         data: Any = json.loads(Path(path).read_text("utf-8"))
         rows = [(row["experts"], tuple(row["kept"]), row["groups"], row["masked"]) for row in data["layers"]]

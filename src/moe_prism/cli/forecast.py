@@ -1,4 +1,4 @@
-"""`moe-prism plan`"""
+"""`moe-prism forecast`"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PREFIXES = {"": 1.0, "n": 1e-9, "u": 1e-6, "µ": 1e-6, "m": 1e-3, "k": 1e3, "K":
 QUANTITY = re.compile(r"^\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([numµkKMGTP]?)(B/s|FLOPS|FLOP/s|s)\s*$")
 
 
-def plan(
+def forecast(
     model: str,
     /,
     *,
@@ -42,7 +42,7 @@ def plan(
     """Predict tokens/s with fewer experts per token, fewer experts, or fewer sub-experts, at every concurrency, and say where each pays.
 
     By default the model is loaded, its routing counted on text, and its decoding steps timed on this machine for a minute. With --bandwidth
-    and --peak a plan needs no weights and no such machine: moe-prism plan FOLDER --bandwidth 3350GB/s --peak 989TFLOPS --fixed 4ms
+    and --peak a forecast needs no weights and no such machine: moe-prism forecast FOLDER --bandwidth 3350GB/s --peak 989TFLOPS --fixed 4ms
 
     Parameters
     ----------
@@ -60,12 +60,12 @@ def plan(
     tokens: Tokens to count routing on.
     measure: Time every point that can be run at every concurrency and print it beside the prediction (pruning cannot).
     seconds: About how long to time steps, twice that for a model that is elastic.
-    out: Folder for plan.json, plan.html and plan.png.
+    out: Folder for forecast.json, forecast.html and forecast.png.
     json: One JSON object on stdout.
     """
     from ..files import check_writable_folder
     from ..jobs.forecast_speed import SpeedOptions
-    from ..jobs.forecast_speed import plan_model as run
+    from ..jobs.forecast_speed import forecast_speed as run
 
     check_writable_folder(out)
     options = SpeedOptions(
@@ -85,7 +85,7 @@ def plan(
     emit(result.to_json(), show(result), json)
     if out:
         write(result, out)
-        note(f"report: {out / 'plan.html'}")
+        note(f"report: {out / 'forecast.html'}")
 
 
 def _machine(bandwidth: str | None, peak: str | None, fixed: str | None) -> Machine | None:
@@ -125,11 +125,11 @@ def _numbers(option: str, text: str, *, whole: bool = False) -> list[float]:
 
 
 def write(result: SpeedForecast, folder: Path) -> None:
-    """plan.json, plan.html and plan.png."""
-    from ..report.speed import write_plan
+    """forecast.json, forecast.html and forecast.png."""
+    from ..report.speed import write_forecast
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_plan(result, folder)
+    write_forecast(result, folder)
 
 
 def show(result: SpeedForecast) -> str:

@@ -28,9 +28,10 @@ from moe_prism.elastic import attach
 from moe_prism.elastic.runtime import Setting, experts_per_token
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
-from moe_prism.methods.prune.select import PruneOptions, measured_counts, rank
+from moe_prism.methods.prune.select import measured_counts, rank, request_of
 from moe_prism.model import load_model, load_tokenizer
 from moe_prism.model.router import find_routers
+from moe_prism.options.prune import PruneOptions
 
 COLLECTORS = ("counts", "outputs", "scores", "grams")
 ALLOCATIONS = ("layer", "global", "measured")
@@ -72,7 +73,7 @@ class Bench:
         if options.allocation == "measured":
             ids = self._profile(found.profile)
             counts = measured_counts(self.model, self.elastic, found, options, ids, lambda _done, _total: None)
-        return choose(scores, options.request, self.per_token, shields, self.groups, counts)
+        return choose(scores, request_of(options), self.per_token, shields, self.groups, counts)
 
     def _profile(self, ids: Tensor) -> Tensor:
         return ids[:: max(1, len(ids) * ids.shape[1] // self.args.profile_tokens)]
@@ -92,7 +93,10 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             draws = range(args.draws) if name == "random" else range(1) if blind else range(args.seeds)
             try:
                 selections = [
-                    bench.select(PruneOptions(name, args.keep, allocation, seed=d), passes[0 if blind else d]) for d in draws
+                    bench.select(
+                        PruneOptions(criterion=name, keep=args.keep, allocation=allocation, seed=d), passes[0 if blind else d]
+                    )
+                    for d in draws
                 ]
             except UsageError as error:
                 yield {"criterion": name, "allocation": allocation, "refused": str(error)}

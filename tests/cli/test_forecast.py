@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from moe_prism import cli
-from moe_prism.cli.forecast import quantity
+from moe_prism.cli.flags import quantity
 from moe_prism.errors import UsageError
 from tests.tiny_sources import save_tiny
 

@@ -72,7 +72,7 @@ def test_a_pruned_folder_can_be_refactored_pruned_again_and_measured(small, tmp_
     refactor(small, tmp_path / "elastic", RefactorOptions(calibration=tiny_calibration, profile_tokens=0))
     assert load(tmp_path / "elastic")[0].config.num_experts == 2
     with pytest.raises(UsageError, match="a token uses 2"):
-        prune_model(small, tmp_path / "again", PruneOptions("first-half"))
+        prune_model(small, tmp_path / "again", PruneOptions(criterion="first-half"))
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "write"])
@@ -100,19 +100,19 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tiny_source, small, opti
 
 
 def test_kept_json_repeats_a_selection(tiny_source, small, tmp_path):
-    prune_model(tiny_source, tmp_path / "out", PruneOptions("random"), kept=small / "kept.json")
+    prune_model(tiny_source, tmp_path / "out", PruneOptions(criterion="random"), kept=small / "kept.json")
     weights = {k: v for k, v in digests(small).items() if k.startswith("model") or k in ("config.json", "kept.json")}
     assert weights == {k: v for k, v in digests(tmp_path / "out").items() if k in weights}
 
 
 def test_keeping_everything_copies_the_weights(tiny_source, tmp_path):
-    prune_model(tiny_source, tmp_path / "out", PruneOptions("first-half", keep=1.0))
+    prune_model(tiny_source, tmp_path / "out", PruneOptions(criterion="first-half", keep=1.0))
     assert torch.equal(logits(load_model(tmp_path / "out")), logits(load_model(tiny_source)))
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.5])
 def test_an_elastic_folder_stays_elastic(elastic_tiny, tmp_path, budget):
-    result = prune_model(elastic_tiny, tmp_path / "out", PruneOptions("last-half", keep=0.75))
+    result = prune_model(elastic_tiny, tmp_path / "out", PruneOptions(criterion="last-half", keep=0.75))
     whole, _ = load(elastic_tiny)
     smaller, _ = load(tmp_path / "out")
     assert any(check.name == "side tensors" for check in verify(tmp_path / "out"))
@@ -128,15 +128,19 @@ def test_one_calibration_serves_refactor_and_every_criterion(tiny_source, text_f
     from moe_prism.jobs.calibrate import calibrate_model
 
     every = ["counts", "tokens", "outputs", "scores", "grams"]
-    calibrate_model(tiny_source, tmp_path / "cal", CalibrateOptions(str(text_file), 512, 32, 64, collectors=every))
+    calibrate_model(
+        tiny_source,
+        tmp_path / "cal",
+        CalibrateOptions(text=str(text_file), tokens=512, length=32, reservoir=64, collectors=every),
+    )
     for name in ("soft-count", "gate-norm", "output-error"):
         selection = select_experts(
-            tiny_source, PruneOptions(name, protect=["super-experts"]), calibration=tmp_path / "cal"
+            tiny_source, PruneOptions(criterion=name, protect=["super-experts"]), calibration=tmp_path / "cal"
         ).selection
         assert [len(c.kept) for c in selection.choices] == [2, 2]
-    calibrate_model(tiny_source, tmp_path / "plain", CalibrateOptions(str(text_file), 512, 32, 64))
+    calibrate_model(tiny_source, tmp_path / "plain", CalibrateOptions(text=str(text_file), tokens=512, length=32, reservoir=64))
     with pytest.raises(UsageError, match="holds no 'outputs'"):
-        select_experts(tiny_source, PruneOptions("gate-norm"), calibration=tmp_path / "plain")
+        select_experts(tiny_source, PruneOptions(criterion="gate-norm"), calibration=tmp_path / "plain")
 
 
 def test_measured_allocation_spends_the_same_number(tiny_source, options):
@@ -152,7 +156,7 @@ def command(capsys, *arguments: object) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["--keep", "0"], "outside (0, 1]"),
+    (["--keep", "0"], "more than 0 and at most 1"),
     (["--keep", "0.25", "--criterion", "first-half"], "a token uses 2"),
     (["--criterion", "softcount"], "did you mean 'soft-count'"),
     (["--protect", "experts"], "unknown protection"),
@@ -209,6 +213,6 @@ def test_all_fractions_of_a_measured_method_share_one_profile(tmp_path, text_fil
     statistics = made._statistics(subject, ("counts", "outputs"))
     for choices in found:
         kept = sum(len(choice.kept) for choice in choices)
-        options = PruneOptions("gate-norm", kept / 16, "measured")
+        options = PruneOptions(criterion="gate-norm", keep=kept / 16, allocation="measured")
         counts = measured_counts(opened.model, subject.elastic, statistics, options, subject.calibration, lambda *_: None)
         assert [len(choice.kept) for choice in choices] == counts and sum(counts) == kept

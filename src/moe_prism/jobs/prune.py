@@ -7,14 +7,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..artefact.load import SIDE_FILE, read_tensors
-from ..artefact.output import check_apart, finished
+from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
 from ..calibrate.statistics import Statistics
 from ..checkpoint import Journal, OutputFolder, read_manifest, source_facts, write_manifest
@@ -24,8 +24,9 @@ from ..compress.prune.remove import check_removable, remove_experts
 from ..data import Windows
 from ..elastic import attach
 from ..errors import UsageError
-from ..methods.prune.select import PruneOptions, PruneSelection, decide, measured_counts, read_kept
+from ..methods.prune.select import PruneSelection, check_options, collectors_of, decide, measured_counts, read_kept
 from ..model import find_layers, load_to_run, resolve
+from ..options.prune import PruneOptions
 from ..progress import Report, peak_rss_bytes, silent
 from .calibrate import SNAPSHOT, calibration_windows, check_fit, read_statistics, run_pass
 from .prune_card import pruned_card
@@ -57,7 +58,7 @@ def select_experts(
 ) -> Pruned:
     """Which experts would stay; nothing is written. `compress.prune.pruned(model, result.selection.choices)` runs it in mask mode."""
     options = options or PruneOptions()
-    options.check()
+    check_options(options)
     job = _Job(model, options, calibration)
     with tempfile.TemporaryDirectory() as scratch, OutputFolder(Path(scratch) / "selection") as folder:
         selection = job.select(folder, Journal(folder.work, {}), report)
@@ -71,18 +72,16 @@ def prune_model(
     *,
     calibration: str | Path | None = None,
     kept: str | Path | None = None,
-    resume: bool = False,
-    force: bool = False,
-    report: Report = silent,
+    **how: Unpack[Writing],
 ) -> Pruned:
     """Write a checkpoint with fewer experts per layer, which unmodified transformers loads; kept.json says which stayed.
 
     model: a safetensors folder, plain or written by `refactor` (the result is then elastic too). calibration: a folder written by
-    `calibrate` with the collectors that the criterion needs. kept: a kept.json instead of a criterion. An interrupted run continues with
-    resume=True and ends in the same bytes. Raises UsageError, DoesNotFit or CorruptError before anything is visible at `out`.
+    `calibrate` with the collectors that the criterion needs. kept: a kept.json instead of a criterion. how: see
+    `Writing`. Raises UsageError, DoesNotFit or CorruptError before anything is visible at `out`.
     """
     options = options or PruneOptions()
-    options.check()
+    check_options(options)
     job = _Job(model, options, calibration)
     check_apart(job.weights.path, out)
     if job.weights.stream is None:
@@ -99,10 +98,11 @@ def prune_model(
     inputs = {"source": source_facts(job.weights.path), "options": asdict(options), "given": given.to_json() if given else None}
     statistics = {"statistics": job.given.facts if job.given and not given else None}
     kind = "elastic" if manifest else "pruned"
-    if resume and (done := finished(out, {"kind": kind, "pruning": {**inputs, **statistics}})):
+    if (resume := how.get("resume", False)) and (done := finished(out, {"kind": kind, "pruning": {**inputs, **statistics}})):
         selection = read_kept(Path(out) / KEPT, job.weights.model, job.weights.layers)
         return Pruned(selection, Path(out), done, peak_rss_bytes())
-    with OutputFolder(out, resume=resume, force=force) as folder:
+    with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
+        report = how.get("report", silent)
         journal = Journal(folder.work, {**inputs, **statistics})
         selection = given or job.select(folder, journal, report)
         with report("write") as update:
@@ -133,7 +133,7 @@ class _Job:
         decide(
             self.weights.model, self.weights.layers, None, replace(options, criterion="first-half", protect=[])
         )  # would it fit at all
-        collectors = options.collectors()
+        collectors = collectors_of(options)
         self.settings = replace(options.calibration, collectors=collectors)
         self.windows: Windows | None = None
         if collectors and not self.given:

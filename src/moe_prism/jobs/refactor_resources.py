@@ -12,7 +12,8 @@ from ..calibrate.options import settings
 from ..calibrate.run import bounded_capacity, declared_bytes
 from ..errors import DoesNotFit
 from ..model import resolve
-from .refactor import RefactorOptions, check_width
+from ..options.refactor import RefactorOptions
+from .refactor import check_width
 
 PROCESS_BYTES = 700 << 20  # Python with torch, transformers and numba loaded
 FLOAT32 = 4

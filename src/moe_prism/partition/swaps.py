@@ -12,10 +12,29 @@ this pair is touched, so a swap is priced with five streams and no sorting. Arra
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
 from .base import Doubles, Flags, Floats, Ints
+
+
+class Blocks(NamedTuple):
+    """An assignment that is being improved in place."""
+
+    mass_t: Floats  # [f, T]
+    owner: Ints  # [f]
+    norms: Floats  # [N, T]
+
+
+class Descent(NamedTuple):
+    """How far to go. kept: A; width: partners every neuron tries; passes: at most; tolerance: what a swap has to gain."""
+
+    kept: int
+    width: int
+    passes: int
+    tolerance: float
 
 
 @njit(nogil=True, cache=True, fastmath=True)
@@ -96,19 +115,18 @@ def slopes(ra: Floats, rb: Floats, mass_t: Floats, members: Ints, out: Doubles) 
 
 
 @njit(nogil=True, cache=True)
-def improve_pair(
-    mass_t: Floats, owner: Ints, norms: Floats, g: int, h: int, kept: int, width: int, tol: float, work: Floats
-) -> float:
-    """Swap between blocks g and h while a swap pays more than tol; every neuron tries its `width` best partners by slope.
+def improve_pair(blocks: Blocks, g: int, h: int, descent: Descent, work: Floats) -> float:
+    """Swap between blocks g and h while a swap pays more than the tolerance; every neuron tries its `width` best partners by slope.
 
     work [A + 5, T] is scratch. Returns the growth of F.
     """
+    mass_t, owner, norms = blocks
     ra, rb, ru, u = work[0], work[1], work[2], work[3]
-    rival(norms, g, h, kept, work[4:], u)
+    rival(norms, g, h, descent.kept, work[4:], u)
     mine = np.flatnonzero(owner == g).astype(np.int32)
     other = np.flatnonzero(owner == h).astype(np.int32)
     slope = np.empty(other.shape[0])
-    near = np.empty(min(width, other.shape[0]), np.int64)
+    near = np.empty(min(descent.width, other.shape[0]), np.int64)
     total = 0.0
     moved = True
     for i in range(mine.shape[0]):
@@ -116,7 +134,7 @@ def improve_pair(
             relative(norms[g], norms[h], u, ra, rb, ru)
             slopes(ra, rb, mass_t, other, slope)
             _largest(slope, near)
-        best, where, moved = tol, -1, False
+        best, where, moved = descent.tolerance, -1, False
         for j in near:
             gain = swap_gain(ra, rb, ru, mass_t[mine[i]], mass_t[other[j]])
             if gain > best:
@@ -141,23 +159,23 @@ def _largest(values: Doubles, out: Ints) -> None:
 
 
 @njit(nogil=True, cache=True)
-def polish(mass_t: Floats, owner: Ints, norms: Floats, kept: int, width: int, passes: int, tol: float, stale: Flags) -> float:
+def polish(blocks: Blocks, descent: Descent, stale: Flags) -> float:
     """Improve every stale pair of blocks, pass after pass, until none is stale or `passes` are done. Returns the growth of F.
 
     stale bool [N, N] (upper triangle): pairs to look at. A swap makes all pairs of its two blocks stale again. Prices of other
     pairs move too (through u), but rarely enough to change a decision; they are not looked at again.
     Changes owner [f], norms [N, T] and stale.
     """
-    n_sub, tokens = norms.shape
-    work = np.empty((kept + 5, tokens), np.float32)
+    n_sub, tokens = blocks.norms.shape
+    work = np.empty((descent.kept + 5, tokens), np.float32)
     total = 0.0
-    for _ in range(passes):
+    for _ in range(descent.passes):
         before = total
         for g in range(n_sub):
             for h in range(g + 1, n_sub):
                 if not stale[g, h]:
                     continue
-                gain = improve_pair(mass_t, owner, norms, g, h, kept, width, tol, work)
+                gain = improve_pair(blocks, g, h, descent, work)
                 if gain > 0:
                     stale[g], stale[:, g], stale[h], stale[:, h] = True, True, True, True
                 stale[g, h] = gain > 0

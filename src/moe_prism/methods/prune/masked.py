@@ -14,8 +14,9 @@ from ...compress.prune import KeptExperts, choose, criteria, pruned
 from ...compress.prune.choose import keep_counts
 from ...errors import UsageError
 from ...model.router import find_routers
+from ...options.prune import PruneOptions
 from ..base import Candidate, Method, Subject
-from .select import Curve, PruneOptions, loss_curves, rank, resident_share, spend
+from .select import Curve, check_options, loss_curves, rank, request_of, resident_share, spend
 
 FRACTIONS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 ALLOCATIONS = ("layer", "global", "measured")
@@ -37,15 +38,15 @@ class Prune(Method):
         routers = find_routers(subject.model, layers)
         needs = {"counts", *criteria.get(criterion).needs}
         statistics = self._statistics(subject, tuple(sorted(needs)))
-        options = PruneOptions(criterion, allocation=allocation)  # type: ignore[arg-type]
-        options.check()
+        options = PruneOptions(criterion=criterion, allocation=allocation)  # type: ignore[arg-type]
+        check_options(options)
         scores, shields = rank(layers, statistics, options, subject.k)
         groups = [router.groups for router in routers]
         found: list[Candidate] = []
         seen: list[list[KeptExperts]] = []
         refused: UsageError | None = None
         for keep in FRACTIONS:
-            request = replace(options, keep=keep).request
+            request = request_of(replace(options, keep=keep))
             try:
                 counts = keep_counts(scores, request, subject.k, shields, groups)
                 if allocation == "measured":

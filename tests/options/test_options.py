@@ -39,6 +39,7 @@ class Outer(Options):
     names: list[str] = option(["alt"], "Names.", names="moe_prism.partition:solvers", also=("none",))
     speed: float | None = option(None, "Speed.", unit=("B/s",))
     seed: int = option(0, "Seed.")
+    options: str = option("a", "A flag with the name of the command's parameter.")
     inner: Inner = nested(Inner, "text", "seed")
 
 
@@ -82,9 +83,33 @@ def test_every_class_is_described_frozen_and_keyword_only(kind):
 
 def test_flags_fill_the_fields_they_are_declared_for():
     assert parsed() == Outer()
-    made = parsed("--count", "3", "--rate", "1,2.5", "--names", "sa,none", "--speed", "3GB/s", "--seed", "5", "--text", "t")
+    made = parsed(
+        "--count",
+        "3",
+        "--rate",
+        "1,2.5",
+        "--names",
+        "sa,none",
+        "--speed",
+        "3GB/s",
+        "--seed",
+        "5",
+        "--text",
+        "t",
+        "--options",
+        "b",
+    )
     inner = {"text": "t", "seed": 5, "hidden": 7}  # one flag, two seeds
-    expected = {"count": 3, "share": 0.5, "rates": (1.0, 2.5), "names": ["sa", "none"], "speed": 3e9, "seed": 5, "inner": inner}
+    expected = {
+        "count": 3,
+        "share": 0.5,
+        "rates": (1.0, 2.5),
+        "names": ["sa", "none"],
+        "speed": 3e9,
+        "seed": 5,
+        "options": "b",
+        "inner": inner,
+    }
     assert asdict(made) == expected
     assert parsed("--rate", "auto").rates == () and parsed("--names", "").names == []
     with pytest.raises(cyclopts.CycloptsError):

@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 from moe_prism.partition.alt import alternate, kept_mass
 from moe_prism.partition.assign import balance
 from moe_prism.partition.random_ import random_owner
-from moe_prism.partition.swaps import Blocks, Descent, apply_swap, block_sums, polish, relative, rival, swap_gain
+from moe_prism.partition.swaps import apply_swap, block_sums, polish, relative, rival, swap_gain
 
 
 def problem(seed: int, n_sub: int, tokens: int = 50, block: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -50,7 +50,7 @@ def test_descents_never_lose_and_report_what_they_gain(seed: int, n_sub: int, da
     first = full(mass_t, owner, kept)
     norms = alternate(mass_t, owner, n_sub, kept)
     middle = full(mass_t, owner, kept)
-    gain = polish(Blocks(mass_t, owner, norms), Descent(kept, 2, 10, 1e-7 * first), np.ones((n_sub, n_sub), np.bool_))
+    gain = polish(mass_t, owner, norms, kept, 1e-7 * first, np.ones((n_sub, n_sub), np.bool_))
     last = full(mass_t, owner, kept)
     assert middle >= first * (1 - 1e-6)
     assert abs(last - middle - gain) < 1e-5 * last

@@ -44,7 +44,7 @@ def check_options(options: CompareOptions) -> list[PolicyChoice]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class PolicyComparison:
     """What is compared: policies, each on a server of this size, and what is offered to them."""
 
     folder: Path
@@ -56,7 +56,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench(Comparison):
+class Bench(PolicyComparison):
     """With the servers up."""
 
     targets: dict[str, Target]
@@ -76,7 +76,7 @@ def compare(folder: Path, offer: Offer, options: CompareOptions, tell: Tell) -> 
     chosen = check_options(options)
     config = load_config(options.config)
     size = config.engine
-    compared = Comparison(
+    compared = PolicyComparison(
         folder=folder,
         choices=chosen,
         workload=Workload.of(offer, config.classes),
@@ -122,7 +122,7 @@ def compare(folder: Path, offer: Offer, options: CompareOptions, tell: Tell) -> 
 
 
 async def _measure(
-    compared: Comparison, servers: dict[str, ServerProcess], cost: CostModel
+    compared: PolicyComparison, servers: dict[str, ServerProcess], cost: CostModel
 ) -> tuple[Bench, dict[str, Any], list[Measured], list[tuple[str, LoadRun]]]:
     targets = {label: await find_target(server.url) for label, server in servers.items()}
     bench = Bench(**vars(compared), targets=targets, cut=cut_tokens(compared.folder))

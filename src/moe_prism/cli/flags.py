@@ -45,8 +45,8 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
             parameters[name] = parameter.replace(annotation=hints[name])
 
     def run(*given: Any, **named: Any) -> None:
-        texts = {name: named.pop(name) for name in list(named) if name not in hints}
-        return command(*given, **named, **{name: _filled(kind, texts, None) for name, kind in classes.items()})
+        plain = {name: value for name, value in named.items() if name in hints and name not in classes}
+        return command(*given, **plain, **{name: _filled(kind, named, None) for name, kind in classes.items()})
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}

@@ -15,11 +15,9 @@ from .assign import balance
 from .base import Doubles, Flags, Floats, Ints, Partition, check_problem, result
 from .greedy import greedy_owner
 from .random_ import random_owner
-from .swaps import Blocks, Descent, block_sums, polish
+from .swaps import block_sums, polish
 
 ROUNDS = 30  # more than ever needed: 8-15 settle (spec moe-prism 4.4)
-PASSES = 40
-WIDTH = 4  # partners every neuron tries per pair of blocks
 TOLERANCE = 1e-7  # of the total mass: float32 cannot tell smaller swaps from rounding
 LOOSE = 4  # neurons a shake takes from each of its blocks
 
@@ -43,7 +41,6 @@ def solve(
     owner, kept = greedy_owner(mass, n_sub), n_sub - dropped
     best = kept_mass(block_sums(mass_t, owner, n_sub), kept)
     trace = [(0.0, total - best)]
-    descent = Descent(kept, WIDTH, PASSES, TOLERANCE * total)
     for step in range(starts + shakes):
         if step < starts:
             trial = random_owner(mass.shape[1], n_sub, rng) if step else owner.copy()
@@ -52,7 +49,7 @@ def solve(
         else:
             trial, stale = shake(owner, n_sub, rng)
             norms = block_sums(mass_t, trial, n_sub)
-        polish(Blocks(mass_t, trial, norms), descent, stale)
+        polish(mass_t, trial, norms, kept, TOLERANCE * total, stale)
         value = kept_mass(norms, kept)
         if value > best:
             owner, best = trial, value

@@ -12,14 +12,12 @@ import numpy as np
 from numba import njit
 
 from ..errors import UsageError
-from .alt import PASSES, ROUNDS, TOLERANCE, gains, shake
+from .alt import ROUNDS, TOLERANCE, gains, shake
 from .assign import balance
 from .base import Flags, Floats, Ints, Partition, check_problem, cost, perm_of
 from .greedy import greedy_owner
 from .random_ import random_owner
-from .swaps import Blocks, apply_swap, block_sums
-
-WIDTH = 4  # partners every neuron tries per pair of blocks
+from .swaps import PASSES, WIDTH, apply_swap, block_sums
 
 
 def nested_cost(mass: Floats, perm: Ints, n_sub: int) -> float:
@@ -54,7 +52,7 @@ def solve(
         else:
             trial, stale = shake(owner, n_sub, rng)
             norms = block_sums(mass_t, trial, n_sub)
-        polish(Blocks(mass_t, trial, norms), tolerance, stale)
+        polish(mass_t, trial, norms, tolerance, stale)
         value = ranked_mass(norms)
         if value > best:
             owner, best = trial, value
@@ -156,9 +154,9 @@ def worth(a: Floats, b: Floats, u: Floats, mass_t: Floats, members: Ints) -> Flo
 
 
 @njit(nogil=True, cache=True)
-def improve_pair(blocks: Blocks, g: int, h: int, tolerance: float, u: Floats) -> float:
-    """Swap between blocks g and h while a swap pays more than tolerance. Returns the growth of F. u [N-1, T] is scratch."""
-    mass_t, owner, norms = blocks
+def improve_pair(mass_t: Floats, owner: Ints, norms: Floats, pair: tuple[int, int], tolerance: float, u: Floats) -> float:
+    """Swap between a pair of blocks while a swap pays more than tolerance. Returns the growth of F. u [N-1, T] is scratch."""
+    g, h = pair
     rivals(norms, g, h, u)
     mine = np.flatnonzero(owner == g).astype(np.int32)
     other = np.flatnonzero(owner == h).astype(np.int32)
@@ -182,16 +180,16 @@ def improve_pair(blocks: Blocks, g: int, h: int, tolerance: float, u: Floats) ->
 
 
 @njit(nogil=True, cache=True)
-def polish(blocks: Blocks, tolerance: float, stale: Flags) -> None:
+def polish(mass_t: Floats, owner: Ints, norms: Floats, tolerance: float, stale: Flags) -> None:
     """Improve every stale pair of blocks, pass after pass, until none is stale. Changes owner [f], norms [N, T], stale [N, N]."""
-    n_sub, tokens = blocks.norms.shape
+    n_sub, tokens = norms.shape
     u = np.empty((n_sub - 1, tokens), np.float32)
     for _ in range(PASSES):
         moved = False
         for g in range(n_sub):
             for h in range(g + 1, n_sub):
                 if stale[g, h]:
-                    gain = improve_pair(blocks, g, h, tolerance, u)
+                    gain = improve_pair(mass_t, owner, norms, (g, h), tolerance, u)
                     if gain > 0:
                         stale[g], stale[:, g], stale[h], stale[:, h] = True, True, True, True
                         moved = True

@@ -12,29 +12,13 @@ this pair is touched, so a swap is priced with five streams and no sorting. Arra
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numba import njit
 
 from .base import Doubles, Flags, Floats, Ints
 
-
-class Blocks(NamedTuple):
-    """An assignment that is being improved in place."""
-
-    mass_t: Floats  # [f, T]
-    owner: Ints  # [f]
-    norms: Floats  # [N, T]
-
-
-class Descent(NamedTuple):
-    """How far to go. kept: A; width: partners every neuron tries; passes: at most; tolerance: what a swap has to gain."""
-
-    kept: int
-    width: int
-    passes: int
-    tolerance: float
+PASSES = 40
+WIDTH = 4  # partners every neuron tries per pair of blocks
 
 
 @njit(nogil=True, cache=True, fastmath=True)
@@ -115,18 +99,18 @@ def slopes(ra: Floats, rb: Floats, mass_t: Floats, members: Ints, out: Doubles) 
 
 
 @njit(nogil=True, cache=True)
-def improve_pair(blocks: Blocks, g: int, h: int, descent: Descent, work: Floats) -> float:
-    """Swap between blocks g and h while a swap pays more than the tolerance; every neuron tries its `width` best partners by slope.
+def improve_pair(mass_t: Floats, owner: Ints, norms: Floats, pair: tuple[int, int], tolerance: float, work: Floats) -> float:
+    """Swap between a pair of blocks while a swap pays more than the tolerance; every neuron tries its WIDTH best partners by slope.
 
     work [A + 5, T] is scratch. Returns the growth of F.
     """
-    mass_t, owner, norms = blocks
+    g, h = pair
     ra, rb, ru, u = work[0], work[1], work[2], work[3]
-    rival(norms, g, h, descent.kept, work[4:], u)
+    rival(norms, g, h, work.shape[0] - 5, work[4:], u)
     mine = np.flatnonzero(owner == g).astype(np.int32)
     other = np.flatnonzero(owner == h).astype(np.int32)
     slope = np.empty(other.shape[0])
-    near = np.empty(min(descent.width, other.shape[0]), np.int64)
+    near = np.empty(min(WIDTH, other.shape[0]), np.int64)
     total = 0.0
     moved = True
     for i in range(mine.shape[0]):
@@ -134,7 +118,7 @@ def improve_pair(blocks: Blocks, g: int, h: int, descent: Descent, work: Floats)
             relative(norms[g], norms[h], u, ra, rb, ru)
             slopes(ra, rb, mass_t, other, slope)
             _largest(slope, near)
-        best, where, moved = descent.tolerance, -1, False
+        best, where, moved = tolerance, -1, False
         for j in near:
             gain = swap_gain(ra, rb, ru, mass_t[mine[i]], mass_t[other[j]])
             if gain > best:
@@ -159,23 +143,23 @@ def _largest(values: Doubles, out: Ints) -> None:
 
 
 @njit(nogil=True, cache=True)
-def polish(blocks: Blocks, descent: Descent, stale: Flags) -> float:
-    """Improve every stale pair of blocks, pass after pass, until none is stale or `passes` are done. Returns the growth of F.
+def polish(mass_t: Floats, owner: Ints, norms: Floats, kept: int, tolerance: float, stale: Flags) -> float:
+    """Improve every stale pair of blocks, pass after pass, until none is stale or PASSES are done. Returns the growth of F.
 
     stale bool [N, N] (upper triangle): pairs to look at. A swap makes all pairs of its two blocks stale again. Prices of other
     pairs move too (through u), but rarely enough to change a decision; they are not looked at again.
     Changes owner [f], norms [N, T] and stale.
     """
-    n_sub, tokens = blocks.norms.shape
-    work = np.empty((descent.kept + 5, tokens), np.float32)
+    n_sub, tokens = norms.shape
+    work = np.empty((kept + 5, tokens), np.float32)
     total = 0.0
-    for _ in range(descent.passes):
+    for _ in range(PASSES):
         before = total
         for g in range(n_sub):
             for h in range(g + 1, n_sub):
                 if not stale[g, h]:
                     continue
-                gain = improve_pair(blocks, g, h, descent, work)
+                gain = improve_pair(mass_t, owner, norms, (g, h), tolerance, work)
                 if gain > 0:
                     stale[g], stale[:, g], stale[h], stale[:, h] = True, True, True, True
                 stale[g, h] = gain > 0

@@ -71,7 +71,8 @@ def child(link: socket.socket) -> None:
 def serve(address: str) -> None:
     import torch
 
-    from moe_prism import elastic, jobs, report  # noqa: F401 - what every command needs, imported once
+    from moe_prism import elastic, report  # noqa: F401 - what every command needs, imported once
+    from moe_prism.jobs import forecast_speed, frontier, prune, recover, refactor, skip, trace  # noqa: F401
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for: they report themselves

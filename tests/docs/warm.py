@@ -19,8 +19,12 @@ from collections.abc import Sequence
 SMALL = {
     "refactor": {"--tokens": "1024", "--length": "256"},
     "calibrate": {"--tokens": "1024", "--length": "256"},
-    "frontier": {"--tokens": "256", "--length": "128"},
+    "frontier": {"--tokens": "256", "--length": "128", "--calibration-tokens": "256"},
     "generate": {"--max-tokens": "4"},
+    "skip": {"--tokens": "256", "--length": "128"},
+    "prune": {"--tokens": "1024", "--length": "256", "--profile-tokens": "256"},
+    "plan": {"--tokens": "1024", "--seconds": "2"},
+    "trace": {"--tokens": "1024"},
 }
 
 CLIENT = """#!{python} -IS

@@ -28,7 +28,7 @@ def sentences(text: str) -> list[int]:
         plain = re.sub(r"\]\([^)]*\)", "]", SPAN.sub("code", paragraph)).replace("*", "")
         plain = re.sub(r"\b(e\.g|i\.e|vs|cf)\.", r"\1", plain)
         for sentence in re.split(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9c])", plain):
-            words = len(re.findall(r"\w[\w.,%×'’/^-]*", sentence))
+            words = len(re.findall(r"\w[\w.,%'/^-]*", sentence))
             if words > 1:
                 found.append(words)
     return found

@@ -55,6 +55,17 @@ def blocks(text: str) -> list[Block]:
     return [block for block in found if block.language in LANGUAGES]
 
 
+def sections(text: str) -> dict[str, str]:
+    """The parts of a page by their heading of the second level; what stands before the first is ''."""
+    parts, heading, is_code = {"": ""}, "", False
+    for line in text.splitlines(keepends=True):
+        is_code ^= line.startswith("```")
+        if line.startswith("## ") and not is_code:
+            heading = line[3:].strip()
+        parts[heading] = parts.get(heading, "") + line
+    return parts
+
+
 def command_lines(text: str) -> Iterator[list[str]]:
     """The words of every simple command in the shell blocks of a page, run or not: pipes are taken apart, comments dropped."""
     for block in blocks(text):

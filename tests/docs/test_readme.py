@@ -1,6 +1,6 @@
-"""Every command and example of README.md and of the pages in docs/ is run, block by block, one folder per page.
+"""Every command and example of README.md and of the pages in docs/ is run, block by block, one folder per section.
 
-What a reader gets from earlier commands stands ready: `demo/model` is a refactored prism-nano, and so is `elastic` where a page does not
+What a reader gets from earlier commands stands ready: `demo/model` is a refactored prism-nano, and so is `elastic` where a section does not
 make it itself. Commands run as they are written, by bash, with two changes: `moe-prism` is served by one warm process (warm.py), which
 also lowers `--tokens`, `--length` and the like where a command does not give them. Not run: `make` (its targets are looked up), `git
 clone`, `cd` into it and the activation of its environment, `pip install`, and a block after `<!-- not run: reason -->`. What is not run
@@ -14,8 +14,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
-from .pages import Block, blocks, name, pages
+from .pages import Block, blocks, name, pages, sections
 from .warm import smaller
 
 
@@ -25,24 +26,28 @@ def run(block: Block, folder: Path, environment: dict[str, str]) -> subprocess.C
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def to_run(page: Path) -> list[Block]:
-    found = blocks(page.read_text("utf-8"))
-    return [b for b in found if not b.reason and (b.language == "python" or b.commands.strip())]
+def to_run(text: str) -> list[Block]:
+    return [b for b in blocks(text) if not b.reason and (b.language == "python" or b.commands.strip())]
 
 
 FAST = ("README.md", "docs/tutorials/first-elastic-model.md")
 """The other pages go deeper into what the README does, and take a minute each."""
 
 
-def tiers() -> list:
-    marks = {page: () if name(page) in FAST else pytest.mark.slow for page in pages() if to_run(page)}
-    return [pytest.param(page, marks=mark, id=name(page)) for page, mark in marks.items()]
+def parts() -> list[ParameterSet]:
+    """The sections that hold something to run."""
+    return [
+        pytest.param(text, id=f"{name(page)}:{heading}", marks=() if name(page) in FAST else pytest.mark.slow)
+        for page in pages()
+        for heading, text in sections(page.read_text("utf-8")).items()
+        if to_run(text)
+    ]
 
 
-@pytest.mark.parametrize("page", tiers())
-def test_every_block_of_a_page_runs(page, workplace, elastic_nano):
+@pytest.mark.parametrize("text", parts())
+def test_every_block_of_a_section_runs(text, workplace, elastic_nano):
     folder, environment = workplace
-    wanted = to_run(page)
+    wanted = to_run(text)
     if not any("-o elastic " in f"{line} " for block in wanted for line in block.lines):
         shutil.copytree(elastic_nano, folder / "elastic")
     for block in wanted:

@@ -42,3 +42,10 @@ def test_files_named_in_code_exist(page):
     here = [path for path in found if path.endswith(".py") or (ROOT / path.split("/")[0]).is_dir()]
     missing = [path for path in here if not (ROOT / path).exists() and not (ROOT / "src/moe_prism" / path).exists()]
     assert not missing
+
+
+def test_pages_named_in_the_code_exist():
+    """An error message that says "see docs/..." must lead somewhere."""
+    code = [path for folder in ("src", "benchmarks", "recipes") for path in (ROOT / folder).rglob("*.py")]
+    named = {(path, page) for path in code for page in re.findall(r"docs/[\w/-]+\.md", path.read_text("utf-8"))}
+    assert named and not [f"{name(path)}: {page}" for path, page in sorted(named) if not (ROOT / page).is_file()]

@@ -76,7 +76,9 @@ def test_the_server_mixes_points_of_all_methods_in_one_batch(measured, names, al
     """Every request's tokens are those of its point alone; the answer says which point that was."""
     store = StoreOptions(120_000, tmp_path / "pack", ahead=2) if stored else None
     asked = {"points": tuple(names.values()), "store": store}
-    with open_house(measured, {"engine": {"process": False, "requests": 16, "step_tokens": 256, "cache_tokens": 8192, "page": 16}}, **asked) as house:
+    with open_house(
+        measured, {"engine": {"process": False, "requests": 16, "step_tokens": 256, "cache_tokens": 8192, "page": 16}}, **asked
+    ) as house:
         served = [level.name for level in house.built.service.ladder.levels]
         mine = [name for name in served if name != "full"]
         assert len(mine) >= 6
@@ -84,7 +86,13 @@ def test_the_server_mixes_points_of_all_methods_in_one_batch(measured, names, al
         assert len(rules) >= 4
 
         async def ask(client, name):
-            body = {"model": f"tiny@{name}", "prompt": PROMPT, "max_tokens": TOKENS.max_tokens, "temperature": 0, "ignore_eos": True}
+            body = {
+                "model": f"tiny@{name}",
+                "prompt": PROMPT,
+                "max_tokens": TOKENS.max_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+            }
             return (await client.post(f"{house.url}/completions", json=body)).json()
 
         async def together():
@@ -105,7 +113,8 @@ def test_what_cannot_be_served_is_refused_by_name(measured, tmp_path):
     pruned = next(
         row["name"] for row in json.loads((measured / "frontier.json").read_text())["points"] if row["rule"].startswith("prune")
     )
-    with pytest.raises(UsageError, match=f"'{pruned}' cannot be served here: it changes the weights"), open_house(
-        measured, points=(pruned,)
+    with (
+        pytest.raises(UsageError, match=f"'{pruned}' cannot be served here: it changes the weights"),
+        open_house(measured, points=(pruned,)),
     ):
         pass

@@ -37,7 +37,7 @@ class Offer(Options):
     def check(self) -> None:
         super().check()
         if self.trace is not None and not self.trace.is_file():
-            raise UsageError(f"no trace at {self.trace}", "give a file of JSON lines, see docs/scheduling.md")
+            raise UsageError(f"no trace at {self.trace}", "give a file of JSON lines, see docs/reference/serving.md")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -195,7 +195,7 @@ def _line(text: str, place: str, i: int) -> Recorded:
         length = int(data.get("length", output))
         floor = float(data["floor"]) if "floor" in data else None
     except (ValueError, KeyError, TypeError) as e:
-        raise UsageError(f"{place}: {type(e).__name__} {e}", "see docs/scheduling.md for the fields") from e
+        raise UsageError(f"{place}: {type(e).__name__} {e}", "see docs/reference/files.md for the fields") from e
     if not (0 <= arrival < 1e9 and 1 <= prompt <= 1 << 24 and 1 <= length <= output <= 1 << 24):
         raise UsageError(f"{place}: a number is out of range", "arrival >= 0, prompt >= 1, 1 <= length <= output")
     return Recorded(place, f"{i:06d}", arrival, kind, prompt, output, length, floor)

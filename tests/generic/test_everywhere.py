@@ -10,8 +10,10 @@ import pytest
 from moe_prism.artefact.load import load
 from moe_prism.catalogue import methods
 from moe_prism.errors import UsageError
-from moe_prism.jobs.frontier import ALL_PER_TOKEN, FrontierOptions, expanded, measure_frontier
-from moe_prism.jobs.generate import GenerateOptions, generate
+from moe_prism.options.frontier import FrontierOptions
+from moe_prism.jobs.frontier import ALL_PER_TOKEN, expanded, measure_frontier
+from moe_prism.jobs.generate import generate
+from moe_prism.options.generate import GenerateOptions
 from moe_prism.point import find_point
 from moe_prism.store import StoreOptions
 from tests.serve.house import open_house
@@ -27,7 +29,7 @@ def measured(shared, elastic_tiny, text_file):
     def build(folder):
         shutil.copytree(elastic_tiny, folder)
         names = (ALL_PER_TOKEN, "prune:soft-count", "batch-redistribution:uniform")
-        options = FrontierOptions(text=str(text_file), methods=names, tokens=256, length=32, calibration_tokens=256, points=3)
+        options = FrontierOptions(text=str(text_file), methods=names, tokens=256, length=32, calibration_tokens=256, per_method=3)
         measure_frontier(folder, options).save(folder / "frontier.json")
 
     return shared("elastic-tiny-measured", build)

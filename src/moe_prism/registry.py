@@ -102,6 +102,7 @@ class View(Generic[T]):
         return list(self.entries())
 
     def get(self, name: str) -> T:
+        """As `Registry.get`; names that act in another way are unknown here."""
         if name not in self._known:
             own = self.registry.own_name(name)
             if own not in self.entries():

@@ -16,7 +16,6 @@ from moe_prism.checkpoint import OutputFolder
 from moe_prism.compress.prune import pruned
 from moe_prism.elastic import operating_point
 from moe_prism.errors import CorruptError, UsageError
-from moe_prism.options.frontier import FrontierOptions
 from moe_prism.jobs.frontier import measure_frontier, subject_of
 from moe_prism.jobs.prune import prune_model, select_experts
 from moe_prism.jobs.trace import TraceOptions, record_trace
@@ -25,6 +24,7 @@ from moe_prism.methods.prune import select
 from moe_prism.methods.prune.masked import Prune
 from moe_prism.methods.prune.select import PruneOptions, measured_counts
 from moe_prism.model import find_layers, load_model
+from moe_prism.options.frontier import FrontierOptions
 from tests.tiny_sources import digests, save_tiny
 
 IDS = torch.arange(3, 67).reshape(4, 16)

@@ -13,9 +13,9 @@ from moe_prism.compress.prune import Criterion
 from moe_prism.elastic import Rule
 from moe_prism.elastic.bind import Step, bind
 from moe_prism.frontier.cost import measured_cost
-from moe_prism.options.frontier import FrontierOptions
 from moe_prism.jobs.frontier import evaluation_windows, measure_frontier, subject_of
 from moe_prism.methods.find import PRUNE, method
+from moe_prism.options.frontier import FrontierOptions
 from moe_prism.point import FULL, OperatingPoint, RoutingStage, SlotRule
 from moe_prism.routing import routing_stages, stage_class
 

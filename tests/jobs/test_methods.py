@@ -7,12 +7,12 @@ import torch
 
 from moe_prism.artefact.open import open_model
 from moe_prism.errors import UsageError
-from moe_prism.options.frontier import FrontierOptions
 from moe_prism.jobs.frontier import measure_frontier, subject_of
 from moe_prism.jobs.skip import SkipOptions, make_plan
 from moe_prism.methods.base import Candidate, Method, method, methods
 from moe_prism.methods.skip.base import skip_method
 from moe_prism.methods.skip.profile import losses, profile, refine, samples
+from moe_prism.options.frontier import FrontierOptions
 from moe_prism.registry import Entry
 
 SKIPPING = "uniform,pattern-skip,sensitivity,ser,naee,score-mass,weight-level,batch-redistribution:uniform"

@@ -1,4 +1,4 @@
-"""`moe-prism ls`"""
+"""`moe-prism ls`."""
 
 from __future__ import annotations
 

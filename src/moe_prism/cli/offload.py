@@ -1,4 +1,4 @@
-"""`moe-prism offload`"""
+"""`moe-prism offload`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def offload(folder: Path, /, *, memory: str, options: OffloadOptions, json: bool
     ]  # fmt: skip
     text = table(("budget", "slots", "policy", "reads", "hit rate", "reads/token", "ms/token"), rows)
     text += (
-        f"\n{forecast.slots} of {forecast.records} sub-experts fit ({forecast.record_bytes} bytes each), reads {forecast.bytes_per_second / 1e6:.0f} MB/s"
+        f"\n{forecast.slots} of {forecast.records} sub-experts fit ({forecast.record_bytes} bytes each), "
+        f"reads {forecast.bytes_per_second / 1e6:.0f} MB/s"
         f"\nuse --expert-memory {memory} --budget {best.budget:g} --expert-policy {best.policy}: {best.slots:.1f} slots, "
         f"{best.precision} reads, {best.ms_per_token:.2f} ms/token"
     )

@@ -89,6 +89,7 @@ class Residency(NamedTuple):
 
     @classmethod
     def new(cls, capacity: int, of: range, ranking: Ranking) -> Residency:
+        """An empty pool."""
         count = len(of)
         rank = np.full(count, -np.inf if ranking.kind == BY_AGED_COUNT else 0.0)
         flags = np.zeros(count, bool), np.zeros(count, bool)
@@ -282,6 +283,7 @@ class TablePool(ExpertCache):
 
     @property
     def counts(self) -> CacheCounts:
+        """What was asked, found and loaded so far."""
         named = dict(zip(NAMES, self._pool.counts.tolist(), strict=True))
         sizes = {"requested_bytes": "requested", "hit_bytes": "hits", "missed_bytes": "misses", "prefetched_bytes": "prefetched"}
         return CacheCounts(**named, **{name: named[same] for name, same in sizes.items()})

@@ -51,6 +51,7 @@ class Stored:
 
     @classmethod
     def of(cls, plan: LayerParts) -> Stored:
+        """The weights of a layer as they lie now; found once, and again after they have moved."""
         layer, key = plan.layer, plan.layer.storage()
         if plan.stored is None or plan.stored.key != key:
             rows = [w.detach() for w in (layer.gate, layer.up, layer.down.transpose(1, 2)) if w is not None]

@@ -110,7 +110,7 @@ def test_plan_of_a_tiny_model(elastic_tiny, text):
     assert slow.bytes_per_second <= 1e3
     assert slow.ways[0].ms_per_token > 1e3 * slow.ways[0].reads_per_token * slow.record_bytes / 1e3 / 2
     for wrong in ({"target_ms": 0.0}, {"link": "0"}):
-        with pytest.raises(UsageError, match="out of range|too small|no amount of bytes per second"):
+        with pytest.raises(UsageError, match=r"out of range|too small|no amount of bytes per second"):
             forecast_offload(elastic_tiny, 1 << 20, OffloadOptions(expert_file=file, **wrong))
 
 

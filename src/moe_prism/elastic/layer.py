@@ -223,9 +223,10 @@ class ElasticLayer:
         return self._rules[name]
 
     def prices(self, group: Group) -> Prices:
-        """What reading this layer's weights costs at points of a group."""
-        scorer = self.scorer(group.scorer) if self.rule(group.rule).needs_norms else None
-        extra = self.compensator if group.compensate else None
+        """What reading this layer's weights costs at points of a group. Where all of them are whole, their rule need not exist here."""
+        selects = self.executor.always_selects or not all(group.is_full(self.index, p) for p in range(len(group.budgets)))
+        scorer = self.scorer(group.scorer) if selects and self.rule(group.rule).needs_norms else None
+        extra = self.compensator if selects and group.compensate else None
         return prices_of(self.plan, scorer, extra, self.elastic.stored_bytes_per_weight)
 
 

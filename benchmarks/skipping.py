@@ -16,11 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from moe_prism.elastic.bind_plans import made
 from torch import Tensor
 
 from moe_prism.artefact.open import Opened, open_model
 from moe_prism.data import token_windows
-from moe_prism.elastic.bind_plans import made
 from moe_prism.elastic.runtime import Setting
 from moe_prism.frontier.measure import measure
 from moe_prism.jobs.frontier import FrontierOptions, evaluation_windows, subject_of

@@ -101,7 +101,10 @@ def test_unknown_names_list_the_legal_ones(model):
 @torch.no_grad()
 def test_wrong_number_of_budgets(model):
     attach(model, 4)
-    with pytest.raises(UsageError, match="3 budgets for 12 tokens"), operating_point(model, torch.full((3,), 0.5), rule="whole-experts"):
+    with (
+        pytest.raises(UsageError, match="3 budgets for 12 tokens"),
+        operating_point(model, torch.full((3,), 0.5), rule="whole-experts"),
+    ):
         model(IDS)
 
 

@@ -22,4 +22,6 @@ def test_a_plain_model_has_a_cost_at_full_budget_and_with_fewer_experts():
     assert half.cost.active_expert_params == pytest.approx(weights)
     assert full.cost.k_slots == 2 and half.cost.k_slots == 1
     assert full.quality.kl == 0 < half.quality.kl
-    assert full.resident_bytes == half.resident_bytes == sum(each.num_experts * each.parameters_per_expert() for each in layers) * 4
+    assert (
+        full.resident_bytes == half.resident_bytes == sum(each.num_experts * each.parameters_per_expert() for each in layers) * 4
+    )

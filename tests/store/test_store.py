@@ -9,7 +9,7 @@ from moe_prism.artefact.load import load
 from moe_prism.elastic import operating_point
 from moe_prism.elastic.bind import Step, bind
 from moe_prism.errors import UsageError
-from moe_prism.jobs.generate import Sampling, generate
+from moe_prism.jobs.generate import GenerateOptions, generate
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.offload import CacheCounts
 from moe_prism.point import FULL, OperatingPoint, SlotRule
@@ -66,8 +66,8 @@ def test_logits_are_those_of_the_model_in_memory_at_every_size(name, request, tm
             found, wanted = logits(stored, ids, budget), logits(model, ids, budget)
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
             assert torch.equal(found, first.setdefault(budget, found))  # not even the last bit depends on the size
-        text = generate(stored, tokenizer, PROMPT, 0.5, sampling=Sampling(max_tokens=6)).text
-        assert text == generate(model, tokenizer, PROMPT, 0.5, sampling=Sampling(max_tokens=6)).text
+        text = generate(stored, tokenizer, PROMPT, 0.5, sampling=GenerateOptions(max_tokens=6)).text
+        assert text == generate(model, tokenizer, PROMPT, 0.5, sampling=GenerateOptions(max_tokens=6)).text
         check_counts(store.cache.counts, len(store.cache))
         store.close()
 
@@ -106,8 +106,8 @@ def test_reading_ahead_changes_no_logit(elastic_tiny, tmp_path, ids, slots, budg
     whole, tokenizer = opened(elastic_tiny, tmp_path / "p")
     stored, _ = opened(elastic_tiny, tmp_path / "p", smallest(whole, slots), ahead=3)
     assert torch.equal(logits(stored, ids[:, :3], budget), logits(whole, ids[:, :3], budget))
-    mine = generate(stored, tokenizer, PROMPT, budget, sampling=Sampling(max_tokens=12)).text
-    assert mine == generate(whole, tokenizer, PROMPT, budget, sampling=Sampling(max_tokens=12)).text
+    mine = generate(stored, tokenizer, PROMPT, budget, sampling=GenerateOptions(max_tokens=12)).text
+    assert mine == generate(whole, tokenizer, PROMPT, budget, sampling=GenerateOptions(max_tokens=12)).text
     store = store_of(stored)
     store.settle()
     assert store.cache.counts.prefetched > 0

@@ -185,7 +185,7 @@ class Plain:
 
 def plain_guess(elastic, x, misses):
     layer = elastic.layers[1]
-    original, layer.candidates = layer.candidates, lambda *batch: Plain(type(layer).candidates(layer, *batch))
+    original, layer.candidates = layer.candidates, lambda *batch, **own: Plain(type(layer).candidates(layer, *batch, **own))
     try:
         return elastic.ahead.keys(1, x, misses)
     finally:

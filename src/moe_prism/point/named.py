@@ -17,6 +17,8 @@ from .base import OperatingPoint, RoutingStage
 KIND = "operating point"
 OLD_KIND = "skip plan"
 FRONTIER = "frontier.json"
+RENAMED = {"weight-level": "weight-cutoff", "level": "cutoff"}
+"""Stages and parameters that version 0.1 called otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +113,11 @@ def _skip_plan(row: dict[str, Any], name: str) -> NamedPoint:
     made = dict(read.mapping(row.get("made", {}), f"made of a {OLD_KIND}"))
     if row.get("mean") is not None:
         made["mean"] = read.number(row["mean"], f"mean of a {OLD_KIND}")
+    name_then = read.text(row, "policy", OLD_KIND, "top-n")
     stage = RoutingStage(
-        stage=read.text(row, "policy", OLD_KIND, "top-n"),
+        stage=RENAMED.get(name_then, name_then),
         layers=_counts(read.mapping(row["layers"], f"layers of a {OLD_KIND}")),
-        parameters={key: read.rows(value, f"parameter '{key}' of a {OLD_KIND}") for key, value in parameters.items()},
+        parameters={RENAMED.get(key, key): read.rows(value, f"parameter '{key}' of a {OLD_KIND}") for key, value in parameters.items()},
         keep_mass=read.flag(row.get("keep_mass"), f"keep_mass of a {OLD_KIND}"),
     )
     return NamedPoint(name=name, point=OperatingPoint(routing=(stage,)), made=made)

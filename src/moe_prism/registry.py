@@ -45,8 +45,9 @@ class Registry(Generic[T]):
         builtin: Mapping[str, tuple[str, str] | tuple[str, str, str] | Entry],
         aliases: Mapping[str, str] | None = None,
     ) -> None:
-        """builtin: name -> ("package.module:attribute", one-line summary), with a paper as third, or an Entry. Entry points: group `moe_prism.<kind>`.
+        """builtin: name -> ("package.module:attribute", one-line summary), with a paper as third, or an Entry.
 
+        Entry points of other packages: group `moe_prism.<kind>`.
         aliases: names of earlier versions that are still taken, and not listed.
         """
         self.kind = kind

@@ -12,10 +12,10 @@ from ...calibrate.run import Pass, Settings
 from ...calibrate.statistics import Statistics
 from ...compress.prune import KeptExperts, choose, criteria
 from ...compress.prune.change import PruneChange
-from ...compress.prune.choose import Allocation, keep_counts
+from ...compress.prune.choose import keep_counts
 from ...errors import UsageError
 from ...model.router import find_routers
-from ...options.prune import PruneOptions
+from ...options.prune import Allocation, PruneOptions
 from ...point import NamedPoint, OperatingPoint
 from ..base import Method, Subject
 from .select import Curve, check_options, loss_curves, rank, request_of, spend

@@ -168,7 +168,7 @@ def _group(system: System) -> str:
 
 
 def _counted(systems: Sequence[System]) -> str:
-    """ "4 of 55 work, 11 in part" """
+    """How many are in each state, in words."""
     states = [system.state for system in systems]
     return f"{states.count('works')} of {len(states)} work, {states.count('in part')} in part, {states.count('not yet')} not yet"
 

@@ -12,8 +12,8 @@ import sys
 import pytest
 
 from moe_prism import cli
+from moe_prism.catalogue import REGISTRIES
 from moe_prism.checkpoint import sha256_file
-from moe_prism.cli.listing import REGISTRIES
 from moe_prism.jobs import refactor_resources
 from tests.tiny_sources import digests
 
@@ -36,7 +36,7 @@ COMMANDS = (
     "verify",
     "ls",
 )
-KINDS = ("families", *REGISTRIES)
+KINDS = ("families", "systems", *REGISTRIES)
 COMMAND = (sys.executable, "-c", "from moe_prism.cli import entry; entry()")  # what the installed script does
 SMALL = ("--tokens", "256", "--length", "32")
 

@@ -25,6 +25,8 @@ def counts(k_slots: int, k: int, n_sub: int) -> list[int]:
 class Pattern(Rule):
     """Ranks by routing weight, blocks inside an expert by the scorer."""
 
+    paper = "arXiv 2510.19366"
+
     def keep(self, slots: Slots, budget: Tensor) -> Tensor:
         t, k = slots.weight.shape
         weight = slots.weight.float().abs().masked_fill(~slots.valid, -1.0)

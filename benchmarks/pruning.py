@@ -22,15 +22,17 @@ from torch import Tensor
 
 from moe_prism.calibrate.run import Pass, Settings
 from moe_prism.calibrate.statistics import Statistics
-from moe_prism.compress.prune import choose, criteria, pruned
+from moe_prism.compress.prune import choose, criteria
+from moe_prism.compress.prune.change import PruneChange
 from moe_prism.data import token_windows
 from moe_prism.elastic import attach
-from moe_prism.elastic.runtime import Setting, experts_per_token
+from moe_prism.elastic.runtime import experts_per_token
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
 from moe_prism.methods.prune.select import PruneOptions, measured_counts, rank
 from moe_prism.model import load_model, load_tokenizer
 from moe_prism.model.router import find_routers
+from moe_prism.point import OperatingPoint
 
 COLLECTORS = ("counts", "outputs", "scores", "grams")
 ALLOCATIONS = ("layer", "global", "measured")
@@ -62,9 +64,8 @@ class Bench:
 
     def kl(self, plans: list[Any]) -> list[float]:
         """Mean KL of each plan on the held-out windows, all in one run."""
-        installs = [partial(pruned, self.model, choices, self.layers) for choices in plans]
-        found = measure(self.model, self.elastic, self.ids, [Setting()] * len(plans), batch=2, installs=installs)
-        return [quality.kl for quality, _ in found]
+        points = [OperatingPoint(weights=PruneChange(tuple(choices)).part()) for choices in plans]
+        return [found.quality.kl for found in measure(self.model, self.ids, points, batch=2)]
 
     def plan(self, options: PruneOptions, found: Statistics) -> Any:
         scores, shields = rank(self.layers, found, options, self.per_token)

@@ -7,8 +7,8 @@ import torch
 
 from moe_prism.calibrate.run import Pass, Settings
 from moe_prism.compress.prune import KeptExperts, LayerSubject, criteria, pruned
-from moe_prism.methods.prune.output_error import OutputError, _Sample
 from moe_prism.errors import UsageError
+from moe_prism.methods.prune.output_error import OutputError, _Sample
 from moe_prism.model import find_layers
 
 from .tiny import build

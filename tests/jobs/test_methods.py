@@ -9,6 +9,7 @@ import torch
 from moe_prism.artefact.open import open_model
 from moe_prism.catalogue import methods
 from moe_prism.compress.changes import Change, weight_changes
+from moe_prism.elastic.bind import bind
 from moe_prism.errors import UsageError
 from moe_prism.jobs.frontier import FrontierOptions, measure_frontier, subject_of
 from moe_prism.jobs.skip import SkipOptions, make_plan, with_parameters

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from moe_prism.elastic.bind_plans import made, normalises, policy_for
 
 from moe_prism.elastic import attach, operating_point
-from moe_prism.elastic.bind_plans import made, normalises, policy_for
 from moe_prism.elastic.runtime import Setting, experts_per_token
 from moe_prism.frontier.measure import measure
 from moe_prism.routing import SkipPlan

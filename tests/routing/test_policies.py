@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from moe_prism.elastic.bind_plans import made
+from moe_prism.routing.weight_level import fit_weight_level
+
 from moe_prism.errors import UsageError
 from moe_prism.routing import SkipPlan, routing_policies
 from moe_prism.routing.base import mean_kept
 from moe_prism.routing.score_mass import ScoreMass, fit_score_mass, score_mass
 from moe_prism.routing.token_threshold import TokenThreshold, fit_naee, fit_ser, naee, ser
-from moe_prism.routing.weight_level import fit_weight_level
 
 EXPERTS, K, LAYERS = 9, 4, 2
 

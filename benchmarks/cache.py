@@ -21,7 +21,7 @@ from moe_prism.offload.predict import recall
 from moe_prism.offload.predict.drafted import coefficients, drafted, oracle
 from moe_prism.offload.predict.path import Path
 from moe_prism.offload.quotas import miss_curves, quotas
-from moe_prism.offload.replay import groups, interleave, replay
+from moe_prism.offload.replay import ReplayOptions, groups, interleave, replay
 
 RHOS = (1.0, 1.5, 2.0, 3.0, 4.0)
 WINDOWS = (0, 1, 2, 3, 4, 8, 16, 64)
@@ -37,10 +37,10 @@ def lookahead(trace: Trace) -> list[dict[str, Any]]:
     rows = trace.part("evaluation").decode()
     work = list(groups(rows, rows.space))
     policy = cache_policies.get("belady")
-    best = replay(rows, policy, 2 * rows.k, order=work).hits
+    best = replay(rows, policy, 2 * rows.k, ReplayOptions(order=work)).hits
     found = []
     for window in WINDOWS:
-        counts = replay(rows, policy, 2 * rows.k, order=work, settings={"window": window})
+        counts = replay(rows, policy, 2 * rows.k, ReplayOptions(order=work, settings={"window": window}))
         found.append({"window": window, "hit_rate": counts.hit_rate, "of_belady": counts.hits / best})
     return found
 
@@ -50,13 +50,14 @@ def drafting(trace: Trace) -> list[dict[str, Any]]:
     fitting, rows = trace.part("calibration"), trace.part("evaluation").decode()
     work = list(groups(rows, rows.space))
     path, policy = Path.fit(fitting, fitting.space), cache_policies.get("reuse")
-    best = replay(rows, cache_policies.get("belady"), 2 * rows.k, order=work).hits
+    best = replay(rows, cache_policies.get("belady"), 2 * rows.k, ReplayOptions(order=work)).hits
     settings = {"coefficients": coefficients(rows.space)}
     found = []
     for steps in (1, 2, 4, 8):
         hints = {"predicted": drafted(rows, path, steps), "true routing": oracle(rows, steps)}
         hits = {
-            name: replay(rows, policy, 2 * rows.k, order=work, hints=each, settings=settings).hits for name, each in hints.items()
+            name: replay(rows, policy, 2 * rows.k, ReplayOptions(order=work, hints=each, settings=settings)).hits
+            for name, each in hints.items()
         }
         found.append({"ids known": steps, **{name: count / best for name, count in hits.items()}})
     return found
@@ -83,7 +84,7 @@ def prefetching(trace: Trace) -> list[dict[str, Any]]:
         scores = predictor.scores(rows)
         for width in (0, rows.k // 2, rows.k, 3 * rows.k // 2):
             plan = Prefetch(scores, width, predictor.first_layer)
-            counts = replay(rows, cache_policies.get("lru"), 2 * rows.k, order=work, prefetch=plan)
+            counts = replay(rows, cache_policies.get("lru"), 2 * rows.k, ReplayOptions(order=work, prefetch=plan))
             moved = (counts.misses + counts.prefetched) / len(rows)
             found.append(
                 {
@@ -104,7 +105,10 @@ def batches(trace: Trace) -> list[dict[str, Any]]:
     for size in (1, 2, 4, 8, 16):
         rows = interleave(trace.part("evaluation").decode(), size)
         work = list(groups(rows, rows.space))
-        hits = {name: replay(rows, cache_policies.get(name), 2 * rows.k, order=work) for name in ("belady", "lru", "lfu")}
+        hits = {
+            name: replay(rows, cache_policies.get(name), 2 * rows.k, ReplayOptions(order=work))
+            for name in ("belady", "lru", "lfu")
+        }
         best = hits.pop("belady")
         found.append({"batch": size, "belady": best.hit_rate, **{n: c.hits / best.hits for n, c in hits.items()}})
     return found
@@ -120,7 +124,7 @@ def layer_quotas(trace: Trace) -> dict[str, Any]:
         "quotas": found,
         "equal": replay(rows, policy, 2 * rows.k).hit_rate,
         "by curves": replay(rows, policy, found).hit_rate,
-        "one pool": replay(rows, policy, 2 * rows.k, shared=True).hit_rate,
+        "one pool": replay(rows, policy, 2 * rows.k, ReplayOptions(shared=True)).hit_rate,
     }
 
 

@@ -37,7 +37,7 @@ from moe_prism.offload.cache import cache_policies
 from moe_prism.store import ExpertStore, StoreOptions, open_pack
 from moe_prism.store.aio_reader import open_reader
 from moe_prism.store.choose_misses import Misses
-from moe_prism.store.store import Times
+from moe_prism.store.pools import Eviction
 
 PROMPT = 32
 LARGE = {
@@ -159,7 +159,7 @@ def decode(model: Any, ids: torch.Tensor, budget: float, count: int) -> tuple[li
 def turn(run: Run, ids: torch.Tensor, count: int, reference: torch.Tensor | None) -> None:
     """One window of one configuration."""
     store = run.model._moe_prism.store
-    store.times = Times()
+    store.times.reset()
     before = store.cache.counts + type(store.cache.counts)()
     seconds, found = decode(run.model, ids, run.config.budget, count)
     after = store.cache.counts
@@ -203,7 +203,7 @@ def overlap(args: argparse.Namespace, folder: Path, work: Path) -> list[dict[str
     policy = cache_policies.get("lru")
     small = pack.space.layers * max(8, count // 8)
     both, reading = (kind(pack, small, layers[0], policy) for kind in (ExpertStore, Reading))
-    whole = ExpertStore(pack, len(pack.space), layers[0], policy)
+    whole = ExpertStore(pack, len(pack.space), layers[0], Eviction(policy))
     found = []
     for tokens in (1, 16, 64, 128, 256, 512):
         x = torch.randn(tokens, pack.layout.hidden)

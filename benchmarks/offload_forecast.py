@@ -22,7 +22,7 @@ from moe_prism.artefact.load import load
 from moe_prism.data import token_windows
 from moe_prism.elastic import operating_point
 from moe_prism.offload.cache import cache_policies
-from moe_prism.offload.record import record
+from moe_prism.offload.record import TraceRecorder, record
 from moe_prism.offload.trace import Trace
 from moe_prism.store.price_reads import ReadPrices, at_budget, measure_prices, measure_step, replayed
 
@@ -67,7 +67,7 @@ def simulate(args: argparse.Namespace, folder: Path, work: Path) -> list[dict[st
     windows, length = held_out(folder, tokenizer, args), PROMPT + args.tokens
     text = token_windows(tokenizer, "stdlib", "calibration", length=length, tokens=length * 16).ids
     with operating_point(whole):
-        trace = record(whole, [("calibration", text)], prompt=PROMPT, values=True)
+        trace = record(TraceRecorder(whole, values=True), [("calibration", text)], prompt=PROMPT)
     total = expert_bytes(folder, whole)
     del whole
     middle: dict[float, tuple[ReadPrices, float]] = {}

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_prism.calibrate import Routed, collectors
+from moe_prism.calibrate import RoutedBatch, collectors
 from moe_prism.calibrate.counts import ChoiceCounts
 from moe_prism.calibrate.run import Pass, Settings, bounded_capacity
 from moe_prism.calibrate.statistics import LayerStatistics
@@ -34,7 +34,7 @@ def feed(collector, data, sizes):
     start = 0
     for size in sizes:
         part = slice(start, start + size)
-        collector.update(Routed(x[part], index[part], weight[part], start, WINDOW))
+        collector.update(RoutedBatch(x[part], index[part], weight[part], start, WINDOW))
         start += size
     return collector
 
@@ -81,7 +81,7 @@ def test_batches_do_not_matter_and_a_restored_state_goes_on_bit_identically(kind
     x, index, weight = data
     for start in range(16 * WINDOW, 40 * WINDOW, 8 * WINDOW):
         part = slice(start, start + 8 * WINDOW)
-        restored.update(Routed(x[part], index[part], weight[part], start, WINDOW))
+        restored.update(RoutedBatch(x[part], index[part], weight[part], start, WINDOW))
     assert same(restored.state(), straight.state())
 
 
@@ -91,7 +91,7 @@ def test_a_restored_state_is_its_own():
     before = {k: v.clone() for k, v in first.state().items()}
     second = TokenReservoir(LAYER, capacity=8, seed=0)
     second.load(first.state())
-    second.update(Routed(*tokens(10 * WINDOW, 1), 10 * WINDOW, WINDOW))
+    second.update(RoutedBatch(*tokens(10 * WINDOW, 1), 10 * WINDOW, WINDOW))
     assert same(first.state(), before)
 
 

@@ -237,7 +237,7 @@ def test_an_unwritable_output_is_told_before_the_work(fails, elastic_tiny, tmp_p
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        (("--methods", "threshold,prune:best"), "unknown pruning criterion 'best'"),
+        (("--methods", "threshold,prune:best"), "unknown prune criterion 'best'"),
         (("--points", "missing.json"), "missing.json"),
         (("--points", "4"), "say --per-method 4"),
     ],

@@ -99,8 +99,8 @@ def test_an_interruption_names_what_helps(run, tiny_source, tmp_path, monkeypatc
     def interrupted(*_args, **_more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moe_prism.jobs.refactor", interrupted)
-    monkeypatch.setattr("moe_prism.jobs.inspect_model", interrupted)
+    monkeypatch.setattr("moe_prism.jobs.refactor.refactor", interrupted)
+    monkeypatch.setattr("moe_prism.jobs.inspect.inspect_model", interrupted)
     code, _, err = run(command, tiny_source, *(("-o", tmp_path / "out") if command == "refactor" else ()))
     assert code == cli.INTERRUPTED and next_step in err and err.count("\n") == 1
 

@@ -17,7 +17,7 @@ SMALL_GPU = 99 * 1024  # bytes of shared memory
 
 
 def load():
-    source = Path(__file__).parents[2] / "src/moe_prism/elastic/triton_kernels.py"
+    source = Path(__file__).parents[2] / "src/moe_prism/kernels/triton_kernels.py"
     spec = spec_from_file_location("triton_kernels", source)
     module = module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -80,7 +80,7 @@ def test_threads_and_pieces_change_nothing(olmoe, monkeypatch):
     alone = tiled.tiled(olmoe, x, index, weight, keep)
     monkeypatch.setattr(tiled, "PIECE", 64)
     assert torch.equal(tiled.tiled(olmoe, x, index, weight, keep), alone)
-    monkeypatch.setattr(threads, "SMALL", 0)
+    monkeypatch.setattr(threads, "ONE_THREAD_WORK", 0)
     count = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

@@ -61,7 +61,7 @@ def test_a_store_that_always_fails_is_an_error_of_the_request_and_heals(setting)
     assert torch.equal(logits(stored, ids), logits(whole, ids))
     store = store_of(stored)
     store.settle()
-    assert not any(store._pool(layer).pinned for layer in range(store.space.layers))
+    assert not any(store.fetcher.pool(layer).pinned for layer in range(store.space.layers))
     assert int(store.places.free[0]) + len(store.cache) == store.slots
 
 

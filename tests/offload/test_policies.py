@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_prism.offload import KeySpace, Moment, Pool, cache_policies, replay
-from moe_prism.offload.replay import groups
+from moe_prism.offload.replay import ReplayOptions, groups
 
 from . import references
 from .common import constant, make, sticky, uniform
@@ -128,7 +128,7 @@ def test_belady_is_the_optimum(seed, capacity, pooled):
     ids = np.stack([draw.permutation(4 if pooled else 6)[:2] for _ in range(9 * layers)]).reshape(9, layers, 2)
     trace = make(ids, experts=6)
     work = [tuple(g.keys) for g in groups(trace, trace.space)]
-    counts = replay(trace, cache_policies.get("belady"), [capacity, 0][:layers], shared=True)
+    counts = replay(trace, cache_policies.get("belady"), [capacity, 0][:layers], ReplayOptions(shared=True))
     assert counts.hits == best_hits(work, capacity)
 
 
@@ -137,9 +137,9 @@ def test_belady_is_the_optimum(seed, capacity, pooled):
 def test_nothing_is_above_belady(seed, slots, shared, is_sticky):
     ids = (sticky if is_sticky else uniform)(40, 3, 8, 2, seed=seed)
     trace = make(ids, experts=8)
-    bound = replay(trace, cache_policies.get("belady"), slots, shared=shared).hits
+    bound = replay(trace, cache_policies.get("belady"), slots, ReplayOptions(shared=shared)).hits
     for name in cache_policies.names():
-        assert replay(trace, cache_policies.get(name), slots, shared=shared, seed=seed).hits <= bound, name
+        assert replay(trace, cache_policies.get(name), slots, ReplayOptions(shared=shared, seed=seed)).hits <= bound, name
 
 
 @pytest.mark.parametrize("name", cache_policies.names())
@@ -147,7 +147,7 @@ def test_same_seed_same_counts(name):
     trace = make(sticky(60, 2, 8, 2), experts=8)
     policy = cache_policies.get(name)
     settings_ = policy.fit(trace, trace.space, 4)
-    runs = [replay(trace, policy, 4, seed=3, settings=settings_) for _ in range(2)]
+    runs = [replay(trace, policy, 4, ReplayOptions(seed=3, settings=settings_)) for _ in range(2)]
     assert runs[0] == runs[1]
     assert runs[0].requested == runs[0].hits + runs[0].misses == 60 * 2 * 2
 
@@ -167,7 +167,10 @@ def test_constant_routing_misses_once(name):
 def test_a_sweep_defeats_lru_alone():
     """A shared pool smaller than one token's keys: the cyclic sweep over layers gives lru nothing, EdgeMoE's distance something."""
     trace = make(sticky(200, 6, 8, 2), experts=8)
-    hits = {n: replay(trace, cache_policies.get(n), 1, shared=True).hit_rate for n in ("lru", "lfu", "edge-moe", "belady")}
+    hits = {
+        n: replay(trace, cache_policies.get(n), 1, ReplayOptions(shared=True)).hit_rate
+        for n in ("lru", "lfu", "edge-moe", "belady")
+    }
     assert hits["lru"] < 0.02 < hits["lfu"] <= hits["belady"]
     assert hits["lru"] < hits["edge-moe"] <= hits["belady"]
 
@@ -175,7 +178,7 @@ def test_a_sweep_defeats_lru_alone():
 def test_lookahead_reaches_from_lru_to_belady():
     trace = make(sticky(150, 3, 12, 2, seed=2), experts=12)
     belady = cache_policies.get("belady")
-    hits = [replay(trace, belady, 4, settings={"window": w}).hits for w in (0, 1, 2, 4, 8, 32, 150)]
+    hits = [replay(trace, belady, 4, ReplayOptions(settings={"window": w})).hits for w in (0, 1, 2, 4, 8, 32, 150)]
     assert hits[0] == replay(trace, cache_policies.get("lru"), 4).hits
     assert hits == sorted(hits)
     assert hits[-1] == replay(trace, belady, 4).hits
@@ -186,8 +189,8 @@ def test_hobbit_mix_never_loses_to_its_corners_on_its_own_trace():
     hobbit = cache_policies.get("hobbit")
     fitted = hobbit.fit(trace, trace.space, 4)
     corners = [{"mix": tuple(float(i == j) for j in range(4)), "high": fitted["high"]} for i in range(4)]
-    ours = replay(trace, hobbit, 4, settings=fitted).misses
-    assert ours <= min(replay(trace, hobbit, 4, settings=c).misses for c in corners)
+    ours = replay(trace, hobbit, 4, ReplayOptions(settings=fitted)).misses
+    assert ours <= min(replay(trace, hobbit, 4, ReplayOptions(settings=c)).misses for c in corners)
 
 
 def test_per_byte_keeps_what_is_small():

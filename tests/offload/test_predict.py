@@ -12,7 +12,7 @@ from moe_prism.offload.predict import recall
 from moe_prism.offload.predict.base import chosen, history
 from moe_prism.offload.predict.drafted import coefficients, drafted, oracle
 from moe_prism.offload.predict.reuse import ReusePredictor
-from moe_prism.offload.replay import groups
+from moe_prism.offload.replay import ReplayOptions, groups
 
 from .common import make, next_layer, sticky, uniform
 
@@ -52,7 +52,7 @@ def test_reuse_hints_beat_counts_on_held_out_text(nano):
     fitting, rows = nano
     policy = cache_policies.get("reuse")
     hints = ReusePredictor.fit(fitting, fitting.space).scores(rows)
-    ours = replay(rows, policy, 8, hints=hints, settings=policy.fit(fitting, fitting.space, 8))
+    ours = replay(rows, policy, 8, ReplayOptions(hints=hints, settings=policy.fit(fitting, fitting.space, 8)))
     assert ours.hits > replay(rows, cache_policies.get("lfu"), 8).hits > replay(rows, cache_policies.get("lru"), 8).hits
 
 
@@ -60,8 +60,8 @@ def test_prefetch_by_a_gate_saves_misses(nano, scores):
     rows = nano[1]
     lru = cache_policies.get("lru")
     plain = replay(rows, lru, 8)
-    none = replay(rows, lru, 8, prefetch=Prefetch(scores["gate"], 0, 1))
-    ahead = replay(rows, lru, 8, prefetch=Prefetch(scores["gate"], 4, 1))
+    none = replay(rows, lru, 8, ReplayOptions(prefetch=Prefetch(scores["gate"], 0, 1)))
+    ahead = replay(rows, lru, 8, ReplayOptions(prefetch=Prefetch(scores["gate"], 4, 1)))
     assert none == plain  # width 0 is loading on demand
     assert ahead.misses < plain.misses
     assert 0 < ahead.prefetch_precision < 1 and 0 < ahead.prefetch_recall < 1
@@ -70,7 +70,7 @@ def test_prefetch_by_a_gate_saves_misses(nano, scores):
 def test_a_perfect_prediction_leaves_no_misses():
     trace = make(uniform(30, 3, 8, 2), experts=8)
     truth = np.stack([chosen(trace, layer) for layer in range(3)], axis=1)
-    counts = replay(trace, cache_policies.get("lru"), 4, prefetch=Prefetch(truth, 2))
+    counts = replay(trace, cache_policies.get("lru"), 4, ReplayOptions(prefetch=Prefetch(truth, 2)))
     assert counts.misses == 0 and counts.prefetch_precision > 0.99
 
 
@@ -78,7 +78,7 @@ def test_known_ids_are_worth_more_than_the_past(nano, fitted):
     """The path predictor on the next ids against all that is known without them; the true routing is worth more still."""
     rows, path, policy = nano[1].rows(slice(768)), fitted["path"], cache_policies.get("reuse")
     mix = {"coefficients": coefficients(rows.space)}
-    hits = [replay(rows, policy, 8, hints=h, settings=mix).hits for h in (drafted(rows, path, 4), oracle(rows, 4))]
+    hits = [replay(rows, policy, 8, ReplayOptions(hints=h, settings=mix)).hits for h in (drafted(rows, path, 4), oracle(rows, 4))]
     assert (
         replay(rows, cache_policies.get("lfu"), 8).hits < hits[0] < hits[1] <= replay(rows, cache_policies.get("belady"), 8).hits
     )

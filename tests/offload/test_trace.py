@@ -39,7 +39,7 @@ def test_records_what_the_experts_were_asked_for(tiny_source):
         plain = model(input_ids=IDS).logits
     for layer in layers:
         layer.uninstall()
-    trace = record(model, [("evaluation", IDS)], prompt=8, inputs=True)
+    trace = record(TraceRecorder(model, inputs=True), [("evaluation", IDS)], prompt=8)
     check(trace)
     for number, x, index, weight in seen:
         assert np.array_equal(trace.expert_ids[:, number], index)
@@ -59,7 +59,7 @@ def test_records_kept_slots_of_an_operating_point(elastic_tiny):
         elastic.reset_counters()
         expected = model(input_ids=IDS).logits
         kept = [layer.counter.kept for layer in elastic.layers]
-        trace = record(model, [("evaluation", IDS)], prompt=8, values=True)
+        trace = record(TraceRecorder(model, values=True), [("evaluation", IDS)], prompt=8)
         assert torch.equal(model(input_ids=IDS).logits, expected)
     check(trace)
     assert trace.slots().sum(0).tolist() == kept
@@ -70,7 +70,7 @@ def test_records_kept_slots_of_an_operating_point(elastic_tiny):
 
 def test_full_budget_keeps_every_slot(elastic_tiny):
     model, _ = load(elastic_tiny)
-    trace = record(model, [("calibration", IDS)], prompt=4)
+    trace = record(TraceRecorder(model), [("calibration", IDS)], prompt=4)
     assert (trace.slots() == trace.k * trace.n_sub).all()
 
 
@@ -88,7 +88,7 @@ def test_router_is_found_beside_the_experts(tiny_source):
 
 
 def test_steps_prefill_together_and_decode_one_by_one(tiny_source):
-    trace = record(load_model(tiny_source), [("calibration", IDS[:1]), ("evaluation", IDS[1:])], prompt=8)
+    trace = record(TraceRecorder(load_model(tiny_source)), [("calibration", IDS[:1]), ("evaluation", IDS[1:])], prompt=8)
     assert trace.step.tolist() == [0] * 8 + list(range(1, 13)) + [13] * 8 + list(range(14, 26))
     assert trace.phase.tolist() == ([PREFILL] * 8 + [DECODE] * 12) * 2
     assert trace.side.tolist() == [0] * 20 + [1] * 20

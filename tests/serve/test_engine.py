@@ -12,7 +12,7 @@ import moe_prism
 from moe_prism.point import FULL
 from moe_prism.schedule.base import Job, Ladder, Level, Policy, Work
 from moe_prism.serve.engine.engine import Engine, EngineSize
-from moe_prism.serve.requests import Request, Sampling
+from moe_prism.serve.requests import ErrorKind, Request, Sampling
 
 LADDER = Ladder(
     (
@@ -225,6 +225,7 @@ def test_s11_a_row_that_is_not_finite_ends_alone(nano, waves):
     waves.engine.manager.batch_processor.model_runner.inject = poison
     results = waves.run(prompts, [2] * 4)
     assert results[1][1][-1].error and "not finite" in results[1][1][-1].error and len(results[1][0]) == 2
+    assert results[1][1][-1].kind is ErrorKind.NOT_FINITE
     assert [results[i][0] for i in (0, 2, 3)] == [reference[2][i] for i in (0, 2, 3)]
 
 

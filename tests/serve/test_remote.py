@@ -20,11 +20,12 @@ from moe_prism.schedule.base import Job, Ladder, Level
 from moe_prism.serve.backend import Gauges, Tally
 from moe_prism.serve.config import Config
 from moe_prism.serve.http.metrics import Metrics
+from moe_prism.serve.options import ServeOptions
 from moe_prism.serve.process import engine_main
 from moe_prism.serve.process.messages import Cancel, Facts, Frames, Link, News, Submit, pack
 from moe_prism.serve.process.remote_engine import RemoteEngine
-from moe_prism.serve.requests import Request, Sampling
-from moe_prism.serve.server import ServeOptions, run
+from moe_prism.serve.requests import Event, Request, Sampling
+from moe_prism.serve.server import run
 from tests.serve.house import open_house
 
 LADDER = Ladder((Level("low", FULL.with_budget(0.5), 4.0, 0.8), Level("full", FULL, 8.0, 1.0)))
@@ -116,12 +117,12 @@ def test_a_request_goes_out_and_its_events_come_back():
         assert sent[0] == Submit(first.job, [5, 6, 7], Sampling(), frozenset({1}), 12.5)
         assert sent[1].job.id == "b" and sent[2] == Cancel("b") and set(engine.book) == {"a"}
         tally = Tally(0.1, 0.01, {0: 3, 1: 1}, 3, 1)
-        parts, events = (("a", 0, 3, 2), ("b", 0, 3, 0)), (("a", 42, None, (), 0, None, None), ("b", 1, None, (), 0, None, None))
+        parts, events = (("a", 0, 3, 2), ("b", 0, 3, 0)), (("a", Event(42, level=0)), ("b", Event(1, level=0)))
         process.other.send(News(7.0, Gauges(1, 0, 0.5, 2), tally, parts, events))
         await until(lambda: heard)
         assert (engine.last_turn, engine.gauges(), tallies) == (7.0, Gauges(1, 0, 0.5, 2), [tally])
         assert (first.levels, first.cached_tokens, first.track.level, heard[0].token) == ({0: 3}, 2, 0, 42)
-        last = ("a", 43, None, (), 1, "length", None)
+        last = ("a", Event(43, level=1, finish="length"))
         process.other.send(News(8.0, Gauges(), tally, (("a", 1, 1, 2),), (last,)))
         await until(lambda: len(heard) == 2)
         assert heard[1].finish == "length" and first.levels == {0: 3, 1: 1} and not engine.book and not second.levels
@@ -179,7 +180,7 @@ def test_what_the_engine_refuses_is_told():
             engine_main._submit(
                 Submit(Job("a", 0.0, 1, 1), [1], Sampling(), frozenset(), None), engine, engine_main.Outbox(ours, engine)
             )
-            assert theirs.receive().events == (("a", None, None, (), None, None, told),)
+            assert theirs.receive().events == (("a", Event(error=told)),)
 
 
 def test_errors_cross_the_border():

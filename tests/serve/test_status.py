@@ -13,7 +13,7 @@ import pytest
 from moe_prism.point import FULL
 from moe_prism.schedule import Ladder, Level
 from moe_prism.serve.backend import Tally
-from moe_prism.serve.engine.scheduler import Step, StepPart
+from moe_prism.serve.engine.scheduler import PackedStep, StepPart
 from moe_prism.serve.http.metrics import Metrics
 from moe_prism.serve.http.status import SECONDS, History, page
 from tests.serve.house import open_house
@@ -24,7 +24,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 def step(seconds: float, *parts: tuple[int, int, bool]) -> Tally:
     """Parts of (tokens, level, yields)."""
-    return Step([StepPart(None, None, 0, tokens, level, not yields, yields) for tokens, level, yields in parts]).tally(seconds)
+    return PackedStep([StepPart(None, None, 0, tokens, level, not yields, yields) for tokens, level, yields in parts]).tally(seconds)
 
 
 def test_a_second_adds_its_steps_up():

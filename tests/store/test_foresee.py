@@ -13,7 +13,7 @@ from moe_prism.elastic import operating_point
 from moe_prism.errors import UsageError
 from moe_prism.jobs.forecast_offload import POLICIES, Way, choose_way, plan_offload
 from moe_prism.offload.cache import cache_policies
-from moe_prism.offload.record import record
+from moe_prism.offload.record import TraceRecorder, record
 from moe_prism.offload.replay import groups, serve
 from moe_prism.store.pools import pools
 from moe_prism.store.price_reads import ReadPrices, at_budget, measure_step, replayed
@@ -37,7 +37,7 @@ def test_the_replay_misses_what_the_store_misses(elastic_tiny, text, policy, bud
     whole, ids, file = text
     stored, _ = opened(elastic_tiny, file, smallest(whole, 18), policy=policy)
     with operating_point(whole, budget):
-        trace = record(whole, [("evaluation", ids)], prompt=1)
+        trace = record(TraceRecorder(whole), [("evaluation", ids)], prompt=1)
     store = store_of(stored)
     with torch.no_grad(), operating_point(stored, budget):
         for row in ids:
@@ -53,7 +53,7 @@ def test_the_replay_misses_what_the_store_misses(elastic_tiny, text, policy, bud
 def test_a_forecast_is_the_step_plus_the_prices_of_its_misses(text):
     whole, ids, _ = text
     with operating_point(whole):
-        trace = record(whole, [("evaluation", ids)], prompt=PROMPT)
+        trace = record(TraceRecorder(whole), [("evaluation", ids)], prompt=PROMPT)
     space = store_of(whole).space
     free = replayed(trace, space, len(space), cache_policies.get("lru")).at(ReadPrices([1, 2], [0.0, 0.0]), 0.5)
     assert free.seconds == 0.5
@@ -81,7 +81,7 @@ def test_a_step_apart_from_its_reads_is_what_its_misses_leave_of_it(elastic_tiny
 def test_slots_at_a_budget_are_those_of_the_rule(text):
     whole, ids, _ = text
     with operating_point(whole):
-        trace = record(whole, [("evaluation", ids)], prompt=PROMPT, values=True)
+        trace = record(TraceRecorder(whole, values=True), [("evaluation", ids)], prompt=PROMPT)
     counts = [at_budget(trace, whole._moe_prism, b).slots().mean() for b in (0.25, 0.5, 0.75)]
     assert counts == sorted(counts)
     total = trace.k * trace.n_sub

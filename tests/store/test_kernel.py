@@ -62,7 +62,7 @@ def test_more_reads_than_the_queue_is_deep(setting):
     for turn in range(3 * DEPTH // 8):
         jobs += reader.read(np.arange(0, 16, 2), np.arange(8) + turn % 8 * 8, ahead=turn % 2 == 0)
     assert not wait(jobs)
-    assert reader._free[0] == DEPTH and sorted(reader._unused) == list(range(DEPTH)) and not reader._jobs
+    assert reader._reads.free[0] == DEPTH and sorted(reader._unused) == list(range(DEPTH)) and not reader._jobs
     reader.close()
     other.close()
 
@@ -70,13 +70,13 @@ def test_more_reads_than_the_queue_is_deep(setting):
 def test_what_the_kernel_does_not_take_is_read_at_once(setting):
     pack = store_of(setting[2]).pack
     reader, other = readers(pack)
-    context = int(reader._context[0])
-    reader._context[0] = 0  # nobody's queue
+    context = int(reader._queue.context[0])
+    reader._queue.context[0] = 0  # nobody's queue
     jobs = [*reader.read(np.arange(5), np.arange(5)), *reader.read(np.arange(7, 9), np.arange(5, 7), ahead=True)]
     assert all(job.done and not job.failed for job in jobs)
     wait(other.read(np.array([0, 1, 2, 3, 4, 7, 8]), np.arange(7)))
     assert torch.equal(reader._arena[:7], other._arena[:7])
-    reader._context[0] = context
+    reader._queue.context[0] = context
     reader.close()
     other.close()
 
@@ -104,7 +104,7 @@ def test_where_there_is_no_queue_threads_read(setting, monkeypatch):
     def none(*_):
         raise NoQueue
 
-    for change in ({"SMALL": 0}, {"CALLS": {}}, {"KernelReader": none}):
+    for change in ({"SMALL_RECORD": 0}, {"CALLS": {}}, {"KernelReader": none}):
         with monkeypatch.context() as m:
             for name, value in change.items():
                 m.setattr(aio_reader, name, value)

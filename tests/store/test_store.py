@@ -109,7 +109,7 @@ def test_reading_ahead_changes_no_logit(elastic_tiny, tmp_path, ids, slots, budg
     store.settle()
     assert store.cache.counts.prefetched > 0
     check_counts(store.cache.counts, len(store.cache))
-    assert not any(store._pool(layer).pinned for layer in range(store.space.layers))
+    assert not any(store.fetcher.pool(layer).pinned for layer in range(store.space.layers))
 
 
 def test_a_floor_keeps_what_lies_between_the_two_budgets(elastic_tiny, tmp_path, ids):
@@ -183,7 +183,7 @@ def test_int8_records_are_close_and_read_less(elastic_half, tmp_path, ids):
     whole, _ = opened(elastic_half, tmp_path / "p", misses=Misses(0.01, low=1.0))
     exact, _ = opened(elastic_half, tmp_path / "q")
     found, wanted = logits(whole, ids, 0.999), logits(exact, ids, 0.999)
-    assert store_of(whole).low
+    assert store_of(whole).fetcher.low
     assert not torch.equal(found, wanted)
     kl = (wanted.softmax(-1) * (wanted.log_softmax(-1) - found.log_softmax(-1))).sum(-1).mean()
     assert float(kl) < 0.01

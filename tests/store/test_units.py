@@ -14,9 +14,9 @@ from moe_prism.offload.cache import LayerPools, Pool, cache_policies
 from moe_prism.store.checksum import checksum
 from moe_prism.store.fast_pool import SlotTable, TablePool
 from moe_prism.store.layout import RecordLayout
-from moe_prism.store.native import FAILED, OK, SHORT, WRONG, read_records, widen_bfloat16
+from moe_prism.store.native import FAILED, OK, RUN, SHORT, WRONG, read_records, widen_bfloat16
 from moe_prism.store.pools import policy_for, pools
-from moe_prism.store.reader import RUN, Item, runs, shares
+from moe_prism.store.reader import Item, runs, shares
 from moe_prism.store.unit_pool import UnitPool
 
 SPACE = KeySpace(2, 4, 2)
@@ -133,16 +133,16 @@ def test_native_reads_put_every_record_in_its_slot(tmp_path):
     descriptor = os.open(tmp_path / "f", os.O_RDONLY)
     for skip in (0, 8):
         arena = np.zeros((count, size // 8 + skip), np.uint64)
-        assert (read_records(descriptor, arena, slots, keys * size, skip, RUN, sums[keys]) == OK).all()
+        assert (read_records(descriptor, arena, slots, keys * size, skip, sums[keys]) == OK).all()
         assert (arena[slots, skip:] == data[keys]).all()
         assert arena.sum() == data[keys].sum()
         wrong = sums[keys].copy()
         wrong[3] ^= np.uint64(1)
-        assert read_records(descriptor, arena, slots, keys * size, skip, RUN, wrong).tolist() == [0, 0, 0, WRONG] + [0] * 11
+        assert read_records(descriptor, arena, slots, keys * size, skip, wrong).tolist() == [0, 0, 0, WRONG] + [0] * 11
     os.truncate(tmp_path / "f", 16 * size)
-    assert read_records(descriptor, arena, slots, keys * size, 8, RUN, sums[keys]).tolist() == [0] * 13 + [SHORT] * 2
+    assert read_records(descriptor, arena, slots, keys * size, 8, sums[keys]).tolist() == [0] * 13 + [SHORT] * 2
     os.close(descriptor)
-    assert (read_records(descriptor, arena, slots, keys * size, 8, RUN, sums[keys]) == FAILED).all()
+    assert (read_records(descriptor, arena, slots, keys * size, 8, sums[keys]) == FAILED).all()
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,7 +1,7 @@
 """One streaming pass over calibration text; collectors are plug-ins."""
 
 from ..registry import Registry
-from .base import Collector, Routed
+from .base import Collector, RoutedBatch
 
 collectors: Registry[type[Collector]] = Registry(
     "collector",
@@ -17,4 +17,4 @@ collectors: Registry[type[Collector]] = Registry(
     },
 )
 
-__all__ = ["Collector", "Routed", "collectors"]
+__all__ = ["Collector", "RoutedBatch", "collectors"]

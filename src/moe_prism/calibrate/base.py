@@ -12,7 +12,7 @@ from ..model import MoELayer
 
 
 @dataclass(frozen=True)
-class Routed:
+class RoutedBatch:
     """One batch at one MoE layer. first_token numbers the batch's first token in the whole pass; window is the window length."""
 
     x: Tensor  # [T, d] layer input, windows one after the other
@@ -28,14 +28,14 @@ class Collector(ABC):
     """Mergeable statistics of one layer. Memory must be bounded by the settings, whatever the number of tokens."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Fields of `Routed` beyond the ones that are always there. A field can be None all the same, in a family that does not show it."""
+    """Fields of `RoutedBatch` beyond those that are always there. One can be None all the same, in a family that does not show it."""
 
     def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
         """capacity: tokens per expert a reservoir may keep."""
         self.layer, self.capacity, self.seed = layer, capacity, seed
 
     @abstractmethod
-    def update(self, batch: Routed) -> None: ...
+    def update(self, batch: RoutedBatch) -> None: ...
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:

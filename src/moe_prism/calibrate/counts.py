@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..model import MoELayer
-from .base import Collector, Routed
+from .base import Collector, RoutedBatch
 
 
 class ChoiceCounts(Collector):
@@ -18,7 +18,7 @@ class ChoiceCounts(Collector):
         self.weight_sum = torch.zeros(layer.num_experts, dtype=torch.float64)
         self.tokens = torch.zeros(1, dtype=torch.int64)
 
-    def update(self, batch: Routed) -> None:
+    def update(self, batch: RoutedBatch) -> None:
         valid = (batch.index >= 0) & (batch.index < self.layer.num_experts)
         index = batch.index[valid].cpu()
         self.count += torch.bincount(index, minlength=self.layer.num_experts)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model import MoELayer
-from .base import Collector, Routed
+from .base import Collector, RoutedBatch
 from .tokens import SKIPPED_POSITIONS, token_keys
 
 
@@ -34,7 +34,7 @@ class Grams(Collector):
             "key": torch.zeros(0, dtype=torch.int64),
         }
 
-    def update(self, batch: Routed) -> None:
+    def update(self, batch: RoutedBatch) -> None:
         if batch.scores is None:
             return
         number = torch.arange(batch.first_token, batch.first_token + len(batch.x))
@@ -47,7 +47,7 @@ class Grams(Collector):
         if len(token):
             self.merge({**self._seen(batch, token.to(batch.x.device)), "key": keys[token]})
 
-    def _seen(self, batch: Routed, token: Tensor) -> dict[str, Tensor]:
+    def _seen(self, batch: RoutedBatch, token: Tensor) -> dict[str, Tensor]:
         x, index, weight = batch.x[token], batch.index[token], batch.weight[token].float()
         out = torch.stack([self._output(e, x) for e in range(self.layer.num_experts)], 1)
         chosen = out.gather(1, index.clamp(0, out.shape[1] - 1).long()[:, :, None].expand(-1, -1, out.shape[2]))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import MoELayer
-from .base import Collector, Routed
+from .base import Collector, RoutedBatch
 
 SUMS = ("norm", "norm_sq", "gated", "gated_sq", "easy")
 
@@ -30,7 +30,7 @@ class Outputs(Collector):
         self.values |= {"count": torch.zeros(e, dtype=torch.int64), "max": torch.zeros(e), "hidden_max": torch.zeros(1)}
         self.values |= {name: torch.zeros(1, dtype=torch.int64) for name in ("tokens", "residual_tokens")}
 
-    def update(self, batch: Routed) -> None:
+    def update(self, batch: RoutedBatch) -> None:
         norms, peaks, total = expert_outputs(self.layer, batch)
         valid = (batch.index >= 0) & (batch.index < self.layer.num_experts)
         gate = batch.weight.double().abs()
@@ -69,7 +69,7 @@ class Outputs(Collector):
         return layer.num_experts * (8 * (len(SUMS) + 1) + 4) + 20
 
 
-def expert_outputs(layer: MoELayer, batch: Routed) -> tuple[Tensor, Tensor, Tensor]:
+def expert_outputs(layer: MoELayer, batch: RoutedBatch) -> tuple[Tensor, Tensor, Tensor]:
     """(norms ‖o‖ [T, k] float64, largest |o| per expert [E], routed output [T, d] float32) of a batch, one expert at a time."""
     norms = torch.zeros(batch.index.shape, dtype=torch.float64, device=batch.x.device)
     peaks = torch.zeros(layer.num_experts)

@@ -14,7 +14,7 @@ from ..errors import CorruptError, DoesNotFit
 from ..model import MoELayer
 from ..model.router import Router
 from . import collectors as registry
-from .base import Collector, Routed
+from .base import Collector, RoutedBatch
 from .residual import watch_residual
 from .statistics import LayerStatistics, Statistics
 
@@ -91,7 +91,7 @@ class Pass:
                 layer.uninstall()
 
     def _views(self, layer: MoELayer, stack: ExitStack) -> dict[str, Callable[[Tensor], Tensor | None]]:
-        """What the collectors need to see beside the layer's call: field of `Routed` -> its value for the layer's input."""
+        """What the collectors need to see beside the layer's call: field of `RoutedBatch` -> its value for the layer's input."""
         needs = {name for maker in self.settings.collectors for name in registry.get(maker).needs}
         views: dict[str, Callable[[Tensor], Tensor | None]] = {}
         if layer.num_experts > 1 and "scores" in needs:
@@ -110,7 +110,7 @@ class Pass:
                     f"non-finite input at '{layer.name}'", "the weights or the text are damaged; run `moe-prism verify`"
                 )
             more = {name: view(x) for name, view in views.items()}
-            routed = Routed(x, index, weight, self.done * window, window, **more)
+            routed = RoutedBatch(x, index, weight, self.done * window, window, **more)
             for collector in mine.values():
                 collector.update(routed)
             return layer.stock(x, index, weight)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model import MoELayer
-from .base import Collector, Routed
+from .base import Collector, RoutedBatch
 
 KINDS = ("softmax", "sigmoid", "identity")
 """How the score of an expert becomes its weight, before any normalisation over the chosen."""
@@ -29,7 +29,7 @@ class Scores(Collector):
         self.tokens = torch.zeros(1, dtype=torch.int64)
         self.kind = torch.tensor([-1])
 
-    def update(self, batch: Routed) -> None:
+    def update(self, batch: RoutedBatch) -> None:
         if batch.scores is None:
             return
         if self.kind < 0:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..model import MoELayer
-from .base import Collector, Routed
+from .base import Collector, RoutedBatch
 
 # The first token of a window has massive activations that say nothing about the others (spec of Super Experts; measured).
 SKIPPED_POSITIONS = 1
@@ -29,7 +29,7 @@ class TokenReservoir(Collector):
         self.key = torch.full((e, capacity), torch.iinfo(torch.int64).max)
         self.kept = torch.zeros(e, dtype=torch.int64)
 
-    def update(self, batch: Routed) -> None:
+    def update(self, batch: RoutedBatch) -> None:
         tokens = batch.x.shape[0]
         number = torch.arange(batch.first_token, batch.first_token + tokens)
         keys = token_keys(number.numpy(), self.seed, self.layer.index)

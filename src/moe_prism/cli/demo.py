@@ -29,17 +29,17 @@ def demo(
     from ..artefact.load import load
     from ..jobs.frontier import FrontierOptions
     from ..jobs.frontier import measure_frontier as measure
-    from ..jobs.generate import Sampling, generate
+    from ..jobs.generate import GenerateOptions, generate
     from ..jobs.refactor import refactor
     from .frontier import show, show_comparison, write
 
     refactor("nano", out / MODEL, force=force, report=progress)
     result = measure(out / MODEL, FrontierOptions(rules=RULES), report=progress)
     model, tokenizer = load(out / MODEL)
-    generate(model, tokenizer, PROMPT, 0.5, sampling=Sampling(max_tokens=4))  # the first call pays for set-up
+    generate(model, tokenizer, PROMPT, 0.5, sampling=GenerateOptions(max_tokens=4))  # the first call pays for set-up
     samples = []
     for budget in BUDGETS:
-        made = generate(model, tokenizer, PROMPT, budget, sampling=Sampling(max_tokens=48, temperature=0.6))
+        made = generate(model, tokenizer, PROMPT, budget, sampling=GenerateOptions(max_tokens=48, temperature=0.6))
         samples.append({"budget": budget, "prompt": PROMPT, "text": made.text, "tokens_per_s": made.tokens_per_s})
     write(result, out, {"samples": samples})
     text = [show(result), "", show_comparison(result), ""]

@@ -19,7 +19,7 @@ HEADERS = ("point", "slots", "KL", "perplexity", "top-1", "expert MB", "of full"
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class WhatToMeasure:
     """What is measured."""
 
     compare: Annotated[
@@ -69,7 +69,7 @@ def frontier(
     /,
     *,
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
-    what: Measured = Measured(),
+    what: WhatToMeasure = WhatToMeasure(),
     text: EvaluationText = EvaluationText(),
     json: bool = False,
 ) -> None:

@@ -62,11 +62,11 @@ def generate(
     json: One JSON object on stdout.
     """
     from ..errors import UsageError
-    from ..jobs.generate import Sampling, asked_point, check_prompt
+    from ..jobs.generate import GenerateOptions, asked_point, check_prompt
     from ..jobs.generate import generate as run
     from ..point import find_point
 
-    sampling = Sampling(max_tokens=drawing.max_tokens, temperature=drawing.temperature, seed=drawing.seed)
+    sampling = GenerateOptions(max_tokens=drawing.max_tokens, temperature=drawing.temperature, seed=drawing.seed)
     sampling.check()
     check_prompt(prompt)
     named = None if price.point is None else find_point(price.point, folder).point

@@ -66,7 +66,7 @@ def serve(
     engine: embedded, or vllm: hand over to vLLM's own server, which takes --host, --port, --api-key, --name and --points only.
     """
     from ..serve import logs
-    from ..serve.server import ServeOptions
+    from ..serve.options import ServeOptions
     from ..serve.server import serve as run
 
     if not 0 < serving.probe_seconds <= 600:

@@ -26,7 +26,7 @@ MOST_POINTS = 256
 
 
 @dataclass(frozen=True)
-class Group:
+class PointGroup:
     """Points that one pass serves: the same stages, rule, scorer and compensation. budgets[p][l]: of its point p at layer l."""
 
     stages: tuple[Stage, ...]
@@ -64,12 +64,12 @@ class Bound:
     """Points ready to run. groups; place[p]: (group, number within it) of point p."""
 
     points: tuple[OperatingPoint, ...]
-    groups: tuple[Group, ...]
+    groups: tuple[PointGroup, ...]
     place: tuple[tuple[int, int], ...]
 
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:
-        """Group [P] and number within it [P] of every point."""
+        """PointGroup [P] and number within it [P] of every point."""
         pairs = torch.tensor(self.place, dtype=torch.int64)
         return pairs[:, 0], pairs[:, 1]
 
@@ -113,7 +113,7 @@ def bind(elastic: Host, points: Sequence[OperatingPoint]) -> Bound:
         raise UsageError(f"{len(points)} operating points at once", f"give 1 to {MOST_POINTS}")
     settled = [_settled(elastic, point) for point in points]
     keys = _group_keys(settled)
-    groups: list[Group] = []
+    groups: list[PointGroup] = []
     place: list[tuple[int, int]] = [(0, 0)] * len(points)
     for number, key in enumerate(dict.fromkeys(keys)):
         mine = [p for p, own in enumerate(keys) if own == key]
@@ -140,7 +140,7 @@ def _group_keys(points: Sequence[OperatingPoint]) -> list[Key]:
     return [home.get(own, key) if p.slots.is_full else key for p, own, key in zip(points, stages, keys, strict=True)]
 
 
-def _group(elastic: Host, key: Key, points: Sequence[OperatingPoint]) -> Group:
+def _group(elastic: Host, key: Key, points: Sequence[OperatingPoint]) -> PointGroup:
     _, rule, scorer, compensate = key
     stages = tuple(
         stage_class(points[0].routing[i].stage)([point.routing[i] for point in points]) for i in range(len(points[0].routing))
@@ -149,7 +149,7 @@ def _group(elastic: Host, key: Key, points: Sequence[OperatingPoint]) -> Group:
         raise UsageError("two routing stages bring experts of their own", "chain at most one of them")
     layers = range(len(elastic.layers))
     budgets = tuple(tuple(point.slots.at(layer) for layer in layers) for point in points)
-    return Group(stages, rule, scorer, compensate, budgets)
+    return PointGroup(stages, rule, scorer, compensate, budgets)
 
 
 def _settled(elastic: Host, point: OperatingPoint) -> OperatingPoint:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 Tallies = dict[str, Tensor]
 """Sums by what is read: the keys of `prices.Prices`."""
+WITHIN = {"gates": "blocks", "lost": "experts"}
+"""What is part of something larger that another token of the batch may read."""
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Counter:
         if selects:
             chosen = _count(flat, valid.reshape(-1), self.experts)
             rows["predictors"] = chosen
-            rows["dropped"] = chosen[:, None] - rows["blocks"]
+            rows["gates"] = rows["dropped"] = chosen[:, None] - rows["blocks"]
             rows["lost"] = chosen - rows["experts"]
             rows["scaled"] = rows["experts"]
         if low is not None:
@@ -58,7 +60,10 @@ class Counter:
             rows["blocks"] = rows["blocks"] * ~low
         for name, row in rows.items():
             _add(self.per_token, name, row)
-            _add(self.per_batch, name, (row > 0).double())
+            once = (row > 0).double()
+            if name in WITHIN:  # who keeps the block, or one of the expert's, reads this as a part of it
+                once = once * (rows[WITHIN[name]] == 0)
+            _add(self.per_batch, name, once)
         if selects:
             _add(self.per_token, "tokens", blocks.new_full((1,), float(index.shape[0])))
             _add(self.per_batch, "tokens", blocks.new_ones(1))

@@ -17,7 +17,7 @@ from ..model.scores import RouterScores
 from ..routing import Routed
 from ..routing.base import merge_state
 from .base import LayerParts, Rule, Scorer
-from .bind import Group, Step
+from .bind import PointGroup, Step
 from .compensate import Compensator, compensator
 from .counter import Counter
 from .execute.base import Executor, Settled
@@ -90,7 +90,7 @@ class ElasticLayer:
         found = self.candidates(step, x, index, weight)
         return (found or Whole(index, weight, self._valid(index), self.plan.n_sub)).keep()
 
-    def _mixed(self, kinds: tuple[Group, ...], groups: Tensor, locals_: Tensor, routed: Routed) -> Candidates | None:
+    def _mixed(self, kinds: tuple[PointGroup, ...], groups: Tensor, locals_: Tensor, routed: Routed) -> Candidates | None:
         """A batch of several groups [T]: each is routed and selected alone, all are computed together."""
         parts: list[tuple[Tensor, Selection | Whole]] = []
         own_way = True  # whether nobody changes the router's choice or drops a slot
@@ -119,7 +119,9 @@ class ElasticLayer:
             put(weight, rows, part.weight.to(weight.dtype))
         return Mixed(parts, index, weight, self.plan.n_sub)
 
-    def _of_group(self, group: Group, which: int | Tensor, routed: Routed, budget: Tensor | None) -> Selection | Whole | None:
+    def _of_group(
+        self, group: PointGroup, which: int | Tensor, routed: Routed, budget: Tensor | None
+    ) -> Selection | Whole | None:
         """The candidates of tokens that are all of one group; None as `candidates` says."""
         after = routed
         if group.stages:
@@ -141,7 +143,7 @@ class ElasticLayer:
         added = self._added(group, after)
         return Selection(after.x, after.index, after.weight, valid, self.plan.n_sub, rule, scorer, own, added)
 
-    def _added(self, group: Group, routed: Routed) -> Tensor | None:
+    def _added(self, group: PointGroup, routed: Routed) -> Tensor | None:
         """[T, d]: what the stages' own experts add, and note what that reads."""
         experts = group.extra
         if experts is None:
@@ -222,10 +224,11 @@ class ElasticLayer:
             self._rules[name] = rules.get(name)(self.plan)
         return self._rules[name]
 
-    def prices(self, group: Group) -> Prices:
-        """What reading this layer's weights costs at points of a group."""
-        scorer = self.scorer(group.scorer) if self.rule(group.rule).needs_norms else None
-        extra = self.compensator if group.compensate else None
+    def prices(self, group: PointGroup) -> Prices:
+        """What reading this layer's weights costs at points of a group. Where all of them are whole, their rule need not exist here."""
+        selects = self.executor.always_selects or not all(group.is_full(self.index, p) for p in range(len(group.budgets)))
+        scorer = self.scorer(group.scorer) if selects and self.rule(group.rule).needs_norms else None
+        extra = self.compensator if selects and group.compensate else None
         return prices_of(self.plan, scorer, extra, self.elastic.stored_bytes_per_weight)
 
 

@@ -17,9 +17,9 @@ class Prices:
     """Weights and bytes of one reading, by what is read.
 
     blocks [E, N]: a sub-expert. low [E, N]: the same in its smaller form. experts [E]: what an expert reads once if it keeps any block.
-    lost [E]: what an expert without a kept block still reads. predictors [E]: what choosing among an expert's blocks reads. tokens [1]: what
-    selection reads once per token. dropped [E, N]: a candidate block that is not kept: its gate neurons, and what makes up for it.
-    scaled [E]: what compensation reads for an expert that keeps some. extra [1]: a weight of an expert that is no matrix.
+    lost [E]: what an expert without a kept block still reads. predictors [E]: what choosing among an expert's blocks reads. tokens [1]:
+    what selection reads once per token. gates [E, N]: gate neurons of a candidate block that is not kept; dropped [E, N]: what makes up
+    for it; scaled [E]: what compensation reads for an expert that keeps some. extra [1]: a weight of an expert that is no matrix.
     """
 
     weights: Mapping[str, Tensor]
@@ -47,7 +47,13 @@ def prices_of(parts: LayerParts, scorer: Scorer | None, extra: Compensator | Non
     """Prices of a layer with all blocks stored alike. scorer, extra: what selection and compensation read, None where there is none."""
     layer = parts.layer
     blocks, bias = block_weights(parts)
-    weights = {"blocks": blocks, "experts": bias.clone(), "dropped": torch.zeros_like(blocks), "lost": torch.zeros_like(bias)}
+    weights = {
+        "blocks": blocks,
+        "experts": bias.clone(),
+        "dropped": torch.zeros_like(blocks),
+        "gates": torch.zeros_like(blocks),
+        "lost": torch.zeros_like(bias),
+    }
     weights["extra"] = torch.ones(1, dtype=torch.float64)
     if scorer is not None:
         weights["predictors"] = torch.full_like(bias, float(scorer.parameters_per_expert()))
@@ -55,7 +61,7 @@ def prices_of(parts: LayerParts, scorer: Scorer | None, extra: Compensator | Non
         if scorer.reads_gates:
             matrices = 2 if layer.gate is not None else 1
             biases = sum(b is not None for b in (layer.gate_bias, layer.up_bias))
-            weights["dropped"] += parts.gates * (matrices * layer.hidden + biases)
+            weights["gates"] += parts.gates * (matrices * layer.hidden + biases)
     if extra is not None:
         per_slot, per_expert = extra.parameters()
         weights["dropped"] += per_slot

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..compress.changes import change_of
 from ..elastic import Elastic
-from ..elastic.bind import Group, Step
+from ..elastic.bind import PointGroup, Step
 from ..elastic.compensate.base import PREFIX
 from ..elastic.repair import REPAIR
 
@@ -60,7 +60,7 @@ def resident_bytes(elastic: Elastic, step: Step) -> float:
     return total
 
 
-def _group(step: Step) -> Group:
+def _group(step: Step) -> PointGroup:
     if len(step.bound.groups) != 1:
         raise ValueError("a cost is that of one group of points")
     return step.bound.groups[0]

@@ -14,7 +14,7 @@ from ..elastic import operating_point
 from ..elastic.runtime import slots_per_token
 from ..errors import UsageError
 from ..offload.cache import cache_policies
-from ..offload.record import record
+from ..offload.record import TraceRecorder, record
 from ..progress import Report, silent
 from ..store import StoreOptions
 from ..store.choose_misses import Misses
@@ -84,7 +84,7 @@ def plan_offload(
     text = read_manifest(folder)["calibration"]["text"]
     windows = token_windows(tokenizer, text, "calibration", length=LENGTH, tokens=max(tokens, LENGTH)).ids
     with report("trace") as update, operating_point(model):
-        trace = record(model, [("calibration", windows)], prompt=PROMPT, values=True, progress=update)
+        trace = record(TraceRecorder(model, values=True), [("calibration", windows)], prompt=PROMPT, progress=update)
     here = measure_prices(store)
     forms = {"exact": (here, store.pack.layout.bytes)}
     if store.pack.has_low:

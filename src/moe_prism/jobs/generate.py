@@ -16,7 +16,7 @@ from ..point import FULL, OperatingPoint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class GenerateOptions:
     """max_tokens: new tokens at most. temperature: 0 is greedy. seed: of the random numbers."""
 
     max_tokens: int = 64
@@ -73,14 +73,14 @@ def generate(
     budget: float | None = None,
     *,
     point: OperatingPoint | None = None,
-    sampling: Sampling | None = None,
+    sampling: GenerateOptions | None = None,
 ) -> Generated:
     """Continue a prompt at one operating point: a budget under the default rule, or whatever a point says.
 
     With both, the budget is of the slots that the point's routing leaves. Raises UsageError for an empty prompt, a bad number, or a prompt
     over the context limit.
     """
-    sampling, asked = sampling or Sampling(), asked_point(point, budget, None)
+    sampling, asked = sampling or GenerateOptions(), asked_point(point, budget, None)
     sampling.check()
     check_prompt(prompt)
     rows = tokenizer(prompt, return_tensors="pt").to(model.device)

@@ -18,8 +18,8 @@ from ..model import find_layers, load_to_run, load_tokenizer, resolve
 from ..offload.cache import cache_policies
 from ..offload.consistency import routing_report
 from ..offload.predict.reuse import ReusePredictor
-from ..offload.record import record
-from ..offload.replay import groups, replay
+from ..offload.record import TraceRecorder, record
+from ..offload.replay import ReplayOptions, groups, replay
 from ..offload.trace import Trace, load_trace
 from ..progress import Report, silent
 from .inspect import inspect_model
@@ -86,15 +86,8 @@ def record_trace(
 
 
 def _record(loaded: Any, windows: Any, options: TraceOptions, header: dict[str, Any], update: Any) -> Trace:
-    return record(
-        loaded,
-        windows,
-        prompt=options.prompt,
-        header=header,
-        values=options.values,
-        inputs=options.inputs,
-        progress=update,
-    )
+    recorder = TraceRecorder(loaded, values=options.values, inputs=options.inputs)
+    return record(recorder, windows, prompt=options.prompt, header=header, progress=update)
 
 
 def _loaded(model: str | Path, options: TraceOptions) -> tuple[Any, Any]:
@@ -151,11 +144,13 @@ def compare_policies(
                     rows,
                     policy,
                     size,
-                    space=space,
-                    shared=shared,
-                    hints=hints if name == "reuse" else None,
-                    settings=policy.fit(fitting, space, size),
-                    order=work,
+                    ReplayOptions(
+                        space=space,
+                        shared=shared,
+                        hints=hints if name == "reuse" else None,
+                        settings=policy.fit(fitting, space, size),
+                        order=work,
+                    ),
                 )
                 best = best or counts.hits
                 found.append(

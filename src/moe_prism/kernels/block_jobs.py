@@ -3,6 +3,10 @@
 A group is the slots of one sub-expert (or, for a predictor, the choices of one expert). Both products read the weights where the layer
 stores them and the rows where the batch has them: nothing is gathered, nothing is packed. A job is an array of int64 (addresses, strides
 in float32 elements, sizes) that every thread reads; units of work are taken from a shared counter.
+
+Units are taken and not dealt out: groups differ in size, and a core that is busy elsewhere would make all others wait for its share.
+No result depends on who computes it. In the first product every unit has outputs of its own; in the second a unit is a strip of columns
+through all groups, because the slots of one token lie in several groups and are added to the same row.
 """
 
 from __future__ import annotations
@@ -13,21 +17,21 @@ import numpy as np
 from numba import cfunc, njit
 from numpy.typing import NDArray
 
-from .tiles import FEW, LANES, NARROW, ROWS, VECTORS, WIDE, add, dot, read, size_of, take
+from .tiles import LANES, NARROW, ROWS, VECTORS, WIDE, WIDE_ROWS, add, dot, read, size_of, take
 
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 JOB = "void(intp)"
 
-CHUNK = 32  # columns of a unit of the dot job
-DEPTH = 16  # rows of w that an add tile goes through before it moves on along them
+CHUNK = 32  # columns of a unit of the dot job: as few as make taking it cheap, so that the last units are short
+DEPTH = 16  # rows of w that an add tile goes through before it moves on along them: they are then in the cache for the group's next rows
 
 
 @njit(nogil=True, cache=True)
 def dot_units(job: int, like: Any) -> None:
     """out[o, j] = x[row] . w[j] for every slot (row, o) of the active groups and every column j of every part.
 
-    job: as `products.dot` writes it; like: as in `tiles.dot`. A unit is CHUNK columns of one part of one group.
+    job: as `batch_products.dot` writes it; like: as in `tiles.dot`. A unit is CHUNK columns of one part of one group.
     """
     x, ldx, depth, out, ldo = read(job, 1), read(job, 2), read(job, 3), read(job, 4), read(job, 5)
     rows, o, offsets, active = read(job, 6), read(job, 7), read(job, 8), read(job, 9)
@@ -44,8 +48,9 @@ def dot_units(job: int, like: Any) -> None:
         target = out + 4 * read(part, 4)
         j = unit % chunks * CHUNK
         stop = min(columns, j + CHUNK)
-        wide = WIDE if end - begin <= FEW else NARROW
+        wide = WIDE if end - begin <= WIDE_ROWS else NARROW
         while j < stop:
+            # Columns outside, rows inside: a column's weights, which are the larger part, are in the cache for all rows of the group.
             c = wide if j + wide <= stop else NARROW if j + NARROW <= stop else 1
             s = begin
             while s < end:
@@ -60,7 +65,7 @@ def dot_units(job: int, like: Any) -> None:
 def add_units(job: int, like: Any) -> None:
     """out[row] += sum over j < depth of a[s, j] w[j] for every slot s of the active groups, in their order.
 
-    job: as `products.add` writes it; like: as in `tiles.dot`.
+    job: as `batch_products.add` writes it; like: as in `tiles.dot`.
     A unit is a strip of out's columns, for all groups: no two threads write to the same place.
     """
     a, lda, depth, out, ldo = read(job, 1), read(job, 2), read(job, 3), read(job, 4), read(job, 5)
@@ -75,6 +80,8 @@ def add_units(job: int, like: Any) -> None:
             begin, end = read(offsets, group), read(offsets, group + 1)
             w = w0 + size * (group // n_sub * w_expert + group % n_sub * w_block)
             k = 0
+            # DEPTH rows of the block at a time. The sums of a row are stored and taken up again between them, which changes no bit:
+            # a register and memory hold the same float32.
             while k < depth:
                 step = min(DEPTH, depth - k)
                 s = begin

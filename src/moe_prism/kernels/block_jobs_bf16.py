@@ -1,4 +1,4 @@
-"""The two jobs of `jobs.py` over bfloat16 weights. Not part of it so that nobody compiles what he does not use."""
+"""The two jobs of `block_jobs.py` over bfloat16 weights. Not part of it so that nobody compiles what he does not use."""
 
 from __future__ import annotations
 

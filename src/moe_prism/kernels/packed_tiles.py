@@ -11,7 +11,7 @@ Addresses are bytes, strides are elements. Inputs and results are float32, weigh
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba.core import types
 from numba.extending import intrinsic
@@ -23,12 +23,24 @@ WIDTH = 16
 """Values that lie side by side."""
 
 
-def _tile(
-    c: Code, rows: int, columns: int, x: Any, ids: Any, ldx: Any, w: Any, ldw: Any, depth: Any, out: Any, o: Any, ldo: Any
-) -> None:
-    """A register for every 16 columns of an output row."""
-    inputs, outputs = c.rows(x, ids, ldx, rows), c.rows(out, o, ldo, rows)
-    starts = [c.weight_at(w, i, ldw) for i in range(columns)]
+class PackedValues(NamedTuple):
+    """The arguments of `packed` behind the shape of the tile, as LLVM values."""
+
+    x: Any
+    ids: Any
+    ldx: Any
+    w: Any
+    ldw: Any
+    depth: Any
+    out: Any
+    o: Any
+    ldo: Any
+
+
+def _tile(c: Code, rows: int, columns: int, given: PackedValues) -> None:
+    """A register for every 16 columns of an output row; on AVX2 the compiler makes two of it."""
+    inputs, outputs = c.rows(given.x, given.ids, given.ldx, rows), c.rows(given.out, given.o, given.ldo, rows)
+    starts = [c.weight_at(given.w, i, given.ldw) for i in range(columns)]
     places = [c.at(address, WIDTH * i) for address in outputs for i in range(columns)]
 
     def step(k: Any, acc: list[Any]) -> list[Any]:
@@ -37,12 +49,15 @@ def _tile(
         factors = [c.spread(c.load(c.at(address, k), F32)) for address in inputs]
         return [c.fma(f, v, acc[i * columns + j]) for i, f in enumerate(factors) for j, v in enumerate(loaded)]
 
-    for value, place in zip(c.loop(depth, [c.load(p) for p in places], step), places, strict=True):
+    for value, place in zip(c.loop(given.depth, [c.load(p) for p in places], step), places, strict=True):
         c.store(value, place)
 
 
 SIDES = ((6, 4, 2, 1), (4, 2, 1)) if LANES == 16 else ((2, 1), (2, 1))
-"""Rows and columns of the tiles, largest first: what the registers hold."""
+"""Rows and columns of the tiles, largest first. The sums, a weight per column and an input must fit the registers: 24 + 4 + 1 of the 32 of
+AVX-512, (4 + 2 + 1) x 2 of the 16 of AVX2. Sides in between would be more code to compile for a few rows at the edge."""
+
+# `packed` keeps more than six parameters for the reason that `tiles.dot` does: numba hands an intrinsic its arguments one by one.
 
 
 @intrinsic
@@ -71,7 +86,7 @@ def packed(
         for case in product((0, 1), *SIDES):
             same = [builder.icmp_signed("==", value, constant(wanted)) for value, wanted in zip(given, case, strict=True)]
             with builder.if_then(builder.and_(builder.and_(same[0], same[1]), same[2])):
-                _tile(Code(builder, WIDTH, 2 if case[0] else 4), case[1], case[2], *rest)
+                _tile(Code(builder, WIDTH, 2 if case[0] else 4), case[1], case[2], PackedValues(*rest))
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 12), codegen

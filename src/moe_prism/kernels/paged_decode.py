@@ -6,6 +6,8 @@ the attention itself. Each request is computed alone and in one order, so its re
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numba
 import numpy as np
 from numpy.typing import NDArray
@@ -14,22 +16,36 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 
+class PagedCache(NamedTuple):
+    """Keys and values of one layer: block b of a request begins at row b * stride."""
+
+    keys: Floats  # [rows, key heads, d]
+    values: Floats
+    page: int  # tokens of a block
+    stride: int  # rows from one block to the next
+
+
+class DecodeRows(NamedTuple):
+    """The requests that decode."""
+
+    query: Floats  # [D, heads, d]
+    table: Ints  # [D, blocks] cache blocks of every request
+    lengths: Ints  # [D] tokens to attend to
+    out: Floats  # [D, heads, d] the result
+
+    def part(self, piece: slice) -> DecodeRows:
+        """Some of the requests. Views, contiguous like the whole, so that one compiled form serves both."""
+        return DecodeRows(self.query[piece], self.table[piece], self.lengths[piece], self.out[piece])
+
+
 # Not numba's own parallel loops: two engines in one process may call this at once, which its fallback thread pool answers with an
 # abort. The interpreter lock is not held, so threads share the requests. Reassociation lets the inner loops use vector
 # registers; NaN and infinity keep their meaning.
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "arcp", "nsz"})
-def decode_attention(
-    query: Floats,  # [D, heads, d]
-    keys: Floats,  # [rows, key heads, d]
-    values: Floats,
-    table: Ints,  # [D, blocks] cache blocks of every request
-    lengths: Ints,  # [D] tokens to attend to
-    page: int,
-    stride: int,
-    scale: float,
-    out: Floats,  # [D, heads, d]
-) -> None:
+def decode_attention(rows: DecodeRows, cache: PagedCache, scale: float) -> None:
     """Token j of request r lies in row table[r, j // page] * stride + j % page of keys and values."""
+    query, table, lengths, out = rows
+    keys, values, page, stride = cache
     requests, heads, width = query.shape
     shared = heads // keys.shape[1]
     for r in range(requests):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-SMALL = 1 << 21  # multiplications that are over before a second thread has woken up
+ONE_THREAD_WORK = 1 << 21  # multiplications that are over before a second thread has woken up
 
 
 @cache
@@ -45,8 +45,10 @@ def run(job: Any, values: list[int], work: int) -> None:
     """
     numbers = array("q", [0, *values])
     address, _ = numbers.buffer_info()
-    threads = 1 if work < SMALL else torch.get_num_threads()
+    threads = 1 if work < ONE_THREAD_WORK else torch.get_num_threads()
     if threads == 1:
         _direct(job)(address)
     else:
+        # Returns when all threads have: it ends with a barrier, so `numbers` lives for as long as they read it. Other threads of Python can
+        # run meanwhile, since ctypes gives the interpreter's lock back for the call.
         _fork()(job.address, address, threads, 0)

@@ -1,4 +1,4 @@
-"""Register tiles of matrix products, written as LLVM vector code for numba: what the jobs in `jobs.py` are made of.
+"""Register tiles of matrix products, written as LLVM vector code for numba: what the jobs in `block_jobs.py` are made of.
 
 The matrix libraries pack a weight matrix before they multiply it. With the few rows per sub-expert of decoding and short prompts, packing
 costs more than the product (docs/log.md has the figures). These tiles read the weights where they are, once, and keep a tile of the result
@@ -11,7 +11,7 @@ Addresses are bytes, strides are elements.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
@@ -21,10 +21,13 @@ from numba.extending import intrinsic
 from .vector_code import F32, I32, I64, SIZES, Code, constant
 
 _features = get_host_cpu_features()
+# A tile keeps a sum for each of its results in a register, and needs registers for a weight per column and for an input: 24 + 4 + 1 of the
+# 32 that AVX-512 has, 12 + 4 + 1 of the 16 of AVX2, where one operand of a multiplication may be memory. Sums that do not fit would go to
+# memory and back at every step.
 if _features.get("avx512f"):
     LANES, ROWS = 16, 6
 elif _features.get("avx2"):
-    LANES, ROWS = 8, 3  # half as many registers
+    LANES, ROWS = 8, 3
 else:
     LANES, ROWS = 4, 6
 """float32 values of a vector register, and rows of a tile."""
@@ -33,27 +36,46 @@ PAYS = bool(_features.get("avx512f") or _features.get("avx2"))
 """Whether the tiles are used: only on processors with vectors on which they were timed (docs/log.md)."""
 
 
-def _dot_tile(
-    c: Code,
-    rows: int,
-    columns: int,
-    x: Any,
-    ids: Any,
-    ldx: Any,
-    w: Any,
-    ldw: Any,
-    depth: Any,
-    out: Any,
-    o: Any,
-    ldo: Any,
-    ldj: Any,
-) -> None:
-    """The tile of `dot`: a register for every sum, over the lanes of which is added up at the end."""
-    xs = c.rows(x, ids, ldx, rows)
-    ws = [c.weight_at(w, j, ldw) for j in range(columns)]
+class DotValues(NamedTuple):
+    """The arguments of `dot` as LLVM values."""
+
+    x: Any
+    ids: Any
+    ldx: Any
+    w: Any
+    ldw: Any
+    depth: Any
+    out: Any
+    o: Any
+    ldo: Any
+    ldj: Any
+
+
+class AddValues(NamedTuple):
+    """The arguments of `add` as LLVM values."""
+
+    a: Any
+    lda: Any
+    w: Any
+    ldw: Any
+    depth: Any
+    out: Any
+    ids: Any
+    ldo: Any
+
+
+def _dot_tile(c: Code, rows: int, columns: int, given: DotValues) -> None:
+    """The tile of `dot`: a register for every sum, over the lanes of which is added up at the end.
+
+    Both operands are read along their rows, so a register holds LANES partial sums of one result. Lane i has always added up the elements
+    i, i + LANES, ...: that order, and the tree in `Code.sums`, are the same for every shape of tile.
+    """
+    xs = c.rows(given.x, given.ids, given.ldx, rows)
+    ws = [c.weight_at(given.w, j, given.ldw) for j in range(columns)]
 
     def step(i: Any, acc: list[Any]) -> list[Any]:
         offset = c.b.mul(i, constant(LANES))
+        # The weights of all columns first: each is used by every row, and is read from memory once.
         loaded = [c.weights(c.weight_at(address, offset)) for address in ws]
         result = []
         for r, address in enumerate(xs):
@@ -61,22 +83,24 @@ def _dot_tile(
             result += [c.fma(value, loaded[j], acc[r * columns + j]) for j in range(columns)]
         return result
 
-    acc = c.loop(c.b.udiv(depth, constant(LANES)), [c.zero] * (rows * columns), step)
-    for r, address in enumerate(c.rows(out, o, ldo, rows)):
+    acc = c.loop(c.b.udiv(given.depth, constant(LANES)), [c.zero] * (rows * columns), step)
+    for r, address in enumerate(c.rows(given.out, given.o, given.ldo, rows)):
         sums = c.sums(acc[r * columns : (r + 1) * columns])
         for j in range(columns):
-            c.store(c.b.extract_element(sums, ir.Constant(I32, j)), c.at(address, j, ldj))
+            c.store(c.b.extract_element(sums, ir.Constant(I32, j)), c.at(address, j, given.ldj))
 
 
-def _add_tile(
-    c: Code, rows: int, vectors: int, a: Any, lda: Any, w: Any, ldw: Any, depth: Any, out: Any, ids: Any, ldo: Any
-) -> None:
-    """The tile of `add`: a register for every LANES columns of the output rows."""
-    outs = c.rows(out, ids, ldo, rows)
-    factors = [c.at(a, i, lda) for i in range(rows)]
+def _add_tile(c: Code, rows: int, vectors: int, given: AddValues) -> None:
+    """The tile of `add`: a register for every LANES columns of the output rows.
+
+    A lane is one element of the output here, so nothing is added across lanes. What `out` holds already is the start of the sum: a row
+    that several groups add to is added up in the order of the groups.
+    """
+    outs = c.rows(given.out, given.ids, given.ldo, rows)
+    factors = [c.at(given.a, i, given.lda) for i in range(rows)]
 
     def step(k: Any, acc: list[Any]) -> list[Any]:
-        row = c.weight_at(w, k, ldw)
+        row = c.weight_at(given.w, k, given.ldw)
         loaded = [c.weights(c.weight_at(row, LANES * v)) for v in range(vectors)]
         result = []
         for r, address in enumerate(factors):
@@ -85,32 +109,43 @@ def _add_tile(
         return result
 
     start = [c.load(c.at(address, LANES * v)) for address in outs for v in range(vectors)]
-    acc = c.loop(depth, start, step)
+    acc = c.loop(given.depth, start, step)
     for r, address in enumerate(outs):
         for v in range(vectors):
             c.store(acc[r * vectors + v], c.at(address, LANES * v))
 
 
-def _cases(tile: Callable[..., None], shapes: list[tuple[int, int]], arguments: int, like: Any) -> tuple[Any, Any]:
-    """What numba wants to hear about a function of (rows, columns, *arguments, like) that runs the tile of that shape."""
+def _cases(
+    tile: Callable[..., None], shapes: list[tuple[int, int]], named: type[DotValues] | type[AddValues], like: Any
+) -> tuple[Any, Any]:
+    """What numba wants to hear about a function of (rows, columns, *arguments, like) that runs the tile of that shape.
+
+    The size of a tile decides how many registers it has, so it must be known when the code is made. One version of each shape is made,
+    and the shape asked for is looked up by comparing: a few predictable jumps for some hundred multiplications.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         rows, columns, *rest, _ = values
         for r, c in shapes:
             same = [builder.icmp_signed("==", value, constant(wanted)) for value, wanted in ((rows, r), (columns, c))]
             with builder.if_then(builder.and_(*same)):
-                tile(Code(builder, LANES, SIZES[like]), r, c, *rest)
+                tile(Code(builder, LANES, SIZES[like]), r, c, named(*rest))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * (arguments + 2), like), codegen
+    return types.void(*[types.intp] * (len(named._fields) + 2), like), codegen
 
 
-WIDE = min(8, LANES)  # columns of a dot tile of few rows
-FEW = 2  # rows of it
+# A multiplication takes several cycles and waits for the sum it adds to, so a core is busy only with eight sums or more. A tile of few rows
+# gets them from more columns.
+WIDE_ROWS = 2  # rows of a wide dot tile at most
+WIDE = min(8, LANES)  # its columns
 NARROW = 4  # columns of the others
 VECTORS = 4 if ROWS == 6 else 2  # of an add tile
-DOT_SHAPES = [(r, c) for r in range(1, ROWS + 1) for c in sorted({1, NARROW} | ({WIDE} if r <= FEW else set()))]
+DOT_SHAPES = [(r, c) for r in range(1, ROWS + 1) for c in sorted({1, NARROW} | ({WIDE} if r <= WIDE_ROWS else set()))]
 ADD_SHAPES = [(r, v) for r in range(1, ROWS + 1) for v in (1, VECTORS)]
+
+# `dot` and `add` keep more than six parameters: numba hands an intrinsic its arguments one by one, and finds the types of the LLVM values
+# in its signature. They are what a matrix product of any library takes: addresses, strides, sizes.
 
 
 @intrinsic
@@ -134,7 +169,7 @@ def dot(
 
     like: np.float32(0), or np.uint16(0) for bfloat16 weights.
     """
-    return _cases(_dot_tile, DOT_SHAPES, 10, like)
+    return _cases(_dot_tile, DOT_SHAPES, DotValues, like)
 
 
 @intrinsic
@@ -145,7 +180,7 @@ def add(
 
     like: as in `dot`.
     """
-    return _cases(_add_tile, ADD_SHAPES, 8, like)
+    return _cases(_add_tile, ADD_SHAPES, AddValues, like)
 
 
 @intrinsic
@@ -175,6 +210,8 @@ def take(context: Any, address: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         pointer = builder.inttoptr(values[0], I64.as_pointer())
+        # "monotonic": the number alone has to be right. What is read after taking it was made visible otherwise, by starting the threads
+        # or through a pipe, so taking does not have to order other memory.
         return builder.atomic_rmw("add", pointer, constant(1), "monotonic")
 
     return types.intp(types.intp), codegen

@@ -22,6 +22,9 @@ def _activate(g: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
     return g / (1.0 + tl.exp(-g))  # silu
 
 
+# `gate_up` and `down` keep more than six parameters: Triton compiles a kernel for its tensors, strides and constants, and takes no objects.
+
+
 @triton.jit
 def gate_up(
     x: tl.tensor,  # [T, d]

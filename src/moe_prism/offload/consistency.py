@@ -14,7 +14,7 @@ from .cache.lfu import LFU
 from .cache.lru import LRU
 from .cache.sch import SCH
 from .predict.base import chosen
-from .replay import groups, replay
+from .replay import ReplayOptions, groups, replay
 from .trace import Array, Trace
 
 SEGMENTS = (4, 16, 64)
@@ -66,7 +66,7 @@ def best_threshold(counts: Array, m: int) -> Steadiness:
 
 def sch(trace: Trace, m: int, rho: float = 2.0) -> float:
     """Segment cache best hit rate: rho x k slots per layer, evicting what the next m tokens use least."""
-    return replay(trace, SCH, max(trace.k, round(rho * trace.k)), settings={"m": m}).hit_rate
+    return replay(trace, SCH, max(trace.k, round(rho * trace.k)), ReplayOptions(settings={"m": m})).hit_rate
 
 
 def routing_report(trace: Trace) -> dict[str, Any]:
@@ -77,10 +77,10 @@ def routing_report(trace: Trace) -> dict[str, Any]:
     for rho in (1, 2, 3):
         slots = min(rho * rows.k, rows.experts)
         found = {
-            "lru": replay(rows, LRU, slots, order=work),
-            "lfu": replay(rows, LFU, slots, order=work),
-            **{f"sch({m})": replay(rows, SCH, slots, order=work, settings={"m": m}) for m in SEGMENTS},
-            "belady": replay(rows, Belady, slots, order=work),
+            "lru": replay(rows, LRU, slots, ReplayOptions(order=work)),
+            "lfu": replay(rows, LFU, slots, ReplayOptions(order=work)),
+            **{f"sch({m})": replay(rows, SCH, slots, ReplayOptions(order=work, settings={"m": m})) for m in SEGMENTS},
+            "belady": replay(rows, Belady, slots, ReplayOptions(order=work)),
         }
         rates.append({"slots": slots, **{name: counts.hit_rate for name, counts in found.items()}})
     return {

@@ -95,13 +95,11 @@ class TraceRecorder:
 
 @torch.no_grad()
 def record(
-    model: Any,
+    recorder: TraceRecorder,
     windows: Sequence[tuple[str, Tensor]],
     *,
     prompt: int,
     header: dict[str, Any] | None = None,
-    values: bool = False,
-    inputs: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Trace:
     """The trace of windows, each (side, ids [n, length]): every row is a request whose first `prompt` tokens are one prefill step and
@@ -110,7 +108,7 @@ def record(
     The text itself stands for what the model generates: routing at a position depends on the tokens before it only, so one pass over
     the window records what decoding these tokens would. Runs at the model's current operating point.
     """
-    recorder = TraceRecorder(model, values=values, inputs=inputs)
+    model = recorder.model
     total = sum(len(ids) for _, ids in windows)
     done = 0
     with recorder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -94,29 +94,42 @@ def uses_by_step(trace: Trace, space: KeySpace, layer: int) -> tuple[Array, Arra
     return used, bounds[1:] - 1
 
 
-def make_cache(
-    maker: type[CachePolicy],
-    space: KeySpace,
-    slots: int | Sequence[int],
-    *,
-    shared: bool = False,
-    size_of: Callable[[Key], int] | None = None,
-    seed: int = 0,
-    settings: Mapping[str, Any] | None = None,
-) -> ExpertCache:
-    """A cache of `slots` units per layer (one number, or one per layer); shared: one pool of their sum instead.
+@dataclass(frozen=True, kw_only=True)
+class ReplayOptions:
+    """How a replay's cache is built, and what it is told beforehand.
 
-    Units are slots, or bytes where size_of gives the bytes of a key.
+    space: whole experts by default; shared: one pool for all layers; size_of: bytes of a key, where keys differ; seed, settings: of the
+    policy; order: the trace's groups, where the caller has them already; hints: for the policy; prefetch: keys read ahead of a layer.
     """
+
+    space: KeySpace | None = None
+    shared: bool = False
+    size_of: Callable[[Key], int] | None = None
+    seed: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    order: Sequence[Group] | None = None
+    hints: Hints | None = None
+    prefetch: Prefetch | None = None
+
+
+def make_cache(
+    maker: type[CachePolicy], space: KeySpace, slots: int | Sequence[int], options: ReplayOptions | None = None
+) -> ExpertCache:
+    """A cache of `slots` units per layer (one number, or one per layer); where `shared`, one pool of their sum instead.
+
+    Units are slots, or bytes where `size_of` gives the bytes of a key.
+    """
+    options = options or ReplayOptions()
+    size_of = options.size_of
     quotas = [slots] * space.layers if isinstance(slots, int) else list(slots)
     if len(quotas) != space.layers or min(quotas) < 0:
         raise UsageError(f"{len(quotas)} quotas for {space.layers} layers", "give one positive number per layer")
     smallest = 1 if size_of is None else max(1, min(size_of(key) for key in range(len(space))))
 
     def policy(_layer: int, capacity: int) -> CachePolicy:
-        return maker(space, capacity // smallest, size_of=size_of, seed=seed, **(settings or {}))
+        return maker(space, capacity // smallest, size_of=size_of, seed=options.seed, **options.settings)
 
-    return Pool(sum(quotas), policy(0, sum(quotas))) if shared else LayerPools(quotas, policy)
+    return Pool(sum(quotas), policy(0, sum(quotas))) if options.shared else LayerPools(quotas, policy)
 
 
 def serve(cache: ExpertCache, group: Group, layers: int) -> list[Access]:
@@ -127,23 +140,13 @@ def serve(cache: ExpertCache, group: Group, layers: int) -> list[Access]:
 
 
 def replay(
-    trace: Trace,
-    policy: type[CachePolicy],
-    slots: int | Sequence[int],
-    *,
-    space: KeySpace | None = None,
-    shared: bool = False,
-    hints: Hints | None = None,
-    size_of: Callable[[Key], int] | None = None,
-    seed: int = 0,
-    settings: Mapping[str, Any] | None = None,
-    order: Sequence[Group] | None = None,
-    prefetch: Prefetch | None = None,
+    trace: Trace, policy: type[CachePolicy], slots: int | Sequence[int], options: ReplayOptions | None = None
 ) -> CacheCounts:
-    """CacheCounts of a policy on a trace. order: the trace's groups, where the caller has them already."""
-    space = space or trace.space
-    work = list(groups(trace, space)) if order is None else order
-    cache = make_cache(policy, space, slots, shared=shared, size_of=size_of, seed=seed, settings=settings)
+    """CacheCounts of a policy on a trace. slots: per layer, one number for all or one each. UsageError for other quotas."""
+    options = options or ReplayOptions()
+    space, hints, prefetch = options.space or trace.space, options.hints, options.prefetch
+    work = list(groups(trace, space)) if options.order is None else options.order
+    cache = make_cache(policy, space, slots, options)
     if policy.needs_future:
         cache.foresee(clocks(work, space.layers))
     if hints is not None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptError, UsageError
 from ..files import replace_file
-from .base import KeySpace
+from .keys import KeySpace
 
 FORMAT = 1
 PREFILL, DECODE = 0, 1

@@ -83,8 +83,10 @@ class Column:
 class Stage(ABC):
     """Made from one or more `RoutingStage`s of the same name: variants that differ in numbers, so that one call serves a mixed batch."""
 
-    parameters: ClassVar[tuple[str, ...]] = ()
-    """Names of the parameters it reads."""
+    neutral_values: ClassVar[Mapping[str, float]] = {}
+    """The parameters it reads, and the value of each up to which nothing is changed by it."""
+    paper: ClassVar[str] = ""
+    """Where it comes from; empty: our own."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """What it asks of `Routed` beside the choice: "scores", "residual", "state"."""
     extra: ExtraExperts | None = None
@@ -101,10 +103,10 @@ class Stage(ABC):
         self.variants = tuple(variants)
         self.keep_mass = bool(variants[0].keep_mass)
         self.counts = Column([[[float(n)] for n in v.layers] for v in variants])
-        for name in self.parameters:
+        for name in self.neutral_values:
             if any(name not in v.parameters for v in variants):
                 raise UsageError(f"a routing stage has no parameter '{name}'", "make it with `moe-prism skip`")
-        self._columns = {name: Column([v.parameters[name] for v in variants]) for name in self.parameters}
+        self._columns = {name: Column([v.parameters[name] for v in variants]) for name in self.neutral_values}
         self._neutral: dict[tuple[int, int, int], bool] = {}
 
     def column(self, name: str) -> Column:
@@ -138,8 +140,16 @@ class Stage(ABC):
         return self._neutral[key]
 
     def keeps_all(self, variant: int, layer: int, k: int) -> bool:
-        """Whether a variant changes nothing in a layer; here by its count alone."""
-        return self.counts.of_plan(variant, layer)[0] >= k
+        """Whether a variant changes nothing in a layer: it keeps k, and every parameter is neutral."""
+        own = self.neutral_values.items()
+        neutral = all(max(self.column(name).of_plan(variant, layer)) <= value for name, value in own)
+        return neutral and self.counts.of_plan(variant, layer)[0] >= k
+
+    @classmethod
+    def neutral(cls, name: str, layers: int, k: int) -> RoutingStage:
+        """The stage of this name that changes nothing."""
+        values = {key: ((value,),) * layers for key, value in cls.neutral_values.items()}
+        return RoutingStage(layers=(k,) * layers, stage=name, parameters=values, keep_mass=False)
 
     @abstractmethod
     def route(self, routed: Routed, which: PlanIndex) -> Routed:

@@ -8,6 +8,8 @@ serving with reproducible answers. Padding takes part like any token.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,8 +20,11 @@ from .base import PlanIndex, SkipStage, ranks
 class BatchRedistribution(SkipStage):
     """The `base` first experts of every token, and the largest of all others up to sum of n over the tokens."""
 
-    parameters = ("base",)
+    neutral_values: ClassVar[Mapping[str, float]] = {"base": 1.0}
     depends_on_batch = True
+
+    def keeps_all(self, variant: int, layer: int, k: int) -> bool:
+        return self.counts.of_plan(variant, layer)[0] >= k  # whatever the base
 
     def kept(self, ranked: Tensor, layer: int, which: PlanIndex) -> Tensor:
         device, rank = ranked.device, ranks(ranked)

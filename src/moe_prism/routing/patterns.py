@@ -37,7 +37,8 @@ def pattern_skip(
     """knots (b, h, e, p): b experts in the first layer, h in layer p (1-based), e in the last, lines between; clamped to 1..k.
 
     places (positions, depth): index over all decoder layers, of which the MoE layers are at `positions` (1-based) of `depth`; None: over
-    the MoE layers alone. rounding "budget": largest remainders first, so that the counts add up to `total` (None: to the rounded sum of the lines).
+    the MoE layers alone. rounding "budget": largest remainders first, so that the counts add up to `total` (None: to the rounded sum of
+    the lines).
     Raises UsageError for a p outside the layers, or a total outside layers..k*layers.
     """
     if rounding not in get_args(Rounding):

@@ -6,7 +6,8 @@ that would be lost says more. Weights that the router normalised or scaled give 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,10 +18,7 @@ from .base import PlanIndex, SkipStage, fit_dial, mean_kept, ranks
 class ScoreMass(SkipStage):
     """The first ranks whose sum reaches (1 - `epsilon`) of the token's sum, at most the layer's n."""
 
-    parameters = ("epsilon",)
-
-    def keeps_all(self, variant: int, layer: int, k: int) -> bool:
-        return self.column("epsilon").of_plan(variant, layer)[0] <= 0 and super().keeps_all(variant, layer, k)
+    neutral_values: ClassVar[Mapping[str, float]] = {"epsilon": 0.0}
 
     def kept(self, ranked: Tensor, layer: int, which: PlanIndex) -> Tensor:
         device, rank = ranked.device, ranks(ranked)

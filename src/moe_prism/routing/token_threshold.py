@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,11 +21,11 @@ from .base import PlanIndex, SkipStage, fit_dial, mean_kept, ranks
 class TokenThreshold(SkipStage):
     """Ranks 1, 2, ... while each holds at least `t` of the largest weight, at least `least` of them and at most the layer's n."""
 
-    parameters = ("t", "least")
+    neutral_values: ClassVar[Mapping[str, float]] = {"t": 0.0, "least": 1.0}
 
     def keeps_all(self, variant: int, layer: int, k: int) -> bool:
         passes = max(self.column("t").of_plan(variant, layer)) <= 0 or self.column("least").of_plan(variant, layer)[0] >= k
-        return passes and super().keeps_all(variant, layer, k)
+        return passes and self.counts.of_plan(variant, layer)[0] >= k
 
     def kept(self, ranked: Tensor, layer: int, which: PlanIndex) -> Tensor:
         device, rank = ranked.device, ranks(ranked)

@@ -7,7 +7,8 @@ and on text like the calibration text. It is the cutoff of the `threshold` rule 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,10 +19,7 @@ from .base import PlanIndex, SkipStage, ranks
 class WeightCutoff(SkipStage):
     """Experts of at least the layer's `cutoff`, at most its n; a token always keeps its first."""
 
-    parameters = ("cutoff",)
-
-    def keeps_all(self, variant: int, layer: int, k: int) -> bool:
-        return self.column("cutoff").of_plan(variant, layer)[0] <= 0 and super().keeps_all(variant, layer, k)
+    neutral_values: ClassVar[Mapping[str, float]] = {"cutoff": 0.0}
 
     def kept(self, ranked: Tensor, layer: int, which: PlanIndex) -> Tensor:
         device, rank = ranked.device, ranks(ranked)

@@ -72,6 +72,7 @@ class ElasticPolicy(Policy):
     def step(self, now: float, waiting: Sequence[Progress], running: Sequence[Progress], limits: Limits) -> list[Work]:
         self._prompts.backlog.sync(waiting, now)
         rows = self._running.sync(running, now)
+        # Only a request that has generated nothing can still have prompt left. The list of those is short, that of all requests is long.
         prompts = [i for i in self._running.silent if running[i].remaining_prompt > 0]
         begun = self._prompts.begun([running[i] for i in prompts])
         rows = np.delete(rows, prompts) if prompts else rows
@@ -85,6 +86,7 @@ class ElasticPolicy(Policy):
         if not len(parts.floor):
             return []
         levels = lift(parts, min(room.seconds, room.release) * MARGIN, self.cost, self._prices)
+        # A running mean over the last MEMORY tokens: once so many were served, each token weighs 1 / MEMORY of the mean.
         self._weight = min(self._weight + parts.weight, MEMORY)
         self._mean += (parts.mean(self._prices.quality[levels]) - self._mean) * parts.weight / max(self._weight, parts.weight)
         self._running.table[rows, LAST] = now
@@ -98,10 +100,13 @@ class ElasticPolicy(Policy):
         if now - self._weighed > AFRESH:
             self._weighed = now
             slots, unread, quality = self._prices.slots, self._prices.unread, self._prices.quality
+            # Levels are weighed on the batch as it is. Few decodes hardly share sub-experts, so a lower level saves reads; many read nearly
+            # all of them at any level, and then giving up quality buys little.
             n = max(decodes, 1)
             step = self.cost.base(Totals(decode=float(n), decode_slots=n * slots, unread=n * unread))
             prompt = np.array([self._prompts.token_seconds(level, n * float(unread[-1])) for level in range(len(slots))])
             self._worthy = worthwhile(step, quality, self._worth), worthwhile(prompt, quality, self._worth)
+        # The promise is about the mean: it is below after cheap tokens, and binds only until dear ones have made up for them.
         mandated = self._least if self._mean < self.quality else 0
         self._decode_least, self._prompts.least = (max(mandated, level) for level in self._worthy)
 
@@ -109,15 +114,19 @@ class ElasticPolicy(Policy):
 
     def _decodes(self, now: float, rows: Ints, begun: Sequence[Begun], limits: Limits, running: int) -> tuple[Room, Ints, Parts]:
         """Who decodes in this step, and the room that leaves for prompts."""
+        # A request that arrives while a step runs waits for its end, so no step may take much of the tightest time to first token.
         seconds = min(LONGEST, RESPONSE * self._prompts.tightest)
         parts = self._parts(rows)
         prompts = self._usual if begun or self._prompts.backlog else Totals()
+        # Times are compared before correction: dividing the limit once is cheaper than correcting each of the many sums that are tried.
+        # The correction is that of a step with prompts like the last one's, because this step's are not chosen yet.
         correction = self.cost.correction(parts.floors + prompts)
         if len(rows):
             allowance = self._allowance(now, rows)
             seconds = max(min(seconds, float(allowance.min())), 1e-6)
             planned = seconds * MARGIN / correction
             left = planned * (1 - self._prompts.urgent(now, begun))
+            # `left` is what urgent prompts leave. Leaving decodes out costs a sort, and is tried only if all of them are too long for that.
             if len(rows) > limits.tokens or self.cost.base(parts.floors) > left:
                 rows = self._most_urgent(now, rows, allowance, (planned, left, 2 * seconds), limits.tokens)
                 parts = self._parts(rows)
@@ -133,6 +142,7 @@ class ElasticPolicy(Policy):
             ceilings=planned - float(self.cost.base(parts.ceilings)),
             unread=parts.floors.unread,
             correction=correction,
+            # Without decodes a step that takes no chunk would do nothing, however wrong the predicted times are.
             must=not len(rows) or now - self._prompts.advanced > self.stall,
         )
         return room, rows, parts
@@ -168,8 +178,11 @@ class ElasticPolicy(Policy):
         """Seconds that each decode can wait for its next token and still be on schedule HORIZON tokens later; infinite without a target."""
         table = self._running.table.take(rows, axis=0)
         tpot, done = table[:, TPOT], table[:, DONE]
+        # Being ahead or behind is spread over HORIZON tokens. Spent at once, one late step would make the next ones too short to be served,
+        # and a request far ahead would starve until it is late. A quarter of the target is the least, as no step can be arbitrarily short.
         ahead = table[:, START] + tpot * done - now
         allowance: Floats = np.maximum(tpot + ahead / HORIZON, tpot / 4)
+        # Who cannot end in time even with the shortest steps has nothing to lose any more, and must not hurry all others.
         lost = table[:, END] - now < self.cost.coefficients.step * (table[:, OUTPUT] - done)
         allowance[lost] = np.inf
         return allowance
@@ -181,7 +194,10 @@ class ElasticPolicy(Policy):
         """
         planned, left, patient = times
         last = self._running.table[rows, LAST]
-        order = np.lexsort((last, allowance))
+        order = np.lexsort(
+            (last, allowance)
+        )  # by allowance, of equal ones who has waited longest: requests without a target take turns
+        # An eighth of the places at most goes to those that have starved: they advance, and cannot make everybody else late.
         stalled = np.flatnonzero(now - last[order] > self.stall)[: 1 + len(rows) // 8]
         order = np.concatenate([order[stalled], np.delete(order, stalled)])
         floor = np.maximum(self._running.levels[rows[order], 0], self._decode_least)
@@ -192,6 +208,7 @@ class ElasticPolicy(Policy):
             unread=self._prices.unread[floor].cumsum(),
         )
         seconds = self.cost.base(sums)
+        # How many fit the whole step, and how many beside urgent prompts. Between the two, those stay that cannot wait for the next step.
         fits, spare = (int(np.searchsorted(seconds, limit, side="right")) for limit in (planned, left))
         hurried = len(stalled) + int((allowance[order[len(stalled) :]] < patient).sum())
         return rows[np.sort(order[: min(max(min(fits, max(spare, hurried)), 1), most)])]

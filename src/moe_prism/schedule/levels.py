@@ -22,7 +22,7 @@ class LevelPrices:
         self.unread: Floats = np.array([facts.unread(level.slots) for level in ladder.levels])
         self.quality: Floats = np.array([level.quality for level in ladder.levels])
         self.both: Floats = np.stack([self.slots, self.unread])
-        self.more: list[tuple[float, float]] = np.diff(self.both).T.tolist()
+        self.more: list[tuple[float, float]] = np.diff(self.both).T.tolist()  # floats of Python: `Climb.take` reads one at a time
 
     def decodes(self, levels: Ints, pairs: float) -> list[Totals]:
         """For each row of levels [rows, n], the sums of n decodes at these levels."""
@@ -65,6 +65,8 @@ def worthwhile(seconds: Floats, quality: Floats, worth: float) -> int:
 
     seconds, quality: of every level, cheapest first. Where time hardly depends on K, quality is not thrown after it.
     """
+    # A cheap level may be worth it and one above it not. All levels from the highest bad one down are given up, because `lift` climbs
+    # rung by rung and may leave a request on any of them. The tolerance keeps the top level itself, which buys nothing for nothing.
     bad = np.flatnonzero(seconds[-1] - seconds < seconds[-1] * (worth * (1 - quality / quality[-1]) - 1e-12))
     return int(bad[-1]) + 1 if len(bad) else 0
 
@@ -76,11 +78,13 @@ def lift(parts: Parts, seconds: float, cost: CostModel, prices: LevelPrices) -> 
     pays the same per token, so counting them is enough: whole rungs of the ladder first, then as many as fit of the next one.
     """
     limit = seconds / cost.correction(parts.floors)
-    if cost.base(parts.ceilings) <= limit:
+    if cost.base(parts.ceilings) <= limit:  # the usual case without overload, and the cheapest to find out
         return parts.ceiling
     d, top = parts.decodes, len(prices.slots) - 1
     decodes = _climbers(parts.floor[:d], parts.ceiling[:d], None, top)
     prompts = _climbers(parts.floor[d:], parts.ceiling[d:], parts.tokens, top)
+    # Whoever stands below a rung and may go above it climbs it, wherever the floor was. So after a rung everybody is at max(floor, rung),
+    # as far as the ceiling allows, and the search goes over the few rungs instead of over the many parts.
     climb = Climb(float(cost.linear(parts.floors)), parts.floors.unread, limit, cost)
     rung = 0
     while rung < top and climb.take(rung, decodes[rung], prompts[rung], prices):
@@ -103,6 +107,8 @@ class Climb:
 
     def take(self, rung: int, decodes: float, prompts: float, prices: LevelPrices) -> bool:
         """Lift so many decode and prompt tokens by this rung if the step then keeps its time."""
+        # Slots cost what they cost. Reading does not: a sub-expert is read once for all who use it, so the log share of what nobody reads
+        # is what adds up over tokens.
         c, (slots, unread) = self.cost.coefficients, prices.more[rung]
         after = self.linear + slots * (decodes * c.decode_slot + prompts * c.prefill_slot)
         left = self.unread + (decodes + prompts) * unread
@@ -115,8 +121,10 @@ class Climb:
 def _some(climb: Climb, rung: int, who: Ints, parts: Parts, prices: LevelPrices) -> int:
     """How many of these, in their order, can climb the rung."""
     decodes = int(np.searchsorted(who, parts.decodes))
+    # Decodes all cost the same, so the largest number that fits is found bit by bit. `take` keeps what it has taken, which is why this adds
+    # up and never tries a larger number twice. Prompts differ in length and are taken one by one.
     lifted, step = 0, 1 << decodes.bit_length()
-    while step:  # the largest number that fits, bit by bit
+    while step:
         if lifted + step <= decodes and climb.take(rung, step, 0.0, prices):
             lifted += step
         step >>= 1

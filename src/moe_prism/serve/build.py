@@ -17,8 +17,8 @@ from .http.admission import Door
 from .http.metrics import Metrics
 from .http.service import Service
 from .http.status import History
+from .options import ServeOptions
 from .process.messages import Facts
-from .server import ServeOptions
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from enum import Enum
+from typing import Any, NamedTuple
 
 from ..schedule.base import Job, Progress
 
@@ -29,8 +30,15 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class Event:
+class ErrorKind(Enum):
+    """Why a request ended with an error."""
+
+    ENGINE = "engine"  # it stopped, a step failed, or it did not take the request
+    DEADLINE = "deadline"
+    NOT_FINITE = "not finite"  # the model returned such numbers for this request
+
+
+class Event(NamedTuple):
     """One step's news of one request: a token, a finish ("stop", "length"), prompt log-probabilities, or an error."""
 
     token: int | None = None
@@ -39,6 +47,7 @@ class Event:
     level: int | None = None
     finish: str | None = None
     error: str | None = None
+    kind: ErrorKind = ErrorKind.ENGINE  # of the error
 
 
 Sink = Callable[[Event], None]

@@ -10,15 +10,14 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PrismError, UsageError
+from .options import ServeOptions
 
 if TYPE_CHECKING:
-    from ..store import StoreOptions
     from .backend import Backend
     from .config import Config
     from .http.admission import Door
@@ -33,25 +32,6 @@ FAREWELL = 1.0
 TURN = 3e-4
 """Seconds a thread may keep the interpreter while another wants it. An engine in a thread gives it up at every tensor operation, and with
 Python's 5 ms would wait that long for the HTTP loop each time: of the tokens per second under load this was a sixth (docs/log.md)."""
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """The command's options. cost: a cost model saved by `--save-cost`, instead of measuring at start; store: experts stay on disk;
-    points: names of measured operating points to serve, or a frontier.json; empty: the Pareto set; debug: plain logs."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    policy: str | None = None
-    config: Path | None = None
-    api_key: str | None = None
-    name: str | None = None
-    cost: Path | None = None
-    save_cost: Path | None = None
-    probe_seconds: float = 4.0
-    store: StoreOptions | None = None
-    points: tuple[str, ...] = ()
-    debug: bool = False
 
 
 def serve(folder: Path, options: ServeOptions) -> None:
@@ -156,7 +136,7 @@ def make_server(app: Any, door: Door, config: Config, engine: Backend) -> Any:
         _until = math.inf
 
         async def on_tick(self, counter: int) -> bool:
-            """Whether to end now; asked ten times a second. Without its engine a server only waits to be restarted."""
+            """Whether to end now. uvicorn asks ten times a second. Without its engine a server can only be restarted, so it ends too."""
             if self._until == math.inf and engine.ended():
                 self._until = time.monotonic() + FAREWELL
             elif engine.alive and engine.clock() - engine.last_turn > config.bounds.step_seconds:

@@ -23,8 +23,8 @@ from .wanted import Floats, Ints
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
-LITTLE = 1 << 22  # multiplications up to which preparing more than one thread costs more than it saves
-LESS = 1 << 24  # the same where there is but one
+UNSHARED_WORK = 1 << 22  # multiplications up to which sharing them out among threads costs more than it saves
+UNGROUPED_WORK = 1 << 24  # where there is but one thread: up to which grouping the rows does
 
 
 def parse_bytes(text: str) -> int:
@@ -60,8 +60,8 @@ class Arena:
 
     def outputs(self, x: Tensor, row: Ints, weight: Floats, slot: Ints) -> Floats:
         """[R, d]: weight [R] x output of slot [R] for the rows row [R] of x."""
-        little = len(row) * self.weights <= (LESS if torch.get_num_threads() == 1 else LITTLE)
-        found = few_outputs(self.plan, x, row, weight, slot) if little else None
+        bound = UNGROUPED_WORK if torch.get_num_threads() == 1 else UNSHARED_WORK
+        found = few_outputs(self.plan, x, row, weight, slot) if len(row) * self.weights <= bound else None
         if found is not None:
             return found
         keep = torch.ones(len(row), 1, 1, dtype=torch.bool)

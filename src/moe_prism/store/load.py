@@ -21,7 +21,7 @@ from .arena import slots_in
 from .choose_misses import Misses
 from .layer import StoredElastic, resident_bytes, stored_plans
 from .pack import Pack, open_pack, write_pack
-from .pools import policy_for
+from .pools import Eviction, policy_for
 from .reader import RecordReader
 from .store import ExpertStore
 
@@ -82,7 +82,7 @@ def load_stored(
     model = stream.keep_outside([name for layer in layers for name in layer.owners])
     group = experts_per_token(model, plans[0].layer) * pack.space.parts
     policy = cache_policies.get(options.policy or policy_for(pack.space, slots, group))
-    store = ExpertStore(pack, slots, plans[0].layer, policy, group=group, settings=options.settings, reader=options.reader)
+    store = ExpertStore(pack, slots, plans[0].layer, Eviction(policy, options.settings, group), reader=options.reader)
     model._moe_prism = StoredElastic(model, plans, store, misses=options.misses, ahead=options.ahead)
     model._moe_prism.stored_bytes_per_weight = manifest["bytes_per_weight"]
     _generation_config(model, folder)

@@ -92,7 +92,7 @@ def write_pack(
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
         with temporary.open("w+b") as file:
-            _write(file, stream, layers, manifest, parts, low, progress)
+            _write(file, stream, layers, _outline(stream, layers, manifest, parts, low), progress)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
@@ -103,21 +103,49 @@ def write_pack(
         temporary.unlink(missing_ok=True)
 
 
-def _write(
-    file: BinaryIO,
-    stream: LayerStream,
-    layers: list[MoELayer],
-    manifest: Mapping[str, Any],
-    parts: int,
-    low: bool,
-    progress: Progress | None,
-) -> None:
+@dataclass(frozen=True)
+class _Outline:
+    """Where everything of a packed file goes, before any record is made."""
+
+    layout: RecordLayout
+    parts: int
+    count: int  # records of a layer
+    layers: int
+    blob: bytes  # the resident tensors
+    facts: dict[str, Any]
+    low: bool  # int8 records as well
+
+    @property
+    def total(self) -> int:
+        """Records of the file, int8 ones not counted."""
+        return self.layers * self.count
+
+    @property
+    def sums_at(self) -> int:
+        return padded(HEAD + len(json.dumps(self.facts)) + 400)  # the facts grow by the offsets below
+
+    @property
+    def blob_at(self) -> int:
+        return padded(self.sums_at + 8 * self.total * (1 + self.low))
+
+    @property
+    def start(self) -> int:
+        return padded(self.blob_at + len(self.blob))
+
+    @property
+    def low_start(self) -> int:
+        return self.start + self.total * self.layout.bytes if self.low else 0
+
+    @property
+    def end(self) -> int:
+        return max(self.start + self.total * self.layout.bytes, self.low_start + self.total * self.layout.low_bytes * self.low)
+
+
+def _outline(stream: LayerStream, layers: list[MoELayer], manifest: Mapping[str, Any], parts: int, low: bool) -> _Outline:
+    """UsageError if the layers cannot be packed."""
     layout, resident = _survey(stream, layers, manifest, parts)
     if low and layout.low_bytes > layout.bytes:
         raise UsageError("these sub-experts are too small for int8 records to save anything", "leave --int8-budget out")
-    count = layers[0].num_experts * parts
-    total = len(layers) * count
-    sums = np.zeros(total * (1 + low), np.uint64)
     blob = save_tensors({f"{i}.{name}": t.contiguous() for i, own in enumerate(resident) for name, t in own.items()})
     facts: dict[str, Any] = {
         "format": 1,
@@ -127,16 +155,19 @@ def _write(
         "parts": parts,
         "layout": layout.to_json(),
     }
-    sums_at = padded(HEAD + len(json.dumps(facts)) + 400)
-    blob_at = padded(sums_at + sums.nbytes)
-    start = padded(blob_at + len(blob))
-    low_start = start + total * layout.bytes if low else 0
+    return _Outline(layout, parts, layers[0].num_experts * parts, len(layers), blob, facts, low)
+
+
+def _write(file: BinaryIO, stream: LayerStream, layers: list[MoELayer], outline: _Outline, progress: Progress | None) -> None:
+    """Records first and the head last: a file whose writing was interrupted has no head."""
+    layout, count = outline.layout, outline.count
+    sums = np.zeros(outline.total * (1 + outline.low), np.uint64)
     for number, layer in enumerate(layers):
         with stream.module(layer.name, disk_dtype=True):
-            records = layout.records(layer, parts)
-        forms = [(records, start, layout.bytes, 0)]
-        if low:
-            forms.append((layout.lowered(records), low_start, layout.low_bytes, total))
+            records = layout.records(layer, outline.parts)
+        forms = [(records, outline.start, layout.bytes, 0)]
+        if outline.low:
+            forms.append((layout.lowered(records), outline.low_start, layout.low_bytes, outline.total))
         for rows, base, size, offset in forms:
             for i, row in enumerate(rows.numpy()):
                 sums[offset + number * count + i] = checksum(row.view(np.uint64))
@@ -144,16 +175,17 @@ def _write(
             file.write(raw_bytes(rows))
         if progress:
             progress(number + 1, len(layers))
-    facts |= {"sums_at": sums_at, "blob_at": blob_at, "blob": len(blob), "start": start, "low_start": low_start}
-    facts["small"] = hashlib.sha256(sums.tobytes() + blob).hexdigest()
+    where = {"sums_at": outline.sums_at, "blob_at": outline.blob_at, "blob": len(outline.blob)}
+    facts = outline.facts | where | {"start": outline.start, "low_start": outline.low_start}
+    facts["small"] = hashlib.sha256(sums.tobytes() + outline.blob).hexdigest()
     text = json.dumps(facts).encode()
-    file.seek(blob_at)
-    file.write(blob)
-    file.seek(sums_at)
+    file.seek(outline.blob_at)
+    file.write(outline.blob)
+    file.seek(outline.sums_at)
     file.write(sums.tobytes())
     file.seek(0)
     file.write(MAGIC + hashlib.sha256(text).digest() + len(text).to_bytes(8, "little") + text)
-    file.truncate(max(start + total * layout.bytes, low_start + total * layout.low_bytes if low else 0))
+    file.truncate(outline.end)
 
 
 def _survey(

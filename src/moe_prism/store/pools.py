@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..offload.base import CachePolicy, ExpertCache, KeySpace
 from ..offload.cache.pool import LayerPools
 from .fast_pool import POLICIES, SlotTable, TablePool
 from .unit_pool import UnitPool
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """Who leaves a store for others: a policy and its settings. group: keys that a token wants of a layer, see `is_shared`."""
+
+    policy: type[CachePolicy]
+    settings: dict[str, Any] = field(default_factory=dict)
+    group: int = 1
 
 
 def is_shared(space: KeySpace, slots: int, group: int) -> bool:

@@ -22,11 +22,10 @@ from torch import Tensor
 
 from ..errors import PrismError, UsageError
 from .checksum import checksum
-from .native import OK, REASONS, Ints, read_records, widen_bfloat16
+from .native import OK, REASONS, RUN, Ints, read_records, widen_bfloat16
 from .pack import Pack
 
 THREADS = 4
-RUN = 8  # neighbouring records read by one call at most
 SHARE = 2  # records per job at least: waking a thread costs about as much as reading a small record
 TRIES = 4
 PAUSE = 0.002  # seconds before the second try, doubled for each further one
@@ -183,7 +182,7 @@ class RecordReader:
         start, offset = (self.pack.low_start, len(self.pack.space)) if low else (self.pack.start, 0)
         sums = self.pack.sums[keys + offset]
         skip = (layout.bytes - size) // 8
-        found = read_records(self._descriptor, self._words, slots, start + keys * size, skip, RUN, sums)
+        found = read_records(self._descriptor, self._words, slots, start + keys * size, skip, sums)
         if low:
             for item, state in zip(items, found.tolist(), strict=True):
                 if state == OK:

@@ -10,16 +10,16 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit, types
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.tiles import take
-from .native import OK, REASONS, Ints, Words, read_records, widen_bfloat16
+from .native import OK, REASONS, Destination, Ints, read_records, widen_bfloat16
 from .pack import Pack
-from .reader import RUN, THREADS, Item, RecordReader, shares
+from .reader import THREADS, Item, RecordReader, shares
 
 JOBS = 2048  # under way at most
 ITEMS = 64  # of a job at most
@@ -30,36 +30,49 @@ _read = types.ExternalFunction("read", types.intp(types.intc, types.intp, types.
 _write = types.ExternalFunction("write", types.intp(types.intc, types.intp, types.intp))
 
 
-@njit(nogil=True, cache=True)
-def work(
-    files: Ints, table: Ints, tickets: Ints, done: Ints, words: Words, arena: NDArray[np.uint8], sums: Words, form: Ints
-) -> None:
-    """Serve jobs until a negative number comes.
+class Descriptors(NamedTuple):
+    """Open files of one thread."""
 
-    files: descriptors of the packed file, of the pipe of job numbers, of the counter of finished jobs. tickets: who takes one first owns
-    the job. form: start of the records, of the int8 records, bytes of either, number of records, rows, hidden, whether to widen here.
-    """
+    pack: int  # the packed file
+    jobs: int  # the pipe that job numbers come through
+    ended: int  # the counter that is raised for every job that has ended
+
+
+class JobTable(NamedTuple):
+    """Jobs as compiled threads see them, by number."""
+
+    rows: Ints  # [JOBS, columns] what to read, and what became of it
+    tickets: Ints  # [JOBS] how many have asked for the job: the first one owns it
+    done: Ints  # [JOBS] 1 = it has ended
+
+
+@njit(nogil=True, cache=True)
+def work(files: Descriptors, jobs: JobTable, target: Destination) -> None:
+    """Serve jobs until a negative number comes."""
     message, one = np.zeros(1, np.int64), np.ones(1, np.int64)
+    table, form = jobs.rows, target.form
     while True:
-        if _read(types.intc(files[1]), message.ctypes.data, 8) != 8 or message[0] < 0:
+        if _read(types.intc(files.jobs), message.ctypes.data, 8) != 8 or message[0] < 0:
             return
         job = message[0]
-        if take(tickets.ctypes.data + 8 * job) != 0:
+        # Cancelling takes a ticket too. The number of a cancelled job is still in the pipe, and here it is met and dropped.
+        if take(jobs.tickets.ctypes.data + 8 * job) != 0:
             continue
         count, low = table[job, COUNT], table[job, LOW]
         keys, slots = table[job, KEYS : KEYS + count], table[job, SLOTS : SLOTS + count]
-        size, base = form[2 + low], form[low]
+        size, base = (form.low_bytes, form.low_start) if low else (form.bytes, form.start)
         own = np.empty(count, np.uint64)
         for i in range(count):
-            own[i] = sums[keys[i] + low * form[4]]
-        skip = (form[2] - size) // 8
-        found = read_records(types.intc(files[0]), words, slots.copy(), base + keys * size, skip, RUN, own)
+            own[i] = target.sums[keys[i] + low * form.records]
+        skip = (form.bytes - size) // 8  # an int8 record lies at the end of its slot, so that it can be widened in place
+        found = read_records(types.intc(files.pack), target.words, slots.copy(), base + keys * size, skip, own)
         for i in range(count):
-            if low == 1 and form[7] == 1 and found[i] == OK:
-                widen_bfloat16(arena[slots[i]], form[5], form[6], form[2] - form[3])
+            if low == 1 and form.widens and found[i] == OK:
+                widen_bfloat16(target.bytes[slots[i]], form.rows, form.hidden, form.bytes - form.low_bytes)
             table[job, FOUND + i] = found[i]
-        done[job] = 1
-        _write(types.intc(files[2]), one.ctypes.data, 8)
+        # in this order: whoever is woken by the counter finds the job done
+        jobs.done[job] = 1
+        _write(types.intc(files.ended), one.ctypes.data, 8)
 
 
 @dataclass
@@ -95,16 +108,12 @@ class WorkerReader(RecordReader):
         super().__init__(pack, arena, threads=threads)
 
     def _start(self, threads: int) -> None:
-        layout = self.pack.layout
-        self._table = np.zeros((JOBS, 2 + 3 * ITEMS), np.int64)
-        self._tickets, self._done = np.zeros(JOBS, np.int64), np.zeros(JOBS, np.int64)
+        rows = np.zeros((JOBS, 2 + 3 * ITEMS), np.int64)
+        self._jobs = JobTable(rows, np.zeros(JOBS, np.int64), np.zeros(JOBS, np.int64))
         self._numbers, self._cancelled = list(range(JOBS)), list[int]()
         self._wakes = os.eventfd(0, os.EFD_CLOEXEC)
         self._pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(2)]  # demand, ahead
-        self._widens = layout.dtype == "bfloat16" and not layout.has_bias
-        form = [self.pack.start, self.pack.low_start, layout.bytes, layout.low_bytes, len(self.pack.space)]
-        self._form = np.array([*form, layout.rows, layout.hidden, self._widens], np.int64)
-        self._sums = np.array(self.pack.sums)  # writable, as the others: one compiled version
+        self._target = Destination.of(self.pack, self._bytes)
         served = [self._pipes[0][0]] * max(1, threads - 1) + [self._pipes[1][0]]
         self._threads = [
             threading.Thread(target=self._serve_pipe, args=(pipe,), daemon=True, name="moe-prism-read") for pipe in served
@@ -113,29 +122,28 @@ class WorkerReader(RecordReader):
             thread.start()
 
     def _serve_pipe(self, pipe: int) -> None:
-        files = np.array([self._descriptor, pipe, self._wakes], np.int64)
-        work(files, self._table, self._tickets, self._done, self._words, self._bytes, self._sums, self._form)
+        work(Descriptors(self._descriptor, pipe, self._wakes), self._jobs, self._target)
 
     def submit(self, items: Sequence[Item], *, ahead: bool = False) -> list[WorkerJob]:  # type: ignore[override]
         cut = shares(items, 1 if ahead else len(self._threads) - 1)
         return [self._begin(share[i : i + ITEMS], ahead) for share in cut for i in range(0, len(share), ITEMS)]
 
     def _begin(self, items: list[Item], ahead: bool) -> WorkerJob:
-        met = [n for n in self._cancelled if self._tickets[n] > 1]
+        met = [n for n in self._cancelled if self._jobs.tickets[n] > 1]
         if met:
             self._cancelled = [n for n in self._cancelled if n not in met]
             self._numbers += met
         number = self._numbers.pop()
-        row, count = self._table[number], len(items)
+        row, count = self._jobs.rows[number], len(items)
         row[COUNT], row[LOW] = count, items[0].low
         row[KEYS : KEYS + count] = [i.key for i in items]
         row[SLOTS : SLOTS + count] = [i.slot for i in items]
-        self._tickets[number] = self._done[number] = 0
+        self._jobs.tickets[number] = self._jobs.done[number] = 0
         os.write(self._pipes[ahead][1], number.to_bytes(8, "little"))
         return WorkerJob(items, ahead, self, number)
 
     def is_done(self, number: int) -> bool:
-        return bool(self._done[number])
+        return bool(self._jobs.done[number])
 
     def pause(self) -> None:
         """Until some job has ended since the last pause."""
@@ -143,18 +151,18 @@ class WorkerReader(RecordReader):
 
     def collect(self, job: WorkerJob) -> None:
         """Take the results of a job that has ended, and try again what failed."""
-        found = self._table[job.number, FOUND : FOUND + len(job.items)].tolist()
+        found = self._jobs.rows[job.number, FOUND : FOUND + len(job.items)].tolist()
         self._numbers.append(job.number)
         job.over = True
         for item, state in zip(job.items, found, strict=True):
             if state != OK:
                 self._again(job.failed, item, REASONS[state])
-            elif item.low and not self._widens:
+            elif item.low and not self._target.form.widens:
                 self._widen(item)
 
     def cancel(self, job: WorkerJob) -> bool:  # type: ignore[override]
         # taking a ticket is atomic in compiled code and here, where nothing else runs Python
-        if not take_ticket(self._tickets, job.number):
+        if not take_ticket(self._jobs.tickets, job.number):
             return False
         job.over = True
         self._cancelled.append(job.number)  # its message is still in the pipe: not to be used again before a thread has met it

@@ -135,7 +135,7 @@ def add(a: Tensor, groups: SlotGroups, span: Span, down: Matrix, out: Tensor) ->
     """out[row[s]] += sum over j of a[s, j] down[expert, n * m + j] for the slots s of a span. a [S, m] counts from its first one."""
     depth, width = a.shape[1], out.shape[1]
     work = len(a) * depth * width
-    strip = width if work < threads.SMALL else -(-width // (ALIGN * torch.get_num_threads())) * ALIGN
+    strip = width if work < threads.ONE_THREAD_WORK else -(-width // (ALIGN * torch.get_num_threads())) * ALIGN
     values = [a.data_ptr(), a.stride(0), depth, out.data_ptr(), out.stride(0), groups.row.data_ptr(), groups.offset.data_ptr()]
     values += [
         groups.active.data_ptr(),

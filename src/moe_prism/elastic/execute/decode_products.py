@@ -16,7 +16,7 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels.tiles import FEW, LANES, NARROW, ROWS, VECTORS, WIDE, add, dot, size_of
+from ...kernels.tiles import LANES, NARROW, ROWS, VECTORS, WIDE, WIDE_ROWS, add, dot, size_of
 from ..base import LayerParts
 from .batch_products import MatrixPart, usable
 
@@ -90,7 +90,7 @@ def dots(x: Floats, row: Ints, expert: Ints, last: int, table: Ints, columns: in
     s = 0
     while s < len(row):
         rows = alike(expert, s)
-        wide = WIDE if rows <= FEW else NARROW
+        wide = WIDE if rows <= WIDE_ROWS else NARROW
         for p in range(len(table)):
             ldw, ldj = table[p, 2], table[p, 4]
             w = table[p, 0] + size * min(max(expert[s], 0), last) * table[p, 1]

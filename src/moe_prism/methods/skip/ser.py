@@ -29,7 +29,7 @@ class Ser(SkipMethod):
 
     @classmethod
     def example(cls) -> str:
-        return "2"
+        return "1"
 
     def fit(self, subject: Subject, mean: float | None) -> Fitted:
         least = self._least(subject)

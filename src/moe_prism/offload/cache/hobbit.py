@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..base import Key, KeySpace, Moment
+from ..replay import ReplayOptions, replay
 from ..trace import Trace
 from .ranked import Ranked
 
@@ -41,12 +42,10 @@ class Hobbit(Ranked):
     @classmethod
     def fit(cls, trace: Trace, space: KeySpace, slots: int) -> dict[str, Any]:
         """The mix of a grid (its corners are the four pure policies) with the fewest misses in a pool of `slots` slots per layer."""
-        from ..replay import replay
-
         few = trace.rows(trace.step < trace.step[0] + FIT_STEPS)
         high = high_level(trace)
         settings = [{"mix": mix, "high": high} for mix in mixes()]
-        misses = [replay(few, cls, slots, space=space, settings=each).misses for each in settings]
+        misses = [replay(few, cls, slots, ReplayOptions(space=space, settings=each)).misses for each in settings]
         return settings[int(np.argmin(misses))]
 
     def new_sequence(self) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from ..base import Key, KeySpace, Moment
+from ..predict.reuse import DECAY, ReusePredictor, coming
+from ..replay import uses_by_step
 from ..trace import Trace
 from .ranked import Aged, Ranked
 
 HALF_LIVES = (8.0, 32.0, 512.0)  # steps
 FLOOR = 0.05  # of a count, so that its logarithm exists
-DECAY = 0.7  # per step, of what counts as coming use
 RIDGE = 1.0
 
 
@@ -33,8 +34,6 @@ class Reuse(Ranked):
 
     @classmethod
     def fit(cls, trace: Trace, space: KeySpace, slots: int) -> dict[str, Any]:
-        from ..predict.reuse import ReusePredictor
-
         if trace.inputs is None:
             return {"coefficients": coefficients(trace, space, None).tolist()}
         hints = ReusePredictor.fit(trace, space).scores(trace)
@@ -57,8 +56,6 @@ class Reuse(Ranked):
 
 def coefficients(trace: Trace, space: KeySpace, hints: np.ndarray | None) -> np.ndarray:
     """[L, 4]: least squares of the coming use on the features of `worth`, every key of a layer alike; hints [T, L, E]."""
-    from ..replay import uses_by_step
-
     out = np.zeros((space.layers, 4))
     for layer in range(space.layers):
         used, rows = uses_by_step(trace, space, layer)
@@ -78,13 +75,4 @@ def aged(used: np.ndarray, half_life: float) -> np.ndarray:
     for step, row in enumerate(used):
         total = total * factor + row
         out[step] = total
-    return out
-
-
-def coming(used: np.ndarray, decay: float) -> np.ndarray:
-    """[S, n] sum over j >= 1 of decay^j used[s + j]."""
-    out, total = np.zeros(used.shape), np.zeros(used.shape[1])
-    for step in range(len(used) - 1, -1, -1):
-        out[step] = total
-        total = (total + used[step]) * decay
     return out

@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 
 from ...errors import UsageError
-from ..base import KeySpace
+from ..keys import KeySpace
 from ..trace import Array, Trace
 
 HISTORY = 4  # tokens before the current one

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..base import KeySpace
-from ..cache.reuse import DECAY
+from ..keys import KeySpace
 from ..trace import Array, Trace
 from .base import chosen
 from .path import Path
+from .reuse import DECAY
 
 TIE = 0.005  # weight of the aged count beside the prediction: it orders experts that no drafted token wants
 

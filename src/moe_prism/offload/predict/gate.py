@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from ..base import KeySpace
+from ..keys import KeySpace
 from ..trace import Array, Trace
 from .base import Predictor, Seen, need_inputs
 

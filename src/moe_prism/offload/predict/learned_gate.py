@@ -6,7 +6,7 @@ from typing import Self
 
 import numpy as np
 
-from ..base import KeySpace
+from ..keys import KeySpace
 from ..trace import Array, Trace
 from .base import Predictor, Seen, chosen, need_inputs
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..base import KeySpace
+from ..keys import KeySpace
 from ..trace import Array, Trace
 from .base import HISTORY, Predictor, Seen, chosen, history
 from .token_table import TokenTable

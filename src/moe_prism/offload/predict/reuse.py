@@ -6,13 +6,13 @@ from typing import Self
 
 import numpy as np
 
-from ..base import KeySpace
-from ..cache.reuse import DECAY, coming
+from ..keys import KeySpace
 from ..trace import Array, Trace
 from .base import chosen, need_inputs
 from .learned_gate import affine, ridge
 
 RIDGE = 100.0
+DECAY = 0.7  # per step, of what counts as coming use
 
 
 class ReusePredictor:
@@ -36,3 +36,12 @@ class ReusePredictor:
         """[T, L, E] of a whole trace."""
         inputs = need_inputs(trace)[0].astype(np.float32)
         return np.stack([self.at(layer, inputs[:, layer]) for layer in range(trace.layers)], axis=1)
+
+
+def coming(used: np.ndarray, decay: float) -> np.ndarray:
+    """[S, n] sum over j >= 1 of decay^j used[s + j]."""
+    out, total = np.zeros(used.shape), np.zeros(used.shape[1])
+    for step in range(len(used) - 1, -1, -1):
+        out[step] = total
+        total = (total + used[step]) * decay
+    return out

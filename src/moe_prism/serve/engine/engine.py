@@ -25,11 +25,11 @@ from ...errors import PrismError, UsageError
 from ...forecast.step_cost import LayerFacts
 from ...schedule.base import Ladder, Policy
 from ..backend import Gauges
-from ..requests import Event, Request
+from ..requests import ErrorKind, Event, Request
 from .paged_attention import NAME as PAGED
 from .runner import Runner
 from .scheduler import NAME as SCHEDULER
-from .scheduler import Connection, PolicyScheduler, Step
+from .scheduler import Connection, PackedStep, PolicyScheduler
 
 logger = logging.getLogger(__name__)
 # transformers logs the first tokens of a prompt it drops, which nobody may read in a log
@@ -50,7 +50,7 @@ class EngineSize:
     prefix_cache: bool = True
 
 
-Observer = Callable[[Step, float], None]
+Observer = Callable[[PackedStep, float], None]
 """Called in the engine's thread after every step with the step and its seconds."""
 
 
@@ -288,7 +288,7 @@ class Engine:
                 _, request_id = heapq.heappop(self._deadlines)
             request = self.book.get(request_id)
             if request is not None:
-                self._finish(request, Event(error="the request's deadline passed"))
+                self._finish(request, Event(error="the request's deadline passed", kind=ErrorKind.DEADLINE))
                 processor.scheduler.set_request_cancellation(request_id)
 
     def _publish(self, processor: ContinuousBatchProcessor) -> None:
@@ -301,7 +301,7 @@ class Engine:
     def _settle(self, processor: ContinuousBatchProcessor) -> None:
         """Advance what policies see, and tell the sinks."""
         runner: Runner = processor.model_runner
-        step: Step = processor.scheduler.current
+        step: PackedStep = processor.scheduler.current
         now = self.clock()
         for part in step.parts:
             request, track = part.request, part.request.track
@@ -318,7 +318,7 @@ class Engine:
             if part.state.status == RequestStatus.FINISHED:
                 finish = "stop" if event.token in request.stop_ids else "length"
             if request.job.id in self.book and not request.cancelled:
-                event = Event(event.token, event.logprob, event.prompt, event.level, finish, event.error)
+                event = event._replace(finish=finish)
                 if finish or event.error:
                     self._finish(request, event)
                 elif event.token is not None or event.prompt:

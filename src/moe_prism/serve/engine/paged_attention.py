@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...kernels.paged_decode import decode_attention
+from ...kernels.paged_decode import DecodeRows, PagedCache, decode_attention
 
 NAME = "moe_prism_flash_paged"
 """Registered with transformers. "flash" in a name is how it knows that no mask is to be built."""
@@ -83,10 +83,9 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Writes the new keys and values, then attends request by request. -> [1, T, heads, d]."""
+    """Writes the new keys and values, then attends request by request. -> [1, T, heads, d]. Without dropout: nobody trains here."""
     cache = kwargs["cache"]
     layout: PagedLayout = cache.moe_prism_layout
     layer = int(module.layer_idx)  # type: ignore[arg-type]
@@ -97,7 +96,8 @@ def attention(
     q = query[0].transpose(0, 1).contiguous()  # [T, heads, d]
     out = torch.empty_like(q)
     if len(layout.rows):
-        _decode(layout, q, keys, values, q.shape[2] ** -0.5 if scaling is None else scaling, out)
+        paged = PagedCache(keys.numpy(), values.numpy(), layout.page, layout.stride)
+        _decode(layout, q, paged, q.shape[2] ** -0.5 if scaling is None else scaling, out)
     for span, index, mask in layout.prompts:
         k, v = (key[:, :, span], value[:, :, span]) if index is None else (_read(keys, index), _read(values, index))
         attended = nn.functional.scaled_dot_product_attention(
@@ -107,27 +107,20 @@ def attention(
     return out[None], None
 
 
-def _decode(layout: PagedLayout, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
+def _decode(layout: PagedLayout, q: Tensor, cache: PagedCache, scale: float, out: Tensor) -> None:
     """Rows of `out` [T, heads, d] that decode."""
     everyone = len(layout.rows) == len(q)
     query = q if everyone else q[layout.rows]
     result = out if everyone else torch.empty_like(query)
-    table, lengths = layout.table.numpy(), layout.lengths.numpy()
-    whole = (query.numpy(), keys.numpy(), values.numpy(), table, lengths, layout.page, layout.stride, scale, result.numpy())
-    threads = min(torch.get_num_threads(), len(lengths))
-    if threads == 1 or lengths.sum() < WORTH_A_THREAD:
-        decode_attention(*whole)
+    rows = DecodeRows(query.numpy(), layout.table.numpy(), layout.lengths.numpy(), result.numpy())
+    threads = min(torch.get_num_threads(), len(rows.lengths))
+    if threads == 1 or rows.lengths.sum() < WORTH_A_THREAD:
+        decode_attention(rows, cache, scale)
     else:
-        cuts = [len(lengths) * i // threads for i in range(threads + 1)]
-        list(_POOL.map(lambda span: decode_attention(*_share(whole, slice(*span))), pairwise(cuts)))
+        cuts = [len(rows.lengths) * i // threads for i in range(threads + 1)]
+        list(_POOL.map(lambda span: decode_attention(rows.part(slice(*span)), cache, scale), pairwise(cuts)))
     if not everyone:
         out[layout.rows] = result
-
-
-def _share(whole: tuple[Any, ...], piece: slice) -> tuple[Any, ...]:
-    """The arguments of some of the requests; views, contiguous like the whole, so that one compiled form serves both."""
-    query, keys, values, table, lengths, page, stride, scale, out = whole
-    return query[piece], keys, values, table[piece], lengths[piece], page, stride, scale, out[piece]
 
 
 def _read(cache: Tensor, index: Tensor) -> Tensor:

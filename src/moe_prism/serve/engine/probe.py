@@ -12,7 +12,7 @@ from ...forecast.step_cost import CostModel, StepSample
 from ...schedule.base import Job, Ladder, Limits, Policy, Progress, Work
 from ..requests import Event, Request, Sampling
 from .engine import Engine, context_limit, layer_facts
-from .scheduler import Step
+from .scheduler import PackedStep
 
 WARM_UP = 6  # first steps, in which buffers are allocated and pages touched
 LEAST = 48  # steps below which the time is exceeded rather than the fit starved
@@ -59,7 +59,7 @@ def probe(engine: Engine, texts: Sequence[int], seconds: float = 4.0) -> CostMod
     done = threading.Event()
     until = time.monotonic() + seconds
 
-    def observe(step: Step, took: float) -> None:
+    def observe(step: PackedStep, took: float) -> None:
         nonlocal skipped
         if skipped < WARM_UP:
             skipped += 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 
-from ..requests import Event, TokenLogprob
+from ..requests import ErrorKind, Event, TokenLogprob
 from .sampling import Sampler, draw, logprobs
 from .scheduler import PolicyScheduler, StepPart
 
@@ -74,7 +74,9 @@ class Runner(ModelRunner):  # type: ignore[misc]
         for i, part in enumerate(parts):
             before = self.results[part.state.request_id]
             self.results[part.state.request_id] = (
-                Event(tokens[i], found.get(i), before.prompt, part.level) if usable[i] else Event(error=NOT_FINITE)
+                Event(tokens[i], found.get(i), before.prompt, part.level)
+                if usable[i]
+                else Event(error=NOT_FINITE, kind=ErrorKind.NOT_FINITE)
             )
         return tokens
 

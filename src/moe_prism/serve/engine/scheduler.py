@@ -11,8 +11,7 @@ import torch
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, Scheduler
 
-from ...elastic.bind import Step as ForwardStep
-from ...elastic.bind import bind
+from ...elastic.bind import Step, bind
 from ...elastic.runtime import Elastic
 from ...forecast.step_cost import LayerFacts, Totals, chunk_pairs
 from ...schedule.base import Ladder, Limits, Policy, Work
@@ -37,7 +36,7 @@ class StepPart:
 
 
 @dataclass
-class Step:
+class PackedStep:
     """What one step computes, in the order of the packed batch."""
 
     parts: list[StepPart] = field(default_factory=list)
@@ -85,7 +84,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         self.bound = bind(self.elastic, [level.point for level in self.ladder.levels])
         self.installed = ExitStack()
         self.installed.enter_context(self.elastic.at(self.bound))
-        self.current = Step()
+        self.current = PackedStep()
         self.capacity = self.cache.num_blocks * self._allocator.tokens_per_page
 
     @property
@@ -117,7 +116,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         waiting = [self.book[i].track for i in self.waiting_requests_order]
         running = [self.book[i].track for i in self.active_requests]
         now = self.clock()
-        self.current = Step(began=now)
+        self.current = PackedStep(began=now)
         works = self.policy.step(now, waiting, running, limits)
         self.current.asked = self.clock() - now
         scheduled: list[FutureRequestState] = []
@@ -179,7 +178,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             which: int | torch.Tensor = levels[0]
         else:
             which = torch.tensor(levels).repeat_interleave(torch.tensor([part.tokens for part in parts]))
-        self.elastic.step = ForwardStep(self.bound, which)
+        self.elastic.step = Step(self.bound, which)
 
     def _totals(self) -> Totals:
         sums = [0.0] * 7

@@ -21,12 +21,12 @@ from ...point import OperatingPoint
 from ...schedule import CostModel, policies
 from ...schedule.base import Ladder
 from ..config import Config
+from ..options import ServeOptions
 from ..process.messages import Facts
-from ..server import ServeOptions
 from .engine import Engine, EngineSize
 from .ladder import Refusal, find_ladder, measure_ladder
 from .probe import Script, probe
-from .scheduler import Step
+from .scheduler import PackedStep
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +41,10 @@ class RunningEngine:
     facts: Facts
     save_cost: Path | None
 
-    def watch(self, heard: Callable[[Step, float], None]) -> None:
+    def watch(self, heard: Callable[[PackedStep, float], None]) -> None:
         """From now on the cost model learns from every step, and `heard` is told of it, in the engine's thread."""
 
-        def observe(step: Step, seconds: float) -> None:
+        def observe(step: PackedStep, seconds: float) -> None:
             self.cost.observe(step.totals, seconds)
             heard(step, seconds)
 

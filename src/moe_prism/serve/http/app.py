@@ -39,26 +39,7 @@ def create_app(service: Service, door: Door, history: status.History, key: str |
     app = FastAPI(title="moe-prism", docs_url=None, redoc_url=None, responses=ERRORS, lifespan=lifespan)
     started = int(time.time())
 
-    @app.exception_handler(Refusal)
-    async def refused(request: Request, error: Refusal) -> Response:
-        return JSONResponse(error.body(), error.status, error.headers())
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(p) for p in first["loc"][1:] if isinstance(p, int) or p.isidentifier())
-        refusal = Refusal(
-            400, f"{place or 'body'}: {first['msg']}"[:500], param=place[:100] or None
-        )  # never the value: it is the prompt
-        return JSONResponse(refusal.body(), refusal.status)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        return JSONResponse(Refusal(error.status_code, str(error.detail)).body(), error.status_code, error.headers)
-
-    @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> Response:
-        return JSONResponse(Refusal(500, "an error inside the server").body(), 500)
+    _answer_errors(app)
 
     @app.get("/health")
     async def health() -> Response:
@@ -107,6 +88,31 @@ def create_app(service: Service, door: Door, history: status.History, key: str |
         return await routes.chat(service, door, request, body)
 
     return Guard(_AtTheDoor(app, door), service.config.bounds, key, service.metrics.refuse)
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Every error is answered in OpenAI's form, and none says what the request held."""
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, error: Refusal) -> Response:
+        return JSONResponse(error.body(), error.status, error.headers())
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"][1:] if isinstance(p, int) or p.isidentifier())
+        refusal = Refusal(
+            400, f"{place or 'body'}: {first['msg']}"[:500], param=place[:100] or None
+        )  # never the value: it is the prompt
+        return JSONResponse(refusal.body(), refusal.status)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        return JSONResponse(Refusal(error.status_code, str(error.detail)).body(), error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        return JSONResponse(Refusal(500, "an error inside the server").body(), 500)
 
 
 class _AtTheDoor:

@@ -18,7 +18,7 @@ from ..requests import Sampling, TokenLogprob
 from .admission import Door, Place
 from .answers import chat_logprobs, completion_logprobs, event, usage
 from .protocol import ChatRequest, Common, CompletionRequest, Refusal
-from .service import Piece, Service, Strand, Wish
+from .service import Piece, Service, Strand, StrandRequest, Wish
 
 logger = logging.getLogger("moe_prism.requests")
 
@@ -135,15 +135,17 @@ async def _run(service: Service, door: Door, http: Request, body: Any, prompts: 
             prompt = i // body.n
             answer.strands.append(
                 service.launch(
-                    f"{answer.id}-{i}",
-                    prompts[prompt],
-                    i,
-                    _sampling(body, i % body.n),
-                    wish,
-                    outputs[prompt],
-                    body.stops,
-                    hidden=asked == 0,
-                    ignore_eos=body.ignore_eos,
+                    StrandRequest(
+                        id=f"{answer.id}-{i}",
+                        index=i,
+                        prompt=prompts[prompt],
+                        sampling=_sampling(body, i % body.n),
+                        wish=wish,
+                        output=outputs[prompt],
+                        stops=body.stops,
+                        hidden=asked == 0,
+                        ignore_eos=body.ignore_eos,
+                    )
                 )
             )
     except BaseException:

@@ -16,7 +16,7 @@ from ...schedule.base import Job, Ladder
 from ...schedule.classes import RequestClass
 from ..backend import Backend
 from ..config import Config
-from ..requests import Event, Request, Sampling, TokenLogprob
+from ..requests import ErrorKind, Event, Request, Sampling, TokenLogprob
 from .detokenize import Detokenizer, Stops
 from .metrics import Metrics
 from .protocol import Common, Refusal
@@ -63,6 +63,21 @@ class Wish:
     ttft: float | None
     tpot: float | None
     priority: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrandRequest:
+    """One sequence that is to be generated. index: its place in the answer; output: tokens at most; hidden: see `Strand`."""
+
+    id: str
+    index: int
+    prompt: list[int]
+    sampling: Sampling
+    wish: Wish
+    output: int
+    stops: list[str]
+    hidden: bool = False
+    ignore_eos: bool = False
 
 
 @dataclass
@@ -178,33 +193,24 @@ class Service:
 
     # ---- in the engine
 
-    def launch(
-        self,
-        id: str,
-        prompt: list[int],
-        index: int,
-        sampling: Sampling,
-        wish: Wish,
-        output: int,
-        stops: list[str],
-        hidden: bool,
-        ignore_eos: bool,
-    ) -> Strand:
-        """Queue one sequence."""
+    def launch(self, asked: StrandRequest) -> Strand:
+        """Queue one sequence. Refusal if the engine does not take it."""
         loop = asyncio.get_running_loop()
         self._mail = self._mail or Mail(loop)
-        mail, queue = self._mail, asyncio.Queue[Event]()
+        mail, queue, wish, prompt = self._mail, asyncio.Queue[Event](), asked.wish, asked.prompt
         now = self.engine.clock()
-        job = Job(id, now, len(prompt), output, wish.floor, wish.ceiling, wish.ttft, wish.tpot, wish.priority, wish.kind.name)
-        ends = frozenset[int]() if ignore_eos else self.eos
+        targets = (wish.floor, wish.ceiling, wish.ttft, wish.tpot, wish.priority, wish.kind.name)
+        job = Job(asked.id, now, len(prompt), asked.output, *targets)
+        ends = frozenset[int]() if asked.ignore_eos else self.eos
         deadline = now + self.config.bounds.request_seconds
-        request = Request(job, prompt, sampling, ends, lambda event: mail.post(queue, event), deadline)
-        sequence = Strand(index, prompt, request, queue, Detokenizer(self.tokenizer), Stops(stops), now, hidden=hidden)
+        request = Request(job, prompt, asked.sampling, ends, lambda event: mail.post(queue, event), deadline)
+        texts = Detokenizer(self.tokenizer), Stops(asked.stops)
+        sequence = Strand(asked.index, prompt, request, queue, *texts, now, hidden=asked.hidden)
         try:
             self.engine.submit(request)
         except PrismError as error:
             raise Refusal(503, error.cause, code="engine", retry=10) from error
-        self._live[id] = sequence
+        self._live[asked.id] = sequence
         return sequence
 
     async def pieces(self, sequence: Strand) -> AsyncIterator[Piece]:
@@ -214,7 +220,7 @@ class Service:
             while True:
                 event = await sequence.events.get()
                 if event.error is not None:
-                    raise self._failure(event.error)
+                    raise self._failure(event.error, event.kind)
                 piece = self._piece(sequence, event)
                 if event.logprob is not None and not sequence.hidden:  # of the end token too: lm-eval drops one generated token
                     held.append(event.logprob)
@@ -256,10 +262,10 @@ class Service:
             self.metrics.latency(self.metrics.gap, kind, now - sequence.last)
         sequence.last = now
 
-    def _failure(self, error: str) -> Refusal:
-        if "not finite" in error:
+    def _failure(self, error: str, kind: ErrorKind) -> Refusal:
+        if kind is ErrorKind.NOT_FINITE:
             self.metrics.nan.inc()
-        if "deadline" in error:
+        if kind is ErrorKind.DEADLINE:
             return Refusal(504, error, code="deadline")
         return Refusal(503, error, code="engine", retry=1)
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import PrismError
 from ..requests import Event, Request
@@ -21,7 +21,7 @@ from .spawn import STOP
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
-    from ..engine.scheduler import Step
+    from ..engine.scheduler import PackedStep
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +33,15 @@ class Outbox:
 
     def __init__(self, link: Link, engine: Engine) -> None:
         self._link, self._engine = link, engine
-        self._events: list[tuple[Any, ...]] = []
+        self._events: list[tuple[str, Event]] = []
 
     def hear(self, request_id: str, event: Event) -> None:
         """In the engine's thread: a sink. An error may come between two steps and does not wait for the next."""
-        self._events.append((request_id, event.token, event.logprob, event.prompt, event.level, event.finish, event.error))
+        self._events.append((request_id, event))
         if event.error is not None:
             self._send(News(self._engine.last_turn, self._engine.gauges(), events=self._taken()))
 
-    def observe(self, step: Step, seconds: float) -> None:
+    def observe(self, step: PackedStep, seconds: float) -> None:
         """In the engine's thread, after every step."""
         parts = tuple((p.request.job.id, p.level, p.tokens, p.request.cached_tokens) for p in step.parts)
         self._send(News(self._engine.last_turn, self._engine.gauges(), step.tally(seconds), parts, self._taken()))
@@ -52,10 +52,9 @@ class Outbox:
 
     def refuse(self, request_id: str, error: str) -> None:
         """In any thread: a request that the engine did not take."""
-        row = (request_id, None, None, (), None, None, error)
-        self._send(News(self._engine.last_turn, self._engine.gauges(), events=(row,)))
+        self._send(News(self._engine.last_turn, self._engine.gauges(), events=((request_id, Event(error=error)),)))
 
-    def _taken(self) -> tuple[tuple[Any, ...], ...]:
+    def _taken(self) -> tuple[tuple[str, Event], ...]:
         events, self._events = tuple(self._events), []
         return events
 

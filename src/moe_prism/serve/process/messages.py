@@ -11,15 +11,13 @@ import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ...schedule.base import Job, Ladder
 from ..backend import Gauges, Tally
-from ..requests import Sampling
-
-if TYPE_CHECKING:
-    from ..config import Config
-    from ..server import ServeOptions
+from ..config import Config
+from ..options import ServeOptions
+from ..requests import Event, Sampling
 
 _LENGTH = struct.Struct("!Q")
 
@@ -77,7 +75,7 @@ class News(NamedTuple):
     gauges: Gauges
     tally: Tally | None = None
     parts: tuple[tuple[str, int, int, int], ...] = ()  # request, level, tokens computed, tokens found in the prefix cache
-    events: tuple[tuple[Any, ...], ...] = ()  # request, then the fields of an Event
+    events: tuple[tuple[str, Event], ...] = ()  # request, what happened to it
 
 
 # ---- both

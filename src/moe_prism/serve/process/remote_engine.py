@@ -130,10 +130,10 @@ class RemoteEngine(asyncio.Protocol):
                 request.levels[level] = request.levels.get(level, 0) + tokens
                 request.cached_tokens = cached
                 request.track.advance(level=level)
-        for request_id, *fields in news.events:
+        for request_id, event in news.events:
             request = self.book.get(request_id)
             if request is not None:  # else it was cancelled while this was on its way
-                self._tell(request, Event(*fields))
+                self._tell(request, event)
         if news.tally is not None and self.observer is not None:
             self.observer(news.tally)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ...errors import PrismError
 from ..config import Config
-from ..server import ServeOptions
+from ..options import ServeOptions
 from .messages import Facts, Failed, Link, Start
 
 STOP = b"stop"

@@ -149,7 +149,7 @@ def add(a: Tensor, groups: PackedGroups, w: Tensor, out: Tensor) -> None:
     """out[row[s]] += a[s] . block of w. a [S, m], out [T, d]: float32; w [E, d / 16, f, 16] packed, block n its rows n m..n m + m - 1."""
     depth, columns = a.shape[1], w.shape[1]
     work = len(a) * depth * columns * WIDTH
-    count = 1 if work < threads.SMALL else torch.get_num_threads()
+    count = 1 if work < threads.ONE_THREAD_WORK else torch.get_num_threads()
     strip = -(-columns // (CHUNK * count)) * CHUNK
     values = [a.data_ptr(), a.stride(0), depth, out.data_ptr(), out.stride(0), groups.slot.data_ptr(), groups.row.data_ptr()]
     values += [*groups.numbers(), w.data_ptr(), w.stride(0), groups.n_sub, columns, w.stride(1), strip, _is_half(w)]

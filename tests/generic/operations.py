@@ -1,0 +1,125 @@
+"""What a model's experts really read, counted at the weights: sets of (token, expert, neuron), not formulas.
+
+The layers run by the readable executor and scorers. Every use of a weight goes through `MoELayer.activations` and `project`,
+the ridge predictor through `ridge.features`, compensation through `Blocks.combine`: these are hooked. A row is known by its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from unittest import mock
+
+import torch
+
+from moe_prism.elastic.compensate.base import Blocks
+from moe_prism.elastic.scorers import ridge
+
+
+@dataclass
+class Reads:
+    """Of one layer. up, down: (token, expert, neuron); bias, predictor: (token, expert); means: (token, block)."""
+
+    up: set = field(default_factory=set)
+    down: set = field(default_factory=set)
+    bias: set = field(default_factory=set)
+    predictor: set = field(default_factory=set)
+    means: set = field(default_factory=set)
+    sizes: dict = field(default_factory=dict)
+
+    def weights(self, *, distinct: bool) -> int:
+        """Weights read by all tokens, or by the batch together."""
+        total = 0
+        for name in ("up", "down", "bias", "predictor", "means"):
+            entries = getattr(self, name)
+            if distinct:
+                entries = {entry[1:] for entry in entries}
+            total += len(entries) * self.sizes.get(name, 0)
+        return total
+
+
+@contextmanager
+def counted(elastic) -> Iterator[list[Reads]]:
+    """Count what one forward inside the block reads."""
+    found = [Reads() for _ in elastic.layers]
+    now: list = [None, {}]  # the layer that runs, and token of each row
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("moe_prism.elastic.execute.batch_products.usable", lambda *_: None))
+        features, combine = ridge.features, Blocks.combine
+
+        def counted_features(plan, x, expert, scale):
+            reads = now[0]
+            reads.predictor |= {(now[1][key(row)], expert) for row in x}
+            return features(plan, x, expert, scale)
+
+        def counted_combine(self, table, weight=None):
+            reads = now[0]
+            reads.sizes["means"] = table.shape[1]
+            reads.means |= set(zip(self.token.tolist(), self.block.tolist(), strict=True))
+            return combine(self, table, weight)
+
+        stack.enter_context(mock.patch.object(ridge, "features", counted_features))
+        stack.enter_context(mock.patch.object(Blocks, "combine", counted_combine))
+        for layer, reads in zip(elastic.layers, found, strict=True):
+            stack.enter_context(_hooked(layer, reads, now))
+        before, elastic.always_split = elastic.always_split, True
+        try:
+            yield found
+        finally:
+            elastic.always_split = before
+
+
+def key(row):
+    return row.detach().numpy().tobytes()
+
+
+@contextmanager
+def _hooked(layer, reads, now):
+    own = layer.plan.layer
+    matrices = 2 if own.gate is not None else 1
+    biases = sum(b is not None for b in (own.gate_bias, own.up_bias))
+    reads.sizes.update(up=matrices * own.hidden + biases, down=own.hidden, bias=0 if own.down_bias is None else own.hidden)
+    activations, project = own.activations, own.project
+    if "ridge" in layer.plan.tensors:
+        reads.sizes["predictor"] = layer.plan.tensors["ridge"][0].numel()
+    last: list = []
+
+    def counted_activations(expert, x, neurons=slice(None)):
+        ids = range(own.width)[neurons] if isinstance(neurons, slice) else neurons.tolist()
+        tokens = [now[1][key(row)] for row in x]
+        reads.up |= {(t, expert, n) for t in tokens for n in ids}
+        last[:] = tokens
+        return activations(expert, x, neurons)
+
+    def counted_project(expert, a, neurons=slice(None)):
+        reads.down |= {(t, expert, n) for t in last for n in range(own.width)[neurons]}
+        reads.bias |= {(t, expert) for t in last}
+        return project(expert, a, neurons)
+
+    def run(x, index, weight):
+        now[:] = [reads, {key(row): t for t, row in enumerate(x)}]
+        assert len(now[1]) == len(x), "two rows of the batch are equal: they cannot be told apart"
+        return layer(x, index, weight)
+
+    way = layer.executor.way
+    own.activations, own.project, layer.executor.way = counted_activations, counted_project, "reference"
+    own.install(run)
+    try:
+        yield
+    finally:
+        del own.activations, own.project
+        layer.executor.way = way
+        own.install(layer)
+
+
+def expected(elastic, tokens: int, found: list[Reads]) -> tuple[float, float]:
+    """(bytes per token, distinct bytes) of what was counted."""
+    size = elastic.stored_bytes_per_weight
+    per_token = sum(reads.weights(distinct=False) for reads in found) * size / tokens
+    return per_token, sum(reads.weights(distinct=True) for reads in found) * size
+
+
+def distinct_rows(model, tokens: int) -> torch.Tensor:
+    """[1, tokens] token ids, all different."""
+    return torch.randperm(model.config.vocab_size, generator=torch.Generator().manual_seed(0))[None, :tokens]

@@ -19,7 +19,7 @@ from moe_prism.elastic.scorers.oracle import Oracle
 from moe_prism.frontier import Frontier
 from moe_prism.frontier.measure import measure
 from moe_prism.jobs.frontier import FrontierOptions, measure_frontier
-from moe_prism.jobs.generate import Sampling
+from moe_prism.jobs.generate import GenerateOptions
 from moe_prism.point import FULL
 
 FRONTIER_KEYS = {"model", "source", "n_sub", "points", "baseline_topk", "provenance"}
@@ -114,7 +114,7 @@ def test_a_request_gives_the_same_tokens_alone_and_in_a_mixed_batch(nano, held_o
 def test_generate_is_greedy_decoding_at_the_budget(nano):
     model, tokenizer = nano
     half = FULL.with_budget(0.5, "product")
-    made = moe_prism.generate(model, tokenizer, "import os\n", point=half, sampling=Sampling(max_tokens=8))
+    made = moe_prism.generate(model, tokenizer, "import os\n", point=half, sampling=GenerateOptions(max_tokens=8))
     ids = tokenizer("import os\n", return_tensors="pt")["input_ids"]
     expected = greedy(model, ids, [0.5], 8)[0].tolist()
     assert tokenizer.decode(expected[: made.tokens], skip_special_tokens=True) == made.text

@@ -214,6 +214,30 @@ def test_a_plan_is_made_measured_and_used(run_json, run, tiny_source, elastic_ti
     assert run("skip", tiny_source, "--method", "product", "-o", plan)[0] == 2
 
 
+def test_a_measured_point_runs_again_by_name_and_by_file(run_json, run, elastic_tiny, text_file, tmp_path):
+    """frontier -> generate --point NAME, --point FILE, with and without a store -> frontier --points FILE: the same KL."""
+    folder, text = tmp_path / "elastic", ("--text", text_file)
+    shutil.copytree(elastic_tiny, folder)
+    asked = ("--methods", "product,uniform,score-mass", "--per-method", "2")
+    first = run_json("frontier", folder, *text, *SMALL, "--calibration-tokens", "256", *asked)
+    again = run_json("frontier", folder, "-o", tmp_path / "again", *text, *SMALL, "--points", folder / "frontier.json")
+    known = {p["name"]: p for p in [*again["points"], *again["baseline_topk"]]}
+    for p in [*first["points"], *first["baseline_topk"]]:
+        if p["budget"] < 1:
+            assert known[p["name"]]["point"] == p["point"] and known[p["name"]]["kl"] == pytest.approx(p["kl"], abs=1e-9)
+
+    prompt = ("generate", folder, "--prompt", "import", "--max-tokens", "6")
+    for p in first["points"]:
+        made = run_json(*prompt, "--point", p["name"])
+        assert made["point"] == p["point"]
+        (tmp_path / "one.json").write_text(json.dumps(p["point"]))
+        assert run_json(*prompt, "--point", tmp_path / "one.json")["text"] == made["text"]
+        assert run_json(*prompt, "--point", p["name"], "--expert-memory", "1MB")["text"] == made["text"]
+    nearest = first["points"][0]["name"]
+    code, _, err = run(*prompt, "--point", f"{nearest}x")
+    assert code == 2 and f"did you mean '{nearest}'?" in err
+
+
 def test_progress_goes_to_stderr(run, tiny_source, text_file, tmp_path):
     code, out, err = run("calibrate", tiny_source, "-o", tmp_path / "c", "--text", text_file, *SMALL)
     assert code == 0 and "calibrate: 8/8" in err and "calibrate:" not in out

@@ -22,4 +22,4 @@ def test_a_counting_rule_is_measured_at_every_count():
 
 def test_one_point_is_no_curve():
     with pytest.raises(UsageError, match="no curve"):
-        FrontierOptions(points=1).check()
+        FrontierOptions(per_method=1).check()

@@ -105,9 +105,12 @@ def _read(declared: Field[Any], kind: Any, given: Any) -> Any:
 
 
 def _entries(declared: Field[Any], kind: type, text: str) -> list[Any]:
+    default = declared.default if declared.default_factory is MISSING else declared.default_factory()
     if text == declared.metadata.get("empty"):
         return []
     if not text.strip(", "):
+        if default:  # "" says that not even the default is wanted
+            return []
         raise UsageError(f"{flag_of(declared)} is empty", "name something, or leave it out")
     try:
         return [kind(part) for part in text.split(",") if part.strip()]

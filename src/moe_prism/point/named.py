@@ -135,7 +135,9 @@ def _skip_plan(row: dict[str, Any], name: str) -> NamedPoint:
     stage = RoutingStage(
         stage=RENAMED.get(name_then, name_then),
         layers=_counts(read.mapping(row["layers"], f"layers of a {OLD_KIND}")),
-        parameters={RENAMED.get(key, key): read.rows(value, f"parameter '{key}' of a {OLD_KIND}") for key, value in parameters.items()},
+        parameters={
+            RENAMED.get(key, key): read.rows(value, f"parameter '{key}' of a {OLD_KIND}") for key, value in parameters.items()
+        },
         keep_mass=read.flag(row.get("keep_mass"), f"keep_mass of a {OLD_KIND}"),
     )
     return NamedPoint(name=name, point=OperatingPoint(routing=(stage,)), made=made)

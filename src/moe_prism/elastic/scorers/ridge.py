@@ -156,8 +156,9 @@ class Ridge(Scorer):
         return stored if stored is not None and stored.down.tensor.dtype == torch.float32 else None
 
     def _terms(self, x: Tensor, index: Tensor, stored: Stored) -> Norms:
+        from ...kernels.row_products import dots
         from ...kernels.selection import Norms
-        from ..execute.decode_products import ORDER, dots, rows_of, table_of
+        from ..execute.decode_products import ORDER, rows_of, table_of
 
         if self._constants is None or self._constants[0] is not stored:
             self._constants = stored, table_of(self._parts(stored)), self.scale.flatten(1).numpy(), self.weight.numpy()

@@ -19,7 +19,7 @@ class PruneOptions(Options):
 
     criterion: str = option(
         "easy-ep",
-        "What ranks the experts; see `moe-prism ls prune-criteria`.",
+        "What ranks the experts; see `moe-prism ls methods` (those called prune:NAME).",
         names="moe_prism.compress.prune:criteria",
     )
     keep: float = option(

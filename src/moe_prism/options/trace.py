@@ -20,7 +20,7 @@ class TraceOptions(Options):
     length: int = option(256, "Tokens per request.", least=8)
     prompt: int = option(64, "How many of them are the prefill step; the others are one decode step each.", least=0)
     budget: float = option(1.0, "Kept slots / all slots of an elastic model, in (0, 1].")
-    rule: str | None = option(None, "Selection rule of an elastic model; see `moe-prism ls rules`. Default threshold.")
+    rule: str | None = option(None, "Selection rule of an elastic model; see `moe-prism ls methods`. Default threshold.")
     inputs: bool = option(False, "Also keep the routers' inputs and weights, which cross-layer prediction needs.")
     values: bool = option(False, "Also keep the value of every candidate slot of an elastic model.")
 

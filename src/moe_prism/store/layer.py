@@ -56,6 +56,11 @@ class FromStore(Executor):
     def always_selects(self) -> bool:
         return not self.elastic.misses.is_exact
 
+    @property
+    def low_bytes(self) -> int | None:
+        pack = self.store.pack
+        return pack.layout.low_bytes if pack.has_low else None
+
     def settle(self, candidates: Candidates) -> Settled:
         return choose(self.store, self.number, candidates, self.elastic.misses)
 

@@ -48,6 +48,11 @@ class Executor(ABC):
         """Whether even tokens that keep every slot are selected for: `settle` may then drop some all the same."""
         return False
 
+    @property
+    def low_bytes(self) -> int | None:
+        """Bytes of a block in its smaller form; None where there is none."""
+        return None
+
     def whole(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor | None:
         """All experts of the router's own choice [T, d]; None where that is no different from keeping every slot."""
         return None

@@ -99,5 +99,5 @@ def test_a_wrong_line_is_refused():
     check(["serve"], mention=True)
     with pytest.raises(cyclopts.CycloptsError):
         check(["serve", "--budget", "2"], mention=True)
-    text = "```bash\nA=1 moe-prism ls rules | head -1  # two\nmoe-prism verify x &\n```\n"
-    assert list(command_lines(text)) == [["A=1", "moe-prism", "ls", "rules"], ["head", "-1"], ["moe-prism", "verify", "x"]]
+    text = "```bash\nA=1 moe-prism ls methods | head -1  # two\nmoe-prism verify x &\n```\n"
+    assert list(command_lines(text)) == [["A=1", "moe-prism", "ls", "methods"], ["head", "-1"], ["moe-prism", "verify", "x"]]

@@ -60,7 +60,7 @@ EXAMPLE = """
 git clone https://example.org/moe-prism
 make demo   # a comment
 moe-prism ls \\
-    rules
+    methods
 ```
 
 ```console
@@ -88,7 +88,7 @@ model, tokenizer = moe_prism.load("demo/model")
 def test_the_runner_itself(workplace):
     folder, environment = workplace
     first, second, skipped, python = blocks(EXAMPLE)
-    assert first.commands.split() == ["moe-prism", "ls", "rules"]
+    assert first.commands.split() == ["moe-prism", "ls", "methods"]
     assert second.commands == 'moe-prism generate demo/model --prompt "import" --max-tokens 2'
     assert skipped.reason == "needs a GPU" and python.reason is None and python.language == "python"
     done = run(second, folder, environment)

@@ -23,7 +23,7 @@ SMALL = {
     "generate": {"--max-tokens": "4"},
     "skip": {"--tokens": "256", "--length": "128"},
     "prune": {"--tokens": "1024", "--length": "256", "--profile-tokens": "256"},
-    "plan": {"--tokens": "1024", "--seconds": "2"},
+    "forecast": {"--tokens": "1024", "--seconds": "2"},
     "trace": {"--tokens": "1024"},
 }
 

@@ -234,7 +234,9 @@ class ElasticLayer:
         selects = self.executor.always_selects or not all(group.is_full(self.index, p) for p in range(len(group.budgets)))
         scorer = self.scorer(group.scorer) if selects and self.rule(group.rule).needs_norms else None
         extra = self.compensator if selects and group.compensate else None
-        return prices_of(self.plan, scorer, extra, self.elastic.stored_bytes_per_weight)
+        prices = prices_of(self.plan, scorer, extra, self.elastic.stored_bytes_per_weight)
+        low = self.executor.low_bytes
+        return prices if low is None else prices.with_low(low)
 
 
 def _is_full(budget: Tensor) -> bool:

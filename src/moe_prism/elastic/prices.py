@@ -29,6 +29,11 @@ class Prices:
         """(weights, bytes) of all that was counted: the one multiplication that a cost is made of."""
         return _dot(counts, self.weights), _dot(counts, self.bytes)
 
+    def with_low(self, size: int) -> Prices:
+        """The same where blocks have a smaller form of `size` bytes too; it has as many weights."""
+        blocks = self.weights["blocks"]
+        return Prices({**self.weights, "low": blocks}, {**self.bytes, "low": torch.full_like(blocks, float(size))})
+
 
 def _dot(counts: Mapping[str, Tensor], prices: Mapping[str, Tensor]) -> float:
     return sum(float((counts[name].to("cpu", torch.float64) * prices[name]).sum()) for name in counts if name in prices)

@@ -235,3 +235,28 @@ def test_what_a_store_cannot_do(elastic_tiny, tmp_path, ids):
         if wrong is not Misses:
             with pytest.raises(UsageError):
                 wrong()
+
+
+@torch.no_grad()
+def test_records_in_int8_form_have_a_price_of_their_own(elastic_tiny, tmp_path, ids):
+    """What ran is told by block and form: bytes read per token are those of the records that were taken."""
+    from moe_prism.elastic.bind import Step, bind
+    from moe_prism.frontier.cost import measured_cost
+    from moe_prism.point import FULL
+
+    whole, _ = opened(elastic_tiny, tmp_path / "p", misses=Misses(0.2, low=0.9))
+    stored, _ = opened(elastic_tiny, tmp_path / "p", smallest(whole, 6), misses=Misses(0.2, low=0.9))
+    elastic, layout = stored._moe_prism, store_of(stored).pack.layout
+    step = Step(bind(elastic, [FULL.with_budget(0.9)]))
+    with elastic.at(step):
+        elastic.reset_counters()
+        stored(input_ids=ids)
+        cost = measured_cost(elastic, step)
+    low = sum(float(layer.counter.per_token["low"].sum()) for layer in elastic.layers if "low" in layer.counter.per_token)
+    assert low > 0
+    group, tokens = step.bound.groups[0], elastic.layers[0].counter.tokens
+    rest = sum(
+        layer.prices(group).total({k: v for k, v in layer.counter.per_token.items() if k != "low"})[1] for layer in elastic.layers
+    )
+    assert cost.active_expert_bytes == pytest.approx((rest + low * layout.low_bytes) / tokens)
+    assert cost.k_slots == pytest.approx(sum(layer.counter.kept for layer in elastic.layers) / tokens / len(elastic.layers))

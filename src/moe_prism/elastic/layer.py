@@ -79,11 +79,11 @@ class ElasticLayer:
             raise UsageError(f"{which.numel()} operating points for {len(x)} tokens", "give one per token of the flattened batch")
         if isinstance(which, int):
             number, local = bound.place[which]
-            return self._of_group(bound.groups[number], local, self._routed(x, index, weight), step.budget)
+            return self._of_group(bound.groups[number], local, self.routed(x, index, weight), step.budget)
         groups, locals_ = (table.to(which.device)[which.reshape(-1)] for table in bound.tables)
         if len(bound.groups) == 1:
-            return self._of_group(bound.groups[0], locals_, self._routed(x, index, weight), step.budget)
-        return self._mixed(bound.groups, groups, locals_, self._routed(x, index, weight))
+            return self._of_group(bound.groups[0], locals_, self.routed(x, index, weight), step.budget)
+        return self._mixed(bound.groups, groups, locals_, self.routed(x, index, weight))
 
     def kept(self, step: Step, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """keep [T, k', N] of a batch at a step, without computing anything of it."""
@@ -152,7 +152,8 @@ class ElasticLayer:
             self.counter.add_extra(routed.index - routed.first_extra, experts.parameters)
         return experts(routed.x, routed.index, routed.weight, routed.first_extra)
 
-    def _routed(self, x: Tensor, index: Tensor, weight: Tensor) -> Routed:
+    def routed(self, x: Tensor, index: Tensor, weight: Tensor) -> Routed:
+        """The router's choice [T, k] for x [T, d], as routing stages see it."""
         return Routed(
             x, index, weight, self.index, self.plan.layer.num_experts,
             self.plan.layer.num_experts + len(self.plan.layer.extra or ()),

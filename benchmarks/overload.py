@@ -22,10 +22,10 @@ from typing import Any
 from moe_prism.bench.load import LoadRun
 from moe_prism.bench.outcome import OK, Outcome
 from moe_prism.bench.servers import serving
-from moe_prism.bench.single import SingleOptions, bench
-from moe_prism.bench.workload import Offer
+from moe_prism.bench.single import bench
 from moe_prism.cli.output import note, table
 from moe_prism.jobs.refactor import RefactorOptions, refactor
+from moe_prism.options.bench import Offer, SingleOptions
 from moe_prism.schedule import Ladder, Level
 from moe_prism.schedule.classes import default_classes
 from moe_prism.schedule.workloads import generate, write_trace
@@ -45,7 +45,7 @@ def offer(url: str, mix: dict[str, float], rate: float, seconds: float, work: Pa
     write_trace(trace, generate("chat", rate, seconds, default_classes(), FULL, mix=mix), FULL)
     lines = [json.loads(line) for line in trace.read_text().splitlines()]
     trace.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "floor"}) + "\n" for line in lines))
-    return bench(url, Offer(seconds=seconds, trace=trace), SingleOptions([0.0], fields="class"))[1][0][1]
+    return bench(url, Offer(seconds=seconds, trace=trace), SingleOptions(fields="class"))[1][0][1]
 
 
 def row(kind: str, outcomes: Sequence[Outcome], everyone: int) -> dict[str, Any]:

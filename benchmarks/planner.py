@@ -1,4 +1,4 @@
-"""How well the planner predicts: distinct experts, the published tables, and measured tokens/s on prism-nano.
+"""How well `moe-prism forecast` predicts: distinct experts, the published tables, and measured tokens/s on prism-nano.
 
     python benchmarks/planner.py [--only distinct,tables,speed] [--model nano] [--concurrency 1,2,4,8,16,32] [--seconds 30] [--json]
 
@@ -6,7 +6,7 @@ distinct: U(B, n) predicted from the calibration text's shares against distinct 
 at one position of B different sequences), with the model running at n experts; even routing beside it; the same with half of the
 experts removed from the weights and the router. Bar: 5 %.
 tables: Tables 8, 9 and 12 of arXiv 2505.03531, bandwidth, peak and fixed cost fitted to each. Bar: rank correlation of speed-ups 0.9.
-speed: `moe-prism plan --measure`: the probe's prediction against tokens/s at every concurrency and number of experts, fastest of the
+speed: `moe-prism forecast --measure`: the probe's prediction against tokens/s at every concurrency and number of experts, fastest of the
 turns of both. Points that the probe itself timed are told apart. Baseline: every point takes as long as the full model. Bar: median
 error 15 %. Wants a quiet machine.
 """
@@ -28,7 +28,7 @@ from torch import Tensor
 from moe_prism.data import token_windows
 from moe_prism.forecast.distinct import Routing
 from moe_prism.forecast.speed import SpeedForecast
-from moe_prism.jobs.forecast_speed import SpeedOptions, plan_model, probed
+from moe_prism.jobs.forecast_speed import SpeedOptions, forecast_speed, probed
 from moe_prism.jobs.time_steps import fewer_experts, measure_routing
 from moe_prism.model import MoELayer, find_layers, load_model, load_tokenizer
 
@@ -162,22 +162,24 @@ def show_tables(rows: list[dict[str, Any]]) -> None:
 
 
 def speed(source: str, concurrency: tuple[int, ...], seconds: float) -> dict[str, Any]:
-    plan = plan_model(source, SpeedOptions(concurrency=concurrency, measure=True, seconds=seconds))
-    return {"plan": plan.to_json(), "summary": {kind: summary(plan, kind) for kind in ("stock", "sub-experts")}}
+    forecast = forecast_speed(source, SpeedOptions(concurrency=concurrency, measure=True, seconds=seconds))
+    return {"forecast": forecast.to_json(), "summary": {kind: summary(forecast, kind) for kind in ("stock", "sub-experts")}}
 
 
-def summary(plan: SpeedForecast, kind: str) -> dict[str, Any] | None:
+def summary(forecast: SpeedForecast, kind: str) -> dict[str, Any] | None:
     """Errors of tokens/s and of the ratio to full; beside them those of a step that takes as long as a full one."""
     rows = [
-        r for r in plan.rows if r.measured_tokens_per_s and (r.kind == kind or (kind == "stock" and r.kind in ("full", "skip")))
+        r
+        for r in forecast.rows
+        if r.measured_tokens_per_s and (r.kind == kind or (kind == "stock" and r.kind in ("full", "skip")))
     ]
     if not rows:
         return None
     names = list(dict.fromkeys(r.name for r in rows))
-    timed, batches = {names[i] for i in (0, len(names) // 2, len(names) - 1)}, probed(plan.concurrencies)
+    timed, batches = {names[i] for i in (0, len(names) // 2, len(names) - 1)}, probed(forecast.concurrencies)
     error = {(r.concurrency, r.name): abs(r.error or 0.0) for r in rows}
     new = [e for (batch, name), e in error.items() if batch not in batches or name not in timed]
-    full = {r.concurrency: r.tokens_per_s for r in plan.rows if r.kind == "full"}
+    full = {r.concurrency: r.tokens_per_s for r in forecast.rows if r.kind == "full"}
     flat = [abs(full[r.concurrency] / r.measured_tokens_per_s - 1) for r in rows if r.measured_tokens_per_s]
     ratio = [abs(r.ratio / r.measured_ratio - 1) for r in rows if r.measured_ratio and r.kind != "full"]
     return {
@@ -191,9 +193,9 @@ def summary(plan: SpeedForecast, kind: str) -> dict[str, Any] | None:
 
 
 def show_speed(found: dict[str, Any]) -> None:
-    for name, machine in found["plan"]["machines"].items():
+    for name, machine in found["forecast"]["machines"].items():
         print(f"machine {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in machine.items() if isinstance(value, float)))
-    for r in found["plan"]["rows"]:
+    for r in found["forecast"]["rows"]:
         if r["measured_tokens_per_s"]:
             print(
                 f"B={r['concurrency']:<3} {r['name']:14} predicted {r['tokens_per_s']:7.0f} tokens/s ({r['ratio']:.2f}x full), "

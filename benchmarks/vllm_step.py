@@ -2,7 +2,8 @@
 
     python benchmarks/vllm_step.py [--batches 1,8,32] [--steps 16] [--rounds 3] [--dtype bfloat16] [--layers 8] [--mixed] [--json]
 
-Needs vLLM's CPU build (docs/vllm.md). Whole engine steps on a random-weight OLMoE in which experts dominate (hidden 1024, 64 experts of
+Needs vLLM's CPU build (docs/how-to/vllm.md).
+Whole engine steps on a random-weight OLMoE in which experts dominate (hidden 1024, 64 experts of
 512, top-8). Both engines are up at the same time, each in a process of its own, and are asked in turns. A figure is the ratio of the
 fastest steps of a round, which other load disturbs least; median over the rounds. `kept` is the share of slots that was really kept.
 `same/stock` is a second stock engine, asked in the same turns: how far two equal engines are apart is what the other ratios can show.
@@ -181,7 +182,7 @@ def main() -> None:
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if find_spec("vllm") is None:
-        return print("skipped: vLLM is not installed here; see docs/vllm.md", file=sys.stderr)
+        return print("skipped: vLLM is not installed here; see docs/how-to/vllm.md", file=sys.stderr)
     if arguments.serve:
         return serve(arguments.serve, arguments.dtype, not arguments.compiled)
     with tempfile.TemporaryDirectory() as scratch:

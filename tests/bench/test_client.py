@@ -17,9 +17,10 @@ from moe_prism.bench.outcome import FAILED, OK, REFUSED, UNFINISHED, Outcome, of
 from moe_prism.bench.prompts import cut_characters, cut_tokens, fitted, prompts
 from moe_prism.bench.stream import Stream
 from moe_prism.bench.target import find_target
-from moe_prism.bench.workload import Offer, fingerprint
+from moe_prism.bench.workload import Workload, fingerprint
 from moe_prism.errors import PrismError, UsageError
 from moe_prism.model.load import NANO
+from moe_prism.options.bench import Offer
 from moe_prism.schedule.classes import default_classes
 from moe_prism.schedule.simulate import simulate
 from moe_prism.schedule.workloads import Arrival, generate
@@ -191,7 +192,7 @@ def test_fields_say_floor_ceiling_and_targets():
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from(["chat", "burst", "classes", "longtail"]))
 def test_a_seed_gives_the_same_bytes(seed, name):
-    workload = Offer(name, 20.0).of(default_classes())
+    workload = Workload.of(Offer(name=name, seconds=20.0), default_classes())
     one, two = (workload.arrivals(5.0, seed, LADDER, 2048) for _ in range(2))
     assert fingerprint(one) == fingerprint(two) != fingerprint(workload.arrivals(5.0, seed + 1, LADDER, 2048))
     cut = cut_characters(4.0)
@@ -215,7 +216,7 @@ def test_requests_are_cut_to_the_context():
 def test_a_trace_is_stretched_to_the_rate(tmp_path):
     path = tmp_path / "trace.jsonl"
     path.write_text("".join(json.dumps({"arrival": 7 + i, "class": "batch", "prompt": 5, "output": 4}) + "\n" for i in range(11)))
-    workload = Offer("classes", 10.0, path).of(default_classes())
+    workload = Workload.of(Offer(seconds=10.0, trace=path), default_classes())
     assert [a.job.arrival for a in workload.arrivals(0.0, 0, LADDER, None)] == list(range(10))
     assert [a.job.arrival for a in workload.arrivals(2.2, 0, LADDER, None)][:3] == [0, 0.5, 1.0]
 
@@ -225,11 +226,11 @@ def test_all_of_a_trace_is_offered_unless_seconds_are_given_and_it_is_read_once(
     path = tmp_path / "trace.jsonl"
     lines = [{"arrival": 7 + i * step, "class": "batch", "prompt": 5, "output": 4} for i in range(11)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    workload = Offer("classes", None, path).of(default_classes())
+    workload = Workload.of(Offer(trace=path), default_classes())
     assert workload.seconds == pytest.approx(10 * step) and workload.described()["seconds"] == workload.seconds
     path.unlink()
     assert [len(workload.arrivals(0.0, seed, LADDER, None)) for seed in range(2)] == [11, 11]
-    assert Offer().length == 60.0
+    assert Workload.of(Offer(), default_classes()).seconds == 60.0
 
 
 @pytest.mark.parametrize(("text", "cause"), [("", "has no requests"), ("{}", "jsonl:1")])
@@ -237,7 +238,7 @@ def test_a_trace_that_cannot_be_replayed_is_told(tmp_path, text, cause):
     path = tmp_path / "trace.jsonl"
     path.write_text(text)
     with pytest.raises(UsageError, match=cause):
-        Offer("classes", None, path).of(default_classes()).arrivals(0.0, 0, LADDER, None)
+        Workload.of(Offer(trace=path), default_classes()).arrivals(0.0, 0, LADDER, None)
 
 
 def test_the_simulator_in_the_client_s_terms():

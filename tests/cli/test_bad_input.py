@@ -223,7 +223,7 @@ def test_a_folder_that_is_not_elastic(fails, tiny_source, tmp_path, command):
         (("skip", "--mean", "1"), "missing/plan.json"),
         (("trace",), "missing/trace.npz"),
         (("inspect", "--routing", "--trace", "nano", "--report"), "missing/misses.html"),
-        (("plan",), "file/plan"),
+        (("forecast",), "file/forecast"),
         (("frontier",), "file/report"),
     ],
 )

@@ -27,7 +27,7 @@ COMMANDS = (
     "recover",
     "skip",
     "frontier",
-    "plan",
+    "forecast",
     "generate",
     "serve",
     "bench",
@@ -99,8 +99,8 @@ def test_an_interruption_names_what_helps(run, tiny_source, tmp_path, monkeypatc
     def interrupted(*_args, **_more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moe_prism.jobs.refactor", interrupted)
-    monkeypatch.setattr("moe_prism.jobs.inspect_model", interrupted)
+    monkeypatch.setattr("moe_prism.jobs.refactor.refactor", interrupted)
+    monkeypatch.setattr("moe_prism.jobs.inspect.inspect_model", interrupted)
     code, _, err = run(command, tiny_source, *(("-o", tmp_path / "out") if command == "refactor" else ()))
     assert code == cli.INTERRUPTED and next_step in err and err.count("\n") == 1
 
@@ -174,9 +174,9 @@ def test_the_whole_path(run_json, run, tiny_source, text_file, tmp_path):
     assert found["tokens"] == 256 and found["layers"] == 2 and found["reservoir"] == 2048
     assert {c["name"] for c in run_json("verify", calibration)["checks"]} >= {"manifest", "files"}
 
-    planned = run_json("refactor", tiny_source, "-o", out, *text, *SMALL, "--dry-run")
-    assert planned["peak_memory_bytes"] > planned["weights_bytes"] > 0 and not out.exists()
-    assert planned["disk_bytes"] > planned["statistics_bytes"]  # their snapshot lies beside the new checkpoint until it is whole
+    needed = run_json("refactor", tiny_source, "-o", out, *text, *SMALL, "--dry-run")
+    assert needed["peak_memory_bytes"] > needed["weights_bytes"] > 0 and not out.exists()
+    assert needed["disk_bytes"] > needed["statistics_bytes"]  # their snapshot lies beside the new checkpoint until it is whole
     made = run_json("refactor", tiny_source, "-o", out, "--calibration", calibration)
     assert (made["folder"], made["n_sub"], made["layers"]) == (str(out), 4, 2) and made["peak_rss_bytes"] > 0
     assert run_json("verify", out)["checks"][-1]["name"] == "side tensors"
@@ -196,11 +196,11 @@ def test_the_whole_path(run_json, run, tiny_source, text_file, tmp_path):
 
 def test_a_plan_is_made_measured_and_used(run_json, run, tiny_source, elastic_tiny, text_file, tmp_path):
     """skip -> generate --plan -> frontier --plan --methods, on a plain checkpoint and on an elastic folder."""
-    text, plan = ("--text", text_file), tmp_path / "refactor_resources.json"
+    text, plan = ("--text", text_file), tmp_path / "plan.json"
     for source in (tiny_source, elastic_tiny):
         found = run_json("skip", source, "--mean", "1.5", "-o", plan, *text, *SMALL)
         assert sum(found["layers"].values()) == 3 and found["made"]["quality"]["kl"] > 0
-        assert {k: v for k, v in found.items() if k != "plan"} == json.loads(refactor_resources.read_text())
+        assert {k: v for k, v in found.items() if k != "plan"} == json.loads(plan.read_text())
         made = run_json("generate", source, "--prompt", "import", "--plan", plan, "--max-tokens", "4")
         assert 1 <= made["tokens"] <= 4
         out = tmp_path / source.name

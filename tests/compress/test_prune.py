@@ -17,7 +17,7 @@ from moe_prism.compress.prune import pruned
 from moe_prism.elastic import operating_point
 from moe_prism.errors import CorruptError, UsageError
 from moe_prism.jobs.frontier import FrontierOptions, measure_frontier, subject_of
-from moe_prism.jobs.prune import plan_pruning, prune_model
+from moe_prism.jobs.prune import prune_model, select_experts
 from moe_prism.jobs.trace import TraceOptions, record_trace
 from moe_prism.jobs.verify import verify
 from moe_prism.methods.prune import select
@@ -47,10 +47,10 @@ def small(tiny_source, tmp_path_factory, options) -> Path:
 
 
 def test_the_written_folder_is_the_masked_model(tiny_source, small, options):
-    plan = plan_pruning(tiny_source, options).plan
-    assert json.loads((small / "kept.json").read_text()) == json.loads(json.dumps(plan.to_json()))
+    selection = select_experts(tiny_source, options).selection
+    assert json.loads((small / "kept.json").read_text()) == json.loads(json.dumps(selection.to_json()))
     source = load_model(tiny_source, torch.float32)
-    with pruned(source, plan.choices):
+    with pruned(source, selection.choices):
         wanted = logits(source)
     smaller = load_model(small, torch.float32)
     assert smaller.config.num_experts == 2
@@ -72,7 +72,7 @@ def test_a_pruned_folder_can_be_refactored_pruned_again_and_measured(small, tmp_
     refactor(small, tmp_path / "elastic", RefactorOptions(calibration=tiny_calibration, profile_tokens=0))
     assert load(tmp_path / "elastic")[0].config.num_experts == 2
     with pytest.raises(UsageError, match="a token uses 2"):
-        prune_model(small, tmp_path / "again", PruneOptions("first-half"))
+        prune_model(small, tmp_path / "again", PruneOptions(criterion="first-half"))
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "write"])
@@ -99,25 +99,25 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tiny_source, small, opti
     assert prune_model(tiny_source, out, options, resume=True).folder == out  # nothing left to do
 
 
-def test_kept_json_repeats_a_plan(tiny_source, small, tmp_path):
-    prune_model(tiny_source, tmp_path / "out", PruneOptions("random"), kept=small / "kept.json")
+def test_kept_json_repeats_a_selection(tiny_source, small, tmp_path):
+    prune_model(tiny_source, tmp_path / "out", PruneOptions(criterion="random"), kept=small / "kept.json")
     weights = {k: v for k, v in digests(small).items() if k.startswith("model") or k in ("config.json", "kept.json")}
     assert weights == {k: v for k, v in digests(tmp_path / "out").items() if k in weights}
 
 
 def test_keeping_everything_copies_the_weights(tiny_source, tmp_path):
-    prune_model(tiny_source, tmp_path / "out", PruneOptions("first-half", keep=1.0))
+    prune_model(tiny_source, tmp_path / "out", PruneOptions(criterion="first-half", keep=1.0))
     assert torch.equal(logits(load_model(tmp_path / "out")), logits(load_model(tiny_source)))
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.5])
 def test_an_elastic_folder_stays_elastic(elastic_tiny, tmp_path, budget):
-    result = prune_model(elastic_tiny, tmp_path / "out", PruneOptions("last-half", keep=0.75))
+    result = prune_model(elastic_tiny, tmp_path / "out", PruneOptions(criterion="last-half", keep=0.75))
     whole, _ = load(elastic_tiny)
     smaller, _ = load(tmp_path / "out")
     assert any(check.name == "side tensors" for check in verify(tmp_path / "out"))
     assert [layer.num_experts for layer in find_layers(smaller)] == [3, 3]
-    with pruned(whole, result.plan.choices), operating_point(whole, budget):
+    with pruned(whole, result.selection.choices), operating_point(whole, budget):
         wanted = logits(whole)
     with operating_point(smaller, budget):
         found = logits(smaller)
@@ -128,20 +128,26 @@ def test_one_calibration_serves_refactor_and_every_criterion(tiny_source, text_f
     from moe_prism.jobs.calibrate import calibrate_model
 
     every = ["counts", "tokens", "outputs", "scores", "grams"]
-    calibrate_model(tiny_source, tmp_path / "cal", CalibrateOptions(str(text_file), 512, 32, 64, collectors=every))
+    calibrate_model(
+        tiny_source,
+        tmp_path / "cal",
+        CalibrateOptions(text=str(text_file), tokens=512, length=32, reservoir=64, collectors=every),
+    )
     for name in ("soft-count", "gate-norm", "output-error"):
-        plan = plan_pruning(tiny_source, PruneOptions(name, protect=["super-experts"]), calibration=tmp_path / "cal").plan
-        assert [len(c.kept) for c in plan.choices] == [2, 2]
-    calibrate_model(tiny_source, tmp_path / "plain", CalibrateOptions(str(text_file), 512, 32, 64))
+        selection = select_experts(
+            tiny_source, PruneOptions(criterion=name, protect=["super-experts"]), calibration=tmp_path / "cal"
+        ).selection
+        assert [len(c.kept) for c in selection.choices] == [2, 2]
+    calibrate_model(tiny_source, tmp_path / "plain", CalibrateOptions(text=str(text_file), tokens=512, length=32, reservoir=64))
     with pytest.raises(UsageError, match="holds no 'outputs'"):
-        plan_pruning(tiny_source, PruneOptions("gate-norm"), calibration=tmp_path / "plain")
+        select_experts(tiny_source, PruneOptions(criterion="gate-norm"), calibration=tmp_path / "plain")
 
 
 def test_measured_allocation_spends_the_same_number(tiny_source, options):
     from dataclasses import replace
 
-    plan = plan_pruning(tiny_source, replace(options, allocation="measured", keep=0.75)).plan
-    assert sum(len(c.kept) for c in plan.choices) == 6 and min(len(c.kept) for c in plan.choices) >= 2
+    selection = select_experts(tiny_source, replace(options, allocation="measured", keep=0.75)).selection
+    assert sum(len(c.kept) for c in selection.choices) == 6 and min(len(c.kept) for c in selection.choices) >= 2
 
 
 def command(capsys, *arguments: object) -> tuple[int, str]:
@@ -150,7 +156,7 @@ def command(capsys, *arguments: object) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["--keep", "0"], "outside (0, 1]"),
+    (["--keep", "0"], "more than 0 and at most 1"),
     (["--keep", "0.25", "--criterion", "first-half"], "a token uses 2"),
     (["--criterion", "softcount"], "did you mean 'soft-count'"),
     (["--protect", "experts"], "unknown protection"),
@@ -196,7 +202,7 @@ def test_pruning_is_a_frontier_method(elastic_tiny, text_file):
 
 
 def test_all_fractions_of_a_measured_method_share_one_profile(tmp_path, text_file, monkeypatch):
-    """And keep what `plan_pruning`'s own profile for each of them says."""
+    """And keep what `select_experts`'s own profile for each of them says."""
     save_tiny("olmoe", tmp_path / "model", num_experts=8)
     opened, profiles, measure = open_model(tmp_path / "model"), [], select.measure
     monkeypatch.setattr(select, "measure", lambda *args, **more: profiles.append(1) or measure(*args, **more))
@@ -207,6 +213,6 @@ def test_all_fractions_of_a_measured_method_share_one_profile(tmp_path, text_fil
     statistics = made._statistics(subject, ("counts", "outputs"))
     for choices in found:
         kept = sum(len(choice.kept) for choice in choices)
-        options = PruneOptions("gate-norm", kept / 16, "measured")
+        options = PruneOptions(criterion="gate-norm", keep=kept / 16, allocation="measured")
         counts = measured_counts(opened.model, subject.elastic, statistics, options, subject.calibration, lambda *_: None)
         assert [len(choice.kept) for choice in choices] == counts and sum(counts) == kept

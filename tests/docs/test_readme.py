@@ -1,60 +1,23 @@
-"""Every command and example of README.md is run, block by block, in one folder.
+"""Every command and example of README.md and of the pages in docs/ is run, block by block, one folder per section.
 
-What a reader gets from earlier commands stands ready: `demo/model` is a refactored prism-nano. Commands run as they are written, by
-bash, with two changes: `moe-prism` is served by one warm process (warm.py), which also lowers `--tokens`, `--length` and
-`--max-tokens` where a command does not give them. Not run: `make` (its targets are looked up), `git clone`, `cd` into it and
-the activation of its environment, `pip install`, and a block after `<!-- not run: reason -->`.
+What a reader gets from earlier commands stands ready: `demo/model` is a refactored prism-nano, and so is `elastic` where a section does not
+make it itself. Commands run as they are written, by bash, with two changes: `moe-prism` is served by one warm process (warm.py), which
+also lowers `--tokens`, `--length` and the like where a command does not give them. Not run: `make` (its targets are looked up), `git
+clone`, `cd` into it and the activation of its environment, `pip install`, and a block after `<!-- not run: reason -->`. What is not run
+is parsed (test_commands.py).
 """
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import subprocess
-import sys
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
-from .warm import CLIENT, smaller
-
-ROOT = Path(__file__).parents[2]
-LANGUAGES = ("bash", "console", "python")
-BLOCK = re.compile(
-    r"(?:<!--\s*not run:\s*(?P<reason>.*?)\s*-->\s*)?^```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^```\s*$", re.S | re.M
-)
-ELSEWHERE = re.compile(r"^(make|git clone|cd moe-prism|source .venv/bin/activate|(python3? -m )?pip install)\b")
-
-
-@dataclass(frozen=True)
-class Block:
-    language: str
-    body: str
-    reason: str | None  # why it is not run
-
-    @property
-    def commands(self) -> str:
-        """The shell lines to run: prompts and expected output taken off a console block, set-up of the repository left out."""
-        lines = self.body.replace("\\\n", " ").splitlines()
-        if self.language == "console" and any(line.startswith("$ ") for line in lines):  # without prompts all lines are commands
-            lines = [line[2:] for line in lines if line.startswith("$ ")]
-        return "\n".join(line for line in lines if not ELSEWHERE.match(line.strip()))
-
-
-def blocks(text: str) -> list[Block]:
-    found = [Block(m["language"], m["body"], m["reason"]) for m in BLOCK.finditer(text)]
-    return [block for block in found if block.language in LANGUAGES]
-
-
-def readme() -> str:
-    return (ROOT / "README.md").read_text("utf-8")
-
-
-def targets() -> set[str]:
-    return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+from .pages import Block, blocks, name, pages, sections
+from .warm import smaller
 
 
 def run(block: Block, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -63,52 +26,33 @@ def run(block: Block, folder: Path, environment: dict[str, str]) -> subprocess.C
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """A folder with the `moe-prism` that the README's commands find, and the process behind it."""
-    folder = tmp_path_factory.mktemp("bin")
-    client = folder / "moe-prism"
-    with tempfile.TemporaryDirectory() as short:  # the name of a socket may have some hundred characters only
-        address = str(Path(short) / "s")
-        client.write_text(CLIENT.format(python=sys.executable, address=address))
-        client.chmod(0o755)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
-        command = [sys.executable, "-m", "tests.docs.warm", address]
-        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as server:
-            assert server.stdout.readline() == "ready\n"
-            yield folder
-            server.kill()
+def to_run(text: str) -> list[Block]:
+    return [b for b in blocks(text) if not b.reason and (b.language == "python" or b.commands.strip())]
 
 
-@pytest.fixture
-def workplace(programs, elastic_nano, tmp_path):
-    """(folder, environment) in which the README's examples run."""
-    shutil.copytree(elastic_nano, tmp_path / "demo" / "model")
-    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
-    return tmp_path, {**os.environ, "PATH": path, "CLIENT": str(programs / "moe-prism")}
+FAST = ("README.md", "docs/tutorials/first-elastic-model.md")
+"""The other pages go deeper into what the README does, and take a minute each."""
 
 
-def test_every_block_of_the_readme_runs(workplace):
+def parts() -> list[ParameterSet]:
+    """The sections that hold something to run."""
+    return [
+        pytest.param(text, id=f"{name(page)}:{heading}", marks=() if name(page) in FAST else pytest.mark.slow)
+        for page in pages()
+        for heading, text in sections(page.read_text("utf-8")).items()
+        if to_run(text)
+    ]
+
+
+@pytest.mark.parametrize("text", parts())
+def test_every_block_of_a_section_runs(text, workplace, elastic_nano):
     folder, environment = workplace
-    for block in blocks(readme()):
-        if block.reason or not (block.language == "python" or block.commands.strip()):
-            continue
+    wanted = to_run(text)
+    if not any("-o elastic " in f"{line} " for block in wanted for line in block.lines):
+        shutil.copytree(elastic_nano, folder / "elastic")
+    for block in wanted:
         done = run(block, folder, environment)
         assert done.returncode == 0, f"```{block.language}\n{block.body}```\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
-
-
-def test_every_make_target_of_the_readme_exists():
-    named = {t for block in blocks(readme()) for t in re.findall(r"^(?:\$ )?make ([\w-]+)", block.body, re.M)}
-    named |= set(re.findall(r"`make ([\w-]+)`", readme()))
-    assert named <= targets(), named - targets()
-    assert {"demo", "test"} <= targets()
-
-
-def test_every_file_the_readme_links_to_exists():
-    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", readme()) + re.findall(
-        r"(?:src|href)=\"(?!https?:|#)([^\"#]+)", readme()
-    )
-    assert all((ROOT / link).exists() for link in links), [link for link in links if not (ROOT / link).exists()]
 
 
 EXAMPLE = """
@@ -154,4 +98,5 @@ def test_the_runner_itself(workplace):
     failed = run(Block("python", "raise ValueError('no')", None), folder, environment)
     assert failed.returncode == 1 and "ValueError: no" in failed.stderr
     assert smaller(["generate", "x", "--max-tokens", "9"]) == ["generate", "x", "--max-tokens", "9"]
-    assert smaller(["frontier", "x", "--tokens", "9"]) == ["frontier", "x", "--tokens", "9", "--length", "128"]
+    given = ["frontier", "x", "--tokens", "9", "--calibration-tokens", "9"]
+    assert smaller(given) == [*given, "--length", "128"]

@@ -17,10 +17,14 @@ from collections.abc import Sequence
 
 # smaller numbers for the commands that have them, where the command line does not give its own
 SMALL = {
-    "refactor": {"--tokens": "1024", "--length": "256"},
+    "refactor": {"--tokens": "1024", "--length": "256", "--profile-tokens": "1024"},
     "calibrate": {"--tokens": "1024", "--length": "256"},
-    "frontier": {"--tokens": "256", "--length": "128"},
+    "frontier": {"--tokens": "256", "--length": "128", "--calibration-tokens": "256"},
     "generate": {"--max-tokens": "4"},
+    "skip": {"--tokens": "256", "--length": "128"},
+    "prune": {"--tokens": "1024", "--length": "256", "--profile-tokens": "256"},
+    "plan": {"--tokens": "1024", "--seconds": "2"},
+    "trace": {"--tokens": "1024"},
 }
 
 CLIENT = """#!{python} -IS
@@ -71,7 +75,8 @@ def child(link: socket.socket) -> None:
 def serve(address: str) -> None:
     import torch
 
-    from moe_prism import elastic, jobs, report  # noqa: F401 - what every command needs, imported once
+    from moe_prism import elastic, report  # noqa: F401 - what every command needs, imported once
+    from moe_prism.jobs import forecast_speed, frontier, prune, recover, refactor, skip, trace  # noqa: F401
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for: they report themselves

@@ -1,4 +1,4 @@
-"""Tokens/s that arXiv 2505.03531 publishes, and the planner fitted to them with nothing but bandwidth, peak and fixed cost."""
+"""Tokens/s that arXiv 2505.03531 publishes, and the forecast fitted to them with nothing but bandwidth, peak and fixed cost."""
 
 from __future__ import annotations
 

@@ -140,5 +140,5 @@ def test_an_interrupted_profile_goes_on_with_the_next_run(profiled, tiny_source,
 
 
 def test_fewer_than_no_points_are_refused():
-    with pytest.raises(UsageError, match="is negative"):
+    with pytest.raises(UsageError, match="--profile-points -1 is too small"):
         RefactorOptions(profile_points=-1).check()

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -5,7 +7,7 @@ from moe_prism.errors import CorruptError, UsageError
 from moe_prism.partition import solvers
 from moe_prism.partition.parallel import expert_seed, solve_layer
 
-OPTIONS = {"starts": 2, "shakes": 2}
+ALT = partial(solvers.get("alt"), n_sub=4, dropped=3)
 
 
 def masses(count: int) -> dict[int, np.ndarray]:
@@ -13,10 +15,10 @@ def masses(count: int) -> dict[int, np.ndarray]:
 
 
 def test_result_does_not_depend_on_threads_or_company() -> None:
-    alt = solvers.get("alt")
-    serial = solve_layer(masses(6), 4, 3, alt, layer=2, seed=5, threads=1, **OPTIONS)
-    pooled = solve_layer(masses(6), 4, 3, alt, layer=2, seed=5, threads=4, **OPTIONS)
-    alone = solve_layer({4: lambda: masses(6)[4]}, 4, 3, alt, layer=2, seed=5, **OPTIONS)
+    alt = partial(ALT, starts=2, shakes=2)
+    serial = solve_layer(masses(6), alt, layer=2, seed=5, threads=1)
+    pooled = solve_layer(masses(6), alt, layer=2, seed=5, threads=4)
+    alone = solve_layer({4: lambda: masses(6)[4]}, alt, layer=2, seed=5)
     assert list(serial) == list(pooled) == list(range(6))
     for e in serial:
         assert np.array_equal(serial[e].perm, pooled[e].perm)
@@ -31,7 +33,7 @@ def test_errors_reach_the_caller() -> None:
     bad = masses(3)
     bad[1][0, 0] = np.nan
     with pytest.raises(CorruptError):
-        solve_layer(bad, 4, 3, solvers.get("alt"))
+        solve_layer(bad, ALT)
     with pytest.raises(UsageError):
-        solve_layer(masses(1), 4, 3, solvers.get("alt"), threads=0)
-    assert solve_layer({}, 4, 3, solvers.get("alt")) == {}
+        solve_layer(masses(1), ALT, threads=0)
+    assert solve_layer({}, ALT) == {}

@@ -50,7 +50,7 @@ def test_descents_never_lose_and_report_what_they_gain(seed: int, n_sub: int, da
     first = full(mass_t, owner, kept)
     norms = alternate(mass_t, owner, n_sub, kept)
     middle = full(mass_t, owner, kept)
-    gain = polish(mass_t, owner, norms, kept, 2, 10, 1e-7 * first, np.ones((n_sub, n_sub), np.bool_))
+    gain = polish(mass_t, owner, norms, kept, 1e-7 * first, np.ones((n_sub, n_sub), np.bool_))
     last = full(mass_t, owner, kept)
     assert middle >= first * (1 - 1e-6)
     assert abs(last - middle - gain) < 1e-5 * last

@@ -26,7 +26,7 @@ def slow() -> CostModel:
 
 
 def arrivals(rate: float, duration: float, mix=None, seed: int = 0) -> list[Arrival]:
-    return generate("chat", rate, duration, CLASSES, LADDER, seed, mix)
+    return generate("chat", rate, duration, CLASSES, LADDER, seed, mix=mix)
 
 
 def replay(name: str, rate: float, duration: float, mix=None, seed: int = 0):

@@ -23,7 +23,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 def step(seconds: float, *parts: tuple[int, int, bool]) -> Tally:
     """Parts of (tokens, level, yields)."""
-    return PackedStep([StepPart(None, None, 0, tokens, level, not yields, yields) for tokens, level, yields in parts]).tally(seconds)
+    return PackedStep([StepPart(None, None, 0, tokens, level, not yields, yields) for tokens, level, yields in parts]).tally(
+        seconds
+    )
 
 
 def test_a_second_adds_its_steps_up():

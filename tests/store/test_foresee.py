@@ -1,4 +1,4 @@
-"""The replay that stands for the store, and the planner on top of it."""
+"""The replay that stands for the store, and the forecast on top of it."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, *, store: StoreOp
     """(model, tokenizer) of a folder written by `refactor`: a transformers model that is elastic and runs at full budget.
 
     dtype None: float32 on a CPU, the checkpoint's own elsewhere. Change the price with `operating_point(model, budget=...)`.
-    store: keep the experts on disk and this much of them in memory; the model then runs on the CPU in float32 (docs/store.md).
+    store: keep the experts on disk and this much of them in memory; the model then runs on the CPU in float32 (docs/explanation/store.md).
     Raises UsageError for a folder that is not a refactored model, CorruptError if prism.json was damaged.
     """
     manifest = elastic_manifest(folder)

@@ -5,12 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ..checkpoint import read_manifest
 from ..checkpoint.atomic import JOURNAL
 from ..checkpoint.manifest import MANIFEST
 from ..errors import UsageError
+from ..progress import Report
+
+
+class Writing(TypedDict, total=False):
+    """How a job goes about the folder it writes.
+
+    resume: continue an interrupted run, in the same bytes; force: replace an existing output; report: hears of its progress.
+    """
+
+    resume: bool
+    force: bool
+    report: Report
 
 
 def check_apart(source: str | Path, out: str | Path) -> None:

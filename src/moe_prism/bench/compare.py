@@ -14,61 +14,52 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError
+from ..options.bench import CompareOptions, Offer
 from ..schedule import CostModel, policies
 from ..schedule.simulate import SimulatedEngine
-from ..serve.config import Config, load_config
+from ..serve.config import load_config
 from .environment import environment, load
 from .load import LoadRun, warm_up
 from .prompts import Cut, cut_tokens
 from .result import run_result
 from .servers import PolicyChoice, ServerProcess, serving, settings
-from .simulated import LOAD, capacity, simulated
-from .single import UNLOADED, offered
+from .simulated import SimulatedServer, capacity, simulated
+from .single import UNLOADED, Asked, offered
 from .target import Target, find_target
-from .workload import Offer, Workload
+from .workload import Workload
 
 FIGURES = ("goodput", "attainment", "quality", "output_tokens_per_second")
 Tell = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class CompareOptions:
-    """rates empty: one near the saturation of fifo. cost: load this cost model instead of measuring one."""
-
-    policies: Sequence[str] = ("fifo", "prism", "elastic")
-    rates: Sequence[float] = ()
-    load: float = LOAD
-    repeats: int = 3
-    seed: int = 0
-    patience: float = 30.0
-    cost: Path | None = None
-    save_cost: Path | None = None
-    probe_seconds: float = 8.0
-    config: Path | None = None
-
-    def check(self) -> list[PolicyChoice]:
-        """UsageError for a wrong option; else the policies."""
-        chosen = [PolicyChoice.parse(text) for text in self.policies]
-        for policy in chosen:
-            policies.get(policy.name)  # an unknown name is told before anything starts
-        if not chosen or len({p.label for p in chosen}) != len(chosen):
-            raise UsageError("--policies must name each policy once", "write fifo,prism,elastic")
-        if not 1 <= self.repeats <= 100:
-            raise UsageError(f"--repeats {self.repeats} is out of range", "give 1 to 100")
-        if not 0.05 <= self.load <= 20:
-            raise UsageError(f"--load {self.load:g} is out of range", "give 0.05 to 20")
-        return chosen
+def check_options(options: CompareOptions) -> list[PolicyChoice]:
+    """UsageError for a wrong option; else the policies."""
+    options.check()
+    chosen = [PolicyChoice.parse(text) for text in options.policies]
+    for policy in chosen:
+        policies.get(policy.name)  # an unknown name is told before anything starts
+    if not chosen or len({p.label for p in chosen}) != len(chosen):
+        raise UsageError("--policies must name each policy once", "write fifo,prism,elastic")
+    return chosen
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Servers that are up, and what is offered to them."""
+@dataclass(frozen=True, kw_only=True)
+class PolicyComparison:
+    """What is compared: policies, each on a server of this size, and what is offered to them."""
 
-    targets: dict[str, Target]
+    folder: Path
     choices: Sequence[PolicyChoice]
     workload: Workload
     options: CompareOptions
     engine: SimulatedEngine
+    tell: Tell
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(PolicyComparison):
+    """With the servers up."""
+
+    targets: dict[str, Target]
     cut: Cut
 
 
@@ -82,9 +73,17 @@ class Measured:
 
 def compare(folder: Path, offer: Offer, options: CompareOptions, tell: Tell) -> tuple[dict[str, Any], list[tuple[str, LoadRun]]]:
     """Measure and simulate. Returns the result as JSON, and the measured runs by name. tell: hears of progress, line by line."""
-    chosen = options.check()
+    chosen = check_options(options)
     config = load_config(options.config)
-    workload = offer.of(config.classes)
+    size = config.engine
+    compared = PolicyComparison(
+        folder=folder,
+        choices=chosen,
+        workload=Workload.of(offer, config.classes),
+        options=options,
+        engine=SimulatedEngine(size.requests, size.step_tokens, size.cache_tokens),
+        tell=tell,
+    )
     before = environment()
     with tempfile.TemporaryDirectory(prefix="moe-prism-bench-") as scratch:
         place = Path(scratch)
@@ -97,14 +96,14 @@ def compare(folder: Path, offer: Offer, options: CompareOptions, tell: Tell) -> 
                 arguments = ["--probe-seconds", str(options.probe_seconds), "--save-cost", str(learned[policy.label])]
                 arguments += ["--cost", str(cost_file)] if options.cost or i else []
                 servers[policy.label] = stack.enter_context(
-                    serving(folder, settings(config, workload.classes, policy), arguments, place, f"server{i}")
+                    serving(folder, settings(config, compared.workload.classes, policy), arguments, place, f"server{i}")
                 )
                 if not (options.cost or i):
                     CostModel.load(learned[policy.label]).save(cost_file)  # the one that all begin with
             cost = CostModel.load(cost_file)
             if options.save_cost:
                 cost.save(options.save_cost)
-            bench, unloaded, found, runs = asyncio.run(_measure(folder, servers, chosen, workload, options, cost, config, tell))
+            bench, unloaded, found, runs = asyncio.run(_measure(compared, servers, cost))
         costs = {label: CostModel.load(path) for label, path in learned.items()}
     first = next(iter(bench.targets.values()))
     return {
@@ -113,8 +112,8 @@ def compare(folder: Path, offer: Offer, options: CompareOptions, tell: Tell) -> 
         "load_after": load(),
         "model": str(folder),
         "operating_points": [level.to_json() for level in first.ladder.levels],
-        "workload": workload.described(),
-        "engine": asdict(bench.engine),
+        "workload": compared.workload.described(),
+        "engine": asdict(compared.engine),
         "cost": cost.to_json(),
         "unloaded": unloaded,
         "repeats": options.repeats,
@@ -123,45 +122,39 @@ def compare(folder: Path, offer: Offer, options: CompareOptions, tell: Tell) -> 
 
 
 async def _measure(
-    folder: Path,
-    servers: dict[str, ServerProcess],
-    chosen: Sequence[PolicyChoice],
-    workload: Workload,
-    options: CompareOptions,
-    cost: CostModel,
-    config: Config,
-    tell: Tell,
+    compared: PolicyComparison, servers: dict[str, ServerProcess], cost: CostModel
 ) -> tuple[Bench, dict[str, Any], list[Measured], list[tuple[str, LoadRun]]]:
     targets = {label: await find_target(server.url) for label, server in servers.items()}
-    size = config.engine
-    engine = SimulatedEngine(size.requests, size.step_tokens, size.cache_tokens)
-    bench = Bench(targets, chosen, workload, options, engine, cut_tokens(folder))
+    bench = Bench(**vars(compared), targets=targets, cut=cut_tokens(compared.folder))
+    options = bench.options
     warm = bench.cut(UNLOADED, random.Random(0))  # noqa: S311
     unloaded = {label: await warm_up(target, warm) for label, target in targets.items()}
     first = next(iter(targets.values()))
     rates = list(options.rates)
     if not rates:
-        found = capacity(workload, PolicyChoice.parse("fifo"), cost, first.ladder, engine, first.context, options.seed)
+        fifo = _simulated_server(bench, PolicyChoice.parse("fifo"), cost, first)
+        found = capacity(bench.workload, fifo, options.seed)
         rates = [round(found * options.load, 3)]
-        tell(f"fifo's capacity in the simulator: {found:.2f} requests/s; offered: {rates[0]:g}")
+        bench.tell(f"fifo's capacity in the simulator: {found:.2f} requests/s; offered: {rates[0]:g}")
     runs: list[tuple[str, LoadRun]] = []
-    return bench, unloaded, [await _at(bench, rate, runs, tell) for rate in rates], runs
+    return bench, unloaded, [await _at(bench, rate, runs) for rate in rates], runs
 
 
-async def _at(bench: Bench, rate: float, runs: list[tuple[str, LoadRun]], tell: Tell) -> Measured:
+async def _at(bench: Bench, rate: float, runs: list[tuple[str, LoadRun]]) -> Measured:
     """Every policy at one rate: repeat by repeat, each repeat in another order, all policies on the repeat's arrivals."""
     real: dict[str, list[dict[str, Any]]] = {p.label: [] for p in bench.choices}
     options = bench.options
+    asked = Asked(workload=bench.workload, cut=bench.cut, fields="class", patience=options.patience)
     for repeat in range(options.repeats):
         shift = repeat % len(bench.choices)
         for policy in (*bench.choices[shift:], *bench.choices[:shift]):
             target = bench.targets[policy.label]
             seed = options.seed + repeat
-            run, about = await offered(target, bench.workload, rate, seed, bench.cut, "class", options.patience)
+            run, about = await offered(target, asked, rate, seed)
             found = {**about, **run_result(run, target.ladder)}
             real[policy.label].append(found)
             runs.append((f"{policy.label} rate {rate:g} seed {seed}", run))
-            tell(_line(policy.label, repeat, found))
+            bench.tell(_line(policy.label, repeat, found))
     return Measured(rate, real)
 
 
@@ -181,8 +174,12 @@ def _row(bench: Bench, measured: Measured, costs: dict[str, CostModel]) -> dict[
 def _replayed(bench: Bench, policy: PolicyChoice, cost: CostModel, rate: float, seed: int) -> dict[str, Any]:
     target = bench.targets[policy.label]
     arrivals = bench.workload.arrivals(rate, seed, target.ladder, target.context)
-    run = simulated(arrivals, policy, cost, target.ladder, bench.engine, bench.workload.seconds, bench.options.patience)
+    run = simulated(_simulated_server(bench, policy, cost, target), arrivals, bench.workload.seconds, bench.options.patience)
     return run_result(run, target.ladder)
+
+
+def _simulated_server(bench: Bench, policy: PolicyChoice, cost: CostModel, target: Target) -> SimulatedServer:
+    return SimulatedServer(policy=policy, cost=cost, ladder=target.ladder, engine=bench.engine, context=target.context)
 
 
 def _line(label: str, repeat: int, real: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The metrics, each defined here once; docs/benchmarking.md says them in words.
+"""The metrics, each defined here once; docs/reference/bench.md says them in words.
 
 Everything is computed from raw events. A window is the part of a run that counts: requests by when they were due, tokens by when they came.
 """

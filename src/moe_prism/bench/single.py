@@ -4,54 +4,52 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import UsageError
+from ..options.bench import Offer, SingleOptions
 from ..schedule.classes import default_classes, load_classes
 from .environment import environment, load
 from .load import Fields, LoadRun, bodies, drive, warm_up
 from .prompts import Cut, cut_characters, cut_tokens, prompts, sample_text
 from .result import run_result
 from .target import Target, find_target
-from .workload import Offer, Workload, fingerprint
+from .workload import Workload, fingerprint
 
 UNLOADED = 96  # prompt tokens of the requests that warm up
 SAMPLE = 2000  # characters with which a server's tokens are measured
 
 
-@dataclass(frozen=True)
-class SingleOptions:
-    """How a server is asked. rates: requests/s, 0 for a trace as recorded; patience: seconds to wait for answers after the last request;
-    tokenizer: a model folder; config: a file with classes."""
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """How requests of a workload are made and sent. patience: seconds to wait for answers after the last one."""
 
-    rates: Sequence[float]
-    seed: int = 0
-    patience: float = 30.0
-    fields: Literal["auto", "none", "targets", "class"] = "auto"
-    key: str | None = None
-    model: str | None = None
-    tokenizer: str | None = None
-    config: Path | None = None
+    workload: Workload
+    cut: Cut
+    fields: Fields
+    patience: float
 
 
 def bench(url: str, offer: Offer, options: SingleOptions) -> tuple[dict[str, Any], list[tuple[str, LoadRun]]]:
     """Measure a server at each rate. Returns the result as JSON, and the runs by name."""
-    workload = offer.of(load_classes(options.config) if options.config else default_classes())
+    options.check()
+    workload = Workload.of(offer, load_classes(options.config) if options.config else default_classes())
+    if not options.rates and offer.trace is None:
+        raise UsageError("--rate is missing", "give requests per second; auto needs --compare or --trace")
     return asyncio.run(_bench(url, workload, options))
 
 
 async def _bench(url: str, workload: Workload, options: SingleOptions) -> tuple[dict[str, Any], list[tuple[str, LoadRun]]]:
-    target = await find_target(url, options.key, options.model)
+    target = await find_target(url, options.api_key, options.model)
     cut = cut_tokens(options.tokenizer) if options.tokenizer else cut_characters(await characters_per_token(target))
     fields: Fields = ("targets" if target.elastic else "none") if options.fields == "auto" else options.fields
     before = environment()
     unloaded = await warm_up(target, cut(UNLOADED, random.Random(0)))  # noqa: S311
     runs, results = [], []
-    for rate in options.rates:
-        run, about = await offered(target, workload, rate, options.seed, cut, fields, options.patience)
+    asked = Asked(workload=workload, cut=cut, fields=fields, patience=options.patience)
+    for rate in options.rates or (0.0,):  # 0: a trace as recorded
+        run, about = await offered(target, asked, rate, options.seed)
         runs.append((f"rate {rate:g}", run))
         results.append({**about, **run_result(run, target.ladder)})
     return {
@@ -67,13 +65,12 @@ async def _bench(url: str, workload: Workload, options: SingleOptions) -> tuple[
     }, runs
 
 
-async def offered(
-    target: Target, workload: Workload, rate: float, seed: int, cut: Cut, fields: Fields, patience: float
-) -> tuple[LoadRun, dict[str, Any]]:
+async def offered(target: Target, asked: Asked, rate: float, seed: int) -> tuple[LoadRun, dict[str, Any]]:
     """One run, and what was offered in it."""
+    workload = asked.workload
     arrivals = workload.arrivals(rate, seed, target.ladder, target.context)
-    made = prompts(arrivals, cut, f"{workload.name} {rate:g} {seed}")
-    run = await drive(target, arrivals, bodies(target, arrivals, made, fields), workload.seconds, patience)
+    made = prompts(arrivals, asked.cut, f"{workload.name} {rate:g} {seed}")
+    run = await drive(target, arrivals, bodies(target, arrivals, made, asked.fields), workload.seconds, asked.patience)
     return run, {"rate": rate, "seed": seed, "arrivals_sha256": fingerprint(arrivals)}
 
 

@@ -8,58 +8,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..options.bench import Offer
 from ..registry import choices
 from ..schedule.base import Ladder
 from ..schedule.classes import RequestClass
 from ..schedule.workloads import TIMES, Arrival, Recorded, generate, read_trace
 from .prompts import fitted
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What a user asks for. name: one of `moe_prism.schedule.workloads`; trace: replayed instead. seconds: None for 60, or all of a trace
-    as recorded. spread: of floors drawn per request, 0 keeps the classes'. slower: factor on the classes' times."""
-
-    name: str = "classes"
-    seconds: float | None = None
-    trace: Path | None = None
-    spread: float = 0.0
-    slower: float = 1.0
-
-    def __post_init__(self) -> None:
-        """UsageError for what cannot be offered."""
-        if self.trace is not None:
-            if not self.trace.is_file():
-                raise UsageError(f"no trace at {self.trace}", "give a file of JSON lines, see docs/scheduling.md")
-        elif self.name not in TIMES:
-            raise UsageError(f"unknown workload '{self.name}'", f"{choices(self.name, TIMES)}; or give --trace")
-        if self.seconds is not None and not 1 <= self.seconds <= 86_400:
-            raise UsageError(f"--seconds {self.seconds:g} is out of range", "give 1 to 86400")
-        if not (0 <= self.spread <= 1 and 1e-3 <= self.slower <= 1e3):
-            raise UsageError(
-                f"--spread {self.spread:g} or --slower {self.slower:g} is out of range", "give 0 to 1, and 0.001 to 1000"
-            )
-
-    @cached_property
-    def recorded(self) -> Sequence[Recorded]:
-        """The trace, read once; empty without one."""
-        return read_trace(self.trace) if self.trace else ()
-
-    @cached_property
-    def length(self) -> float:
-        """Seconds of it, at least 1."""
-        if self.seconds is not None or not self.recorded:
-            return self.seconds or 60.0
-        span = round(self.recorded[-1].arrival - self.recorded[0].arrival, 6)  # as `Workload.arrivals` rounds
-        return min(max(math.nextafter(span, math.inf), 1.0), 86_400.0)
-
-    def of(self, classes: Mapping[str, RequestClass]) -> Workload:
-        """With these classes."""
-        return Workload(self, {name: kind.slower(self.slower) for name, kind in classes.items()})
 
 
 @dataclass(frozen=True)
@@ -69,9 +26,26 @@ class Workload:
     offer: Offer
     classes: Mapping[str, RequestClass]
 
-    @property
+    @classmethod
+    def of(cls, offer: Offer, classes: Mapping[str, RequestClass]) -> Workload:
+        """With these classes, as much slower as the offer says. UsageError for what cannot be offered."""
+        offer.check()
+        if offer.trace is None and offer.name not in TIMES:
+            raise UsageError(f"unknown workload '{offer.name}'", f"{choices(offer.name, TIMES)}; or give --trace")
+        return cls(offer, {name: kind.slower(offer.slower) for name, kind in classes.items()})
+
+    @cached_property
+    def recorded(self) -> Sequence[Recorded]:
+        """The trace, read once; empty without one."""
+        return read_trace(self.offer.trace) if self.offer.trace else ()
+
+    @cached_property
     def seconds(self) -> float:
-        return self.offer.length
+        """Length of the offer, at least 1."""
+        if self.offer.seconds is not None or not self.recorded:
+            return self.offer.seconds or 60.0
+        span = round(self.recorded[-1].arrival - self.recorded[0].arrival, 6)  # as `arrivals` rounds
+        return min(max(math.nextafter(span, math.inf), 1.0), 86_400.0)
 
     @property
     def name(self) -> str:
@@ -89,7 +63,7 @@ class Workload:
         if offer.trace is None:
             made = generate(offer.name, rate, self.seconds, self.classes, ladder, seed, spread=offer.spread)
         else:
-            made = self._replayed([line.of(self.classes, ladder) for line in offer.recorded], rate)
+            made = self._replayed([line.of(self.classes, ladder) for line in self.recorded], rate)
         if len(made) < 2:
             raise UsageError(f"{len(made)} requests in {self.seconds:g} s", "raise the rate or the seconds")
         return fitted(made, context)

@@ -17,12 +17,12 @@ from . import (
     calibrate,
     demo,
     doctor,
+    forecast,
     frontier,
     generate,
     inspect,
     listing,
     offload,
-    plan,
     prune,
     recover,
     refactor,
@@ -31,6 +31,7 @@ from . import (
     trace,
     verify,
 )
+from .flags import with_flags
 from .output import Unwritten, plain_line
 
 INTERRUPTED = 130
@@ -59,7 +60,7 @@ def build() -> cyclopts.App:
         (recover.recover, "recover"),
         (skip.skip, "skip"),
         (frontier.frontier, "frontier"),
-        (plan.plan, "plan"),
+        (forecast.forecast, "forecast"),
         (generate.generate, "generate"),
         (serve.serve, "serve"),
         (bench.bench, "bench"),
@@ -69,7 +70,8 @@ def build() -> cyclopts.App:
         (listing.ls, "ls"),
     )
     for place, (command, name) in enumerate(every):  # --help lists them as they are used, not by the alphabet
-        app.command(_described(command), name=name, sort_key=place)
+        app.command(with_flags(_described(command)), name=name, sort_key=place)
+    app.command(with_flags(_described(forecast.forecast)), name="plan", show=False)  # its name in 0.1
     return app
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from ..options.trace import TraceOptions
 from .output import emit, note, progress
 
 
@@ -15,14 +16,7 @@ def trace(
     /,
     *,
     out: Annotated[Path, Parameter(name=("--out", "-o"))],
-    text: str = "stdlib",
-    tokens: int = 8192,
-    length: int = 256,
-    prompt: int = 64,
-    budget: float = 1.0,
-    rule: str | None = None,
-    inputs: bool = False,
-    values: bool = False,
+    options: TraceOptions,
     force: bool = False,
     json: bool = False,
 ) -> None:
@@ -32,22 +26,13 @@ def trace(
     ----------
     model: Folder with config.json and safetensors, a folder written by `moe-prism refactor`, a hub name, or 'nano'.
     out: The .npz file to write.
-    text: stdlib, topics, a file, a folder, a .jsonl file or a saved dataset. Both of its sides are recorded, and marked.
-    tokens: Tokens in all.
-    length: Tokens per request.
-    prompt: How many of them are the prefill step; the others are one decode step each.
-    budget: Kept slots / all slots of an elastic model, in (0, 1].
-    rule: Selection rule of an elastic model; see `moe-prism ls rules`. Default threshold.
-    inputs: Also keep the routers' inputs and weights, which cross-layer prediction needs.
-    values: Also keep the value of every candidate slot of an elastic model.
     force: Replace an existing file.
     json: One JSON object on stdout.
     """
     from ..files import check_writable
-    from ..jobs.trace import TraceOptions, record_trace
+    from ..jobs.trace import record_trace
 
     check_writable(out)
-    options = TraceOptions(text, tokens, length, prompt, budget, rule, inputs, values)
     found = record_trace(model, out, options, force=force, report=progress)
     facts: dict[str, Any] = {
         "file": str(out),

@@ -1,4 +1,4 @@
-"""Points at which a model can run, and what a step costs at each of them: a plan."""
+"""Points at which a model can run, and what a step costs at each of them: a forecast."""
 
 from __future__ import annotations
 

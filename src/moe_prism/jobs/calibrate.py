@@ -7,21 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from safetensors.torch import load_file
 
 from ..artefact.load import read_tensors
-from ..artefact.output import check_apart, finished
+from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
-from ..calibrate.options import CalibrateOptions, settings
+from ..calibrate.options import settings
 from ..calibrate.run import Pass, bounded_capacity
 from ..calibrate.statistics import LayerStatistics, Statistics
 from ..checkpoint import Journal, LayerStream, OutputFolder, read_manifest, source_facts, write_manifest
 from ..data import Windows, token_windows
 from ..errors import UsageError
 from ..model import find_layers, load_to_run, load_tokenizer, resolve
+from ..options.calibrate import CalibrateOptions
 from ..progress import Report, silent
 
 SNAPSHOT = "calibration-snapshot.safetensors"
@@ -31,19 +32,13 @@ STARVED = 256  # tokens; fewer say too little about an expert's neurons (spec se
 
 
 def calibrate_model(
-    model: str | Path,
-    out: str | Path,
-    options: CalibrateOptions | None = None,
-    *,
-    resume: bool = False,
-    force: bool = False,
-    report: Report = silent,
+    model: str | Path, out: str | Path, options: CalibrateOptions | None = None, **how: Unpack[Writing]
 ) -> Statistics:
-    """Write the statistics of a model to a folder that `refactor(calibration=...)` reads.
+    """Write the statistics of a model to a folder that `refactor(calibration=...)` reads. how: see `Writing`.
 
     Raises UsageError, DoesNotFit or CorruptError before anything is visible at `out`.
     """
-    options = options or CalibrateOptions()
+    options, resume = options or CalibrateOptions(), how.get("resume", False)
     options.check()
     where = resolve(model)
     check_apart(where, out)
@@ -55,9 +50,9 @@ def calibrate_model(
     inputs = {"source": source, "options": asdict(options)}
     if resume and finished(out, {"kind": "calibration", **inputs}):
         return read_statistics(out)
-    with OutputFolder(out, resume=resume, force=force) as folder:
+    with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         journal = Journal(folder.work, inputs)
-        statistics = run_pass(where, windows, options, folder, journal, report)
+        statistics = run_pass(where, windows, options, folder, journal, how.get("report", silent))
         for i, layer in enumerate(statistics.layers):
             folder.save_tensors(f"layer-{i:03d}.safetensors", layer.flat(), {"name": layer.name})
         folder.save_tensors(PROFILE, {"ids": statistics.profile})

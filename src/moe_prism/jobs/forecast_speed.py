@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,12 @@ from ..forecast.distinct import Routing
 from ..forecast.speed import ELASTIC, PAYS, STOCK, ForecastPoint, MeasuredStep, SpeedForecast, plain_points, predict
 from ..forecast.step_time import Fit, Machine, Shape, StepLoad, Terms, fit, terms
 from ..model import find_layers, load_to_run, load_tokenizer, resolve
+from ..options.speed import WINDOW, SpeedOptions
 from ..progress import Report, silent
 from .count_blocks import at_budget, block_choices
 from .model_shape import config_tree, shape_of
 from .time_steps import fewer_experts, measure_routing, needed_tokens, time_steps
 
-WINDOW = 256  # tokens of the windows that routing is counted on
 PROBED = 4  # concurrencies that the probe times
 CUTS = (0.75, 0.5, 0.25)  # budgets that the probe times
 ROUNDS = 4  # over all concurrencies; the fastest turn of all rounds counts, which is the one that a busy machine disturbed least
@@ -35,63 +34,26 @@ Key = tuple[str, int, str]
 """Engine, concurrency, point."""
 
 
-@dataclass(frozen=True)
-class SpeedOptions:
-    """concurrency: requests that decode together. keep: shares of the experts that pruning leaves. budgets: of an elastic model.
-
-    context: mean tokens a request attends to; prompt: prompt tokens computed per generated token beside decoding (1024 in and 1024 out: 1).
-    machine: given instead of probed; the model is then read from its config.json alone. text: what routing is counted on (calibration
-    side) and steps are timed on (evaluation side); None: `stdlib` where the machine is probed, even routing where it is given.
-    bits: per stored weight, where it differs from the config's dtype. measure: time every point that can be run, at every concurrency.
-    seconds: about how long the steps of the probe take.
-    """
-
-    concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    keep: tuple[float, ...] = (0.5,)
-    budgets: tuple[float, ...] = (0.75, 0.5, 0.25)
-    context: float = 256.0
-    prompt: float = 0.0
-    machine: Machine | None = None
-    bits: float | None = None
-    text: str | None = None
-    tokens: int = 16_384
-    measure: bool = False
-    seconds: float = 45.0
-
-    def check(self) -> None:
-        """UsageError for anything out of range."""
-        if not self.concurrency or min(self.concurrency) < 1:
-            raise UsageError(f"--concurrency {_list(self.concurrency)} is no list of counts", "give one like 1,2,4,8")
-        for name, shares in (("--keep", self.keep), ("--budgets", self.budgets)):
-            if any(not 0 < share < 1 for share in shares):
-                raise UsageError(f"{name} {_list(shares)} is outside (0, 1)", "0.5 keeps half")
-        if not (1 <= self.context < math.inf and 0 <= self.prompt < math.inf):
-            raise UsageError(f"--context {self.context:g} or --prompt {self.prompt:g} is out of range", "give >= 1 and >= 0")
-        if self.bits is not None and not 0 < self.bits <= 64:
-            raise UsageError(f"--bits {self.bits:g} is no width of a weight", "give 4, 8, 16 or 32")
-        if self.tokens < WINDOW or not 1 <= self.seconds <= 3600:
-            raise UsageError(
-                f"--tokens {self.tokens} or --seconds {self.seconds:g} is out of range", f"give >= {WINDOW}, and 1 to 3600"
-            )
-        if self.measure and self.machine:
-            raise UsageError("--measure needs the machine itself", "leave out --bandwidth and --peak")
-
-
-def _list(values: Sequence[float]) -> str:
-    return ",".join(f"{value:g}" for value in values)
-
-
-def plan_model(model: str | Path, options: SpeedOptions | None = None, *, report: Report = silent) -> SpeedForecast:
+def forecast_speed(model: str | Path, options: SpeedOptions | None = None, *, report: Report = silent) -> SpeedForecast:
     """Predicted tokens/s of a model at every concurrency: full, skipping experts, pruned, and, if it is elastic, at sub-expert budgets.
 
-    With `options.machine` only config.json is read (and the weights, where a text to count routing on is given). Without, the model is
-    loaded, its routing counted and its decoding steps timed. Raises UsageError for a model without experts and for bad options.
+    With a machine that the options describe, only config.json is read (and the weights, where a text to count routing on is given).
+    Without, the model is loaded, its routing counted and its decoding steps timed. Raises UsageError for a model without experts
+    and for bad options.
     """
     options = options or SpeedOptions()
     options.check()
-    if options.machine is not None and options.text is None:
-        return _from_config(model, options, options.machine)
-    return _Planner(model, options, report).plan()
+    machine = _machine(options)
+    if machine is not None and options.text is None:
+        return _from_config(model, options, machine)
+    return _SpeedForecaster(model, options, machine, report).forecast()
+
+
+def _machine(options: SpeedOptions) -> Machine | None:
+    """The machine that the options describe; None: measure this one."""
+    if options.bandwidth is None or options.peak is None:
+        return None
+    return Machine(options.bandwidth, options.peak, options.fixed or 0.0)
 
 
 def _from_config(model: str | Path, options: SpeedOptions, machine: Machine) -> SpeedForecast:
@@ -126,19 +88,19 @@ def _facts(options: SpeedOptions, routing: Routing, source: str) -> dict[str, An
     }
 
 
-class _Planner:
+class _SpeedForecaster:
     """The model itself: loaded, its routing counted, its steps timed."""
 
-    def __init__(self, source: str | Path, options: SpeedOptions, report: Report) -> None:
-        self.source, self.options, self.report = source, options, report
+    def __init__(self, source: str | Path, options: SpeedOptions, machine: Machine | None, report: Report) -> None:
+        self.source, self.options, self.given, self.report = source, options, machine, report
         self.text = options.text or "stdlib"
         self.tokenizer = load_tokenizer(source)
 
-    def plan(self) -> SpeedForecast:
+    def forecast(self) -> SpeedForecast:
         options, fits, measured = self.options, dict[str, Fit | Machine](), dict[Key, MeasuredStep]()
         ids = token_windows(self.tokenizer, self.text, "calibration", length=WINDOW, tokens=options.tokens).ids
         shape, routing, points = self._stock(ids, fits, measured)
-        if options.machine is None and options.budgets and self._is_elastic():
+        if self.given is None and options.budgets and self._is_elastic():
             points = [*points, *self._elastic(shape, points[0], ids, fits, measured)]
         machines = {name: found.machine if isinstance(found, Fit) else found for name, found in fits.items()}
         rows = predict(shape, points, machines, _loads(options), measured)
@@ -162,8 +124,8 @@ class _Planner:
             else point
             for point in plain_points(shape, routing, self.options.keep)
         ]
-        if self.options.machine is not None:
-            fits[STOCK] = self.options.machine
+        if self.given is not None:
+            fits[STOCK] = self.given
         else:
             fits[STOCK], found = self._calibrate("probe", model, shape, points, points)
             measured |= found
@@ -227,7 +189,7 @@ class _Planner:
         return found
 
     def _prompt(self, model: Any, points: int) -> int:
-        """Prompt tokens such that the steps lie around the planned context, as far as the model's limit allows."""
+        """Prompt tokens such that the steps lie around the context asked for, as far as the model's limit allows."""
         grown = needed_tokens(points)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
         if limit < grown + 8:
@@ -250,7 +212,7 @@ def _need(shape: Shape, point: ForecastPoint, batch: int, was: MeasuredStep) -> 
 
 
 def probed(concurrency: Sequence[int]) -> list[int]:
-    """The concurrencies that the probe times: 1, the highest and two between, small powers of two where fewer are planned."""
+    """The concurrencies that the probe times: 1, the highest and two between, small powers of two where fewer are asked for."""
     values = sorted({1, *concurrency})
     extra = (2**i for i in range(1, PROBED + 1) if 2**i not in values)
     while len(values) < PROBED:

@@ -7,14 +7,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..artefact.load import SIDE_FILE, read_tensors
-from ..artefact.output import check_apart, finished
+from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
 from ..calibrate.statistics import Statistics
 from ..checkpoint import Journal, OutputFolder, read_manifest, source_facts, write_manifest
@@ -24,8 +24,9 @@ from ..compress.prune.remove import check_removable, remove_experts
 from ..data import Windows
 from ..elastic import attach
 from ..errors import UsageError
-from ..methods.prune.select import PruneOptions, PruneSelection, decide, measured_counts, read_kept
+from ..methods.prune.select import PruneSelection, check_options, collectors_of, decide, measured_counts, read_kept
 from ..model import find_layers, load_to_run, resolve
+from ..options.prune import PruneOptions
 from ..progress import Report, peak_rss_bytes, silent
 from .calibrate import SNAPSHOT, calibration_windows, check_fit, read_statistics, run_pass
 from .prune_card import pruned_card
@@ -40,28 +41,28 @@ SHARED = ("levels", "plan", "low_rank.map")
 
 @dataclass(frozen=True)
 class Pruned:
-    """The plan, and where a model was written: its folder and manifest."""
+    """The selection, and where a model was written: its folder and manifest."""
 
-    plan: PruneSelection
+    selection: PruneSelection
     folder: Path | None
     manifest: Mapping[str, Any] | None
     peak_rss_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         where = {"folder": str(self.folder)} if self.folder else {}
-        return {**where, **self.plan.to_json(), "peak_rss_bytes": self.peak_rss_bytes}
+        return {**where, **self.selection.to_json(), "peak_rss_bytes": self.peak_rss_bytes}
 
 
-def plan_pruning(
+def select_experts(
     model: str | Path, options: PruneOptions | None = None, *, calibration: str | Path | None = None, report: Report = silent
 ) -> Pruned:
-    """Which experts would stay; nothing is written. `compress.prune.pruned(model, result.plan.choices)` runs it in mask mode."""
+    """Which experts would stay; nothing is written. `compress.prune.pruned(model, result.selection.choices)` runs it in mask mode."""
     options = options or PruneOptions()
-    options.check()
+    check_options(options)
     job = _Job(model, options, calibration)
-    with tempfile.TemporaryDirectory() as scratch, OutputFolder(Path(scratch) / "plan") as folder:
-        plan = job.plan(folder, Journal(folder.work, {}), report)
-    return Pruned(plan, None, None, peak_rss_bytes())
+    with tempfile.TemporaryDirectory() as scratch, OutputFolder(Path(scratch) / "selection") as folder:
+        selection = job.select(folder, Journal(folder.work, {}), report)
+    return Pruned(selection, None, None, peak_rss_bytes())
 
 
 def prune_model(
@@ -71,18 +72,16 @@ def prune_model(
     *,
     calibration: str | Path | None = None,
     kept: str | Path | None = None,
-    resume: bool = False,
-    force: bool = False,
-    report: Report = silent,
+    **how: Unpack[Writing],
 ) -> Pruned:
     """Write a checkpoint with fewer experts per layer, which unmodified transformers loads; kept.json says which stayed.
 
     model: a safetensors folder, plain or written by `refactor` (the result is then elastic too). calibration: a folder written by
-    `calibrate` with the collectors that the criterion needs. kept: a kept.json instead of a criterion. An interrupted run continues with
-    resume=True and ends in the same bytes. Raises UsageError, DoesNotFit or CorruptError before anything is visible at `out`.
+    `calibrate` with the collectors that the criterion needs. kept: a kept.json instead of a criterion. how: see
+    `Writing`. Raises UsageError, DoesNotFit or CorruptError before anything is visible at `out`.
     """
     options = options or PruneOptions()
-    options.check()
+    check_options(options)
     job = _Job(model, options, calibration)
     check_apart(job.weights.path, out)
     if job.weights.stream is None:
@@ -99,24 +98,25 @@ def prune_model(
     inputs = {"source": source_facts(job.weights.path), "options": asdict(options), "given": given.to_json() if given else None}
     statistics = {"statistics": job.given.facts if job.given and not given else None}
     kind = "elastic" if manifest else "pruned"
-    if resume and (done := finished(out, {"kind": kind, "pruning": {**inputs, **statistics}})):
-        plan = read_kept(Path(out) / KEPT, job.weights.model, job.weights.layers)
-        return Pruned(plan, Path(out), done, peak_rss_bytes())
-    with OutputFolder(out, resume=resume, force=force) as folder:
+    if (resume := how.get("resume", False)) and (done := finished(out, {"kind": kind, "pruning": {**inputs, **statistics}})):
+        selection = read_kept(Path(out) / KEPT, job.weights.model, job.weights.layers)
+        return Pruned(selection, Path(out), done, peak_rss_bytes())
+    with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
+        report = how.get("report", silent)
         journal = Journal(folder.work, {**inputs, **statistics})
-        plan = given or job.plan(folder, journal, report)
+        selection = given or job.select(folder, journal, report)
         with report("write") as update:
-            remove_experts(job.weights.stream, job.weights.layers, plan.choices, folder, journal, update)
+            remove_experts(job.weights.stream, job.weights.layers, selection.choices, folder, journal, update)
         if manifest:
-            _slice_side_file(job.weights.path, plan.choices, folder)
-        folder.write_bytes(KEPT, json.dumps(plan.to_json(), indent=1).encode() + b"\n")
-        facts = _facts(manifest, plan, {**inputs, **statistics}, job, kind)
-        folder.write_bytes("README.md", pruned_card(facts, plan.to_json(), job.weights.model.config.model_type).encode())
+            _slice_side_file(job.weights.path, selection.choices, folder)
+        folder.write_bytes(KEPT, json.dumps(selection.to_json(), indent=1).encode() + b"\n")
+        facts = _facts(manifest, selection, {**inputs, **statistics}, job, kind)
+        folder.write_bytes("README.md", pruned_card(facts, selection.to_json(), job.weights.model.config.model_type).encode())
         for name in (SNAPSHOT, COUNTS):
             folder.discard(name)
         written = write_manifest(folder, facts)
         folder.finish()
-    return Pruned(plan, Path(out), written, peak_rss_bytes())
+    return Pruned(selection, Path(out), written, peak_rss_bytes())
 
 
 class _Job:
@@ -133,7 +133,7 @@ class _Job:
         decide(
             self.weights.model, self.weights.layers, None, replace(options, criterion="first-half", protect=[])
         )  # would it fit at all
-        collectors = options.collectors()
+        collectors = collectors_of(options)
         self.settings = replace(options.calibration, collectors=collectors)
         self.windows: Windows | None = None
         if collectors and not self.given:
@@ -147,7 +147,7 @@ class _Job:
             return self.windows.documents
         return self.given.facts["documents"] if self.given else ()
 
-    def plan(self, folder: OutputFolder, journal: Journal, report: Report) -> PruneSelection:
+    def select(self, folder: OutputFolder, journal: Journal, report: Report) -> PruneSelection:
         statistics = self.given
         if self.windows is not None:
             statistics = run_pass(self.weights.path, self.windows, self.settings, folder, journal, report)
@@ -200,7 +200,7 @@ def _slice(key: str, tensor: Tensor, dim: int | None, choice: KeptExperts) -> Te
 
 
 def _facts(
-    manifest: Mapping[str, Any] | None, plan: PruneSelection, inputs: Mapping[str, Any], job: _Job, kind: str
+    manifest: Mapping[str, Any] | None, selection: PruneSelection, inputs: Mapping[str, Any], job: _Job, kind: str
 ) -> dict[str, Any]:
     """prism.json: of an elastic model its own facts with fewer experts, else what was done."""
     if manifest is None:
@@ -208,7 +208,7 @@ def _facts(
     old = {key: value for key, value in manifest.items() if key not in (*FILLED_IN, "operating_points")}
     layers = [
         {**row, "experts": len(c.kept), "starved": [c.kept.index(e) for e in row["starved"] if e in c.kept]}
-        for row, c in zip(old["layers"], plan.choices, strict=True)
+        for row, c in zip(old["layers"], selection.choices, strict=True)
     ]
     calibration = {**old["calibration"], "documents": list(dict.fromkeys([*old["calibration"]["documents"], *job.documents]))}
     return {**old, "layers": layers, "calibration": calibration, "pruning": dict(inputs)}

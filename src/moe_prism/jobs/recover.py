@@ -6,49 +6,24 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Unpack
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..artefact.load import SIDE_FILE, load, read_tensors
-from ..artefact.output import check_apart, finished
+from ..artefact.output import Writing, check_apart, finished
 from ..checkpoint import Journal, OutputFolder, elastic_manifest, write_manifest
 from ..data import Windows, token_windows
 from ..elastic.layer import ElasticLayer
 from ..errors import CorruptError, UsageError
+from ..options.recover import RecoverOptions
 from ..progress import Report, peak_rss_bytes, silent
 from ..recover import RecoverJob, methods
 from ..recover.run import BATCH, groups
 
 MEASURED = ("frontier.json", "ladder.json", "report.html", "frontier.png")  # of the model as it was
 FILLED_IN = ("schema", "versions", "files", "sha256")  # keys of a manifest that its writer sets
-
-
-@dataclass(frozen=True)
-class RecoverOptions:
-    """method: a name from `recover.methods`. bands (`repair`): repaired copies of W_down per expert, each for a range of dropped blocks
-    (at most N-1 of them differ). steps and seed (`predictor`): of training.
-
-    text: None is the text the model was calibrated on; its evaluation side is never used. tokens and length of the windows;
-    memory for the normal equations of the layers that are summed together.
-    """
-
-    method: str = "repair"
-    bands: int = 1
-    steps: int = 96
-    text: str | None = None
-    tokens: int = 65_536
-    length: int = 512
-    memory_mib: int = 4096
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raises UsageError for a name or number that cannot work."""
-        methods.get(self.method)
-        for name, least in (("bands", 1), ("steps", 1), ("tokens", 1), ("length", 8), ("memory_mib", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small", f"give at least {least}")
 
 
 @dataclass(frozen=True)
@@ -69,20 +44,15 @@ class Recovered:
 
 
 def recover_model(
-    folder: str | Path,
-    out: str | Path,
-    options: RecoverOptions | None = None,
-    *,
-    resume: bool = False,
-    force: bool = False,
-    report: Report = silent,
+    folder: str | Path, out: str | Path, options: RecoverOptions | None = None, **how: Unpack[Writing]
 ) -> Recovered:
     """Write a copy of an elastic model that loses less below full budget, with the same weights and the same function at full budget.
 
-    Of two methods, `predictor` goes first: a repair is fitted to what is kept. An interrupted `repair` continues with resume=True and
-    ends in the same bytes, `predictor` starts again. Raises UsageError, DoesNotFit or CorruptError before OUT is visible.
+    Of two methods, `predictor` goes first: a repair is fitted to what is kept. how: see `Writing`; an interrupted `repair`
+    continues, `predictor` starts again. Raises UsageError, DoesNotFit or CorruptError before OUT is visible.
     """
-    options = options or RecoverOptions()
+    options, resume = options or RecoverOptions(), how.get("resume", False)
+    report = how.get("report", silent)
     options.check()
     manifest = elastic_manifest(folder)
     _check(folder, manifest, options)
@@ -95,8 +65,8 @@ def recover_model(
     model, tokenizer = load(folder)
     windows = _windows(tokenizer, model, manifest, options)
     _check_repair(model._moe_prism.layers, windows, options)
-    with OutputFolder(out, resume=resume, force=force) as output:
-        facts = _fit(model, windows, manifest, options, output, Journal(output.work, inputs), report)
+    with OutputFolder(out, resume=resume, force=how.get("force", False)) as output:
+        facts = _fit(model, windows, manifest, options, _Units(output, Journal(output.work, inputs)), report)
         with report("write") as update:
             _copy(Path(folder), manifest, output, update)
         extra = _write_side_file(Path(folder), len(manifest["layers"]), output)
@@ -131,34 +101,37 @@ def _check_repair(layers: Sequence[ElasticLayer], windows: Windows, options: Rec
         groups(layers, min(options.bands, layers[0].plan.n_sub - 1), options.memory_mib << 20)
 
 
+class _Units(NamedTuple):
+    """Side tensors of layers, finished one by one in the work folder."""
+
+    output: OutputFolder
+    journal: Journal
+
+    def done(self, layer: int) -> bool:
+        return self.journal.done(_unit(layer))
+
+    def save(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        named = {f"layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
+        self.journal.finish(_unit(layer), _unit(layer), self.output.save_tensors(_unit(layer), named))
+
+
 def _fit(
-    model: Any,
-    windows: Windows,
-    manifest: Mapping[str, Any],
-    options: RecoverOptions,
-    output: OutputFolder,
-    journal: Journal,
-    report: Report,
+    model: Any, windows: Windows, manifest: Mapping[str, Any], options: RecoverOptions, units: _Units, report: Report
 ) -> dict[str, Any]:
     """Run the method; side tensors of every layer are then units in the work folder. Returns its facts."""
-
-    def save(layer: int, tensors: dict[str, Tensor]) -> None:
-        named = {f"layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
-        journal.finish(_unit(layer), _unit(layer), output.save_tensors(_unit(layer), named))
-
     found = [layer.get("sensitivity") for layer in manifest["layers"]]
     job = RecoverJob(
-        model,
-        model._moe_prism,
-        windows.ids,
-        None if None in found else found,
-        options.bands,
-        options.steps,
-        options.memory_mib << 20,
-        options.seed,
-        lambda layer: journal.done(_unit(layer)),
-        save,
-        report,
+        model=model,
+        elastic=model._moe_prism,
+        ids=windows.ids,
+        sensitivity=None if None in found else found,
+        bands=options.bands,
+        steps=options.steps,
+        memory_bytes=options.memory_mib << 20,
+        seed=options.seed,
+        done=units.done,
+        save=units.save,
+        report=report,
     )
     return {"method": options.method, **methods.get(options.method)(job)}
 

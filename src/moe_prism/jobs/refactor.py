@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from safetensors import safe_open
@@ -14,77 +14,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..artefact.load import SIDE_FILE
-from ..artefact.output import check_apart, finished
+from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
-from ..calibrate.options import CalibrateOptions
 from ..calibrate.statistics import Statistics
 from ..checkpoint import Journal, OutputFolder, source_facts, write_manifest
-from ..elastic.compensate import compensators
 from ..elastic.rules.threshold import pool_levels
-from ..elastic.scorers import scorers
 from ..errors import UsageError
 from ..model import MoELayer, resolve
-from ..partition import gates as gate_choices
-from ..partition import objectives, solvers
+from ..options.refactor import RefactorOptions
 from ..partition.base import check_blocks
 from ..progress import Report, Update, peak_rss_bytes, silent
-from ..registry import choices
 from .calibrate import SNAPSHOT, calibration_windows, check_fit, read_statistics, run_pass
 from .profile_layers import Profiler, plan_tensors, profile_runs, unit_cost
 from .refactor_card import model_card
 from .solve_layer import solve
 
 LEVELS_FILE = "levels.safetensors"
-
-
-@dataclass(frozen=True)
-class RefactorOptions:
-    """n_sub: sub-experts per expert; gates: gate neurons per sub-expert; solver, objective, gate_choice: names from the registries.
-
-    dropped: how many of an expert's weakest sub-experts the partition objective charges; None is n_sub - 1, the paper's code.
-    extra_scorers: predictors to fit beside the default one, for `operating_point(scorer=...)`.
-    profile_tokens: calibration tokens run once per layer to learn how a budget is best spent across layers; 0: every layer alike.
-    compensate: what makes up for dropped sub-experts: none, or a name from the registry; rank: of `low-rank`.
-    profile_points: budgets at which every layer is also run with a fixed count of slots, to refine the rule `plan`; each takes as long
-    as the profile without.
-    """
-
-    n_sub: int = 4
-    gates: int = 1
-    solver: str = "alt"
-    objective: str = "paper"
-    gate_choice: str = "energy"
-    dropped: int | None = None
-    seed: int = 0
-    profile_tokens: int = 4096
-    compensate: str = "mean"
-    rank: int = 2
-    profile_points: int = 0
-    calibration: CalibrateOptions = field(default_factory=CalibrateOptions)
-    extra_scorers: list[str] = field(default_factory=list)  # a list: equal to what JSON gives back
-
-    def check(self) -> None:
-        """Raises UsageError for a name or number that cannot work."""
-        solvers.get(self.solver)
-        objectives.get(self.objective)
-        gate_choices.get(self.gate_choice)
-        for name in self.extra_scorers:
-            scorers.get(name)
-        if self.compensate not in ("none", *compensators.names()):
-            raise UsageError(
-                f"unknown compensator '{self.compensate}'", choices(self.compensate, ["none", *compensators.names()])
-            )
-        if self.rank < 1:
-            raise UsageError(f"--rank {self.rank} is no rank", "give 1 or more")
-        if self.profile_tokens < 0:
-            raise UsageError(f"--profile-tokens {self.profile_tokens} is negative", "0 switches the profile off")
-        if self.profile_points < 0:
-            raise UsageError(f"--profile-points {self.profile_points} is negative", "0 makes the plan from the one run there is")
-        if self.n_sub < 2:
-            raise UsageError(f"--n-sub {self.n_sub} splits nothing", "give 2 or more")
-        if self.dropped is not None and not 1 <= self.dropped < self.n_sub:
-            raise UsageError(f"--dropped {self.dropped} is outside 1..{self.n_sub - 1}", "leave it out for N-1, the paper's code")
-        self.calibration.check()
 
 
 @dataclass(frozen=True)
@@ -113,16 +58,14 @@ def refactor(
     options: RefactorOptions | None = None,
     *,
     calibration: str | Path | None = None,
-    resume: bool = False,
-    force: bool = False,
-    report: Report = silent,
+    **how: Unpack[Writing],
 ) -> Refactored:
     """Write an elastic copy of a checkpoint to `out`: same files, names and shapes, plus prism.json and prism.safetensors.
 
-    calibration: a folder written by `calibrate`; without it the pass runs here. An interrupted run continues with resume=True and
-    ends in the same bytes. Raises UsageError or CorruptError before anything is written if the model, text or options cannot work.
+    calibration: a folder written by `calibrate`; without it the pass runs here. how: see `Writing`.
+    Raises UsageError or CorruptError before anything is written if the model, text or options cannot work.
     """
-    options = options or RefactorOptions()
+    options, resume = options or RefactorOptions(), how.get("resume", False)
     options.check()
     where = resolve(model)
     check_apart(where, out)
@@ -146,15 +89,15 @@ def refactor(
     fingerprint = {**inputs, "calibration": given.facts if given else None}
     if resume and (done := finished(out, {"kind": "elastic", **inputs, **({"calibration": _summary(given)} if given else {})})):
         return Refactored(Path(out), done, peak_rss_bytes())
-    with OutputFolder(out, resume=resume, force=force) as folder:
-        journal = Journal(folder.work, fingerprint)
+    with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
+        work = _Work(folder, Journal(folder.work, fingerprint), how.get("report", silent))
         if windows is not None:
-            given = run_pass(where, windows, options.calibration, folder, journal, report)
+            given = run_pass(where, windows, options.calibration, folder, work.journal, work.report)
         assert given is not None
-        rows = _solve_layers(folder, journal, weights, given, options, report)
-        _pool_levels(folder, journal, weights, given, options, rows, report)
-        with report("write") as update:
-            weights.rewrite(folder, journal, lambda layer: _unit(folder, layer)["perm"], update)
+        rows = _solve_layers(work, weights, given, options)
+        _pool_levels(work, weights, given, options, rows)
+        with work.report("write") as update:
+            weights.rewrite(folder, work.journal, lambda layer: _unit(folder, layer)["perm"], update)
         facts = _facts(weights, source, options, rows, given)
         _write_side_files(folder, weights, facts)
         manifest = write_manifest(folder, facts)
@@ -173,10 +116,17 @@ def check_width(layer: MoELayer, options: RefactorOptions) -> None:
         )
 
 
-def _solve_layers(
-    folder: OutputFolder, journal: Journal, weights: Weights, statistics: Statistics, options: RefactorOptions, report: Report
-) -> list[dict[str, Any]]:
+class _Work(NamedTuple):
+    """The folder that is being written, what of it is finished, and who hears of it."""
+
+    folder: OutputFolder
+    journal: Journal
+    report: Report
+
+
+def _solve_layers(work: _Work, weights: Weights, statistics: Statistics, options: RefactorOptions) -> list[dict[str, Any]]:
     """One journal unit per layer: its tensors, with its facts in the file's metadata. Returns the facts."""
+    folder, journal, report = work
     rows = []
     with report("partition") as update:
         for layer, mine in zip(weights.layers, statistics.layers, strict=True):
@@ -192,22 +142,17 @@ def _solve_layers(
 
 
 def _pool_levels(
-    folder: OutputFolder,
-    journal: Journal,
-    weights: Weights,
-    statistics: Statistics,
-    options: RefactorOptions,
-    rows: list[dict[str, Any]],
-    report: Report,
+    work: _Work, weights: Weights, statistics: Statistics, options: RefactorOptions, rows: list[dict[str, Any]]
 ) -> None:
     """Levels and plans that spend a budget where it matters most. Needs the model in memory, so not with low_memory."""
     if options.calibration.low_memory or not options.profile_tokens:
         return
+    folder, journal, _ = work
     units = [_unit(folder, layer) for layer in weights.layers]
     runs = profile_runs(options.profile_points)
     wanted = max(1, options.profile_tokens // statistics.profile.shape[1])
     ids = statistics.profile[:: max(1, len(statistics.profile) // wanted)][:wanted]
-    found = _profile(folder, journal, lambda: Profiler(weights.path, units, options.n_sub, options.gates), runs, ids, report)
+    found = _profile(work, lambda: Profiler(weights.path, units, options.n_sub, options.gates), runs, ids)
     own = [unit["levels"] for unit in units]
     profiles = [[(budget, float(run["kl"][i])) for (_, budget), run in zip(runs, found, strict=True)] for i in range(len(units))]
     costs = [unit_cost(level, *profile[0]) for level, profile in zip(own, profiles, strict=True)]
@@ -224,14 +169,10 @@ def _pool_levels(
 
 
 def _profile(
-    folder: OutputFolder,
-    journal: Journal,
-    make: Callable[[], Profiler],
-    runs: Sequence[tuple[str, float]],
-    ids: Tensor,
-    report: Report,
+    work: _Work, make: Callable[[], Profiler], runs: Sequence[tuple[str, float]], ids: Tensor
 ) -> list[dict[str, Tensor]]:
     """{kl [L], slots} per run, each a journal unit: an interruption loses at most the run in flight."""
+    folder, journal, report = work
     names = [_profile_name(i) for i in range(len(runs))]
     todo = [(name, *run) for name, run in zip(names, runs, strict=True) if not journal.done(name)]
     if todo:

@@ -12,13 +12,14 @@ from ..calibrate.options import settings
 from ..calibrate.run import bounded_capacity, declared_bytes
 from ..errors import DoesNotFit
 from ..model import resolve
-from .refactor import RefactorOptions, check_width
+from ..options.refactor import RefactorOptions
+from .refactor import check_width
 
 PROCESS_BYTES = 700 << 20  # Python with torch, transformers and numba loaded
 FLOAT32 = 4
 
 
-def plan_refactor(model: str | Path, options: RefactorOptions) -> dict[str, Any]:
+def resources_of(model: str | Path, options: RefactorOptions) -> dict[str, Any]:
     """Declared peak memory and disk of `refactor`, in bytes, by part. UsageError for options that the model does not allow."""
     options.check()
     weights = Weights(resolve(model))
@@ -53,19 +54,19 @@ def _row_bytes(weights: Weights, hidden: int, width: int, length: int) -> int:
     return FLOAT32 * (16 * hidden + 4 * 8 * width + 2 * heads * length)
 
 
-def check_plan(plan: dict[str, Any], out: str | Path) -> None:
-    """DoesNotFit if this machine has less memory, or the disk of `out` less space, than a plan asks for."""
+def check_resources(needed: dict[str, Any], out: str | Path) -> None:
+    """DoesNotFit if this machine has less memory, or the disk of `out` less space, than is needed."""
     memory = available_memory()
-    if plan["peak_memory_bytes"] > memory:
+    if needed["peak_memory_bytes"] > memory:
         raise DoesNotFit(
-            f"this needs {_size(plan['peak_memory_bytes'])} of memory, {_size(memory)} are free",
+            f"this needs {_size(needed['peak_memory_bytes'])} of memory, {_size(memory)} are free",
             "use --low-memory, a smaller --reservoir, or a larger machine",
         )
     there = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
-    if plan["disk_bytes"] > free:
+    if needed["disk_bytes"] > free:
         raise DoesNotFit(
-            f"this needs {_size(plan['disk_bytes'])} of disk, {_size(free)} are free at '{out}'",
+            f"this needs {_size(needed['disk_bytes'])} of disk, {_size(free)} are free at '{out}'",
             "free some, or choose another --out",
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..elastic.rules.threshold import LEVELS, fit_levels
 from ..elastic.scorers import ridge as ridge_scorer
 from ..elastic.scorers import scorers
 from ..model import MoELayer
+from ..options.refactor import RefactorOptions
 from ..partition import Partition, objectives, order_gates, refiners, solvers
 from ..partition import gates as gate_choices
 from ..partition.parallel import solve_layer
@@ -23,7 +25,7 @@ from ..partition.weights import weight_fallback
 from .calibrate import STARVED
 
 
-def solve(layer: MoELayer, statistics: LayerStatistics, options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def solve(layer: MoELayer, statistics: LayerStatistics, options: RefactorOptions) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, facts) of one layer whose weights are loaded; the weights are left in the new order.
 
     tensors: perm [E, f] int32, ridge, levels, what compensation reads. facts: experts, width, cost_share (mean), starved experts.
@@ -34,7 +36,8 @@ def solve(layer: MoELayer, statistics: LayerStatistics, options: Any) -> tuple[d
     down = layer.down.float().norm(dim=1).numpy()  # [E, f]
     objective = objectives.get(options.objective)
     wanted = {e: objective(m, weights[e].numpy(), down[e]) for e, m in enumerate(mass)}
-    partitions = solve_layer(wanted, options.n_sub, dropped, solvers.get(options.solver), layer=layer.index, seed=options.seed)
+    cut = partial(solvers.get(options.solver), n_sub=options.n_sub, dropped=dropped)
+    partitions = solve_layer(wanted, cut, layer=layer.index, seed=options.seed)
     if options.objective in refiners.names():
         partitions = _refine(layer, partitions, samples, weights, options, dropped)
     orders = {e: p.perm for e, p in partitions.items()}
@@ -68,7 +71,7 @@ def _refine(
     partitions: dict[int, Partition],
     samples: list[Tensor],
     weights: list[Tensor],
-    options: Any,
+    options: RefactorOptions,
     dropped: int,
 ) -> dict[int, Partition]:
     """The partitions after the objective's own refinement on signed activations times routing weight."""
@@ -96,7 +99,7 @@ def _samples(statistics: LayerStatistics) -> tuple[list[Tensor], list[Tensor], l
 
 
 def _compensate(
-    plan: LayerParts, statistics: LayerStatistics, samples: list[Tensor], weights: list[Tensor], options: Any
+    plan: LayerParts, statistics: LayerStatistics, samples: list[Tensor], weights: list[Tensor], options: RefactorOptions
 ) -> Compensator:
     """Fit compensation on the weaker half of the layer's slots, and put its tensors into the plan."""
     true = [ridge_scorer.block_norms(plan, x, e) for e, x in enumerate(samples)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,33 +21,9 @@ from ..offload.predict.reuse import ReusePredictor
 from ..offload.record import TraceRecorder, record
 from ..offload.replay import ReplayOptions, groups, replay
 from ..offload.trace import Trace, load_trace
+from ..options.trace import TraceOptions
 from ..progress import Report, silent
 from .inspect import inspect_model
-
-
-@dataclass(frozen=True)
-class TraceOptions:
-    """text: source, both of its sides are recorded; tokens: in all; length and prompt: tokens per request, and of its prefill.
-
-    budget: operating point of an elastic model; inputs: also the routers' inputs and weights; values: also all slot values.
-    """
-
-    text: str = "stdlib"
-    tokens: int = 8192
-    length: int = 256
-    prompt: int = 64
-    budget: float = 1.0
-    rule: str | None = None
-    inputs: bool = False
-    values: bool = False
-
-    def check(self) -> None:
-        """Raises UsageError naming the option that is out of range."""
-        for name, least in (("tokens", 1), ("length", 8), ("prompt", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name} {getattr(self, name)} is too small", f"give at least {least}")
-        if self.prompt >= self.length:
-            raise UsageError(f"--prompt {self.prompt} leaves nothing to decode of {self.length} tokens", "give a longer --length")
 
 
 def record_trace(

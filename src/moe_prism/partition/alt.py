@@ -18,26 +18,23 @@ from .random_ import random_owner
 from .swaps import block_sums, polish
 
 ROUNDS = 30  # more than ever needed: 8-15 settle (spec moe-prism 4.4)
-PASSES = 40
 TOLERANCE = 1e-7  # of the total mass: float32 cannot tell smaller swaps from rounding
 LOOSE = 4  # neurons a shake takes from each of its blocks
 
 
 def solve(
-    mass: Floats, n_sub: int, dropped: int, seed: int = 0, *, starts: int | None = None, shakes: int | None = None, width: int = 4
+    mass: Floats, n_sub: int, dropped: int, seed: int = 0, *, starts: int | None = None, shakes: int | None = None
 ) -> Partition:
     """The best of `starts` settled partitions (greedy, then random), improved by `shakes` restarts around it.
 
     None: 8 starts and 64 shakes up to 128 neurons, falling to 1 and 0 as experts grow: descents of wide experts end close to each
-    other, those of narrow ones do not. width: partners every neuron tries per pair of blocks. Raises as `Solver` says.
+    other, those of narrow ones do not. Raises as `Solver` says.
     """
     mass = check_problem(mass, n_sub, dropped)
     starts = max(1, min(8, 1024 // mass.shape[1])) if starts is None else starts
     shakes = (min(64, 8192 // mass.shape[1]) if mass.shape[1] <= 1024 else 0) if shakes is None else shakes
-    if starts < 1 or shakes < 0 or width < 1:
-        raise UsageError(
-            f"starts={starts}, shakes={shakes}, width={width}", "starts and width must be at least 1, shakes at least 0"
-        )
+    if starts < 1 or shakes < 0:
+        raise UsageError(f"starts={starts}, shakes={shakes}", "starts must be at least 1, shakes at least 0")
     mass_t = np.ascontiguousarray(mass.T)
     total = float(mass.sum(dtype=np.float64))
     rng = np.random.default_rng(seed)
@@ -52,7 +49,7 @@ def solve(
         else:
             trial, stale = shake(owner, n_sub, rng)
             norms = block_sums(mass_t, trial, n_sub)
-        polish(mass_t, trial, norms, kept, width, PASSES, TOLERANCE * total, stale)
+        polish(mass_t, trial, norms, kept, TOLERANCE * total, stale)
         value = kept_mass(norms, kept)
         if value > best:
             owner, best = trial, value

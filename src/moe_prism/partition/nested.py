@@ -12,14 +12,12 @@ import numpy as np
 from numba import njit
 
 from ..errors import UsageError
-from .alt import PASSES, ROUNDS, TOLERANCE, gains, shake
+from .alt import ROUNDS, TOLERANCE, gains, shake
 from .assign import balance
 from .base import Flags, Floats, Ints, Partition, check_problem, cost, perm_of
 from .greedy import greedy_owner
 from .random_ import random_owner
-from .swaps import apply_swap, block_sums
-
-WIDTH = 4  # partners every neuron tries per pair of blocks
+from .swaps import PASSES, WIDTH, apply_swap, block_sums
 
 
 def nested_cost(mass: Floats, perm: Ints, n_sub: int) -> float:
@@ -156,8 +154,9 @@ def worth(a: Floats, b: Floats, u: Floats, mass_t: Floats, members: Ints) -> Flo
 
 
 @njit(nogil=True, cache=True)
-def improve_pair(mass_t: Floats, owner: Ints, norms: Floats, g: int, h: int, tolerance: float, u: Floats) -> float:
-    """Swap between blocks g and h while a swap pays more than tolerance. Returns the growth of F. u [N-1, T] is scratch."""
+def improve_pair(mass_t: Floats, owner: Ints, norms: Floats, pair: tuple[int, int], tolerance: float, u: Floats) -> float:
+    """Swap between a pair of blocks while a swap pays more than tolerance. Returns the growth of F. u [N-1, T] is scratch."""
+    g, h = pair
     rivals(norms, g, h, u)
     mine = np.flatnonzero(owner == g).astype(np.int32)
     other = np.flatnonzero(owner == h).astype(np.int32)
@@ -183,14 +182,14 @@ def improve_pair(mass_t: Floats, owner: Ints, norms: Floats, g: int, h: int, tol
 @njit(nogil=True, cache=True)
 def polish(mass_t: Floats, owner: Ints, norms: Floats, tolerance: float, stale: Flags) -> None:
     """Improve every stale pair of blocks, pass after pass, until none is stale. Changes owner [f], norms [N, T], stale [N, N]."""
-    n_sub = norms.shape[0]
-    u = np.empty((n_sub - 1, norms.shape[1]), np.float32)
+    n_sub, tokens = norms.shape
+    u = np.empty((n_sub - 1, tokens), np.float32)
     for _ in range(PASSES):
         moved = False
         for g in range(n_sub):
             for h in range(g + 1, n_sub):
                 if stale[g, h]:
-                    gain = improve_pair(mass_t, owner, norms, g, h, tolerance, u)
+                    gain = improve_pair(mass_t, owner, norms, (g, h), tolerance, u)
                     if gain > 0:
                         stale[g], stale[:, g], stale[h], stale[:, h] = True, True, True, True
                         moved = True

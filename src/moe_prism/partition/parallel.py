@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
 from ..errors import UsageError
-from .base import Floats, Partition, Solver
+from .base import Floats, Partition
 
 Source = Floats | Callable[[], Floats]
+
+
+class Solve(Protocol):
+    """A `Solver` bound to its counts and options."""
+
+    def __call__(self, mass: Floats, *, seed: int) -> Partition: ...
 
 
 def expert_seed(seed: int, layer: int, expert: int) -> int:
@@ -21,20 +27,12 @@ def expert_seed(seed: int, layer: int, expert: int) -> int:
 
 
 def solve_layer(
-    masses: Mapping[int, Source],
-    n_sub: int,
-    dropped: int,
-    solver: Solver,
-    *,
-    layer: int = 0,
-    seed: int = 0,
-    threads: int | None = None,
-    **options: Any,
+    masses: Mapping[int, Source], solve: Solve, *, layer: int = 0, seed: int = 0, threads: int | None = None
 ) -> dict[int, Partition]:
     """Partition of every expert id in `masses`, in its order.
 
     masses: |activations| float32 [T_e, f] per expert, or a function that makes them when a thread gets to it (bounded memory).
-    threads: None = one per core. options go to the solver. The first error of any expert is raised.
+    solve: a solver that knows all but the mass and the seed. threads: None = one per core. The first error of any expert is raised.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads={threads}", "give at least 1, or leave it out for one per core")
@@ -42,7 +40,7 @@ def solve_layer(
     def one(expert: int) -> Partition:
         source = masses[expert]
         mass = source() if callable(source) else source
-        return solver(mass, n_sub, dropped, expert_seed(seed, layer, expert), **options)
+        return solve(mass, seed=expert_seed(seed, layer, expert))
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         return dict(zip(masses, pool.map(one, masses), strict=True))

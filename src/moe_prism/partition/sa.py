@@ -10,19 +10,18 @@ from .base import Doubles, Floats, Ints, Partition, check_problem, result
 from .greedy import greedy_owner
 from .swaps import apply_swap, block_sums, relative, rival, swap_gain
 
+START, DECAY = 100.0, 0.995  # temperature, and its factor after every swap
+MARKS = 64  # places of the trace
 
-def solve(
-    mass: Floats, n_sub: int, dropped: int, seed: int = 0, *, steps: int = 100_000, start: float = 100.0, decay: float = 0.995
-) -> Partition:
-    """Greedy start, `steps` random swaps, temperature `start` times `decay` after every one; the best partition seen.
+
+def solve(mass: Floats, n_sub: int, dropped: int, seed: int = 0, *, steps: int = 100_000) -> Partition:
+    """Greedy start, `steps` random swaps at a falling temperature; the best partition seen.
 
     Costs are the paper's (units of activation), so the temperature means something else for every expert, as it does there.
     """
     mass = check_problem(mass, n_sub, dropped)
-    if steps < 1 or start <= 0 or not 0 < decay <= 1:
-        raise UsageError(
-            f"steps={steps}, start={start}, decay={decay}", "steps >= 1, start > 0 and 0 < decay <= 1 make a schedule"
-        )
+    if steps < 1:
+        raise UsageError(f"steps={steps}", "give at least 1")
     mass_t = np.ascontiguousarray(mass.T)
     owner = greedy_owner(mass, n_sub)
     block = mass.shape[1] // n_sub
@@ -31,20 +30,20 @@ def solve(
     g = rng.integers(n_sub, size=steps)
     moves = np.stack([g, (g + rng.integers(1, n_sub, size=steps)) % n_sub, *rng.integers(block, size=(2, steps))], 1)
     # Accepting with probability exp(gain / temperature) is accepting gains above temperature * log(coin).
-    floor = start * decay ** np.arange(steps) * np.log(1 - rng.random(steps))
-    marks = np.zeros(min(64, steps))
-    best = anneal(mass_t, owner, places, n_sub - dropped, moves.astype(np.int32), floor, marks)
+    floor = START * DECAY ** np.arange(steps) * np.log(1 - rng.random(steps))
+    best, marks = anneal(mass_t, owner, places, n_sub - dropped, moves.astype(np.int32), floor)
     first = float(np.partition(block_sums(mass_t, owner, n_sub), dropped - 1, axis=0)[:dropped].sum(dtype=np.float64))
     trace = [(0.0, first)] + [((i + 1) * steps / len(marks), first - gain) for i, gain in enumerate(marks)]
     return result(mass, best, n_sub, dropped, trace)
 
 
 @njit(nogil=True, cache=True)
-def anneal(mass_t: Floats, start: Ints, places: Ints, kept: int, moves: Ints, floor: Doubles, marks: Doubles) -> Ints:
+def anneal(mass_t: Floats, start: Ints, places: Ints, kept: int, moves: Ints, floor: Doubles) -> tuple[Ints, Doubles]:
     """Walk `moves` [steps, 4] = (group, group, place, place) over places [N, f / N], taking swaps that gain at least floor [steps].
 
-    Returns the best owner [f]; marks gets the best gain so far at even distances.
+    Returns the best owner [f], and the best gain so far at even distances.
     """
+    marks = np.zeros(min(MARKS, moves.shape[0]))
     owner, best_owner = start.copy(), start.copy()
     norms = block_sums(mass_t, owner, places.shape[0])
     work = np.empty((kept + 5, mass_t.shape[1]), np.float32)
@@ -64,4 +63,4 @@ def anneal(mass_t: Floats, start: Ints, places: Ints, kept: int, moves: Ints, fl
                 best = now
                 best_owner[:] = owner
         marks[(s * marks.shape[0]) // steps] = best
-    return best_owner
+    return best_owner, marks

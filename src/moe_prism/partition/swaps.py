@@ -17,6 +17,9 @@ from numba import njit
 
 from .base import Doubles, Flags, Floats, Ints
 
+PASSES = 40
+WIDTH = 4  # partners every neuron tries per pair of blocks
+
 
 @njit(nogil=True, cache=True, fastmath=True)
 def block_sums(mass_t: Floats, owner: Ints, n_sub: int) -> Floats:
@@ -96,19 +99,18 @@ def slopes(ra: Floats, rb: Floats, mass_t: Floats, members: Ints, out: Doubles) 
 
 
 @njit(nogil=True, cache=True)
-def improve_pair(
-    mass_t: Floats, owner: Ints, norms: Floats, g: int, h: int, kept: int, width: int, tol: float, work: Floats
-) -> float:
-    """Swap between blocks g and h while a swap pays more than tol; every neuron tries its `width` best partners by slope.
+def improve_pair(mass_t: Floats, owner: Ints, norms: Floats, pair: tuple[int, int], tolerance: float, work: Floats) -> float:
+    """Swap between a pair of blocks while a swap pays more than the tolerance; every neuron tries its WIDTH best partners by slope.
 
     work [A + 5, T] is scratch. Returns the growth of F.
     """
+    g, h = pair
     ra, rb, ru, u = work[0], work[1], work[2], work[3]
-    rival(norms, g, h, kept, work[4:], u)
+    rival(norms, g, h, work.shape[0] - 5, work[4:], u)
     mine = np.flatnonzero(owner == g).astype(np.int32)
     other = np.flatnonzero(owner == h).astype(np.int32)
     slope = np.empty(other.shape[0])
-    near = np.empty(min(width, other.shape[0]), np.int64)
+    near = np.empty(min(WIDTH, other.shape[0]), np.int64)
     total = 0.0
     moved = True
     for i in range(mine.shape[0]):
@@ -116,7 +118,7 @@ def improve_pair(
             relative(norms[g], norms[h], u, ra, rb, ru)
             slopes(ra, rb, mass_t, other, slope)
             _largest(slope, near)
-        best, where, moved = tol, -1, False
+        best, where, moved = tolerance, -1, False
         for j in near:
             gain = swap_gain(ra, rb, ru, mass_t[mine[i]], mass_t[other[j]])
             if gain > best:
@@ -141,8 +143,8 @@ def _largest(values: Doubles, out: Ints) -> None:
 
 
 @njit(nogil=True, cache=True)
-def polish(mass_t: Floats, owner: Ints, norms: Floats, kept: int, width: int, passes: int, tol: float, stale: Flags) -> float:
-    """Improve every stale pair of blocks, pass after pass, until none is stale or `passes` are done. Returns the growth of F.
+def polish(mass_t: Floats, owner: Ints, norms: Floats, kept: int, tolerance: float, stale: Flags) -> float:
+    """Improve every stale pair of blocks, pass after pass, until none is stale or PASSES are done. Returns the growth of F.
 
     stale bool [N, N] (upper triangle): pairs to look at. A swap makes all pairs of its two blocks stale again. Prices of other
     pairs move too (through u), but rarely enough to change a decision; they are not looked at again.
@@ -151,13 +153,13 @@ def polish(mass_t: Floats, owner: Ints, norms: Floats, kept: int, width: int, pa
     n_sub, tokens = norms.shape
     work = np.empty((kept + 5, tokens), np.float32)
     total = 0.0
-    for _ in range(passes):
+    for _ in range(PASSES):
         before = total
         for g in range(n_sub):
             for h in range(g + 1, n_sub):
                 if not stale[g, h]:
                     continue
-                gain = improve_pair(mass_t, owner, norms, g, h, kept, width, tol, work)
+                gain = improve_pair(mass_t, owner, norms, (g, h), tolerance, work)
                 if gain > 0:
                     stale[g], stale[:, g], stale[h], stale[:, h] = True, True, True, True
                 stale[g, h] = gain > 0

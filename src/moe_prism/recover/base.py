@@ -12,7 +12,7 @@ from torch import Tensor
 from ..elastic import Elastic
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RecoverJob:
     """An elastic model in memory, calibration windows, and a place for finished parts of the work.
 

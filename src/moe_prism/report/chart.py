@@ -6,7 +6,7 @@ import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UsageError
 from ..frontier.record import Frontier, MeasuredPoint
@@ -91,7 +91,7 @@ def kl_chart(frontier: Frontier, width: int = WIDE) -> alt.LayerChart:
     axis = {"values": _decades(low * 1.5, high), "format": "~g"}
     scale = {"type": "log", "domain": [low / 1.25, max(high, low * 10) * 1.6], "nice": False}
     subtitle = _subtitle("KL divergence to the full model in nats per token, log scale. Lower is better.", data, width)
-    chart = _layers(frontier, data, "kl", scale, axis, KL_TITLE, subtitle, width)
+    chart = _layers(frontier, data, _Figure("kl", scale, axis, KL_TITLE, subtitle), width)
     return chart + _note([row for row in data if row["zero"]], "kl", "full model: KL 0", dx=-10, dy=0)
 
 
@@ -107,7 +107,7 @@ def ppl_chart(frontier: Frontier, width: int = WIDE) -> alt.LayerChart:
     scale = {"type": "log" if log else "linear", "domain": domain, "nice": False, "zero": False}
     axis = {"values": _decades(low, high), "format": "~g"} if log else {"tickCount": 6}
     subtitle = _subtitle("Perplexity per token on held-out text. Lower is better.", data, width)
-    chart = _layers(frontier, data, "ppl", scale, axis, PPL_TITLE, subtitle, width)
+    chart = _layers(frontier, data, _Figure("ppl", scale, axis, PPL_TITLE, subtitle), width)
     zero = [row for row in data if row["zero"]]
     return chart + _note(zero, "ppl", f"full model: {perplexity(zero[-1]['ppl'])}" if zero else "", dx=6, dy=dy)
 
@@ -126,16 +126,17 @@ def png(chart: alt.LayerChart) -> bytes:
     return deflated(buffer.getvalue())
 
 
-def _layers(
-    frontier: Frontier,
-    data: list[dict[str, Any]],
-    y: str,
-    scale: Mapping[str, Any],
-    axis: Mapping[str, Any],
-    title: str,
-    subtitle: list[str],
-    width: int,
-) -> alt.LayerChart:
+class _Figure(NamedTuple):
+    """What a chart shows upwards: a column of the data, on which scale and axis, under which words."""
+
+    y: str
+    scale: Mapping[str, Any]
+    axis: Mapping[str, Any]
+    title: str
+    subtitle: list[str]
+
+
+def _layers(frontier: Frontier, data: list[dict[str, Any]], figure: _Figure, width: int) -> alt.LayerChart:
     alt = libraries()
     names = series_names(frontier)
     color, shape = _encodings(alt, names, width)
@@ -146,9 +147,9 @@ def _layers(
     x = x.scale(domain=[min(costs) - left * span, max(costs) + right * span], nice=False, zero=False)
     base = alt.Chart(alt.Data(values=data)).encode(
         x=x.axis(tickCount=8 if width > 500 else 5),
-        y=alt.Y(f"{y}:Q", title=None).scale(**scale).axis(**axis),
+        y=alt.Y(f"{figure.y}:Q", title=None).scale(**figure.scale).axis(**figure.axis),
     )
-    curve = base.transform_filter("!datum.zero") if y == "kl" else base
+    curve = base.transform_filter("!datum.zero") if figure.y == "kl" else base
     lines = [
         curve.transform_filter(alt.datum.series == name)
         .mark_line(
@@ -166,7 +167,7 @@ def _layers(
         baseline="top", dy=6, color=BLUE, **{**label, "align": "right", "dx": -7}
     )
     chart = alt.layer(*lines, beaten, kept, above.encode(text="above:N"), below.encode(text="below:N"))
-    return _dress(chart, title, subtitle, width)
+    return _dress(chart, figure.title, figure.subtitle, width)
 
 
 def _encodings(alt: Any, names: Sequence[str], width: int) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""A plan as one offline HTML page and as a picture: ratio to full, and tokens/s, against concurrency."""
+"""A forecast as one offline HTML page and as a picture: ratio to full, and tokens/s, against concurrency."""
 
 from __future__ import annotations
 
@@ -28,41 +28,41 @@ SHAPES = {"full": "circle", "skip": "circle", "prune": "square", "sub-experts": 
 TITLES = {"ratio": "Where running less pays", "tokens_per_s": "Tokens per second"}
 
 
-def write_plan(plan: SpeedForecast, folder: Path) -> None:
-    """plan.json, plan.html and plan.png in an existing folder. UsageError where the libraries of `moe-prism[report]` are missing."""
+def write_forecast(forecast: SpeedForecast, folder: Path) -> None:
+    """forecast.json, .html and .png in an existing folder. UsageError where the libraries of `moe-prism[report]` are missing."""
     libraries()
-    replace_file(folder / "plan.html", render(plan).encode())
-    replace_file(folder / "plan.png", png(plan))
-    replace_file(folder / "plan.json", (json.dumps(plan.to_json(), indent=1) + "\n").encode())
+    replace_file(folder / "forecast.html", render(forecast).encode())
+    replace_file(folder / "forecast.png", png(forecast))
+    replace_file(folder / "forecast.json", (json.dumps(forecast.to_json(), indent=1) + "\n").encode())
 
 
-def png(plan: SpeedForecast) -> bytes:
+def png(forecast: SpeedForecast) -> bytes:
     """The ratio chart at twice the size."""
     buffer = io.BytesIO()
-    chart(plan, "ratio").save(buffer, format="png", scale_factor=2)
+    chart(forecast, "ratio").save(buffer, format="png", scale_factor=2)
     return deflated(buffer.getvalue())
 
 
-def render(plan: SpeedForecast) -> str:
+def render(forecast: SpeedForecast) -> str:
     """The page as text."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     libraries()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files(__package__).joinpath("plan.html.j2").read_text(encoding="utf-8"))
+    template = environment.from_string(files(__package__).joinpath("forecast.html.j2").read_text(encoding="utf-8"))
     figures = [
         # ours, with every text in it escaped by the renderer
-        {"alt": TITLES[y], "wide": Markup(_svg(chart(plan, y))), "narrow": Markup(_svg(chart(plan, y, NARROW)))}  # noqa: S704
+        {"alt": TITLES[y], "wide": Markup(_svg(chart(forecast, y))), "narrow": Markup(_svg(chart(forecast, y, NARROW)))}  # noqa: S704
         for y in TITLES
     ]
     return template.render(
-        plan=plan,
-        sentences=sentences(plan),
-        machine=machine_lines(plan),
+        forecast=forecast,
+        sentences=sentences(forecast),
+        machine=machine_lines(forecast),
         figures=figures,
         pays=PAYS,
-        data=_script_json(plan.to_json()),
+        data=_script_json(forecast.to_json()),
     )
 
 
@@ -72,17 +72,21 @@ def _svg(chart: alt.LayerChart) -> str:
     return buffer.getvalue()
 
 
-def chart(plan: SpeedForecast, y: str, width: int = WIDE) -> alt.LayerChart:
+def chart(forecast: SpeedForecast, y: str, width: int = WIDE) -> alt.LayerChart:
     """`ratio` or `tokens_per_s` against concurrency (log); lines are predicted, hollow points measured."""
     alt = libraries()
-    data = rows(plan)
+    data = rows(forecast)
     kinds = {row["point"]: row["kind"] for row in data}
-    names = [name for name in plan.names if y != "ratio" or kinds[name] != "full"]
+    names = [name for name in forecast.names if y != "ratio" or kinds[name] != "full"]
     data = [row for row in data if row["point"] in names]
     legend = alt.Legend(title=None, orient="top" if width > 500 else "bottom", columns=0 if width > 500 else 2, symbolSize=90)
     color = alt.Color("point:N", legend=legend).scale(domain=names, range=_colors(names, kinds))
     shape = alt.Shape("point:N", legend=legend).scale(domain=names, range=[SHAPES[kinds[name]] for name in names])
-    x = alt.X("concurrency:Q", title="Requests that decode together").scale(type="log", base=2).axis(values=plan.concurrencies)
+    x = (
+        alt.X("concurrency:Q", title="Requests that decode together")
+        .scale(type="log", base=2)
+        .axis(values=forecast.concurrencies)
+    )
     scale = {"zero": False} if y == "ratio" else {"type": "log"}
     base = alt.Chart(alt.Data(values=data)).encode(x=x, y=alt.Y(f"{y}:Q", title=None).scale(**scale).axis(format="~g"))
     layers = [
@@ -95,10 +99,10 @@ def chart(plan: SpeedForecast, y: str, width: int = WIDE) -> alt.LayerChart:
     if y == "ratio":
         line = alt.Chart(alt.Data(values=[{"one": 1.0}])).mark_rule(color=MUTED, strokeDash=[4, 4]).encode(y="one:Q")
         layers = [line, *layers]
-    return _dress(alt.layer(*layers), plan, y, width)
+    return _dress(alt.layer(*layers), forecast, y, width)
 
 
-def rows(plan: SpeedForecast) -> list[dict[str, Any]]:
+def rows(forecast: SpeedForecast) -> list[dict[str, Any]]:
     """Plain data of the charts, one row per concurrency and point."""
     return [
         {
@@ -110,7 +114,7 @@ def rows(plan: SpeedForecast) -> list[dict[str, Any]]:
             "measured_ratio": row.measured_ratio,
             "measured_tokens_per_s": row.measured_tokens_per_s,
         }
-        for row in plan.rows
+        for row in forecast.rows
     ]
 
 
@@ -125,10 +129,10 @@ def _colors(names: list[str], kinds: dict[str, str]) -> list[str]:
     return found
 
 
-def _dress(chart: alt.LayerChart, plan: SpeedForecast, y: str, width: int) -> alt.LayerChart:
+def _dress(chart: alt.LayerChart, forecast: SpeedForecast, y: str, width: int) -> alt.LayerChart:
     alt = libraries()
     what = "Tokens/s as a ratio to the full model." if y == "ratio" else "Log scale."
-    measured = " Hollow: measured." if plan.median_error() is not None else ""
+    measured = " Hollow: measured." if forecast.median_error() is not None else ""
     heading = alt.TitleParams(
         TITLES[y], subtitle=[f"{what} Lines: predicted.{measured}"], anchor="start", frame="group", offset=12
     )

@@ -1,4 +1,4 @@
-"""What a plan says, in whole sentences computed from it."""
+"""What a forecast says, in whole sentences computed from it."""
 
 from __future__ import annotations
 
@@ -10,47 +10,47 @@ from ..forecast.step_time import Fit
 KINDS = {"skip": "Skipping experts", "prune": "Pruning", "sub-experts": "Sub-experts"}
 
 
-def sentences(plan: SpeedForecast) -> list[str]:
+def sentences(forecast: SpeedForecast) -> list[str]:
     """Where each kind pays, and how far the prediction was off where it was measured."""
-    found = [_where(plan, kind) for kind in KINDS if any(row.kind == kind for row in plan.rows)]
-    error = plan.median_error()
+    found = [_where(forecast, kind) for kind in KINDS if any(row.kind == kind for row in forecast.rows)]
+    error = forecast.median_error()
     if error is not None:
-        off = max(abs(row.error) for row in plan.rows if row.error is not None)
+        off = max(abs(row.error) for row in forecast.rows if row.error is not None)
         found.append(f"Measured tokens/s differ from the prediction by {error:.1%} in the median and {off:.1%} at most.")
     return found
 
 
-def _where(plan: SpeedForecast, kind: str) -> str:
-    names = [name for name in plan.names if any(row.name == name and row.kind == kind for row in plan.rows)]
+def _where(forecast: SpeedForecast, kind: str) -> str:
+    names = [name for name in forecast.names if any(row.name == name and row.kind == kind for row in forecast.rows)]
     parts = []
     for name in names:
-        rows = [plan.row(batch, name) for batch in plan.concurrencies]
+        rows = [forecast.row(batch, name) for batch in forecast.concurrencies]
         paying = [row for row in rows if row.ratio >= PAYS]
         if not paying:
             parts.append(f"{name} nowhere (at most {max(r.ratio for r in rows):.2f}x)")
             continue
         best = max(paying, key=lambda row: row.ratio)
-        parts.append(f"{name} at {_ranges(plan, paying)} (most, {best.ratio:.2f}x, at {best.concurrency})")
+        parts.append(f"{name} at {_ranges(forecast, paying)} (most, {best.ratio:.2f}x, at {best.concurrency})")
     return f"{KINDS[kind]} pays {PAYS:g}x or more: {'; '.join(parts)}.".replace("Sub-experts pays", "Sub-experts pay")
 
 
-def _ranges(plan: SpeedForecast, paying: Sequence[Row]) -> str:
+def _ranges(forecast: SpeedForecast, paying: Sequence[Row]) -> str:
     """[1, 2, 4, 16] of 1,2,4,8,16 -> "1-4, 16"."""
     wanted = {row.concurrency for row in paying}
     runs: list[list[int]] = []
     previous = False
-    for batch in sorted(plan.concurrencies):
+    for batch in sorted(forecast.concurrencies):
         if batch in wanted:
             runs[-1].append(batch) if previous else runs.append([batch])
         previous = batch in wanted
     return "concurrency " + ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def machine_lines(plan: SpeedForecast) -> list[str]:
+def machine_lines(forecast: SpeedForecast) -> list[str]:
     """The machine and what the prediction assumes, a line each."""
     titles = {STOCK: "machine", ELASTIC: "machine, sub-experts"}
     lines = []
-    for name, found in plan.machines.items():
+    for name, found in forecast.machines.items():
         machine = found.machine if isinstance(found, Fit) else found
         unmet = found.unmet if isinstance(found, Fit) else ()
         numbers = [
@@ -61,7 +61,7 @@ def machine_lines(plan: SpeedForecast) -> list[str]:
         ]
         how = f"fitted to {_steps(found)}" if isinstance(found, Fit) else "given"
         lines.append(f"{titles[name]}: {', '.join(numbers)} ({how})")
-    routing, load = plan.facts["routing"], plan.facts["load"]
+    routing, load = forecast.facts["routing"], forecast.facts["load"]
     counted = f"{routing['source']}, {routing['tokens']} tokens" if routing["tokens"] else routing["source"]
     lines.append(
         f"routing: {counted}; context {load['context']:g}, {load['prompt_per_token']:g} prompt tokens per generated token"

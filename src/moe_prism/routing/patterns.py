@@ -1,7 +1,8 @@
 """Plans by shape: the same count everywhere, and the piecewise linear `pattern-skip` (b, h, e, p) of arXiv 2505.03531, section 4.
 
 The method is called `pattern-skip` here because `pattern` is the selection rule of another paper (arXiv 2510.19366).
-What the paper leaves open is settled in docs/skipping.md: what counts as a layer, the rounding, and that the ends win over the knee.
+What the paper leaves open is settled in docs/explanation/skipping.md:
+what counts as a layer, the rounding, and that the ends win over the knee.
 """
 
 from __future__ import annotations

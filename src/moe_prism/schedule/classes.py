@@ -72,7 +72,7 @@ def load_classes(path: Path) -> dict[str, RequestClass]:
     except (UnicodeDecodeError, yaml.YAMLError) as e:
         raise UsageError(f"{path} is not YAML: {' '.join(str(e).split())[:120]}", "correct it") from e
     if not isinstance(data, Mapping) or "classes" not in data:
-        raise UsageError(f"{path} has no key 'classes'", "see docs/scheduling.md")
+        raise UsageError(f"{path} has no key 'classes'", "see docs/reference/serving.md")
     return read_classes(data["classes"], str(path))
 
 

@@ -10,10 +10,11 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypedDict, Unpack
 
 import numpy as np
 
-from ..forecast.step_cost import CostModel
+from ..forecast.step_cost import CostModel, Totals
 from .base import Job, Ladder, Limits, Policy, Progress, Work
 from .fill import ceiling
 from .totals import step_totals
@@ -166,6 +167,34 @@ class _State:
             raise RuntimeError(f"{work.tokens} tokens for request {job.id}, which can take {most}")
 
 
+class Uncertainty(TypedDict, total=False):
+    """What a policy cannot know of a step's time.
+
+    noise: standard deviation of the log of a random factor on each step, drawn by seed. believed: the model the policy predicts with;
+    it is told every step's time.
+    """
+
+    noise: float
+    seed: int
+    believed: CostModel | None
+
+
+class _StepTimes(NamedTuple):
+    """What steps last, and the model that is told."""
+
+    cost: CostModel
+    noise: float
+    random: np.random.Generator
+    believed: CostModel | None
+
+    def of(self, totals: Totals) -> float:
+        """Seconds of a step."""
+        seconds = self.cost.seconds(totals) * (math.exp(self.noise * self.random.standard_normal()) if self.noise else 1.0)
+        if self.believed is not None:
+            self.believed.observe(totals, seconds)
+        return seconds
+
+
 def simulate(
     arrivals: Iterable[Arrival],
     policy: Policy,
@@ -173,19 +202,14 @@ def simulate(
     ladder: Ladder,
     engine: SimulatedEngine | None = None,
     until: float = math.inf,
-    noise: float = 0.0,
-    seed: int = 0,
-    believed: CostModel | None = None,
+    **uncertain: Unpack[Uncertainty],
 ) -> SimulatedRun:
-    """Replay until all are done or the clock passes `until`.
-
-    cost: what steps really last. noise: standard deviation of the log of a random factor on each step. believed: the model the policy
-    predicts with; it is told every step's time.
-    """
+    """Replay until all are done or the clock passes `until`. cost: what steps really last."""
     queue = deque(sorted(arrivals, key=lambda a: a.job.arrival))
     state = _State(engine or SimulatedEngine(), ladder)
     steps: list[SimulatedStep] = []
-    random = np.random.default_rng(seed)
+    noise, seed, believed = uncertain.get("noise", 0.0), uncertain.get("seed", 0), uncertain.get("believed")
+    times = _StepTimes(cost, noise, np.random.default_rng(seed), believed)
     now = queue[0].job.arrival if queue else 0.0
     while now < until:
         while queue and queue[0].job.arrival <= now:
@@ -196,7 +220,7 @@ def simulate(
                 break
             now = _next(policy, now, queue, bool(state.waiting or state.running))
             continue
-        step, seconds = _execute(state, works, now, cost, noise, random, believed)
+        step, seconds = _execute(state, works, now, times)
         steps.append(step)
         now += seconds
     for arrival in queue:
@@ -204,15 +228,7 @@ def simulate(
     return SimulatedRun(list(state.results.values()), steps, now)
 
 
-def _execute(
-    state: _State,
-    works: Sequence[Work],
-    now: float,
-    cost: CostModel,
-    noise: float,
-    random: np.random.Generator,
-    believed: CostModel | None,
-) -> tuple[SimulatedStep, float]:
+def _execute(state: _State, works: Sequence[Work], now: float, times: _StepTimes) -> tuple[SimulatedStep, float]:
     ids = {work.id for work in works}
     if len(ids) != len(works) or sum(work.tokens for work in works) > state.engine.tokens:
         raise RuntimeError("the policy gave a request twice, or more tokens than a step takes")
@@ -220,10 +236,8 @@ def _execute(
     by_id = {p.job.id: p for p in state.running if p.job.id in ids}
     if len(by_id) != len(works):
         raise RuntimeError("the policy gave work to a request that is not there")
-    totals = step_totals(cost.facts, ((by_id[work.id], work) for work in works), state.ladder)
-    seconds = cost.seconds(totals) * (math.exp(noise * random.standard_normal()) if noise else 1.0)
-    if believed is not None:
-        believed.observe(totals, seconds)
+    totals = step_totals(times.cost.facts, ((by_id[work.id], work) for work in works), state.ladder)
+    seconds = times.of(totals)
     state.advance(works, now + seconds)
     tokens = totals.prefill + totals.decode
     quality = sum(work.tokens * state.ladder.levels[work.level].quality for work in works) / tokens

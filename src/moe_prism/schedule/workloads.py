@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +88,17 @@ TIMES: dict[str, tuple[Times, Lengths]] = {
 }
 
 
+class Drawn(TypedDict, total=False):
+    """What is drawn for each request.
+
+    mix: share of each class, default 20/50/30. spread: standard deviation, as a share of the levels, of floors drawn around the middle
+    of the ladder, as the paper's code does; 0 keeps the classes' floors.
+    """
+
+    mix: Mapping[str, float] | None
+    spread: float
+
+
 def generate(
     name: str,
     rate: float,
@@ -95,14 +106,10 @@ def generate(
     classes: Mapping[str, RequestClass],
     ladder: Ladder,
     seed: int = 0,
-    mix: Mapping[str, float] | None = None,
-    spread: float = 0.0,
+    **drawn: Unpack[Drawn],
 ) -> list[Arrival]:
-    """The arrivals of a named workload: requests per second, seconds. Same arguments, same arrivals.
-
-    mix: share of each class (20/50/30). spread: standard deviation, as a share of the levels, of floors drawn for each request around
-    the middle of the ladder, as the paper's code does; 0 keeps the classes' floors. UsageError lists the names.
-    """
+    """The arrivals of a named workload: requests per second, seconds. Same arguments, same arrivals. UsageError lists the names."""
+    spread = drawn.get("spread", 0.0)
     if name not in TIMES:
         raise UsageError(f"unknown workload '{name}'", f"choose one of: {', '.join(TIMES)}")
     if not (0 < rate * duration <= 1e7):
@@ -112,7 +119,7 @@ def generate(
     random = np.random.default_rng([seed, *name.encode()])
     draw, lengths = TIMES[name]
     times = draw(rate, duration, random)
-    shares = dict(mix or MIX)
+    shares = dict(drawn.get("mix") or MIX)
     missing = [c for c in shares if c not in classes]
     if missing:
         raise UsageError(f"no class '{missing[0]}'", f"choose from: {', '.join(classes)}")
@@ -188,7 +195,7 @@ def _line(text: str, place: str, i: int) -> Recorded:
         length = int(data.get("length", output))
         floor = float(data["floor"]) if "floor" in data else None
     except (ValueError, KeyError, TypeError) as e:
-        raise UsageError(f"{place}: {type(e).__name__} {e}", "see docs/scheduling.md for the fields") from e
+        raise UsageError(f"{place}: {type(e).__name__} {e}", "see docs/reference/files.md for the fields") from e
     if not (0 <= arrival < 1e9 and 1 <= prompt <= 1 << 24 and 1 <= length <= output <= 1 << 24):
         raise UsageError(f"{place}: a number is out of range", "arrival >= 0, prompt >= 1, 1 <= length <= output")
     return Recorded(place, f"{i:06d}", arrival, kind, prompt, output, length, floor)

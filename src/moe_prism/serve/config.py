@@ -102,7 +102,7 @@ def read_config(data: object, where: str = "config") -> Config:
     try:
         config = Config(**fields)
     except (ValidationError, TypeError) as error:
-        raise UsageError(f"{where}: {_first(error)}", "see docs/serving.md") from error
+        raise UsageError(f"{where}: {_first(error)}", "see docs/reference/serving.md") from error
     if config.default_class not in config.classes:
         raise UsageError(
             f"{where}: default_class '{config.default_class}' is no class", f"choose one of: {', '.join(config.classes)}"

@@ -1,7 +1,8 @@
 """Reads by the kernel itself (Linux native AIO): the thread that computes hands over a batch in one call and collects it later.
 
 For small records. Waking a thread takes longer than reading one, and on few cores the threads that read take time from the one that
-computes (docs/store.md has the figures). Needs `O_DIRECT`: on anything else the kernel would read at once, while the caller waits.
+computes (docs/explanation/store.md has the figures).
+Needs `O_DIRECT`: on anything else the kernel would read at once, while the caller waits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """RecordReader threads that never run Python once they have begun: jobs come through a pipe, results through memory.
 
 A thread that needs the interpreter's lock to say that it is done makes the thread that computes wait for it, which costs more than a small
-read (docs/store.md has the figures). What fails is tried again by the thread that asked.
+read (docs/explanation/store.md has the figures). What fails is tried again by the thread that asked.
 """
 
 from __future__ import annotations

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from ...errors import UsageError
 from ...model.router import RoutingGroups
-
-GroupMode = Literal["per_group", "regroup", "mask", "drop_groups"]
-Allocation = Literal["layer", "global", "measured"]
+from ...options.prune import Allocation, GroupMode
 
 
 @dataclass(frozen=True)

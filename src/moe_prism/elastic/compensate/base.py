@@ -21,7 +21,7 @@ class ExpertSample:
     """Calibration rows of one expert: inputs x [S, d], and where a block is dropped [S, N] (bool).
 
     Compensation is fitted on those rows only, the weaker half of the layer's slots: the few rows where a block is strong would decide
-    its mean, and there it is kept (docs/method.md has the figures).
+    its mean, and there it is kept (docs/explanation/method.md has the figures).
     """
 
     x: Tensor

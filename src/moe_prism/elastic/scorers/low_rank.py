@@ -4,7 +4,8 @@ h = V (x - mean) with V [R, d] is computed once per token; the block norms of ex
 exp(B_e [h, |h|, sqrt(gate contributions), 1]), so a chosen expert reads N (2 R + N r + 1) numbers where `ridge` reads N (d + N r + 1).
 V comes in closed form from reduced-rank regression: with B the slopes of every expert's own ridge regression on x, stacked [E N, d],
 and C the covariance of x, the best rank-R approximation in prediction error is the truncated SVD of B C^(1/2).
-It pays where R < k N. On prism-nano it loses to `ridge` (docs/method.md): what its experts respond to has no small common subspace.
+It pays where R < k N. On prism-nano it loses to `ridge` (docs/explanation/method.md):
+what its experts respond to has no small common subspace.
 """
 
 from __future__ import annotations

@@ -14,9 +14,10 @@ from ...compress.prune.change import PruneChange
 from ...compress.prune.choose import keep_counts
 from ...errors import UsageError
 from ...model.router import find_routers
+from ...options.prune import PruneOptions
 from ...point import NamedPoint, OperatingPoint
 from ..base import Method, Subject
-from .select import Curve, PruneOptions, loss_curves, rank, spend
+from .select import Curve, check_options, loss_curves, rank, request_of, spend
 
 FRACTIONS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 ALLOCATIONS = ("layer", "global", "measured")
@@ -56,15 +57,15 @@ class Prune(Method):
         routers = find_routers(subject.model, layers)
         needs = {"counts", *criteria.get(criterion).needs}
         statistics = self._statistics(subject, tuple(sorted(needs)))
-        options = PruneOptions(criterion, allocation=allocation)  # type: ignore[arg-type]
-        options.check()
+        options = PruneOptions(criterion=criterion, allocation=allocation)  # type: ignore[arg-type]
+        check_options(options)
         scores, shields = rank(layers, statistics, options, subject.k)
         groups = [router.groups for router in routers]
         found: list[NamedPoint] = []
         seen: list[list[KeptExperts]] = []
         refused: UsageError | None = None
         for keep in FRACTIONS:
-            request = replace(options, keep=keep).request
+            request = request_of(replace(options, keep=keep))
             try:
                 counts = keep_counts(scores, request, subject.k, shields, groups)
                 if allocation == "measured":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...calibrate.options import CalibrateOptions
 from ...calibrate.statistics import Statistics
 from ...compress.prune import KeptExperts, LayerSubject, PruneRequest, choose, criteria, protections
 from ...compress.prune.change import PruneChange
-from ...compress.prune.choose import Allocation, GroupMode, keep_counts
+from ...compress.prune.choose import keep_counts
 from ...elastic.runtime import Elastic, experts_per_token
 from ...errors import CorruptError, UsageError
 from ...frontier.allocation import exact
 from ...frontier.measure import measure
 from ...model import MoELayer
 from ...model.router import Router, RoutingGroups
+from ...options.prune import PruneOptions
 from ...point import OperatingPoint
 from ...progress import Update
 
@@ -32,47 +32,24 @@ Curve = list[tuple[float, float]]
 """(kept experts, loss) of a layer."""
 
 
-@dataclass(frozen=True)
-class PruneOptions:
-    """criterion, protect: names from the registries; keep, allocation, groups: see `compress.prune.Request`.
+def check_options(options: PruneOptions) -> None:
+    """Raises UsageError for a name or number that cannot work."""
+    options.check()
+    request_of(options).check()
+    if criteria.get(options.criterion).is_blind and options.allocation == "global":
+        raise UsageError(f"--criterion {options.criterion} cannot compare layers", "use --allocation layer")
 
-    seed: of the criterion `random`; calibration: text and size of the pass, whose collectors are chosen by what is needed;
-    profile_tokens: calibration tokens that every layer is run alone on, for `--allocation measured`.
-    """
 
-    criterion: str = "easy-ep"
-    keep: float = 0.5
-    allocation: Allocation = "layer"
-    groups: GroupMode = "per_group"
-    protect: list[str] = field(default_factory=list)  # lists: equal to what JSON gives back
-    seed: int = 0
-    profile_tokens: int = 2048
-    calibration: CalibrateOptions = field(default_factory=CalibrateOptions)
+def request_of(options: PruneOptions) -> PruneRequest:
+    """The budget, as `choose` takes it."""
+    return PruneRequest(options.keep, options.allocation, options.groups, criteria.get(options.criterion).is_absolute)
 
-    @property
-    def request(self) -> PruneRequest:
-        return PruneRequest(self.keep, self.allocation, self.groups, criteria.get(self.criterion).is_absolute)
 
-    def check(self) -> None:
-        """Raises UsageError for a name or number that cannot work."""
-        criterion = criteria.get(self.criterion)
-        for name in self.protect:
-            protections.get(name)
-        self.request.check()
-        if criterion.is_blind and self.allocation == "global":
-            raise UsageError(f"--criterion {self.criterion} cannot compare layers", "use --allocation layer")
-        for name, least in (("seed", 0), ("profile_tokens", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small", f"give at least {least}")
-        if self.allocation == "measured" and self.calibration.low_memory:
-            raise UsageError("--allocation measured runs the whole model", "leave --low-memory out, or use --allocation global")
-        self.calibration.check()
-
-    def collectors(self) -> list[str]:
-        """What the pass has to keep."""
-        needs = set(criteria.get(self.criterion).needs) | {"outputs" for _ in self.protect[:1]}
-        # a profile runs the text of the pass, so `measured` needs one even where the criterion reads nothing
-        return sorted(needs | ({"counts"} if self.allocation == "measured" else set()))
+def collectors_of(options: PruneOptions) -> list[str]:
+    """What the pass has to keep."""
+    needs = set(criteria.get(options.criterion).needs) | {"outputs" for _ in options.protect[:1]}
+    # a profile runs the text of the pass, so `measured` needs one even where the criterion reads nothing
+    return sorted(needs | ({"counts"} if options.allocation == "measured" else set()))
 
 
 @dataclass(frozen=True)
@@ -129,7 +106,7 @@ def decide(
     options: PruneOptions,
     counts: Sequence[int] | None = None,
 ) -> PruneSelection:
-    """The plan of a model whose weights need not be loaded. counts: experts per layer, from `measured_counts`."""
+    """The selection of a model whose weights need not be loaded. counts: experts per layer, from `measured_counts`."""
     groups: list[RoutingGroups | None] = []
     for layer in layers:
         router = Router(model, layer)
@@ -138,7 +115,7 @@ def decide(
         groups.append(router.groups)
     per_token = experts_per_token(model, layers[0])
     scores, shields = rank(layers, statistics, options, per_token)
-    choices = choose(scores, options.request, per_token, shields, groups, counts)
+    choices = choose(scores, request_of(options), per_token, shields, groups, counts)
     facts = {
         "criterion": options.criterion,
         "keep": options.keep,
@@ -157,7 +134,7 @@ def measured_counts(
     per_token = experts_per_token(model, layers[0])
     scores, shields = rank(layers, statistics, options, per_token)
     groups = [Router(model, layer).groups for layer in layers]
-    total = sum(keep_counts(scores, options.request, per_token, shields, groups))
+    total = sum(keep_counts(scores, request_of(options), per_token, shields, groups))
     return spend(loss_curves(model, elastic, scores, shields, ids, update), total)
 
 
@@ -211,7 +188,7 @@ def _least_tokens(statistics: Statistics) -> int | None:
 
 
 def read_kept(path: str | Path, model: Any, layers: Sequence[MoELayer]) -> PruneSelection:
-    """The plan of a file that `prune` wrote (kept.json). UsageError if it does not fit the model, CorruptError if it is none."""
+    """The selection of a file that `prune` wrote (kept.json). UsageError if it does not fit the model, CorruptError if it is none."""
     try:
         data: Any = json.loads(Path(path).read_text("utf-8"))
         rows = [(row["experts"], tuple(row["kept"]), row["groups"], row["masked"]) for row in data["layers"]]

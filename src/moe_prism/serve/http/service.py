@@ -298,6 +298,7 @@ class Service:
             "quality": round(quality, 6) if tokens else None,
             "slots": round(slots, 4) if tokens else None,
             "tokens": {levels[i].name: n for i, n in sorted(tokens.items())},
+            "points": {levels[i].name: levels[i].point.to_json() for i in sorted(tokens)},
         }
 
     def gauges(self) -> None:

@@ -1,4 +1,4 @@
-"""The engine's process, from the inside: `python -m moe_prism.serve.process.engine_main SOCKET`. See docs/serving.md."""
+"""The engine's process, from the inside: `python -m moe_prism.serve.process.engine_main SOCKET`. See docs/explanation/serving.md."""
 
 from __future__ import annotations
 

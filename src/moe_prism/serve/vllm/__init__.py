@@ -2,7 +2,7 @@
 
 vLLM loads OUT as the ordinary model it is. `register` is called by vLLM in each of its processes (entry point group
 vllm.general_plugins); for a folder with prism.json, `wiring` then chooses our scheduler (a level per request), worker (budgets per row)
-and check of request fields. Nothing else of vLLM is replaced. docs/vllm.md says what is supported.
+and check of request fields. Nothing else of vLLM is replaced. docs/how-to/vllm.md says what is supported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every name of vLLM that we use. These are not a public API: see docs/vllm.md for the versions that were tested."""
+"""Every name of vLLM that we use. These are not a public API: see docs/how-to/vllm.md for the versions that were tested."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def launch(folder: Path, host: str, port: int, *, name: str | None, api_key: str
     """Does not return. UsageError if vLLM is missing or of an unknown version, or the folder is not elastic."""
     problem = compat.problem()
     if problem:
-        raise UsageError(problem.split("; ")[0], "see docs/vllm.md")
+        raise UsageError(problem.split("; ")[0], "see docs/how-to/vllm.md")
     if not is_elastic(folder):
         raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
     Menu.of(folder, {"points": list(points)})  # a point that vLLM cannot run is told before it starts

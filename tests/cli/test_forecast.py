@@ -1,4 +1,4 @@
-"""`moe-prism plan`: from a config alone, from a model, and every mistake in one line."""
+"""`moe-prism forecast`: from a config alone, from a model, and every mistake in one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from moe_prism import cli
-from moe_prism.cli.plan import quantity
+from moe_prism.cli.flags import quantity
 from moe_prism.errors import UsageError
 from tests.tiny_sources import save_tiny
 
@@ -26,7 +26,7 @@ def run(capsys):
 
     def call(*arguments):
         capsys.readouterr()
-        code = cli.main(["plan", *map(str, arguments)])
+        code = cli.main(["forecast", *map(str, arguments)])
         return (code, *capsys.readouterr())
 
     return call
@@ -56,10 +56,10 @@ def test_from_a_config_without_weights(run, config_only, tmp_path, file):
     read = 2 * (16 * 8 * 3 * 2048 * 1024 + shape["rest"] + 256 * shape["cached"])
     assert (first["name"], first["concurrency"]) == ("top-8", 1) and first["seconds"] == pytest.approx(4e-3 + read / 3.35e12)
     assert all(row["measured_tokens_per_s"] is None for row in found["rows"])
-    for name in ("plan.json", "plan.html", "plan.png"):
+    for name in ("forecast.json", "forecast.html", "forecast.png"):
         assert (tmp_path / "report" / name).stat().st_size > 1000
-    assert json.loads((tmp_path / "report" / "plan.json").read_text()) == found
-    page = (tmp_path / "report" / "plan.html").read_text()
+    assert json.loads((tmp_path / "report" / "forecast.json").read_text()) == found
+    page = (tmp_path / "report" / "forecast.html").read_text()
     assert "OLMoE: where running less pays" in page and "http://" not in page.replace("http://www.w3.org", "")
 
 

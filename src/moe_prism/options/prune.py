@@ -1,0 +1,51 @@
+"""What pruning is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import UsageError
+from .base import Options, nested, option
+from .calibrate import CalibrateOptions
+
+GroupMode = Literal["per_group", "regroup", "mask", "drop_groups"]
+Allocation = Literal["layer", "global", "measured"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(Options):
+    """Which experts stay, and what ranks them."""
+
+    criterion: str = option(
+        "easy-ep",
+        "What ranks the experts; see `moe-prism ls prune-criteria`.",
+        names="moe_prism.compress.prune:criteria",
+    )
+    keep: float = option(
+        0.5, "Share of the experts that stays, 0 to 1; a layer keeps at least as many as a token uses.", above=0, most=1
+    )
+    allocation: Allocation = option(
+        "layer",
+        "layer: the same number everywhere, the only form a checkpoint can have. global: one ranking over all layers. measured: by "
+        "what the model loses with each layer alone pruned. The last two are for --report-only and mask mode.",
+    )
+    groups: GroupMode = option(
+        "per_group",
+        "Of group-limited routers: per_group keeps equally many in each, regroup deals the kept into equal groups, drop_groups "
+        "removes whole groups, mask leaves groups unequal (mask mode only).",
+    )
+    protect: list[str] = option(
+        [],
+        "Comma-separated protections, e.g. super-experts: experts that stay whatever the criterion says.",
+        names="moe_prism.compress.prune:protections",
+    )
+    seed: int = option(0, "Of the criterion random.", least=0)
+    profile_tokens: int = option(2048, "Of measured: calibration tokens that every layer is run alone on.", least=1)
+    calibration: CalibrateOptions = nested(CalibrateOptions, "text", "tokens", "length", "low_memory")
+
+    def check(self) -> None:
+        super().check()
+        if self.allocation == "measured" and self.calibration.low_memory:
+            raise UsageError("--allocation measured runs the whole model", "leave --low-memory out, or use --allocation global")
+        self.calibration.check()

@@ -1,0 +1,34 @@
+"""What a recovery is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverOptions(Options):
+    """Which method wins back quality, and on what text."""
+
+    method: str = option(
+        "repair",
+        "repair: W_down of cut experts, by least squares. predictor: the predictor, trained to choose slots; for both, run it "
+        "before repair.",
+        names="moe_prism.recover:methods",
+    )
+    bands: int = option(
+        1,
+        "Of repair: copies of W_down, each for a range of dropped sub-experts, at most n_sub - 1; each adds a third of the expert "
+        "weights to memory.",
+        least=1,
+    )
+    steps: int = option(96, "Of predictor: training steps of two windows.", least=1)
+    text: str | None = option(
+        None,
+        "Calibration text: stdlib, a file, a folder, a .jsonl file or a saved dataset; default: what FOLDER was calibrated on.",
+    )
+    tokens: int = option(65_536, "Calibration tokens.", least=1)
+    length: int = option(512, "Tokens per window.", least=8)
+    memory_mib: int = option(4096, "Of repair: limit for the equations of the layers that are summed in one pass.", least=1)
+    seed: int = option(0, "Of predictor: which windows and budgets are drawn.", least=0)

@@ -1,0 +1,30 @@
+"""What a recording of routing is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import UsageError
+from .base import Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceOptions(Options):
+    """Which text is run, how it is cut into requests, and what is kept of it."""
+
+    text: str = option(
+        "stdlib",
+        "stdlib, topics, a file, a folder, a .jsonl file or a saved dataset. Both of its sides are recorded, and marked.",
+    )
+    tokens: int = option(8192, "Tokens in all.", least=1)
+    length: int = option(256, "Tokens per request.", least=8)
+    prompt: int = option(64, "How many of them are the prefill step; the others are one decode step each.", least=0)
+    budget: float = option(1.0, "Kept slots / all slots of an elastic model, in (0, 1].")
+    rule: str | None = option(None, "Selection rule of an elastic model; see `moe-prism ls rules`. Default threshold.")
+    inputs: bool = option(False, "Also keep the routers' inputs and weights, which cross-layer prediction needs.")
+    values: bool = option(False, "Also keep the value of every candidate slot of an elastic model.")
+
+    def check(self) -> None:
+        super().check()
+        if self.prompt >= self.length:
+            raise UsageError(f"--prompt {self.prompt} leaves nothing to decode of {self.length} tokens", "give a longer --length")

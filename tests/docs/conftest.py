@@ -1,0 +1,40 @@
+"""The folder in which commands of the documentation run, and the `moe-prism` that they find there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from .pages import ROOT
+from .warm import CLIENT
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """A folder with the `moe-prism` that commands find, and the process behind it."""
+    folder = tmp_path_factory.mktemp("bin")
+    client = folder / "moe-prism"
+    with tempfile.TemporaryDirectory() as short:  # the name of a socket may have some hundred characters only
+        address = str(Path(short) / "s")
+        client.write_text(CLIENT.format(python=sys.executable, address=address))
+        client.chmod(0o755)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
+        command = [sys.executable, "-m", "tests.docs.warm", address]
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout.readline() == "ready\n"
+            yield folder
+            server.kill()
+
+
+@pytest.fixture
+def workplace(programs, elastic_nano, tmp_path):
+    """(folder, environment). `demo/model` is what `make demo` has left: a refactored prism-nano."""
+    shutil.copytree(elastic_nano, tmp_path / "demo" / "model")
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return tmp_path, {**os.environ, "PATH": path, "CLIENT": str(programs / "moe-prism")}

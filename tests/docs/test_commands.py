@@ -1,0 +1,103 @@
+"""Every command line of the documentation fits the real command line, whether it is run or not."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from functools import cache
+from pathlib import Path
+
+import cyclopts
+import pytest
+
+from moe_prism.cli import build
+from moe_prism.schedule.classes import read_classes
+from moe_prism.serve.config import read_config
+
+from .pages import BLOCK, ROOT, command_lines, name, pages, spans
+
+SHORT_OF = (cyclopts.MissingArgumentError,)
+"""What a mention in a sentence may leave out: `moe-prism serve` names a command without its folder."""
+
+
+@cache
+def app():
+    return build()
+
+
+def check(words: list[str], *, mention: bool = False) -> None:
+    """CycloptsError for a command, flag or value that does not exist. mention: arguments may be missing."""
+    try:
+        app().parse_args(words, exit_on_error=False, print_error=False)
+    except SHORT_OF:
+        if not mention:
+            raise
+
+
+def of(page: Path, program: str) -> list[list[str]]:
+    """Arguments of every command of `program` in the blocks of a page; what sets variables before it is left out."""
+    lines = [[w for w in words if not re.match(r"[A-Z_]+=", w)] for words in command_lines(page.read_text("utf-8"))]
+    return [words[1:] for words in lines if words[:1] == [program]]
+
+
+@pytest.mark.parametrize("page", pages(), ids=name)
+def test_commands_are_understood(page):
+    for words in of(page, "moe-prism"):
+        check(words)
+    for span in spans(page.read_text("utf-8")):
+        if span.startswith("moe-prism ") and not re.search(r"[A-Z|]{2,}$|\.\.\.|:", span):
+            check(re.findall(r"\"[^\"]*\"|\S+", span)[1:], mention=True)
+
+
+@pytest.mark.parametrize("page", pages(), ids=name)
+def test_scripts_and_their_flags_exist(page):
+    text = page.read_text("utf-8")
+    wanted = [" ".join(["python", *words]) for program in ("python", "python3") for words in of(page, program)]
+    for line in [*wanted, *spans(text)]:
+        script = re.match(r"python3? (benchmarks|recipes)/(\S+\.py)(.*)", line)
+        if script:
+            path = ROOT / script[1] / script[2]
+            assert path.is_file(), line
+            code = path.read_text("utf-8")
+            missing = [flag for flag in re.findall(r"(?<=\s)--[\w-]+", script[3]) if f'"{flag}"' not in code]
+            assert not missing, f"{line}: {missing}"
+        module = re.match(r"python3? -m ([\w.]+)", line)
+        if module and module[1] not in ("pip", "venv"):
+            assert importlib.util.find_spec(module[1]), line
+
+
+@pytest.mark.parametrize("page", pages(), ids=name)
+def test_make_targets_exist(page):
+    text = page.read_text("utf-8")
+    named = {words[0] for words in of(page, "make") if words} | {
+        target for span in spans(text) for target in re.findall(r"^make ([\w-]+)$", span)
+    }
+    assert named <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
+
+
+def test_configurations_are_accepted():
+    import yaml
+
+    found = 0
+    for page in pages():
+        for block in BLOCK.finditer(page.read_text("utf-8")):
+            if block["language"] == "yaml":
+                data, found = yaml.safe_load(block["body"]), found + 1
+                read_classes(data["classes"], name(page)) if set(data) == {"classes"} else read_config(data, name(page))
+    assert found >= 2
+
+
+def test_a_wrong_line_is_refused():
+    for words in (
+        ["refactor", "nano"],
+        ["refactor", "nano", "-o", "x", "--nsub", "4"],
+        ["refract"],
+        ["serve", "x", "--engine", "?"],
+    ):
+        with pytest.raises(cyclopts.CycloptsError):
+            check(words)
+    check(["serve"], mention=True)
+    with pytest.raises(cyclopts.CycloptsError):
+        check(["serve", "--budget", "2"], mention=True)
+    text = "```bash\nA=1 moe-prism ls rules | head -1  # two\nmoe-prism verify x &\n```\n"
+    assert list(command_lines(text)) == [["A=1", "moe-prism", "ls", "rules"], ["head", "-1"], ["moe-prism", "verify", "x"]]

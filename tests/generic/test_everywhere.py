@@ -1,0 +1,120 @@
+"""One frontier of all per-token methods, run again by name: in memory, from the store, and by the server, all in one batch."""
+
+import asyncio
+import json
+import shutil
+
+import httpx2
+import pytest
+
+from moe_prism.artefact.load import load
+from moe_prism.catalogue import methods
+from moe_prism.errors import UsageError
+from moe_prism.jobs.frontier import ALL_PER_TOKEN, FrontierOptions, expanded, measure_frontier
+from moe_prism.jobs.generate import GenerateOptions, generate
+from moe_prism.point import find_point
+from moe_prism.store import StoreOptions
+from tests.serve.house import open_house
+from tests.store.common import PROMPT, smallest
+
+TOKENS = GenerateOptions(max_tokens=10)
+
+
+@pytest.fixture(scope="session")
+def measured(shared, elastic_tiny, text_file):
+    """The tiny elastic model with the frontier of every per-token method, one of expert pruning, and one that depends on the batch."""
+
+    def build(folder):
+        shutil.copytree(elastic_tiny, folder)
+        names = (ALL_PER_TOKEN, "prune:soft-count", "batch-redistribution:uniform")
+        options = FrontierOptions(text=str(text_file), methods=names, tokens=256, length=32, calibration_tokens=256, points=3)
+        measure_frontier(folder, options).save(folder / "frontier.json")
+
+    return shared("elastic-tiny-measured", build)
+
+
+@pytest.fixture(scope="module")
+def names(measured):
+    """A point of every per-token method, by the name it has in frontier.json; the cheapest that is not the whole model."""
+    rows = json.loads((measured / "frontier.json").read_text())["points"]
+    found = {}
+    for row in rows:
+        if row["budget"] < 1 and row["rule"] in expanded(ALL_PER_TOKEN):
+            found.setdefault(row["rule"], row["name"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(measured, names):
+    """Greedy tokens of each point by itself, in memory."""
+    model, tokenizer = load(measured)
+    return {
+        name: generate(model, tokenizer, PROMPT, point=find_point(name, measured).point, sampling=TOKENS).text
+        for name in ["full", *names.values()]
+        if name != "full"
+    }
+
+
+def test_twelve_methods_or_more(names):
+    assert len(names) >= 12 and set(names) == {n for n in methods.names("slots") + methods.names("routing")} - {
+        "batch-redistribution"
+    }
+
+
+@pytest.mark.parametrize("slots", [3, 12])
+def test_from_the_store_every_point_gives_the_tokens_of_the_model_in_memory(measured, names, alone, tmp_path, slots):
+    whole, _ = load(measured, store=StoreOptions(1 << 30, tmp_path / "pack"))
+    memory = smallest(whole, slots)
+    model, tokenizer = load(measured, store=StoreOptions(memory, tmp_path / "pack", ahead=3))
+    for name in names.values():
+        point = find_point(name, measured).point
+        assert generate(model, tokenizer, PROMPT, point=point, sampling=TOKENS).text == alone[name], name
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_server_mixes_points_of_all_methods_in_one_batch(measured, names, alone, tmp_path, stored):
+    """Every request's tokens are those of its point alone; the answer says which point that was."""
+    store = StoreOptions(120_000, tmp_path / "pack", ahead=2) if stored else None
+    asked = {"points": tuple(names.values()), "store": store}
+    with open_house(
+        measured, {"engine": {"process": False, "requests": 16, "step_tokens": 256, "cache_tokens": 8192, "page": 16}}, **asked
+    ) as house:
+        served = [level.name for level in house.built.service.ladder.levels]
+        mine = [name for name in served if name != "full"]
+        assert len(mine) >= 6
+        rules = {rule for rule, name in names.items() if name in mine}
+        assert len(rules) >= 4
+
+        async def ask(client, name):
+            body = {
+                "model": f"tiny@{name}",
+                "prompt": PROMPT,
+                "max_tokens": TOKENS.max_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+            }
+            return (await client.post(f"{house.url}/completions", json=body)).json()
+
+        async def together():
+            async with httpx2.AsyncClient(timeout=60) as client:
+                return await asyncio.gather(*(ask(client, name) for name in mine))
+
+        answers = asyncio.run(together())
+        models = httpx2.get(f"{house.url}/models").json()["data"][0]["operating_points"]
+    for name, answer in zip(mine, answers, strict=True):
+        assert answer["choices"][0]["text"] == alone[name], name
+        assert answer["moe_prism"]["point"] == name
+        point = find_point(name, measured).point.to_json()
+        assert answer["moe_prism"]["points"][name] == point
+        assert next(row for row in models if row["name"] == name)["point"] == point
+
+
+def test_what_cannot_be_served_is_refused_by_name(measured, tmp_path):
+    pruned = next(
+        row["name"] for row in json.loads((measured / "frontier.json").read_text())["points"] if row["rule"].startswith("prune")
+    )
+    with (
+        pytest.raises(UsageError, match=f"'{pruned}' cannot be served here: it changes the weights"),
+        open_house(measured, points=(pruned,)),
+    ):
+        pass

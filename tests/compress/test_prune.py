@@ -13,6 +13,7 @@ from moe_prism.artefact.load import load
 from moe_prism.artefact.open import open_model
 from moe_prism.calibrate.options import CalibrateOptions
 from moe_prism.checkpoint import OutputFolder
+from moe_prism.compress.changes import change_of
 from moe_prism.compress.prune import pruned
 from moe_prism.elastic import operating_point
 from moe_prism.errors import CorruptError, UsageError
@@ -20,8 +21,8 @@ from moe_prism.jobs.frontier import FrontierOptions, measure_frontier, subject_o
 from moe_prism.jobs.prune import prune_model, select_experts
 from moe_prism.jobs.trace import TraceOptions, record_trace
 from moe_prism.jobs.verify import verify
+from moe_prism.methods.find import method
 from moe_prism.methods.prune import select
-from moe_prism.methods.prune.masked import Prune
 from moe_prism.methods.prune.select import PruneOptions, measured_counts
 from moe_prism.model import find_layers, load_model
 from tests.tiny_sources import digests, save_tiny
@@ -207,8 +208,8 @@ def test_all_fractions_of_a_measured_method_share_one_profile(tmp_path, text_fil
     opened, profiles, measure = open_model(tmp_path / "model"), [], select.measure
     monkeypatch.setattr(select, "measure", lambda *args, **more: profiles.append(1) or measure(*args, **more))
     subject = subject_of(opened, FrontierOptions(str(text_file), 256, 32, calibration_tokens=512))
-    made = Prune("prune:gate-norm-measured", "gate-norm-measured")
-    found = [candidate.install.args[1] for candidate in made.candidates(subject)]
+    made = method("prune:gate-norm-measured")
+    found = [change_of(named.point.weights).kept for named in made.points(subject)]
     assert len(profiles) == 1 and len(found) > 3
     statistics = made._statistics(subject, ("counts", "outputs"))
     for choices in found:

@@ -1,6 +1,5 @@
 """Compensation: each method against its formula, on every storage of experts; what it must never change; what it costs."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,13 +9,14 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_prism.elastic import Elastic, LayerParts, attach, compensate, operating_point
+from moe_prism.elastic.bind import Step, bind
 from moe_prism.elastic.compensate import ExpertSample, compensators
 from moe_prism.elastic.compensate.base import MIN_ROWS, Blocks, Compensator
 from moe_prism.elastic.compensate.low_rank import FEW, _reduced_rank
 from moe_prism.elastic.execute.plain import grouped
-from moe_prism.elastic.runtime import Setting
 from moe_prism.frontier.cost import measured_cost
 from moe_prism.model import find_layers
+from moe_prism.point import OperatingPoint, SlotRule
 from tests.model.test_dense import build as build_dense
 from tests.parity.families import build
 
@@ -45,6 +45,11 @@ def fitted(layer, method, given=None):
 @pytest.fixture(scope="module", params=[*LAYOUTS, *DENSE])
 def layer(request):
     return layers_of(request.param)[0]
+
+
+def whole_experts(budget, compensate=True):
+    """The point that keeps experts, and slots within the last one, by order."""
+    return OperatingPoint(slots=SlotRule(budget=budget, rule="whole-experts", compensate=compensate))
 
 
 def layers_of(family):
@@ -209,20 +214,20 @@ def test_every_layer_uses_its_own_tensors(family, method):
     assert len(layers) > 1
     plans = [fitted(layer, method, samples(layer, seed=i)).plan for i, layer in enumerate(layers)]
     elastic = Elastic(None, plans)
-    elastic.setting = Setting(0.5, "linear")
+    half, plain = (Step(bind(elastic, [whole_experts(0.5, flag)])) for flag in (True, False))
     for layer, plan in zip(elastic.layers, plans, strict=True):
         mine = plan.layer
         x = torch.randn(6, mine.hidden, generator=torch.Generator().manual_seed(3))
         index = torch.arange(6)[:, None] % mine.num_experts
         weight = torch.linspace(0.2, 1.0, 6)[:, None]
         keep = torch.zeros(6, 1, N, dtype=torch.bool)
-        keep[:, 0, :2] = True  # the first two of four, by order: what `linear` does at .5
+        keep[:, 0, :2] = True  # the first two of four, by order: what `whole-experts` does at .5
         extra = compensate.compensator(plan)
         expected = grouped(plan, x, index, extra.weights(index, weight, keep), keep) + slot_by_slot(extra, x, index, weight, keep)
-        torch.testing.assert_close(layer(x, index, weight), expected, rtol=1e-4, atol=1e-5)
-        elastic.setting = replace(elastic.setting, compensate=False)
-        torch.testing.assert_close(layer(x, index, weight), grouped(plan, x, index, weight, keep), rtol=1e-4, atol=1e-5)
-        elastic.setting = Setting(0.5, "linear")
+        with elastic.at(half):
+            torch.testing.assert_close(layer(x, index, weight), expected, rtol=1e-4, atol=1e-5)
+        with elastic.at(plain):
+            torch.testing.assert_close(layer(x, index, weight), grouped(plan, x, index, weight, keep), rtol=1e-4, atol=1e-5)
     for a, b in pairwise(plans):
         assert any(not torch.equal(a.tensors[key], b.tensors[key]) for key in a.tensors)
 
@@ -234,17 +239,17 @@ def test_full_budget_is_exact_and_the_switch_works(method):
     ids = torch.arange(3, 15)[None]
     before = model(ids).logits
     attach(model, N)
-    with operating_point(model, 0.5, rule="linear"):
+    with operating_point(model, 0.5, rule="whole-experts"):
         plain = model(ids).logits
     layers = find_layers(model)
     elastic = attach(model, N, tensors=[fitted(layer, method).plan.tensors for layer in layers], layers=layers)
-    elastic.always_split, elastic.setting = True, Setting(rule="linear")
+    elastic.always_split = True
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
     elastic.always_split = False
-    with operating_point(model, 0.5, rule="linear", compensate=False):
+    with operating_point(model, point=whole_experts(0.5, compensate=False)):
         assert torch.equal(model(ids).logits, plain)
-    # linear keeps whole experts, so there is nothing left to scale
-    with operating_point(model, 0.5, rule="linear"):
+    # the rule keeps whole experts, so there is nothing left to scale
+    with operating_point(model, 0.5, rule="whole-experts"):
         assert torch.equal(model(ids).logits, plain) == (method == "scale")
 
 
@@ -263,7 +268,8 @@ def test_cost_is_the_counted_number(layer, method, tokens):
     finally:
         Blocks.combine = original
     read = counted.get_total_flops() // 2 + sum(bags) * layer.hidden
-    assert extra.parameters(0, int((~keep).sum())) == read
+    per_slot, per_expert = extra.parameters()
+    assert (int((~keep).sum()) * per_slot, per_expert) == (read, 0)
 
 
 @torch.no_grad()
@@ -273,19 +279,27 @@ def test_measured_cost_adds_what_compensation_reads(layer, method):
     extra = fitted(layer, method)
     plain, paid = (Elastic(None, [LayerParts(layer, N, 0, dict(tensors))]) for tensors in ({}, extra.plan.tensors))
     for budget in (0.3, 1.0):
-        setting = Setting(budget, "linear")
         costs = []
         for elastic in (plain, paid):
-            elastic.setting = setting
-            elastic.reset_counters()
-            elastic.layers[0](x, index, weight)
-            costs.append(measured_cost(elastic, setting).active_expert_params)
+            with elastic.at([whole_experts(budget)]) as step:
+                elastic.reset_counters()
+                elastic.layers[0](x, index, weight)
+            costs.append(measured_cost(elastic, step).active_expert_params)
         counter = paid.layers[0].counter
         dropped = counter.chosen * N - counter.kept
         assert dropped == (0 if budget == 1 else counter.chosen * N - 8 * round(0.3 * index.shape[1] * N))
-        expected = extra.cost(counter.chosen, counter.touched, dropped) / 8 if dropped else 0
+        touched = int(counter.per_token["experts"].sum())
+        bias = 0 if layer.down_bias is None else layer.hidden
+        expected = (read(extra, touched, dropped) + (counter.chosen - touched) * bias) / 8 if dropped else 0
         assert costs[1] - costs[0] == pytest.approx(expected)
-        assert measured_cost(paid, replace(setting, compensate=False)).active_expert_params == pytest.approx(costs[0])
+        without = Step(bind(paid, [whole_experts(budget, compensate=False)]))
+        assert measured_cost(paid, without).active_expert_params == pytest.approx(costs[0])
+
+
+def read(extra, touched, dropped):
+    """Weights that each method reads, from its definition."""
+    hidden = extra.plan.layer.hidden
+    return {"mean": dropped * hidden, "scale": touched, "low-rank": dropped * (2 * RANK + 1) * hidden}[extra.method]
 
 
 def test_the_registry_names_them():

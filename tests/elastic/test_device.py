@@ -9,12 +9,14 @@ import torch
 
 from moe_prism.elastic import LayerParts, attach
 from moe_prism.elastic.base import gate_activations, gate_activations_all, per_expert
+from moe_prism.elastic.bind import Step, bind
+from moe_prism.elastic.counter import Counter
 from moe_prism.elastic.execute.triton_align import align
-from moe_prism.elastic.runtime import Counter, Setting
 from moe_prism.elastic.scorers import ridge as ridge_module
 from moe_prism.elastic.scorers import scorers
 from moe_prism.elastic.scorers.ridge import FEW
 from moe_prism.model import find_layers
+from moe_prism.point import FULL, OperatingPoint, RoutingStage, SlotRule
 from tests.parity.families import build
 
 FAMILIES = ["olmoe", "gpt_oss", "aria", "nemotron_h"]  # concatenated, interleaved with bias, transposed, ungated
@@ -50,28 +52,49 @@ def test_the_predictor_for_all_experts_at_once(family, gates):
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [1, FEW])
 @pytest.mark.parametrize("scorer", ["ridge", "gates"])
-@pytest.mark.parametrize("rule", ["product", "threshold", "mass", "pattern", "linear"])
+@pytest.mark.parametrize("rule", ["product", "threshold", "mass", "pattern", "whole-experts"])
 def test_selection_asks_the_device_nothing(rule, scorer, tokens):
-    layers = find_layers(build("olmoe"))
-    width = layers[0].hidden + N * R + 1
-    side = [{"ridge": torch.zeros(layer.num_experts, N, width), "levels": torch.linspace(1, 0, 129)} for layer in layers]
-    model = build("olmoe").to("meta")
-    layer = attach(model, N, gates=R, tensors=side).layers[0]
+    elastic = on_meta()
+    layer = elastic.layers[0]
     x, index = (v.to("meta") for v in inputs(layer.plan.layer, tokens))
-    setting = Setting(torch.full((tokens,), 0.5, device="meta"), rule, scorer)
-    assert not setting.is_full(0)
-    weight, valid = torch.empty(tokens, 2, device="meta"), torch.empty(tokens, 2, device="meta", dtype=torch.bool)
-    keep = layer.select(x, index, weight, valid, setting)
-    layer.counter.add(index, keep, N)
+    half = OperatingPoint(slots=SlotRule(budget=0.5, rule=rule, scorer=scorer))
+    step = Step(bind(elastic, [half]), 0, torch.full((tokens,), 0.5, device="meta"))
+    weight = torch.empty(tokens, 2, device="meta")
+    keep = layer.kept(step, x, index, weight)
+    layer.counter.add(index, keep, selects=True)
     align(index, keep, layer.plan.layer.num_experts, 16)
     assert keep.shape == (tokens, 2, N) and keep.is_meta
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, FEW])
+def test_mixed_points_ask_the_device_nothing(tokens):
+    """Tokens of several points, of one kind and of several, with a stage in some: which is whose only the device knows."""
+    elastic = on_meta()
+    layer = elastic.layers[0]
+    x, index = (v.to("meta") for v in inputs(layer.plan.layer, tokens))
+    weight, which = torch.empty(tokens, 2, device="meta"), torch.zeros(tokens, dtype=torch.long, device="meta")
+    skip = RoutingStage(layers=(1,) * len(elastic.layers), keep_mass=True)
+    alike = [FULL.with_budget(0.5), FULL.with_budget(0.25), FULL]
+    for points in (alike, [*alike, OperatingPoint(routing=(skip,)), FULL.with_budget(0.5, "product")]):
+        candidates = layer.candidates(Step(bind(elastic, points), which), x, index, weight)
+        keep = candidates.keep()
+        assert keep.shape == (tokens, 2, N) and keep.is_meta and candidates.weight.is_meta
+
+
+def on_meta():
+    layers = find_layers(build("olmoe"))
+    width = layers[0].hidden + N * R + 1
+    side = [{"ridge": torch.zeros(layer.num_experts, N, width), "levels": torch.linspace(1, 0, 129)} for layer in layers]
+    return attach(build("olmoe").to("meta"), N, gates=R, tensors=side)
+
+
 def test_counts_are_read_as_numbers():
-    counter = Counter()
+    counter = Counter(5, N)
     index, keep = torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, 2, N, dtype=torch.bool)
     keep[0, 1, :2] = True
-    counter.add(index, keep, N)
-    counter.add(index, None, N)
-    assert (counter.tokens, counter.chosen, counter.touched, counter.kept) == (6, 12, 7, 2 + 6 * N)
+    counter.add(index, keep)
+    counter.add(index, None)
+    touched = int(counter.per_token["experts"].sum())
+    assert (counter.tokens, counter.chosen, touched, counter.kept) == (6, 12, 7, 2 + 6 * N)
     assert isinstance(counter.kept, int)

@@ -38,7 +38,7 @@ def slots(seed, tokens=6, invalid=False):
     return Slots(torch.zeros(tokens, 2), index, weight, valid, N, lambda: norms), weight, norms
 
 
-@pytest.mark.parametrize("rule", ["product", "threshold", "plan", "mass", "pattern", "linear"])
+@pytest.mark.parametrize("rule", ["product", "threshold", "layer-budgets", "mass", "pattern", "whole-experts"])
 @given(seed=st.integers(0, 500), budget=st.floats(0.01, 1), invalid=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_every_rule_keeps_one_and_all_at_full(plan, rule, seed, budget, invalid):
@@ -69,9 +69,9 @@ def test_budgets_differ_per_token(plan):
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3])
-def test_linear_at_multiples_is_plain_top_k(plan, experts):
+def test_whole_experts_at_multiples_is_plain_top_k(plan, experts):
     s, weight, _ = slots(3)
-    keep = rules.get("linear")(plan).keep(s, torch.full((6,), experts / K))
+    keep = rules.get("whole-experts")(plan).keep(s, torch.full((6,), experts / K))
     top = weight.topk(experts, dim=1).indices
     expected = torch.zeros(6, K, dtype=torch.bool).scatter_(1, top, True)
     assert torch.equal(keep, expected[:, :, None].expand(-1, -1, N))
@@ -107,6 +107,11 @@ def test_levels_follow_importance():
     level = fit_levels(values, torch.tensor([1.0, 1.0, 8.0]))
     assert level[0] == 3 and level[LEVELS // 2] == 3 and level[-1] == 1
     assert (level.diff() <= 0).all()
+
+
+def test_names_of_earlier_versions_are_taken_and_not_listed():
+    for old, new in (("plan", "layer-budgets"), ("linear", "whole-experts")):
+        assert rules.get(old) is rules.get(new) and new in rules.names() and old not in rules.names()
 
 
 def test_ties_go_to_the_first_slot():
@@ -151,14 +156,14 @@ def test_mass_keeps_the_fewest_slots_that_cover_the_share(plan, seed, share):
 
 @given(data=st.data(), layers=st.integers(1, 4))
 @settings(max_examples=10, deadline=None)
-def test_plan_meets_the_dial_on_average_over_layers(plan, data, layers):
+def test_layer_budgets_meet_the_dial_on_average_over_layers(plan, data, layers):
     total = K * N
     tail = data.draw(st.permutations([layer for layer in range(layers) for _ in range(total - 1)]))
     order = [*range(layers), *tail]
     made = []
     for steps in plan_steps(order, layers):
         assert (steps.diff() >= 0).all()
-        made.append(rules.get("plan")(LayerParts(plan.layer, N, 0, {"plan": steps})))
+        made.append(rules.get("layer-budgets")(LayerParts(plan.layer, N, 0, {"plan": steps})))
     s, _, _ = slots(2)
     before = [0] * layers
     for m in range(layers, layers * total + 1):
@@ -171,15 +176,15 @@ def test_plan_meets_the_dial_on_average_over_layers(plan, data, layers):
         before = counts_now
 
 
-def test_plan_dials_may_differ_per_token(plan):
+def test_dials_of_layer_budgets_may_differ_per_token(plan):
     s, _, _ = slots(1)
     dials = torch.tensor([0.01, 2 / 24, 7 / 24, 13 / 24, 19 / 24, 1.0])
-    keep = rules.get("plan")(plan).keep(s, dials)
+    keep = rules.get("layer-budgets")(plan).keep(s, dials)
     counts_now = keep.flatten(1).sum(1)
     assert counts_now.tolist() == [1, 1, 6, 6, 7, 12]
     assert torch.equal(keep, rules.get("product")(plan).keep(s, counts_now / 12))
 
 
-def test_a_model_without_a_profile_has_no_plan(plan):
+def test_a_model_without_a_profile_has_no_layer_budgets(plan):
     with pytest.raises(UsageError, match="no budgets per layer"):
-        rules.get("plan")(LayerParts(plan.layer, N, 0))
+        rules.get("layer-budgets")(LayerParts(plan.layer, N, 0))

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from moe_prism.elastic import attach, operating_point
+from moe_prism.elastic.execute.memory import check_way
 from moe_prism.errors import UsageError
+from moe_prism.point import OperatingPoint, SlotRule
 from tests.parity.families import build
 
 IDS = torch.arange(3, 15)[None]
@@ -19,7 +21,7 @@ def model():
 def test_operating_points_nest_and_restore(model):
     before = model(IDS).logits
     attach(model, 4)
-    with operating_point(model, 0.5, rule="linear"):
+    with operating_point(model, 0.5, rule="whole-experts"):
         half = model(IDS).logits
         with operating_point(model, 1.0):
             torch.testing.assert_close(model(IDS).logits, before)
@@ -43,7 +45,7 @@ def test_k_counts_slots(model):
     elastic = attach(model, 4)
     for k in (1, 3, 8):
         elastic.reset_counters()
-        with operating_point(model, k=k, rule="linear"):
+        with operating_point(model, k=k, rule="whole-experts"):
             model(IDS)
         for layer in elastic.layers:
             assert layer.counter.kept == k * layer.counter.tokens
@@ -55,10 +57,10 @@ def test_budget_per_token_equals_each_alone(model):
     budgets = torch.linspace(0.2, 1.0, IDS.numel())
     last = model.model.layers[0].mlp  # one layer: later ones see different inputs
     x = torch.randn(1, IDS.numel(), model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    with operating_point(model, budgets, rule="linear"):
+    with operating_point(model, budgets, rule="whole-experts"):
         mixed = last(x)
     for t, budget in enumerate(budgets.tolist()):
-        with operating_point(model, budget, rule="linear"):
+        with operating_point(model, budget, rule="whole-experts"):
             torch.testing.assert_close(last(x)[0, t], mixed[0, t])
 
 
@@ -85,17 +87,24 @@ def test_bad_k(model, given, names):
         pass
 
 
-@pytest.mark.parametrize(("name", "value"), [("rule", "best"), ("scorer", "magic"), ("executor", "warp")])
-def test_unknown_names_list_the_legal_ones(model, name, value):
+def test_unknown_names_list_the_legal_ones(model):
     attach(model, 4)
-    with pytest.raises(UsageError, match="choose one of"), operating_point(model, 0.5, **{name: value}):
+    with pytest.raises(UsageError, match="choose one of"), operating_point(model, 0.5, rule="best"):
         pass
+    for slots in (SlotRule(budget=0.5, rule="best"), SlotRule(budget=0.5, scorer="magic")):
+        with pytest.raises(UsageError, match="choose one of"), operating_point(model, point=OperatingPoint(slots=slots)):
+            pass
+    with pytest.raises(UsageError, match="choose one of"):
+        check_way("warp")
 
 
 @torch.no_grad()
 def test_wrong_number_of_budgets(model):
     attach(model, 4)
-    with pytest.raises(UsageError, match="3 budgets for 12 tokens"), operating_point(model, torch.full((3,), 0.5), rule="linear"):
+    with (
+        pytest.raises(UsageError, match="3 budgets for 12 tokens"),
+        operating_point(model, torch.full((3,), 0.5), rule="whole-experts"),
+    ):
         model(IDS)
 
 

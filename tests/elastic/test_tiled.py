@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from moe_prism.elastic import LayerParts, attach, operating_point
 from moe_prism.elastic.execute import batch_products, tiled
 from moe_prism.elastic.execute.batch_products import Matrix, MatrixPart, SlotGroups, usable
-from moe_prism.elastic.execute.plain import auto, grouped, reference
+from moe_prism.elastic.execute.memory import auto
+from moe_prism.elastic.execute.plain import grouped, reference
 from moe_prism.elastic.scorers import ridge as ridge_module
 from moe_prism.elastic.scorers import scorers
 from moe_prism.kernels import threads

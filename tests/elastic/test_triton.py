@@ -20,6 +20,7 @@ from moe_prism.elastic.execute import triton_run
 from moe_prism.elastic.execute.plain import grouped, reference
 from moe_prism.elastic.execute.triton_align import align, capacity
 from moe_prism.model import find_layers
+from tests.elastic.common import computed
 from tests.parity.families import build
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -193,15 +194,15 @@ def test_gradients_run_grouped():
 
 @needs_triton
 @torch.no_grad()
-@pytest.mark.parametrize("executor", ["triton", "triton-atomic"])
-def test_a_model_runs_through_the_kernels(executor, monkeypatch):
+@pytest.mark.parametrize("way", ["triton", "triton-atomic"])
+def test_a_model_runs_through_the_kernels(way, monkeypatch):
     model = build("olmoe").to(DEVICE)
     attach(model, 4)
     ids = torch.arange(3, 8, device=DEVICE)[None]
-    with operating_point(model, 0.5, rule="linear"):
+    with operating_point(model, 0.5, rule="whole-experts"):
         expected = model(ids).logits
     monkeypatch.setattr(triton_run, "grouped", None)
-    with operating_point(model, 0.5, rule="linear", executor=executor):
+    with operating_point(model, 0.5, rule="whole-experts") as elastic, computed(elastic, way):
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -294,7 +295,7 @@ class TestOnGpu:
         attach(holder, 4, gates=1, tensors=[side])
         x, index, weight, _ = batch(plan, tokens, 4, 1)
         budget = torch.full((tokens,), 0.25, device=DEVICE)
-        with operating_point(holder, budget, rule=rule, executor="triton"):
+        with operating_point(holder, budget, rule=rule) as elastic, computed(elastic, "triton"):
             for _ in range(2):
                 holder.experts(x, index, weight)
             torch.cuda.synchronize()

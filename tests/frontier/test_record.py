@@ -9,9 +9,34 @@ from hypothesis import strategies as st
 
 from moe_prism.errors import CorruptError, UsageError
 from moe_prism.frontier import Frontier, MeasuredPoint
+from moe_prism.point import OperatingPoint, RoutingStage, SlotRule, WeightChange
 
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
-KINDS = {"str": st.text(), "float": NUMBER, "bool": st.booleans()}
+NAME = st.text(min_size=1, max_size=20)
+SHARE = st.floats(0.001, 1)
+OPERATING_POINTS = st.builds(
+    OperatingPoint,
+    weights=st.none() | st.builds(WeightChange, change=NAME, settings=st.dictionaries(st.text(), NUMBER, max_size=2)),
+    routing=st.lists(
+        st.builds(
+            RoutingStage,
+            layers=st.just((2, 1)),
+            stage=NAME,
+            parameters=st.dictionaries(st.text(), st.tuples(st.tuples(SHARE), st.tuples(SHARE, SHARE)), max_size=2),
+            keep_mass=st.none() | st.booleans(),
+        ),
+        max_size=2,
+    ).map(tuple),
+    slots=st.builds(
+        SlotRule,
+        budget=SHARE,
+        rule=NAME,
+        scorer=NAME,
+        compensate=st.booleans(),
+        layers=st.none() | st.tuples(SHARE, SHARE),
+    ),
+)
+KINDS = {"str": st.text(), "float": NUMBER, "bool": st.booleans(), "OperatingPoint | None": OPERATING_POINTS}
 POINTS = st.builds(MeasuredPoint, **{f.name: KINDS[f.type] for f in fields(MeasuredPoint)})
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | NUMBER | st.text(),
@@ -41,8 +66,31 @@ def test_keys_are_the_published_ones():
     data = FRONTIER.to_json()
     assert list(data) == ["model", "source", "n_sub", "points", "baseline_topk", "provenance"]
     keys = "name rule budget k_slots ppl kl top1_agreement active_expert_params active_expert_bytes flops_per_token pareto"
-    keys += " resident_expert_bytes"
+    keys += " resident_expert_bytes distinct_expert_bytes point"
     assert list(data["points"][0]) == list(data["baseline_topk"][0]) == keys.split()
+
+
+OLDER = ("distinct_expert_bytes", "point")  # not in files of version 0.1
+
+
+@pytest.mark.parametrize(
+    ("rule", "point"),
+    [
+        ("product", OperatingPoint(slots=SlotRule(budget=0.5, rule="product"))),
+        ("pattern", OperatingPoint(slots=SlotRule(budget=0.5, rule="pattern", scorer="gates"))),
+        ("plan", OperatingPoint(slots=SlotRule(budget=0.5, rule="layer-budgets"))),
+        ("linear", OperatingPoint(slots=SlotRule(budget=0.5, rule="whole-experts"))),
+        ("topk", OperatingPoint(slots=SlotRule(budget=0.5, rule="whole-experts", compensate=False))),
+        ("sensitivity", None),  # the plan was not in the file
+        ("prune:gate-norm", None),
+    ],
+)
+def test_points_of_version_01_can_be_run_where_rule_and_budget_say_all(rule, point):
+    data = FRONTIER.to_json()
+    [row] = data["points"]
+    data["points"] = [{key: value for key, value in row.items() if key not in OLDER} | {"rule": rule}]
+    [found] = Frontier.from_json(data).points
+    assert found.point == point and found.distinct_expert_bytes == 0
 
 
 def test_save_is_stable_complete_and_leaves_nothing_else(tmp_path):

@@ -15,6 +15,7 @@ from moe_prism.model.parallel import ParallelLayer
 from moe_prism.model.plain import FlatLayer, PlainCall
 from moe_prism.model.scaled_input import ScaledInputLayer
 from moe_prism.model.separate import SeparateLayer
+from tests.elastic.common import computed
 
 BLOCKS = 4
 LIMIT = 1e-5  # relative error, float32
@@ -68,15 +69,15 @@ def permute_all(layers: list[MoELayer]) -> None:
 
 
 def split_outputs(model: nn.Module, layers: list[MoELayer]) -> list[Tensor]:
-    """The output at full budget by each executor, with the shortcut for full budget switched off."""
+    """The output at full budget by each way to compute, with the shortcut for full budget switched off."""
     elastic = attach(model, BLOCKS, layers=layers)
     elastic.always_split = True
     outputs = []
-    for executor in ("reference", "grouped", "auto"):
-        if executor == "auto":
+    for way in ("reference", "grouped", "auto"):
+        if way == "auto":
             for layer in layers:
                 layer.arrange()  # as `moe_prism.load` does: the compiled executor runs then
-        with operating_point(model, 1.0, rule="linear", executor=executor):
+        with operating_point(model, 1.0, rule="whole-experts"), computed(elastic, way):
             outputs.append(output(model))
     elastic.detach()
     return outputs

@@ -7,10 +7,11 @@ import torch
 
 import moe_prism
 from moe_prism.elastic import operating_point
+from moe_prism.elastic.bind import Step, bind
 from moe_prism.elastic.execute.plain import reference
-from moe_prism.elastic.runtime import Setting
 from moe_prism.errors import UsageError
 from moe_prism.jobs.recover import RecoverOptions, recover_model
+from moe_prism.point import FULL
 from moe_prism.recover.predictor import _price, _Trained
 from tests.tiny_sources import digests
 
@@ -57,7 +58,7 @@ def test_training_computes_what_serving_computes_and_has_a_gradient(elastic_tiny
         index[0, 1] = 0
         torch.testing.assert_close(mine(x, index, weight), layer.plan.layer.stock(x, index, weight))
         return
-    keep = layer.select(x, index, weight, index >= 0, Setting(budget, "threshold"))
+    keep = layer.kept(Step(bind(model._moe_prism, [FULL.with_budget(budget, "threshold")])), x, index, weight)
     out = mine(x, index, weight)
     torch.testing.assert_close(out, reference(layer.plan, x, index, weight, keep))
     (out.square().sum() + mine.share).backward()
@@ -73,7 +74,9 @@ def test_the_price_is_the_slope_of_the_frontier(monkeypatch, elastic_tiny):
 
     curve = lambda budget: torch.tensor(1 - 6 * budget).exp().item()  # noqa: E731
     monkeypatch.setattr(
-        predictor, "measure", lambda _m, _e, _i, settings, **_: [(SimpleNamespace(kl=curve(s.budget)), None) for s in settings]
+        predictor,
+        "measure",
+        lambda _m, _i, points, **_: [SimpleNamespace(quality=SimpleNamespace(kl=curve(p.slots.budget))) for p in points],
     )
     price = _price(SimpleNamespace(ids=torch.zeros(8, 4), model=None, elastic=None))
     for budget in (0.3, 0.5, 0.9):

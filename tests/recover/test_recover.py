@@ -15,10 +15,10 @@ from moe_prism import cli
 from moe_prism.checkpoint import update_manifest
 from moe_prism.data import token_windows
 from moe_prism.elastic import operating_point
-from moe_prism.elastic.runtime import Setting
 from moe_prism.errors import CorruptError, UsageError
 from moe_prism.frontier.measure import measure
 from moe_prism.jobs.recover import RecoverOptions, recover_model
+from moe_prism.point import FULL
 from tests.tiny_sources import digests
 
 OPTIONS = RecoverOptions(bands=3, tokens=1024, length=32)
@@ -35,11 +35,11 @@ def repaired_nano(shared, elastic_nano):
     return shared("repaired-nano", lambda out: recover_model(elastic_nano, out, RecoverOptions(tokens=8192)))
 
 
-def measured(folder, settings, tokens=1024):
-    """(quality, cost) per setting on held-out text."""
+def measured(folder, points, tokens=1024):
+    """A measurement per point on held-out text."""
     model, tokenizer = moe_prism.load(folder)
     ids = token_windows(tokenizer, "stdlib", "evaluation", length=256, tokens=tokens).ids
-    return measure(model, model._moe_prism, ids, settings)
+    return measure(model, ids, points)
 
 
 @torch.no_grad()
@@ -105,12 +105,13 @@ def test_what_was_measured_before_does_not_come_along(elastic_tiny, recovered, t
 
 
 def test_repaired_prism_nano_loses_less_on_text_it_has_not_seen(elastic_nano, repaired_nano):
-    settings = [Setting(budget) for budget in (1.0, 0.75, 0.5, 0.25)]
-    (whole, *old), (same, *new) = (measured(folder, settings) for folder in (elastic_nano, repaired_nano))
-    assert whole[0].kl < 1e-6 and same[0].kl < 1e-6
-    for (before, cost_before), (after, cost_after), most in zip(old, new, (0.95, 0.95, 0.98), strict=True):
-        assert after.kl < most * before.kl
-        assert cost_after == cost_before  # of a fixed K: the repair reads nothing more
+    points = [FULL.with_budget(budget, "product") for budget in (1.0, 0.75, 0.5, 0.25)]
+    (whole, *old), (same, *new) = (measured(folder, points) for folder in (elastic_nano, repaired_nano))
+    assert whole.quality.kl < 1e-6 and same.quality.kl < 1e-6
+    for before, after, most in zip(old, new, (0.95, 0.95, 0.98), strict=True):
+        assert after.quality.kl < most * before.quality.kl
+        # of a fixed K: the repair reads nothing more; which blocks the whole batch touches follows from what tokens became
+        assert replace(after.cost, distinct_expert_bytes=0) == replace(before.cost, distinct_expert_bytes=0)
 
 
 def test_a_changed_weight_file_is_found(elastic_tiny, tmp_path):

@@ -78,19 +78,19 @@ def test_full_budget_is_untouched_in_any_batch(always_split):
     layers = find_layers(model)
     elastic = attach(model, N, tensors=[plan_with(layer, 3).tensors for layer in layers], layers=layers)
     elastic.always_split = always_split
-    with operating_point(model, 1.0, rule="linear"):
+    with operating_point(model, 1.0, rule="whole-experts"):
         torch.testing.assert_close(model(IDS).logits, before)
     mlp = model.model.layers[0].mlp
     x = torch.randn(1, IDS.numel(), model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    with operating_point(model, 1.0, rule="linear"):
+    with operating_point(model, 1.0, rule="whole-experts"):
         whole = mlp(x)
     budgets = torch.linspace(0.3, 1.0, IDS.numel())
-    with operating_point(model, budgets, rule="linear"):
+    with operating_point(model, budgets, rule="whole-experts"):
         mixed = mlp(x)
     torch.testing.assert_close(mixed[0, -1], whole[0, -1])
     assert not torch.allclose(mixed[0, 0], whole[0, 0])
     for t, budget in enumerate(budgets.tolist()):
-        with operating_point(model, budget, rule="linear"):
+        with operating_point(model, budget, rule="whole-experts"):
             torch.testing.assert_close(mlp(x)[0, t], mixed[0, t])
 
 

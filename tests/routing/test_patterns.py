@@ -8,7 +8,11 @@ from moe_prism.errors import UsageError
 from moe_prism.routing.patterns import pattern_skip, shaped, uniform
 
 LITE = 26  # MoE layers of DeepSeek-V2-Lite, k = 6
-V3 = {"positions": range(4, 62), "depth": 61}  # DeepSeek-V3: layers 4..61 of 61 are MoE, k = 8
+V3 = (range(4, 62), 61)  # DeepSeek-V3: layers 4..61 of 61 are MoE, k = 8
+
+
+def mean_of(stage):
+    return sum(stage.layers) / len(stage.layers)
 
 
 @pytest.mark.parametrize(
@@ -24,7 +28,7 @@ V3 = {"positions": range(4, 62), "depth": 61}  # DeepSeek-V3: layers 4..61 of 61
     ],
 )
 def test_golden_vectors(b, h, e, p, counts):
-    assert pattern_skip(6, 4, b, h, e, p).layers == counts
+    assert pattern_skip(6, 4, (b, h, e, p)).layers == counts
 
 
 @pytest.mark.parametrize(
@@ -41,29 +45,29 @@ def test_golden_vectors(b, h, e, p, counts):
     ],
 )
 def test_means_of_published_patterns(knots, mean):
-    assert round(pattern_skip(LITE, 6, *knots).mean, 1) == mean
+    assert round(mean_of(pattern_skip(LITE, 6, knots)), 1) == mean
 
 
 @pytest.mark.parametrize(("knots", "mean"), [((8, 2, 8, 30), 4.9), ((2, 8, 2, 30), 5.1)])
 def test_the_index_may_run_over_all_layers(knots, mean):
-    plan = pattern_skip(58, 8, *knots, **V3)
-    assert len(plan.layers) == 58 and round(plan.mean, 1) == mean
+    plan = pattern_skip(58, 8, knots, places=V3)
+    assert len(plan.layers) == 58 and round(mean_of(plan), 1) == mean
 
 
 def test_over_all_layers_the_first_moe_layer_is_on_the_line():
-    assert pattern_skip(3, 4, 4, 1, 1, 4, positions=(2, 3, 4), depth=4).layers == (3, 2, 1)
-    assert pattern_skip(3, 4, 4, 1, 1, 3).layers == (4, 3, 1)  # 4, 2.5 -> 3, 1
+    assert pattern_skip(3, 4, (4, 1, 1, 4), places=((2, 3, 4), 4)).layers == (3, 2, 1)
+    assert pattern_skip(3, 4, (4, 1, 1, 3)).layers == (4, 3, 1)  # 4, 2.5 -> 3, 1
 
 
 @pytest.mark.parametrize(
     ("rounding", "counts"), [("half-up", (4, 3, 3, 2, 2, 1)), ("floor", (4, 3, 2, 2, 1, 1)), ("ceil", (4, 4, 3, 3, 2, 1))]
 )
 def test_roundings(rounding, counts):
-    assert pattern_skip(6, 4, 4, 1, 1, 6, rounding=rounding).layers == counts
+    assert pattern_skip(6, 4, (4, 1, 1, 6), rounding=rounding).layers == counts
 
 
 def test_largest_remainders_meet_a_budget():
-    lines = (6, 4, 4, 1, 1, 6)  # 4, 3.4, 2.8, 2.2, 1.6, 1 add up to 15
+    lines = (6, 4, (4, 1, 1, 6))  # 4, 3.4, 2.8, 2.2, 1.6, 1 add up to 15
     assert pattern_skip(*lines, rounding="budget").layers == (4, 3, 3, 2, 2, 1)
     assert pattern_skip(*lines, rounding="budget", total=14).layers == (4, 3, 3, 2, 1, 1)
     assert pattern_skip(*lines, rounding="budget", total=16).layers == (4, 4, 3, 2, 2, 1)
@@ -77,14 +81,14 @@ knots = st.tuples(*[st.integers(1, 8)] * 3)
 def test_every_pattern_is_a_plan(layers, k, knots, place, share):
     b, h, e = knots
     p = 1 + round(place * (layers - 1))
-    free = pattern_skip(layers, k, b, h, e, p).layers
+    free = pattern_skip(layers, k, (b, h, e, p)).layers
     assert all(1 <= n <= k for n in free)
     if layers > 1:
         assert (free[0], free[-1]) == (min(b, k), min(e, k))  # the ends win
     if 1 < p < layers:
         assert free[p - 1] == min(h, k)
     total = layers + round(share * (k - 1) * layers)
-    exact = pattern_skip(layers, k, b, h, e, p, rounding="budget", total=total).layers
+    exact = pattern_skip(layers, k, (b, h, e, p), rounding="budget", total=total).layers
     assert sum(exact) == total and all(1 <= n <= k for n in exact)
 
 
@@ -103,12 +107,12 @@ def test_shapes_meet_their_mean(layers, k, share):
     [
         lambda: uniform(6, 4, 5),
         lambda: uniform(6, 4, 0),
-        lambda: pattern_skip(6, 4, 4, 2, 1, 7),
-        lambda: pattern_skip(6, 4, 4, 2, 1, 0),
-        lambda: pattern_skip(6, 4, 4, 2, 1, 3, rounding="nearest"),
-        lambda: pattern_skip(6, 4, 4, 2, 1, 3, total=12),
-        lambda: pattern_skip(6, 4, 4, 2, 1, 3, rounding="budget", total=25),
-        lambda: pattern_skip(6, 4, 4, 2, 1, 3, rounding="budget", total=5),
+        lambda: pattern_skip(6, 4, (4, 2, 1, 7)),
+        lambda: pattern_skip(6, 4, (4, 2, 1, 0)),
+        lambda: pattern_skip(6, 4, (4, 2, 1, 3), rounding="nearest"),
+        lambda: pattern_skip(6, 4, (4, 2, 1, 3), total=12),
+        lambda: pattern_skip(6, 4, (4, 2, 1, 3), rounding="budget", total=25),
+        lambda: pattern_skip(6, 4, (4, 2, 1, 3), rounding="budget", total=5),
         lambda: shaped(6, 4, "zigzag", 2),
         lambda: shaped(6, 4, "peak", 9),
     ],

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_prism.artefact.load import generate, load
+from moe_prism.artefact.load import load
 from moe_prism.elastic import operating_point
+from moe_prism.elastic.bind import Step, bind
 from moe_prism.errors import UsageError
+from moe_prism.jobs.generate import GenerateOptions, generate
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.offload import CacheCounts
-from moe_prism.store.choose_misses import Misses
+from moe_prism.point import FULL, OperatingPoint, SlotRule
+from moe_prism.store.choose_misses import Misses, choose
 from tests.store.common import PROMPT, logits, opened, smallest, store_of
 from tests.tiny_sources import save_tiny
 
@@ -63,8 +66,8 @@ def test_logits_are_those_of_the_model_in_memory_at_every_size(name, request, tm
             found, wanted = logits(stored, ids, budget), logits(model, ids, budget)
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
             assert torch.equal(found, first.setdefault(budget, found))  # not even the last bit depends on the size
-        text = generate(stored, tokenizer, PROMPT, budget=0.5, max_tokens=6).text
-        assert text == generate(model, tokenizer, PROMPT, budget=0.5, max_tokens=6).text
+        text = generate(stored, tokenizer, PROMPT, 0.5, sampling=GenerateOptions(max_tokens=6)).text
+        assert text == generate(model, tokenizer, PROMPT, 0.5, sampling=GenerateOptions(max_tokens=6)).text
         check_counts(store.cache.counts, len(store.cache))
         store.close()
 
@@ -103,8 +106,8 @@ def test_reading_ahead_changes_no_logit(elastic_tiny, tmp_path, ids, slots, budg
     whole, tokenizer = opened(elastic_tiny, tmp_path / "p")
     stored, _ = opened(elastic_tiny, tmp_path / "p", smallest(whole, slots), ahead=3)
     assert torch.equal(logits(stored, ids[:, :3], budget), logits(whole, ids[:, :3], budget))
-    mine = generate(stored, tokenizer, PROMPT, budget=budget, max_tokens=12).text
-    assert mine == generate(whole, tokenizer, PROMPT, budget=budget, max_tokens=12).text
+    mine = generate(stored, tokenizer, PROMPT, budget, sampling=GenerateOptions(max_tokens=12)).text
+    assert mine == generate(whole, tokenizer, PROMPT, budget, sampling=GenerateOptions(max_tokens=12)).text
     store = store_of(stored)
     store.settle()
     assert store.cache.counts.prefetched > 0
@@ -116,21 +119,18 @@ def test_a_floor_keeps_what_lies_between_the_two_budgets(elastic_tiny, tmp_path,
     """Every choice under a floor contains the floor's own and is contained in the budget's."""
     whole, _ = opened(elastic_tiny, tmp_path / "p")
     stored, _ = opened(elastic_tiny, tmp_path / "p", smallest(whole, 6), misses=Misses(floor=0.3))
-    layer = stored._moe_prism.stored[1]
+    layer, store = stored._moe_prism.layers[1], store_of(stored)
     x = torch.randn(5, 32)
     index, weight = torch.tensor([[0, 1], [2, 3], [1, 3], [0, 2], [3, 1]]), torch.rand(5, 2)
     logits(stored, ids, 0.8)
-    from moe_prism.elastic.runtime import Setting
-    from moe_prism.store.choose_misses import choose
-
-    valid = torch.ones_like(index, dtype=torch.bool)
     for rule in ("product", "threshold"):
-        setting = Setting(0.8, rule)
-        low, high = (layer.select(x, index, weight, valid, Setting(b, rule)) for b in (0.3, 0.8))
-        keep = choose(layer, layer.slots(x, index, weight, valid, setting), setting, Misses(floor=0.3)).keep
-        there = torch.from_numpy(store_of(stored).resident(1))[index]
+        steps = [Step(bind(stored._moe_prism, [FULL.with_budget(b, rule)])) for b in (0.3, 0.8)]
+        low, high = (layer.kept(step, x, index, weight) for step in steps)
+        candidates = layer.candidates(steps[1], x, index, weight)
+        keep = choose(store, 1, candidates, Misses(floor=0.3)).keep
+        there = torch.from_numpy(store.resident(1))[index]
         assert torch.equal(keep, (high & there) | (low & ~there))
-        mixed = choose(layer, layer.slots(x, index, weight, valid, setting), setting, Misses(0.3, low=0.8))
+        mixed = choose(store, 1, candidates, Misses(0.3, low=0.8))
         assert torch.equal(mixed.keep, high)
         assert not (torch.from_numpy(mixed.low)[index] & low & high).any() or not there.all()
 
@@ -139,33 +139,57 @@ def test_a_floor_keeps_what_lies_between_the_two_budgets(elastic_tiny, tmp_path,
 @pytest.mark.parametrize("misses", [Misses(), Misses(0.3), Misses(0.2, low=0.6)])
 def test_the_choice_of_few_tokens_is_that_of_any_number(elastic_tiny, tmp_path, ids, rule, misses):
     """Kept slots, int8 records and entries; and the guess of what to read ahead. Slot by slot, not close."""
-    from moe_prism.elastic.runtime import Setting
     from moe_prism.kernels.tiles import PAYS
-    from moe_prism.store.choose_misses import choose, choose_few
 
     if not PAYS:
         pytest.skip("the tiles are not used on this processor")
     whole, _ = opened(elastic_tiny, tmp_path / "p", misses=misses)
     stored, _ = opened(elastic_tiny, tmp_path / "p", smallest(whole, 6), misses=misses, ahead=3)
     logits(stored, ids, 0.8)
-    layer, ahead = stored._moe_prism.stored[1], stored._moe_prism.ahead
+    elastic, store = stored._moe_prism, store_of(stored)
+    layer = elastic.layers[1]
     for tokens in (1, 2, 7):
         x, weight = torch.randn(tokens, 32), torch.rand(tokens, 2)
         index = torch.rand(tokens, 4).argsort(1)[:, :2]
-        valid = torch.ones_like(index, dtype=torch.bool)
-        for budget in (0.7, torch.rand(tokens) * 0.9 + 0.1):
-            setting = stored._moe_prism.setting = Setting(budget, rule)
-            with torch.no_grad():
-                few = choose_few(layer, x, index, weight, setting, misses)
-                many = choose(layer, layer.slots(x, index, weight, valid, setting), setting, misses)
-                assert few is not None and torch.equal(few.keep, many.keep)
+        for budget in (None, torch.rand(tokens) * 0.9 + 0.1):
+            step = Step(bind(elastic, [FULL.with_budget(0.7, rule)]), 0, budget)
+            with torch.no_grad(), elastic.at(step):
+                candidates = layer.candidates(step, x, index, weight)
+                few, many = choose(store, 1, candidates, misses), choose(store, 1, Plain(candidates), misses)
+                assert few.prepared is not None and torch.equal(few.keep, many.keep)
                 assert (few.low is None) == (many.low is None) and (few.low is None or (few.low == many.low).all())
-                wanted = store_of(stored).wanted(1, index, weight, many.keep)
-                assert all((getattr(wanted, name) == getattr(few.wanted, name)).all() for name in vars(wanted))
-                guess = ahead.keys(1, x)
-                ahead._few = lambda *_: None
-                assert guess == ahead.keys(1, x)
-                del ahead._few
+                assert many.prepared is None and few.prepared.source is weight
+                wanted, found = store.wanted(1, index, weight, many.keep), few.prepared.entries
+                assert all((getattr(wanted, name) == getattr(found, name)).all() for name in vars(wanted))
+                assert elastic.ahead.keys(1, x, misses) == plain_guess(elastic, x, misses)
+
+
+class Plain:
+    """Candidates without their fused form."""
+
+    def __init__(self, candidates):
+        self.candidates = candidates
+
+    def __getattr__(self, name):
+        return getattr(self.candidates, name)
+
+    def keep(self, most=1.0):
+        """The rule on the scorer's norms, whatever the number of tokens."""
+        own = self.candidates
+        budget = torch.as_tensor(own.budget, dtype=torch.float32).expand(len(own.x)).clamp(max=most)
+        return own.rule.keep(own.slots, budget)
+
+    def fused(self, most):
+        return None
+
+
+def plain_guess(elastic, x, misses):
+    layer = elastic.layers[1]
+    original, layer.candidates = layer.candidates, lambda *batch: Plain(type(layer).candidates(layer, *batch))
+    try:
+        return elastic.ahead.keys(1, x, misses)
+    finally:
+        layer.candidates = original
 
 
 def test_everything_resident_means_no_loss(elastic_tiny, tmp_path, ids):
@@ -203,7 +227,8 @@ def test_a_time_per_step_of_zero_is_the_floor_and_of_an_hour_is_everything(elast
 
 def test_what_a_store_cannot_do(elastic_tiny, tmp_path, ids):
     stored, _ = opened(elastic_tiny, tmp_path / "p")
-    with pytest.raises(UsageError, match="oracle"), operating_point(stored, 0.5, scorer="oracle"):
+    oracle = OperatingPoint(slots=SlotRule(budget=0.5, scorer="oracle"))
+    with pytest.raises(UsageError, match="oracle"), operating_point(stored, point=oracle):
         stored(input_ids=ids)
     for wrong in (Misses, lambda: Misses(0.0), lambda: Misses(0.5, low=0.2), lambda: Misses(0.5, step_seconds=-1)):
         if wrong is not Misses:

@@ -7,7 +7,7 @@ per token, N sub-experts per expert, E experts, d hidden.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -65,29 +65,34 @@ class ElasticLayer:
         self._count(found.index, settled.keep, selects=not isinstance(found, Whole), low=settled.low)
         extra = False if isinstance(found, Whole) else self._compensated(step)
         out = self._computed(x, found, settled, extra)
-        if found.added is not None:
-            out = out + found.added
+        added = found.added()
+        if added is not None:
+            out = out + added
         return out if out.dtype == x.dtype else out.to(x.dtype)
 
-    def candidates(self, step: Step, x: Tensor, index: Tensor, weight: Tensor) -> Candidates | None:
+    def candidates(
+        self, step: Step, x: Tensor, index: Tensor, weight: Tensor, *, state: dict[str, Tensor] | None = None
+    ) -> Candidates | None:
         """The slots to choose from, after routing; None where every slot of the router's own choice is kept.
 
-        For a guess of what another input would keep, this is called without being run.
+        state: what stages carry from layer to layer; None: that of the forward that runs. A guess of what another input would keep has
+        its own.
         """
         bound, which = step.bound, step.which
+        routed = self.routed(x, index, weight, self.elastic.carried if state is None else state)
         if isinstance(which, Tensor) and which.numel() != len(x):
             raise UsageError(f"{which.numel()} operating points for {len(x)} tokens", "give one per token of the flattened batch")
         if isinstance(which, int):
             number, local = bound.place[which]
-            return self._of_group(bound.groups[number], local, self.routed(x, index, weight), step.budget)
+            return self._of_group(bound.groups[number], local, routed, step.budget)
         groups, locals_ = (table.to(which.device)[which.reshape(-1)] for table in bound.tables)
         if len(bound.groups) == 1:
-            return self._of_group(bound.groups[0], locals_, self.routed(x, index, weight), step.budget)
-        return self._mixed(bound.groups, groups, locals_, self.routed(x, index, weight))
+            return self._of_group(bound.groups[0], locals_, routed, step.budget)
+        return self._mixed(bound.groups, groups, locals_, routed)
 
     def kept(self, step: Step, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """keep [T, k', N] of a batch at a step, without computing anything of it."""
-        found = self.candidates(step, x, index, weight)
+        """keep [T, k', N] of a batch at a step, without computing anything of it, or moving what stages carry on."""
+        found = self.candidates(step, x, index, weight, state=dict(self.elastic.carried) if self.index else {})
         return (found or Whole(index, weight, self._valid(index), self.plan.n_sub)).keep()
 
     def _mixed(self, kinds: tuple[PointGroup, ...], groups: Tensor, locals_: Tensor, routed: Routed) -> Candidates | None:
@@ -104,7 +109,7 @@ class ElasticLayer:
             found = self._of_group(kinds[number], local, part, None)
             own_way = own_way and found is None
             if on_cpu:
-                merge_state(self.elastic.carried, rows, part.state, len(groups))
+                merge_state(routed.state, rows, part.state, len(groups))
             parts.append((rows, found or Whole(part.index, part.weight, self._valid(part.index), self.plan.n_sub)))
         if own_way:
             return None
@@ -136,11 +141,11 @@ class ElasticLayer:
             return None
         valid = self._valid(after.index)
         if full and not self.executor.always_selects:
-            return Whole(after.index, after.weight, valid, self.plan.n_sub, self._added(group, after))
+            return Whole(after.index, after.weight, valid, self.plan.n_sub, partial(self._added, group, after))
         rule = self.rule(group.rule)
         scorer = self.scorer(group.scorer) if rule.needs_norms else None
         own = group.budget(self.index, which) if budget is None else budget
-        added = self._added(group, after)
+        added = partial(self._added, group, after)
         return Selection(after.x, after.index, after.weight, valid, self.plan.n_sub, rule, scorer, own, added)
 
     def _added(self, group: PointGroup, routed: Routed) -> Tensor | None:
@@ -152,13 +157,13 @@ class ElasticLayer:
             self.counter.add_extra(routed.index - routed.first_extra, experts.parameters)
         return experts(routed.x, routed.index, routed.weight, routed.first_extra)
 
-    def routed(self, x: Tensor, index: Tensor, weight: Tensor) -> Routed:
-        """The router's choice [T, k] for x [T, d], as routing stages see it."""
+    def routed(self, x: Tensor, index: Tensor, weight: Tensor, state: dict[str, Tensor]) -> Routed:
+        """The router's choice [T, k] for x [T, d], as routing stages see it. state: what they carry on."""
         return Routed(
             x, index, weight, self.index, self.plan.layer.num_experts,
             self.plan.layer.num_experts + len(self.plan.layer.extra or ()),
             scores=lambda: self.router_scores(x, index, weight), residual=lambda: self.elastic.residual(self.index, x),
-            state=self.elastic.carried,
+            state=state,
         )  # fmt: skip
 
     @cached_property
@@ -226,9 +231,10 @@ class ElasticLayer:
         return self._rules[name]
 
     def prices(self, group: PointGroup) -> Prices:
-        """What reading this layer's weights costs at points of a group."""
-        scorer = self.scorer(group.scorer) if self.rule(group.rule).needs_norms else None
-        extra = self.compensator if group.compensate else None
+        """What reading this layer's weights costs at points of a group. Where all of them are whole, their rule need not exist here."""
+        selects = self.executor.always_selects or not all(group.is_full(self.index, p) for p in range(len(group.budgets)))
+        scorer = self.scorer(group.scorer) if selects and self.rule(group.rule).needs_norms else None
+        extra = self.compensator if selects and group.compensate else None
         return prices_of(self.plan, scorer, extra, self.elastic.stored_bytes_per_weight)
 
 

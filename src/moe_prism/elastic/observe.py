@@ -25,7 +25,7 @@ RankBy = Callable[[Routed], Tensor]
 def _observer(layer: ElasticLayer, rank_by: RankBy, found: list[Tensor]) -> ExpertsFn:
     def run(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         valid = index.clamp(0, layer.plan.layer.num_experts - 1) == index
-        found.append(rank_by(layer.routed(x, index, weight)).detach().masked_fill(~valid, -1.0).cpu())
+        found.append(rank_by(layer.routed(x, index, weight, {})).detach().masked_fill(~valid, -1.0).cpu())
         return layer(x, index, weight)
 
     return run

@@ -5,7 +5,7 @@ Shapes: T tokens, k experts per token, N sub-experts per expert.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,10 @@ from ..errors import UsageError
 from .base import Rule, Scorer, Slots
 from .fused_select import budgets_of, prepared, select_few
 from .scorers.ridge import FEW
+
+
+def nothing() -> None:
+    """No experts beside those that are weights."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Selection:
     rule: Rule
     scorer: Scorer | None  # None where the rule needs no norms
     budget: float | Tensor
-    added: Tensor | None = None  # [T, d]: of experts that are not weights
+    added: Callable[[], Tensor | None] = nothing  # [T, d]: of experts that are not weights
 
     @cached_property
     def slots(self) -> Slots:
@@ -89,7 +93,7 @@ class Whole:
     weight: Tensor
     valid: Tensor
     n_sub: int
-    added: Tensor | None = None
+    added: Callable[[], Tensor | None] = nothing
 
     def values(self) -> Tensor:
         """[T, k, N]: the routing weight of every slot, -1 where there is no expert."""
@@ -121,15 +125,14 @@ class Mixed:
     def fused(self, most: Sequence[float]) -> None:
         return None
 
-    @property
     def added(self) -> Tensor | None:
         """[T, d]: what experts that are not weights add to some of the tokens; None where no part has any."""
-        found = [(rows, part.added) for rows, part in self.parts if part.added is not None]
-        if not found:
-            return None
-        out = found[0][1].new_zeros(len(self.index), found[0][1].shape[1])
-        for rows, own in found:
-            put(out, rows, own)
+        out: Tensor | None = None
+        for rows, part in self.parts:
+            own = part.added()
+            if own is not None:
+                out = own.new_zeros(len(self.index), own.shape[1]) if out is None else out
+                put(out, rows, own)
         return out
 
     def _joined(self, found: Sequence[Tensor], nothing: float) -> Tensor:

@@ -60,7 +60,7 @@ class ReadAhead:
             weight, index = map(torch.from_numpy, arrays)
         else:
             weight, index = (x @ self.routers[number].T).float().softmax(-1).topk(self.k, -1)
-        found = layer.candidates(layer.elastic.step, x, index, weight)
+        found = layer.candidates(layer.elastic.step, x, index, weight, state={})
         first, whole = space.of_layer(number).start, space.parts == 1
         # what is kept only where it is there is not read: the floor limits the guess
         fused = None if found is None or whole else found.fused([misses.floor])

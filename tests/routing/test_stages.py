@@ -1,21 +1,33 @@
-"""Every policy against a brute force over tokens, its neutral setting, and its invariants."""
+"""Every routing stage against a brute force over tokens, its neutral setting, and its invariants."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_prism.elastic.bind_plans import made
-from moe_prism.routing.weight_level import fit_weight_level
 
 from moe_prism.errors import UsageError
-from moe_prism.routing import SkipPlan, routing_policies
+from moe_prism.point import RoutingStage
+from moe_prism.routing import Routed, routing_stages, stage_class
 from moe_prism.routing.base import mean_kept
 from moe_prism.routing.score_mass import ScoreMass, fit_score_mass, score_mass
 from moe_prism.routing.token_threshold import TokenThreshold, fit_naee, fit_ser, naee, ser
+from moe_prism.routing.top_n import TopN
+from moe_prism.routing.weight_cutoff import WeightCutoff, fit_weight_cutoff
 
 EXPERTS, K, LAYERS = 9, 4, 2
+
+
+def made(variants):
+    return stage_class(variants[0].stage)(variants)
+
+
+def routed(stage, index, weight, layer=0, which=0):
+    """(index, weight) of what a stage makes of a choice."""
+    after = stage(Routed(torch.zeros(len(index), 1), index, weight, layer, EXPERTS, EXPERTS), which)
+    return after.index, after.weight
 
 
 def choices(seed, tokens=7, *, missing=False, equal=False):
@@ -31,21 +43,23 @@ def choices(seed, tokens=7, *, missing=False, equal=False):
 
 
 def plans(n=2):
-    """One of every policy that skips something."""
+    """One of every stage, that skips something."""
     layers = (n,) * LAYERS
     whole = (K,) * LAYERS
-    batch = SkipPlan(layers, "batch-redistribution", {"base": ((1.0,),) * LAYERS})
-    level = SkipPlan((3,) * LAYERS, "weight-level", {"level": ((0.4,),) * LAYERS})
-    return [SkipPlan(layers), ser(whole, 0.4, 1), ser((3,) * LAYERS, 0.3, 2), score_mass(whole, 0.35), level, batch]
+    batch = RoutingStage(layers=layers, stage="batch-redistribution", parameters={"base": ((1.0,),) * LAYERS})
+    cutoff = RoutingStage(layers=(3,) * LAYERS, stage="weight-cutoff", parameters={"cutoff": ((0.4,),) * LAYERS})
+    return [
+        RoutingStage(layers=layers), ser(whole, 0.4, 1), ser((3,) * LAYERS, 0.3, 2), score_mass(whole, 0.35), cutoff, batch,
+    ]  # fmt: skip
 
 
 def by_hand(plan, row_weights, index):
     """The kept positions of one token, from the definition."""
     order = sorted((j for j in range(K) if index[j] >= 0), key=lambda j: -row_weights[j])
     n = plan.layers[0]
-    if plan.policy == "top-n":
+    if plan.stage == "top-n":
         return set(order[:n])
-    if plan.policy == "token-threshold":
+    if plan.stage == "token-threshold":
         t, least = plan.parameters["t"][0][0], plan.parameters["least"][0][0]
         kept = []
         for rank, j in enumerate(order):
@@ -53,8 +67,8 @@ def by_hand(plan, row_weights, index):
                 break
             kept.append(j)
         return set(kept)
-    if plan.policy == "weight-level":
-        return set(order[:1]) | {j for j in order[:n] if row_weights[j] >= plan.parameters["level"][0][0]}
+    if plan.stage == "weight-cutoff":
+        return set(order[:1]) | {j for j in order[:n] if row_weights[j] >= plan.parameters["cutoff"][0][0]}
     kept, held, mass = [], 0.0, sum(row_weights[j] for j in order)
     for j in order[:n]:
         if held >= (1 - plan.parameters["epsilon"][0][0]) * mass:
@@ -67,10 +81,10 @@ def by_hand(plan, row_weights, index):
 @pytest.mark.parametrize("which", range(5))
 @given(seed=st.integers(0, 500), missing=st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_policies_keep_what_their_definition_says(which, seed, missing):
+def test_stages_keep_what_their_definition_says(which, seed, missing):
     plan = plans()[which]
     index, weight = choices(seed, missing=missing)
-    kept, left = made([plan])(index, weight, 0)
+    kept, left = routed(made([plan]), index, weight)
     for t in range(len(index)):
         expected = by_hand(plan, weight[t].double().tolist(), index[t].tolist())
         assert {j for j in range(K) if kept[t, j] >= 0} == expected
@@ -82,8 +96,8 @@ def test_policies_keep_what_their_definition_says(which, seed, missing):
 @settings(max_examples=50, deadline=None)
 def test_redistribution_takes_the_largest_weights_of_the_batch(seed, n, base):
     index, weight = choices(seed)
-    plan = SkipPlan((n,), "batch-redistribution", {"base": ((float(base),),)})
-    kept = made([plan])(index, weight, 0)[0] >= 0
+    plan = RoutingStage(layers=(n,), stage="batch-redistribution", parameters={"base": ((float(base),),)})
+    kept = routed(made([plan]), index, weight)[0] >= 0
     first = weight.argsort(1, descending=True)
     own = {(t, int(j)) for t in range(len(index)) for j in first[t, : min(base, n)]}
     others = sorted(itertools.product(range(len(index)), range(K)), key=lambda tj: -weight[tj])
@@ -93,16 +107,16 @@ def test_redistribution_takes_the_largest_weights_of_the_batch(seed, n, base):
 
 
 @pytest.mark.parametrize("keep_mass", [False, True])
-@pytest.mark.parametrize("policy", list(routing_policies.names()))
-def test_neutral_policies_return_the_very_same_tensors(policy, keep_mass):
+@pytest.mark.parametrize("stage", list(routing_stages.names()))
+def test_neutral_stages_return_the_very_same_batch(stage, keep_mass):
     zero, one = ((0.0,),) * LAYERS, ((1.0,),) * LAYERS
-    parameters = {"t": zero, "least": one, "epsilon": zero, "level": zero, "base": one}
-    plan = SkipPlan((K, K + 3), policy, parameters, keep_mass)
+    parameters = {"t": zero, "least": one, "epsilon": zero, "cutoff": zero, "base": one}
+    plan = RoutingStage(layers=(K, K + 3), stage=stage, parameters=parameters, keep_mass=keep_mass)
     index, weight = choices(0)
     for layer in range(LAYERS):
         assert made([plan]).is_neutral(layer, 0, K)
-        same = made([plan])(index, weight, layer)
-        assert same[0] is index and same[1] is weight
+        batch = Routed(torch.zeros(len(index), 1), index, weight, layer, EXPERTS, EXPERTS)
+        assert made([plan])(batch) is batch
 
 
 @pytest.mark.parametrize("keep_mass", [False, True])
@@ -111,18 +125,18 @@ def test_neutral_policies_return_the_very_same_tensors(policy, keep_mass):
 @settings(max_examples=20, deadline=None)
 def test_every_token_has_its_own_plan(which, keep_mass, seed, missing, equal):
     """A token at the neutral plan keeps its choice to the bit, one at a skipping plan gets what it gets alone."""
-    plan = plans()[which].with_(keep_mass=keep_mass)
+    plan = replace(plans()[which], keep_mass=keep_mass)
     neutral = {name: tuple((1.0 if name == "base" else 0.0,) for _ in rows) for name, rows in plan.parameters.items()}
-    policy = made([plan.with_(layers=(K,) * LAYERS, parameters=neutral), plan])
+    stage = made([replace(plan, layers=(K,) * LAYERS, parameters=neutral), plan])
     index, weight = choices(seed, missing=missing, equal=equal)
-    level = torch.arange(len(index)) % 2
-    mixed, left = policy(index, weight, 0, level)
-    assert torch.equal(mixed[level == 0], index[level == 0])
-    assert torch.equal(left[level == 0], weight[level == 0].masked_fill(index[level == 0] < 0, 0))
-    if policy.depends_on_batch:
+    number = torch.arange(len(index)) % 2
+    mixed, left = routed(stage, index, weight, which=number)
+    assert torch.equal(mixed[number == 0], index[number == 0])
+    assert torch.equal(left[number == 0], weight[number == 0].masked_fill(index[number == 0] < 0, 0))
+    if stage.depends_on_batch:
         return
-    alone = policy(index[level == 1], weight[level == 1], 0, 1)
-    assert torch.equal(mixed[level == 1], alone[0]) and torch.equal(left[level == 1], alone[1])
+    alone = routed(stage, index[number == 1], weight[number == 1], which=1)
+    assert torch.equal(mixed[number == 1], alone[0]) and torch.equal(left[number == 1], alone[1])
 
 
 @pytest.mark.parametrize("which", range(6))
@@ -131,7 +145,7 @@ def test_every_token_has_its_own_plan(which, keep_mass, seed, missing, equal):
 def test_keep_mass_keeps_the_mass_and_nothing_else(which, seed, missing):
     index, weight = choices(seed, missing=missing)
     plan = plans()[which]
-    plain, scaled = (made([plan.with_(keep_mass=flag)])(index, weight, 0) for flag in (False, True))
+    plain, scaled = (routed(made([replace(plan, keep_mass=flag)]), index, weight) for flag in (False, True))
     assert torch.equal(plain[0], scaled[0])
     full = weight.masked_fill(index < 0, 0).sum(1)
     torch.testing.assert_close(scaled[1].sum(1), full)
@@ -145,9 +159,9 @@ def test_the_order_of_the_choices_does_not_matter(which, seed):
     """A router's top-k may come unsorted, and expert ids are only names."""
     index, weight = choices(seed)
     order = torch.randperm(K, generator=torch.Generator().manual_seed(seed))
-    policy = made([plans()[which]])
-    kept, left = policy(index, weight, 0)
-    again = policy(index[:, order], weight[:, order], 0)
+    stage = made([plans()[which]])
+    kept, left = routed(stage, index, weight)
+    again = routed(stage, index[:, order], weight[:, order])
     assert torch.equal(again[0], kept[:, order]) and torch.equal(again[1], left[:, order])
 
 
@@ -155,13 +169,14 @@ def test_the_order_of_the_choices_does_not_matter(which, seed):
 def test_one_expert_is_always_kept(which):
     index, weight = choices(1)
     for values in (weight, weight * 0, weight.bfloat16()):
-        kept, left = made([plans(1)[which]])(index, values, 1)
+        kept, left = routed(made([plans(1)[which]]), index, values, 1)
         assert ((kept >= 0).sum(1) >= 1).all() and left.dtype == values.dtype
 
 
 def test_no_tokens():
     for plan in plans():
-        kept, left = made([plan.with_(keep_mass=True)])(torch.empty(0, K, dtype=torch.long), torch.empty(0, K), 0)
+        stage = made([replace(plan, keep_mass=True)])
+        kept, left = routed(stage, torch.empty(0, K, dtype=torch.long), torch.empty(0, K))
         assert kept.shape == left.shape == (0, K)
 
 
@@ -173,29 +188,27 @@ def ranked(seed, tokens=500):
 @pytest.mark.parametrize("mean", [1.2, 2.0, 3.4])
 def test_fits_keep_the_mean_that_was_asked_for(mean):
     samples, layers = ranked(3), (K,) * LAYERS
-    for policy, plan in (
+    for kind, plan in (
         (TokenThreshold, fit_ser(layers, samples, mean)),
         (TokenThreshold, fit_naee(layers, samples, mean)),
         (ScoreMass, fit_score_mass(layers, samples, mean)),
     ):
-        assert mean <= plan.mean < mean + 0.02
-        assert plan.mean == mean_kept(policy([plan]), samples)
+        assert mean <= mean_kept(kind([plan]), samples) < mean + 0.02
 
 
 @pytest.mark.parametrize("counts", [(1, 4), (2, 3), (4, 4)])
-def test_levels_keep_the_counts_of_every_layer(counts):
+def test_cutoffs_keep_the_counts_of_every_layer(counts):
     samples = ranked(6)
-    plan = fit_weight_level(counts, samples)
-    policy = made([plan])
+    stage = WeightCutoff([fit_weight_cutoff(counts, samples)])
     for layer, (n, rows) in enumerate(zip(counts, samples, strict=True)):
-        assert abs(float(policy.kept(rows, layer, 0).sum(1).double().mean()) - n) < 0.01
-    assert abs(plan.mean - sum(counts) / 2) < 0.01
+        assert abs(float(stage.kept(rows, layer, 0).sum(1).double().mean()) - n) < 0.01
+    assert abs(mean_kept(stage, samples) - sum(counts) / 2) < 0.01
 
 
 def test_least_is_a_floor():
     samples = ranked(4)
-    assert fit_ser((K, K), samples, 2.0, least=2).mean >= 2
-    kept, _ = made([ser((K, K), 1.0, 3)])(*choices(0), 0)
+    assert mean_kept(TokenThreshold([fit_ser((K, K), samples, 2.0, least=2)]), samples) >= 2
+    kept, _ = routed(made([ser((K, K), 1.0, 3)]), *choices(0))
     assert ((kept >= 0).sum(1) == 3).all()
 
 
@@ -208,28 +221,26 @@ def test_naee_at_its_median_skips_the_second_expert_of_half_the_tokens():
         beta = plan.parameters["t"][layer][1]
         ratio = rows[:, 1] / rows[:, 0]
         assert abs(float((ratio < beta).float().mean()) - 0.5) < 0.01
-        kept = made([plan])(index, rows, layer)[0]
+        kept = routed(made([plan]), index, rows, layer)[0]
         assert torch.equal(kept[:, 1] < 0, rows[:, 1] < beta * rows[:, 0])
-    assert abs(fit_naee((2, 2), samples).mean - 1.5) < 0.01
+    assert abs(mean_kept(TokenThreshold([fit_naee((2, 2), samples)]), samples) - 1.5) < 0.01
 
 
 def test_bad_input():
     good = plans()[0]
-    with pytest.raises(UsageError, match="no plan"):
-        made([])
-    with pytest.raises(UsageError, match="different policies"):
-        made([good, ser((K, K), 0.5)])
+    with pytest.raises(UsageError, match="no variant"):
+        TopN([])
     with pytest.raises(UsageError, match="differ in layers"):
-        made([good, SkipPlan((1, 1, 1))])
+        made([good, RoutingStage(layers=(1, 1, 1))])
     with pytest.raises(UsageError, match="differ in layers or in keep_mass"):
-        made([good, good.with_(keep_mass=True)])
-    with pytest.raises(UsageError, match="unknown routing policy"):
-        made([good.with_(policy="best")])
+        made([good, replace(good, keep_mass=True)])
+    with pytest.raises(UsageError, match="unknown routing stage"):
+        made([replace(good, stage="best")])
     with pytest.raises(UsageError, match="no parameter 't'"):
-        made([SkipPlan((1, 1), "token-threshold")])
-    policy = made([good])
-    for level in (1, -1, torch.tensor([0, 2])):
-        with pytest.raises(UsageError, match="there is no plan"):
-            policy.check_level(level)
-    with pytest.raises(UsageError, match="2 levels for 7 tokens"):
-        policy(*choices(0), 0, torch.tensor([0, 0]))
+        made([RoutingStage(layers=(1, 1), stage="token-threshold")])
+    stage = made([good])
+    for which in (1, -1, torch.tensor([0, 2])):
+        with pytest.raises(UsageError, match="there is no variant"):
+            stage.check_which(which)
+    with pytest.raises(UsageError, match="2 variants for 7 tokens"):
+        routed(stage, *choices(0), which=torch.tensor([0, 0]))

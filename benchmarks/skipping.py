@@ -23,7 +23,8 @@ from moe_prism.artefact.open import Opened, open_model
 from moe_prism.data import token_windows
 from moe_prism.elastic.runtime import Setting
 from moe_prism.frontier.measure import measure
-from moe_prism.jobs.frontier import FrontierOptions, evaluation_windows, subject_of
+from moe_prism.options.frontier import FrontierOptions
+from moe_prism.jobs.frontier import evaluation_windows, subject_of
 from moe_prism.jobs.refactor import refactor
 from moe_prism.methods.base import Subject
 from moe_prism.methods.skip.base import skip_method

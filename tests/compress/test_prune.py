@@ -17,7 +17,8 @@ from moe_prism.compress.changes import change_of
 from moe_prism.compress.prune import pruned
 from moe_prism.elastic import operating_point
 from moe_prism.errors import CorruptError, UsageError
-from moe_prism.jobs.frontier import FrontierOptions, measure_frontier, subject_of
+from moe_prism.options.frontier import FrontierOptions
+from moe_prism.jobs.frontier import measure_frontier, subject_of
 from moe_prism.jobs.prune import prune_model, select_experts
 from moe_prism.jobs.trace import TraceOptions, record_trace
 from moe_prism.jobs.verify import verify

@@ -71,6 +71,7 @@ def placed(part: Part, folder: Path) -> Iterator[ModuleType]:
 def registered(part: Part, registry: Registry[Any], *views: View[Any]) -> Iterator[str]:
     """The registry with the part's line in it; yields the name."""
     ((name, entry),) = eval("{" + part.code + "}", {"Entry": Entry}).items()
+    assert name not in registry.names()
     registry._builtin[name] = entry if isinstance(entry, Entry) else Entry(*entry)
     try:
         yield name
@@ -102,7 +103,7 @@ def run(words: Sequence[str], text: Path) -> None:
     """One command in this process, on as little text as its tests need; it must succeed."""
     given = [*words]
     if words[0] in ("frontier", "skip", "prune", "trace"):
-        given += ["--text", str(text)] + (["--length", "32"] if "--length" not in words else [])
+        given += ["--text", str(text), "--length", "128" if words[0] == "trace" else "32"]
     assert cli.main(smaller(given)) == 0, given
 
 

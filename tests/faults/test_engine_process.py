@@ -24,7 +24,7 @@ from moe_prism.errors import PrismError
 from moe_prism.serve import server
 from moe_prism.serve.config import Config
 from moe_prism.serve.http import app
-from moe_prism.serve.options import ServeOptions
+from moe_prism.options.serve import ServeOptions
 from moe_prism.serve.process.spawn import EngineProcess
 from tests.serve.house import SMALL, open_house
 
@@ -124,7 +124,7 @@ def test_the_engine_ends_with_the_http_process(tiny_levels):
     """However that ends, and whenever: here by SIGKILL, while the engine loads."""
     code = (
         "import os, sys, signal; from pathlib import Path; from moe_prism.serve.config import Config;"
-        "from moe_prism.serve.options import ServeOptions; from moe_prism.serve.process.spawn import EngineProcess;"
+        "from moe_prism.options.serve import ServeOptions; from moe_prism.serve.process.spawn import EngineProcess;"
         "print(EngineProcess(Path(sys.argv[1]), ServeOptions(), Config()).pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     died = subprocess.run([sys.executable, "-c", code, str(tiny_levels)], stdout=subprocess.PIPE, text=True)

@@ -20,14 +20,15 @@ from moe_prism.compress.prune import Criterion
 from moe_prism.elastic import Rule
 from moe_prism.elastic.bind import Step, bind
 from moe_prism.frontier.cost import measured_cost
-from moe_prism.jobs.frontier import FrontierOptions, evaluation_windows, measure_frontier, subject_of
+from moe_prism.jobs.frontier import evaluation_windows, measure_frontier, subject_of
 from moe_prism.methods.find import PRUNE, method
+from moe_prism.options.frontier import FrontierOptions
 from moe_prism.point import FULL, NamedPoint, OperatingPoint, RoutingStage, SlotRule
 from moe_prism.routing import stage_class
 
 from .operations import counted, distinct_rows, expected
 
-OPTIONS: dict[str, Any] = {"tokens": 256, "length": 32, "calibration_tokens": 256, "points": 3}
+OPTIONS: dict[str, Any] = {"tokens": 256, "length": 32, "calibration_tokens": 256, "per_method": 3}
 
 
 @dataclass

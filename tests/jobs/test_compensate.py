@@ -14,7 +14,8 @@ from moe_prism.data import token_windows
 from moe_prism.elastic.runtime import Setting
 from moe_prism.frontier.measure import measure
 from moe_prism.jobs.calibrate import calibrate_model
-from moe_prism.jobs.frontier import FrontierOptions, measure_frontier
+from moe_prism.options.frontier import FrontierOptions
+from moe_prism.jobs.frontier import measure_frontier
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.jobs.verify import verify
 from moe_prism.model import load_model

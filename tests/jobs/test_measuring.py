@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from moe_prism.errors import UsageError
-from moe_prism.jobs.frontier import FrontierOptions
+from moe_prism.options.frontier import FrontierOptions
 from moe_prism.methods.slots.rules import grid
 
 

@@ -7,7 +7,8 @@ import torch
 
 from moe_prism.artefact.open import open_model
 from moe_prism.errors import UsageError
-from moe_prism.jobs.frontier import FrontierOptions, measure_frontier, subject_of
+from moe_prism.options.frontier import FrontierOptions
+from moe_prism.jobs.frontier import measure_frontier, subject_of
 from moe_prism.jobs.skip import SkipOptions, make_plan
 from moe_prism.methods.base import Candidate, Method, method, methods
 from moe_prism.methods.skip.base import skip_method

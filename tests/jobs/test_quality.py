@@ -18,7 +18,8 @@ from moe_prism.elastic.runtime import Setting, slots_per_token
 from moe_prism.elastic.scorers.oracle import Oracle
 from moe_prism.frontier import Frontier
 from moe_prism.frontier.measure import measure
-from moe_prism.jobs.frontier import FrontierOptions, measure_frontier
+from moe_prism.options.frontier import FrontierOptions
+from moe_prism.jobs.frontier import measure_frontier
 
 FRONTIER_KEYS = {"model", "source", "n_sub", "points", "baseline_topk", "provenance"}
 POINT_KEYS = {

@@ -19,7 +19,7 @@ from moe_prism.schedule.base import Job, Ladder, Level
 from moe_prism.serve.backend import Gauges, Tally
 from moe_prism.serve.config import Config
 from moe_prism.serve.http.metrics import Metrics
-from moe_prism.serve.options import ServeOptions
+from moe_prism.options.serve import ServeOptions
 from moe_prism.serve.process import engine_main
 from moe_prism.serve.process.messages import Cancel, Facts, Frames, Link, News, Submit, pack
 from moe_prism.serve.process.remote_engine import RemoteEngine

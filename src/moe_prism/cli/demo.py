@@ -27,10 +27,11 @@ def demo(
     json: One JSON object on stdout.
     """
     from ..artefact.load import load
-    from ..jobs.frontier import FrontierOptions
     from ..jobs.frontier import measure_frontier as measure
-    from ..jobs.generate import GenerateOptions, generate
+    from ..jobs.generate import generate
     from ..jobs.refactor import refactor
+    from ..options.frontier import FrontierOptions
+    from ..options.generate import GenerateOptions
     from .frontier import show, show_comparison, write
 
     refactor("nano", out / MODEL, force=force, report=progress)

@@ -60,7 +60,7 @@ def _flags(kind: type[Options], wanted: tuple[str, ...] | None) -> Iterator[tupl
     for declared in fields(kind):
         if "flags" in declared.metadata:
             yield from _flags(hints[declared.name], declared.metadata["flags"])
-        elif wanted is None or declared.name in wanted:
+        elif "help" in declared.metadata and (wanted is None or declared.name in wanted):
             yield _name(declared), hints[declared.name], declared
 
 

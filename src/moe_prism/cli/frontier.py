@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from ..errors import UsageError
+from ..options.frontier import FrontierOptions
 from .output import note, progress, table, written
 
 if TYPE_CHECKING:
@@ -17,60 +17,12 @@ if TYPE_CHECKING:
 HEADERS = ("point", "slots", "KL", "perplexity", "top-1", "expert MB", "of full", "MFLOPs", "resident MB", "Pareto")
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class WhatToMeasure:
-    """What is measured."""
-
-    compare: Annotated[
-        str | None,
-        Parameter(
-            help="Comma-separated selection rules; see `moe-prism ls methods`. Default product, unless other points are asked for."
-        ),
-    ] = None
-    methods: Annotated[
-        str | None,
-        Parameter(
-            help="Comma-separated methods, on the same axes: those of `moe-prism ls methods`, such as uniform,sensitivity; "
-            "all-per-token takes every one whose points can share a batch."
-        ),
-    ] = None
-    points: Annotated[
-        str | None,
-        Parameter(
-            name=("--points", "--plan"),
-            help="Comma-separated files of operating points to measure: of `moe-prism skip`, or another frontier.json.",
-        ),
-    ] = None
-    per_method: Annotated[
-        int | None,
-        Parameter(help="Points of a method with a continuous dial; default: where methods without one have theirs."),
-    ] = None
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class EvaluationText:
-    """Text."""
-
-    text: Annotated[
-        str,
-        Parameter(
-            help="Evaluation text: stdlib, topics, a file, a folder, a .jsonl file or a saved dataset. Only its evaluation side is used."
-        ),
-    ] = "stdlib"
-    tokens: Annotated[int, Parameter(help="Evaluation tokens.")] = 16_384
-    length: Annotated[int, Parameter(help="Tokens per window.")] = 512
-    calibration_tokens: Annotated[int, Parameter(help="Tokens that methods fit on, of the calibration side of the text.")] = 8_192
-
-
 def frontier(
     folder: Path,
     /,
     *,
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
-    what: WhatToMeasure = WhatToMeasure(),
-    text: EvaluationText = EvaluationText(),
+    options: FrontierOptions,
     json: bool = False,
 ) -> None:
     """Measure quality and cost of every operating point of a model, beside plain top-k; writes JSON and an HTML report.
@@ -83,26 +35,11 @@ def frontier(
     """
     from ..checkpoint import update_manifest
     from ..files import check_writable_folder
-    from ..jobs.frontier import FrontierOptions
     from ..jobs.frontier import measure_frontier as run
 
     check_writable_folder(out)
     if out is None and not (folder / "prism.json").is_file():
         raise UsageError(f"'{folder}' has no prism.json", "give a folder that moe-prism wrote, or --out FOLDER for the report")
-    if what.points is not None and what.points.isdigit():
-        raise UsageError(
-            f"--points {what.points} is no file of operating points", f"say --per-method {what.points} for their number"
-        )
-    options = FrontierOptions(
-        text=text.text,
-        tokens=text.tokens,
-        length=text.length,
-        rules=_names(what.compare),
-        points=what.per_method,
-        methods=_names(what.methods),
-        given=_names(what.points),
-        calibration_tokens=text.calibration_tokens,
-    )
     result = run(folder, options, report=progress)
     target = out or folder
     facts = result.to_json()
@@ -111,10 +48,6 @@ def frontier(
         if out is None:
             update_manifest(folder, {"operating_points": [p for p in facts["points"] if p["pareto"]]})
     note(f"report: {target / 'report.html'}")
-
-
-def _names(text: str | None) -> tuple[str, ...]:
-    return () if text is None else tuple(text.split(","))
 
 
 def write(result: Frontier, target: Path, extra: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..frontier.measure import Measurement, measure
 from ..methods.base import Method, Subject
 from ..methods.find import method
 from ..methods.slots.rules import slot_rule
+from ..options.frontier import FrontierOptions
 from ..point import FULL, NamedPoint, OperatingPoint, read_points
 from ..progress import Report, peak_rss_bytes, silent
 
@@ -36,41 +37,10 @@ def expanded(name: str) -> list[str]:
     return [each for each in names if not getattr(methods.get(each), "depends_on_batch", False)]
 
 
-@dataclass(frozen=True)
-class FrontierOptions:
-    """text: `stdlib`, `topics`, a file or a folder (its evaluation side is used); tokens and window length.
-
-    rules: selection rules beside plain top-k; methods: more of them, or other methods by name (`methods.find.method`). given: operating
-    points to measure again, files or a frontier.json. Without any of them: `product`. points: how many for methods with a continuous
-    dial, for rules evenly spaced in relative cost; None: where the other rules are. calibration_tokens: what methods fit on, of the
-    calibration side of `text`.
-    """
-
-    text: str = "stdlib"
-    tokens: int = 16_384
-    length: int = 512
-    rules: tuple[str, ...] = ()
-    points: int | None = None
-    methods: tuple[str, ...] = ()
-    given: tuple[str, ...] = ()
-    calibration_tokens: int = 8_192
-
-    def chosen(self) -> list[Method]:
-        """What is measured, each once. Raises UsageError for an unknown name."""
-        names = dict.fromkeys(name for given in (*self.rules, *self.methods) for name in expanded(given))
-        return [method(name) for name in names or ([] if self.given else ["product"])]
-
-    def check(self) -> None:
-        """UsageError for a name or a number that cannot be."""
-        self.chosen()
-        if self.points is not None and self.points < 2:
-            raise UsageError(f"--per-method {self.points} is no curve", "give 2 or more, or leave it out")
-        for name in ("tokens", "calibration_tokens"):
-            if getattr(self, name) < self.length or self.length < 8:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} with --length {self.length} is too small",
-                    "give at least one window of 8 tokens",
-                )
+def chosen(options: FrontierOptions) -> list[Method]:
+    """The methods that are measured, each once. Raises UsageError for an unknown name."""
+    names = dict.fromkeys(name for given in (*options.rules, *options.methods) for name in expanded(given))
+    return [method(name) for name in names or ([] if options.given else ["product"])]
 
 
 def measure_frontier(folder: str | Path, options: FrontierOptions | None = None, *, report: Report = silent) -> Frontier:
@@ -81,11 +51,12 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     """
     options = options or FrontierOptions()
     options.check()
+    asked = chosen(options)
     named = [point for path in options.given for point in read_points(path)]
     opened = open_model(folder)
     windows = evaluation_windows(opened, options)
     subject = subject_of(opened, options, report)
-    tagged = [(m.name, point) for m in options.chosen() for point in _points(m, subject)]
+    tagged = [(m.name, point) for m in asked for point in _points(m, subject)]
     tagged += [(GIVEN, point) for point in named if not point.point.is_full]
     if not any(point.point.is_full for _, point in tagged):
         tagged.append(
@@ -126,7 +97,7 @@ def subject_of(opened: Opened, options: FrontierOptions, report: Report = silent
         n_sub=n_sub,
         k=slots // n_sub,
         read_calibration=calibration,
-        points=options.points,
+        points=options.per_method,
         report=report,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,25 +11,8 @@ import torch
 from ..elastic.rules import rules
 from ..elastic.runtime import elastic_of
 from ..errors import UsageError
+from ..options.generate import GenerateOptions
 from ..point import FULL, OperatingPoint
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
-    """max_tokens: new tokens at most. temperature: 0 is greedy. seed: of the random numbers."""
-
-    max_tokens: int = 64
-    temperature: float = 0.0
-    seed: int = 0
-
-    def check(self) -> None:
-        """UsageError for a number out of range."""
-        if self.max_tokens < 1 or not 0 <= self.temperature < math.inf:
-            raise UsageError(
-                f"max_tokens {self.max_tokens} or temperature {self.temperature:g} is out of range", "use >= 1 and >= 0"
-            )
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"seed {self.seed} is out of range", "give 0 or more, below 2**63")
 
 
 @dataclass(frozen=True)

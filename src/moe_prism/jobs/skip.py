@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +11,23 @@ from ..artefact.open import open_model
 from ..errors import UsageError
 from ..frontier.measure import measure
 from ..methods.skip.base import SkipMethod, skip_method
+from ..options.frontier import FrontierOptions
+from ..options.skip import SkipOptions
 from ..point import NamedPoint
 from ..progress import Report, silent
-from .frontier import FrontierOptions, evaluation_windows, subject_of
+from .frontier import evaluation_windows, subject_of
 
 
-@dataclass(frozen=True, kw_only=True)
-class SkipOptions:
-    """mean: experts per token and layer. keep_mass: whether the weights of what is left are scaled up; None: as the model's router does it.
-
-    parameters: of the method, by name, beside what its name says. text, tokens and length: what it is fitted on, and as much of the other
-    side to measure it on.
-    """
-
-    mean: float | None = None
-    keep_mass: bool | None = None
-    parameters: Mapping[str, Any] | None = None
-    text: str = "stdlib"
-    tokens: int = 8_192
-    length: int = 512
-
-
-def make_plan(
-    folder: str | Path, method: str = "sensitivity", options: SkipOptions | None = None, *, report: Report = silent
-) -> NamedPoint:
+def make_plan(folder: str | Path, options: SkipOptions | None = None, *, report: Report = silent) -> NamedPoint:
     """An operating point that computes `mean` experts per token and layer, by a method of expert skipping (`moe-prism ls methods`).
 
     Fitted on `tokens` tokens of the calibration side of a text; `made["quality"]` is its perplexity, KL to the full model (nats per token),
     top-1 agreement and experts per token on as many of the other side. Raises UsageError for a folder, method or number that does not fit.
     """
     options = options or SkipOptions()
-    chosen = with_parameters(skip_method(method), options.parameters or {})
+    options.check()
+    chosen = with_parameters(skip_method(options.method), options.parameters)
     frontier = FrontierOptions(text=options.text, tokens=options.tokens, length=options.length, calibration_tokens=options.tokens)
-    frontier.check()
     opened = open_model(folder)
     subject = subject_of(opened, frontier, report)
     named = chosen.point(subject, options.mean, options.keep_mass)

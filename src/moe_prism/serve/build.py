@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..options.serve import ServeOptions
 from ..schedule import CostModel, policies
 from .backend import Backend, Tally
 from .config import Config
@@ -17,7 +18,6 @@ from .http.admission import Door
 from .http.metrics import Metrics
 from .http.service import Service
 from .http.status import History
-from .options import ServeOptions
 from .process.messages import Facts
 
 

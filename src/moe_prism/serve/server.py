@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PrismError, UsageError
-from .options import ServeOptions
+from ..options.serve import ServeOptions
 
 if TYPE_CHECKING:
     from .backend import Backend

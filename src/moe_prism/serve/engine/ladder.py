@@ -36,7 +36,9 @@ def find_ladder(folder: Path, full_slots: int, refusal: Refusal, asked: Sequence
     """
     if asked:
         points, where = _asked(folder, asked, refusal)
-        return climb((_level(p) for p in points), full_slots), where
+        ladder = climb((_level(p) for p in points), full_slots)
+        _check_all_served(points, ladder)
+        return ladder, where
     frontier = folder / FRONTIER
     if frontier.exists():
         points = _best(Frontier.load(frontier), refusal)
@@ -86,6 +88,18 @@ def _asked(folder: Path, asked: Sequence[str], refusal: Refusal) -> tuple[list[M
             logger.warning("operating point %s: what a token gets depends on the other tokens of its batch", name)
         found.append(known[name])
     return found, source.name
+
+
+def _check_all_served(points: Sequence[MeasuredPoint], ladder: Ladder) -> None:
+    """UsageError for a point that was asked for and is not a level: a level that costs more than another must be better than it."""
+    served = {level.name for level in ladder.levels}
+    for p in points:
+        if p.name not in served and p.point is not None and not p.point.is_full:
+            better = next((level.name for level in ladder.levels if level.quality >= p.top1_agreement), TOP)
+            raise UsageError(
+                f"operating point '{p.name}' cannot be a level beside '{better}', which keeps no more slots and is no worse",
+                "leave one of them out of --points",
+            )
 
 
 def _reason(p: MeasuredPoint, refusal: Refusal) -> str | None:

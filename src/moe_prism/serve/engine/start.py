@@ -17,11 +17,11 @@ from ...elastic import Elastic
 from ...elastic.bind import bind
 from ...elastic.runtime import slots_per_token
 from ...errors import UsageError
+from ...options.serve import ServeOptions
 from ...point import OperatingPoint
 from ...schedule import CostModel, policies
 from ...schedule.base import Ladder
 from ..config import Config
-from ..options import ServeOptions
 from ..process.messages import Facts
 from .engine import Engine, EngineSize
 from .ladder import Refusal, find_ladder, measure_ladder

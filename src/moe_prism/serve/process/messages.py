@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...options.serve import ServeOptions
 from ...schedule.base import Job, Ladder
 from ..backend import Gauges, Tally
 from ..config import Config
-from ..options import ServeOptions
 from ..requests import Event, Sampling
 
 _LENGTH = struct.Struct("!Q")

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import PrismError
+from ...options.serve import ServeOptions
 from ..config import Config
-from ..options import ServeOptions
 from .messages import Facts, Failed, Link, Start
 
 STOP = b"stop"

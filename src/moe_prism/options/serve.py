@@ -1,0 +1,33 @@
+"""What a server is asked for on the command line. Both processes of a server get it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .base import Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(Options):
+    """Where it listens, what it serves and how. store: experts stay on disk (`store.StoreOptions`); it is no flag."""
+
+    host: str = option("127.0.0.1", "Address to listen on. Anything but loopback needs a key.")
+    port: int = option(8000, "Port to listen on; 0 for any free one.", least=0, most=65_535)
+    api_key: str | None = option(None, "Key that every route but /health asks for; default: the variable MOE_PRISM_API_KEY.")
+    name: str | None = option(None, "Model name in answers; default: the folder's.")
+    points: tuple[str, ...] = option(
+        (),
+        "Comma-separated names of measured operating points to serve, or another frontier.json; "
+        "default: the best of all that can share a batch.",
+    )
+    policy: str | None = option(None, "Scheduling policy; see `moe-prism ls policies`. Default elastic.")
+    config: Path | None = option(None, "qos.yaml with request classes, limits and policy options.")
+    cost: Path | None = option(None, "Cost model to load instead of measuring one.")
+    save_cost: Path | None = option(
+        None, "Where to save the cost model: when it is measured, and again at the end with what was learned."
+    )
+    probe_seconds: float = option(4.0, "Seconds to measure the cost model.", above=0, most=600)
+    debug: bool = option(False, "Plain logs with stack traces.")
+    store: Any = None

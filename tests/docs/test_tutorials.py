@@ -169,7 +169,10 @@ def test_a_new_criterion_is_listed_measured_generated_and_written(gate_rms, fold
     tutorial.run(pruned, text_file)
     tutorial.answer(again, text_file, capsys)
     assert open_model("smaller").elastic.layers[0].plan.layer.num_experts == 2
-    with pytest.raises(UsageError, match=f"'{asked}' cannot be served here: it changes the weights"), open_house(folder / "elastic", points=(asked,)):
+    with (
+        pytest.raises(UsageError, match=f"'{asked}' cannot be served here: it changes the weights"),
+        open_house(folder / "elastic", points=(asked,)),
+    ):
         pass
     with open_house(folder / "smaller") as house:
         model, tokenizer = load("smaller")
@@ -216,10 +219,9 @@ def test_a_scan_leaves_the_main_queue_of_s3_fifo_alone(s3_fifo):
     space = KeySpace(1, 40)
     hits = {}
     for name in (s3_fifo, "lru"):
-        pool, clock = Pool(5, cache_policies.get(name)(space, 5)), 0
-        for key in [0, 1, 2, 3] * 3 + list(range(10, 40)) + [0, 1, 2, 3]:
+        pool = Pool(5, cache_policies.get(name)(space, 5))
+        for clock, key in enumerate([0, 1, 2, 3] * 3 + list(range(10, 40)) + [0, 1, 2, 3]):
             pool.request([key], Moment(clock, clock, 0))
-            clock += 1
         hits[name] = pool.counts.hits
     assert (hits[s3_fifo], hits["lru"]) == (12, 8)
 
@@ -267,5 +269,5 @@ def test_a_family_that_was_read_wrong_is_refused(family, monkeypatch):
 def test_without_the_line_the_family_is_refused_by_name():
     own: dict = {"__name__": "modeling_stacked"}
     exec(tutorial.parts(FAMILY)[0].code, own)
-    with pytest.raises(UsageError, match="'model.layers.0.mlp'.* holds experts in an unknown form"):
+    with pytest.raises(UsageError, match=r"'model\.layers\.0\.mlp' .* holds experts in an unknown form"):
         find_layers(stacked_model(own["StackedExperts"]))

@@ -77,7 +77,7 @@ def checks_of(name: str) -> list[Check]:
     found = methods.get(name)
     if issubclass(found, Criterion):
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were]
-    checks: list[Check] = [has_points_that_survive_json, costs_what_it_reads]
+    checks: list[Check] = [has_points_that_survive_json, changes_the_output, costs_what_it_reads]
     if not getattr(found, "depends_on_batch", False):
         checks.append(is_the_same_alone_and_beside_any_other)
     if issubclass(found, Rule):
@@ -93,6 +93,14 @@ def has_points_that_survive_json(bench: Bench, asked: str) -> None:
     for named in points:
         assert OperatingPoint.from_json(named.point.to_json()) == named.point
         assert named.point != FULL or named.point.is_full
+
+
+def changes_the_output(bench: Bench, asked: str) -> None:
+    """A point is full, or it does something: a stage that takes its own values for neutral ones would never be called."""
+    ids = distinct_rows(bench.opened.model, 24)
+    full = bench.logits(ids, [FULL])
+    changed = [not torch.equal(bench.logits(ids, [named.point]), full) for named in bench.points(asked)]
+    assert any(changed)
 
 
 def is_exact_when_it_keeps_all(bench: Bench, asked: str) -> None:

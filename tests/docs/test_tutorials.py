@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from types import SimpleNamespace
 
 import httpx2
 import pytest
@@ -16,17 +17,20 @@ import torch
 from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from moe_prism import registry
 from moe_prism.artefact.load import load
 from moe_prism.artefact.open import open_model
 from moe_prism.catalogue import methods
 from moe_prism.compress.prune import LayerSubject, criteria
 from moe_prism.errors import UsageError
 from moe_prism.jobs.generate import generate
+from moe_prism.methods.find import described
 from moe_prism.model import find, find_layers
 from moe_prism.offload import KeySpace, Moment, Pool, cache_policies
 from moe_prism.options.generate import GenerateOptions
-from moe_prism.point import FULL, RoutingStage, find_point
+from moe_prism.point import FULL, OperatingPoint, RoutingStage, find_point
 from moe_prism.routing import Routed, stage_class
+from moe_prism.serve.vllm.refusal import refusal
 from moe_prism.store import StoreOptions
 from tests.generic import checks
 from tests.offload import test_policies as policy_tests
@@ -87,6 +91,19 @@ def test_it_is_one_file_and_one_line(page):
     assert "class " in file.code and len(line.code.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(("page", "acts"), [(METHOD, "routing"), (CRITERION, "weights")])
+def test_the_file_works_from_another_package_too(page, acts, tmp_path, monkeypatch):
+    """As an entry point, with no line of ours changed."""
+    file, line = tutorial.parts(page)
+    ((name, entry),) = tutorial.entries(line).items()
+    point = SimpleNamespace(name=f"my-{name}", value=entry.target, dist=SimpleNamespace(name="another-package"))
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == "moe_prism.method" else [])
+    with tutorial.placed(file, tmp_path):
+        assert point.name in methods.names(acts)
+        row = next(row for row in described() if row.name.endswith(point.name))
+        assert (row.acts, row.origin) == (acts, "another-package")
+
+
 def test_a_new_method_passes_the_generic_checks(top_p, bench, tmp_path):
     asked = checks.asked_for(top_p)
     wanted = checks.checks_of(top_p)
@@ -122,6 +139,7 @@ def test_a_new_method_is_listed_measured_generated_and_served(top_p, folder, tex
     assert (rows[top_p]["acts"], rows[top_p]["served_by"]) == ("routing", "generate, serve, vLLM")
     tutorial.run(skipped, text_file)
     plan = json.loads((folder / "plan.json").read_text())
+    assert refusal(OperatingPoint.from_json(plan["point"])) is None  # vLLM takes it as well
     assert plan["point"]["routing"][0]["stage"] == top_p and plan["made"]["mean"] == pytest.approx(1.5, abs=0.1)
     points = {row["name"]: row for row in tutorial.answer(measured, text_file, capsys)["points"]}
     mine, other = served[served.index("--points") + 1].split(",")

@@ -67,12 +67,18 @@ def placed(part: Part, folder: Path) -> Iterator[ModuleType]:
         vars(package).pop(name.rpartition(".")[2], None)
 
 
+def entries(part: Part) -> dict[str, Entry]:
+    """What the line of a registry says."""
+    found = eval("{" + part.code + "}", {"Entry": Entry})
+    return {name: entry if isinstance(entry, Entry) else Entry(*entry) for name, entry in found.items()}
+
+
 @contextmanager
 def registered(part: Part, registry: Registry[Any], *views: View[Any]) -> Iterator[str]:
     """The registry with the part's line in it; yields the name."""
-    ((name, entry),) = eval("{" + part.code + "}", {"Entry": Entry}).items()
+    ((name, entry),) = entries(part).items()
     assert name not in registry.names()
-    registry._builtin[name] = entry if isinstance(entry, Entry) else Entry(*entry)
+    registry._builtin[name] = entry
     try:
         yield name
     finally:

@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo test test-all test-vllm check format bench families-newest clean
+.PHONY: demo test test-all test-vllm check format reference bench families-newest clean
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -52,6 +52,9 @@ check: $(VENV)/.ready  ## format, lint, types, import directions
 format: $(VENV)/.ready
 	$(BIN)/ruff format src tests benchmarks recipes
 	$(BIN)/ruff check --fix src tests benchmarks recipes
+
+reference: $(VENV)/.ready  ## docs/reference, from the registries
+	$(BIN)/python -m moe_prism.jobs.reference docs/reference
 
 bench: $(VENV)/.ready  ## every benchmark prints its figure against its baseline
 	for script in benchmarks/*.py; do $(BIN)/python $$script --json || exit 1; done

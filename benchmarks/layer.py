@@ -17,7 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,9 +25,12 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from moe_prism.elastic import attach
+from moe_prism.elastic.bind import Step, bind
+from moe_prism.elastic.layer import ElasticLayer
 from moe_prism.elastic.rules.threshold import fit_levels
-from moe_prism.elastic.runtime import Elastic, ElasticLayer, Setting
+from moe_prism.elastic.runtime import Elastic
 from moe_prism.model import find_layers
+from moe_prism.point import FULL
 
 SHAPES = {  # E, k, d, f
     "nano": (32, 4, 128, 128),
@@ -101,10 +104,10 @@ class Work:
     gigaflops: float
 
     @classmethod
-    def of(cls, layer: ElasticLayer, inputs: tuple[torch.Tensor, ...], setting: Setting) -> Work:
+    def of(cls, layer: ElasticLayer, inputs: tuple[torch.Tensor, ...], step: Step) -> Work:
         x, index, weight = inputs
         plan = layer.plan
-        keep = layer.select(x, index, weight, torch.ones_like(index, dtype=torch.bool), setting)
+        keep = layer.kept(step, x, index, weight)
         blocks = (index[:, :, None] * plan.n_sub + torch.arange(plan.n_sub, device=index.device))[keep]
         weights = 3 * plan.block * plan.layer.hidden
         return cls(len(blocks.unique()) * weights * x.element_size() / 1e9, 2 * len(blocks) * weights / 1e9)
@@ -117,26 +120,26 @@ def measure(
     layer = elastic.layers[0]
     inputs = batch(SHAPES[name], tokens, holder)
     mixed = torch.where(torch.arange(tokens, device=inputs[0].device) % 2 == 0, 1.0, 0.5)
-    settings = {f"{budget:.2f}": Setting(budget, rule) for budget in BUDGETS} | (
-        {"mixed": Setting(mixed, rule)} if tokens > 1 else {}
-    )
+    steps = {f"{budget:.2f}": Step(bind(elastic, [FULL.with_budget(budget, rule)])) for budget in BUDGETS}
+    if tokens > 1:
+        steps["mixed"] = replace(steps["0.50"], budget=mixed)
 
-    def elastic_run(setting: Setting) -> Callable[[], Any]:
+    def elastic_run(step: Step) -> Callable[[], Any]:
         def run() -> None:
-            elastic.setting = setting
+            elastic.step = step
             holder.experts(*inputs)
 
         return run
 
     def select() -> None:
-        layer.select(*inputs, torch.ones_like(inputs[1], dtype=torch.bool), settings["0.50"])
+        layer.kept(steps["0.50"], *inputs)
 
-    runs = [lambda: layer.plan.layer.native(*inputs), select, *map(elastic_run, settings.values())]
+    runs = [lambda: layer.plan.layer.native(*inputs), select, *map(elastic_run, steps.values())]
     stock, selection, *seconds = fastest(runs, repeats, clock)
-    whole = Work.of(layer, inputs, settings["1.00"])
+    whole = Work.of(layer, inputs, steps["1.00"])
     rows = []
-    for (label, setting), value in zip(settings.items(), seconds, strict=True):
-        work = Work.of(layer, inputs, setting)
+    for (label, step), value in zip(steps.items(), seconds, strict=True):
+        work = Work.of(layer, inputs, step)
         row = {"shape": name, "tokens": tokens, "budget": label, "stock_ms": 1e3 * stock, "ratio": value / stock}
         row |= {"to_full": value / seconds[0], "flop_ratio": work.gigaflops / whole.gigaflops}
         row |= {"byte_ratio": work.gigabytes / whole.gigabytes, "gb_per_s": work.gigabytes / value}

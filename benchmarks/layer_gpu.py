@@ -28,7 +28,7 @@ from moe_prism.elastic.runtime import Elastic
 
 SHAPES = {"olmoe": (64, 8, 2048, 1024), "deepseek": (64, 6, 2048, 1408), "qwen3": (128, 8, 2048, 768)}  # E, k, d, f
 BUDGETS = (0.25, 0.5, 0.75)
-EXECUTORS = ("triton", "triton-atomic")
+WAYS = ("triton", "triton-atomic")
 N_SUB, GATES = 4, 1
 
 
@@ -71,15 +71,16 @@ def measure(name: str, tokens: int, holder: Any, elastic: Elastic, repeats: int)
     x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
     index = torch.rand(tokens, experts, device="cuda").topk(k, dim=1).indices
     weight = torch.rand(tokens, k, device="cuda", dtype=torch.bfloat16) / k
-    valid = torch.ones_like(index, dtype=torch.bool)
     budget = torch.full((tokens,), BUDGETS[0], device="cuda")
     graphs = {"stock": capture(lambda: layer.plan.layer.native(x, index, weight))}
-    for executor in EXECUTORS:
-        with operating_point(holder, budget, rule="product", executor=executor) as point:
-            graphs[executor] = capture(lambda: holder.experts(x, index, weight))
-            setting = point.setting
-    graphs["selection"] = capture(lambda: layer.select(x, index, weight, valid, setting))
-    runs = [("stock", 1.0), ("selection", 0.5), *((executor, share) for executor in EXECUTORS for share in BUDGETS)]
+    with operating_point(holder, budget, rule="product"):
+        step = elastic.step
+        for way in WAYS:
+            layer.executor.way = way
+            graphs[way] = capture(lambda: holder.experts(x, index, weight))
+        layer.executor.way = "auto"
+    graphs["selection"] = capture(lambda: layer.kept(step, x, index, weight))
+    runs = [("stock", 1.0), ("selection", 0.5), *((way, share) for way in WAYS for share in BUDGETS)]
     times: dict[tuple[str, float], list[float]] = {run: [] for run in runs}
     for _ in range(repeats):
         for run in runs:
@@ -88,11 +89,7 @@ def measure(name: str, tokens: int, holder: Any, elastic: Elastic, repeats: int)
     found = {run: statistics.median(values) for run, values in times.items()}
     stock, selection = found["stock", 1.0], found["selection", 0.5]
     common = {"shape": name, "tokens": tokens, "stock_ms": stock, "selection": selection / stock}
-    return [
-        {**common, "executor": executor, "budget": share, "ratio": found[executor, share] / stock}
-        for executor in EXECUTORS
-        for share in BUDGETS
-    ]
+    return [{**common, "executor": way, "budget": share, "ratio": found[way, share] / stock} for way in WAYS for share in BUDGETS]
 
 
 def main() -> None:

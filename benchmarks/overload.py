@@ -22,16 +22,17 @@ from typing import Any
 from moe_prism.bench.load import LoadRun
 from moe_prism.bench.outcome import OK, Outcome
 from moe_prism.bench.servers import serving
-from moe_prism.bench.single import bench
+from moe_prism.bench.single import SingleOptions, bench
+from moe_prism.bench.workload import Offer
 from moe_prism.cli.output import note, table
 from moe_prism.jobs.refactor import RefactorOptions, refactor
-from moe_prism.options.bench import Offer, SingleOptions
+from moe_prism.point import FULL
 from moe_prism.schedule import Ladder, Level
 from moe_prism.schedule.classes import default_classes
 from moe_prism.schedule.workloads import generate, write_trace
 
 FLOOD = 60.0  # requests/s while the capacity is measured
-FULL = Ladder((Level("full", 1.0, 1.0, 1.0),))  # floors are the classes' own: the trace gives none
+ONLY_FULL = Ladder((Level("full", FULL, 1.0, 1.0),))  # floors are the classes' own: the trace gives none
 
 
 def finished(run: LoadRun, start: float, end: float) -> float:
@@ -42,10 +43,10 @@ def finished(run: LoadRun, start: float, end: float) -> float:
 def offer(url: str, mix: dict[str, float], rate: float, seconds: float, work: Path) -> LoadRun:
     """Arrivals in these shares, sent by class: the server knows what the classes want."""
     trace = work / "trace.jsonl"
-    write_trace(trace, generate("chat", rate, seconds, default_classes(), FULL, mix=mix), FULL)
+    write_trace(trace, generate("chat", rate, seconds, default_classes(), ONLY_FULL, mix=mix), ONLY_FULL)
     lines = [json.loads(line) for line in trace.read_text().splitlines()]
     trace.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "floor"}) + "\n" for line in lines))
-    return bench(url, Offer(seconds=seconds, trace=trace), SingleOptions(fields="class"))[1][0][1]
+    return bench(url, Offer(seconds=seconds, trace=trace), SingleOptions([0.0], fields="class"))[1][0][1]
 
 
 def row(kind: str, outcomes: Sequence[Outcome], everyone: int) -> dict[str, Any]:

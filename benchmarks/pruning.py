@@ -22,16 +22,17 @@ from torch import Tensor
 
 from moe_prism.calibrate.run import Pass, Settings
 from moe_prism.calibrate.statistics import Statistics
-from moe_prism.compress.prune import choose, criteria, pruned
+from moe_prism.compress.prune import choose, criteria
+from moe_prism.compress.prune.change import PruneChange
 from moe_prism.data import token_windows
 from moe_prism.elastic import attach
-from moe_prism.elastic.runtime import Setting, experts_per_token
+from moe_prism.elastic.runtime import experts_per_token
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
-from moe_prism.methods.prune.select import measured_counts, rank, request_of
+from moe_prism.methods.prune.select import PruneOptions, measured_counts, rank
 from moe_prism.model import load_model, load_tokenizer
 from moe_prism.model.router import find_routers
-from moe_prism.options.prune import PruneOptions
+from moe_prism.point import OperatingPoint
 
 COLLECTORS = ("counts", "outputs", "scores", "grams")
 ALLOCATIONS = ("layer", "global", "measured")
@@ -61,19 +62,18 @@ class Bench:
             layer.plan.layer.install(layer)
         return work.statistics()
 
-    def kl(self, selections: list[Any]) -> list[float]:
-        """Mean KL of each selection on the held-out windows, all in one run."""
-        installs = [partial(pruned, self.model, choices, self.layers) for choices in selections]
-        found = measure(self.model, self.elastic, self.ids, [Setting()] * len(selections), batch=2, installs=installs)
-        return [quality.kl for quality, _ in found]
+    def kl(self, plans: list[Any]) -> list[float]:
+        """Mean KL of each plan on the held-out windows, all in one run."""
+        points = [OperatingPoint(weights=PruneChange(tuple(choices)).part()) for choices in plans]
+        return [found.quality.kl for found in measure(self.model, self.ids, points, batch=2)]
 
-    def select(self, options: PruneOptions, found: Statistics) -> Any:
+    def plan(self, options: PruneOptions, found: Statistics) -> Any:
         scores, shields = rank(self.layers, found, options, self.per_token)
         counts = None
         if options.allocation == "measured":
             ids = self._profile(found.profile)
             counts = measured_counts(self.model, self.elastic, found, options, ids, lambda _done, _total: None)
-        return choose(scores, request_of(options), self.per_token, shields, self.groups, counts)
+        return choose(scores, options.request, self.per_token, shields, self.groups, counts)
 
     def _profile(self, ids: Tensor) -> Tensor:
         return ids[:: max(1, len(ids) * ids.shape[1] // self.args.profile_tokens)]
@@ -92,17 +92,12 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 continue
             draws = range(args.draws) if name == "random" else range(1) if blind else range(args.seeds)
             try:
-                selections = [
-                    bench.select(
-                        PruneOptions(criterion=name, keep=args.keep, allocation=allocation, seed=d), passes[0 if blind else d]
-                    )
-                    for d in draws
-                ]
+                plans = [bench.plan(PruneOptions(name, args.keep, allocation, seed=d), passes[0 if blind else d]) for d in draws]
             except UsageError as error:
                 yield {"criterion": name, "allocation": allocation, "refused": str(error)}
                 continue
-            counts = [[len(c.kept) for c in selection] for selection in selections]
-            yield {"criterion": name, "allocation": allocation, "kl": bench.kl(selections), "kept": counts}
+            counts = [[len(c.kept) for c in plan] for plan in plans]
+            yield {"criterion": name, "allocation": allocation, "kl": bench.kl(plans), "kept": counts}
 
 
 def bars(found: list[dict[str, Any]]) -> Iterator[str]:

@@ -35,12 +35,14 @@ from moe_prism.calibrate.statistics import Statistics
 from moe_prism.checkpoint import read_manifest
 from moe_prism.data import token_windows
 from moe_prism.elastic import Elastic
+from moe_prism.elastic.layer import ElasticLayer
 from moe_prism.elastic.rules.threshold import fit_levels, pool_levels
-from moe_prism.elastic.runtime import ElasticLayer, Setting, slots_per_token
+from moe_prism.elastic.runtime import slots_per_token
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
 from moe_prism.jobs.calibrate import calibrate_model, read_statistics
 from moe_prism.jobs.refactor import RefactorOptions, refactor
+from moe_prism.point import FULL, OperatingPoint, SlotRule
 
 SHARES = (0.75, 0.5, 0.25)
 PAPER = "paper"
@@ -52,20 +54,26 @@ Variants = Mapping[str, tuple[RefactorOptions, Sequence[tuple[str, str]]]]
 def variants(base: RefactorOptions) -> Variants:
     """Name -> (how to refactor, which (rule, scorer) to measure on it). One part is changed at a time, and without compensation."""
     base = replace(base, compensate="none")
-    every = [("linear", "ridge"), *((rule, s) for rule in ("product", "threshold") for s in ("ridge", "low-rank", "oracle"))]
+    every = [
+        ("whole-experts", "ridge"),
+        *((rule, s) for rule in ("product", "threshold") for s in ("ridge", "low-rank", "oracle")),
+    ]
     paper = [("pattern", "gates"), ("product", "gates")]
     default = [("product", "ridge"), ("threshold", "ridge")]
     four = replace(base, gates=4)
     return {
-        "default": (replace(base, compensate="mean", extra_scorers=["low-rank"]), [*every, ("plan", "ridge"), ("mass", "ridge")]),
-        "no compensation": (replace(base, extra_scorers=["low-rank"]), [*every, ("plan", "ridge"), ("mass", "ridge")]),
+        "default": (
+            replace(base, compensate="mean", extra_scorers=["low-rank"]),
+            [*every, ("layer-budgets", "ridge"), ("mass", "ridge")],
+        ),
+        "no compensation": (replace(base, extra_scorers=["low-rank"]), [*every, ("layer-budgets", "ridge"), ("mass", "ridge")]),
         PAPER: (replace(four, solver="sa", gate_choice="centrality"), paper),
         "centrality gates": (replace(four, gate_choice="centrality"), paper),
         "centrality-expert gates": (replace(four, gate_choice="centrality-expert"), paper),
         "energy gates": (four, [*paper, *default]),
         "no gate neurons": (replace(base, gates=0, extra_scorers=["low-rank"]), [*default, ("threshold", "low-rank")]),
         "every layer alike": (replace(base, profile_tokens=0), default[1:]),
-        "3 profile points": (replace(base, profile_points=3), [("plan", "ridge")]),
+        "3 profile points": (replace(base, profile_points=3), [("layer-budgets", "ridge")]),
         "random partition": (replace(base, solver="random"), default),
         "objective output": (replace(base, objective="output"), default),
         "objective router": (replace(base, objective="router"), default),
@@ -189,20 +197,19 @@ def _variant(
             for layer in elastic.layers:
                 layer._rules.pop("threshold", None)
         mine = [rule for rule, s in settings if s == scorer]
-        plan = [Setting(), *(Setting(round(share * slots) / slots, rule, scorer) for rule in mine for share in SHARES)]
-        measured = measure(model, elastic, windows.ids, plan, batch=2)
-        source = measured[0][0].ppl
-        for setting, (quality, cost) in zip(plan[1:], measured[1:], strict=True):
+        rules = [SlotRule(budget=round(share * slots) / slots, rule=rule, scorer=scorer) for rule in mine for share in SHARES]
+        full, *measured = measure(model, windows.ids, [FULL, *(OperatingPoint(slots=rule) for rule in rules)], batch=2)
+        for rule, one in zip(rules, measured, strict=True):
             yield {
                 "variant": name,
-                "rule": setting.rule,
-                "scorer": setting.scorer,
-                "budget": setting.budget,
-                "kl": quality.kl,
-                "ppl": quality.ppl,
-                "ratio": quality.ppl / source,
-                "slots": cost.k_slots,
-                "params": cost.active_expert_params,
+                "rule": rule.rule,
+                "scorer": rule.scorer,
+                "budget": rule.budget,
+                "kl": one.quality.kl,
+                "ppl": one.quality.ppl,
+                "ratio": one.quality.ppl / full.quality.ppl,
+                "slots": one.cost.k_slots,
+                "params": one.cost.active_expert_params,
             }
         yield {"variant": name, "scorer": scorer, **judge(elastic, model, windows.ids[:2], scorer)}
 

@@ -22,9 +22,10 @@ from typing import Any
 from moe_prism.artefact.load import load
 from moe_prism.checkpoint import read_manifest
 from moe_prism.data import token_windows
-from moe_prism.elastic.runtime import Setting, slots_per_token
+from moe_prism.elastic.runtime import slots_per_token
 from moe_prism.frontier.measure import measure
 from moe_prism.jobs.refactor import refactor
+from moe_prism.point import FULL
 
 SHARES = (0.75, 0.5, 0.25)
 RULES = ("threshold", "product")
@@ -42,15 +43,21 @@ def recover(folder: Path, out: Path, bands: int, tokens: int) -> dict[str, Any]:
 def points(folder: Path, text: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """KL and cost of every rule and share on the evaluation side of a text."""
     model, tokenizer = load(folder)
-    elastic = model._moe_prism
     exclude = read_manifest(folder)["calibration"]["documents"]
     windows = token_windows(tokenizer, text, "evaluation", length=args.length, tokens=args.tokens, exclude=exclude)
-    slots = slots_per_token(elastic)
-    plan = [Setting(round(share * slots) / slots, rule, "ridge") for rule in RULES for share in SHARES]
-    measured = measure(model, elastic, windows.ids, plan, batch=2)
+    slots = slots_per_token(model._moe_prism)
+    plan = [FULL.with_budget(round(share * slots) / slots, rule) for rule in RULES for share in SHARES]
+    measured = measure(model, windows.ids, plan, batch=2)
     return [
-        {"text": text, "rule": s.rule, "budget": s.budget, "kl": q.kl, "slots": c.k_slots, "params": c.active_expert_params}
-        for s, (q, c) in zip(plan, measured, strict=True)
+        {
+            "text": text,
+            "rule": point.slots.rule,
+            "budget": point.slots.budget,
+            "kl": found.quality.kl,
+            "slots": found.cost.k_slots,
+            "params": found.cost.active_expert_params,
+        }
+        for point, found in zip(plan, measured, strict=True)
     ]
 
 

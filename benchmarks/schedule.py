@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_prism.forecast.step_cost import Coefficients
+from moe_prism.point import FULL
 from moe_prism.schedule import CostModel, Job, Ladder, LayerFacts, Level, Limits, Policy, Progress, policies
 from moe_prism.schedule.classes import default_classes
 from moe_prism.schedule.simulate import SimulatedEngine, simulate
@@ -29,7 +30,7 @@ from moe_prism.schedule.summary import Summary, by_class, summarise, window
 from moe_prism.schedule.workloads import Arrival, generate
 
 POINTS = ((3.11, 0.851), (3.95, 0.875), (5.04, 0.903), (6.44, 0.925), (8.14, 0.941), (10.30, 0.966), (12.84, 0.982), (16.0, 1.0))
-LADDER = Ladder(tuple(Level(f"k{k:g}", k / 16, k, quality) for k, quality in POINTS))
+LADDER = Ladder(tuple(Level(f"k{k:g}", FULL.with_budget(k / 16), k, quality) for k, quality in POINTS))
 FACTS = LayerFacts(experts=32, parts=4, chosen=4)
 SLOPES = (0.4, 0.6, 0.8)
 ENGINE = SimulatedEngine(requests=64, tokens=512, cache=1 << 17)

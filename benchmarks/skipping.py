@@ -13,22 +13,22 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe_prism.elastic.bind_plans import made
 from torch import Tensor
 
 from moe_prism.artefact.open import Opened, open_model
 from moe_prism.data import token_windows
-from moe_prism.elastic.runtime import Setting
 from moe_prism.frontier.measure import measure
-from moe_prism.options.frontier import FrontierOptions
 from moe_prism.jobs.frontier import evaluation_windows, subject_of
 from moe_prism.jobs.refactor import refactor
 from moe_prism.methods.base import Subject
 from moe_prism.methods.skip.base import skip_method
-from moe_prism.methods.slots.rules import rule_setting, selection_overhead
+from moe_prism.methods.slots.rules import selection_overhead, slot_rule
+from moe_prism.options.frontier import FrontierOptions
+from moe_prism.point import OperatingPoint, SlotRule
 
 METHODS = (
     "uniform",
@@ -42,38 +42,40 @@ METHODS = (
     "ser",
     "naee",
     "score-mass",
-    "weight-level:uniform",
-    "weight-level:sensitivity:alone",
-    "weight-level",
+    "weight-cutoff:uniform",
+    "weight-cutoff:sensitivity:alone",
+    "weight-cutoff",
     "batch-redistribution:uniform",
     "batch-redistribution:sensitivity:alone",
     "batch-redistribution",
 )
-SCALED = ("uniform", "sensitivity", "score-mass", "weight-level")
+SCALED = ("uniform", "sensitivity", "score-mass", "weight-cutoff")
 """Measured with keep_mass the other way round too."""
 
 
-def settings(subject: Subject, mean: float) -> dict[str, tuple[Setting, Any]]:
-    """name -> (setting, counts of the plan)."""
-    found: dict[str, tuple[Setting, Any]] = {}
+def points_at(subject: Subject, mean: float) -> dict[str, tuple[OperatingPoint, Any]]:
+    """name -> (point, counts per layer of its stage)."""
+    found: dict[str, tuple[OperatingPoint, Any]] = {}
     for name in METHODS:
-        plan = skip_method(name).finished(subject, mean)
-        found[name] = Setting(routing=made([plan])), plan.layers
+        point = skip_method(name).point(subject, mean).point
+        (stage,) = point.routing
+        found[name] = point, stage.layers
         if name in SCALED:
-            other = plan.with_(keep_mass=not plan.keep_mass)
-            found[f"{name}, keep_mass {other.keep_mass}"] = Setting(routing=made([other])), plan.layers
+            other = replace(stage, keep_mass=not stage.keep_mass)
+            found[f"{name}, keep_mass {other.keep_mass}"] = OperatingPoint(routing=(other,)), stage.layers
     room = mean * subject.n_sub - selection_overhead(subject.elastic.layers[0], subject.k)
-    found["product"] = rule_setting("product", int(room), subject.slots), None
-    found["threshold"] = rule_setting("threshold", room, subject.slots), None
-    plan = skip_method("sensitivity:alone").finished(subject, mean + (subject.k - mean) / 2)
-    found["sensitivity:alone and threshold"] = both(subject, plan, room), plan.layers
+    found["product"] = OperatingPoint(slots=slot_rule("product", int(room), subject.slots)), None
+    found["threshold"] = OperatingPoint(slots=slot_rule("threshold", room, subject.slots)), None
+    point = skip_method("sensitivity:alone").point(subject, mean + (subject.k - mean) / 2).point
+    found["sensitivity:alone and threshold"] = both(subject, point, room), point.routing[0].layers
     return found
 
 
-def both(subject: Subject, plan: Any, room: float) -> Setting:
+def both(subject: Subject, point: OperatingPoint, room: float) -> OperatingPoint:
     """Half of the cut by skipping, the rest by sub-experts of what is left: its bytes are near uniform's, see the column."""
-    left = sum(plan.layers) / len(plan.layers) * subject.n_sub
-    return Setting(min(1.0, room / left), "threshold", "ridge", routing=made([plan]))
+    layers = point.routing[0].layers
+    left = sum(layers) / len(layers) * subject.n_sub
+    return replace(point, slots=SlotRule(budget=min(1.0, room / left)))
 
 
 def rows(opened: Opened, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -92,20 +94,20 @@ def one_seed(
 ) -> list[dict[str, Any]]:
     subject = subject_of(opened, options)
     subject.__dict__["calibration"] = calibration  # this seed's part
-    plans = [(mean, name, *made) for mean in means for name, made in settings(subject, mean).items()]
-    measured = measure(opened.model, opened.elastic, evaluation, [setting for _, _, setting, _ in plans], batch=2)
+    plans = [(mean, name, *made) for mean in means for name, made in points_at(subject, mean).items()]
+    measured = measure(opened.model, evaluation, [point for _, _, point, _ in plans], batch=2)
     return [
         {
             "seed": seed,
             "mean": mean,
             "method": name,
             "counts": counts,
-            "kl": quality.kl,
-            "ppl": quality.ppl,
-            "experts": cost.k_slots / opened.n_sub,
-            "bytes": cost.active_expert_bytes,
+            "kl": one.quality.kl,
+            "ppl": one.quality.ppl,
+            "experts": one.cost.k_slots / opened.n_sub,
+            "bytes": one.cost.active_expert_bytes,
         }
-        for (mean, name, _, counts), (quality, cost) in zip(plans, measured, strict=True)
+        for (mean, name, _, counts), one in zip(plans, measured, strict=True)
     ]
 
 

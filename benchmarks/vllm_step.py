@@ -109,12 +109,11 @@ def serve(folder: str, dtype: str, eager: bool) -> None:
     from moe_prism.serve.vllm import layer  # not before the engine: see worker.py
 
     kept: list[float] = []
-    keep = layer.PackedLayer.keep
+    run = layer.Packed.run
 
-    def counted(*arguments: Any) -> Any:
-        marks = keep(*arguments)
-        kept.append(float(marks.float().mean()))
-        return marks
+    def counted(packed: Any, x: Any, index: Any, weight: Any, settled: Any) -> Any:
+        kept.append(float(settled.keep.float().mean()))
+        return run(packed, x, index, weight, settled)
 
     print("ready", file=reply, flush=True)
     for line in sys.stdin:
@@ -131,7 +130,7 @@ def serve(folder: str, dtype: str, eager: bool) -> None:
         seconds = []
         kept.clear()
         while engine.has_unfinished_requests():
-            layer.PackedLayer.keep = counted if len(seconds) == 1 else keep  # one step is counted, and not used
+            layer.Packed.run = counted if len(seconds) == 1 else run  # one step is counted, and not used
             began = time.perf_counter()
             engine.step()
             seconds.append(time.perf_counter() - began)

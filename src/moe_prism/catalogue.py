@@ -2,11 +2,14 @@
 
 `acts` says when a method acts, which is the part of an operating point that it fills in: weights (per checkpoint), routing and slots (per
 token), decoding (per request).
+
+What is no method by itself, a solver or a cache policy, has a registry in its own package; REGISTRIES says where.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
 from .registry import Entry, Registry
 
@@ -46,3 +49,37 @@ methods: Registry[type[Any]] = Registry(
     },
     aliases={"plan": "layer-budgets", "linear": "whole-experts", "weight-level": "weight-cutoff"},
 )  # fmt: skip
+
+
+class Home(NamedTuple):
+    """Where a registry is, and where its names are used."""
+
+    package: str
+    attribute: str
+    used: str
+
+
+REGISTRIES = {
+    "solvers": Home("partition", "solvers", "`refactor --solver`: how the neurons of an expert are dealt to its sub-experts"),
+    "objectives": Home("partition", "objectives", "`refactor --objective`: what a solver keeps together"),
+    "gates": Home("partition", "gates", "`refactor --gate-choice`: which neurons of a sub-expert are its gate neurons"),
+    "scorers": Home("elastic.scorers", "scorers", "`scorer` of an operating point: how the output norm of a slot is estimated"),
+    "compensators": Home("elastic.compensate", "compensators", "`refactor --compensate`: what makes up for dropped sub-experts"),
+    "recoveries": Home("recover", "methods", "`recover --method`: what wins quality back below full budget"),
+    "collectors": Home("calibrate", "collectors", "`calibrate --collectors`: what one pass over calibration text measures"),
+    "policies": Home("schedule", "policies", "`serve --policy`: who runs next, and at which quality level"),
+    "routing-stages": Home(
+        "routing", "routing_stages", "`routing` of an operating point: what routing methods fit and a layer runs"
+    ),
+    "protections": Home("compress.prune", "protections", "`prune --protect`: experts that stay whatever a criterion says"),
+    "cache-policies": Home("offload", "cache_policies", "`generate --expert-policy`: who leaves when an expert needs room"),
+    "predictors": Home("offload", "predictors", "replays of a trace, from Python: which experts the next layer will want"),
+}
+"""Kind, as `moe-prism ls` takes it -> where it is."""
+
+
+def registry(kind: str) -> Registry[Any]:
+    """The registry of a kind of REGISTRIES."""
+    home = REGISTRIES[kind]
+    found: Registry[Any] = getattr(import_module(f"moe_prism.{home.package}"), home.attribute)
+    return found

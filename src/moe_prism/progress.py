@@ -14,6 +14,7 @@ Report = Callable[[str], AbstractContextManager[Update]]
 
 @contextmanager
 def silent(_title: str) -> Iterator[Update]:
+    """For work that nobody listens to."""
     yield lambda _done, _total: None
 
 

@@ -16,10 +16,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered name: where it lives and a line for `moe-prism ls`. acts: which part of an operating point it fills in, if it does."""
+    """One registered name: where it lives and a line for `moe-prism ls`.
+
+    paper: where it comes from; empty: our own, or the class says. acts: which part of an operating point it fills in, if it does.
+    """
 
     target: str
     summary: str
+    paper: str = ""
     origin: str = "moe-prism"
     acts: str | None = None
 
@@ -36,10 +40,14 @@ class Registry(Generic[T]):
     """`get(name)` imports on first use; an unknown name is a UsageError that lists the legal ones."""
 
     def __init__(
-        self, kind: str, builtin: Mapping[str, tuple[str, str] | Entry], aliases: Mapping[str, str] | None = None
+        self,
+        kind: str,
+        builtin: Mapping[str, tuple[str, str] | tuple[str, str, str] | Entry],
+        aliases: Mapping[str, str] | None = None,
     ) -> None:
-        """builtin: name -> ("package.module:attribute", one-line summary), or an Entry. Entry points: group `moe_prism.<kind>`.
+        """builtin: name -> ("package.module:attribute", one-line summary), with a paper as third, or an Entry.
 
+        Entry points of other packages: group `moe_prism.<kind>`.
         aliases: names of earlier versions that are still taken, and not listed.
         """
         self.kind = kind
@@ -52,7 +60,7 @@ class Registry(Generic[T]):
         found = dict(self._builtin)
         for point in self._plugins():
             package = point.dist.name if point.dist else "unknown"
-            found.setdefault(point.name, Entry(point.value, f"plug-in {point.value}", package))
+            found.setdefault(point.name, Entry(point.value, f"plug-in {point.value}", origin=package))
         if acts is None:
             return found
         return {name: e for name, e in found.items() if (e.acts or getattr(self._load(e), "acts", None)) == acts}
@@ -102,6 +110,7 @@ class View(Generic[T]):
         return list(self.entries())
 
     def get(self, name: str) -> T:
+        """As `Registry.get`; names that act in another way are unknown here."""
         if name not in self._known:
             own = self.registry.own_name(name)
             if own not in self.entries():

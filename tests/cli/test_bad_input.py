@@ -238,7 +238,8 @@ def test_an_unwritable_output_is_told_before_the_work(fails, elastic_tiny, tmp_p
     ("options", "names"),
     [
         (("--methods", "threshold,prune:best"), "unknown prune criterion 'best'"),
-        (("--plan", "missing.json"), "missing.json"),
+        (("--points", "missing.json"), "missing.json"),
+        (("--points", "4"), "say --per-method 4"),
     ],
 )
 def test_wrong_names_are_told_before_anything_is_fitted(fails, elastic_tiny, tmp_path, monkeypatch, options, names):
@@ -261,9 +262,9 @@ def test_bad_means_of_skip(fails, tiny_source, text_file, tmp_path, mean):
 
 def test_a_skip_plan_of_more_experts_than_a_token_has(fails, elastic_tiny, text_file, tmp_path):
     (tmp_path / "plan.json").write_text('{"0": 2, "1": 9}')
-    line = "layer 1 of the skip plan keeps 9 experts, a token of the model has 2; give 1 to 2"
-    assert line in fails(2, "generate", elastic_tiny, "--prompt", "x", "--plan", tmp_path / "plan.json")
-    options = ("-o", tmp_path / "out", "--plan", tmp_path / "plan.json", "--text", text_file, *SMALL)
+    line = "layer 1 of the routing stage keeps 9 experts, a token of the model has 2; give 1 to 2"
+    assert line in fails(2, "generate", elastic_tiny, "--prompt", "x", "--point", tmp_path / "plan.json")
+    options = ("-o", tmp_path / "out", "--points", tmp_path / "plan.json", "--text", text_file, *SMALL)
     assert line in fails(2, "frontier", elastic_tiny, *options)
 
 

@@ -12,8 +12,8 @@ import sys
 import pytest
 
 from moe_prism import cli
+from moe_prism.catalogue import REGISTRIES
 from moe_prism.checkpoint import sha256_file
-from moe_prism.cli.listing import REGISTRIES
 from moe_prism.jobs import refactor_resources
 from tests.tiny_sources import digests
 
@@ -27,7 +27,7 @@ COMMANDS = (
     "recover",
     "skip",
     "frontier",
-    "forecast",
+    "plan",
     "generate",
     "serve",
     "bench",
@@ -151,9 +151,9 @@ def test_a_disk_that_fills_during_the_work_does_not_cost_the_result(
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for place in ("moe_prism.routing.plan.replace_file", "moe_prism.frontier.record.replace_file"):
+    for place in ("moe_prism.point.named.replace_file", "moe_prism.frontier.record.replace_file"):
         monkeypatch.setattr(place, full)
-    options = ("--mean", "1", "--method", "uniform") if command == "skip" else ("--compare", "product", "--points", "2")
+    options = ("--mean", "1", "--method", "uniform") if command == "skip" else ("--compare", "product", "--per-method", "2")
     code, out, err = run(
         command, elastic_tiny, "-o", tmp_path / "out", *options, "--text", text_file, *SMALL, *["--json"] * json_wanted
     )
@@ -161,7 +161,7 @@ def test_a_disk_that_fills_during_the_work_does_not_cost_the_result(
     assert code == 1 and len(errors) == 1 and "No space left on device" in errors[0] and "Traceback" not in err
     if json_wanted:
         found = json.loads(out)  # one object
-        assert found["points"] if command == "frontier" else found["layers"]
+        assert found["points"] if command == "frontier" else found["point"]["routing"][0]["layers"]
     else:
         assert ("resident MB" if command == "frontier" else "perplexity") in out
 
@@ -174,15 +174,15 @@ def test_the_whole_path(run_json, run, tiny_source, text_file, tmp_path):
     assert found["tokens"] == 256 and found["layers"] == 2 and found["reservoir"] == 2048
     assert {c["name"] for c in run_json("verify", calibration)["checks"]} >= {"manifest", "files"}
 
-    needed = run_json("refactor", tiny_source, "-o", out, *text, *SMALL, "--dry-run")
-    assert needed["peak_memory_bytes"] > needed["weights_bytes"] > 0 and not out.exists()
-    assert needed["disk_bytes"] > needed["statistics_bytes"]  # their snapshot lies beside the new checkpoint until it is whole
+    planned = run_json("refactor", tiny_source, "-o", out, *text, *SMALL, "--dry-run")
+    assert planned["peak_memory_bytes"] > planned["weights_bytes"] > 0 and not out.exists()
+    assert planned["disk_bytes"] > planned["statistics_bytes"]  # their snapshot lies beside the new checkpoint until it is whole
     made = run_json("refactor", tiny_source, "-o", out, "--calibration", calibration)
     assert (made["folder"], made["n_sub"], made["layers"]) == (str(out), 4, 2) and made["peak_rss_bytes"] > 0
     assert run_json("verify", out)["checks"][-1]["name"] == "side tensors"
 
-    measured = run_json("frontier", out, *text, *SMALL, "--compare", "product,linear")
-    assert {p["rule"] for p in measured["points"]} == {"product", "linear"}
+    measured = run_json("frontier", out, *text, *SMALL, "--compare", "product,whole-experts")
+    assert {p["rule"] for p in measured["points"]} == {"product", "whole-experts"}
     assert json.loads((out / "frontier.json").read_text()) == measured
     assert (out / "report.html").stat().st_size and (out / "frontier.png").stat().st_size
     assert run_json("verify", out)  # the report and the points are part of the folder now
@@ -195,21 +195,47 @@ def test_the_whole_path(run_json, run, tiny_source, text_file, tmp_path):
 
 
 def test_a_plan_is_made_measured_and_used(run_json, run, tiny_source, elastic_tiny, text_file, tmp_path):
-    """skip -> generate --plan -> frontier --plan --methods, on a plain checkpoint and on an elastic folder."""
+    """skip -> generate --point -> frontier --points --methods, on a plain checkpoint and on an elastic folder."""
     text, plan = ("--text", text_file), tmp_path / "plan.json"
     for source in (tiny_source, elastic_tiny):
         found = run_json("skip", source, "--mean", "1.5", "-o", plan, *text, *SMALL)
-        assert sum(found["layers"].values()) == 3 and found["made"]["quality"]["kl"] > 0
-        assert {k: v for k, v in found.items() if k != "plan"} == json.loads(plan.read_text())
-        made = run_json("generate", source, "--prompt", "import", "--plan", plan, "--max-tokens", "4")
-        assert 1 <= made["tokens"] <= 4
+        assert sum(found["point"]["routing"][0]["layers"]) == 3 and found["made"]["quality"]["kl"] > 0
+        assert {k: v for k, v in found.items() if k != "file"} == json.loads(plan.read_text())
+        prompt = ("generate", source, "--prompt", "import", "--max-tokens", "4")
+        made = run_json(*prompt, "--point", plan)
+        assert 1 <= made["tokens"] <= 4 and made["point"] == found["point"]
+        assert run_json(*prompt, "--plan", plan)["text"] == made["text"]  # its name in version 0.1
         out = tmp_path / source.name
-        measured = run_json("frontier", source, "-o", out, *text, *SMALL, "--plan", plan, "--methods", "uniform")
-        assert {p["rule"] for p in measured["points"]} == {"uniform", "plan file"}
+        measured = run_json("frontier", source, "-o", out, *text, *SMALL, "--points", plan, "--methods", "uniform")
+        assert {p["rule"] for p in measured["points"]} == {"uniform", "given point"}
         assert (out / "report.html").stat().st_size
     code, _, err = run("frontier", tiny_source, *text, *SMALL, "--methods", "uniform")
     assert code == 2 and "--out" in err
     assert run("skip", tiny_source, "--method", "product", "-o", plan)[0] == 2
+
+
+def test_a_measured_point_runs_again_by_name_and_by_file(run_json, run, elastic_tiny, text_file, tmp_path):
+    """frontier -> generate --point NAME, --point FILE, with and without a store -> frontier --points FILE: the same KL."""
+    folder, text = tmp_path / "elastic", ("--text", text_file)
+    shutil.copytree(elastic_tiny, folder)
+    asked = ("--methods", "product,uniform,score-mass", "--per-method", "2")
+    first = run_json("frontier", folder, *text, *SMALL, "--calibration-tokens", "256", *asked)
+    again = run_json("frontier", folder, "-o", tmp_path / "again", *text, *SMALL, "--points", folder / "frontier.json")
+    known = {p["name"]: p for p in [*again["points"], *again["baseline_topk"]]}
+    for p in [*first["points"], *first["baseline_topk"]]:
+        if p["budget"] < 1:
+            assert known[p["name"]]["point"] == p["point"] and known[p["name"]]["kl"] == pytest.approx(p["kl"], abs=1e-9)
+
+    prompt = ("generate", folder, "--prompt", "import", "--max-tokens", "6")
+    for p in first["points"]:
+        made = run_json(*prompt, "--point", p["name"])
+        assert made["point"] == p["point"]
+        (tmp_path / "one.json").write_text(json.dumps(p["point"]))
+        assert run_json(*prompt, "--point", tmp_path / "one.json")["text"] == made["text"]
+        assert run_json(*prompt, "--point", p["name"], "--expert-memory", "1MB")["text"] == made["text"]
+    nearest = first["points"][0]["name"]
+    code, _, err = run(*prompt, "--point", f"{nearest}x")
+    assert code == 2 and f"did you mean '{nearest}'?" in err
 
 
 def test_progress_goes_to_stderr(run, tiny_source, text_file, tmp_path):

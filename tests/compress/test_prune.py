@@ -17,7 +17,6 @@ from moe_prism.compress.changes import change_of
 from moe_prism.compress.prune import pruned
 from moe_prism.elastic import operating_point
 from moe_prism.errors import CorruptError, UsageError
-from moe_prism.options.frontier import FrontierOptions
 from moe_prism.jobs.frontier import measure_frontier, subject_of
 from moe_prism.jobs.prune import prune_model, select_experts
 from moe_prism.jobs.trace import TraceOptions, record_trace
@@ -26,6 +25,7 @@ from moe_prism.methods.find import method
 from moe_prism.methods.prune import select
 from moe_prism.methods.prune.select import PruneOptions, measured_counts
 from moe_prism.model import find_layers, load_model
+from moe_prism.options.frontier import FrontierOptions
 from tests.tiny_sources import digests, save_tiny
 
 IDS = torch.arange(3, 67).reshape(4, 16)
@@ -193,7 +193,7 @@ def test_the_command_reports_as_json(tiny_source, capsys):
 
 def test_pruning_is_a_frontier_method(elastic_tiny, text_file):
     names = ("prune:soft-count", "prune:gate-norm-global")
-    wanted = FrontierOptions(str(text_file), 256, 32, methods=names, calibration_tokens=512)
+    wanted = FrontierOptions(text=str(text_file), tokens=256, length=32, methods=names, calibration_tokens=512)
     result = measure_frontier(elastic_tiny, wanted)
     half = {p.name: p for p in result.points}
     full = half["full"]
@@ -208,7 +208,7 @@ def test_all_fractions_of_a_measured_method_share_one_profile(tmp_path, text_fil
     save_tiny("olmoe", tmp_path / "model", num_experts=8)
     opened, profiles, measure = open_model(tmp_path / "model"), [], select.measure
     monkeypatch.setattr(select, "measure", lambda *args, **more: profiles.append(1) or measure(*args, **more))
-    subject = subject_of(opened, FrontierOptions(str(text_file), 256, 32, calibration_tokens=512))
+    subject = subject_of(opened, FrontierOptions(text=str(text_file), tokens=256, length=32, calibration_tokens=512))
     made = method("prune:gate-norm-measured")
     found = [change_of(named.point.weights).kept for named in made.points(subject)]
     assert len(profiles) == 1 and len(found) > 3

@@ -137,7 +137,9 @@ def test_products_of_any_size(rows, columns, vectors, seed):
     depth = vectors * LANES
     x, w, wide = torch.randn(rows, depth, generator=g), torch.randn(2, columns, depth, generator=g), torch.ones(rows, columns + 3)
     groups = SlotGroups.of(torch.ones(rows, 1, dtype=torch.long), torch.ones(rows, 1, 1, dtype=torch.bool), 2)
-    batch_products.dot(x, groups, groups.all, [MatrixPart(Matrix.of(w), 2)], columns, columns, wide, groups.choice)
+    batch_products.dot(
+        x, groups, groups.all, batch_products.Columns([MatrixPart(Matrix.of(w), 2)], columns, columns), wide, groups.choice
+    )
     torch.testing.assert_close(wide[:, 2:-1], x @ w[1].T, rtol=1e-4, atol=1e-4)
     assert (wide[:, :2] == 1).all() and (wide[:, -1] == 1).all()
     a, out = torch.randn(rows, columns, generator=g), torch.ones(rows, depth)

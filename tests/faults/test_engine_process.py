@@ -21,10 +21,10 @@ import httpx2
 
 from moe_prism import cli
 from moe_prism.errors import PrismError
+from moe_prism.options.serve import ServeOptions
 from moe_prism.serve import server
 from moe_prism.serve.config import Config
 from moe_prism.serve.http import app
-from moe_prism.options.serve import ServeOptions
 from moe_prism.serve.process.spawn import EngineProcess
 from tests.serve.house import SMALL, open_house
 

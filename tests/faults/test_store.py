@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_prism.artefact.load import generate
+from moe_prism.jobs.generate import generate
+from moe_prism.options.generate import GenerateOptions
 from moe_prism.store import RecordReader, StoreError
 from tests.store.common import PROMPT, Faults, flaky, logits, opened, smallest, store_of
 
@@ -37,8 +38,8 @@ def test_one_read_in_a_hundred_failing_is_not_noticed(setting):
     stored, _ = opened(folder, file, memory, reader=flaky(fault))
     while fault.failed < 3:
         assert torch.equal(logits(stored, ids, 0.6), logits(whole, ids, 0.6))
-    mine = generate(stored, tokenizer, PROMPT, max_tokens=20).text
-    assert mine == generate(whole, tokenizer, PROMPT, max_tokens=20).text
+    mine = generate(stored, tokenizer, PROMPT, sampling=GenerateOptions(max_tokens=20)).text
+    assert mine == generate(whole, tokenizer, PROMPT, sampling=GenerateOptions(max_tokens=20)).text
 
 
 def test_changed_bytes_are_found_and_read_again(setting):

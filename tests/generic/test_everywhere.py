@@ -10,9 +10,9 @@ import pytest
 from moe_prism.artefact.load import load
 from moe_prism.catalogue import methods
 from moe_prism.errors import UsageError
-from moe_prism.options.frontier import FrontierOptions
 from moe_prism.jobs.frontier import ALL_PER_TOKEN, expanded, measure_frontier
 from moe_prism.jobs.generate import generate
+from moe_prism.options.frontier import FrontierOptions
 from moe_prism.options.generate import GenerateOptions
 from moe_prism.point import find_point
 from moe_prism.store import StoreOptions

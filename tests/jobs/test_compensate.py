@@ -11,14 +11,14 @@ import moe_prism
 from moe_prism.artefact.load import side_tensors
 from moe_prism.calibrate.options import CalibrateOptions
 from moe_prism.data import token_windows
-from moe_prism.elastic.runtime import Setting
 from moe_prism.frontier.measure import measure
 from moe_prism.jobs.calibrate import calibrate_model
-from moe_prism.options.frontier import FrontierOptions
 from moe_prism.jobs.frontier import measure_frontier
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.jobs.verify import verify
 from moe_prism.model import load_model
+from moe_prism.options.frontier import FrontierOptions
+from moe_prism.point import FULL, OperatingPoint, SlotRule
 from tests.tiny_sources import digests
 
 METHODS = {"mean": {"vectors"}, "scale": {"factors"}, "low-rank": {"mean", "read", "write"}}
@@ -58,7 +58,7 @@ def test_side_tensors_are_small_exact_at_full_budget_and_verified(compensated, t
         torch.testing.assert_close(model(**rows).logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     with moe_prism.operating_point(model, 0.5):
         half = model(**rows).logits
-    with moe_prism.operating_point(model, 0.5, compensate=False):
+    with moe_prism.operating_point(model, point=OperatingPoint(slots=SlotRule(budget=0.5, compensate=False))):
         assert not torch.equal(model(**rows).logits, half)
     assert digests(compensated(method, " again")) == digests(folder)
 
@@ -95,7 +95,8 @@ def test_on_the_real_model_it_is_worth_more_than_it_costs(tmp_path):
         where = refactor("nano", tmp_path / method, options).folder
         model, tokenizer = moe_prism.load(where)
         ids = token_windows(tokenizer, "stdlib", "evaluation", length=256, tokens=2048).ids
-        found.append(measure(model, model._moe_prism, ids, [Setting(0.5, "threshold")])[0])
-    (better, dearer), (plain, cheaper) = found
-    assert better.kl < 0.8 * plain.kl
+        found.append(measure(model, ids, [FULL.with_budget(0.5, "threshold")])[0])
+    better, plain = found
+    assert better.quality.kl < 0.8 * plain.quality.kl
+    dearer, cheaper = better.cost, plain.cost
     assert dearer.active_expert_params < 1.06 * cheaper.active_expert_params * dearer.k_slots / cheaper.k_slots

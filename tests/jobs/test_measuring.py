@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from moe_prism.errors import UsageError
-from moe_prism.options.frontier import FrontierOptions
 from moe_prism.methods.slots.rules import grid
+from moe_prism.options.frontier import FrontierOptions
 
 
 def test_a_continuous_rule_gets_points_of_equal_cost_ratio_with_exact_ends():
@@ -22,4 +22,4 @@ def test_a_counting_rule_is_measured_at_every_count():
 
 def test_one_point_is_no_curve():
     with pytest.raises(UsageError, match="no curve"):
-        FrontierOptions(points=1).check()
+        FrontierOptions(per_method=1).check()

@@ -1,21 +1,28 @@
-"""The method protocol: names, what a candidate installs, the columns of its points, plain checkpoints."""
+"""The method protocol: names, what a point installs, the columns of its points, plain checkpoints."""
 
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from moe_prism.artefact.open import open_model
+from moe_prism.catalogue import methods
+from moe_prism.compress.changes import Change, weight_changes
+from moe_prism.elastic.bind import bind
 from moe_prism.errors import UsageError
-from moe_prism.options.frontier import FrontierOptions
 from moe_prism.jobs.frontier import measure_frontier, subject_of
-from moe_prism.jobs.skip import SkipOptions, make_plan
-from moe_prism.methods.base import Candidate, Method, method, methods
+from moe_prism.jobs.skip import make_plan, with_parameters
+from moe_prism.methods.base import Method
+from moe_prism.methods.find import method
 from moe_prism.methods.skip.base import skip_method
 from moe_prism.methods.skip.profile import losses, profile, refine, samples
+from moe_prism.options.frontier import FrontierOptions
+from moe_prism.options.skip import SkipOptions
+from moe_prism.point import NamedPoint, OperatingPoint, write_point
 from moe_prism.registry import Entry
 
-SKIPPING = "uniform,pattern-skip,sensitivity,ser,naee,score-mass,weight-level,batch-redistribution:uniform"
+SKIPPING = "uniform,pattern-skip,sensitivity,ser,naee,score-mass,weight-cutoff,batch-redistribution:uniform"
 
 
 def options(text_file, **changes):
@@ -32,30 +39,51 @@ def subject(opened, text_file):
     return subject_of(opened, options(text_file))
 
 
+class WithoutFirst(Change):
+    """Expert 0 of the first layer gives nothing."""
+
+    name = "first"
+    resident_share = 0.75
+    entered = 0
+
+    @classmethod
+    def from_settings(cls, settings):
+        return cls()
+
+    def settings(self):
+        return {}
+
+    @contextmanager
+    def installed(self, model, layers):
+        before = layers[0].down[0].clone()
+        layers[0].down[0].zero_()
+        WithoutFirst.entered += 1
+        try:
+            yield
+        finally:
+            layers[0].down[0].copy_(before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Argument:
+    which: str = "first"
+
+
 class Masked(Method):
-    """A stand-in for pruning: expert 0 is worth nothing while installed."""
+    """A stand-in for pruning: expert 0 is worth nothing at its point."""
 
-    def candidates(self, subject):
-        layer = subject.elastic.layers[0].plan.layer
+    acts = "weights"
+    Parameters = Argument
 
-        @contextmanager
-        def without_first():
-            before = layer.down[0].clone()
-            layer.down[0].zero_()
-            self.entered += 1
-            try:
-                yield
-            finally:
-                layer.down[0].copy_(before)
-
-        self.entered = 0
-        Masked.made = self
-        return [Candidate(f"{self.name}-3", install=without_first, resident_share=0.75)]
+    def points(self, subject):
+        return [NamedPoint(name=f"{self.name}-3", point=OperatingPoint(weights=WithoutFirst().part()))]
 
 
 @pytest.fixture
 def masked(monkeypatch):
     monkeypatch.setitem(methods._builtin, "mask", Entry("tests.jobs.test_methods:Masked", "for this test"))
+    monkeypatch.setitem(weight_changes._builtin, "first", Entry("tests.jobs.test_methods:WithoutFirst", "for this test"))
+    WithoutFirst.entered = 0
 
 
 def test_a_plain_checkpoint_and_all_methods_on_one_chart(tiny_source, text_file, masked):
@@ -70,7 +98,7 @@ def test_a_plain_checkpoint_and_all_methods_on_one_chart(tiny_source, text_file,
     pruned = by_name["mask:first-3"]
     assert pruned.kl > 0 and pruned.resident_expert_bytes == 0.75 * full.resident_expert_bytes and pruned.budget == 0.75
     assert full.resident_expert_bytes == 2 * 4 * 3 * 16 * full_hidden(tiny_source) * stored(tiny_source)
-    assert Masked.made.entered == 1  # 128 tokens are one batch
+    assert WithoutFirst.entered == 1  # 128 tokens are one batch
 
 
 def full_hidden(source):
@@ -81,16 +109,26 @@ def stored(source):
     return open_model(source).elastic.stored_bytes_per_weight
 
 
+def save_plan(source, text_file, path):
+    """One expert per token, in a file that names the point as the file."""
+    named = make_plan(source, plan_options(text_file, method="uniform", mean=1))
+    write_point(path, replace(named, name=path.stem))
+
+
+def plan_options(text_file, **changes):
+    return SkipOptions(text=str(text_file), tokens=128, length=32, **changes)
+
+
 def test_rules_and_skipping_together_on_an_elastic_folder(elastic_tiny, text_file, tmp_path):
-    make_plan(elastic_tiny, "uniform", 1, text=str(text_file), tokens=128, length=32).save(tmp_path / "one.json")
-    chosen = options(text_file, rules=("product",), methods=("product", "uniform"), plans=(str(tmp_path / "one.json"),))
+    save_plan(elastic_tiny, text_file, tmp_path / "one.json")
+    chosen = options(text_file, rules=("product",), methods=("product", "uniform"), given=(str(tmp_path / "one.json"),))
     result = measure_frontier(elastic_tiny, chosen)
-    assert [p.rule for p in result.points if p.rule != "product"] == ["uniform", "plan file"]
+    assert [p.rule for p in result.points if p.rule != "product"] == ["uniform", "given point"]
     one, uniform = (next(p for p in result.points if p.name == name) for name in ("one", "uniform-1"))
     assert one.kl == uniform.kl
     product = next(p for p in result.points if p.rule == "product" and p.budget < 1)
     assert product.resident_expert_bytes > uniform.resident_expert_bytes  # its predictor
-    assert result.provenance["options"]["plans"] == ["one.json"]
+    assert result.provenance["options"]["given"] == ["one.json"]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +136,7 @@ def test_rules_and_skipping_together_on_an_elastic_folder(elastic_tiny, text_fil
 )
 def test_what_is_no_method(subject, name):
     with pytest.raises(UsageError):
-        method(name).candidates(subject)
+        method(name).points(subject)
 
 
 def test_rules_with_predictors_need_sub_experts(tiny_source, text_file):
@@ -107,9 +145,9 @@ def test_rules_with_predictors_need_sub_experts(tiny_source, text_file):
 
 
 def test_a_point_has_one_name(tiny_source, text_file, tmp_path):
-    make_plan(tiny_source, "uniform", 1, text=str(text_file), tokens=128, length=32).save(tmp_path / "full.json")
+    save_plan(tiny_source, text_file, tmp_path / "full.json")
     with pytest.raises(UsageError, match="two points are called 'full'"):
-        measure_frontier(tiny_source, options(text_file, methods=("uniform",), plans=(str(tmp_path / "full.json"),)))
+        measure_frontier(tiny_source, options(text_file, methods=("uniform",), given=(str(tmp_path / "full.json"),)))
 
 
 def test_a_model_of_one_expert_per_token_has_nothing_to_skip(tiny_dense, text_file):
@@ -131,47 +169,53 @@ def test_the_profile_is_one_run_per_layer_and_count(subject, isolated):
 @pytest.mark.parametrize("variant", ["", ":isolated", ":alone"])
 def test_sensitivity_finds_the_best_split(subject, variant):
     """With two layers and three experts in all there are two plans; the better one by brute force is found."""
-    plan = skip_method(f"sensitivity{variant}").finished(subject, 1.5)
+    named = skip_method(f"sensitivity{variant}").point(subject, 1.5)
+    (stage,) = named.point.routing
     one, two = losses(subject, [(1, 2), (2, 1)])
     best = (1, 2) if one < two else (2, 1)
-    assert plan.mean == 1.5 and sum(plan.layers) == 3
+    assert named.made["mean"] == 1.5 and sum(stage.layers) == 3
     if variant != ":isolated":
-        assert plan.layers == best
+        assert stage.layers == best
     assert refine(subject, best[::-1]) == (best, pytest.approx(min(one, two)))
 
 
 def test_samples_are_the_routing_weights(opened, subject):
     rows = samples(subject)
     assert [r.shape for r in rows] == [(128, 2)] * 2 and all((r.diff(dim=1) <= 0).all() for r in rows)
-    assert opened.elastic.setting.routing is None and not opened.elastic.counting
+    assert opened.elastic.step is opened.elastic.full_step and not opened.elastic.counting
 
 
 def test_plans_record_how_they_were_made_and_what_they_cost(tiny_source, text_file):
-    plan = make_plan(tiny_source, "ser", 1.5, SkipOptions(keep_mass=True), text=str(text_file), tokens=128, length=32)
-    assert plan.keep_mass is True and plan.made["method"] == "ser" and plan.made["quality"]["kl"] > 0
+    plan = make_plan(tiny_source, plan_options(text_file, method="ser", mean=1.5, keep_mass=True))
+    assert plan.point.routing[0].keep_mass is True and plan.made["method"] == "ser" and plan.made["quality"]["kl"] > 0
     assert 1 <= plan.made["quality"]["experts_per_token"] <= 2 and plan.made["experts_per_token"] == 2
 
 
 def test_pattern_knots_rounding_and_index(subject):
-    make = skip_method("pattern-skip:2-1-1-2").plan
-    assert make(subject, None, SkipOptions()).layers == (2, 1)
-    assert make(subject, 2.0, SkipOptions()).layers == (2, 2)
-    assert make(subject, None, SkipOptions(index_over="all")).layers == (2, 1)
+    def make(mean, **parameters):
+        return with_parameters(skip_method("pattern-skip:2-1-1-2"), parameters).fit(subject, mean).stage.layers
+
+    assert make(None) == (2, 1)
+    assert make(2.0) == (2, 2)
+    assert make(None, index_over="all") == (2, 1)
     with pytest.raises(UsageError, match="needs a mean"):
-        skip_method("sensitivity").plan(subject, None, SkipOptions())
+        skip_method("sensitivity").fit(subject, None)
     with pytest.raises(UsageError, match=r"cannot keep 1\.5"):
-        skip_method("uniform").plan(subject, 1.5, SkipOptions())
+        skip_method("uniform").fit(subject, 1.5)
     with pytest.raises(UsageError, match="gives no counts"):
-        skip_method("weight-level:ser").plan(subject, 1.5, SkipOptions())
+        skip_method("weight-cutoff:ser").fit(subject, 1.5)
+    with pytest.raises(UsageError, match="'ser' has no --rounding"):
+        with_parameters(skip_method("ser"), {"rounding": "floor"})
 
 
 @torch.no_grad()
 def test_every_method_restores_the_model(opened, subject, masked):
     before = {name: p.clone() for name, p in opened.model.named_parameters()}
-    setting = opened.elastic.setting
+    step = opened.elastic.step
     for name in ("mask", *SKIPPING.split(",")):
-        for candidate in method(name).candidates(subject):
-            with candidate.install():
-                pass
-    assert opened.elastic.setting is setting
+        for named in method(name).points(subject):
+            with opened.elastic.at(bind(opened.elastic, [named.point])):
+                assert opened.elastic.step is not step
+    assert opened.elastic.step is step
+    assert WithoutFirst.entered
     assert all(torch.equal(p, before[name]) for name, p in opened.model.named_parameters())

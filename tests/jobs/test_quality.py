@@ -14,17 +14,19 @@ from moe_prism.data import token_windows
 from moe_prism.elastic.base import Slots
 from moe_prism.elastic.execute.plain import grouped
 from moe_prism.elastic.rules.top_slots import TopSlots
-from moe_prism.elastic.runtime import Setting, slots_per_token
+from moe_prism.elastic.runtime import slots_per_token
 from moe_prism.elastic.scorers.oracle import Oracle
 from moe_prism.frontier import Frontier
 from moe_prism.frontier.measure import measure
-from moe_prism.options.frontier import FrontierOptions
 from moe_prism.jobs.frontier import measure_frontier
+from moe_prism.options.frontier import FrontierOptions
+from moe_prism.options.generate import GenerateOptions
+from moe_prism.point import FULL
 
 FRONTIER_KEYS = {"model", "source", "n_sub", "points", "baseline_topk", "provenance"}
 POINT_KEYS = {
     "name", "rule", "budget", "k_slots", "ppl", "kl", "top1_agreement", "active_expert_params", "active_expert_bytes",
-    "flops_per_token", "pareto", "resident_expert_bytes",
+    "flops_per_token", "pareto", "resident_expert_bytes", "distinct_expert_bytes", "point",
 }  # fmt: skip
 
 
@@ -81,8 +83,8 @@ def test_sub_experts_beat_plain_top_k_at_equal_slots(nano, held_out):
     elastic = model._moe_prism
     n_sub, slots = elastic.layers[0].plan.n_sub, slots_per_token(elastic)
     kept = [n_sub * k for k in range(slots // n_sub - 1, 0, -1)]
-    settings = [Setting(count / slots, rule) for rule in ("product", "linear") for count in kept]
-    kl = [quality.kl for quality, _ in measure(model, elastic, held_out, settings)]
+    points = [FULL.with_budget(count / slots, rule) for rule in ("product", "whole-experts") for count in kept]
+    kl = [found.quality.kl for found in measure(model, held_out, points)]
     product, plain = kl[: len(kept)], kl[len(kept) :]
     assert all(ours < theirs for ours, theirs in zip(product, plain, strict=True)), (product, plain)
     assert product == sorted(product) and plain == sorted(plain)
@@ -91,16 +93,12 @@ def test_sub_experts_beat_plain_top_k_at_equal_slots(nano, held_out):
 @torch.no_grad()
 def greedy(model, ids, budgets, steps):
     """Greedy tokens [B, steps] of prompts of equal length, row b at budgets[b], one batch."""
-    elastic, before = model._moe_prism, model._moe_prism.setting
     past, rows, out = None, ids, []
-    try:
-        for _ in range(steps):
-            elastic.setting = Setting(torch.tensor(budgets).repeat_interleave(rows.shape[1]))
+    for _ in range(steps):
+        with moe_prism.operating_point(model, torch.tensor(budgets).repeat_interleave(rows.shape[1]), rule="product"):
             result = model(input_ids=rows, past_key_values=past, use_cache=True)
-            past, rows = result.past_key_values, result.logits[:, -1].argmax(-1, keepdim=True)
-            out.append(rows)
-    finally:
-        elastic.setting = before
+        past, rows = result.past_key_values, result.logits[:, -1].argmax(-1, keepdim=True)
+        out.append(rows)
     return torch.cat(out, 1)
 
 
@@ -116,11 +114,12 @@ def test_a_request_gives_the_same_tokens_alone_and_in_a_mixed_batch(nano, held_o
 
 def test_generate_is_greedy_decoding_at_the_budget(nano):
     model, tokenizer = nano
-    made = moe_prism.generate(model, tokenizer, "import os\n", budget=0.5, rule="product", max_tokens=8)
+    half = FULL.with_budget(0.5, "product")
+    made = moe_prism.generate(model, tokenizer, "import os\n", point=half, sampling=GenerateOptions(max_tokens=8))
     ids = tokenizer("import os\n", return_tensors="pt")["input_ids"]
     expected = greedy(model, ids, [0.5], 8)[0].tolist()
     assert tokenizer.decode(expected[: made.tokens], skip_special_tokens=True) == made.text
-    assert made.tokens <= 8 and made.budget == 0.5 and made.rule == "product"
+    assert made.tokens <= 8 and made.point == half
 
 
 @pytest.fixture(scope="module")

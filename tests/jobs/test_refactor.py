@@ -13,12 +13,14 @@ import pytest
 import torch
 
 import moe_prism
+from moe_prism.elastic.runtime import slots_per_token
 from moe_prism.errors import UsageError
 from moe_prism.frontier.cost import measured_cost
 from moe_prism.jobs import calibrate
 from moe_prism.jobs.calibrate import calibrate_model, read_statistics
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.model import load_model, load_tokenizer
+from moe_prism.point import OperatingPoint, SlotRule
 from tests.tiny_sources import digests, save_tiny, starve
 
 PROMPT = "def read_lines(path):\n"
@@ -226,10 +228,11 @@ def test_a_predictor_fitted_on_request_is_stored_used_and_paid_for(tiny_source, 
     rows = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     params = {}
     for scorer in ("ridge", "low-rank"):
-        with moe_prism.operating_point(model, k=3, scorer=scorer) as elastic:
+        three = OperatingPoint(slots=SlotRule(budget=3 / slots_per_token(model._moe_prism), rule="product", scorer=scorer))
+        with moe_prism.operating_point(model, point=three) as elastic:
             elastic.reset_counters()
             assert torch.isfinite(model(input_ids=rows).logits).all()
-            params[scorer] = measured_cost(elastic, elastic.setting).active_expert_params
+            params[scorer] = measured_cost(elastic, elastic.step).active_expert_params
     # the same slots are kept in number, so the difference is what the predictors read
     layers, k = elastic.layers, model.config.num_experts_per_tok
     ridge, low = (sum(layer.scorer(name).parameters_per_expert() for layer in layers) for name in ("ridge", "low-rank"))

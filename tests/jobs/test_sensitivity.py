@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 import moe_prism
 from moe_prism.elastic.rules.threshold import fit_levels
-from moe_prism.elastic.runtime import Setting
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
 from moe_prism.jobs.profile_layers import loss_curve, plan_order, plan_tensors, profile_runs, unit_cost
 from moe_prism.jobs.refactor import RefactorOptions, refactor
+from moe_prism.point import OperatingPoint, SlotRule
 from tests.tiny_sources import digests
 
 SLOTS = 8
@@ -97,9 +97,9 @@ def test_a_profile_measures_one_layer_alone(profiled, tiny_source, tiny_calibrat
     rows = json.loads((profiled / "prism.json").read_text())["layers"]
     for i, row in enumerate(rows):
         for run in row["profile"]:
-            setting = Setting(rule=run["rule"], layers=tuple(run["budget"] if i == j else 1.0 for j in range(len(rows))))
-            (quality, _), *_ = measure(model, model._moe_prism, ids, [setting])
-            assert run["kl"] == pytest.approx(quality.kl, rel=1e-3)
+            alone = tuple(run["budget"] if i == j else 1.0 for j in range(len(rows)))
+            [found] = measure(model, ids, [OperatingPoint(slots=SlotRule(rule=run["rule"], layers=alone))])
+            assert run["kl"] == pytest.approx(found.quality.kl, rel=1e-3)
 
 
 def test_the_plan_is_exact_at_full_budget_and_counts_on_average(profiled):
@@ -107,9 +107,9 @@ def test_the_plan_is_exact_at_full_budget_and_counts_on_average(profiled):
     rows = tokenizer("import os\n" * 8, return_tensors="pt")
     expected = model(**rows).logits
     model._moe_prism.always_split = True
-    with torch.no_grad(), moe_prism.operating_point(model, 1.0, rule="plan"):
+    with torch.no_grad(), moe_prism.operating_point(model, 1.0, rule="layer-budgets"):
         torch.testing.assert_close(model(**rows).logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-    with torch.no_grad(), moe_prism.operating_point(model, 0.5, rule="plan") as elastic:
+    with torch.no_grad(), moe_prism.operating_point(model, 0.5, rule="layer-budgets") as elastic:
         elastic.reset_counters()
         model(**rows)
         kept = [layer.counter.kept for layer in elastic.layers]

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from moe_prism.frontier import Frontier, MeasuredPoint, pareto
+from moe_prism.point import FULL
 
 MEASURED = {4: 0.104, 8: 0.024, 12: 0.0059, 15: 0.0011}  # K of 16 slots -> KL
 PLAIN = {3: 0.0106, 2: 0.0395, 1: 0.178}
@@ -25,8 +26,9 @@ def interpolated(slots: int) -> float:
 def point(name: str, rule: str, slots: float, kl: float) -> MeasuredPoint:
     params = FULL_PARAMS * slots / 16
     agreement = 1 - 0.62 * kl**0.55
+    ran = FULL.with_budget(slots / 16, "whole-experts" if rule == "topk" else rule)
     return MeasuredPoint(
-        name, rule, slots / 16, slots, 9.37 * math.exp(0.9 * kl), kl, agreement, params, 2 * params, 2 * params, False
+        name, rule, slots / 16, slots, 9.37 * math.exp(0.9 * kl), kl, agreement, params, 2 * params, 2 * params, False, point=ran
     )
 
 

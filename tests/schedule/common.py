@@ -1,11 +1,12 @@
 """A ladder like prism-nano's, a stated cost model, and shorthands."""
 
 from moe_prism.forecast.step_cost import Coefficients
+from moe_prism.point import FULL
 from moe_prism.schedule import CostModel, Job, Ladder, LayerFacts, Level, Limits, Policy, Progress, policies
 from moe_prism.schedule.fill import ceiling
 
 POINTS = ((3.0, 0.85), (5.0, 0.9), (8.0, 0.94), (10.0, 0.965), (16.0, 1.0))
-LADDER = Ladder(tuple(Level(f"k{k:g}", k / 16, k, quality) for k, quality in POINTS))
+LADDER = Ladder(tuple(Level(f"k{k:g}", FULL.with_budget(k / 16), k, quality) for k, quality in POINTS))
 FACTS = LayerFacts(experts=32, parts=4, chosen=4)
 
 

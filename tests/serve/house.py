@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_prism.options.serve import ServeOptions
 from moe_prism.serve.build import Built, build
 from moe_prism.serve.config import read_config
 from moe_prism.serve.http.app import create_app
-from moe_prism.options.serve import ServeOptions
 from moe_prism.serve.server import listen, make_server
 
 LEVELS = [

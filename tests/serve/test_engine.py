@@ -9,11 +9,18 @@ import pytest
 import torch
 
 import moe_prism
+from moe_prism.point import FULL
 from moe_prism.schedule.base import Job, Ladder, Level, Policy, Work
 from moe_prism.serve.engine.engine import Engine, EngineSize
 from moe_prism.serve.requests import ErrorKind, Request, Sampling
 
-LADDER = Ladder((Level("low", 0.25, 4, 0.8), Level("half", 0.5, 8, 0.9), Level("full", 1.0, 16, 1.0)))
+LADDER = Ladder(
+    (
+        Level("low", FULL.with_budget(0.25), 4, 0.8),
+        Level("half", FULL.with_budget(0.5), 8, 0.9),
+        Level("full", FULL, 16, 1.0),
+    )
+)
 TEXTS = ["import os\nimport sys\n\ndef main(", "class Foo:\n    def __init__(self, a, b):\n", "for i in range(10):\n" * 12, "x ="]
 NEW = 12
 LEFT_OUT = frozenset[int]()
@@ -72,8 +79,8 @@ def nano(elastic_nano):
     model, tokenizer = moe_prism.load(elastic_nano)
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
 
-    def reference(budget):
-        with moe_prism.operating_point(model, budget):
+    def reference(point):
+        with moe_prism.operating_point(model, point=point):
             return [
                 model.generate(torch.tensor([p]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)[
                     0, len(p) :
@@ -81,7 +88,7 @@ def nano(elastic_nano):
                 for p in prompts
             ]
 
-    return model, prompts, [[row.tolist() for row in reference(level.budget)] for level in LADDER.levels]
+    return model, prompts, [[row.tolist() for row in reference(level.point)] for level in LADDER.levels]
 
 
 @pytest.fixture

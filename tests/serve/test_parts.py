@@ -19,6 +19,7 @@ from moe_prism.errors import UsageError
 from moe_prism.jobs.verify import verify
 from moe_prism.model import load_tokenizer
 from moe_prism.model.load import NANO
+from moe_prism.point import FULL
 from moe_prism.schedule.base import Level
 from moe_prism.serve.config import Config, load_config, read_config
 from moe_prism.serve.engine.ladder import climb, find_ladder, measure_ladder
@@ -133,16 +134,21 @@ def test_paged_attention_is_attention_request_by_request(threads, shapes, heads)
         assert torch.allclose(out[0, span].transpose(0, 1), scores.softmax(-1) @ values, atol=1e-5)
 
 
+def nothing_refused(point):
+    return None
+
+
 def test_a_ladder_climbs_in_cost_and_quality():
-    points = [Level("a", 0.5, 8, 0.9), Level("b", 0.25, 4, 0.8), Level("c", 0.6, 9, 0.85), Level("d", 0.9, 15, 1.0)]
+    rows = [("a", 0.5, 8, 0.9), ("b", 0.25, 4, 0.8), ("c", 0.6, 9, 0.85), ("d", 0.9, 15, 1.0)]
+    points = [Level(name, FULL.with_budget(budget), slots, quality) for name, budget, slots, quality in rows]
     assert [level.name for level in climb(points, 16).levels] == ["b", "a", "full"]
     assert [level.name for level in climb([], 16).levels] == ["full"]
 
 
 def test_levels_come_from_the_frontier_first(tmp_path):
-    assert find_ladder(tmp_path, 16) == (None, "")
+    assert find_ladder(tmp_path, 16, nothing_refused) == (None, "")
     (tmp_path / "ladder.json").write_text(json.dumps({"levels": [{"name": "x", "budget": 0.5, "slots": 8.0, "quality": 0.9}]}))
-    ladder, source = find_ladder(tmp_path, 16)
+    ladder, source = find_ladder(tmp_path, 16, nothing_refused)
     assert source == "ladder.json" and [level.name for level in ladder.levels] == ["x", "full"]
     point = {
         "ppl": 2.0,
@@ -156,12 +162,12 @@ def test_levels_come_from_the_frontier_first(tmp_path):
               for rule in ("threshold", "product") for k in (4, 8)]  # fmt: skip
     frontier = {"model": "m", "source": "s", "n_sub": 4, "points": points, "baseline_topk": [], "provenance": {}}
     (tmp_path / "frontier.json").write_text(json.dumps(frontier))
-    ladder, source = find_ladder(tmp_path, 16)
+    ladder, source = find_ladder(tmp_path, 16, nothing_refused)
     assert source == "frontier.json" and [level.name for level in ladder.levels] == ["threshold-4", "threshold-8", "full"]
     (tmp_path / "frontier.json").unlink()
     (tmp_path / "ladder.json").write_text("{}")
     with pytest.raises(UsageError, match="measured again"):
-        find_ladder(tmp_path, 16)
+        find_ladder(tmp_path, 16, nothing_refused)
 
 
 def test_a_measured_ladder_is_kept_beside_the_model_and_known_to_verify(elastic_nano, tmp_path):
@@ -170,7 +176,7 @@ def test_a_measured_ladder_is_kept_beside_the_model_and_known_to_verify(elastic_
     model, tokenizer = load(folder)
     measured = measure_ladder(model, tokenizer, folder, tokens=1024)
     assert len(measured) > 3
-    assert find_ladder(folder, slots_per_token(model._moe_prism)) == (measured, "ladder.json")
+    assert find_ladder(folder, slots_per_token(model._moe_prism), nothing_refused) == (measured, "ladder.json")
     verify(folder)
 
 

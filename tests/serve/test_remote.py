@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_prism.errors import CorruptError, PrismError, UsageError
+from moe_prism.options.serve import ServeOptions
+from moe_prism.point import FULL
 from moe_prism.schedule.base import Job, Ladder, Level
 from moe_prism.serve.backend import Gauges, Tally
 from moe_prism.serve.config import Config
 from moe_prism.serve.http.metrics import Metrics
-from moe_prism.options.serve import ServeOptions
 from moe_prism.serve.process import engine_main
 from moe_prism.serve.process.messages import Cancel, Facts, Frames, Link, News, Submit, pack
 from moe_prism.serve.process.remote_engine import RemoteEngine
@@ -27,7 +28,7 @@ from moe_prism.serve.requests import Event, Request, Sampling
 from moe_prism.serve.server import run
 from tests.serve.house import open_house
 
-LADDER = Ladder((Level("low", 0.5, 4.0, 0.8), Level("full", 1.0, 8.0, 1.0)))
+LADDER = Ladder((Level("low", FULL.with_budget(0.5), 4.0, 0.8), Level("full", FULL, 8.0, 1.0)))
 FACTS = Facts(LADDER, 64, frozenset({1}), 100, "Fifo", 1000.0, "ladder.json", "measured")
 PROMPT = "def main(args):\n    return "
 messages = st.lists(st.binary(max_size=200) | st.tuples(st.integers(), st.text(max_size=20)), max_size=6)

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from moe_prism.point import FULL
 from moe_prism.schedule import Ladder, Level
 from moe_prism.serve.backend import Tally
 from moe_prism.serve.engine.scheduler import PackedStep, StepPart
@@ -17,7 +18,7 @@ from moe_prism.serve.http.metrics import Metrics
 from moe_prism.serve.http.status import SECONDS, History, page
 from tests.serve.house import open_house
 
-LADDER = Ladder((Level("low", 0.5, 4.0, 0.8), Level("full", 1.0, 8.0, 1.0)))
+LADDER = Ladder((Level("low", FULL.with_budget(0.5), 4.0, 0.8), Level("full", FULL, 8.0, 1.0)))
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 

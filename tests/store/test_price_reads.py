@@ -11,10 +11,11 @@ from moe_prism.cli import main
 from moe_prism.data import token_windows
 from moe_prism.elastic import operating_point
 from moe_prism.errors import UsageError
-from moe_prism.jobs.forecast_offload import POLICIES, Way, choose_way, plan_offload
+from moe_prism.jobs.forecast_offload import POLICIES, Way, choose_way, forecast_offload
 from moe_prism.offload.cache import cache_policies
 from moe_prism.offload.record import TraceRecorder, record
 from moe_prism.offload.replay import groups, serve
+from moe_prism.options.offload import OffloadOptions
 from moe_prism.store.pools import pools
 from moe_prism.store.price_reads import ReadPrices, at_budget, measure_step, replayed
 from tests.store.common import opened, smallest, store_of
@@ -99,16 +100,18 @@ def test_the_largest_budget_within_the_target_is_chosen():
 
 def test_plan_of_a_tiny_model(elastic_tiny, text):
     whole, _, file = text
-    plan = plan_offload(elastic_tiny, smallest(whole, 12), file=file, tokens=160, budgets=(1.0, 0.5))
+    plan = forecast_offload(elastic_tiny, smallest(whole, 12), OffloadOptions(expert_file=file, tokens=160, budgets=(1.0, 0.5)))
     assert plan.slots == 12
     assert [(w.budget, w.policy) for w in plan.ways] == [(b, p) for b in (1.0, 0.5) for p in POLICIES]
     assert plan.ways[len(POLICIES)].reads_per_token < plan.ways[0].reads_per_token
-    slow = plan_offload(elastic_tiny, smallest(whole, 12), link=1e3, file=file, tokens=160, budgets=(1.0,))
+    slow = forecast_offload(
+        elastic_tiny, smallest(whole, 12), OffloadOptions(link="1000", expert_file=file, tokens=160, budgets=(1.0,))
+    )
     assert slow.bytes_per_second <= 1e3
     assert slow.ways[0].ms_per_token > 1e3 * slow.ways[0].reads_per_token * slow.record_bytes / 1e3 / 2
-    for wrong in ({"target_ms": 0.0}, {"link": 0.0}):
-        with pytest.raises(UsageError, match="impossible"):
-            plan_offload(elastic_tiny, 1 << 20, file=file, **wrong)
+    for wrong in ({"target_ms": 0.0}, {"link": "0"}):
+        with pytest.raises(UsageError, match=r"out of range|too small|no amount of bytes per second"):
+            forecast_offload(elastic_tiny, 1 << 20, OffloadOptions(expert_file=file, **wrong))
 
 
 def test_commands(elastic_tiny, text, capsys):

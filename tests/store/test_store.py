@@ -9,9 +9,10 @@ from moe_prism.artefact.load import load
 from moe_prism.elastic import operating_point
 from moe_prism.elastic.bind import Step, bind
 from moe_prism.errors import UsageError
-from moe_prism.jobs.generate import GenerateOptions, generate
+from moe_prism.jobs.generate import generate
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.offload import CacheCounts
+from moe_prism.options.generate import GenerateOptions
 from moe_prism.point import FULL, OperatingPoint, SlotRule
 from moe_prism.store.choose_misses import Misses, choose
 from tests.store.common import PROMPT, logits, opened, smallest, store_of
@@ -185,7 +186,7 @@ class Plain:
 
 def plain_guess(elastic, x, misses):
     layer = elastic.layers[1]
-    original, layer.candidates = layer.candidates, lambda *batch: Plain(type(layer).candidates(layer, *batch))
+    original, layer.candidates = layer.candidates, lambda *batch, **own: Plain(type(layer).candidates(layer, *batch, **own))
     try:
         return elastic.ahead.keys(1, x, misses)
     finally:

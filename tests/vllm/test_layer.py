@@ -10,13 +10,16 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from moe_prism.elastic import LayerParts, Slots
+from moe_prism.elastic.bind import Step, bind
 from moe_prism.elastic.compensate import compensator
+from moe_prism.elastic.execute.base import Settled
 from moe_prism.elastic.execute.plain import reference
 from moe_prism.elastic.rules import rules
 from moe_prism.elastic.scorers import scorers
 from moe_prism.errors import UsageError
 from moe_prism.model import find_layers
-from moe_prism.serve.vllm.layer import PackedLayer, pack, unknown_side
+from moe_prism.point import FULL, OperatingPoint, RoutingStage, SlotRule, WeightChange
+from moe_prism.serve.vllm.layer import PackedElastic, PackedWeights, pack, unknown_side
 
 E, K, D, F = 5, 3, 32, 192  # three columns of 16 values per block: tiles of every width occur
 
@@ -24,6 +27,12 @@ E, K, D, F = 5, 3, 32, 192  # three columns of 16 values per block: tiles of eve
 def stored(rows):
     """[E, rows, depth] as vLLM keeps it: packed, and called by its old shape."""
     return pack(rows).view(rows.shape)
+
+
+def packed_model(first, down, side, activation="silu", n_sub=4, gates=1):
+    """A model of one layer, its weights packed."""
+    weights = PackedWeights(w13=first, w2=down, activation=activation)
+    return PackedElastic(torch.nn.Module(), [("experts", weights)], [side], n_sub=n_sub, gates=gates, k=K)
 
 
 def make(dtype=torch.float32, n_sub=4, gates=1, means=None):
@@ -39,9 +48,8 @@ def make(dtype=torch.float32, n_sub=4, gates=1, means=None):
     if means is not None:
         side["compensate.mean.vectors"] = means
     first, down = holder.experts.gate_up_proj.data, holder.experts.down_proj.data
-    return LayerParts(layer, n_sub, gates, side), PackedLayer(
-        stored(first.to(dtype)), stored(down.to(dtype)), "silu", n_sub, gates, side
-    )
+    packed = packed_model(stored(first.to(dtype)), stored(down.to(dtype)), side, n_sub=n_sub, gates=gates)
+    return LayerParts(layer, n_sub, gates, side), packed
 
 
 @pytest.fixture(scope="module", params=[0, 1, 2])
@@ -62,6 +70,24 @@ def selected(plan, x, index, weight, budget):
     return rules.get("threshold")(plan).keep(slots, budget)
 
 
+def at(packed, budget):
+    """The step of one budget per token [T], under the default rule."""
+    packed.step = Step(bind(packed, [FULL.with_budget(0.5)]), 0, budget)
+    return packed
+
+
+def run(packed, x, index, weight, budget):
+    return at(packed, budget).run(0, x, index, weight)
+
+
+def computed(packed, x, index, weight, keep):
+    """The kept slots [T, k, N], and what makes up for the others where there is anything."""
+    layer = packed.layers[0]
+    fix = layer.compensator
+    out = layer.executor.run(x, index, weight if fix is None else fix.weights(index, weight, keep), Settled(keep))
+    return out if fix is None else out + fix(x, index, weight, keep)
+
+
 @torch.no_grad()
 @given(seed=st.integers(0, 10_000), tokens=st.integers(1, 24), share=st.floats(0, 1))
 @settings(max_examples=40, deadline=None)
@@ -69,7 +95,8 @@ def test_run_is_the_sum_of_the_kept_slots(pair, seed, tokens, share):
     plan, packed = pair
     x, index, weight = batch(tokens, seed)
     keep = torch.rand(tokens, K, 4, generator=torch.Generator().manual_seed(seed)) < share
-    torch.testing.assert_close(packed.run(x, index, weight, keep), reference(plan, x, index, weight, keep), rtol=1e-4, atol=1e-5)
+    found = computed(packed, x, index, weight, keep)
+    torch.testing.assert_close(found, reference(plan, x, index, weight, keep), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -79,13 +106,17 @@ def test_means_stand_in_for_what_is_dropped():
     x, index, weight = batch(40)
     keep = torch.rand(40, K, 4, generator=torch.Generator().manual_seed(1)) < 0.5
     expected = reference(plan, x, index, weight, keep) + compensator(plan)(x, index, weight, keep)
-    torch.testing.assert_close(packed.run(x, index, weight, keep), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(computed(packed, x, index, weight, keep), expected, rtol=1e-4, atol=1e-5)
+    budget = torch.full((40,), 0.5)
+    chosen = selected(plan, x, index, weight, budget)
+    assert not torch.equal(chosen, torch.ones_like(chosen))
+    through = reference(plan, x, index, weight, chosen) + compensator(plan)(x, index, weight, chosen)
+    torch.testing.assert_close(run(packed, x, index, weight, budget), through, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_not_computed_here_is_named():
     one = torch.zeros(1)
-    assert unknown_side({"ridge": one, "compensate.mean.vectors": one}) is None
-    assert unknown_side({"compensate.low-rank.down": one}) == "compensation 'low-rank'"
+    assert unknown_side({"ridge": one, "compensate.mean.vectors": one, "compensate.low-rank.mean": one}) is None
     assert unknown_side({"repair": one}) == "a repaired W_down"
 
 
@@ -94,7 +125,8 @@ def test_selection_is_that_of_the_embedded_engine(pair):
     plan, packed = pair
     x, index, weight = batch(200)
     budget = torch.linspace(0.05, 1, 200)
-    assert torch.equal(packed.keep(x, index, weight, budget), selected(plan, x, index, weight, budget))
+    found = packed.layers[0].kept(at(packed, budget).step, x, index, weight)
+    assert torch.equal(found, selected(plan, x, index, weight, budget))
 
 
 @torch.no_grad()
@@ -105,9 +137,30 @@ def test_a_token_does_not_depend_on_its_batch(pair, seed):
     packed = pair[1]
     x, index, weight = batch(17, seed)
     budget = torch.rand(17, generator=torch.Generator().manual_seed(seed)).clamp(min=0.1)
-    together = packed(x, index, weight, budget)
-    alone = [packed(x[i : i + 1], index[i : i + 1], weight[i : i + 1], budget[i : i + 1]) for i in range(17)]
+    together = run(packed, x, index, weight, budget)
+    alone = [run(packed, x[i : i + 1], index[i : i + 1], weight[i : i + 1], budget[i : i + 1]) for i in range(17)]
     assert torch.equal(together, torch.cat(alone))
+
+
+@torch.no_grad()
+def test_points_of_several_kinds_share_a_batch(pair):
+    """Rules, a routing stage and both: every token as alone."""
+    packed = pair[1]
+    x, index, weight = batch(17)
+    fewer = (RoutingStage(layers=(2,), keep_mass=True),)
+    points = [
+        FULL.with_budget(0.5),
+        FULL.with_budget(0.25, "product"),
+        OperatingPoint(routing=fewer),
+        OperatingPoint(routing=fewer, slots=SlotRule(budget=0.5)),
+    ]
+    bound, which = bind(packed, points), torch.arange(17) % 4
+    packed.step = Step(bound, which)
+    together = packed.run(0, x, index, weight)
+    for p in range(4):
+        packed.step = Step(bind(packed, [points[p]]))
+        alone = packed.run(0, x, index, weight)
+        assert torch.equal(together[which == p], alone[which == p])
 
 
 @torch.no_grad()
@@ -115,10 +168,10 @@ def test_threads_share_the_work_and_change_nothing(pair):
     packed = pair[1]
     x, index, weight = batch(300)
     budget = torch.full((300,), 0.6)
-    one = packed(x, index, weight, budget)
+    one = run(packed, x, index, weight, budget)
     try:
         torch.set_num_threads(3)
-        assert torch.equal(packed(x, index, weight, budget), one)
+        assert torch.equal(run(packed, x, index, weight, budget), one)
     finally:
         torch.set_num_threads(1)
 
@@ -128,7 +181,7 @@ def test_bfloat16_weights():
     plan, packed = make(torch.bfloat16)
     x, index, weight = batch(9)
     keep = torch.ones(9, K, 4, dtype=torch.bool)
-    found = packed(x.bfloat16(), index, weight, torch.ones(9))
+    found = run(packed, x.bfloat16(), index, weight, torch.ones(9))
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), reference(plan, x, index, weight, keep), rtol=0.05, atol=0.02)
 
@@ -137,10 +190,24 @@ def test_refusals():
     plan, _ = make()
     first, down = stored(torch.randn(E, 2 * F, D)), stored(torch.randn(E, D, F))
     with pytest.raises(UsageError, match="relu"):
-        PackedLayer(first, down, "relu", 4, 1, plan.tensors)
+        packed_model(first, down, plan.tensors, "relu")
     with pytest.raises(UsageError, match="do not fit"):
-        PackedLayer(first, down, "silu", 8, 1, plan.tensors)
+        packed_model(first, down, plan.tensors, n_sub=8)
     with pytest.raises(UsageError, match="float16"):
-        PackedLayer(first.half(), down.half(), "silu", 4, 1, plan.tensors)
+        packed_model(first.half(), down.half(), plan.tensors)
     with pytest.raises(UsageError, match="does not belong"):
-        PackedLayer(first, down, "silu", 4, 2, plan.tensors)
+        packed_model(first, down, plan.tensors, gates=2)
+
+
+@pytest.mark.parametrize(
+    ("point", "reason"),
+    [
+        (OperatingPoint(weights=WeightChange(change="prune")), "it changes the weights"),
+        (OperatingPoint(slots=SlotRule(budget=0.5, scorer="oracle")), "the scorer 'oracle'"),
+        (OperatingPoint(routing=(RoutingStage(layers=(2,)),)), "leaves open what happens to the routing weights"),
+        (OperatingPoint(routing=(RoutingStage(layers=(2,), stage="best", keep_mass=True),)), "best"),
+    ],
+)
+def test_points_that_vllm_does_not_run_are_refused(pair, point, reason):
+    with pytest.raises(UsageError, match=reason):
+        bind(pair[1], [point])

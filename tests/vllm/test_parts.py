@@ -10,6 +10,7 @@ import pytest
 
 from moe_prism.cli import main
 from moe_prism.errors import UsageError
+from moe_prism.point import FULL
 from moe_prism.serve.vllm import compat, launch, wiring
 from moe_prism.serve.vllm.levels import Menu, full_slots, is_elastic
 from tests.vllm.prompts import LEVELS
@@ -54,7 +55,7 @@ def test_levels_of_fields(menu):
     assert menu.read({"quality": 0.7}) == (0, 0) and menu.read({"quality": 0.701}) == (1, 1)
     assert menu.read({"quality": "half", "min_quality": 0}) == (0, 1)
     assert menu.read({"min_quality": "most"}) == (2, top)
-    assert menu.budget(1) == 0.5 and menu.budget(top) == 1.0
+    assert menu.ladder.levels[1].point == FULL.with_budget(0.5) and menu.ladder.levels[top].point == FULL
 
 
 def test_defaults_of_the_operator(tiny_levels, menu):

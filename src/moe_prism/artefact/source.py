@@ -32,7 +32,7 @@ class Weights:
         return self.stream.source.info(self.stream.disk_names(self.layers[0].name)[0]).torch_dtype.itemsize
 
     def check_finite(self) -> None:
-        """CorruptError naming the first tensor with NaN or infinity. (A GGUF file is checked when it is written.)"""
+        """CorruptError naming the first tensor with NaN or infinity. A GGUF file is checked when it is written."""
         if self.stream:
             for name in self.stream.source.names():
                 check_finite(name, self.stream.source.tensor(name), self.stream.source.info(name).shard)
@@ -54,6 +54,7 @@ class Weights:
                     p.copy_(saved[name])
 
     def rewrite(self, folder: OutputFolder, journal: Journal, permute: Callable[[MoELayer], Tensor], update: Update) -> None:
+        """Write the checkpoint again with these orders of neurons."""
         if self.stream:
             rewrite_shards(self.stream, permute, folder, journal, self.layers, update)
         else:

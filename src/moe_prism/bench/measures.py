@@ -91,7 +91,8 @@ def stalls(gaps: Sequence[float]) -> int:
 
 def _tokens(outcomes: Iterable[Outcome], window: Window) -> tuple[float, float]:
     """(output, total) tokens that came within the window. A request's tokens are shared evenly over its events, its prompt comes with
-    the first."""
+    the first.
+    """
     output = prompt = 0.0
     for o in outcomes:
         if o.events and o.tokens:

@@ -76,6 +76,7 @@ def notes(runs: Iterable[tuple[str, dict[str, Any]]]) -> list[str]:
 
 
 def compare_notes(rate: dict[str, Any]) -> list[str]:
+    """What a reader of a comparison must know beside its numbers."""
     return notes((f"{label} {i + 1}", run) for label, runs in rate["policies"].items() for i, run in enumerate(runs["real"]))
 
 

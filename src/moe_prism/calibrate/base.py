@@ -35,7 +35,8 @@ class Collector(ABC):
         self.layer, self.capacity, self.seed = layer, capacity, seed
 
     @abstractmethod
-    def update(self, batch: RoutedBatch) -> None: ...
+    def update(self, batch: RoutedBatch) -> None:
+        """Take in what one layer saw of one batch."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:

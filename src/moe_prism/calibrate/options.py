@@ -10,6 +10,7 @@ __all__ = ["CalibrateOptions", "settings"]
 
 def settings(options: CalibrateOptions) -> Settings:
     # a pass in low memory reads every layer from disk once per batch, so it takes many windows at once
+    """What a pass over the windows is run with."""
     batch = 64 if options.low_memory else 8
     names = tuple(options.collectors)
     return Settings(names, capacity=options.reservoir, memory_bytes=options.memory_mib << 20, batch=batch, seed=options.seed)

@@ -118,6 +118,7 @@ class Pass:
         return observe
 
     def statistics(self, facts: dict[str, Any] | None = None) -> Statistics:
+        """What the collectors have gathered so far."""
         layers = [
             LayerStatistics(layer.name, {n: c.state() for n, c in mine.items()})
             for layer, mine in zip(self.layers, self.collectors, strict=True)
@@ -129,6 +130,7 @@ class Pass:
         return {"done": torch.tensor([self.done]), **flat}
 
     def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from what an interrupted pass had gathered."""
         self.done = int(state["done"])
         for i, mine in enumerate(self.collectors):
             for name, collector in mine.items():
@@ -143,4 +145,5 @@ def backbone_of(model: Any) -> Any:
 
 
 def input_device(model: Any) -> torch.device:
+    """The device on which a model wants its token ids."""
     return model.get_input_embeddings().weight.device  # type: ignore[no-any-return]

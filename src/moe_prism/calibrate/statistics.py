@@ -30,6 +30,7 @@ class LayerStatistics:
 
     @staticmethod
     def unflat(name: str, tensors: dict[str, Tensor]) -> LayerStatistics:
+        """From flat names, as a file holds them, back to collectors and their statistics."""
         values: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             collector, _, inner = key.partition(".")

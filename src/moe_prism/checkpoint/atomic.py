@@ -166,6 +166,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 def sha256_file(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -92,6 +92,7 @@ def read_header(path: Path) -> Header:
 
 
 def corrupt(path: Path, what: str) -> CorruptError:
+    """The error for a file that is not what its header says."""
     return CorruptError(f"{path.name}: {what}", f"{RESTORE} ({path})")
 
 

@@ -39,6 +39,7 @@ RESUMABLE = ("calibrate", "refactor", "recover", "prune")
 
 
 def build() -> cyclopts.App:
+    """The application with all its commands."""
     from .. import __version__
 
     app = cyclopts.App(

@@ -1,4 +1,4 @@
-"""`moe-prism bench`"""
+"""`moe-prism bench`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moe-prism calibrate`"""
+"""`moe-prism calibrate`."""
 
 from __future__ import annotations
 

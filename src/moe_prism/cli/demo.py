@@ -1,4 +1,4 @@
-"""`moe-prism demo`"""
+"""`moe-prism demo`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moe-prism doctor`"""
+"""`moe-prism doctor`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def doctor(*, json: bool = False) -> None:
 
 
 def machine() -> dict[str, Any]:
+    """What this machine has: processor, memory, disk."""
     import torch
 
     from ..jobs.refactor_resources import available_memory

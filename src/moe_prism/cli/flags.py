@@ -113,7 +113,7 @@ def _entries(declared: Field[Any], kind: type, text: str) -> list[Any]:
 
 
 def quantity(flag: str, text: str, units: tuple[str, ...]) -> float:
-    """ "3350GB/s" -> 3.35e12. UsageError for another unit or no number."""
+    """The text "3350GB/s" gives 3.35e12. UsageError for another unit or no number."""
     found = QUANTITY.match(text)
     try:
         if found and found[3] in units:

@@ -1,4 +1,4 @@
-"""`moe-prism forecast`"""
+"""`moe-prism forecast`."""
 
 from __future__ import annotations
 

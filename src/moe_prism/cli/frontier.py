@@ -1,4 +1,4 @@
-"""`moe-prism frontier`"""
+"""`moe-prism frontier`."""
 
 from __future__ import annotations
 

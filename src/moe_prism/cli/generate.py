@@ -1,4 +1,4 @@
-"""`moe-prism generate`"""
+"""`moe-prism generate`."""
 
 from __future__ import annotations
 

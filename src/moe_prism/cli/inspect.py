@@ -1,4 +1,4 @@
-"""`moe-prism inspect`"""
+"""`moe-prism inspect`."""
 
 from __future__ import annotations
 

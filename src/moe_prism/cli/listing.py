@@ -1,11 +1,11 @@
-"""`moe-prism ls`"""
+"""`moe-prism ls`."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from importlib import import_module
-from typing import Any, Literal
+from typing import Literal
 
+from ..catalogue import registry
 from .output import emit, table
 
 Kind = Literal[
@@ -23,24 +23,11 @@ Kind = Literal[
     "protections",
     "cache-policies",
     "predictors",
+    "systems",
 ]
 
-REGISTRIES = {
-    "solvers": ("partition", "solvers"),
-    "objectives": ("partition", "objectives"),
-    "gates": ("partition", "gates"),
-    "scorers": ("elastic.scorers", "scorers"),
-    "compensators": ("elastic.compensate", "compensators"),
-    "recoveries": ("recover", "methods"),
-    "collectors": ("calibrate", "collectors"),
-    "policies": ("schedule", "policies"),
-    "routing-stages": ("routing", "routing_stages"),
-    "protections": ("compress.prune", "protections"),
-    "cache-policies": ("offload", "cache_policies"),
-    "predictors": ("offload", "predictors"),
-}
-"""kind -> (package, registry)."""
 COLUMNS = ("name", "acts", "what", "needs", "paper", "served_by")
+SYSTEM_COLUMNS = ("number", "name", "paper", "state", "command")
 
 
 def ls(kind: Kind, /, *, json: bool = False) -> None:
@@ -50,7 +37,7 @@ def ls(kind: Kind, /, *, json: bool = False) -> None:
     ----------
     kind: methods (of frontier --methods: rules, expert skipping, pruning criteria), families (MoE model types of the installed
         transformers), solvers, objectives, gates, scorers, compensators, recoveries, collectors, policies (scheduling), routing-stages,
-        protections (of prune), cache-policies, or predictors (of experts).
+        protections (of prune), cache-policies, predictors (of experts), or systems (of the literature, and which of them work here).
     json: One JSON object on stdout.
     """
     if kind == "families":
@@ -66,10 +53,12 @@ def ls(kind: Kind, /, *, json: bool = False) -> None:
         shown = [[line[column] for column in COLUMNS] for line in lines]
         emit({"kind": kind, "entries": lines}, table(tuple(c.replace("_", " ") for c in COLUMNS), shown), json)
         return
-    entries = [{"name": n, "summary": e.summary, "origin": e.origin} for n, e in _registry(kind).entries().items()]
+    if kind == "systems":
+        from ..systems import SYSTEMS
+
+        found = [asdict(system) for system in SYSTEMS]
+        rows = [[system[column] for column in SYSTEM_COLUMNS] for system in found]
+        emit({"kind": kind, "entries": found}, table(SYSTEM_COLUMNS, rows), json)
+        return
+    entries = [{"name": n, "summary": e.summary, "origin": e.origin} for n, e in registry(kind).entries().items()]
     emit({"kind": kind, "entries": entries}, table(("name", "what", "from"), [list(e.values()) for e in entries]), json)
-
-
-def _registry(kind: str) -> Any:
-    package, attribute = REGISTRIES[kind]
-    return getattr(import_module(f"moe_prism.{package}"), attribute)

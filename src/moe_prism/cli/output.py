@@ -41,6 +41,7 @@ def written(result: dict[str, Any], text: str, as_json: bool) -> Iterator[None]:
 
 
 def note(text: str) -> None:
+    """A line for people, on stderr."""
     sys.stderr.write(text + "\n")
 
 

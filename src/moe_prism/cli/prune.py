@@ -1,4 +1,4 @@
-"""`moe-prism prune`"""
+"""`moe-prism prune`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _show(facts: dict[str, Any]) -> str:
 
 
 def _ranges(ids: list[int]) -> str:
-    """1 2 3 7 -> 1-3,7"""
+    """1 2 3 7 -> 1-3,7."""
     parts: list[list[int]] = []
     for e in ids:
         if parts and e == parts[-1][-1] + 1:

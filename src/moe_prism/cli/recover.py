@@ -1,4 +1,4 @@
-"""`moe-prism recover`"""
+"""`moe-prism recover`."""
 
 from __future__ import annotations
 

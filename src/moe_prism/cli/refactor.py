@@ -1,4 +1,4 @@
-"""`moe-prism refactor`"""
+"""`moe-prism refactor`."""
 
 from __future__ import annotations
 

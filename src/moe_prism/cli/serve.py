@@ -1,4 +1,4 @@
-"""`moe-prism serve`"""
+"""`moe-prism serve`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moe-prism skip`"""
+"""`moe-prism skip`."""
 
 from __future__ import annotations
 

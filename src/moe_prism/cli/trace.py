@@ -1,4 +1,4 @@
-"""`moe-prism trace`"""
+"""`moe-prism trace`."""
 
 from __future__ import annotations
 

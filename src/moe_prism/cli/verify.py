@@ -1,4 +1,4 @@
-"""`moe-prism verify`"""
+"""`moe-prism verify`."""
 
 from __future__ import annotations
 

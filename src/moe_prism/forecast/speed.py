@@ -92,6 +92,7 @@ class SpeedForecast:
         return (off[len(off) // 2] + off[(len(off) - 1) // 2]) / 2 if off else None
 
     def to_json(self) -> dict[str, Any]:
+        """Rows, machines and facts as plain JSON values."""
         return {
             "model": self.model,
             "rows": [asdict(row) | {"error": row.error} for row in self.rows],

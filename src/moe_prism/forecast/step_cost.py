@@ -220,6 +220,7 @@ class CostModel:
     # -- files
 
     def to_json(self) -> dict[str, Any]:
+        """Coefficients and what was learned, as plain JSON values."""
         return {
             "version": 1,
             "facts": asdict(self.facts),
@@ -251,6 +252,7 @@ class CostModel:
 
     @classmethod
     def load(cls, path: Path) -> CostModel:
+        """Read what `save` wrote. UsageError if there is no such file, CorruptError if it is no cost model."""
         try:
             data = json.loads(path.read_text())
         except FileNotFoundError as e:

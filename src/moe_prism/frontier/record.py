@@ -9,11 +9,10 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..catalogue import methods
 from ..errors import CorruptError, UsageError
 from ..files import replace_file
-from ..point import OperatingPoint, SlotRule
-from ..point.base import own_scorer
+from ..point import OperatingPoint
+from ..point.named import upgraded
 
 REMEASURE = "write it again with `moe-prism frontier`"
 
@@ -58,7 +57,7 @@ class MeasuredPoint:
         plain = [f for f in fields(cls) if f.name != "point" and (f.name in mapping or f.default is MISSING)]
         row = {f.name: _read(mapping, f.name, str(f.type), where) for f in plain}
         stored = mapping.get("point")
-        return cls(**row, point=_upgraded(row) if stored is None else OperatingPoint.from_json(stored))
+        return cls(**row, point=upgraded(row["rule"], row["budget"]) if stored is None else OperatingPoint.from_json(stored))
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, and the operating point in its own form."""
@@ -117,16 +116,6 @@ class Frontier:
         except ValueError as error:
             raise CorruptError(f"{path} is not JSON: {error}", REMEASURE) from error
         return cls.from_json(data)
-
-
-def _upgraded(row: Mapping[str, Any]) -> OperatingPoint | None:
-    """The point of an entry that a version before 0.2 wrote, where name and budget say it: a selection rule, or plain top-k."""
-    rule = "whole-experts" if row["rule"] == "topk" else methods.own_name(row["rule"])
-    if rule not in methods.names("slots") or not 0 < row["budget"] <= 1:
-        return None
-    return OperatingPoint(
-        slots=SlotRule(budget=row["budget"], rule=rule, scorer=own_scorer(rule), compensate=row["rule"] != "topk")
-    )
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:

@@ -15,12 +15,12 @@ from ..elastic.runtime import slots_per_token
 from ..errors import UsageError
 from ..offload.cache import cache_policies
 from ..offload.record import TraceRecorder, record
+from ..options.offload import OffloadOptions
 from ..progress import Report, silent
-from ..store import StoreOptions
+from ..store import StoreOptions, parse_bytes
 from ..store.choose_misses import Misses
 from ..store.price_reads import at_budget, measure_prices, measure_step, replayed
 
-BUDGETS = (1.0, 0.75, 0.5, 0.25)
 POLICIES = ("lru", "lfu", "edge-moe")
 LENGTH, PROMPT = 160, 32
 
@@ -55,34 +55,22 @@ class OffloadForecast:
         return asdict(self)
 
 
-def plan_offload(
-    folder: str | Path,
-    memory: int,
-    *,
-    target_ms: float | None = None,
-    link: float | None = None,
-    file: Path | None = None,
-    tokens: int = 1280,
-    budgets: Sequence[float] = BUDGETS,
-    report: Report = silent,
+def forecast_offload(
+    folder: str | Path, memory: int, options: OffloadOptions | None = None, *, report: Report = silent
 ) -> OffloadForecast:
     """Measure the link and the steps, replay the routing of calibration text, and compare ways to run in `memory` bytes.
 
-    link: bytes per second of what the experts will be read over, if that is slower than the disk they are on now; tokens: of the replayed
-    text. Raises UsageError for a target, link or budget that is impossible, DoesNotFit if the memory holds no sub-expert.
+    Raises UsageError for a target, link or budget that is impossible, DoesNotFit if the memory holds no sub-expert.
     """
-    if tokens < 1:
-        raise UsageError(f"--tokens {tokens} is too small", "give at least 1; what is replayed are whole requests of 160")
-    if target_ms is not None and not target_ms > 0:
-        raise UsageError(f"--target-ms {target_ms:g} is impossible", "give a positive number of milliseconds")
-    if link is not None and link <= 0:
-        raise UsageError(f"--link {link:g} is impossible", "give bytes per second, for example 500MB")
+    options = options or OffloadOptions()
+    options.check()
+    budgets, link = options.budgets, None if options.link is None else parse_bytes(options.link, "bytes per second")
     if not all(0 < b <= 1 for b in budgets):
         raise UsageError("budgets lie in (0, 1]", "1 keeps every slot")
-    model, tokenizer = load(folder, store=StoreOptions(memory, file, misses=Misses(low=None)))
+    model, tokenizer = load(folder, store=StoreOptions(memory, options.expert_file, misses=Misses(low=None)))
     elastic, store = model._moe_prism, model._moe_prism.store
     text = read_manifest(folder)["calibration"]["text"]
-    windows = token_windows(tokenizer, text, "calibration", length=LENGTH, tokens=max(tokens, LENGTH)).ids
+    windows = token_windows(tokenizer, text, "calibration", length=LENGTH, tokens=max(options.tokens, LENGTH)).ids
     with report("trace") as update, operating_point(model):
         trace = record(TraceRecorder(model, values=True), [("calibration", windows)], prompt=PROMPT, progress=update)
     here = measure_prices(store)
@@ -102,7 +90,7 @@ def plan_offload(
             for precision, price in prices.items():
                 found = misses.at(price, step)
                 ways.append(Way(budget, kept, policy, precision, found.hit_rate, found.misses, found.seconds * 1e3))
-    best, met = choose_way(ways, target_ms)
+    best, met = choose_way(ways, options.target_ms)
     rate = prices["exact"].bandwidth * store.pack.layout.bytes if len(store.space) > store.slots else 0.0
     store.close()
     return OffloadForecast(memory, store.slots, len(store.space), store.pack.layout.bytes, rate, best, met, ways)

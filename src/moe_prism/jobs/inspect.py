@@ -15,7 +15,8 @@ SUB_EXPERTS = (2, 4, 8, 16, 32)
 
 def inspect_model(model: str | Path) -> dict[str, Any]:
     """Layers, experts, shapes, bytes and the sub-expert counts that divide evenly, as JSON-ready values. n_sub is that of
-    a folder that is elastic already, else None."""
+    a folder that is elastic already, else None.
+    """
     where = on_disk(resolve(model))
     if where.is_dir():
         stream = LayerStream(where)

@@ -35,6 +35,7 @@ class Recovered:
     peak_rss_bytes: int
 
     def to_json(self) -> dict[str, Any]:
+        """Facts of the run as plain JSON values."""
         facts = self.manifest["recovery"][-1]
         return {
             "folder": str(self.folder),

@@ -41,6 +41,7 @@ class Refactored:
     peak_rss_bytes: int
 
     def to_json(self) -> dict[str, Any]:
+        """Facts of the run as plain JSON values."""
         layers = self.manifest["layers"]
         return {
             "folder": str(self.folder),

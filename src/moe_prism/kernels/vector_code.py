@@ -20,6 +20,7 @@ SIZES = {types.float32: 4, types.uint16: 2}
 
 
 def constant(value: int) -> ir.Constant:
+    """An int64 known when the code is written."""
     return ir.Constant(I64, value)
 
 

@@ -100,6 +100,12 @@ class Method(ABC):
         return cls.Parameters(**{first.name: text})
 
     @classmethod
+    def written(cls, name: str) -> str:
+        """How a user writes the method, with the names of its parameters in capitals where they stand in the name."""
+        known = fields(cls.Parameters)
+        return f"{name}:{known[0].name.upper()}" if known else name
+
+    @classmethod
     def example(cls) -> str | None:
         """What follows the colon where the generic tests try the method; None: nothing does."""
         return None

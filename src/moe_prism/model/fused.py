@@ -12,6 +12,7 @@ FLAGS = ("is_concatenated", "is_transposed", "has_bias", "has_gate")
 
 
 def is_fused(module: nn.Module) -> bool:
+    """Whether a module holds its experts as 3-D tensors behind transformers' decorator."""
     if not all(hasattr(module, flag) for flag in FLAGS) or not hasattr(type(module).forward, "__wrapped__"):
         return False
     first = getattr(module, "gate_up_proj" if module.has_gate else "up_proj", None)
@@ -57,12 +58,14 @@ class FusedLayer(MoELayer):
 
     @property
     def gate_bias(self) -> Tensor | None:
+        """[E, f]: the gate half of the bias before the activation."""
         if not (self.layout.has_bias and self.layout.has_gate):
             return None
         return self._half(self.module.gate_up_proj_bias, second=False)  # type: ignore[arg-type]
 
     @property
     def up_bias(self) -> Tensor | None:
+        """[E, f]: the up half of the bias before the activation."""
         if not self.layout.has_bias:
             return None
         if not self.layout.has_gate:

@@ -61,6 +61,7 @@ def load_to_run(source: str | Path, dtype: torch.dtype | None = None) -> Any:
 
 
 def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer beside a model. UsageError where there is none."""
     from transformers import AutoTokenizer
 
     return _guard(AutoTokenizer, source)

@@ -21,6 +21,7 @@ def takes_routing(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
+    """Whether a module is called as experts(hidden, ids, weights) without the decorator."""
     first, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
     tensors = all(isinstance(w, Tensor) and w.ndim == 3 for w in (first, down))
     return tensors and takes_routing(module) and callable(getattr(module, "act_fn", None))
@@ -98,6 +99,7 @@ class PlainLayer(PlainCall, FusedLayer):
 
 
 def is_flat(module: nn.Module) -> bool:
+    """Whether a module holds the rows of all its experts in 2-D tensors."""
     mlp = getattr(module, "mlp", None)
     tensors = all(isinstance(w, Tensor) and w.ndim == 2 for w in (getattr(mlp, name, None) for name in ("w1", "v1", "w2")))
     return tensors and takes_routing(module) and isinstance(getattr(module, "num_experts", None), int)

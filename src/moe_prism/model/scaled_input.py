@@ -19,6 +19,7 @@ from .fused import FusedLayer
 
 
 def is_scaled_input(module: nn.Module) -> bool:
+    """Whether a module is called with rows that are sorted by expert and scaled already."""
     first, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
     tensors = all(isinstance(w, Tensor) and w.ndim == 3 for w in (first, down))
     return tensors and list(inspect.signature(type(module).forward).parameters) == ["self", "hidden_states"]

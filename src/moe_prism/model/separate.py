@@ -14,6 +14,7 @@ from .plain import takes_routing
 
 
 def is_separate(module: nn.Module) -> bool:
+    """Whether a module holds every expert as a module of its own."""
     if not isinstance(module, nn.ModuleDict) or len(module) < 2 or not takes_routing(module):
         return False
     return all(_is_linear(expert, "wi") and _is_linear(expert, "wo") and hasattr(expert, "act") for expert in module.values())

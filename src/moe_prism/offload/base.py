@@ -89,7 +89,8 @@ class Load(NamedTuple):
 @dataclass(frozen=True)
 class Access:
     """The answer to a group: `hits` are resident, `loads` are to be loaded in order, `bypassed` found no room (everything is pinned
-    or needed by the group itself) and are used from a buffer without becoming resident."""
+    or needed by the group itself) and are used from a buffer without becoming resident.
+    """
 
     hits: tuple[Key, ...]
     loads: tuple[Load, ...]

@@ -1,5 +1,6 @@
 """SRP and SCH: how steady a model's routing is over a segment, which is what a cache lives on ("Not All Models Suit Expert
-Offloading", arXiv 2505.16056). Shapes: T tokens, L layers, E experts."""
+Offloading", arXiv 2505.16056). Shapes: T tokens, L layers, E experts.
+"""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ solvers: Registry[Solver] = Registry(
     {
         "alt": ("moe_prism.partition.alt:solve", "alternating balanced assignment, exact swaps, small restarts (default)"),
         "nested": ("moe_prism.partition.nested:solve", "as alt, but charging every number of dropped sub-experts, not one"),
-        "sa": ("moe_prism.partition.sa:solve", "simulated annealing as in the paper, 100,000 swaps"),
-        "greedy": ("moe_prism.partition.greedy:solve", "heavy neurons first, to the lightest sub-expert"),
+        "sa": ("moe_prism.partition.sa:solve", "simulated annealing as in the paper, 100,000 swaps", "arXiv 2510.19366"),
+        "greedy": ("moe_prism.partition.greedy:solve", "heavy neurons first, to the lightest sub-expert", "arXiv 2510.19366"),
         "random": ("moe_prism.partition.random_:solve", "a random balanced partition, the floor"),
     },
 )
@@ -29,10 +29,12 @@ gates: Registry[GateChoice] = Registry(
         "centrality": (
             "moe_prism.partition.gates:centrality",
             "neurons most often active with their neighbours, ranked inside the sub-expert, as in the paper's code",
+            "arXiv 2510.19366",
         ),
         "centrality-expert": (
             "moe_prism.partition.gates:centrality_expert",
             "the same, ranked over the whole expert, as in the paper's text",
+            "arXiv 2510.19366",
         ),
     },
 )
@@ -40,7 +42,7 @@ gates: Registry[GateChoice] = Registry(
 objectives: Registry[Objective] = Registry(
     "objective",
     {
-        "paper": ("moe_prism.partition.objectives:paper", "|activations|, as in the paper (default)"),
+        "paper": ("moe_prism.partition.objectives:paper", "|activations|, as in the paper (default)", "arXiv 2510.19366"),
         "output": ("moe_prism.partition.objectives:output", "activations times the norm of their down-projection column"),
         "router": ("moe_prism.partition.objectives:router", "tokens weighted by their routing weight"),
         "output-router": ("moe_prism.partition.objectives:output_router", "both"),

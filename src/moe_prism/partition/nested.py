@@ -141,7 +141,7 @@ def swap_value(a: Floats, b: Floats, u: Floats, out: Floats, into: Floats, large
 
 @njit(nogil=True, cache=True)
 def worth(a: Floats, b: Floats, u: Floats, mass_t: Floats, members: Ints) -> Floats:
-    """First-order worth of each member to block g over block h: its mass times how often only g is kept, less only h. [members]"""
+    """First-order worth of each member to block g over block h: its mass times how often only g is kept, less only h. [members]."""
     sign = np.zeros(a.shape[0], np.float32)
     for k in range(u.shape[0]):
         for t in range(a.shape[0]):

@@ -30,6 +30,7 @@ class WeightChange:
 
     @classmethod
     def from_json(cls, data: object) -> WeightChange:
+        """The inverse of `to_json`. CorruptError names what is wrong."""
         row = read.mapping(data, "weights", ("change", "settings"))
         settings = read.mapping(row.get("settings", {}), "settings of weights")
         read.check_plain(settings, "settings of weights")
@@ -73,6 +74,7 @@ class RoutingStage:
                 )
 
     def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers."""
         return {
             "stage": self.stage,
             "layers": list(self.layers),
@@ -82,6 +84,7 @@ class RoutingStage:
 
     @classmethod
     def from_json(cls, data: object) -> RoutingStage:
+        """The inverse of `to_json`. CorruptError names what is wrong."""
         where = "routing stage"
         row = read.mapping(data, where, ("stage", "layers", "parameters", "keep_mass"))
         parameters = read.mapping(row.get("parameters", {}), f"parameters of a {where}")
@@ -128,6 +131,7 @@ class SlotRule:
 
     @classmethod
     def from_json(cls, data: object) -> SlotRule:
+        """The inverse of `to_json`. CorruptError names what is wrong."""
         where = "slots"
         row = read.mapping(data, where, tuple(f.name for f in fields(cls)))
         layers = row.get("layers")
@@ -152,6 +156,7 @@ class Decoding:
 
     @classmethod
     def from_json(cls, data: object) -> Decoding:
+        """The inverse of `to_json`. CorruptError names what is wrong."""
         row = read.mapping(data, "decoding", ("method", "settings"))
         settings = read.mapping(row.get("settings", {}), "settings of decoding")
         read.check_plain(settings, "settings of decoding")

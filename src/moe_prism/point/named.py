@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..catalogue import methods
 from ..errors import CorruptError, UsageError
 from ..files import replace_file
 from ..registry import choices
 from . import read
-from .base import OperatingPoint, RoutingStage
+from .base import OperatingPoint, RoutingStage, SlotRule, own_scorer
 
 KIND = "operating point"
 OLD_KIND = "skip plan"
 FRONTIER = "frontier.json"
+RENAMED = {"weight-level": "weight-cutoff", "level": "cutoff"}
+"""Stages and parameters that version 0.1 called otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,26 +57,26 @@ def write_point(path: str | Path, point: NamedPoint) -> None:
 
 def read_points(path: str | Path) -> list[NamedPoint]:
     """All points of a file: a point's own, or a `frontier.json`. UsageError if there is none, CorruptError naming what is wrong."""
-    data = _load(Path(path))
-    if not isinstance(data, dict) or not isinstance(data.get("points"), list):
-        return [NamedPoint.from_json(data, Path(path).stem)]
-    rows = [read.mapping(row, f"points of {Path(path).name}") for row in [*data["points"], *(data.get("baseline_topk") or [])]]
-    found = [
-        NamedPoint(name=read.text(row, "name", "point"), point=OperatingPoint.from_json(row["point"]))
-        for row in rows
-        if row.get("point")
-    ]
-    if not found and rows:
+    found = _points_in(Path(path))
+    if not found:
         raise UsageError(
             f"{path} was written by a version whose points cannot be run", "measure it again with `moe-prism frontier`"
         )
     return found
 
 
+def upgraded(rule: str, budget: float) -> OperatingPoint | None:
+    """What version 0.1 measured under the name of a selection rule, or as plain top-k; None where that does not say how it ran."""
+    own = "whole-experts" if rule == "topk" else methods.own_name(rule)
+    if own not in methods.names("slots") or not 0 < budget <= 1:
+        return None
+    return OperatingPoint(slots=SlotRule(budget=budget, rule=own, scorer=own_scorer(own), compensate=rule != "topk"))
+
+
 def find_point(asked: str, folder: str | Path | None = None) -> NamedPoint:
     """The point of a name in the folder's `frontier.json`, or of a file. UsageError for neither, naming the nearest."""
     measured = None if folder is None else Path(folder) / FRONTIER
-    known = read_points(measured) if measured is not None and measured.is_file() else []
+    known = _points_in(measured) if measured is not None and measured.is_file() else []
     for point in known:
         if point.name == asked:
             return point
@@ -83,11 +86,28 @@ def find_point(asked: str, folder: str | Path | None = None) -> NamedPoint:
         if len(found) != 1:
             raise UsageError(f"{asked} holds {len(found)} operating points", "name one of them, or give a file of one")
         return found[0]
-    if path.suffix or not known:
+    if path.suffix == ".json" or not known:
         raise UsageError(
             f"'{asked}' is no file and no operating point of {measured or 'a folder'}", "measure some with `moe-prism frontier`"
         )
     raise UsageError(f"no operating point '{asked}'", choices(asked, [point.name for point in known]))
+
+
+def _points_in(path: Path) -> list[NamedPoint]:
+    """All points of a file that can be run: none of a frontier whose version did not say how its points do."""
+    data = _load(path)
+    if not isinstance(data, dict) or not isinstance(data.get("points"), list):
+        return [NamedPoint.from_json(data, path.stem)]
+    rows = [read.mapping(row, f"points of {path.name}") for row in [*data["points"], *(data.get("baseline_topk") or [])]]
+    named = [(read.text(row, "name", "point"), _measured(row)) for row in rows]
+    return [NamedPoint(name=name, point=point) for name, point in named if point is not None]
+
+
+def _measured(row: dict[str, Any]) -> OperatingPoint | None:
+    """The point of an entry of `frontier.json`."""
+    if row.get("point") is not None:
+        return OperatingPoint.from_json(row["point"])
+    return upgraded(read.text(row, "rule", "point"), read.number(read.get(row, "budget", "point"), "budget of a point"))
 
 
 def _load(path: Path) -> Any:
@@ -111,10 +131,11 @@ def _skip_plan(row: dict[str, Any], name: str) -> NamedPoint:
     made = dict(read.mapping(row.get("made", {}), f"made of a {OLD_KIND}"))
     if row.get("mean") is not None:
         made["mean"] = read.number(row["mean"], f"mean of a {OLD_KIND}")
+    name_then = read.text(row, "policy", OLD_KIND, "top-n")
     stage = RoutingStage(
-        stage=read.text(row, "policy", OLD_KIND, "top-n"),
+        stage=RENAMED.get(name_then, name_then),
         layers=_counts(read.mapping(row["layers"], f"layers of a {OLD_KIND}")),
-        parameters={key: read.rows(value, f"parameter '{key}' of a {OLD_KIND}") for key, value in parameters.items()},
+        parameters={RENAMED.get(key, key): read.rows(value, f"parameter '{key}' of a {OLD_KIND}") for key, value in parameters.items()},
         keep_mass=read.flag(row.get("keep_mass"), f"keep_mass of a {OLD_KIND}"),
     )
     return NamedPoint(name=name, point=OperatingPoint(routing=(stage,)), made=made)

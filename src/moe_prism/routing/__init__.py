@@ -24,6 +24,7 @@ routing_stages: Registry[type[Stage]] = Registry(
         "batch-redistribution": (
             "moe_prism.routing.batch:BatchRedistribution",
             "n experts per token on average over the batch, spent on its largest weights (Alloc-MoE)",
+            "arXiv 2604.08133",
         ),
     },
 )

@@ -14,13 +14,22 @@ policies: Registry[Callable[..., Policy]] = Registry(
     "policy",
     {
         "elastic": ("moe_prism.schedule.elastic:ElasticPolicy", "mixed batches, deadlines first, then quality (default)"),
-        "prism": ("moe_prism.schedule.prism:Prism", "the paper: virtual queues per level, best predicted tokens per second"),
+        "prism": (
+            "moe_prism.schedule.prism:Prism",
+            "the paper: virtual queues per level, best predicted tokens per second",
+            "arXiv 2510.19366",
+        ),
         "edf": (
             "moe_prism.schedule.edf:Edf",
             "the paper's released code: earliest deadline first, a gate on raising the batch K",
+            "arXiv 2510.19366",
         ),
         "fifo": ("moe_prism.schedule.fifo:Fifo", "order of arrival, the batch at its highest floor"),
-        "full-batch": ("moe_prism.schedule.full_batch:FullBatch", "waits for a full batch and runs it to its end"),
+        "full-batch": (
+            "moe_prism.schedule.full_batch:FullBatch",
+            "waits for a full batch and runs it to its end",
+            "arXiv 2510.19366",
+        ),
     },
 )
 """name -> class; build one as `policies.get(name)(ladder, cost, **options)`."""

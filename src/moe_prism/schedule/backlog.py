@@ -27,6 +27,7 @@ class Queue:
         return len(self.timely) + len(self.late)
 
     def add(self, start_by: float, order: int, progress: Progress) -> None:
+        """Put a request in its place."""
         place = bisect_left(self.timely, (start_by, order))
         self.timely.insert(place, (start_by, order, progress))
         if self._columns is not None:
@@ -50,6 +51,7 @@ class Queue:
         self._columns = None
 
     def pop(self, late: bool) -> Progress:
+        """Take a request out."""
         if late:
             progress = self.late.popleft()[2]
             self.late_tokens -= progress.job.prompt

@@ -17,6 +17,7 @@ def ceiling(job: Job, ladder: Ladder) -> int:
 
 
 def is_decode(progress: Progress) -> bool:
+    """Whether a request has its whole prompt in the cache."""
     return progress.computed >= progress.job.prompt
 
 

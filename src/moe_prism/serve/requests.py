@@ -55,7 +55,8 @@ Sink = Callable[[Event], None]
 
 class Track(Progress):
     """A Progress that the engine advances in place: a policy sees every request every step, and a copy of each would cost more than
-    the policy itself. Policies treat it as the frozen Progress it is declared to be."""
+    the policy itself. Policies treat it as the frozen Progress it is declared to be.
+    """
 
     def advance(self, **changes: Any) -> None:
         """Set fields; `computed` and the like are read-only to everybody else."""

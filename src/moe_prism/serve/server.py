@@ -53,6 +53,7 @@ def serve(folder: Path, options: ServeOptions) -> None:
 
 
 def check_folder(folder: Path) -> None:
+    """UsageError for a folder that cannot be served, before anything is loaded."""
     if not folder.is_dir():
         raise UsageError(f"there is no folder '{folder}'", "give the folder written by `moe-prism refactor`")
     if not (folder / "prism.json").is_file():
@@ -77,6 +78,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def need_packages() -> None:
+    """UsageError where the libraries of `moe-prism[serve]` are missing."""
     try:
         import fastapi
         import prometheus_client
@@ -153,7 +155,7 @@ def make_server(app: Any, door: Door, config: Config, engine: Backend) -> Any:
 
         async def _drain(self) -> None:
             until = time.monotonic() + config.bounds.drain_seconds
-            while door.requests and time.monotonic() < until:
+            while door.requests and time.monotonic() < until:  # noqa: ASYNC110 - places are counted, there is no event to wait for
                 await asyncio.sleep(0.02)
             await asyncio.sleep(0.05)  # the last bytes
             self.should_exit = True

@@ -161,7 +161,8 @@ def decide(index: Ints, wide: Flags, sure: Flags, cheap: Flags, slot: Ints, valu
 
 def _affordable(store: ExpertStore, index: Tensor, values: Tensor, already: int, seconds: float) -> Tensor:
     """The most valuable of the open slots (values [T, k, N], below 0 where a slot is not open) whose records can be read in a layer's
-    share of a step, after `already` others."""
+    share of a step, after `already` others.
+    """
     space, price = store.space, store.price
     open_ = values >= 0
     room = int(seconds / space.layers / price) - already if price else open_.numel()

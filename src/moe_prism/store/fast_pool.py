@@ -89,6 +89,7 @@ class Residency(NamedTuple):
 
     @classmethod
     def new(cls, capacity: int, of: range, ranking: Ranking) -> Residency:
+        """An empty pool."""
         count = len(of)
         rank = np.full(count, -np.inf if ranking.kind == BY_AGED_COUNT else 0.0)
         flags = np.zeros(count, bool), np.zeros(count, bool)
@@ -96,7 +97,7 @@ class Residency(NamedTuple):
         return cls(of.start, capacity, np.full(count, -1, np.int64), rank, np.zeros(count, np.int64), *flags, *numbers)
 
 
-class Asked(NamedTuple):
+class AskedKeys(NamedTuple):
     """One call: keys in order of importance, and when they are asked for."""
 
     keys: Ints
@@ -106,7 +107,7 @@ class Asked(NamedTuple):
 
 
 @njit(nogil=True, cache=True)
-def serve(asked: Asked, pool: Residency, places: SlotTable, ranking: Ranking) -> tuple[Ints, Ints, Ints]:
+def serve(asked: AskedKeys, pool: Residency, places: SlotTable, ranking: Ranking) -> tuple[Ints, Ints, Ints]:
     """(keys to load, the victim of each or NOBODY, keys without room); the pool and the slots are changed at once."""
     keys, used, counts = asked.keys, pool.used, pool.counts
     # What is pinned, of this very group or, for a prefetch, expected never leaves. `stuck` counts those of them that are in the pool. A key
@@ -160,7 +161,7 @@ def serve(asked: Asked, pool: Residency, places: SlotTable, ranking: Ranking) ->
 
 
 @njit(nogil=True, cache=True)
-def note_hits(asked: Asked, pool: Residency, ranking: Ranking) -> None:
+def note_hits(asked: AskedKeys, pool: Residency, ranking: Ranking) -> None:
     """A request begins. All its hits count as used before the first miss looks for a victim, as in `Pool`."""
     pool.expected[:] = False
     pool.counts[REQUESTED] += len(asked.keys)
@@ -217,7 +218,7 @@ class TablePool(ExpertCache):
 
     def serve(self, keys: Ints, now: Moment, ahead: bool = False) -> tuple[Ints, Ints, Ints]:
         """`serve` on this pool."""
-        return serve(Asked(keys, now.step, now.layer, ahead), self._pool, self.slots, self._ranking)  # type: ignore[no-any-return]
+        return serve(AskedKeys(keys, now.step, now.layer, ahead), self._pool, self.slots, self._ranking)  # type: ignore[no-any-return]
 
     def _access(self, keys: Sequence[Key], now: Moment, ahead: bool) -> Access:
         hits = tuple(k for k in keys if k in self)
@@ -282,6 +283,7 @@ class TablePool(ExpertCache):
 
     @property
     def counts(self) -> CacheCounts:
+        """What was asked, found and loaded so far."""
         named = dict(zip(NAMES, self._pool.counts.tolist(), strict=True))
         sizes = {"requested_bytes": "requested", "hit_bytes": "hits", "missed_bytes": "misses", "prefetched_bytes": "prefetched"}
         return CacheCounts(**named, **{name: named[same] for name, same in sizes.items()})

@@ -19,6 +19,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def padded(size: int) -> int:
+    """Bytes rounded up to whole pages."""
     return -(-size // ALIGN) * ALIGN
 
 

@@ -33,7 +33,8 @@ class StoreOptions:
     """memory: bytes for experts and what predicts them; file: the packed file, default `experts.pack`
     in the model's folder; policy, settings: who is evicted, default `pools.policy_for`; parts: records per expert (1 = whole experts),
     default the model's sub-experts; misses: what is not read, or in int8 form; ahead: records to read ahead of a layer; reader: a test's
-    own."""
+    own.
+    """
 
     memory: int
     file: Path | None = None

@@ -92,6 +92,7 @@ class WorkerJob:
 
     @property
     def done(self) -> bool:
+        """Whether all its records have arrived."""
         if not self.over and self.reader.is_done(self.number):
             self.reader.collect(self)
         return self.over

@@ -12,5 +12,6 @@ __all__ = ["Criterion", "KeptExperts", "LayerSubject", "PruneRequest", "choose",
 criteria: View[type[Criterion]] = methods.only("weights", "prune criterion")
 
 protections: Registry[Protection] = Registry(
-    "protection", {"super-experts": ("moe_prism.compress.prune.protect:super_experts", "experts with outlier outputs (O-07)")}
+    "protection",
+    {"super-experts": ("moe_prism.compress.prune.protect:super_experts", "experts with outlier outputs", "arXiv 2507.23279")},
 )

@@ -51,6 +51,7 @@ class Stored:
 
     @classmethod
     def of(cls, plan: LayerParts) -> Stored:
+        """The weights of a layer as they lie now; found once, and again after they have moved."""
         layer, key = plan.layer, plan.layer.storage()
         if plan.stored is None or plan.stored.key != key:
             rows = [w.detach() for w in (layer.gate, layer.up, layer.down.transpose(1, 2)) if w is not None]
@@ -114,13 +115,20 @@ class SlotGroups(NamedTuple):
                 first, begin = at, end
 
 
-def dot(
-    x: Tensor, groups: SlotGroups, span: Span, parts: Sequence[MatrixPart], block: int, columns: int, out: Tensor, target: Tensor
-) -> None:
-    """out[target[s], part.column + j * part.step] = x[row[s]] . matrix[expert, n * block + part.start + j * part.jump], j < columns.
+class Columns(NamedTuple):
+    """Columns of a product: `each` of every part, and how many rows of a matrix one sub-expert takes up."""
+
+    parts: Sequence[MatrixPart]
+    block: int
+    each: int
+
+
+def dot(x: Tensor, groups: SlotGroups, span: Span, wanted: Columns, out: Tensor, target: Tensor) -> None:
+    """out[target[s], part.column + j * part.step] = x[row[s]] . matrix[expert, n * block + part.start + j * part.jump], j < each.
 
     For the slots s of a span (target counts from its first one). x [T, d], out [*, *]: float32, contiguous rows.
     """
+    parts, block, columns = wanted
     values = [x.data_ptr(), x.stride(0), x.shape[1], out.data_ptr(), out.stride(0), groups.row.data_ptr()]
     values += [target.data_ptr() - 8 * span.begin, groups.offset.data_ptr(), groups.active.data_ptr(), span.first, span.last]
     values += [groups.n_sub, columns, len(parts)]

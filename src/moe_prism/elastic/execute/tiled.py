@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..base import LayerParts
-from .batch_products import SlotGroups, Span, add, dot, usable
+from .batch_products import Columns, SlotGroups, Span, add, dot, usable
 
 PIECE = 1 << 20  # pre-activations computed before they are used, so that they are still in the cache then
 
@@ -30,7 +30,7 @@ def tiled(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tens
     for span in groups.spans(PIECE // width):
         slots = span.end - span.begin
         pre = torch.empty(slots, width)
-        dot(x, asked, span, stored.first, m, m, pre, torch.arange(slots))
+        dot(x, asked, span, Columns(stored.first, m, m), pre, torch.arange(slots))
         if layer.up_bias is not None:
             pre += _biases(plan, groups, span)
         a = layer.activate_joined(pre).mul_(factor[span.begin : span.end])

@@ -17,10 +17,10 @@ below are reasoned, not tuned.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -51,6 +51,7 @@ class Tile:
     columns: int
     warps: int
     stages: int
+    atomic: bool = False  # whether sums are added up by atomic additions
 
 
 SMALL = Tile(rows=16, neurons=32, columns=64, warps=4, stages=4)
@@ -63,7 +64,7 @@ def deterministic(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, ke
     """x [T, d], index [T, k], weight [T, k], keep [T, k, N] bool -> [T, d]; the sum of `execute.reference`."""
     if refusal(plan, x):
         return grouped(plan, x, index, weight, keep)
-    return _run(plan, x, index, weight, keep, FIXED, atomic=False)
+    return _run(plan, x, index, weight, keep, FIXED)
 
 
 def atomic(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ def atomic(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Ten
         return grouped(plan, x, index, weight, keep)
     load = index.numel() / plan.layer.num_experts
     tile = next((tile for most, tile in BY_LOAD if load <= most), LARGE)
-    return _run(plan, x, index, weight, keep, tile, atomic=True)
+    return _run(plan, x, index, weight, keep, replace(tile, atomic=True))
 
 
 def refusal(plan: LayerParts, x: Tensor) -> str | None:
@@ -124,44 +125,61 @@ def _kernels() -> Any:
     return triton_kernels
 
 
-def _run(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor, tile: Tile, *, atomic: bool) -> Tensor:
+def _run(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor, tile: Tile) -> Tensor:
     tokens, hidden = x.shape
     slots = keep.numel()
     if not slots:
         return torch.zeros_like(x)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        tiles = align(index, keep, plan.layer.num_experts, tile.rows)
+        launch = Launch(plan, keep, align(index, keep, plan.layer.num_experts, tile.rows), tile)
         a = x.new_empty(slots, plan.block)
-        _gate_up(plan, x, a, keep, tiles, tile)
-        if atomic:
+        _gate_up(launch, x, a)
+        if tile.atomic:
             out = x.new_zeros(tokens, hidden, dtype=torch.float32)
-            _down(plan, a, weight, out, keep, tiles, tile, atomic=True)
+            _down(launch, a, weight, out)
             return out.to(x.dtype)
         rows = x.new_empty(slots, hidden, dtype=torch.float32)
-        _down(plan, a, weight, rows, keep, tiles, tile, atomic=False)
+        _down(launch, a, weight, rows)
         return _combine(rows, keep, torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
-def _gate_up(plan: LayerParts, x: Tensor, a: Tensor, keep: Tensor, tiles: Tiles, tile: Tile) -> None:
-    layer, columns = plan.layer, _side(tile.neurons, plan.block)
-    gate = layer.gate
+class Launch(NamedTuple):
+    """What both kernels of a layer are started with."""
+
+    plan: LayerParts
+    keep: Tensor
+    tiles: Tiles
+    tile: Tile
+
+    @property
+    def list(self) -> tuple[Tensor, ...]:
+        return self.tiles.slots, self.tiles.group, self.tiles.first, self.tiles.end
+
+    def constants(self) -> dict[str, int]:
+        return {
+            "BLOCK": self.plan.block, "N_SUB": self.plan.n_sub, "PER_TOKEN": self.keep[0].numel(),
+            "ROWS": self.tile.rows, "num_warps": self.tile.warps, "num_stages": self.tile.stages,
+        }  # fmt: skip
+
+
+def _gate_up(launch: Launch, x: Tensor, a: Tensor) -> None:
+    plan, layer = launch.plan, launch.plan.layer
+    gate, columns = layer.gate, _side(launch.tile.neurons, plan.block)
     assert gate is not None
-    _kernels().gate_up[len(tiles.group) * -(-plan.block // columns),](
-        x, gate, layer.up, a, *_list(tiles), *x.stride(), *gate.stride(),
+    _kernels().gate_up[len(launch.tiles.group) * -(-plan.block // columns),](
+        x, gate, layer.up, a, *launch.list, *x.stride(), *gate.stride(),
         D=layer.hidden, ACT=activation(layer), COLUMNS=columns, DEPTH=_side(LINE // x.element_size(), layer.hidden),
-        **_common(plan, keep, tile),
+        **launch.constants(),
     )  # fmt: skip
 
 
-def _down(
-    plan: LayerParts, a: Tensor, weight: Tensor, out: Tensor, keep: Tensor, tiles: Tiles, tile: Tile, *, atomic: bool
-) -> None:
-    layer = plan.layer
-    columns = _side(tile.columns, layer.hidden)
-    _kernels().down[len(tiles.group) * -(-layer.hidden // columns),](
-        a, layer.down, weight.reshape(-1), out, *_list(tiles), *layer.down.stride(),
-        D=layer.hidden, ATOMIC=atomic, COLUMNS=columns, DEPTH=_side(LINE // a.element_size(), plan.block),
-        **_common(plan, keep, tile),
+def _down(launch: Launch, a: Tensor, weight: Tensor, out: Tensor) -> None:
+    plan, layer = launch.plan, launch.plan.layer
+    columns = _side(launch.tile.columns, layer.hidden)
+    _kernels().down[len(launch.tiles.group) * -(-layer.hidden // columns),](
+        a, layer.down, weight.reshape(-1), out, *launch.list, *layer.down.stride(),
+        D=layer.hidden, ATOMIC=launch.tile.atomic, COLUMNS=columns, DEPTH=_side(LINE // a.element_size(), plan.block),
+        **launch.constants(),
     )  # fmt: skip
 
 
@@ -171,17 +189,6 @@ def _combine(rows: Tensor, keep: Tensor, out: Tensor) -> Tensor:
     kept = keep.contiguous().view(torch.uint8)
     _kernels().combine[grid,](rows, kept, out, D=out.shape[1], PER_TOKEN=keep[0].numel(), COLUMNS=columns)
     return out
-
-
-def _list(tiles: Tiles) -> tuple[Tensor, ...]:
-    return tiles.slots, tiles.group, tiles.first, tiles.end
-
-
-def _common(plan: LayerParts, keep: Tensor, tile: Tile) -> dict[str, int]:
-    return {
-        "BLOCK": plan.block, "N_SUB": plan.n_sub, "PER_TOKEN": keep[0].numel(),
-        "ROWS": tile.rows, "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
 
 
 def _side(most: int, size: int) -> int:

@@ -13,7 +13,8 @@ from .top_slots import top_slots
 
 def counts(k_slots: int, k: int, n_sub: int) -> list[int]:
     """Sub-experts per rank. The published lists ([4,4,4,3,1,0,0,0] for 16 of 32) are whole experts, then N-1 and 1; other K end in
-    the remainder."""
+    the remainder.
+    """
     whole, rest = divmod(k_slots, n_sub)
     row = [n_sub] * whole + ([rest] if rest else [])
     if not rest and 0 < whole < k and n_sub > 1:
@@ -23,6 +24,8 @@ def counts(k_slots: int, k: int, n_sub: int) -> list[int]:
 
 class Pattern(Rule):
     """Ranks by routing weight, blocks inside an expert by the scorer."""
+
+    paper = "arXiv 2510.19366"
 
     def keep(self, slots: Slots, budget: Tensor) -> Tensor:
         t, k = slots.weight.shape

@@ -11,6 +11,7 @@ from .top_slots import top_slots
 class WholeExperts(Rule):
     """At K = N k' this is plain top-k' of the source model, without renormalising the weights of what is left."""
 
+    paper = "arXiv 2510.19366"
     needs_norms = False
 
     def keep(self, slots: Slots, budget: Tensor) -> Tensor:

@@ -14,7 +14,11 @@ scorers: Registry[type[Scorer]] = Registry(
             "moe_prism.elastic.scorers.low_rank:LowRankScorer",
             "the same from a few shared projections of the input: fewer weights per expert, less exact; fitted on request",
         ),
-        "gates": ("moe_prism.elastic.scorers.gates:GateScores", "the paper's proxy: mean |activation| of the gate neurons"),
+        "gates": (
+            "moe_prism.elastic.scorers.gates:GateScores",
+            "the paper's proxy: mean |activation| of the gate neurons",
+            "arXiv 2510.19366",
+        ),
         "oracle": ("moe_prism.elastic.scorers.oracle:Oracle", "true output norms: costs the full layer, for analysis only"),
     },
 )

@@ -122,12 +122,12 @@ class Ridge(Scorer):
     def _tiled(self, x: Tensor, index: Tensor, stored: Stored) -> Tensor:
         """By the compiled jobs: predictor rows and gate neurons are columns of one product, grouped by expert."""
         from ...kernels.selection import Norms, predicted_norms
-        from ..execute.batch_products import SlotGroups, dot
+        from ..execute.batch_products import Columns, SlotGroups, dot
 
         n, r, layer, parts = self.plan.n_sub, self.plan.gates, self.plan.layer, self._parts(stored)
         groups = SlotGroups.of(index, torch.ones(*index.shape, 1, dtype=torch.bool), layer.num_experts)
         products = torch.empty(index.numel(), n + len(stored.first) * n * r)
-        dot(x if x.stride(1) == 1 else x.contiguous(), groups, groups.all, parts, 0, n, products, groups.choice)
+        dot(x if x.stride(1) == 1 else x.contiguous(), groups, groups.all, Columns(parts, 0, n), products, groups.choice)
         gates = layer.activate_joined(products[:, n:]) if r else products[:, n:]
         norms = torch.empty(*index.shape, n)
         scale, weight = self.scale.flatten(1).numpy(), self.weight.numpy()

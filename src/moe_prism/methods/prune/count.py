@@ -11,6 +11,7 @@ from ...errors import UsageError
 class HardCount(Criterion):
     """A_i = number of tokens that chose expert i."""
 
+    paper = "arXiv 2404.05089"
     needs = ("counts",)
 
     def scores(self, subject: LayerSubject) -> Tensor:
@@ -20,6 +21,7 @@ class HardCount(Criterion):
 class SoftCount(Criterion):
     """S_i = router probability of expert i summed over all tokens, chosen or not (see `calibrate.scores`)."""
 
+    paper = "arXiv 2404.05089"
     needs = ("scores",)
 
     def scores(self, subject: LayerSubject) -> Tensor:
@@ -32,6 +34,7 @@ class SoftCount(Criterion):
 class SoftSelected(Criterion):
     """The same over the tokens that chose expert i only: the sum of its routing weights."""
 
+    paper = "arXiv 2404.05089"
     needs = ("counts",)
 
     def scores(self, subject: LayerSubject) -> Tensor:

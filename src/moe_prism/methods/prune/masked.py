@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from torch import Tensor
 
@@ -14,13 +15,12 @@ from ...compress.prune.change import PruneChange
 from ...compress.prune.choose import keep_counts
 from ...errors import UsageError
 from ...model.router import find_routers
-from ...options.prune import PruneOptions
+from ...options.prune import Allocation, PruneOptions
 from ...point import NamedPoint, OperatingPoint
 from ..base import Method, Subject
 from .select import Curve, check_options, loss_curves, rank, request_of, spend
 
 FRACTIONS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
-ALLOCATIONS = ("layer", "global", "measured")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class PruneParameters:
     """criterion: what ranks the experts; allocation: `layer` the same number everywhere, `global` one ranking, `measured` by loss."""
 
     criterion: str = "easy-ep"
-    allocation: str = "layer"
+    allocation: Allocation = "layer"
 
 
 class Prune(Method):
@@ -42,10 +42,14 @@ class Prune(Method):
     parameters: PruneParameters
 
     @classmethod
+    def written(cls, name: str) -> str:
+        return f"{name}:CRITERION-ALLOCATION"
+
+    @classmethod
     def read_argument(cls, name: str, text: str | None) -> PruneParameters:
         """A wrong name is told before anything is measured."""
         text = text or PruneParameters.criterion
-        for allocation in ALLOCATIONS:
+        for allocation in get_args(Allocation):
             if text.endswith(f"-{allocation}") and text.removesuffix(f"-{allocation}") in criteria.names():
                 return PruneParameters(criterion=text.removesuffix(f"-{allocation}"), allocation=allocation)
         criteria.get(text)  # names the legal ones
@@ -57,7 +61,7 @@ class Prune(Method):
         routers = find_routers(subject.model, layers)
         needs = {"counts", *criteria.get(criterion).needs}
         statistics = self._statistics(subject, tuple(sorted(needs)))
-        options = PruneOptions(criterion=criterion, allocation=allocation)  # type: ignore[arg-type]
+        options = PruneOptions(criterion=criterion, allocation=allocation)
         check_options(options)
         scores, shields = rank(layers, statistics, options, subject.k)
         groups = [router.groups for router in routers]

@@ -16,6 +16,7 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
 class GateNorm(Criterion):
     """REAP (arXiv 2510.13999): mean of g‖o‖ over routed tokens."""
 
+    paper = "arXiv 2510.13999"
     needs = ("outputs",)
 
     def scores(self, subject: LayerSubject) -> Tensor:
@@ -26,6 +27,7 @@ class GateNorm(Criterion):
 class ActivationNorm(Criterion):
     """MAN (arXiv 2606.15716): mean of ‖o‖ over routed tokens, whatever weight the router gave."""
 
+    paper = "arXiv 2606.15716"
     needs = ("outputs",)
 
     def scores(self, subject: LayerSubject) -> Tensor:
@@ -36,6 +38,7 @@ class ActivationNorm(Criterion):
 class EasyEp(Criterion):
     """EASY-EP (arXiv 2504.06792): sum of max(0, 1 - cos(h, h + y)) g‖o‖, h the residual stream, y the layer's routed output."""
 
+    paper = "arXiv 2504.06792"
     needs = ("outputs",)
 
     def scores(self, subject: LayerSubject) -> Tensor:

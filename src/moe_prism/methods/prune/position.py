@@ -15,6 +15,7 @@ def _ids(subject: LayerSubject) -> Tensor:
 class Odd(Criterion):
     """1, 3, 5, ... first, counted from 0; the lower id first among them. Keeping less or more than half is well defined too."""
 
+    paper = "arXiv 2505.03531"
     is_blind = True
 
     def scores(self, subject: LayerSubject) -> Tensor:
@@ -24,6 +25,7 @@ class Odd(Criterion):
 class Even(Criterion):
     """0, 2, 4, ... first."""
 
+    paper = "arXiv 2505.03531"
     is_blind = True
 
     def scores(self, subject: LayerSubject) -> Tensor:
@@ -33,6 +35,7 @@ class Even(Criterion):
 class FirstHalf(Criterion):
     """The lowest ids."""
 
+    paper = "arXiv 2505.03531"
     is_blind = True
 
     def scores(self, subject: LayerSubject) -> Tensor:
@@ -42,6 +45,7 @@ class FirstHalf(Criterion):
 class LastHalf(Criterion):
     """The highest ids."""
 
+    paper = "arXiv 2505.03531"
     is_blind = True
 
     def scores(self, subject: LayerSubject) -> Tensor:

@@ -11,6 +11,7 @@ from ...compress.prune.base import Criterion, LayerSubject
 class RandomDraw(Criterion):
     """Every layer draws for itself; the draws of all kept fractions are nested."""
 
+    paper = "arXiv 2505.03531"
     is_blind = True
 
     def scores(self, subject: LayerSubject) -> Tensor:

@@ -100,4 +100,5 @@ def all_experts(subject: Subject) -> tuple[int, ...]:
 
 
 def calibration_facts(subject: Subject) -> dict[str, Any]:
+    """How much text a stage was fitted on."""
     return {"calibration_tokens": subject.calibration.numel()}

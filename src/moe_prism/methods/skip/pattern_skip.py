@@ -13,7 +13,10 @@ from .base import Fitted, SkipMethod, fitted_counts, given
 
 @dataclass(frozen=True, kw_only=True)
 class PatternParameters:
-    """shape: b-h-e-p, or descending, ascending, peak, valley. rounding, index_over: of b-h-e-p, how it rounds and counts its layers."""
+    """shape: b-h-e-p, or descending, ascending, peak, valley. rounding: of b-h-e-p, what becomes of half an expert.
+
+    index_over: of b-h-e-p, whether its layers are the MoE layers or all.
+    """
 
     shape: str = "descending"
     rounding: Rounding = "half-up"

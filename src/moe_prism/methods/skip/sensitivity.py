@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ...errors import UsageError
 from ...frontier.allocation import exact
@@ -13,14 +13,14 @@ from ..base import Subject
 from .base import Fitted, SkipMethod, calibration_facts, fitted_counts, given
 from .profile import profile, refine
 
-VARIANTS = ("together", "alone", "isolated")
+Variant = Literal["together", "alone", "isolated"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivityParameters:
     """variant: `together` improves the whole plan; `alone` stops before that; `isolated` profiles each layer with all later ones at one."""
 
-    variant: str = "together"
+    variant: Variant = "together"
 
 
 class Sensitivity(SkipMethod):
@@ -38,7 +38,7 @@ class Sensitivity(SkipMethod):
 
     def fit(self, subject: Subject, mean: float | None) -> Fitted:
         variant = self.parameters.variant
-        if variant not in VARIANTS:
+        if variant not in get_args(Variant):
             raise UsageError(
                 f"method 'sensitivity' has no variant '{variant}'", "write sensitivity, sensitivity:alone or sensitivity:isolated"
             )

@@ -60,6 +60,7 @@ class Hobbit(Ranked):
         self._important[key] += weight >= self._high
 
     def worth(self, key: Key, now: Moment) -> float:
+        """The weighted priority of a resident key."""
         steps = max(1, now.step - self._begin + 1)
         recent = (self._last[key] - self._begin + 1) / steps if key in self._last else 0.0
         ahead = (self.space.layer(key) - now.layer) % self.space.layers / self.space.layers

@@ -99,6 +99,7 @@ class Pool(ExpertCache):
         self._pinned.update(keys)
 
     def unpin(self, keys: Iterable[Key]) -> None:
+        """Take back one `pin` of each key."""
         for key in keys:
             if self._pinned[key] <= 1:
                 del self._pinned[key]

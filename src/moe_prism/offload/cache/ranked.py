@@ -56,6 +56,6 @@ class Aged:
         return self._log2.get(key, -math.inf)
 
     def log2(self, key: Key, step: int, floor: float) -> float:
-        """log2(count at `step` + floor)."""
+        """The binary logarithm of the count at `step` plus the floor."""
         old = self._log2.get(key)
         return math.log2(floor if old is None else 2.0 ** (old - step / self.half_life) + floor)

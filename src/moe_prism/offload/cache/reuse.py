@@ -47,6 +47,7 @@ class Reuse(Ranked):
             each.add(key, now.step)
 
     def worth(self, key: Key, now: Moment) -> float:
+        """The expected use of a resident key in the coming steps."""
         layer = self.space.layer(key)
         c = self._coefficients[layer]
         scores = self._hints.get(layer)

@@ -11,11 +11,20 @@ predictors: Registry[type[Predictor]] = Registry(
         "gate": (
             "moe_prism.offload.predict.gate:CrossLayerGate",
             "the layer's router on the input one layer before (training-free)",
+            "arXiv 2502.12224",
         ),
         "learned-gate": ("moe_prism.offload.predict.learned_gate:LearnedGate", "the same, fitted in closed form (ours)"),
-        "dictionary": ("moe_prism.offload.predict.dictionary:Dictionary", "from the experts of the two layers before"),
+        "dictionary": (
+            "moe_prism.offload.predict.dictionary:Dictionary",
+            "from the experts of the two layers before",
+            "arXiv 2308.14352",
+        ),
         "token": ("moe_prism.offload.predict.token_table:TokenTable", "from the token id"),
-        "path": ("moe_prism.offload.predict.path:Path", "a small network of the last token ids, all layers at once"),
+        "path": (
+            "moe_prism.offload.predict.path:Path",
+            "a small network of the last token ids, all layers at once",
+            "arXiv 2410.17954",
+        ),
         "frequency": ("moe_prism.offload.predict.frequency:Frequency", "the most used experts of the layer"),
     },
 )

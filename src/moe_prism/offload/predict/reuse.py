@@ -24,6 +24,7 @@ class ReusePredictor:
 
     @classmethod
     def fit(cls, trace: Trace, space: KeySpace) -> Self:
+        """Learn the mix from the routing of a trace."""
         inputs, _ = need_inputs(trace)
         fitted = [ridge(inputs[:, i], coming(chosen(trace, i), DECAY), RIDGE) for i in range(space.layers)]
         return cls(np.stack(fitted).astype(np.float32))

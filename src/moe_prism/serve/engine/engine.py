@@ -232,6 +232,7 @@ class Engine:
     # ---- the engine's thread
 
     def connect(self, processor: ContinuousBatchProcessor) -> None:
+        """Give the scheduler of a new batch processor what it works with."""
         scheduler: PolicyScheduler = processor.scheduler
         scheduler.connect(
             Connection(

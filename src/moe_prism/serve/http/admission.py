@@ -21,6 +21,7 @@ class Place:
     left: bool = field(default=False)
 
     def leave(self) -> None:
+        """Give the place back; once, however often it is called."""
         if not self.left:
             self.left = True
             self.door.requests -= self.requests
@@ -29,7 +30,8 @@ class Place:
 
 class Door:
     """Counts sequences that are in the house, waiting or running. Only touched from the event loop, so a check and its reservation
-    cannot be separated."""
+    cannot be separated.
+    """
 
     def __init__(self, config: Config, rate: float, refused: Callable[[str], None]) -> None:
         """rate: prompt tokens per second that this machine can prefill; refused: told the reason of every refusal."""
@@ -54,7 +56,8 @@ class Door:
 
     def enter(self, requests: int, tokens: int, kind: RequestClass) -> Place:
         """Reserve, or refuse: with 503, or with 400 where waiting would not help. Classes behind the first leave a share of the queue
-        to it."""
+        to it.
+        """
         share = 1.0 if kind.priority <= self._first else 1.0 - self.config.bounds.reserved
         if self.draining:
             raise self._refuse("draining", "the server is shutting down", 5)

@@ -40,6 +40,8 @@ def completion_logprobs(tokenizer: Any, entries: Sequence[TokenLogprob], offset:
 
 
 def chat_logprobs(tokenizer: Any, entries: Sequence[TokenLogprob], count: int) -> dict[str, Any]:
+    """The form of chat answers: one entry per token."""
+
     def entry(token: int, logprob: float | None) -> dict[str, Any]:
         text = token_text(tokenizer, token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

@@ -13,6 +13,8 @@ MAX_TOKENS = 1 << 20
 
 
 class StreamOptions(BaseModel):
+    """What a stream ends with."""
+
     include_usage: StrictBool = False
 
 
@@ -73,7 +75,7 @@ class Common(BaseModel):
 
 
 class CompletionRequest(Common):
-    """POST /v1/completions"""
+    """POST /v1/completions."""
 
     prompt: (
         Text
@@ -97,11 +99,15 @@ class CompletionRequest(Common):
 
 
 class ContentPart(BaseModel):
+    """A part of a message. Text only."""
+
     type: Literal["text"]
     text: Text
 
 
 class Message(BaseModel):
+    """A message of a chat."""
+
     role: str = Field(min_length=1, max_length=32)
     content: Text | Annotated[list[ContentPart], Field(max_length=64)] | None = None
 
@@ -112,7 +118,7 @@ class Message(BaseModel):
 
 
 class ChatRequest(Common):
-    """POST /v1/chat/completions"""
+    """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=1024)
     max_tokens: StrictInt | None = Field(default=None, ge=1, le=MAX_TOKENS)
@@ -122,6 +128,8 @@ class ChatRequest(Common):
 
 
 class ErrorBody(BaseModel):
+    """What went wrong, in OpenAI's form."""
+
     message: str
     type: str
     param: str | None = None
@@ -144,6 +152,7 @@ class Refusal(Exception):
         self.status, self.message, self.code, self.param, self.retry = status, message, code, param, retry
 
     def body(self) -> dict[str, Any]:
+        """The answer's JSON, in OpenAI's form."""
         kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
             self.status, "invalid_request_error" if self.status < 500 else "server_error"
         )

@@ -83,7 +83,7 @@ class Answer:
 
 
 async def completions(service: Service, door: Door, http: Request, body: CompletionRequest) -> Response:
-    """POST /v1/completions"""
+    """POST /v1/completions."""
     prompts = await service.encode(body.prompts())
     if body.echo and body.stream:
         raise Refusal(400, "echo cannot be streamed", param="echo")
@@ -91,7 +91,7 @@ async def completions(service: Service, door: Door, http: Request, body: Complet
 
 
 async def chat(service: Service, door: Door, http: Request, body: ChatRequest) -> Response:
-    """POST /v1/chat/completions"""
+    """POST /v1/chat/completions."""
     template = getattr(service.tokenizer, "chat_template", None)
     if not template:
         raise Refusal(400, f"'{service.name}' has no chat template; use /v1/completions", code="no_chat_template")
@@ -244,7 +244,8 @@ def _choice(answer: Answer, strand: Strand, piece: Piece, prompt: Sequence[Token
 
 class _Events(StreamingResponse):
     """Gives everything back whichever way the response ends, before its first event too. A generator that is left alone is closed by the
-    garbage collector, at a time of its own."""
+    garbage collector, at a time of its own.
+    """
 
     def __init__(self, answer: Answer, headers: dict[str, str]) -> None:
         self._answer, self._events = answer, _stream(answer)

@@ -24,7 +24,8 @@ from .protocol import Common, Refusal
 
 class Mail:
     """Carries events from the engine's thread to the event loop, one wake-up for all that come together. An engine in another process
-    speaks on the event loop itself. Made on that loop."""
+    speaks on the event loop itself. Made on that loop.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -34,6 +35,7 @@ class Mail:
         self._called = False
 
     def post(self, queue: asyncio.Queue[Event], event: Event) -> None:
+        """Leave an event for the event loop; from any thread."""
         if threading.get_ident() == self._home:
             queue.put_nowait(event)
             return

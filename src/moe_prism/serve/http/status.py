@@ -36,6 +36,7 @@ class Second:
     busy: float = 0.0  # seconds spent in steps
 
     def add(self, step: Tally, ladder: Ladder) -> None:
+        """Count a step into this second."""
         new = step.tokens
         if new:
             quality, slots = ladder.mean(step.levels)

@@ -43,6 +43,8 @@ class Submit(NamedTuple):
 
 
 class Cancel(NamedTuple):
+    """Drop a request."""
+
     id: str
 
 

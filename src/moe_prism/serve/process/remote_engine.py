@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 class RemoteEngine(asyncio.Protocol):
     """A Backend. The event loop itself reads and writes the socket, so that no thread competes with it for the interpreter, and a process
-    that does not read never makes it wait."""
+    that does not read never makes it wait.
+    """
 
     def __init__(self, process: EngineProcess, facts: Facts) -> None:
         self._process = process

@@ -120,7 +120,7 @@ class PackedElastic(Elastic):
         k: int,
     ) -> None:
         """weights: name and weights of every layer; sides: its side tensors. UsageError if the shapes do not fit together."""
-        self.executors = {i: Packed(own) for i, (_, own) in enumerate(weights)}
+        self.executors: dict[int, Packed] = {}
         self._k = k
         plans = []
         for i, ((name, own), side) in enumerate(zip(weights, sides, strict=True)):
@@ -129,6 +129,7 @@ class PackedElastic(Elastic):
             if "levels" not in side or tuple(side["ridge"].shape) != (experts, n_sub, hidden + n_sub * gates + 1):
                 raise UsageError("prism.safetensors does not belong to these weights", "refactor the model again")
             plans.append(LayerParts(own.gate_neurons(name, i, n_sub, gates), n_sub, gates, side))
+            self.executors[i] = Packed(own)
         super().__init__(model, plans)
 
     def executor_of(self, plan: LayerParts) -> Executor:

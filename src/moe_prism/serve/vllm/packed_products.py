@@ -113,7 +113,8 @@ def add_job(job: int) -> None:
 
 class PackedGroups(NamedTuple):
     """Slots sorted by sub-expert, then token. row (token), choice (token * k + choice) and slot (0..S-1) [S] int64;
-    offset [E N + 1]; active: groups that have slots."""
+    offset [E N + 1]; active: groups that have slots.
+    """
 
     row: Tensor
     choice: Tensor

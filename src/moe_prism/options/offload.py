@@ -1,0 +1,26 @@
+"""What a forecast of offloading is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .base import Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadOptions(Options):
+    """How fast a token must come, over which link, and what is replayed to find out. budgets: of the ways that are compared; no flag."""
+
+    target_ms: float | None = option(
+        None, "Milliseconds a token may take; the largest budget within it is chosen. Default: no limit.", above=0
+    )
+    link: str | None = option(
+        None,
+        "Bytes per second of what the experts will be read over, for example 500MB, if that is slower than the disk they are on now.",
+    )
+    expert_file: Path | None = option(
+        None, "Where the experts are packed, written on first use; default experts.pack in the folder."
+    )
+    tokens: int = option(1280, "Of the text that is replayed, in whole requests of 160.", least=1)
+    budgets: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)

@@ -188,7 +188,7 @@ def test_bad_budgets(fails, elastic_tiny, budget):
     [
         (("--rule", "best"), "product"),
         (("--prompt", ""), "prompt is empty"),
-        (("--max-tokens", "0"), "max_tokens 0"),
+        (("--max-tokens", "0"), "--max-tokens 0"),
         (("--max-tokens", "100000"), "context limit"),
         (("--temperature", "-1"), "temperature -1"),
     ],
@@ -202,7 +202,7 @@ def test_bad_options_of_generate(fails, elastic_tiny, options, names):
     ("options", "names"),
     [
         (("--compare", "best"), "product"),
-        (("--compare", ""), "product"),
+        (("--compare", ""), "--compare is empty"),
         (("--text", "missing.txt"), "does not exist"),
         (("--tokens", "10"), "--tokens 10"),
     ],
@@ -293,7 +293,7 @@ def test_bad_commands(fails, arguments):
         (("--budget", "nan"), "budget nan"),
         (("--rule", "treshold"), "did you mean 'threshold'?"),
         (("--temperature", "nan"), "temperature nan"),
-        (("--max-tokens", "0"), "max_tokens 0"),
+        (("--max-tokens", "0"), "--max-tokens 0"),
         (("--seed", "-1"), "seed -1"),
         (("--seed", str(10**30)), "seed 1000"),
         (("--expert-memory", "5MB", "--budget", "0.5", "--miss-floor", "0.8"), "not below --budget 0.5"),

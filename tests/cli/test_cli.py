@@ -27,7 +27,7 @@ COMMANDS = (
     "recover",
     "skip",
     "frontier",
-    "plan",
+    "forecast",
     "generate",
     "serve",
     "bench",

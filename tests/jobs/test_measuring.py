@@ -21,5 +21,5 @@ def test_a_counting_rule_is_measured_at_every_count():
 
 
 def test_one_point_is_no_curve():
-    with pytest.raises(UsageError, match="no curve"):
+    with pytest.raises(UsageError, match="--per-method 1 is too small"):
         FrontierOptions(per_method=1).check()

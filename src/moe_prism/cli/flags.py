@@ -71,7 +71,7 @@ def _name(declared: Field[Any]) -> str:
 def _parameter(flag: str, kind: Any, declared: Field[Any], own: dict[str, str]) -> inspect.Parameter:
     default: Any = declared.default if declared.default_factory is MISSING else declared.default_factory()
     if _is_list(kind):
-        kind, default = str, ",".join(map(str, default)) or declared.metadata.get("empty", "")
+        kind, default = str | None, ",".join(map(str, default)) or declared.metadata.get("empty")
     elif "unit" in declared.metadata:
         kind = str | None
     names = [flag_of(declared), *declared.metadata.get("short", ())]
@@ -96,6 +96,8 @@ def _filled(kind: type[Options], given: dict[str, Any], wanted: tuple[str, ...] 
 def _read(declared: Field[Any], kind: Any, given: Any) -> Any:
     """The field's value from what was given for its flag."""
     if _is_list(kind):
+        if given is None:
+            return get_origin(kind)()
         return get_origin(kind)(_entries(declared, get_args(kind)[0], given))
     if "unit" in declared.metadata and given is not None:
         return quantity(flag_of(declared), given, declared.metadata["unit"])
@@ -103,8 +105,13 @@ def _read(declared: Field[Any], kind: Any, given: Any) -> Any:
 
 
 def _entries(declared: Field[Any], kind: type, text: str) -> list[Any]:
-    if text == declared.metadata.get("empty", ""):
+    default = declared.default if declared.default_factory is MISSING else declared.default_factory()
+    if text == declared.metadata.get("empty"):
         return []
+    if not text.strip(", "):
+        if default:  # "" says that not even the default is wanted
+            return []
+        raise UsageError(f"{flag_of(declared)} is empty", "name something, or leave it out")
     try:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError as error:

@@ -57,7 +57,8 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     windows = evaluation_windows(opened, options)
     subject = subject_of(opened, options, report)
     tagged = [(m.name, point) for m in asked for point in _points(m, subject)]
-    tagged += [(GIVEN, point) for point in named if not point.point.is_full]
+    made = {point.name: point.point for _, point in tagged}  # what a method makes again is measured once
+    tagged += [(GIVEN, p) for p in named if not p.point.is_full and made.get(p.name) != p.point]
     if not any(point.point.is_full for _, point in tagged):
         tagged.append(
             (tagged[0][0] if tagged else GIVEN, NamedPoint(name="full", point=FULL))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import numpy as np
@@ -28,6 +29,9 @@ class Driver:
 
     def now(self, layer: int) -> Moment:
         self.clock += 1
+        return self.moment(layer)
+
+    def moment(self, layer: int) -> Moment:
         return Moment(self.clock, self.clock // SPACE.layers, layer)
 
     def request(self, layer: int, experts: list[int]) -> None:
@@ -73,9 +77,16 @@ class Driver:
         assert counts.prefetch_used + counts.prefetch_wasted + len(pool._ahead) == counts.prefetched
         assert sum(map(self.size_of, pool.resident)) == pool.capacity - pool.room <= pool.capacity
         assert counts.requested_bytes == counts.hit_bytes + counts.missed_bytes
-        policy = pool.policy
-        known = policy.resident if hasattr(policy, "resident") else {**policy.t1, **policy.t2}
-        assert set(known) == pool.resident
+        assert self.given_up() == pool.resident
+
+    def given_up(self) -> set[int]:
+        """The keys that the policy knows, by its contract alone: it is asked for victims until every key is blocked."""
+        policy, blocked = copy.deepcopy(self.pool.policy), set()
+        for _ in self.pool.resident:
+            victim = policy.victim(blocked, self.moment(0))
+            assert victim not in blocked
+            blocked.add(victim)
+        return blocked
 
 
 def machine(name: str, sizes: bool):

@@ -73,16 +73,16 @@ class Seeing(SkipStage):
     def keeps_all(self, variant, layer, k):
         return False
 
-    def ranked_keep(self, ranked, order, routed, which):
+    @staticmethod
+    def rank_by(routed):
         stream = routed.residual()
-        self.seen.append((routed.x.clone(), stream.clone()))
-        large = stream[:, 0] > 0
-        keep = torch.ones_like(ranked, dtype=torch.bool)
-        keep[:, 1:] &= large[:, None]
-        return keep
+        Seeing.seen.append((routed.x.clone(), stream.clone()))
+        return routed.weight.float().abs() + (stream[:, :1] > 0)  # weights are below 1
 
     def kept(self, ranked, layer, which):
-        raise AssertionError("ranked_keep decides")
+        keep = ranked >= 1
+        keep[:, 0] = True
+        return keep
 
 
 OWN = {"wider": Wider, "extras": ZeroCopyConstant, "carrying": Carrying, "seeing": Seeing}

@@ -106,6 +106,7 @@ class Scorer(ABC):
 class Rule(ABC):
     """Decides which candidate slots are kept."""
 
+    acts: ClassVar[str] = "slots"
     paper: ClassVar[str] = ""
     """Where it comes from; empty: our own."""
     needs_norms = True

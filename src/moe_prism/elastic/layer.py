@@ -79,7 +79,7 @@ class ElasticLayer:
         its own.
         """
         bound, which = step.bound, step.which
-        routed = self._routed(x, index, weight, self.elastic.carried if state is None else state)
+        routed = self.routed(x, index, weight, self.elastic.carried if state is None else state)
         if isinstance(which, Tensor) and which.numel() != len(x):
             raise UsageError(f"{which.numel()} operating points for {len(x)} tokens", "give one per token of the flattened batch")
         if isinstance(which, int):
@@ -157,7 +157,8 @@ class ElasticLayer:
             self.counter.add_extra(routed.index - routed.first_extra, experts.parameters)
         return experts(routed.x, routed.index, routed.weight, routed.first_extra)
 
-    def _routed(self, x: Tensor, index: Tensor, weight: Tensor, state: dict[str, Tensor]) -> Routed:
+    def routed(self, x: Tensor, index: Tensor, weight: Tensor, state: dict[str, Tensor]) -> Routed:
+        """The router's choice [T, k] for x [T, d], as routing stages see it. state: what they carry on."""
         return Routed(
             x, index, weight, self.index, self.plan.layer.num_experts,
             self.plan.layer.num_experts + len(self.plan.layer.extra or ()),

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..model.base import ExpertsFn
+from ..routing import Routed
+from ..routing.base import SkipStage
 from .host import Host
 from .layer import ElasticLayer
 
@@ -15,22 +18,29 @@ PROBE_TOKENS = 16
 CONSTANT = 1e-2  # relative spread of a token's sum of weights up to which the router normalises them; wide enough for bfloat16
 
 
-def _observer(layer: ElasticLayer, found: list[Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+RankBy = Callable[[Routed], Tensor]
+"""A number [T, k] for every expert that the router chose; see `SkipStage.rank_by`."""
+
+
+def _observer(layer: ElasticLayer, rank_by: RankBy, found: list[Tensor]) -> ExpertsFn:
     def run(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         valid = index.clamp(0, layer.plan.layer.num_experts - 1) == index
-        found.append(weight.detach().float().abs().masked_fill(~valid, -1.0).cpu())
+        found.append(rank_by(layer.routed(x, index, weight, {})).detach().masked_fill(~valid, -1.0).cpu())
         return layer(x, index, weight)
 
     return run
 
 
 @contextmanager
-def recorded(elastic: Host) -> Iterator[list[list[Tensor]]]:
-    """Record the |routing weights| [T, k] of every layer of what runs inside the block; -1 where there is no expert."""
+def recorded(elastic: Host, rank_by: RankBy = SkipStage.rank_by) -> Iterator[list[list[Tensor]]]:
+    """Record what experts are ranked by [T, k], in every layer of what runs inside the block; -1 where there is no expert.
+
+    By default that is the |routing weight|.
+    """
     found: list[list[Tensor]] = [[] for _ in elastic.layers]
     try:
         for layer, rows in zip(elastic.layers, found, strict=True):
-            layer.plan.layer.install(_observer(layer, rows))
+            layer.plan.layer.install(_observer(layer, rank_by, rows))
         yield found
     finally:
         for layer in elastic.layers:

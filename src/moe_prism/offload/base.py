@@ -64,7 +64,10 @@ class CachePolicy(ABC):
 
     @abstractmethod
     def victim(self, blocked: Container[Key], now: Moment) -> Key:
-        """The resident key to evict, not in `blocked`; there is at least one."""
+        """The resident key to evict, not in `blocked`; there is at least one, and any of them may be the only one.
+
+        The pool does evict it, so state may change on the way.
+        """
 
     def hint(self, layer: int, scores: Sequence[float], now: Moment) -> None:  # noqa: B027
         """Scores [E] of one layer's experts, larger = needed sooner: a router's probabilities, or a prediction."""

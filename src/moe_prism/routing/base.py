@@ -85,6 +85,8 @@ class Stage(ABC):
 
     neutral_values: ClassVar[Mapping[str, float]] = {}
     """The parameters it reads, and the value of each up to which nothing is changed by it."""
+    neutral_from: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that change nothing from their neutral value on, instead of up to it."""
     paper: ClassVar[str] = ""
     """Where it comes from; empty: our own."""
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -141,9 +143,12 @@ class Stage(ABC):
 
     def keeps_all(self, variant: int, layer: int, k: int) -> bool:
         """Whether a variant changes nothing in a layer: it keeps k, and every parameter is neutral."""
-        own = self.neutral_values.items()
-        neutral = all(max(self.column(name).of_plan(variant, layer)) <= value for name, value in own)
+        neutral = all(self._does_nothing(name, self.column(name).of_plan(variant, layer)) for name in self.neutral_values)
         return neutral and self.counts.of_plan(variant, layer)[0] >= k
+
+    def _does_nothing(self, name: str, values: Sequence[float]) -> bool:
+        value = self.neutral_values[name]
+        return min(values) >= value if name in self.neutral_from else max(values) <= value
 
     @classmethod
     def neutral(cls, name: str, layers: int, k: int) -> RoutingStage:
@@ -167,23 +172,23 @@ class SkipStage(Stage):
 
     @abstractmethod
     def kept(self, ranked: Tensor, layer: int, which: PlanIndex) -> Tensor:
-        """keep [T, k] bool, from a token's routing weights ranked [T, k], largest first; -1 where the router chose no expert.
+        """keep [T, k] bool, from what a token's experts are ranked by [T, k], largest first; -1 where the router chose no expert.
 
         The first is always kept; a token whose variant `keeps_all` keeps everything.
         """
 
-    def ranked_keep(self, ranked: Tensor, order: Tensor, routed: Routed, which: PlanIndex) -> Tensor:
-        """`kept`; a stage that looks at more than the weights overrides this. order [T, k]: places of the ranks in routed.index."""
-        return self.kept(ranked, routed.layer, which)
+    @staticmethod
+    def rank_by(routed: Routed) -> Tensor:
+        """What experts are ranked by [T, k] (float32, none negative). Here: the size of their routing weights."""
+        return routed.weight.float().abs()
 
     def route(self, routed: Routed, which: PlanIndex) -> Routed:
-        """Skipped experts get id -1 and weight 0. Ranks are by |weight|, equal ones in the router's order."""
+        """Skipped experts get id -1 and weight 0. Equal ranks are in the router's order."""
         index, weight = routed.index, routed.weight
         chosen = index >= 0
-        size = weight.float().abs()
-        ranked, order = size.masked_fill(~chosen, -1.0).sort(dim=1, descending=True, stable=True)
-        keep = torch.zeros_like(chosen).scatter_(1, order, self.ranked_keep(ranked, order, routed, which)) & chosen
-        left = self._weights(weight, size.masked_fill(~chosen, 0.0), keep)
+        ranked, order = self.rank_by(routed).masked_fill(~chosen, -1.0).sort(dim=1, descending=True, stable=True)
+        keep = torch.zeros_like(chosen).scatter_(1, order, self.kept(ranked, routed.layer, which)) & chosen
+        left = self._weights(weight, weight.float().abs().masked_fill(~chosen, 0.0), keep)
         return replace(routed, index=index.masked_fill(~keep, -1), weight=left)
 
     def _weights(self, weight: Tensor, size: Tensor, keep: Tensor) -> Tensor:
@@ -209,7 +214,7 @@ def fit_dial(mean_at: Callable[[float], float], mean: float, *, steps: int = 40)
 
 
 def mean_kept(stage: SkipStage, samples: Sequence[Tensor]) -> float:
-    """Experts per token and layer that a stage of one variant keeps of routing weights [S, k] per layer, largest first."""
+    """Experts per token and layer that a stage of one variant keeps of what it ranks by, [S, k] per layer, largest first."""
     share = [stage.kept(ranked, layer, 0).sum(1).double().mean() for layer, ranked in enumerate(samples)]
     return float(torch.stack(share).mean())
 

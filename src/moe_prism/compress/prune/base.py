@@ -37,6 +37,7 @@ class LayerSubject:
 class Criterion(ABC):
     """Ranks the experts of a layer. The same file serves per-layer and global allocation, mask mode and removal."""
 
+    acts: ClassVar[str] = "weights"
     paper: ClassVar[str] = ""
     """Where it comes from; empty: our own."""
 

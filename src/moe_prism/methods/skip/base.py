@@ -84,7 +84,7 @@ def fitted_counts(stage: RoutingStage, facts: Mapping[str, Any] | None = None) -
 
 def fitted_tokens(subject: Subject, stage: RoutingStage, made: type[SkipStage]) -> Fitted:
     """Of a stage that decides by token: its mean on the calibration text."""
-    return Fitted(stage, mean_kept(made([stage]), samples(subject)), calibration_facts(subject))
+    return Fitted(stage, mean_kept(made([stage]), samples(subject, made)), calibration_facts(subject))
 
 
 def given(name: str, mean: float | None) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...elastic.observe import ranked, recorded
 from ...frontier.measure import LOGIT_ROWS, measure
 from ...point import OperatingPoint, RoutingStage
+from ...routing.base import SkipStage
 from ..base import Subject
 
 Counts = tuple[int, ...]
@@ -87,15 +88,17 @@ def _moved(counts: Counts, up: int | None, down: int | None) -> Counts:
 
 
 @torch.no_grad()
-def samples(subject: Subject) -> list[Tensor]:
-    """Routing weights [S, k] of every layer over the calibration windows, largest first."""
-    if "routing weights" not in subject.cache:
+def samples(subject: Subject, stage: type[SkipStage] = SkipStage) -> list[Tensor]:
+    """What a stage ranks experts by, [S, k] of every layer over the calibration windows, largest first; by default routing weights."""
+    rank_by = stage.rank_by
+    key = f"samples of {rank_by.__module__}.{rank_by.__qualname__}"
+    if key not in subject.cache:
         ids = subject.calibration
-        with subject.elastic.at(subject.elastic.full_step), recorded(subject.elastic) as weights:
+        with subject.elastic.at(subject.elastic.full_step), recorded(subject.elastic, rank_by) as found:
             for rows in torch.split(ids, 4):
                 subject.model(input_ids=rows.to(subject.model.device), use_cache=False, logits_to_keep=1)
-        subject.cache["routing weights"] = ranked(weights)
-    return subject.cache["routing weights"]  # type: ignore[no-any-return]
+        subject.cache[key] = ranked(found)
+    return subject.cache[key]  # type: ignore[no-any-return]
 
 
 def own_rule(subject: Subject) -> bool:

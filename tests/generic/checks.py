@@ -1,0 +1,181 @@
+"""What every method of the catalogue must do, whatever it is: checks that can be called for a name, registered or about to be.
+
+Neutral is exact; JSON round trip; the same KL when run again from frontier.json; alone = in a mixed batch; cost equals what was read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_prism.artefact.open import Opened, open_model
+from moe_prism.catalogue import methods
+from moe_prism.compress.changes import change_of
+from moe_prism.compress.prune import Criterion
+from moe_prism.elastic import Rule
+from moe_prism.elastic.bind import Step, bind
+from moe_prism.frontier.cost import measured_cost
+from moe_prism.jobs.frontier import evaluation_windows, measure_frontier, subject_of
+from moe_prism.methods.find import PRUNE, method
+from moe_prism.options.frontier import FrontierOptions
+from moe_prism.point import FULL, NamedPoint, OperatingPoint, RoutingStage, SlotRule
+from moe_prism.routing import stage_class
+
+from .operations import counted, distinct_rows, expected
+
+OPTIONS: dict[str, Any] = {"tokens": 256, "length": 32, "calibration_tokens": 256, "per_method": 3}
+
+
+@dataclass
+class Bench:
+    """A refactored model that is tried on, and a text. `points` makes a method's points once."""
+
+    folder: Path
+    text: Path
+    opened: Opened = field(init=False)
+    known: dict[str, list[NamedPoint]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        self.opened = open_model(self.folder)
+        self.subject = subject_of(self.opened, self.options())
+
+    def options(self, **more: Any) -> FrontierOptions:
+        return FrontierOptions(text=str(self.text), **OPTIONS, **more)
+
+    def points(self, asked: str) -> list[NamedPoint]:
+        if asked not in self.known:
+            self.known[asked] = list(method(asked).points(self.subject))
+        return self.known[asked]
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor, step: Step | Sequence[OperatingPoint]) -> torch.Tensor:
+        with self.opened.elastic.at(step):
+            return self.opened.model(input_ids=ids).logits
+
+
+Check = Callable[[Bench, str], None]
+"""Of a bench and what a user writes to try the method."""
+
+
+def asked_for(name: str) -> str:
+    """What a user writes to try a method of the catalogue."""
+    found = methods.get(name)
+    if issubclass(found, Criterion):
+        return f"{PRUNE}:{name}"
+    text = None if issubclass(found, Rule) else found.example()
+    return name if text is None else f"{name}:{text}"
+
+
+def checks_of(name: str) -> list[Check]:
+    """All that a method of the catalogue must pass; `runs_again_from_its_file` beside them, which takes many at once."""
+    found = methods.get(name)
+    if issubclass(found, Criterion):
+        return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were]
+    checks: list[Check] = [has_points_that_survive_json, changes_the_output, costs_what_it_reads]
+    if not getattr(found, "depends_on_batch", False):
+        checks.append(is_the_same_alone_and_beside_any_other)
+    if issubclass(found, Rule):
+        checks.append(is_exact_when_it_keeps_all)
+    elif found.stage is not None:
+        checks.append(is_exact_at_its_neutral_values)
+    return checks
+
+
+def has_points_that_survive_json(bench: Bench, asked: str) -> None:
+    points = bench.points(asked)
+    assert points and len({p.name for p in points}) == len(points)
+    for named in points:
+        assert OperatingPoint.from_json(named.point.to_json()) == named.point
+        assert named.point != FULL or named.point.is_full
+
+
+def changes_the_output(bench: Bench, asked: str) -> None:
+    """A point is full, or it does something: a stage that takes its own values for neutral ones would never be called."""
+    ids = distinct_rows(bench.opened.model, 24)
+    full = bench.logits(ids, [FULL])
+    changed = [not torch.equal(bench.logits(ids, [named.point]), full) for named in bench.points(asked)]
+    assert any(changed)
+
+
+def is_exact_when_it_keeps_all(bench: Bench, asked: str) -> None:
+    """Of a rule, by the long way too."""
+    ids, elastic = distinct_rows(bench.opened.model, 24), bench.opened.elastic
+    source = bench.logits(ids, [FULL])
+    elastic.always_split = True
+    try:
+        found = bench.logits(ids, [OperatingPoint(slots=SlotRule(budget=1.0, rule=asked))])
+    finally:
+        elastic.always_split = False
+    torch.testing.assert_close(found, source, rtol=1e-5, atol=1e-5 * float(source.abs().max()))
+
+
+def is_exact_at_its_neutral_values(bench: Bench, asked: str) -> None:
+    """Of a routing stage, by its name."""
+    elastic = bench.opened.elastic
+    neutral = stage_class(asked).neutral(asked, len(elastic.layers), elastic.k)
+    assert RoutingStage.from_json(neutral.to_json()) == neutral
+    ids = distinct_rows(bench.opened.model, 24)
+    assert torch.equal(bench.logits(ids, [OperatingPoint(routing=(neutral,))]), bench.logits(ids, [FULL]))
+
+
+def is_the_same_alone_and_beside_any_other(bench: Bench, asked: str) -> None:
+    """Beside points of other methods too, all rows of one batch."""
+    mine = [bench.points(asked)[0].point, bench.points(asked)[-1].point]
+    others = [FULL, FULL.with_budget(0.5), bench.points("uniform")[-1].point, bench.points("product")[0].point]
+    every = [*mine, *others]
+    ids = distinct_rows(bench.opened.model, 24 * len(every)).view(len(every), 24)
+    which = torch.arange(len(every)).repeat_interleave(24)
+    mixed = bench.logits(ids, Step(bind(bench.opened.elastic, every), which))
+    for row, point in enumerate(every):
+        alone = bench.logits(ids[row : row + 1], [point])[0]
+        torch.testing.assert_close(mixed[row], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()))
+        assert torch.equal(mixed[row].argmax(-1), alone.argmax(-1))
+
+
+@torch.no_grad()
+def costs_what_it_reads(bench: Bench, asked: str) -> None:
+    """Per token, and of the batch together: bytes to the last one, FLOPs two per weight."""
+    elastic, tokens = bench.opened.elastic, 48
+    ids = distinct_rows(bench.opened.model, tokens)
+    for named in (bench.points(asked)[0], bench.points(asked)[-1]):
+        step = Step(bind(elastic, [named.point]))
+        with elastic.at(step), counted(elastic) as found:
+            elastic.reset_counters()
+            bench.opened.model(input_ids=ids)
+            cost = measured_cost(elastic, step)
+        per_token, distinct = expected(elastic, tokens, found)
+        assert cost.active_expert_bytes == pytest.approx(per_token, rel=1e-12)
+        assert cost.distinct_expert_bytes == pytest.approx(distinct, rel=1e-12)
+        assert cost.flops_per_token == pytest.approx(2 * per_token / elastic.stored_bytes_per_weight, rel=1e-12)
+
+
+def changes_weights_and_leaves_them_as_they_were(bench: Bench, asked: str) -> None:
+    """Of a pruning criterion: inside the block the model is another one, after it the very same."""
+    ids = distinct_rows(bench.opened.model, 24)
+    before = bench.logits(ids, [FULL])
+    for named in bench.points(asked):
+        change = change_of(named.point.weights)
+        assert change.part() == named.point.weights and 0 < change.resident_share < 1
+        assert not torch.equal(bench.logits(ids, [named.point]), before)
+        assert torch.equal(bench.logits(ids, [FULL]), before)
+
+
+def runs_again_from_its_file(bench: Bench, asked: Sequence[str], file: Path) -> None:
+    """Methods on one frontier, written to the file, read and measured again: the same KL to 1e-9, the same bytes."""
+    options = bench.options(methods=tuple(asked))
+    first = measure_frontier(bench.folder, options)
+    first.save(file)
+    again = measure_frontier(bench.folder, bench.options(given=(str(file),)))
+    known = {p.name: p for p in [*again.points, *again.baseline_topk]}
+    assert {p.name for p in first.points if not p.point.is_full} <= set(known)
+    for p in [*first.points, *first.baseline_topk]:
+        if not p.point.is_full:
+            assert known[p.name].kl == pytest.approx(p.kl, abs=1e-9)
+            assert known[p.name].active_expert_bytes == pytest.approx(p.active_expert_bytes, rel=1e-12)
+    assert evaluation_windows(bench.opened, options).tokens >= 256

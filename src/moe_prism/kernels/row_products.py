@@ -31,7 +31,8 @@ def alike(expert: Ints, s: int) -> int:
 def dots(x: Floats, row: Ints, expert: Ints, last: int, table: Ints, columns: int, order: Ints, out: Floats, like: Any) -> None:
     """out[s, column + j * step] = x[row[s]] . (row j of the expert's weights), j < columns, for every part in `table`.
 
-    table: of `decode_products.table_of`. Neighbours with the same expert share its weights, as many as a tile has rows. Ids of experts are clamped to 0..last.
+    table: of `decode_products.table_of`. Neighbours with the same expert share its weights, as many as a tile has rows. Ids of experts
+    are clamped to 0..last.
     order: 0, 1, ..., at least S of them; rows of x and out contiguous, d a multiple of LANES.
     like: `decode_products.like_of` the weights' dtype.
     """

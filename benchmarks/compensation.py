@@ -48,7 +48,7 @@ def alternate(extra: Compensator, tokens: int, repeats: int, g: torch.Generator)
         extra(x, index, extra.weights(index, weight, keep), keep)
 
     def kept() -> None:
-        grouped(extra.plan, x, index, weight, keep)
+        grouped(extra.parts, x, index, weight, keep)
 
     times = [[seconds(run) for run in (compensation, kept)] for _ in range(repeats + 1)][1:]
     return [statistics.median(column) for column in zip(*times, strict=True)]

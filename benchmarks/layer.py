@@ -27,7 +27,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 from moe_prism.elastic import attach
 from moe_prism.elastic.bind import Step, bind
 from moe_prism.elastic.layer import ElasticLayer
-from moe_prism.elastic.rules.threshold import fit_levels
+from moe_prism.elastic.rules.threshold import fit_cutoffs
 from moe_prism.elastic.runtime import Elastic
 from moe_prism.model import find_layers
 from moe_prism.point import FULL
@@ -77,7 +77,7 @@ def set_levels(layer: ElasticLayer, inputs: tuple[torch.Tensor, ...]) -> None:
     """Levels of the rule `threshold`, from the values of one batch."""
     x, index, weight = inputs
     values = (weight[:, :, None] * layer.scorer("ridge")(x, index)).float().flatten().cpu()
-    layer.plan.tensors["levels"] = fit_levels(values, torch.ones_like(values))
+    layer.parts.tensors["cutoffs"] = fit_cutoffs(values, torch.ones_like(values))
 
 
 def fastest(runs: list[Callable[[], Any]], repeats: int, clock: Callable[[], float]) -> list[float]:
@@ -106,7 +106,7 @@ class Work:
     @classmethod
     def of(cls, layer: ElasticLayer, inputs: tuple[torch.Tensor, ...], step: Step) -> Work:
         x, index, weight = inputs
-        plan = layer.plan
+        plan = layer.parts
         keep = layer.kept(step, x, index, weight)
         blocks = (index[:, :, None] * plan.n_sub + torch.arange(plan.n_sub, device=index.device))[keep]
         weights = 3 * plan.block * plan.layer.hidden
@@ -134,7 +134,7 @@ def measure(
     def select() -> None:
         layer.kept(steps["0.50"], *inputs)
 
-    runs = [lambda: layer.plan.layer.native(*inputs), select, *map(elastic_run, steps.values())]
+    runs = [lambda: layer.parts.layer.native(*inputs), select, *map(elastic_run, steps.values())]
     stock, selection, *seconds = fastest(runs, repeats, clock)
     whole = Work.of(layer, inputs, steps["1.00"])
     rows = []

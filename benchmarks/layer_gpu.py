@@ -72,7 +72,7 @@ def measure(name: str, tokens: int, holder: Any, elastic: Elastic, repeats: int)
     index = torch.rand(tokens, experts, device="cuda").topk(k, dim=1).indices
     weight = torch.rand(tokens, k, device="cuda", dtype=torch.bfloat16) / k
     budget = torch.full((tokens,), BUDGETS[0], device="cuda")
-    graphs = {"stock": capture(lambda: layer.plan.layer.native(x, index, weight))}
+    graphs = {"stock": capture(lambda: layer.parts.layer.native(x, index, weight))}
     with operating_point(holder, budget, rule="product"):
         step = elastic.step
         for way in WAYS:

@@ -256,7 +256,7 @@ def pack_for(folder: Path, path: Path, low: bool) -> None:
 
 
 def expert_bytes(folder: Path, model: Any) -> int:
-    layers = [layer.plan.layer for layer in model._moe_prism.layers]
+    layers = [layer.parts.layer for layer in model._moe_prism.layers]
     return sum(e.num_experts * e.parameters_per_expert() for e in layers) * int(read_manifest(folder)["bytes_per_weight"])
 
 

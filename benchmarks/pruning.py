@@ -46,7 +46,7 @@ class Bench:
         self.model = load_model(args.model, torch.float32)
         tokenizer = load_tokenizer(args.model)
         self.elastic = attach(self.model, 1)
-        self.layers = [layer.plan.layer for layer in self.elastic.layers]
+        self.layers = [layer.parts.layer for layer in self.elastic.layers]
         self.groups = [router.groups for router in find_routers(self.model, self.layers)]
         self.per_token = experts_per_token(self.model, self.layers[0])
         windows = partial(token_windows, tokenizer, args.text, length=args.length)
@@ -59,7 +59,7 @@ class Bench:
         work = Pass(self.model, self.layers, Settings(COLLECTORS, capacity=self.args.sample, seed=seed))
         work.run(self.pool[order[: max(1, self.args.calibration_tokens // self.args.length)]])
         for layer in self.elastic.layers:
-            layer.plan.layer.install(layer)
+            layer.parts.layer.install(layer)
         return work.statistics()
 
     def kl(self, plans: list[Any]) -> list[float]:

@@ -36,7 +36,7 @@ from moe_prism.checkpoint import read_manifest
 from moe_prism.data import token_windows
 from moe_prism.elastic import Elastic
 from moe_prism.elastic.layer import ElasticLayer
-from moe_prism.elastic.rules.threshold import fit_levels, pool_levels
+from moe_prism.elastic.rules.threshold import fit_cutoffs, pool_cutoffs
 from moe_prism.elastic.runtime import slots_per_token
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
@@ -104,7 +104,7 @@ def chosen(found: Variants, only: str | None) -> Variants:
 def use_levels(elastic: Elastic, statistics: Statistics, sensitivity: Sequence[float] | None, scorer: str) -> None:
     """Give the threshold rule levels fitted to another scorer's values, as refactoring does for the default one."""
     levels = [_own_levels(layer, mine, scorer) for layer, mine in zip(elastic.layers, statistics.layers, strict=True)]
-    for layer, level in zip(elastic.layers, pool_levels(levels, list(sensitivity)) if sensitivity else levels, strict=True):
+    for layer, level in zip(elastic.layers, pool_cutoffs(levels, list(sensitivity)) if sensitivity else levels, strict=True):
         layer.rule("threshold").levels = level
 
 
@@ -116,7 +116,7 @@ def _own_levels(layer: ElasticLayer, statistics: Any, scorer: str) -> torch.Tens
             norms = layer.scorer(scorer)(x, torch.full((kept, 1), e))[:, 0]
             values.append((weight.abs()[:, None] * norms).flatten())
             importance.append(torch.full_like(values[-1], float(statistics.values["counts"]["count"][e]) / kept))
-    return fit_levels(torch.cat(values), torch.cat(importance))
+    return fit_cutoffs(torch.cat(values), torch.cat(importance))
 
 
 @torch.no_grad()
@@ -132,24 +132,24 @@ def judge(elastic: Elastic, model: Any, ids: torch.Tensor, scorer: str) -> dict[
             ranks.append(float(spearmanr(true.flatten(), guess.flatten()).statistic))
             reads.append(_reads(layer, scorer, index.shape[1]))
             pairs = [
-                (_seconds(layer.scorer(scorer), x, index), _seconds(layer.plan.layer.native, x, index, weight))
+                (_seconds(layer.scorer(scorer), x, index), _seconds(layer.parts.layer.native, x, index, weight))
                 for _ in range(REPEATS)
             ]
             times.append(min(a for a, _ in pairs) / min(b for _, b in pairs))
-            return layer.plan.layer.stock(x, index, weight)
+            return layer.parts.layer.stock(x, index, weight)
 
         return experts
 
     for layer in elastic.layers:
-        layer.plan.layer.install(watch(layer))
+        layer.parts.layer.install(watch(layer))
     model(input_ids=ids, use_cache=False)
     for layer in elastic.layers:
-        layer.plan.layer.install(layer)
+        layer.parts.layer.install(layer)
     return {name: sum(found) / len(found) for name, found in (("rank", ranks), ("reads", reads), ("time", times))}
 
 
 def _reads(layer: ElasticLayer, scorer: str, k: int) -> float:
-    plan, found = layer.plan, layer.scorer(scorer)
+    plan, found = layer.parts, layer.scorer(scorer)
     matrices = 1 if plan.layer.gate is None else 2
     gates = plan.n_sub * plan.gates * matrices * plan.layer.hidden if found.reads_gates else 0
     return float(found.parameters_per_token() + k * (found.parameters_per_expert() + gates))

@@ -47,7 +47,7 @@ def build(folder: Path, layers: int) -> None:
     elastic = attach(model, N_SUB, gates=GATES, tensors=[{"ridge": ridge} for ridge in ridges])
     levels = _levels(model, elastic)
     side = {f"layers.{i}.ridge": ridge for i, ridge in enumerate(ridges)} | {
-        f"layers.{i}.levels": v for i, v in enumerate(levels)
+        f"layers.{i}.cutoffs": v for i, v in enumerate(levels)
     }
     with OutputFolder(folder) as out:
         model.save_pretrained(
@@ -68,20 +68,20 @@ def _levels(model: Any, elastic: Any) -> list[Any]:
     """Quantiles of every layer's slot values on random tokens."""
     import torch
 
-    from moe_prism.elastic.rules.threshold import fit_levels
+    from moe_prism.elastic.rules.threshold import fit_cutoffs
 
     levels = []
 
     def hook(layer: Any) -> Any:
         def run(x: Any, index: Any, weight: Any) -> Any:
             values = (weight.float().abs()[:, :, None] * layer.scorer("ridge")(x, index)).flatten()
-            levels.append(fit_levels(values, torch.ones_like(values)))
-            return layer.plan.layer.stock(x, index, weight)
+            levels.append(fit_cutoffs(values, torch.ones_like(values)))
+            return layer.parts.layer.stock(x, index, weight)
 
         return run
 
     for layer in elastic.layers:
-        layer.plan.layer.install(hook(layer))
+        layer.parts.layer.install(hook(layer))
     with torch.no_grad():
         model(torch.randint(0, 4096, (8, 32)))
     elastic.detach()

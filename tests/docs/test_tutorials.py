@@ -186,7 +186,7 @@ def test_a_new_criterion_is_listed_measured_generated_and_written(gate_rms, fold
     tutorial.answer(generated, text_file, capsys)
     tutorial.run(pruned, text_file)
     tutorial.answer(again, text_file, capsys)
-    assert open_model("smaller").elastic.layers[0].plan.layer.num_experts == 2
+    assert open_model("smaller").elastic.layers[0].parts.layer.num_experts == 2
     with (
         pytest.raises(UsageError, match=f"'{asked}' cannot be served here: it changes the weights"),
         open_house(folder / "elastic", points=(asked,)),

@@ -66,7 +66,7 @@ def batch(layer, tokens, seed=0, share=0.5):
 
 def slot_by_slot(extra, x, index, weight, keep):
     """The definition, one dropped slot at a time."""
-    layer, out = extra.plan.layer, torch.zeros(x.shape)
+    layer, out = extra.parts.layer, torch.zeros(x.shape)
     for t in range(len(x)):
         for c in range(index.shape[1]):
             e = int(index[t, c])
@@ -154,8 +154,8 @@ def test_the_fit_lowers_the_error_it_is_fitted_to(layer, method):
     x, keep = given[-1].x, ~given[-1].dropped[:, None]
     index, weight = torch.full((len(x), 1), layer.num_experts - 1), torch.ones(len(x), 1)
     full = layer.stock(x, index, weight)
-    plain = grouped(extra.plan, x, index, weight, keep)
-    better = grouped(extra.plan, x, index, extra.weights(index, weight, keep), keep) + extra(x, index, weight, keep)
+    plain = grouped(extra.parts, x, index, weight, keep)
+    better = grouped(extra.parts, x, index, extra.weights(index, weight, keep), keep) + extra(x, index, weight, keep)
     assert (better - full).square().sum() < (plain - full).square().sum()
 
 
@@ -167,7 +167,7 @@ def test_scale_is_least_squares_per_number_of_kept_blocks(layer):
     rows = keep.sum(1) == 2
     x = given[-1].x[rows]
     index, weight = torch.full((len(x), 1), layer.num_experts - 1), torch.ones(len(x), 1)
-    kept = grouped(extra.plan, x, index, weight, keep[rows][:, None])
+    kept = grouped(extra.parts, x, index, weight, keep[rows][:, None])
     full = layer.stock(x, index, weight)
     best = torch.linalg.lstsq(kept.reshape(-1, 1), full.reshape(-1, 1)).solution.item()
     assert float(extra.weights(index, weight, keep[rows][:, None])[0]) == pytest.approx(best, rel=1e-2)
@@ -201,7 +201,7 @@ def test_reduced_rank_equals_the_decomposition_of_the_full_fit():
 def test_losses_are_what_remains(layer, method):
     extra = fitted(layer, method)
     x = torch.randn(9, layer.hidden, generator=torch.Generator().manual_seed(5))
-    y = layer.project(0, layer.activations(0, x, extra.plan.neurons(3)), extra.plan.neurons(3))
+    y = layer.project(0, layer.activations(0, x, extra.parts.neurons(3)), extra.parts.neurons(3))
     torch.testing.assert_close(extra.losses(x, 0)[:, 3], (y - extra.estimate(x, 0, 3)).norm(dim=1))
 
 
@@ -212,7 +212,7 @@ def test_every_layer_uses_its_own_tensors(family, method):
     """A shared closure once gave every layer the last layer's tensors, with plausible numbers."""
     layers = layers_of(family)
     assert len(layers) > 1
-    plans = [fitted(layer, method, samples(layer, seed=i)).plan for i, layer in enumerate(layers)]
+    plans = [fitted(layer, method, samples(layer, seed=i)).parts for i, layer in enumerate(layers)]
     elastic = Elastic(None, plans)
     half, plain = (Step(bind(elastic, [whole_experts(0.5, flag)])) for flag in (True, False))
     for layer, plan in zip(elastic.layers, plans, strict=True):
@@ -242,7 +242,7 @@ def test_full_budget_is_exact_and_the_switch_works(method):
     with operating_point(model, 0.5, rule="whole-experts"):
         plain = model(ids).logits
     layers = find_layers(model)
-    elastic = attach(model, N, tensors=[fitted(layer, method).plan.tensors for layer in layers], layers=layers)
+    elastic = attach(model, N, tensors=[fitted(layer, method).parts.tensors for layer in layers], layers=layers)
     elastic.always_split = True
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
     elastic.always_split = False
@@ -277,7 +277,7 @@ def test_cost_is_the_counted_number(layer, method, tokens):
 def test_measured_cost_adds_what_compensation_reads(layer, method):
     x, index, weight, _ = batch(layer, 8)
     extra = fitted(layer, method)
-    plain, paid = (Elastic(None, [LayerParts(layer, N, 0, dict(tensors))]) for tensors in ({}, extra.plan.tensors))
+    plain, paid = (Elastic(None, [LayerParts(layer, N, 0, dict(tensors))]) for tensors in ({}, extra.parts.tensors))
     for budget in (0.3, 1.0):
         costs = []
         for elastic in (plain, paid):
@@ -298,7 +298,7 @@ def test_measured_cost_adds_what_compensation_reads(layer, method):
 
 def read(extra, touched, dropped):
     """Weights that each method reads, from its definition."""
-    hidden = extra.plan.layer.hidden
+    hidden = extra.parts.layer.hidden
     return {"mean": dropped * hidden, "scale": touched, "low-rank": dropped * (2 * RANK + 1) * hidden}[extra.method]
 
 

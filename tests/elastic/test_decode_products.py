@@ -11,7 +11,7 @@ from moe_prism.elastic.execute import decode_products, tiled
 from moe_prism.elastic.execute.batch_products import usable
 from moe_prism.elastic.fused_select import select_few
 from moe_prism.elastic.rules import rules
-from moe_prism.elastic.rules.threshold import LEVELS
+from moe_prism.elastic.rules.threshold import QUANTILES
 from moe_prism.elastic.scorers import scorers
 from moe_prism.elastic.scorers.ridge import FEW
 from moe_prism.kernels.tiles import PAYS
@@ -29,7 +29,7 @@ def plan_of(gates=1, n_sub=N, dtype=torch.float32):
     layer.module.to(dtype)
     g = torch.Generator().manual_seed(gates)
     ridge = torch.randn(layer.num_experts, n_sub, layer.hidden + n_sub * gates + 1, generator=g) * 0.3
-    return LayerParts(layer, n_sub, gates, {"ridge": ridge, "levels": torch.linspace(2.0, 0.0, LEVELS)})
+    return LayerParts(layer, n_sub, gates, {"ridge": ridge, "cutoffs": torch.linspace(2.0, 0.0, QUANTILES)})
 
 
 PLANS = {gates: plan_of(gates) for gates in (0, 1, 2)}
@@ -116,8 +116,8 @@ def test_what_it_does_not_take_is_left_to_scorer_and_rule():
 @settings(max_examples=30, deadline=None)
 def test_compensation_of_few_slots_is_that_of_many(seed, tokens):
     extra = MEAN
-    x, index, weight, g = batch(extra.plan, tokens, K, seed)
-    keep = torch.rand(tokens, K, extra.plan.n_sub, generator=g) < 0.5
+    x, index, weight, g = batch(extra.parts, tokens, K, seed)
+    keep = torch.rand(tokens, K, extra.parts.n_sub, generator=g) < 0.5
     index[torch.rand(tokens, K, generator=g) < 0.1] = -1
     keep &= (index >= 0)[:, :, None]
     assert torch.equal(extra(x, index, weight, keep), Compensator.__call__(extra, x, index, weight, keep))

@@ -56,13 +56,13 @@ def test_the_predictor_for_all_experts_at_once(family, gates):
 def test_selection_asks_the_device_nothing(rule, scorer, tokens):
     elastic = on_meta()
     layer = elastic.layers[0]
-    x, index = (v.to("meta") for v in inputs(layer.plan.layer, tokens))
+    x, index = (v.to("meta") for v in inputs(layer.parts.layer, tokens))
     half = OperatingPoint(slots=SlotRule(budget=0.5, rule=rule, scorer=scorer))
     step = Step(bind(elastic, [half]), 0, torch.full((tokens,), 0.5, device="meta"))
     weight = torch.empty(tokens, 2, device="meta")
     keep = layer.kept(step, x, index, weight)
     layer.counter.add(index, keep, selects=True)
-    align(index, keep, layer.plan.layer.num_experts, 16)
+    align(index, keep, layer.parts.layer.num_experts, 16)
     assert keep.shape == (tokens, 2, N) and keep.is_meta
 
 
@@ -72,7 +72,7 @@ def test_mixed_points_ask_the_device_nothing(tokens):
     """Tokens of several points, of one kind and of several, with a stage in some: which is whose only the device knows."""
     elastic = on_meta()
     layer = elastic.layers[0]
-    x, index = (v.to("meta") for v in inputs(layer.plan.layer, tokens))
+    x, index = (v.to("meta") for v in inputs(layer.parts.layer, tokens))
     weight, which = torch.empty(tokens, 2, device="meta"), torch.zeros(tokens, dtype=torch.long, device="meta")
     skip = RoutingStage(layers=(1,) * len(elastic.layers), keep_mass=True)
     alike = [FULL.with_budget(0.5), FULL.with_budget(0.25), FULL]
@@ -85,7 +85,7 @@ def test_mixed_points_ask_the_device_nothing(tokens):
 def on_meta():
     layers = find_layers(build("olmoe"))
     width = layers[0].hidden + N * R + 1
-    side = [{"ridge": torch.zeros(layer.num_experts, N, width), "levels": torch.linspace(1, 0, 129)} for layer in layers]
+    side = [{"ridge": torch.zeros(layer.num_experts, N, width), "cutoffs": torch.linspace(1, 0, 129)} for layer in layers]
     return attach(build("olmoe").to("meta"), N, gates=R, tensors=side)
 
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from moe_prism.elastic import LayerParts, Slots
 from moe_prism.elastic.rules import rules
-from moe_prism.elastic.rules.layer_budgets import plan_steps
+from moe_prism.elastic.rules.layer_budgets import budget_steps
 from moe_prism.elastic.rules.pattern import counts
-from moe_prism.elastic.rules.threshold import LEVELS, dropped_energy, fit_levels, pool_levels
+from moe_prism.elastic.rules.threshold import QUANTILES, dropped_energy, fit_cutoffs, pool_cutoffs
 from moe_prism.elastic.rules.top_slots import top_slots
 from moe_prism.errors import UsageError
 from moe_prism.model import find_layers
@@ -23,8 +23,8 @@ N, K = 4, 3
 def plan():
     plan = LayerParts(find_layers(build("olmoe"))[0], N, 0)
     g = torch.Generator().manual_seed(5)
-    plan.tensors["levels"] = fit_levels(torch.rand(4000, generator=g), torch.ones(4000))
-    plan.tensors["plan"] = plan_steps([0, 1, *[0] * 5, *[1] * 11, *[0] * 6], 2)[0]
+    plan.tensors["cutoffs"] = fit_cutoffs(torch.rand(4000, generator=g), torch.ones(4000))
+    plan.tensors["layer_budgets"] = budget_steps([0, 1, *[0] * 5, *[1] * 11, *[0] * 6], 2)[0]
     return plan
 
 
@@ -104,8 +104,8 @@ def test_threshold_keeps_the_budget_on_average(plan):
 
 def test_levels_follow_importance():
     values = torch.tensor([1.0, 2.0, 3.0])
-    level = fit_levels(values, torch.tensor([1.0, 1.0, 8.0]))
-    assert level[0] == 3 and level[LEVELS // 2] == 3 and level[-1] == 1
+    level = fit_cutoffs(values, torch.tensor([1.0, 1.0, 8.0]))
+    assert level[0] == 3 and level[QUANTILES // 2] == 3 and level[-1] == 1
     assert (level.diff() <= 0).all()
 
 
@@ -124,9 +124,9 @@ def test_pooled_levels_spend_where_it_costs_least():
     g = torch.Generator().manual_seed(3)
     values = [torch.rand(2000, generator=g), 5 * torch.rand(2000, generator=g)]
     sensitivity = [4.0, 0.01]
-    own = [fit_levels(v, torch.ones_like(v)) for v in values]
-    pooled = pool_levels(own, sensitivity)
-    kept = [v >= level[LEVELS // 2] for v, level in zip(values, pooled, strict=True)]
+    own = [fit_cutoffs(v, torch.ones_like(v)) for v in values]
+    pooled = pool_cutoffs(own, sensitivity)
+    kept = [v >= level[QUANTILES // 2] for v, level in zip(values, pooled, strict=True)]
     assert abs(sum(float(k.float().mean()) for k in kept) / 2 - 0.5) < 0.02
     price = torch.cat([c * v.square() for c, v in zip(sensitivity, values, strict=True)])
     best = price.sort().values[:2000].sum()
@@ -136,8 +136,8 @@ def test_pooled_levels_spend_where_it_costs_least():
 
 def test_dropped_energy_is_the_mean_square_below_the_level():
     values = torch.rand(50_000, generator=torch.Generator().manual_seed(1))
-    levels = fit_levels(values, torch.ones_like(values))
-    exact = float(values[values < levels[LEVELS // 2]].square().sum()) / len(values)
+    levels = fit_cutoffs(values, torch.ones_like(values))
+    exact = float(values[values < levels[QUANTILES // 2]].square().sum()) / len(values)
     assert abs(dropped_energy(levels, 0.5) - exact) < 0.03 * exact
 
 
@@ -161,9 +161,9 @@ def test_layer_budgets_meet_the_dial_on_average_over_layers(plan, data, layers):
     tail = data.draw(st.permutations([layer for layer in range(layers) for _ in range(total - 1)]))
     order = [*range(layers), *tail]
     made = []
-    for steps in plan_steps(order, layers):
+    for steps in budget_steps(order, layers):
         assert (steps.diff() >= 0).all()
-        made.append(rules.get("layer-budgets")(LayerParts(plan.layer, N, 0, {"plan": steps})))
+        made.append(rules.get("layer-budgets")(LayerParts(plan.layer, N, 0, {"layer_budgets": steps})))
     s, _, _ = slots(2)
     before = [0] * layers
     for m in range(layers, layers * total + 1):

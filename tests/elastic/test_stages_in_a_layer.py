@@ -76,7 +76,7 @@ def test_asking_what_is_kept_changes_neither_state_nor_counts(elastic):
         counts = [dict(layer.counter.per_token) for layer in elastic.layers]
         elastic.reset_counters()
         for layer in elastic.layers:
-            layer.plan.layer.install(asked(layer))
+            layer.parts.layer.install(asked(layer))
         assert torch.equal(elastic.model(IDS).logits, wanted)
     for layer, before in zip(elastic.layers, counts, strict=True):
         assert before.keys() == layer.counter.per_token.keys()

@@ -291,7 +291,7 @@ class TestOnGpu:
         plan = make(8, 256, 64, 4, dtype=torch.bfloat16, gates=1)
         holder = torch.nn.Module()
         holder.experts, holder.config = plan.layer.module, plan.layer.module.config
-        side = {"ridge": torch.randn(8, 4, 256 + 5) * 0.05, "levels": torch.linspace(4, 0, 129)}
+        side = {"ridge": torch.randn(8, 4, 256 + 5) * 0.05, "cutoffs": torch.linspace(4, 0, 129)}
         attach(holder, 4, gates=1, tensors=[side])
         x, index, weight, _ = batch(plan, tokens, 4, 1)
         budget = torch.full((tokens,), 0.25, device=DEVICE)

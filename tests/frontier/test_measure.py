@@ -14,7 +14,7 @@ IDS = torch.arange(3, 35).reshape(2, 16) % 31 + 2
 def test_a_plain_model_has_a_cost_at_full_budget_and_with_fewer_experts():
     model = build("olmoe")
     elastic = attach(model, 1)
-    layers = [layer.plan.layer for layer in elastic.layers]
+    layers = [layer.parts.layer for layer in elastic.layers]
     skip = RoutingStage(layers=(1,) * len(layers), keep_mass=False)
     full, half = measure(model, IDS, [FULL, OperatingPoint(routing=(skip,))])
     weights = sum(layer.parameters_per_expert() for layer in layers)

@@ -76,13 +76,13 @@ def key(row):
 
 @contextmanager
 def _hooked(layer, reads, now):
-    own = layer.plan.layer
+    own = layer.parts.layer
     matrices = 2 if own.gate is not None else 1
     biases = sum(b is not None for b in (own.gate_bias, own.up_bias))
     reads.sizes.update(up=matrices * own.hidden + biases, down=own.hidden, bias=0 if own.down_bias is None else own.hidden)
     activations, project = own.activations, own.project
-    if "ridge" in layer.plan.tensors:
-        reads.sizes["predictor"] = layer.plan.tensors["ridge"][0].numel()
+    if "ridge" in layer.parts.tensors:
+        reads.sizes["predictor"] = layer.parts.tensors["ridge"][0].numel()
     last: list = []
 
     def counted_activations(expert, x, neurons=slice(None)):

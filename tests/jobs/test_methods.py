@@ -102,7 +102,7 @@ def test_a_plain_checkpoint_and_all_methods_on_one_chart(tiny_source, text_file,
 
 
 def full_hidden(source):
-    return open_model(source).elastic.layers[0].plan.layer.hidden
+    return open_model(source).elastic.layers[0].parts.layer.hidden
 
 
 def stored(source):

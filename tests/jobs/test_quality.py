@@ -50,11 +50,11 @@ def seen(model, layer, ids):
 
     def record(x, index, weight):
         found.append((x, index, weight))
-        return layer.plan.layer.stock(x, index, weight)
+        return layer.parts.layer.stock(x, index, weight)
 
-    layer.plan.layer.install(record)
+    layer.parts.layer.install(record)
     model(input_ids=ids, use_cache=False)
-    layer.plan.layer.install(layer)
+    layer.parts.layer.install(layer)
     return found[0]
 
 
@@ -63,7 +63,7 @@ def seen(model, layer, ids):
 def test_more_slots_never_mean_a_worse_layer(nano, held_out, position):
     model = nano[0]
     layer = model._moe_prism.layers[position]
-    plan = layer.plan
+    plan = layer.parts
     x, index, weight = seen(model, layer, held_out[:2])
     norms = Oracle(plan)(x, index)
     slots = Slots(x, index, weight, torch.ones_like(index, dtype=torch.bool), plan.n_sub, lambda: norms)
@@ -81,7 +81,7 @@ def test_more_slots_never_mean_a_worse_layer(nano, held_out, position):
 def test_sub_experts_beat_plain_top_k_at_equal_slots(nano, held_out):
     model = nano[0]
     elastic = model._moe_prism
-    n_sub, slots = elastic.layers[0].plan.n_sub, slots_per_token(elastic)
+    n_sub, slots = elastic.layers[0].parts.n_sub, slots_per_token(elastic)
     kept = [n_sub * k for k in range(slots // n_sub - 1, 0, -1)]
     points = [FULL.with_budget(count / slots, rule) for rule in ("product", "whole-experts") for count in kept]
     kl = [found.quality.kl for found in measure(model, held_out, points)]
@@ -140,7 +140,7 @@ def test_frontier_json_has_the_agreed_keys(tiny_frontier, tmp_path):
 
 def test_every_number_of_slots_is_measured_and_costs_what_the_formula_says(tiny_frontier, elastic_tiny):
     model, _ = moe_prism.load(elastic_tiny)
-    layers = [layer.plan.layer for layer in model._moe_prism.layers]
+    layers = [layer.parts.layer for layer in model._moe_prism.layers]
     k, n_sub = model.config.num_experts_per_tok, tiny_frontier.n_sub
     product = [p for p in tiny_frontier.points if p.rule == "product"]
     assert [p.k_slots for p in product] == [float(c) for c in range(min(k, n_sub - 1), k * n_sub + 1)]

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import moe_prism
-from moe_prism.elastic.rules.threshold import fit_levels
+from moe_prism.elastic.rules.threshold import fit_cutoffs
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
-from moe_prism.jobs.profile_layers import loss_curve, plan_order, plan_tensors, profile_runs, unit_cost
+from moe_prism.jobs.profile_layers import budget_tensors, loss_curve, plan_order, profile_runs, unit_cost
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.point import OperatingPoint, SlotRule
 from tests.tiny_sources import digests
@@ -26,7 +26,7 @@ SLOTS = 8
 
 def levels(scale=1.0, seed=0):
     values = scale * torch.rand(4000, generator=torch.Generator().manual_seed(seed))
-    return fit_levels(values, torch.ones(4000))
+    return fit_cutoffs(values, torch.ones(4000))
 
 
 def test_what_is_run():
@@ -55,7 +55,7 @@ def test_every_layer_gets_every_slot_once_and_one_to_begin_with(curves):
 def test_the_layer_that_loses_more_is_served_first():
     def half(losses):
         """Slots of each layer at half of all."""
-        made = plan_tensors([levels()] * 2, [[(0.5, loss)] for loss in losses], SLOTS)
+        made = budget_tensors([levels()] * 2, [[(0.5, loss)] for loss in losses], SLOTS)
         return [int((steps <= 0.5).sum()) for steps in made]
 
     first, second = half([1.0, 0.01])
@@ -81,7 +81,7 @@ def test_the_profile_is_in_the_facts_and_the_plan_beside_the_weights(profiled):
     for i, row in enumerate(rows):
         assert [(run["rule"], run["budget"]) for run in row["profile"]] == profile_runs(2)
         assert all(run["kl"] > 0 for run in row["profile"]) and row["sensitivity"] > 0
-        assert (side[f"layers.{i}.plan"].diff() >= 0).all()
+        assert (side[f"layers.{i}.layer_budgets"].diff() >= 0).all()
     assert not list(profiled.glob("profile-*")) and moe_prism.verify(profiled)
 
 

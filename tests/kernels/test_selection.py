@@ -8,11 +8,11 @@ from moe_prism.elastic import LayerParts, Slots, base
 from moe_prism.elastic.rules import rules
 from moe_prism.elastic.rules import threshold as threshold_module
 from moe_prism.elastic.rules import top_slots as product_module
-from moe_prism.elastic.rules.threshold import LEVELS
+from moe_prism.elastic.rules.threshold import QUANTILES
 from moe_prism.model import find_layers
 from tests.parity.families import build
 
-PLAN = LayerParts(find_layers(build("olmoe"))[0], 4, 0, {"levels": torch.linspace(0.9, 0.0, LEVELS)})
+PLAN = LayerParts(find_layers(build("olmoe"))[0], 4, 0, {"cutoffs": torch.linspace(0.9, 0.0, QUANTILES)})
 
 
 @given(

@@ -54,7 +54,7 @@ def test_records_what_the_experts_were_asked_for(tiny_source):
 
 def test_records_kept_slots_of_an_operating_point(elastic_tiny):
     model, _ = load(elastic_tiny)
-    before = [layer.plan.layer for layer in model._moe_prism.layers]
+    before = [layer.parts.layer for layer in model._moe_prism.layers]
     with operating_point(model, 0.5) as elastic, torch.no_grad():
         elastic.reset_counters()
         expected = model(input_ids=IDS).logits

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from moe_prism.elastic import LayerParts, attach, operating_point
 from moe_prism.elastic.compensate import compensator
 from moe_prism.elastic.execute.plain import grouped, reference
-from moe_prism.elastic.repair import REPAIR, Repaired, band_of
+from moe_prism.elastic.repair import Repaired, band_of
+from moe_prism.elastic.side_tensors import REPAIR
 from moe_prism.errors import DoesNotFit
 from moe_prism.model import find_layers
 from moe_prism.recover.repair import PRIOR, STRENGTHS, Normal
@@ -197,7 +198,7 @@ def test_an_expert_that_is_never_cut_keeps_its_projection(layer):
 
 def test_layers_share_a_pass_as_far_as_memory_goes():
     layers = attach(build("olmoe"), N).layers
-    size = Normal.bytes(layers[0].plan, 3)
+    size = Normal.bytes(layers[0].parts, 3)
     assert groups(layers, 3, size * len(layers)) == [list(range(len(layers)))]
     assert groups(layers, 3, size) == [[i] for i in range(len(layers))]
     assert [len(g) for g in groups(layers, 3, 2 * size)][:1] == [2]

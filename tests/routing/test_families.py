@@ -65,7 +65,7 @@ def test_neutral_plans_change_no_bit(model):
     model = grouped(model)
     before = model(IDS).logits
     elastic = attach(model, 1)
-    layers, k = len(elastic.layers), experts_per_token(model, elastic.layers[0].plan.layer)
+    layers, k = len(elastic.layers), experts_per_token(model, elastic.layers[0].parts.layer)
     plans = [RoutingStage(layers=(k,) * layers), ser((k,) * layers, 0.0), score_mass((k,) * layers, 0.0)]
     for plan in plans:
         for keep_mass in (None, True, False):
@@ -77,7 +77,7 @@ def test_neutral_plans_change_no_bit(model):
 def test_every_stage_runs_and_skips(model):
     model = grouped(model)
     elastic = attach(model, 1)
-    layers, k = len(elastic.layers), experts_per_token(model, elastic.layers[0].plan.layer)
+    layers, k = len(elastic.layers), experts_per_token(model, elastic.layers[0].parts.layer)
     for plan in every(layers, k, 1):
         elastic.reset_counters()
         with operating_point(model, point=point(plan)):
@@ -121,14 +121,14 @@ def test_what_ran_is_what_was_counted(model):
     """Slots that the reference executor computes, counted there, against the counters and the cost in weights."""
     model = grouped(model)
     elastic = attach(model, 2)
-    layers, k = len(elastic.layers), experts_per_token(model, elastic.layers[0].plan.layer)
+    layers, k = len(elastic.layers), experts_per_token(model, elastic.layers[0].parts.layer)
     for plan, budget in ((every(layers, k, 1)[1], 1.0), (every(layers, k, 1)[2], 0.6), (every(layers, k, 1)[4], 1.0)):
         with computed(elastic, "reference"), watched(elastic) as executed:
             [found] = measure(model, IDS, [point(plan, budget)])
         cost = found.cost
         tokens = IDS.numel()
-        blocks = sum(elastic.layers[i].plan.block * n for i, n in executed.items())
-        layer = elastic.layers[0].plan.layer
+        blocks = sum(elastic.layers[i].parts.block * n for i, n in executed.items())
+        layer = elastic.layers[0].parts.layer
         matrices = 3 if layer.gate is not None else 2
         biases = sum(b is not None for b in (layer.gate_bias, layer.up_bias))
         expected = blocks * (matrices * layer.hidden + biases) / tokens
@@ -148,7 +148,7 @@ class watched:
 
     def __enter__(self):
         for layer in self.elastic.layers:
-            moe = layer.plan.layer
+            moe = layer.parts.layer
             self.count[moe.index] = 0
 
             def counting(expert, x, neurons=slice(None), *, moe=moe):
@@ -160,13 +160,13 @@ class watched:
 
     def __exit__(self, *_):
         for layer in self.elastic.layers:
-            del layer.plan.layer.activations
+            del layer.parts.layer.activations
 
 
 @torch.no_grad()
 def test_all_ways_to_compute_agree(model):
     elastic = attach(grouped(model), 2)
-    layers, k = len(elastic.layers), experts_per_token(model, elastic.layers[0].plan.layer)
+    layers, k = len(elastic.layers), experts_per_token(model, elastic.layers[0].parts.layer)
     for plan in every(layers, k, 1):
         for budget in (1.0, 0.6):
             outputs = []
@@ -204,7 +204,7 @@ def test_plans_are_per_token_and_swap_between_steps():
     elastic = attach(model, 1)
     layers = len(elastic.layers)
     points = [point(RoutingStage(layers=(n,) * layers)) for n in (2, 1)]
-    layer = elastic.layers[0].plan.layer
+    layer = elastic.layers[0].parts.layer
     x = torch.randn(6, layer.hidden, generator=torch.Generator().manual_seed(0))
     index, weight = torch.tensor([[0, 1]] * 6), torch.rand(6, 2)
     which = torch.tensor([0, 1, 0, 1, 1, 0])

@@ -130,7 +130,7 @@ def test_more_experts_than_the_router_chose(model, at, slots):
     elastic = model._moe_prism
     layers = len(elastic.layers)
     at([FULL], IDS)
-    layer, own = elastic.layers[0], elastic.layers[0].plan.layer
+    layer, own = elastic.layers[0], elastic.layers[0].parts.layer
     x = torch.randn(11, own.hidden)
     router = find_routers(model, [own])[0]
     index, weight = router.route(x)
@@ -151,7 +151,7 @@ def test_more_experts_than_the_router_chose(model, at, slots):
 def test_experts_that_are_not_weights(model, at):
     """Zero, copy and constant experts against the formula; what they read is counted."""
     elastic = model._moe_prism
-    layer, own = elastic.layers[0], elastic.layers[0].plan.layer
+    layer, own = elastic.layers[0], elastic.layers[0].parts.layer
     x = torch.randn(9, own.hidden)
     index, weight = find_routers(model, [own])[0].route(x)
     with elastic.at([point("extras", len(elastic.layers))]), torch.no_grad():

@@ -33,7 +33,7 @@ def smallest(model: Any, slots: int) -> int:
     from moe_prism.store.layer import resident_bytes
 
     elastic = model._moe_prism
-    return resident_bytes([layer.plan for layer in elastic.layers]) + slots * elastic.store.pack.layout.bytes
+    return resident_bytes([layer.parts for layer in elastic.layers]) + slots * elastic.store.pack.layout.bytes
 
 
 @torch.no_grad()

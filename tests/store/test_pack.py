@@ -36,7 +36,7 @@ def test_every_record_is_the_weights_of_its_sub_expert(packed):
     model, _ = load(folder)
     block = pack.layout.block
     for number, elastic in enumerate(model._moe_prism.layers):
-        layer = elastic.plan.layer
+        layer = elastic.parts.layer
         for expert in range(layer.num_experts):
             for part in range(manifest["n_sub"]):
                 at = pack.place(pack.space.key(number, expert, part), False)

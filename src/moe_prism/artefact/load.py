@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ from safetensors.torch import load_file
 
 from ..checkpoint import elastic_manifest
 from ..elastic import attach
+from ..elastic.side_tensors import of_today
 from ..errors import CorruptError
 from ..model import find_layers, load_to_run, load_tokenizer
 from ..store import StoreOptions, load_stored
 
 SIDE_FILE = "prism.safetensors"
+_NAME = re.compile(r"layers\.(?P<layer>[0-9]{1,6})\.(?P<name>.+)")
 
 
 def load(folder: str | Path, dtype: torch.dtype | None = None, *, store: StoreOptions | None = None) -> tuple[Any, Any]:
@@ -40,12 +44,19 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, *, store: StoreOp
 
 
 def side_tensors(folder: str | Path, layers: int) -> list[dict[str, torch.Tensor]]:
-    """Side tensors per layer from prism.safetensors, whose names are `layers.<i>.<tensor>`."""
-    flat = read_tensors(Path(folder) / SIDE_FILE)
-    prefix = "layers.{}."
-    return [
-        {k.removeprefix(prefix.format(i)): v for k, v in flat.items() if k.startswith(prefix.format(i))} for i in range(layers)
-    ]
+    """Side tensors per layer from prism.safetensors, whose names are `layers.<i>.<tensor>`, by today's names."""
+    own: list[dict[str, torch.Tensor]] = [{} for _ in range(layers)]
+    for key, tensor in read_tensors(Path(folder) / SIDE_FILE).items():
+        found = _NAME.fullmatch(key)
+        if found is None or int(found["layer"]) >= layers:
+            raise CorruptError(f"{folder}/{SIDE_FILE}: '{key}' belongs to none of {layers} layers", "build the folder again")
+        own[int(found["layer"])][found["name"]] = tensor
+    return [of_today(tensors) for tensors in own]
+
+
+def flat_side_tensors(layers: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The same by the names they have in the file."""
+    return {f"layers.{i}.{name}": tensor for i, tensors in enumerate(layers) for name, tensor in tensors.items()}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -30,7 +30,7 @@ class Opened:
 
     @property
     def n_sub(self) -> int:
-        return self.elastic.layers[0].plan.n_sub
+        return self.elastic.layers[0].parts.n_sub
 
 
 def open_model(folder: str | Path) -> Opened:

@@ -77,8 +77,8 @@ def is_compiled(*tensors: Tensor) -> bool:
 class Scorer(ABC):
     """Estimates the output norm of every candidate block without computing it."""
 
-    def __init__(self, plan: LayerParts) -> None:
-        self.plan = plan
+    def __init__(self, parts: LayerParts) -> None:
+        self.parts = parts
 
     @abstractmethod
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Scorer(ABC):
         return 0
 
     @staticmethod
-    def fit(plan: LayerParts, samples: list[Tensor]) -> dict[str, Tensor]:
+    def fit(parts: LayerParts, samples: list[Tensor]) -> dict[str, Tensor]:
         """Side tensors this scorer reads, from the sampled inputs [S_e, d] of each expert; none for most."""
         return {}
 
@@ -115,8 +115,8 @@ class Rule(ABC):
     compiled: NDArray[np.float32] | None = None
     """What `marks.select` needs to decide as this rule does: its levels, an empty array for top-K; None = it cannot."""
 
-    def __init__(self, plan: LayerParts) -> None:
-        self.plan = plan
+    def __init__(self, parts: LayerParts) -> None:
+        self.parts = parts
 
     @abstractmethod
     def keep(self, slots: Slots, budget: Tensor) -> Tensor:
@@ -131,42 +131,42 @@ class Rule(ABC):
         return torch.minimum((budget * total).round().long().clamp(min=1), total)
 
 
-def gate_activations(plan: LayerParts, x: Tensor, expert: int) -> Tensor:
+def gate_activations(parts: LayerParts, x: Tensor, expert: int) -> Tensor:
     """|activations| [S, N, r] of one expert's gate neurons for rows x [S, d]."""
-    ids = plan.gate_ids().flatten()
-    return plan.layer.activations(expert, x, ids).abs().float().view(len(x), plan.n_sub, plan.gates)
+    ids = parts.gate_ids().flatten()
+    return parts.layer.activations(expert, x, ids).abs().float().view(len(x), parts.n_sub, parts.gates)
 
 
-def gate_activations_each(plan: LayerParts, x: Tensor, experts: Tensor) -> Tensor:
+def gate_activations_each(parts: LayerParts, x: Tensor, experts: Tensor) -> Tensor:
     """The same for rows x [S, d] that each have an expert of their own, experts [S]: gathers S N r weight rows."""
-    layer, ids = plan.layer, plan.gate_ids().flatten()
+    layer, ids = parts.layer, parts.gate_ids().flatten()
 
     def rows(weight: Tensor, bias: Tensor | None) -> Tensor:
         out = torch.einsum("sd,smd->sm", x, weight[experts[:, None], ids])
         return out if bias is None else out + bias[experts[:, None], ids]
 
     gate = None if layer.gate is None else rows(layer.gate, layer.gate_bias)
-    return layer.activate(gate, rows(layer.up, layer.up_bias)).abs().float().view(len(x), plan.n_sub, plan.gates)
+    return layer.activate(gate, rows(layer.up, layer.up_bias)).abs().float().view(len(x), parts.n_sub, parts.gates)
 
 
-def gate_activations_all(plan: LayerParts, x: Tensor, index: Tensor) -> Tensor:
+def gate_activations_all(parts: LayerParts, x: Tensor, index: Tensor) -> Tensor:
     """The same [T, k, N, r] for x [T, d] and its choices index [T, k], without the host waiting for the device.
 
     To know which experts occur is to wait, so the gate neurons of all E experts are computed in one product: T E N r d multiplications
     each for gate and up, a share E N r / (k f) of the layer's own (3 % for OLMoE at N=4, r=1).
     """
-    layer, width = plan.layer, plan.n_sub * plan.gates
+    layer, width = parts.layer, parts.n_sub * parts.gates
 
     def first(rows: Tensor) -> Tensor:
         """The gate neurons' part of rows [E, f, ...], flat over experts, blocks and gate neurons."""
-        return torch.unflatten(rows, 1, (plan.n_sub, plan.block))[:, :, : plan.gates].flatten(0, 2)
+        return torch.unflatten(rows, 1, (parts.n_sub, parts.block))[:, :, : parts.gates].flatten(0, 2)
 
     def chosen(weight: Tensor, bias: Tensor | None) -> Tensor:
         out = torch.nn.functional.linear(x, first(weight), None if bias is None else first(bias))
         return of_choices(out.view(-1, layer.num_experts, width), index).flatten(0, 1)
 
     gate = None if layer.gate is None else chosen(layer.gate, layer.gate_bias)
-    return layer.activate(gate, chosen(layer.up, layer.up_bias)).abs().float().view(*index.shape, plan.n_sub, plan.gates)
+    return layer.activate(gate, chosen(layer.up, layer.up_bias)).abs().float().view(*index.shape, parts.n_sub, parts.gates)
 
 
 def of_choices(values: Tensor, index: Tensor) -> Tensor:

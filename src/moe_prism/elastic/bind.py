@@ -164,7 +164,7 @@ def _settled(elastic: Host, point: OperatingPoint) -> OperatingPoint:
     elastic.check(point)
     rule = rules.get(point.slots.rule)
     scorers.get(point.slots.scorer)
-    if not point.slots.is_full and rule.needs_norms and elastic.layers[0].plan.n_sub == 1:
+    if not point.slots.is_full and rule.needs_norms and elastic.layers[0].parts.n_sub == 1:
         raise UsageError(
             f"rule '{point.slots.rule}' needs sub-experts, and this model has none", "refactor it first, or leave slots out"
         )

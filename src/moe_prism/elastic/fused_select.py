@@ -28,7 +28,7 @@ def prepared(scorer: Scorer, rule: Rule, x: Tensor, index: Tensor, weight: Tenso
     """
     if rule.compiled is None or not isinstance(scorer, Ridge) or not is_compiled(weight):
         return None
-    if not len(rule.compiled) and index.shape[1] * scorer.plan.n_sub > FEW:
+    if not len(rule.compiled) and index.shape[1] * scorer.parts.n_sub > FEW:
         return None
     norms = scorer.terms(x, index)
     if norms is None:
@@ -59,7 +59,7 @@ def select_few(scorer: Scorer, rule: Rule, x: Tensor, index: Tensor, weight: Ten
         return None
     from ..kernels.selection import select  # compiles on first use
 
-    shape = (*index.shape, scorer.plan.n_sub)
+    shape = (*index.shape, scorer.parts.n_sub)
     keeps = np.empty((1, *shape), np.bool_)
     select(found, budgets, keeps, np.empty(shape, np.float32))
     return torch.from_numpy(keeps[0])

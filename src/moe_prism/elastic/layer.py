@@ -34,7 +34,7 @@ Candidates = Selection | Whole | Mixed
 class ElasticLayer:
     """One layer: its parts, the executor of its blocks, scorers and rules made on first use, and its counter."""
 
-    plan: LayerParts
+    parts: LayerParts
     elastic: Host
     executor: Executor
     counter: Counter = field(init=False)
@@ -47,7 +47,7 @@ class ElasticLayer:
     @property
     def index(self) -> int:
         """Which MoE layer of the model this is."""
-        return self.plan.layer.index
+        return self.parts.layer.index
 
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The layer's output [T, d] for its input x [T, d] and the router's choice [T, k]."""
@@ -60,7 +60,7 @@ class ElasticLayer:
             if whole is not None:
                 self._count(index, None, selects=False)
                 return whole
-            found = Whole(index, weight, self._valid(index), self.plan.n_sub)
+            found = Whole(index, weight, self._valid(index), self.parts.n_sub)
         settled = self.executor.settle(found)
         self._count(found.index, settled.keep, selects=not isinstance(found, Whole), low=settled.low)
         extra = False if isinstance(found, Whole) else self._compensated(step)
@@ -93,7 +93,7 @@ class ElasticLayer:
     def kept(self, step: Step, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """keep [T, k', N] of a batch at a step, without computing anything of it, or moving what stages carry on."""
         found = self.candidates(step, x, index, weight, state=dict(self.elastic.carried) if self.index else {})
-        return (found or Whole(index, weight, self._valid(index), self.plan.n_sub)).keep()
+        return (found or Whole(index, weight, self._valid(index), self.parts.n_sub)).keep()
 
     def _mixed(self, kinds: tuple[PointGroup, ...], groups: Tensor, locals_: Tensor, routed: Routed) -> Candidates | None:
         """A batch of several groups [T]: each is routed and selected alone, all are computed together."""
@@ -110,7 +110,7 @@ class ElasticLayer:
             own_way = own_way and found is None
             if on_cpu:
                 merge_state(routed.state, rows, part.state, len(groups))
-            parts.append((rows, found or Whole(part.index, part.weight, self._valid(part.index), self.plan.n_sub)))
+            parts.append((rows, found or Whole(part.index, part.weight, self._valid(part.index), self.parts.n_sub)))
         if own_way:
             return None
         return self._joined(parts, routed)
@@ -122,7 +122,7 @@ class ElasticLayer:
         for rows, part in parts:
             put(index, rows, part.index)
             put(weight, rows, part.weight.to(weight.dtype))
-        return Mixed(parts, index, weight, self.plan.n_sub)
+        return Mixed(parts, index, weight, self.parts.n_sub)
 
     def _of_group(
         self, group: PointGroup, which: int | Tensor, routed: Routed, budget: Tensor | None
@@ -141,12 +141,12 @@ class ElasticLayer:
             return None
         valid = self._valid(after.index)
         if full and not self.executor.always_selects:
-            return Whole(after.index, after.weight, valid, self.plan.n_sub, partial(self._added, group, after))
+            return Whole(after.index, after.weight, valid, self.parts.n_sub, partial(self._added, group, after))
         rule = self.rule(group.rule)
         scorer = self.scorer(group.scorer) if rule.needs_norms else None
         own = group.budget(self.index, which) if budget is None else budget
         added = partial(self._added, group, after)
-        return Selection(after.x, after.index, after.weight, valid, self.plan.n_sub, rule, scorer, own, added)
+        return Selection(after.x, after.index, after.weight, valid, self.parts.n_sub, rule, scorer, own, added)
 
     def _added(self, group: PointGroup, routed: Routed) -> Tensor | None:
         """[T, d]: what the stages' own experts add, and note what that reads."""
@@ -160,8 +160,8 @@ class ElasticLayer:
     def routed(self, x: Tensor, index: Tensor, weight: Tensor, state: dict[str, Tensor]) -> Routed:
         """The router's choice [T, k] for x [T, d], as routing stages see it. state: what they carry on."""
         return Routed(
-            x, index, weight, self.index, self.plan.layer.num_experts,
-            self.plan.layer.num_experts + len(self.plan.layer.extra or ()),
+            x, index, weight, self.index, self.parts.layer.num_experts,
+            self.parts.layer.num_experts + len(self.parts.layer.extra or ()),
             scores=lambda: self.router_scores(x, index, weight), residual=lambda: self.elastic.residual(self.index, x),
             state=state,
         )  # fmt: skip
@@ -169,7 +169,7 @@ class ElasticLayer:
     @cached_property
     def router_scores(self) -> RouterScores:
         """The router's probabilities, for stages that ask for them."""
-        return RouterScores(self.elastic.model, self.plan.layer)
+        return RouterScores(self.elastic.model, self.parts.layer)
 
     def _computed(self, x: Tensor, found: Candidates, settled: Settled, extra: Tensor | bool) -> Tensor:
         """Execute, and make up for what is dropped: of all tokens, of none, or of those marked [T]."""
@@ -199,35 +199,35 @@ class ElasticLayer:
         return torch.tensor(wanted, device=number.device)[number]
 
     def _valid(self, index: Tensor) -> Tensor:
-        return index.clamp(0, self.plan.layer.num_experts - 1) == index
+        return index.clamp(0, self.parts.layer.num_experts - 1) == index
 
     def _count(self, index: Tensor, keep: Tensor | None, *, selects: bool, low: Tensor | None = None) -> None:
         if self.elastic.counting:
             self.counter.add(index, keep, selects=selects, low=low)
 
     def reset_counter(self) -> None:
-        self.counter = Counter(self.plan.layer.num_experts, self.plan.n_sub)
+        self.counter = Counter(self.parts.layer.num_experts, self.parts.n_sub)
 
     @cached_property
     def compensator(self) -> Compensator | None:
         """What makes up for dropped slots, where the artefact has it."""
-        return compensator(self.plan)
+        return compensator(self.parts)
 
     def forget(self) -> None:
-        """Make everything that reads the plan's tensors again at the next call: they have changed."""
+        """Make everything that reads the parts's tensors again at the next call: they have changed."""
         self._scorers.clear()
         self._rules.clear()
         self.__dict__.pop("compensator", None)
-        self.executor = self.elastic.executor_of(self.plan)
+        self.executor = self.elastic.executor_of(self.parts)
 
     def scorer(self, name: str) -> Scorer:
         if name not in self._scorers:
-            self._scorers[name] = scorers.get(name)(self.plan)
+            self._scorers[name] = scorers.get(name)(self.parts)
         return self._scorers[name]
 
     def rule(self, name: str) -> Rule:
         if name not in self._rules:
-            self._rules[name] = rules.get(name)(self.plan)
+            self._rules[name] = rules.get(name)(self.parts)
         return self._rules[name]
 
     def prices(self, group: PointGroup) -> Prices:
@@ -235,7 +235,7 @@ class ElasticLayer:
         selects = self.executor.always_selects or not all(group.is_full(self.index, p) for p in range(len(group.budgets)))
         scorer = self.scorer(group.scorer) if selects and self.rule(group.rule).needs_norms else None
         extra = self.compensator if selects and group.compensate else None
-        prices = prices_of(self.plan, scorer, extra, self.elastic.stored_bytes_per_weight)
+        prices = prices_of(self.parts, scorer, extra, self.elastic.stored_bytes_per_weight)
         low = self.executor.low_bytes
         return prices if low is None else prices.with_low(low)
 

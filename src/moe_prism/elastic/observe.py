@@ -24,7 +24,7 @@ RankBy = Callable[[Routed], Tensor]
 
 def _observer(layer: ElasticLayer, rank_by: RankBy, found: list[Tensor]) -> ExpertsFn:
     def run(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        valid = index.clamp(0, layer.plan.layer.num_experts - 1) == index
+        valid = index.clamp(0, layer.parts.layer.num_experts - 1) == index
         found.append(rank_by(layer.routed(x, index, weight, {})).detach().masked_fill(~valid, -1.0).cpu())
         return layer(x, index, weight)
 
@@ -40,11 +40,11 @@ def recorded(elastic: Host, rank_by: RankBy = SkipStage.rank_by) -> Iterator[lis
     found: list[list[Tensor]] = [[] for _ in elastic.layers]
     try:
         for layer, rows in zip(elastic.layers, found, strict=True):
-            layer.plan.layer.install(_observer(layer, rank_by, rows))
+            layer.parts.layer.install(_observer(layer, rank_by, rows))
         yield found
     finally:
         for layer in elastic.layers:
-            layer.plan.layer.install(layer)
+            layer.parts.layer.install(layer)
 
 
 def ranked(weights: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -16,9 +16,7 @@ from torch import Tensor
 from ..model import MoELayer
 from ..model.base import ExpertsFn
 from .base import LayerParts
-
-REPAIR = "repair"
-"""Side tensor [bands, E, d, f] (bfloat16): D_b of every band."""
+from .side_tensors import REPAIR
 
 
 def band_of(dropped: Tensor, bands: int, n_sub: int) -> Tensor:
@@ -81,15 +79,15 @@ class WithDown(MoELayer):
 class Repaired:
     """Runs an executor so that every chosen expert is projected as its number of dropped blocks asks for."""
 
-    def __init__(self, plan: LayerParts) -> None:
-        self.plan = plan
-        self.bands = len(plan.tensors[REPAIR])
-        self._plans: dict[int, LayerParts] = {}
+    def __init__(self, parts: LayerParts) -> None:
+        self.parts = parts
+        self.bands = len(parts.tensors[REPAIR])
+        self._repaired: dict[int, LayerParts] = {}
 
     def __call__(self, execute: Callable[..., Tensor], x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
         """Shapes as in `execute.reference`."""
-        band = band_of(self.plan.n_sub - keep.sum(2), self.bands, self.plan.n_sub)[:, :, None]
-        out = execute(self.plan, x, index, weight, keep & (band < 0))
+        band = band_of(self.parts.n_sub - keep.sum(2), self.bands, self.parts.n_sub)[:, :, None]
+        out = execute(self.parts, x, index, weight, keep & (band < 0))
         for b in range(self.bands):
             mine = band == b
             if mine.any():
@@ -97,10 +95,10 @@ class Repaired:
         return out
 
     def _with(self, band: int) -> LayerParts:
-        """The plan with W_down + D_b, stored neuron by neuron so that a block is one piece of memory; made on first use."""
-        if band not in self._plans:
-            layer = self.plan.layer
-            delta = self.plan.tensors[REPAIR][band].to(layer.down.device)
+        """The parts with W_down + D_b, stored neuron by neuron so that a block is one piece of memory; made on first use."""
+        if band not in self._repaired:
+            layer = self.parts.layer
+            delta = self.parts.tensors[REPAIR][band].to(layer.down.device)
             down = (layer.down.float() + delta.float()).to(layer.down.dtype).transpose(1, 2).contiguous().transpose(1, 2)
-            self._plans[band] = replace(self.plan, layer=WithDown(layer, down))
-        return self._plans[band]
+            self._repaired[band] = replace(self.parts, layer=WithDown(layer, down))
+        return self._repaired[band]

@@ -34,22 +34,22 @@ class Elastic:
     generation does not pay for them. carried: what routing stages carry from layer to layer of the forward that runs.
     """
 
-    def __init__(self, model: Any, plans: Sequence[LayerParts]) -> None:
+    def __init__(self, model: Any, layer_parts: Sequence[LayerParts]) -> None:
         self.model = model
         self.always_split = self.counting = False
         self.carried: dict[str, Tensor] = {}
         self._normalises: bool | None = None
         # what a weight costs on the machine that serves; compute may use a wider type (float32 on a CPU)
-        self.stored_bytes_per_weight: float = plans[0].layer.up.element_size()
+        self.stored_bytes_per_weight: float = layer_parts[0].layer.up.element_size()
         self._watching: dict[int, Any] = {}
-        self.layers = [ElasticLayer(plan, self, self.executor_of(plan)) for plan in plans]
+        self.layers = [ElasticLayer(parts, self, self.executor_of(parts)) for parts in layer_parts]
         self.full_step = self.step = Step(bind(self, [FULL]))
         for layer in self.layers:
-            layer.plan.layer.install(layer)
+            layer.parts.layer.install(layer)
 
-    def executor_of(self, plan: LayerParts) -> Executor:
+    def executor_of(self, parts: LayerParts) -> Executor:
         """What computes a layer's blocks."""
-        return InMemory(plan)
+        return InMemory(parts)
 
     def normalises(self) -> bool:
         """Whether the router scales the weights of its choice to a constant sum; asked of the model once, at full budget."""
@@ -65,7 +65,7 @@ class Elastic:
     def k(self) -> int | None:
         """Experts per token, where the configuration names them."""
         try:
-            return experts_per_token(self.model, self.layers[0].plan.layer)
+            return experts_per_token(self.model, self.layers[0].parts.layer)
         except UsageError:
             return None
 
@@ -82,7 +82,7 @@ class Elastic:
                 if point.weights is not None:
                     if len(step.bound.points) > 1:
                         raise UsageError("points that change the weights cannot share a batch", "run them one after the other")
-                    stack.enter_context(installed(point.weights, self.model, [layer.plan.layer for layer in self.layers]))
+                    stack.enter_context(installed(point.weights, self.model, [layer.parts.layer for layer in self.layers]))
             if "residual" in step.bound.needs:
                 stack.enter_context(self._watched())
             self.step, self.counting = step, counted if counting is None else counting
@@ -96,7 +96,7 @@ class Elastic:
         """Watch the residual stream of every layer."""
         before = self._watching
         with ExitStack() as stack:
-            layers = [layer.plan.layer for layer in self.layers]
+            layers = [layer.parts.layer for layer in self.layers]
             self._watching = {layer.index: stack.enter_context(watch_residual(self.model, layer)) for layer in layers}
             try:
                 yield
@@ -107,14 +107,14 @@ class Elastic:
         """The residual stream [T, d] of a layer's input x [T, d]. UsageError where it cannot be seen."""
         found = self._watching[layer](x) if layer in self._watching else None
         if found is None:
-            name = self.layers[layer].plan.layer.name
+            name = self.layers[layer].parts.layer.name
             raise UsageError(f"the residual stream of '{name}' is not to be seen", "use a stage that does not ask for it")
         return found  # type: ignore[no-any-return]
 
     def detach(self) -> None:
         """Give the model its own experts function back."""
         for layer in self.layers:
-            layer.plan.layer.uninstall()
+            layer.parts.layer.uninstall()
         self.model.__dict__.pop("_moe_prism", None)
 
     def reset_counters(self) -> None:
@@ -141,8 +141,8 @@ def attach(
     for layer in found:
         if n_sub != 1:  # whole experts
             check_blocks(layer.width, n_sub, f"'{layer.name}'")
-    plans = [LayerParts(layer, n_sub, gates, dict(tensors[i]) if tensors else {}) for i, layer in enumerate(found)]
-    model._moe_prism = Elastic(model, plans)
+    layer_parts = [LayerParts(layer, n_sub, gates, dict(tensors[i]) if tensors else {}) for i, layer in enumerate(found)]
+    model._moe_prism = Elastic(model, layer_parts)
     return model._moe_prism  # type: ignore[no-any-return]
 
 
@@ -212,8 +212,8 @@ def _step_of(elastic: Elastic, budget: float | Tensor, k: int | None, rule: str 
 
 def slots_per_token(elastic: Elastic) -> int:
     """k*N, read from the model's configuration; 1*N for a dense model."""
-    plan = elastic.layers[0].plan
-    return experts_per_token(elastic.model, plan.layer) * plan.n_sub
+    parts = elastic.layers[0].parts
+    return experts_per_token(elastic.model, parts.layer) * parts.n_sub
 
 
 def experts_per_token(model: Any, layer: MoELayer) -> int:

@@ -50,7 +50,7 @@ class Selection:
     def _norms(self) -> Tensor:
         if self.scorer is None:
             raise RuntimeError("a rule that says it needs no norms has asked for them")
-        return self.scorer(self.x, self.index.clamp(0, self.scorer.plan.layer.num_experts - 1))
+        return self.scorer(self.x, self.index.clamp(0, self.scorer.parts.layer.num_experts - 1))
 
     def values(self) -> Tensor:
         """[T, k, N]: what each slot is worth, -1 where there is no expert."""

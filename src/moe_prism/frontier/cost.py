@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from ..compress.changes import change_of
 from ..elastic import Elastic
 from ..elastic.bind import PointGroup, Step
-from ..elastic.compensate.base import PREFIX
-from ..elastic.repair import REPAIR
+from ..elastic.side_tensors import COMPENSATE, REPAIR
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,13 @@ def resident_bytes(elastic: Elastic, step: Step) -> float:
     share = 1.0 if point.weights is None else change_of(point.weights).resident_share
     total = 0.0
     for layer in elastic.layers:
-        plan, prices = layer.plan, layer.prices(group).bytes
+        parts, prices = layer.parts, layer.prices(group).bytes
         total += share * float(prices["blocks"].sum() + prices["experts"].sum())
         if group.is_full(layer.index, 0):
             continue
         total += sum(float(prices[name].sum()) for name in ("predictors", "tokens") if name in prices)
-        extra = [name for name in plan.tensors if name == REPAIR or (group.compensate and name.startswith(PREFIX))]
-        total += sum(plan.tensors[name].numel() for name in extra) * elastic.stored_bytes_per_weight
+        extra = [name for name in parts.tensors if name == REPAIR or (group.compensate and name.startswith(COMPENSATE))]
+        total += sum(parts.tensors[name].numel() for name in extra) * elastic.stored_bytes_per_weight
     return total
 
 

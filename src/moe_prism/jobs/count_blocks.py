@@ -25,14 +25,14 @@ def block_choices(model: Any, ids: Tensor, budgets: Sequence[float], *, batch: i
     counted = [_Counted(layer, steps) for layer in elastic.layers]
     try:
         for each in counted:
-            each.layer.plan.layer.install(each)
+            each.layer.parts.layer.install(each)
         for start in range(0, len(ids), batch):
             backbone_of(model)(input_ids=ids[start : start + batch].to(input_device(model)), use_cache=False)
     finally:
         for layer in elastic.layers:
-            layer.plan.layer.install(layer)
+            layer.parts.layer.install(layer)
     tokens = ids.numel()
-    n_sub = elastic.layers[0].plan.n_sub
+    n_sub = elastic.layers[0].parts.n_sub
     chosen = tuple((each.chosen / tokens).numpy() for each in counted)
     predictor = Read(chosen, _predictor_size(elastic.layers[0]))
     return {
@@ -43,20 +43,20 @@ def block_choices(model: Any, ids: Tensor, budgets: Sequence[float], *, batch: i
 
 def _predictor_size(layer: ElasticLayer) -> float:
     """Weights read to choose among the sub-experts of one chosen expert, as a share of the expert: predictor and gate neurons."""
-    plan = layer.plan
-    matrices = 2 if plan.layer.gate is not None else 1
-    gates = plan.n_sub * plan.gates * matrices * plan.layer.hidden
-    return (layer.scorer("ridge").parameters_per_expert() + gates) / plan.layer.parameters_per_expert()
+    parts = layer.parts
+    matrices = 2 if parts.layer.gate is not None else 1
+    gates = parts.n_sub * parts.gates * matrices * parts.layer.hidden
+    return (layer.scorer("ridge").parameters_per_expert() + gates) / parts.layer.parameters_per_expert()
 
 
 class _Counted:
     """An experts function that computes what the model does and counts what every step would keep. chosen [E], kept [E, N] each."""
 
     def __init__(self, layer: ElasticLayer, steps: Sequence[Step]) -> None:
-        experts = layer.plan.layer.num_experts
+        experts = layer.parts.layer.num_experts
         self.layer, self.steps = layer, steps
         self.chosen = torch.zeros(experts, dtype=torch.float64)
-        self.kept = [torch.zeros(experts, layer.plan.n_sub, dtype=torch.float64) for _ in steps]
+        self.kept = [torch.zeros(experts, layer.parts.n_sub, dtype=torch.float64) for _ in steps]
 
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         flat = index.flatten().cpu()
@@ -64,7 +64,7 @@ class _Counted:
         for step, kept in zip(self.steps, self.kept, strict=True):
             keep = self.layer.kept(step, x, index, weight)
             kept.index_add_(0, flat, keep.flatten(0, 1).double().cpu())
-        return self.layer.plan.layer.native(x, index, weight)
+        return self.layer.parts.layer.native(x, index, weight)
 
 
 def at_budget(model: Any, budget: float) -> Callable[[], Any]:

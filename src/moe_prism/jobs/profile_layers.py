@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..elastic import attach
-from ..elastic.rules.layer_budgets import plan_steps
+from ..elastic.rules.layer_budgets import budget_steps
 from ..elastic.rules.threshold import dropped_energy
 from ..frontier.allocation import greedy_path
 from ..frontier.measure import LOGIT_ROWS, measure
@@ -22,7 +22,7 @@ TYPICAL = 0.5  # the budget whose cost per unit of dropped energy stands for a l
 
 
 def profile_runs(points: int) -> list[tuple[str, float]]:
-    """(rule, budget) of what is run with every layer alone: the typical one, then `points` budgets evenly inside (0, 1) for the plan."""
+    """(rule, budget) of what is run with every layer alone: the typical one, then `points` budgets evenly inside (0, 1) for the parts."""
     return [("threshold", TYPICAL), *(("product", (i + 1) / (points + 1)) for i in range(points))]
 
 
@@ -44,12 +44,12 @@ class Profiler:
         points = [OperatingPoint(slots=SlotRule(rule=rule, layers=own)) for own in alone]
         measured = measure(self.model, ids, points, batch=max(1, LOGIT_ROWS // ids.shape[1]), progress=update)
         counter = self.elastic.layers[0].counter
-        slots = counter.chosen // counter.tokens * self.elastic.layers[0].plan.n_sub
+        slots = counter.chosen // counter.tokens * self.elastic.layers[0].parts.n_sub
         return torch.tensor([found.quality.kl for found in measured], dtype=torch.float64), slots
 
 
 def unit_cost(levels: Tensor, budget: float, loss: float) -> float:
-    """KL per unit of dropped squared value of one layer; levels: its own (see `fit_levels`)."""
+    """KL per unit of dropped squared value of one layer; levels: its own (see `fit_cutoffs`)."""
     return loss / max(dropped_energy(levels, budget), 1e-30)
 
 
@@ -66,7 +66,7 @@ def loss_curve(levels: Tensor, profile: Sequence[tuple[float, float]], slots: in
 
 
 def plan_order(curves: Sequence[Sequence[float]]) -> list[int]:
-    """The layer that gets the next slot per token, from nothing to all slots of every layer (see `plan_steps`).
+    """The layer that gets the next slot per token, from nothing to all slots of every layer (see `budget_steps`).
 
     Every layer first gets one; then a hull-greedy allocation under the sum of the layers' losses, curves [L][slots].
     """
@@ -77,7 +77,7 @@ def plan_order(curves: Sequence[Sequence[float]]) -> list[int]:
     return order + [layer for layer, curve in enumerate(curves) for _ in range(len(curve) - order.count(layer))]
 
 
-def plan_tensors(levels: Sequence[Tensor], profiles: Sequence[Sequence[tuple[float, float]]], slots: int) -> list[Tensor]:
-    """`plan` of every layer, for the rule of that name, from each layer's own levels and measured (budget, KL)."""
+def budget_tensors(levels: Sequence[Tensor], profiles: Sequence[Sequence[tuple[float, float]]], slots: int) -> list[Tensor]:
+    """`parts` of every layer, for the rule of that name, from each layer's own levels and measured (budget, KL)."""
     curves = [loss_curve(own, profile, slots) for own, profile in zip(levels, profiles, strict=True)]
-    return plan_steps(plan_order(curves), len(levels))
+    return budget_steps(plan_order(curves), len(levels))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..artefact.load import SIDE_FILE, read_tensors
+from ..artefact.load import SIDE_FILE, flat_side_tensors, side_tensors
 from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
 from ..calibrate.statistics import Statistics
@@ -23,6 +23,7 @@ from ..compress.prune import KeptExperts
 from ..compress.prune.remove import check_removable, remove_experts
 from ..data import Windows
 from ..elastic import attach
+from ..elastic.side_tensors import expert_dimension
 from ..errors import UsageError
 from ..methods.prune.select import PruneSelection, check_options, collectors_of, decide, measured_counts, read_kept
 from ..model import find_layers, load_to_run, resolve
@@ -34,9 +35,6 @@ from .recover import FILLED_IN
 
 KEPT = "kept.json"
 COUNTS = "kept-counts.safetensors"
-EXPERT_DIMS = {"ridge": 0, "repair": 1, "low_rank.heads": 0}
-"""Side tensors with an entry per expert -> where it is; those of compensation have theirs first."""
-SHARED = ("levels", "plan", "low_rank.map")
 
 
 @dataclass(frozen=True)
@@ -181,21 +179,20 @@ def _elastic_manifest(folder: Path) -> dict[str, Any] | None:
 
 def _slice_side_file(source: Path, choices: Sequence[KeptExperts], out: OutputFolder) -> None:
     """prism.safetensors without what belongs to experts that went."""
-    flat = {}
-    for key, tensor in read_tensors(source / SIDE_FILE).items():
-        _, layer, name = key.split(".", 2)
-        choice = choices[int(layer)]
-        flat[key] = (
-            tensor
-            if name in SHARED
-            else _slice(key, tensor, 0 if name.startswith("compensate.") else EXPERT_DIMS.get(name), choice)
-        )
-    out.save_tensors(SIDE_FILE, flat, {"format": "pt"})
+    own = side_tensors(source, len(choices))
+    left = [
+        {name: _slice(name, tensor, choice) for name, tensor in tensors.items()}
+        for tensors, choice in zip(own, choices, strict=True)
+    ]
+    out.save_tensors(SIDE_FILE, flat_side_tensors(left), {"format": "pt"})
 
 
-def _slice(key: str, tensor: Tensor, dim: int | None, choice: KeptExperts) -> Tensor:
-    if dim is None or tensor.shape[dim] != choice.experts:
-        raise UsageError(f"side tensor '{key}' is not known to pruning", "prune the source model, then refactor that")
+def _slice(name: str, tensor: Tensor, choice: KeptExperts) -> Tensor:
+    dim = expert_dimension(name)
+    if dim is None:
+        return tensor
+    if tensor.shape[dim] != choice.experts:
+        raise UsageError(f"side tensor '{name}' does not fit the model", "prune the source model, then refactor that")
     return tensor.index_select(dim, torch.tensor(choice.kept))
 
 

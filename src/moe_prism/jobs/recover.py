@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Unpack
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..artefact.load import SIDE_FILE, load, read_tensors
+from ..artefact.load import SIDE_FILE, flat_side_tensors, load, side_tensors
 from ..artefact.output import Writing, check_apart, finished
 from ..checkpoint import Journal, OutputFolder, elastic_manifest, write_manifest
 from ..data import Windows, token_windows
@@ -99,7 +99,7 @@ def _check_repair(layers: Sequence[ElasticLayer], windows: Windows, options: Rec
             raise UsageError(
                 f"{len(windows.ids)} windows are too few: one in {BATCH} is held out", "give more --tokens or a smaller --length"
             )
-        groups(layers, min(options.bands, layers[0].plan.n_sub - 1), options.memory_mib << 20)
+        groups(layers, min(options.bands, layers[0].parts.n_sub - 1), options.memory_mib << 20)
 
 
 class _Units(NamedTuple):
@@ -139,7 +139,7 @@ def _fit(
 
 def _write_side_file(folder: Path, layers: int, output: OutputFolder) -> int:
     """prism.safetensors with the new side tensors in it; work files leave. Returns the bytes it grew by."""
-    old = read_tensors(folder / SIDE_FILE)
+    old = flat_side_tensors(side_tensors(folder, layers))
     new = dict(old)
     for i in range(layers):
         new |= load_file(str(output.work / _unit(i)))
@@ -165,7 +165,7 @@ def _copy(folder: Path, manifest: Mapping[str, Any], output: OutputFolder, updat
 
 
 def _expert_bytes(model: Any, manifest: Mapping[str, Any]) -> int:
-    layers = [layer.plan.layer for layer in model._moe_prism.layers]
+    layers = [layer.parts.layer for layer in model._moe_prism.layers]
     size: int = manifest["bytes_per_weight"]
     weights: int = sum(layer.num_experts * layer.parameters_per_expert() for layer in layers)
     return size * weights

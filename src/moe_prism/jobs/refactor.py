@@ -18,18 +18,19 @@ from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
 from ..calibrate.statistics import Statistics
 from ..checkpoint import Journal, OutputFolder, source_facts, write_manifest
-from ..elastic.rules.threshold import pool_levels
+from ..elastic.rules.threshold import pool_cutoffs
+from ..elastic.side_tensors import CUTOFFS, LAYER_BUDGETS
 from ..errors import UsageError
 from ..model import MoELayer, resolve
 from ..options.refactor import RefactorOptions
 from ..partition.base import check_blocks
 from ..progress import Report, Update, peak_rss_bytes, silent
 from .calibrate import SNAPSHOT, calibration_windows, check_fit, read_statistics, run_pass
-from .profile_layers import Profiler, plan_tensors, profile_runs, unit_cost
+from .profile_layers import Profiler, budget_tensors, profile_runs, unit_cost
 from .refactor_card import model_card
 from .solve_layer import solve
 
-LEVELS_FILE = "levels.safetensors"
+CUTOFFS_FILE = "cutoffs.safetensors"
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def refactor(
             given = run_pass(where, windows, options.calibration, folder, work.journal, work.report)
         assert given is not None
         rows = _solve_layers(work, weights, given, options)
-        _pool_levels(work, weights, given, options, rows)
+        _pool_cutoffs(work, weights, given, options, rows)
         with work.report("write") as update:
             weights.rewrite(folder, work.journal, lambda layer: _unit(folder, layer)["perm"], update)
         facts = _facts(weights, source, options, rows, given)
@@ -142,10 +143,10 @@ def _solve_layers(work: _Work, weights: Weights, statistics: Statistics, options
     return rows
 
 
-def _pool_levels(
+def _pool_cutoffs(
     work: _Work, weights: Weights, statistics: Statistics, options: RefactorOptions, rows: list[dict[str, Any]]
 ) -> None:
-    """Levels and plans that spend a budget where it matters most. Needs the model in memory, so not with low_memory."""
+    """Cutoffs and layer budgets that spend a budget where it matters most. Needs the model in memory, so not with low_memory."""
     if options.calibration.low_memory or not options.profile_tokens:
         return
     folder, journal, _ = work
@@ -154,14 +155,16 @@ def _pool_levels(
     wanted = max(1, options.profile_tokens // statistics.profile.shape[1])
     ids = statistics.profile[:: max(1, len(statistics.profile) // wanted)][:wanted]
     found = _profile(work, lambda: Profiler(weights.path, units, options.n_sub, options.gates), runs, ids)
-    own = [unit["levels"] for unit in units]
+    own = [unit[CUTOFFS] for unit in units]
     profiles = [[(budget, float(run["kl"][i])) for (_, budget), run in zip(runs, found, strict=True)] for i in range(len(units))]
     costs = [unit_cost(level, *profile[0]) for level, profile in zip(own, profiles, strict=True)]
-    if not journal.done(LEVELS_FILE):
-        tensors = {f"layers.{i}.levels": level for i, level in enumerate(pool_levels(own, costs))}
-        plans = plan_tensors(own, [profile[1:] or profile for profile in profiles], int(found[0]["slots"]))
-        digest = folder.save_tensors(LEVELS_FILE, tensors | {f"layers.{i}.plan": plan for i, plan in enumerate(plans)})
-        journal.finish(LEVELS_FILE, LEVELS_FILE, digest)
+    if not journal.done(CUTOFFS_FILE):
+        tensors = {f"layers.{i}.{CUTOFFS}": level for i, level in enumerate(pool_cutoffs(own, costs))}
+        plans = budget_tensors(own, [profile[1:] or profile for profile in profiles], int(found[0]["slots"]))
+        digest = folder.save_tensors(
+            CUTOFFS_FILE, tensors | {f"layers.{i}.{LAYER_BUDGETS}": plan for i, plan in enumerate(plans)}
+        )
+        journal.finish(CUTOFFS_FILE, CUTOFFS_FILE, digest)
     for row, cost, profile in zip(rows, costs, profiles, strict=True):
         row["sensitivity"] = cost
         row["profile"] = [
@@ -236,8 +239,8 @@ def _summary(statistics: Statistics) -> dict[str, Any]:
 def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str, Any]) -> None:
     """prism.safetensors and the model card; work files leave, so that what is renamed is only the result."""
     side = {f"layers.{layer.index}.{k}": v for layer in weights.layers for k, v in _unit(folder, layer).items() if k != "perm"}
-    if (folder.work / LEVELS_FILE).exists():
-        side |= load_file(str(folder.work / LEVELS_FILE))
+    if (folder.work / CUTOFFS_FILE).exists():
+        side |= load_file(str(folder.work / CUTOFFS_FILE))
     folder.save_tensors(SIDE_FILE, side, {"format": "pt"})
     folder.write_bytes("README.md", model_card(facts, weights.model.config.model_type).encode())
     # vLLM loads every *.safetensors of a folder that has no index: name the weights, so that the side file is not taken for them
@@ -247,7 +250,7 @@ def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str
     for layer in weights.layers:
         folder.discard(_unit_name(layer))
     folder.discard(SNAPSHOT)
-    folder.discard(LEVELS_FILE)
+    folder.discard(CUTOFFS_FILE)
     for i in range(1 + facts["options"]["profile_points"]):
         folder.discard(_profile_name(i))
 

@@ -1,4 +1,4 @@
-"""Everything that is fitted for one layer: neuron order, predictor, levels."""
+"""Everything that is fitted for one layer: neuron order, predictor, cutoffs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from ..calibrate.statistics import LayerStatistics
 from ..elastic import LayerParts, compensate
 from ..elastic.compensate import Compensator
-from ..elastic.rules.threshold import LEVELS, fit_levels
+from ..elastic.rules.threshold import QUANTILES, fit_cutoffs
 from ..elastic.scorers import ridge as ridge_scorer
 from ..elastic.scorers import scorers
+from ..elastic.side_tensors import CUTOFFS, RIDGE
 from ..model import MoELayer
 from ..options.refactor import RefactorOptions
 from ..partition import Partition, objectives, order_gates, refiners, solvers
@@ -28,7 +29,7 @@ from .calibrate import STARVED
 def solve(layer: MoELayer, statistics: LayerStatistics, options: RefactorOptions) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, facts) of one layer whose weights are loaded; the weights are left in the new order.
 
-    tensors: perm [E, f] int32, ridge, levels, what compensation reads. facts: experts, width, cost_share (mean), starved experts.
+    tensors: perm [E, f] int32, ridge, cutoffs, what compensation reads. facts: experts, width, cost_share (mean), starved experts.
     """
     samples, weights, starved = _samples(statistics)
     mass = [layer.activations(e, x).abs().float().numpy() for e, x in enumerate(samples)]
@@ -46,13 +47,13 @@ def solve(layer: MoELayer, statistics: LayerStatistics, options: RefactorOptions
     choice = gate_choices.get(options.gate_choice)
     perm = np.stack([order_gates(m, orders[e], options.n_sub, options.gates, choice, down[e]) for e, m in enumerate(mass)])
     layer.permute(torch.from_numpy(perm))
-    plan = LayerParts(layer, options.n_sub, options.gates)
-    extra = None if options.compensate == "none" else _compensate(plan, statistics, samples, weights, options)
-    plan.tensors["ridge"] = ridge_scorer.fit(plan, samples, extra.losses if extra else None)
+    parts = LayerParts(layer, options.n_sub, options.gates)
+    extra = None if options.compensate == "none" else _compensate(parts, statistics, samples, weights, options)
+    parts.tensors[RIDGE] = ridge_scorer.fit(parts, samples, extra.losses if extra else None)
     for name in options.extra_scorers:
-        plan.tensors |= scorers.get(name).fit(plan, samples)
-    scorer = ridge_scorer.Ridge(plan)
-    plan.tensors["levels"] = _levels(statistics, samples, lambda e, rows: scorer(rows, torch.full((len(rows), 1), e))[:, 0])
+        parts.tensors |= scorers.get(name).fit(parts, samples)
+    scorer = ridge_scorer.Ridge(parts)
+    parts.tensors[CUTOFFS] = _cutoffs(statistics, samples, lambda e, rows: scorer(rows, torch.full((len(rows), 1), e))[:, 0])
     shares = [
         p.cost / max(float(m.sum(dtype=np.float64)), 1e-30) for p, m in zip(partitions.values(), wanted.values(), strict=True)
     ]
@@ -63,7 +64,7 @@ def solve(layer: MoELayer, statistics: LayerStatistics, options: RefactorOptions
         "cost_share": round(float(np.mean(shares)), 6),
         "starved": starved,
     }
-    return {"perm": torch.from_numpy(perm.astype(np.int32)), **plan.tensors}, facts
+    return {"perm": torch.from_numpy(perm.astype(np.int32)), **parts.tensors}, facts
 
 
 def _refine(
@@ -99,21 +100,21 @@ def _samples(statistics: LayerStatistics) -> tuple[list[Tensor], list[Tensor], l
 
 
 def _compensate(
-    plan: LayerParts, statistics: LayerStatistics, samples: list[Tensor], weights: list[Tensor], options: RefactorOptions
+    parts: LayerParts, statistics: LayerStatistics, samples: list[Tensor], weights: list[Tensor], options: RefactorOptions
 ) -> Compensator:
-    """Fit compensation on the weaker half of the layer's slots, and put its tensors into the plan."""
-    true = [ridge_scorer.block_norms(plan, x, e) for e, x in enumerate(samples)]
-    half = _levels(statistics, samples, lambda e, rows: true[e][: len(rows)])[LEVELS // 2]
+    """Fit compensation on the weaker half of the layer's slots, and put its tensors into the parts."""
+    true = [ridge_scorer.block_norms(parts, x, e) for e, x in enumerate(samples)]
+    half = _cutoffs(statistics, samples, lambda e, rows: true[e][: len(rows)])[QUANTILES // 2]
     dropped = [weight.abs()[:, None] * norms < half for weight, norms in zip(weights, true, strict=True)]
     rows = [compensate.ExpertSample(x, mask) for x, mask in zip(samples, dropped, strict=True)]
-    return compensate.fit(options.compensate, plan, rows, options.rank)
+    return compensate.fit(options.compensate, parts, rows, options.rank)
 
 
 def _rows(weight: Tensor | None, expert: int) -> Any:
     return None if weight is None else weight[expert].float().numpy()
 
 
-def _levels(statistics: LayerStatistics, samples: list[Tensor], norms: Callable[[int, Tensor], Tensor]) -> Tensor:
+def _cutoffs(statistics: LayerStatistics, samples: list[Tensor], norms: Callable[[int, Tensor], Tensor]) -> Tensor:
     """Levels for the threshold rule: slot values of each expert's sample, weighted by how often the expert is chosen.
 
     norms(expert, rows [S, d]) -> [S, N].
@@ -125,4 +126,4 @@ def _levels(statistics: LayerStatistics, samples: list[Tensor], norms: Callable[
         if len(rows):
             values.append((weight.abs()[:, None] * norms(e, rows)).flatten())
             importance.append(torch.full_like(values[-1], float(statistics.values["counts"]["count"][e]) / len(rows)))
-    return fit_levels(torch.cat(values), torch.cat(importance))
+    return fit_cutoffs(torch.cat(values), torch.cat(importance))

@@ -22,11 +22,12 @@ def verify(folder: str | Path) -> list[Check]:
 
 def _check_side_tensors(folder: str | Path, layers: list[dict[str, int]], n_sub: int) -> Check:
     from ..artefact.load import side_tensors
+    from ..elastic.side_tensors import CUTOFFS
     from ..errors import CorruptError
 
     for i, (tensors, layer) in enumerate(zip(side_tensors(folder, len(layers)), layers, strict=True)):
         ridge = tensors.get("ridge")
-        if ridge is None or tuple(ridge.shape[:2]) != (layer["experts"], n_sub) or "levels" not in tensors:
+        if ridge is None or tuple(ridge.shape[:2]) != (layer["experts"], n_sub) or CUTOFFS not in tensors:
             raise CorruptError(f"prism.safetensors does not fit layer {i}", "run `moe-prism refactor` again")
         repair = tensors.get("repair")
         if repair is not None and (repair.ndim, repair.shape[1], repair.shape[3]) != (4, layer["experts"], layer["width"]):

@@ -30,7 +30,7 @@ class TraceRecorder:
         elastic = getattr(model, "_moe_prism", None)
         self.model, self.inputs = model, inputs
         self.inner: list[ElasticLayer | None] = list(elastic.layers) if elastic else []
-        self.layers: list[MoELayer] = [e.plan.layer for e in elastic.layers] if elastic else find_layers(model, dense=False)
+        self.layers: list[MoELayer] = [e.parts.layer for e in elastic.layers] if elastic else find_layers(model, dense=False)
         self.inner = self.inner or [None] * len(self.layers)
         if values and not elastic:
             raise UsageError("slot values need an elastic model", "give a folder written by `moe-prism refactor`")
@@ -71,7 +71,7 @@ class TraceRecorder:
     def _values(self, inner: ElasticLayer, x: Tensor, index: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
         scorer = inner.scorer(inner.elastic.step.bound.groups[0].scorer)
         slots = Slots(
-            x, index, weight, valid, inner.plan.n_sub, lambda: scorer(x, index.clamp(0, inner.plan.layer.num_experts - 1))
+            x, index, weight, valid, inner.parts.n_sub, lambda: scorer(x, index.clamp(0, inner.parts.layer.num_experts - 1))
         )
         return slots.values()
 
@@ -90,7 +90,7 @@ class TraceRecorder:
 
     @property
     def n_sub(self) -> int:
-        return self.inner[0].plan.n_sub if self.inner[0] is not None else 1
+        return self.inner[0].parts.n_sub if self.inner[0] is not None else 1
 
 
 @torch.no_grad()

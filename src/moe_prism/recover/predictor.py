@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from ..calibrate.run import backbone_of
 from ..elastic import Slots
 from ..elastic.layer import ElasticLayer
-from ..elastic.rules.threshold import Threshold, fit_levels, pool_levels
+from ..elastic.rules.threshold import Threshold, fit_cutoffs, pool_cutoffs
 from ..elastic.scorers.ridge import CEILING, Ridge, features
+from ..elastic.side_tensors import CUTOFFS, RIDGE
 from ..frontier.measure import measure
 from ..point import FULL
 from .base import RecoverJob
@@ -37,7 +38,7 @@ class _Trained:
     """One layer under training. budget None runs the layer in full."""
 
     def __init__(self, layer: ElasticLayer) -> None:
-        self.layer, self.plan = layer, layer.plan
+        self.layer, self.parts = layer, layer.parts
         scorer, rule = layer.scorer("ridge"), layer.rule("threshold")
         assert isinstance(scorer, Ridge) and isinstance(rule, Threshold)
         self.scale, self.rule = scorer.scale, rule
@@ -47,13 +48,13 @@ class _Trained:
 
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         if self.budget is None:
-            return self.plan.layer.native(x, index, weight)
-        valid = (index >= 0) & (index < self.plan.layer.num_experts)
+            return self.parts.layer.native(x, index, weight)
+        valid = (index >= 0) & (index < self.parts.layer.num_experts)
         pieces = [(e, (index == e).reshape(-1).nonzero()[:, 0]) for e in torch.unique(index[valid]).tolist()]
         order = torch.cat([rows for _, rows in pieces])
         k = index.shape[1]
         logs = torch.cat([self._predict(e, x.detach()[rows // k]) for e, rows in pieces])  # rows in `order`
-        logs = torch.zeros(index.numel(), self.plan.n_sub, device=x.device).index_copy(0, order, logs)
+        logs = torch.zeros(index.numel(), self.parts.n_sub, device=x.device).index_copy(0, order, logs)
         mask = self._mask(x, index, weight, valid, logs.view(*index.shape, -1)).flatten(0, 1)
         parts = [self._part(e, x[rows // k], mask[rows]) for e, rows in pieces]
         out = torch.cat(parts) * weight.reshape(-1)[order, None]
@@ -62,14 +63,14 @@ class _Trained:
     def _predict(self, expert: int, x: Tensor) -> Tensor:
         """Log norms [S, N]."""
         with torch.no_grad():
-            z = features(self.plan, x, expert, self.scale[expert])
+            z = features(self.parts, x, expert, self.scale[expert])
         return (z @ self.weight[expert].T).clamp(max=CEILING)
 
     def _mask(self, x: Tensor, index: Tensor, weight: Tensor, valid: Tensor, logs: Tensor) -> Tensor:
         """[T, k, N]: 1 where kept, 0 elsewhere, with the gradient of a soft choice."""
         assert self.budget is not None
         budget = torch.full((len(x),), self.budget, device=x.device)
-        slots = Slots(x, index, weight, valid, self.plan.n_sub, lambda: logs.detach().exp())
+        slots = Slots(x, index, weight, valid, self.parts.n_sub, lambda: logs.detach().exp())
         keep = self.rule.keep(slots, budget).float()
         values = logs + weight.detach().float().abs().clamp(min=1e-30).log()[:, :, None]
         soft = torch.sigmoid((values - self.rule.level(budget).clamp(min=1e-30).log()[:, None, None]) / TEMPERATURE)
@@ -77,8 +78,8 @@ class _Trained:
         return keep + (soft - soft.detach()) * valid[:, :, None]
 
     def _part(self, expert: int, x: Tensor, mask: Tensor) -> Tensor:
-        layer = self.plan.layer
-        a = layer.activations(expert, x) * mask.to(x.dtype).repeat_interleave(self.plan.block, 1)
+        layer = self.parts.layer
+        a = layer.activations(expert, x) * mask.to(x.dtype).repeat_interleave(self.parts.block, 1)
         y = layer.project(expert, a)
         return y if layer.down_bias is None else y + layer.down_bias[expert] * (mask > 0).any(1, keepdim=True)
 
@@ -90,17 +91,17 @@ def train(job: RecoverJob) -> dict[str, Any]:
     layers = [_Trained(layer) for layer in job.elastic.layers]
     try:
         for layer in layers:
-            layer.plan.layer.install(layer)
+            layer.parts.layer.install(layer)
         with job.report("train") as update:
             _steps(job, layers, price, update)
     finally:
         for layer in layers:
-            layer.plan.layer.install(layer.layer)
+            layer.parts.layer.install(layer.layer)
     for layer in layers:
-        layer.plan.tensors["ridge"] = layer.weight.detach().to("cpu", torch.bfloat16)
+        layer.parts.tensors[RIDGE] = layer.weight.detach().to("cpu", torch.bfloat16)
         layer.layer.forget()
     for i, levels in enumerate(_levels(job)):
-        job.save(i, {"ridge": job.elastic.layers[i].plan.tensors["ridge"], "levels": levels})
+        job.save(i, {RIDGE: job.elastic.layers[i].parts.tensors[RIDGE], CUTOFFS: levels})
     return {"steps": job.steps, "rate": RATE, "budgets": list(BUDGETS), "seed": job.seed}
 
 
@@ -155,17 +156,17 @@ def _levels(job: RecoverJob) -> list[Tensor]:
 
     def watch(i: int, layer: ElasticLayer) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         def experts(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-            valid = (index >= 0) & (index < layer.plan.layer.num_experts)
-            norms = layer.scorer("ridge")(x, index.clamp(0, layer.plan.layer.num_experts - 1))
-            slots = Slots(x, index, weight, valid, layer.plan.n_sub, lambda: norms)
+            valid = (index >= 0) & (index < layer.parts.layer.num_experts)
+            norms = layer.scorer("ridge")(x, index.clamp(0, layer.parts.layer.num_experts - 1))
+            slots = Slots(x, index, weight, valid, layer.parts.n_sub, lambda: norms)
             values[i].append(slots.values()[valid].flatten().cpu())
-            return layer.plan.layer.native(x, index, weight)
+            return layer.parts.layer.native(x, index, weight)
 
         return experts
 
     try:
         for i, layer in enumerate(job.elastic.layers):
-            layer.plan.layer.install(watch(i, layer))
+            layer.parts.layer.install(watch(i, layer))
         ids = job.ids[:: max(1, len(job.ids) // LEVEL_WINDOWS)][:LEVEL_WINDOWS]
         with job.report("levels") as update:
             for done in range(0, len(ids), BATCH):
@@ -173,6 +174,6 @@ def _levels(job: RecoverJob) -> list[Tensor]:
                 update(min(done + BATCH, len(ids)), len(ids))
     finally:
         for layer in job.elastic.layers:
-            layer.plan.layer.install(layer)
-    own = [fit_levels(torch.cat(v), torch.ones(sum(len(x) for x in v))) for v in values]
-    return own if job.sensitivity is None else pool_levels(own, list(job.sensitivity))
+            layer.parts.layer.install(layer)
+    own = [fit_cutoffs(torch.cat(v), torch.ones(sum(len(x) for x in v))) for v in values]
+    return own if job.sensitivity is None else pool_cutoffs(own, list(job.sensitivity))

@@ -27,17 +27,17 @@ PRIOR = 0.1  # of the layer's mean added to the expert's own: an expert that is 
 class Normal:
     """The normal equations of one layer, summed over any number of batches, in two parts: one to fit, one held out to choose the ridge."""
 
-    def __init__(self, plan: LayerParts, bands: int) -> None:
-        layer = plan.layer
-        self.plan, self.bands, self.added = plan, bands, compensator(plan)
+    def __init__(self, parts: LayerParts, bands: int) -> None:
+        layer = parts.layer
+        self.parts, self.bands, self.added = parts, bands, compensator(parts)
         device = layer.down.device
         self.gram = torch.zeros(2, bands, layer.num_experts, layer.width, layer.width, device=device)
         self.cross = torch.zeros(2, bands, layer.num_experts, layer.width, layer.hidden, device=device)
 
     @staticmethod
-    def bytes(plan: LayerParts, bands: int) -> int:
+    def bytes(parts: LayerParts, bands: int) -> int:
         """What one layer's equations hold in memory."""
-        layer = plan.layer
+        layer = parts.layer
         return 8 * bands * layer.num_experts * layer.width * (layer.width + layer.hidden)
 
     def add(self, x: Tensor, index: Tensor, weight: Tensor, keeps: list[Tensor], *, held: bool = False) -> None:
@@ -45,7 +45,7 @@ class Normal:
         k = index.shape[1]
         flat, scale = index.reshape(-1), weight.reshape(-1, 1).float()
         kept = [keep.flatten(0, 1) for keep in keeps]
-        for expert in range(self.plan.layer.num_experts):
+        for expert in range(self.parts.layer.num_experts):
             rows = (flat == expert).nonzero()[:, 0]
             if len(rows):
                 for mask in kept:
@@ -53,15 +53,15 @@ class Normal:
 
     def _add(self, part: int, expert: int, x: Tensor, weight: Tensor, keep: Tensor) -> None:
         """Inputs x [S, d] of one expert with routing weights [S, 1], under keep [S, N]."""
-        plan = self.plan
-        band = band_of(plan.n_sub - keep.sum(1), self.bands, plan.n_sub)
-        down, a = plan.layer.down[expert].float(), plan.layer.activations(expert, x).float()
-        z, missing = a * weight, torch.zeros(len(x), plan.layer.hidden, device=x.device)
+        parts = self.parts
+        band = band_of(parts.n_sub - keep.sum(1), self.bands, parts.n_sub)
+        down, a = parts.layer.down[expert].float(), parts.layer.activations(expert, x).float()
+        z, missing = a * weight, torch.zeros(len(x), parts.layer.hidden, device=x.device)
         if self.added is not None:
             own, one = torch.full((len(x), 1), expert, device=x.device), keep[:, None]
             z = a * self.added.weights(own, weight, one)
             missing -= self.added(x, own, weight, one)
-        z = z * keep.repeat_interleave(plan.block, 1)
+        z = z * keep.repeat_interleave(parts.block, 1)
         missing += (a * weight - z) @ down.T
         for b in range(self.bands):
             mine = band == b

@@ -14,7 +14,7 @@ from ..calibrate.tokens import SKIPPED_POSITIONS
 from ..elastic import Elastic
 from ..elastic.bind import Step, bind
 from ..elastic.layer import ElasticLayer
-from ..elastic.repair import REPAIR
+from ..elastic.side_tensors import REPAIR
 from ..errors import CorruptError, DoesNotFit
 from ..point import FULL
 from .base import RecoverJob
@@ -32,7 +32,7 @@ def groups(layers: Sequence[ElasticLayer], bands: int, memory_bytes: int) -> lis
     found: list[list[int]] = []
     held = 0
     for i, layer in enumerate(layers):
-        size = Normal.bytes(layer.plan, bands)
+        size = Normal.bytes(layer.parts, bands)
         if size > memory_bytes:
             raise DoesNotFit(
                 f"the equations of one layer need {size / 2**20:.0f} MiB, the limit is {memory_bytes / 2**20:.0f} MiB",
@@ -54,11 +54,11 @@ def equations(
     model: Any, elastic: Elastic, group: Sequence[int], ids: Tensor, bands: int, progress: Progress | None = None
 ) -> list[Normal]:
     """One Normal per layer of `group`, over windows ids [n, length]. Inputs are those of the full model."""
-    found = [Normal(elastic.layers[i].plan, bands) for i in group]
+    found = [Normal(elastic.layers[i].parts, bands) for i in group]
     try:
         for i, normal in zip(group, found, strict=True):
             layer = elastic.layers[i]
-            layer.plan.layer.install(_observer(layer, normal, ids.shape[1], last=i == group[-1]))
+            layer.parts.layer.install(_observer(layer, normal, ids.shape[1], last=i == group[-1]))
         backbone, device = backbone_of(model), input_device(model)
         for start in range(0, len(ids), BATCH):
             batch = ids[start : start + BATCH]
@@ -68,7 +68,7 @@ def equations(
                 progress(start + len(batch), len(ids))
     finally:
         for i in group:
-            elastic.layers[i].plan.layer.install(elastic.layers[i])
+            elastic.layers[i].parts.layer.install(elastic.layers[i])
     return found
 
 
@@ -78,7 +78,7 @@ def _observer(layer: ElasticLayer, normal: Normal, window: int, *, last: bool) -
     def observe(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         if not torch.isfinite(x).all():
             raise CorruptError(
-                f"non-finite input at '{layer.plan.layer.name}'", "the weights or the text are damaged; run `moe-prism verify`"
+                f"non-finite input at '{layer.parts.layer.name}'", "the weights or the text are damaged; run `moe-prism verify`"
             )
         number = torch.arange(len(x), device=x.device)
         # the first token of a window has massive activations that say nothing about the others
@@ -90,7 +90,7 @@ def _observer(layer: ElasticLayer, normal: Normal, window: int, *, last: bool) -
                 normal.add(*mine, [layer.kept(step, *mine) for step in steps], held=held)
         if last:
             raise _Reached
-        return layer.plan.layer.native(x, index, weight)
+        return layer.parts.layer.native(x, index, weight)
 
     return observe
 
@@ -98,16 +98,16 @@ def _observer(layer: ElasticLayer, normal: Normal, window: int, *, last: bool) -
 def repair(job: RecoverJob) -> dict[str, Any]:
     """The method: groups of layers, one pass each; a layer is saved when its group has been summed."""
     layers = job.elastic.layers
-    bands = min(job.bands, layers[0].plan.n_sub - 1)
-    plan = groups(layers, bands, job.memory_bytes)
+    bands = min(job.bands, layers[0].parts.n_sub - 1)
+    parts = groups(layers, bands, job.memory_bytes)
     with job.report("repair") as update:
-        for number, group in enumerate(plan):
+        for number, group in enumerate(parts):
             todo = [i for i in group if not job.done(i)]
             if not todo:
                 continue
 
             def progress(done: int, windows: int, before: int = number) -> None:
-                update(before * windows + done, len(plan) * windows)
+                update(before * windows + done, len(parts) * windows)
 
             for i, normal in zip(todo, equations(job.model, job.elastic, todo, job.ids, bands, progress), strict=True):
                 job.save(i, {REPAIR: normal.solve()})

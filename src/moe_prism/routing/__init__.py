@@ -1,9 +1,9 @@
 """Routing stages: what is made of the router's choice before slots are selected."""
 
 from ..registry import Registry
-from .base import PlanIndex, Routed, Stage
+from .base import Routed, Stage, VariantIndex
 
-__all__ = ["PlanIndex", "Routed", "Stage", "routing_stages", "stage_class"]
+__all__ = ["Routed", "Stage", "VariantIndex", "routing_stages", "stage_class"]
 
 routing_stages: Registry[type[Stage]] = Registry(
     "routing stage",

@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..model.extra import ExtraExperts
 from ..point import RoutingStage
 
-PlanIndex = int | Tensor
+VariantIndex = int | Tensor
 """Which variant of a stage: one for all tokens, or one per token [T] (int64)."""
 
 
@@ -68,14 +68,14 @@ class Column:
         self._rows = torch.tensor(rows, dtype=torch.float32)
         self._on = {self._rows.device: self._rows}
 
-    def at(self, layer: int, which: PlanIndex, device: torch.device) -> Tensor:
+    def at(self, layer: int, which: VariantIndex, device: torch.device) -> Tensor:
         """[1 or k] of one variant, or [T, 1 or k] of one per token."""
         if device not in self._on:
             self._on[device] = self._rows.to(device)
         own = self._on[device][:, layer]
         return own[which] if isinstance(which, int) else own[which.reshape(-1).to(device)]
 
-    def of_plan(self, variant: int, layer: int) -> list[float]:
+    def of_variant(self, variant: int, layer: int) -> list[float]:
         """The same as Python numbers, without waiting for any device."""
         return self._rows[variant, layer].tolist()
 
@@ -114,7 +114,7 @@ class Stage(ABC):
     def column(self, name: str) -> Column:
         return self._columns[name]
 
-    def check_which(self, which: PlanIndex) -> None:
+    def check_which(self, which: VariantIndex) -> None:
         """UsageError for a variant that does not exist. Indices on a GPU are not asked for."""
         if isinstance(which, Tensor):
             if which.device.type != "cpu" or not which.numel():
@@ -125,7 +125,7 @@ class Stage(ABC):
         if low < 0 or high >= len(self.variants):
             raise UsageError(f"there is no variant {low if low < 0 else high}", f"give one from 0 to {len(self.variants) - 1}")
 
-    def is_neutral(self, layer: int, which: PlanIndex, k: int) -> bool:
+    def is_neutral(self, layer: int, which: VariantIndex, k: int) -> bool:
         """Whether nothing can change. Never waits for a GPU: indices there count as all variants."""
         if isinstance(which, int):
             rows: Sequence[int] = (which,)
@@ -143,8 +143,8 @@ class Stage(ABC):
 
     def keeps_all(self, variant: int, layer: int, k: int) -> bool:
         """Whether a variant changes nothing in a layer: it keeps k, and every parameter is neutral."""
-        neutral = all(self._does_nothing(name, self.column(name).of_plan(variant, layer)) for name in self.neutral_values)
-        return neutral and self.counts.of_plan(variant, layer)[0] >= k
+        neutral = all(self._does_nothing(name, self.column(name).of_variant(variant, layer)) for name in self.neutral_values)
+        return neutral and self.counts.of_variant(variant, layer)[0] >= k
 
     def _does_nothing(self, name: str, values: Sequence[float]) -> bool:
         value = self.neutral_values[name]
@@ -157,10 +157,10 @@ class Stage(ABC):
         return RoutingStage(layers=(k,) * layers, stage=name, parameters=values, keep_mass=False)
 
     @abstractmethod
-    def route(self, routed: Routed, which: PlanIndex) -> Routed:
+    def route(self, routed: Routed, which: VariantIndex) -> Routed:
         """What is left to be computed. Nothing is read back from a GPU. Not called where the stage `is_neutral`."""
 
-    def __call__(self, routed: Routed, which: PlanIndex = 0) -> Routed:
+    def __call__(self, routed: Routed, which: VariantIndex = 0) -> Routed:
         """`route`, or the very same batch where nothing can change."""
         if isinstance(which, Tensor) and which.numel() != len(routed.x):
             raise UsageError(f"{which.numel()} variants for {len(routed.x)} tokens", "give one per token of the flattened batch")
@@ -171,7 +171,7 @@ class SkipStage(Stage):
     """A stage that computes some of the router's experts and leaves the others out."""
 
     @abstractmethod
-    def kept(self, ranked: Tensor, layer: int, which: PlanIndex) -> Tensor:
+    def kept(self, ranked: Tensor, layer: int, which: VariantIndex) -> Tensor:
         """keep [T, k] bool, from what a token's experts are ranked by [T, k], largest first; -1 where the router chose no expert.
 
         The first is always kept; a token whose variant `keeps_all` keeps everything.
@@ -182,7 +182,7 @@ class SkipStage(Stage):
         """What experts are ranked by [T, k] (float32, none negative). Here: the size of their routing weights."""
         return routed.weight.float().abs()
 
-    def route(self, routed: Routed, which: PlanIndex) -> Routed:
+    def route(self, routed: Routed, which: VariantIndex) -> Routed:
         """Skipped experts get id -1 and weight 0. Equal ranks are in the router's order."""
         index, weight = routed.index, routed.weight
         chosen = index >= 0

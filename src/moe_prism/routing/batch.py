@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import PlanIndex, SkipStage, ranks
+from .base import SkipStage, VariantIndex, ranks
 
 
 class BatchRedistribution(SkipStage):
@@ -24,9 +24,9 @@ class BatchRedistribution(SkipStage):
     depends_on_batch = True
 
     def keeps_all(self, variant: int, layer: int, k: int) -> bool:
-        return self.counts.of_plan(variant, layer)[0] >= k  # whatever the base
+        return self.counts.of_variant(variant, layer)[0] >= k  # whatever the base
 
-    def kept(self, ranked: Tensor, layer: int, which: PlanIndex) -> Tensor:
+    def kept(self, ranked: Tensor, layer: int, which: VariantIndex) -> Tensor:
         device, rank = ranked.device, ranks(ranked)
         tokens, k = ranked.shape
         count = self.counts.at(layer, which, device).clamp(max=k)

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..point import RoutingStage
-from .base import PlanIndex, SkipStage, fit_dial, mean_kept, ranks
+from .base import SkipStage, VariantIndex, fit_dial, mean_kept, ranks
 
 
 class ScoreMass(SkipStage):
@@ -20,7 +20,7 @@ class ScoreMass(SkipStage):
 
     neutral_values: ClassVar[Mapping[str, float]] = {"epsilon": 0.0}
 
-    def kept(self, ranked: Tensor, layer: int, which: PlanIndex) -> Tensor:
+    def kept(self, ranked: Tensor, layer: int, which: VariantIndex) -> Tensor:
         device, rank = ranked.device, ranks(ranked)
         sizes = ranked.clamp(min=0).double()
         lost = self.column("epsilon").at(layer, which, device).double()

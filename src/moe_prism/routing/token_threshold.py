@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..point import RoutingStage
 from ..point.base import Numbers
-from .base import PlanIndex, SkipStage, fit_dial, mean_kept, ranks
+from .base import SkipStage, VariantIndex, fit_dial, mean_kept, ranks
 
 
 class TokenThreshold(SkipStage):
@@ -24,10 +24,10 @@ class TokenThreshold(SkipStage):
     neutral_values: ClassVar[Mapping[str, float]] = {"t": 0.0, "least": 1.0}
 
     def keeps_all(self, variant: int, layer: int, k: int) -> bool:
-        passes = max(self.column("t").of_plan(variant, layer)) <= 0 or self.column("least").of_plan(variant, layer)[0] >= k
-        return passes and self.counts.of_plan(variant, layer)[0] >= k
+        passes = max(self.column("t").of_variant(variant, layer)) <= 0 or self.column("least").of_variant(variant, layer)[0] >= k
+        return passes and self.counts.of_variant(variant, layer)[0] >= k
 
-    def kept(self, ranked: Tensor, layer: int, which: PlanIndex) -> Tensor:
+    def kept(self, ranked: Tensor, layer: int, which: VariantIndex) -> Tensor:
         device, rank = ranked.device, ranks(ranked)
         share = self.column("t").at(layer, which, device)
         passed = (ranked >= share * ranked[:, :1]).long().cumprod(1).bool()

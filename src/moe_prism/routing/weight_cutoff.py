@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..point import RoutingStage
-from .base import PlanIndex, SkipStage, ranks
+from .base import SkipStage, VariantIndex, ranks
 
 
 class WeightCutoff(SkipStage):
@@ -21,7 +21,7 @@ class WeightCutoff(SkipStage):
 
     neutral_values: ClassVar[Mapping[str, float]] = {"cutoff": 0.0}
 
-    def kept(self, ranked: Tensor, layer: int, which: PlanIndex) -> Tensor:
+    def kept(self, ranked: Tensor, layer: int, which: VariantIndex) -> Tensor:
         device, rank = ranked.device, ranks(ranked)
         least = self.column("cutoff").at(layer, which, device)
         return ((ranked >= least) & (rank < self.counts.at(layer, which, device))) | (rank < 1)

@@ -47,12 +47,12 @@ def slots_in(memory: int, resident: int, layout: RecordLayout, keys: int) -> int
 
 
 class Arena:
-    """`slots` records in anonymous, page-aligned memory: `memory` uint8 [S, bytes], `plan` the layer of them."""
+    """`slots` records in anonymous, page-aligned memory: `memory` uint8 [S, bytes], `parts` the layer of them."""
 
     def __init__(self, slots: int, layout: RecordLayout, like: MoELayer) -> None:
         self._map = mmap.mmap(-1, slots * layout.bytes)
         self.memory = torch.frombuffer(self._map, dtype=torch.uint8).view(slots, layout.bytes)
-        self.plan, self.weights = LayerParts(ArenaLayer(self.memory, layout, like), 1, 0), layout.weights
+        self.parts, self.weights = LayerParts(ArenaLayer(self.memory, layout, like), 1, 0), layout.weights
 
     @property
     def bytes(self) -> int:
@@ -61,15 +61,15 @@ class Arena:
     def outputs(self, x: Tensor, row: Ints, weight: Floats, slot: Ints) -> Floats:
         """[R, d]: weight [R] x output of slot [R] for the rows row [R] of x."""
         bound = UNGROUPED_WORK if torch.get_num_threads() == 1 else UNSHARED_WORK
-        found = few_outputs(self.plan, x, row, weight, slot) if len(row) * self.weights <= bound else None
+        found = few_outputs(self.parts, x, row, weight, slot) if len(row) * self.weights <= bound else None
         if found is not None:
             return found
         keep = torch.ones(len(row), 1, 1, dtype=torch.bool)
         rows, slots = torch.from_numpy(row), torch.from_numpy(slot).unsqueeze(1)
         factor = torch.from_numpy(weight).to(x.dtype).unsqueeze(1)
-        out = tiled(self.plan, x, slots, factor, keep, rows)
+        out = tiled(self.parts, x, slots, factor, keep, rows)
         if out is None:
-            out = grouped(self.plan, x[rows], slots, factor, keep)
+            out = grouped(self.parts, x[rows], slots, factor, keep)
         return out.float().numpy()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..elastic import Elastic
 from ..elastic.base import LayerParts
 from ..elastic.execute.base import Candidates, Executor, Settled
-from ..elastic.repair import REPAIR
+from ..elastic.side_tensors import REPAIR
 from ..errors import UsageError
 from ..model import MoELayer
 from ..model.base import ExpertsFn
@@ -48,9 +48,9 @@ class StoredNeurons(GateNeurons):
 class FromStore(Executor):
     """Has the store compute what is kept, and a say in what that is: a slot whose record is missing may be skipped (`Misses`)."""
 
-    def __init__(self, plan: LayerParts, elastic: StoredElastic) -> None:
-        self.plan, self.elastic, self.store = plan, elastic, elastic.store
-        self.number = plan.layer.index
+    def __init__(self, parts: LayerParts, elastic: StoredElastic) -> None:
+        self.parts, self.elastic, self.store = parts, elastic, elastic.store
+        self.number = parts.layer.index
 
     @property
     def always_selects(self) -> bool:
@@ -65,10 +65,10 @@ class FromStore(Executor):
         return choose(self.store, self.number, candidates, self.elastic.misses)
 
     def run(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
-        keep, layer = settled.keep, self.plan.layer
+        keep, layer = settled.keep, self.parts.layer
         wanted = settled.prepared
         if wanted is None or wanted.source is not weight:  # sorted for other weights: compensation has scaled them
-            parts = keep if self.store.space.parts == self.plan.n_sub else keep.any(2, keepdim=True)
+            parts = keep if self.store.space.parts == self.parts.n_sub else keep.any(2, keepdim=True)
             wanted = Prepared(self.store.wanted(self.number, index, weight, parts), weight)
         out = self.store.run(
             self.number, x, wanted.entries, low=settled.low, meanwhile=lambda: self.elastic.ahead(self.number + 1, x)
@@ -82,34 +82,34 @@ class FromStore(Executor):
 class StoredElastic(Elastic):
     """`Elastic` over a store: the same points and rules. misses: what happens to slots that would have to be read."""
 
-    def __init__(self, model: Any, plans: Sequence[LayerParts], store: ExpertStore, *, misses: Misses, ahead: int) -> None:
+    def __init__(self, model: Any, layer_parts: Sequence[LayerParts], store: ExpertStore, *, misses: Misses, ahead: int) -> None:
         """ahead: records to read ahead of a layer at most."""
         self.store, self.misses = store, misses
-        super().__init__(model, plans)
+        super().__init__(model, layer_parts)
         self.ahead = ReadAhead(self.layers, store, ahead)
 
-    def executor_of(self, plan: LayerParts) -> Executor:
-        return FromStore(plan, self)
+    def executor_of(self, parts: LayerParts) -> Executor:
+        return FromStore(parts, self)
 
     def check(self, point: OperatingPoint) -> None:
         if point.slots.scorer == "oracle":
             raise UsageError("the scorer 'oracle' computes every sub-expert", "load the model without --expert-memory")
 
 
-def stored_plans(
+def stored_parts(
     layers: Sequence[MoELayer], pack: Pack, n_sub: int, gates: int, tensors: Sequence[dict[str, Tensor]]
 ) -> list[LayerParts]:
     """Plans over the resident gate neurons. Predictors are float32 from the start: a scorer then needs no copy of them."""
     if any(REPAIR in own for own in tensors):
         raise UsageError("a repaired model has several versions of its experts", "use the folder it was recovered from")
-    plans: list[LayerParts] = []
+    layer_parts: list[LayerParts] = []
     for layer, own, resident in zip(layers, tensors, pack.resident, strict=True):
         side = {name: t.float() if t.is_floating_point() else t for name, t in own.items()}
-        plans.append(LayerParts(StoredNeurons(layer, resident), n_sub, gates, side))
-    return plans
+        layer_parts.append(LayerParts(StoredNeurons(layer, resident), n_sub, gates, side))
+    return layer_parts
 
 
-def resident_bytes(plans: Sequence[LayerParts]) -> int:
+def resident_bytes(layer_parts: Sequence[LayerParts]) -> int:
     """What selection keeps in memory: predictors, gate neurons, output biases."""
-    tensors = [t for plan in plans for t in (*plan.tensors.values(), *plan.layer.tensors.values())]  # type: ignore[attr-defined]
+    tensors = [t for parts in layer_parts for t in (*parts.tensors.values(), *parts.layer.tensors.values())]  # type: ignore[attr-defined]
     return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))

@@ -19,7 +19,7 @@ from ..offload.cache import cache_policies
 from .aio_reader import open_reader
 from .arena import slots_in
 from .choose_misses import Misses
-from .layer import StoredElastic, resident_bytes, stored_plans
+from .layer import StoredElastic, resident_bytes, stored_parts
 from .pack import Pack, open_pack, write_pack
 from .pools import Eviction, policy_for
 from .reader import RecordReader
@@ -78,13 +78,13 @@ def load_stored(
     pack = ready_pack(folder, manifest, options, progress)
     stream = LayerStream(folder, torch.float32)
     layers = find_layers(stream.model)
-    plans = stored_plans(layers, pack, manifest["n_sub"], manifest["gates"], tensors)
-    slots = slots_in(options.memory, resident_bytes(plans), pack.layout, len(pack.space))
+    layer_parts = stored_parts(layers, pack, manifest["n_sub"], manifest["gates"], tensors)
+    slots = slots_in(options.memory, resident_bytes(layer_parts), pack.layout, len(pack.space))
     model = stream.keep_outside([name for layer in layers for name in layer.owners])
-    group = experts_per_token(model, plans[0].layer) * pack.space.parts
+    group = experts_per_token(model, layer_parts[0].layer) * pack.space.parts
     policy = cache_policies.get(options.policy or policy_for(pack.space, slots, group))
-    store = ExpertStore(pack, slots, plans[0].layer, Eviction(policy, options.settings, group), reader=options.reader)
-    model._moe_prism = StoredElastic(model, plans, store, misses=options.misses, ahead=options.ahead)
+    store = ExpertStore(pack, slots, layer_parts[0].layer, Eviction(policy, options.settings, group), reader=options.reader)
+    model._moe_prism = StoredElastic(model, layer_parts, store, misses=options.misses, ahead=options.ahead)
     model._moe_prism.stored_bytes_per_weight = manifest["bytes_per_weight"]
     _generation_config(model, folder)
     return model

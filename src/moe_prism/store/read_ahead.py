@@ -34,12 +34,12 @@ class ReadAhead:
 
     def __init__(self, layers: Sequence[ElasticLayer], store: ExpertStore, width: int) -> None:
         self.layers, self.store, self.width = layers, store, width
-        self.k = experts_per_token(layers[0].elastic.model, layers[0].plan.layer)
+        self.k = experts_per_token(layers[0].elastic.model, layers[0].parts.layer)
         self.routers = [self._router(layer) for layer in layers] if width else []
 
     @staticmethod
     def _router(layer: ElasticLayer) -> Tensor:
-        own = layer.plan.layer
+        own = layer.parts.layer
         return router_weight(layer.elastic.model, own) if own.num_experts > 1 else torch.zeros(1, own.hidden)
 
     def __call__(self, number: int, x: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from ...registry import Registry
 from ..base import LayerParts
-from .base import PREFIX, Compensator, ExpertSample
+from ..side_tensors import COMPENSATE
+from .base import Compensator, ExpertSample
 
 compensators: Registry[type[Compensator]] = Registry(
     "compensator",
@@ -14,17 +15,17 @@ compensators: Registry[type[Compensator]] = Registry(
 )
 
 
-def fit(name: str, plan: LayerParts, samples: list[ExpertSample], rank: int) -> Compensator:
-    """Fit a method and put its side tensors into the plan."""
-    for key, tensor in compensators.get(name).fit(plan, samples, rank).items():
-        plan.tensors[f"{PREFIX}{name}.{key}"] = tensor.cpu()
-    return compensators.get(name)(plan)
+def fit(name: str, parts: LayerParts, samples: list[ExpertSample], rank: int) -> Compensator:
+    """Fit a method and put its side tensors into the parts."""
+    for key, tensor in compensators.get(name).fit(parts, samples, rank).items():
+        parts.tensors[f"{COMPENSATE}{name}.{key}"] = tensor.cpu()
+    return compensators.get(name)(parts)
 
 
-def compensator(plan: LayerParts) -> Compensator | None:
-    """The method whose tensors the plan holds, if any."""
-    name = next((key.split(".")[1] for key in plan.tensors if key.startswith(PREFIX)), None)
-    return None if name is None else compensators.get(name)(plan)
+def compensator(parts: LayerParts) -> Compensator | None:
+    """The method whose tensors the parts holds, if any."""
+    name = next((key.split(".")[1] for key in parts.tensors if key.startswith(COMPENSATE)), None)
+    return None if name is None else compensators.get(name)(parts)
 
 
 __all__ = ["Compensator", "ExpertSample", "compensator", "compensators", "fit"]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..base import LayerParts
+from ..side_tensors import COMPENSATE
 
-PREFIX = "compensate."
 MIN_ROWS = 16  # dropped rows below which nothing is known of a block
 
 
@@ -37,16 +37,16 @@ class Compensator(ABC):
 
     method: ClassVar[str]
 
-    def __init__(self, plan: LayerParts) -> None:
-        self.plan = plan
+    def __init__(self, parts: LayerParts) -> None:
+        self.parts = parts
 
     def tensor(self, name: str) -> Tensor:
         """A side tensor of this method, in float32 beside the layer's weights."""
-        return self.plan.tensors[f"{PREFIX}{self.method}.{name}"].to(self.plan.layer.up.device).float()
+        return self.parts.tensors[f"{COMPENSATE}{self.method}.{name}"].to(self.parts.layer.up.device).float()
 
     @classmethod
     @abstractmethod
-    def fit(cls, plan: LayerParts, samples: Sequence[ExpertSample], rank: int) -> dict[str, Tensor]:
+    def fit(cls, parts: LayerParts, samples: Sequence[ExpertSample], rank: int) -> dict[str, Tensor]:
         """name -> bfloat16 tensor, from a sample per expert. rank is for methods that have one."""
 
     def weights(self, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class Compensator(ABC):
 
         The bias of an expert that lost all its blocks is part of it: the executors drop it.
         """
-        layer = self.plan.layer
+        layer = self.parts.layer
         valid = (index >= 0) & (index < layer.num_experts)
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         terms = self.terms(x, Blocks.of(index, weight, ~keep & valid[:, :, None]))
@@ -83,10 +83,10 @@ class Compensator(ABC):
 
     def losses(self, x: Tensor, expert: int) -> Tensor:
         """Norm [S, N] of what dropping each block of one expert loses after compensation, for rows x [S, d]."""
-        return torch.stack([self._loss(x, expert, n) for n in range(self.plan.n_sub)], 1)
+        return torch.stack([self._loss(x, expert, n) for n in range(self.parts.n_sub)], 1)
 
     def _loss(self, x: Tensor, expert: int, block: int) -> Tensor:
-        y, estimate = outputs(self.plan, x, expert, block), self.estimate(x, expert, block)
+        y, estimate = outputs(self.parts, x, expert, block), self.estimate(x, expert, block)
         norm: Tensor = (y if estimate is None else y - estimate).norm(dim=-1)
         return norm
 
@@ -113,7 +113,7 @@ class Blocks:
         return torch.nn.functional.embedding_bag(self.block, table, self.start, mode="sum", per_sample_weights=scale)
 
 
-def outputs(plan: LayerParts, x: Tensor, expert: int, block: int) -> Tensor:
+def outputs(parts: LayerParts, x: Tensor, expert: int, block: int) -> Tensor:
     """[S, d] float32: one block's output for rows x [S, d], before the routing weight."""
-    neurons = plan.neurons(block)
-    return plan.layer.project(expert, plan.layer.activations(expert, x, neurons), neurons).float()
+    neurons = parts.neurons(block)
+    return parts.layer.project(expert, parts.layer.activations(expert, x, neurons), neurons).float()

@@ -24,20 +24,20 @@ class LowRankTerm(Compensator):
 
     method = "low-rank"
 
-    def __init__(self, plan: LayerParts) -> None:
-        super().__init__(plan)
+    def __init__(self, parts: LayerParts) -> None:
+        super().__init__(parts)
         self.mean, self.read, self.write = (self.tensor(name) for name in ("mean", "read", "write"))
 
     @classmethod
-    def fit(cls, plan: LayerParts, samples: Sequence[ExpertSample], rank: int) -> dict[str, Tensor]:
-        shape = (plan.layer.num_experts, plan.n_sub)
-        mean = torch.zeros(*shape, plan.layer.hidden)
-        read, write = torch.zeros(2, *shape, rank, plan.layer.hidden)
+    def fit(cls, parts: LayerParts, samples: Sequence[ExpertSample], rank: int) -> dict[str, Tensor]:
+        shape = (parts.layer.num_experts, parts.n_sub)
+        mean = torch.zeros(*shape, parts.layer.hidden)
+        read, write = torch.zeros(2, *shape, rank, parts.layer.hidden)
         for expert, sample in enumerate(samples):
-            for n in range(plan.n_sub):
+            for n in range(parts.n_sub):
                 x = sample.x[sample.dropped[:, n]]
                 if len(x) >= MIN_ROWS:
-                    mean[expert, n], read[expert, n], write[expert, n] = _reduced_rank(x, outputs(plan, x, expert, n), rank)
+                    mean[expert, n], read[expert, n], write[expert, n] = _reduced_rank(x, outputs(parts, x, expert, n), rank)
         return {name: t.bfloat16() for name, t in (("mean", mean), ("read", read), ("write", write))}
 
     def estimate(self, x: Tensor, expert: int, block: int) -> Tensor:
@@ -63,7 +63,7 @@ class LowRankTerm(Compensator):
         return out
 
     def parameters(self) -> tuple[int, int]:
-        return (2 * self.read.shape[2] + 1) * self.plan.layer.hidden, 0
+        return (2 * self.read.shape[2] + 1) * self.parts.layer.hidden, 0
 
 
 def _reduced_rank(x: Tensor, y: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,23 +19,23 @@ class Mean(Compensator):
 
     method = "mean"
 
-    def __init__(self, plan: LayerParts) -> None:
-        super().__init__(plan)
+    def __init__(self, parts: LayerParts) -> None:
+        super().__init__(parts)
         self.vectors = self.tensor("vectors")
 
     @classmethod
-    def fit(cls, plan: LayerParts, samples: Sequence[ExpertSample], rank: int) -> dict[str, Tensor]:
-        vectors = torch.zeros(plan.layer.num_experts, plan.n_sub, plan.layer.hidden)
+    def fit(cls, parts: LayerParts, samples: Sequence[ExpertSample], rank: int) -> dict[str, Tensor]:
+        vectors = torch.zeros(parts.layer.num_experts, parts.n_sub, parts.layer.hidden)
         for expert, sample in enumerate(samples):
-            for n in range(plan.n_sub):
+            for n in range(parts.n_sub):
                 rows = sample.x[sample.dropped[:, n]]
                 if len(rows) >= MIN_ROWS:
-                    vectors[expert, n] = outputs(plan, rows, expert, n).mean(0)
+                    vectors[expert, n] = outputs(parts, rows, expert, n).mean(0)
         return {"vectors": vectors.bfloat16()}
 
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
         """As `Compensator` says; for few slots in one call, to the last bit the same."""
-        if keep.numel() > FEW or self.plan.layer.down_bias is not None or not is_compiled(weight, self.vectors):
+        if keep.numel() > FEW or self.parts.layer.down_bias is not None or not is_compiled(weight, self.vectors):
             return super().__call__(x, index, weight, keep)
         from ...kernels.selection import add_dropped  # compiles on first use
 
@@ -50,4 +50,4 @@ class Mean(Compensator):
         return blocks.combine(self.vectors.flatten(0, 1))
 
     def parameters(self) -> tuple[int, int]:
-        return self.plan.layer.hidden, 0
+        return self.parts.layer.hidden, 0

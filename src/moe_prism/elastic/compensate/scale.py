@@ -19,31 +19,31 @@ class Scale(Compensator):
 
     method = "scale"
 
-    def __init__(self, plan: LayerParts) -> None:
-        super().__init__(plan)
+    def __init__(self, parts: LayerParts) -> None:
+        super().__init__(parts)
         self.factors = self.tensor("factors")
 
     @classmethod
-    def fit(cls, plan: LayerParts, samples: Sequence[ExpertSample], rank: int) -> dict[str, Tensor]:
-        factors = torch.ones(plan.layer.num_experts, plan.n_sub + 1)
+    def fit(cls, parts: LayerParts, samples: Sequence[ExpertSample], rank: int) -> dict[str, Tensor]:
+        factors = torch.ones(parts.layer.num_experts, parts.n_sub + 1)
         for expert, sample in enumerate(samples):
-            kept = torch.zeros(len(sample.x), plan.layer.hidden, device=sample.x.device)
-            if plan.layer.down_bias is not None:
-                kept += plan.layer.down_bias[expert].float()
+            kept = torch.zeros(len(sample.x), parts.layer.hidden, device=sample.x.device)
+            if parts.layer.down_bias is not None:
+                kept += parts.layer.down_bias[expert].float()
             whole = kept.clone()
-            for n in range(plan.n_sub):
-                y = outputs(plan, sample.x, expert, n)
+            for n in range(parts.n_sub):
+                y = outputs(parts, sample.x, expert, n)
                 whole += y
                 kept += y * ~sample.dropped[:, n, None]
             count = (~sample.dropped).sum(1)
-            for m in range(1, plan.n_sub):
+            for m in range(1, parts.n_sub):
                 rows = count == m
                 if int(rows.sum()) >= MIN_ROWS:
                     factors[expert, m] = (whole[rows] * kept[rows]).sum() / (kept[rows].square().sum() + 1e-30)
         return {"factors": factors.bfloat16()}
 
     def weights(self, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
-        factor = self.factors[index.clamp(0, self.plan.layer.num_experts - 1), keep.sum(2)]
+        factor = self.factors[index.clamp(0, self.parts.layer.num_experts - 1), keep.sum(2)]
         return (weight * factor).to(weight.dtype)
 
     def estimate(self, x: Tensor, expert: int, block: int) -> None:

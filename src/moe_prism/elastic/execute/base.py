@@ -33,7 +33,7 @@ class Candidates(Protocol):
 
 @dataclass(frozen=True)
 class Settled:
-    """What will be computed. keep [T, k, N]; low [E, N]: blocks taken in their smaller form; plan: the executor's own preparation."""
+    """What will be computed. keep [T, k, N]; low [E, N]: blocks taken in their smaller form; parts: the executor's own preparation."""
 
     keep: Tensor
     low: Any = None

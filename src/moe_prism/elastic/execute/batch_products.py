@@ -50,25 +50,25 @@ class Stored:
     ready: bool  # float32 or bfloat16 on a CPU, neuron by neuron, rows of whole vectors
 
     @classmethod
-    def of(cls, plan: LayerParts) -> Stored:
+    def of(cls, parts: LayerParts) -> Stored:
         """The weights of a layer as they lie now; found once, and again after they have moved."""
-        layer, key = plan.layer, plan.layer.storage()
-        if plan.stored is None or plan.stored.key != key:
+        layer, key = parts.layer, parts.layer.storage()
+        if parts.stored is None or parts.stored.key != key:
             rows = [w.detach() for w in (layer.gate, layer.up, layer.down.transpose(1, 2)) if w is not None]
             ready = PAYS and layer.hidden % LANES == 0
             ready &= all(w.device.type == "cpu" and w.dtype == rows[0].dtype and w.stride(2) == 1 for w in rows)
             ready &= rows[0].dtype in (torch.float32, torch.bfloat16)
             *first, down = map(Matrix.of, rows)
-            plan.stored = cls(key, tuple(MatrixPart(m, i * plan.block) for i, m in enumerate(first)), down, ready)
-        return plan.stored  # type: ignore[no-any-return]
+            parts.stored = cls(key, tuple(MatrixPart(m, i * parts.block) for i, m in enumerate(first)), down, ready)
+        return parts.stored  # type: ignore[no-any-return]
 
 
-def usable(plan: LayerParts, x: Tensor) -> Stored | None:
+def usable(parts: LayerParts, x: Tensor) -> Stored | None:
     """The weights, if the jobs can take them and rows x: stored as `MoELayer.arrange` leaves them, and nobody asks for gradients."""
-    stored = Stored.of(plan)
+    stored = Stored.of(parts)
     if not (stored.ready and x.dtype == torch.float32 and x.device.type == "cpu" and threads.can_share()):
         return None
-    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or plan.layer.up.requires_grad)
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or parts.layer.up.requires_grad)
     return None if needs_gradient else stored
 
 

@@ -44,21 +44,21 @@ def like_of(dtype: torch.dtype) -> Any:
     return np.float32(0) if dtype == torch.float32 else np.uint16(0)
 
 
-def few_outputs(plan: LayerParts, x: Tensor, row: Ints, weight: Floats, expert: Ints) -> Floats | None:
-    """[S, d]: weight x output of whole experts (a plan of one block each), for the rows row [S] of x [T, d].
+def few_outputs(parts: LayerParts, x: Tensor, row: Ints, weight: Floats, expert: Ints) -> Floats | None:
+    """[S, d]: weight x output of whole experts (a parts of one block each), for the rows row [S] of x [T, d].
 
     As `tiled` gives them, to the last bit; None where it could not either, or where there are too many rows.
     """
-    layer = plan.layer
-    stored = usable(plan, x) if len(row) <= ENOUGH and layer.up_bias is None and layer.down_bias is None else None
+    layer = parts.layer
+    stored = usable(parts, x) if len(row) <= ENOUGH and layer.up_bias is None and layer.down_bias is None else None
     if stored is None:
         return None
-    if plan.few is None or plan.few[0] is not stored:
-        plan.few = stored, table_of(stored.first), table_of([MatrixPart(stored.down, 0)]), like_of(stored.down.tensor.dtype)
-    _, first, down, like = plan.few
+    if parts.few is None or parts.few[0] is not stored:
+        parts.few = stored, table_of(stored.first), table_of([MatrixPart(stored.down, 0)]), like_of(stored.down.tensor.dtype)
+    _, first, down, like = parts.few
     x = x if x.stride(1) == 1 else x.contiguous()
-    pre = np.empty((len(row), len(stored.first) * plan.block), np.float32)
-    dots(x.detach().numpy(), row, expert, layer.num_experts - 1, first, plan.block, ORDER, pre, like)
+    pre = np.empty((len(row), len(stored.first) * parts.block), np.float32)
+    dots(x.detach().numpy(), row, expert, layer.num_experts - 1, first, parts.block, ORDER, pre, like)
     a = layer.activate_joined(torch.from_numpy(pre)).numpy()
     out = np.empty((len(row), x.shape[1]), np.float32)
     adds(a, weight, expert, down, ORDER, out, like)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ...errors import UsageError
 from ..base import LayerParts
-from ..repair import REPAIR, Repaired
+from ..repair import Repaired
+from ..side_tensors import REPAIR
 from . import triton_run
 from .base import Executor, Settled
 from .plain import grouped, reference
@@ -16,14 +17,14 @@ from .plain import grouped, reference
 Way = Callable[..., Tensor]
 
 
-def auto(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
+def auto(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
     """The fastest way that fits the layer. Shapes as in `plain.reference`."""
     if x.is_cuda:
-        return triton_run.deterministic(plan, x, index, weight, keep)
+        return triton_run.deterministic(parts, x, index, weight, keep)
     from .tiled import tiled  # compiles on first use
 
-    out = tiled(plan, x, index, weight, keep)
-    return grouped(plan, x, index, weight, keep) if out is None else out
+    out = tiled(parts, x, index, weight, keep)
+    return grouped(parts, x, index, weight, keep) if out is None else out
 
 
 WAYS: Mapping[str, Way] = {
@@ -38,18 +39,18 @@ WAYS: Mapping[str, Way] = {
 class InMemory(Executor):
     """The weights are the model's own. way: a name of WAYS."""
 
-    def __init__(self, plan: LayerParts) -> None:
-        self.plan = plan
+    def __init__(self, parts: LayerParts) -> None:
+        self.parts = parts
         self.way = "auto"
-        self.repaired = Repaired(plan) if REPAIR in plan.tensors else None
+        self.repaired = Repaired(parts) if REPAIR in parts.tensors else None
 
     def whole(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        return self.plan.layer.native(x, index, weight)
+        return self.parts.layer.native(x, index, weight)
 
     def run(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
         execute = WAYS[self.way]
         if self.repaired is None:
-            return execute(self.plan, x, index, weight, settled.keep)
+            return execute(self.parts, x, index, weight, settled.keep)
         return self.repaired(execute, x, index, weight, settled.keep)
 
 

@@ -10,9 +10,9 @@ from ..base import LayerParts
 FEW = 32  # choices (tokens x experts) up to which runs of blocks are merged
 
 
-def reference(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
+def reference(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
     """out[t] = sum over kept (choice c, block n) of weight[t, c] * W_down[:, S_n] a[S_n], one slot at a time. keep [T, k, N]."""
-    layer = plan.layer
+    layer = parts.layer
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for t in range(x.shape[0]):
         for c in range(index.shape[1]):
@@ -20,19 +20,19 @@ def reference(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: 
             if not keep[t, c].any():
                 continue
             for n in torch.where(keep[t, c])[0].tolist():
-                a = layer.activations(e, x[t : t + 1], plan.neurons(n))
-                out[t] += (layer.project(e, a, plan.neurons(n)) * weight[t, c])[0]
+                a = layer.activations(e, x[t : t + 1], parts.neurons(n))
+                out[t] += (layer.project(e, a, parts.neurons(n)) * weight[t, c])[0]
             if layer.down_bias is not None:
                 out[t] += layer.down_bias[e] * weight[t, c]
     return out.to(x.dtype)
 
 
-def grouped(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
+def grouped(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
     """The same sum, slots sorted by sub-expert: every block that occurs is read once, whoever asks for it. Shapes as in `reference`.
 
     With few tokens hardly any block is wanted twice, and neighbouring blocks of one token are computed as one piece instead.
     """
-    layer, n_sub = plan.layer, plan.n_sub
+    layer, n_sub = parts.layer, parts.n_sub
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     row, first, end = _pieces(keep.flatten(0, 1), merge=index.numel() <= FEW)
     piece = (index.reshape(-1)[row] * n_sub + first) * (n_sub + 1) + end
@@ -44,7 +44,7 @@ def grouped(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Te
     for piece_id, count in zip(ids.tolist(), counts.tolist(), strict=True):
         rows = token[start : start + count]
         block, last = divmod(piece_id, n_sub + 1)
-        expert, neurons = block // n_sub, slice(block % n_sub * plan.block, last * plan.block)
+        expert, neurons = block // n_sub, slice(block % n_sub * parts.block, last * parts.block)
         y = layer.project(expert, layer.activations(expert, x[rows], neurons), neurons)
         out.index_add_(0, rows, (y * w[start : start + count, None]).float())
         start += count

@@ -11,12 +11,12 @@ from .batch_products import Columns, SlotGroups, Span, add, dot, usable
 PIECE = 1 << 20  # pre-activations computed before they are used, so that they are still in the cache then
 
 
-def tiled(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor, row: Tensor | None = None) -> Tensor | None:
+def tiled(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor, row: Tensor | None = None) -> Tensor | None:
     """As `execute.reference`, of x[row] if `row` is given (without making it).
 
     None where the layer is not `usable`, or a token has an expert twice: slots of a group would share a row.
     """
-    layer, stored, m = plan.layer, usable(plan, x), plan.block
+    layer, stored, m = parts.layer, usable(parts, x), parts.block
     if stored is None:
         return None
     groups = SlotGroups.of(index, keep, layer.num_experts)
@@ -32,7 +32,7 @@ def tiled(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tens
         pre = torch.empty(slots, width)
         dot(x, asked, span, Columns(stored.first, m, m), pre, torch.arange(slots))
         if layer.up_bias is not None:
-            pre += _biases(plan, groups, span)
+            pre += _biases(parts, groups, span)
         a = layer.activate_joined(pre).mul_(factor[span.begin : span.end])
         add(a, groups, span, stored.down, out)
     if layer.down_bias is not None:
@@ -41,8 +41,8 @@ def tiled(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tens
     return out
 
 
-def _biases(plan: LayerParts, groups: SlotGroups, span: Span) -> Tensor:
+def _biases(parts: LayerParts, groups: SlotGroups, span: Span) -> Tensor:
     """[S, 2m or m]: gate and up biases of the slots of a span."""
     active = groups.active[span.first : span.last]
-    halves = [b.reshape(-1, plan.block) for b in (plan.layer.gate_bias, plan.layer.up_bias) if b is not None]
+    halves = [b.reshape(-1, parts.block) for b in (parts.layer.gate_bias, parts.layer.up_bias) if b is not None]
     return torch.cat(halves, 1)[active].repeat_interleave(groups.offset[active + 1] - groups.offset[active], 0)

@@ -60,25 +60,25 @@ LARGE = Tile(rows=128, neurons=64, columns=128, warps=8, stages=3)
 BY_LOAD = ((16, SMALL), (64, FIXED))  # up to that many tokens per expert, else LARGE
 
 
-def deterministic(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
+def deterministic(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
     """x [T, d], index [T, k], weight [T, k], keep [T, k, N] bool -> [T, d]; the sum of `execute.reference`."""
-    if refusal(plan, x):
-        return grouped(plan, x, index, weight, keep)
-    return _run(plan, x, index, weight, keep, FIXED)
+    if refusal(parts, x):
+        return grouped(parts, x, index, weight, keep)
+    return _run(parts, x, index, weight, keep, FIXED)
 
 
-def atomic(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
+def atomic(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
     """The same sum, added up by atomic additions."""
-    if refusal(plan, x):
-        return grouped(plan, x, index, weight, keep)
-    load = index.numel() / plan.layer.num_experts
+    if refusal(parts, x):
+        return grouped(parts, x, index, weight, keep)
+    load = index.numel() / parts.layer.num_experts
     tile = next((tile for most, tile in BY_LOAD if load <= most), LARGE)
-    return _run(plan, x, index, weight, keep, replace(tile, atomic=True))
+    return _run(parts, x, index, weight, keep, replace(tile, atomic=True))
 
 
-def refusal(plan: LayerParts, x: Tensor) -> str | None:
+def refusal(parts: LayerParts, x: Tensor) -> str | None:
     """Why the kernels cannot compute this layer and `grouped` does instead; None if they can."""
-    layer = plan.layer
+    layer = parts.layer
     if not _installed():
         return "Triton is not installed"
     if not (x.is_cuda or (x.device.type == "cpu" and _kernels().INTERPRETED)):
@@ -125,14 +125,14 @@ def _kernels() -> Any:
     return triton_kernels
 
 
-def _run(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor, tile: Tile) -> Tensor:
+def _run(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor, tile: Tile) -> Tensor:
     tokens, hidden = x.shape
     slots = keep.numel()
     if not slots:
         return torch.zeros_like(x)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        launch = Launch(plan, keep, align(index, keep, plan.layer.num_experts, tile.rows), tile)
-        a = x.new_empty(slots, plan.block)
+        launch = Launch(parts, keep, align(index, keep, parts.layer.num_experts, tile.rows), tile)
+        a = x.new_empty(slots, parts.block)
         _gate_up(launch, x, a)
         if tile.atomic:
             out = x.new_zeros(tokens, hidden, dtype=torch.float32)
@@ -146,7 +146,7 @@ def _run(plan: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tenso
 class Launch(NamedTuple):
     """What both kernels of a layer are started with."""
 
-    plan: LayerParts
+    parts: LayerParts
     keep: Tensor
     tiles: Tiles
     tile: Tile
@@ -157,16 +157,16 @@ class Launch(NamedTuple):
 
     def constants(self) -> dict[str, int]:
         return {
-            "BLOCK": self.plan.block, "N_SUB": self.plan.n_sub, "PER_TOKEN": self.keep[0].numel(),
+            "BLOCK": self.parts.block, "N_SUB": self.parts.n_sub, "PER_TOKEN": self.keep[0].numel(),
             "ROWS": self.tile.rows, "num_warps": self.tile.warps, "num_stages": self.tile.stages,
         }  # fmt: skip
 
 
 def _gate_up(launch: Launch, x: Tensor, a: Tensor) -> None:
-    plan, layer = launch.plan, launch.plan.layer
-    gate, columns = layer.gate, _side(launch.tile.neurons, plan.block)
+    parts, layer = launch.parts, launch.parts.layer
+    gate, columns = layer.gate, _side(launch.tile.neurons, parts.block)
     assert gate is not None
-    _kernels().gate_up[len(launch.tiles.group) * -(-plan.block // columns),](
+    _kernels().gate_up[len(launch.tiles.group) * -(-parts.block // columns),](
         x, gate, layer.up, a, *launch.list, *x.stride(), *gate.stride(),
         D=layer.hidden, ACT=activation(layer), COLUMNS=columns, DEPTH=_side(LINE // x.element_size(), layer.hidden),
         **launch.constants(),
@@ -174,11 +174,11 @@ def _gate_up(launch: Launch, x: Tensor, a: Tensor) -> None:
 
 
 def _down(launch: Launch, a: Tensor, weight: Tensor, out: Tensor) -> None:
-    plan, layer = launch.plan, launch.plan.layer
+    parts, layer = launch.parts, launch.parts.layer
     columns = _side(launch.tile.columns, layer.hidden)
     _kernels().down[len(launch.tiles.group) * -(-layer.hidden // columns),](
         a, layer.down, weight.reshape(-1), out, *launch.list, *layer.down.stride(),
-        D=layer.hidden, ATOMIC=launch.tile.atomic, COLUMNS=columns, DEPTH=_side(LINE // a.element_size(), plan.block),
+        D=layer.hidden, ATOMIC=launch.tile.atomic, COLUMNS=columns, DEPTH=_side(LINE // a.element_size(), parts.block),
         **launch.constants(),
     )  # fmt: skip
 

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ...errors import UsageError
 from ..base import LayerParts, Rule, Slots
+from ..side_tensors import LAYER_BUDGETS
 from .top_slots import top_slots
 
 
-def plan_steps(order: Sequence[int], layers: int) -> list[Tensor]:
-    """Per layer `plan` [S] (float32, rising): the budgets from which on it keeps 1, 2, ... S slots per token.
+def budget_steps(order: Sequence[int], layers: int) -> list[Tensor]:
+    """Per layer `layer_budgets` [S] (float32, rising): the budgets from which on it keeps 1, 2, ... S slots per token.
 
     order: the layer that gets the next slot per token, from nothing to all slots; every layer comes S times. So the budgets of the layers
     have the dial as their mean wherever the dial is a whole number of slots, and none falls as the dial rises.
@@ -26,18 +27,18 @@ def plan_steps(order: Sequence[int], layers: int) -> list[Tensor]:
 
 
 class LayerBudgets(Rule):
-    """The K_l best slots of every token by routing weight x estimated output norm. Reads `plan` of the layer's tensors."""
+    """The K_l best slots of every token by routing weight x estimated output norm. Reads `layer_budgets` of the layer's tensors."""
 
     is_continuous = True
 
-    def __init__(self, plan: LayerParts) -> None:
-        super().__init__(plan)
-        if "plan" not in plan.tensors:
+    def __init__(self, parts: LayerParts) -> None:
+        super().__init__(parts)
+        if LAYER_BUDGETS not in parts.tensors:
             raise UsageError(
                 "this model has no budgets per layer",
                 "refactor it with --profile-tokens above 0 and without --low-memory, or use --rule product",
             )
-        self.steps = plan.tensors["plan"].to(plan.layer.up.device)
+        self.steps = parts.tensors[LAYER_BUDGETS].to(parts.layer.up.device)
 
     def keep(self, slots: Slots, budget: Tensor) -> Tensor:
         share = torch.searchsorted(self.steps, budget.float(), right=True) / len(self.steps)

@@ -6,51 +6,52 @@ import torch
 from torch import Tensor
 
 from ..base import LayerParts, Rule, Slots, is_compiled
+from ..side_tensors import CUTOFFS
 from .top_slots import top_slots
 
-LEVELS = 129  # quantiles stored per layer
+QUANTILES = 129  # quantiles stored per layer
 
 
-def fit_levels(values: Tensor, importance: Tensor) -> Tensor:
-    """levels [129] (float32): level[i] is the value that a share i/128 of the slots reach. values, importance [S]."""
+def fit_cutoffs(values: Tensor, importance: Tensor) -> Tensor:
+    """cutoffs [129] (float32): level[i] is the value that a share i/128 of the slots reach. values, importance [S]."""
     order = values.argsort(descending=True, stable=True)
     share = importance[order].double().cumsum(0)
-    grid = torch.linspace(0, 1, LEVELS, dtype=torch.float64) * share[-1]
+    grid = torch.linspace(0, 1, QUANTILES, dtype=torch.float64) * share[-1]
     position = torch.searchsorted(share, grid).clamp(max=len(values) - 1)
     return values[order][position].float()
 
 
-def dropped_energy(levels: Tensor, budget: float) -> float:
-    """Mean squared value of the slots that a budget drops, over all slots, from a layer's own levels."""
-    below = levels[round(budget * (LEVELS - 1)) :].double()
-    return float(below.square().sum()) / LEVELS
+def dropped_energy(cutoffs: Tensor, budget: float) -> float:
+    """Mean squared value of the slots that a budget drops, over all slots, from a layer's own cutoffs."""
+    below = cutoffs[round(budget * (QUANTILES - 1)) :].double()
+    return float(below.square().sum()) / QUANTILES
 
 
-def pool_levels(levels: list[Tensor], sensitivity: list[float]) -> list[Tensor]:
-    """Levels that spend one budget across all layers, from every layer's own levels and sensitivity c.
+def pool_cutoffs(cutoffs: list[Tensor], sensitivity: list[float]) -> list[Tensor]:
+    """Levels that spend one budget across all layers, from every layer's own cutoffs and sensitivity c.
 
     If dropping slots of layer l costs c_l per unit of squared value, a sum of costs under a fixed number of slots is least when the
     slots with the smallest c_l v^2 go first, wherever they are: one level for sqrt(c_l) v. Layers count alike (equal k and N).
     """
     scale = [max(c, 1e-30) ** 0.5 for c in sensitivity]
-    pooled = torch.cat([own.double() * s for own, s in zip(levels, scale, strict=True)])
-    shared = fit_levels(pooled, torch.ones_like(pooled)).double()
+    pooled = torch.cat([own.double() * s for own, s in zip(cutoffs, scale, strict=True)])
+    shared = fit_cutoffs(pooled, torch.ones_like(pooled)).double()
     return [(shared / s).float() for s in scale]
 
 
 class Threshold(Rule):
     """Budget b keeps the slots whose value reaches the level that a share b of the calibration slots reached.
 
-    So b of all slots are kept on average, more for tokens that need them, and, where the levels were pooled, more in layers that
-    need them. Reads `levels` of the plan. A token always keeps its best slot.
+    So b of all slots are kept on average, more for tokens that need them, and, where the cutoffs were pooled, more in layers that
+    need them. Reads `cutoffs` of the parts. A token always keeps its best slot.
     """
 
     is_continuous = True
 
-    def __init__(self, plan: LayerParts) -> None:
-        super().__init__(plan)
-        self.levels = plan.tensors["levels"].to(plan.layer.up.device)
-        self.compiled = self.levels.numpy() if self.levels.is_cpu else None
+    def __init__(self, parts: LayerParts) -> None:
+        super().__init__(parts)
+        self.cutoffs = parts.tensors[CUTOFFS].to(parts.layer.up.device)
+        self.compiled = self.cutoffs.numpy() if self.cutoffs.is_cpu else None
 
     def keep(self, slots: Slots, budget: Tensor) -> Tensor:
         values = slots.values()
@@ -65,7 +66,7 @@ class Threshold(Rule):
 
     def level(self, budget: Tensor) -> Tensor:
         """The level [T] of budgets [T], interpolated between the stored ones."""
-        position = budget.clamp(0, 1) * (LEVELS - 1)
+        position = budget.clamp(0, 1) * (QUANTILES - 1)
         low = position.floor().long()
-        level = torch.lerp(self.levels[low], self.levels[(low + 1).clamp(max=LEVELS - 1)], position - low)
+        level = torch.lerp(self.cutoffs[low], self.cutoffs[(low + 1).clamp(max=QUANTILES - 1)], position - low)
         return level.masked_fill(budget >= 1, 0.0)

@@ -12,12 +12,12 @@ class GateScores(Scorer):
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
         if x.device.type != "cpu":
-            return gate_activations_all(self.plan, x, index).mean(-1)
+            return gate_activations_all(self.parts, x, index).mean(-1)
 
         def score(expert: int, tokens: Tensor) -> Tensor:
-            return gate_activations(self.plan, x[tokens], expert).mean(-1)
+            return gate_activations(self.parts, x[tokens], expert).mean(-1)
 
-        return per_expert(index, self.plan.layer.num_experts, score, self.plan.n_sub)
+        return per_expert(index, self.parts.layer.num_experts, score, self.parts.n_sub)
 
     def parameters_per_expert(self) -> int:
         return 0

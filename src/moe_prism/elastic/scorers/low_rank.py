@@ -15,31 +15,32 @@ from torch import Tensor
 
 from ...errors import UsageError
 from ..base import LayerParts, Scorer, gate_activations, per_expert
+from ..side_tensors import LOW_RANK_HEADS, LOW_RANK_MAP
 from . import ridge
 
 RANK = 16  # of the shared projections; the hidden size where that is less
 
 
 class LowRankScorer(Scorer):
-    """Reads `low_rank.map` [R, d + 1] (V and the offset V mean) and `low_rank.heads` [E, N, 2 R + N r + 1] of the plan."""
+    """Reads `low_rank.map` [R, d + 1] (V and the offset V mean) and `low_rank.heads` [E, N, 2 R + N r + 1] of the parts."""
 
-    def __init__(self, plan: LayerParts) -> None:
-        super().__init__(plan)
-        if "low_rank.map" not in plan.tensors:
+    def __init__(self, parts: LayerParts) -> None:
+        super().__init__(parts)
+        if LOW_RANK_MAP not in parts.tensors:
             raise UsageError("the model was refactored without the low-rank predictor", "refactor with --extra-scorers low-rank")
-        device = plan.layer.up.device
-        self.map = plan.tensors["low_rank.map"].to(device).float()
-        self.heads = plan.tensors["low_rank.heads"].to(device).float()
-        self.scale = ridge.gate_scale(plan)
+        device = parts.layer.up.device
+        self.map = parts.tensors[LOW_RANK_MAP].to(device).float()
+        self.heads = parts.tensors[LOW_RANK_HEADS].to(device).float()
+        self.scale = ridge.gate_scale(parts)
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
         shared = _shared(x.float(), self.map)
 
         def predict(expert: int, tokens: Tensor) -> Tensor:
-            z = _features(self.plan, shared[tokens], x[tokens], expert, self.scale[expert])
+            z = _features(self.parts, shared[tokens], x[tokens], expert, self.scale[expert])
             return (z @ self.heads[expert].T).clamp(max=ridge.CEILING).exp()
 
-        return per_expert(index, self.plan.layer.num_experts, predict, self.plan.n_sub)
+        return per_expert(index, self.parts.layer.num_experts, predict, self.parts.n_sub)
 
     def parameters_per_expert(self) -> int:
         return self.heads[0].numel()
@@ -49,26 +50,26 @@ class LowRankScorer(Scorer):
 
     @property
     def reads_gates(self) -> bool:
-        return self.plan.gates > 0
+        return self.parts.gates > 0
 
     @staticmethod
-    def fit(plan: LayerParts, samples: list[Tensor]) -> dict[str, Tensor]:
+    def fit(parts: LayerParts, samples: list[Tensor]) -> dict[str, Tensor]:
         """The two tensors (bfloat16) from the sampled inputs [S_e, d] of each expert."""
-        device, experts = plan.layer.up.device, range(plan.layer.num_experts)
-        inputs = [x.to(device, plan.layer.up.dtype) for x in samples]
+        device, experts = parts.layer.up.device, range(parts.layer.num_experts)
+        inputs = [x.to(device, parts.layer.up.dtype) for x in samples]
         targets = [
-            _logs(ridge.block_norms(plan, x, e)) if len(x) else torch.zeros(0, plan.n_sub)
+            _logs(ridge.block_norms(parts, x, e)) if len(x) else torch.zeros(0, parts.n_sub)
             for e, x in zip(experts, inputs, strict=True)
         ]
         shared_map = _reduce(inputs, targets).to(torch.bfloat16)
-        scale = ridge.gate_scale(plan)
-        width = 2 * len(shared_map) + plan.n_sub * plan.gates + 1
-        heads = torch.zeros(len(experts), plan.n_sub, width, dtype=torch.bfloat16)
+        scale = ridge.gate_scale(parts)
+        width = 2 * len(shared_map) + parts.n_sub * parts.gates + 1
+        heads = torch.zeros(len(experts), parts.n_sub, width, dtype=torch.bfloat16)
         for e, (x, y) in enumerate(zip(inputs, targets, strict=True)):
             if len(x):
-                z = _features(plan, _shared(x.float(), shared_map.float()), x, e, scale[e]).double()
+                z = _features(parts, _shared(x.float(), shared_map.float()), x, e, scale[e]).double()
                 heads[e] = ridge._ridge(z, y).T.to("cpu", torch.bfloat16)
-        return {"low_rank.map": shared_map.cpu(), "low_rank.heads": heads}
+        return {LOW_RANK_MAP: shared_map.cpu(), LOW_RANK_HEADS: heads}
 
 
 def _shared(x: Tensor, shared_map: Tensor) -> Tensor:
@@ -77,9 +78,9 @@ def _shared(x: Tensor, shared_map: Tensor) -> Tensor:
     return torch.cat([h, h.abs()], 1)
 
 
-def _features(plan: LayerParts, shared: Tensor, x: Tensor, expert: int, scale: Tensor) -> Tensor:
+def _features(parts: LayerParts, shared: Tensor, x: Tensor, expert: int, scale: Tensor) -> Tensor:
     """[h, |h|, sqrt(gate contributions), 1] of rows x [S, d]."""
-    gates = gate_activations(plan, x, expert) if plan.gates else None
+    gates = gate_activations(parts, x, expert) if parts.gates else None
     return ridge._join(shared, gates, scale)
 
 

@@ -12,17 +12,17 @@ from .ridge import block_norms
 class Oracle(Scorer):
     """For analysis: what a perfect norm predictor would reach. With compensation the norm is that of the remaining error."""
 
-    def __init__(self, plan: LayerParts) -> None:
-        super().__init__(plan)
-        extra = compensator(plan)
-        self.losses = extra.losses if extra else lambda x, expert: block_norms(plan, x, expert)
+    def __init__(self, parts: LayerParts) -> None:
+        super().__init__(parts)
+        extra = compensator(parts)
+        self.losses = extra.losses if extra else lambda x, expert: block_norms(parts, x, expert)
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
-        plan = self.plan
-        return per_expert(index, plan.layer.num_experts, lambda e, tokens: self.losses(x[tokens], e), plan.n_sub)
+        parts = self.parts
+        return per_expert(index, parts.layer.num_experts, lambda e, tokens: self.losses(x[tokens], e), parts.n_sub)
 
     def parameters_per_expert(self) -> int:
-        return self.plan.layer.parameters_per_expert()
+        return self.parts.layer.parameters_per_expert()
 
     @property
     def reads_gates(self) -> bool:

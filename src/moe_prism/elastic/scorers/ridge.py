@@ -27,16 +27,16 @@ FEW = 64  # choices up to which they are computed one by one
 CEILING = 30.0  # of a predicted log norm: no overflow on inputs far from the sample
 
 
-def block_norms(plan: LayerParts, x: Tensor, expert: int) -> Tensor:
+def block_norms(parts: LayerParts, x: Tensor, expert: int) -> Tensor:
     """True output norms [S, N] of one expert's blocks for rows x [S, d], before the routing weight."""
-    layer = plan.layer
-    blocks = [plan.neurons(n) for n in range(plan.n_sub)]
+    layer = parts.layer
+    blocks = [parts.neurons(n) for n in range(parts.n_sub)]
     return torch.stack([layer.project(expert, layer.activations(expert, x, b), b).float().norm(dim=-1) for b in blocks], 1)
 
 
-def features(plan: LayerParts, x: Tensor, expert: int, scale: Tensor) -> Tensor:
+def features(parts: LayerParts, x: Tensor, expert: int, scale: Tensor) -> Tensor:
     """z [S, d + N r + 1]. scale [N, r]: down-projection column norms of the gate neurons."""
-    gates = gate_activations(plan, x, expert) if plan.gates else None
+    gates = gate_activations(parts, x, expert) if parts.gates else None
     return _join(x, gates, scale)
 
 
@@ -46,25 +46,25 @@ def _join(x: Tensor, gates: Tensor | None, scale: Tensor) -> Tensor:
     return torch.cat([*parts, torch.ones(len(x), 1, device=x.device)], 1)
 
 
-def gate_scale(plan: LayerParts) -> Tensor:
+def gate_scale(parts: LayerParts) -> Tensor:
     """||W_down[:, g]|| of every gate neuron, [E, N, r]."""
-    norms: Tensor = plan.layer.down[:, :, plan.gate_ids().flatten()].float().norm(dim=1)
-    return norms.view(plan.layer.num_experts, plan.n_sub, plan.gates)
+    norms: Tensor = parts.layer.down[:, :, parts.gate_ids().flatten()].float().norm(dim=1)
+    return norms.view(parts.layer.num_experts, parts.n_sub, parts.gates)
 
 
-def fit(plan: LayerParts, samples: list[Tensor], losses: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
+def fit(parts: LayerParts, samples: list[Tensor], losses: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
     """B [E, N, d + N r + 1] (bfloat16) from the sampled inputs [S_e, d] of each expert.
 
     losses(x, expert) -> [S, N]: what is predicted instead of the norms of the blocks' outputs.
     """
-    scale = gate_scale(plan)
-    width = plan.layer.hidden + plan.n_sub * plan.gates + 1
-    result = torch.zeros(plan.layer.num_experts, plan.n_sub, width, dtype=torch.bfloat16)
+    scale = gate_scale(parts)
+    width = parts.layer.hidden + parts.n_sub * parts.gates + 1
+    result = torch.zeros(parts.layer.num_experts, parts.n_sub, width, dtype=torch.bfloat16)
     for expert, x in enumerate(samples):
         if len(x):
-            x = x.to(plan.layer.up.device, plan.layer.up.dtype)
-            z = features(plan, x, expert, scale[expert]).double()
-            y = (losses(x, expert) if losses else block_norms(plan, x, expert)).double()
+            x = x.to(parts.layer.up.device, parts.layer.up.dtype)
+            z = features(parts, x, expert, scale[expert]).double()
+            y = (losses(x, expert) if losses else block_norms(parts, x, expert)).double()
             result[expert] = _ridge(z, (y + FLOOR * y.mean() + 1e-30).log()).T.to("cpu", torch.bfloat16)
     return result
 
@@ -96,12 +96,12 @@ def _solve(gram: Tensor, rhs: Tensor, mz: Tensor, my: Tensor, strength: float) -
 
 
 class Ridge(Scorer):
-    """Reads `ridge` [E, N, d + N r + 1] of the plan."""
+    """Reads `ridge` [E, N, d + N r + 1] of the parts."""
 
-    def __init__(self, plan: LayerParts) -> None:
-        super().__init__(plan)
-        self.weight = plan.tensors["ridge"].to(plan.layer.up.device).float()
-        self.scale = gate_scale(plan)
+    def __init__(self, parts: LayerParts) -> None:
+        super().__init__(parts)
+        self.weight = parts.tensors["ridge"].to(parts.layer.up.device).float()
+        self.scale = gate_scale(parts)
         self._constants: tuple[Stored, Any, Any, Any] | None = None  # of `_direct`
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
@@ -114,17 +114,17 @@ class Ridge(Scorer):
             return self._all(x, index)
 
         def predict(expert: int, tokens: Tensor) -> Tensor:
-            z = features(self.plan, x[tokens], expert, self.scale[expert])
+            z = features(self.parts, x[tokens], expert, self.scale[expert])
             return (z @ self.weight[expert].T).clamp(max=CEILING).exp()
 
-        return per_expert(index, self.plan.layer.num_experts, predict, self.plan.n_sub)
+        return per_expert(index, self.parts.layer.num_experts, predict, self.parts.n_sub)
 
     def _tiled(self, x: Tensor, index: Tensor, stored: Stored) -> Tensor:
         """By the compiled jobs: predictor rows and gate neurons are columns of one product, grouped by expert."""
         from ...kernels.selection import Norms, predicted_norms
         from ..execute.batch_products import Columns, SlotGroups, dot
 
-        n, r, layer, parts = self.plan.n_sub, self.plan.gates, self.plan.layer, self._parts(stored)
+        n, r, layer, parts = self.parts.n_sub, self.parts.gates, self.parts.layer, self._parts(stored)
         groups = SlotGroups.of(index, torch.ones(*index.shape, 1, dtype=torch.bool), layer.num_experts)
         products = torch.empty(index.numel(), n + len(stored.first) * n * r)
         dot(x if x.stride(1) == 1 else x.contiguous(), groups, groups.all, Columns(parts, 0, n), products, groups.choice)
@@ -139,7 +139,7 @@ class Ridge(Scorer):
         """`_tiled` for few choices, to the last bit: one by one, in one call."""
         from ...kernels.selection import predicted_norms
 
-        norms = np.empty((*index.shape, self.plan.n_sub), np.float32)
+        norms = np.empty((*index.shape, self.parts.n_sub), np.float32)
         predicted_norms(self._terms(x, index, stored), index.contiguous().numpy(), norms)
         return torch.from_numpy(norms)
 
@@ -152,7 +152,7 @@ class Ridge(Scorer):
         """The layer's weights, where one product can take them and the predictor: both float32."""
         from ..execute.batch_products import usable  # compiles on first use
 
-        stored = usable(self.plan, x) if self.plan.layer.up_bias is None else None
+        stored = usable(self.parts, x) if self.parts.layer.up_bias is None else None
         return stored if stored is not None and stored.down.tensor.dtype == torch.float32 else None
 
     def _terms(self, x: Tensor, index: Tensor, stored: Stored) -> Norms:
@@ -163,29 +163,29 @@ class Ridge(Scorer):
         if self._constants is None or self._constants[0] is not stored:
             self._constants = stored, table_of(self._parts(stored)), self.scale.flatten(1).numpy(), self.weight.numpy()
         _, table, scale, weight = self._constants
-        n, r = self.plan.n_sub, self.plan.gates
+        n, r = self.parts.n_sub, self.parts.gates
         x, choice = x if x.stride(1) == 1 else x.contiguous(), index.contiguous().numpy()
         products = np.empty((choice.size, n + len(stored.first) * n * r), np.float32)
         asked = x.detach().numpy(), rows_of(*choice.shape), choice.reshape(-1)
         dots(*asked, len(weight) - 1, table, n, ORDER, products, np.float32(0))
         gates = products[:, n:]
         if r:
-            gates = self.plan.layer.activate_joined(torch.from_numpy(gates)).numpy()
+            gates = self.parts.layer.activate_joined(torch.from_numpy(gates)).numpy()
         return Norms(products, gates, scale, weight, CEILING)
 
     def _parts(self, stored: Stored) -> list[MatrixPart]:
         """Predictor rows, then gate neurons, as columns of one product."""
         from ..execute.batch_products import Matrix, MatrixPart
 
-        n, r = self.plan.n_sub, self.plan.gates
+        n, r = self.parts.n_sub, self.parts.gates
         parts = [MatrixPart(Matrix.of(self.weight), 0)]
         for i, (matrix, *_) in enumerate(stored.first):
-            parts += [MatrixPart(matrix, n + i * n * r + g, g, r, self.plan.block) for g in range(r)]
+            parts += [MatrixPart(matrix, n + i * n * r + g, g, r, self.parts.block) for g in range(r)]
         return parts
 
     def _few(self, x: Tensor, experts: Tensor) -> Tensor:
         """Rows x [S, d] with one expert [S] each -> [S, N], by gathered weights: at decode a loop over experts would cost more."""
-        gates = gate_activations_each(self.plan, x, experts) if self.plan.gates else None
+        gates = gate_activations_each(self.parts, x, experts) if self.parts.gates else None
         z = _join(x, gates, self.scale[experts])
         return torch.einsum("sd,snd->sn", z, self.weight[experts]).clamp(max=CEILING).exp()
 
@@ -195,8 +195,8 @@ class Ridge(Scorer):
         own, gates, constant = self.weight[:, :, :hidden], self.weight[:, :, hidden:-1], self.weight[:, :, -1]
         every = torch.nn.functional.linear(x.float(), own.flatten(0, 1), constant.flatten())
         log = of_choices(every.view(-1, experts, n_sub), index)
-        if self.plan.gates:
-            g = (gate_activations_all(self.plan, x, index) * self.scale[index]).sqrt().flatten(2)
+        if self.parts.gates:
+            g = (gate_activations_all(self.parts, x, index) * self.scale[index]).sqrt().flatten(2)
             log = log + torch.einsum("tkg,tkng->tkn", g, gates[index])
         return log.clamp(max=CEILING).exp()
 
@@ -205,4 +205,4 @@ class Ridge(Scorer):
 
     @property
     def reads_gates(self) -> bool:
-        return self.plan.gates > 0
+        return self.parts.gates > 0

@@ -57,7 +57,7 @@ class Prune(Method):
 
     def points(self, subject: Subject) -> Sequence[NamedPoint]:
         criterion, allocation = self.parameters.criterion, self.parameters.allocation
-        layers = [layer.plan.layer for layer in subject.elastic.layers]
+        layers = [layer.parts.layer for layer in subject.elastic.layers]
         routers = find_routers(subject.model, layers)
         needs = {"counts", *criteria.get(criterion).needs}
         statistics = self._statistics(subject, tuple(sorted(needs)))
@@ -92,13 +92,13 @@ class Prune(Method):
         key = f"prune-statistics {' '.join(names)}"
         if key not in subject.cache:
             elastic = subject.elastic
-            work = Pass(subject.model, [layer.plan.layer for layer in elastic.layers], Settings(collectors=names))
+            work = Pass(subject.model, [layer.parts.layer for layer in elastic.layers], Settings(collectors=names))
             try:
                 with subject.report("calibrate") as update:
                     work.run(subject.calibration, update)
             finally:
                 for layer in elastic.layers:  # the pass took the hooks for itself
-                    layer.plan.layer.install(layer)
+                    layer.parts.layer.install(layer)
             subject.cache[key] = work.statistics()
         found: Statistics = subject.cache[key]
         return found

@@ -130,7 +130,7 @@ def measured_counts(
     model: Any, elastic: Elastic, statistics: Statistics | None, options: PruneOptions, ids: Tensor, update: Update
 ) -> list[int]:
     """How many experts every layer keeps, so that the sum of what is lost with each layer alone pruned (`loss_curves`) is least."""
-    layers = [layer.plan.layer for layer in elastic.layers]
+    layers = [layer.parts.layer for layer in elastic.layers]
     per_token = experts_per_token(model, layers[0])
     scores, shields = rank(layers, statistics, options, per_token)
     groups = [Router(model, layer).groups for layer in layers]
@@ -146,7 +146,7 @@ def loss_curves(
     Every layer is run alone at PROFILE_POINTS numbers of kept experts, in the order of the scores, on windows ids [n, length] of
     calibration text; between them the loss (KL to the full model) is interpolated. Routers must have no groups.
     """
-    layers = [layer.plan.layer for layer in elastic.layers]
+    layers = [layer.parts.layer for layer in elastic.layers]
     per_token = experts_per_token(model, layers[0])
     grids = [_grid(max(per_token, int(p.sum())), len(s)) for s, p in zip(scores, shields, strict=True)]
     runs = [(i, n) for i, grid in enumerate(grids) for n in grid]

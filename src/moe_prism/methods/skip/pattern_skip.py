@@ -60,8 +60,8 @@ def _positions(subject: Subject) -> tuple[Sequence[int], int | None]:
     depth = subject.model.config.get_text_config().num_hidden_layers
     places = []
     for layer in subject.elastic.layers:
-        numbers = [int(part) for part in layer.plan.layer.name.split(".") if part.isdigit()]
+        numbers = [int(part) for part in layer.parts.layer.name.split(".") if part.isdigit()]
         if not numbers:
-            raise UsageError(f"cannot tell which layer '{layer.plan.layer.name}' is in", "use --index-over moe")
+            raise UsageError(f"cannot tell which layer '{layer.parts.layer.name}' is in", "use --index-over moe")
         places.append(numbers[0] + 1)
     return places, depth

@@ -58,7 +58,7 @@ def selection_overhead(layer: ElasticLayer, k: int) -> float:
 
     A kept slot saves its gate neurons and its compensation.
     """
-    plan, scorer, extra = layer.plan, layer.scorer("ridge"), layer.compensator
-    matrices = 3 if plan.layer.gate is not None else 2
-    dropped = plan.gates * (matrices - 1) * plan.layer.hidden + (extra.parameters()[0] if extra else 0)
-    return k * (scorer.parameters_per_expert() + plan.n_sub * dropped) / (plan.block * matrices * plan.layer.hidden - dropped)
+    parts, scorer, extra = layer.parts, layer.scorer("ridge"), layer.compensator
+    matrices = 3 if parts.layer.gate is not None else 2
+    dropped = parts.gates * (matrices - 1) * parts.layer.hidden + (extra.parameters()[0] if extra else 0)
+    return k * (scorer.parameters_per_expert() + parts.n_sub * dropped) / (parts.block * matrices * parts.layer.hidden - dropped)

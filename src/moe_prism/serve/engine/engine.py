@@ -349,7 +349,7 @@ class Engine:
 
 def layer_facts(elastic: Elastic) -> LayerFacts:
     """E, N and k of the model's MoE layers, as a cost model wants them."""
-    plan = elastic.layers[0].plan
+    plan = elastic.layers[0].parts
     return LayerFacts(plan.layer.num_experts, plan.n_sub, experts_per_token(elastic.model, plan.layer))
 
 

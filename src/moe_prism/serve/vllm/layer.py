@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ...elastic import Elastic, LayerParts
 from ...elastic.execute.base import Executor, Settled
-from ...elastic.repair import REPAIR
+from ...elastic.side_tensors import CUTOFFS, REPAIR
 from ...errors import UsageError
 from ...kernels.packed_tiles import WIDTH
 from ...model.gate_neurons import GateNeurons
@@ -122,18 +122,18 @@ class PackedElastic(Elastic):
         """weights: name and weights of every layer; sides: its side tensors. UsageError if the shapes do not fit together."""
         self.executors: dict[int, Packed] = {}
         self._k = k
-        plans = []
+        layer_parts = []
         for i, ((name, own), side) in enumerate(zip(weights, sides, strict=True)):
             own.check(n_sub)
             experts, hidden, _ = own.w2.shape
-            if "levels" not in side or tuple(side["ridge"].shape) != (experts, n_sub, hidden + n_sub * gates + 1):
+            if CUTOFFS not in side or tuple(side["ridge"].shape) != (experts, n_sub, hidden + n_sub * gates + 1):
                 raise UsageError("prism.safetensors does not belong to these weights", "refactor the model again")
-            plans.append(LayerParts(own.gate_neurons(name, i, n_sub, gates), n_sub, gates, side))
+            layer_parts.append(LayerParts(own.gate_neurons(name, i, n_sub, gates), n_sub, gates, side))
             self.executors[i] = Packed(own)
-        super().__init__(model, plans)
+        super().__init__(model, layer_parts)
 
-    def executor_of(self, plan: LayerParts) -> Executor:
-        return self.executors[plan.layer.index]
+    def executor_of(self, parts: LayerParts) -> Executor:
+        return self.executors[parts.layer.index]
 
     @property
     def k(self) -> int:

@@ -249,7 +249,7 @@ def compiles(*arguments):
 @needs_triton
 def test_compiles_for_a_gpu():
     tile = triton_run.FIXED
-    compiles("90", "bf16", *map(str, astuple(tile)))
+    compiles("90", "bf16", *map(str, astuple(tile)[:5]))
 
 
 @needs_triton
@@ -257,7 +257,7 @@ def test_compiles_for_a_gpu():
 @pytest.mark.timeout(1200)
 def test_compiles_for_every_tile_type_and_generation():
     for tile in (triton_run.SMALL, triton_run.FIXED, triton_run.LARGE):
-        compiles("80,90", "bf16,fp32", *map(str, astuple(tile)))
+        compiles("80,90", "bf16,fp32", *map(str, astuple(tile)[:5]))
 
 
 @pytest.mark.gpu

@@ -168,7 +168,7 @@ def test_s15_what_is_wrong_at_the_start_is_one_line(tiny_levels, elastic_tiny, t
         taken.listen()
         cases = [
             (["--port", str(taken.getsockname()[1])], 2, "cannot listen on 127.0.0.1"),
-            (["--port", "70000"], 2, "is no port"),
+            (["--port", "70000"], 2, "give at least 0 and at most 65535"),
             (["--host", "0.0.0.0", "--port", "0"], 2, "needs a key"),
             (["--host", "203.0.113.7", "--api-key", "k", "--port", "0"], 2, "cannot listen on 203.0.113.7"),
             (["--policy", "lifo", "--port", "0"], 2, "unknown policy 'lifo'; did you mean 'fifo'?"),

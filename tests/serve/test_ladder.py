@@ -140,9 +140,8 @@ def test_points_of_several_methods_are_found_and_share_a_batch(elastic_tiny, tex
     result.save(tmp_path / "frontier.json")
     model, _ = moe_prism.load(elastic_tiny)
     elastic = model._moe_prism
-    known = [p.name for p in result.points if not p.point.is_full]
-    ladder, _ = find_ladder(tmp_path, slots_per_token(elastic), _refusal(elastic), known)
-    assert {level.name for level in ladder.levels[:-1]} <= set(known)
+    ladder, _ = find_ladder(tmp_path, slots_per_token(elastic), _refusal(elastic))
+    assert {level.name for level in ladder.levels[:-1]} <= {p.name for p in result.points if not p.point.is_full}
     every = [p.point for p in result.points]
     ids = torch.randint(0, 1000, (len(every), 12), generator=torch.Generator().manual_seed(0))
     with elastic.at(Step(bind(elastic, every), torch.arange(len(every)).repeat_interleave(12))):

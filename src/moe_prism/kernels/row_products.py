@@ -27,6 +27,7 @@ def alike(expert: Ints, s: int) -> int:
     return end - s
 
 
+# `dots` and `adds` keep more than six parameters: numba unpacks an object anew at every call, and a call lasts microseconds.
 @njit(nogil=True, cache=True)
 def dots(x: Floats, row: Ints, expert: Ints, last: int, table: Ints, columns: int, order: Ints, out: Floats, like: Any) -> None:
     """out[s, column + j * step] = x[row[s]] . (row j of the expert's weights), j < columns, for every part in `table`.

@@ -42,6 +42,7 @@ MEMORY = 1 << 16  # tokens over which the mean quality is kept
 class ElasticPolicy(Policy):
     """Deadlines first, then quality; nobody below the floor, nobody forgotten."""
 
+    # More than six parameters: the two that every policy has, then one for each setting that a user can give it by name.
     def __init__(
         self,
         ladder: Ladder,

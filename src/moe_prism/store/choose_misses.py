@@ -123,6 +123,7 @@ def choose_entries(
     return (keep, low, some, *sort_entries(index, weight, keep, experts, base))
 
 
+# Keeps more than six parameters: eight arrays, each read by its own name; numba unpacks an object anew at every call.
 @njit(nogil=True, cache=True)
 def decide(index: Ints, wide: Flags, sure: Flags, cheap: Flags, slot: Ints, values: Floats, keep: Flags, low: Flags) -> bool:
     """keep [T, k, N] = wide where the record is resident, else wide and sure or cheap; low [E, N]: missing and cheap for all who want it.

@@ -25,6 +25,7 @@ def _side(left: int, most: int) -> int:
     return min(side, most)
 
 
+# Keeps more than six parameters, as `packed` does: the addresses and steps of a tile, one by one. It is inlined, none is passed.
 @njit(inline="always")
 def _product(
     half: int,

@@ -54,10 +54,19 @@ class Process:
                     self.engine = self.lines[-1]["engine"]  # the process that computes
                     break
         assert self.url, self.lines
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
         self.lines += [json.loads(line) for line in self.child.stderr if line.startswith("{")]
+
+    def close(self) -> None:
+        if self.child.poll() is None:
+            self.child.kill()
+            self.child.wait()
+        self.reader.join(10)
+        self.child.stderr.close()
+        self.child.stdout.close()
 
     def listening(self) -> set[tuple[str, int]]:
         """Addresses on which the process listens, from the kernel's table."""
@@ -78,9 +87,7 @@ def process(tiny_levels, tmp_path):
     config.write_text(json.dumps({**SMALL, "engine": engine, "bounds": {"drain_seconds": 20}}))
     process = Process(tiny_levels, "--config", str(config))
     yield process
-    if process.child.poll() is None:
-        process.child.kill()
-    process.child.wait()
+    process.close()
 
 
 def ask(url, results):

@@ -134,7 +134,8 @@ def load_trace(path: str | Path) -> Trace:
     if not path.is_file():
         raise UsageError(f"trace '{path}' does not exist", "record one with `moe-prism trace MODEL -o trace.npz`, or give 'nano'")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves a file open that it cannot read.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(arrays.pop("header").tobytes())
     except Exception as error:

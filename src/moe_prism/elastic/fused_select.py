@@ -6,6 +6,8 @@ What it keeps is what scorer and rule keep one after the other, slot by slot.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,13 @@ if TYPE_CHECKING:
     from ..kernels.selection import Choosing
 
 
+@cache
+def _compiled() -> ModuleType:
+    from ..kernels import selection
+
+    return selection
+
+
 def prepared(scorer: Scorer, rule: Rule, x: Tensor, index: Tensor, weight: Tensor) -> Choosing | None:
     """What the compiled selection wants to know of x [T, d], index, weight [T, k]; None where it does not take them.
 
@@ -33,13 +42,14 @@ def prepared(scorer: Scorer, rule: Rule, x: Tensor, index: Tensor, weight: Tenso
     norms = scorer.terms(x, index)
     if norms is None:
         return None
-    from ..kernels.selection import Choosing  # compiles on first use
-
-    return Choosing(norms, index.contiguous().numpy(), weight.contiguous().numpy(), rule.compiled)
+    found: Choosing = _compiled().Choosing(norms, index.contiguous().numpy(), weight.contiguous().numpy(), rule.compiled)
+    return found
 
 
 def budgets_of(values: Sequence[float | Tensor], tokens: int) -> NDArray[np.float32] | None:
     """[B, T] of budgets that are a number or one per token each; None for tensors that are not [T] on a CPU."""
+    if len(values) == 1 and not isinstance(values[0], Tensor):
+        return np.full((1, tokens), values[0], np.float32)
     found = np.empty((len(values), tokens), np.float32)
     for row, value in zip(found, values, strict=True):
         if isinstance(value, Tensor):
@@ -57,9 +67,7 @@ def select_few(scorer: Scorer, rule: Rule, x: Tensor, index: Tensor, weight: Ten
     found = None if budgets is None else prepared(scorer, rule, x, index, weight)
     if found is None:
         return None
-    from ..kernels.selection import select  # compiles on first use
-
     shape = (*index.shape, scorer.parts.n_sub)
     keeps = np.empty((1, *shape), np.bool_)
-    select(found, budgets, keeps, np.empty(shape, np.float32))
+    _compiled().select(found, budgets, keeps, np.empty(shape, np.float32))
     return torch.from_numpy(keeps[0])

@@ -25,7 +25,7 @@ from .host import Host
 from .prices import Prices, prices_of
 from .rules import rules
 from .scorers import scorers
-from .select import Mixed, Selection, Whole, put
+from .select import Mixed, Selection, Whole, nothing, put
 
 Candidates = Selection | Whole | Mixed
 
@@ -139,14 +139,14 @@ class ElasticLayer:
         full = group.is_full(self.index, which) if budget is None else _is_full(budget)
         if full and after is routed and not self.executor.always_selects:
             return None
-        valid = self._valid(after.index)
+        added = partial(self._added, group, after) if group.stages else nothing
         if full and not self.executor.always_selects:
-            return Whole(after.index, after.weight, valid, self.parts.n_sub, partial(self._added, group, after))
+            return Whole(after.index, after.weight, self._valid(after.index), self.parts.n_sub, added)
         rule = self.rule(group.rule)
         scorer = self.scorer(group.scorer) if rule.needs_norms else None
         own = group.budget(self.index, which) if budget is None else budget
-        added = partial(self._added, group, after)
-        return Selection(after.x, after.index, after.weight, valid, self.parts.n_sub, rule, scorer, own, added)
+        experts = self.parts.layer.num_experts
+        return Selection(after.x, after.index, after.weight, experts, self.parts.n_sub, rule, scorer, own, added)
 
     def _added(self, group: PointGroup, routed: Routed) -> Tensor | None:
         """[T, d]: what the stages' own experts add, and note what that reads."""

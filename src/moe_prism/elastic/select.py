@@ -25,22 +25,27 @@ def nothing() -> None:
     """No experts beside those that are weights."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Selection:
     """The candidate slots of a batch and the rule that chooses among them. Nothing is computed before it is asked for.
 
-    x [T, d]; index, weight [T, k]; valid [T, k] bool: where there is an expert; budget: one number, or one per token [T].
+    x [T, d]; index, weight [T, k], with ids outside [0, E) where there is no expert; budget: one number, or one per token [T].
     """
 
     x: Tensor
     index: Tensor
     weight: Tensor
-    valid: Tensor
+    experts: int
     n_sub: int
     rule: Rule
     scorer: Scorer | None  # None where the rule needs no norms
     budget: float | Tensor
     added: Callable[[], Tensor | None] = nothing  # [T, d]: of experts that are not weights
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """[T, k] bool: where there is an expert."""
+        return self.index.clamp(0, self.experts - 1) == self.index
 
     @cached_property
     def slots(self) -> Slots:
@@ -50,7 +55,7 @@ class Selection:
     def _norms(self) -> Tensor:
         if self.scorer is None:
             raise RuntimeError("a rule that says it needs no norms has asked for them")
-        return self.scorer(self.x, self.index.clamp(0, self.scorer.parts.layer.num_experts - 1))
+        return self.scorer(self.x, self.index.clamp(0, self.experts - 1))
 
     def values(self) -> Tensor:
         """[T, k, N]: what each slot is worth, -1 where there is no expert."""

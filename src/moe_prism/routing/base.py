@@ -26,7 +26,8 @@ def _unavailable() -> Tensor:
     raise UsageError("nobody offers what this routing stage asks for", "run it on a model that moe-prism has loaded")
 
 
-@dataclass(frozen=True)
+# Made for every layer of every step: freezing would cost as much as routing does.
+@dataclass(slots=True, eq=False)
 class Routed:
     """A batch on its way through the stages of one layer.
 

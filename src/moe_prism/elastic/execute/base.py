@@ -31,7 +31,7 @@ class Candidates(Protocol):
         """The arguments of the compiled selection; None where it is not of that kind."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Settled:
     """What will be computed. keep [T, k, N]; low [E, N]: blocks taken in their smaller form; parts: the executor's own preparation."""
 

@@ -8,6 +8,8 @@ dropped: norms fitted directly come out negative for weak blocks, tie at zero, a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,6 +97,15 @@ def _solve(gram: Tensor, rhs: Tensor, mz: Tensor, my: Tensor, strength: float) -
     return torch.cat([slope, (my - mz @ slope)[None]], 0)
 
 
+@cache
+def _compiled() -> tuple[ModuleType, ModuleType, ModuleType]:
+    """What compiles when it is imported, and is asked for at every layer: an import statement there costs more than a product."""
+    from ...kernels import row_products, selection
+    from ..execute import decode_products
+
+    return row_products, selection, decode_products
+
+
 class Ridge(Scorer):
     """Reads `ridge` [E, N, d + N r + 1] of the parts."""
 
@@ -156,22 +167,20 @@ class Ridge(Scorer):
         return stored if stored is not None and stored.down.tensor.dtype == torch.float32 else None
 
     def _terms(self, x: Tensor, index: Tensor, stored: Stored) -> Norms:
-        from ...kernels.row_products import dots
-        from ...kernels.selection import Norms
-        from ..execute.decode_products import ORDER, rows_of, table_of
-
+        row_products, selection, decode = _compiled()
         if self._constants is None or self._constants[0] is not stored:
-            self._constants = stored, table_of(self._parts(stored)), self.scale.flatten(1).numpy(), self.weight.numpy()
+            self._constants = stored, decode.table_of(self._parts(stored)), self.scale.flatten(1).numpy(), self.weight.numpy()
         _, table, scale, weight = self._constants
         n, r = self.parts.n_sub, self.parts.gates
         x, choice = x if x.stride(1) == 1 else x.contiguous(), index.contiguous().numpy()
         products = np.empty((choice.size, n + len(stored.first) * n * r), np.float32)
-        asked = x.detach().numpy(), rows_of(*choice.shape), choice.reshape(-1)
-        dots(*asked, len(weight) - 1, table, n, ORDER, products, np.float32(0))
+        asked = x.detach().numpy(), decode.rows_of(*choice.shape), choice.reshape(-1)
+        row_products.dots(*asked, len(weight) - 1, table, n, decode.ORDER, products, np.float32(0))
         gates = products[:, n:]
         if r:
             gates = self.parts.layer.activate_joined(torch.from_numpy(gates)).numpy()
-        return Norms(products, gates, scale, weight, CEILING)
+        found: Norms = selection.Norms(products, gates, scale, weight, CEILING)
+        return found
 
     def _parts(self, stored: Stored) -> list[MatrixPart]:
         """Predictor rows, then gate neurons, as columns of one product."""

@@ -242,4 +242,4 @@ class ElasticLayer:
 
 def _is_full(budget: Tensor) -> bool:
     """Budgets on a GPU are never asked for: a graph may be replayed with others in their place."""
-    return budget.device.type == "cpu" and bool((budget >= 1).all())
+    return budget.is_cpu and bool((budget >= 1).all())

@@ -18,6 +18,7 @@ from ..errors import UsageError
 from ..model.extra import ExtraExperts
 from ..point import OperatingPoint, RoutingStage
 from ..routing import Stage, stage_class
+from ..routing.base import outside
 from .host import Host
 from .rules import rules
 from .scorers import scorers
@@ -84,14 +85,8 @@ class Bound:
 
     def check_which(self, which: int | Tensor) -> None:
         """UsageError for a point that does not exist. Indices on a GPU are not asked for."""
-        if isinstance(which, Tensor):
-            if which.device.type != "cpu" or not which.numel():
-                return
-            low, high = int(which.min()), int(which.max())
-        else:
-            low = high = which
-        if low < 0 or high >= len(self.points):
-            wrong = low if low < 0 else high
+        wrong = outside(which, len(self.points))
+        if wrong is not None:
             raise UsageError(f"there is no operating point {wrong}", f"give a number from 0 to {len(self.points) - 1}")
 
 

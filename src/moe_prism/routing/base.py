@@ -22,6 +22,17 @@ VariantIndex = int | Tensor
 """Which variant of a stage: one for all tokens, or one per token [T] (int64)."""
 
 
+def outside(which: VariantIndex, count: int) -> int | None:
+    """A number that is not in 0..count - 1, None where there is none. Indices on a GPU are not asked for."""
+    if isinstance(which, Tensor):
+        if which.device.type != "cpu" or not which.numel():
+            return None
+        low, high = int(which.min()), int(which.max())
+    else:
+        low = high = which
+    return low if low < 0 else high if high >= count else None
+
+
 def _unavailable() -> Tensor:
     raise UsageError("nobody offers what this routing stage asks for", "run it on a model that moe-prism has loaded")
 
@@ -117,14 +128,9 @@ class Stage(ABC):
 
     def check_which(self, which: VariantIndex) -> None:
         """UsageError for a variant that does not exist. Indices on a GPU are not asked for."""
-        if isinstance(which, Tensor):
-            if which.device.type != "cpu" or not which.numel():
-                return
-            low, high = int(which.min()), int(which.max())
-        else:
-            low = high = which
-        if low < 0 or high >= len(self.variants):
-            raise UsageError(f"there is no variant {low if low < 0 else high}", f"give one from 0 to {len(self.variants) - 1}")
+        wrong = outside(which, len(self.variants))
+        if wrong is not None:
+            raise UsageError(f"there is no variant {wrong}", f"give one from 0 to {len(self.variants) - 1}")
 
     def is_neutral(self, layer: int, which: VariantIndex, k: int) -> bool:
         """Whether nothing can change. Never waits for a GPU: indices there count as all variants."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..model.base import is_expert
 from ..model.scores import RouterScores
 from ..routing import Routed
 from ..routing.base import merge_state
@@ -199,7 +200,7 @@ class ElasticLayer:
         return torch.tensor(wanted, device=number.device)[number]
 
     def _valid(self, index: Tensor) -> Tensor:
-        return index.clamp(0, self.parts.layer.num_experts - 1) == index
+        return is_expert(index, self.parts.layer.num_experts)
 
     def _count(self, index: Tensor, keep: Tensor | None, *, selects: bool, low: Tensor | None = None) -> None:
         if self.elastic.counting:

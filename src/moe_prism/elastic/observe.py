@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..model.base import ExpertsFn
+from ..model.base import ExpertsFn, is_expert
 from ..routing import Routed
 from ..routing.base import SkipStage
 from .host import Host
@@ -24,7 +24,7 @@ RankBy = Callable[[Routed], Tensor]
 
 def _observer(layer: ElasticLayer, rank_by: RankBy, found: list[Tensor]) -> ExpertsFn:
     def run(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        valid = index.clamp(0, layer.parts.layer.num_experts - 1) == index
+        valid = is_expert(index, layer.parts.layer.num_experts)
         found.append(rank_by(layer.routed(x, index, weight, {})).detach().masked_fill(~valid, -1.0).cpu())
         return layer(x, index, weight)
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UsageError
+from ..model.base import is_expert
 from .base import Rule, Scorer, Slots
 from .fused_select import budgets_of, prepared, select_few
 from .scorers.ridge import FEW
@@ -45,7 +46,7 @@ class Selection:
     @cached_property
     def valid(self) -> Tensor:
         """[T, k] bool: where there is an expert."""
-        return self.index.clamp(0, self.experts - 1) == self.index
+        return is_expert(self.index, self.experts)
 
     @cached_property
     def slots(self) -> Slots:

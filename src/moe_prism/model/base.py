@@ -151,6 +151,11 @@ class MoELayer(ABC):
         return f"{type(self).__name__}({self.name}: E={self.num_experts}, d={self.hidden}, f={self.width})"
 
 
+def is_expert(index: Tensor, experts: int) -> Tensor:
+    """Where ids [T, k] name one of the experts that are weights, 0..experts - 1: [T, k] bool."""
+    return index.clamp(0, experts - 1) == index
+
+
 def _row(bias: Tensor | None, expert: int, neurons: slice | Tensor) -> Tensor | None:
     return None if bias is None else bias[expert, neurons]
 

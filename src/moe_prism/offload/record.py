@@ -14,6 +14,7 @@ from ..elastic.layer import ElasticLayer
 from ..elastic.runtime import experts_per_token
 from ..errors import UsageError
 from ..model import MoELayer, find_layers
+from ..model.base import is_expert
 from ..model.scores import router_weight
 from .trace import DECODE, FORMAT, PREFILL, SIDES, Trace
 
@@ -55,7 +56,7 @@ class TraceRecorder:
             rows.setdefault(name, []).append(tensor.detach().cpu())
 
         def observe(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-            valid = index.clamp(0, layer.num_experts - 1) == index
+            valid = is_expert(index, layer.num_experts)
             keep("expert_ids", index.masked_fill(~valid, -1).to(torch.int16))
             keep("weights", (weight * valid).half())
             if self.inputs:

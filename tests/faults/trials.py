@@ -114,14 +114,18 @@ class Trials:
     def _mark(events: Events, phase: str) -> None:
         events.phase = phase
 
-    def one(self, seed: int, phase: str | None) -> dict[str, Any]:
-        """Kill one run, look at what is left, continue it, compare. phase None: kill at a random time instead."""
-        rng = random.Random(seed)
+    def one(self, seed: int, phase: str | None, part: tuple[int, int]) -> dict[str, Any]:
+        """Kill one run, look at what is left, continue it, compare. phase None: kill at a random time instead.
+
+        part (i, n): the moment is drawn from the i-th n-th of the phase, so that few trials reach its start and its end.
+        """
+        i, n = part
+        share = (i + random.Random(seed).random()) / n
         folder = self.root / f"trial-{seed}"
         folder.mkdir()
-        at = rng.randrange(self.counts[phase]) if phase else rng.random() * self.total
+        at = int(share * self.counts[phase]) if phase else share * self.total
         log = folder.with_suffix(".phase")
-        pid = fork(lambda: self._run(folder / "out", (phase, int(at)) if phase else None, log))
+        pid = fork(lambda: self._run(folder / "out", (phase, at) if phase else None, log))
         if phase is None:
             time.sleep(at)
             os.kill(pid, signal.SIGKILL)
@@ -210,7 +214,8 @@ def main() -> None:
     calibrate.SNAPSHOT_SECONDS = 0.0  # a snapshot after every batch: the calibration of a tiny model too is killed between two
     trials = Trials(source, text, root)
     kinds = [*trials.counts, None]  # by event, evenly over the phases; every n-th by time
-    rows = [trials.one(seed, kinds[seed % len(kinds)]) for seed in range(count)]
+    rounds = count // len(kinds)
+    rows = [trials.one(seed, kinds[seed % len(kinds)], (seed // len(kinds), rounds)) for seed in range(count)]
     result = {"counts": trials.counts, "trials": rows, "interrupt": trials.interrupt(), "twice": trials.twice()}
     sys.stdout.write(json.dumps(result))
 

@@ -68,7 +68,7 @@ def test_save_tensors_is_readable_and_repeatable(tmp_path):
         assert not (out.work / "c.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "", "..", "a\0b"])
+@pytest.mark.parametrize("name", ["../x", "/x", "a//b", "a/../../b", "a/b/c/d/e", "", "..", "a\0b"])
 def test_file_names_stay_inside(name, tmp_path):
     with OutputFolder(tmp_path / "out") as out, pytest.raises(UsageError, match="not a file name"):
         out.write_bytes(name, b"")

@@ -10,15 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moe_prism.artefact.rewrite import rewrite_gguf, rewrite_shards, save_model
 from moe_prism.checkpoint import (
     Journal,
     LayerStream,
     OutputFolder,
     Source,
     read_manifest,
-    rewrite_gguf,
-    rewrite_shards,
-    save_model,
     source_facts,
     verify,
     write_manifest,

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import Journal, LayerStream, OutputFolder, check_finite, rewrite_gguf, rewrite_shards
+from ..checkpoint import Journal, LayerStream, OutputFolder, check_finite
 from ..model import MoELayer, find_layers, load_model, on_disk
 from ..progress import Update
+from .rewrite import rewrite_gguf, rewrite_shards
 
 
 class Weights:

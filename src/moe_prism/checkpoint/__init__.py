@@ -1,12 +1,14 @@
 """Checkpoints on disk: checked reading, one layer at a time in memory, and output that is complete or absent."""
 
 from .atomic import OutputFolder, sha256_file
+from .companions import copy_companions
 from .header import TensorInfo, read_header
 from .journal import Journal
+from .links import follow_links
 from .manifest import Check, elastic_manifest, read_manifest, source_facts, update_manifest, verify, versions, write_manifest
-from .rewrite import copy_companions, rewrite_gguf, rewrite_shards, save_model
 from .shards import Source, check_finite, first_non_finite
 from .stream import LayerStream
+from .whole import open_whole
 
 __all__ = [
     "Check",
@@ -19,11 +21,10 @@ __all__ = [
     "copy_companions",
     "elastic_manifest",
     "first_non_finite",
+    "follow_links",
+    "open_whole",
     "read_header",
     "read_manifest",
-    "rewrite_gguf",
-    "rewrite_shards",
-    "save_model",
     "sha256_file",
     "source_facts",
     "update_manifest",

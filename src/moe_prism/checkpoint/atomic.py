@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import DoesNotFit, UsageError
 from ..files import sync_folder
 from .header import NAMES
-from .shards import check_finite, is_file_name
+from .shards import check_finite, is_file_name, is_inner_name
 
 JOURNAL = "journal.json"
 
@@ -71,15 +71,16 @@ class OutputFolder:
                 )
             shutil.rmtree(self.work)
         self.work.mkdir(exist_ok=True)
-        for orphan in self.work.glob("*.tmp*"):
+        for orphan in self.work.rglob("*.tmp*"):
             orphan.unlink()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[BinaryIO]:
-        """Write one file: yields a handle on a temporary; on success it is fsynced, hashed into `hashes`, and renamed."""
-        if not is_file_name(name):
-            raise UsageError(f"'{name}' is not a file name", "give a name without a folder")
+        """Write one file, `a/b` into a folder; yields a handle on a temporary, in the end fsynced, hashed into `hashes` and renamed."""
+        if not is_inner_name(name):
+            raise UsageError(f"'{name}' is not a file name", "give a name inside the folder")
         temporary = self.work / f"{name}.tmp{os.getpid()}"
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("w+b") as file:
                 yield file
@@ -93,7 +94,8 @@ class OutputFolder:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DoesNotFit(f"disk full while writing '{name}' in '{self.work}'", "free space, then use --resume") from error
             raise
-        sync_folder(self.work)
+        for folder in {self.work, temporary.parent}:
+            sync_folder(folder)
         self.hashes[name] = digest
 
     def write_bytes(self, name: str, data: bytes) -> str:

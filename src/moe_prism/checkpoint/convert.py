@@ -6,12 +6,12 @@ come from `get_model_conversion_mapping`, and what they give back is compared wi
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -38,6 +38,23 @@ class Lazy:
         return self.source.tensor(self.name)
 
 
+class Shape:
+    """The same without its values, to see where a tensor would go and whether it fits."""
+
+    def __init__(self, source: Source, name: str) -> None:
+        self.shape = source.info(name).shape
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return torch.empty(self.shape, device="meta")
+
+
+class Verdict(NamedTuple):
+    """What a load would end with: parameters nothing feeds, and parameters that cannot be made from what feeds them, with the reason."""
+
+    missing: set[str]
+    wrong: dict[str, str]
+
+
 class Conversion:
     """The conversion rules of one model applied to one source. `owner`: name on disk -> (first) parameter it feeds."""
 
@@ -50,18 +67,32 @@ class Conversion:
 
     def load(self, names: Iterable[str]) -> None:
         """Put these tensors into the model's parameters, on CPU. UsageError if transformers cannot convert or place one."""
+        wrong = self._load({name: Lazy(self.source, name) for name in names}, "cpu").wrong
+        if wrong:
+            name, why = next(iter(wrong.items()))
+            raise UsageError(f"tensor '{name}' {why}", "check that config.json belongs to these weights")
+
+    def try_load(self) -> Verdict:
+        """What loading every tensor would end with. Nothing is read, and the model stays as it is."""
+        before = [(name, tensor) for name, tensor in stored(self.model) if name in self.expected]
+        try:
+            return self._load({name: Shape(self.source, name) for name in self.owner}, "meta")
+        finally:
+            for name, tensor in before:
+                place(self.model, name, tensor)
+
+    def _load(self, state: Mapping[str, Lazy | Shape], device: str) -> Verdict:
         config = LoadStateDictConfig(
-            dtype=self.dtype, dtype_plan=self.model._get_dtype_plan(self.dtype), device_map={"": "cpu"}, weight_mapping=self.rules
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            device_map={"": device},
+            weight_mapping=self.rules,
         )
-        state = {name: Lazy(self.source, name) for name in names}
         with quiet():
-            info, _ = convert_and_load_state_dict_in_model(self.model, state, config, disk_offload_index=None)
-        problems = [f"'{name}': {text.strip().splitlines()[-1]}" for name, text in info.conversion_errors.items()]
-        problems += [
-            f"'{name}' is {tuple(found)} on disk, {tuple(wanted)} by config.json" for name, found, wanted in info.mismatched_keys
-        ]
-        if problems:
-            raise UsageError(f"tensor {problems[0]}", "check that config.json belongs to these weights")
+            info, _ = convert_and_load_state_dict_in_model(self.model, dict(state), config, disk_offload_index=None)
+        wrong = {name: f"cannot be made: {text.strip().splitlines()[-1]}" for name, text in info.conversion_errors.items()}
+        wrong |= {n: f"is {tuple(found)} on disk, {tuple(wanted)} by config.json" for n, found, wanted in info.mismatched_keys}
+        return Verdict(set(info.missing_keys), wrong)
 
     def revert(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors on disk called `names`, from parameters `state` (full names). UsageError naming any that differs."""
@@ -82,7 +113,9 @@ class Conversion:
         found: dict[str, Tensor] = revert_weight_conversion(self.model, state)
         prefix = f"{self.model.base_model_prefix}."
         # A checkpoint saved from the bare base model lacks its prefix; loading adds it silently, so it is taken off here.
-        return {name if name in names else name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        bare = not any(name.startswith(prefix) for name in self.owner)
+        strip = {name for name in found if name not in names and (bare or name.removeprefix(prefix) in names)}
+        return {name.removeprefix(prefix) if name in strip else name: tensor for name, tensor in found.items()}
 
     def _targets(self) -> Iterator[tuple[str, str]]:
         renamings = [rule for rule in self.rules if isinstance(rule, WeightRenaming)]
@@ -94,6 +127,18 @@ class Conversion:
             if target not in meta and name in meta:
                 target, _ = rename_source_key(name, [], [], prefix, meta)
             yield name, target
+
+
+def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, tied ones under each of their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make `tensor` the parameter or buffer of this full name."""
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, tensor)
 
 
 def disk_state(model: Any) -> dict[str, Tensor]:

@@ -13,8 +13,9 @@ from typing import Any
 from ..errors import CorruptError, UsageError
 from ..files import replace_file
 from .atomic import JOURNAL, OutputFolder, sha256_file
+from .companions import origin
 from .header import TORCH, read_header
-from .shards import INDEX, SINGLE, Source, check_finite, is_file_name, read_tensor
+from .shards import INDEX, SINGLE, Source, check_finite, is_inner_name, read_tensor
 
 MANIFEST = "prism.json"
 SCHEMA = 1
@@ -42,7 +43,7 @@ def source_facts(folder: str | Path) -> dict[str, Any]:
         return {"name": path.name, "files": {path.name: sha256_file(path)}}
     source = Source(path)
     names = ["config.json", *([source.index_file] if source.index_file else []), *source.shards()]
-    return {"name": path.resolve().name, "files": {name: sha256_file(path / name) for name in names if (path / name).is_file()}}
+    return {"name": origin(path), "files": {name: sha256_file(path / name) for name in names if (path / name).is_file()}}
 
 
 def write_manifest(out: OutputFolder, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     try:
         value: Any = json.loads(path.read_bytes().decode("utf-8"))
         files = value["files"].items()
-        good = all(is_file_name(n) and isinstance(f["sha256"], str) and isinstance(f["bytes"], int) for n, f in files)
+        good = all(is_inner_name(n) and isinstance(f["sha256"], str) and isinstance(f["bytes"], int) for n, f in files)
         good = good and value["sha256"] == _digest(value)
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
         good = False
@@ -130,12 +131,17 @@ def _content(folder: Path, facts: Mapping[str, Any], known: Mapping[str, str]) -
     if reserved:
         raise UsageError(f"facts may not set {sorted(reserved)}", "these keys are filled in here")
     files = {
-        file.name: {"sha256": known.get(file.name) or sha256_file(file), "bytes": file.stat().st_size}
-        for file in sorted(folder.iterdir())
-        if file.name not in (MANIFEST, JOURNAL)
+        name: {"sha256": known.get(name) or sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
+        for name in sorted(_present(folder))
     }
     content = json.loads(json.dumps({"schema": SCHEMA, "versions": versions(), **facts, "files": files}))
     return {**content, "sha256": _digest(content)}
+
+
+def _present(folder: Path) -> set[str]:
+    """All files of the folder and of those in it."""
+    found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()}
+    return found - {MANIFEST, JOURNAL}
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -154,7 +160,7 @@ def _kept(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    present = {file.name for file in folder.iterdir()} - {MANIFEST, JOURNAL}
+    present = _present(folder)
     problems = [f"{name} is missing" for name in sorted(set(files) - present)]
     problems += [f"{name} is not in {MANIFEST}" for name in sorted(present - set(files))]
     for name in sorted(present & set(files)):

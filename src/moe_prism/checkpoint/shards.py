@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ..errors import CorruptError, UsageError
-from .header import RESTORE, Header, TensorInfo, corrupt, read_header
+from .header import Header, TensorInfo, corrupt, read_header
+from .links import inside
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
 LEGACY = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+DEPTH = 4  # folders in folders that a name may lead through, itself included
 CHUNK = 1 << 22  # elements looked at together: bounds the scan's scratch memory
 
 
@@ -37,8 +39,10 @@ class Source:
         files = sorted(set(weight_map.values())) if weight_map is not None else self._single()
         self._headers: dict[str, Header] = {name: read_header(self._path(name)) for name in files}
         self._infos: dict[str, TensorInfo] = {}
-        for header in self._headers.values():
-            self._add(header)
+        for (
+            header
+        ) in self._headers.values():  # in the order of transformers: of two copies of a tensor it takes the one it meets last
+            self._infos |= {info.name: info for info in header.tensors}
         if weight_map is not None:
             self._check_index(weight_map)
 
@@ -56,6 +60,10 @@ class Source:
 
     def header(self, shard: str) -> Header:
         return self._headers[shard]
+
+    def is_read(self, info: TensorInfo) -> bool:
+        """Whether it is this copy that counts: a shard laid over others may hold a tensor again."""
+        return self._infos[info.name] is info
 
     def info(self, name: str) -> TensorInfo:
         """dtype, shape and place of one tensor; UsageError if there is none of this name."""
@@ -79,13 +87,8 @@ class Source:
         raise UsageError(f"'{self.folder}' has no {SINGLE} and no {INDEX}", "give the folder of a safetensors checkpoint")
 
     def _path(self, name: str) -> Path:
-        path = self.folder / name
-        home, target = self.folder.resolve(), path.resolve()
-        # A hub cache keeps snapshots/<revision>/ as links into blobs/ of the same repository; every other way out is refused.
-        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-        if target.parent not in (home, blobs):
-            raise CorruptError(f"{name} is a link that leads out of '{self.folder}'", RESTORE)
-        if not target.is_file():
+        path = inside(self.folder / name)
+        if not path.is_file():
             raise CorruptError(f"{name} is named by the index but missing from '{self.folder}'", "download the missing shard")
         return path
 
@@ -105,17 +108,15 @@ class Source:
                 )
         return weight_map
 
-    def _add(self, header: Header) -> None:
-        for info in header.tensors:
-            other = self._infos.setdefault(info.name, info)
-            if other is not info:
-                raise corrupt(self.folder / info.shard, f"tensor '{info.name}' is also in {other.shard}")
-
     def _check_index(self, weight_map: dict[str, str]) -> None:
         path = self.folder / INDEX
         for name, shard in weight_map.items():
-            if name not in self._infos or self._infos[name].shard != shard:
+            if all(info.name != name for info in self._headers[shard].tensors):
                 raise corrupt(path, f"tensor '{name}' is not in {shard}")
+            if self._infos[name].shard != shard:
+                raise corrupt(
+                    path, f"names {shard} for tensor '{name}', of which transformers reads the copy in {self._infos[name].shard}"
+                )
         for name, info in self._infos.items():
             if name not in weight_map:
                 raise corrupt(self.folder / info.shard, f"tensor '{name}' is not in the index")
@@ -140,6 +141,12 @@ def read_tensor(path: Path, info: TensorInfo) -> Tensor:
 def is_file_name(name: object) -> bool:
     """A plain name of a sibling file: no folder, no parent, no drive, no control character."""
     return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\:\x00-\x1f]", name) and len(name) < 256
+
+
+def is_inner_name(name: object) -> bool:
+    """A plain name of a file in a folder or a few folders below it."""
+    parts = name.split("/") if isinstance(name, str) else []
+    return 0 < len(parts) <= DEPTH and all(map(is_file_name, parts))
 
 
 def first_non_finite(tensor: Tensor) -> int | None:

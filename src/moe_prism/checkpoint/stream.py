@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PreTrainedModel
 
-from ..errors import CorruptError, UsageError
-from .convert import Conversion
-from .shards import Source
+from ..errors import UsageError
+from .convert import place, stored
+from .whole import open_whole
 
 
 class LayerStream:
@@ -24,21 +21,14 @@ class LayerStream:
 
     `model` is the whole module tree (eval mode; `find_layers(stream.model)` works). dtype: what `streaming` computes in; None
     takes config.json's, as `from_pretrained(dtype="auto")` does. Remote code never runs. Raises UsageError for an unknown or
-    quantized model, CorruptError for damaged files.
+    quantized model, CorruptError for a folder that is not whole (`whole.py`).
     """
 
     def __init__(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        self.source = Source(folder)
-        config = _config(self.source.folder)
-        self.dtype = dtype or config.dtype or _first_float(self.source)
-        try:
-            with torch.device("meta"):
-                self.model: Any = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=False).eval()
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, StrictDataclassError) as error:
-            raise UsageError(f"'{folder}' is no causal language model: {_line(error)}", "check its config.json") from error
+        self._conversion = open_whole(folder, dtype)
+        self.source, self.model, self.dtype = self._conversion.source, self._conversion.model, self._conversion.dtype
         _fill_buffers(self.model)
-        self._conversion = Conversion(self.model, self.source, self.dtype)
-        self._empty = {name: tensor for name, tensor in _stored(self.model) if name in self._conversion.expected}
+        self._empty = {name: tensor for name, tensor in stored(self.model) if name in self._conversion.expected}
         self.layers_prefix, self.num_layers = _decoder_layers(self.model)
         self.peak_bytes = 0
 
@@ -69,7 +59,7 @@ class LayerStream:
         """Drop the parameters of one module; it is on the meta device again."""
         for name, empty in self._empty.items():
             if name.startswith(f"{prefix}."):
-                _set(self.model, name, empty)
+                place(self.model, name, empty)
 
     @contextmanager
     def module(self, prefix: str, *, disk_dtype: bool = False) -> Iterator[nn.Module]:
@@ -85,7 +75,7 @@ class LayerStream:
         Needs `disk_dtype=True`; UsageError names the tensor that would not come back as it is on disk.
         """
         state = {
-            name: tensor.detach() for name, tensor in _stored(self.model) if name in self._empty and name.startswith(f"{prefix}.")
+            name: tensor.detach() for name, tensor in stored(self.model) if name in self._empty and name.startswith(f"{prefix}.")
         }
         return self._conversion.revert(state, self.disk_names(prefix))
 
@@ -118,7 +108,7 @@ class LayerStream:
             for handle in handles:
                 handle.remove()
             for name, empty in self._empty.items():
-                _set(self.model, name, empty)
+                place(self.model, name, empty)
 
     def keep_outside(self, prefixes: Iterable[str]) -> Any:
         """Load all parameters that are not in the modules called `prefixes`, for good, and return the model: those stay empty."""
@@ -130,7 +120,7 @@ class LayerStream:
     def resident_bytes(self) -> int:
         """Bytes of the parameters and stored buffers that are in memory now, tied ones once."""
         found = {
-            tensor.data_ptr(): tensor.nbytes for name, tensor in _stored(self.model) if name in self._empty and not tensor.is_meta
+            tensor.data_ptr(): tensor.nbytes for name, tensor in stored(self.model) if name in self._empty and not tensor.is_meta
         }
         return sum(found.values())
 
@@ -151,14 +141,14 @@ class LayerStream:
             for name in names:  # the loader casts to the dtype of the empty parameter it fills
                 target = self._conversion.owner[name]
                 dtype = self.source.info(name).torch_dtype
-                _set(self.model, target, _like(self._empty[target], dtype))
+                place(self.model, target, _like(self._empty[target], dtype))
         self._conversion.load(names)
         tied = getattr(self.model, "all_tied_weights_keys", {})
-        loaded = dict(_stored(self.model))
+        loaded = dict(stored(self.model))
         missing = {name for name in targets if loaded[name].is_meta}
         if missing & ({*tied} | {*tied.values()}):
             self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
-            loaded = dict(_stored(self.model))
+            loaded = dict(stored(self.model))
         for name in targets:
             if loaded[name].is_meta:
                 raise UsageError(
@@ -166,56 +156,6 @@ class LayerStream:
                 )
             loaded[name].requires_grad_(False)
         self.peak_bytes = max(self.peak_bytes, self.resident_bytes())
-
-
-def _config(folder: Path) -> Any:
-    """config.json as a transformers config, without the keys that could make a library fetch or run code."""
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise UsageError(f"'{folder}' has no readable config.json", "give a folder written by save_pretrained") from error
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path} is not JSON: {error}", "restore the file from its source") from error
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise UsageError(f"{path}: model_type {str(kind)[:60]!r} is not one that transformers knows", "update transformers")
-    if raw.get("quantization_config"):
-        raise UsageError(f"'{folder}' is a quantized checkpoint", "dequantize it first, or use the unquantized release")
-    try:
-        config = CONFIG_MAPPING[kind]
-        # the class's own reader of special floats ({"__float__": "Infinity"}), which from_pretrained applies and from_dict does not
-        return config.from_dict(_clean(config._decode_special_floats(raw)))
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise UsageError(f"{path} is not a valid configuration: {_line(error)}", "restore it from its source") from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _clean(value: Any) -> Any:
-    """Without code references, private fields and implementation names (a hub kernel can be named there), at any depth."""
-    if not isinstance(value, dict):
-        return value
-    banned = ("auto_map", "attn_implementation", "experts_implementation")
-    return {k: _clean(v) for k, v in value.items() if k not in banned and not str(k).startswith("_")}
-
-
-def _first_float(source: Source) -> torch.dtype:
-    dtypes = [source.info(name).torch_dtype for name in source.names()]
-    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
-
-
-def _stored(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Parameters and buffers, tied ones under each of their names."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, tensor)
 
 
 def _like(empty: Tensor, dtype: torch.dtype) -> Tensor:

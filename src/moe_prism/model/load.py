@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from ..checkpoint.config import model_class, read_config
+from ..checkpoint.whole import open_whole
 from ..errors import CorruptError, UsageError
 
 NANO = Path(__file__).parent.parent / "nano"
@@ -47,10 +49,17 @@ def on_disk(where: Path | str) -> Path:
 
 
 def load_model(source: str | Path, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
-    """A transformers causal language model in eval mode. dtype None keeps the checkpoint's. Never runs remote code."""
+    """A transformers causal language model in eval mode. dtype None keeps the checkpoint's. Never runs remote code.
+
+    A folder is checked to be whole before its weights are read: CorruptError names the tensor and file that is not.
+    """
     from transformers import AutoModelForCausalLM
 
-    return _guard(AutoModelForCausalLM, source, dtype=dtype or "auto", **kwargs).eval()
+    where, kind = resolve(source), AutoModelForCausalLM
+    if isinstance(where, Path) and where.is_dir():
+        open_whole(where)
+        kind = model_class(read_config(where))
+    return _guard(kind, source, dtype=dtype or "auto", **kwargs).eval()
 
 
 def load_to_run(source: str | Path, dtype: torch.dtype | None = None) -> Any:

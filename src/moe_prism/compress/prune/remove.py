@@ -54,7 +54,7 @@ def remove_experts(
     experts = check_removable(choices)
     source = stream.source
     writer = _Writer(stream, [Router(stream.model, layer) for layer in layers], choices)
-    copy_companions(source.folder, out)
+    copy_companions(source.folder, out, source)
     out.write_bytes("config.json", _config(stream, choices[0], experts))
     plan = {shard: writer.plan(shard) for shard in source.shards()}
     plan = {shard: tensors for shard, tensors in plan.items() if tensors}
@@ -99,6 +99,8 @@ class _Writer:
         found = []
         for info in self.stream.source.header(shard).tensors:
             i = self._owner.get(info.name)
+            if not self.stream.source.is_read(info):
+                continue
             if i is None or self.choices[i].is_full:
                 found.append(_Tensor(info, info.shape, None))
             elif info.name in self._shapes:

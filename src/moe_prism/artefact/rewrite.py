@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from ..checkpoint import Journal, LayerStream, OutputFolder, TensorInfo, check_finite, copy_companions, first_non_finite
+from ..checkpoint.atomic import raw_bytes
+from ..checkpoint.convert import ADVICE, disk_state, quiet
+from ..checkpoint.header import TORCH
+from ..checkpoint.shards import SINGLE, read_tensor
 from ..errors import UsageError
 from ..model import MoELayer, find_layers, load_model, load_tokenizer
-from .atomic import OutputFolder, raw_bytes
-from .convert import ADVICE, disk_state, quiet
-from .header import TORCH, TensorInfo
-from .journal import Journal
-from .shards import SINGLE, check_finite, first_non_finite
-from .stream import LayerStream
 
 Permute = Callable[[MoELayer], Tensor]
 """The neuron order of one layer: perm [E, f], new neuron j of expert e is old neuron perm[e, j]. Asked once per layer."""
 Progress = Callable[[int, int], None]
 """(bytes written, bytes in total)."""
 
-COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-    "merges.txt", "*.tiktoken", "spiece.model", "sentencepiece*", "chat_template*", "preprocessor_config.json",
-    "processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*",
-)  # fmt: skip
 BLOCK = 1 << 24  # bytes copied at a time where no value is looked at
 
 
@@ -53,7 +45,7 @@ def rewrite_shards(
     pending = [shard for shard in source.shards() if not journal.done(shard)]
     out.hashes.update({shard: journal.sha256(shard) for shard in source.shards() if shard not in pending})
     out.require_space(sum(source.header(shard).size for shard in pending))
-    copy_companions(source.folder, out)
+    copy_companions(source.folder, out, source)
     if source.index_file:
         out.write_bytes(source.index_file, (source.folder / source.index_file).read_bytes())
     writer = _ShardWriter(stream, permute, layers)
@@ -101,25 +93,6 @@ def save_model(model: Any, out: OutputFolder) -> None:
         out.write_bytes("generation_config.json", model.generation_config.to_json_string(use_diff=True).encode())
 
 
-def copy_companions(folder: str | Path, out: OutputFolder) -> list[str]:
-    """Copy config, tokenizer and licence files byte for byte; returns their names. Only `auto_map` (remote code) is taken out."""
-    names = [f.name for f in sorted(Path(folder).iterdir()) if f.is_file() and any(fnmatch(f.name, p) for p in COMPANIONS)]
-    names = [name for name in names if not name.endswith((".py", ".safetensors", ".bin"))]
-    for name in names:
-        out.write_bytes(name, without_auto_map(name, (Path(folder) / name).read_bytes()))
-    return names
-
-
-def without_auto_map(name: str, data: bytes) -> bytes:
-    """JSON `data` without its `auto_map` key; anything else, and JSON that has none, unchanged."""
-    if not name.endswith(".json") or b'"auto_map"' not in data:
-        return data
-    value = json.loads(data)
-    if not isinstance(value, dict) or value.pop("auto_map", None) is None:
-        return data
-    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
-
-
 class _ShardWriter:
     """Writes one output shard at a time: the source's header verbatim, then every tensor at the place it has in the source."""
 
@@ -132,12 +105,12 @@ class _ShardWriter:
 
     def write(self, shard: str, file: BinaryIO) -> None:
         header = self.stream.source.header(shard)
-        inside = {tensor.name: tensor for tensor in header.tensors}
+        inside = {tensor.name: tensor for tensor in header.tensors if self.stream.source.is_read(tensor)}
         with (self.stream.source.folder / shard).open("rb") as source:
             file.write(source.read(header.data_start))
             moved = {name for names in self._owned.values() for name in names}
-            for name, info in inside.items():
-                if name not in moved:
+            for info in header.tensors:
+                if info.name not in moved or info.name not in inside:
                     self._copy(info, source, file)
         for layer, names in self._owned.items():
             here = [name for name in names if name in inside]
@@ -169,7 +142,7 @@ class _ShardWriter:
 
     def _copy(self, info: TensorInfo, source: BinaryIO, file: BinaryIO) -> None:
         if info.dtype in TORCH:
-            tensor = self.stream.source.tensor(info.name)
+            tensor = read_tensor(self.stream.source.folder / info.shard, info)
             check_finite(info.name, tensor, info.shard)
             file.seek(info.begin)
             file.write(raw_bytes(tensor))

@@ -1,0 +1,79 @@
+"""config.json of a folder: read with care, and the empty model it describes, of the class that the folder was released with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..errors import CorruptError, UsageError
+from .links import inside
+
+WRONG = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError)
+
+
+def read_config(folder: Path) -> Any:
+    """config.json as a transformers config, without the keys that could make a library fetch or run code."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(inside(path).read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise UsageError(f"'{folder}' has no readable config.json", "give a folder written by save_pretrained") from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{path} is not JSON: {error}", "restore the file from its source") from error
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise UsageError(f"{path}: model_type {str(kind)[:60]!r} is not one that transformers knows", "update transformers")
+    if raw.get("quantization_config"):
+        raise UsageError(f"'{folder}' is a quantized checkpoint", "dequantize it first, or use the unquantized release")
+    try:
+        config = CONFIG_MAPPING[kind]
+        # the class's own reader of special floats ({"__float__": "Infinity"}), which from_pretrained applies and from_dict does not
+        return config.from_dict(_clean(config._decode_special_floats(raw)))
+    except WRONG as error:
+        raise UsageError(f"{path} is not a valid configuration: {_line(error)}", "restore it from its source") from error
+
+
+def model_class(config: Any) -> Any:
+    """The class to load a model of this config with: for a model of several parts the one that config.json names, else the causal one.
+
+    A release that also sees or hears is saved by its own class (...ForConditionalGeneration); its tensors are only all accounted for
+    in that class.
+    """
+    if config.get_text_config(decoder=True) is not config:
+        named: Any = getattr(transformers, str(next(iter(config.architectures or ()), "")), None)
+        if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is type(config):  # type: ignore[attr-defined]
+            return named
+        if type(config) not in AutoModelForCausalLM._model_mapping and type(config) in AutoModelForImageTextToText._model_mapping:
+            return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def empty_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    """The model that `config` describes on the meta device, in eval mode. UsageError where there is none."""
+    kind = model_class(config)
+    try:
+        with torch.device("meta"):
+            if issubclass(kind, PreTrainedModel):
+                return kind._from_config(config, dtype=dtype).eval()
+            return kind.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    except WRONG as error:
+        raise UsageError(f"'{folder}' is no causal language model: {_line(error)}", "check its config.json") from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _clean(value: Any) -> Any:
+    """Without code references, private fields and implementation names (a hub kernel can be named there), at any depth."""
+    if not isinstance(value, dict):
+        return value
+    banned = ("auto_map", "attn_implementation", "experts_implementation")
+    return {k: _clean(v) for k, v in value.items() if k not in banned and not str(k).startswith("_")}

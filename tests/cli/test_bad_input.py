@@ -318,7 +318,7 @@ def test_a_file_that_is_no_trace(fails, tiny_source, text_file):
 
 @pytest.mark.parametrize(
     ("name", "code", "names"),
-    [("model", 4, "weights of"), ("prism", 4, "prism.safetensors"), ("tokenizer", 2, "no tokenizer.json")],
+    [("model", 4, "header describes"), ("prism", 4, "prism.safetensors"), ("tokenizer", 2, "no tokenizer.json")],
 )
 def test_a_damaged_elastic_folder_is_not_generated_from(fails, elastic_tiny, tmp_path, name, code, names):
     shutil.copytree(elastic_tiny, tmp_path / "elastic")

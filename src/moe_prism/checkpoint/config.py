@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import CorruptError, UsageError
@@ -41,16 +41,17 @@ def read_config(folder: Path) -> Any:
 
 
 def model_class(config: Any) -> Any:
-    """The class to load a model of this config with: for a model of several parts the one that config.json names, else the causal one.
+    """The class to load a model of this config with: the one that config.json names for a model of several parts, else the causal one.
 
     A release that also sees or hears is saved by its own class (...ForConditionalGeneration); its tensors are only all accounted for
     in that class.
     """
-    if config.get_text_config(decoder=True) is not config:
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    if not causal or config.get_text_config(decoder=True) is not config:
         named: Any = getattr(transformers, str(next(iter(config.architectures or ()), "")), None)
-        if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is type(config):  # type: ignore[attr-defined]
+        if isinstance(named, type) and issubclass(named, GenerationMixin) and named.config_class is type(config):  # type: ignore[attr-defined]
             return named
-        if type(config) not in AutoModelForCausalLM._model_mapping and type(config) in AutoModelForImageTextToText._model_mapping:
+        if not causal and type(config) in AutoModelForImageTextToText._model_mapping:
             return AutoModelForImageTextToText
     return AutoModelForCausalLM
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UsageError
@@ -10,9 +12,16 @@ from ..errors import UsageError
 VARIABLE = "MOE_PRISM_FOLLOW_LINKS"  # in the environment, so that processes which a command starts know it too
 
 
-def follow_links() -> None:
-    """From now on, and in processes started from here, links may lead out of a model's folder."""
+@contextmanager
+def follow_links() -> Iterator[None]:
+    """Inside, and in processes started there, links may lead out of a model's folder."""
+    before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE)
+        os.environ.update({} if before is None else {VARIABLE: before})
 
 
 def follows_links() -> bool:

@@ -179,8 +179,12 @@ def _fill_buffers(model: Any) -> None:
 
 def _decoder_layers(model: Any) -> tuple[str, int]:
     """Name and length of the list of decoder layers: the outermost list as long as the config says."""
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    if not lists:
-        raise UsageError(f"{type(model).__name__} has no list of {count} decoder layers", "this family cannot be streamed")
-    return min(lists, key=lambda name: name.count(".")), count
+    config = model.config.get_text_config(decoder=True)
+    # LongCat counts the two attention layers that each of its layers holds
+    for count in dict.fromkeys((config.num_hidden_layers, getattr(config, "num_layers", None))):
+        lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+        if lists:
+            return min(lists, key=lambda name: name.count(".")), count
+    raise UsageError(
+        f"{type(model).__name__} has no list of {config.num_hidden_layers} decoder layers", "this family cannot be streamed"
+    )

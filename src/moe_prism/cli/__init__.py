@@ -31,7 +31,7 @@ from . import (
     trace,
     verify,
 )
-from .flags import with_flags
+from .flags import following, with_flags
 from .output import Unwritten, plain_line
 
 INTERRUPTED = 130
@@ -71,8 +71,8 @@ def build() -> cyclopts.App:
         (listing.ls, "ls"),
     )
     for place, (command, name) in enumerate(every):  # --help lists them as they are used, not by the alphabet
-        app.command(with_flags(_described(command)), name=name, sort_key=place)
-    app.command(with_flags(_described(forecast.forecast)), name="plan", show=False)  # its name in 0.1
+        app.command(with_flags(following(_described(command))), name=name, sort_key=place)
+    app.command(with_flags(following(_described(forecast.forecast))), name="plan", show=False)  # its name in 0.1
     return app
 
 

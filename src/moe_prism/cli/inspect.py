@@ -8,6 +8,8 @@ from typing import Any
 from ..errors import UsageError
 from .output import emit, note, progress, table
 
+SHOWN = 4  # names of unread tensors
+
 
 def inspect(
     model: str, /, *, routing: bool = False, trace: str | None = None, report: Path | None = None, json: bool = False
@@ -39,6 +41,7 @@ def inspect(
     )
     columns = ("name", "kind", "experts", "hidden", "width", "gated", "biases")
     text = head + table(columns, [[row[c] for c in columns] for row in facts["layers"]])
+    text += _unread(facts["unread_tensors"])
     if routing:
         from ..jobs.trace import inspect_routing
 
@@ -47,6 +50,15 @@ def inspect(
     if report and trace:
         _write(report, trace)
     emit(facts, text, json)
+
+
+def _unread(names: list[str]) -> str:
+    """Tensors on disk that no parameter reads; --json has them all."""
+    if not names:
+        return ""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    what = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+    return f"\n{what} that this model does not read: {', '.join(names[:SHOWN])}{more}"
 
 
 def _next(facts: dict[str, Any]) -> str:

@@ -15,15 +15,15 @@ SUB_EXPERTS = (2, 4, 8, 16, 32)
 
 def inspect_model(model: str | Path) -> dict[str, Any]:
     """Layers, experts, shapes, bytes and the sub-expert counts that divide evenly, as JSON-ready values. n_sub is that of
-    a folder that is elastic already, else None.
+    a folder that is elastic already, else None. CorruptError for a folder that is not whole.
     """
     where = on_disk(resolve(model))
     if where.is_dir():
         stream = LayerStream(where)
-        tree, dtype, size = stream.model, stream.dtype, stream.source.bytes
+        tree, dtype, size, unread = stream.model, stream.dtype, stream.source.bytes, stream.unused
     else:
         tree = load_model(where)
-        dtype, size = tree.dtype, where.stat().st_size
+        dtype, size, unread = tree.dtype, where.stat().st_size, []
     layers = find_layers(tree)
     total = sum(p.numel() for p in tree.parameters())
     experts = sum(layer.num_experts * layer.parameters_per_expert() for layer in layers)
@@ -38,6 +38,7 @@ def inspect_model(model: str | Path) -> dict[str, Any]:
         "experts_per_token": _experts_per_token(tree, layers[0]),
         "layers": [_layer(layer) for layer in layers],
         "n_sub": _cut(where),
+        "unread_tensors": unread,
         "sub_experts": [n for n in SUB_EXPERTS if all(layer.width % n == 0 for layer in layers)],
     }
 

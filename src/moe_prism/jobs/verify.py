@@ -5,19 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import checkpoint
-from ..checkpoint import Check
+from ..checkpoint import Check, LayerStream
 
 
 def verify(folder: str | Path) -> list[Check]:
-    """Recompute hashes, headers and finiteness; for an elastic model also that its layers match prism.safetensors.
+    """Recompute hashes, headers and finiteness, and compare the tensors with config.json, for an elastic model with prism.safetensors.
 
     Raises CorruptError naming what is wrong.
     """
     checks = list(checkpoint.verify(folder))
     manifest = checkpoint.read_manifest(folder)
+    if (Path(folder) / "config.json").is_file():
+        checks.append(_check_architecture(folder))
     if manifest.get("kind") == "elastic":
         checks.append(_check_side_tensors(folder, manifest["layers"], manifest["n_sub"]))
     return checks
+
+
+def _check_architecture(folder: str | Path) -> Check:
+    stream = LayerStream(folder)
+    unread = f", {len(stream.unused)} more that this model does not read" if stream.unused else ""
+    read = len(stream.source.names()) - len(stream.unused)
+    return Check("architecture", f"{read} tensors are those of config.json, in their shapes{unread}")
 
 
 def _check_side_tensors(folder: str | Path, layers: list[dict[str, int]], n_sub: int) -> Check:

@@ -53,11 +53,14 @@ def serve(folder: Path, options: ServeOptions) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """UsageError for a folder that cannot be served, before anything is loaded."""
+    """UsageError or CorruptError for a folder that cannot be served, before anything is loaded."""
     if not folder.is_dir():
         raise UsageError(f"there is no folder '{folder}'", "give the folder written by `moe-prism refactor`")
     if not (folder / "prism.json").is_file():
         raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
+    from ..checkpoint import open_whole
+
+    open_whole(folder)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -1,0 +1,92 @@
+"""Every family as it is released: the class that its checkpoints are saved by, with towers and all, on disk.
+
+The text part has the sizes of `families`; the other parts are as small as their own config allows.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import inspect
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from moe_prism.model.load import NANO
+
+from .families import GENERIC, OVERRIDES, model_class, randomise
+
+VOCABULARY = {"vocab_size": 4096, "vocab_size_per_layer_input": 4096, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+TOWER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "depth": 2,
+    "num_heads": 4,
+    "head_dim": 8,
+    "embed_dim": 32,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+    "image_size": 28,
+    "patch_size": 14,
+    "deepstack_visual_indexes": [0],
+}
+RELEASED: dict[str, str] = {"diffusion_gemma": "DiffusionGemmaForBlockDiffusion"}
+PARTS: dict[str, dict[str, Any]] = {}
+MOST = 8_000_000  # weights of a tiny model
+
+
+def release_class(family: str) -> Any:
+    """*ForConditionalGeneration where the family has one, else the class of the text model."""
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    if family in RELEASED:
+        return getattr(transformers, RELEASED[family])
+    own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
+    found = [c for c in own if c.__name__.endswith("ForConditionalGeneration") and "PreTrained" not in c.__name__]
+    return found[0] if found else model_class(family)
+
+
+def _known(kind: Any, sizes: dict[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in dataclasses.fields(kind)} | set(kind.attribute_map)
+    return {key: value for key, value in sizes.items() if key in names}
+
+
+def release_config(family: str) -> Any:
+    kind = release_class(family).config_class
+    sizes = _sizes(family, kind(), text=True)
+    return kind(**sizes)
+
+
+def _sizes(family: str, default: Any, text: bool, path: str = "") -> dict[str, Any]:
+    """Small sizes for a config and the configs in it: of the text part those of `families`, else a tower's."""
+    found = _known(type(default), {**GENERIC, **VOCABULARY, "max_position_embeddings": 128} if text else TOWER)
+    inner = {name: getattr(default, name, None) for name in default.sub_configs or ()}
+    for name, config in inner.items():
+        if hasattr(config, "sub_configs"):
+            below = "text" in name or "thinker" in name
+            found[name] = {"model_type": config.model_type, **_sizes(family, config, below, f"{path}{name}.")}
+    if text and not any(hasattr(config, "sub_configs") and "text" in name for name, config in inner.items()):
+        found |= OVERRIDES.get(family, {})
+    return found | PARTS.get(family, {}).get(path, {})
+
+
+def save_release(family: str, folder: Path) -> nn.Module:
+    """Write the tiny model with prism-nano's tokenizer; returns it."""
+    torch.manual_seed(0)
+    kind, config = release_class(family), release_config(family)
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in kind._from_config(copy.deepcopy(config), dtype=torch.float32).parameters())
+    assert weights < MOST, f"{weights} weights: some part of this family keeps its real size"
+    model = kind._from_config(config, dtype=torch.float32).eval()
+    randomise(model)
+    model.save_pretrained(folder)
+    for file in NANO.glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+    return model

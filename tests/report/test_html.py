@@ -181,9 +181,9 @@ def test_times_have_a_chart_columns_and_a_sentence_and_only_where_they_are(front
     assert "Milliseconds per token while 8 sequences" in with_times and "Milliseconds" not in without
     assert "Decoding took 15 ms per token with the full stock model" in with_times and "plain top-2 0.70" in with_times
     rows = [row for row in Page(with_times).rows if row and row[0] == "top-2"]
-    assert rows and all(row[-3:] == ["12.50", "11.50 to 14.50", "0.70"] for row in rows)
+    assert rows and all(row[row.index("50.0") + 1 :][:3] == ["12.50", "11.50 to 14.50", "0.70"] for row in rows)
     last = frontier.points[-1].name
-    assert next(row for row in Page(with_times).rows if row and row[0] == last)[-2:] == ["-", "-"]
+    assert next(row for row in Page(with_times).rows if row and row[0] == last).count("-") == 2
     drawn = json.dumps(chart.time_chart(timed(frontier)).to_dict())
     assert f'"name": "{last}"' not in drawn and '"name": "top-2"' in drawn and '"name": "product-4"' in drawn
 

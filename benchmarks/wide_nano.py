@@ -37,8 +37,11 @@ from moe_prism.offload.trace import Trace
 from moe_prism.options.calibrate import CalibrateOptions
 from moe_prism.options.refactor import RefactorOptions
 from moe_prism.options.trace import TraceOptions
+from moe_prism.point import FULL
+from moe_prism.schedule.base import Level
 
 COPIES, HEADS, HEAD, EXPERTS, CHOSEN, WIDTH = 16, 16, 128, 64, 8, 1024
+LEVELS = {"quarter": 0.25, "half": 0.5, "most": 0.75}
 Read = Callable[[str], Tensor]
 # Few tokens: the model has nano's 128 dimensions, however wide it is.
 CALIBRATION = CalibrateOptions(tokens=8192, reservoir=128, memory_mib=2048)
@@ -148,6 +151,9 @@ def ensure(folder: Path, layers: int, split: float = 0.15) -> None:
         build(folder / "source", layers, split)
     if not (folder / "elastic").exists():
         refactor(folder / "source", folder / "elastic", RefactorOptions(calibration=CALIBRATION, profile_tokens=512))
+        # for `serve` and vLLM; qualities of a model that is cut short mean nothing, they only have to rise
+        rows = [Level(name, FULL.with_budget(b), b * CHOSEN * 4, b).to_json() for name, b in LEVELS.items()]
+        (folder / "elastic" / "ladder.json").write_text(json.dumps({"levels": rows}))
 
 
 def routing(folder: Path, layers: int) -> dict[str, dict[str, Any]]:

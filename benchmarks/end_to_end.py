@@ -235,6 +235,7 @@ def part(role: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     try:
         for child in children.values():
             child.ready()
+        print("all ready", file=sys.stderr, flush=True)
         experts = {b: round(b * wide_nano.CHOSEN) for b in BUDGETS}
         for batch in map(int, arguments.batches.split(",")):
             runs = [("ours", b, b) for b in BUDGETS] + [("stock", b, experts[b]) for b in BUDGETS]

@@ -1,11 +1,13 @@
 """Time of a decode step of vLLM with the plug-in: full budget against stock vLLM, and lower budgets against full.
 
-    python benchmarks/vllm_step.py [--batches 1,8,32] [--steps 16] [--rounds 3] [--dtype bfloat16] [--layers 8] [--mixed] [--json]
+    python benchmarks/vllm_step.py [--batches 1,8,32] [--steps 16] [--rounds 3] [--dtype bfloat16] [--layers 8] [--mixed] [--top 4] [--json]
 
 Needs vLLM's CPU build (docs/how-to/vllm.md).
 Whole engine steps on a random-weight OLMoE in which experts dominate (hidden 1024, 64 experts of
 512, top-8). Both engines are up at the same time, each in a process of its own, and are asked in turns. A figure is the ratio of the
 fastest steps of a round, which other load disturbs least; median over the rounds. `kept` is the share of slots that was really kept.
+`--keep FOLDER/elastic` takes what `wide_nano.py` has built instead, whose routing is nano's; `--top 4,2` adds stock engines with fewer
+experts per token, and the speed of the budget of equal bytes beside each.
 `same/stock` is a second stock engine, asked in the same turns: how far two equal engines are apart is what the other ratios can show.
 """
 
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -88,13 +91,26 @@ def _levels(model: Any, elastic: Any) -> list[Any]:
     return levels
 
 
-def serve(folder: str, dtype: str, eager: bool) -> None:
+@cache
+def _prompts(folder: str, batch: int) -> list[list[int]]:
+    """Held-out text where the model has a tokenizer, else random tokens."""
+    import torch
+
+    if not (Path(folder) / "tokenizer.json").exists():
+        return torch.randint(0, 4096, (batch, PROMPT), generator=torch.Generator().manual_seed(1)).tolist()
+    from moe_prism.data import token_windows
+    from moe_prism.model import load_tokenizer
+
+    ids = token_windows(load_tokenizer(folder), "stdlib", "evaluation", length=PROMPT, tokens=PROMPT * batch).ids
+    return ids.tolist()
+
+
+def serve(folder: str, dtype: str, eager: bool, top: int) -> None:
     """The child: answers lines {"batch", "steps", "qualities"} with the seconds of the fastest decode step."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     reply = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import torch
     from vllm import LLM, SamplingParams
 
     engine = LLM(
@@ -105,6 +121,7 @@ def serve(folder: str, dtype: str, eager: bool) -> None:
         max_num_seqs=64,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
+        hf_overrides={"num_experts_per_tok": top},
     ).llm_engine
     from moe_prism.serve.vllm import layer  # not before the engine: see worker.py
 
@@ -118,7 +135,7 @@ def serve(folder: str, dtype: str, eager: bool) -> None:
     print("ready", file=reply, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
-        prompts = torch.randint(0, 4096, (order["batch"], PROMPT), generator=torch.Generator().manual_seed(1)).tolist()
+        prompts = _prompts(folder, order["batch"])
         for i, prompt in enumerate(prompts):
             quality = order["qualities"][i % len(order["qualities"])]
             extra = None if quality == "full" else {"quality": quality}
@@ -144,8 +161,8 @@ def serve(folder: str, dtype: str, eager: bool) -> None:
 class Child:
     """An engine in a process of its own."""
 
-    def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
-        command = [sys.executable, __file__, "--serve", str(folder), "--dtype", arguments.dtype]
+    def __init__(self, folder: Path, arguments: argparse.Namespace, top: int = K) -> None:
+        command = [sys.executable, __file__, "--serve", str(folder), "--dtype", arguments.dtype, "--top", str(top)]
         self.process = subprocess.Popen(
             [*command, *(["--compiled"] if arguments.compiled else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -176,6 +193,8 @@ def main() -> None:
     parser.add_argument(
         "--mixed", action="store_true", help="also a batch of which half is at a quarter, beside its two halves alone"
     )
+    parser.add_argument("--top", help="experts per token of further stock engines")
+    parser.add_argument("--alone", action="store_true", help="no second stock engine")
     parser.add_argument("--keep", type=Path, help="build the model here, or use what is there")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -183,7 +202,7 @@ def main() -> None:
     if find_spec("vllm") is None:
         return print("skipped: vLLM is not installed here; see docs/how-to/vllm.md", file=sys.stderr)
     if arguments.serve:
-        return serve(arguments.serve, arguments.dtype, not arguments.compiled)
+        return serve(arguments.serve, arguments.dtype, not arguments.compiled, int(arguments.top))
     with tempfile.TemporaryDirectory() as scratch:
         elastic = arguments.keep or Path(scratch) / "elastic"
         if not elastic.exists():
@@ -193,7 +212,11 @@ def main() -> None:
         for file in elastic.iterdir():
             if not file.name.startswith("prism"):
                 (stock / file.name).symlink_to(file.resolve())
-        children = {name: Child(elastic if name == "elastic" else stock, arguments) for name in ("stock", "elastic", "same")}
+        names = ("stock", "elastic") if arguments.alone else ("stock", "elastic", "same")
+        children = {name: Child(elastic if name == "elastic" else stock, arguments) for name in names}
+        children |= {
+            f"top-{n}": Child(stock, arguments, n) for n in map(int, (arguments.top or "").split(",") if arguments.top else ())
+        }
         try:
             report(arguments, children)
         finally:
@@ -206,7 +229,7 @@ def report(arguments: argparse.Namespace, children: dict[str, Child]) -> None:
         child.line()
     rows = []
     for batch in map(int, arguments.batches.split(",")):
-        runs = {name: (name, batch, ["full"]) for name in ("stock", "same")} | {
+        runs = {name: (name, batch, ["full"]) for name in children if name != "elastic"} | {
             q: ("elastic", batch, [q]) for q in ("full", *BUDGETS)
         }
         if arguments.mixed and batch > 1:
@@ -233,11 +256,14 @@ def _row(batch: int, found: dict[str, list[float]], kept: dict[str, float]) -> d
     row = {
         "batch": batch,
         "stock_ms": round(1e3 * statistics.median(found["stock"]), 1),
-        "same/stock": ratio("same", "stock"),
+        **({"same/stock": ratio("same", "stock")} if "same" in found else {}),
         "full/stock": ratio("full", "stock"),
     }
     for name, budget in BUDGETS.items():
         row |= {f"{budget:g}/full": ratio(name, "full"), f"kept@{budget:g}": round(kept[name], 3)}
+    for name, budget in BUDGETS.items():
+        if (plain := f"top-{round(budget * K)}") in found:
+            row |= {f"{plain}/stock": ratio(plain, "stock"), f"{budget:g}/{plain}": ratio(name, plain)}
     if "mixed" in found:
         found["two steps"] = [a + b for a, b in zip(found["half full"], found["half quarter"], strict=True)]
         row |= {"mixed/full": ratio("mixed", "full"), "mixed/two_steps": ratio("mixed", "two steps")}

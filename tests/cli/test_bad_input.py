@@ -205,6 +205,8 @@ def test_bad_options_of_generate(fails, elastic_tiny, options, names):
         (("--compare", ""), "--compare is empty"),
         (("--text", "missing.txt"), "does not exist"),
         (("--tokens", "10"), "--tokens 10"),
+        (("--time-batch", "8"), "--time-batch belongs to --time"),
+        (("--time", "--time-batch", "0"), "--time-batch 0"),
     ],
 )
 def test_bad_options_of_frontier(fails, elastic_tiny, tmp_path, options, names):

@@ -194,6 +194,33 @@ def test_the_whole_path(run_json, run, tiny_source, text_file, tmp_path):
     assert (code, shown) == (0, ("import" + made["text"]).rstrip() + "\n")
 
 
+def test_times_are_written_and_a_failed_timing_costs_only_them(run_json, run, elastic_tiny, text_file, tmp_path, monkeypatch):
+    import moe_prism.jobs.time_points as job
+    from moe_prism.cli.frontier import show
+    from moe_prism.errors import PrismError
+    from moe_prism.frontier import Frontier
+
+    options = (elastic_tiny, "-o", tmp_path, "--text", text_file, *SMALL, "--compare", "threshold", "--per-method", "2", "--time")
+
+    def breaks(order, update):
+        raise PrismError("the process that times points died", "leave --time out")
+
+    monkeypatch.setattr(job, "_ask", breaks)
+    code, _, err = run("frontier", *options)
+    assert (
+        code == 1
+        and "times points died" in err
+        and "time" not in json.loads((tmp_path / "frontier.json").read_text())["points"][0]
+    )
+    monkeypatch.setattr(job, "_ask", job._run)
+    monkeypatch.setattr(job, "PROMPT", 8)
+    monkeypatch.setattr(job, "MOST_TURNS", job.LEAST_TURNS)
+    found = run_json("frontier", *options, "--time-batch", "2")
+    assert all(p["time"]["batch"] == 2 for p in [*found["points"], *found["baseline_topk"]])
+    assert json.loads((tmp_path / "frontier.json").read_text()) == found
+    assert "ms/token" in show(Frontier.from_json(found))
+
+
 def test_a_plan_is_made_measured_and_used(run_json, run, tiny_source, elastic_tiny, text_file, tmp_path):
     """skip -> generate --point -> frontier --points --methods, on a plain checkpoint and on an elastic folder."""
     text, plan = ("--text", text_file), tmp_path / "plan.json"

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_prism.errors import CorruptError, UsageError
-from moe_prism.frontier import Frontier, MeasuredPoint
+from moe_prism.frontier import DecodeTime, Frontier, MeasuredPoint
 from moe_prism.point import OperatingPoint, RoutingStage, SlotRule, WeightChange
 
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
@@ -36,7 +36,14 @@ OPERATING_POINTS = st.builds(
         layers=st.none() | st.tuples(SHARE, SHARE),
     ),
 )
-KINDS = {"str": st.text(), "float": NUMBER, "bool": st.booleans(), "OperatingPoint | None": OPERATING_POINTS}
+TIMES = st.builds(DecodeTime, st.integers(1), NUMBER, NUMBER, NUMBER, NUMBER, st.integers(1))
+KINDS = {
+    "str": st.text(),
+    "float": NUMBER,
+    "bool": st.booleans(),
+    "OperatingPoint | None": OPERATING_POINTS,
+    "DecodeTime | None": st.none() | TIMES,
+}
 POINTS = st.builds(MeasuredPoint, **{f.name: KINDS[f.type] for f in fields(MeasuredPoint)})
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | NUMBER | st.text(),
@@ -146,3 +153,12 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
         Frontier.load(tmp_path / "none.json")
     with pytest.raises(UsageError, match="cannot write"):
         FRONTIER.save(tmp_path / "no-folder" / "frontier.json")
+
+
+def test_a_time_is_left_out_where_there_is_none_and_checked_where_there_is():
+    assert "time" not in POINT.to_json()
+    timed = replace(POINT, time=DecodeTime(8, 3.0, 2.5, 3.5, 0.75, 9)).to_json()
+    assert timed["time"] == {"batch": 8, "ms_per_token": 3.0, "low": 2.5, "high": 3.5, "of_stock": 0.75, "turns": 9}
+    for bad, names in (({"batch": 8}, "'ms_per_token' of time of point is missing"), (7, "time of point must be an object")):
+        with pytest.raises(CorruptError, match=names):
+            MeasuredPoint.from_json(timed | {"time": bad})

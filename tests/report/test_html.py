@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 
 from moe_prism.errors import UsageError
-from moe_prism.frontier import Frontier
+from moe_prism.frontier import DecodeTime, Frontier
 from moe_prism.report import chart, write_png, write_report
 from moe_prism.report.html import render
 from moe_prism.report.summary import duels, full_bytes, main_rule, sentences
@@ -156,6 +156,36 @@ def test_charts_of_odd_frontiers(frontier):
         assert "top-1" not in chart.svg(chart.kl_chart(odd))
         assert "<svg" in chart.svg(chart.ppl_chart(odd))
     assert chart.ppl_chart(steep).to_dict()["layer"][0]["encoding"]["y"]["scale"]["type"] == "log"
+
+
+def timed(frontier):
+    """The frontier with times that follow the price, and none for the last point."""
+
+    def at(point):
+        share = point.budget
+        return replace(point, time=DecodeTime(8, 10 + 5 * share, 9 + 5 * share, 12 + 5 * share, 0.4 + 0.6 * share, 9))
+
+    points = (*map(at, frontier.points[:-1]), frontier.points[-1])
+    facts = {"device": "CPU, AVX2", "stock": {"ms_per_token": 15.0}}
+    return replace(
+        frontier,
+        points=points,
+        baseline_topk=tuple(map(at, frontier.baseline_topk)),
+        provenance={**frontier.provenance, "time": facts},
+    )
+
+
+def test_times_have_a_chart_columns_and_a_sentence_and_only_where_they_are(frontier):
+    with_times, without = render(timed(frontier)), render(frontier)
+    assert without.count("<figure") == 2 and with_times.count("<figure") == 3
+    assert "Milliseconds per token while 8 sequences" in with_times and "Milliseconds" not in without
+    assert "Decoding took 15 ms per token with the full stock model" in with_times and "plain top-2 0.70" in with_times
+    rows = [row for row in Page(with_times).rows if row and row[0] == "top-2"]
+    assert rows and all(row[row.index("50.0") + 1 :][:3] == ["12.50", "11.50 to 14.50", "0.70"] for row in rows)
+    last = frontier.points[-1].name
+    assert next(row for row in Page(with_times).rows if row and row[0] == last).count("-") == 2
+    drawn = json.dumps(chart.time_chart(timed(frontier)).to_dict())
+    assert f'"name": "{last}"' not in drawn and '"name": "top-2"' in drawn and '"name": "product-4"' in drawn
 
 
 def test_png_is_small_and_whole(frontier, tmp_path):

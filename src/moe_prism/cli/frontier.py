@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import UsageError
-from ..options.frontier import FrontierOptions
+from ..options.frontier import FrontierOptions, TimeOptions
 from .output import note, progress, table, written
 
 if TYPE_CHECKING:
-    from ..frontier import Frontier
+    from ..frontier import Frontier, MeasuredPoint
 
 HEADERS = ("point", "slots", "KL", "perplexity", "top-1", "expert MB", "of full", "MFLOPs", "resident MB", "Pareto")
 
@@ -23,6 +23,7 @@ def frontier(
     *,
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     options: FrontierOptions,
+    timing: TimeOptions,
     json: bool = False,
 ) -> None:
     """Measure quality and cost of every operating point of a model, beside plain top-k; writes JSON and an HTML report.
@@ -37,17 +38,27 @@ def frontier(
     from ..files import check_writable_folder
     from ..jobs.frontier import measure_frontier as run
 
+    timing.check()
     check_writable_folder(out)
     if out is None and not (folder / "prism.json").is_file():
         raise UsageError(f"'{folder}' has no prism.json", "give a folder that moe-prism wrote, or --out FOLDER for the report")
     result = run(folder, options, report=progress)
     target = out or folder
+    if timing.time:
+        write(result, target, {})  # the quality is not lost if the timing fails
+        result = _timed(folder, result, options, timing)
     facts = result.to_json()
     with written(facts, f"{show(result)}\n\n{show_comparison(result)}", json):
         write(result, target, {})
         if out is None:
             update_manifest(folder, {"operating_points": [p for p in facts["points"] if p["pareto"]]})
     note(f"report: {target / 'report.html'}")
+
+
+def _timed(folder: Path, result: Frontier, options: FrontierOptions, timing: TimeOptions) -> Frontier:
+    from ..jobs.time_points import Timing, time_frontier
+
+    return time_frontier(folder, result, Timing(batch=timing.time_batch or 1, text=options.text), report=progress)
 
 
 def write(result: Frontier, target: Path, extra: dict[str, Any]) -> None:
@@ -64,6 +75,7 @@ def show(result: Frontier) -> str:
     """The frontier as a table, dearest point first; expert MB are read per token, a MB is 10^6 bytes."""
     every = [*result.points, *result.baseline_topk]
     full = max(p.active_expert_bytes for p in every if p.budget >= 1)
+    timed = any(p.time for p in every)
     rows = [
         (
             p.name,
@@ -76,10 +88,17 @@ def show(result: Frontier) -> str:
             f"{p.flops_per_token / 1e6:.3f}",
             f"{p.resident_expert_bytes / 1e6:.3f}",
             "yes" if p.pareto else "-",
+            *(_time(p) if timed else ()),
         )
         for p in sorted(every, key=lambda p: -p.active_expert_bytes)
     ]
-    return table(HEADERS, rows)
+    return table((*HEADERS, *(("ms/token", "of stock") if timed else ())), rows)
+
+
+def _time(point: MeasuredPoint) -> tuple[str, str]:
+    """Median and quartiles; ratio to the full model without us."""
+    time = point.time
+    return (f"{time.ms_per_token:.2f} ({time.low:.2f}-{time.high:.2f})", f"{time.of_stock:.2f}x") if time else ("-", "-")
 
 
 def show_comparison(result: Frontier) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,26 @@ from ..point import OperatingPoint
 from ..point.named import upgraded
 
 REMEASURE = "write it again with `moe-prism frontier`"
+
+
+@dataclass(frozen=True)
+class DecodeTime:
+    """Milliseconds per token while `batch` sequences decode together, of one step after another on one machine."""
+
+    batch: int
+    ms_per_token: float
+    """Median over the turns."""
+    low: float
+    """Lower quartile of the turns; `high` is the upper one."""
+    high: float
+    of_stock: float
+    """Median over the turns of this time / the time of the model without us at all its experts, in the same turn."""
+    turns: int
+
+    @classmethod
+    def from_json(cls, data: object, where: str = "time") -> DecodeTime:
+        mapping = _mapping(data, where)
+        return cls(**{f.name: _read(mapping, f.name, str(f.type), where) for f in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -49,19 +69,26 @@ class MeasuredPoint:
     """Expert bytes read per forward of the measurement, what several tokens read counted once. 0 where it was not recorded."""
     point: OperatingPoint | None = None
     """What was measured, ready to run again; None where a version before 0.2 wrote it and it cannot be told from the rest."""
+    time: DecodeTime | None = None
+    """How long decoding took on the machine that `provenance` names; None where nobody asked, or where weights are changed in place."""
 
     @classmethod
     def from_json(cls, data: object, where: str = "point") -> MeasuredPoint:
         """Check and convert one entry of `points`; `where` names it in the error."""
         mapping = _mapping(data, where)
-        plain = [f for f in fields(cls) if f.name != "point" and (f.name in mapping or f.default is MISSING)]
+        plain = [f for f in fields(cls) if f.name not in ("point", "time") and (f.name in mapping or f.default is MISSING)]
         row = {f.name: _read(mapping, f.name, str(f.type), where) for f in plain}
-        stored = mapping.get("point")
-        return cls(**row, point=upgraded(row["rule"], row["budget"]) if stored is None else OperatingPoint.from_json(stored))
+        stored, time = mapping.get("point"), mapping.get("time")
+        return cls(
+            **row,
+            point=upgraded(row["rule"], row["budget"]) if stored is None else OperatingPoint.from_json(stored),
+            time=None if time is None else DecodeTime.from_json(time, f"time of {where}"),
+        )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers, and the operating point in its own form."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"point": self.point and self.point.to_json()}
+        """Plain numbers, the operating point in its own form, and the time where it was measured."""
+        row = {f.name: getattr(self, f.name) for f in fields(self)} | {"point": self.point and self.point.to_json()}
+        return row | {"time": asdict(row.pop("time"))} if self.time else {k: v for k, v in row.items() if k != "time"}
 
 
 @dataclass(frozen=True)

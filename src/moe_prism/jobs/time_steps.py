@@ -125,7 +125,7 @@ def time_steps(model: Any, ids: Tensor, switches: Sequence[Switch], *, prompt: i
         pairs = list(zip(switches, found, strict=True))
         for switch, timed in pairs if turn % 2 else pairs[::-1]:
             with switch():
-                took = _step(model, ids[:, at : at + STEPS], cache)
+                took = mean_step(model, ids[:, at : at + STEPS], cache)
             if turn:
                 timed.seconds.append(took)
                 timed.contexts.append(at + (STEPS + 1) / 2)
@@ -133,7 +133,7 @@ def time_steps(model: Any, ids: Tensor, switches: Sequence[Switch], *, prompt: i
     return found
 
 
-def _step(model: Any, ids: Tensor, cache: Any) -> float:
+def mean_step(model: Any, ids: Tensor, cache: Any) -> float:
     """Mean seconds of the steps that feed ids [B, steps] one by one."""
     _wait()
     began = time.perf_counter()

@@ -46,6 +46,21 @@ class FrontierOptions(Options):
         check_windows(self.length, tokens=self.tokens, calibration_tokens=self.calibration_tokens)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TimeOptions(Options):
+    """Whether points are timed too, and how many sequences decode together then."""
+
+    time: bool = option(
+        False, "Also time decoding at every point on this machine, in turns with plain top-k, in a process of its own: a minute."
+    )
+    time_batch: int | None = option(None, "With --time: sequences that decode together. Default 1.", least=1)
+
+    def check(self) -> None:
+        super().check()
+        if self.time_batch is not None and not self.time:
+            raise UsageError("--time-batch belongs to --time", "add --time")
+
+
 def check_windows(length: int, **counts: int) -> None:
     """UsageError where a number of tokens has no window of this length."""
     for name, tokens in counts.items():

@@ -6,9 +6,11 @@ import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UsageError
+from ..frontier.pareto import pareto
 from ..frontier.record import Frontier, MeasuredPoint
 from .png import deflated
 from .summary import KL_ZERO, full_bytes, main_rule, perplexity, series
@@ -35,7 +37,8 @@ AXIS = {
 WIDE = 720
 """Width of the chart area in CSS pixels on a desk; `NARROW` is for a phone."""
 NARROW = 300
-KL_TITLE, PPL_TITLE = "How far the output drifts at each price", "Perplexity at each price"
+KL_TITLE, PPL_TITLE, TIME_TITLE = "How far the output drifts at each price", "Perplexity at each price", "Drift at each speed"
+COST_AXIS = "Expert weights read per token, % of the full model"
 
 
 def libraries() -> Any:
@@ -58,11 +61,13 @@ def rows(frontier: Frontier) -> list[dict[str, Any]]:
     tagged.sort(key=lambda item: item[1].rule == main)  # drawn last, so that it is on top
     return [
         {
+            "name": p.name,
             "series": series,
             "cost": 100 * p.active_expert_bytes / full,
             "kl": max(p.kl, floor),
             "zero": p.kl < KL_ZERO,
             "ppl": p.ppl,
+            "ms": p.time.ms_per_token if p.time else None,
             "pareto": p.pareto,
             "above": p.name if series == PLAIN else "",
             "below": f"K={p.k_slots:.3g}" if p.name in labelled and series != PLAIN else "",
@@ -86,13 +91,17 @@ def kl_floor(frontier: Frontier) -> float:
 
 def kl_chart(frontier: Frontier, width: int = WIDE) -> alt.LayerChart:
     """KL to the source model (log) against active expert bytes."""
-    data = rows(frontier)
+    return _kl_chart(frontier, rows(frontier), _Horizontal("cost", COST_AXIS, KL_TITLE), width)
+
+
+def _kl_chart(frontier: Frontier, data: list[dict[str, Any]], across: _Horizontal, width: int) -> alt.LayerChart:
     low, high = kl_floor(frontier), max([row["kl"] for row in data], default=1.0)
     axis = {"values": _decades(low * 1.5, high), "format": "~g"}
     scale = {"type": "log", "domain": [low / 1.25, max(high, low * 10) * 1.6], "nice": False}
-    subtitle = _subtitle("KL divergence to the full model in nats per token, log scale. Lower is better.", data, width)
-    chart = _layers(frontier, data, _Figure("kl", scale, axis, KL_TITLE, subtitle), width)
-    return chart + _note([row for row in data if row["zero"]], "kl", "full model: KL 0", dx=-10, dy=0)
+    words = "KL divergence to the full model in nats per token, log scale. Lower is better."
+    subtitle = _subtitle(words, across.better, data, width)
+    chart = _layers(frontier, data, across, _Figure("kl", scale, axis, subtitle), width)
+    return chart + _note([row for row in data if row["zero"]], (across.x, "kl"), "full model: KL 0", dx=-10, dy=0)
 
 
 def ppl_chart(frontier: Frontier, width: int = WIDE) -> alt.LayerChart:
@@ -106,10 +115,26 @@ def ppl_chart(frontier: Frontier, width: int = WIDE) -> alt.LayerChart:
     domain = [low / pad, high * pad] if log else [low - pad, high + pad]
     scale = {"type": "log" if log else "linear", "domain": domain, "nice": False, "zero": False}
     axis = {"values": _decades(low, high), "format": "~g"} if log else {"tickCount": 6}
-    subtitle = _subtitle("Perplexity per token on held-out text. Lower is better.", data, width)
-    chart = _layers(frontier, data, _Figure("ppl", scale, axis, PPL_TITLE, subtitle), width)
+    across = _Horizontal("cost", COST_AXIS, PPL_TITLE)
+    subtitle = _subtitle("Perplexity per token on held-out text. Lower is better.", across.better, data, width)
+    chart = _layers(frontier, data, across, _Figure("ppl", scale, axis, subtitle), width)
     zero = [row for row in data if row["zero"]]
-    return chart + _note(zero, "ppl", f"full model: {perplexity(zero[-1]['ppl'])}" if zero else "", dx=6, dy=dy)
+    return chart + _note(zero, ("cost", "ppl"), f"full model: {perplexity(zero[-1]['ppl'])}" if zero else "", dx=6, dy=dy)
+
+
+def time_chart(frontier: Frontier, width: int = WIDE) -> alt.LayerChart:
+    """KL to the source model (log) against the measured time of a token; points without one are left out."""
+    alt = libraries()
+    every = {p.name: p.time for p in (*frontier.points, *frontier.baseline_topk) if p.time}
+    data = [row | asdict(every[row["name"]]) for row in rows(frontier) if row["name"] in every]
+    for row, best in zip(data, pareto([row["ms"] for row in data], [row["kl"] for row in data]), strict=True):
+        row["pareto"] = best
+    batch = next(iter(every.values())).batch
+    together = "one sequence decodes" if batch == 1 else f"{batch} sequences decode together"
+    across = _Horizontal("ms", f"Milliseconds per token while {together}", TIME_TITLE, "fast", ("low", "high"))
+    shown = [row for row in data if row["series"] in (PLAIN, series(main_rule(frontier)))]  # of all of them it would be a thicket
+    bars = alt.Chart(alt.Data(values=shown)).mark_rule(color=MUTED, opacity=0.4)
+    return _kl_chart(frontier, data, across, width) + bars.encode(x="low:Q", x2="high:Q", y="kl:Q")
 
 
 def svg(chart: alt.LayerChart) -> str:
@@ -126,24 +151,33 @@ def png(chart: alt.LayerChart) -> bytes:
     return deflated(buffer.getvalue())
 
 
+class _Horizontal(NamedTuple):
+    """What a chart shows to the right: a column of the data, in which words, and the chart's own title."""
+
+    x: str
+    words: str
+    title: str
+    better: str = "cheap"
+    spread: tuple[str, ...] = ()  # further columns that have to fit
+
+
 class _Figure(NamedTuple):
     """What a chart shows upwards: a column of the data, on which scale and axis, under which words."""
 
     y: str
     scale: Mapping[str, Any]
     axis: Mapping[str, Any]
-    title: str
     subtitle: list[str]
 
 
-def _layers(frontier: Frontier, data: list[dict[str, Any]], figure: _Figure, width: int) -> alt.LayerChart:
+def _layers(frontier: Frontier, data: list[dict[str, Any]], across: _Horizontal, figure: _Figure, width: int) -> alt.LayerChart:
     alt = libraries()
     names = series_names(frontier)
     color, shape = _encodings(alt, names, width)
-    costs = [row["cost"] for row in data] or [0.0, 100.0]
+    costs = [row[x] for row in data for x in (across.x, *across.spread)] or [0.0, 100.0]
     left, right = (0.09, 0.05) if width > 500 else (0.27, 0.08)  # room for the label of the cheapest point
-    span = max(max(costs) - min(costs), 10.0)
-    x = alt.X("cost:Q", title="Expert weights read per token, % of the full model")
+    span = max(max(costs) - min(costs), 0.1 * max(costs))
+    x = alt.X(f"{across.x}:Q", title=across.words if width > 500 else textwrap.wrap(across.words, 34))
     x = x.scale(domain=[min(costs) - left * span, max(costs) + right * span], nice=False, zero=False)
     base = alt.Chart(alt.Data(values=data)).encode(
         x=x.axis(tickCount=8 if width > 500 else 5),
@@ -155,7 +189,7 @@ def _layers(frontier: Frontier, data: list[dict[str, Any]], figure: _Figure, wid
         .mark_line(
             strokeWidth=2.5 if i == 0 else 1.5, strokeDash=[5, 4] if name == PLAIN else [1, 0], opacity=0.9 if i < 2 else 0.6
         )
-        .encode(color=color)
+        .encode(color=color, order="cost:Q")  # neighbours in price, also where that is not the axis
         for i, name in enumerate(names)
     ]
     marks = {"size": 90, "strokeWidth": 2, "opacity": 1}
@@ -167,13 +201,17 @@ def _layers(frontier: Frontier, data: list[dict[str, Any]], figure: _Figure, wid
         baseline="top", dy=6, color=BLUE, **{**label, "align": "right", "dx": -7}
     )
     chart = alt.layer(*lines, beaten, kept, above.encode(text="above:N"), below.encode(text="below:N"))
-    return _dress(chart, figure.title, figure.subtitle, width)
+    return _dress(chart, across.title, figure.subtitle, width)
 
 
 def _encodings(alt: Any, names: Sequence[str], width: int) -> tuple[Any, Any]:
     colors = [BLUE, *[VERMILLION for s in names if s == PLAIN], *OTHERS]
     shapes = [SHAPES[0], *["triangle-up" for s in names if s == PLAIN], *SHAPES[1:]]
-    legend = alt.Legend(title=None, orient="top", columns=0 if width > 500 else 1, symbolSize=110, labelFontSize=13)
+    # the browser's font may be wider than the one that the places were computed with: room for a fifth more
+    room = 4 + max(map(len, names), default=0) * 13 // 10
+    legend = alt.Legend(
+        title=None, orient="top", columns=0 if width > 500 else 1, symbolSize=110, labelFontSize=13, columnPadding=room
+    )
     # one domain for both, so that the two legends become one
     fit = [i % 6 for i in range(len(names))]
     turned = [i % 6 + i // 6 for i in range(len(names))]  # from the seventh on a colour comes again, with another shape
@@ -182,15 +220,16 @@ def _encodings(alt: Any, names: Sequence[str], width: int) -> tuple[Any, Any]:
     return color, shape
 
 
-def _note(data: list[dict[str, Any]], y: str, text: str, dx: int, dy: int) -> alt.Chart:
+def _note(data: list[dict[str, Any]], at: tuple[str, str], text: str, dx: int, dy: int) -> alt.Chart:
     alt = libraries()
     one = alt.Chart(alt.Data(values=data[-1:])).mark_text(align="right", baseline="middle", dx=dx, dy=dy, fontSize=13, color=INK)
-    return one.encode(x="cost:Q", y=f"{y}:Q", text=alt.value(text))
+    return one.encode(x=f"{at[0]}:Q", y=f"{at[1]}:Q", text=alt.value(text))
 
 
 def _dress(chart: alt.LayerChart, title: str, subtitle: list[str], width: int) -> alt.LayerChart:
     alt = libraries()
-    heading = alt.TitleParams(title, subtitle=subtitle, anchor="start", frame="group", offset=14)
+    lines = textwrap.wrap(title, 60 if width > 500 else 28)  # in the widest font that a phone may have
+    heading = alt.TitleParams(lines, subtitle=subtitle, anchor="start", frame="group", offset=14)
     return (
         chart.properties(
             width=width, height=380 if width > 500 else 320, title=heading, background="white", padding=16 if width > 500 else 6
@@ -220,7 +259,7 @@ def _decades(low: float, high: float) -> list[float]:
     return inside if len(inside) <= 12 else [t for t in inside if f"{t:e}".startswith("1")]
 
 
-def _subtitle(text: str, data: list[dict[str, Any]], width: int) -> list[str]:
-    hollow = "Hollow markers: another point is at least as cheap and as close." if not all(r["pareto"] for r in data) else ""
-    limit = 105 if width > 500 else 46
+def _subtitle(text: str, better: str, data: list[dict[str, Any]], width: int) -> list[str]:
+    hollow = f"Hollow markers: another point is at least as {better} and as close." if not all(r["pareto"] for r in data) else ""
+    limit = 105 if width > 500 else 40
     return [*textwrap.wrap(text, limit), *textwrap.wrap(hollow, limit)]

@@ -11,7 +11,20 @@ from typing import Any
 from ..errors import UsageError
 from ..frontier.record import Frontier, MeasuredPoint, write_atomic
 from . import chart
-from .summary import Duel, distinct, duels, full_bytes, kl, main_points, main_rule, percent, perplexity, plain_points, sentences
+from .summary import (
+    Duel,
+    distinct,
+    duels,
+    full_bytes,
+    is_timed,
+    kl,
+    main_points,
+    main_rule,
+    percent,
+    perplexity,
+    plain_points,
+    sentences,
+)
 
 EXTRA = {"samples": ("budget", "prompt", "text", "tokens_per_s"), "notes": ()}
 
@@ -46,6 +59,7 @@ def render(frontier: Frontier, extra: Mapping[str, Any] | None = None) -> str:
         figures=_figures(frontier),
         columns=_columns([*frontier.points, *frontier.baseline_topk]),
         full=full_bytes(frontier),
+        timed=is_timed(frontier),
         points=sorted(frontier.points, key=lambda p: (p.rule != main_rule(frontier), p.rule, -p.active_expert_bytes)),
         duels=duels(frontier),
         provenance=_flat(frontier.provenance),
@@ -76,10 +90,16 @@ def _duel_tile(duel: Duel, full: float) -> tuple[str, str]:
 def _figures(frontier: Frontier) -> list[dict[str, Any]]:
     from markupsafe import Markup
 
-    drawings = ((chart.KL_TITLE, "KL to the full model", chart.kl_chart), (chart.PPL_TITLE, "perplexity", chart.ppl_chart))
+    price = "expert weights read per token"
+    drawings = [
+        (chart.KL_TITLE, f"KL to the full model against {price}", chart.kl_chart),
+        (chart.PPL_TITLE, f"perplexity against {price}", chart.ppl_chart),
+    ]
+    if is_timed(frontier):
+        drawings.insert(1, (chart.TIME_TITLE, "KL to the full model against milliseconds per token", chart.time_chart))
     return [
         {
-            "alt": f"{title}: {what} against expert weights read per token. {' '.join(sentences(frontier)[1:3])}",
+            "alt": f"{title}: {what}. {' '.join(sentences(frontier)[1:3])}",
             # ours, with every text in it escaped by the renderer
             "wide": Markup(chart.svg(draw(frontier, chart.WIDE))),  # noqa: S704
             "narrow": Markup(chart.svg(draw(frontier, chart.NARROW))),  # noqa: S704

@@ -72,7 +72,8 @@ def _closest_within(points: Sequence[MeasuredPoint], cost: float) -> MeasuredPoi
 
 def sentences(frontier: Frontier) -> list[str]:
     """The plain-language summary of a frontier that has points."""
-    return [s for s in (_range(frontier), _halfway(frontier), _score(frontier), _steps(frontier), _quality(frontier)) if s]
+    told = (_range, _halfway, _score, _steps, _quality, _speed)
+    return [sentence for tell in told if (sentence := tell(frontier))]
 
 
 def _range(frontier: Frontier) -> str:
@@ -126,6 +127,27 @@ def _quality(frontier: Frontier) -> str:
     return (
         f"Perplexity goes from {perplexity(high.ppl)} at the highest price to {perplexity(low.ppl)} at the lowest, where the "
         f"most likely next token is still the source model's for {percent(low.top1_agreement)} of the tokens."
+    )
+
+
+def is_timed(frontier: Frontier) -> bool:
+    """Whether the time of any point was measured."""
+    return any(p.time for p in (*frontier.points, *frontier.baseline_topk))
+
+
+def _speed(frontier: Frontier) -> str:
+    full, stock = full_bytes(frontier), frontier.provenance.get("time", {}).get("stock", {})
+    timed = [p for p in main_points(frontier) if p.time and p.budget < 1]
+    if not timed or "ms_per_token" not in stock:
+        return ""
+    half = min(timed, key=lambda p: abs(p.active_expert_bytes / full - 0.5))
+    plain = [p for p in frontier.baseline_topk if p.time]
+    nearest = min(plain, key=lambda p: abs(p.active_expert_bytes - half.active_expert_bytes), default=None)
+    assert half.time is not None
+    beside = f", plain {nearest.name} {nearest.time.of_stock:.2f}" if nearest and nearest.time else ""
+    return (
+        f"Decoding took {stock['ms_per_token']:.3g} ms per token with the full stock model on the machine of this measurement; "
+        f"{half.name} took {half.time.of_stock:.2f} times as long{beside}."
     )
 
 

@@ -108,7 +108,7 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
         "status": f"http://{host}:{port}/status",
         "model": built.service.name,
         "engine": engine.pid,
-        "policy": engine.policy_name.lower(),
+        "policy": engine.policy_name,
         "levels": len(built.service.ladder),
         "ladder": built.facts.ladder_from,
         "cost": built.facts.cost_from,

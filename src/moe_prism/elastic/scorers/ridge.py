@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,23 +78,36 @@ def _ridge(z: Tensor, y: Tensor) -> Tensor:
         constant[-1] = y.mean(0)
         return constant
     cut = len(z) - len(z) // 5
-    train = _normal(z[:cut], y[:cut])
-    errors = [((z[cut:] @ _solve(*train, s) - y[cut:]) ** 2).sum() for s in STRENGTHS]
+    train = _Centred.of(z[:cut], y[:cut])
+    errors = [((z[cut:] @ train.solve(s) - y[cut:]) ** 2).sum() for s in STRENGTHS]
     best = STRENGTHS[int(torch.stack(errors).argmin())]
-    return _solve(*_normal(z, y), best)
+    return _Centred.of(z, y).solve(best)
 
 
-def _normal(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Centred Gram matrix, centred right-hand side and both means; the constant (last feature) is never penalised."""
-    mz, my = z[:, :-1].mean(0), y.mean(0)
-    zc = z[:, :-1] - mz
-    return zc.T @ zc, zc.T @ (y - my), mz, my
+class _Centred(NamedTuple):
+    """Centred rows [S, D - 1] and targets [S, N], their means, and the Gram matrix of the shorter side. The constant is not penalised."""
 
+    rows: Tensor
+    targets: Tensor
+    mean_rows: Tensor
+    mean_targets: Tensor
+    gram: Tensor
 
-def _solve(gram: Tensor, rhs: Tensor, mz: Tensor, my: Tensor, strength: float) -> Tensor:
-    diagonal = strength * gram.diagonal().mean() + 1e-12
-    slope = torch.linalg.solve(gram + diagonal * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), rhs)
-    return torch.cat([slope, (my - mz @ slope)[None]], 0)
+    @classmethod
+    def of(cls, z: Tensor, y: Tensor) -> _Centred:
+        mz, my = z[:, :-1].mean(0), y.mean(0)
+        rows = z[:, :-1] - mz
+        return cls(rows, y - my, mz, my, rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows)
+
+    def solve(self, strength: float) -> Tensor:
+        """[D, N]. With fewer rows than features the dual form: the same solution from a system of S unknowns instead of D - 1."""
+        dual = len(self.rows) < self.rows.shape[1]
+        diagonal = strength * float(self.gram.diagonal().sum()) / self.rows.shape[1] + 1e-12
+        system = self.gram + diagonal * torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
+        slope = torch.linalg.solve(system, self.targets if dual else self.rows.T @ self.targets)
+        if dual:
+            slope = self.rows.T @ slope
+        return torch.cat([slope, (self.mean_targets - self.mean_rows @ slope)[None]], 0)
 
 
 @cache

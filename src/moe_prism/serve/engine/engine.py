@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -167,7 +168,8 @@ class Engine:
 
     @property
     def policy_name(self) -> str:
-        return type(self.policy).__name__
+        """As it is registered."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(self.policy).__name__.removesuffix("Policy")).lower()
 
     def gauges(self) -> Gauges:
         """How things stand between two steps."""

@@ -83,7 +83,7 @@ def snapshot(service: Service, door: Door, history: History) -> dict[str, Any]:
         queues[request.job.kind][state] += 1
     return {
         "model": service.name,
-        "policy": service.engine.policy_name.lower(),
+        "policy": service.engine.policy_name,
         "draining": door.draining,
         "now": round(history.now, 3),
         "span": SECONDS,

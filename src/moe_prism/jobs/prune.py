@@ -20,7 +20,7 @@ from ..calibrate.statistics import Statistics
 from ..checkpoint import Journal, OutputFolder, read_manifest, source_facts, write_manifest
 from ..checkpoint.manifest import MANIFEST
 from ..compress.prune import KeptExperts
-from ..compress.prune.remove import check_removable, remove_experts
+from ..compress.prune.remove import Removal, check_mtp_choice, check_removable, remove_experts
 from ..data import Windows
 from ..elastic import attach
 from ..elastic.side_tensors import expert_dimension
@@ -80,7 +80,7 @@ def prune_model(
     """
     options = options or PruneOptions()
     check_options(options)
-    job = _Job(model, options, calibration)
+    job = _Job(model, options, calibration, writes=True)
     check_apart(job.weights.path, out)
     if job.weights.stream is None:
         raise UsageError("a GGUF file is not written again", "load it with transformers' gguf_file=, save_pretrained, prune that")
@@ -104,7 +104,9 @@ def prune_model(
         journal = Journal(folder.work, {**inputs, **statistics})
         selection = given or job.select(folder, journal, report)
         with report("write") as update:
-            remove_experts(job.weights.stream, job.weights.layers, selection.choices, folder, journal, update)
+            remove_experts(
+                job.weights.stream, job.weights.layers, selection.choices, folder, journal, Removal(options.mtp, update)
+            )
         if manifest:
             _slice_side_file(job.weights.path, selection.choices, folder)
         folder.write_bytes(KEPT, json.dumps(selection.to_json(), indent=1).encode() + b"\n")
@@ -120,9 +122,11 @@ def prune_model(
 class _Job:
     """One model, what is known of it, and the text of the pass if there has to be one."""
 
-    def __init__(self, model: str | Path, options: PruneOptions, calibration: str | Path | None) -> None:
+    def __init__(self, model: str | Path, options: PruneOptions, calibration: str | Path | None, writes: bool = False) -> None:
         self.options = options
         self.weights = Weights(resolve(model))
+        if writes and self.weights.stream:
+            check_mtp_choice(self.weights.stream, self.weights.layers, options.mtp)
         self.given = read_statistics(calibration) if calibration else None
         if self.given and self.given.facts["source"] != source_facts(self.weights.path):
             raise UsageError(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .. import checkpoint
 from ..checkpoint import Check, LayerStream
+from ..checkpoint.mtp import check_mtp
+from ..compress.prune.remove import block_tensors
+from ..model import find_layers
 
 
 def verify(folder: str | Path) -> list[Check]:
@@ -16,17 +21,21 @@ def verify(folder: str | Path) -> list[Check]:
     checks = list(checkpoint.verify(folder))
     manifest = checkpoint.read_manifest(folder)
     if (Path(folder) / "config.json").is_file():
-        checks.append(_check_architecture(folder))
+        checks.append(_check_architecture(folder, manifest))
     if manifest.get("kind") == "elastic":
         checks.append(_check_side_tensors(folder, manifest["layers"], manifest["n_sub"]))
     return checks
 
 
-def _check_architecture(folder: str | Path) -> Check:
+def _check_architecture(folder: str | Path, manifest: Mapping[str, Any]) -> Check:
     stream = LayerStream(folder)
+    last = find_layers(stream.model)[-1]
+    whole = manifest.get("pruning", {}).get("options", {}).get("mtp") == "keep"
+    mtp = check_mtp(stream, block_tensors(stream, last), whole) if last.num_experts > 1 else ""
     unread = f", {len(stream.unused)} more that this model does not read" if stream.unused else ""
+    told = f"; MTP layer {mtp} {'kept whole, as asked' if whole else 'has the same shapes'}" if mtp else ""
     read = len(stream.source.names()) - len(stream.unused)
-    return Check("architecture", f"{read} tensors are those of config.json, in their shapes{unread}")
+    return Check("architecture", f"{read} tensors are those of config.json, in their shapes{unread}{told}")
 
 
 def _check_side_tensors(folder: str | Path, layers: list[dict[str, int]], n_sub: int) -> Check:

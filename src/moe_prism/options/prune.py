@@ -10,6 +10,7 @@ from .base import Options, nested, option
 from .calibrate import CalibrateOptions
 
 GroupMode = Literal["per_group", "regroup", "mask", "drop_groups"]
+MTPMode = Literal["prune", "drop", "keep"]
 Allocation = Literal["layer", "global", "measured"]
 
 
@@ -39,6 +40,11 @@ class PruneOptions(Options):
         [],
         "Comma-separated protections, e.g. super-experts: experts that stay whatever the criterion says.",
         names="moe_prism.compress.prune:protections",
+    )
+    mtp: MTPMode | None = option(
+        None,
+        "Of layers for multi-token prediction, which calibration does not run: prune takes the same experts away as in the last layer, "
+        "drop leaves such layers out, keep writes them whole. Needed where the model has such layers with experts.",
     )
     seed: int = option(0, "Of the criterion random.", least=0)
     profile_tokens: int = option(2048, "Of measured: calibration tokens that every layer is run alone on.", least=1)

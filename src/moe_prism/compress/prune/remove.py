@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,13 @@ from ...checkpoint import Journal, LayerStream, OutputFolder, TensorInfo, check_
 from ...checkpoint.atomic import raw_bytes
 from ...checkpoint.convert import ADVICE
 from ...checkpoint.header import NAMES
+from ...checkpoint.mtp import CHOICE, MTPEdit, mtp_layers
+from ...checkpoint.mtp import CONFIG_KEYS as MTP_KEYS
 from ...checkpoint.shards import INDEX
 from ...errors import UsageError
 from ...model import MoELayer, find_layers
 from ...model.router import COUNT_NAMES, GROUP_LIMIT_NAMES, GROUP_NAMES, Router
+from ...options.prune import MTPMode
 from .choose import KeptExperts
 
 Progress = Callable[[int, int], None]
@@ -37,13 +40,27 @@ def check_removable(choices: Sequence[KeptExperts]) -> int:
     return counts[0]
 
 
+class Removal(NamedTuple):
+    """mtp: what happens to layers for multi-token prediction with experts; progress: hears of bytes written and in total."""
+
+    mtp: MTPMode | None = None
+    progress: Progress | None = None
+
+
+def check_mtp_choice(stream: LayerStream, layers: Sequence[MoELayer], mtp: MTPMode | None) -> None:
+    """UsageError where the files hold an MTP layer with experts and nobody said what becomes of it."""
+    found = mtp_layers(stream, block_tensors(stream, layers[-1])) if mtp is None else []
+    if found:
+        raise UsageError(f"'{found[0].root.rstrip('.')}' is a layer for multi-token prediction with experts of its own", CHOICE)
+
+
 def remove_experts(
     stream: LayerStream,
     layers: Sequence[MoELayer],
     choices: Sequence[KeptExperts],
     out: OutputFolder,
     journal: Journal,
-    progress: Progress | None = None,
+    how: Removal | None = None,
 ) -> None:
     """Copy stream's checkpoint to `out.work` with the kept experts of every layer, renumbered in the order of `choice.kept`.
 
@@ -51,11 +68,11 @@ def remove_experts(
     finished shard is a unit of `journal`, a shard that would be empty is left out. Peak memory: one MoE block. UsageError for a family
     whose files or configuration cannot express it: the first layer is read back through transformers before anything is visible.
     """
-    experts = check_removable(choices)
+    experts, how = check_removable(choices), how or Removal()
     source = stream.source
-    writer = _Writer(stream, [Router(stream.model, layer) for layer in layers], choices)
+    writer = _Writer(stream, [Router(stream.model, layer) for layer in layers], choices, how.mtp)
     copy_companions(source.folder, out, source)
-    out.write_bytes("config.json", _config(stream, choices[0], experts))
+    out.write_bytes("config.json", _config(stream, choices[0], experts, how.mtp == "drop"))
     plan = {shard: writer.plan(shard) for shard in source.shards()}
     plan = {shard: tensors for shard, tensors in plan.items() if tensors}
     sizes = {shard: sum(t.bytes for t in tensors) for shard, tensors in plan.items()}
@@ -66,8 +83,8 @@ def remove_experts(
         with out.stage(shard) as file:
             writer.write(shard, plan[shard], file)
         journal.finish(shard, shard, out.hashes[shard])
-        if progress:
-            progress(sum(sizes[s] for s in plan if journal.done(s)), sum(sizes.values()))
+        if how.progress:
+            how.progress(sum(sizes[s] for s in plan if journal.done(s)), sum(sizes.values()))
     if (source.folder / INDEX).is_file():
         out.write_bytes(INDEX, _index(source.folder / INDEX, plan))
     writer.read_back(out.work)
@@ -84,24 +101,36 @@ class _Tensor:
 class _Writer:
     """Writes one output shard at a time, and holds the sliced tensors of one block at a time."""
 
-    def __init__(self, stream: LayerStream, routers: Sequence[Router], choices: Sequence[KeptExperts]) -> None:
+    def __init__(
+        self, stream: LayerStream, routers: Sequence[Router], choices: Sequence[KeptExperts], mtp: MTPMode | None
+    ) -> None:
         self.stream, self.routers, self.choices = stream, routers, choices
-        self._targets = [self._parameters(router) for router in routers]
+        for router in routers:
+            for name, parameter in router.layer.module.named_parameters():
+                if parameter.shape[0] != router.experts:
+                    raise UsageError(f"'{router.layer.name}.{name}' is not stored expert by expert", "use mask mode")
+        self._targets = [_parameters(router) for router in routers]
         self._owner = {name: i for i, targets in enumerate(self._targets) for name in stream.feeds(targets)}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for i, choice in enumerate(choices):
             if not choice.is_full:
                 self._shapes |= {name: tuple(t.shape) for name, t in self._checked(i, self._sliced(i)).items()}
         self._tried = False
+        block, last = block_tensors(stream, routers[-1].layer), choices[-1]
+        self._left = {name for layer in mtp_layers(stream, block) for name in layer.tensors} if mtp == "drop" else set()
+        self._mtp = MTPEdit(stream, block, self._shapes, last.kept) if mtp == "prune" and not last.is_full else None
 
     def plan(self, shard: str) -> list[_Tensor]:
         """The tensors an output shard holds, in the order of the source's."""
         found = []
         for info in self.stream.source.header(shard).tensors:
             i = self._owner.get(info.name)
-            if not self.stream.source.is_read(info):
+            if not self.stream.source.is_read(info) or info.name in self._left:
                 continue
-            if i is None or self.choices[i].is_full:
+            if self._mtp and info.name in self._mtp.names:
+                shape = self._mtp.shape(info.name)
+                found += [] if shape is None else [_Tensor(info, shape, None)]
+            elif i is None or self.choices[i].is_full:
                 found.append(_Tensor(info, info.shape, None))
             elif info.name in self._shapes:
                 found.append(_Tensor(info, self._shapes[info.name], i))
@@ -120,7 +149,8 @@ class _Writer:
         start = 8 + len(text)
         for t in tensors:
             if t.owner is None:
-                data = self.stream.source.tensor(t.info.name)
+                edited = self._mtp and t.info.name in self._mtp.names
+                data = self._mtp.tensor(t.info.name) if self._mtp and edited else self.stream.source.tensor(t.info.name)
                 check_finite(t.info.name, data, shard)
                 file.seek(start + begins[t.info.name])
                 file.write(raw_bytes(data))
@@ -147,15 +177,6 @@ class _Writer:
         for name, tensor in wanted.items():
             if found[name].shape != tensor.shape or not torch.equal(found[name], tensor):
                 raise UsageError(f"'{name}' of the pruned checkpoint does not come back through transformers", ADVICE)
-
-    def _parameters(self, router: Router) -> dict[str, int]:
-        """Full names of the tensors with an entry per expert, and where that entry is."""
-        experts = router.layer.module
-        found = {f"{router.layer.name}.{name}": 0 for name, _ in experts.named_parameters()}
-        for name, parameter in experts.named_parameters():
-            if parameter.shape[0] != router.experts:
-                raise UsageError(f"'{router.layer.name}.{name}' is not stored expert by expert", "use mask mode")
-        return found | {f"{router.name}.{row.path}": row.dim for row in router.rows}
 
     def _sliced(self, i: int) -> dict[str, Tensor]:
         """Parameters of block i without the experts that go, on whatever device they are."""
@@ -195,12 +216,27 @@ class _Writer:
         self._tried = True
 
 
+def _parameters(router: Router) -> dict[str, int]:
+    """Full names of the tensors with an entry per expert, and where that entry is."""
+    experts = router.layer.module
+    found = {f"{router.layer.name}.{name}": 0 for name, _ in experts.named_parameters()}
+    return found | {f"{router.name}.{row.path}": row.dim for row in router.rows}
+
+
+def block_tensors(stream: LayerStream, layer: MoELayer) -> list[str]:
+    """Names on disk of a layer's experts and of its router's rows."""
+    return stream.feeds(_parameters(Router(stream.model, layer)))
+
+
 def _volume(shape: Sequence[int]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def _config(stream: LayerStream, choice: KeptExperts, experts: int) -> bytes:
-    """config.json with the new number of experts, and of groups where those changed. UsageError if it names no such number."""
+def _config(stream: LayerStream, choice: KeptExperts, experts: int, drop_mtp: bool) -> bytes:
+    """config.json with the new number of experts, of groups where those changed, and without MTP layers where those are dropped.
+
+    UsageError if it names no such number.
+    """
     config = stream.model.config.get_text_config(decoder=True)
     raw: dict[str, Any] = json.loads((stream.source.folder / "config.json").read_bytes())
     raw.pop("auto_map", None)
@@ -215,6 +251,9 @@ def _config(stream: LayerStream, choice: KeptExperts, experts: int) -> bytes:
         if not keys:
             raise UsageError(f"config.json of '{config.model_type}' has no single number of experts", "use mask mode")
         section.update(dict.fromkeys(sorted(keys), new))
+    if drop_mtp:
+        for part in (raw, section):
+            part.update({key: 0 for key in MTP_KEYS if key in part})
     return json.dumps(raw, indent=2, ensure_ascii=False).encode() + b"\n"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,34 +54,52 @@ def gate_scale(parts: LayerParts) -> Tensor:
     return norms.view(parts.layer.num_experts, parts.n_sub, parts.gates)
 
 
-def fit(parts: LayerParts, samples: list[Tensor], losses: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
-    """B [E, N, d + N r + 1] (bfloat16) from the sampled inputs [S_e, d] of each expert.
+class Fitted(NamedTuple):
+    """weight: B [E, N, d + N r + 1] (bfloat16). held: what is predicted [S', N] for every expert's `held_out` rows, by a fit without them."""
+
+    weight: Tensor
+    held: list[Tensor]
+
+
+def held_out(rows: int) -> Tensor:
+    """Which of an expert's sampled rows choose the strength of the penalty, and say how far from its fit a prediction is: every fifth."""
+    return torch.arange(4, rows, 5)
+
+
+def fit(parts: LayerParts, samples: list[Tensor], losses: Callable[[Tensor, int], Tensor] | None = None) -> Fitted:
+    """From the sampled inputs [S_e, d] of each expert.
 
     losses(x, expert) -> [S, N]: what is predicted instead of the norms of the blocks' outputs.
     """
     scale = gate_scale(parts)
     width = parts.layer.hidden + parts.n_sub * parts.gates + 1
     result = torch.zeros(parts.layer.num_experts, parts.n_sub, width, dtype=torch.bfloat16)
+    held: list[Tensor] = []
     for expert, x in enumerate(samples):
+        held.append(torch.zeros(0, parts.n_sub))
         if len(x):
             x = x.to(parts.layer.up.device, parts.layer.up.dtype)
             z = features(parts, x, expert, scale[expert]).double()
             y = (losses(x, expert) if losses else block_norms(parts, x, expert)).double()
-            result[expert] = _ridge(z, (y + FLOOR * y.mean() + 1e-30).log()).T.to("cpu", torch.bfloat16)
-    return result
+            found, others = _ridge(z, (y + FLOOR * y.mean() + 1e-30).log())
+            result[expert] = found.T.to("cpu", torch.bfloat16)
+            held[-1] = others.clamp(max=CEILING).exp().float().cpu()
+    return Fitted(result, held)
 
 
-def _ridge(z: Tensor, y: Tensor) -> Tensor:
-    """Coefficients [D, N] of the least-squares fit y ~ z with the strength that does best on the last fifth of the rows."""
+def _ridge(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients [D, N] of the least-squares fit y ~ z with the strength that does best on `held_out` rows, and their predictions."""
+    out = held_out(len(z)).to(z.device)
     if len(z) < MIN_TOKENS:
         constant = torch.zeros(z.shape[1], y.shape[1], dtype=z.dtype, device=z.device)
         constant[-1] = y.mean(0)
-        return constant
-    cut = len(z) - len(z) // 5
-    train = _normal(z[:cut], y[:cut])
-    errors = [((z[cut:] @ _solve(*train, s) - y[cut:]) ** 2).sum() for s in STRENGTHS]
-    best = STRENGTHS[int(torch.stack(errors).argmin())]
-    return _solve(*_normal(z, y), best)
+        return constant, y.mean(0).expand(len(out), -1)
+    others = torch.ones(len(z), dtype=torch.bool, device=z.device)
+    others[out] = False
+    train = _normal(z[others], y[others])
+    tried = [z[out] @ _solve(*train, s) for s in STRENGTHS]
+    best = int(torch.stack([((found - y[out]) ** 2).sum() for found in tried]).argmin())
+    return _solve(*_normal(z, y), STRENGTHS[best]), tried[best]
 
 
 def _normal(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

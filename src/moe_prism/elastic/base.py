@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..model import MoELayer
 
-
 POSITIONS = 129
 """Of a rule's dial, evenly spaced from nothing to everything, where something is known of it."""
 

@@ -81,7 +81,9 @@ class States:
         """At least so many places; what is there stays."""
         more = places - len(self.tokens)
         if more > 0:
-            self.sums, self.tokens = (np.concatenate([own, np.zeros((more, *own.shape[1:]), np.float32)]) for own in (self.sums, self.tokens))
+            self.sums, self.tokens = (
+                np.concatenate([own, np.zeros((more, *own.shape[1:]), np.float32)]) for own in (self.sums, self.tokens)
+            )
 
 
 @dataclass(eq=False)
@@ -133,7 +135,7 @@ def keep_held(values: Tensor, cutoffs: Tensor, dial: Tensor, valid: Tensor, held
     """(keep [S, k, N], dials reached [S]) for values [S, k, N] that are not of the compiled kind: on a GPU it is waited for."""
     if values.is_cuda and torch.cuda.is_current_stream_capturing():
         raise UsageError("a budget that is held cannot be captured in a CUDA graph", "use a point with control 'none'")
-    keep, reached = np.empty(values.shape, np.bool_), np.empty(len(dial), np.float32)
-    own, cut, asked = (t.detach().cpu().float().contiguous().numpy() for t in (values, cutoffs, dial))
-    compiled().mark_held(own, cut, asked, valid.cpu().contiguous().numpy(), held, keep, reached)
+    keep, reached = np.empty(values.shape, np.bool_), dial.detach().cpu().float().clone().numpy()
+    own, cut = (t.detach().cpu().float().contiguous().numpy() for t in (values, cutoffs))
+    compiled().mark_held(own, cut, reached, valid.cpu().contiguous().numpy(), held, keep)
     return torch.from_numpy(keep).to(values.device), torch.from_numpy(reached).to(values.device)

@@ -134,7 +134,7 @@ class ElasticLayer:
     def _of_group(
         self, step: Step, number: int, which: int | Tensor, routed: Routed, *, rows: Tensor | None = None, guess: bool
     ) -> Selection | Whole | None:
-        """The candidates of tokens that are all of one group, by its number; None as `candidates` says. rows: which of the batch they are."""
+        """The candidates of tokens that are all of one group; None as `candidates` says. rows: which of the batch they are."""
         group, budget = step.bound.groups[number], step.budget
         after = routed
         if group.stages:

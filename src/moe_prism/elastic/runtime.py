@@ -190,8 +190,8 @@ def operating_point(
 
     budget: a share in (0, 1] of the bytes that a token reads (of its slots, for other rules than `threshold`), one number or a tensor [T]
     with one per token of the flattened batch. k: kept slots per token instead, 1..k*N. rule: None takes `threshold` for a budget, which is
-    held for the mean of every request and spent on the tokens and layers that need it, and `product` for k, which is met by every token. point: everything at once, instead of the three; of several, which
-    says which one runs, one number or a tensor [T] with one per token.
+    held for the mean of every request and spent on the tokens and layers that need it, and `product` for k, which is met by every token.
+    point: everything at once, instead of the three; of several, which says which one runs, one number or a tensor [T] with one per token.
     Raises UsageError for a model that is not elastic, an unknown name, a number out of range, or a point for another model.
     """
     elastic = elastic_of(model)

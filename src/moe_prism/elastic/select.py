@@ -20,6 +20,7 @@ from ..model.base import is_expert
 from .base import Rule, Scorer, Slots
 from .control import keep_held
 from .fused_select import budgets_of, prepared, run, select_few
+from .rules.threshold import Threshold
 from .scorers.ridge import FEW
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class Selection:
                 self._chosen = run(found[0], held, found[2]), torch.from_numpy(found[2][0])
             else:
                 budget = _per_token(self.budget, self.x)
+                assert isinstance(self.rule, Threshold)  # no other rule says that it holds budgets
                 self._chosen = keep_held(self.values(), self.rule.cutoffs, budget, self.valid, held)
         return self._chosen
 

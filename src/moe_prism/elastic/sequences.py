@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ ROOM = 64
 BESIDE = "_moe_prism_history"
 
 
-class History:
+class RequestHistory:
     """States of every column of B rows, row after row; real [B, C] says which columns hold a token that counts."""
 
     def __init__(self, rows: int, layers: int) -> None:
@@ -76,9 +75,9 @@ class History:
         self.length += tokens
         return np.stack([before, np.where(real, own + base, -1)]).reshape(2, -1)
 
-    def chosen(self, index: Sequence[int]) -> History:
+    def chosen(self, index: Sequence[int]) -> RequestHistory:
         """The history of other rows: beams that went on, or copies."""
-        new = History(len(index), self.states.sums.shape[1])
+        new = RequestHistory(len(index), self.states.sums.shape[1])
         new.columns, new.length = self.columns, self.length
         new.real, new.last = self.real[index], self.last[index]
         new.states = States(len(index) * self.columns, self.states.sums.shape[1])
@@ -106,13 +105,17 @@ class Watched:
         self.__dict__[BESIDE] = self.__dict__[BESIDE].chosen(index)
 
 
-@cache
-def watched(kind: type) -> type:
-    """The class of a cache with `Watched` in it."""
-    return type(kind.__name__, (Watched, kind), {"__module__": kind.__module__})
+_KINDS: dict[type[Any], type[Any]] = {}
 
 
-def put_beside(cache: Any, history: History) -> None:
+def watched(kind: type[Any]) -> type[Any]:
+    """The class of a cache with `Watched` in it, made once."""
+    if kind not in _KINDS:
+        _KINDS[kind] = type(kind.__name__, (Watched, kind), {"__module__": kind.__module__})
+    return _KINDS[kind]
+
+
+def put_beside(cache: Any, history: RequestHistory) -> None:
     """Keep a history with a cache from now on."""
     if BESIDE not in cache.__dict__:
         cache.__class__ = watched(type(cache))
@@ -123,7 +126,7 @@ def put_beside(cache: Any, history: History) -> None:
 def followed(elastic: Host, backbone: nn.Module) -> Iterator[None]:
     """Give every step whose budget is held the past of its rows, for as long as a forward of the backbone runs."""
     layers = len(elastic.layers)
-    mine: list[tuple[Step, History]] = []
+    mine: list[tuple[Step, RequestHistory]] = []
 
     def begin(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         step: Step = elastic.step
@@ -136,7 +139,7 @@ def followed(elastic: Host, backbone: nn.Module) -> Iterator[None]:
         length = 0 if kept is None else int(kept.get_seq_length())
         history = None if length == 0 else kept.__dict__.get(BESIDE)
         if history is None or history.rows != shape[0]:
-            history = History(shape[0], layers)
+            history = RequestHistory(shape[0], layers)
             if kept is not None:
                 put_beside(kept, history)
         history.cut(length)

@@ -186,8 +186,8 @@ def mark_most(values: Floats, cutoff: float, most: int, valid: Flags, keep: Flag
 
 
 @njit(nogil=True, cache=True)
-def mark_held(values: Floats, cutoffs: Floats, dial: Floats, valid: Flags, held: Held, keep: Flags, reached: Floats) -> None:
-    """keep [S, k, N] as `mark_above` at the dials reached [S], which hold the dials asked for, dial [S], request by request."""
+def mark_held(values: Floats, cutoffs: Floats, dial: Floats, valid: Flags, held: Held, keep: Flags) -> None:
+    """keep [S, k, N] as `mark_above` at the dials that hold, request by request, those asked for, dial [S], and are left there."""
     tokens, k, n_sub = values.shape
     rows, sums, seen, layer = held.rows, held.sums, held.tokens, held.layer
     i = 0
@@ -199,7 +199,6 @@ def mark_held(values: Floats, cutoffs: Floats, dial: Floats, valid: Flags, held:
             total = valid[i].sum() * n_sub
         if not here or rows[2, r] != held.mine or dial[i] >= 1 or total == 0:
             if here:
-                reached[i] = dial[i]
                 cutoff = 0.0 if dial[i] >= 1 else at_position(cutoffs, dial[i])
                 mark_most(values[i], cutoff, k * n_sub, valid[i], keep[i])
                 i += 1
@@ -217,16 +216,17 @@ def mark_held(values: Floats, cutoffs: Floats, dial: Floats, valid: Flags, held:
         moved = learned - total_off / (pace * (HORIZON * count + HORIZON_AT_START))
         moved = min(max(moved, -MOST_MOVED), MOST_MOVED)
         odds = float(dial[i]) / (1.0 - float(dial[i])) * np.exp(moved)
-        reached[i] = odds / (1.0 + odds)
+        reached = np.float32(odds / (1.0 + odds))
         most = k * n_sub
         if held.strict:
             most = max(1, int((share - lower / held.weight) * total + 1e-4))
-        kept = mark_most(values[i], at_position(cutoffs, float(reached[i])), most, valid[i], keep[i])
+        kept = mark_most(values[i], at_position(cutoffs, float(reached)), most, valid[i], keep[i])
         if after >= 0:
             off = lower + held.weight * (kept / total - share)
             sums[after, layer, 0] = total_off + off
             sums[after, layer, 1] = min(max(learned - off / (pace * (count + PRIOR)), -MOST_MOVED), MOST_MOVED)
             seen[after, 1] = off
+        dial[i] = reached
         i += 1
 
 
@@ -260,7 +260,7 @@ def select(candidates: Choosing, held: Held | None, budgets: Floats, keeps: Flag
     predicted_norms(candidates.norms, clamped, values)
     slot_values(candidates.weight, values, valid, values)
     if held is not None:
-        mark_held(values, candidates.cutoffs, budgets[0], valid, held, keeps[0], budgets[0])
+        mark_held(values, candidates.cutoffs, budgets[0], valid, held, keeps[0])
     for b in range(0 if held is None else 1, len(budgets)):
         if held is not None:
             budgets[b] = np.minimum(budgets[b], budgets[0])

@@ -33,7 +33,7 @@ def slots_unit(rule: str) -> str:
 
 
 def own_control(rule: str) -> str:
-    """Who a rule's budget is held for unless it is said: every request by `threshold`; the others give each token the same or do not count."""
+    """Who a rule's budget is held for unless it is said: every request by `threshold`; the others give each token the same."""
     return "mean" if rule == "threshold" else "none"
 
 

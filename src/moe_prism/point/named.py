@@ -70,7 +70,9 @@ def upgraded(rule: str, budget: float) -> OperatingPoint | None:
     own = "whole-experts" if rule == "topk" else methods.own_name(rule)
     if own not in methods.names("slots") or not 0 < budget <= 1:
         return None
-    kept = SlotRule(budget=budget, rule=own, scorer=own_scorer(own), compensate=rule != "topk", of=slots_unit(own), control="none")
+    kept = SlotRule(
+        budget=budget, rule=own, scorer=own_scorer(own), compensate=rule != "topk", of=slots_unit(own), control="none"
+    )
     return OperatingPoint(slots=kept)
 
 

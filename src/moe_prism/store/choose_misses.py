@@ -109,7 +109,8 @@ def choose_entries(
     """(keep, low, whether anything is low, the fields of `Wanted`).
 
     `selection.select`, `decide` if there are two budgets or more, `sort_entries`, one after the other.
-    held: what the operating point's budget is held with. budgets [B, T]: the operating point's, the floor's, that of int8 records; slot, low: as `decide`; base: the layer's first key.
+    held: what the operating point's budget is held with. budgets [B, T]: the operating point's, the floor's, that of int8 records;
+    slot, low: as `decide`; base: the layer's first key.
     """
     index, weight = candidates.chosen, candidates.weight
     experts, parts = slot.shape

@@ -54,8 +54,8 @@ def gate_scale(parts: LayerParts) -> Tensor:
     return norms.view(parts.layer.num_experts, parts.n_sub, parts.gates)
 
 
-class Fitted(NamedTuple):
-    """weight: B [E, N, d + N r + 1] (bfloat16). held: what is predicted [S', N] for every expert's `held_out` rows, by a fit without them."""
+class RidgeFit(NamedTuple):
+    """weight: B [E, N, d + N r + 1] (bfloat16). held: predictions [S', N] for every expert's `held_out` rows, by a fit without them."""
 
     weight: Tensor
     held: list[Tensor]
@@ -66,7 +66,7 @@ def held_out(rows: int) -> Tensor:
     return torch.arange(4, rows, 5)
 
 
-def fit(parts: LayerParts, samples: list[Tensor], losses: Callable[[Tensor, int], Tensor] | None = None) -> Fitted:
+def fit(parts: LayerParts, samples: list[Tensor], losses: Callable[[Tensor, int], Tensor] | None = None) -> RidgeFit:
     """From the sampled inputs [S_e, d] of each expert.
 
     losses(x, expert) -> [S, N]: what is predicted instead of the norms of the blocks' outputs.
@@ -84,7 +84,7 @@ def fit(parts: LayerParts, samples: list[Tensor], losses: Callable[[Tensor, int]
             found, others = _ridge(z, (y + FLOOR * y.mean() + 1e-30).log())
             result[expert] = found.T.to("cpu", torch.bfloat16)
             held[-1] = others.clamp(max=CEILING).exp().float().cpu()
-    return Fitted(result, held)
+    return RidgeFit(result, held)
 
 
 def _ridge(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

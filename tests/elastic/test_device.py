@@ -44,7 +44,7 @@ def test_gate_activations_of_all_experts_at_once(family):
 def test_the_predictor_for_all_experts_at_once(family, gates):
     plan = LayerParts(find_layers(build(family), dense=False)[0], N, gates)
     x, index = inputs(plan.layer)
-    plan.tensors["ridge"] = ridge_module.fit(plan, [x] * plan.layer.num_experts)
+    plan.tensors["ridge"] = ridge_module.fit(plan, [x] * plan.layer.num_experts).weight
     scorer = scorers.get("ridge")(plan)
     torch.testing.assert_close(scorer._all(x, index), scorer(x, index), rtol=1e-4, atol=1e-5)
 

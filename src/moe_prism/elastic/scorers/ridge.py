@@ -62,8 +62,8 @@ class RidgeFit(NamedTuple):
 
 
 def held_out(rows: int) -> Tensor:
-    """Which of an expert's sampled rows choose the strength of the penalty, and say how far from its fit a prediction is: every fifth."""
-    return torch.arange(4, rows, 5)
+    """Which of an expert's sampled rows choose the strength of the penalty, and show what is predicted of unseen ones: every fifth."""
+    return torch.arange(rows)[4::5] if rows >= MIN_TOKENS else torch.arange(rows)
 
 
 def fit(parts: LayerParts, samples: list[Tensor], losses: Callable[[Tensor, int], Tensor] | None = None) -> RidgeFit:

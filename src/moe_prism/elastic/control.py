@@ -110,6 +110,14 @@ class Past:
         rows[2] = group
         return cls(rows, States(0, 1))
 
+    def part(self, which: Ints) -> Past:
+        """Of some rows; those beyond the last are of requests that nobody knows. The others' states stay as `begin` has left them."""
+        rows = np.full((3, len(which)), -1, np.int64)
+        rows[2] = 0
+        known = which < self.rows.shape[1]
+        rows[:, known] = self.rows[:, which[known]]
+        return Past(rows, self.states)
+
     @cached_property
     def everyone(self) -> Ints:
         return np.arange(self.rows.shape[1])

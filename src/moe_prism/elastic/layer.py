@@ -161,9 +161,10 @@ class ElasticLayer:
         """What the budgets of a group are held with. UsageError where the layer's rows are not those of the forward."""
         holding = step.bound.groups[number].holding
         assert holding is not None
-        past = step.past or Past.unknown(tokens, number + 1)
-        if rows is not None and rows.dtype == torch.bool:
-            raise UsageError("budgets that are held cannot share a batch with points of another kind on a GPU", "run them apart")
+        if step.past is None:
+            return Past.unknown(tokens, number + 1).held(holding[self.index], self.index, number + 1, None)
+        past = step.past
+        rows = None if rows is None or rows.dtype == torch.bool else rows  # a mask is of a device: all rows are there
         if rows is None and past.rows.shape[1] != tokens:
             raise UsageError(
                 f"layer '{self.parts.layer.name}' has {tokens} rows where the model was given {past.rows.shape[1]} tokens",

@@ -202,7 +202,7 @@ def mark_held(values: Floats, cutoffs: Floats, dial: Floats, valid: Flags, held:
                 cutoff = 0.0 if dial[i] >= 1 else at_position(cutoffs, dial[i])
                 mark_most(values[i], cutoff, k * n_sub, valid[i], keep[i])
                 i += 1
-            if after >= 0 and before >= 0 and (rows[2, r] == 0 or here):
+            if after >= 0 and before >= 0 and rows[2, r] in (0, held.mine):
                 for j in range(2):
                     sums[after, layer, j] = sums[before, layer, j]
             continue

@@ -165,9 +165,10 @@ class ElasticLayer:
             return Past.unknown(tokens, number + 1).held(holding[self.index], self.index, number + 1, None)
         past = step.past
         rows = None if rows is None or rows.dtype == torch.bool else rows  # a mask is of a device: all rows are there
-        if rows is None and past.rows.shape[1] != tokens:
+        whole = step.which.numel() if isinstance(step.which, Tensor) else tokens
+        if past.rows.shape[1] != whole:
             raise UsageError(
-                f"layer '{self.parts.layer.name}' has {tokens} rows where the model was given {past.rows.shape[1]} tokens",
+                f"layer '{self.parts.layer.name}' has {whole} rows where the model was given {past.rows.shape[1]} tokens",
                 "use a point with control 'none'",
             )
         return past.held(holding[self.index], self.index, number + 1, rows)

@@ -35,25 +35,25 @@ def at(table, position):
 def by_hand(values, cutoffs, dials, holdings):
     """keep [L, T, k, N] of one request: values [L, T, k, N], cutoffs [L, Q], a dial per token [T]; the formula of `elastic.control`."""
     keep = np.zeros(values.shape, bool)
-    off = np.zeros(values.shape[1])  # of every token, over the layers so far
+    more = np.zeros(values.shape[1])  # kept than asked for by every token, over the layers so far
     for layer, holding in enumerate(holdings):
         total, learned = 0.0, 0.0
         for t, dial in enumerate(dials):
-            share, pace = at(holding.tables[0], dial), at(holding.tables[1], dial)
-            moved = learned - total / (pace * (HORIZON * t + HORIZON_AT_START))
+            share, asked = at(holding.tables[0], dial), at(holding.tables[1], dial)
+            moved = learned - total / (HORIZON * t + HORIZON_AT_START)
             moved = min(max(moved, -MOST_MOVED), MOST_MOVED)
             odds = dial / (1 - dial) * math.exp(moved)
             flat = values[layer, t].ravel()
             wanted = flat >= at(cutoffs[layer], odds / (1 + odds))
             wanted[flat.argmax()] = True
             if holding.strict:
-                most = max(1, int((share - off[t] / holding.weight) * flat.size + 1e-4))
+                most = max(1, int((share - more[t] / holding.weight) * flat.size + 1e-4))
                 best = np.argsort(-np.where(wanted, flat, -1), kind="stable")[:most]
                 wanted &= np.isin(np.arange(flat.size), best)
             keep[layer, t] = wanted.reshape(K, N)
-            off[t] += holding.weight * (wanted.sum() / flat.size - share)
-            total += off[t]
-            learned = min(max(learned - off[t] / (pace * (t + PRIOR)), -MOST_MOVED), MOST_MOVED)
+            more[t] += holding.weight * (wanted.sum() / flat.size - share)
+            total += more[t] / asked
+            learned = min(max(learned - more[t] / (asked * (t + PRIOR)), -MOST_MOVED), MOST_MOVED)
     return keep
 
 

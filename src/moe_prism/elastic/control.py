@@ -1,14 +1,14 @@
 """Budgets that hold: a request's dial moves with what its own past tokens kept, so that its mean is what was asked for.
 
 The cutoffs of a rule are those of the calibration text; on other text more or fewer slots reach them. Let off(t) be by how much token t
-kept more than its part, over all layers up to this one, as a share of all its slots. A layer moves the log-odds of token t's dial by
+kept more than was asked of it, over all layers up to this one, as a share of what was asked. A layer moves the log-odds of token t's
+dial by
 
-    learned - sum of off over the request's past tokens / (pace x (HORIZON x past tokens + HORIZON_AT_START))
+    learned - sum of off over the request's past tokens / (HORIZON x past tokens + HORIZON_AT_START)
 
-where `learned` follows the request's own text, by -off / (pace x (past tokens + PRIOR)) at every token, and pace is what a unit of
-log-odds is worth in slots. Learning alone would find the right dial and leave the first tokens' excess; the second term pays that
-back, the more slowly the longer the request: a budget that is met at every moment costs quality, since a token that needs much would be
-paid for by the next.
+where `learned` follows the request's own text, by -off / (past tokens + PRIOR) at every token. Learning alone would find the right dial
+and leave the first tokens' excess; the second term pays that back, the more slowly the longer the request: a budget that is met at every
+moment costs quality, since a token that needs much would be paid for by the next.
 
 A layer sees only tokens before its own, and of those the layers up to itself: so it does not matter how a prompt is cut. The state of a
 request after a token is kept where that token's keys and values are, so a prefix that is found again brings its own.
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
-LEAST_PACE = 1e-3
 
 
 @cache
@@ -49,8 +48,9 @@ def compiled() -> ModuleType:
 
 @dataclass(frozen=True)
 class Holding:
-    """What one layer holds a budget with. tables [2, Q]: share of its slots and pace at every position of the dial; weight: its part in
-    the bytes of all slots; strict: whether no token may pass the budget.
+    """What one layer holds a budget with. tables [2, Q]: at every position of the dial, the share of its slots that is asked for, and the
+    share of all slots that is asked of the layers up to it. weight: its part in the bytes of all slots. strict: whether no token may pass
+    the budget.
     """
 
     tables: Floats
@@ -61,11 +61,11 @@ class Holding:
 def holdings(found: Sequence[Spending], strict: bool) -> tuple[Holding, ...]:
     """Of every layer of a model."""
     total = sum(one.slots for one in found)
-    pace, out = torch.zeros_like(found[0].share), []
+    asked, out = torch.zeros_like(found[0].share), []
     for one in found:
         weight = one.slots / total
-        pace = pace + weight * one.share * (1 - one.share)
-        tables = torch.stack([one.share, pace.clamp(min=LEAST_PACE)]).float().contiguous()
+        asked = asked + weight * one.share
+        tables = torch.stack([one.share, asked.clamp(min=1e-6)]).float().contiguous()
         out.append(Holding(tables.numpy(), weight, strict))
     return tuple(out)
 

@@ -17,7 +17,7 @@ Flags = NDArray[np.bool_]
 
 PRIOR = 4.0
 """Tokens that the calibration's cutoffs count for against a request's own."""
-HORIZON, HORIZON_AT_START = 0.125, 8.0
+HORIZON, HORIZON_AT_START = 0.0625, 4.0
 """What a request is off by is made up for within this share of the tokens it had, and so many more."""
 MOST_MOVED = 3.0
 """Log-odds that a dial is moved by at most."""
@@ -53,8 +53,8 @@ class Held(NamedTuple):
     """What one layer needs to hold a budget for the requests of a batch of T rows (`elastic.control` explains it).
 
     rows [3, T]: slot of the state before a row (-1: none), slot of that after it (-1: nowhere), number of the group that is held (0:
-    none). own [S]: which of the rows the candidates are. sums [slots, L, 2], tokens [slots, 2]: the state. tables [2, 129]: share of the
-    layer's slots and pace at every position of the dial. weight: the layer's part in all bytes of slots. layer; mine: the group's number.
+    none). own [S]: which of the rows the candidates are. sums [slots, L, 2], tokens [slots, 2]: the state. tables [2, 129]: the share
+    of the layer's slots, and of all slots of the layers up to it, that every position of the dial asks for. weight: the layer's part in all bytes of slots. layer; mine: the group's number.
     """
 
     rows: Ints
@@ -212,8 +212,8 @@ def mark_held(values: Floats, cutoffs: Floats, dial: Floats, valid: Flags, held:
             count = float(seen[before, 0])
         if after >= 0:
             lower = float(seen[after, 1])
-        share, pace = at_position(held.tables[0], dial[i]), at_position(held.tables[1], dial[i])
-        moved = learned - total_off / (pace * (HORIZON * count + HORIZON_AT_START))
+        share, asked = at_position(held.tables[0], dial[i]), at_position(held.tables[1], dial[i])
+        moved = learned - total_off / (HORIZON * count + HORIZON_AT_START)
         moved = min(max(moved, -MOST_MOVED), MOST_MOVED)
         odds = float(dial[i]) / (1.0 - float(dial[i])) * np.exp(moved)
         reached = np.float32(odds / (1.0 + odds))
@@ -222,10 +222,10 @@ def mark_held(values: Floats, cutoffs: Floats, dial: Floats, valid: Flags, held:
             most = max(1, int((share - lower / held.weight) * total + 1e-4))
         kept = mark_most(values[i], at_position(cutoffs, float(reached)), most, valid[i], keep[i])
         if after >= 0:
-            off = lower + held.weight * (kept / total - share)
-            sums[after, layer, 0] = total_off + off
-            sums[after, layer, 1] = min(max(learned - off / (pace * (count + PRIOR)), -MOST_MOVED), MOST_MOVED)
-            seen[after, 1] = off
+            more = lower + held.weight * (kept / total - share)
+            sums[after, layer, 0] = total_off + more / asked
+            sums[after, layer, 1] = min(max(learned - more / (asked * (count + PRIOR)), -MOST_MOVED), MOST_MOVED)
+            seen[after, 1] = more
         dial[i] = reached
         i += 1
 

@@ -120,7 +120,7 @@ def measure(
     layer = elastic.layers[0]
     inputs = batch(SHAPES[name], tokens, holder)
     mixed = torch.where(torch.arange(tokens, device=inputs[0].device) % 2 == 0, 1.0, 0.5)
-    steps = {f"{budget:.2f}": Step(bind(elastic, [FULL.with_budget(budget, rule)])) for budget in BUDGETS}
+    steps = {f"{budget:.2f}": Step(bind(elastic, [FULL.with_slots(budget, rule)])) for budget in BUDGETS}
     if tokens > 1:
         steps["mixed"] = replace(steps["0.50"], budget=mixed)
 

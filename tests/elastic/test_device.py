@@ -17,6 +17,7 @@ from moe_prism.elastic.scorers import scorers
 from moe_prism.elastic.scorers.ridge import FEW
 from moe_prism.model import find_layers
 from moe_prism.point import FULL, OperatingPoint, RoutingStage, SlotRule
+from moe_prism.point.base import slots_unit
 from tests.parity.families import build
 
 FAMILIES = ["olmoe", "gpt_oss", "aria", "nemotron_h"]  # concatenated, interleaved with bias, transposed, ungated
@@ -44,7 +45,7 @@ def test_gate_activations_of_all_experts_at_once(family):
 def test_the_predictor_for_all_experts_at_once(family, gates):
     plan = LayerParts(find_layers(build(family), dense=False)[0], N, gates)
     x, index = inputs(plan.layer)
-    plan.tensors["ridge"] = ridge_module.fit(plan, [x] * plan.layer.num_experts)
+    plan.tensors["ridge"] = ridge_module.fit(plan, [x] * plan.layer.num_experts).weight
     scorer = scorers.get("ridge")(plan)
     torch.testing.assert_close(scorer._all(x, index), scorer(x, index), rtol=1e-4, atol=1e-5)
 
@@ -57,7 +58,7 @@ def test_selection_asks_the_device_nothing(rule, scorer, tokens):
     elastic = on_meta()
     layer = elastic.layers[0]
     x, index = (v.to("meta") for v in inputs(layer.parts.layer, tokens))
-    half = OperatingPoint(slots=SlotRule(budget=0.5, rule=rule, scorer=scorer))
+    half = OperatingPoint(slots=SlotRule(budget=0.5, rule=rule, scorer=scorer, of=slots_unit(rule), control="none"))
     step = Step(bind(elastic, [half]), 0, torch.full((tokens,), 0.5, device="meta"))
     weight = torch.empty(tokens, 2, device="meta")
     keep = layer.kept(step, x, index, weight)
@@ -75,7 +76,7 @@ def test_mixed_points_ask_the_device_nothing(tokens):
     x, index = (v.to("meta") for v in inputs(layer.parts.layer, tokens))
     weight, which = torch.empty(tokens, 2, device="meta"), torch.zeros(tokens, dtype=torch.long, device="meta")
     skip = RoutingStage(layers=(1,) * len(elastic.layers), keep_mass=True)
-    alike = [FULL.with_budget(0.5), FULL.with_budget(0.25), FULL]
+    alike = [FULL.with_slots(0.5), FULL.with_slots(0.25), FULL]
     for points in (alike, [*alike, OperatingPoint(routing=(skip,)), FULL.with_budget(0.5, "product")]):
         candidates = layer.candidates(Step(bind(elastic, points), which), x, index, weight)
         keep = candidates.keep()

@@ -49,7 +49,7 @@ def test_ridge_recovers_a_linear_truth(monkeypatch, layer):
     truth = torch.rand(layer.hidden, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     monkeypatch.setattr(ridge_module, "FLOOR", 0.0)
     monkeypatch.setattr(ridge_module, "block_norms", lambda plan, x, expert: (x.double() @ truth + 3.0).exp())
-    weight = ridge_module.fit(plan, [inputs(layer)] * layer.num_experts)
+    weight = ridge_module.fit(plan, [inputs(layer)] * layer.num_experts).weight
     torch.testing.assert_close(weight[0, :, :-1].double().T, truth, atol=0.02, rtol=0.02)  # the log of the norm; kept in bfloat16
     torch.testing.assert_close(weight[0, :, -1].double(), torch.full((4,), 3.0, dtype=torch.float64), atol=0.05, rtol=0.02)
 
@@ -87,7 +87,7 @@ def test_low_rank_with_every_direction_is_no_worse_than_ridge(layer, monkeypatch
     monkeypatch.setattr(low_rank_module, "RANK", layer.hidden)
     plan = LayerParts(layer, 4, 0)
     samples = [inputs(layer)] * layer.num_experts
-    plan.tensors |= {"ridge": ridge_module.fit(plan, samples), **scorers.get("low-rank").fit(plan, samples)}
+    plan.tensors |= {"ridge": ridge_module.fit(plan, samples).weight, **scorers.get("low-rank").fit(plan, samples)}
     index = torch.zeros(400, 1, dtype=torch.long)
     true = scorers.get("oracle")(plan)(samples[0], index).log()
     low, full = ((scorers.get(name)(plan)(samples[0], index).log() - true).square().mean() for name in ("low-rank", "ridge"))
@@ -106,7 +106,7 @@ def test_every_layer_uses_its_own_predictor():
     weights = []
     for layer in layers[:2]:
         plan = LayerParts(layer, 4, 1)
-        plan.tensors["ridge"] = ridge_module.fit(plan, [inputs(layer)] * layer.num_experts)
+        plan.tensors["ridge"] = ridge_module.fit(plan, [inputs(layer)] * layer.num_experts).weight
         weights.append(plan.tensors["ridge"])
         x = inputs(layer, 200)
         index = torch.zeros(200, 1, dtype=torch.long)
@@ -119,7 +119,7 @@ def test_every_layer_uses_its_own_predictor():
 @pytest.mark.parametrize("rows", [0, 1, 15, 40])
 def test_few_tokens_give_finite_predictions(layer, rows):
     plan = LayerParts(layer, 4, 1)
-    plan.tensors["ridge"] = ridge_module.fit(plan, [inputs(layer, rows)] * layer.num_experts)
+    plan.tensors["ridge"] = ridge_module.fit(plan, [inputs(layer, rows)] * layer.num_experts).weight
     plan.tensors |= scorers.get("low-rank").fit(
         plan, [inputs(layer, max(1, rows))] + [inputs(layer, rows)] * (layer.num_experts - 1)
     )
@@ -132,7 +132,7 @@ def test_few_tokens_give_finite_predictions(layer, rows):
 def test_a_few_choices_give_what_many_give(family):
     layer = find_layers(build(family))[0]
     plan = LayerParts(layer, 4, 2)
-    plan.tensors["ridge"] = ridge_module.fit(plan, [inputs(layer)] * layer.num_experts)
+    plan.tensors["ridge"] = ridge_module.fit(plan, [inputs(layer)] * layer.num_experts).weight
     scorer = scorers.get("ridge")(plan)
     x = inputs(layer, 80)
     index = torch.stack([torch.arange(80) % layer.num_experts, (torch.arange(80) + 1) % layer.num_experts], 1)

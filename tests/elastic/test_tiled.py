@@ -174,7 +174,11 @@ def test_budgets_of_one_batch_are_independent(rule):
         layer.arrange()
     g = torch.Generator().manual_seed(2)
     tensors = [
-        {"ridge": 0.1 * torch.randn(x.num_experts, 4, x.hidden + 5, generator=g), "cutoffs": torch.linspace(2, 0, 129)}
+        {
+            "ridge": 0.1 * torch.randn(x.num_experts, 4, x.hidden + 5, generator=g),
+            "cutoffs": torch.linspace(2, 0, 129),
+            "shares": torch.linspace(0, 1, 129),
+        }
         for x in layers
     ]
     attach(model, 4, gates=1, tensors=tensors, layers=layers)

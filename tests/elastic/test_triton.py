@@ -16,10 +16,12 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from moe_prism.elastic import LayerParts, attach, operating_point
+from moe_prism.elastic.bind import Step, bind
 from moe_prism.elastic.execute import triton_run
 from moe_prism.elastic.execute.plain import grouped, reference
 from moe_prism.elastic.execute.triton_align import align, capacity
 from moe_prism.model import find_layers
+from moe_prism.point import FULL
 from tests.elastic.common import computed
 from tests.parity.families import build
 
@@ -292,10 +294,10 @@ class TestOnGpu:
         holder = torch.nn.Module()
         holder.experts, holder.config = plan.layer.module, plan.layer.module.config
         side = {"ridge": torch.randn(8, 4, 256 + 5) * 0.05, "cutoffs": torch.linspace(4, 0, 129)}
-        attach(holder, 4, gates=1, tensors=[side])
+        elastic = attach(holder, 4, gates=1, tensors=[side])
         x, index, weight, _ = batch(plan, tokens, 4, 1)
         budget = torch.full((tokens,), 0.25, device=DEVICE)
-        with operating_point(holder, budget, rule=rule) as elastic, computed(elastic, "triton"):
+        with elastic.at(Step(bind(elastic, [FULL.with_slots(0.5, rule)]), 0, budget)), computed(elastic, "triton"):
             for _ in range(2):
                 holder.experts(x, index, weight)
             torch.cuda.synchronize()

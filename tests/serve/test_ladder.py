@@ -115,7 +115,7 @@ def test_files_of_version_0_1(tmp_path):
     """Budgets of the threshold rule in ladder.json; points that are told by their rule and budget in frontier.json."""
     (tmp_path / "ladder.json").write_text(json.dumps({"levels": [{"name": "x", "budget": 0.5, "slots": 8.0, "quality": 0.9}]}))
     ladder, source = find_ladder(tmp_path, 16, allowed)
-    assert source == "ladder.json" and ladder.levels[0] == Level("x", FULL.with_budget(0.5, "threshold"), 8.0, 0.9)
+    assert source == "ladder.json" and ladder.levels[0] == Level("x", FULL.with_slots(0.5), 8.0, 0.9)
     write(tmp_path, row("linear-4", None, 4.0, 0.3, "linear"), row("ser-6", None, 6.0, 0.2, "ser"))
     ladder, source = find_ladder(tmp_path, 16, allowed)
     assert names(ladder) == ["linear-4", "full"]

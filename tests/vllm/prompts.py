@@ -6,9 +6,12 @@ import argparse
 import inspect
 from typing import Any
 
+from moe_prism.point import FULL
+
+# budgets that are held for the request, and one of an earlier version, which is held for nobody
 LEVELS = [
-    {"name": "quarter", "budget": 0.25, "slots": 4.0, "quality": 0.7},
-    {"name": "half", "budget": 0.5, "slots": 8.0, "quality": 0.85},
+    {"name": "quarter", "point": FULL.with_budget(0.25).to_json(), "slots": 4.0, "quality": 0.7},
+    {"name": "half", "point": FULL.with_budget(0.5).to_json(), "slots": 8.0, "quality": 0.85},
     {"name": "most", "budget": 0.75, "slots": 12.0, "quality": 0.95},
 ]
 SHORT = [

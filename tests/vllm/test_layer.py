@@ -44,7 +44,7 @@ def make(dtype=torch.float32, n_sub=4, gates=1, means=None):
         p.data.normal_(std=p.shape[-1] ** -0.5)
     layer = find_layers(holder)[0]
     ridge = (torch.randn(E, n_sub, D + n_sub * gates + 1) * 0.2).bfloat16()
-    side = {"ridge": ridge, "cutoffs": torch.linspace(2.0, 0, 129)}
+    side = {"ridge": ridge, "cutoffs": torch.linspace(2.0, 0, 129), "shares": torch.linspace(0, 1, 129)}
     if means is not None:
         side["compensate.mean.vectors"] = means
     first, down = holder.experts.gate_up_proj.data, holder.experts.down_proj.data
@@ -72,7 +72,7 @@ def selected(plan, x, index, weight, budget):
 
 def at(packed, budget):
     """The step of one budget per token [T], under the default rule."""
-    packed.step = Step(bind(packed, [FULL.with_budget(0.5)]), 0, budget)
+    packed.step = Step(bind(packed, [FULL.with_slots(0.5)]), 0, budget)
     return packed
 
 

@@ -36,7 +36,7 @@ def generate(
     options.check()
     check_prompt(prompt)
     named = None if at.point is None else find_point(at.point, folder).point
-    point = asked_point(named, at.budget, at.rule)
+    point = asked_point(named, at.budget, at.rule, at.control)
     if experts.miss_floor != 1 and experts.miss_floor >= point.slots.budget:
         raise UsageError(
             f"--miss-floor {experts.miss_floor:g} is not below --budget {point.slots.budget:g}", "lower it, or leave it out"

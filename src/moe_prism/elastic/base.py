@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ..model import MoELayer
 
+POSITIONS = 129
+"""Of a rule's dial, evenly spaced from nothing to everything, where something is known of it."""
+
 
 @dataclass
 class LayerParts:
@@ -112,6 +115,10 @@ class Rule(ABC):
     needs_norms = True
     is_continuous = False
     """Whether budgets between two slot counts give different results."""
+    units: ClassVar[tuple[str, ...]] = ("slots", "bytes")
+    """What its budget may be a share of (`point.base.UNITS`)."""
+    controls: ClassVar[tuple[str, ...]] = ("none",)
+    """Who its budget may be held for (`point.base.CONTROLS`)."""
     compiled: NDArray[np.float32] | None = None
     """What `marks.select` needs to decide as this rule does: its levels, an empty array for top-K; None = it cannot."""
 
@@ -124,6 +131,11 @@ class Rule(ABC):
 
         At least one slot of a token with any valid expert is kept; budget 1 keeps every valid slot.
         """
+
+    @classmethod
+    def share_kept(cls, parts: LayerParts) -> Tensor:
+        """[POSITIONS] float64: the share of a layer's slots that is kept at evenly spaced positions of the dial, where it is known."""
+        return torch.linspace(0, 1, POSITIONS, dtype=torch.float64)
 
     def count(self, slots: Slots, budget: Tensor) -> Tensor:
         """K [T]: the budget as a number of slots, at least 1."""

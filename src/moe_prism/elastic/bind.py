@@ -11,14 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UsageError
 from ..model.extra import ExtraExperts
-from ..point import OperatingPoint, RoutingStage
+from ..point import OperatingPoint, RoutingStage, SlotRule
 from ..routing import Stage, stage_class
 from ..routing.base import outside
+from .control import Holding, Past, holdings
+from .dial import Dial, dials, spending
 from .host import Host
 from .rules import rules
 from .scorers import scorers
@@ -28,13 +32,19 @@ MOST_POINTS = 256
 
 @dataclass(frozen=True)
 class PointGroup:
-    """Points that one pass serves: the same stages, rule, scorer and compensation. budgets[p][l]: of its point p at layer l."""
+    """Points that one pass serves: the same stages, rule, scorer, compensation and control.
+
+    budgets[p][l]: the position of the rule's dial for its point p at layer l. holding: what each layer holds them with, where they are
+    held. dials: how a budget of the first point becomes a position, for budgets that are given per token.
+    """
 
     stages: tuple[Stage, ...]
     rule: str
     scorer: str
     compensate: bool
     budgets: tuple[tuple[float, ...], ...]
+    holding: tuple[Holding, ...] | None = None
+    dials: tuple[Dial, ...] = ()
 
     @property
     def extra(self) -> ExtraExperts | None:
@@ -50,6 +60,10 @@ class PointGroup:
         if isinstance(which, int):
             return self.budgets[which][layer]
         return self._table.to(which.device)[:, layer][which]
+
+    def position(self, layer: int, budget: Tensor) -> Tensor:
+        """Positions of the dial for budgets of the first point's kind."""
+        return self.dials[layer].at_each(budget) if self.dials else budget
 
     def is_full(self, layer: int, which: int | Tensor) -> bool:
         """Whether every slot is kept. Points on a GPU are never asked for: that would stop it."""
@@ -83,6 +97,17 @@ class Bound:
     def depends_on_batch(self) -> bool:
         return any(stage.depends_on_batch for group in self.groups for stage in group.stages)
 
+    @cached_property
+    def held(self) -> tuple[int, ...]:
+        """Of every point the number of its group, from 1, where its budget is held for the request; else 0."""
+        of_point = [(number + 1, self.groups[number], local) for number, local in self.place]
+        return tuple(n * (group.holding is not None and min(group.budgets[local]) < 1) for n, group, local in of_point)
+
+    @property
+    def holds(self) -> bool:
+        """Whether any point's budget is held."""
+        return any(self.held)
+
     def check_which(self, which: int | Tensor) -> None:
         """UsageError for a point that does not exist. Indices on a GPU are not asked for."""
         wrong = outside(which, len(self.points))
@@ -94,12 +119,23 @@ class Bound:
 class Step:
     """What the next forward runs at. which: the point of all tokens, or of each token of the flattened batch [T].
 
-    budget: one per token [T] in place of the points' own; `bound` has one point then.
+    budget: one per token [T] in place of the points' own; `bound` has one point then. past: what the requests of the forward that runs
+    have had so far, where a budget is held; None: every token is the first of a request of its own.
     """
 
     bound: Bound
     which: int | Tensor = 0
     budget: Tensor | None = None
+    past: Past | None = None
+
+    def kinds(self, tokens: int) -> NDArray[np.int64]:
+        """[T]: by which group, from 1, each token's budget is held; 0: by none."""
+        held = self.bound.held
+        if isinstance(self.which, int):
+            kinds = np.full(tokens, held[self.which], np.int64)
+        else:
+            kinds = np.array(held, np.int64)[self.which.reshape(-1).cpu().numpy()]
+        return kinds if self.budget is None else kinds * (self.budget.reshape(-1).cpu().numpy() < 1)
 
 
 def bind(elastic: Host, points: Sequence[OperatingPoint]) -> Bound:
@@ -118,8 +154,8 @@ def bind(elastic: Host, points: Sequence[OperatingPoint]) -> Bound:
     return Bound(tuple(points), tuple(groups), tuple(place))
 
 
-Key = tuple[tuple[tuple[str, bool | None], ...], str, str, bool]
-"""Stages with what they do to weights, rule, scorer, compensation."""
+Key = tuple[tuple[tuple[str, bool | None], ...], str, str, bool, str]
+"""Stages with what they do to weights, rule, scorer, compensation, control."""
 
 
 def _group_keys(points: Sequence[OperatingPoint]) -> list[Key]:
@@ -128,7 +164,7 @@ def _group_keys(points: Sequence[OperatingPoint]) -> list[Key]:
     home: dict[tuple[tuple[str, bool | None], ...], Key] = {}
     keys: list[Key] = []
     for point, own in zip(points, stages, strict=True):
-        key = (own, point.slots.rule, point.slots.scorer, point.slots.compensate)
+        key = (own, point.slots.rule, point.slots.scorer, point.slots.compensate, point.slots.control)
         if not point.slots.is_full:
             home.setdefault(own, key)
         keys.append(key)
@@ -136,15 +172,27 @@ def _group_keys(points: Sequence[OperatingPoint]) -> list[Key]:
 
 
 def _group(elastic: Host, key: Key, points: Sequence[OperatingPoint]) -> PointGroup:
-    _, rule, scorer, compensate = key
+    _, rule, scorer, compensate, control = key
     stages = tuple(
         stage_class(points[0].routing[i].stage)([point.routing[i] for point in points]) for i in range(len(points[0].routing))
     )
     if sum(stage.extra is not None for stage in stages) > 1:
         raise UsageError("two routing stages bring experts of their own", "chain at most one of them")
-    layers = range(len(elastic.layers))
-    budgets = tuple(tuple(point.slots.at(layer) for layer in layers) for point in points)
-    return PointGroup(stages, rule, scorer, compensate, budgets)
+    chosen = [point for point in points if not point.slots.is_full]
+    if not chosen:
+        return PointGroup(stages, rule, scorer, compensate, tuple((1.0,) * len(elastic.layers) for _ in points))
+    counts = rules.get(rule)
+    plain = control == "none" and all(point.slots.of != "bytes" for point in chosen)
+    found = [] if plain else [spending(layer, chosen[0].slots, counts, elastic) for layer in elastic.layers]
+    turned = {p: dials(elastic, point.slots, counts, found) for p, point in enumerate(points) if not point.slots.is_full}
+    budgets = tuple(_positions(point.slots, turned.get(p), len(elastic.layers)) for p, point in enumerate(points))
+    holding = None if control == "none" else holdings(found, control == "strict")
+    return PointGroup(stages, rule, scorer, compensate, budgets, holding, tuple(next(iter(turned.values()))))
+
+
+def _positions(slots: SlotRule, own: Sequence[Dial] | None, layers: int) -> tuple[float, ...]:
+    """Of the dial at every layer."""
+    return tuple(slots.at(layer) if own is None else own[layer].at(slots.at(layer)) for layer in range(layers))
 
 
 def _settled(elastic: Host, point: OperatingPoint) -> OperatingPoint:
@@ -159,6 +207,11 @@ def _settled(elastic: Host, point: OperatingPoint) -> OperatingPoint:
     elastic.check(point)
     rule = rules.get(point.slots.rule)
     scorers.get(point.slots.scorer)
+    for what, asked, legal in (("of", point.slots.of, rule.units), ("control", point.slots.control, rule.controls)):
+        if asked not in legal:
+            raise UsageError(
+                f"rule '{point.slots.rule}' has no '{asked}' for '{what}' of its budget", f"choose one of: {', '.join(legal)}"
+            )
     if not point.slots.is_full and rule.needs_norms and elastic.layers[0].parts.n_sub == 1:
         raise UsageError(
             f"rule '{point.slots.rule}' needs sub-experts, and this model has none", "refactor it first, or leave slots out"

@@ -20,7 +20,7 @@ from .rules.top_slots import FEW
 from .scorers.ridge import Ridge
 
 if TYPE_CHECKING:
-    from ..kernels.selection import Choosing
+    from ..kernels.selection import Choosing, Held
 
 
 @cache
@@ -65,9 +65,12 @@ def select_few(scorer: Scorer, rule: Rule, x: Tensor, index: Tensor, weight: Ten
     """keep [T, k, N] of few tokens, as rule and scorer choose it; None where they have to do it themselves."""
     budgets = budgets_of([budget], len(x))
     found = None if budgets is None else prepared(scorer, rule, x, index, weight)
-    if found is None:
-        return None
-    shape = (*index.shape, scorer.parts.n_sub)
+    return None if budgets is None or found is None else run(found, None, budgets)
+
+
+def run(found: Choosing, held: Held | None, budgets: NDArray[np.float32]) -> Tensor:
+    """keep [T, k, N] of few tokens at the one row of budgets [1, T]; where they are held, what they reach is written there."""
+    shape = (*found.chosen.shape, found.norms.weight.shape[1])
     keeps = np.empty((1, *shape), np.bool_)
-    _compiled().select(found, budgets, keeps, np.empty(shape, np.float32))
+    _compiled().select(found, held, budgets, keeps, np.empty(shape, np.float32))
     return torch.from_numpy(keeps[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ..routing.base import merge_state
 from .base import LayerParts, Rule, Scorer
 from .bind import PointGroup, Step
 from .compensate import Compensator, compensator
+from .control import Past
 from .counter import Counter
 from .execute.base import Executor, Settled
 from .host import Host
@@ -27,6 +29,9 @@ from .prices import Prices, prices_of
 from .rules import rules
 from .scorers import scorers
 from .select import Mixed, Selection, Whole, nothing, put
+
+if TYPE_CHECKING:
+    from ..kernels.selection import Held
 
 Candidates = Selection | Whole | Mixed
 
@@ -77,37 +82,38 @@ class ElasticLayer:
         """The slots to choose from, after routing; None where every slot of the router's own choice is kept.
 
         state: what stages carry from layer to layer; None: that of the forward that runs. A guess of what another input would keep has
-        its own.
+        its own, and holds no budget.
         """
         bound, which = step.bound, step.which
+        guess = state is not None
         routed = self.routed(x, index, weight, self.elastic.carried if state is None else state)
         if isinstance(which, Tensor) and which.numel() != len(x):
             raise UsageError(f"{which.numel()} operating points for {len(x)} tokens", "give one per token of the flattened batch")
         if isinstance(which, int):
             number, local = bound.place[which]
-            return self._of_group(bound.groups[number], local, routed, step.budget)
+            return self._of_group(step, number, local, routed, guess=guess)
         groups, locals_ = (table.to(which.device)[which.reshape(-1)] for table in bound.tables)
         if len(bound.groups) == 1:
-            return self._of_group(bound.groups[0], locals_, routed, step.budget)
-        return self._mixed(bound.groups, groups, locals_, routed)
+            return self._of_group(step, 0, locals_, routed, guess=guess)
+        return self._mixed(step, groups, locals_, routed, guess)
 
     def kept(self, step: Step, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """keep [T, k', N] of a batch at a step, without computing anything of it, or moving what stages carry on."""
         found = self.candidates(step, x, index, weight, state=dict(self.elastic.carried) if self.index else {})
         return (found or Whole(index, weight, self._valid(index), self.parts.n_sub)).keep()
 
-    def _mixed(self, kinds: tuple[PointGroup, ...], groups: Tensor, locals_: Tensor, routed: Routed) -> Candidates | None:
+    def _mixed(self, step: Step, groups: Tensor, locals_: Tensor, routed: Routed, guess: bool) -> Candidates | None:
         """A batch of several groups [T]: each is routed and selected alone, all are computed together."""
         parts: list[tuple[Tensor, Selection | Whole]] = []
         own_way = True  # whether nobody changes the router's choice or drops a slot
-        on_cpu = groups.device.type == "cpu"
+        on_cpu, kinds = groups.device.type == "cpu", step.bound.groups
         for number in torch.unique(groups).tolist() if on_cpu else range(len(kinds)):
             rows = torch.where(groups == number)[0] if on_cpu else groups == number  # a GPU is not asked how many there are
             if on_cpu and len(rows) == len(groups):
-                return self._of_group(kinds[number], locals_, routed, None)
+                return self._of_group(step, number, locals_, routed, guess=guess)
             part = routed.of(rows) if on_cpu else routed
             local = locals_[rows] if on_cpu else torch.where(rows, locals_, 0)
-            found = self._of_group(kinds[number], local, part, None)
+            found = self._of_group(step, number, local, part, rows=rows, guess=guess)
             own_way = own_way and found is None
             if on_cpu:
                 merge_state(routed.state, rows, part.state, len(groups))
@@ -126,9 +132,10 @@ class ElasticLayer:
         return Mixed(parts, index, weight, self.parts.n_sub)
 
     def _of_group(
-        self, group: PointGroup, which: int | Tensor, routed: Routed, budget: Tensor | None
+        self, step: Step, number: int, which: int | Tensor, routed: Routed, *, rows: Tensor | None = None, guess: bool
     ) -> Selection | Whole | None:
-        """The candidates of tokens that are all of one group; None as `candidates` says."""
+        """The candidates of tokens that are all of one group; None as `candidates` says. rows: which of the batch they are."""
+        group, budget = step.bound.groups[number], step.budget
         after = routed
         if group.stages:
             marked = routed.index.masked_fill(~self._valid(routed.index), -1)
@@ -145,9 +152,26 @@ class ElasticLayer:
             return Whole(after.index, after.weight, self._valid(after.index), self.parts.n_sub, added)
         rule = self.rule(group.rule)
         scorer = self.scorer(group.scorer) if rule.needs_norms else None
-        own = group.budget(self.index, which) if budget is None else budget
+        own = group.budget(self.index, which) if budget is None else group.position(self.index, budget)
+        held = None if full or guess or group.holding is None else self._held(step, number, len(routed.x), rows)
         experts = self.parts.layer.num_experts
-        return Selection(after.x, after.index, after.weight, experts, self.parts.n_sub, rule, scorer, own, added)
+        return Selection(after.x, after.index, after.weight, experts, self.parts.n_sub, rule, scorer, own, added, held)
+
+    def _held(self, step: Step, number: int, tokens: int, rows: Tensor | None) -> Held:
+        """What the budgets of a group are held with. UsageError where the layer's rows are not those of the forward."""
+        holding = step.bound.groups[number].holding
+        assert holding is not None
+        if step.past is None:
+            return Past.unknown(tokens, number + 1).held(holding[self.index], self.index, number + 1, None)
+        past = step.past
+        rows = None if rows is None or rows.dtype == torch.bool else rows  # a mask is of a device: all rows are there
+        whole = step.which.numel() if isinstance(step.which, Tensor) else tokens
+        if past.rows.shape[1] != whole:
+            raise UsageError(
+                f"layer '{self.parts.layer.name}' has {whole} rows where the model was given {past.rows.shape[1]} tokens",
+                "use a point with control 'none'",
+            )
+        return past.held(holding[self.index], self.index, number + 1, rows)
 
     def _added(self, group: PointGroup, routed: Routed) -> Tensor | None:
         """[T, d]: what the stages' own experts add, and note what that reads."""

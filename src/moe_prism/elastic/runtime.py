@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
 from ..calibrate.residual import watch_residual
+from ..calibrate.run import backbone_of
 from ..compress.changes import installed
 from ..errors import UsageError
 from ..model import MoELayer, find_layers
 from ..partition.base import check_blocks
 from ..point import FULL, OperatingPoint
+from ..point.base import slots_unit
 from .base import LayerParts
 from .bind import Bound, Step, bind
 from .execute.base import Executor
@@ -22,6 +25,7 @@ from .execute.memory import InMemory
 from .layer import ElasticLayer
 from .observe import normalises
 from .rules import rules
+from .sequences import followed
 
 TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token", "moe_k", "top_k")
 """How configurations name the experts per token."""
@@ -42,6 +46,7 @@ class Elastic:
         # what a weight costs on the machine that serves; compute may use a wider type (float32 on a CPU)
         self.stored_bytes_per_weight: float = layer_parts[0].layer.up.element_size()
         self._watching: dict[int, Any] = {}
+        self._following = False
         self.layers = [ElasticLayer(parts, self, self.executor_of(parts)) for parts in layer_parts]
         self.full_step = self.step = Step(bind(self, [FULL]))
         for layer in self.layers:
@@ -85,6 +90,8 @@ class Elastic:
                     stack.enter_context(installed(point.weights, self.model, [layer.parts.layer for layer in self.layers]))
             if "residual" in step.bound.needs:
                 stack.enter_context(self._watched())
+            if step.bound.holds and step.past is None:
+                stack.enter_context(self._followed())
             self.step, self.counting = step, counted if counting is None else counting
             try:
                 yield step
@@ -102,6 +109,19 @@ class Elastic:
                 yield
             finally:
                 self._watching = before
+
+    @contextmanager
+    def _followed(self) -> Iterator[None]:
+        """Follow the requests of every forward, once however deep the blocks nest."""
+        if self._following:
+            yield
+            return
+        self._following = True
+        try:
+            with followed(self, backbone_of(self.model)):
+                yield
+        finally:
+            self._following = False
 
     def residual(self, layer: int, x: Tensor) -> Tensor:
         """The residual stream [T, d] of a layer's input x [T, d]. UsageError where it cannot be seen."""
@@ -168,10 +188,10 @@ def operating_point(
 ) -> Iterator[Elastic]:
     """Run everything inside the block at one operating point, or at one per token.
 
-    budget: kept slots / all slots in (0, 1], one number or a tensor [T] with one per token of the flattened batch. k: kept slots
-    per token instead, 1..k*N. rule: None takes `threshold` for a budget, which is met on average and spent on the tokens and layers
-    that need it, and `product` for k, which is met by every token. point: everything at once, instead of the three; of several, which
-    says which one runs, one number or a tensor [T] with one per token.
+    budget: a share in (0, 1] of the bytes that a token reads (of its slots, for other rules than `threshold`), one number or a tensor [T]
+    with one per token of the flattened batch. k: kept slots per token instead, 1..k*N. rule: None takes `threshold` for a budget, which is
+    held for the mean of every request and spent on the tokens and layers that need it, and `product` for k, which is met by every token.
+    point: everything at once, instead of the three; of several, which says which one runs, one number or a tensor [T] with one per token.
     Raises UsageError for a model that is not elastic, an unknown name, a number out of range, or a point for another model.
     """
     elastic = elastic_of(model)
@@ -206,7 +226,10 @@ def _step_of(elastic: Elastic, budget: float | Tensor, k: int | None, rule: str 
         raise UsageError(f"budget {float(low):g} is outside (0, 1]", "1 keeps every slot, 0.5 half of them")
     # with one budget per token the number in the point stands for "less than everything"
     number = 0.5 if isinstance(budget, Tensor) else float(budget)
-    bound = bind(elastic, [FULL.with_budget(number, rule)])
+    point = FULL.with_budget(number, rule)
+    if k is not None:
+        point = replace(point, slots=replace(point.slots, of=slots_unit(rule)))
+    bound = bind(elastic, [point])
     return Step(bound, 0, budget if isinstance(budget, Tensor) else None)
 
 

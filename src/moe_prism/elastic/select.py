@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,8 +18,13 @@ from torch import Tensor
 from ..errors import UsageError
 from ..model.base import is_expert
 from .base import Rule, Scorer, Slots
-from .fused_select import budgets_of, prepared, select_few
+from .control import keep_held
+from .fused_select import budgets_of, prepared, run, select_few
+from .rules.threshold import Threshold
 from .scorers.ridge import FEW
+
+if TYPE_CHECKING:
+    from ..kernels.selection import Held
 
 
 def nothing() -> None:
@@ -30,7 +35,8 @@ def nothing() -> None:
 class Selection:
     """The candidate slots of a batch and the rule that chooses among them. Nothing is computed before it is asked for.
 
-    x [T, d]; index, weight [T, k], with ids outside [0, E) where there is no expert; budget: one number, or one per token [T].
+    x [T, d]; index, weight [T, k], with ids outside [0, E) where there is no expert; budget: one number, or one per token [T]. held: what
+    the requests' budgets are held with; to choose then moves their state on, so it is done once.
     """
 
     x: Tensor
@@ -42,6 +48,8 @@ class Selection:
     scorer: Scorer | None  # None where the rule needs no norms
     budget: float | Tensor
     added: Callable[[], Tensor | None] = nothing  # [T, d]: of experts that are not weights
+    held: Held | None = None
+    _chosen: tuple[Tensor, Tensor] | None = None  # keep, and the budget that each token reached
 
     @cached_property
     def valid(self) -> Tensor:
@@ -68,14 +76,31 @@ class Selection:
 
     def keep(self, most: float = 1.0) -> Tensor:
         """keep [T, k, N] bool; most: a budget that no token may pass, whatever its own."""
-        budget = self.budget if most >= 1 else _least(self.budget, most)
+        if self.held is None:
+            return self._kept(self.budget if most >= 1 else _least(self.budget, most))
+        keep, reached = self._hold(self.held)
+        return keep if most >= 1 else keep & self.rule.keep(self.slots, reached.clamp(max=most))
+
+    def _kept(self, budget: float | Tensor) -> Tensor:
         if self.scorer is not None and self.index.numel() <= FEW:
             found = select_few(self.scorer, self.rule, self.x, self.index, self.weight, budget)
             if found is not None:
                 return found
         return self.rule.keep(self.slots, _per_token(budget, self.x))
 
-    def fused(self, most: Sequence[float]) -> tuple[Any, NDArray[np.float32]] | None:
+    def _hold(self, held: Held) -> tuple[Tensor, Tensor]:
+        """(keep, the budget that each token reached)."""
+        if self._chosen is None:
+            found = self.fused(())
+            if found is not None:
+                self._chosen = run(found[0], held, found[2]), torch.from_numpy(found[2][0])
+            else:
+                budget = _per_token(self.budget, self.x)
+                assert isinstance(self.rule, Threshold)  # no other rule says that it holds budgets
+                self._chosen = keep_held(self.values(), self.rule.cutoffs, budget, self.valid, held)
+        return self._chosen
+
+    def fused(self, most: Sequence[float]) -> tuple[Any, Held | None, NDArray[np.float32]] | None:
         """What `kernels.selection.select` wants to know, with the budgets [1 + B, T]: the tokens' own, then capped at each of `most`.
 
         None where scorer, rule or batch are not of the compiled kind.
@@ -88,7 +113,7 @@ class Selection:
             return None
         for budget, limit in zip(budgets[1:], most, strict=True):
             np.minimum(budget, np.float32(limit), out=budget)
-        return found, budgets
+        return found, self.held, budgets
 
 
 @dataclass(frozen=True)

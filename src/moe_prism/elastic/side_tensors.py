@@ -13,6 +13,7 @@ from ..errors import UsageError
 
 RIDGE = "ridge"
 CUTOFFS = "cutoffs"
+SHARES = "shares"
 LAYER_BUDGETS = "layer_budgets"
 REPAIR = "repair"
 LOW_RANK_MAP, LOW_RANK_HEADS = "low_rank.map", "low_rank.heads"
@@ -22,6 +23,7 @@ COMPENSATE = "compensate."
 EXPERT_DIMENSIONS: Mapping[str, int | None] = {
     RIDGE: 0,  # [E, N, d + N r + 1], the default scorer
     CUTOFFS: None,  # [129], of the threshold rule
+    SHARES: None,  # [129], of the layer's slots, those that reached each cutoff on the calibration text
     LAYER_BUDGETS: None,  # [k N], of the rule of that name
     REPAIR: 1,  # [bands, E, d, f] (bfloat16), D_b of every band, of `recover --method repair`
     LOW_RANK_MAP: None,  # [R, d + 1], of the low-rank scorer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,16 +36,18 @@ def check_prompt(prompt: str) -> None:
         raise UsageError("the prompt is empty", "give some text with --prompt")
 
 
-def asked_point(point: OperatingPoint | None, budget: float | None, rule: str | None) -> OperatingPoint:
-    """What a budget and a rule make of a point, None of the model itself. UsageError for a budget or a rule that there is not."""
+def asked_point(
+    point: OperatingPoint | None, budget: float | None, rule: str | None, control: str | None = None
+) -> OperatingPoint:
+    """What a budget, a rule and a control make of a point, None of the model itself. UsageError for one that there is not."""
     if budget is not None and not 0 < budget <= 1:
-        raise UsageError(f"budget {budget:g} is outside (0, 1]", "1 keeps every slot, 0.5 half of them")
+        raise UsageError(f"budget {budget:g} is outside (0, 1]", "1 keeps every slot, 0.5 half of the bytes")
     if rule is not None:
         rules.get(rule)
     point = point or FULL
     if budget is None and rule is None:
-        return point
-    return point.with_budget(point.slots.budget if budget is None else budget, rule)
+        return point if control is None else replace(point, slots=replace(point.slots, control=control))
+    return point.with_budget(point.slots.budget if budget is None else budget, rule, control or "")
 
 
 def generate(

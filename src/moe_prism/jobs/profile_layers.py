@@ -41,7 +41,7 @@ class Profiler:
         """(KL [L] to the full model in nats per token with that layer alone at `budget`, slots per token); ids: windows [n, length]."""
         count = len(self.elastic.layers)
         alone = [tuple(budget if i == j else 1.0 for j in range(count)) for i in range(count)]
-        points = [OperatingPoint(slots=SlotRule(rule=rule, layers=own)) for own in alone]
+        points = [OperatingPoint(slots=SlotRule(rule=rule, layers=own, of="slots", control="none")) for own in alone]
         measured = measure(self.model, ids, points, batch=max(1, LOGIT_ROWS // ids.shape[1]), progress=update)
         counter = self.elastic.layers[0].counter
         slots = counter.chosen // counter.tokens * self.elastic.layers[0].parts.n_sub

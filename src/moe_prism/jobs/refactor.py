@@ -18,8 +18,8 @@ from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
 from ..calibrate.statistics import Statistics
 from ..checkpoint import Journal, OutputFolder, source_facts, write_manifest
-from ..elastic.rules.threshold import pool_cutoffs
-from ..elastic.side_tensors import CUTOFFS, LAYER_BUDGETS
+from ..elastic.rules.threshold import kept_shares, pool_cutoffs
+from ..elastic.side_tensors import CUTOFFS, LAYER_BUDGETS, SHARES
 from ..errors import UsageError
 from ..model import MoELayer, resolve
 from ..options.refactor import RefactorOptions
@@ -159,7 +159,9 @@ def _pool_cutoffs(
     profiles = [[(budget, float(run["kl"][i])) for (_, budget), run in zip(runs, found, strict=True)] for i in range(len(units))]
     costs = [unit_cost(level, *profile[0]) for level, profile in zip(own, profiles, strict=True)]
     if not journal.done(CUTOFFS_FILE):
-        tensors = {f"layers.{i}.{CUTOFFS}": level for i, level in enumerate(pool_cutoffs(own, costs))}
+        pooled = pool_cutoffs(own, costs)
+        tensors = {f"layers.{i}.{CUTOFFS}": level for i, level in enumerate(pooled)}
+        tensors |= {f"layers.{i}.{SHARES}": kept_shares(*each) for i, each in enumerate(zip(own, pooled, strict=True))}
         plans = budget_tensors(own, [profile[1:] or profile for profile in profiles], int(found[0]["slots"]))
         digest = folder.save_tensors(
             CUTOFFS_FILE, tensors | {f"layers.{i}.{LAYER_BUDGETS}": plan for i, plan in enumerate(plans)}

@@ -35,7 +35,7 @@ The weights of `{source}` with the neurons of every expert reordered, so that ea
 import moe_prism
 
 model, tokenizer = moe_prism.load("this-folder")
-with moe_prism.operating_point(model, budget=0.5):  # half of the expert slots, for whatever runs inside
+with moe_prism.operating_point(model, budget=0.5):  # half of the expert bytes, for whatever runs inside
     model.generate(**tokenizer("def main(", return_tensors="pt"), max_new_tokens=40)
 ```
 

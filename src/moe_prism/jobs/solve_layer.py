@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..elastic.compensate import Compensator
 from ..elastic.rules.threshold import QUANTILES, fit_cutoffs
 from ..elastic.scorers import ridge as ridge_scorer
 from ..elastic.scorers import scorers
-from ..elastic.side_tensors import CUTOFFS, RIDGE
+from ..elastic.side_tensors import CUTOFFS, RIDGE, SHARES
 from ..model import MoELayer
 from ..options.refactor import RefactorOptions
 from ..partition import Partition, objectives, order_gates, refiners, solvers
@@ -49,11 +48,12 @@ def solve(layer: MoELayer, statistics: LayerStatistics, options: RefactorOptions
     layer.permute(torch.from_numpy(perm))
     parts = LayerParts(layer, options.n_sub, options.gates)
     extra = None if options.compensate == "none" else _compensate(parts, statistics, samples, weights, options)
-    parts.tensors[RIDGE] = ridge_scorer.fit(parts, samples, extra.losses if extra else None)
+    fitted = ridge_scorer.fit(parts, samples, extra.losses if extra else None)
+    parts.tensors[RIDGE] = fitted.weight
     for name in options.extra_scorers:
         parts.tensors |= scorers.get(name).fit(parts, samples)
-    scorer = ridge_scorer.Ridge(parts)
-    parts.tensors[CUTOFFS] = _cutoffs(statistics, samples, lambda e, rows: scorer(rows, torch.full((len(rows), 1), e))[:, 0])
+    parts.tensors[CUTOFFS] = _cutoffs(statistics, [ridge_scorer.held_out(len(x)) for x in samples], fitted.held)
+    parts.tensors[SHARES] = torch.linspace(0, 1, QUANTILES)
     shares = [
         p.cost / max(float(m.sum(dtype=np.float64)), 1e-30) for p, m in zip(partitions.values(), wanted.values(), strict=True)
     ]
@@ -104,7 +104,7 @@ def _compensate(
 ) -> Compensator:
     """Fit compensation on the weaker half of the layer's slots, and put its tensors into the parts."""
     true = [ridge_scorer.block_norms(parts, x, e) for e, x in enumerate(samples)]
-    half = _cutoffs(statistics, samples, lambda e, rows: true[e][: len(rows)])[QUANTILES // 2]
+    half = _cutoffs(statistics, [torch.arange(len(x)) for x in samples], true)[QUANTILES // 2]
     dropped = [weight.abs()[:, None] * norms < half for weight, norms in zip(weights, true, strict=True)]
     rows = [compensate.ExpertSample(x, mask) for x, mask in zip(samples, dropped, strict=True)]
     return compensate.fit(options.compensate, parts, rows, options.rank)
@@ -114,16 +114,16 @@ def _rows(weight: Tensor | None, expert: int) -> Any:
     return None if weight is None else weight[expert].float().numpy()
 
 
-def _cutoffs(statistics: LayerStatistics, samples: list[Tensor], norms: Callable[[int, Tensor], Tensor]) -> Tensor:
+def _cutoffs(statistics: LayerStatistics, rows: list[Tensor], norms: list[Tensor]) -> Tensor:
     """Levels for the threshold rule: slot values of each expert's sample, weighted by how often the expert is chosen.
 
-    norms(expert, rows [S, d]) -> [S, N].
+    rows [S] of the sample and norms [S, N] of each expert; rows beyond its own are borrowed ones, and do not count.
     """
     values, importance = [], []
-    for e, x in enumerate(samples):
+    for e, (mine, norm) in enumerate(zip(rows, norms, strict=True)):
         _, weight = statistics.inputs(e)
-        rows = x[: len(weight)]
-        if len(rows):
-            values.append((weight.abs()[:, None] * norms(e, rows)).flatten())
-            importance.append(torch.full_like(values[-1], float(statistics.values["counts"]["count"][e]) / len(rows)))
+        own = mine < len(weight)
+        if own.any():
+            values.append((weight[mine[own]].abs()[:, None] * norm[own]).flatten())
+            importance.append(torch.full_like(values[-1], float(statistics.values["counts"]["count"][e]) / int(own.sum())))
     return fit_cutoffs(torch.cat(values), torch.cat(importance))

@@ -15,6 +15,13 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
+PRIOR = 4.0
+"""Tokens that the calibration's cutoffs count for against a request's own."""
+HORIZON, HORIZON_AT_START = 0.0625, 4.0
+"""What a request is off by is made up for within this share of the tokens it had, and so many more."""
+MOST_MOVED = 3.0
+"""Log-odds that a dial is moved by at most."""
+
 
 class Norms(NamedTuple):
     """What the ridge predictor needs of every choice (S = T k of them) to say how large each block's output is.
@@ -40,6 +47,25 @@ class Choosing(NamedTuple):
     chosen: Ints
     weight: Floats
     cutoffs: Floats
+
+
+class Held(NamedTuple):
+    """What one layer needs to hold a budget for the requests of a batch of T rows (`elastic.control` explains it).
+
+    rows [3, T]: slot of the state before a row (-1: none), slot of that after it (-1: nowhere), number of the group that is held (0:
+    none). own [S]: which of the rows the candidates are. sums [slots, L, 2], tokens [slots, 2]: the state. tables [2, 129]: the share
+    of the layer's slots, and of all slots of the layers up to it, that every position of the dial asks for. weight: the layer's part in all bytes of slots. layer; mine: the group's number.
+    """
+
+    rows: Ints
+    own: Ints
+    sums: Floats
+    tokens: Floats
+    tables: Floats
+    weight: float
+    layer: int
+    mine: int
+    strict: bool
 
 
 @njit(nogil=True, cache=True)
@@ -110,6 +136,100 @@ def mark_above(values: Floats, cutoffs: Floats, budget: Floats, valid: Flags, ke
         keep[t, at // n_sub, at % n_sub] = valid[t, at // n_sub]
 
 
+@njit(nogil=True, cache=True)
+def at_position(table: Floats, position: float) -> float:
+    """A table at evenly spaced positions from 0 to 1, linear in between."""
+    steps = len(table) - 1
+    place = min(max(position, 0.0), 1.0) * steps
+    low = int(place)
+    return float(table[low]) + (place - low) * (float(table[min(low + 1, steps)]) - float(table[low]))
+
+
+@njit(nogil=True, cache=True)
+def carry(rows: Ints, sums: Floats, tokens: Floats) -> None:
+    """State of every row as its request had it before this forward. A layer that holds a row overwrites it; `Held` has the shapes."""
+    for r in range(rows.shape[1]):
+        before, after = rows[0, r], rows[1, r]
+        if after < 0:
+            continue
+        for layer in range(sums.shape[1]):
+            for j in range(2):
+                sums[after, layer, j] = sums[before, layer, j] if before >= 0 else np.float32(0)
+        tokens[after, 0] = (tokens[before, 0] if before >= 0 else np.float32(0)) + np.float32(rows[2, r] > 0)
+        tokens[after, 1] = 0
+
+
+@njit(nogil=True, cache=True)
+def mark_most(values: Floats, cutoff: float, most: int, valid: Flags, keep: Flags) -> int:
+    """keep [k, N] of one token: valid slots that reach the cutoff, the first largest one, and of those the `most` largest. How many."""
+    k, n_sub = values.shape
+    best, at, count = np.float32(-np.inf), 0, 0
+    for c in range(k):
+        for n in range(n_sub):
+            keep[c, n] = valid[c] and values[c, n] >= cutoff
+            count += keep[c, n]
+            if values[c, n] > best:
+                best, at = values[c, n], c * n_sub + n
+    if not keep[at // n_sub, at % n_sub] and valid[at // n_sub]:
+        keep[at // n_sub, at % n_sub] = True
+        count += 1
+    if count <= most:
+        return count
+    flat = values.copy().reshape(-1)
+    marks = keep.copy().reshape(-1)
+    for i in range(k * n_sub):
+        rank = 0
+        for j in range(k * n_sub):
+            rank += marks[j] and (flat[j] > flat[i] or (flat[j] == flat[i] and j < i))
+        keep[i // n_sub, i % n_sub] = marks[i] and rank < most
+    return most
+
+
+@njit(nogil=True, cache=True)
+def mark_held(values: Floats, cutoffs: Floats, dial: Floats, valid: Flags, held: Held, keep: Flags) -> None:
+    """keep [S, k, N] as `mark_above` at the dials that hold, request by request, those asked for, dial [S], and are left there."""
+    tokens, k, n_sub = values.shape
+    rows, sums, seen, layer = held.rows, held.sums, held.tokens, held.layer
+    i = 0
+    for r in range(rows.shape[1]):
+        before, after = rows[0, r], rows[1, r]
+        here = i < tokens and held.own[i] == r
+        total = 0
+        if here:
+            total = valid[i].sum() * n_sub
+        if not here or rows[2, r] != held.mine or dial[i] >= 1 or total == 0:
+            if here:
+                cutoff = 0.0 if dial[i] >= 1 else at_position(cutoffs, dial[i])
+                mark_most(values[i], cutoff, k * n_sub, valid[i], keep[i])
+                i += 1
+            if after >= 0 and before >= 0 and rows[2, r] in (0, held.mine):
+                for j in range(2):
+                    sums[after, layer, j] = sums[before, layer, j]
+            continue
+        total_off, learned, count, lower = 0.0, 0.0, 0.0, 0.0
+        if before >= 0:
+            total_off, learned = float(sums[before, layer, 0]), float(sums[before, layer, 1])
+            count = float(seen[before, 0])
+        if after >= 0:
+            lower = float(seen[after, 1])
+        share, asked = at_position(held.tables[0], dial[i]), at_position(held.tables[1], dial[i])
+        moved = learned - total_off / (HORIZON * count + HORIZON_AT_START)
+        moved = min(max(moved, -MOST_MOVED), MOST_MOVED)
+        odds = float(dial[i]) / (1.0 - float(dial[i])) * np.exp(moved)
+        reached = np.float32(odds / (1.0 + odds))
+        most = k * n_sub
+        if held.strict:
+            most = max(1, int((share - lower / held.weight) * total + 1e-4))
+        kept = mark_most(values[i], at_position(cutoffs, float(reached)), most, valid[i], keep[i])
+        if after >= 0:
+            more = lower + held.weight * (kept / total - share)
+            sums[after, layer, 0] = total_off + more / asked
+            sums[after, layer, 1] = min(max(learned - more / (asked * (count + PRIOR)), -MOST_MOVED), MOST_MOVED)
+            seen[after, 1] = more
+        dial[i] = reached
+        i += 1
+
+
 @njit(nogil=True, cache=True, fastmath={"contract"})
 def add_dropped(index: Ints, weight: Floats, keep: Flags, vectors: Floats, out: Floats) -> None:
     """out[t] += routing weight x vector of every slot that is not kept, in their order. vectors [E, N, d], ids outside [0, E) mean none."""
@@ -126,8 +246,11 @@ def add_dropped(index: Ints, weight: Floats, keep: Flags, vectors: Floats, out: 
 
 
 @njit(nogil=True, cache=True)
-def select(candidates: Choosing, budgets: Floats, keeps: Flags, values: Floats) -> None:
-    """keeps [B, T, k, N] of a choice at each of budgets [B, T], and the slots' values [T, k, N]."""
+def select(candidates: Choosing, held: Held | None, budgets: Floats, keeps: Flags, values: Floats) -> None:
+    """keeps [B, T, k, N] of a choice at each of budgets [B, T], and the slots' values [T, k, N].
+
+    Where a budget is held, the first of the budgets is, and the others become what the first has reached where that is less.
+    """
     index, experts = candidates.chosen, len(candidates.norms.weight)
     clamped, valid = np.empty_like(index), np.empty(index.shape, np.bool_)
     for t in range(index.shape[0]):
@@ -136,7 +259,11 @@ def select(candidates: Choosing, budgets: Floats, keeps: Flags, values: Floats) 
             valid[t, c] = clamped[t, c] == index[t, c]
     predicted_norms(candidates.norms, clamped, values)
     slot_values(candidates.weight, values, valid, values)
-    for b in range(len(budgets)):
+    if held is not None:
+        mark_held(values, candidates.cutoffs, budgets[0], valid, held, keeps[0])
+    for b in range(0 if held is None else 1, len(budgets)):
+        if held is not None:
+            budgets[b] = np.minimum(budgets[b], budgets[0])
         if len(candidates.cutoffs):
             mark_above(values, candidates.cutoffs, budgets[b], valid, keeps[b])
         else:

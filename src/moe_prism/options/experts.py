@@ -28,10 +28,11 @@ class ExpertOptions(Options):
     )
     miss_floor: float = option(
         1.0,
-        "Budget at which sub-experts are read that are not in memory, below --budget; those in memory are used up to --budget.",
+        "Share of the slots up to which sub-experts are read that are not in memory, below --budget; those in memory are used up to "
+        "--budget.",
     )
     int8_budget: float | None = option(
-        None, "Budget up to which missing ones are then read in int8 form instead of being skipped."
+        None, "Share of the slots up to which missing ones are then read in int8 form instead of being skipped."
     )
 
     def check_used(self) -> None:

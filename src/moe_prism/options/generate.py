@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from .base import Options, option
 
@@ -26,7 +27,14 @@ class PointOptions(Options):
         "Operating point to run at: a name in the folder's frontier.json, or a file. Default: the model itself.",
         short=("--plan",),
     )
-    budget: float | None = option(None, "Kept slots / all slots, in (0, 1]; with --point, of the slots its routing leaves.")
-    rule: str | None = option(
-        None, "Selection rule; see `moe-prism ls methods`. Default threshold: the budget is met on average."
+    budget: float | None = option(
+        None,
+        "Share of the bytes that a token reads, selection and compensation included, in (0, 1]; of its slots for other rules than "
+        "threshold. With --point, of what its routing leaves.",
+    )
+    rule: str | None = option(None, "Selection rule; see `moe-prism ls methods`. Default: threshold.")
+    control: Literal["mean", "strict", "none"] | None = option(
+        None,
+        "Who the budget is held for: the mean of a request's tokens, every token (strict), or nobody (none: it is met on average over "
+        "text like the calibration's). Default: mean for threshold, the only rule that can; none for the others.",
     )

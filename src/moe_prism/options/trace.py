@@ -19,7 +19,9 @@ class TraceOptions(Options):
     tokens: int = option(8192, "Tokens in all.", least=1)
     length: int = option(256, "Tokens per request.", least=8)
     prompt: int = option(64, "How many of them are the prefill step; the others are one decode step each.", least=0)
-    budget: float = option(1.0, "Kept slots / all slots of an elastic model, in (0, 1].")
+    budget: float = option(
+        1.0, "Share of the bytes that a token of an elastic model reads, in (0, 1]; of its slots for other rules than threshold."
+    )
     rule: str | None = option(None, "Selection rule of an elastic model; see `moe-prism ls methods`. Default threshold.")
     inputs: bool = option(False, "Also keep the routers' inputs and weights, which cross-layer prediction needs.")
     values: bool = option(False, "Also keep the value of every candidate slot of an elastic model.")

@@ -14,8 +14,27 @@ from ..errors import CorruptError, UsageError
 from . import read
 
 SCHEMA = 1
+UNITS = ("bytes", "slots", "value")
+"""What a budget may be a share of."""
+CONTROLS = ("mean", "strict", "none")
+"""Who a budget may be held for."""
 Numbers = tuple[tuple[float, ...], ...]
 """A parameter of a routing stage: per MoE layer one number, or one per routing rank."""
+
+
+def own_unit(rule: str) -> str:
+    """What a rule's budget is a share of unless it is said: `threshold` has a dial fine enough for bytes, the others count slots."""
+    return "bytes" if rule == "threshold" else slots_unit(rule)
+
+
+def slots_unit(rule: str) -> str:
+    """What a rule itself counts: slots, but for `mass`, which covers a share of their value."""
+    return "value" if rule == "mass" else "slots"
+
+
+def own_control(rule: str) -> str:
+    """Who a rule's budget is held for unless it is said: every request by `threshold`; the others give each token the same."""
+    return "mean" if rule == "threshold" else "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +119,11 @@ class RoutingStage:
 class SlotRule:
     """Which slots of the routed experts are kept.
 
-    budget: kept slots / all slots, (0, 1]; 1 keeps all. rule, scorer: names of `elastic.rules` and `elastic.scorers`. compensate: make up
-    for what is dropped, where the artefact was written with `--compensate`. layers: a budget for every MoE layer, instead of `budget`.
+    budget: a share of what a token has, (0, 1]; 1 keeps all. of: of its `bytes` (all that are read for it: kept slots, selection,
+    compensation), of its `slots`, or of their `value`; default `own_unit`. control: who the budget is held for: the `mean` of every
+    request's tokens, every token (`strict`), or nobody (`none`: the rule alone decides); default `own_control`. rule, scorer: names of
+    `elastic.rules` and `elastic.scorers`. compensate: make up for what is dropped, where the artefact was written with `--compensate`.
+    layers: a budget for every MoE layer, instead of `budget`.
     """
 
     budget: float = 1.0
@@ -109,11 +131,18 @@ class SlotRule:
     scorer: str = "ridge"
     compensate: bool = True
     layers: tuple[float, ...] | None = None
+    of: str = ""
+    control: str = ""
 
     def __post_init__(self) -> None:
         for budget in (self.budget, *(self.layers or ())):
             if not 0 < budget <= 1:  # also refuses nan
-                raise UsageError(f"budget {budget:g} is outside (0, 1]", "1 keeps every slot, 0.5 half of them")
+                raise UsageError(f"budget {budget:g} is outside (0, 1]", "1 keeps every slot, 0.5 half of the bytes")
+        object.__setattr__(self, "of", self.of or own_unit(self.rule))
+        object.__setattr__(self, "control", self.control or own_control(self.rule))
+        for name, legal in (("of", UNITS), ("control", CONTROLS)):
+            if getattr(self, name) not in legal:
+                raise UsageError(f"'{name}' of slots is '{getattr(self, name)}'", f"choose one of: {', '.join(legal)}")
 
     @property
     def is_full(self) -> bool:
@@ -134,13 +163,15 @@ class SlotRule:
         """The inverse of `to_json`. CorruptError names what is wrong."""
         where = "slots"
         row = read.mapping(data, where, tuple(f.name for f in fields(cls)))
-        layers = row.get("layers")
+        layers, rule = row.get("layers"), read.text(row, "rule", where)
         return cls(
             budget=read.number(row.get("budget", 1.0), f"budget of {where}"),
-            rule=read.text(row, "rule", where),
+            rule=rule,
             scorer=read.text(row, "scorer", where, cls.scorer),
             compensate=read.flag(row.get("compensate", True), f"compensate of {where}") is not False,
             layers=None if layers is None else read.numbers(layers, f"layers of {where}"),
+            of=read.text(row, "of", where, slots_unit(rule)),  # a file from before there was a choice means this
+            control=read.text(row, "control", where, "none"),
         )
 
 
@@ -182,10 +213,16 @@ class OperatingPoint:
         """Whether no part does anything. A stage that happens to keep everything still counts as one."""
         return self.is_per_token and not self.routing and self.slots.is_full
 
-    def with_budget(self, budget: float, rule: str | None = None) -> OperatingPoint:
-        """The same with another number of kept slots, and another rule if one is given."""
-        slots = replace(self.slots, budget=budget, layers=None)
-        return replace(self, slots=slots if rule is None else replace(slots, rule=rule, scorer=own_scorer(rule)))
+    def with_budget(self, budget: float, rule: str | None = None, control: str = "") -> OperatingPoint:
+        """The same at another budget, and by another rule if one is given: of the rule's own unit, and held as the rule does."""
+        slots = replace(self.slots, budget=budget, layers=None, of="", control="none")
+        slots = slots if rule is None else replace(slots, rule=rule, scorer=own_scorer(rule), of="")
+        return replace(self, slots=replace(slots, control=control))
+
+    def with_slots(self, share: float, rule: str | None = None) -> OperatingPoint:
+        """The same at a share of the slots, held for nobody: what is fitted or profiled with, on text like the calibration's."""
+        point = self.with_budget(share, rule, "none")
+        return replace(point, slots=replace(point.slots, of=slots_unit(point.slots.rule)))
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, with the version of this form."""

@@ -13,7 +13,7 @@ from ..errors import CorruptError, UsageError
 from ..files import replace_file
 from ..registry import choices
 from . import read
-from .base import OperatingPoint, RoutingStage, SlotRule, own_scorer
+from .base import OperatingPoint, RoutingStage, SlotRule, own_scorer, slots_unit
 
 KIND = "operating point"
 OLD_KIND = "skip plan"
@@ -70,7 +70,10 @@ def upgraded(rule: str, budget: float) -> OperatingPoint | None:
     own = "whole-experts" if rule == "topk" else methods.own_name(rule)
     if own not in methods.names("slots") or not 0 < budget <= 1:
         return None
-    return OperatingPoint(slots=SlotRule(budget=budget, rule=own, scorer=own_scorer(own), compensate=rule != "topk"))
+    kept = SlotRule(
+        budget=budget, rule=own, scorer=own_scorer(own), compensate=rule != "topk", of=slots_unit(own), control="none"
+    )
+    return OperatingPoint(slots=kept)
 
 
 def find_point(asked: str, folder: str | Path | None = None) -> NamedPoint:

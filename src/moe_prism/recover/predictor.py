@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ..calibrate.run import backbone_of
 from ..elastic import Slots
 from ..elastic.layer import ElasticLayer
-from ..elastic.rules.threshold import Threshold, fit_cutoffs, pool_cutoffs
+from ..elastic.rules.threshold import Threshold, fit_cutoffs, kept_shares, pool_cutoffs
 from ..elastic.scorers.ridge import CEILING, Ridge, features
-from ..elastic.side_tensors import CUTOFFS, RIDGE
+from ..elastic.side_tensors import CUTOFFS, RIDGE, SHARES
 from ..frontier.measure import measure
 from ..point import FULL
 from .base import RecoverJob
@@ -100,8 +100,8 @@ def train(job: RecoverJob) -> dict[str, Any]:
     for layer in layers:
         layer.parts.tensors[RIDGE] = layer.weight.detach().to("cpu", torch.bfloat16)
         layer.layer.forget()
-    for i, levels in enumerate(_levels(job)):
-        job.save(i, {RIDGE: job.elastic.layers[i].parts.tensors[RIDGE], CUTOFFS: levels})
+    for i, (levels, shares) in enumerate(_levels(job)):
+        job.save(i, {RIDGE: job.elastic.layers[i].parts.tensors[RIDGE], CUTOFFS: levels, SHARES: shares})
     return {"steps": job.steps, "rate": RATE, "budgets": list(BUDGETS), "seed": job.seed}
 
 
@@ -142,7 +142,7 @@ def _log_probabilities(model: Any, layers: Sequence[_Trained], rows: Tensor, bud
 def _price(job: RecoverJob) -> Callable[[float], float]:
     """KL that a slot more saves, as a share of all slots: the slope of ln KL = a - b budget, fitted to the untrained model."""
     ids = job.ids[:: max(1, len(job.ids) // PRICE_WINDOWS)][:PRICE_WINDOWS]
-    points = [FULL.with_budget(budget) for budget in PRICED_AT]
+    points = [FULL.with_slots(budget) for budget in PRICED_AT]
     kls = [max(found.quality.kl, 1e-9) for found in measure(job.model, ids, points, batch=1)]
     budgets = torch.tensor([[1.0, -budget] for budget in PRICED_AT], dtype=torch.float64)
     a, b = torch.linalg.lstsq(budgets, torch.tensor(kls, dtype=torch.float64).log()[:, None]).solution[:, 0].tolist()
@@ -150,8 +150,8 @@ def _price(job: RecoverJob) -> Callable[[float], float]:
 
 
 @torch.no_grad()
-def _levels(job: RecoverJob) -> list[Tensor]:
-    """Levels for the trained predictor, from slot values of the full model on calibration windows."""
+def _levels(job: RecoverJob) -> list[tuple[Tensor, Tensor]]:
+    """Levels for the trained predictor, and the share of a layer's slots that reach each, from the full model on calibration windows."""
     values: list[list[Tensor]] = [[] for _ in job.elastic.layers]
 
     def watch(i: int, layer: ElasticLayer) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -176,4 +176,5 @@ def _levels(job: RecoverJob) -> list[Tensor]:
         for layer in job.elastic.layers:
             layer.parts.layer.install(layer)
     own = [fit_cutoffs(torch.cat(v), torch.ones(sum(len(x) for x in v))) for v in values]
-    return own if job.sensitivity is None else pool_cutoffs(own, list(job.sensitivity))
+    levels = own if job.sensitivity is None else pool_cutoffs(own, list(job.sensitivity))
+    return [(level, kept_shares(alone, level)) for alone, level in zip(own, levels, strict=True)]

@@ -73,7 +73,7 @@ def equations(
 
 
 def _observer(layer: ElasticLayer, normal: Normal, window: int, *, last: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    steps = [Step(bind(layer.elastic, [FULL.with_budget(budget)])) for budget in BUDGETS]
+    steps = [Step(bind(layer.elastic, [FULL.with_slots(budget)])) for budget in BUDGETS]
 
     def observe(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         if not torch.isfinite(x).all():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..elastic.execute.base import Candidates, Settled
 from ..errors import UsageError
-from ..kernels.selection import Choosing, select
+from ..kernels.selection import Choosing, Held, select
 from .store import ExpertStore
 from .wanted import Wanted, sort_entries
 
@@ -95,27 +95,28 @@ def _fused(store: ExpertStore, layer: int, candidates: Candidates, misses: Misse
     found = candidates.fused(limits)
     if found is None:
         return None
-    arguments, budgets = found
+    arguments, held, budgets = found
     if parts != arguments.norms.weight.shape[1]:
         return None
-    keep, low, some, *wanted = choose_entries(arguments, budgets, store.slots_of(layer), layer * experts * parts)
+    keep, low, some, *wanted = choose_entries(arguments, held, budgets, store.slots_of(layer), layer * experts * parts)
     return Settled(torch.from_numpy(keep), low if some else None, Prepared(Wanted(*wanted), candidates.weight))
 
 
 @njit(nogil=True, cache=True)
 def choose_entries(
-    candidates: Choosing, budgets: Floats, slot: Ints, base: int
+    candidates: Choosing, held: Held | None, budgets: Floats, slot: Ints, base: int
 ) -> tuple[Flags, Flags, bool, Ints, Ints, Ints, Ints, Floats, Floats]:
     """(keep, low, whether anything is low, the fields of `Wanted`).
 
     `selection.select`, `decide` if there are two budgets or more, `sort_entries`, one after the other.
-    budgets [B, T]: the operating point's, the floor's, that of int8 records; slot, low: as `decide`; base: the layer's first key.
+    held: what the operating point's budget is held with. budgets [B, T]: the operating point's, the floor's, that of int8 records;
+    slot, low: as `decide`; base: the layer's first key.
     """
     index, weight = candidates.chosen, candidates.weight
     experts, parts = slot.shape
     keeps = np.empty((len(budgets), *index.shape, parts), np.bool_)
     values = np.empty((*index.shape, parts), np.float32)
-    select(candidates, budgets, keeps, values)
+    select(candidates, held, budgets, keeps, values)
     keep, low, some = keeps[0], np.zeros((experts, parts), np.bool_), False
     if len(budgets) > 1:
         keep = np.empty(values.shape, np.bool_)

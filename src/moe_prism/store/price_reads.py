@@ -20,10 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..elastic.bind import bind
 from ..offload.base import CachePolicy, KeySpace
 from ..offload.cache.pool import LayerPools
 from ..offload.replay import groups, serve
 from ..offload.trace import Trace
+from ..point import FULL
 from .pools import pools
 from .store import ExpertStore
 
@@ -131,10 +133,14 @@ def _missed(store: ExpertStore) -> NDArray[np.float64]:
 
 
 def at_budget(trace: Trace, elastic: StoredElastic, budget: float) -> Trace:
-    """The trace, recorded with `values` at full budget, as the threshold rule would keep slots at a budget."""
+    """The trace, recorded with `values` at full budget, as the threshold rule would keep slots at a budget of bytes, held for nobody."""
     if trace.values is None:
         return trace
-    levels = [layer.rule("threshold").level(torch.tensor([budget])).item() for layer in elastic.layers]  # type: ignore[attr-defined]
+    dials = bind(elastic, [FULL.with_budget(budget, control="none")]).groups[0].budgets[0]
+    levels = [
+        layer.rule("threshold").level(torch.tensor([dial])).item()  # type: ignore[attr-defined]
+        for layer, dial in zip(elastic.layers, dials, strict=True)
+    ]
     values = trace.values.astype(np.float32)
     keep = values >= np.array(levels, np.float32)[None, :, None, None]
     keep |= values >= values.max((2, 3), keepdims=True)

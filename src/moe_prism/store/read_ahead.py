@@ -65,7 +65,7 @@ class ReadAhead:
         # what is kept only where it is there is not read: the floor limits the guess
         fused = None if found is None or whole else found.fused([misses.floor])
         if fused is not None and fused[0].norms.weight.shape[1] == space.parts:
-            keys: list[Key] = best_keys(fused[0], fused[1][1:], first, self.width).tolist()
+            keys: list[Key] = best_keys(fused[0], fused[2][1:], first, self.width).tolist()
             return keys
         if found is None or whole:
             values = weight[:, :, None].expand(-1, -1, space.parts)
@@ -97,7 +97,7 @@ def best_keys(candidates: Choosing, budgets: Floats, base: int, width: int) -> I
     index, experts, parts = candidates.chosen, len(candidates.norms.weight), candidates.norms.weight.shape[1]
     tokens, k = index.shape
     keeps, values = np.empty((1, tokens, k, parts), np.bool_), np.empty((tokens, k, parts), np.float32)
-    select(candidates, budgets, keeps, values)
+    select(candidates, None, budgets, keeps, values)
     best = np.full(experts * parts, -1.0, np.float32)
     for t in range(tokens):
         for c in range(k):

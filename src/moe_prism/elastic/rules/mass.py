@@ -15,6 +15,7 @@ class Mass(Rule):
     """
 
     is_continuous = True
+    units = ("value",)
 
     def keep(self, slots: Slots, budget: Tensor) -> Tensor:
         values = slots.values().clamp(min=0).flatten(1)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..base import LayerParts, Rule, Slots, is_compiled
-from ..side_tensors import CUTOFFS
+from ...errors import UsageError
+from ..base import POSITIONS, LayerParts, Rule, Slots, is_compiled
+from ..side_tensors import CUTOFFS, SHARES
 from .top_slots import top_slots
 
-QUANTILES = 129  # quantiles stored per layer
+QUANTILES = POSITIONS  # quantiles stored per layer
 
 
 def fit_cutoffs(values: Tensor, importance: Tensor) -> Tensor:
@@ -39,6 +40,17 @@ def pool_cutoffs(cutoffs: list[Tensor], sensitivity: list[float]) -> list[Tensor
     return [(shared / s).float() for s in scale]
 
 
+def kept_shares(own: Tensor, pooled: Tensor) -> Tensor:
+    """shares [129] (float32): of a layer's slots, by its own cutoffs, those that reach each of its pooled cutoffs."""
+    rising, grid = own.double().flip(0), torch.linspace(1, 0, QUANTILES, dtype=torch.float64)
+    place = torch.searchsorted(rising, pooled.double()).clamp(1, QUANTILES - 1)
+    low, high = rising[place - 1], rising[place]
+    part = ((pooled.double() - low) / (high - low).clamp(min=1e-30)).clamp(0, 1)
+    shares = torch.lerp(grid[place - 1], grid[place], part)
+    shares[0], shares[-1] = 0.0, 1.0
+    return shares.cummax(0).values.float()
+
+
 class Threshold(Rule):
     """Budget b keeps the slots whose value reaches the level that a share b of the calibration slots reached.
 
@@ -47,11 +59,23 @@ class Threshold(Rule):
     """
 
     is_continuous = True
+    units = ("bytes", "slots")
+    controls = ("mean", "strict", "none")
 
     def __init__(self, parts: LayerParts) -> None:
         super().__init__(parts)
         self.cutoffs = parts.tensors[CUTOFFS].to(parts.layer.up.device)
         self.compiled = self.cutoffs.numpy() if self.cutoffs.is_cpu else None
+
+    @classmethod
+    def share_kept(cls, parts: LayerParts) -> Tensor:
+        """Of the calibration text. UsageError for an artefact that does not say."""
+        if SHARES not in parts.tensors:
+            raise UsageError(
+                "this model was refactored by a version that knew no budgets of bytes, and none that hold",
+                "refactor it again, or give a share of the slots with control 'none'",
+            )
+        return parts.tensors[SHARES].cpu().double()
 
     def keep(self, slots: Slots, budget: Tensor) -> Tensor:
         values = slots.values()

@@ -68,7 +68,7 @@ class LowRankScorer(Scorer):
         for e, (x, y) in enumerate(zip(inputs, targets, strict=True)):
             if len(x):
                 z = _features(parts, _shared(x.float(), shared_map.float()), x, e, scale[e]).double()
-                heads[e] = ridge._ridge(z, y).T.to("cpu", torch.bfloat16)
+                heads[e] = ridge._ridge(z, y)[0].T.to("cpu", torch.bfloat16)
         return {LOW_RANK_MAP: shared_map.cpu(), LOW_RANK_HEADS: heads}
 
 
@@ -98,7 +98,7 @@ def _reduce(inputs: list[Tensor], targets: list[Tensor]) -> Tensor:
     )
     spread = values.clamp(min=1e-9 * float(values[-1].clamp(min=1e-30))).sqrt()
     slopes = [
-        ridge._ridge(torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64, device=x.device)], 1), y)[:-1].T
+        ridge._ridge(torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64, device=x.device)], 1), y)[0][:-1].T
         * len(x) ** 0.5
         for x, y in zip(inputs, targets, strict=True)
         if len(x)

@@ -54,34 +54,52 @@ def gate_scale(parts: LayerParts) -> Tensor:
     return norms.view(parts.layer.num_experts, parts.n_sub, parts.gates)
 
 
-def fit(parts: LayerParts, samples: list[Tensor], losses: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
-    """B [E, N, d + N r + 1] (bfloat16) from the sampled inputs [S_e, d] of each expert.
+class RidgeFit(NamedTuple):
+    """weight: B [E, N, d + N r + 1] (bfloat16). held: predictions [S', N] for every expert's `held_out` rows, by a fit without them."""
+
+    weight: Tensor
+    held: list[Tensor]
+
+
+def held_out(rows: int) -> Tensor:
+    """Which of an expert's sampled rows choose the strength of the penalty, and show what is predicted of unseen ones: every fifth."""
+    return torch.arange(rows)[4::5] if rows >= MIN_TOKENS else torch.arange(rows)
+
+
+def fit(parts: LayerParts, samples: list[Tensor], losses: Callable[[Tensor, int], Tensor] | None = None) -> RidgeFit:
+    """From the sampled inputs [S_e, d] of each expert.
 
     losses(x, expert) -> [S, N]: what is predicted instead of the norms of the blocks' outputs.
     """
     scale = gate_scale(parts)
     width = parts.layer.hidden + parts.n_sub * parts.gates + 1
     result = torch.zeros(parts.layer.num_experts, parts.n_sub, width, dtype=torch.bfloat16)
+    held: list[Tensor] = []
     for expert, x in enumerate(samples):
+        held.append(torch.zeros(0, parts.n_sub))
         if len(x):
             x = x.to(parts.layer.up.device, parts.layer.up.dtype)
             z = features(parts, x, expert, scale[expert]).double()
             y = (losses(x, expert) if losses else block_norms(parts, x, expert)).double()
-            result[expert] = _ridge(z, (y + FLOOR * y.mean() + 1e-30).log()).T.to("cpu", torch.bfloat16)
-    return result
+            found, others = _ridge(z, (y + FLOOR * y.mean() + 1e-30).log())
+            result[expert] = found.T.to("cpu", torch.bfloat16)
+            held[-1] = others.clamp(max=CEILING).exp().float().cpu()
+    return RidgeFit(result, held)
 
 
-def _ridge(z: Tensor, y: Tensor) -> Tensor:
-    """Coefficients [D, N] of the least-squares fit y ~ z with the strength that does best on the last fifth of the rows."""
+def _ridge(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients [D, N] of the least-squares fit y ~ z with the strength that does best on `held_out` rows, and their predictions."""
+    out = held_out(len(z)).to(z.device)
     if len(z) < MIN_TOKENS:
         constant = torch.zeros(z.shape[1], y.shape[1], dtype=z.dtype, device=z.device)
         constant[-1] = y.mean(0)
-        return constant
-    cut = len(z) - len(z) // 5
-    train = _Centred.of(z[:cut], y[:cut])
-    errors = [((z[cut:] @ train.solve(s) - y[cut:]) ** 2).sum() for s in STRENGTHS]
-    best = STRENGTHS[int(torch.stack(errors).argmin())]
-    return _Centred.of(z, y).solve(best)
+        return constant, y.mean(0).expand(len(out), -1)
+    others = torch.ones(len(z), dtype=torch.bool, device=z.device)
+    others[out] = False
+    train = _Centred.of(z[others], y[others])
+    tried = [z[out] @ train.solve(s) for s in STRENGTHS]
+    best = int(torch.stack([((found - y[out]) ** 2).sum() for found in tried]).argmin())
+    return _Centred.of(z, y).solve(STRENGTHS[best]), tried[best]
 
 
 class _Centred(NamedTuple):

@@ -9,7 +9,7 @@ from ...elastic.layer import ElasticLayer
 from ...elastic.rules import rules
 from ...errors import UsageError
 from ...point import NamedPoint, OperatingPoint, SlotRule
-from ...point.base import own_scorer
+from ...point.base import own_scorer, slots_unit
 from ..base import Method, Subject
 
 
@@ -40,7 +40,7 @@ class RuleMethod(Method):
 
 def slot_rule(rule: str, count: float, slots: int) -> SlotRule:
     """A rule at `count` of `slots` slots per token."""
-    return SlotRule(budget=min(1.0, count / slots), rule=rule, scorer=own_scorer(rule))
+    return SlotRule(budget=min(1.0, count / slots), rule=rule, scorer=own_scorer(rule), of=slots_unit(rule))
 
 
 def grid(counts: range, points: int | None, overhead: float) -> list[float]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...elastic.paged_past import keeps_every_token
 from ...elastic.runtime import slots_per_token
 from ...errors import PrismError, UsageError
 from ...files import replace_file
@@ -122,7 +123,7 @@ def _level(p: MeasuredPoint) -> Level:
 
 def _read_level(row: dict[str, Any]) -> Level:
     """One entry of `ladder.json`; version 0.1 wrote a budget of the threshold rule."""
-    point = OperatingPoint.from_json(row["point"]) if "point" in row else FULL.with_budget(float(row["budget"]))
+    point = OperatingPoint.from_json(row["point"]) if "point" in row else FULL.with_slots(float(row["budget"]))
     return Level(str(row["name"]), point, float(row["slots"]), float(row["quality"]))
 
 
@@ -144,7 +145,7 @@ def measure_ladder(model: Any, tokenizer: Any, folder: Path, tokens: int = 4096)
 
     exclude = read_manifest(folder)["calibration"]["documents"]
     windows = token_windows(tokenizer, "stdlib", "evaluation", length=512, tokens=tokens, exclude=exclude)
-    points = [FULL.with_budget(budget) for budget in BUDGETS]
+    points = [FULL.with_budget(budget, control="" if keeps_every_token(model) else "none") for budget in BUDGETS]
     levels = [
         Level(f"{point.slots.rule}-{found.cost.k_slots:.3g}", point, found.cost.k_slots, found.quality.top1_agreement)
         for point, found in zip(points, measure(model, windows.ids, points), strict=True)

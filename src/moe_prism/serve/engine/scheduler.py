@@ -12,6 +12,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, Scheduler
 
 from ...elastic.bind import Step, bind
+from ...elastic.paged_past import PagedStates, RequestSpan
 from ...elastic.runtime import Elastic
 from ...forecast.step_cost import LayerFacts, Totals, chunk_pairs
 from ...schedule.base import Ladder, Limits, Policy, Work
@@ -85,11 +86,18 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         self.installed = ExitStack()
         self.installed.enter_context(self.elastic.at(self.bound))
         self.current = PackedStep()
+        self.states = PagedStates(self._of_every_token.tokens_per_page, len(self.elastic.layers))
         self.capacity = self.cache.num_blocks * self._allocator.tokens_per_page
 
     @property
     def _allocator(self) -> Any:
         return next(iter(self.cache.cache_allocators.values()))
+
+    @property
+    def _of_every_token(self) -> Any:
+        """The allocator of layers that see every token, so that each keeps its place; the engine refuses what needs one without it."""
+        allocators = self.cache.cache_allocators.values()
+        return next((a for a in allocators if not hasattr(a, "sliding_window")), self._allocator)
 
     def promised(self, request: Request) -> int:
         """Cache tokens a request may need in all, whole blocks."""
@@ -178,7 +186,12 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             which: int | torch.Tensor = levels[0]
         else:
             which = torch.tensor(levels).repeat_interleave(torch.tensor([part.tokens for part in parts]))
-        self.elastic.step = Step(self.bound, which)
+        step = Step(self.bound, which)
+        if self.bound.holds:
+            table = self._of_every_token.block_table
+            spans = [RequestSpan(part.state.position_offset, part.tokens, table[part.state.request_id]) for part in parts]
+            step.past = self.states.past(step, spans)
+        self.elastic.step = step
 
     def _totals(self) -> Totals:
         sums = [0.0] * 7

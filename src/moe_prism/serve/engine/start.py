@@ -15,6 +15,7 @@ import torch
 from ...artefact.load import load
 from ...elastic import Elastic
 from ...elastic.bind import bind
+from ...elastic.paged_past import keeps_every_token
 from ...elastic.runtime import slots_per_token
 from ...errors import UsageError
 from ...options.serve import ServeOptions
@@ -103,9 +104,11 @@ def _compile_kernels(model: Any, ladder: Ladder) -> None:
 def _refusal(elastic: Elastic) -> Refusal:
     def refusal(point: OperatingPoint) -> str | None:
         try:
-            bind(elastic, [point])
+            bound = bind(elastic, [point])
         except UsageError as error:
             return error.cause
+        if bound.holds and not keeps_every_token(elastic.model):
+            return "its budget is held, and every layer's cache is a window: measure it with control 'none'"
         return None
 
     return refusal

@@ -6,12 +6,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...artefact.load import side_tensors
 from ...checkpoint import read_manifest
 from ...elastic.bind import Bound, Step, bind
+from ...elastic.control import Past
 from ...errors import CorruptError
 from ...kernels.packed_tiles import WIDTH
 from ...schedule.base import Ladder
@@ -39,20 +41,29 @@ class ElasticExperts(compat.name("RoutedExperts")):  # type: ignore[misc]
             level = torch.cat([level, level.new_full((len(x) - len(level),), int(level.min()))])
         less = level < len(self.bound.points) - 1
         if bool(less.all()):
-            return self._split(x, topk_ids, topk_weights, level)
+            return self._split(x, topk_ids, topk_weights, Step(self.bound, level, past=_past(len(x))))
         full, split = less.logical_not().nonzero()[:, 0], less.nonzero()[:, 0]
         out = torch.empty_like(x)
         out[full] = super().forward_modular(x[full], topk_weights[full], topk_ids[full], *shared, **named)
-        out[split] = self._split(x[split], topk_ids[split], topk_weights[split], level[split])
+        past = _past(len(x))
+        step = Step(self.bound, level[split], past=past and past.part(split.numpy()))
+        out[split] = self._split(x[split], topk_ids[split], topk_weights[split], step)
         return out
 
-    def _split(self, x: Tensor, index: Tensor, weight: Tensor, level: Tensor) -> Tensor:
-        self.elastic.step = Step(self.bound, level)
+    def _split(self, x: Tensor, index: Tensor, weight: Tensor, step: Step) -> Tensor:
+        self.elastic.step = step
         return self.elastic.run(self.number, x, index, weight)
 
 
-def install(model: Any, config: Any) -> Ladder:
-    """Make a loaded model elastic, its expert weights being in the order of vLLM's CPU kernel; returns the levels it will be asked for.
+def _past(rows: int) -> Past | None:
+    """Of all rows of the batch, those that only fill a shape up included."""
+    past = STEP.past
+    return past if past is None or past.rows.shape[1] == rows else past.part(np.arange(rows))
+
+
+def install(model: Any, config: Any) -> tuple[Ladder, Bound | None]:
+    """Make a loaded model elastic, its expert weights being in the order of vLLM's CPU kernel; returns the levels it will be asked for,
+    and how they run.
 
     A kernel that cannot be split is left as it is, with a warning: quality is then above what is asked. Raises PrismError if
     prism.json or prism.safetensors do not belong to the model.
@@ -71,7 +82,7 @@ def install(model: Any, config: Any) -> Ladder:
     problem = _problem(first, manifest["layers"][0]["width"]) or unknown_side(sides[0])
     if problem:
         logger.warning("moe-prism: %s; every request is served at full budget", problem)
-        return ladder
+        return ladder, None
     weights = [(name, _weights(runner.routed_experts)) for name, runner in runners]
     k = full_slots(folder) // manifest["n_sub"]
     elastic = PackedElastic(model, weights, sides, n_sub=manifest["n_sub"], gates=manifest["gates"], k=k)
@@ -83,7 +94,7 @@ def install(model: Any, config: Any) -> Ladder:
         if config.compilation_config.mode:
             runner._forward_entry = compat.opaque_forward(runner)
     logger.info("moe-prism: %d MoE layers, %d sub-experts per expert, %d levels", len(runners), manifest["n_sub"], len(ladder))
-    return ladder
+    return ladder, bound
 
 
 def _weights(experts: Any) -> PackedWeights:

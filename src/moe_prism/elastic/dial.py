@@ -1,0 +1,106 @@
+"""From the budget that is asked for to the position of a rule's dial: once, when a point is bound, at the prices of every layer.
+
+A rule keeps slots. A budget of bytes also pays for what choosing reads: the predictors, the gate neurons of dropped blocks, and what makes
+up for them. Those come first; what is left buys slots. Shapes: T tokens; tables have a value at each of Q
+positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..point import SlotRule
+from .base import POSITIONS, Rule
+from .prices import prices_of
+
+if TYPE_CHECKING:
+    from .host import Host
+
+
+@dataclass(frozen=True)
+class Dial:
+    """spent [Q]: the share of what is asked for that every evenly spaced position spends, rising; None: the dial is the budget itself.
+
+    whole: slots of a token for a rule that keeps a whole number of them: the most that stay within the budget.
+    """
+
+    spent: Tensor | None = None
+    whole: int | None = None
+
+    def at(self, budget: float) -> float:
+        """The position of a budget. UsageError for one below what the least position spends."""
+        if self.spent is None or budget >= 1:
+            return budget
+        if budget < float(self.spent[0]):
+            raise UsageError(
+                f"budget {budget:g} is less than choosing a token's slots and keeping one reads ({float(self.spent[0]):.3f} of all bytes)",
+                "give more, or a share of the slots",
+            )
+        return float(self.at_each(torch.tensor([budget]))[0])
+
+    def at_each(self, budget: Tensor) -> Tensor:
+        """The positions [T] of budgets [T]; what is below the least is the least."""
+        if self.spent is None:
+            return budget
+        spent = self.spent.to(budget.device)
+        asked = budget.double().clamp(float(self.spent[0]), 1.0)
+        high = torch.searchsorted(spent, asked).clamp(1, len(spent) - 1)
+        step = spent[high] - spent[high - 1]
+        place = (high - 1 + (asked - spent[high - 1]) / step.clamp(min=1e-12)).clamp(max=len(spent) - 1) / (len(spent) - 1)
+        if self.whole is not None:
+            place = ((place * self.whole + 1e-6).floor().clamp(min=1) / self.whole).clamp(max=1)
+        # never quite everything: only a budget of 1 is the model itself
+        return torch.where(budget >= 1, 1.0, place.clamp(1e-6, 1 - 1e-6)).float()
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What one layer reads for a token, per chosen expert: fixed whatever is kept, slots for all of them, full for whole experts.
+
+    share [Q]: of its slots that a rule keeps at every position.
+    """
+
+    fixed: float
+    slots: float
+    full: float
+    share: Tensor
+
+
+def spending(layer: Any, slots: SlotRule, rule: type[Rule], elastic: Host) -> Spending:
+    """Of one layer (`ElasticLayer`), from the prices of its blocks; the mean over its experts."""
+    k = elastic.k
+    scorer = layer.scorer(slots.scorer) if rule.needs_norms else None
+    extra = layer.compensator if slots.compensate else None
+    price = prices_of(layer.parts, scorer, extra, elastic.stored_bytes_per_weight).bytes
+    of_dropped = float((price["gates"] + price["dropped"]).sum(1).mean())
+    blocks, bias = float(price["blocks"].sum(1).mean()), float(price["experts"].mean())
+    fixed = of_dropped + sum(float(price[name].mean()) for name in ("predictors", "scaled", "experts") if name in price)
+    per_token = float(price["tokens"].sum()) if "tokens" in price else 0.0
+    if per_token and k is None:
+        raise UsageError("the model does not say how many experts a token has", "give a budget of slots")
+    share = rule.share_kept(layer.parts)
+    least = 1 / (layer.parts.n_sub * (k or 1))
+    return Spending(fixed + per_token / (k or 1), blocks - of_dropped, blocks + bias, share.clamp(min=least if k else 0.0))
+
+
+def dials(elastic: Host, slots: SlotRule, rule: type[Rule], found: Sequence[Spending]) -> list[Dial]:
+    """The dial of every layer: one for all of them, but where layers have budgets of their own.
+
+    found: `spending` of each, which is not asked for where the rule itself counts what is asked for and nobody holds it to that.
+    """
+    if slots.of != "bytes" and slots.control == "none":
+        return [Dial()] * len(elastic.layers)
+    whole = None if rule.is_continuous or elastic.k is None else elastic.k * elastic.layers[0].parts.n_sub
+    of_bytes = slots.of == "bytes"
+
+    def dial(layers: Sequence[Spending]) -> Dial:
+        spent = sum((one.fixed * of_bytes + one.slots * one.share for one in layers), torch.zeros(POSITIONS, dtype=torch.float64))
+        return Dial((spent / sum(one.full if of_bytes else one.slots for one in layers)).cummax(0).values, whole)
+
+    return [dial(found)] * len(found) if slots.layers is None else [dial([one]) for one in found]

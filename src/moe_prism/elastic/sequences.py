@@ -1,0 +1,191 @@
+"""Which rows of a forward belong to which request, and what came before: read off the call of a transformers model.
+
+Every row of the batch is a request. It begins where a position is 0, or where there is no cache; with a cache it goes on where the tokens
+in it end, and what is known of it lies beside the cache. Tokens that the attention mask leaves out do not count. Tokens that are in the
+cache but ran while no budget was held do not count either. Shapes: B rows, T tokens each, C columns of the cache, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .bind import Step
+from .control import Past, States
+from .host import Host
+
+ROOM = 64
+"""Columns that a cache's states grow by at least."""
+BESIDE = "_moe_prism_history"
+
+
+class RequestHistory:
+    """States of every column of B rows, row after row; real [B, C] says which columns hold a token that counts."""
+
+    def __init__(self, rows: int, layers: int) -> None:
+        self.rows, self.columns = rows, 0
+        self.states = States(0, layers)
+        self.real = np.zeros((rows, 0), np.bool_)
+        self.last = np.full(rows, -1)  # column of the last real token before `length`
+        self.length = 0
+
+    def make_room(self, columns: int) -> None:
+        if columns <= self.columns:
+            return
+        wider = max(columns, 2 * self.columns, ROOM)
+        old, states = self.columns, self.states
+        self.states = States(self.rows * wider, states.sums.shape[1])
+        for new, own in ((self.states.sums, states.sums), (self.states.tokens, states.tokens)):
+            new.reshape(self.rows, wider, *own.shape[1:])[:, :old] = own.reshape(self.rows, old, *own.shape[1:])
+        real = np.zeros((self.rows, wider), np.bool_)
+        real[:, :old] = self.real
+        self.real, self.columns = real, wider
+
+    def cut(self, length: int) -> None:
+        """Go on behind `length` columns, whatever was there: a cache may have been cropped, or have run without us."""
+        if length != self.length:
+            self.make_room(length)
+            self.real[:, min(length, self.length) :] = False
+            seen = np.where(self.real[:, :length], np.arange(length), -1)
+            self.last = seen.max(1, initial=-1)
+            self.length = length
+
+    def take(self, real: NDArray[np.bool_], starts: NDArray[np.bool_] | None) -> NDArray[np.int64]:
+        """Places [2, B T] of the states before and after every token of the next columns, real [B, T]."""
+        tokens = real.shape[1]
+        self.make_room(self.length + tokens)
+        own = np.arange(self.length, self.length + tokens)
+        base = (np.arange(self.rows) * self.columns)[:, None]
+        if tokens == 1:
+            before = self.last[:, None]
+        else:
+            seen = np.where(real, own, -1)
+            before = np.maximum.accumulate(np.concatenate([self.last[:, None], seen[:, :-1]], 1), 1)
+        before = np.where(before < 0, -1, before + base)
+        if starts is not None:
+            before = np.where(starts, -1, before)
+        self.real[:, own] = real
+        self.last = np.maximum(self.last, np.where(real, own, -1).max(1))
+        self.length += tokens
+        return np.stack([before, np.where(real, own + base, -1)]).reshape(2, -1)
+
+    def chosen(self, index: Sequence[int]) -> RequestHistory:
+        """The history of other rows: beams that went on, or copies."""
+        new = RequestHistory(len(index), self.states.sums.shape[1])
+        new.columns, new.length = self.columns, self.length
+        new.real, new.last = self.real[index], self.last[index]
+        new.states = States(len(index) * self.columns, self.states.sums.shape[1])
+        for to, own in ((new.states.sums, self.states.sums), (new.states.tokens, self.states.tokens)):
+            to[:] = own.reshape(self.rows, self.columns, *own.shape[1:])[index].reshape(to.shape)
+        return new
+
+
+class Watched:
+    """Mixed into the class of a cache: where its rows go, their history goes."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._move(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._move(torch.arange(self.__dict__[BESIDE].rows)[indices.cpu()].tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._move(np.repeat(np.arange(self.__dict__[BESIDE].rows), repeats).tolist())
+
+    def _move(self, index: Sequence[int]) -> None:
+        self.__dict__[BESIDE] = self.__dict__[BESIDE].chosen(index)
+
+
+_KINDS: dict[type[Any], type[Any]] = {}
+
+
+def watched(kind: type[Any]) -> type[Any]:
+    """The class of a cache with `Watched` in it, made once."""
+    if kind not in _KINDS:
+        _KINDS[kind] = type(kind.__name__, (Watched, kind), {"__module__": kind.__module__})
+    return _KINDS[kind]
+
+
+def put_beside(cache: Any, history: RequestHistory) -> None:
+    """Keep a history with a cache from now on."""
+    if BESIDE not in cache.__dict__:
+        cache.__class__ = watched(type(cache))
+    cache.__dict__[BESIDE] = history
+
+
+@contextmanager
+def followed(elastic: Host, backbone: nn.Module) -> Iterator[None]:
+    """Give every step whose budget is held the past of its rows, for as long as a forward of the backbone runs."""
+    layers = len(elastic.layers)
+    mine: list[tuple[Step, RequestHistory]] = []
+
+    def begin(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        step: Step = elastic.step
+        if step.past is not None or not step.bound.holds:
+            return
+        shape = _shape(inputs, named)
+        if shape is None:
+            return
+        kept = named.get("past_key_values")
+        length = 0 if kept is None else int(kept.get_seq_length())
+        history = None if length == 0 else kept.__dict__.get(BESIDE)
+        if history is None or history.rows != shape[0]:
+            history = RequestHistory(shape[0], layers)
+            if kept is not None:
+                put_beside(kept, history)
+        history.cut(length)
+        real = _real(named.get("attention_mask"), shape)
+        places = history.take(real, _starts(named.get("position_ids"), shape))
+        rows = np.concatenate([places, step.kinds(places.shape[1])[None]])
+        step.past = Past.begin(rows, history.states)
+        mine.append((step, history))
+
+    def end(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        if mine:
+            step, history = mine.pop()
+            step.past = None
+            made = getattr(output, "past_key_values", None)
+            if made is not None and made.__dict__.get(BESIDE) is not history:
+                put_beside(made, history)
+
+    handles = [
+        backbone.register_forward_pre_hook(begin, with_kwargs=True),
+        backbone.register_forward_hook(end, with_kwargs=True, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _shape(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(B, T) of what the model is called with."""
+    for given in (named.get("input_ids"), named.get("inputs_embeds"), *inputs):
+        if isinstance(given, Tensor) and given.ndim >= 2:
+            return given.shape[0], given.shape[1]
+    return None
+
+
+def _real(mask: object, shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """[B, T]: which of the tokens the attention mask has; all of them where it is of another kind."""
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == shape[0] and mask.shape[1] >= shape[1]:
+        found: NDArray[np.bool_] = mask[:, -shape[1] :].cpu().numpy() != 0
+        return found
+    return np.ones(shape, np.bool_)
+
+
+def _starts(positions: object, shape: tuple[int, int]) -> NDArray[np.bool_] | None:
+    """[B, T]: where a request begins, by its position; None where the positions do not say."""
+    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == shape[1] > 1:
+        return np.broadcast_to(positions.cpu().numpy() == 0, shape)
+    return None

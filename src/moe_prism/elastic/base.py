@@ -112,6 +112,8 @@ class Rule(ABC):
     needs_norms = True
     is_continuous = False
     """Whether budgets between two slot counts give different results."""
+    depends_on_batch: ClassVar[bool] = False
+    """Whether the slots of a token depend on the other tokens of its batch: never served unless it is named."""
     compiled: NDArray[np.float32] | None = None
     """What `marks.select` needs to decide as this rule does: its levels, an empty array for top-K; None = it cannot."""
 

@@ -81,7 +81,7 @@ class Bound:
 
     @property
     def depends_on_batch(self) -> bool:
-        return any(stage.depends_on_batch for group in self.groups for stage in group.stages)
+        return any(depends_on_batch(point) for point in self.points)
 
     def check_which(self, which: int | Tensor) -> None:
         """UsageError for a point that does not exist. Indices on a GPU are not asked for."""
@@ -100,6 +100,11 @@ class Step:
     bound: Bound
     which: int | Tensor = 0
     budget: Tensor | None = None
+
+
+def depends_on_batch(point: OperatingPoint) -> bool:
+    """Whether what a token gets at a point depends on the other tokens of its batch."""
+    return rules.get(point.slots.rule).depends_on_batch or any(stage_class(s.stage).depends_on_batch for s in point.routing)
 
 
 def bind(elastic: Host, points: Sequence[OperatingPoint]) -> Bound:

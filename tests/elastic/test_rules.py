@@ -38,7 +38,7 @@ def slots(seed, tokens=6, invalid=False):
     return Slots(torch.zeros(tokens, 2), index, weight, valid, N, lambda: norms), weight, norms
 
 
-@pytest.mark.parametrize("rule", ["product", "threshold", "layer-budgets", "mass", "pattern", "whole-experts"])
+@pytest.mark.parametrize("rule", ["product", "threshold", "batch-blocks", "layer-budgets", "mass", "pattern", "whole-experts"])
 @given(seed=st.integers(0, 500), budget=st.floats(0.01, 1), invalid=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_every_rule_keeps_one_and_all_at_full(plan, rule, seed, budget, invalid):

@@ -20,15 +20,16 @@ from tests.serve.house import open_house
 from tests.store.common import PROMPT, smallest
 
 TOKENS = GenerateOptions(max_tokens=10)
+ON_THE_BATCH = ("batch-redistribution:uniform", "batch-blocks")
 
 
 @pytest.fixture(scope="session")
 def measured(shared, elastic_tiny, text_file):
-    """The tiny elastic model with the frontier of every per-token method, one of expert pruning, and one that depends on the batch."""
+    """The tiny elastic model with the frontier of every per-token method, one of expert pruning, and those that depend on the batch."""
 
     def build(folder):
         shutil.copytree(elastic_tiny, folder)
-        names = (ALL_PER_TOKEN, "prune:soft-count", "batch-redistribution:uniform")
+        names = (ALL_PER_TOKEN, "prune:soft-count", *ON_THE_BATCH)
         options = FrontierOptions(text=str(text_file), methods=names, tokens=256, length=32, calibration_tokens=256, per_method=3)
         measure_frontier(folder, options).save(folder / "frontier.json")
 
@@ -57,7 +58,8 @@ def alone(measured, names):
 
 
 def test_twelve_methods_or_more(names):
-    assert len(names) >= 12 and set(names) == {*methods.names("slots"), *methods.names("routing")} - {"batch-redistribution"}
+    others = {name.partition(":")[0] for name in ON_THE_BATCH}
+    assert len(names) >= 12 and set(names) == {*methods.names("slots"), *methods.names("routing")} - others
 
 
 @pytest.mark.parametrize("slots", [3, 12])
@@ -120,6 +122,25 @@ def test_the_server_mixes_points_of_all_methods_in_one_batch(measured, tmp_path,
         point = points[name].to_json()
         assert answer["moe_prism"]["points"][name] == point
         assert next(row for row in models if row["name"] == name)["point"] == point
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_what_depends_on_the_batch_is_served_where_it_is_named(measured, tmp_path, stored):
+    """From memory and from the store; a request that is alone has the tokens of `generate`. Unnamed, no such point is a level."""
+    rows = json.loads((measured / "frontier.json").read_text())["points"]
+    name = next(row["name"] for row in rows if row["rule"] == "batch-blocks" and 0.3 < row["budget"] < 1)
+    model, tokenizer = load(measured)
+    alone = generate(model, tokenizer, PROMPT, point=find_point(name, measured).point, sampling=TOKENS).text
+    store = StoreOptions(120_000, tmp_path / "pack") if stored else None
+    with open_house(measured, points=(name,), store=store) as house:
+        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 10, "temperature": 0, "ignore_eos": True, "quality": name}
+        answer = httpx2.post(f"{house.url}/completions", json=body, timeout=60).json()
+    assert answer["choices"][0]["text"] == alone and answer["moe_prism"]["point"] == name
+    if not stored:
+        with open_house(measured) as house:
+            levels = httpx2.get(f"{house.url}/models").json()["data"][0]["operating_points"]
+        batch = {row["name"] for row in rows if row["rule"] in ON_THE_BATCH}
+        assert len(levels) > 1 and not batch & {level["name"] for level in levels}
 
 
 def test_what_cannot_be_served_is_refused_by_name(measured, tmp_path):

@@ -61,6 +61,7 @@ def folder(tmp_path):
         row("product-7", FULL.with_budget(7 / 16, "product"), 7.0, 0.25, "product"),  # dearer and worse than the skip plan
         row("pattern-8", FULL.with_budget(0.5, "pattern"), 8.0, 0.1, "pattern"),
         row("batch-9", BATCH, 9.0, 0.05),
+        row("blocks-9.5", FULL.with_budget(9.5 / 16, "batch-blocks"), 9.5, 0.04, "batch-blocks"),
         row("pruned", PRUNED, 10.0, 0.01),
         row("full", FULL, 16.0, 0.0, "product"),
     )
@@ -71,13 +72,19 @@ def test_the_best_points_of_all_methods_are_served_and_the_others_are_named(fold
         ladder, source = find_ladder(folder, 16, allowed)
     assert source == "frontier.json" and names(ladder) == ["threshold-4", "skip-6", "full"]
     assert ladder.levels[1] == Level("skip-6", SKIP, 6.0, 0.8)
-    for words in ("pattern-8 is not served: the engine is tired", "batch-9 is not served: what a token", "pruned is not served"):
-        assert words in caplog.text
+    for name, words in (
+        ("pattern-8", "the engine is tired"),
+        ("batch-9", "what a token"),
+        ("blocks-9.5", "what a token"),
+        ("pruned", ""),
+    ):
+        assert f"{name} is not served: {words}" in caplog.text
 
 
 def test_points_are_chosen_by_name(folder, caplog):
-    ladder, _ = find_ladder(folder, 16, allowed, ["threshold-4", "batch-9"])
-    assert names(ladder) == ["threshold-4", "batch-9", "full"] and "depends on the other tokens" in caplog.text
+    ladder, _ = find_ladder(folder, 16, allowed, ["threshold-4", "batch-9", "blocks-9.5"])
+    assert names(ladder) == ["threshold-4", "batch-9", "blocks-9.5", "full"]
+    assert caplog.text.count("depends on the other tokens") == 2
     assert names(find_ladder(folder, 16, allowed, ["product-7"])[0]) == [
         "product-7",
         "full",

@@ -63,11 +63,11 @@ def batch(tokens, seed=0):
     return torch.randn(tokens, D, generator=g), index, torch.rand(tokens, K, generator=g)
 
 
-def selected(plan, x, index, weight, budget):
+def selected(plan, x, index, weight, budget, rule="threshold"):
     """keep by the tensor forms of `elastic`."""
     scorer = scorers.get("ridge")(plan)
     slots = Slots(x, index, weight, torch.ones_like(index, dtype=torch.bool), plan.n_sub, lambda: scorer(x, index))
-    return rules.get("threshold")(plan).keep(slots, budget)
+    return rules.get(rule)(plan).keep(slots, budget)
 
 
 def at(packed, budget):
@@ -127,6 +127,22 @@ def test_selection_is_that_of_the_embedded_engine(pair):
     budget = torch.linspace(0.05, 1, 200)
     found = packed.layers[0].kept(at(packed, budget).step, x, index, weight)
     assert torch.equal(found, selected(plan, x, index, weight, budget))
+
+
+@torch.no_grad()
+def test_rows_that_choose_together_keep_what_they_do_in_memory(pair):
+    """And beside them, rows of another rule are as alone."""
+    plan, packed = pair
+    x, index, weight = batch(24)
+    points = [FULL.with_budget(0.4, "batch-blocks"), FULL.with_budget(0.5)]
+    which = torch.arange(24) % 2
+    packed.step = Step(bind(packed, points), which)
+    keep = packed.layers[0].kept(packed.step, x, index, weight)
+    mine, others = which == 0, which == 1
+    assert torch.equal(keep[mine], selected(plan, x[mine], index[mine], weight[mine], torch.full((12,), 0.4), "batch-blocks"))
+    assert torch.equal(keep[others], selected(plan, x[others], index[others], weight[others], torch.full((12,), 0.5)))
+    expected = reference(plan, x, index, weight, keep)
+    torch.testing.assert_close(packed.run(0, x, index, weight), expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

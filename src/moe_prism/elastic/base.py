@@ -119,6 +119,8 @@ class Rule(ABC):
     """What its budget may be a share of (`point.base.UNITS`)."""
     controls: ClassVar[tuple[str, ...]] = ("none",)
     """Who its budget may be held for (`point.base.CONTROLS`)."""
+    depends_on_batch: ClassVar[bool] = False
+    """Whether the slots of a token depend on the other tokens of its batch: never served unless it is named."""
     compiled: NDArray[np.float32] | None = None
     """What `marks.select` needs to decide as this rule does: its levels, an empty array for top-K; None = it cannot."""
 

@@ -95,7 +95,7 @@ class Bound:
 
     @property
     def depends_on_batch(self) -> bool:
-        return any(stage.depends_on_batch for group in self.groups for stage in group.stages)
+        return any(depends_on_batch(point) for point in self.points)
 
     @cached_property
     def held(self) -> tuple[int, ...]:
@@ -136,6 +136,11 @@ class Step:
         else:
             kinds = np.array(held, np.int64)[self.which.reshape(-1).cpu().numpy()]
         return kinds if self.budget is None else kinds * (self.budget.reshape(-1).cpu().numpy() < 1)
+
+
+def depends_on_batch(point: OperatingPoint) -> bool:
+    """Whether what a token gets at a point depends on the other tokens of its batch."""
+    return rules.get(point.slots.rule).depends_on_batch or any(stage_class(s.stage).depends_on_batch for s in point.routing)
 
 
 def bind(elastic: Host, points: Sequence[OperatingPoint]) -> Bound:

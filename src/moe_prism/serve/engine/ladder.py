@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...elastic.bind import depends_on_batch
 from ...elastic.paged_past import keeps_every_token
 from ...elastic.runtime import slots_per_token
 from ...errors import PrismError, UsageError
@@ -15,7 +16,6 @@ from ...files import replace_file
 from ...frontier import Frontier, MeasuredPoint, pareto
 from ...point import FULL, OperatingPoint
 from ...registry import choices
-from ...routing import stage_class
 from ...schedule.base import Ladder, Level
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,9 @@ def _best(frontier: Frontier, refusal: Refusal) -> list[MeasuredPoint]:
     """The points of a frontier that can share a batch and that none of the others beats. What was left out is logged, by name."""
     fit: list[MeasuredPoint] = []
     for p in [*frontier.points, *frontier.baseline_topk]:
-        reason = _reason(p, refusal) or ("what a token gets depends on its batch" if _depends_on_batch(p.point) else None)
+        reason = _reason(p, refusal)
+        if reason is None and p.point is not None and depends_on_batch(p.point):
+            reason = "what a token gets depends on its batch"
         if reason:
             logger.info("operating point %s is not served: %s", p.name, reason)
         elif p.point is not None and not p.point.is_full:
@@ -85,7 +87,8 @@ def _asked(folder: Path, asked: Sequence[str], refusal: Refusal) -> tuple[list[M
         reason = _reason(known[name], refusal)
         if reason:
             raise UsageError(f"operating point '{name}' cannot be served here: {reason}", "leave it out of --points")
-        if _depends_on_batch(known[name].point):
+        point = known[name].point
+        if point is not None and depends_on_batch(point):
             logger.warning("operating point %s: what a token gets depends on the other tokens of its batch", name)
         found.append(known[name])
     return found, source.name
@@ -110,10 +113,6 @@ def _reason(p: MeasuredPoint, refusal: Refusal) -> str | None:
     if not p.point.is_per_token:
         return "it changes the weights or the decoding, not single tokens"
     return refusal(p.point)
-
-
-def _depends_on_batch(point: OperatingPoint | None) -> bool:
-    return point is not None and any(stage_class(stage.stage).depends_on_batch for stage in point.routing)
 
 
 def _level(p: MeasuredPoint) -> Level:

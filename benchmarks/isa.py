@@ -28,4 +28,4 @@ def run_as(isa: str | None) -> None:
     """Become the same command with the switches of `isa` set; returns at once where they are."""
     switches = SWITCHES[isa] if isa else {}
     if any(os.environ.get(name) != value for name, value in switches.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **switches})
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **switches})  # noqa: S606 - itself

@@ -89,7 +89,9 @@ def run(model: Any, ids: Tensor, points: Sequence[OperatingPoint]) -> list[Run]:
             with elastic.at(step), watched(elastic) as kept:
                 elastic.reset_counters()
                 here = logits(model, rows)
-                counted = measured_cost(elastic, step).active_expert_bytes / (full * elastic.layers[0].counter.chosen / rows.numel())
+                counted = measured_cost(elastic, step).active_expert_bytes / (
+                    full * elastic.layers[0].counter.chosen / rows.numel()
+                )
             shares = [(price.fixed + price.slots * own.numpy()) / full for price, own in zip(prices, kept, strict=True)]
             read = np.sum(shares, 0).reshape(rows.shape)
             assert abs(read.mean() / counted - 1) < 1e-6, "the counter says something else"

@@ -59,7 +59,10 @@ def by_hand(values, cutoffs, dials, holdings):
 
 def layers_of(strict, rng):
     shares = np.sort(rng.random((2, Q)).astype(np.float32), axis=1)
-    return [Holding(np.stack([share, 0.1 + rng.random(Q).astype(np.float32)]), w, strict) for share, w in zip(shares, (0.4, 0.6), strict=True)]
+    return [
+        Holding(np.stack([share, 0.1 + rng.random(Q).astype(np.float32)]), w, strict)
+        for share, w in zip(shares, (0.4, 0.6), strict=True)
+    ]
 
 
 @given(seed=st.integers(0, 10_000), strict=st.booleans())
@@ -126,7 +129,9 @@ def spent(model, step, **given):
 def test_every_request_reads_what_was_asked_for(nano, prompts, budget):
     """On its own text and on prose, where the cutoffs of the calibration text alone are far off."""
     model, tokenizer = nano
-    prose = tokenizer("The quick brown fox jumps over the lazy dog, and nobody minds; it was there before us. " * 9, return_tensors="pt")
+    prose = tokenizer(
+        "The quick brown fox jumps over the lazy dog, and nobody minds; it was there before us. " * 9, return_tensors="pt"
+    )
     held, alone = (Step(bind(model._moe_prism, [FULL.with_budget(budget, control=control)])) for control in ("mean", "none"))
     for ids in (*prompts, prose["input_ids"][:, :160]):
         assert abs(spent(model, held, input_ids=ids)[0] / budget - 1) < 0.03
@@ -250,7 +255,10 @@ def test_bytes_of_a_rule_that_counts_slots_are_an_upper_bound(nano, prompts):
     ("slots", "words"),
     [
         (SlotRule(budget=0.05), "budget 0.05 is less than choosing a token's slots and keeping one reads"),
-        (SlotRule(budget=0.5, rule="product", control="mean"), "rule 'product' has no 'mean' for 'control' of its budget; choose one of: none"),
+        (
+            SlotRule(budget=0.5, rule="product", control="mean"),
+            "rule 'product' has no 'mean' for 'control' of its budget; choose one of: none",
+        ),
         (SlotRule(budget=0.5, rule="mass", of="bytes"), "rule 'mass' has no 'bytes' for 'of'"),
     ],
 )

@@ -53,8 +53,9 @@ class Held(NamedTuple):
     """What one layer needs to hold a budget for the requests of a batch of T rows (`elastic.control` explains it).
 
     rows [3, T]: slot of the state before a row (-1: none), slot of that after it (-1: nowhere), number of the group that is held (0:
-    none). own [S]: which of the rows the candidates are. sums [slots, L, 2], tokens [slots, 2]: the state. tables [2, 129]: the share
-    of the layer's slots, and of all slots of the layers up to it, that every position of the dial asks for. weight: the layer's part in all bytes of slots. layer; mine: the group's number.
+    none). own [S]: which of the rows the candidates are. sums [slots, L, 2], tokens [slots, 2]: the state. tables [2, 129]: what every
+    position of the dial asks for, as a share of the layer's slots, and of the layers up to it as a share of all slots. weight: the
+    layer's part in the bytes of all slots. layer: its number. mine: the group's number.
     """
 
     rows: Ints

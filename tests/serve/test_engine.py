@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import moe_prism
+from moe_prism.model import load_tokenizer
 from moe_prism.point import FULL
 from moe_prism.schedule.base import Job, Ladder, Level, Policy, Work
 from moe_prism.serve.engine.engine import Engine, EngineSize
@@ -123,8 +124,40 @@ def test_prompts_in_chunks_give_the_same_tokens(nano, step_tokens):
     waves = Waves(model, step_tokens=step_tokens, prefix_cache=False)
     try:
         assert waves.tokens(prompts, [2] * 4) == reference[2]
+        assert waves.tokens(prompts, [1, 0, 1, 0]) == [reference[1][0], reference[0][1], reference[1][2], reference[0][3]]
     finally:
         waves.engine.stop()
+
+
+def test_a_held_budget_knows_nothing_of_chunks_of_others_and_of_the_prefix_cache(nano, elastic_nano, text_file):
+    """Log-probabilities of what a request draws: alone, after a prefix hit, in chunks, beside others, after its blocks were given up."""
+    model, prompts, _ = nano
+    ids = load_tokenizer(elastic_nano)(text_file.read_text()[3000:5000])["input_ids"][:150]
+    seen = Sampling(logprobs=1)
+
+    def drawn(waves, beside=()):
+        everyone = [ids, *beside]
+        tokens, events, request = waves.run(everyone, [1] * len(everyone), samplings=[seen] * len(everyone))[0]
+        return tokens, torch.tensor([e.logprob.logprob for e in events if e.token is not None]), request.cached_tokens
+
+    alone = []
+
+    def check(found, cached):
+        alone.append(found)
+        assert found[0] == alone[0][0] and (found[2] > 0) == cached
+        torch.testing.assert_close(found[1], alone[0][1], rtol=1e-3, atol=1e-3)
+
+    for size in ({"cache_tokens": 512}, {"step_tokens": 23, "cache_tokens": 512}):
+        waves = Waves(model, **size)
+        try:
+            check(drawn(waves), False)
+            check(drawn(waves), True)
+            check(drawn(waves, beside=prompts), True)
+            for i in range(4):  # every one of them differs from its first token on, so the blocks are needed for others
+                waves.tokens([[i + 10, *ids[1:]]], [1])
+            check(drawn(waves), False)
+        finally:
+            waves.engine.stop()
 
 
 def test_stock_attention_gives_the_same_tokens(nano, monkeypatch):

@@ -9,10 +9,10 @@ The model is `wide_nano.py`'s, built in FOLDER where it is missing: OLMoE's shap
 - serve: decode steps of the embedded engine at the same budgets, a batch at one level, beside the same stock processes.
 - http: `moe-prism serve`, that many clients at once, tokens/s by the clock on the wall, prompts included. Once per budget.
 
-All run in turns; figures are medians over the rounds, ratios are medians of ratios within a round. A round's figure is the median step.
-`kept` and `bytes`: slots, and bytes of distinct experts per step, as a share of full; counted on the same text, selection included.
-float32, as moe-prism loads models on a CPU; `--stock-dtype bfloat16` for the other side. Both sides have `--threads` threads.
-`serve` leaves a core to HTTP unless told otherwise: on two cores its http part computes with one thread.
+All of a batch run in turns. Figures are medians over the rounds, ratios are medians of ratios within a round, and a round's figure is
+its median step. `kept`, `of a token` and `bytes`: slots, bytes that a token reads of experts, and distinct bytes of a step, as shares of
+full; counted on the same text, selection included. float32, as moe-prism loads models on a CPU; `--stock-dtype bfloat16` changes the
+other side. All sides have `--threads` threads but `http`, where the server decides.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from isa import run_as
 
 BUDGETS = (1.0, 0.75, 0.5, 0.25)
 PROMPT, LEAST = 8, 3
+Seconds = dict[tuple[str, float], list[float]]
+"""(generate, serve or stock; budget) -> seconds per step, of every round."""
 Timer = Callable[[int, Any, int], float]
 """(batch, what, turn) -> seconds per step."""
 
@@ -92,8 +94,8 @@ def stock(folder: Path, steps: int, dtype: str) -> Timer:
     return run
 
 
-def elastic(folder: Path, steps: int) -> tuple[Timer, Callable[[int, int], list[dict[str, float]]]]:
-    """moe-prism's `generate`; what: the budget. And what each budget reads."""
+def elastic(folder: Path, steps: int) -> tuple[dict[str, Timer], Callable[[int, int], list[dict[str, float]]]]:
+    """moe-prism's `generate` and engine; what: the budget. And what each budget reads."""
     import torch
 
     from moe_prism import load, operating_point
@@ -116,27 +118,25 @@ def elastic(folder: Path, steps: int) -> tuple[Timer, Callable[[int, int], list[
             model._moe_prism.reset_counters()
             for turn in range(1, turns + 1):
                 ids = rows(batch, turn)
-                cache = model(input_ids=ids[:, :PROMPT], use_cache=True).past_key_values
+                with model._moe_prism.at(step, counting=False):
+                    cache = model(input_ids=ids[:, :PROMPT], use_cache=True).past_key_values
                 with model._moe_prism.at(step, counting=True):
                     for at in range(PROMPT, PROMPT + steps):
                         model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
-            cost = measured_cost(model._moe_prism, step)
+            cost, model._moe_prism.counting = measured_cost(model._moe_prism, step), False
             found.append({"slots": cost.k_slots, "token": cost.active_expert_bytes, "distinct": cost.distinct_expert_bytes})
         return [{name: row[name] / found[0][name] for name in row} for row in found]
 
-    return run, reads
+    return {"generate": run, "serve": engine(model, rows, steps)}, reads
 
 
-def engine(folder: Path, steps: int) -> Timer:
+def engine(model: Any, rows: Any, steps: int) -> Timer:
     """Decode steps of the embedded engine; what: the budget, which every request of the batch has."""
-    from moe_prism import load
     from moe_prism.point import FULL
     from moe_prism.schedule.base import Job, Ladder, Level, Policy, Work
     from moe_prism.serve.engine.engine import Engine, EngineSize
     from moe_prism.serve.requests import Request, Sampling
 
-    model, tokenizer = load(folder / "elastic")
-    rows = texts(tokenizer, PROMPT + steps + 2)
     slots = wide_nano.CHOSEN * 4
     levels = [Level(f"{b:g}", FULL.with_budget(b) if b < 1 else FULL, b * slots, b) for b in sorted(BUDGETS)]
 
@@ -151,14 +151,15 @@ def engine(folder: Path, steps: int) -> Timer:
                 return [Work(p.job.id, p.remaining_prompt, self.level) for p in prompts[:8]]
             return [Work(p.job.id, 1, self.level) for p in running]
 
-    policy, seen = Together(), []
+    policy, seen, usual = Together(), [], model.config._attn_implementation
     runner = Engine(model, Ladder(tuple(levels)), policy, EngineSize(cache_tokens=8192, prefix_cache=False))
     runner.observer = lambda step, _: seen.append((len(step.parts), sum(p.tokens for p in step.parts), time.perf_counter()))
     runner.start()
-    count = iter(range(1 << 30))
+    count, paged = iter(range(1 << 30)), model.config._attn_implementation
+    model.config._attn_implementation = usual  # the model is `generate`'s too
 
     def run(batch: int, what: Any, turn: int) -> float:
-        policy.level = sorted(BUDGETS).index(what)
+        policy.level, model.config._attn_implementation = sorted(BUDGETS).index(what), paged
         done = threading.Semaphore(0)
         seen.clear()
 
@@ -172,6 +173,7 @@ def engine(folder: Path, steps: int) -> Timer:
             runner.submit(Request(job, row, Sampling(temperature=1.0, seed=1), frozenset(), heard))
         for _ in range(batch):
             done.acquire()
+        model.config._attn_implementation = usual
         decoding = [when for parts, tokens, when in seen if parts == tokens == batch]
         return statistics.median(b - a for a, b in pairwise(decoding))
 
@@ -182,23 +184,21 @@ def engine(folder: Path, steps: int) -> Timer:
 
 
 def answer(arguments: argparse.Namespace) -> None:
-    """The child: a line in, [batch, what, turn], a line out, the seconds."""
+    """The child: a line in, [name, batch, what, turn], a line out, the seconds."""
     reply = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import torch
 
     torch.set_num_threads(arguments.threads)
-    reads: Callable[[int, int], Any] = lambda batch, turns: None  # noqa: E731
     if arguments.role == "stock":
-        run = stock(arguments.folder, arguments.steps, arguments.stock_dtype)
-    elif arguments.role == "elastic":
-        run, reads = elastic(arguments.folder, arguments.steps)
+        runs: dict[str, Any] = {"stock": stock(arguments.folder, arguments.steps, arguments.stock_dtype)}
     else:
-        run = engine(arguments.folder, arguments.steps)
+        runs, reads = elastic(arguments.folder, arguments.steps)
+        runs["reads"] = lambda batch, _, turn: reads(batch, turn)
     print("ready", file=reply, flush=True)
     for line in sys.stdin:
-        batch, what, turn = json.loads(line)
-        print(json.dumps(reads(batch, turn) if what == "reads" else run(batch, what, turn)), file=reply, flush=True)
+        name, *asked = json.loads(line)
+        print(json.dumps(runs[name](*asked)), file=reply, flush=True)
     os._exit(0)  # the engine's thread need not be waited for
 
 
@@ -210,10 +210,6 @@ class Child:
         command += ["--threads", str(arguments.threads), "--stock-dtype", arguments.stock_dtype]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def ready(self) -> Child:
-        self.line()
-        return self
-
     def line(self) -> str:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -221,61 +217,61 @@ class Child:
             raise SystemExit("a process died; its output is above")
         return line
 
-    def ask(self, batch: int, what: Any, turn: int) -> Any:
+    def ask(self, *asked: Any) -> Any:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([batch, what, turn]) + "\n")
+        self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         return json.loads(self.line())
 
 
-def part(role: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One part of the benchmark: rows of every batch."""
-    children = {"ours": Child(role, arguments), "stock": Child("stock", arguments)}
+def steps(kinds: list[str], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """`generate` and `serve` beside stock, step by step: rows of every batch."""
+    children: dict[str, Child] = {}
     rows = []
     try:
-        for child in children.values():
-            child.ready()
+        for role in ("ours", "stock"):  # one after the other: loading takes more memory than running
+            children[role] = Child(role, arguments)
+            children[role].line()
         print("all ready", file=sys.stderr, flush=True)
-        experts = {b: round(b * wide_nano.CHOSEN) for b in BUDGETS}
+        runs = [(kind, b, b) for kind in kinds for b in BUDGETS]
+        runs += [("stock", b, round(b * wide_nano.CHOSEN)) for b in BUDGETS]
         for batch in map(int, arguments.batches.split(",")):
-            runs = [("ours", b, b) for b in BUDGETS] + [("stock", b, experts[b]) for b in BUDGETS]
-            found: dict[tuple[str, float], list[float]] = {(name, b): [] for name, b, _ in runs}
+            found: Seconds = {(name, b): [] for name, b, _ in runs}
             until, turn = float("inf"), 0
             while turn <= LEAST or time.monotonic() < until:
                 for name, budget, what in runs if turn % 2 else runs[::-1]:
-                    seconds = children[name].ask(batch, what, turn)
+                    seconds = children["stock" if name == "stock" else "ours"].ask(name, batch, what, turn)
                     if turn:
                         found[name, budget].append(seconds)
                 turn, until = turn + 1, until if turn else time.monotonic() + arguments.seconds
-            reads = children["ours"].ask(batch, "reads", turn - 1) if role == "elastic" else [None] * len(BUDGETS)
-            rows += [row(role, batch, b, found, read) for b, read in zip(BUDGETS, reads, strict=True)]
-            for each in rows[-len(BUDGETS) :]:
-                show(arguments, each)
+            reads = children["ours"].ask("reads", batch, None, min(turn - 1, LEAST))
+            for kind in kinds:
+                for budget, read in zip(BUDGETS, reads, strict=True):
+                    rows.append(row(kind, batch, budget, found, read))
+                    show(arguments, rows[-1])
     finally:
         for child in children.values():
             child.process.kill()
     return rows
 
 
-def row(role: str, batch: int, budget: float, found: dict[tuple[str, float], list[float]], read: Any) -> dict[str, Any]:
+def row(kind: str, batch: int, budget: float, found: Seconds, read: dict[str, float]) -> dict[str, Any]:
     """Tokens/s, and speed as a ratio: above 1 is faster."""
 
     def faster(a: tuple[str, float], b: tuple[str, float]) -> float:
         return round(statistics.median(y / x for x, y in zip(found[a], found[b], strict=True)), 3)
 
-    ours, plain = ("ours", budget), ("stock", budget)
-    result = {
-        "part": "generate" if role == "elastic" else "serve", "batch": batch, "budget": budget,
+    ours, plain = (kind, budget), ("stock", budget)
+    return {
+        "part": kind, "batch": batch, "budget": budget,
         "tokens/s": round(batch / statistics.median(found[ours]), 2),
         "stock tokens/s": round(batch / statistics.median(found[plain]), 2),
-        "of full": faster(ours, ("ours", 1.0)),
+        "of full": faster(ours, (kind, 1.0)),
         f"of stock top-{round(budget * wide_nano.CHOSEN)}": faster(ours, plain),
         "of stock full": faster(ours, ("stock", 1.0)),
         "rounds": len(found[ours]),
+        "kept": round(read["slots"], 3), "bytes": round(read["distinct"], 3), "of a token": round(read["token"], 3),
     }  # fmt: skip
-    if read:
-        result |= {"kept": round(read["slots"], 3), "bytes": round(read["distinct"], 3), "of a token": round(read["token"], 3)}
-    return result
 
 
 def http(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -362,9 +358,12 @@ def main() -> None:
     if arguments.role:
         return answer(arguments)
     wide_nano.ensure(arguments.folder, arguments.layers)
-    rows = []
-    for name in arguments.only.split(","):
-        rows += http(arguments) if name == "http" else part({"generate": "elastic", "serve": "engine"}[name], arguments)
+    kinds = arguments.only.split(",")
+    if unknown := set(kinds) - {"generate", "serve", "http"}:
+        parser.error(f"--only has no part {sorted(unknown)[0]}")
+    stepwise = [kind for kind in kinds if kind != "http"]
+    rows = steps(stepwise, arguments) if stepwise else []
+    rows += http(arguments) if "http" in kinds else []
     if arguments.json:
         print(json.dumps(rows))
     return None

@@ -15,10 +15,22 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from moe_prism.artefact.load import load
+from moe_prism.calibrate.options import CalibrateOptions
+from moe_prism.elastic import operating_point
+from moe_prism.jobs.inspect import inspect_model
+from moe_prism.jobs.prune import prune_model
+from moe_prism.jobs.refactor import refactor
+from moe_prism.jobs.verify import verify
+from moe_prism.model import load_model
 from moe_prism.model.load import NANO
+from moe_prism.options.prune import PruneOptions
+from moe_prism.options.refactor import RefactorOptions
 
+from .checks import LIMIT, relative
 from .families import GENERIC, OVERRIDES, model_class, randomise
 
 VOCABULARY = {"vocab_size": 4096, "vocab_size_per_layer_input": 4096, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -90,3 +102,42 @@ def save_release(family: str, folder: Path) -> nn.Module:
     for file in NANO.glob("tokenizer*"):
         shutil.copyfile(file, folder / file.name)
     return model
+
+
+def text_output(model: nn.Module) -> Tensor:
+    """Logits of one fixed batch of text."""
+    ids = torch.randint(3, 4096, (2, 12), generator=torch.Generator().manual_seed(2))
+    more = {"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids, use_cache=False, **more).logits
+    assert torch.isfinite(logits).all()
+    return logits
+
+
+def check_release(family: str, folder: Path, text: str) -> None:
+    """Inspect, refactor, verify, generate, prune and reload the family as it is released. Raises at the first thing that does not hold."""
+    source, out = folder / "source", folder / "elastic"
+    save_release(family, source)
+    facts = inspect_model(source)
+    assert not facts["unread_tensors"]
+    calibration = CalibrateOptions(text=text, tokens=256, length=32, reservoir=64)
+    refactor(source, out, RefactorOptions(n_sub=4, calibration=calibration, profile_tokens=0))
+    verify(out)
+    kind = release_class(family)
+    before = text_output(kind.from_pretrained(source, dtype=torch.float32).eval())
+    after = text_output(kind.from_pretrained(out, dtype=torch.float32).eval())
+    assert relative(after, before) <= LIMIT, f"refactored: relative error {relative(after, before):.1e}"
+    old, new = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    assert old.keys() == new.keys()
+    moved = [name for name in old if not torch.equal(old[name], new[name])]
+    assert moved and all("expert" in name or "mlp" in name or "feed_forward" in name or "moe" in name for name in moved)
+    model, _ = load(out)
+    with operating_point(model, budget=0.5):
+        tokens = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False)
+    assert tokens.shape[1] >= 4
+    prune_model(source, folder / "pruned", PruneOptions(criterion="first-half", keep=0.5))
+    verify(folder / "pruned")
+    text_output(kind.from_pretrained(folder / "pruned", dtype=torch.float32).eval())
+    text_output(load_model(folder / "pruned"))
+    numbers = [[layer["experts"] for layer in inspect_model(place)["layers"]] for place in (source, folder / "pruned")]
+    assert [2 * e for e in numbers[1]] == numbers[0]

@@ -1,7 +1,7 @@
 """Checkpoints on disk: checked reading, one layer at a time in memory, and output that is complete or absent."""
 
 from .atomic import OutputFolder, sha256_file
-from .companions import copy_companions
+from .companions import companion_facts, copy_companions
 from .header import TensorInfo, read_header
 from .journal import Journal
 from .links import follow_links
@@ -18,6 +18,7 @@ __all__ = [
     "Source",
     "TensorInfo",
     "check_finite",
+    "companion_facts",
     "copy_companions",
     "elastic_manifest",
     "first_non_finite",

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .atomic import JOURNAL, OutputFolder
 from .links import follows_links, leads_out
@@ -71,6 +72,13 @@ def licence(folder: str | Path) -> dict[str, str]:
             if found:
                 return {key: value.strip() for key, value in found.items()}
     return {}
+
+
+def companion_facts(folder: str | Path) -> dict[str, Any]:
+    """For a manifest: the licence that a source's card states, and what lies beside its weights and does not travel, with the reason."""
+    if Path(folder).is_file():
+        return {"licence": {}, "left_out": {}}
+    return {"licence": licence(folder), "left_out": companions(folder, Source(folder))[1]}
 
 
 def origin(folder: str | Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,12 @@ def written(result: dict[str, Any], text: str, as_json: bool) -> Iterator[None]:
 def note(text: str) -> None:
     """A line for people, on stderr."""
     sys.stderr.write(text + "\n")
+
+
+def note_left_out(left: Mapping[str, str]) -> None:
+    """What of a source does not lie in the output, for people."""
+    for name, reason in left.items():
+        note(f"left out: {name} ({reason})")
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

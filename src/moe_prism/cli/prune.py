@@ -12,7 +12,7 @@ from ..errors import UsageError
 from ..options import Options, option
 from ..options.prune import PruneOptions
 from .flags import Run
-from .output import emit, note, progress, table
+from .output import emit, note, note_left_out, progress, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ def prune(
         result = prune_model(model, out, options, **given, resume=run.resume, force=run.force, report=progress)
         note(f"next: moe-prism verify {out}")
     facts = result.to_json()
+    note_left_out(facts.get("left_out", {}))
     emit(facts, _show(facts), run.json)
 
 

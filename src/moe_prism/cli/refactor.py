@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from ..options.refactor import RefactorOptions
 from .flags import Run
-from .output import emit, note, progress
+from .output import emit, note, note_left_out, progress
 
 GIB = 2**30
 
@@ -41,6 +41,7 @@ def refactor(
         return _show_resources(model, out, options, run.json)
     done = write(model, out, options, calibration=calibration, resume=run.resume, force=run.force, report=progress)
     facts = done.to_json()
+    note_left_out(facts["left_out"])
     note(f"next: moe-prism frontier {out}")
     emit(
         facts,

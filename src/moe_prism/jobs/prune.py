@@ -17,7 +17,7 @@ from ..artefact.load import SIDE_FILE, flat_side_tensors, side_tensors
 from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
 from ..calibrate.statistics import Statistics
-from ..checkpoint import Journal, OutputFolder, read_manifest, source_facts, write_manifest
+from ..checkpoint import Journal, OutputFolder, companion_facts, read_manifest, source_facts, write_manifest
 from ..checkpoint.manifest import MANIFEST
 from ..compress.prune import KeptExperts
 from ..compress.prune.remove import Removal, check_mtp_choice, check_removable, remove_experts
@@ -48,7 +48,8 @@ class Pruned:
 
     def to_json(self) -> dict[str, Any]:
         where = {"folder": str(self.folder)} if self.folder else {}
-        return {**where, **self.selection.to_json(), "peak_rss_bytes": self.peak_rss_bytes}
+        left = {"left_out": self.manifest["companions"]["left_out"]} if self.manifest else {}
+        return {**where, **self.selection.to_json(), **left, "peak_rss_bytes": self.peak_rss_bytes}
 
 
 def select_experts(
@@ -204,12 +205,19 @@ def _facts(
     manifest: Mapping[str, Any] | None, selection: PruneSelection, inputs: Mapping[str, Any], job: _Job, kind: str
 ) -> dict[str, Any]:
     """prism.json: of an elastic model its own facts with fewer experts, else what was done."""
+    beside = companion_facts(job.weights.path)
     if manifest is None:
-        return {"kind": kind, "source": inputs["source"], "pruning": dict(inputs), "documents": list(job.documents)}
+        return {
+            "kind": kind,
+            "source": inputs["source"],
+            "companions": beside,
+            "pruning": dict(inputs),
+            "documents": list(job.documents),
+        }
     old = {key: value for key, value in manifest.items() if key not in (*FILLED_IN, "operating_points")}
     layers = [
         {**row, "experts": len(c.kept), "starved": [c.kept.index(e) for e in row["starved"] if e in c.kept]}
         for row, c in zip(old["layers"], selection.choices, strict=True)
     ]
     calibration = {**old["calibration"], "documents": list(dict.fromkeys([*old["calibration"]["documents"], *job.documents]))}
-    return {**old, "layers": layers, "calibration": calibration, "pruning": dict(inputs)}
+    return {**old, "companions": beside, "layers": layers, "calibration": calibration, "pruning": dict(inputs)}

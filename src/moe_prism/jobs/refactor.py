@@ -17,7 +17,7 @@ from ..artefact.load import SIDE_FILE
 from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
 from ..calibrate.statistics import Statistics
-from ..checkpoint import Journal, OutputFolder, source_facts, write_manifest
+from ..checkpoint import Journal, OutputFolder, companion_facts, source_facts, write_manifest
 from ..elastic.rules.threshold import kept_shares, pool_cutoffs
 from ..elastic.side_tensors import CUTOFFS, LAYER_BUDGETS, SHARES
 from ..errors import UsageError
@@ -50,6 +50,7 @@ class Refactored:
             "layers": len(layers),
             "partition_cost_share": sum(layer["cost_share"] for layer in layers) / len(layers),
             "starved_experts": sum(len(layer["starved"]) for layer in layers),
+            "left_out": self.manifest["companions"]["left_out"],
             "peak_rss_bytes": self.peak_rss_bytes,
         }
 
@@ -225,6 +226,7 @@ def _facts(
     return {
         "kind": "elastic",
         "source": source,
+        "companions": companion_facts(weights.path),
         "n_sub": options.n_sub,
         "gates": options.gates,
         "bytes_per_weight": weights.bytes_per_weight,

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def front_matter(source: str, model_type: str) -> str:
-    """What model hubs read of a model card."""
+def front_matter(facts: Mapping[str, Any], model_type: str) -> str:
+    """What model hubs read of a model card, with the licence fields of the source's own card."""
+    terms = "".join(f"{key}: {value}\n" for key, value in facts["companions"]["licence"].items())
     return f"""---
 library_name: transformers
-base_model: {source}
-tags:
+base_model: {facts["source"]["name"]}
+{terms}tags:
 - moe-prism
 - mixture-of-experts
 - {model_type}
@@ -19,12 +20,19 @@ tags:
 """
 
 
+def terms_of(facts: Mapping[str, Any]) -> str:
+    """A sentence on the licence."""
+    known = facts["companions"]["licence"]
+    name = known.get("license_name") or known.get("license")
+    return f"The licence is the source model's: {name}." if name else "The licence is the source model's, whose card names none."
+
+
 def model_card(facts: Mapping[str, Any], model_type: str) -> str:
     """Markdown."""
     source = facts["source"]["name"]
     calibration = facts["calibration"]
     width = facts["layers"][0]["width"]
-    return f"""{front_matter(source, model_type)}
+    return f"""{front_matter(facts, model_type)}
 # {source}, elastic
 
 The weights of `{source}` with the neurons of every expert reordered, so that each expert is {facts["n_sub"]} contiguous sub-experts of
@@ -40,5 +48,5 @@ with moe_prism.operating_point(model, budget=0.5):  # half of the expert bytes, 
 ```
 
 Calibrated on {calibration["tokens"]} tokens of `{calibration["text"]}`. `moe-prism frontier this-folder` measures what each price costs
-in quality; `moe-prism verify this-folder` checks every file. The licence is the source model's.
+in quality; `moe-prism verify this-folder` checks every file. {terms_of(facts)}
 """

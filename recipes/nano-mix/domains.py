@@ -2,7 +2,9 @@
 
     python recipes/nano-mix/domains.py --fetched build/text --manifest build/nano-mix/manifest.tsv.gz --out src/moe_prism/data/domains
 
-Python is not written: it is the standard library of whoever runs it. Beside the text stands NOTICE, with projects, files and licences.
+Its Python comes from packages, since defaults are chosen on the standard library. A Python file that has a near-copy among the files
+of an installed package or of the standard library that prism-nano may have been trained on is left out. Beside the text stands NOTICE,
+with projects, files and licences.
 """
 
 from __future__ import annotations
@@ -13,16 +15,18 @@ import json
 import random
 import re
 import sys
+import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "common"))
 
-from corpus import Source, Text, digest_of, read_source
+from corpus import Source, Text, digest_of, read_source, split_of
 from sources import PERMISSIVE, name_of, sources
 
 from moe_prism.data import Document
-from moe_prism.data.near_copies import without_near_copies
+from moe_prism.data.near_copies import NEAR, shingles, without_near_copies
 
 OTHER_LANGUAGES = {"da", "de", "es", "fr", "ja", "ko", "pt-br", "ru", "tr", "zh-cn"}  # folders of manuals
 LICENCES = PERMISSIVE | {"PSF-2.0", "BSL-1.0", "public domain"}
@@ -37,9 +41,12 @@ HOLDERS = {  # of projects whose packages name those of all their parts
     "llvm-14-doc": "Copyright the LLVM project's contributors",
     "node": "Copyright Node.js contributors; Copyright the V8 project authors (BSD-3-Clause)",
     "nodejs-doc": "Copyright Node.js contributors",
+    "numpy": "Copyright (c) 2005-2025 NumPy Developers",
     "python-django-doc": "Copyright (c) Django Software Foundation and individual contributors",
     "python3.11-doc": "Copyright (c) 2001-2023 Python Software Foundation",
     "range-v3": "Copyright Eric Niebler and the authors that each file names",
+    "scipy": "Copyright (c) 2001-2002 Enthought, Inc.; 2003 SciPy Developers",
+    "sympy": "Copyright (c) 2006-2023 SymPy Development Team",
     "torch": "Copyright (c) 2016- Facebook, Inc. and the authors that PyTorch's LICENSE names",
 }
 _COPYRIGHT = re.compile(
@@ -61,7 +68,7 @@ def candidates(found: Iterable[Source], splits: dict[str, str], seed: int) -> li
     """Heads of the files that may be shipped, held-out ones first, in an order of the seed, no near-copy among them."""
     heads: dict[str, Text] = {}
     for source in found:
-        if source.domain == "python" or source.licence not in LICENCES:
+        if source.project == "stdlib" or source.licence not in LICENCES:
             continue
         for text in read_source(source, name_of, seed):
             name, whole = text.document.name, text.document.text
@@ -74,7 +81,25 @@ def candidates(found: Iterable[Source], splits: dict[str, str], seed: int) -> li
     order = sorted(heads)
     random.Random(seed).shuffle(order)
     order.sort(key=lambda name: heads[name].split != "heldout")
-    return [heads[d.name] for d in without_near_copies([heads[name].document for name in order])]
+    fresh = without_near_copies([heads[name].document for name in order])
+    known = known_runs({d.name: d for d in fresh if heads[d.name].source.domain == "python"})
+    return [heads[d.name] for d in fresh if known.get(d.name, 0.0) <= NEAR]
+
+
+def known_runs(documents: dict[str, Document]) -> dict[str, float]:
+    """The largest share of each document's runs of ten words that stand in one installed Python file of a training bucket."""
+    runs = {name: set(shingles(d.text).tolist()) for name, d in documents.items()}
+    owners: dict[int, list[str]] = {}
+    for name, of in runs.items():
+        for run in of:
+            owners.setdefault(run, []).append(name)
+    share = dict.fromkeys(runs, 0.0)
+    for root in (Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))):
+        for path in root.rglob("*.py"):
+            if split_of(path.name) == "train":
+                shared = Counter(n for run in shingles(path.read_text("utf-8", "ignore")).tolist() for n in owners.get(run, ()))
+                share |= {n: max(share[n], count / len(runs[n])) for n, count in shared.items()}
+    return share
 
 
 def chosen(texts: Iterable[Text]) -> Iterator[Text]:
@@ -97,14 +122,16 @@ def copyrights(source: Source) -> list[str]:
         return [HOLDERS[source.project]]
     names = ("LICENSE", "LICENCE", "COPYING", "copyright", "license")
     roots = [source.root, *source.root.glob("usr/share/doc/*")]
-    files = sorted(p for r in roots for p in r.iterdir() if p.is_file() and p.name.startswith(names))
+    if source.domain == "python":
+        roots += source.root.parent.glob(f"{source.project}-*.dist-info")
+    files = sorted(p for r in roots for p in r.rglob("*") if p.is_file() and p.name.startswith(names) and "node_modules" not in p.parts)
     lines = (m.group().strip(" *#\t") for p in files for m in _COPYRIGHT.finditer(p.read_text("utf-8", errors="ignore")))
-    return list(dict.fromkeys(lines))[:4]
+    return list(dict.fromkeys(lines))[:4] or [f"Copyright the authors of {source.project}"]
 
 
 def notice(texts: list[Text]) -> str:
     parts = [
-        "The text of three domains in domains.jsonl.gz comes from the files below, of other projects, under their own licences.\n"
+        "The text of four domains in domains.jsonl.gz comes from the files below, of other projects, under their own licences.\n"
         "Files longer than 16,000 characters are cut there. It serves to calibrate and to measure models. No shipped model was\n"
         "trained on it.\n"
         "The texts of the licences are in LICENCES; Apache-2.0 is that of moe-prism itself.\n"

@@ -15,6 +15,13 @@ from moe_prism.data.bundled import is_program
 # in megabytes of text; packages that are not named have PYTHON_OTHER
 PYTHON = {"torch": 1.5, "transformers": 1.5, "sympy": 1.2, "scipy": 1.0, "numpy": 1.0, "networkx": 1.0, "numba": 1.0, "pip": 0.6}
 PYTHON_OTHER = 0.35
+PYTHON_LICENCES = {
+    "torch": "BSD-3-Clause", "transformers": "Apache-2.0", "sympy": "BSD-3-Clause", "scipy": "BSD-3-Clause", "numpy": "BSD-3-Clause",
+    "networkx": "BSD-3-Clause", "numba": "BSD-2-Clause", "pip": "MIT", "mpmath": "BSD-3-Clause", "jinja2": "BSD-3-Clause",
+    "pygments": "BSD-2-Clause", "fastapi": "MIT", "rich": "MIT", "werkzeug": "BSD-3-Clause", "fsspec": "BSD-3-Clause",
+    "huggingface_hub": "Apache-2.0", "mypy": "MIT", "openai": "Apache-2.0", "requests": "Apache-2.0", "urllib3": "MIT",
+    "uvicorn": "BSD-3-Clause", "httpx2": "BSD-3-Clause", "anyio": "MIT", "pydantic": "MIT", "filelock": "MIT", "narwhals": "MIT",
+}  # fmt: skip
 PERMISSIVE = {"MIT", "ISC", "BSD", "BSD-2-Clause", "BSD-3-Clause", "Apache-2.0", "0BSD", "CC0-1.0", "Unlicense"}
 # names that every project has: only with the project do they tell one file from another
 GENERIC = {
@@ -59,7 +66,7 @@ def python_sources() -> list[Source]:
     base = Path(sysconfig.get_path("purelib"))
     found = [Source("python", "stdlib", "PSF-2.0", Path(sysconfig.get_path("stdlib")), (".py",), is_program, 6.0, 300_000)]
     packages = sorted(p for p in base.iterdir() if p.is_dir() and (p / "__init__.py").is_file() and p.name != "moe_prism")
-    other = [Source("python", p.name, "its own", p, (".py",), is_program, PYTHON.get(p.name, PYTHON_OTHER)) for p in packages]
+    other = [Source("python", p.name, PYTHON_LICENCES.get(p.name, "its own"), p, (".py",), is_program, PYTHON.get(p.name, PYTHON_OTHER)) for p in packages]
     return [*found, *other]
 
 

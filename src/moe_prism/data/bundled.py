@@ -1,6 +1,7 @@
 """Texts that need no file of the user's, by name: what every Python interpreter carries, and what moe-prism ships.
 
-`stdlib` and `domains` have two sides that no shipped model was trained on. `topics` is unseen by prism-nano only: prism-nano-mix was
+`stdlib` and `domains` have two sides that no shipped model was trained on. Defaults are chosen on `stdlib` and `topics`; the
+evaluation side of `domains` is for reports, and nothing is chosen by it. `topics` is unseen by prism-nano only: prism-nano-mix was
 trained on Python's documentation, of which the help topics are a part.
 """
 
@@ -23,7 +24,6 @@ from .near_copies import without_near_copies
 SKIP = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__", "site-packages", "dist-packages"}
 MAX_FILE_BYTES = 300_000  # of a standard library file: longer ones are tables
 DOMAINS = ("python", "prose", "headers", "web")
-OF_A_FILE = 16_000  # characters of a file that a domain takes
 SHIPPED = Path(__file__).parent / "domains" / "domains.jsonl.gz"
 # a line that begins with a string, a number or a bracket, and not with a name: an entry of a table
 _ENTRY = re.compile(r"""\s*[-+]?(?:[bru]?(?:"(?!"")|'(?!''))|\d|[\[({])""", re.IGNORECASE)
@@ -74,9 +74,7 @@ def topics() -> list[Document]:
 
 
 def domain(name: str) -> list[Document]:
-    """Files of one domain, cut at 16,000 characters: the standard library's, or those shipped (see domains/NOTICE)."""
-    if name == "python":
-        return [Document(d.name, d.text[:OF_A_FILE]) for d in stdlib()]
+    """The shipped files of one domain (see domains/NOTICE)."""
     try:
         rows = [json.loads(line) for line in gzip.decompress(SHIPPED.read_bytes()).decode().splitlines()]
     except OSError as error:

@@ -145,7 +145,7 @@ class Training:
         self.muon = Muon(matrices)
         self.batches = Batches(data / "train.bin", recipe["length"], recipe["batch"], seed)
         self.backbone = torch.compile(self.model.model)
-        self.step, self.spent = 0, 0.0
+        self.step, self.tokens, self.spent = 0, 0, 0.0
         if self.state.exists():
             self.restore()
 
@@ -155,12 +155,12 @@ class Training:
         self.rest.load_state_dict(saved["adam"])
         for buffer, value in zip(self.muon.buffers, saved["muon"], strict=True):
             buffer.copy_(value)
-        self.step, self.spent = saved["step"], saved["spent"]
+        self.step, self.tokens, self.spent = saved["step"], saved["tokens"], saved["spent"]
 
     def save(self) -> None:
         new = self.state.with_suffix(".new")
         state = {"model": self.model.state_dict(), "adam": self.rest.state_dict(), "muon": self.muon.buffers}
-        torch.save(state | {"step": self.step, "spent": self.spent, "recipe": self.recipe}, new)
+        torch.save(state | {"step": self.step, "tokens": self.tokens, "spent": self.spent, "recipe": self.recipe}, new)
         new.replace(self.state)
 
     def update(self, rate: float) -> dict[str, float]:
@@ -177,6 +177,7 @@ class Training:
         self.rest.step()
         self.model.zero_grad(set_to_none=True)
         self.step += 1
+        self.tokens += batch[:, :-1].numel()
         return {"loss": loss.item(), "balance": balance.item()}
 
     def held_out(self) -> dict[str, float]:

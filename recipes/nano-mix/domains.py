@@ -124,7 +124,9 @@ def copyrights(source: Source) -> list[str]:
     roots = [source.root, *source.root.glob("usr/share/doc/*")]
     if source.domain == "python":
         roots += source.root.parent.glob(f"{source.project}-*.dist-info")
-    files = sorted(p for r in roots for p in r.rglob("*") if p.is_file() and p.name.startswith(names) and "node_modules" not in p.parts)
+    files = sorted(
+        p for r in roots for p in r.rglob("*") if p.is_file() and p.name.startswith(names) and "node_modules" not in p.parts
+    )
     lines = (m.group().strip(" *#\t") for p in files for m in _COPYRIGHT.finditer(p.read_text("utf-8", errors="ignore")))
     return list(dict.fromkeys(lines))[:4] or [f"Copyright the authors of {source.project}"]
 

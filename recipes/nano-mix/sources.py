@@ -66,7 +66,12 @@ def python_sources() -> list[Source]:
     base = Path(sysconfig.get_path("purelib"))
     found = [Source("python", "stdlib", "PSF-2.0", Path(sysconfig.get_path("stdlib")), (".py",), is_program, 6.0, 300_000)]
     packages = sorted(p for p in base.iterdir() if p.is_dir() and (p / "__init__.py").is_file() and p.name != "moe_prism")
-    other = [Source("python", p.name, PYTHON_LICENCES.get(p.name, "its own"), p, (".py",), is_program, PYTHON.get(p.name, PYTHON_OTHER)) for p in packages]
+    other = [
+        Source(
+            "python", p.name, PYTHON_LICENCES.get(p.name, "its own"), p, (".py",), is_program, PYTHON.get(p.name, PYTHON_OTHER)
+        )
+        for p in packages
+    ]
     return [*found, *other]
 
 

@@ -18,7 +18,10 @@ import sys
 from pathlib import Path
 
 from corpus import SPLITS, Text, read_splits
+from tokenizers import Tokenizer
 from tokens import encode, train_tokenizer, write_tokens
+
+from moe_prism.model.load import resolve
 
 SAMPLE = 3_000_000  # characters of each domain that the tokenizer is trained on
 
@@ -77,7 +80,10 @@ def main() -> None:
             if room > 0:
                 sample.append(text)
                 room -= len(text)
-    tokenizer = train_tokenizer(sample, config["vocabulary"])
+    if "tokenizer" in config:
+        tokenizer = Tokenizer.from_file(str(resolve(config["tokenizer"]) / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(sample, config["vocabulary"])
     tokenizer.save(str(args.out / "tokenizer.json"))
 
     train, facts = balanced({d: encode(tokenizer, of) for d, of in texts.items()}, texts)

@@ -22,6 +22,7 @@ import transformers
 from experts import sorted_experts
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from upcycle import start_from
 
 ALL_EXPERTS_FUNCTIONS.register("sorted", sorted_experts)
 AUX, ZLOSS = 0.01, 1e-4
@@ -133,7 +134,10 @@ class Training:
         self.recipe, self.data, self.state = recipe, data, out / "state.pt"
         vocab = json.loads((data / "tokenizer.json").read_text())["model"]["vocab"]
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = new_model(recipe, len(vocab), seed).to(self.device)
+        self.model = new_model(recipe, len(vocab), seed)
+        if "start" in recipe and not self.state.exists():
+            start_from(self.model, recipe["start"], Batches(data / "train.bin", recipe["length"], recipe["batch"], seed)(0))
+        self.model.to(self.device)
         self.k = recipe["model"]["num_experts_per_tok"]
         matrices = {
             n: p

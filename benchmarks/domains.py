@@ -20,9 +20,8 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,9 +41,8 @@ RESAMPLES = 2000
 LEAST = 0.02  # of the slots: the smallest budget that is tried
 
 
-@dataclass(frozen=True)
-class Run:
-    """One point on one text. kl [n]: sums over the tokens of each window, in nats per token; share: its bytes of all bytes."""
+class Run(NamedTuple):
+    """One point on one text. kl [n]: of each window, in nats per token; share: the bytes that it read, of all bytes."""
 
     kl: NDArray[np.float64]
     share: float

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_prism.data import Document, bucket_of, read_documents, split_documents, token_windows
+from moe_prism.data.bundled import BUNDLED, DOMAINS, SHIPPED, is_program
+from moe_prism.data.near_copies import shingles, without_near_copies
 from moe_prism.errors import CorruptError, UsageError
 
 NAME = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=8).filter(
@@ -46,7 +51,7 @@ def test_the_two_sides_share_nothing(names):
 
 
 @settings(max_examples=40, deadline=None)
-@given(NAMES, st.sampled_from(["stdlib", "folder"]))
+@given(NAMES, st.sampled_from(["stdlib", "domains/prose", "folder"]))
 def test_copies_of_a_file_land_together(names, source):
     documents = [Document(f"{folder}/{name}", "x = 1\n") for name in names for folder in ("a", "b/c")]
     calibration, evaluation = both(documents, source)
@@ -162,3 +167,55 @@ def test_an_interpreter_without_help_topics_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(UsageError, match="without its help topics"):
         read_documents("topics")
+
+
+def test_tables_are_left_out_of_the_bundled_text_and_programs_are_not():
+    root = Path(sysconfig.get_path("stdlib"))
+    assert not any(
+        is_program((root / name).read_text("utf-8")) for name in ("encodings/cp1252.py", "encodings/cp437.py", "html/entities.py")
+    )
+    assert all(is_program((root / name).read_text("utf-8")) for name in ("argparse.py", "this.py", "enum.py", "http/__init__.py"))
+    assert not any("encodings/" in d.name and "charmap" in d.text for d in read_documents("stdlib"))
+
+
+@pytest.mark.parametrize("name", [n for n in BUNDLED if n != "topics"])
+def test_no_near_copy_of_an_evaluation_text_calibrates(name):
+    """Brute force: the share of a document's runs of ten words that stand in the other side."""
+    runs = {d.name: _runs(d.text) for d in read_documents(name)}
+    calibration, evaluation = both(read_documents(name), name)
+    assert len(calibration) + len(evaluation) == len(runs) and sum(len(d.text) for d in evaluation) > 100_000
+    held = set().union(*(runs[d.name] for d in evaluation))
+    for document in calibration:
+        assert len(runs[document.name] & held) <= 0.35 * len(runs[document.name]), document.name
+
+
+def _runs(text):
+    words = re.findall(r"\w+", text)
+    return {tuple(words[i : i + 10]) for i in range(len(words) - 9)}
+
+
+def test_the_shipped_domains_are_named_with_their_licences():
+    notice = (SHIPPED.parent / "NOTICE").read_text()
+    for name in DOMAINS:
+        for document in read_documents(f"domains/{name}"):
+            assert document.name.partition("/")[2].rpartition("/")[2] in notice
+    assert [d.name for d in read_documents("domains")] == [d.name for n in DOMAINS for d in read_documents(f"domains/{n}")]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from(["a", "b"]), max_size=60))
+def test_shingles_are_the_distinct_runs_of_ten_words(words):
+    assert len(shingles(" ".join(words))) == len({tuple(words[i : i + 10]) for i in range(len(words) - 9)})
+
+
+def test_near_copies_go_and_what_contains_a_protected_text_goes_too():
+    text = {n: " ".join(f"{n}{i * i % 997}" for i in range(400)) for n in ("a", "b", "c")}
+    a, b = Document("a", text["a"]), Document("b", text["b"])
+    changed = Document("changed", "another header " + text["a"][:-200])
+    container = Document("container", text["a"] + " " + " ".join([text["c"]] * 1 + [f"z{i}" for i in range(5000)]))
+    assert without_near_copies([a, changed, b, container]) == [a, b, container]
+    assert without_near_copies([changed, b, container], protected=[a]) == [b]
+    header = " ".join(f"licence{i}" for i in range(40))
+    files = [Document(str(i), header + " " + " ".join(f"w{i}x{j}" for j in range(40))) for i in range(30)]
+    assert without_near_copies(files) == files  # what all share is boilerplate, not a copy
+    assert without_near_copies([*files, Document("only the header", header)]) == files

@@ -19,9 +19,8 @@ def calibrate(
 
     Parameters
     ----------
-    model: Folder with config.json and safetensors, a .gguf file, or 'nano'.
+    model: Folder with config.json and safetensors, a .gguf file, 'nano' or 'nano-mix'.
     out: Folder to write. It appears only when it is complete.
-    text: stdlib, topics, a file, a folder, a .jsonl file or a saved dataset. Its evaluation side is never used.
     resume: Continue an interrupted pass; ends in the same bytes.
     """
     from ..jobs.calibrate import STARVED, calibrate_model

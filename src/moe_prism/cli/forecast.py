@@ -29,7 +29,7 @@ def forecast(
 
     Parameters
     ----------
-    model: Folder with config.json and weights, 'nano', or, with --bandwidth and --peak, a config.json alone.
+    model: Folder with config.json and weights, 'nano', 'nano-mix', or, with --bandwidth and --peak, a config.json alone.
     out: Folder for forecast.json, forecast.html and forecast.png.
     json: One JSON object on stdout.
     """

@@ -18,7 +18,7 @@ def inspect(
 
     Parameters
     ----------
-    model: Folder with config.json and safetensors, a .gguf file, or 'nano'.
+    model: Folder with config.json and safetensors, a .gguf file, 'nano' or 'nano-mix'.
     routing: Also how steady its routing is (SRP, SCH) and what caches of its experts would hit. Runs 4,096 tokens.
     trace: With --routing: a file written by `moe-prism trace`, or 'nano' for the shipped one, instead of running the model.
     report: With --trace: write a page with the miss curves of all cache policies here; takes some minutes.

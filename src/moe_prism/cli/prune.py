@@ -39,7 +39,7 @@ def prune(
 
     Parameters
     ----------
-    model: Folder with config.json and safetensors, plain or written by `moe-prism refactor`, or 'nano'.
+    model: Folder with config.json and safetensors, plain or written by `moe-prism refactor`, 'nano' or 'nano-mix'.
     out: Folder to write. It appears only when it is complete. kept.json in it lists the experts that stayed.
     """
     from ..jobs.prune import prune_model, select_experts

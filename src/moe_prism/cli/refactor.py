@@ -28,7 +28,7 @@ def refactor(
 
     Parameters
     ----------
-    model: Folder with config.json and safetensors, a .gguf file, or 'nano'.
+    model: Folder with config.json and safetensors, a .gguf file, 'nano' or 'nano-mix'.
     out: Folder to write. It appears only when it is complete.
     memory_mib: Limit for all statistics together.
     low_memory: Keep one decoder layer in memory at a time. No profile then: a budget is spent alike in all layers.

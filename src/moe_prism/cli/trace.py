@@ -24,7 +24,7 @@ def trace(
 
     Parameters
     ----------
-    model: Folder with config.json and safetensors, a folder written by `moe-prism refactor`, a hub name, or 'nano'.
+    model: Folder with config.json and safetensors, a folder written by `moe-prism refactor`, a hub name, 'nano' or 'nano-mix'.
     out: The .npz file to write.
     force: Replace an existing file.
     json: One JSON object on stdout.

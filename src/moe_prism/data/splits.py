@@ -6,38 +6,31 @@ land together. prism-nano was trained on neither side of the standard library (r
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import PurePath
 from typing import Literal
 
 from ..errors import UsageError
-from .text import Document
+from .buckets import BUCKETS, CALIBRATION, HELD_OUT, bucket_of
+from .bundled import BUNDLED, UNSEEN
+from .document import Document
 
-BUCKETS = 40
 Side = Literal["calibration", "evaluation"]
-HELD_OUT, CALIBRATION = 0, 1  # the buckets prism-nano has not seen
 EVALUATION_SHARE = 0.2
-
-
-def bucket_of(name: str) -> int:
-    """0..39 from the base name of a file."""
-    base = PurePath(name).name
-    return int(hashlib.md5(base.encode(), usedforsecurity=False).hexdigest(), 16) % BUCKETS
 
 
 def split_documents(documents: Sequence[Document], side: Side, *, source: str) -> list[Document]:
     """The documents of one side.
 
-    Standard library: bucket 1 calibrates, bucket 0 evaluates. Other sources: buckets 0-7 evaluate, the rest calibrate; where that
-    leaves a side empty (one file, or few), every document is cut in two at 80 % of its length instead.
+    The standard library and the shipped domains: bucket 1 calibrates, bucket 0 evaluates. Other sources: buckets 0-7 evaluate, the
+    rest calibrate; where that leaves a side empty (one file, or few), every document is cut in two at 80 % of its length instead.
     Raises UsageError if there is no text at all.
     """
     if not any(d.text.strip() for d in documents):
         raise UsageError(
-            f"text source '{source}' is empty", "give a text file, a folder of them, a .jsonl file, 'stdlib' or 'topics'"
+            f"text source '{source}' is empty",
+            f"give a text file, a folder of them, a .jsonl file, or one of {', '.join(BUNDLED)}",
         )
-    if source == "stdlib":
+    if source in UNSEEN:
         wanted = {CALIBRATION} if side == "calibration" else {HELD_OUT}
         return [d for d in documents if bucket_of(d.name) in wanted]
     limit = int(BUCKETS * EVALUATION_SHARE)

@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sysconfig
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import CorruptError, UsageError
+from .bundled import BUNDLED
+from .document import Document
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".text", ""}
-SKIP = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__", "site-packages", "dist-packages"}
-MAX_FILE_BYTES = 300_000  # of a standard library file: longer ones are tables
-
-
-@dataclass(frozen=True)
-class Document:
-    """A named piece of text; the name decides the split."""
-
-    name: str
-    text: str
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 def read_documents(source: str | Path) -> list[Document]:
-    """All documents of a source, in a stable order. A path, or one of two texts every interpreter carries: `stdlib` is Python's own
-    source code, `topics` the English prose of its help topics (prism-nano has seen neither its words nor its kind).
+    """All documents of a source, in a stable order. A path, or the name of a text that needs no file (`data.bundled`).
 
     Raises UsageError for a missing path or nothing readable, CorruptError for a broken JSON line.
     """
     if str(source) in BUNDLED:
-        return list(BUNDLED[str(source)]())
+        return BUNDLED[str(source)]()
     path = Path(source).expanduser()
     if not path.exists():
         raise UsageError(
-            f"text source '{source}' does not exist", "give a text file, a folder, a .jsonl file, 'stdlib' or 'topics'"
+            f"text source '{source}' does not exist", f"give a text file, a folder, a .jsonl file, or one of {', '.join(BUNDLED)}"
         )
     if path.is_file():
         return list(_file(path, path.name))
@@ -50,26 +34,6 @@ def read_documents(source: str | Path) -> list[Document]:
     if not documents:
         raise UsageError(f"no text found in '{source}'", "put .txt, .md, .py or .jsonl files there")
     return documents
-
-
-def _stdlib() -> Iterator[Document]:
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if SKIP.isdisjoint(relative.parts[:-1]) and 200 <= path.stat().st_size <= MAX_FILE_BYTES:
-            yield Document(relative.as_posix(), path.read_text("utf-8", errors="replace"))
-
-
-def _topics() -> Iterator[Document]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise UsageError("this Python was installed without its help topics", "name a text file instead") from error
-    for name, text in sorted(topics.items()):
-        yield Document(name, text)
-
-
-BUNDLED: Mapping[str, Callable[[], Iterator[Document]]] = {"stdlib": _stdlib, "topics": _topics}
 
 
 def _file(path: Path, name: str) -> Iterator[Document]:

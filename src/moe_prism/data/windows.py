@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .document import Document
 from .splits import Side, split_documents
-from .text import Document, read_documents
+from .text import read_documents
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer from a folder, a GGUF file or a hub name. `nano` is the model shipped in this package."""
+"""Load a model and its tokenizer from a folder, a GGUF file or a hub name. `nano` and `nano-mix` are shipped in this package."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from ..checkpoint.config import model_class, read_config
 from ..checkpoint.whole import open_whole
 from ..errors import CorruptError, UsageError
 
-NANO = Path(__file__).parent.parent / "nano"
+_PACKAGE = Path(__file__).parent.parent
+NANO = _PACKAGE / "nano"
+SHIPPED = {"nano": NANO, "nano-mix": _PACKAGE / "nano_mix"}
+_NAMES = " or ".join(f"'{name}'" for name in SHIPPED)
 
 
 def resolve(source: str | Path) -> Path | str:
-    """A local path (checked) or a hub name ("owner/model"). `nano` -> the shipped prism-nano."""
+    """A local path (checked) or a hub name ("owner/model"). The names of `SHIPPED` -> the shipped models."""
     text = str(source)
-    if text == "nano":
-        return NANO
+    if text in SHIPPED:
+        return SHIPPED[text]
     path = Path(text).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UsageError(f"'{text}' has no config.json", "give a folder written by save_pretrained, or 'nano'")
+            raise UsageError(f"'{text}' has no config.json", f"give a folder written by save_pretrained, or {_NAMES}")
         try:
             json.loads((path / "config.json").read_text())
         except ValueError as error:
@@ -35,7 +38,7 @@ def resolve(source: str | Path) -> Path | str:
             return path
         raise UsageError(f"'{text}' is a file, not a model folder", "give the folder that holds config.json, or a .gguf file")
     if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise UsageError(f"model path '{text}' does not exist", "give a folder with config.json, a .gguf file, or 'nano'")
+        raise UsageError(f"model path '{text}' does not exist", f"give a folder with config.json, a .gguf file, or {_NAMES}")
     return text
 
 

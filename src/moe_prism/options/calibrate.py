@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from .base import Options, option
-
-TEXT = "Calibration text: stdlib, topics, a file, a folder, a .jsonl file or a saved dataset. Its evaluation side is never used."
+from .text import SOURCES
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateOptions(Options):
     """The text of a calibration pass, and what is kept of it."""
 
-    text: str = option("stdlib", TEXT)
+    text: str = option("stdlib", f"Calibration text: {SOURCES}. Its evaluation side is never used.")
     tokens: int = option(65_536, "Calibration tokens.", least=1)
     length: int = option(512, "Tokens per window.", least=8)
     reservoir: int = option(2048, "Sampled tokens kept per expert.", least=64)

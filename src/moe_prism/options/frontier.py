@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from .base import Options, option
-
-TEXT = "stdlib, topics, a file, a folder, a .jsonl file or a saved dataset"
+from .text import SOURCES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,7 @@ class FrontierOptions(Options):
     per_method: int | None = option(
         None, "Points of a method with a continuous dial; default: where methods without one have theirs.", least=2
     )
-    text: str = option("stdlib", f"Evaluation text: {TEXT}. Only its evaluation side is used.")
+    text: str = option("stdlib", f"Evaluation text: {SOURCES}. Only its evaluation side is used.")
     tokens: int = option(16_384, "Evaluation tokens.")
     length: int = option(512, "Tokens per window.")
     calibration_tokens: int = option(8_192, "Tokens that methods fit on, of the calibration side of the text.")

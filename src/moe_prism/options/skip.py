@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .base import Options, option
-from .frontier import TEXT, check_windows
+from .frontier import check_windows
+from .text import SOURCES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class SkipOptions(Options):
     index_over: Literal["moe", "all"] | None = option(
         None, "Of pattern-skip: whether its layers are the MoE layers (moe, default) or all layers (all)."
     )
-    text: str = option("stdlib", f"{TEXT}: one side to fit on, the other to measure the plan on.")
+    text: str = option("stdlib", f"{SOURCES}: one side to fit on, the other to measure the plan on.")
     tokens: int = option(8_192, "Tokens to fit on, and as many to measure on.")
     length: int = option(512, "Tokens per window.")
 

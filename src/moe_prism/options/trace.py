@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from .base import Options, option
+from .text import SOURCES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +15,7 @@ class TraceOptions(Options):
 
     text: str = option(
         "stdlib",
-        "stdlib, topics, a file, a folder, a .jsonl file or a saved dataset. Both of its sides are recorded, and marked.",
+        f"{SOURCES}. Both of its sides are recorded, and marked.",
     )
     tokens: int = option(8192, "Tokens in all.", least=1)
     length: int = option(256, "Tokens per request.", least=8)

@@ -1,0 +1,46 @@
+"""What benchmarks/domains.py makes of two runs: KL at the bytes of plain, and its interval."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_prism.artefact.open import open_model
+from moe_prism.data import token_windows
+from moe_prism.frontier.measure import measure
+from moe_prism.point import FULL, OperatingPoint, SlotRule
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "domains.py"
+
+
+@pytest.fixture(scope="module")
+def domains():
+    spec = importlib.util.spec_from_file_location("domains_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_kl_at_equal_bytes_is_on_the_line_of_its_logarithm(domains):
+    first, second = domains.Run(np.array([0.02, 0.06]), 0.56), domains.Run(np.array([0.05, 0.11]), 0.46)
+    whole = np.array([[0, 1]])
+    assert domains.kl_at(0.56, first, second, whole) == pytest.approx([0.04])
+    assert domains.kl_at(0.46, first, second, whole) == pytest.approx([0.08])
+    assert domains.kl_at(0.51, first, second, whole) == pytest.approx([np.sqrt(0.04 * 0.08)])
+    assert domains.kl_at(0.5, second, second, whole) == pytest.approx([0.08])  # both runs read the same
+    assert domains.kl_at(0.56, first, second, np.array([[0, 0], [1, 1]])) == pytest.approx([0.02, 0.06])
+
+
+def test_windows_alone_are_the_whole_text(domains, elastic_nano):
+    opened = open_model(elastic_nano)
+    ids = token_windows(opened.tokenizer, "domains/prose", "evaluation", length=64, tokens=256).ids
+    point = OperatingPoint(slots=SlotRule(budget=0.5))
+    (run,) = domains.run_points(opened.model, ids, [point])
+    full, whole = measure(opened.model, ids, [FULL, point])
+    assert len(run.kl) == len(ids) == 4
+    assert run.kl.mean() == pytest.approx(whole.quality.kl, rel=1e-4)
+    assert run.share == pytest.approx(whole.cost.active_expert_bytes / full.cost.active_expert_bytes, rel=1e-4)
+    (row, *_) = domains.compare(opened.model, ids, 4, seed=0)
+    assert row["plain_share"] == pytest.approx(0.75) and row["interval"][0] <= row["kl"] <= row["interval"][1]
+    assert abs(row["second_share"] - 0.75) < 0.06 and row["ratio"] < 1

@@ -38,6 +38,7 @@ def write_weights(run: Path, data: Path, out: Path) -> dict[str, Any]:
     model = model.to(torch.bfloat16)
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_file(str(data / "tokenizer.json")),
         bos_token="<|endoftext|>",

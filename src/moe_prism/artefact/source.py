@@ -32,6 +32,13 @@ class Weights:
             return torch.bfloat16.itemsize
         return self.stream.source.info(self.stream.disk_names(self.layers[0].name)[0]).torch_dtype.itemsize
 
+    def check_rewritable(self) -> None:
+        """UsageError before hours of work where some layer's experts could not be written again."""
+        if self.stream:
+            for layer in self.layers:
+                for owner in layer.owners:
+                    self.stream.check_rewritable(owner)
+
     def check_finite(self) -> None:
         """CorruptError naming the first tensor with NaN or infinity. A GGUF file is checked when it is written."""
         if self.stream:

@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..errors import CorruptError, UsageError
 from .links import inside
 
+ROW = 16
 WRONG = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError)
 
 
@@ -62,10 +63,18 @@ def empty_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
     try:
         with torch.device("meta"):
             if issubclass(kind, PreTrainedModel):
-                return kind._from_config(config, dtype=dtype).eval()
-            return kind.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+                return run_aligned(kind._from_config(config, dtype=dtype).eval())
+            return run_aligned(kind.from_config(config, dtype=dtype, trust_remote_code=False).eval())
     except WRONG as error:
         raise UsageError(f"'{folder}' is no causal language model: {_line(error)}", "check its config.json") from error
+
+
+def run_aligned(model: Any) -> Any:
+    """The model itself, its experts run one by one where torch's grouped product cannot: it wants rows of whole 16 bytes."""
+    experts = (p for p in model.parameters() if p.ndim == 3)
+    if any(size * p.element_size() % ROW for p in experts for size in p.shape[1:]) and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    return model
 
 
 def _line(error: Exception) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Transpose,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
@@ -62,6 +63,10 @@ class Conversion:
         self.model, self.source, self.dtype = model, source, dtype
         self.rules: list[Any] = get_model_conversion_mapping(model)
         self.expected: set[str] = set(model.state_dict())
+        self._turned: dict[
+            str, tuple[str, int, int]
+        ] = {}  # tensors that a rule turns round if their shape wants it, and this one does
+        self._upright: dict[str, str] = {}  # those that such a rule leaves as they are
         self.owner = {name: target for name, target in self._targets() if target in self.expected}
         model._weight_conversions = [rule for rule in self.rules if rule.was_used()]  # what `revert_weight_conversion` undoes
 
@@ -114,6 +119,16 @@ class Conversion:
         prefix = f"{self.model.base_model_prefix}."
         # A checkpoint saved from the bare base model lacks its prefix; loading adds it silently, so it is taken off here.
         bare = not any(name.startswith(prefix) for name in self.owner)
+        for name, (
+            target,
+            one,
+            other,
+        ) in self._turned.items():  # going back, the rule would look at shapes, which an edit may change
+            if name in found and target in state:
+                found[name] = state[target].transpose(one, other).contiguous()
+        for name, target in self._upright.items():
+            if name in found and target in state:
+                found[name] = state[target]
         strip = {name for name in found if name not in names and (bare or name.removeprefix(prefix) in names)}
         return {name.removeprefix(prefix) if name in strip else name: tensor for name, tensor in found.items()}
 
@@ -121,11 +136,23 @@ class Conversion:
         renamings = [rule for rule in self.rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in self.rules if isinstance(rule, WeightConverter)]
         meta, prefix = self.model.state_dict(), self.model.base_model_prefix
+        turns: dict[str | None, Transpose] = {
+            rule.source_patterns[0]: op
+            for rule in converters
+            for op in rule.operations
+            if isinstance(op, Transpose) and op.check_dims and len(rule.operations) == 1
+        }
         # sorted as the loader sorts: some rules switch themselves on at the first name they meet
         for name in sorted(self.source.names(), key=dot_natural_key):
-            target, _ = rename_source_key(name, renamings, converters, prefix, meta)
+            target, pattern = rename_source_key(name, renamings, converters, prefix, meta)
             if target not in meta and name in meta:
                 target, _ = rename_source_key(name, [], [], prefix, meta)
+            turn = turns.get(pattern)
+            if turn and target in meta:
+                if self.source.info(name).shape == tuple(meta[target].shape):
+                    self._upright[name] = target
+                else:
+                    self._turned[name] = (target, turn.dim0, turn.dim1)
             yield name, target
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UsageError
-from .convert import place, stored
+from .config import WRONG
+from .convert import ADVICE, place, stored
 from .whole import open_whole
 
 
@@ -78,6 +79,21 @@ class LayerStream:
             name: tensor.detach() for name, tensor in stored(self.model) if name in self._empty and name.startswith(f"{prefix}.")
         }
         return self._conversion.revert(state, self.disk_names(prefix))
+
+    def check_rewritable(self, prefix: str) -> None:
+        """UsageError where the tensors of this module cannot be written back under the names they have on disk. Reads nothing."""
+        names = set(self.disk_names(prefix))
+        state = {name: tensor for name, tensor in self._empty.items() if name.startswith(f"{prefix}.")}
+        try:
+            found = self._conversion.disk_form(state, names)
+        except WRONG as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(
+                f"transformers cannot write the experts of '{prefix}' back: {reason}", "run this family from Python"
+            ) from error
+        if set(found) != names:
+            name = min(set(found) ^ names)
+            raise UsageError(f"tensor '{name}' does not come back from transformers' conversion under this name", ADVICE)
 
     def disk_form(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters by their full names, of whatever shape, as tensors by the names the files use: for layers with other sizes."""

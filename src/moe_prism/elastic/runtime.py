@@ -244,7 +244,7 @@ def experts_per_token(model: Any, layer: MoELayer) -> int:
     if layer.num_experts == 1:
         return 1
     config = getattr(layer.module, "config", model.config)
-    owners = config, model.get_submodule(layer.block_name), layer
+    owners = config, model.config.get_text_config(decoder=True), model.get_submodule(layer.block_name), layer
     for value in (getattr(owner, name, None) for owner in owners for name in TOP_K_NAMES):
         if isinstance(value, int) and value > 0:
             return value

@@ -127,6 +127,7 @@ class _Job:
         self.options = options
         self.weights = Weights(resolve(model))
         if writes and self.weights.stream:
+            self.weights.check_rewritable()
             check_mtp_choice(self.weights.stream, self.weights.layers, options.mtp)
         self.given = read_statistics(calibration) if calibration else None
         if self.given and self.given.facts["source"] != source_facts(self.weights.path):

@@ -76,6 +76,7 @@ def refactor(
     weights = Weights(where)
     for layer in weights.layers:
         check_width(layer, options)
+    weights.check_rewritable()
     windows = None if given else calibration_windows(where, options.calibration)
     if windows:
         check_fit(weights, options.calibration)

@@ -30,7 +30,7 @@ def solve(layer: MoELayer, statistics: LayerStatistics, options: RefactorOptions
 
     tensors: perm [E, f] int32, ridge, cutoffs, what compensation reads. facts: experts, width, cost_share (mean), starved experts.
     """
-    samples, weights, starved = _samples(statistics)
+    samples, weights, starved = _samples(statistics, layer)
     mass = [layer.activations(e, x).abs().float().numpy() for e, x in enumerate(samples)]
     dropped = options.dropped or options.n_sub - 1
     down = layer.down.float().norm(dim=1).numpy()  # [E, f]
@@ -83,13 +83,16 @@ def _refine(
     return better
 
 
-def _samples(statistics: LayerStatistics) -> tuple[list[Tensor], list[Tensor], list[int]]:
+def _samples(statistics: LayerStatistics, layer: MoELayer) -> tuple[list[Tensor], list[Tensor], list[int]]:
     """Inputs [S_e, d] and routing weights [S_e] per expert, and which experts are starved.
 
-    Those borrow rows of the best fed expert until they have STARVED.
+    Those borrow rows of the best fed expert until they have STARVED. Where calibration reached none (experts for images), all take noise.
     """
     pairs = [statistics.inputs(e) for e in range(len(statistics.kept()))]
     richest = max(pairs, key=lambda pair: len(pair[0]))
+    if not len(richest[0]):
+        noise = torch.randn(STARVED, layer.hidden, generator=torch.Generator().manual_seed(layer.index))
+        richest = noise, torch.ones(STARVED)
     least = min(STARVED, len(richest[0]))
     starved = [e for e, (x, _) in enumerate(pairs) if len(x) < least]
     for e in starved:
@@ -126,4 +129,6 @@ def _cutoffs(statistics: LayerStatistics, rows: list[Tensor], norms: list[Tensor
         if own.any():
             values.append((weight[mine[own]].abs()[:, None] * norm[own]).flatten())
             importance.append(torch.full_like(values[-1], float(statistics.values["counts"]["count"][e]) / int(own.sum())))
+    if not values:  # no token came here
+        return fit_cutoffs(torch.zeros(1), torch.ones(1))
     return fit_cutoffs(torch.cat(values), torch.cat(importance))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..checkpoint.config import model_class, read_config
+from ..checkpoint.config import model_class, read_config, run_aligned
 from ..checkpoint.whole import open_whole
 from ..errors import CorruptError, UsageError
 
@@ -62,7 +62,7 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None, **kwargs: A
     if isinstance(where, Path) and where.is_dir():
         open_whole(where)
         kind = model_class(read_config(where))
-    return _guard(kind, source, dtype=dtype or "auto", **kwargs).eval()
+    return run_aligned(_guard(kind, source, dtype=dtype or "auto", **kwargs).eval())
 
 
 def load_to_run(source: str | Path, dtype: torch.dtype | None = None) -> Any:

@@ -107,7 +107,7 @@ class _Writer:
         self.stream, self.routers, self.choices = stream, routers, choices
         for router in routers:
             for name, parameter in router.layer.module.named_parameters():
-                if parameter.shape[0] != router.experts:
+                if parameter.shape[0] % router.experts:
                     raise UsageError(f"'{router.layer.name}.{name}' is not stored expert by expert", "use mask mode")
         self._targets = [_parameters(router) for router in routers]
         self._owner = {name: i for i, targets in enumerate(self._targets) for name in stream.feeds(targets)}
@@ -181,10 +181,14 @@ class _Writer:
     def _sliced(self, i: int) -> dict[str, Tensor]:
         """Parameters of block i without the experts that go, on whatever device they are."""
         state = self.stream.model.state_dict(keep_vars=True)
-        kept = torch.tensor(self.choices[i].kept)
-        return {
-            name: state[name].detach().index_select(dim, kept.to(state[name].device)) for name, dim in self._targets[i].items()
-        }
+        experts, kept = self.choices[i].experts, torch.tensor(self.choices[i].kept)
+        found = {}
+        for name, dim in self._targets[i].items():
+            tensor = state[name].detach()
+            rows = tensor.shape[dim] // experts  # one, but where experts lie below each other in a matrix (DBRX)
+            ids = (kept[:, None] * rows + torch.arange(rows)).flatten()
+            found[name] = tensor.index_select(dim, ids.to(tensor.device))
+        return found
 
     def _checked(self, i: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same under the names on disk, all of which the source has."""
@@ -240,7 +244,7 @@ def _config(stream: LayerStream, choice: KeptExperts, experts: int, drop_mtp: bo
     config = stream.model.config.get_text_config(decoder=True)
     raw: dict[str, Any] = json.loads((stream.source.folder / "config.json").read_bytes())
     raw.pop("auto_map", None)
-    section = next((raw[key] for key in ("text_config",) if isinstance(raw.get(key), dict)), raw)
+    section = _section(stream.model.config, config, raw)
     changes: list[tuple[tuple[str, ...], int, int]] = [(COUNT_NAMES, choice.experts, experts)]
     if choice.groups:
         before = next(n for n in (getattr(config, name, None) for name in GROUP_NAMES) if isinstance(n, int))
@@ -248,6 +252,11 @@ def _config(stream: LayerStream, choice: KeptExperts, experts: int, drop_mtp: bo
     for names, old, new in changes:
         keys = {config.attribute_map.get(name, name) for name in names if getattr(config, name, None) == old}
         keys |= {name for name in names if section.get(name) == old}
+        if not keys:  # DBRX keeps it in a part of its own
+            section = next(
+                (part for part in section.values() if isinstance(part, dict) and any(part.get(n) == old for n in names)), {}
+            )
+            keys = {name for name in names if section.get(name) == old}
         if not keys:
             raise UsageError(f"config.json of '{config.model_type}' has no single number of experts", "use mask mode")
         section.update(dict.fromkeys(sorted(keys), new))
@@ -255,6 +264,20 @@ def _config(stream: LayerStream, choice: KeptExperts, experts: int, drop_mtp: bo
         for part in (raw, section):
             part.update({key: 0 for key in MTP_KEYS if key in part})
     return json.dumps(raw, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _section(config: Any, text: Any, raw: dict[str, Any]) -> dict[str, Any]:
+    """The part of config.json that describes the text model: the whole of it, or a part of a part (Qwen3-Omni)."""
+    if config is text:
+        return raw
+    inner = {key: getattr(config, key, None) for key in config.sub_configs}
+    key = next((key for key, part in inner.items() if part is text or _holds(part, text)), None)
+    return _section(inner[key], text, raw[key]) if key in raw else raw
+
+
+def _holds(config: Any, text: Any) -> bool:
+    parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", ())]
+    return any(part is text or _holds(part, text) for part in parts)
 
 
 def _index(path: Path, plan: Mapping[str, Sequence[_Tensor]]) -> bytes:

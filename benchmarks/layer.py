@@ -32,6 +32,8 @@ from moe_prism.elastic.runtime import Elastic
 from moe_prism.model import find_layers
 from moe_prism.point import FULL
 
+from isa import SWITCHES, run_as
+
 SHAPES = {  # E, k, d, f
     "nano": (32, 4, 128, 128),
     "olmoe": (64, 8, 2048, 1024),
@@ -163,8 +165,10 @@ def main() -> None:
     parser.add_argument("--rule", default="product", choices=("product", "threshold"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--isa", choices=tuple(SWITCHES))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    run_as(args.isa)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.cpu:
         torch.set_num_threads(1)

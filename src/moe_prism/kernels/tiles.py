@@ -14,26 +14,26 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba.core import types
 from numba.extending import intrinsic
 
+from .target import TARGET
 from .vector_code import F32, I32, I64, SIZES, Code, constant
 
-_features = get_host_cpu_features()
-# A tile keeps a sum for each of its results in a register, and needs registers for a weight per column and for an input: 24 + 4 + 1 of the
-# 32 that AVX-512 has, 12 + 4 + 1 of the 16 of AVX2, where one operand of a multiplication may be memory. Sums that do not fit would go to
-# memory and back at every step.
-if _features.get("avx512f"):
-    LANES, ROWS = 16, 6
-elif _features.get("avx2"):
-    LANES, ROWS = 8, 3
-else:
-    LANES, ROWS = 4, 6
-"""float32 values of a vector register, and rows of a tile."""
+LANES = TARGET.lanes
+"""float32 values of a vector register."""
 
-PAYS = bool(_features.get("avx512f") or _features.get("avx2"))
-"""Whether the tiles are used: only on processors with vectors on which they were timed (docs/log.md)."""
+# A tile keeps a sum for each of its results in a register, and needs registers for what it multiplies: 24 sums of 32 registers or 12 of
+# 16 leave enough. One sum more would go to memory and back at every step. A multiplication takes four cycles and waits for the sum that
+# it adds to, and two begin in a cycle: a core is busy with eight sums or more. So a tile of few rows has more columns.
+ROWS = 6 if TARGET.registers == 32 else 3
+"""Rows of a tile at most."""
+NARROW = 4  # columns of a dot tile where not enough are left for more
+WIDE = min(8, LANES)
+COLUMNS = (WIDE, WIDE if TARGET.registers == 32 else NARROW, *[NARROW] * (ROWS - 2))
+"""Columns of a dot tile, by its rows less one."""
+VECTORS = (8, *[4] * (ROWS - 1))
+"""Vectors of an add tile, by its rows less one."""
 
 
 class DotValues(NamedTuple):
@@ -64,6 +64,19 @@ class AddValues(NamedTuple):
     ldo: Any
 
 
+def _products(c: Code, inputs: list[Any], weights: list[Any], acc: list[Any]) -> list[Any]:
+    """Every sum with its input times its weight added. weights: their addresses.
+
+    Weights come one after the other, each for all rows: a register for every row and one for a weight are all that the sums leave.
+    """
+    result, columns = list(acc), len(weights)
+    for j, address in enumerate(weights):
+        loaded = c.weights(address)
+        for r, value in enumerate(inputs):
+            result[r * columns + j] = c.fma(value, loaded, acc[r * columns + j])
+    return result
+
+
 def _dot_tile(c: Code, rows: int, columns: int, given: DotValues) -> None:
     """The tile of `dot`: a register for every sum, over the lanes of which is added up at the end.
 
@@ -74,16 +87,11 @@ def _dot_tile(c: Code, rows: int, columns: int, given: DotValues) -> None:
     ws = [c.weight_at(given.w, j, given.ldw) for j in range(columns)]
 
     def step(i: Any, acc: list[Any]) -> list[Any]:
-        offset = c.b.mul(i, constant(LANES))
-        # The weights of all columns first: each is used by every row, and is read from memory once.
-        loaded = [c.weights(c.weight_at(address, offset)) for address in ws]
-        result = []
-        for r, address in enumerate(xs):
-            value = c.load(c.at(address, offset))
-            result += [c.fma(value, loaded[j], acc[r * columns + j]) for j in range(columns)]
-        return result
+        offset = c.b.mul(i, constant(c.lanes))
+        inputs = [c.load(c.at(address, offset)) for address in xs]
+        return _products(c, inputs, [c.weight_at(address, offset) for address in ws], acc)
 
-    acc = c.loop(c.b.udiv(given.depth, constant(LANES)), [c.zero] * (rows * columns), step)
+    acc = c.loop(c.b.udiv(given.depth, constant(c.lanes)), [c.zero] * (rows * columns), step)
     for r, address in enumerate(c.rows(given.out, given.o, given.ldo, rows)):
         sums = c.sums(acc[r * columns : (r + 1) * columns])
         for j in range(columns):
@@ -101,18 +109,14 @@ def _add_tile(c: Code, rows: int, vectors: int, given: AddValues) -> None:
 
     def step(k: Any, acc: list[Any]) -> list[Any]:
         row = c.weight_at(given.w, k, given.ldw)
-        loaded = [c.weights(c.weight_at(row, LANES * v)) for v in range(vectors)]
-        result = []
-        for r, address in enumerate(factors):
-            factor = c.spread(c.load(c.at(address, k), F32))
-            result += [c.fma(factor, loaded[v], acc[r * vectors + v]) for v in range(vectors)]
-        return result
+        inputs = [c.spread(c.load(c.at(address, k), F32)) for address in factors]
+        return _products(c, inputs, [c.weight_at(row, c.lanes * v) for v in range(vectors)], acc)
 
-    start = [c.load(c.at(address, LANES * v)) for address in outs for v in range(vectors)]
+    start = [c.load(c.at(address, c.lanes * v)) for address in outs for v in range(vectors)]
     acc = c.loop(given.depth, start, step)
     for r, address in enumerate(outs):
         for v in range(vectors):
-            c.store(acc[r * vectors + v], c.at(address, LANES * v))
+            c.store(acc[r * vectors + v], c.at(address, c.lanes * v))
 
 
 def _cases(
@@ -129,20 +133,14 @@ def _cases(
         for r, c in shapes:
             same = [builder.icmp_signed("==", value, constant(wanted)) for value, wanted in ((rows, r), (columns, c))]
             with builder.if_then(builder.and_(*same)):
-                tile(Code(builder, LANES, SIZES[like]), r, c, named(*rest))
+                tile(Code(builder, LANES, SIZES[like], fused=TARGET.fused), r, c, named(*rest))
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * (len(named._fields) + 2), like), codegen
 
 
-# A multiplication takes several cycles and waits for the sum it adds to, so a core is busy only with eight sums or more. A tile of few rows
-# gets them from more columns.
-WIDE_ROWS = 2  # rows of a wide dot tile at most
-WIDE = min(8, LANES)  # its columns
-NARROW = 4  # columns of the others
-VECTORS = 4 if ROWS == 6 else 2  # of an add tile
-DOT_SHAPES = [(r, c) for r in range(1, ROWS + 1) for c in sorted({1, NARROW} | ({WIDE} if r <= WIDE_ROWS else set()))]
-ADD_SHAPES = [(r, v) for r in range(1, ROWS + 1) for v in (1, VECTORS)]
+DOT_SHAPES = [(r, c) for r in range(1, ROWS + 1) for c in sorted({1, NARROW, COLUMNS[r - 1]})]
+ADD_SHAPES = [(r, v) for r in range(1, ROWS + 1) for v in (1, VECTORS[r - 1])]
 
 # `dot` and `add` keep more than six parameters: numba hands an intrinsic its arguments one by one, and finds the types of the LLVM values
 # in its signature. They are what a matrix product of any library takes: addresses, strides, sizes.

@@ -25,13 +25,16 @@ def constant(value: int) -> ir.Constant:
 
 
 class Code:
-    """Writes instructions over vectors of `lanes` values. `size`: bytes of a weight, 4 (float32) or 2 (bfloat16)."""
+    """Writes instructions over vectors of `lanes` values. size: bytes of a weight, 4 (float32) or 2 (bfloat16).
 
-    def __init__(self, builder: Any, lanes: int, size: int = BYTES) -> None:
+    fused: whether the processor multiplies and adds in one instruction. One that cannot would call a function for every element.
+    """
+
+    def __init__(self, builder: Any, lanes: int, size: int = BYTES, *, fused: bool = True) -> None:
         self.b, self.lanes, self.size = builder, lanes, size
         self.vector, self.words, self.halves = (ir.VectorType(kind, lanes) for kind in (F32, I32, ir.IntType(16)))
         kind = ir.FunctionType(self.vector, [self.vector] * 3)
-        self._fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{lanes}f32")
+        self._fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{lanes}f32") if fused else None
 
     @property
     def zero(self) -> Any:
@@ -68,7 +71,7 @@ class Code:
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer())).align = BYTES
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
-        return self.b.call(self._fma, [a, b, c])
+        return self.b.fadd(self.b.fmul(a, b), c) if self._fma is None else self.b.call(self._fma, [a, b, c])
 
     def spread(self, scalar: Any) -> Any:
         """A scalar in every lane."""

@@ -49,8 +49,8 @@ def dots(x: Floats, row: Ints, expert: Ints, last: int, table: Ints, columns: in
             target = out.ctypes.data + 4 * table[p, 3]
             ids, o, j = row.ctypes.data + 8 * s, order.ctypes.data + 8 * s, 0
             while j < columns:
-                c = wide if j + wide <= columns else NARROW if j + NARROW <= columns else 1
-                dot(rows, c, x.ctypes.data, ids, ldx, w + size * j * ldw, ldw, depth, target + 4 * j * ldj, o, ldo, ldj, like)
+                c = wide if j + wide <= columns else NARROW if wide > NARROW and j + NARROW <= columns else 1
+                dot(rows, c, 0, x.ctypes.data, ids, ldx, w + size * j * ldw, ldw, depth, target + 4 * j * ldj, o, ldo, ldj, like)
                 j += c
         s += rows
 
@@ -73,7 +73,7 @@ def adds(a: Floats, factor: Floats, expert: Ints, table: Ints, order: Ints, out:
         while c < width:
             v = wide if c + wide * LANES <= width else 1
             at = order.ctypes.data + 8 * s
-            add(rows, v, scaled.ctypes.data, depth, w + size * c, ldw, depth, out.ctypes.data + 4 * c, at, ldo, like)
+            add(rows, v, 0, scaled.ctypes.data, depth, w + size * c, ldw, depth, out.ctypes.data + 4 * c, at, ldo, like)
             c += v * LANES
         s += rows
     scaled[0, 0] = 0  # alive until here: above only its address is used

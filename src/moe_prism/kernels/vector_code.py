@@ -67,6 +67,13 @@ class Code:
         words = self.b.zext(self.load(address, self.halves, self.size), self.words)
         return self.b.bitcast(self.b.shl(words, ir.Constant(self.words, [16] * self.lanes)), self.vector)
 
+    def prefetch(self, address: Any) -> None:
+        """Have the cache line at an address brought into the second cache. Any address will do."""
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
+        self.b.call(function, [self.b.inttoptr(address, byte), *(ir.Constant(I32, value) for value in (0, 2, 1))])
+
     def store(self, value: Any, address: Any) -> None:
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer())).align = BYTES
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from isa import SWITCHES, run_as
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
@@ -31,8 +32,6 @@ from moe_prism.elastic.rules.threshold import fit_cutoffs
 from moe_prism.elastic.runtime import Elastic
 from moe_prism.model import find_layers
 from moe_prism.point import FULL
-
-from isa import SWITCHES, run_as
 
 SHAPES = {  # E, k, d, f
     "nano": (32, 4, 128, 128),

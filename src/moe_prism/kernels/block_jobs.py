@@ -65,7 +65,22 @@ def dot_units(job: int, like: Any) -> None:
             s = begin
             while s < end:
                 r = min(height, end - s)
-                dot(r, c, far if s == begin else 0, x, rows + 8 * s, ldx, w + size * j * ldw, ldw, depth, target + 4 * j * ldj, o + 8 * s, ldo, ldj, like)
+                dot(
+                    r,
+                    c,
+                    far if s == begin else 0,
+                    x,
+                    rows + 8 * s,
+                    ldx,
+                    w + size * j * ldw,
+                    ldw,
+                    depth,
+                    target + 4 * j * ldj,
+                    o + 8 * s,
+                    ldo,
+                    ldj,
+                    like,
+                )
                 s += r
             j += c
         unit = take(job)
@@ -102,7 +117,20 @@ def add_units(job: int, like: Any) -> None:
                     source, ids, c = a + 4 * ((s - start) * lda + k), rows + 8 * s, left
                     while c < right:
                         v = wide if c + wide * LANES <= right else 1
-                        add(r, v, far if s == begin else 0, source, lda, w + size * (k * ldw + c), ldw, step, out + 4 * c, ids, ldo, like)
+                        add(
+                            r,
+                            v,
+                            far if s == begin else 0,
+                            source,
+                            lda,
+                            w + size * (k * ldw + c),
+                            ldw,
+                            step,
+                            out + 4 * c,
+                            ids,
+                            ldo,
+                            like,
+                        )
                         c += v * LANES
                     s += r
                 k += step

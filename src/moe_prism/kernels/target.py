@@ -11,7 +11,7 @@ from typing import NamedTuple
 from numba.core.registry import cpu_target
 
 
-class Target(NamedTuple):
+class InstructionSet(NamedTuple):
     """An instruction set. lanes: float32 values of a vector register; registers: how many there are; fused: multiplies and adds in one."""
 
     name: str
@@ -20,13 +20,13 @@ class Target(NamedTuple):
     fused: bool
 
 
-AVX512 = Target("avx512", 16, 32, True)
-AVX2 = Target("avx2", 8, 16, True)
-SSE = Target("sse", 4, 16, False)
-NEON = Target("neon", 4, 32, True)
+AVX512 = InstructionSet("avx512", 16, 32, True)
+AVX2 = InstructionSet("avx2", 8, 16, True)
+SSE = InstructionSet("sse", 4, 16, False)
+NEON = InstructionSet("neon", 4, 32, True)
 
 
-def target_of(triple: str, features: str) -> Target:
+def target_of(triple: str, features: str) -> InstructionSet:
     """The target of an LLVM triple and its features ("+avx2,-avx512f"); 128 bits where nothing wider is named."""
     if triple.startswith(("aarch64", "arm64")):
         return NEON
@@ -36,7 +36,7 @@ def target_of(triple: str, features: str) -> Target:
     return AVX2 if {"+avx2", "+fma"} <= on else SSE
 
 
-def _here() -> Target:
+def _here() -> InstructionSet:
     triple, _, features = cpu_target.target_context.codegen().magic_tuple()
     return target_of(triple, features)
 

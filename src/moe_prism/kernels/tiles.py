@@ -91,7 +91,9 @@ def _dot_tile(c: Code, rows: int, columns: int, fetch: int, given: DotValues) ->
     xs = c.rows(given.x, given.ids, given.ldx, rows)
     ws = [c.weight_at(given.w, j, given.ldw) for j in range(columns)]
 
-    vectors = max(1, LINE // (c.lanes * c.size))  # of a cache line: the steps that share one bring in a line of another column each
+    vectors = max(
+        1, LINE // (c.lanes * c.size)
+    )  # of a cache line: the steps that share one bring in a line of another column each
 
     def step(i: Any, acc: list[Any]) -> list[Any]:
         offset = c.b.mul(i, constant(c.lanes))
@@ -161,7 +163,9 @@ def _cases(
     return types.void(*[types.intp] * (len(named._fields) + 3), like), codegen
 
 
-DOT_SHAPES = [(r, c, f) for r in range(1, ROWS + 1) for c in sorted({1, min(NARROW, COLUMNS[r - 1]), COLUMNS[r - 1]}) for f in (0, 1)]
+DOT_SHAPES = [
+    (r, c, f) for r in range(1, ROWS + 1) for c in sorted({1, min(NARROW, COLUMNS[r - 1]), COLUMNS[r - 1]}) for f in (0, 1)
+]
 ADD_SHAPES = [(r, v, f) for r in range(1, ROWS + 1) for v in (1, VECTORS[r - 1]) for f in (0, 1)]
 
 # `dot` and `add` keep more than six parameters: numba hands an intrinsic its arguments one by one, and finds the types of the LLVM values
@@ -195,7 +199,19 @@ def dot(
 
 @intrinsic
 def add(
-    context: Any, rows: Any, vectors: Any, fetch: Any, a: Any, lda: Any, w: Any, ldw: Any, depth: Any, out: Any, ids: Any, ldo: Any, like: Any
+    context: Any,
+    rows: Any,
+    vectors: Any,
+    fetch: Any,
+    a: Any,
+    lda: Any,
+    w: Any,
+    ldw: Any,
+    depth: Any,
+    out: Any,
+    ids: Any,
+    ldo: Any,
+    like: Any,
 ) -> Any:
     """out[ids[i], :] += sum over k < depth of a[i, k] w[k, :], i < rows, over vectors * LANES columns, one of ADD_SHAPES; depth >= 1.
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from isa import SWITCHES, run_as
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
@@ -163,8 +164,10 @@ def main() -> None:
     parser.add_argument("--rule", default="product", choices=("product", "threshold"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--isa", choices=tuple(SWITCHES))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    run_as(args.isa)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.cpu:
         torch.set_num_threads(1)

@@ -14,13 +14,11 @@ from moe_prism.elastic.rules import rules
 from moe_prism.elastic.rules.threshold import QUANTILES
 from moe_prism.elastic.scorers import scorers
 from moe_prism.elastic.scorers.ridge import FEW
-from moe_prism.kernels.tiles import PAYS
 
 from .test_compensate import fitted
 from .test_execute import batch
 from .test_tiled import arranged
 
-pytestmark = pytest.mark.skipif(not PAYS, reason="the tiles are not used on this processor")
 N, K = 4, 2
 
 

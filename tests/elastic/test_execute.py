@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_prism.elastic import LayerParts
-from moe_prism.elastic.execute.plain import FEW, _pieces, grouped, reference
+from moe_prism.elastic.execute.plain import grouped, reference, whole_experts
 from moe_prism.model import find_layers
 from tests.parity.families import build
 
@@ -41,12 +41,29 @@ def test_all_slots_kept_is_the_stock_layer(plan):
 
 
 @torch.no_grad()
-@given(seed=st.integers(0, 10_000), tokens=st.integers(1, FEW), share=st.floats(0, 1))
+@given(seed=st.integers(0, 10_000), tokens=st.integers(1, 40), share=st.floats(0, 1), wide=st.booleans())
 @settings(max_examples=25, deadline=None)
-def test_grouped_equals_reference(plan, seed, tokens, share):
+def test_vectorised_forms_equal_the_reference(plan, seed, tokens, share, wide):
     x, index, weight, g = batch(plan, tokens, 2, seed)
     keep = torch.rand(tokens, 2, 4, generator=g) < share
-    close(grouped(plan, x, index, weight, keep), reference(plan, x, index, weight, keep))
+    expected = reference(plan, x, index, weight, keep)
+    close((whole_experts if wide else grouped)(plan, x, index, weight, keep), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_number_types(dtype):
+    """float64 has no grouped product in torch, and is padded instead."""
+    layer = find_layers(build("gpt_oss").to(dtype), dense=False)[0]
+    plan = LayerParts(layer, 4, 0)
+    x, index, weight, g = batch(plan, 12, 2, 5)
+    keep = torch.rand(12, 2, 4, generator=g) < 0.5
+    x, weight = x.to(dtype), weight.to(dtype)
+    expected = reference(plan, x, index, weight, keep)
+    for way in (grouped, whole_experts):
+        found = way(plan, x, index, weight, keep)
+        assert found.dtype == dtype
+        assert (found - expected).norm() < (1e-6 if dtype == torch.float64 else 2e-2) * expected.norm()
 
 
 @torch.no_grad()
@@ -74,15 +91,3 @@ def test_arranging_the_weights_changes_no_value(plan):
     assert plan.layer.module.down_proj.shape == shape
     close(grouped(plan, x, index, weight, keep), before)
     close(plan.layer.native(x, index, weight), stock)
-
-
-@given(rows=st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=6), merge=st.booleans())
-def test_pieces_cover_exactly_the_kept_blocks(rows, merge):
-    keep = torch.tensor(rows)
-    rebuilt = torch.zeros_like(keep)
-    for row, first, end in zip(*_pieces(keep, merge=merge), strict=True):
-        assert end > first and not rebuilt[row, first:end].any()
-        rebuilt[row, first:end] = True
-        assert merge or end == first + 1
-        assert not merge or end == 5 or not keep[row, end]  # maximal
-    assert torch.equal(rebuilt, keep)

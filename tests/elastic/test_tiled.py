@@ -13,7 +13,7 @@ from moe_prism.elastic.execute.plain import grouped, reference
 from moe_prism.elastic.scorers import ridge as ridge_module
 from moe_prism.elastic.scorers import scorers
 from moe_prism.kernels import threads
-from moe_prism.kernels.tiles import LANES, PAYS
+from moe_prism.kernels.tiles import LANES
 from moe_prism.model import find_layers
 from tests.model import test_dense
 from tests.parity.families import build
@@ -117,7 +117,7 @@ def test_what_it_cannot_run_is_left_to_the_other_executor():
     with torch.no_grad():
         assert usable(plan, x) is None  # stored the other way round
         layer.arrange()
-        assert (usable(plan, x) is not None) == PAYS  # the weights moved, and that was noticed
+        assert usable(plan, x) is not None  # the weights moved, and that was noticed
         assert usable(plan, x.double()) is None
     assert usable(plan, x) is None  # gradients
     auto(plan, x, index, weight, keep).sum().backward()

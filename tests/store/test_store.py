@@ -140,10 +140,6 @@ def test_a_floor_keeps_what_lies_between_the_two_budgets(elastic_tiny, tmp_path,
 @pytest.mark.parametrize("misses", [Misses(), Misses(0.3), Misses(0.2, low=0.6)])
 def test_the_choice_of_few_tokens_is_that_of_any_number(elastic_tiny, tmp_path, ids, rule, misses):
     """Kept slots, int8 records and entries; and the guess of what to read ahead. Slot by slot, not close."""
-    from moe_prism.kernels.tiles import PAYS
-
-    if not PAYS:
-        pytest.skip("the tiles are not used on this processor")
     whole, _ = opened(elastic_tiny, tmp_path / "p", misses=misses)
     stored, _ = opened(elastic_tiny, tmp_path / "p", smallest(whole, 6), misses=misses, ahead=3)
     logits(stored, ids, 0.8)

@@ -29,6 +29,8 @@ class LayerParts:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     stored: Any = field(default=None, init=False, repr=False)  # of `products.Stored`: where the weights are
     few: Any = field(default=None, init=False, repr=False)  # of `few.few_outputs`: the same, prepared
+    times: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # of `times.times_of`: how long which way takes
+    whole: Any = field(default=None, init=False, repr=False)  # of `times.whole_parts`: the layer with one block per expert
 
     @property
     def block(self) -> int:

@@ -17,14 +17,23 @@ import numpy as np
 from numba import cfunc, njit
 from numpy.typing import NDArray
 
-from .tiles import LANES, NARROW, ROWS, VECTORS, WIDE, WIDE_ROWS, add, dot, read, size_of, take
+from .tiles import COLUMNS, DEPTH, LANES, MANY, NARROW, ROWS, VECTORS, add, dot, read, size_of, take
 
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 JOB = "void(intp)"
 
 CHUNK = 32  # columns of a unit of the dot job: as few as make taking it cheap, so that the last units are short
-DEPTH = 16  # rows of w that an add tile goes through before it moves on along them: they are then in the cache for the group's next rows
+FAR = 2048  # bytes from one row of weights to the next that the processor does not see coming by itself
+
+
+@njit(nogil=True, cache=True)
+def even(rows: int) -> int:
+    """Rows of the tiles that `rows` > 0 are cut into, so that none is much smaller than the others: a core is busy with many sums only."""
+    if rows <= ROWS:
+        return rows
+    tiles = (rows + MANY - 1) // MANY
+    return (rows + tiles - 1) // tiles
 
 
 @njit(nogil=True, cache=True)
@@ -48,14 +57,30 @@ def dot_units(job: int, like: Any) -> None:
         target = out + 4 * read(part, 4)
         j = unit % chunks * CHUNK
         stop = min(columns, j + CHUNK)
-        wide = WIDE if end - begin <= WIDE_ROWS else NARROW
+        height, far = even(end - begin), int(end - begin > 1 and ldw * size >= FAR)
+        wide = COLUMNS[height - 1]
         while j < stop:
             # Columns outside, rows inside: a column's weights, which are the larger part, are in the cache for all rows of the group.
-            c = wide if j + wide <= stop else NARROW if j + NARROW <= stop else 1
+            c = wide if j + wide <= stop else NARROW if wide > NARROW and j + NARROW <= stop else 1
             s = begin
             while s < end:
-                r = min(ROWS, end - s)
-                dot(r, c, x, rows + 8 * s, ldx, w + size * j * ldw, ldw, depth, target + 4 * j * ldj, o + 8 * s, ldo, ldj, like)
+                r = min(height, end - s)
+                dot(
+                    r,
+                    c,
+                    far if s == begin else 0,
+                    x,
+                    rows + 8 * s,
+                    ldx,
+                    w + size * j * ldw,
+                    ldw,
+                    depth,
+                    target + 4 * j * ldj,
+                    o + 8 * s,
+                    ldo,
+                    ldj,
+                    like,
+                )
                 s += r
             j += c
         unit = take(job)
@@ -79,6 +104,7 @@ def add_units(job: int, like: Any) -> None:
             group = read(active, at)
             begin, end = read(offsets, group), read(offsets, group + 1)
             w = w0 + size * (group // n_sub * w_expert + group % n_sub * w_block)
+            height, far = even(end - begin), int(end - begin > 1 and ldw * size >= FAR)
             k = 0
             # DEPTH rows of the block at a time. The sums of a row are stored and taken up again between them, which changes no bit:
             # a register and memory hold the same float32.
@@ -86,11 +112,25 @@ def add_units(job: int, like: Any) -> None:
                 step = min(DEPTH, depth - k)
                 s = begin
                 while s < end:
-                    r = min(ROWS, end - s)
+                    r = min(height, end - s)
+                    wide = VECTORS[r - 1]
                     source, ids, c = a + 4 * ((s - start) * lda + k), rows + 8 * s, left
                     while c < right:
-                        v = VECTORS if c + VECTORS * LANES <= right else 1
-                        add(r, v, source, lda, w + size * (k * ldw + c), ldw, step, out + 4 * c, ids, ldo, like)
+                        v = wide if c + wide * LANES <= right else 1
+                        add(
+                            r,
+                            v,
+                            far if s == begin else 0,
+                            source,
+                            lda,
+                            w + size * (k * ldw + c),
+                            ldw,
+                            step,
+                            out + 4 * c,
+                            ids,
+                            ldo,
+                            like,
+                        )
                         c += v * LANES
                     s += r
                 k += step

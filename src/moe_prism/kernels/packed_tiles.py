@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from numba.core import types
 from numba.extending import intrinsic
 
-from .tiles import LANES
+from .target import TARGET
 from .vector_code import F32, Code, constant
 
 WIDTH = 16
@@ -53,7 +53,7 @@ def _tile(c: Code, rows: int, columns: int, given: PackedValues) -> None:
         c.store(value, place)
 
 
-SIDES = ((6, 4, 2, 1), (4, 2, 1)) if LANES == 16 else ((2, 1), (2, 1))
+SIDES = ((6, 4, 2, 1), (4, 2, 1)) if TARGET.lanes == 16 else ((2, 1), (2, 1))
 """Rows and columns of the tiles, largest first. The sums, a weight per column and an input must fit the registers: 24 + 4 + 1 of the 32 of
 AVX-512, (4 + 2 + 1) x 2 of the 16 of AVX2. Sides in between would be more code to compile for a few rows at the edge."""
 
@@ -86,7 +86,7 @@ def packed(
         for case in product((0, 1), *SIDES):
             same = [builder.icmp_signed("==", value, constant(wanted)) for value, wanted in zip(given, case, strict=True)]
             with builder.if_then(builder.and_(builder.and_(same[0], same[1]), same[2])):
-                _tile(Code(builder, WIDTH, 2 if case[0] else 4), case[1], case[2], PackedValues(*rest))
+                _tile(Code(builder, WIDTH, 2 if case[0] else 4, fused=TARGET.fused), case[1], case[2], PackedValues(*rest))
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 12), codegen

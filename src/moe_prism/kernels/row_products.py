@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from .tiles import LANES, NARROW, ROWS, VECTORS, WIDE, WIDE_ROWS, add, dot, size_of
+from .tiles import COLUMNS, LANES, NARROW, ROWS, VECTORS, add, dot, size_of
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -42,15 +42,15 @@ def dots(x: Floats, row: Ints, expert: Ints, last: int, table: Ints, columns: in
     s = 0
     while s < len(row):
         rows = alike(expert, s)
-        wide = WIDE if rows <= WIDE_ROWS else NARROW
+        wide = COLUMNS[rows - 1]
         for p in range(len(table)):
             ldw, ldj = table[p, 2], table[p, 4]
             w = table[p, 0] + size * min(max(expert[s], 0), last) * table[p, 1]
             target = out.ctypes.data + 4 * table[p, 3]
             ids, o, j = row.ctypes.data + 8 * s, order.ctypes.data + 8 * s, 0
             while j < columns:
-                c = wide if j + wide <= columns else NARROW if j + NARROW <= columns else 1
-                dot(rows, c, x.ctypes.data, ids, ldx, w + size * j * ldw, ldw, depth, target + 4 * j * ldj, o, ldo, ldj, like)
+                c = wide if j + wide <= columns else NARROW if wide > NARROW and j + NARROW <= columns else 1
+                dot(rows, c, 0, x.ctypes.data, ids, ldx, w + size * j * ldw, ldw, depth, target + 4 * j * ldj, o, ldo, ldj, like)
                 j += c
         s += rows
 
@@ -69,11 +69,11 @@ def adds(a: Floats, factor: Floats, expert: Ints, table: Ints, order: Ints, out:
                 scaled[r, j] = a[s + r, j] * factor[s + r]
             for j in range(width):
                 out[s + r, j] = np.float32(0)
-        w, c = table[0, 0] + size * expert[s] * table[0, 1], 0
+        w, c, wide = table[0, 0] + size * expert[s] * table[0, 1], 0, VECTORS[rows - 1]
         while c < width:
-            v = VECTORS if c + VECTORS * LANES <= width else 1
+            v = wide if c + wide * LANES <= width else 1
             at = order.ctypes.data + 8 * s
-            add(rows, v, scaled.ctypes.data, depth, w + size * c, ldw, depth, out.ctypes.data + 4 * c, at, ldo, like)
+            add(rows, v, 0, scaled.ctypes.data, depth, w + size * c, ldw, depth, out.ctypes.data + 4 * c, at, ldo, like)
             c += v * LANES
         s += rows
     scaled[0, 0] = 0  # alive until here: above only its address is used

@@ -25,13 +25,16 @@ def constant(value: int) -> ir.Constant:
 
 
 class Code:
-    """Writes instructions over vectors of `lanes` values. `size`: bytes of a weight, 4 (float32) or 2 (bfloat16)."""
+    """Writes instructions over vectors of `lanes` values. size: bytes of a weight, 4 (float32) or 2 (bfloat16).
 
-    def __init__(self, builder: Any, lanes: int, size: int = BYTES) -> None:
+    fused: whether the processor multiplies and adds in one instruction. One that cannot would call a function for every element.
+    """
+
+    def __init__(self, builder: Any, lanes: int, size: int = BYTES, *, fused: bool = True) -> None:
         self.b, self.lanes, self.size = builder, lanes, size
         self.vector, self.words, self.halves = (ir.VectorType(kind, lanes) for kind in (F32, I32, ir.IntType(16)))
         kind = ir.FunctionType(self.vector, [self.vector] * 3)
-        self._fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{lanes}f32")
+        self._fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{lanes}f32") if fused else None
 
     @property
     def zero(self) -> Any:
@@ -64,11 +67,18 @@ class Code:
         words = self.b.zext(self.load(address, self.halves, self.size), self.words)
         return self.b.bitcast(self.b.shl(words, ir.Constant(self.words, [16] * self.lanes)), self.vector)
 
+    def prefetch(self, address: Any) -> None:
+        """Have the cache line at an address brought into the second cache. Any address will do."""
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
+        self.b.call(function, [self.b.inttoptr(address, byte), *(ir.Constant(I32, value) for value in (0, 2, 1))])
+
     def store(self, value: Any, address: Any) -> None:
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer())).align = BYTES
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
-        return self.b.call(self._fma, [a, b, c])
+        return self.b.fadd(self.b.fmul(a, b), c) if self._fma is None else self.b.call(self._fma, [a, b, c])
 
     def spread(self, scalar: Any) -> Any:
         """A scalar in every lane."""

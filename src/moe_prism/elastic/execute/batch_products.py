@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...kernels import block_jobs, threads
 from ...kernels.block_jobs import group
-from ...kernels.tiles import LANES, PAYS
+from ...kernels.tiles import LANES
 from ..base import LayerParts
 
 ALIGN = 64  # columns: strips of an output row end on a cache line
@@ -55,7 +55,7 @@ class Stored:
         layer, key = parts.layer, parts.layer.storage()
         if parts.stored is None or parts.stored.key != key:
             rows = [w.detach() for w in (layer.gate, layer.up, layer.down.transpose(1, 2)) if w is not None]
-            ready = PAYS and layer.hidden % LANES == 0
+            ready = layer.hidden % LANES == 0
             ready &= all(w.device.type == "cpu" and w.dtype == rows[0].dtype and w.stride(2) == 1 for w in rows)
             ready &= rows[0].dtype in (torch.float32, torch.bfloat16)
             *first, down = map(Matrix.of, rows)

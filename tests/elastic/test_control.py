@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from moe_prism.elastic.paged_past import PagedStates, RequestSpan
 from moe_prism.elastic.sequences import BESIDE
 from moe_prism.errors import UsageError
 from moe_prism.frontier.cost import measured_cost
-from moe_prism.kernels.selection import HORIZON, HORIZON_AT_START, MOST_MOVED, PRIOR
+from moe_prism.kernels.selection import HORIZON, HORIZON_AT_START, MOST_MOVED, PRIOR, carry
 from moe_prism.point import FULL, OperatingPoint, SlotRule
 from tests.parity.families import build
 
@@ -85,7 +86,8 @@ def test_compiled_equals_the_formula_however_requests_are_cut_and_mixed(seed, st
             done[r] += count
         if not rows:
             continue
-        past = Past.begin(np.array(rows, np.int64).T.copy(), states)
+        past = Past(np.array(rows, np.int64).T.copy(), states)
+        carry(past.rows, states.sums, states.tokens)
         r, t = np.array(members).T
         for layer, holding in enumerate(holdings):
             keep, _ = keep_held(
@@ -232,6 +234,8 @@ def test_a_layer_alone_takes_every_row_for_a_first_token(nano):
 
 def test_places_of_pages():
     class Held:
+        bound = SimpleNamespace(holds_several=False)
+
         def kinds(self, tokens):
             return np.ones(tokens, np.int64)
 

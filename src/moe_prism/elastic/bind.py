@@ -103,10 +103,28 @@ class Bound:
         of_point = [(number + 1, self.groups[number], local) for number, local in self.place]
         return tuple(n * (group.holding is not None and min(group.budgets[local]) < 1) for n, group, local in of_point)
 
-    @property
+    def kinds_of(self, point: int, tokens: int) -> NDArray[np.int64]:
+        """[T] of tokens that are all at one point; nobody writes to it."""
+        known: dict[tuple[int, int], NDArray[np.int64]] = self._kinds
+        if (point, tokens) not in known:
+            if len(known) > MOST_POINTS:
+                known.clear()
+            known[point, tokens] = np.full(tokens, self.held[point], np.int64)
+        return known[point, tokens]
+
+    @cached_property
+    def _kinds(self) -> dict[tuple[int, int], NDArray[np.int64]]:
+        return {}
+
+    @cached_property
     def holds(self) -> bool:
         """Whether any point's budget is held."""
         return any(self.held)
+
+    @cached_property
+    def holds_several(self) -> bool:
+        """Whether points of several groups are held."""
+        return len({number for number in self.held if number}) > 1
 
     def check_which(self, which: int | Tensor) -> None:
         """UsageError for a point that does not exist. Indices on a GPU are not asked for."""
@@ -130,11 +148,10 @@ class Step:
 
     def kinds(self, tokens: int) -> NDArray[np.int64]:
         """[T]: by which group, from 1, each token's budget is held; 0: by none."""
-        held = self.bound.held
         if isinstance(self.which, int):
-            kinds = np.full(tokens, held[self.which], np.int64)
+            kinds = self.bound.kinds_of(self.which, tokens)
         else:
-            kinds = np.array(held, np.int64)[self.which.reshape(-1).cpu().numpy()]
+            kinds = np.array(self.bound.held, np.int64)[self.which.reshape(-1).cpu().numpy()]
         return kinds if self.budget is None else kinds * (self.budget.reshape(-1).cpu().numpy() < 1)
 
 

@@ -33,6 +33,7 @@ from .dial import Spending
 
 if TYPE_CHECKING:
     from ..kernels.selection import Held
+    from .bind import Bound
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -96,11 +97,13 @@ class Past:
     states: States
 
     @classmethod
-    def begin(cls, rows: Ints, states: States) -> Past:
-        """Of a forward that is about to run. UsageError for a request whose tokens are held by two groups at once."""
-        if len(np.unique(rows[2][rows[2] > 0])) > 1:
+    def of(cls, rows: Ints, states: States, bound: Bound) -> Past:
+        """Of a forward that is about to run, the states of its rows begun (`kernels.selection.carry`).
+
+        UsageError for a request whose tokens are held by two groups at once.
+        """
+        if bound.holds_several:
             _check_apart(rows)
-        compiled().carry(rows, states.sums, states.tokens)
         return cls(rows, states)
 
     @classmethod
@@ -111,7 +114,7 @@ class Past:
         return cls(rows, States(0, 1))
 
     def part(self, which: Ints) -> Past:
-        """Of some rows; those beyond the last are of requests that nobody knows. The others' states stay as `begin` has left them."""
+        """Of some rows; those beyond the last are of requests that nobody knows. The others' states stay as they were begun."""
         rows = np.full((3, len(which)), -1, np.int64)
         rows[2] = 0
         known = which < self.rows.shape[1]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .bind import Step
-from .control import Past, States
+from .control import Past, States, compiled
 
 
 def keeps_every_token(model: Any) -> bool:
@@ -47,4 +47,6 @@ class PagedStates:
         most = max(after, default=0) + 1
         if most > len(self.states.tokens):
             self.states.grow(max(most, 2 * len(self.states.tokens)))
-        return Past.begin(np.array([before, after, step.kinds(len(after))], np.int64), self.states)
+        rows = np.array([before, after, step.kinds(len(after))], np.int64)
+        compiled().carry(rows, self.states.sums, self.states.tokens)
+        return Past.of(rows, self.states, step.bound)

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .bind import Step
-from .control import Past, States
+from .control import Ints, Past, States, compiled
 from .host import Host
 
 ROOM = 64
 """Columns that a cache's states grow by at least."""
 BESIDE = "_moe_prism_history"
+NOTHING: Ints = np.zeros((0, 0), np.int64)
 
 
 class RequestHistory:
@@ -34,6 +34,7 @@ class RequestHistory:
         self.real = np.zeros((rows, 0), np.bool_)
         self.last = np.full(rows, -1)  # column of the last real token before `length`
         self.length = 0
+        self.known: Any = None  # all of it, for the compiled function
 
     def make_room(self, columns: int) -> None:
         if columns <= self.columns:
@@ -45,7 +46,7 @@ class RequestHistory:
             new.reshape(self.rows, wider, *own.shape[1:])[:, :old] = own.reshape(self.rows, old, *own.shape[1:])
         real = np.zeros((self.rows, wider), np.bool_)
         real[:, :old] = self.real
-        self.real, self.columns = real, wider
+        self.real, self.columns, self.known = real, wider, None
 
     def cut(self, length: int) -> None:
         """Go on behind `length` columns, whatever was there: a cache may have been cropped, or have run without us."""
@@ -53,27 +54,18 @@ class RequestHistory:
             self.make_room(length)
             self.real[:, min(length, self.length) :] = False
             seen = np.where(self.real[:, :length], np.arange(length), -1)
-            self.last = seen.max(1, initial=-1)
+            self.last, self.known = seen.max(1, initial=-1), None
             self.length = length
 
-    def take(self, real: NDArray[np.bool_], starts: NDArray[np.bool_] | None) -> NDArray[np.int64]:
-        """Places [2, B T] of the states before and after every token of the next columns, real [B, T]."""
-        tokens = real.shape[1]
+    def take(self, kinds: Ints, mask: Ints, positions: Ints) -> Ints:
+        """The rows of a forward over the next columns, their states begun; as `kernels.selection.follow` says."""
+        tokens = len(kinds) // self.rows
         self.make_room(self.length + tokens)
-        own = np.arange(self.length, self.length + tokens)
-        base = (np.arange(self.rows) * self.columns)[:, None]
-        if tokens == 1:
-            before = self.last[:, None]
-        else:
-            seen = np.where(real, own, -1)
-            before = np.maximum.accumulate(np.concatenate([self.last[:, None], seen[:, :-1]], 1), 1)
-        before = np.where(before < 0, -1, before + base)
-        if starts is not None:
-            before = np.where(starts, -1, before)
-        self.real[:, own] = real
-        self.last = np.maximum(self.last, np.where(real, own, -1).max(1))
+        if self.known is None:
+            self.known = compiled().Columns(self.real, self.last, self.states.sums, self.states.tokens)
+        rows: Ints = compiled().follow(self.known, self.length, kinds, mask, positions)
         self.length += tokens
-        return np.stack([before, np.where(real, own + base, -1)]).reshape(2, -1)
+        return rows
 
     def chosen(self, index: Sequence[int]) -> RequestHistory:
         """The history of other rows: beams that went on, or copies."""
@@ -143,10 +135,9 @@ def followed(elastic: Host, backbone: nn.Module) -> Iterator[None]:
             if kept is not None:
                 put_beside(kept, history)
         history.cut(length)
-        real = _real(named.get("attention_mask"), shape)
-        places = history.take(real, _starts(named.get("position_ids"), shape))
-        rows = np.concatenate([places, step.kinds(places.shape[1])[None]])
-        step.past = Past.begin(rows, history.states)
+        kinds = step.kinds(shape[0] * shape[1])
+        rows = history.take(kinds, _mask(named.get("attention_mask"), shape), _positions(named.get("position_ids"), shape))
+        step.past = Past.of(rows, history.states, step.bound)
         mine.append((step, history))
 
     def end(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
@@ -176,16 +167,17 @@ def _shape(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[int, int]
     return None
 
 
-def _real(mask: object, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """[B, T]: which of the tokens the attention mask has; all of them where it is of another kind."""
+def _mask(mask: object, shape: tuple[int, int]) -> Ints:
+    """[B, >= T]: 0 for tokens that the attention mask leaves out; empty where it is of another kind, or leaves out none by its form."""
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == shape[0] and mask.shape[1] >= shape[1]:
-        found: NDArray[np.bool_] = mask[:, -shape[1] :].cpu().numpy() != 0
+        found: Ints = mask.to("cpu", torch.int64).numpy()
         return found
-    return np.ones(shape, np.bool_)
+    return NOTHING
 
 
-def _starts(positions: object, shape: tuple[int, int]) -> NDArray[np.bool_] | None:
-    """[B, T]: where a request begins, by its position; None where the positions do not say."""
+def _positions(positions: object, shape: tuple[int, int]) -> Ints:
+    """[B or 1, T]: of the tokens; empty where one alone goes on, or they are not said."""
     if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == shape[1] > 1:
-        return np.broadcast_to(positions.cpu().numpy() == 0, shape)
-    return None
+        found: Ints = positions.to("cpu", torch.int64).numpy()
+        return found
+    return NOTHING

@@ -160,6 +160,42 @@ def carry(rows: Ints, sums: Floats, tokens: Floats) -> None:
         tokens[after, 1] = 0
 
 
+class Columns(NamedTuple):
+    """What is known of B requests beside a cache of C columns: real [B, C], whether a column holds a token that counts; last [B], column
+    of the last one, -1: none; sums, tokens: states of all columns, row after row, as `Held` has them.
+    """
+
+    real: Flags
+    last: Ints
+    sums: Floats
+    tokens: Floats
+
+
+@njit(nogil=True, cache=True)
+def follow(columns: Columns, length: int, kinds: Ints, mask: Ints, positions: Ints) -> Ints:
+    """rows [3, B T] as `Held` has them, of the next columns behind `length`, their states begun, and the columns noted as they are.
+
+    kinds [B T]; mask [B, >= T]: 0 where a token does not count; positions [B or 1, T]: 0 where a request begins; either may be empty.
+    """
+    real, last, sums, seen = columns.real, columns.last, columns.sums, columns.tokens
+    count, wide = real.shape
+    tokens = len(kinds) // count
+    rows = np.empty((3, len(kinds)), np.int64)
+    for b in range(count):
+        for t in range(tokens):
+            r, at = b * tokens + t, length + t
+            counts = mask.size == 0 or mask[b, mask.shape[1] - tokens + t] != 0
+            starts = positions.size > 0 and positions[b % len(positions), t] == 0
+            rows[0, r] = -1 if starts or last[b] < 0 else b * wide + last[b]
+            rows[1, r] = b * wide + at if counts else -1
+            rows[2, r] = kinds[r]
+            real[b, at] = counts
+            if counts:
+                last[b] = at
+    carry(rows, sums, seen)
+    return rows
+
+
 @njit(nogil=True, cache=True)
 def mark_most(values: Floats, cutoff: float, most: int, valid: Flags, keep: Flags) -> int:
     """keep [k, N] of one token: valid slots that reach the cutoff, the first largest one, and of those the `most` largest. How many."""

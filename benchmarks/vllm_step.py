@@ -1,11 +1,14 @@
 """Time of a decode step of vLLM with the plug-in: full budget against stock vLLM, and lower budgets against full.
 
-    python benchmarks/vllm_step.py [--batches 1,8,32] [--steps 16] [--rounds 3] [--dtype bfloat16] [--layers 8] [--mixed] [--json]
+    python benchmarks/vllm_step.py [--batches 1,8,32] [--steps 16] [--rounds 3] [--dtype bfloat16] [--layers 8] [--mixed] [--cpu] [--json]
+                                    [--together .4,.3]
 
 Needs vLLM's CPU build (docs/how-to/vllm.md).
 Whole engine steps on a random-weight OLMoE in which experts dominate (hidden 1024, 64 experts of
 512, top-8). Both engines are up at the same time, each in a process of its own, and are asked in turns. A figure is the ratio of the
 fastest steps of a round, which other load disturbs least; median over the rounds. `kept` is the share of slots that was really kept.
+`--together` adds rows that choose their blocks together (rule `batch-blocks`) at these budgets, to full and to rows alone at half.
+`--cpu` counts the processor time of one thread, which a busy machine disturbs less than the clock on the wall.
 `same/stock` is a second stock engine, asked in the same turns: how far two equal engines are apart is what the other ratios can show.
 """
 
@@ -28,13 +31,19 @@ BUDGETS = {"most": 0.75, "half": 0.5, "quarter": 0.25}
 PROMPT = 16
 
 
-def build(folder: Path, layers: int) -> None:
-    """A random model, a random predictor, and levels that fit both; as `moe-prism refactor` lays them out."""
+def together(budget: float) -> str:
+    """The name of a level at which rows choose their blocks together."""
+    return f"together-{budget:g}"
+
+
+def build(folder: Path, layers: int, shared: list[float]) -> None:
+    """A random model, a random predictor, and levels that fit both; as `moe-prism refactor` lays them out. shared: of `batch-blocks`."""
     import torch
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     from moe_prism.checkpoint import OutputFolder, write_manifest
     from moe_prism.elastic import attach
+    from moe_prism.point import FULL
 
     torch.manual_seed(0)
     config = OlmoeConfig(
@@ -55,9 +64,11 @@ def build(folder: Path, layers: int) -> None:
         )  # with an index: vLLM reads every *.safetensors where there is none
         out.save_tensors("prism.safetensors", side)
         # qualities of a random model mean nothing; they only have to rise
-        ladder = [
-            {"name": n, "budget": b, "slots": b * K * N_SUB, "quality": b} for n, b in sorted(BUDGETS.items(), key=lambda i: i[1])
-        ]
+        ladder = [{"name": n, "budget": b, "slots": b * K * N_SUB, "quality": b} for n, b in BUDGETS.items()]
+        for b in shared:
+            point = FULL.with_budget(b, "batch-blocks").to_json()
+            ladder.append({"name": together(b), "point": point, "slots": b * K * N_SUB + 0.01, "quality": b + 0.001})
+        ladder.sort(key=lambda level: level["slots"])
         out.write_bytes("ladder.json", json.dumps({"levels": ladder}).encode())
         facts = [{"name": f"model.layers.{i}.mlp.experts", "experts": E, "width": WIDTH} for i in range(layers)]
         write_manifest(out, {"kind": "elastic", "n_sub": N_SUB, "gates": GATES, "layers": facts})
@@ -88,10 +99,13 @@ def _levels(model: Any, elastic: Any) -> list[Any]:
     return levels
 
 
-def serve(folder: str, dtype: str, eager: bool) -> None:
+def serve(folder: str, dtype: str, eager: bool, cpu: bool) -> None:
     """The child: answers lines {"batch", "steps", "qualities"} with the seconds of the fastest decode step."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    clock = time.thread_time if cpu else time.perf_counter
+    if cpu:
+        os.environ["OMP_NUM_THREADS"] = "1"
     reply = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import torch
@@ -131,9 +145,9 @@ def serve(folder: str, dtype: str, eager: bool) -> None:
         kept.clear()
         while engine.has_unfinished_requests():
             layer.Packed.run = counted if len(seconds) == 1 else run  # one step is counted, and not used
-            began = time.perf_counter()
+            began = clock()
             engine.step()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(clock() - began)
         print(
             json.dumps([min(seconds[2 : order["steps"]]), statistics.mean(kept) if kept else 1.0]),
             file=reply,
@@ -146,9 +160,8 @@ class Child:
 
     def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "--serve", str(folder), "--dtype", arguments.dtype]
-        self.process = subprocess.Popen(
-            [*command, *(["--compiled"] if arguments.compiled else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command += [flag for flag, on in (("--compiled", arguments.compiled), ("--cpu", arguments.cpu)) if on]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def line(self) -> str:
         assert self.process.stdout is not None
@@ -176,6 +189,8 @@ def main() -> None:
     parser.add_argument(
         "--mixed", action="store_true", help="also a batch of which half is at a quarter, beside its two halves alone"
     )
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--together", type=lambda text: [float(b) for b in text.split(",")], default=[])
     parser.add_argument("--keep", type=Path, help="build the model here, or use what is there")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -183,11 +198,11 @@ def main() -> None:
     if find_spec("vllm") is None:
         return print("skipped: vLLM is not installed here; see docs/how-to/vllm.md", file=sys.stderr)
     if arguments.serve:
-        return serve(arguments.serve, arguments.dtype, not arguments.compiled)
+        return serve(arguments.serve, arguments.dtype, not arguments.compiled, arguments.cpu)
     with tempfile.TemporaryDirectory() as scratch:
         elastic = arguments.keep or Path(scratch) / "elastic"
         if not elastic.exists():
-            build(elastic, arguments.layers)
+            build(elastic, arguments.layers, arguments.together)
         stock = Path(scratch) / "stock"  # the same files without prism.json: the plug-in leaves it alone
         stock.mkdir()
         for file in elastic.iterdir():
@@ -207,7 +222,7 @@ def report(arguments: argparse.Namespace, children: dict[str, Child]) -> None:
     rows = []
     for batch in map(int, arguments.batches.split(",")):
         runs = {name: (name, batch, ["full"]) for name in ("stock", "same")} | {
-            q: ("elastic", batch, [q]) for q in ("full", *BUDGETS)
+            q: ("elastic", batch, [q]) for q in ("full", *BUDGETS, *map(together, arguments.together))
         }
         if arguments.mixed and batch > 1:
             runs |= {"mixed": ("elastic", batch, ["quarter", "full"])}
@@ -238,6 +253,13 @@ def _row(batch: int, found: dict[str, list[float]], kept: dict[str, float]) -> d
     }
     for name, budget in BUDGETS.items():
         row |= {f"{budget:g}/full": ratio(name, "full"), f"kept@{budget:g}": round(kept[name], 3)}
+    for name in found:
+        if name.startswith("together"):
+            row |= {
+                f"{name}/full": ratio(name, "full"),
+                f"{name}/half": ratio(name, "half"),
+                f"kept@{name}": round(kept[name], 3),
+            }
     if "mixed" in found:
         found["two steps"] = [a + b for a, b in zip(found["half full"], found["half quarter"], strict=True)]
         row |= {"mixed/full": ratio("mixed", "full"), "mixed/two_steps": ratio("mixed", "two steps")}

@@ -1,6 +1,7 @@
 """What rows that choose their blocks together (rule `batch-blocks`) gain over rows that choose alone (`threshold`).
 
     python benchmarks/batch_blocks.py [--folder ELASTIC] [--rows 8,16,32] [--windows 64] [--length 128] [--eval-text stdlib] [--json]
+    python benchmarks/batch_blocks.py --prompts --length 512 --windows 16      # the tokens of a prompt as the rows of a step
     python benchmarks/batch_blocks.py --price      # what a further row costs at a block that is read: sets PRICE of the rule
     python benchmarks/batch_blocks.py --time .5,.4,.3      # a decode step of 32 rows at these budgets, to full and to rows alone
 
@@ -32,12 +33,13 @@ from moe_prism.checkpoint import read_manifest
 from moe_prism.data import token_windows
 from moe_prism.elastic.bind import Step, bind
 from moe_prism.frontier.cost import measured_cost
+from moe_prism.frontier.measure import measure
 from moe_prism.jobs.refactor import refactor
 from moe_prism.point import FULL
 
 ALONE, TOGETHER = "threshold", "batch-blocks"
-BUDGETS = (0.75, 0.5, 0.25)
-GRID = (0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15)
+BUDGETS = (0.5, 0.25)
+GRID = (0.65, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15)
 DRAWS = 1000  # of the bootstrap
 
 
@@ -98,11 +100,7 @@ def interval(alone: Curve, together: Sequence[Curve]) -> list[list[float]]:
 
 
 def quality(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    model, tokenizer = load(folder)
-    exclude = read_manifest(folder)["calibration"]["documents"]
-    wanted = args.windows * args.length
-    ids = token_windows(tokenizer, args.eval_text, "evaluation", length=args.length, tokens=wanted, exclude=exclude).ids
-    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]  # neighbours in the text are not in one batch
+    model, ids = texts(args, folder)
     for rows in args.rows:
         groups = [ids[i : i + rows] for i in range(0, len(ids) - rows + 1, rows)]
         with torch.no_grad(), model._moe_prism.at(model._moe_prism.full_step):
@@ -122,6 +120,26 @@ def quality(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
             log_kl = [float(c.kl.mean().log()) for c in together]  # rises as budgets fall
             row["budget_of_equal_kl"] = float(np.interp(target, log_kl, GRID))
             yield row | {"kl_at_equal_bytes": at_bytes, "bytes_at_equal_kl": at_kl}
+
+
+def prompts(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """Every text in one forward, as a prompt is computed: KL, bytes and slots of both rules at the same budgets."""
+    model, ids = texts(args, folder)
+    rules = [(rule, budget) for budget in BUDGETS for rule in (ALONE, TOGETHER)]
+    full, *found = measure(model, ids, [FULL, *(FULL.with_budget(budget, rule) for rule, budget in rules)], batch=1)
+    for (rule, budget), one in zip(rules, found, strict=True):
+        cost = one.cost
+        row = {"prompt": ids.shape[1], "rule": rule, "budget": budget, "kl": one.quality.kl, "slots": cost.k_slots}
+        yield row | {"bytes_to_full": cost.distinct_expert_bytes / full.cost.distinct_expert_bytes}
+
+
+def texts(args: argparse.Namespace, folder: Path) -> tuple[Any, Tensor]:
+    """(the model, held-out texts [n, length] in a random order: neighbours in a file are not in one batch)."""
+    model, tokenizer = load(folder)
+    exclude = read_manifest(folder)["calibration"]["documents"]
+    wanted = args.windows * args.length
+    ids = token_windows(tokenizer, args.eval_text, "evaluation", length=args.length, tokens=wanted, exclude=exclude).ids
+    return model, ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
 
 
 def price(turns: int = 7) -> Iterator[dict[str, Any]]:
@@ -202,6 +220,7 @@ def main() -> None:
     parser.add_argument("--rows", type=numbers(int), default=[8, 16, 32])
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--prompts", action="store_true")
     parser.add_argument("--price", action="store_true")
     parser.add_argument("--time", type=numbers(float), metavar="BUDGETS")
     parser.add_argument("--json", action="store_true")
@@ -211,7 +230,8 @@ def main() -> None:
         if not args.price and not args.folder:
             refactor(args.model, folder)
         rows = []
-        for row in price() if args.price else times(folder, args.time) if args.time else quality(args, folder):
+        found = price() if args.price else times(folder, args.time) if args.time else None
+        for row in found or (prompts if args.prompts else quality)(args, folder):
             rows.append(row)
             if not args.json:
                 print(show(row), flush=True)

@@ -1,6 +1,7 @@
 """Time of a decode step of vLLM with the plug-in: full budget against stock vLLM, and lower budgets against full.
 
-    python benchmarks/vllm_step.py [--batches 1,8,32] [--steps 16] [--rounds 3] [--dtype bfloat16] [--layers 8] [--mixed] [--top 4] [--json]
+    python benchmarks/vllm_step.py [--batches 1,8,32] [--steps 16] [--rounds 3] [--dtype bfloat16] [--layers 8] [--mixed] [--top 4] [--cpu]
+                                    [--together .4,.3] [--json]
 
 Needs vLLM's CPU build (docs/how-to/vllm.md).
 Whole engine steps on a random-weight OLMoE in which experts dominate (hidden 1024, 64 experts of
@@ -8,6 +9,8 @@ Whole engine steps on a random-weight OLMoE in which experts dominate (hidden 10
 fastest steps of a round, which other load disturbs least; median over the rounds. `kept` is the share of slots that was really kept.
 `--keep FOLDER/elastic` takes what `wide_nano.py` has built instead, whose routing is nano's; `--top 4,2` adds stock engines with fewer
 experts per token, and the speed of the budget of equal bytes beside each.
+`--together` adds rows that choose their blocks together (rule `batch-blocks`) at these budgets, to full and to rows alone at half.
+`--cpu` counts the processor time of one thread, which a busy machine disturbs less than the clock on the wall.
 `same/stock` is a second stock engine, asked in the same turns: how far two equal engines are apart is what the other ratios can show.
 """
 
@@ -31,13 +34,19 @@ BUDGETS = {"most": 0.75, "half": 0.5, "quarter": 0.25}
 PROMPT = 16
 
 
-def build(folder: Path, layers: int) -> None:
-    """A random model, a random predictor, and levels that fit both; as `moe-prism refactor` lays them out."""
+def together(budget: float) -> str:
+    """The name of a level at which rows choose their blocks together."""
+    return f"together-{budget:g}"
+
+
+def build(folder: Path, layers: int, shared: list[float]) -> None:
+    """A random model, a random predictor, and levels that fit both; as `moe-prism refactor` lays them out. shared: of `batch-blocks`."""
     import torch
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     from moe_prism.checkpoint import OutputFolder, write_manifest
     from moe_prism.elastic import attach
+    from moe_prism.point import FULL
 
     torch.manual_seed(0)
     config = OlmoeConfig(
@@ -58,9 +67,11 @@ def build(folder: Path, layers: int) -> None:
         )  # with an index: vLLM reads every *.safetensors where there is none
         out.save_tensors("prism.safetensors", side)
         # qualities of a random model mean nothing; they only have to rise
-        ladder = [
-            {"name": n, "budget": b, "slots": b * K * N_SUB, "quality": b} for n, b in sorted(BUDGETS.items(), key=lambda i: i[1])
-        ]
+        ladder = [{"name": n, "budget": b, "slots": b * K * N_SUB, "quality": b} for n, b in BUDGETS.items()]
+        for b in shared:
+            point = FULL.with_budget(b, "batch-blocks").to_json()
+            ladder.append({"name": together(b), "point": point, "slots": b * K * N_SUB + 0.01, "quality": b + 0.001})
+        ladder.sort(key=lambda level: level["slots"])
         out.write_bytes("ladder.json", json.dumps({"levels": ladder}).encode())
         facts = [{"name": f"model.layers.{i}.mlp.experts", "experts": E, "width": WIDTH} for i in range(layers)]
         write_manifest(out, {"kind": "elastic", "n_sub": N_SUB, "gates": GATES, "layers": facts})
@@ -105,10 +116,13 @@ def _prompts(folder: str, batch: int) -> list[list[int]]:
     return ids.tolist()
 
 
-def serve(folder: str, dtype: str, eager: bool, top: int) -> None:
+def serve(folder: str, dtype: str, eager: bool, top: int, cpu: bool) -> None:
     """The child: answers lines {"batch", "steps", "qualities"} with the seconds of the fastest decode step."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    clock = time.thread_time if cpu else time.perf_counter
+    if cpu:
+        os.environ["OMP_NUM_THREADS"] = "1"
     reply = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     from vllm import LLM, SamplingParams
@@ -148,9 +162,9 @@ def serve(folder: str, dtype: str, eager: bool, top: int) -> None:
         kept.clear()
         while engine.has_unfinished_requests():
             layer.Packed.run = counted if len(seconds) == 1 else run  # one step is counted, and not used
-            began = time.perf_counter()
+            began = clock()
             engine.step()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(clock() - began)
         print(
             json.dumps([min(seconds[2 : order["steps"]]), statistics.mean(kept) if kept else 1.0]),
             file=reply,
@@ -163,9 +177,8 @@ class Child:
 
     def __init__(self, folder: Path, arguments: argparse.Namespace, top: int = K) -> None:
         command = [sys.executable, __file__, "--serve", str(folder), "--dtype", arguments.dtype, "--top", str(top)]
-        self.process = subprocess.Popen(
-            [*command, *(["--compiled"] if arguments.compiled else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command += [flag for flag, on in (("--compiled", arguments.compiled), ("--cpu", arguments.cpu)) if on]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def line(self) -> str:
         assert self.process.stdout is not None
@@ -195,6 +208,8 @@ def main() -> None:
     )
     parser.add_argument("--top", help="experts per token of further stock engines")
     parser.add_argument("--alone", action="store_true", help="no second stock engine")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--together", type=lambda text: [float(b) for b in text.split(",")], default=[])
     parser.add_argument("--keep", type=Path, help="build the model here, or use what is there")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -202,11 +217,11 @@ def main() -> None:
     if find_spec("vllm") is None:
         return print("skipped: vLLM is not installed here; see docs/how-to/vllm.md", file=sys.stderr)
     if arguments.serve:
-        return serve(arguments.serve, arguments.dtype, not arguments.compiled, int(arguments.top))
+        return serve(arguments.serve, arguments.dtype, not arguments.compiled, int(arguments.top), arguments.cpu)
     with tempfile.TemporaryDirectory() as scratch:
         elastic = arguments.keep or Path(scratch) / "elastic"
         if not elastic.exists():
-            build(elastic, arguments.layers)
+            build(elastic, arguments.layers, arguments.together)
         stock = Path(scratch) / "stock"  # the same files without prism.json: the plug-in leaves it alone
         stock.mkdir()
         for file in elastic.iterdir():
@@ -230,7 +245,7 @@ def report(arguments: argparse.Namespace, children: dict[str, Child]) -> None:
     rows = []
     for batch in map(int, arguments.batches.split(",")):
         runs = {name: (name, batch, ["full"]) for name in children if name != "elastic"} | {
-            q: ("elastic", batch, [q]) for q in ("full", *BUDGETS)
+            q: ("elastic", batch, [q]) for q in ("full", *BUDGETS, *map(together, arguments.together))
         }
         if arguments.mixed and batch > 1:
             runs |= {"mixed": ("elastic", batch, ["quarter", "full"])}
@@ -264,6 +279,13 @@ def _row(batch: int, found: dict[str, list[float]], kept: dict[str, float]) -> d
     for name, budget in BUDGETS.items():
         if (plain := f"top-{round(budget * K)}") in found:
             row |= {f"{plain}/stock": ratio(plain, "stock"), f"{budget:g}/{plain}": ratio(name, plain)}
+    for name in found:
+        if name.startswith("together"):
+            row |= {
+                f"{name}/full": ratio(name, "full"),
+                f"{name}/half": ratio(name, "half"),
+                f"kept@{name}": round(kept[name], 3),
+            }
     if "mixed" in found:
         found["two steps"] = [a + b for a, b in zip(found["half full"], found["half quarter"], strict=True)]
         row |= {"mixed/full": ratio("mixed", "full"), "mixed/two_steps": ratio("mixed", "two steps")}

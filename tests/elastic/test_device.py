@@ -53,7 +53,7 @@ def test_the_predictor_for_all_experts_at_once(family, gates):
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [1, FEW])
 @pytest.mark.parametrize("scorer", ["ridge", "gates"])
-@pytest.mark.parametrize("rule", ["product", "threshold", "mass", "pattern", "whole-experts"])
+@pytest.mark.parametrize("rule", ["product", "threshold", "batch-blocks", "mass", "pattern", "whole-experts"])
 def test_selection_asks_the_device_nothing(rule, scorer, tokens):
     elastic = on_meta()
     layer = elastic.layers[0]
@@ -77,7 +77,10 @@ def test_mixed_points_ask_the_device_nothing(tokens):
     weight, which = torch.empty(tokens, 2, device="meta"), torch.zeros(tokens, dtype=torch.long, device="meta")
     skip = RoutingStage(layers=(1,) * len(elastic.layers), keep_mass=True)
     alike = [FULL.with_slots(0.5), FULL.with_slots(0.25), FULL]
-    for points in (alike, [*alike, OperatingPoint(routing=(skip,)), FULL.with_budget(0.5, "product")]):
+    for points in (
+        alike,
+        [*alike, OperatingPoint(routing=(skip,)), FULL.with_budget(0.5, "product"), FULL.with_budget(0.5, "batch-blocks")],
+    ):
         candidates = layer.candidates(Step(bind(elastic, points), which), x, index, weight)
         keep = candidates.keep()
         assert keep.shape == (tokens, 2, N) and keep.is_meta and candidates.weight.is_meta

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 pytest.importorskip("vllm")
 
-from tests.vllm.prompts import LONG, PROMPTS, SEATS, SHORT, engine, generate, tokens
+from moe_prism.point import FULL
+from tests.serve.test_ladder import row, write
+from tests.vllm.prompts import LONG, NEW_TOKENS, PROMPTS, SEATS, SHORT, engine, generate, tokens
 
 NAMES = ["quarter", "half", "most"]
 
@@ -96,6 +100,19 @@ def test_bad_fields_are_refused(llm, fields, words):
 
 def test_fields_of_others_pass(llm, alone):
     assert tokens(llm, SHORT[:1], [{"something": "else"}]) == alone["full"][:1]
+
+
+def test_rows_that_choose_together_are_served_where_they_are_named(nano_levels, tmp_path):
+    """A request alone, one row per step, has the tokens of `threshold`; a batch has others; a prompt of many rows runs too."""
+    half, shared = (FULL.with_budget(0.4, rule) for rule in ("threshold", "batch-blocks"))
+    folder = shutil.copytree(nano_levels, tmp_path / "elastic")
+    write(folder, row("half", half, 6.4, 0.2), row("together", shared, 6.5, 0.1))
+    llm = engine(str(folder), enable_prefix_caching=False, additional_config={"moe_prism": {"points": ["half", "together"]}})
+    word = ["def"]
+    assert len(llm.get_tokenizer()(word[0]).input_ids) == 1
+    assert tokens(llm, word, [{"quality": "together"}]) == tokens(llm, word, [{"quality": "half"}])
+    many = [tokens(llm, PROMPTS, [{"quality": name}] * len(PROMPTS)) for name in ("half", "together")]
+    assert many[0] != many[1] and {len(found) for found in many[1]} == {NEW_TOKENS}
 
 
 @pytest.mark.slow

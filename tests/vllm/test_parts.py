@@ -111,6 +111,7 @@ def configuration(folder, **changes):
 def on_cpu(monkeypatch):
     monkeypatch.setattr(compat, "name", lambda what: SimpleNamespace(is_cpu=lambda: True))
     monkeypatch.setenv(wiring.FOLDER, "")
+    monkeypatch.setenv(wiring.POINTS, "[]")
 
 
 def test_an_elastic_folder_is_wired(tiny_levels, on_cpu):

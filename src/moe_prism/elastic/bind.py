@@ -52,6 +52,10 @@ class PointGroup:
         return next((stage.extra for stage in self.stages if stage.extra is not None), None)
 
     @cached_property
+    def depends_on_batch(self) -> bool:
+        return rules.get(self.rule).depends_on_batch or any(stage.depends_on_batch for stage in self.stages)
+
+    @cached_property
     def _table(self) -> Tensor:
         return torch.tensor(self.budgets, dtype=torch.float32)
 
@@ -95,7 +99,7 @@ class Bound:
 
     @property
     def depends_on_batch(self) -> bool:
-        return any(depends_on_batch(point) for point in self.points)
+        return any(group.depends_on_batch for group in self.groups)
 
     @cached_property
     def held(self) -> tuple[int, ...]:

@@ -111,7 +111,7 @@ class ElasticLayer:
             rows = torch.where(groups == number)[0] if on_cpu else groups == number  # a GPU is not asked how many there are
             if on_cpu and len(rows) == len(groups):
                 return self._of_group(step, number, locals_, routed, guess=guess)
-            part = routed.of(rows) if on_cpu else routed
+            part = routed.of(rows) if on_cpu else self._only(kinds[number], routed, rows)
             local = locals_[rows] if on_cpu else torch.where(rows, locals_, 0)
             found = self._of_group(step, number, local, part, rows=rows, guess=guess)
             own_way = own_way and found is None
@@ -121,6 +121,13 @@ class ElasticLayer:
         if own_way:
             return None
         return self._joined(parts, routed)
+
+    @staticmethod
+    def _only(group: PointGroup, routed: Routed, rows: Tensor) -> Routed:
+        """The batch as a group on a GPU sees it: rows [T] marks its own. Where they look at each other, the rest have no experts."""
+        if not group.depends_on_batch:
+            return routed
+        return replace(routed, index=routed.index.masked_fill(~rows[:, None], -1))
 
     def _joined(self, parts: list[tuple[Tensor, Selection | Whole]], routed: Routed) -> Mixed:
         width = max(part.index.shape[1] for _, part in parts)

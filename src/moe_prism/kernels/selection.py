@@ -116,18 +116,24 @@ def mark_largest(values: Floats, budget: Floats, valid: Flags, keep: Flags) -> N
 
 
 @njit(nogil=True, cache=True)
+def cutoff_of(cutoffs: Floats, budget: np.float32) -> np.float32:
+    """The cutoff of a budget: linear between those of evenly spaced budgets from 0 to 1; 0 at budget 1."""
+    steps = len(cutoffs) - 1
+    position = min(max(budget, np.float32(0)), np.float32(1)) * np.float32(steps)
+    low = int(position)
+    cutoff = cutoffs[low] + (position - np.float32(low)) * (cutoffs[min(low + 1, steps)] - cutoffs[low])
+    return np.float32(0) if budget >= 1 else np.float32(cutoff)
+
+
+@njit(nogil=True, cache=True)
 def mark_above(values: Floats, cutoffs: Floats, budget: Floats, valid: Flags, keep: Flags) -> None:
     """keep [T, k, N] = valid slots whose value reaches the cutoff of the token's budget [T], and every token's first largest one.
 
     cutoffs: at evenly spaced budgets from 0 to 1, linear in between; every valid slot at budget 1.
     """
     tokens, k, n_sub = values.shape
-    steps = len(cutoffs) - 1
     for t in range(tokens):
-        position = min(max(budget[t], np.float32(0)), np.float32(1)) * np.float32(steps)
-        low = int(position)
-        cutoff = cutoffs[low] + (position - np.float32(low)) * (cutoffs[min(low + 1, steps)] - cutoffs[low])
-        cutoff = np.float32(0) if budget[t] >= 1 else cutoff
+        cutoff = cutoff_of(cutoffs, budget[t])
         best, at = np.float32(-np.inf), 0
         for c in range(k):
             for n in range(n_sub):

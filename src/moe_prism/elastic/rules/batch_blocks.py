@@ -21,7 +21,7 @@ from ..base import LayerParts, Slots, is_compiled
 from .threshold import Threshold
 from .top_slots import top_slots
 
-PRICE = 0.1
+PRICE = 0.04
 """p: what a further row costs at a block that is read, as a share of the first; benchmarks/batch_blocks.py --price measures it."""
 RATES, RATIO = 256, 1.02
 """Exchange rates that are tried: 1, RATIO, RATIO^2, ..."""
@@ -32,6 +32,8 @@ class BatchBlocks(Threshold):
 
     paper = "arXiv 2511.02237"
     depends_on_batch: ClassVar[bool] = True
+    units = ("slots", "bytes")
+    controls = ("none",)  # what a request keeps is up to the others as well
 
     def __init__(self, parts: LayerParts) -> None:
         super().__init__(parts)
@@ -54,7 +56,7 @@ class BatchBlocks(Threshold):
         worth = (values.double() / self.level(budget).double()[:, None, None]).square()
         worth = worth.nan_to_num(torch.inf, torch.inf).masked_fill(~slots.valid[:, :, None], -1.0)  # no cutoff: priceless
         rows = _Rows(worth.flatten(), best.flatten(), block.flatten(), experts * slots.n_sub)
-        return rows.used(rows.rate(self.rates)[None])[0].view(values.shape)
+        return rows.used(rows.rate(self.rates))[0].view(values.shape)
 
 
 class _Rows(NamedTuple):
@@ -81,10 +83,11 @@ class _Rows(NamedTuple):
         return PRICE * used.sum(1) + (1 - PRICE) * read.sum(1)
 
     def rate(self, rates: Tensor) -> Tensor:
-        """The lowest of rates [R] at which the step costs no more than if every row kept what it wants: in two rounds, of R^.5 each."""
+        """[1]: the lowest of rates [R] at which the step costs no more than rows that choose alone: in two rounds, of R^.5 each."""
         limit = self.costs(((self.worth >= 1) | self.best)[None])
         coarse = rates.view(round(len(rates) ** 0.5), -1)
         # costs fall as rates rise, and the highest rate of all always fits
         row = (self.costs(self.used(coarse[:, -1])) > limit).sum().clamp(max=len(coarse) - 1)
-        within = coarse[row]
-        return within[(self.costs(self.used(within)) > limit).sum().clamp(max=len(within) - 1)]
+        within = coarse.index_select(0, row[None])[0]
+        place = (self.costs(self.used(within)) > limit).sum().clamp(max=len(within) - 1)
+        return within.index_select(0, place[None])

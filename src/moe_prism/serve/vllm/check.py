@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from functools import cache
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import Any
 from ...errors import PrismError
 from . import compat
 from .levels import Menu
-from .wiring import FOLDER
+from .wiring import FOLDER, POINTS
 
 
 @cache
-def menu_of(folder: str) -> Menu:
-    """The levels that names are checked against; defaults do not matter here."""
-    return Menu.of(Path(folder))
+def menu_of(folder: str, points: str) -> Menu:
+    """The levels that names are checked against, of the points that are named in a JSON list; defaults do not matter here."""
+    return Menu.of(Path(folder), {"points": json.loads(points)})
 
 
 class FieldCheck(compat.name("LogitsProcessor")):  # type: ignore[misc]
@@ -28,7 +29,7 @@ class FieldCheck(compat.name("LogitsProcessor")):  # type: ignore[misc]
         folder = os.environ.get(FOLDER)
         if folder and sampling_params.extra_args:
             try:
-                menu_of(folder).read(sampling_params.extra_args)
+                menu_of(folder, os.environ.get(POINTS, "[]")).read(sampling_params.extra_args)
             except PrismError as error:
                 raise ValueError(str(error)) from error
 

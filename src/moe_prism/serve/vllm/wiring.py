@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -14,7 +15,8 @@ from .levels import SECTION, Menu, is_elastic
 logger = logging.getLogger(__name__)
 
 FOLDER = "MOE_PRISM_VLLM_FOLDER"
-"""Environment variable that tells API server processes, which vLLM spawns, whose levels to check names against."""
+POINTS = "MOE_PRISM_VLLM_POINTS"
+"""Environment variables that tell API server processes, which vLLM spawns, whose levels to check names against: those of named points."""
 
 SCHEDULER, WORKER, CHECK = (
     f"{__package__}.scheduler.PrismScheduler",
@@ -77,7 +79,7 @@ def configure(config: Any) -> None:
     config.model_config.logits_processors = [*(config.model_config.logits_processors or []), CHECK]
     # part of the key of vLLM's compile cache: a graph that was traced for the stock model must not be used
     config.additional_config = {**config.additional_config, SECTION: {**options, "wired": 1}}
-    os.environ[FOLDER] = str(folder)
+    os.environ[FOLDER], os.environ[POINTS] = str(folder), json.dumps(options.get("points", []))
 
 
 def unsupported(config: Any) -> str | None:

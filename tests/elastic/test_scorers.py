@@ -139,3 +139,16 @@ def test_a_few_choices_give_what_many_give(family):
     many = scorer(x, index)
     few = torch.cat([scorer(x[i : i + 8], index[i : i + 8]) for i in range(0, 80, 8)])
     torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "features"), [(300, 40), (41, 40), (40, 40), (12, 40)])
+@pytest.mark.parametrize("strength", [1e-3, 1.0])
+def test_the_ridge_of_few_rows_is_the_same_minimum(rows, features, strength):
+    """Against the definition: least squares with a row sqrt(penalty) e_i per feature, the constant left free."""
+    generator = torch.Generator().manual_seed(rows)
+    z = torch.cat([torch.randn(rows, features, generator=generator), torch.ones(rows, 1)], 1).double()
+    y = torch.randn(rows, 3, generator=generator).double()
+    penalty = strength * ((z[:, :-1] - z[:, :-1].mean(0)) ** 2).sum() / features + 1e-12
+    bars = torch.cat([penalty.sqrt() * torch.eye(features), torch.zeros(features, 1)], 1).double()
+    expected = torch.linalg.lstsq(torch.cat([z, bars]), torch.cat([y, torch.zeros(features, 3).double()])).solution
+    assert torch.allclose(ridge_module._Centred.of(z, y).solve(strength), expected, atol=1e-9)

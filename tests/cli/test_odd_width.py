@@ -74,7 +74,10 @@ COMMANDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+FAST = ("inspect", "prune", "generate", "verify")
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, marks=() if c in FAST else pytest.mark.slow) for c in COMMANDS])
 def test_every_command_works(command, odd, elastic, text_file, tmp_path, capsys):
     places = {
         "source": odd / "source",

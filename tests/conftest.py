@@ -12,7 +12,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("MOE_PRISM_WHOLE", "stock")  # nothing is measured, so every run is the same; tests/elastic/test_times.py measures
+os.environ.setdefault(
+    "MOE_PRISM_WHOLE", "stock"
+)  # nothing is measured, so every run is the same; tests/elastic/test_times.py measures
 
 import pytest
 import torch

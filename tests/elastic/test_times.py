@@ -95,15 +95,11 @@ def test_the_first_process_decides(parts):
     assert times._keep("other", mine) == mine  # not ours, or damaged: as if it were missing
 
 
-def test_a_large_layer_is_measured_by_a_part_of_it(parts):
-    layer = parts.layer
-    small = times._sample(parts, 32, 2)
-    assert small == (32, layer.num_experts, 2)
-    layer.num_experts, layer.hidden, layer.width = 64, 2048, 1024
+def test_a_large_layer_is_measured_by_a_part_of_it():
+    assert times.Sample.of(32, 4, 8, 3 * 128 * 128) == (8, 32, 4)
     for tokens in (1, 8, 32, 256, 2048):
-        count, experts, k = times._sample(parts, tokens, 8)
-        rows = count * k / min(experts, max(count * k, 1))
-        assert 0.5 < rows / max(1.0, tokens * 8 / 64) < 2  # as many rows for an expert
+        count, experts, k = times.Sample.of(64, 8, tokens, 3 * 2048 * 1024)
+        assert 0.5 < (count * k / experts) / (tokens * 8 / 64) < 2  # as many rows for an expert
         assert count * k * 3 * 2048 * 1024 <= 2 * times.SAMPLE_WORK
 
 

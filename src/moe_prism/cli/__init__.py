@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import cyclopts
 
+from ..cores import settle_threads
 from ..errors import PrismError
 from . import (
     bench,
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. 0 done, 1 failed, 2 bad usage, 3 does not fit, 4 corrupt, 130 interrupted."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own bars; ours say which stage is running
+    settle_threads()
     app = build()
     try:
         app(tokens, exit_on_error=False, print_error=False)

@@ -11,7 +11,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -31,12 +32,12 @@ CHOICES = ("measure", "stock", "tiles")
 LARGEST = 12  # sizes are powers of two up to this one
 SAMPLE_BYTES = 128 << 20  # of the experts a measurement touches: more than a cache holds
 SAMPLE_WORK = 1 << 31  # multiplications of one turn
-TURNS, ENOUGH = 3, 0.004  # turns of each at least, and seconds of measuring from which on no more are made
+TURNS, MOST_TURNS, ENOUGH = 3, 20, 0.004  # turns of each, and seconds of measuring from which on no more are made
 CLEAR = 0.97  # of the other's time: below it, a difference is none of chance
 
 
 class Times(NamedTuple):
-    """Seconds of a layer: stock, and the tiles at all slots and at half of them."""
+    """Seconds that one thread computes a layer: stock, and the tiles at all slots and at half of them."""
 
     stock: float
     tiles: float
@@ -68,14 +69,17 @@ def forced() -> str:
 def times_of(parts: LayerParts, tokens: int, k: int) -> Times:
     """The times of a layer for about so many tokens with k experts each."""
     size = min((max(tokens, 1) ** 2).bit_length() // 2, LARGEST)  # the nearest power of two
-    key = size, k, torch.get_num_threads()
+    key = size, k
     found: Times | None = parts.times.get(key)
     if found is None:
         name = _name(parts, k, 1 << size)
         if name not in _known:
             _known.update(_kept())
         if name not in _known:
-            _known[name] = _keep(name, measure(parts, 1 << size, k))
+            layer = parts.layer
+            weights = (3 if layer.gate is not None else 2) * layer.hidden * layer.width
+            sample = Sample.of(layer.num_experts, k, 1 << size, weights, layer.up.element_size())
+            _known[name] = _keep(name, measure(parts, sample))
         found = parts.times[key] = _known[name]
     return found
 
@@ -83,18 +87,33 @@ def times_of(parts: LayerParts, tokens: int, k: int) -> Times:
 _known: dict[str, Times] = {}
 
 
+class Sample(NamedTuple):
+    """A part of a layer, and of its batch, in which an expert has as many rows as in the whole."""
+
+    tokens: int
+    experts: int
+    k: int
+
+    @classmethod
+    def of(cls, experts: int, k: int, tokens: int, weights: int, size: int = 4) -> Sample:
+        """weights: of an expert; size: bytes of one."""
+        part = max(1.0, min(experts, tokens * k) * weights * size / SAMPLE_BYTES, tokens * k * weights / SAMPLE_WORK)
+        fewer = min(part, k)  # a part of every token's experts first, then of the tokens
+        own = max(1, round(k / fewer))
+        return cls(max(1, round(tokens * fewer / part)), max(own, round(experts / max(part, fewer))), own)
+
+
 @torch.no_grad()
-def measure(parts: LayerParts, tokens: int, k: int) -> Times:
-    """Time them on random rows and even routing. Of a large layer some experts stand for all, with as many rows each."""
-    layer = parts.layer
-    count, experts, k = _sample(parts, tokens, k)
+def measure(parts: LayerParts, sample: Sample) -> Times:
+    """Time the ways of a layer on random rows and even routing."""
+    layer, k = parts.layer, sample.k
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(count, layer.hidden, generator=g).to(layer.up.dtype)
-    index = torch.rand(count, experts, generator=g).topk(k, 1).indices
-    weight = torch.full((count, k), 1 / k, dtype=x.dtype)
-    ranks = torch.rand(count, k * parts.n_sub, generator=g).argsort(1).argsort(1)
-    half = (ranks < max(1, k * parts.n_sub // 2)).view(count, k, parts.n_sub)
-    one, every = whole_parts(parts), torch.ones(count, k, 1, dtype=torch.bool)
+    x = torch.randn(sample.tokens, layer.hidden, generator=g).to(layer.up.dtype)
+    index = torch.rand(sample.tokens, sample.experts, generator=g).topk(k, 1).indices
+    weight = torch.full((sample.tokens, k), 1 / k, dtype=x.dtype)
+    ranks = torch.rand(sample.tokens, k * parts.n_sub, generator=g).argsort(1).argsort(1)
+    half = (ranks < max(1, k * parts.n_sub // 2)).view(sample.tokens, k, parts.n_sub)
+    one, every = whole_parts(parts), torch.ones(sample.tokens, k, 1, dtype=torch.bool)
     runs: list[Callable[[], Tensor | None]] = [
         lambda: layer.native(x, index, weight),
         lambda: tiled(one, x, index, weight, every),
@@ -103,30 +122,28 @@ def measure(parts: LayerParts, tokens: int, k: int) -> Times:
     return Times(*_fastest(runs))
 
 
-def _sample(parts: LayerParts, tokens: int, k: int) -> tuple[int, int, int]:
-    """Tokens, experts and experts per token of a measurement: a part of all, in which an expert has as many rows."""
-    layer = parts.layer
-    weights = (3 if layer.gate is not None else 2) * layer.hidden * layer.width
-    touched = min(layer.num_experts, tokens * k) * weights * layer.up.element_size()
-    part = max(1.0, touched / SAMPLE_BYTES, tokens * k * weights / SAMPLE_WORK)
-    fewer = min(part, k)  # a part of every token's experts first, then of the tokens
-    own = max(1, round(k / fewer))
-    count = max(1, round(tokens * fewer / part))
-    return count, max(own, round(layer.num_experts / max(part, fewer))), own
-
-
 def _fastest(runs: list[Callable[[], Tensor | None]]) -> list[float]:
-    """Least seconds of each, taken in turns after one that warms up."""
+    """Least seconds of each, taken in turns after one that warms up: processor time of one thread, which others disturb least."""
     found: list[list[float]] = [[] for _ in runs]
-    for run in runs:
-        run()
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter  # other processes disturb the first less
-    while len(found[0]) < TURNS or (sum(map(sum, found)) < ENOUGH and len(found[0]) < 20):
-        for run, times in zip(runs, found, strict=True):
-            begin = clock()
+    with _one_thread():
+        for run in runs:
             run()
-            times.append(clock() - begin)
+        while len(found[0]) < TURNS or (sum(map(sum, found)) < ENOUGH and len(found[0]) < MOST_TURNS):
+            for run, times in zip(runs, found, strict=True):
+                begin = time.thread_time()
+                run()
+                times.append(time.thread_time() - begin)
     return [min(times) for times in found]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def whole_parts(parts: LayerParts) -> LayerParts:
@@ -139,13 +156,13 @@ def whole_parts(parts: LayerParts) -> LayerParts:
 
 
 def _name(parts: LayerParts, k: int, tokens: int) -> str:
-    """What a measurement holds for: machine, threads, library, shape, size."""
+    """What a measurement holds for: processor, library, shape, size."""
     layer = parts.layer
     shape = (
         f"E{layer.num_experts} k{k} d{layer.hidden} f{layer.width} N{parts.n_sub} {str(layer.up.dtype).removeprefix('torch.')}"
     )
     kind = f"{type(layer).__name__}{'' if layer.gate is None else ' gated'}{'' if layer.up_bias is None else ' biased'}"
-    return f"{_processor()} {TARGET.name} threads{torch.get_num_threads()} torch{torch.__version__} {kind} {shape} T{tokens}"
+    return f"{_processor()} {TARGET.name} torch{torch.__version__} {kind} {shape} T{tokens}"
 
 
 @cache

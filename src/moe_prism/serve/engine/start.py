@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from ...artefact.load import load
+from ...cores import cores
 from ...elastic import Elastic
 from ...elastic.bind import bind
 from ...elastic.paged_past import keeps_every_token
@@ -122,8 +122,7 @@ def compute_threads(wanted: int | None) -> int:
     """
     if wanted is not None:
         return wanted
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(torch.get_num_threads(), cores - 1))
+    return max(1, min(torch.get_num_threads(), cores() - 1))
 
 
 def _text(tokenizer: Any) -> list[int]:

@@ -32,8 +32,8 @@ class BatchBlocks(Threshold):
 
     paper = "arXiv 2511.02237"
     depends_on_batch: ClassVar[bool] = True
-    units = ("slots", "bytes")
-    controls = ("none",)  # what a request keeps is up to the others as well
+    units: ClassVar[tuple[str, ...]] = ("slots", "bytes")
+    controls: ClassVar[tuple[str, ...]] = ("none",)  # what a request keeps is up to the others as well
 
     def __init__(self, parts: LayerParts) -> None:
         super().__init__(parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -59,8 +61,8 @@ class Threshold(Rule):
     """
 
     is_continuous = True
-    units = ("bytes", "slots")
-    controls = ("mean", "strict", "none")
+    units: ClassVar[tuple[str, ...]] = ("bytes", "slots")
+    controls: ClassVar[tuple[str, ...]] = ("mean", "strict", "none")
 
     def __init__(self, parts: LayerParts) -> None:
         super().__init__(parts)

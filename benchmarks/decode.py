@@ -6,7 +6,7 @@
 FOLDER: of `moe-prism refactor nano`. Budgets take turns, A B C D A B C D; a figure is the median over rounds of a round's ratio. The clock is the processor time of one thread,
 which a busy machine disturbs less than the clock on the wall.
 
-`--beside` times one forward of 2,048 tokens and 16 decoding steps in processes of their own, on the wall: alone and beside busy processes,
+`--beside` times one forward of 1,024 tokens and 16 decoding steps in processes of their own, on the wall: alone and beside busy processes,
 with the waiting of threads as OpenMP has it and as the commands set it. Their rounds take turns too.
 """
 
@@ -74,7 +74,7 @@ def work(folder: str) -> None:
     from moe_prism import load, operating_point
 
     model, _ = load(folder)
-    ids = torch.arange(2048)[None] % 300
+    ids = torch.arange(1024)[None] % 300
     for _ in sys.stdin:
         out = []
         for budget in (1.0, 0.5):

@@ -226,6 +226,17 @@ def test_naee_at_its_median_skips_the_second_expert_of_half_the_tokens():
     assert abs(mean_kept(TokenThreshold([fit_naee((2, 2), samples)]), samples) - 1.5) < 0.01
 
 
+def test_one_number_for_all_ranks_beside_one_for_each():
+    """Two methods may write the same stage in both forms, and share a batch."""
+    one = ser((K,) * LAYERS, 0.4, 1)
+    each = replace(one, parameters={name: tuple(tuple(row) * K for row in rows) for name, rows in one.parameters.items()})
+    index, weight = choices(0)
+    alone = routed(made([one]), index, weight)
+    for which in (0, 1):
+        for found, wanted in zip(routed(made([one, each]), index, weight, which=which), alone, strict=True):
+            assert torch.equal(found, wanted)
+
+
 def test_bad_input():
     good = plans()[0]
     with pytest.raises(UsageError, match="no variant"):

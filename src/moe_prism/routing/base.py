@@ -76,8 +76,10 @@ class Column:
     """A number, or one per routing rank, for every variant and layer; on a device it is stored once."""
 
     def __init__(self, rows: Sequence[Sequence[Sequence[float]]]) -> None:
-        """rows [P][L][1 or k]."""
-        self._rows = torch.tensor(rows, dtype=torch.float32)
+        """rows [P][L][1 or k]: one number stands for every rank."""
+        width = max(len(numbers) for variant in rows for numbers in variant)
+        alike = [[list(numbers) * (width if len(numbers) == 1 else 1) for numbers in variant] for variant in rows]
+        self._rows = torch.tensor(alike, dtype=torch.float32)
         self._on = {self._rows.device: self._rows}
 
     def at(self, layer: int, which: VariantIndex, device: torch.device) -> Tensor:

@@ -80,14 +80,17 @@ class _Rows(NamedTuple):
     def costs(self, used: Tensor) -> Tensor:
         """[R]: what slots used [R, S] cost, reads and multiplications."""
         read = used.new_zeros(len(used), self.blocks, dtype=torch.long).index_add_(1, self.block, used.long()) > 0
-        return PRICE * used.sum(1) + (1 - PRICE) * read.sum(1)
+        return PRICE * used.sum(1).double() + (1 - PRICE) * read.sum(1).double()
 
     def rate(self, rates: Tensor) -> Tensor:
-        """[1]: the lowest of rates [R] at which the step costs no more than rows that choose alone: in two rounds, of R^.5 each."""
+        """[1]: the lowest of rates [R] at which the step costs no more than rows that choose alone, found by halving.
+
+        Where two rates cost alike, or a dearer one more, the search decides: both forms of it halve alike. No device is asked for a number.
+        """
         limit = self.costs(((self.worth >= 1) | self.best)[None])
-        coarse = rates.view(round(len(rates) ** 0.5), -1)
-        # costs fall as rates rise, and the highest rate of all always fits
-        row = (self.costs(self.used(coarse[:, -1])) > limit).sum().clamp(max=len(coarse) - 1)
-        within = coarse.index_select(0, row[None])[0]
-        place = (self.costs(self.used(within)) > limit).sum().clamp(max=len(within) - 1)
-        return within.index_select(0, place[None])
+        low, high = (torch.full((1,), end, device=rates.device) for end in (0, len(rates) - 1))
+        for _ in range(len(rates).bit_length()):
+            middle, going = (low + high) // 2, low < high
+            fits = self.costs(self.used(rates.index_select(0, middle))) <= limit
+            low, high = torch.where(going & ~fits, middle + 1, low), torch.where(going & fits, middle, high)
+        return rates.index_select(0, low)

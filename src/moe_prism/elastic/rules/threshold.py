@@ -91,8 +91,9 @@ class Threshold(Rule):
         return ((values >= self.level(budget)[:, None, None]) | best) & slots.valid[:, :, None]
 
     def level(self, budget: Tensor) -> Tensor:
-        """The level [T] of budgets [T], interpolated between the stored ones."""
+        """The level [T] of budgets [T], interpolated between the stored ones as `kernels.selection.cutoff_of` does, to the last bit."""
         position = budget.clamp(0, 1) * (QUANTILES - 1)
         low = position.floor().long()
-        level = torch.lerp(self.cutoffs[low], self.cutoffs[(low + 1).clamp(max=QUANTILES - 1)], position - low)
+        below, above = self.cutoffs[low], self.cutoffs[(low + 1).clamp(max=QUANTILES - 1)]
+        level = below + (position - low) * (above - below)
         return level.masked_fill(budget >= 1, 0.0)

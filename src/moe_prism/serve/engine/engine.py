@@ -72,7 +72,11 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         processor = super()._create_batch_processor()
-        self.engine.connect(processor)
+        try:
+            self.engine.connect(processor)
+        except Exception:
+            logger.exception("the engine cannot start")  # transformers' own log of it is silenced above
+            raise
         return processor
 
     def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:

@@ -27,7 +27,7 @@ from moe_prism.model.load import NANO
 
 ROUNDS = 5
 FILE = "model.safetensors"
-Edit = Callable[[dict[str, torch.Tensor], str], None]
+Edit = Callable[[dict[str, torch.Tensor], str], object]
 
 
 def _nan(tensors: dict[str, torch.Tensor], name: str) -> None:
@@ -35,7 +35,7 @@ def _nan(tensors: dict[str, torch.Tensor], name: str) -> None:
 
 
 EDITS: dict[str, Edit] = {
-    "lost": lambda tensors, name: tensors.pop(name) and None,
+    "lost": lambda tensors, name: tensors.pop(name),
     "a row less": lambda tensors, name: tensors.update({name: tensors[name][:-1].clone()}),
     "whole numbers": lambda tensors, name: tensors.update({name: tensors[name].to(torch.int8)}),
     "not a number": _nan,

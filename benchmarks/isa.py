@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-SWITCHES = {
+SWITCHES: dict[str, dict[str, str]] = {
     "avx512": {},
     "avx2": {
         "NUMBA_CPU_NAME": "haswell",
@@ -24,8 +24,17 @@ SWITCHES = {
 }
 
 
+def runs_here(isa: str) -> bool:
+    """Whether this processor has the instructions."""
+    from llvmlite.binding import get_host_cpu_features
+
+    has = get_host_cpu_features()
+    wanted = {"avx512": ("avx512f", "avx512vl"), "avx2": ("avx2", "fma", "f16c"), "sse": ("sse4.2",)}[isa]
+    return all(has.get(name) for name in wanted)
+
+
 def run_as(isa: str | None) -> None:
     """Become the same command with the switches of `isa` set; returns at once where they are."""
     switches = SWITCHES[isa] if isa else {}
     if any(os.environ.get(name) != value for name, value in switches.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **switches})
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **switches})  # noqa: S606 - this very command

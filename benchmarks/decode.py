@@ -3,10 +3,10 @@
     python benchmarks/decode.py FOLDER [--batches 1,8,32] [--budgets .75,.5,.25] [--rounds 5] [--new 24] [--isa avx2]
     python benchmarks/decode.py FOLDER --beside [--rounds 3]
 
-FOLDER: of `moe-prism refactor nano`. Budgets take turns, A B C D A B C D; a figure is the median over rounds of a round's ratio. The clock is the processor time of one thread,
-which a busy machine disturbs less than the clock on the wall.
+FOLDER: of `moe-prism refactor nano`. Budgets take turns, A B C D A B C D; a figure is the median over rounds of a round's ratio.
+The clock is the processor time of one thread, which a busy machine disturbs less than the clock on the wall.
 
-`--beside` times one forward of 1,024 tokens and 16 decoding steps in processes of their own, on the wall: alone and beside busy processes,
+`--beside` times one forward of 512 tokens and 8 decoding steps in processes of their own, on the wall: alone and beside busy processes,
 with the waiting of threads as OpenMP has it and as the commands set it. Their rounds take turns too.
 """
 
@@ -68,13 +68,13 @@ def ratios(run: Any, budgets: list[float], rounds: int, head: dict[str, Any]) ->
 
 
 def work(folder: str) -> None:
-    """What a process of `--beside` does: settle threads if asked to, then time a prompt and decoding on the wall for every line of stdin."""
+    """What a process of `--beside` does: time a prompt and decoding on the wall for every line of stdin."""
     import torch
 
     from moe_prism import load, operating_point
 
     model, _ = load(folder)
-    ids = torch.arange(1024)[None] % 300
+    ids = torch.arange(512)[None] % 300
     for _ in sys.stdin:
         out = []
         for budget in (1.0, 0.5):
@@ -82,7 +82,7 @@ def work(folder: str) -> None:
                 begin = time.perf_counter()
                 model(ids, use_cache=False)
                 middle = time.perf_counter()
-                model.generate(ids[:, :16], max_new_tokens=16, min_new_tokens=16, do_sample=False, pad_token_id=0)
+                model.generate(ids[:, :16], max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
                 out += [middle - begin, time.perf_counter() - middle]
         print(json.dumps(out), flush=True)
 

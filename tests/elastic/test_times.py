@@ -11,7 +11,8 @@ import torch
 
 from moe_prism.elastic import LayerParts
 from moe_prism.elastic.execute import times
-from moe_prism.elastic.execute.memory import InMemory, Tally, auto
+from moe_prism.elastic.execute.base import WholeCalls
+from moe_prism.elastic.execute.memory import InMemory, auto
 from moe_prism.elastic.execute.plain import reference
 from moe_prism.errors import UsageError
 from moe_prism.model import find_layers
@@ -32,7 +33,7 @@ def parts(monkeypatch, tmp_path):
 def decided(monkeypatch, parts, found):
     """Have every size take `found`."""
     monkeypatch.setenv(times.CHOICE, "measure")
-    monkeypatch.setattr(times, "measure", lambda *_: times.Times(*found))
+    monkeypatch.setattr(times, "measure", lambda *_: times.LayerTimes(*found))
     parts.times.clear()
 
 
@@ -69,7 +70,7 @@ def test_a_budget_is_never_dearer_than_whole_experts(parts, monkeypatch, found, 
     x, index, weight, g = batch(parts, 8, 2, 1)
     keep = torch.rand(8, 2, 4, generator=g) < 0.5
     decided(monkeypatch, parts, found)
-    tally = Tally()
+    tally = WholeCalls()
     close(auto(parts, x, index, weight, keep, tally), reference(parts, x, index, weight, keep))
     assert (tally.calls, tally.whole) == (1, int(whole))
 
@@ -88,7 +89,7 @@ def test_a_measurement_is_made_once_and_kept(parts, monkeypatch):
 
 
 def test_the_first_process_decides(parts):
-    mine, theirs = times.Times(1.0, 2.0, 3.0), times.Times(3.0, 2.0, 1.0)
+    mine, theirs = times.LayerTimes(1.0, 2.0, 3.0), times.LayerTimes(3.0, 2.0, 1.0)
     assert times._keep("name", theirs) == theirs
     assert times._keep("name", mine) == theirs
     times._file().write_text("[1]")

@@ -53,6 +53,9 @@ def generate(
         model, tokenizer = opened.model, opened.tokenizer
     result = run(model, tokenizer, prompt, point=point, sampling=options)
     note(f"{at.point or f'budget {point.slots.budget:g}'}: {result.tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
+    if result.whole_experts > 0:
+        share = f"{100 * result.whole_experts:.0f} %"
+        note(f"in {share} of the layers' calls whole experts took less time than the kept blocks: full price, same result")
     facts = {
         "prompt": prompt,
         "text": result.text,
@@ -61,6 +64,7 @@ def generate(
         "rule": point.slots.rule,
         "tokens": result.tokens,
         "seconds": result.seconds,
+        "whole_experts": result.whole_experts,
         "tokens_per_s": result.tokens_per_s,
     }
     emit(facts, prompt + result.text, json)

@@ -20,7 +20,7 @@ from ..point import FULL, OperatingPoint
 from ..point.base import slots_unit
 from .base import LayerParts
 from .bind import Bound, Step, bind
-from .execute.base import Executor
+from .execute.base import Executor, WholeCalls
 from .execute.memory import InMemory
 from .layer import ElasticLayer
 from .observe import normalises
@@ -55,6 +55,11 @@ class Elastic:
     def executor_of(self, parts: LayerParts) -> Executor:
         """What computes a layer's blocks."""
         return InMemory(parts)
+
+    def tally(self) -> WholeCalls:
+        """How often slots were dropped, and how often whole experts were computed all the same, in all layers since they were attached."""
+        own = [layer.executor.tally for layer in self.layers]
+        return WholeCalls(sum(t.calls for t in own), sum(t.whole for t in own))
 
     def normalises(self) -> bool:
         """Whether the router scales the weights of its choice to a constant sum; asked of the model once, at full budget."""

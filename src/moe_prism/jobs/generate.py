@@ -17,13 +17,17 @@ from ..point import FULL, OperatingPoint
 
 @dataclass(frozen=True)
 class Generated:
-    """One continuation. seconds: wall clock of the whole call on this machine."""
+    """One continuation. seconds: wall clock of the whole call on this machine.
+
+    whole_experts: share of the layers' calls with dropped slots that took the time of whole experts, because blocks would take longer here.
+    """
 
     prompt: str
     text: str
     point: OperatingPoint
     tokens: int
     seconds: float
+    whole_experts: float = 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -77,13 +81,15 @@ def generate(
     warm = sampling.temperature > 0
     drawing: dict[str, Any] = {"do_sample": warm, **({"temperature": sampling.temperature} if warm else {})}
     torch.manual_seed(sampling.seed)
-    began = time.perf_counter()
-    with torch.no_grad(), elastic_of(model).at([asked]):
+    elastic = elastic_of(model)
+    before, began = elastic.tally(), time.perf_counter()
+    with torch.no_grad(), elastic.at([asked]):
         ids = model.generate(
             **rows,
             max_new_tokens=sampling.max_tokens,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             **drawing,
         )
-    new = ids[0, length:]
-    return Generated(prompt, tokenizer.decode(new, skip_special_tokens=True), asked, len(new), time.perf_counter() - began)
+    seconds, after, new = time.perf_counter() - began, elastic.tally(), ids[0, length:]
+    whole = (after.whole - before.whole) / max(1, after.calls - before.calls)
+    return Generated(prompt, tokenizer.decode(new, skip_special_tokens=True), asked, len(new), seconds, whole)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -31,6 +32,14 @@ class Candidates(Protocol):
         """The arguments of the compiled selection; None where it is not of that kind."""
 
 
+@dataclass
+class WholeCalls:
+    """Calls of a layer that dropped slots, and those of them in which whole experts were computed all the same: that took less time."""
+
+    calls: int = 0
+    whole: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class Settled:
     """What will be computed. keep [T, k, N]; low [E, N]: blocks taken in their smaller form; parts: the executor's own preparation."""
@@ -42,6 +51,11 @@ class Settled:
 
 class Executor(ABC):
     """Computes the kept slots of one layer."""
+
+    @cached_property
+    def tally(self) -> WholeCalls:
+        """What this executor did so far."""
+        return WholeCalls()
 
     @property
     def always_selects(self) -> bool:

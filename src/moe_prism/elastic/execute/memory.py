@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,29 +14,21 @@ from ..base import LayerParts
 from ..repair import Repaired
 from ..side_tensors import REPAIR
 from . import triton_run
-from .base import Executor, Settled
+from .base import Executor, Settled, WholeCalls
 from .plain import grouped, reference, whole_experts
 
 Way = Callable[..., Tensor]
 MOSTLY = 0.75  # kept share from which on one product of whole experts takes less time than N of blocks
 
 
-@dataclass
-class Tally:
-    """Calls of a layer that dropped slots, and those of them in which whole experts were computed all the same."""
-
-    calls: int = 0
-    whole: int = 0
-
-
-def auto(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor, tally: Tally | None = None) -> Tensor:
+def auto(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor, tally: WholeCalls | None = None) -> Tensor:
     """The fastest way that fits the layer. Shapes as in `plain.reference`."""
     if x.is_cuda:
         return triton_run.deterministic(parts, x, index, weight, keep)
     from .batch_products import usable  # compiles on first use
     from .tiled import tiled
 
-    tally = tally or Tally()
+    tally = tally or WholeCalls()
     tally.calls += 1
     if usable(parts, x) is None:
         return _vectorised(parts, x, index, weight, keep, tally)
@@ -58,7 +49,7 @@ def _whole_is_faster(parts: LayerParts, x: Tensor, index: Tensor, keep: Tensor) 
     return times.stock < times.half or (times.stock < times.tiles and times.stock < times.kept(float(keep.float().mean())))
 
 
-def _vectorised(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor, tally: Tally) -> Tensor:
+def _vectorised(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor, tally: WholeCalls) -> Tensor:
     """Where no tile can be used: N products of blocks, or one of whole experts where that multiplies fewer, larger matrices."""
     if keep.float().mean() < MOSTLY:
         return grouped(parts, x, index, weight, keep)
@@ -81,7 +72,6 @@ class InMemory(Executor):
     def __init__(self, parts: LayerParts) -> None:
         self.parts = parts
         self.way = "auto"
-        self.tally = Tally()
         self.repaired = Repaired(parts) if REPAIR in parts.tensors else None
 
     def whole(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:

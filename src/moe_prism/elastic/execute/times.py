@@ -36,7 +36,7 @@ TURNS, MOST_TURNS, ENOUGH = 3, 20, 0.004  # turns of each, and seconds of measur
 CLEAR = 0.97  # of the other's time: below it, a difference is none of chance
 
 
-class Times(NamedTuple):
+class LayerTimes(NamedTuple):
     """Seconds that one thread computes a layer: stock, and the tiles at all slots and at half of them."""
 
     stock: float
@@ -66,11 +66,11 @@ def forced() -> str:
     return found
 
 
-def times_of(parts: LayerParts, tokens: int, k: int) -> Times:
+def times_of(parts: LayerParts, tokens: int, k: int) -> LayerTimes:
     """The times of a layer for about so many tokens with k experts each."""
     size = min((max(tokens, 1) ** 2).bit_length() // 2, LARGEST)  # the nearest power of two
     key = size, k
-    found: Times | None = parts.times.get(key)
+    found: LayerTimes | None = parts.times.get(key)
     if found is None:
         name = _name(parts, k, 1 << size)
         if name not in _known:
@@ -84,7 +84,7 @@ def times_of(parts: LayerParts, tokens: int, k: int) -> Times:
     return found
 
 
-_known: dict[str, Times] = {}
+_known: dict[str, LayerTimes] = {}
 
 
 class Sample(NamedTuple):
@@ -104,7 +104,7 @@ class Sample(NamedTuple):
 
 
 @torch.no_grad()
-def measure(parts: LayerParts, sample: Sample) -> Times:
+def measure(parts: LayerParts, sample: Sample) -> LayerTimes:
     """Time the ways of a layer on random rows and even routing."""
     layer, k = parts.layer, sample.k
     g = torch.Generator().manual_seed(0)
@@ -119,7 +119,7 @@ def measure(parts: LayerParts, sample: Sample) -> Times:
         lambda: tiled(one, x, index, weight, every),
         lambda: tiled(parts, x, index, weight, half),
     ]
-    return Times(*_fastest(runs))
+    return LayerTimes(*_fastest(runs))
 
 
 def _fastest(runs: list[Callable[[], Tensor | None]]) -> list[float]:
@@ -178,15 +178,15 @@ def _file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-prism" / "layer-times.json"
 
 
-def _kept() -> dict[str, Times]:
+def _kept() -> dict[str, LayerTimes]:
     """What this machine knows; nothing where the file is missing or is not ours."""
     try:
-        return {name: Times(*map(float, values)) for name, values in json.loads(_file().read_text(encoding="utf-8")).items()}
+        return {name: LayerTimes(*map(float, values)) for name, values in json.loads(_file().read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
-def _keep(name: str, found: Times) -> Times:
+def _keep(name: str, found: LayerTimes) -> LayerTimes:
     """Write a measurement down, unless another process was first: then its figures hold. Where nothing can be written, ours hold here."""
     known = _kept()
     if name in known:

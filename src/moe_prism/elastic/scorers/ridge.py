@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import LayerParts, Scorer, gate_activations, gate_activations_all, gate_activations_each, of_choices, per_expert
+from ..base import LayerParts, Scorer, gate_activations, gate_activations_all, gate_activations_each, of_choices
 
 if TYPE_CHECKING:
     from ...kernels.selection import Norms
@@ -152,14 +152,7 @@ class Ridge(Scorer):
             return self._direct(x, index, stored) if index.numel() <= FEW else self._tiled(x, index, stored)
         if index.numel() <= FEW:
             return self._few(x.repeat_interleave(index.shape[1], 0), index.reshape(-1)).view(*index.shape, -1)
-        if x.device.type != "cpu":
-            return self._all(x, index)
-
-        def predict(expert: int, tokens: Tensor) -> Tensor:
-            z = features(self.parts, x[tokens], expert, self.scale[expert])
-            return (z @ self.weight[expert].T).clamp(max=CEILING).exp()
-
-        return per_expert(index, self.parts.layer.num_experts, predict, self.parts.n_sub)
+        return self._all(x, index)
 
     def _tiled(self, x: Tensor, index: Tensor, stored: Stored) -> Tensor:
         """By the compiled jobs: predictor rows and gate neurons are columns of one product, grouped by expert."""
@@ -230,7 +223,7 @@ class Ridge(Scorer):
         return torch.einsum("sd,snd->sn", z, self.weight[experts]).clamp(max=CEILING).exp()
 
     def _all(self, x: Tensor, index: Tensor) -> Tensor:
-        """[T, k, N] on a GPU: what every expert reads off x in one product, then the gate neurons' part of the chosen ones."""
+        """[T, k, N] by few operations: what every expert reads off x in one product, then the gate neurons' part of the chosen ones."""
         hidden, experts, n_sub = x.shape[1], *self.weight.shape[:2]
         own, gates, constant = self.weight[:, :, :hidden], self.weight[:, :, hidden:-1], self.weight[:, :, -1]
         every = torch.nn.functional.linear(x.float(), own.flatten(0, 1), constant.flatten())

@@ -184,7 +184,7 @@ def test_budgets_of_one_batch_are_independent(rule):
     attach(model, 4, gates=1, tensors=tensors, layers=layers)
     block = model.model.layers[0].mlp
     x = torch.randn(1, 24, model.config.hidden_size, generator=g)
-    budgets = torch.tensor([1.0, 0.5, 0.25] * 8)
+    budgets = torch.tensor([1.0, 0.6, 0.45] * 8)
     with operating_point(model, budgets, rule=rule):
         mixed = block(x)
     for t, budget in enumerate(budgets.tolist()):

@@ -171,6 +171,15 @@ def bind(elastic: Host, points: Sequence[OperatingPoint]) -> Bound:
     return Bound(tuple(points), tuple(groups), tuple(place))
 
 
+def runs(elastic: Host, point: OperatingPoint) -> bool:
+    """Whether a model can run a point. On a small one, a small budget may not pay for choosing."""
+    try:
+        bind(elastic, [point])
+    except UsageError:
+        return False
+    return True
+
+
 Key = tuple[tuple[tuple[str, bool | None], ...], str, str, bool, str]
 """Stages with what they do to weights, rule, scorer, compensation, control."""
 

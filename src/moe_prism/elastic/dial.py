@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .host import Host
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dial:
     """spent [Q]: the share of what is asked for that every evenly spaced position spends, rising; None: the dial is the budget itself.
 

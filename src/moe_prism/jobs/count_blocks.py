@@ -14,14 +14,14 @@ from ..elastic.layer import ElasticLayer
 from ..forecast.step_time import Read, Reads
 from ..point import FULL
 
-RULE = "threshold"  # what `operating_point` takes for a budget
+RULE = "threshold"  # what a budget is spent by unless it is said
 
 
 @torch.no_grad()
 def block_choices(model: Any, ids: Tensor, budgets: Sequence[float], *, batch: int = 8) -> dict[float, Reads]:
-    """For every budget the share of tokens of windows ids [n, length] that keep each sub-expert, and that read each predictor."""
+    """For every budget, a share of the slots, the share of tokens of windows ids [n, length] that keep each sub-expert, and that read each predictor."""
     elastic = model._moe_prism
-    steps = [Step(bind(elastic, [FULL.with_budget(budget, RULE)])) for budget in budgets]
+    steps = [Step(bind(elastic, [FULL.with_slots(budget, RULE)])) for budget in budgets]
     counted = [_Counted(layer, steps) for layer in elastic.layers]
     try:
         for each in counted:
@@ -68,7 +68,7 @@ class _Counted:
 
 
 def at_budget(model: Any, budget: float) -> Callable[[], Any]:
-    """Makes contexts in which an elastic model runs at this budget, as `operating_point` does by default."""
+    """Makes contexts in which an elastic model runs at this share of the slots."""
     from ..elastic import operating_point
 
-    return lambda: operating_point(model, budget, rule=RULE)
+    return lambda: operating_point(model, point=FULL.with_slots(budget, RULE))

@@ -11,11 +11,13 @@ from ..artefact.load import load
 from ..checkpoint import read_manifest
 from ..data import token_windows
 from ..elastic import operating_point
+from ..elastic.bind import runs
 from ..elastic.runtime import slots_per_token
 from ..errors import UsageError
 from ..offload.cache import cache_policies
 from ..offload.record import TraceRecorder, record
 from ..options.offload import OffloadOptions
+from ..point import FULL
 from ..progress import Report, silent
 from ..store import StoreOptions, parse_bytes
 from ..store.choose_misses import Misses
@@ -60,6 +62,7 @@ def forecast_offload(
 ) -> OffloadForecast:
     """Measure the link and the steps, replay the routing of calibration text, and compare ways to run in `memory` bytes.
 
+    Budgets below what choosing reads are left out, but for the largest.
     Raises UsageError for a target, link or budget that is impossible, DoesNotFit if the memory holds no sub-expert.
     """
     options = options or OffloadOptions()
@@ -80,7 +83,7 @@ def forecast_offload(
     prices = {name: price.over(size / link) if link else price for name, (price, size) in forms.items()}
     ways = []
     total = slots_per_token(elastic)
-    for budget in budgets:
+    for budget in (b for b in budgets if b == max(budgets) or runs(elastic, FULL.with_budget(b))):
         with operating_point(model, budget):
             step = measure_step(model, windows[:1], PROMPT, here)
         rows = at_budget(trace, elastic, budget)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...elastic.bind import runs
 from ...elastic.paged_past import keeps_every_token
 from ...elastic.runtime import slots_per_token
 from ...errors import PrismError, UsageError
@@ -145,7 +146,8 @@ def measure_ladder(model: Any, tokenizer: Any, folder: Path, tokens: int = 4096)
 
     exclude = read_manifest(folder)["calibration"]["documents"]
     windows = token_windows(tokenizer, "stdlib", "evaluation", length=512, tokens=tokens, exclude=exclude)
-    points = [FULL.with_budget(budget, control="" if keeps_every_token(model) else "none") for budget in BUDGETS]
+    asked = [FULL.with_budget(budget, control="" if keeps_every_token(model) else "none") for budget in BUDGETS]
+    points = [point for point in asked if runs(model._moe_prism, point)]
     levels = [
         Level(f"{point.slots.rule}-{found.cost.k_slots:.3g}", point, found.cost.k_slots, found.quality.top1_agreement)
         for point, found in zip(points, measure(model, windows.ids, points), strict=True)

@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..checkpoint import elastic_manifest
+from ..checkpoint import elastic_manifest, load_to_run
 from ..elastic import attach
 from ..elastic.side_tensors import of_today
 from ..errors import CorruptError
-from ..model import find_layers, load_to_run, load_tokenizer
+from ..model import find_layers, load_tokenizer
 from ..store import StoreOptions, load_stored
 
 SIDE_FILE = "prism.safetensors"

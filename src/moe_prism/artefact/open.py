@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import read_manifest
+from ..checkpoint import load_to_run, read_manifest
 from ..checkpoint.manifest import MANIFEST
 from ..elastic import Elastic, attach
-from ..model import load_to_run, load_tokenizer, resolve
+from ..model import load_tokenizer, resolve
 from .load import load
 from .source import Weights
 

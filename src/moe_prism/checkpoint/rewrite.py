@@ -15,6 +15,7 @@ from ..errors import UsageError
 from ..model import MoELayer, find_layers, load_model, load_tokenizer
 from .atomic import OutputFolder, raw_bytes
 from .convert import ADVICE, disk_state, quiet
+from .dequantized import DequantizedSource
 from .header import TORCH, TensorInfo
 from .journal import Journal
 from .shards import SINGLE, check_finite, first_non_finite
@@ -30,7 +31,6 @@ COMPANIONS = (
     "merges.txt", "*.tiktoken", "spiece.model", "sentencepiece*", "chat_template*", "preprocessor_config.json",
     "processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*",
 )  # fmt: skip
-BLOCK = 1 << 24  # bytes copied at a time where no value is looked at
 
 
 def rewrite_shards(
@@ -48,14 +48,16 @@ def rewrite_shards(
     they are converted). CorruptError names a source tensor that is not finite; DoesNotFit if the disk is too small.
     """
     source = stream.source
-    _refuse_nested(source.folder, out)
+    refuse_nested(source.folder, out)
     layers = find_layers(stream.model) if layers is None else layers
     pending = [shard for shard in source.shards() if not journal.done(shard)]
     out.hashes.update({shard: journal.sha256(shard) for shard in source.shards() if shard not in pending})
     out.require_space(sum(source.header(shard).size for shard in pending))
     copy_companions(source.folder, out)
+    if isinstance(source, DequantizedSource):
+        out.write_bytes("config.json", source.config_bytes())
     if source.index_file:
-        out.write_bytes(source.index_file, (source.folder / source.index_file).read_bytes())
+        out.write_bytes(source.index_file, source.index_bytes())
     writer = _ShardWriter(stream, permute, layers)
     written = source.bytes - sum(source.header(shard).size for shard in pending)
     for shard in pending:
@@ -72,7 +74,7 @@ def rewrite_gguf(file: str | Path, permute: Permute, out: OutputFolder, dtype: t
 
     transformers dequantizes a GGUF file as a whole, so this needs the model in memory and has no units to resume.
     """
-    _refuse_nested(Path(file), out)
+    refuse_nested(Path(file), out)
     with quiet():
         model = load_model(file, dtype=dtype)
     for name, tensor in model.state_dict().items():
@@ -101,9 +103,13 @@ def save_model(model: Any, out: OutputFolder) -> None:
         out.write_bytes("generation_config.json", model.generation_config.to_json_string(use_diff=True).encode())
 
 
-def copy_companions(folder: str | Path, out: OutputFolder) -> list[str]:
-    """Copy config, tokenizer and licence files byte for byte; returns their names. Only `auto_map` (remote code) is taken out."""
-    names = [f.name for f in sorted(Path(folder).iterdir()) if f.is_file() and any(fnmatch(f.name, p) for p in COMPANIONS)]
+def copy_companions(folder: str | Path, out: OutputFolder, more: Sequence[str] = ()) -> list[str]:
+    """Copy config, tokenizer and licence files byte for byte; returns their names. Only `auto_map` (remote code) is taken out.
+
+    more: patterns of further files.
+    """
+    wanted = (*COMPANIONS, *more)
+    names = [f.name for f in sorted(Path(folder).iterdir()) if f.is_file() and any(fnmatch(f.name, p) for p in wanted)]
     names = [name for name in names if not name.endswith((".py", ".safetensors", ".bin"))]
     for name in names:
         out.write_bytes(name, without_auto_map(name, (Path(folder) / name).read_bytes()))
@@ -133,12 +139,11 @@ class _ShardWriter:
     def write(self, shard: str, file: BinaryIO) -> None:
         header = self.stream.source.header(shard)
         inside = {tensor.name: tensor for tensor in header.tensors}
-        with (self.stream.source.folder / shard).open("rb") as source:
-            file.write(source.read(header.data_start))
-            moved = {name for names in self._owned.values() for name in names}
-            for name, info in inside.items():
-                if name not in moved:
-                    self._copy(info, source, file)
+        file.write(self.stream.source.header_bytes(shard))
+        moved = {name for names in self._owned.values() for name in names}
+        for name, info in inside.items():
+            if name not in moved:
+                self._copy(info, file)
         for layer, names in self._owned.items():
             here = [name for name in names if name in inside]
             if here:
@@ -163,21 +168,19 @@ class _ShardWriter:
     def _try(self, name: str) -> None:
         """Once per run: an untouched layer must come back with the bytes it has on disk, else the family is not safe."""
         for disk_name, tensor in self.stream.disk_tensors(name).items():
-            if raw_bytes(tensor) != raw_bytes(self.stream.source.tensor(disk_name)):
+            if raw_bytes(tensor) != raw_bytes(self.stream.source.stored(disk_name)):
                 raise UsageError(f"tensor '{disk_name}' changes when transformers loads and saves it", ADVICE)
         self._tried = True
 
-    def _copy(self, info: TensorInfo, source: BinaryIO, file: BinaryIO) -> None:
+    def _copy(self, info: TensorInfo, file: BinaryIO) -> None:
+        file.seek(info.begin)
         if info.dtype in TORCH:
-            tensor = self.stream.source.tensor(info.name)
+            tensor = self.stream.source.stored(info.name)
             check_finite(info.name, tensor, info.shard)
-            file.seek(info.begin)
             file.write(raw_bytes(tensor))
             return
-        source.seek(info.begin)
-        file.seek(info.begin)
-        for start in range(0, info.bytes, BLOCK):
-            file.write(source.read(min(BLOCK, info.bytes - start)))
+        for block in self.stream.source.blocks(info.name):
+            file.write(block)
 
 
 def _checked(perm: Tensor, layer: MoELayer) -> Tensor:
@@ -188,7 +191,7 @@ def _checked(perm: Tensor, layer: MoELayer) -> Tensor:
     return perm
 
 
-def _refuse_nested(source: Path, out: OutputFolder) -> None:
+def refuse_nested(source: Path, out: OutputFolder) -> None:
     """Replacing OUT must never touch the source: neither may lie in the other."""
     here, there = source.resolve(), out.out.resolve()
     if here == there or here in there.parents or there in here.parents:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
 LEGACY = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+Bytes = bytes  # `Source.bytes` is a number
+BLOCK = 1 << 24  # bytes copied at a time where no value is looked at
 CHUNK = 1 << 22  # elements looked at together: bounds the scan's scratch memory
 
 
@@ -67,6 +70,31 @@ class Source:
         """A fresh CPU tensor with the dtype and shape on disk. Writing to it never reaches the file."""
         info = self.info(name)
         return read_tensor(self.folder / info.shard, info)
+
+    def blocks(self, name: str) -> Iterator[Bytes]:
+        """The bytes of a tensor on disk, whatever they mean."""
+        info = self.info(name)
+        with (self.folder / info.shard).open("rb") as file:
+            file.seek(info.begin)
+            for start in range(0, info.bytes, BLOCK):
+                yield file.read(min(BLOCK, info.bytes - start))
+
+    def stored(self, name: str) -> Tensor:
+        """The same in the dtype of `info`, which is what is written of it."""
+        return self.tensor(name)
+
+    def header_bytes(self, shard: str) -> Bytes:
+        """What stands before the first payload byte of a shard."""
+        with (self.folder / shard).open("rb") as file:
+            return file.read(self.header(shard).data_start)
+
+    def index_bytes(self) -> Bytes:
+        """The index, where `index_file` says that there is one."""
+        return (self.folder / INDEX).read_bytes()
+
+    def config(self) -> dict[str, Any]:
+        """config.json; see `read_config`."""
+        return read_config(self.folder)
 
     def _single(self) -> list[str]:
         if (self.folder / SINGLE).is_file():
@@ -122,6 +150,20 @@ class Source:
         for file in sorted(self.folder.iterdir()):
             if SHARD_NAME.fullmatch(file.name) and file.name not in self._headers:
                 raise corrupt(file, "this shard is not in the index")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder. UsageError where there is none, CorruptError where it is no JSON object."""
+    path = folder / "config.json"
+    try:
+        value: Any = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise UsageError(f"'{folder}' has no readable config.json", "give a folder written by save_pretrained") from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{path} is not JSON: {error}", RESTORE) from error
+    if not isinstance(value, dict):
+        raise CorruptError(f"{path} is not a JSON object", RESTORE)
+    return value
 
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:

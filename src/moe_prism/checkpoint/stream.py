@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..errors import CorruptError, UsageError
-from .convert import Conversion
+from ..errors import UsageError
+from .convert import Conversion, Read
+from .dequantized import open_source
 from .shards import Source
 
 
@@ -23,13 +23,13 @@ class LayerStream:
     """A transformers causal language model on the meta device whose parts are brought in from a safetensors folder by name.
 
     `model` is the whole module tree (eval mode; `find_layers(stream.model)` works). dtype: what `streaming` computes in; None
-    takes config.json's, as `from_pretrained(dtype="auto")` does. Remote code never runs. Raises UsageError for an unknown or
-    quantized model, CorruptError for damaged files.
+    takes config.json's, as `from_pretrained(dtype="auto")` does. A quantized checkpoint is dequantized as it is read, and is written
+    again in `written` (see `open_source`). Remote code never runs. Raises UsageError for an unknown model, CorruptError for damaged files.
     """
 
-    def __init__(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        self.source = Source(folder)
-        config = _config(self.source.folder)
+    def __init__(self, folder: str | Path, dtype: torch.dtype | None = None, written: str | None = None) -> None:
+        self.source = open_source(folder, written)
+        config = _config(self.source)
         self.dtype = dtype or config.dtype or _first_float(self.source)
         try:
             with torch.device("meta"):
@@ -55,14 +55,14 @@ class LayerStream:
         """Tensors on disk that feed the module called `prefix`."""
         return [name for name, target in self._conversion.owner.items() if target.startswith(f"{prefix}.")]
 
-    def materialise(self, prefix: str, *, disk_dtype: bool = False) -> nn.Module:
+    def materialise(self, prefix: str, *, disk_dtype: bool = False, read: Read | None = None) -> nn.Module:
         """Load the parameters of one module (CPU, no grad) and return it.
 
         disk_dtype: keep the dtype of the files instead of the compute dtype, so that `disk_tensors` gives their bytes back.
-        UsageError names a tensor that is missing on disk.
+        read: what to load by a tensor's name instead of what is on disk. UsageError names a tensor that is missing on disk.
         """
         targets = [name for name in self._empty if name.startswith(f"{prefix}.")]
-        self._load(targets, self.disk_names(prefix), disk_dtype)
+        self._load(targets, self.disk_names(prefix), disk_dtype, read)
         return self.model.get_submodule(prefix)  # type: ignore[no-any-return]
 
     def release(self, prefix: str) -> None:
@@ -72,10 +72,10 @@ class LayerStream:
                 _set(self.model, name, empty)
 
     @contextmanager
-    def module(self, prefix: str, *, disk_dtype: bool = False) -> Iterator[nn.Module]:
+    def module(self, prefix: str, *, disk_dtype: bool = False, read: Read | None = None) -> Iterator[nn.Module]:
         """`materialise` for the length of a block."""
         try:
-            yield self.materialise(prefix, disk_dtype=disk_dtype)
+            yield self.materialise(prefix, disk_dtype=disk_dtype, read=read)
         finally:
             self.release(prefix)
 
@@ -84,10 +84,13 @@ class LayerStream:
 
         Needs `disk_dtype=True`; UsageError names the tensor that would not come back as it is on disk.
         """
-        state = {
+        return self._conversion.revert(self.state(prefix), self.disk_names(prefix))
+
+    def state(self, prefix: str) -> dict[str, Tensor]:
+        """Current weights of a materialised module by their full names."""
+        return {
             name: tensor.detach() for name, tensor in _stored(self.model) if name in self._empty and name.startswith(f"{prefix}.")
         }
-        return self._conversion.revert(state, self.disk_names(prefix))
 
     def disk_form(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters by their full names, of whatever shape, as tensors by the names the files use: for layers with other sizes."""
@@ -146,13 +149,13 @@ class LayerStream:
 
         return hook
 
-    def _load(self, targets: list[str], names: list[str], disk_dtype: bool) -> None:
+    def _load(self, targets: list[str], names: list[str], disk_dtype: bool, read: Read | None = None) -> None:
         if disk_dtype:
             for name in names:  # the loader casts to the dtype of the empty parameter it fills
                 target = self._conversion.owner[name]
                 dtype = self.source.info(name).torch_dtype
                 _set(self.model, target, _like(self._empty[target], dtype))
-        self._conversion.load(names)
+        self._conversion.load(names, read)
         tied = getattr(self.model, "all_tied_weights_keys", {})
         loaded = dict(_stored(self.model))
         missing = {name for name in targets if loaded[name].is_meta}
@@ -168,20 +171,12 @@ class LayerStream:
         self.peak_bytes = max(self.peak_bytes, self.resident_bytes())
 
 
-def _config(folder: Path) -> Any:
+def _config(source: Source) -> Any:
     """config.json as a transformers config, without the keys that could make a library fetch or run code."""
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise UsageError(f"'{folder}' has no readable config.json", "give a folder written by save_pretrained") from error
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path} is not JSON: {error}", "restore the file from its source") from error
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    raw, path = source.config(), source.folder / "config.json"
+    kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise UsageError(f"{path}: model_type {str(kind)[:60]!r} is not one that transformers knows", "update transformers")
-    if raw.get("quantization_config"):
-        raise UsageError(f"'{folder}' is a quantized checkpoint", "dequantize it first, or use the unquantized release")
     try:
         config = CONFIG_MAPPING[kind]
         # the class's own reader of special floats ({"__float__": "Infinity"}), which from_pretrained applies and from_dict does not

@@ -18,10 +18,10 @@ from ..artefact.source import Weights
 from ..calibrate.options import settings
 from ..calibrate.run import Pass, bounded_capacity
 from ..calibrate.statistics import LayerStatistics, Statistics
-from ..checkpoint import Journal, LayerStream, OutputFolder, read_manifest, source_facts, write_manifest
+from ..checkpoint import Journal, LayerStream, OutputFolder, load_to_run, read_manifest, source_facts, write_manifest
 from ..data import Windows, token_windows
 from ..errors import UsageError
-from ..model import find_layers, load_to_run, load_tokenizer, resolve
+from ..model import find_layers, load_tokenizer, resolve
 from ..options.calibrate import CalibrateOptions
 from ..progress import Report, silent
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ..artefact.load import load
-from ..checkpoint import read_manifest, versions
+from ..checkpoint import load_to_run, read_manifest, versions
 from ..data import token_windows
 from ..errors import UsageError
 from ..forecast.distinct import Routing
 from ..forecast.speed import ELASTIC, PAYS, STOCK, ForecastPoint, MeasuredStep, SpeedForecast, plain_points, predict
 from ..forecast.step_time import Fit, Machine, Shape, StepLoad, Terms, fit, terms
-from ..model import find_layers, load_to_run, load_tokenizer, resolve
+from ..model import find_layers, load_tokenizer, resolve
 from ..options.speed import WINDOW, SpeedOptions
 from ..progress import Report, silent
 from .count_blocks import at_budget, block_choices

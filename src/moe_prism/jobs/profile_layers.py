@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoint import load_to_run
 from ..elastic import attach
 from ..elastic.rules.layer_budgets import budget_steps
 from ..elastic.rules.threshold import dropped_energy
 from ..frontier.allocation import greedy_path
 from ..frontier.measure import LOGIT_ROWS, measure
-from ..model import find_layers, load_to_run
+from ..model import find_layers
 from ..point import OperatingPoint, SlotRule
 from ..progress import Update
 

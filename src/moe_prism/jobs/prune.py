@@ -17,7 +17,7 @@ from ..artefact.load import SIDE_FILE, flat_side_tensors, side_tensors
 from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
 from ..calibrate.statistics import Statistics
-from ..checkpoint import Journal, OutputFolder, read_manifest, source_facts, write_manifest
+from ..checkpoint import Journal, OutputFolder, load_to_run, read_manifest, source_facts, write_manifest
 from ..checkpoint.manifest import MANIFEST
 from ..compress.prune import KeptExperts
 from ..compress.prune.remove import check_removable, remove_experts
@@ -26,7 +26,7 @@ from ..elastic import attach
 from ..elastic.side_tensors import expert_dimension
 from ..errors import UsageError
 from ..methods.prune.select import PruneSelection, check_options, collectors_of, decide, measured_counts, read_kept
-from ..model import find_layers, load_to_run, resolve
+from ..model import find_layers, resolve
 from ..options.prune import PruneOptions
 from ..progress import Report, peak_rss_bytes, silent
 from .calibrate import SNAPSHOT, calibration_windows, check_fit, read_statistics, run_pass
@@ -122,7 +122,7 @@ class _Job:
 
     def __init__(self, model: str | Path, options: PruneOptions, calibration: str | Path | None) -> None:
         self.options = options
-        self.weights = Weights(resolve(model))
+        self.weights = Weights(resolve(model), options.dtype)
         self.given = read_statistics(calibration) if calibration else None
         if self.given and self.given.facts["source"] != source_facts(self.weights.path):
             raise UsageError(
@@ -201,7 +201,8 @@ def _facts(
 ) -> dict[str, Any]:
     """prism.json: of an elastic model its own facts with fewer experts, else what was done."""
     if manifest is None:
-        return {"kind": kind, "source": inputs["source"], "pruning": dict(inputs), "documents": list(job.documents)}
+        plain = {"kind": kind, "source": inputs["source"], "pruning": dict(inputs), "documents": list(job.documents)}
+        return plain | ({"dequantized": job.weights.dequantized} if job.weights.dequantized else {})
     old = {key: value for key, value in manifest.items() if key not in (*FILLED_IN, "operating_points")}
     layers = [
         {**row, "experts": len(c.kept), "starved": [c.kept.index(e) for e in row["starved"] if e in c.kept]}

@@ -25,7 +25,9 @@ from ..model import MoELayer, resolve
 from ..options.refactor import RefactorOptions
 from ..partition.base import check_blocks
 from ..progress import Report, Update, peak_rss_bytes, silent
+from .align import align
 from .calibrate import SNAPSHOT, calibration_windows, check_fit, read_statistics, run_pass
+from .distance import TOKENS, distance_between, evaluation_windows
 from .profile_layers import Profiler, budget_tensors, profile_runs, unit_cost
 from .refactor_card import model_card
 from .solve_layer import solve
@@ -72,7 +74,8 @@ def refactor(
     where = resolve(model)
     check_apart(where, out)
     given = read_statistics(calibration) if calibration else None
-    weights = Weights(where)
+    weights = Weights(where, options.dtype, options.keep)
+    options, together, aligned = align(weights, options)
     for layer in weights.layers:
         check_width(layer, options)
     windows = None if given else calibration_windows(where, options.calibration)
@@ -96,11 +99,15 @@ def refactor(
         if windows is not None:
             given = run_pass(where, windows, options.calibration, folder, work.journal, work.report)
         assert given is not None
-        rows = _solve_layers(work, weights, given, options)
+        rows = _solve_layers(work, weights, given, options, together)
         _pool_cutoffs(work, weights, given, options, rows)
         with work.report("write") as update:
-            weights.rewrite(folder, work.journal, lambda layer: _unit(folder, layer)["perm"], update)
+            kept = weights.rewrite(folder, work.journal, lambda layer: _unit(folder, layer)["perm"], update)
         facts = _facts(weights, source, options, rows, given)
+        if aligned:
+            facts["align"] = aligned
+        if kept:
+            facts["kept_format"] = kept | _distance(weights, folder, given, options)
         _write_side_files(folder, weights, facts)
         manifest = write_manifest(folder, facts)
         folder.finish()
@@ -126,8 +133,22 @@ class _Work(NamedTuple):
     report: Report
 
 
-def _solve_layers(work: _Work, weights: Weights, statistics: Statistics, options: RefactorOptions) -> list[dict[str, Any]]:
-    """One journal unit per layer: its tensors, with its facts in the file's metadata. Returns the facts."""
+def _distance(weights: Weights, folder: OutputFolder, statistics: Statistics, options: RefactorOptions) -> dict[str, Any]:
+    """KL of the written checkpoint against the source, on held-out windows, else on those of the calibration."""
+    length = statistics.profile.shape[1]
+    windows = evaluation_windows(weights.path, options.calibration.text, length)
+    ids = windows.ids if windows else statistics.profile[: max(1, TOKENS // length)]
+    quality = distance_between(weights.path, folder.work, ids)
+    return {"kl": round(quality.kl, 8), "kl_tokens": quality.tokens, "kl_text": "evaluation" if windows else "calibration"}
+
+
+def _solve_layers(
+    work: _Work, weights: Weights, statistics: Statistics, options: RefactorOptions, together: int
+) -> list[dict[str, Any]]:
+    """One journal unit per layer: its tensors, with its facts in the file's metadata. Returns the facts.
+
+    together: neighbouring neurons that move as one.
+    """
     folder, journal, report = work
     rows = []
     with report("partition") as update:
@@ -135,7 +156,7 @@ def _solve_layers(work: _Work, weights: Weights, statistics: Statistics, options
             unit = _unit_name(layer)
             if not journal.done(unit):
                 with weights.loaded(layer):
-                    tensors, facts = solve(layer, mine, options)
+                    tensors, facts = solve(layer, mine, options, together)
                 digest = folder.save_tensors(unit, tensors, {"facts": json.dumps(facts)})
                 journal.finish(unit, unit, digest)
             rows.append(_unit_facts(folder, layer))
@@ -226,6 +247,7 @@ def _facts(
         "n_sub": options.n_sub,
         "gates": options.gates,
         "bytes_per_weight": weights.bytes_per_weight,
+        **({"dequantized": weights.dequantized} if weights.dequantized else {}),
         "layers": list(rows),
         "options": asdict(options),
         "calibration": _summary(statistics),

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..artefact.load import load
-from ..checkpoint import read_manifest
+from ..checkpoint import load_to_run, read_manifest
 from ..checkpoint.manifest import MANIFEST
 from ..data import token_windows
 from ..data.splits import Side
 from ..elastic import operating_point
 from ..errors import UsageError
-from ..model import find_layers, load_to_run, load_tokenizer, resolve
+from ..model import find_layers, load_tokenizer, resolve
 from ..offload.cache import cache_policies
 from ..offload.consistency import routing_report
 from ..offload.predict.reuse import ReusePredictor

@@ -53,13 +53,6 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None, **kwargs: A
     return _guard(AutoModelForCausalLM, source, dtype=dtype or "auto", **kwargs).eval()
 
 
-def load_to_run(source: str | Path, dtype: torch.dtype | None = None) -> Any:
-    """`load_model` where it will compute: on a GPU as stored, else in float32, the fast type of a CPU; or in `dtype`."""
-    if torch.cuda.is_available():
-        return load_model(source, dtype).cuda()
-    return load_model(source, dtype or torch.float32)
-
-
 def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer beside a model. UsageError where there is none."""
     from transformers import AutoTokenizer

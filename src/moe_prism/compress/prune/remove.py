@@ -118,7 +118,7 @@ class _Writer:
         start = 8 + len(text)
         for t in tensors:
             if t.owner is None:
-                data = self.stream.source.tensor(t.info.name)
+                data = self.stream.source.stored(t.info.name)
                 check_finite(t.info.name, data, shard)
                 file.seek(start + begins[t.info.name])
                 file.write(raw_bytes(data))
@@ -188,7 +188,7 @@ class _Writer:
     def _try(self, router: Router) -> None:
         """Once per run: an untouched block must come back with the bytes it has on disk, else the family is not safe."""
         for name, tensor in self.stream.disk_tensors(router.name).items():
-            if raw_bytes(tensor) != raw_bytes(self.stream.source.tensor(name)):
+            if raw_bytes(tensor) != raw_bytes(self.stream.source.stored(name)):
                 raise UsageError(f"tensor '{name}' changes when transformers loads and saves it", ADVICE)
         self._tried = True
 
@@ -200,7 +200,7 @@ def _volume(shape: Sequence[int]) -> int:
 def _config(stream: LayerStream, choice: KeptExperts, experts: int) -> bytes:
     """config.json with the new number of experts, and of groups where those changed. UsageError if it names no such number."""
     config = stream.model.config.get_text_config(decoder=True)
-    raw: dict[str, Any] = json.loads((stream.source.folder / "config.json").read_bytes())
+    raw = stream.source.config()
     raw.pop("auto_map", None)
     section = next((raw[key] for key in ("text_config",) if isinstance(raw.get(key), dict)), raw)
     changes: list[tuple[tuple[str, ...], int, int]] = [(COUNT_NAMES, choice.experts, experts)]

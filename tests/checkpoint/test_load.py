@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_prism.model import load, load_to_run
+from moe_prism.checkpoint import load, load_to_run
 
 HALF = torch.bfloat16
 

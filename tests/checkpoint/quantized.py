@@ -223,7 +223,7 @@ FORMS: dict[str, tuple[dict[str, Any], Callable[[np.ndarray], Made]]] = {
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}, awq),
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False}, gptq),
     "gptq-8": ({"quant_method": "gptq", "bits": 8, "group_size": GROUP, "desc_act": False}, lambda w: gptq(w, 8)),
-    "gptq-v2": ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}, lambda w: gptq(w, less=0)),
+    "gptq-v2": ({"quant_method": "gptq", "bits": 4, "sym": False, "checkpoint_format": "gptq_v2"}, lambda w: gptq(w, less=0)),
 }  # fmt: skip
 """Name -> quantization_config, and what makes the tensors of one weight [o, i]."""
 

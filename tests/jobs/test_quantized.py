@@ -14,7 +14,7 @@ from moe_prism.errors import UsageError
 from moe_prism.jobs.prune import prune_model
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.jobs.refactor_resources import resources_of
-from moe_prism.model import load_model
+from moe_prism.model import find_layers, load_model
 from moe_prism.options.prune import PruneOptions
 from tests.checkpoint.quantized import quantize
 from tests.tiny_sources import digests, save_tiny
@@ -110,7 +110,7 @@ def test_the_format_is_kept_and_only_the_experts_change(sources, form, tiny_cali
     if form == "int4":  # rows move as bytes: the multiset of rows stays
         gate = "model.layers.0.mlp.experts.1.gate_proj.weight_packed"
         assert sorted(old.tensor(gate).tolist()) == sorted(new.tensor(gate).tolist())
-    model, tokenizer = moe_prism.load(tmp_path / "out")
+    model, _ = moe_prism.load(tmp_path / "out")
     with moe_prism.operating_point(model, 0.5):
         assert torch.isfinite(logits(model)).all()
 
@@ -125,6 +125,12 @@ def test_kept_codes_are_exact_to_the_bit(sources, form, tiny_calibration, tmp_pa
     source, out = Source(folder), Source(tmp_path / "out")
     old, new = (torch.cat([raw(s.tensor(n)) for n in sorted(s.names())]).sort().values for s in (source, out))
     assert torch.equal(old, new)  # the same bytes, in another order
+    before, after = load_to_run(folder), load_to_run(tmp_path / "out")
+    torch.testing.assert_close(logits(after), logits(before), rtol=1e-5, atol=1e-5)
+    for one, two in zip(find_layers(before), find_layers(after), strict=True):
+        place = [[int((two.up[e] == row).all(1).nonzero()[0]) for row in one.up[e]] for e in range(one.num_experts)]
+        two.permute(torch.tensor(place))
+    assert torch.equal(logits(after), logits(before))  # in the old order sums are in the old order, too
 
 
 def test_it_is_aligned_to_the_format_or_to_a_number(sources, tiny_calibration, tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checkpoint import DequantizedSource, Journal, LayerStream, OutputFolder, check_finite, rewrite_gguf, rewrite_shards
 from ..checkpoint.dequantized import WRITTEN
+from ..checkpoint.gguf_file import expert_bytes
 from ..checkpoint.keep_format import QuantizedWriter, neuron_group, quantized, rewrite_quantized, stored_bytes
 from ..errors import UsageError
 from ..model import MoELayer, find_layers, load_model, on_disk
@@ -25,10 +26,10 @@ class Weights:
     """`layers` in model order; `loaded(layer)` brings one layer's experts in (float32); `rewrite` writes the permuted checkpoint.
 
     keep: write the source's own format; "codes" refuses to change one of its codes. written: the type of dequantized weights in it, see
-    `checkpoint.open_source`; of a GGUF file bf16 where none is named.
+    `checkpoint.open_source`; of a GGUF file bf16 where none is named. config: of a GGUF file, instead of what it says itself.
     """
 
-    def __init__(self, where: Path | str, written: str | None = None, keep: Keep | None = None) -> None:
+    def __init__(self, where: Path | str, written: str | None = None, keep: Keep | None = None, config: Any = None) -> None:
         self.written = WRITTEN[written or "bf16"]
         self.path = on_disk(where)
         self.stream = None if self.path.is_file() else LayerStream(self.path, torch.float32, written)
@@ -37,7 +38,8 @@ class Weights:
             if self.stream is None:
                 raise UsageError(f"'{self.path.name}' is a GGUF file, which is not written again", "leave --keep-format out")
             quantized(self.stream)
-        self.model: Any = self.stream.model if self.stream else load_model(self.path, torch.float32)
+        given = {"config": config} if config else {}
+        self.model: Any = self.stream.model if self.stream else load_model(self.path, torch.float32, **given)
         self.layers = find_layers(self.model)
 
     @property
@@ -45,6 +47,29 @@ class Weights:
         """What a manifest says of a quantized source that is written as a plain one, None for any other."""
         source = self.stream.source if self.stream and not self.keep else None
         return source.facts() if isinstance(source, DequantizedSource) else None
+
+    @property
+    def stored_as(self) -> str:
+        """The format of the weights: a name of `source_formats`, gguf, or a type."""
+        if self.stream is None:
+            return "gguf"
+        source = self.stream.source
+        return (
+            source.form.name
+            if isinstance(source, DequantizedSource)
+            else str(self.stream.model.config.dtype).removeprefix("torch.")
+        )
+
+    @property
+    def stored_bytes_per_weight(self) -> float:
+        """Of the source's own expert weights, scales included."""
+        if self.stream is None:
+            return expert_bytes(self.path)
+        return (
+            stored_bytes(self.stream, self.layers[0])
+            if isinstance(self.stream.source, DequantizedSource)
+            else self.bytes_per_weight
+        )
 
     def neuron_group(self) -> int | None:
         """Neighbouring neurons that share codes or scales in a quantized folder; None where nothing is quantized."""
@@ -91,11 +116,19 @@ class Weights:
                     p.copy_(saved[name])
 
     def rewrite(
-        self, folder: OutputFolder, journal: Journal, permute: Callable[[MoELayer], Tensor], update: Update
+        self,
+        folder: OutputFolder,
+        journal: Journal,
+        permute: Callable[[MoELayer], Tensor],
+        update: Update,
+        importance: Callable[[MoELayer], Tensor] | None = None,
     ) -> dict[str, Any] | None:
-        """Write the checkpoint again with these orders of neurons. Returns what moving cost where the source's format is kept."""
+        """Write the checkpoint again with these orders of neurons. Returns what moving cost where the source's format is kept.
+
+        importance: what an error in a neuron's output weights counts, [E, f] of a layer in its new order; needed where codes may change.
+        """
         if self.stream and self.keep:
-            writer = QuantizedWriter(self.stream, permute, self.layers, exact=self.keep == "codes")
+            writer = QuantizedWriter(self.stream, permute, self.layers, None if self.keep == "codes" else importance)
             return {"format": writer.source.form.name, "moved": self.keep, **rewrite_quantized(writer, folder, journal, update)}
         if self.stream:
             rewrite_shards(self.stream, permute, folder, journal, self.layers, update)

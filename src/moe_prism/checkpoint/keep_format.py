@@ -22,7 +22,7 @@ from ..model import MoELayer
 from .atomic import OutputFolder, raw_bytes
 from .convert import ADVICE
 from .dequantized import DequantizedSource
-from .formats import Matrix, StoredWeight
+from .formats import CodedMatrix, StoredWeight
 from .formats.requantize import Moved, move
 from .header import TensorInfo
 from .journal import Journal
@@ -87,6 +87,19 @@ def orders(stream: LayerStream, layer: MoELayer, perm: Tensor) -> dict[str, Orde
     return {name: Order(*(reversed(pair) if swap[name] else pair)) for name, pair in found.items()}
 
 
+def importances(stream: LayerStream, layer: MoELayer, importance: Tensor) -> dict[str, Tensor]:
+    """importance [E, f], one number per neuron, as one per column [.., i] of the matrices on disk that read those neurons."""
+    source, found = quantized(stream), dict[str, Tensor]()
+    with stream.module(layer.name, read=lambda name: torch.zeros(source.info(name).shape)), torch.no_grad():
+        layer.down.copy_(importance[:, None].expand(layer.down.shape))
+        spread = stream.disk_form(stream.state(layer.name))
+    for name in stream.disk_names(layer.name):
+        weight = source.stored_weights.get(name)
+        if weight and spread[name].any():
+            found[name] = spread[name][..., 0] if weight.transposed else spread[name][..., 0, :]
+    return found
+
+
 def neuron_group(stream: LayerStream, layer: MoELayer) -> int:
     """How many neighbouring neurons of a layer share codes or scales on disk: what has to stay together for codes to stay."""
     source, unit, seen = quantized(stream), 1, set[str]()
@@ -115,10 +128,14 @@ def stored_bytes(stream: LayerStream, layer: MoELayer) -> float:
 
 
 class QuantizedWriter:
-    """Writes one output shard at a time in the format of the source. exact: UsageError where a code would have to change."""
+    """Writes one output shard at a time in the format of the source.
 
-    def __init__(self, stream: LayerStream, perms: Permute, layers: Sequence[MoELayer], exact: bool) -> None:
-        self.stream, self.source, self._perms, self._exact = stream, quantized(stream), perms, exact
+    importance: [E, f] of a layer, in its new order: what an error at each neuron's output weights counts. None where no code may change,
+    which is a UsageError then.
+    """
+
+    def __init__(self, stream: LayerStream, perms: Permute, layers: Sequence[MoELayer], importance: Permute | None) -> None:
+        self.stream, self.source, self._perms, self._importance = stream, quantized(stream), perms, importance
         self._layers = {layer.name: layer for layer in layers}
         self._owned = {layer.name: stream.disk_names(layer.name) for layer in layers}
 
@@ -139,11 +156,12 @@ class QuantizedWriter:
 
     def _layer(self, layer: MoELayer, inside: Mapping[str, TensorInfo], file: BinaryIO, sums: Sums) -> Sums:
         perm = self._perms(layer)
+        counts = importances(self.stream, layer, self._importance(layer)) if self._importance else {}
         for name, order in orders(self.stream, layer, perm).items():
             weight = self.source.stored_weights[name]
             if not any(part in inside for part in weight.parts.values()):
                 continue
-            tensors, moves = self._moved(name, weight, order)
+            tensors, moves = self._moved(name, weight, order, counts.get(name))
             if weight.parts["codes"] in inside:
                 sums = sums.plus(moves)
             for role, tensor in tensors.items():
@@ -159,14 +177,17 @@ class QuantizedWriter:
                 _replace(tensors[name], inside[name], file)
         return sums
 
-    def _moved(self, name: str, weight: StoredWeight, order: Order) -> tuple[dict[str, Tensor], list[Moved]]:
+    def _moved(
+        self, name: str, weight: StoredWeight, order: Order, counts: Tensor | None
+    ) -> tuple[dict[str, Tensor], list[Moved]]:
         parts = {role: self.source.raw.tensor(part) for role, part in weight.parts.items()}
         matrix = self.source.form.matrix(parts)
         if matrix.codes.ndim == 2:
-            moves = [move(matrix, order.rows, order.columns)]
+            moves = [move(matrix, order.rows, order.columns, counts)]
         else:
-            moves = [move(m, rows, columns) for m, rows, columns in zip(matrix.each(), *order, strict=True)]
-        if self._exact and any(m.again for m in moves):
+            each = counts if counts is not None else [None] * len(matrix.codes)
+            moves = [move(m, rows, columns, c) for m, rows, columns, c in zip(matrix.each(), *order, each, strict=True)]
+        if self._importance is None and any(m.again for m in moves):
             raise UsageError(f"the partition cuts groups of '{name}'", "leave --keep-codes out, or build the partition again")
         return self.source.form.tensors(_joined(moves, matrix), parts), moves
 
@@ -209,7 +230,7 @@ def _sums_of(shard: str) -> str:
     return f"moved-{shard}"
 
 
-def _joined(moves: Sequence[Moved], like: Matrix) -> Matrix:
+def _joined(moves: Sequence[Moved], like: CodedMatrix) -> CodedMatrix:
     """One matrix, or one per entry of the first dimension, as `like` has it."""
     if like.codes.ndim == 2:
         return moves[0].matrix
@@ -218,7 +239,7 @@ def _joined(moves: Sequence[Moved], like: Matrix) -> Matrix:
     return replace(like, codes=codes, scales=scales, zeros=zeros)
 
 
-def _matrix(source: DequantizedSource, weight: StoredWeight) -> Matrix:
+def _matrix(source: DequantizedSource, weight: StoredWeight) -> CodedMatrix:
     return source.form.matrix({role: source.raw.tensor(part) for role, part in weight.parts.items()})
 
 

@@ -13,6 +13,7 @@ import cyclopts
 
 from ..errors import PrismError
 from . import (
+    adopt,
     bench,
     calibrate,
     demo,
@@ -35,7 +36,7 @@ from .flags import with_flags
 from .output import Unwritten, plain_line
 
 INTERRUPTED = 130
-RESUMABLE = ("calibrate", "refactor", "recover", "prune")
+RESUMABLE = ("calibrate", "refactor", "adopt", "recover", "prune")
 
 
 def build() -> cyclopts.App:
@@ -57,6 +58,7 @@ def build() -> cyclopts.App:
         (inspect.inspect, "inspect"),
         (calibrate.calibrate, "calibrate"),
         (refactor.refactor, "refactor"),
+        (adopt.adopt, "adopt"),
         (prune.prune, "prune"),
         (recover.recover, "recover"),
         (skip.skip, "skip"),

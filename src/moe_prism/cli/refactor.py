@@ -41,6 +41,11 @@ def refactor(
         return _show_resources(model, out, options, run.json)
     done = write(model, out, options, calibration=calibration, resume=run.resume, force=run.force, report=progress)
     facts = done.to_json()
+    if kept := facts["kept_format"]:
+        note(
+            f"{kept['format']} kept: {kept['requantized']} of {kept['weights']} matrices quantized again, relative error "
+            f"{kept['relative_error']:.4f}, KL {kept['kl']:.5f} to the source ({kept['kl_tokens']} tokens)"
+        )
     note(f"next: moe-prism frontier {out}")
     emit(
         facts,

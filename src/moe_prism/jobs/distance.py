@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from ..checkpoint import LayerStream
 from ..data import Windows, token_windows
 from ..errors import UsageError
 from ..frontier.measure import Quality
-from ..model import load_tokenizer
+from ..model import load_model, load_tokenizer
 
 TOKENS = 2048
 LOGITS = 1 << 26  # of one model, held while the other runs: 256 MiB in float32
@@ -25,10 +27,10 @@ def distance_between(source: str | Path, other: str | Path, ids: Tensor) -> Qual
     """
     length = ids.shape[1]
     with torch.no_grad():
-        with LayerStream(source, torch.float32).streaming() as model:
+        with _running(source) as model:
             ids = ids[: max(1, LOGITS // (length * int(model.config.get_text_config().vocab_size)))]
             wanted = _logits(model, ids).log_softmax(-1)
-        with LayerStream(other, torch.float32).streaming() as model:
+        with _running(other) as model:
             found = _logits(model, ids)
     quality = Quality()
     for one, two, target in zip(wanted, found, ids[:, 1:], strict=True):
@@ -42,6 +44,16 @@ def evaluation_windows(model: Path, text: str, length: int) -> Windows | None:
         return token_windows(load_tokenizer(model), text, "evaluation", length=length, tokens=TOKENS)
     except UsageError:
         return None
+
+
+@contextmanager
+def _running(where: str | Path) -> Iterator[Any]:
+    """A model ready for forward passes: of a folder a layer at a time, of a GGUF file as a whole."""
+    if Path(where).is_file():
+        yield load_model(where, torch.float32)
+        return
+    with LayerStream(where, torch.float32).streaming() as model:
+        yield model
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:

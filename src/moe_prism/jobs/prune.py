@@ -203,7 +203,9 @@ def _facts(
     if manifest is None:
         plain = {"kind": kind, "source": inputs["source"], "pruning": dict(inputs), "documents": list(job.documents)}
         return plain | ({"dequantized": job.weights.dequantized} if job.weights.dequantized else {})
-    old = {key: value for key, value in manifest.items() if key not in (*FILLED_IN, "operating_points")}
+    old = {key: value for key, value in manifest.items() if key not in (*FILLED_IN, "operating_points", "kept_format")}
+    if job.weights.dequantized:
+        old |= {"dequantized": job.weights.dequantized, "bytes_per_weight": job.weights.bytes_per_weight}
     layers = [
         {**row, "experts": len(c.kept), "starved": [c.kept.index(e) for e in row["starved"] if e in c.kept]}
         for row, c in zip(old["layers"], selection.choices, strict=True)

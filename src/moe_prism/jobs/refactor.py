@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -30,7 +31,7 @@ from .calibrate import SNAPSHOT, calibration_windows, check_fit, read_statistics
 from .distance import TOKENS, distance_between, evaluation_windows
 from .profile_layers import Profiler, budget_tensors, profile_runs, unit_cost
 from .refactor_card import model_card
-from .solve_layer import solve
+from .solve_layer import IMPORTANCE, PERM, WORKING, solve
 
 CUTOFFS_FILE = "cutoffs.safetensors"
 
@@ -52,6 +53,7 @@ class Refactored:
             "layers": len(layers),
             "partition_cost_share": sum(layer["cost_share"] for layer in layers) / len(layers),
             "starved_experts": sum(len(layer["starved"]) for layer in layers),
+            "kept_format": self.manifest.get("kept_format"),
             "peak_rss_bytes": self.peak_rss_bytes,
         }
 
@@ -102,7 +104,10 @@ def refactor(
         rows = _solve_layers(work, weights, given, options, together)
         _pool_cutoffs(work, weights, given, options, rows)
         with work.report("write") as update:
-            kept = weights.rewrite(folder, work.journal, lambda layer: _unit(folder, layer)["perm"], update)
+            units = partial(_unit, folder)
+            kept = weights.rewrite(
+                folder, work.journal, lambda layer: units(layer)[PERM], update, lambda layer: units(layer)[IMPORTANCE]
+            )
         facts = _facts(weights, source, options, rows, given)
         if aligned:
             facts["align"] = aligned
@@ -260,7 +265,12 @@ def _summary(statistics: Statistics) -> dict[str, Any]:
 
 def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str, Any]) -> None:
     """prism.safetensors and the model card; work files leave, so that what is renamed is only the result."""
-    side = {f"layers.{layer.index}.{k}": v for layer in weights.layers for k, v in _unit(folder, layer).items() if k != "perm"}
+    side = {
+        f"layers.{layer.index}.{name}": tensor
+        for layer in weights.layers
+        for name, tensor in _unit(folder, layer).items()
+        if name not in WORKING
+    }
     if (folder.work / CUTOFFS_FILE).exists():
         side |= load_file(str(folder.work / CUTOFFS_FILE))
     folder.save_tensors(SIDE_FILE, side, {"format": "pt"})
@@ -268,7 +278,7 @@ def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str
     # vLLM loads every *.safetensors of a folder that has no index: name the weights, so that the side file is not taken for them
     index, single = folder.work / "model.safetensors.index.json", folder.work / "model.safetensors"
     if single.exists() and not index.exists():
-        folder.write_bytes(index.name, _index(single))
+        folder.write_bytes(index.name, single_index(single))
     for layer in weights.layers:
         folder.discard(_unit_name(layer))
     folder.discard(SNAPSHOT)
@@ -277,7 +287,8 @@ def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str
         folder.discard(_profile_name(i))
 
 
-def _index(single: Path) -> bytes:
+def single_index(single: Path) -> bytes:
+    """An index that names one file of weights, for tools that would else take every safetensors file of a folder for weights."""
     with safe_open(str(single), "pt") as file:
         names = sorted(file.keys())
     return json.dumps(

@@ -26,6 +26,10 @@ from ..partition.parallel import solve_layer
 from ..partition.weights import weight_fallback
 from .calibrate import STARVED
 
+PERM, IMPORTANCE = "perm", "importance"
+WORKING = (PERM, IMPORTANCE)
+"""Tensors of a solved layer that the artefact does not hold."""
+
 
 def solve(
     layer: MoELayer, statistics: LayerStatistics, options: RefactorOptions, unit: int = 1
@@ -33,7 +37,8 @@ def solve(
     """(tensors, facts) of one layer whose weights are loaded; the weights are left in the new order.
 
     unit: so many neighbouring neurons move together; the best unit of a sub-expert comes first, and its first neurons are the gates.
-    tensors: perm [E, f] int32, ridge, cutoffs, what compensation reads. facts: experts, width, cost_share (mean), starved experts.
+    tensors: perm [E, f] int32, importance [E, f] (see `_importance`), ridge, cutoffs, what compensation reads. facts: experts, width,
+    cost_share (mean), starved experts.
     """
     samples, weights, starved = _samples(statistics)
     mass = [layer.activations(e, x).abs().float().numpy() for e, x in enumerate(samples)]
@@ -64,8 +69,7 @@ def solve(
     parts.tensors[RIDGE] = ridge_scorer.fit(parts, samples, extra.losses if extra else None)
     for name in options.extra_scorers:
         parts.tensors |= scorers.get(name).fit(parts, samples)
-    scorer = ridge_scorer.Ridge(parts)
-    parts.tensors[CUTOFFS] = _cutoffs(statistics, samples, lambda e, rows: scorer(rows, torch.full((len(rows), 1), e))[:, 0])
+    parts.tensors[CUTOFFS] = _ridge_cutoffs(parts, statistics, samples)
     shares = [
         p.cost / max(float(m.sum(dtype=np.float64)), 1e-30) for p, m in zip(partitions.values(), wanted.values(), strict=True)
     ]
@@ -76,7 +80,30 @@ def solve(
         "cost_share": round(float(np.mean(shares)), 6),
         "starved": starved,
     }
-    return {"perm": torch.from_numpy(perm.astype(np.int32)), **parts.tensors}, facts
+    return {
+        PERM: torch.from_numpy(perm.astype(np.int32)),
+        IMPORTANCE: torch.from_numpy(np.stack([_importance(*each) for each in zip(mass, weights, perm, strict=True)])),
+        **parts.tensors,
+    }, facts
+
+
+def measured_cutoffs(parts: LayerParts, statistics: LayerStatistics) -> Tensor:
+    """Cutoffs [129] of a layer that has its predictor, whose weights are loaded."""
+    return _ridge_cutoffs(parts, statistics, _samples(statistics)[0])
+
+
+def _ridge_cutoffs(parts: LayerParts, statistics: LayerStatistics, samples: list[Tensor]) -> Tensor:
+    scorer = ridge_scorer.Ridge(parts)
+    return _cutoffs(statistics, samples, lambda e, rows: scorer(rows, torch.full((len(rows), 1), e))[:, 0])
+
+
+def _importance(mass: Floats, weight: Tensor, order: Ints) -> Floats:
+    """What an error in a neuron's output weights counts, [f] in the new order: root mean square of activation x routing weight.
+
+    Its square, the energy, gave a larger KL (docs/log.md). A neuron that is silent on this text still counts a little.
+    """
+    rms = np.sqrt(np.square(mass * weight.abs().numpy()[:, None]).mean(0))[order]
+    return np.maximum(rms, 0.01 * rms.mean() + 1e-12).astype(np.float32)  # type: ignore[no-any-return]
 
 
 def _united(mass: Floats, unit: int) -> Floats:

@@ -47,9 +47,15 @@ def on_disk(where: Path | str) -> Path:
 
 
 def load_model(source: str | Path, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
-    """A transformers causal language model in eval mode. dtype None keeps the checkpoint's. Never runs remote code."""
-    from transformers import AutoModelForCausalLM
+    """A transformers causal language model in eval mode. dtype None keeps the checkpoint's. Never runs remote code.
 
+    A GGUF file says less than its model's config.json: one that lies beside it is taken.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where = resolve(source)
+    if isinstance(where, Path) and where.suffix == ".gguf" and (where.parent / "config.json").is_file():
+        kwargs.setdefault("config", AutoConfig.from_pretrained(str(where.parent), trust_remote_code=False))
     return _guard(AutoModelForCausalLM, source, dtype=dtype or "auto", **kwargs).eval()
 
 

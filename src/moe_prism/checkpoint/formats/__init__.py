@@ -2,7 +2,7 @@
 
 from ...registry import Registry
 from .base import SourceFormat, StoredWeight
-from .matrix import Matrix
+from .matrix import CodedMatrix
 
 source_formats: Registry[type[SourceFormat]] = Registry(
     "source format",
@@ -25,4 +25,4 @@ source_formats: Registry[type[SourceFormat]] = Registry(
     },
 )
 
-__all__ = ["Matrix", "SourceFormat", "StoredWeight", "source_formats"]
+__all__ = ["CodedMatrix", "SourceFormat", "StoredWeight", "source_formats"]

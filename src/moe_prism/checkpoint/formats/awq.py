@@ -12,7 +12,7 @@ from ..shards import Source
 from .base import SourceFormat, StoredWeight, gather
 from .bits import pack_words, unpack_words
 from .grids import Integers, rounding, stored_scales
-from .matrix import Matrix, checked
+from .matrix import CodedMatrix, checked
 
 BITS = 4
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -39,16 +39,16 @@ class Awq(SourceFormat):
             found[f"{stem}weight"] = StoredWeight(parts, (words * len(PLACES), inputs))
         return found
 
-    def matrix(self, parts: Mapping[str, Tensor]) -> Matrix:
+    def matrix(self, parts: Mapping[str, Tensor]) -> CodedMatrix:
         codes, scales = columns(parts["codes"]).T, parts["scales"].float().T
         zeros = columns(parts["zeros"]).T.float() if "zeros" in parts else torch.full_like(scales, 1 << (BITS - 1))
         group = (1, codes.shape[1] // scales.shape[1])
         scales, zeros = checked(scales, codes, group), checked(zeros, codes, group)
         zero_range = (0, (1 << BITS) - 1) if "zeros" in parts else None
         round_scale = rounding(parts["scales"].dtype)
-        return Matrix(codes, Integers(0, (1 << BITS) - 1), scales, group, round_scale, zeros, zero_range)
+        return CodedMatrix(codes, Integers(0, (1 << BITS) - 1), scales, group, round_scale, zeros, zero_range)
 
-    def tensors(self, matrix: Matrix, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def tensors(self, matrix: CodedMatrix, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {"codes": words(matrix.codes.T), "scales": stored_scales(matrix.scales.T, parts["scales"])}
         if "zeros" in parts and matrix.zeros is not None:
             found["zeros"] = words(matrix.zeros.T.to(torch.uint8))

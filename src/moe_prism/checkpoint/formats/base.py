@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import UsageError
 from ..shards import Source
-from .matrix import Matrix
+from .matrix import CodedMatrix
 
 NEXT = "use the unquantized release, or dequantize it with the tool that wrote it"
 
@@ -43,11 +43,11 @@ class SourceFormat(ABC):
         """The quantized weights of a checkpoint by the names that the model has for them."""
 
     @abstractmethod
-    def matrix(self, parts: Mapping[str, Tensor]) -> Matrix:
+    def matrix(self, parts: Mapping[str, Tensor]) -> CodedMatrix:
         """The tensors of one weight, by role, as what they mean. UsageError if they do not fit each other."""
 
     @abstractmethod
-    def tensors(self, matrix: Matrix, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def tensors(self, matrix: CodedMatrix, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The reverse: what of `parts` changes, by role, for codes, scales and zeros of `matrix`; same types and shapes as in `parts`."""
 
     def refuse(self, what: str) -> UsageError:

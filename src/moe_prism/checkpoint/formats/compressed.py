@@ -17,7 +17,7 @@ from ..shards import Source
 from .base import SourceFormat, StoredWeight, gather
 from .bits import WORD_BITS, pack_octets, pack_words, unpack_octets, unpack_words
 from .grids import Float4, Float8, Grid, Integers, RoundScale, rounding, scale_values, stored_scales
-from .matrix import Matrix, checked
+from .matrix import CodedMatrix, checked
 
 ROLES = {
     "scales": "weight_scale", "zeros": "weight_zero_point", "global": "weight_global_scale", "shape": "weight_shape",
@@ -62,7 +62,7 @@ class CompressedTensors(SourceFormat):
                 found[f"{stem}weight"] = StoredWeight(parts, info.shape)
         return found
 
-    def matrix(self, parts: Mapping[str, Tensor]) -> Matrix:
+    def matrix(self, parts: Mapping[str, Tensor]) -> CodedMatrix:
         codes, scales, dtype = parts["codes"], scale_values(parts["scales"]), parts["scales"].dtype
         round_scale: RoundScale = rounding(dtype)
         zeros = parts["zeros"].float() if "zeros" in parts else None
@@ -76,14 +76,14 @@ class CompressedTensors(SourceFormat):
                 return rounding(dtype)(s * share) / share
 
         if codes.dtype == torch.uint8:
-            return self._grouped(Matrix(unpack_octets(codes, 4), Float4(), scales, (1, 1), round_scale), parts)
+            return self._grouped(CodedMatrix(unpack_octets(codes, 4), Float4(), scales, (1, 1), round_scale), parts)
         grid: Grid = Integers(-128, 127) if codes.dtype == torch.int8 else Float8(codes.dtype)
         codes = codes if codes.dtype == torch.int8 else codes.view(torch.uint8)
         return self._grouped(
-            Matrix(codes, grid, scales, (1, 1), round_scale, zeros, None if zeros is None else (-128, 127)), parts
+            CodedMatrix(codes, grid, scales, (1, 1), round_scale, zeros, None if zeros is None else (-128, 127)), parts
         )
 
-    def tensors(self, matrix: Matrix, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def tensors(self, matrix: CodedMatrix, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         packed, scales = parts["codes"].dtype, matrix.scales
         if "global" in parts:
             scales = scales * parts["global"].float()
@@ -99,7 +99,7 @@ class CompressedTensors(SourceFormat):
             found["zeros"] = self._stored_zeros(matrix.zeros, parts)
         return found
 
-    def _packed(self, parts: Mapping[str, Tensor]) -> Matrix:
+    def _packed(self, parts: Mapping[str, Tensor]) -> CodedMatrix:
         """Signed integers, stored with half their range added; zero points are packed along the outputs."""
         rows, columns = (int(n) for n in parts["shape"])
         bits = self._bits(columns, parts["codes"].shape[-1])
@@ -112,7 +112,7 @@ class CompressedTensors(SourceFormat):
             zeros = parts["zeros"].float() + half
         grid, scales = Integers(0, 2 * half - 1), scale_values(parts["scales"])
         zero_range = (grid.low, grid.high) if "zeros" in parts else None
-        return self._grouped(Matrix(codes, grid, scales, (1, 1), rounding(parts["scales"].dtype), zeros, zero_range), parts)
+        return self._grouped(CodedMatrix(codes, grid, scales, (1, 1), rounding(parts["scales"].dtype), zeros, zero_range), parts)
 
     def _stored_zeros(self, zeros: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         if parts["codes"].dtype != torch.int32:
@@ -122,7 +122,7 @@ class CompressedTensors(SourceFormat):
             return pack_words(zeros.T.to(torch.uint8), bits).T.contiguous()
         return (zeros - (1 << (bits - 1))).reshape(parts["zeros"].shape).to(parts["zeros"].dtype)
 
-    def _grouped(self, matrix: Matrix, parts: Mapping[str, Tensor]) -> Matrix:
+    def _grouped(self, matrix: CodedMatrix, parts: Mapping[str, Tensor]) -> CodedMatrix:
         """The same with its groups, which scales and codes tell by their shapes."""
         rows, columns = matrix.codes.shape[-2:]
         scales = matrix.scales.reshape(1, 1) if matrix.scales.numel() == 1 else matrix.scales

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..shards import Source
 from .base import SourceFormat, StoredWeight, gather
 from .grids import Float8, rounding, scale_values, stored_scales
-from .matrix import Matrix, checked
+from .matrix import CodedMatrix, checked
 
 
 class Fp8(SourceFormat):
@@ -35,14 +35,14 @@ class Fp8(SourceFormat):
                     found[stem] = StoredWeight(parts, source.info(stem).shape)
         return found
 
-    def matrix(self, parts: Mapping[str, Tensor]) -> Matrix:
+    def matrix(self, parts: Mapping[str, Tensor]) -> CodedMatrix:
         codes, scales, group = parts["codes"], scale_values(parts["scales"]), self.block
         if scales.numel() == 1:
             scales, group = scales.reshape(1, 1), (codes.shape[-2], codes.shape[-1])
         if group is None:
             raise self.refuse(f"scales of shape {tuple(scales.shape)} and no weight_block_size")
         codes, grid = codes.view(torch.uint8), Float8(codes.dtype)
-        return Matrix(codes, grid, checked(scales, codes, group), group, rounding(parts["scales"].dtype))
+        return CodedMatrix(codes, grid, checked(scales, codes, group), group, rounding(parts["scales"].dtype))
 
-    def tensors(self, matrix: Matrix, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def tensors(self, matrix: CodedMatrix, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"codes": matrix.codes.view(parts["codes"].dtype), "scales": stored_scales(matrix.scales, parts["scales"])}

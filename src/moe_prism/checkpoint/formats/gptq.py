@@ -13,7 +13,7 @@ from .base import SourceFormat, StoredWeight, gather
 from .bits import WORD_BITS, pack_words, unpack_words
 from .compressed import in_order
 from .grids import Integers, rounding, stored_scales
-from .matrix import Matrix, checked
+from .matrix import CodedMatrix, checked
 
 
 class Gptq(SourceFormat):
@@ -39,7 +39,7 @@ class Gptq(SourceFormat):
             found[f"{stem}weight"] = StoredWeight(parts, (outputs, words * WORD_BITS // self.bits))
         return found
 
-    def matrix(self, parts: Mapping[str, Tensor]) -> Matrix:
+    def matrix(self, parts: Mapping[str, Tensor]) -> CodedMatrix:
         codes, scales = unpack_words(parts["codes"].T, self.bits), parts["scales"].float().T
         group = (1, codes.shape[1] // scales.shape[1])
         if "g_idx" in parts and not in_order(parts["g_idx"], group[1]):
@@ -48,9 +48,9 @@ class Gptq(SourceFormat):
         zeros = (unpack_words(parts["zeros"], self.bits).T + self.less) & high
         scales, zeros = checked(scales, codes, group), checked(zeros.float(), codes, group)
         zero_range = None if self.settings.get("sym", True) else (self.less, high)
-        return Matrix(codes, Integers(0, high), scales, group, rounding(parts["scales"].dtype), zeros, zero_range)
+        return CodedMatrix(codes, Integers(0, high), scales, group, rounding(parts["scales"].dtype), zeros, zero_range)
 
-    def tensors(self, matrix: Matrix, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def tensors(self, matrix: CodedMatrix, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert matrix.zeros is not None
         zeros = (matrix.zeros.to(torch.uint8) - self.less) & ((1 << self.bits) - 1)
         return {

@@ -16,7 +16,7 @@ from .grids import Grid, RoundScale
 
 
 @dataclass(frozen=True)
-class Matrix:
+class CodedMatrix:
     """value = (grid(code) - zero) * scale. zeros: None where there are none, else as `scales`, which is float32.
 
     round_scale: what the format can store as a scale. zero_range: the zeros a group may have; None where they stay as they are.
@@ -42,7 +42,7 @@ class Matrix:
             values = values - spread(self.zeros, self.group, self.codes.shape)
         return values * spread(self.scales, self.group, self.codes.shape)
 
-    def each(self) -> Iterator[Matrix]:
+    def each(self) -> Iterator[CodedMatrix]:
         """The matrices [.., o, i] along the first dimension."""
         for at in range(len(self.codes)):
             zeros = None if self.zeros is None else self.zeros[at]

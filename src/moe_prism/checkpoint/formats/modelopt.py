@@ -12,7 +12,7 @@ from ..shards import Source
 from .base import SourceFormat, StoredWeight, gather
 from .bits import pack_octets, unpack_octets
 from .grids import Float4, Float8, rounding, stored_scales
-from .matrix import Matrix, checked
+from .matrix import CodedMatrix, checked
 
 GROUP = 16
 
@@ -33,19 +33,21 @@ class ModelOpt(SourceFormat):
                 found[f"{stem}weight"] = StoredWeight(parts, info.shape)
         return found
 
-    def matrix(self, parts: Mapping[str, Tensor]) -> Matrix:
+    def matrix(self, parts: Mapping[str, Tensor]) -> CodedMatrix:
         codes, scales = parts["codes"], parts["scales"].float()
         if codes.dtype == torch.uint8:
             codes, second = unpack_octets(codes, 4), parts["second"].float()
             round_scale = rounding(parts["scales"].dtype)
             scales = checked(scales * second, codes, (1, GROUP))
-            return Matrix(codes, Float4(), scales, (1, GROUP), lambda s: round_scale(s / second) * second)
+            return CodedMatrix(codes, Float4(), scales, (1, GROUP), lambda s: round_scale(s / second) * second)
         if scales.numel() > 1:
             raise self.refuse(f"scales of shape {tuple(scales.shape)}")
         group = (codes.shape[-2], codes.shape[-1])
-        return Matrix(codes.view(torch.uint8), Float8(codes.dtype), scales.reshape(1, 1), group, rounding(parts["scales"].dtype))
+        return CodedMatrix(
+            codes.view(torch.uint8), Float8(codes.dtype), scales.reshape(1, 1), group, rounding(parts["scales"].dtype)
+        )
 
-    def tensors(self, matrix: Matrix, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def tensors(self, matrix: CodedMatrix, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if parts["codes"].dtype == torch.uint8:
             scales = stored_scales(matrix.scales / parts["second"].float(), parts["scales"])
             return {"codes": pack_octets(matrix.codes, 4), "scales": scales}

@@ -11,7 +11,7 @@ from ..shards import Source
 from .base import SourceFormat, StoredWeight, gather
 from .bits import pack_octets, unpack_octets
 from .grids import Float4, rounding, scale_values, stored_scales
-from .matrix import Matrix, checked
+from .matrix import CodedMatrix, checked
 
 GROUP = 32
 
@@ -30,11 +30,11 @@ class Mxfp4(SourceFormat):
             found[stem] = StoredWeight(parts, (outer[0], groups * GROUP, outer[1]), transposed=True)
         return found
 
-    def matrix(self, parts: Mapping[str, Tensor]) -> Matrix:
+    def matrix(self, parts: Mapping[str, Tensor]) -> CodedMatrix:
         codes = unpack_octets(parts["codes"].flatten(-2), 4)
         scales = checked(scale_values(parts["scales"]), codes, (1, GROUP))
-        return Matrix(codes, Float4(), scales, (1, GROUP), rounding(parts["scales"].dtype))
+        return CodedMatrix(codes, Float4(), scales, (1, GROUP), rounding(parts["scales"].dtype))
 
-    def tensors(self, matrix: Matrix, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def tensors(self, matrix: CodedMatrix, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         blocks = pack_octets(matrix.codes, 4).reshape(parts["codes"].shape)
         return {"codes": blocks, "scales": stored_scales(matrix.scales, parts["scales"])}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .grids import Integers
-from .matrix import Matrix, spread
+from .matrix import CodedMatrix, spread
 
 REFITS = 3  # least-squares scale, then codes again; the error has settled by then
 
@@ -24,13 +24,13 @@ class Moved(NamedTuple):
     error, size: sums of squares of the change and of the values that were to be kept; again: the share of groups quantized again.
     """
 
-    matrix: Matrix
+    matrix: CodedMatrix
     error: float
     size: float
     again: float
 
 
-def move(matrix: Matrix, rows: Tensor, columns: Tensor, importance: Tensor | None = None) -> Moved:
+def move(matrix: CodedMatrix, rows: Tensor, columns: Tensor, importance: Tensor | None = None) -> Moved:
     """New row j is old rows[j], new column j old columns[j]. importance [i]: weight of each new column's error, default equal."""
     row_groups, whole_rows = _sources(rows, matrix.group[0])
     column_groups, whole_columns = _sources(columns, matrix.group[1])
@@ -57,7 +57,7 @@ def move(matrix: Matrix, rows: Tensor, columns: Tensor, importance: Tensor | Non
     return Moved(merged, float(error), float(wanted.double().square().sum()), float(mixed.float().mean()))
 
 
-def quantize(values: Tensor, like: Matrix, importance: Tensor | None = None) -> Matrix:
+def quantize(values: Tensor, like: CodedMatrix, importance: Tensor | None = None) -> CodedMatrix:
     """float32 values [o, i] in the form of `like`: per group the scale (and zero) with the least squared error of those tried."""
     x, weight = _grouped(values, like.group), None
     if importance is not None:
@@ -81,7 +81,7 @@ def quantize(values: Tensor, like: Matrix, importance: Tensor | None = None) -> 
     return replace(like, codes=_flat(codes, like.group, values.shape), scales=scales, zeros=None if fixed is None else zeros)
 
 
-def _try(x: Tensor, scales: Tensor, zeros: Tensor | None, like: Matrix, weight: Tensor | None) -> tuple[Tensor, ...]:
+def _try(x: Tensor, scales: Tensor, zeros: Tensor | None, like: CodedMatrix, weight: Tensor | None) -> tuple[Tensor, ...]:
     """(error per group, codes, scales, zeros or scales)."""
     shift = 0 if zeros is None else zeros[..., None]
     codes = like.grid.encode(x / scales[..., None] + shift)
@@ -98,13 +98,13 @@ def _better(old: tuple[Tensor, ...] | None, new: tuple[Tensor, ...]) -> tuple[Te
     return tuple(torch.where(better[..., None] if a.ndim > better.ndim else better, b, a) for a, b in zip(old, new, strict=True))
 
 
-def _zeros(lowest: Tensor, like: Matrix) -> Tensor:
+def _zeros(lowest: Tensor, like: CodedMatrix) -> Tensor:
     """Zeros that put a group's lowest value, in steps of its scale, on the lowest code."""
     assert isinstance(like.grid, Integers) and like.zero_range
     return (like.grid.low - lowest).round().clamp(*like.zero_range)
 
 
-def _storable(scales: Tensor, like: Matrix) -> Tensor:
+def _storable(scales: Tensor, like: CodedMatrix) -> Tensor:
     """Scales the format can store; a group of zeros, or one too small for the format, gets a scale all the same."""
     stored = like.round_scale(scales)
     return torch.where(stored > 0, stored, like.round_scale(torch.ones_like(stored)))

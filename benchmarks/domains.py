@@ -1,10 +1,10 @@
 """Threshold against plain top-k at equal actual bytes, on the four shipped domains, with 95 % intervals.
 
-    python benchmarks/domains.py [--models nano,nano-mix] [--domains python,prose,headers,web] [--tokens 8192] [--json]
+    python benchmarks/domains.py [--models nano,nano-mix] [--domains python,prose,headers,web] [--text domains] [--json]
 
-Text to choose on and text to report are apart: cutoffs, predictors and compensation are fitted on calibration text (nano: the standard
-library's, nano-mix: that of the four domains), defaults were chosen on the evaluation sides of `stdlib` and `topics`, and this benchmark
-measures on the evaluation side of `domains`, by which nothing is chosen.
+Text to choose on and text to report are apart: cutoffs, predictors and compensation are fitted on the calibration side of `--text`,
+defaults were chosen on the evaluation sides of `stdlib` and `topics`, and this benchmark measures on the evaluation side of `domains`, by
+which nothing is chosen.
 
 Plain top-k keeps 3, 2 and 1 of 4 experts as num_experts_per_tok does, and reads 75, 50 and 25 % of the bytes exactly. `threshold` does
 not read what it is asked for on other text than it was fitted on. So it runs at two budgets, the second set by what the first one read,
@@ -35,7 +35,7 @@ from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.options.calibrate import CalibrateOptions
 from moe_prism.point import FULL, OperatingPoint, RoutingStage, SlotRule
 
-CALIBRATION = {"nano": "stdlib", "nano-mix": "domains"}
+MODELS = ["nano", "nano-mix"]
 KEPT = (3, 2, 1)
 RESAMPLES = 2000
 LEAST = 0.02  # of the slots: the smallest budget that is tried
@@ -110,7 +110,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "elastic"
-            refactor(name, out, RefactorOptions(calibration=CalibrateOptions(text=args.text or CALIBRATION.get(name, "stdlib"))))
+            refactor(name, out, RefactorOptions(calibration=CalibrateOptions(text=args.text)))
             model, tokenizer = load(out)
             for domain in args.domains:
                 source = f"domains/{domain}"
@@ -133,9 +133,9 @@ def show(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = {"type": lambda text: text.split(",")}
-    parser.add_argument("--models", default=list(CALIBRATION), help="comma-separated", **names)
+    parser.add_argument("--models", default=MODELS, help="comma-separated", **names)
     parser.add_argument("--domains", default=list(DOMAINS), help="comma-separated", **names)
-    parser.add_argument("--text", help="calibration text, instead of each model's own")
+    parser.add_argument("--text", default="domains", help="calibration text; its calibration side is used")
     parser.add_argument("--tokens", type=int, default=8192, help="of each domain")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)

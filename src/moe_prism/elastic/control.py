@@ -33,7 +33,6 @@ from .dial import Spending
 
 if TYPE_CHECKING:
     from ..kernels.selection import Held
-    from .bind import Bound
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -97,12 +96,12 @@ class Past:
     states: States
 
     @classmethod
-    def of(cls, rows: Ints, states: States, bound: Bound) -> Past:
+    def of(cls, rows: Ints, states: States, several: bool) -> Past:
         """Of a forward that is about to run, the states of its rows begun (`kernels.selection.carry`).
 
-        UsageError for a request whose tokens are held by two groups at once.
+        several: whether there may be rows of several groups. UsageError for a request whose tokens are held by two of them at once.
         """
-        if bound.holds_several:
+        if several:
             _check_apart(rows)
         return cls(rows, states)
 

@@ -7,6 +7,7 @@ positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from ..errors import UsageError
 from ..point import SlotRule
 from .base import POSITIONS, Rule
 from .prices import prices_of
+from .rules import rules
 
 if TYPE_CHECKING:
     from .host import Host
@@ -87,6 +89,15 @@ def spending(layer: Any, slots: SlotRule, rule: type[Rule], elastic: Host) -> Sp
     share = rule.share_kept(layer.parts)
     least = 1 / (layer.parts.n_sub * (k or 1))
     return Spending(fixed + per_token / (k or 1), blocks - of_dropped, blocks + bias, share.clamp(min=least if k else 0.0))
+
+
+def affordable(elastic: Host, budgets: Sequence[float]) -> tuple[float, ...]:
+    """Budgets of the `threshold` rule for somebody who did not choose them: those below what choosing and one slot read become that."""
+    slots, rule = SlotRule(budget=0.5), rules.get("threshold")
+    spent = dials(elastic, slots, rule, [spending(layer, slots, rule, elastic) for layer in elastic.layers])[0].spent
+    assert spent is not None
+    least = math.ceil(100 * float(spent[0])) / 100
+    return tuple(dict.fromkeys(max(budget, least) for budget in budgets))
 
 
 def dials(elastic: Host, slots: SlotRule, rule: type[Rule], found: Sequence[Spending]) -> list[Dial]:

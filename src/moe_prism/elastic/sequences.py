@@ -62,7 +62,7 @@ class RequestHistory:
         tokens = len(kinds) // self.rows
         self.make_room(self.length + tokens)
         if self.known is None:
-            self.known = compiled().Columns(self.real, self.last, self.states.sums, self.states.tokens)
+            self.known = compiled().CacheColumns(self.real, self.last, self.states.sums, self.states.tokens)
         rows: Ints = compiled().follow(self.known, self.length, kinds, mask, positions)
         self.length += tokens
         return rows
@@ -137,7 +137,7 @@ def followed(elastic: Host, backbone: nn.Module) -> Iterator[None]:
         history.cut(length)
         kinds = step.kinds(shape[0] * shape[1])
         rows = history.take(kinds, _mask(named.get("attention_mask"), shape), _positions(named.get("position_ids"), shape))
-        step.past = Past.of(rows, history.states, step.bound)
+        step.past = Past.of(rows, history.states, step.bound.holds_several)
         mine.append((step, history))
 
     def end(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:

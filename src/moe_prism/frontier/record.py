@@ -46,7 +46,7 @@ class MeasuredPoint:
     rule: str
     """How slots are chosen: "product", "pattern", ...; "topk" for the plain model with fewer experts."""
     budget: float
-    """Kept slots / all slots, 0..1; of a pruned model at most the share of the experts that is left."""
+    """What the point asks for, 0..1 (its `of` says of what); of a pruned model at most the share of the experts that is left."""
     k_slots: float
     """Mean kept slots per token and layer; a whole number unless the rule is continuous."""
     ppl: float

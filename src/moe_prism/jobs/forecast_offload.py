@@ -11,6 +11,7 @@ from ..artefact.load import load
 from ..checkpoint import read_manifest
 from ..data import token_windows
 from ..elastic import operating_point
+from ..elastic.dial import affordable
 from ..elastic.runtime import slots_per_token
 from ..errors import UsageError
 from ..offload.cache import cache_policies
@@ -22,6 +23,7 @@ from ..store.choose_misses import Misses
 from ..store.price_reads import at_budget, measure_prices, measure_step, replayed
 
 POLICIES = ("lru", "lfu", "edge-moe")
+BUDGETS = (0.75, 0.5, 0.25)  # compared with full budget unless others are named
 LENGTH, PROMPT = 160, 32
 
 
@@ -64,11 +66,12 @@ def forecast_offload(
     """
     options = options or OffloadOptions()
     options.check()
-    budgets, link = options.budgets, None if options.link is None else parse_bytes(options.link, "bytes per second")
-    if not all(0 < b <= 1 for b in budgets):
+    link = None if options.link is None else parse_bytes(options.link, "bytes per second")
+    if not all(0 < b <= 1 for b in options.budgets or ()):
         raise UsageError("budgets lie in (0, 1]", "1 keeps every slot")
     model, tokenizer = load(folder, store=StoreOptions(memory, options.expert_file, misses=Misses(low=None)))
     elastic, store = model._moe_prism, model._moe_prism.store
+    budgets = options.budgets or (1.0, *affordable(elastic, BUDGETS))
     text = read_manifest(folder)["calibration"]["text"]
     windows = token_windows(tokenizer, text, "calibration", length=LENGTH, tokens=max(options.tokens, LENGTH)).ids
     with report("trace") as update, operating_point(model):

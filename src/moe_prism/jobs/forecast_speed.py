@@ -15,6 +15,7 @@ from torch import Tensor
 from ..artefact.load import load
 from ..checkpoint import read_manifest, versions
 from ..data import token_windows
+from ..elastic.dial import affordable
 from ..errors import UsageError
 from ..forecast.distinct import Routing
 from ..forecast.speed import ELASTIC, PAYS, STOCK, ForecastPoint, MeasuredStep, SpeedForecast, plain_points, predict
@@ -27,7 +28,7 @@ from .model_shape import config_tree, shape_of
 from .time_steps import fewer_experts, measure_routing, needed_tokens, time_steps
 
 PROBED = 4  # concurrencies that the probe times
-CUTS = (0.75, 0.5, 0.25)  # budgets that the probe times
+CUTS = (0.75, 0.5, 0.25)  # budgets that the probe times, and those that are forecast unless others are named
 ROUNDS = 4  # over all concurrencies; the fastest turn of all rounds counts, which is the one that a busy machine disturbed least
 
 Key = tuple[str, int, str]
@@ -100,7 +101,7 @@ class _SpeedForecaster:
         options, fits, measured = self.options, dict[str, Fit | Machine](), dict[Key, MeasuredStep]()
         ids = token_windows(self.tokenizer, self.text, "calibration", length=WINDOW, tokens=options.tokens).ids
         shape, routing, points = self._stock(ids, fits, measured)
-        if self.given is None and options.budgets and self._is_elastic():
+        if self.given is None and options.budgets != () and self._is_elastic():
             points = [*points, *self._elastic(shape, points[0], ids, fits, measured)]
         machines = {name: found.machine if isinstance(found, Fit) else found for name, found in fits.items()}
         rows = predict(shape, points, machines, _loads(options), measured)
@@ -140,12 +141,14 @@ class _SpeedForecaster:
     ) -> list[ForecastPoint]:
         """Points at sub-expert budgets; the machine they run on is added to fits."""
         model, _ = load(self.source)
-        counted = sorted({*self.options.budgets, *CUTS})
+        cuts_at = affordable(model._moe_prism, CUTS)
+        asked_for = cuts_at if self.options.budgets is None else self.options.budgets
+        counted = sorted({*asked_for, *cuts_at})
         points = {
-            budget: ForecastPoint(f"{budget:.0%} of slots", "sub-experts", choice, ELASTIC, at_budget(model, budget))
+            budget: ForecastPoint(f"{budget:.0%} of bytes", "sub-experts", choice, ELASTIC, at_budget(model, budget))
             for budget, choice in block_choices(model, ids, counted).items()
         }
-        asked, cuts = ([points[budget] for budget in budgets] for budgets in (self.options.budgets, CUTS))
+        asked, cuts = ([points[budget] for budget in budgets] for budgets in (asked_for, cuts_at))
         whole = replace(full, engine=ELASTIC, run=nullcontext)
         fits[ELASTIC], found = self._calibrate("probe of sub-experts", model, shape, cuts, [whole, *asked])
         measured |= found

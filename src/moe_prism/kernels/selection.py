@@ -166,7 +166,7 @@ def carry(rows: Ints, sums: Floats, tokens: Floats) -> None:
         tokens[after, 1] = 0
 
 
-class Columns(NamedTuple):
+class CacheColumns(NamedTuple):
     """What is known of B requests beside a cache of C columns: real [B, C], whether a column holds a token that counts; last [B], column
     of the last one, -1: none; sums, tokens: states of all columns, row after row, as `Held` has them.
     """
@@ -178,7 +178,7 @@ class Columns(NamedTuple):
 
 
 @njit(nogil=True, cache=True)
-def follow(columns: Columns, length: int, kinds: Ints, mask: Ints, positions: Ints) -> Ints:
+def follow(columns: CacheColumns, length: int, kinds: Ints, mask: Ints, positions: Ints) -> Ints:
     """rows [3, B T] as `Held` has them, of the next columns behind `length`, their states begun, and the columns noted as they are.
 
     kinds [B T]; mask [B, >= T]: 0 where a token does not count; positions [B or 1, T]: 0 where a request begins; either may be empty.

@@ -10,7 +10,7 @@ from .base import Options, option
 
 @dataclass(frozen=True, kw_only=True)
 class OffloadOptions(Options):
-    """How fast a token must come, over which link, and what is replayed to find out. budgets: of the ways that are compared; no flag."""
+    """How fast a token must come, over which link, and what is replayed to find out. budgets: of the ways that are compared, no flag."""
 
     target_ms: float | None = option(
         None, "Milliseconds a token may take; the largest budget within it is chosen. Default: no limit.", above=0
@@ -23,4 +23,4 @@ class OffloadOptions(Options):
         None, "Where the experts are packed, written on first use; default experts.pack in the folder."
     )
     tokens: int = option(1280, "Of the text that is replayed, in whole requests of 160.", least=1)
-    budgets: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    budgets: tuple[float, ...] | None = None

@@ -18,9 +18,9 @@ class SpeedOptions(Options):
         (1, 2, 4, 8, 16, 32), "Comma-separated counts of requests that decode together.", least=1
     )
     keep: tuple[float, ...] = option((0.5,), "Shares of the experts that pruning leaves; none: ''.", above=0, below=1)
-    budgets: tuple[float, ...] = option(
-        (0.75, 0.5, 0.25),
-        "Shares of the sub-expert slots, for a model written by `moe-prism refactor`.",
+    budgets: tuple[float, ...] | None = option(
+        None,
+        "Budgets, for a model written by `moe-prism refactor`; default 0.75,0.5,0.25, none: ''.",
         above=0,
         below=1,
     )

@@ -99,7 +99,8 @@ class InMemory(Executor):
             return None
         if choice == "measure" and not times_of(self.parts, len(x), index.shape[1]).tiles_win:
             return None
-        return tiled(whole_parts(self.parts), x, index, weight, is_expert(index, self.parts.layer.num_experts).unsqueeze(2))
+        chosen = is_expert(index, self.parts.layer.num_experts).unsqueeze(2)
+        return tiled(whole_parts(self.parts), x, index, weight, chosen)
 
     def run(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
         execute = partial(auto, tally=self.tally) if self.way == "auto" else WAYS[self.way]

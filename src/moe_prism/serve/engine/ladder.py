@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...elastic.bind import depends_on_batch
+from ...elastic.dial import affordable
 from ...elastic.paged_past import keeps_every_token
 from ...elastic.runtime import slots_per_token
 from ...errors import PrismError, UsageError
@@ -144,7 +145,8 @@ def measure_ladder(model: Any, tokenizer: Any, folder: Path, tokens: int = 4096)
 
     exclude = read_manifest(folder)["calibration"]["documents"]
     windows = token_windows(tokenizer, "stdlib", "evaluation", length=512, tokens=tokens, exclude=exclude)
-    points = [FULL.with_budget(budget, control="" if keeps_every_token(model) else "none") for budget in BUDGETS]
+    budgets = affordable(model._moe_prism, BUDGETS)
+    points = [FULL.with_budget(budget, control="" if keeps_every_token(model) else "none") for budget in budgets]
     levels = [
         Level(f"{point.slots.rule}-{found.cost.k_slots:.3g}", point, found.cost.k_slots, found.quality.top1_agreement)
         for point, found in zip(points, measure(model, windows.ids, points), strict=True)

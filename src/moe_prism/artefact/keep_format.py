@@ -43,6 +43,7 @@ class Sums(NamedTuple):
     size: float = 0
 
     def plus(self, moves: Sequence[Moved]) -> Sums:
+        """With one more weight, which was moved so (one entry per expert where it holds several)."""
         changed = [m for m in moves if m.again]
         return Sums(
             self.moved + 1,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_prism.checkpoint import LayerStream, open_source
+from moe_prism.checkpoint import LayerStream, Source, open_source
+from moe_prism.checkpoint.companions import companions
 from moe_prism.errors import CorruptError, UsageError
 from moe_prism.jobs.inspect import inspect_model
 from moe_prism.model import load_to_run
@@ -117,6 +118,39 @@ def test_scales_of_another_shape_are_refused(plain, tmp_path):
     settings(folder, weight_block_size=[16, 16])
     with pytest.raises(UsageError, match="has scales of shape"):
         load_to_run(folder)
+
+
+def test_a_weight_that_is_gone_with_its_scales_is_missed(plain, tmp_path):
+    folder, _ = build(plain, "int4", tmp_path)
+    for file in folder.glob("*.safetensors"):
+        left = {n: t for n, t in load_file(file).items() if ".1.mlp.experts.2.down_proj." not in n}
+        save_file(left, file, {"format": "pt"})
+    quantized._index(folder)
+    with pytest.raises(CorruptError, match=r"'model.layers.1.mlp.experts.2.down_proj.weight' is missing"):
+        LayerStream(folder)
+    with pytest.raises(CorruptError, match="is missing"):
+        load_to_run(folder)
+
+
+def test_of_two_copies_the_one_that_is_read_counts(plain, tmp_path):
+    folder, _ = build(plain, "fp8", tmp_path)
+    norm, first = "model.norm.weight", min(folder.glob("*.safetensors"))
+    assert Source(folder).info(norm).shard != first.name
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    save_file(load_file(first) | {norm: torch.zeros(3)}, first, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    source = open_source(folder)
+    assert source.info(norm).shape == (64,) and all(t.name != norm for t in source.header(first.name).tensors)
+    LayerStream(folder)
+
+
+def test_files_that_name_the_format_stay_with_it(plain, tmp_path):
+    folder, _ = build(plain, "gptq", tmp_path)
+    (folder / "quantize_config.json").write_text("{}")
+    kept, none = companions(folder, Source(folder))
+    assert "quantize_config.json" in kept and not none
+    carried, left = companions(folder, open_source(folder))
+    assert sorted([*carried, *left]) == kept and left == {"quantize_config.json": "says how the weights were quantized"}
 
 
 def test_a_type_to_write_is_for_quantized_sources(plain):

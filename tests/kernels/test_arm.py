@@ -79,7 +79,9 @@ CASES += [("add", (r, v, f)) for r, v, f in ((1, 8, 0), (4, 4, 1), (6, 1, 0))]
 def test_tiles_under_an_emulator(kind, shape, size, tmp_path):
     missing = [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]
     if missing:
-        pytest.skip(f"{' and '.join(missing)} missing (Debian: apt install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)")
+        pytest.skip(
+            f"{' and '.join(missing)} missing (Debian: apt install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)"
+        )
     try:
         code, assembly = object_of(shape, kind, size)
     except RuntimeError as error:
@@ -96,7 +98,9 @@ def test_tiles_under_an_emulator(kind, shape, size, tmp_path):
     stored = w.tobytes() if size == 4 else (bits >> 16).astype(np.uint16).tobytes().ljust(64 * DEPTH * 4, b"\0")
     done = subprocess.run([EMULATOR, program], input=x.tobytes() + stored + out.tobytes(), capture_output=True, check=True)
     found = np.frombuffer(done.stdout, np.float32).reshape(8, 64)
-    np.testing.assert_allclose(found, expected(shape, kind, x.astype(np.float64), w.astype(np.float64), out), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(
+        found, expected(shape, kind, x.astype(np.float64), w.astype(np.float64), out), rtol=2e-5, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,5 +115,3 @@ def test_tiles_under_an_emulator(kind, shape, size, tmp_path):
 )
 def test_the_instruction_set_of_a_target(triple, features, name):
     assert target_of(triple, features).name == name
-
-

@@ -114,7 +114,7 @@ def test_an_elastic_model_has_points_of_its_own(run, elastic_tiny, text_file):
     found = json.loads(out)
     assert set(found["machines"]) == {"stock", "elastic"}
     cut = [row for row in found["rows"] if row["kind"] == "sub-experts"]
-    assert [row["name"] for row in cut] == ["50% of slots"] * 2
+    assert [row["name"] for row in cut] == ["50% of bytes"] * 2
     assert (
         0 < cut[0]["distinct"] <= 8 and cut[0]["distinct"] < cut[1]["distinct"]
     )  # of 4 experts x 4 sub-experts; 8 slots at full budget

@@ -15,6 +15,7 @@ from moe_prism.elastic.scorers import scorers
 from moe_prism.kernels import threads
 from moe_prism.kernels.tiles import LANES
 from moe_prism.model import find_layers
+from moe_prism.point import FULL
 from tests.model import test_dense
 from tests.parity.families import build
 
@@ -184,11 +185,11 @@ def test_budgets_of_one_batch_are_independent(rule):
     attach(model, 4, gates=1, tensors=tensors, layers=layers)
     block = model.model.layers[0].mlp
     x = torch.randn(1, 24, model.config.hidden_size, generator=g)
-    budgets = torch.tensor([1.0, 0.5, 0.25] * 8)
-    with operating_point(model, budgets, rule=rule):
+    slots = [FULL.with_slots(budget, rule) for budget in (1.0, 0.5, 0.25)]
+    with operating_point(model, point=slots, which=torch.arange(24) % 3):
         mixed = block(x)
-    for t, budget in enumerate(budgets.tolist()):
-        with operating_point(model, budget, rule=rule):
+    for t in range(24):
+        with operating_point(model, point=slots[t % 3]):
             torch.testing.assert_close(block(x[:, t : t + 1])[0, 0], mixed[0, t], rtol=1e-5, atol=1e-6)
 
 

@@ -56,9 +56,9 @@ def test_side_tensors_are_small_exact_at_full_budget_and_verified(compensated, t
     for split in (False, True):
         model._moe_prism.always_split = split
         torch.testing.assert_close(model(**rows).logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-    with moe_prism.operating_point(model, 0.5):
+    with moe_prism.operating_point(model, point=OperatingPoint(slots=SlotRule(budget=0.5, of="slots"))):
         half = model(**rows).logits
-    with moe_prism.operating_point(model, point=OperatingPoint(slots=SlotRule(budget=0.5, compensate=False))):
+    with moe_prism.operating_point(model, point=OperatingPoint(slots=SlotRule(budget=0.5, of="slots", compensate=False))):
         assert not torch.equal(model(**rows).logits, half)
     assert digests(compensated(method, " again")) == digests(folder)
 

@@ -98,7 +98,9 @@ def test_a_profile_measures_one_layer_alone(profiled, tiny_source, tiny_calibrat
     for i, row in enumerate(rows):
         for run in row["profile"]:
             alone = tuple(run["budget"] if i == j else 1.0 for j in range(len(rows)))
-            [found] = measure(model, ids, [OperatingPoint(slots=SlotRule(rule=run["rule"], layers=alone))])
+            [found] = measure(
+                model, ids, [OperatingPoint(slots=SlotRule(rule=run["rule"], layers=alone, of="slots", control="none"))]
+            )
             assert run["kl"] == pytest.approx(found.quality.kl, rel=1e-3)
 
 

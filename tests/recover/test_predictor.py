@@ -32,7 +32,11 @@ def test_only_predictor_and_levels_change(elastic_tiny, trained):
     assert (facts["method"], facts["steps"], facts["resident_bytes"]) == ("predictor", 4, 0)
     before, after = (moe_prism.load(folder)[0]._moe_prism.layers for folder in (elastic_tiny, trained))
     for a, b in zip(before, after, strict=True):
-        assert {n for n in a.parts.tensors if not torch.equal(a.parts.tensors[n], b.parts.tensors[n])} == {"ridge", "cutoffs"}
+        assert {n for n in a.parts.tensors if not torch.equal(a.parts.tensors[n], b.parts.tensors[n])} == {
+            "ridge",
+            "cutoffs",
+            "shares",
+        }
 
 
 @torch.no_grad()
@@ -58,7 +62,7 @@ def test_training_computes_what_serving_computes_and_has_a_gradient(elastic_tiny
         index[0, 1] = 0
         torch.testing.assert_close(mine(x, index, weight), layer.parts.layer.stock(x, index, weight))
         return
-    keep = layer.kept(Step(bind(model._moe_prism, [FULL.with_budget(budget, "threshold")])), x, index, weight)
+    keep = layer.kept(Step(bind(model._moe_prism, [FULL.with_slots(budget, "threshold")])), x, index, weight)
     out = mine(x, index, weight)
     torch.testing.assert_close(out, reference(layer.parts, x, index, weight, keep))
     (out.square().sum() + mine.share).backward()

@@ -134,7 +134,7 @@ def test_rows_that_choose_together_keep_what_they_do_in_memory(pair):
     """And beside them, rows of another rule are as alone."""
     plan, packed = pair
     x, index, weight = batch(24)
-    points = [FULL.with_budget(0.4, "batch-blocks"), FULL.with_budget(0.5)]
+    points = [FULL.with_budget(0.4, "batch-blocks"), FULL.with_slots(0.5)]
     which = torch.arange(24) % 2
     packed.step = Step(bind(packed, points), which)
     keep = packed.layers[0].kept(packed.step, x, index, weight)

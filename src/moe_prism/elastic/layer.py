@@ -6,6 +6,7 @@ per token, N sub-experts per expert, E experts, d hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -38,12 +39,16 @@ Candidates = Selection | Whole | Mixed
 
 @dataclass
 class ElasticLayer:
-    """One layer: its parts, the executor of its blocks, scorers and rules made on first use, and its counter."""
+    """One layer: its parts, the executor of its blocks, scorers and rules made on first use, and its counter.
+
+    on_kept: is told (index [T, k'], keep [T, k', N], None: everything) of every batch.
+    """
 
     parts: LayerParts
     elastic: Host
     executor: Executor
     counter: Counter = field(init=False)
+    on_kept: Callable[[Tensor, Tensor | None], None] | None = None
     _scorers: dict[str, Scorer] = field(default_factory=dict)
     _rules: dict[str, Rule] = field(default_factory=dict)
 
@@ -236,6 +241,8 @@ class ElasticLayer:
     def _count(self, index: Tensor, keep: Tensor | None, *, selects: bool, low: Tensor | None = None) -> None:
         if self.elastic.counting:
             self.counter.add(index, keep, selects=selects, low=low)
+        if self.on_kept is not None:
+            self.on_kept(index, keep)
 
     def reset_counter(self) -> None:
         self.counter = Counter(self.parts.layer.num_experts, self.parts.n_sub)

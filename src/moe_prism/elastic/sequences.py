@@ -37,6 +37,7 @@ class RequestHistory:
         self.known: Any = None  # all of it, for the compiled function
 
     def make_room(self, columns: int) -> None:
+        """At least so many columns; what is there stays."""
         if columns <= self.columns:
             return
         wider = max(columns, 2 * self.columns, ROOM)

@@ -47,6 +47,7 @@ class TraceRecorder:
         for layer, inner in zip(self.layers, self.inner, strict=True):
             layer.uninstall()
             if inner is not None:
+                inner.on_kept = None
                 layer.install(inner)
 
     def _observer(self, number: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -55,16 +56,17 @@ class TraceRecorder:
         def keep(name: str, tensor: Tensor) -> None:
             rows.setdefault(name, []).append(tensor.detach().cpu())
 
+        if inner is not None:
+            inner.on_kept = lambda chosen, kept: keep("kept", _bits(_all(inner, chosen) if kept is None else kept))
+
         def observe(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
             valid = is_expert(index, layer.num_experts)
             keep("expert_ids", index.masked_fill(~valid, -1).to(torch.int16))
             keep("weights", (weight * valid).half())
             if self.inputs:
                 keep("inputs", x.half())
-            if inner is not None:
-                keep("kept", _bits(inner.kept(inner.elastic.step, x, index, weight)))
-                if self.values:
-                    keep("values", self._values(inner, x, index, weight, valid).half())
+            if inner is not None and self.values:
+                keep("values", self._values(inner, x, index, weight, valid).half())
             return layer.native(x, index, weight) if inner is None else inner(x, index, weight)
 
         return observe
@@ -154,6 +156,11 @@ def _when(windows: Sequence[tuple[str, Tensor]], prompt: int) -> dict[str, Any]:
             request, step = request + 1, step + int(steps[-1]) + 1
     small = {"phase": np.int8, "side": np.int8}
     return {name: np.concatenate(rows).astype(small.get(name, np.int32)) for name, rows in parts.items()}
+
+
+def _all(layer: ElasticLayer, index: Tensor) -> Tensor:
+    """keep [T, k, N] where every block is kept."""
+    return is_expert(index, layer.parts.layer.num_experts)[:, :, None].expand(-1, -1, layer.parts.n_sub)
 
 
 def _bits(keep: Tensor) -> Tensor:

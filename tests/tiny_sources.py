@@ -18,9 +18,13 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "gpt_oss": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"],
+    },
     "llama": {},
     "mamba": {"state_size": 4},
-}
+}  # fmt: skip
 
 
 def save_tiny(family: str, folder: Path, *, shard: str = "100KB", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

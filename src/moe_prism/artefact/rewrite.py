@@ -13,7 +13,7 @@ from ..checkpoint import Journal, LayerStream, OutputFolder, TensorInfo, check_f
 from ..checkpoint.atomic import raw_bytes
 from ..checkpoint.convert import ADVICE, disk_state, quiet
 from ..checkpoint.header import TORCH
-from ..checkpoint.shards import SINGLE, read_tensor
+from ..checkpoint.shards import SINGLE
 from ..errors import UsageError
 from ..model import MoELayer, find_layers, load_model, load_tokenizer
 
@@ -21,8 +21,6 @@ Permute = Callable[[MoELayer], Tensor]
 """The neuron order of one layer: perm [E, f], new neuron j of expert e is old neuron perm[e, j]. Asked once per layer."""
 Progress = Callable[[int, int], None]
 """(bytes written, bytes in total)."""
-
-BLOCK = 1 << 24  # bytes copied at a time where no value is looked at
 
 
 def rewrite_shards(
@@ -40,14 +38,14 @@ def rewrite_shards(
     they are converted). CorruptError names a source tensor that is not finite; DoesNotFit if the disk is too small.
     """
     source = stream.source
-    _refuse_nested(source.folder, out)
+    refuse_nested(source.folder, out)
     layers = find_layers(stream.model) if layers is None else layers
     pending = [shard for shard in source.shards() if not journal.done(shard)]
     out.hashes.update({shard: journal.sha256(shard) for shard in source.shards() if shard not in pending})
     out.require_space(sum(source.header(shard).size for shard in pending))
     copy_companions(source.folder, out, source)
     if source.index_file:
-        out.write_bytes(source.index_file, (source.folder / source.index_file).read_bytes())
+        out.write_bytes(source.index_file, source.index_bytes())
     writer = _ShardWriter(stream, permute, layers)
     written = source.bytes - sum(source.header(shard).size for shard in pending)
     for shard in pending:
@@ -64,7 +62,7 @@ def rewrite_gguf(file: str | Path, permute: Permute, out: OutputFolder, dtype: t
 
     transformers dequantizes a GGUF file as a whole, so this needs the model in memory and has no units to resume.
     """
-    _refuse_nested(Path(file), out)
+    refuse_nested(Path(file), out)
     with quiet():
         model = load_model(file, dtype=dtype)
     for name, tensor in model.state_dict().items():
@@ -106,12 +104,11 @@ class _ShardWriter:
     def write(self, shard: str, file: BinaryIO) -> None:
         header = self.stream.source.header(shard)
         inside = {tensor.name: tensor for tensor in header.tensors if self.stream.source.is_read(tensor)}
-        with (self.stream.source.folder / shard).open("rb") as source:
-            file.write(source.read(header.data_start))
-            moved = {name for names in self._owned.values() for name in names}
-            for info in header.tensors:
-                if info.name not in moved or info.name not in inside:
-                    self._copy(info, source, file)
+        file.write(self.stream.source.header_bytes(shard))
+        moved = {name for names in self._owned.values() for name in names}
+        for info in header.tensors:
+            if info.name not in moved or info.name not in inside:
+                self._copy(info, file)
         for layer, names in self._owned.items():
             here = [name for name in names if name in inside]
             if here:
@@ -136,21 +133,19 @@ class _ShardWriter:
     def _try(self, name: str) -> None:
         """Once per run: an untouched layer must come back with the bytes it has on disk, else the family is not safe."""
         for disk_name, tensor in self.stream.disk_tensors(name).items():
-            if raw_bytes(tensor) != raw_bytes(self.stream.source.tensor(disk_name)):
+            if raw_bytes(tensor) != raw_bytes(self.stream.source.stored(self.stream.source.info(disk_name))):
                 raise UsageError(f"tensor '{disk_name}' changes when transformers loads and saves it", ADVICE)
         self._tried = True
 
-    def _copy(self, info: TensorInfo, source: BinaryIO, file: BinaryIO) -> None:
+    def _copy(self, info: TensorInfo, file: BinaryIO) -> None:
+        file.seek(info.begin)
         if info.dtype in TORCH:
-            tensor = read_tensor(self.stream.source.folder / info.shard, info)
+            tensor = self.stream.source.stored(info)
             check_finite(info.name, tensor, info.shard)
-            file.seek(info.begin)
             file.write(raw_bytes(tensor))
             return
-        source.seek(info.begin)
-        file.seek(info.begin)
-        for start in range(0, info.bytes, BLOCK):
-            file.write(source.read(min(BLOCK, info.bytes - start)))
+        for block in self.stream.source.blocks(info):
+            file.write(block)
 
 
 def _checked(perm: Tensor, layer: MoELayer) -> Tensor:
@@ -161,7 +156,7 @@ def _checked(perm: Tensor, layer: MoELayer) -> Tensor:
     return perm
 
 
-def _refuse_nested(source: Path, out: OutputFolder) -> None:
+def refuse_nested(source: Path, out: OutputFolder) -> None:
     """Replacing OUT must never touch the source: neither may lie in the other."""
     here, there = source.resolve(), out.out.resolve()
     if here == there or here in there.parents or there in here.parents:

@@ -2,6 +2,7 @@
 
 from .atomic import OutputFolder, sha256_file
 from .companions import companion_facts, copy_companions
+from .dequantized import DequantizedSource, open_source
 from .header import TensorInfo, read_header
 from .journal import Journal
 from .links import follow_links
@@ -12,6 +13,7 @@ from .whole import open_whole
 
 __all__ = [
     "Check",
+    "DequantizedSource",
     "Journal",
     "LayerStream",
     "OutputFolder",
@@ -23,6 +25,7 @@ __all__ = [
     "elastic_manifest",
     "first_non_finite",
     "follow_links",
+    "open_source",
     "open_whole",
     "read_header",
     "read_manifest",

@@ -104,6 +104,20 @@ class OutputFolder:
             file.write(data)
         return self.hashes[name]
 
+    def link(self, source: Path, name: str) -> str:
+        """A file that is there already, under this name, without a copy where the disk can do that; returns its sha256."""
+        source = source.resolve()
+        try:
+            (self.work / name).unlink(missing_ok=True)
+            os.link(source, self.work / name)
+        except OSError:
+            self.require_space(source.stat().st_size)
+            with self.stage(name) as file, source.open("rb") as original:
+                shutil.copyfileobj(original, file)
+            return self.hashes[name]
+        self.hashes[name] = sha256_file(self.work / name)
+        return self.hashes[name]
+
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
         """Write a safetensors file; returns its sha256. Same tensors, same bytes. CorruptError if a value is not finite."""
         # widest elements first, as the reference writer does, so that every tensor is aligned in the file

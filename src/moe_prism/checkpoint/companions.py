@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from .atomic import JOURNAL, OutputFolder
+from .dequantized import DequantizedSource
 from .links import follows_links, leads_out
 from .shards import DEPTH, INDEX, Source, is_file_name
 
 CARD, SOURCE_CARD = "README.md", "README-source.md"
+CONFIG = "config.json"
+FORMAT_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 OWN = (
     "prism.json", "prism.safetensors", "experts.pack", "kept.json", "frontier.json", "frontier.png", "ladder.json", "report.html",
     "plan.json", JOURNAL,
@@ -31,13 +34,19 @@ LICENCE = re.compile(r"^(license|license_name|license_link):[ \t]*(\S.*)$", re.M
 
 
 def companions(folder: str | Path, source: Source | None = None) -> tuple[list[str], dict[str, str]]:
-    """(files that travel, {file that does not: why}), names with `/` below the folder. source: whose shards are neither."""
+    """(files that travel, {file that does not: why}), names with `/` below the folder.
+
+    source: whose shards are neither. What is written of a dequantized one has no format, and no file that names one.
+    """
     carried, left = [], {}
-    known = {INDEX, *(source.shards() if source else ())}
+    weights = source.raw if isinstance(source, DequantizedSource) else source
+    known = {INDEX, *(weights.shards() if weights else ())}
     for name in _files(Path(folder), ""):
         if name in known or name in OWN:
             continue
         reason = _why_not(Path(folder) / name)
+        if source is not weights and name in FORMAT_FILES:
+            reason = "says how the weights were quantized"
         if reason:
             left[name] = reason
         elif name != CARD or not (Path(folder) / SOURCE_CARD).exists():
@@ -48,8 +57,8 @@ def companions(folder: str | Path, source: Source | None = None) -> tuple[list[s
 def copy_companions(folder: str | Path, out: OutputFolder, source: Source | None = None) -> None:
     """Copy what travels byte for byte; only `auto_map` (remote code) is taken out, and a model card gets another name."""
     for name in companions(folder, source)[0]:
-        data = without_auto_map(name, (Path(folder) / name).read_bytes())
-        out.write_bytes(SOURCE_CARD if name == CARD else name, data)
+        data = source.config_bytes() if source and name == CONFIG else (Path(folder) / name).read_bytes()
+        out.write_bytes(SOURCE_CARD if name == CARD else name, without_auto_map(name, data))
 
 
 def without_auto_map(name: str, data: bytes) -> bytes:
@@ -74,11 +83,14 @@ def licence(folder: str | Path) -> dict[str, str]:
     return {}
 
 
-def companion_facts(folder: str | Path) -> dict[str, Any]:
-    """For a manifest: the licence that a source's card states, and what lies beside its weights and does not travel, with the reason."""
+def companion_facts(folder: str | Path, source: Source | None = None) -> dict[str, Any]:
+    """For a manifest: the licence that a source's card states, and what lies beside its weights and does not travel, with the reason.
+
+    source: as it is written, default as it is on disk.
+    """
     if Path(folder).is_file():
         return {"licence": {}, "left_out": {}}
-    return {"licence": licence(folder), "left_out": companions(folder, Source(folder))[1]}
+    return {"licence": licence(folder), "left_out": companions(folder, source or Source(folder))[1]}
 
 
 def origin(folder: str | Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +11,23 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..errors import CorruptError, UsageError
-from .links import inside
+from ..errors import UsageError
+from .shards import read_json
 
 ROW = 16
 WRONG = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError)
 
 
-def read_config(folder: Path) -> Any:
-    """config.json as a transformers config, without the keys that could make a library fetch or run code."""
+def read_config(folder: Path, value: dict[str, Any] | None = None) -> Any:
+    """config.json as a transformers config, without the keys that could make a library fetch or run code.
+
+    value: what it says, where that is not what the file says (`DequantizedSource.config`).
+    """
     path = folder / "config.json"
-    try:
-        raw = json.loads(inside(path).read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise UsageError(f"'{folder}' has no readable config.json", "give a folder written by save_pretrained") from error
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path} is not JSON: {error}", "restore the file from its source") from error
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    raw = read_json(path) if value is None else value
+    kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise UsageError(f"{path}: model_type {str(kind)[:60]!r} is not one that transformers knows", "update transformers")
-    if raw.get("quantization_config"):
-        raise UsageError(f"'{folder}' is a quantized checkpoint", "dequantize it first, or use the unquantized release")
     try:
         config = CONFIG_MAPPING[kind]
         # the class's own reader of special floats ({"__float__": "Infinity"}), which from_pretrained applies and from_dict does not
@@ -51,9 +46,8 @@ def model_class(config: Any) -> Any:
     if not causal or config.get_text_config(decoder=True) is not config:
         named: Any = getattr(transformers, str(next(iter(config.architectures or ()), "")), None)
         if isinstance(named, type) and issubclass(named, GenerationMixin) and named.config_class is type(config):  # type: ignore[attr-defined]
-            if (
-                named.forward is torch.nn.Module.forward
-            ):  # Qwen3-Omni: a thinker that writes and a talker that speaks, run by `generate` only
+            # Qwen3-Omni: a thinker that writes and a talker that speaks, run by `generate` only
+            if getattr(named, "forward", None) is torch.nn.Module.forward:
                 raise UsageError(f"{named.__name__} is several models in one", "save the part that writes text by its own class")
             return named
         if not causal and type(config) in AutoModelForImageTextToText._model_mapping:

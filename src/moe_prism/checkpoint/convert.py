@@ -6,7 +6,7 @@ come from `get_model_conversion_mapping`, and what they give back is compared wi
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -28,15 +28,17 @@ from transformers.utils import logging
 from ..errors import UsageError
 from .shards import Source
 
+Read = Callable[[str], Tensor]
+
 
 class Lazy:
     """Stands for a tensor on disk; the conversion reads it with `[...]` when its turn comes."""
 
-    def __init__(self, source: Source, name: str) -> None:
-        self.source, self.name = source, name
+    def __init__(self, read: Read, name: str) -> None:
+        self.read, self.name = read, name
 
     def __getitem__(self, _: Any) -> Tensor:
-        return self.source.tensor(self.name)
+        return self.read(self.name)
 
 
 class LazyShape:
@@ -70,9 +72,12 @@ class Conversion:
         self.owner = {name: target for name, target in self._targets() if target in self.expected}
         model._weight_conversions = [rule for rule in self.rules if rule.was_used()]  # what `revert_weight_conversion` undoes
 
-    def load(self, names: Iterable[str]) -> None:
-        """Put these tensors into the model's parameters, on CPU. UsageError if transformers cannot convert or place one."""
-        wrong = self._load({name: Lazy(self.source, name) for name in names}, "cpu").wrong
+    def load(self, names: Iterable[str], read: Read | None = None) -> None:
+        """Put these tensors into the model's parameters, on CPU. UsageError if transformers cannot convert or place one.
+
+        read: gives the tensor of a name, default as it is on disk.
+        """
+        wrong = self._load({name: Lazy(read or self.source.tensor, name) for name in names}, "cpu").wrong
         if wrong:
             name, why = next(iter(wrong.items()))
             raise UsageError(f"tensor '{name}' {why}", "check that config.json belongs to these weights")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,22 @@ def read_header(path: Path) -> Header:
     if position != size:
         raise corrupt(path, f"byte {min(position, size)}: header describes {position} bytes, the file has {size}")
     return Header(tuple(tensors), metadata, 8 + length, size)
+
+
+def header_text(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """The first bytes of a safetensors file, its length included, of tensors one behind the other in this order."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for tensor in tensors:
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.bytes],
+        }
+        position += tensor.bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def corrupt(path: Path, what: str) -> CorruptError:

@@ -19,6 +19,8 @@ from .shards import INDEX, SINGLE, Source, check_finite, is_inner_name, read_ten
 
 MANIFEST = "prism.json"
 SCHEMA = 1
+WEIGHTS_FILE = "weights_file"
+"""The fact that names the GGUF file of a folder that has no safetensors weights."""
 LIBRARIES = ("moe-prism", "torch", "transformers", "safetensors")
 NEXT = "restore the folder from a copy, or build it again"
 

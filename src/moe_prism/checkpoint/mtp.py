@@ -113,8 +113,8 @@ class MTPEdit:
 
     def tensor(self, name: str) -> Tensor:
         """Its values in the output."""
-        source, shape = self._made[name]
-        tensor = self.stream.source.tensor(source)
+        made_of, shape = self._made[name]
+        tensor = self.stream.source.stored(self.stream.source.info(made_of))
         for dim, (old, new) in enumerate(zip(tensor.shape, shape, strict=True)):
             if old != new:  # E experts of old / E rows each
                 parts = tensor.reshape(*tensor.shape[:dim], -1, new // len(self.kept), *tensor.shape[dim + 1 :])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CorruptError, UsageError
-from .header import Header, TensorInfo, corrupt, read_header
+from .header import RESTORE, Header, TensorInfo, corrupt, read_header
 from .links import inside
 
 SINGLE = "model.safetensors"
@@ -19,6 +20,8 @@ INDEX = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
 LEGACY = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 DEPTH = 4  # folders in folders that a name may lead through, itself included
+Bytes = bytes  # `Source.bytes` is a number
+BLOCK = 1 << 24  # bytes copied at a time where no value is looked at
 CHUNK = 1 << 22  # elements looked at together: bounds the scan's scratch memory
 
 
@@ -76,6 +79,34 @@ class Source:
         info = self.info(name)
         return read_tensor(self.folder / info.shard, info)
 
+    def blocks(self, info: TensorInfo) -> Iterator[Bytes]:
+        """The bytes of this copy of a tensor, whatever they mean."""
+        with (self.folder / info.shard).open("rb") as file:
+            file.seek(info.begin)
+            for start in range(0, info.bytes, BLOCK):
+                yield file.read(min(BLOCK, info.bytes - start))
+
+    def stored(self, info: TensorInfo) -> Tensor:
+        """This copy of a tensor, in the dtype of `info`: what is written of it."""
+        return read_tensor(self.folder / info.shard, info)
+
+    def header_bytes(self, shard: str) -> Bytes:
+        """What stands before the first payload byte of a shard."""
+        with (self.folder / shard).open("rb") as file:
+            return file.read(self.header(shard).data_start)
+
+    def index_bytes(self) -> Bytes:
+        """The index, where `index_file` says that there is one."""
+        return (self.folder / INDEX).read_bytes()
+
+    def config(self) -> dict[str, Any]:
+        """The JSON value of config.json; see `read_json`."""
+        return read_json(self.folder / "config.json")
+
+    def config_bytes(self) -> Bytes:
+        """config.json as it is written again."""
+        return inside(self.folder / "config.json").read_bytes()
+
     def _single(self) -> list[str]:
         if (self.folder / SINGLE).is_file():
             return [SINGLE]
@@ -123,6 +154,19 @@ class Source:
         for file in sorted(self.folder.iterdir()):
             if SHARD_NAME.fullmatch(file.name) and file.name not in self._headers:
                 raise corrupt(file, "this shard is not in the index")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model's folder. UsageError where there is no such file, CorruptError where it is no JSON object."""
+    try:
+        value: Any = json.loads(inside(path).read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise UsageError(f"'{path.parent}' has no readable {path.name}", "give a folder written by save_pretrained") from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{path} is not JSON: {error}", RESTORE) from error
+    if not isinstance(value, dict):
+        raise CorruptError(f"{path} is not a JSON object", RESTORE)
+    return value
 
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from .config import WRONG
-from .convert import ADVICE, place, stored
+from .convert import ADVICE, Read, place, stored
 from .whole import open_whole
 
 
@@ -21,12 +21,13 @@ class LayerStream:
     """A transformers causal language model on the meta device whose parts are brought in from a safetensors folder by name.
 
     `model` is the whole module tree (eval mode; `find_layers(stream.model)` works). dtype: what `streaming` computes in; None
-    takes config.json's, as `from_pretrained(dtype="auto")` does. Remote code never runs. Raises UsageError for an unknown or
-    quantized model, CorruptError for a folder that is not whole (`whole.py`).
+    takes config.json's, as `from_pretrained(dtype="auto")` does. A quantized checkpoint is dequantized as it is read, and is written
+    again in `written` (see `open_source`). Remote code never runs. Raises UsageError for an unknown model or format, CorruptError
+    for a folder that is not whole (`whole.py`).
     """
 
-    def __init__(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        self._conversion = open_whole(folder, dtype)
+    def __init__(self, folder: str | Path, dtype: torch.dtype | None = None, written: str | None = None) -> None:
+        self._conversion = open_whole(folder, dtype, written)
         self.source, self.model, self.dtype = self._conversion.source, self._conversion.model, self._conversion.dtype
         _fill_buffers(self.model)
         self._empty = {name: tensor for name, tensor in stored(self.model) if name in self._conversion.expected}
@@ -46,14 +47,14 @@ class LayerStream:
         """Tensors on disk that feed the module called `prefix`."""
         return [name for name, target in self._conversion.owner.items() if target.startswith(f"{prefix}.")]
 
-    def materialise(self, prefix: str, *, disk_dtype: bool = False) -> nn.Module:
+    def materialise(self, prefix: str, *, disk_dtype: bool = False, read: Read | None = None) -> nn.Module:
         """Load the parameters of one module (CPU, no grad) and return it.
 
         disk_dtype: keep the dtype of the files instead of the compute dtype, so that `disk_tensors` gives their bytes back.
-        UsageError names a tensor that is missing on disk.
+        read: what to load by a tensor's name instead of what is on disk. UsageError names a tensor that is missing on disk.
         """
         targets = [name for name in self._empty if name.startswith(f"{prefix}.")]
-        self._load(targets, self.disk_names(prefix), disk_dtype)
+        self._load(targets, self.disk_names(prefix), disk_dtype, read)
         return self.model.get_submodule(prefix)  # type: ignore[no-any-return]
 
     def release(self, prefix: str) -> None:
@@ -63,10 +64,10 @@ class LayerStream:
                 place(self.model, name, empty)
 
     @contextmanager
-    def module(self, prefix: str, *, disk_dtype: bool = False) -> Iterator[nn.Module]:
+    def module(self, prefix: str, *, disk_dtype: bool = False, read: Read | None = None) -> Iterator[nn.Module]:
         """`materialise` for the length of a block."""
         try:
-            yield self.materialise(prefix, disk_dtype=disk_dtype)
+            yield self.materialise(prefix, disk_dtype=disk_dtype, read=read)
         finally:
             self.release(prefix)
 
@@ -75,10 +76,13 @@ class LayerStream:
 
         Needs `disk_dtype=True`; UsageError names the tensor that would not come back as it is on disk.
         """
-        state = {
+        return self._conversion.revert(self.state(prefix), self.disk_names(prefix))
+
+    def state(self, prefix: str) -> dict[str, Tensor]:
+        """Current weights of a materialised module by their full names."""
+        return {
             name: tensor.detach() for name, tensor in stored(self.model) if name in self._empty and name.startswith(f"{prefix}.")
         }
-        return self._conversion.revert(state, self.disk_names(prefix))
 
     def check_rewritable(self, prefix: str) -> None:
         """UsageError where the tensors of this module cannot be written back under the names they have on disk. Reads nothing."""
@@ -152,13 +156,13 @@ class LayerStream:
 
         return hook
 
-    def _load(self, targets: list[str], names: list[str], disk_dtype: bool) -> None:
+    def _load(self, targets: list[str], names: list[str], disk_dtype: bool, read: Read | None = None) -> None:
         if disk_dtype:
             for name in names:  # the loader casts to the dtype of the empty parameter it fills
                 target = self._conversion.owner[name]
                 dtype = self.source.info(name).torch_dtype
                 place(self.model, target, _like(self._empty[target], dtype))
-        self._conversion.load(names)
+        self._conversion.load(names, read)
         tied = getattr(self.model, "all_tied_weights_keys", {})
         loaded = dict(stored(self.model))
         missing = {name for name in targets if loaded[name].is_meta}

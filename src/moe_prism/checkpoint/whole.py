@@ -16,6 +16,7 @@ import torch
 from ..errors import CorruptError
 from .config import WRONG, empty_model, read_config
 from .convert import Conversion
+from .dequantized import open_source
 from .header import TORCH
 from .shards import INDEX, SINGLE, Source, check_finite
 
@@ -24,13 +25,15 @@ SMALL_IN_ALL = 1 << 26
 SCALED = ("F8", "F4", "F6")  # dtypes whose numbers mean nothing without the scales of a quantization
 
 
-def open_whole(folder: str | Path, dtype: torch.dtype | None = None) -> Conversion:
+def open_whole(folder: str | Path, dtype: torch.dtype | None = None, written: str | None = None) -> Conversion:
     """The empty model of a folder with the rules that bring its tensors in. dtype None: that of config.json.
+
+    A quantized checkpoint is held against its architecture as what it stands for. written: see `open_source`.
 
     UsageError for a model that cannot be taken, CorruptError in one line naming tensor and file for a folder that is not whole.
     """
-    source = Source(folder)
-    config = read_config(source.folder)
+    source = open_source(folder, written)
+    config = read_config(source.folder, source.config())
     dtype = dtype or config.dtype or _first_float(source)
     conversion = Conversion(empty_model(source.folder, config, dtype), source, dtype)
     check_whole(conversion)

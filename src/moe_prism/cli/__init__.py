@@ -14,6 +14,7 @@ import cyclopts
 from ..cores import settle_threads
 from ..errors import PrismError
 from . import (
+    adopt,
     bench,
     calibrate,
     demo,
@@ -36,7 +37,7 @@ from .flags import following, with_flags
 from .output import Unwritten, plain_line
 
 INTERRUPTED = 130
-RESUMABLE = ("calibrate", "refactor", "recover", "prune")
+RESUMABLE = ("calibrate", "refactor", "adopt", "recover", "prune")
 
 
 def build() -> cyclopts.App:
@@ -58,6 +59,7 @@ def build() -> cyclopts.App:
         (inspect.inspect, "inspect"),
         (calibrate.calibrate, "calibrate"),
         (refactor.refactor, "refactor"),
+        (adopt.adopt, "adopt"),
         (prune.prune, "prune"),
         (recover.recover, "recover"),
         (skip.skip, "skip"),

@@ -36,7 +36,7 @@ def inspect(
     share = facts["expert_parameters"] / facts["parameters"]
     head = (
         f"{facts['model']}: {facts['architecture']} ({facts['family']}), {facts['parameters'] / 1e6:.2f} M parameters, "
-        f"{share:.0%} in experts, {facts['dtype']}, {facts['bytes_on_disk'] / 2**20:.1f} MiB on disk\n"
+        f"{share:.0%} in experts, {_stored(facts)}, {facts['bytes_on_disk'] / 2**20:.1f} MiB on disk\n"
         f"experts per token: {facts['experts_per_token'] or 'unknown'}; {_next(facts)}\n"
     )
     columns = ("name", "kind", "experts", "hidden", "width", "gated", "biases")
@@ -50,6 +50,10 @@ def inspect(
     if report and trace:
         _write(report, trace)
     emit(facts, text, json)
+
+
+def _stored(facts: dict[str, Any]) -> str:
+    return f"{facts['quantized']} ({facts['dtype']} when dequantized)" if facts["quantized"] else str(facts["dtype"])
 
 
 def _unread(names: list[str]) -> str:

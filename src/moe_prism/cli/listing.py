@@ -21,6 +21,7 @@ Kind = Literal[
     "routing-stages",
     "methods",
     "protections",
+    "source-formats",
     "cache-policies",
     "predictors",
     "systems",
@@ -37,7 +38,8 @@ def ls(kind: Kind, /, *, json: bool = False) -> None:
     ----------
     kind: methods (of frontier --methods: rules, expert skipping, pruning criteria), families (MoE model types of the installed
         transformers), solvers, objectives, gates, scorers, compensators, recoveries, collectors, policies (scheduling), routing-stages,
-        protections (of prune), cache-policies, predictors (of experts), or systems (of the literature, and which of them work here).
+        protections (of prune), source-formats (of quantized
+        checkpoints), cache-policies, predictors (of experts), or systems (of the literature, and which of them work here).
     json: One JSON object on stdout.
     """
     if kind == "families":

@@ -42,6 +42,11 @@ def refactor(
     done = write(model, out, options, calibration=calibration, resume=run.resume, force=run.force, report=progress)
     facts = done.to_json()
     note_left_out(facts["left_out"])
+    if kept := facts["kept_format"]:
+        note(
+            f"{kept['format']} kept: {kept['requantized']} of {kept['weights']} matrices quantized again, relative error "
+            f"{kept['relative_error']:.4f}, KL {kept['kl']:.5f} to the source ({kept['kl_tokens']} tokens)"
+        )
     note(f"next: moe-prism frontier {out}")
     emit(
         facts,

@@ -235,6 +235,8 @@ def _step_of(elastic: Elastic, budget: float | Tensor, k: int | None, rule: str 
     if k is not None:
         point = replace(point, slots=replace(point.slots, of=slots_unit(rule)))
     bound = bind(elastic, [point])
+    for dial in bound.groups[0].dials[:1]:
+        dial.at(float(low))  # of many budgets the smallest one says whether they can be
     return Step(bound, 0, budget if isinstance(budget, Tensor) else None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import LayerStream, read_manifest
+from ..checkpoint import DequantizedSource, LayerStream, read_manifest
 from ..checkpoint.manifest import MANIFEST
 from ..errors import UsageError
 from ..model import MoELayer, find_layers, load_model, on_disk, resolve
@@ -15,14 +15,17 @@ SUB_EXPERTS = (2, 4, 8, 16, 32)
 
 def inspect_model(model: str | Path) -> dict[str, Any]:
     """Layers, experts, shapes, bytes and the sub-expert counts that divide evenly, as JSON-ready values. n_sub is that of
-    a folder that is elastic already, else None. CorruptError for a folder that is not whole.
+    a folder that is elastic already, else None; quantized names the format of its weights, dtype what they stand for. CorruptError
+    for a folder that is not whole.
     """
     where = on_disk(resolve(model))
     if where.is_dir():
         stream = LayerStream(where)
-        tree, dtype, size, unread = stream.model, stream.dtype, stream.source.bytes, stream.unused
+        tree, dtype, unread = stream.model, stream.dtype, stream.unused
+        quantized = stream.source if isinstance(stream.source, DequantizedSource) else None
+        size = quantized.raw.bytes if quantized else stream.source.bytes
     else:
-        tree = load_model(where)
+        tree, quantized = load_model(where), None
         dtype, size, unread = tree.dtype, where.stat().st_size, []
     layers = find_layers(tree)
     total = sum(p.numel() for p in tree.parameters())
@@ -32,6 +35,7 @@ def inspect_model(model: str | Path) -> dict[str, Any]:
         "family": tree.config.model_type,
         "architecture": type(tree).__name__,
         "dtype": str(dtype).removeprefix("torch."),
+        "quantized": quantized.form.name if quantized else None,
         "bytes_on_disk": size,
         "parameters": total,
         "expert_parameters": experts,

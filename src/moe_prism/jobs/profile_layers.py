@@ -17,6 +17,7 @@ from ..frontier.measure import LOGIT_ROWS, measure
 from ..model import find_layers, load_to_run
 from ..point import OperatingPoint, SlotRule
 from ..progress import Update
+from .solve_layer import PERM, WORKING
 
 TYPICAL = 0.5  # the budget whose cost per unit of dropped energy stands for a layer where no more is known
 
@@ -33,8 +34,8 @@ class Profiler:
         self.model = load_to_run(where)
         layers = find_layers(self.model)
         for layer, unit in zip(layers, units, strict=True):
-            layer.permute(unit["perm"])
-        tensors = [{k: v for k, v in unit.items() if k != "perm"} for unit in units]
+            layer.permute(unit[PERM])
+        tensors = [{k: v for k, v in unit.items() if k not in WORKING} for unit in units]
         self.elastic = attach(self.model, n_sub, gates=gates, tensors=tensors, layers=layers)
 
     def alone(self, rule: str, budget: float, ids: Tensor, update: Update) -> tuple[Tensor, int]:

@@ -17,7 +17,7 @@ from ..artefact.load import SIDE_FILE, flat_side_tensors, side_tensors
 from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
 from ..calibrate.statistics import Statistics
-from ..checkpoint import Journal, OutputFolder, companion_facts, read_manifest, source_facts, write_manifest
+from ..checkpoint import Journal, OutputFolder, read_manifest, source_facts, write_manifest
 from ..checkpoint.manifest import MANIFEST
 from ..compress.prune import KeptExperts
 from ..compress.prune.remove import Removal, check_mtp_choice, check_removable, remove_experts
@@ -125,7 +125,7 @@ class _Job:
 
     def __init__(self, model: str | Path, options: PruneOptions, calibration: str | Path | None, writes: bool = False) -> None:
         self.options = options
-        self.weights = Weights(resolve(model))
+        self.weights = Weights(resolve(model), options.dtype)
         if writes and self.weights.stream:
             self.weights.check_rewritable()
             check_mtp_choice(self.weights.stream, self.weights.layers, options.mtp)
@@ -206,16 +206,20 @@ def _facts(
     manifest: Mapping[str, Any] | None, selection: PruneSelection, inputs: Mapping[str, Any], job: _Job, kind: str
 ) -> dict[str, Any]:
     """prism.json: of an elastic model its own facts with fewer experts, else what was done."""
-    beside = companion_facts(job.weights.path)
+    beside = job.weights.companions
+    plain = {"dequantized": job.weights.dequantized} if job.weights.dequantized else {}
     if manifest is None:
         return {
             "kind": kind,
             "source": inputs["source"],
             "companions": beside,
+            **plain,
             "pruning": dict(inputs),
             "documents": list(job.documents),
         }
-    old = {key: value for key, value in manifest.items() if key not in (*FILLED_IN, "operating_points")}
+    old = {key: value for key, value in manifest.items() if key not in (*FILLED_IN, "operating_points", "kept_format", "adopted")}
+    if plain:
+        old |= plain | {"bytes_per_weight": job.weights.bytes_per_weight}
     layers = [
         {**row, "experts": len(c.kept), "starved": [c.kept.index(e) for e in row["starved"] if e in c.kept]}
         for row, c in zip(old["layers"], selection.choices, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -17,7 +18,7 @@ from ..artefact.load import SIDE_FILE
 from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
 from ..calibrate.statistics import Statistics
-from ..checkpoint import Journal, OutputFolder, companion_facts, source_facts, write_manifest
+from ..checkpoint import Journal, OutputFolder, source_facts, write_manifest
 from ..elastic.rules.threshold import kept_shares, pool_cutoffs
 from ..elastic.side_tensors import CUTOFFS, LAYER_BUDGETS, SHARES
 from ..errors import UsageError
@@ -25,10 +26,12 @@ from ..model import MoELayer, resolve
 from ..options.refactor import RefactorOptions
 from ..partition.base import check_blocks
 from ..progress import Report, Update, peak_rss_bytes, silent
+from .align import align
 from .calibrate import SNAPSHOT, calibration_windows, check_fit, read_statistics, run_pass
+from .distance import TOKENS, distance_between, evaluation_windows
 from .profile_layers import Profiler, budget_tensors, profile_runs, unit_cost
 from .refactor_card import model_card
-from .solve_layer import solve
+from .solve_layer import IMPORTANCE, PERM, WORKING, solve
 
 CUTOFFS_FILE = "cutoffs.safetensors"
 
@@ -51,6 +54,7 @@ class Refactored:
             "partition_cost_share": sum(layer["cost_share"] for layer in layers) / len(layers),
             "starved_experts": sum(len(layer["starved"]) for layer in layers),
             "left_out": self.manifest["companions"]["left_out"],
+            "kept_format": self.manifest.get("kept_format"),
             "peak_rss_bytes": self.peak_rss_bytes,
         }
 
@@ -73,7 +77,8 @@ def refactor(
     where = resolve(model)
     check_apart(where, out)
     given = read_statistics(calibration) if calibration else None
-    weights = Weights(where)
+    weights = Weights(where, options.dtype, options.keep)
+    options, together, aligned = align(weights, options)
     for layer in weights.layers:
         check_width(layer, options)
     weights.check_rewritable()
@@ -98,11 +103,18 @@ def refactor(
         if windows is not None:
             given = run_pass(where, windows, options.calibration, folder, work.journal, work.report)
         assert given is not None
-        rows = _solve_layers(work, weights, given, options)
+        rows = _solve_layers(work, weights, given, options, together)
         _pool_cutoffs(work, weights, given, options, rows)
         with work.report("write") as update:
-            weights.rewrite(folder, work.journal, lambda layer: _unit(folder, layer)["perm"], update)
+            units = partial(_unit, folder)
+            kept = weights.rewrite(
+                folder, work.journal, lambda layer: units(layer)[PERM], update, lambda layer: units(layer)[IMPORTANCE]
+            )
         facts = _facts(weights, source, options, rows, given)
+        if aligned:
+            facts["align"] = aligned
+        if kept:
+            facts["kept_format"] = kept | _distance(weights, folder, given, options)
         _write_side_files(folder, weights, facts)
         manifest = write_manifest(folder, facts)
         folder.finish()
@@ -128,8 +140,22 @@ class _Work(NamedTuple):
     report: Report
 
 
-def _solve_layers(work: _Work, weights: Weights, statistics: Statistics, options: RefactorOptions) -> list[dict[str, Any]]:
-    """One journal unit per layer: its tensors, with its facts in the file's metadata. Returns the facts."""
+def _distance(weights: Weights, folder: OutputFolder, statistics: Statistics, options: RefactorOptions) -> dict[str, Any]:
+    """KL of the written checkpoint against the source, on held-out windows, else on those of the calibration."""
+    length = statistics.profile.shape[1]
+    windows = evaluation_windows(weights.path, options.calibration.text, length)
+    ids = windows.ids if windows else statistics.profile[: max(1, TOKENS // length)]
+    quality = distance_between(weights.path, folder.work, ids)
+    return {"kl": round(quality.kl, 8), "kl_tokens": quality.tokens, "kl_text": "evaluation" if windows else "calibration"}
+
+
+def _solve_layers(
+    work: _Work, weights: Weights, statistics: Statistics, options: RefactorOptions, together: int
+) -> list[dict[str, Any]]:
+    """One journal unit per layer: its tensors, with its facts in the file's metadata. Returns the facts.
+
+    together: neighbouring neurons that move as one.
+    """
     folder, journal, report = work
     rows = []
     with report("partition") as update:
@@ -137,7 +163,7 @@ def _solve_layers(work: _Work, weights: Weights, statistics: Statistics, options
             unit = _unit_name(layer)
             if not journal.done(unit):
                 with weights.loaded(layer):
-                    tensors, facts = solve(layer, mine, options)
+                    tensors, facts = solve(layer, mine, options, together)
                 digest = folder.save_tensors(unit, tensors, {"facts": json.dumps(facts)})
                 journal.finish(unit, unit, digest)
             rows.append(_unit_facts(folder, layer))
@@ -227,10 +253,11 @@ def _facts(
     return {
         "kind": "elastic",
         "source": source,
-        "companions": companion_facts(weights.path),
+        "companions": weights.companions,
         "n_sub": options.n_sub,
         "gates": options.gates,
         "bytes_per_weight": weights.bytes_per_weight,
+        **({"dequantized": weights.dequantized} if weights.dequantized else {}),
         "layers": list(rows),
         "options": asdict(options),
         "calibration": _summary(statistics),
@@ -243,7 +270,12 @@ def _summary(statistics: Statistics) -> dict[str, Any]:
 
 def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str, Any]) -> None:
     """prism.safetensors and the model card; work files leave, so that what is renamed is only the result."""
-    side = {f"layers.{layer.index}.{k}": v for layer in weights.layers for k, v in _unit(folder, layer).items() if k != "perm"}
+    side = {
+        f"layers.{layer.index}.{name}": tensor
+        for layer in weights.layers
+        for name, tensor in _unit(folder, layer).items()
+        if name not in WORKING
+    }
     if (folder.work / CUTOFFS_FILE).exists():
         side |= load_file(str(folder.work / CUTOFFS_FILE))
     folder.save_tensors(SIDE_FILE, side, {"format": "pt"})
@@ -251,7 +283,7 @@ def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str
     # vLLM loads every *.safetensors of a folder that has no index: name the weights, so that the side file is not taken for them
     index, single = folder.work / "model.safetensors.index.json", folder.work / "model.safetensors"
     if single.exists() and not index.exists():
-        folder.write_bytes(index.name, _index(single))
+        folder.write_bytes(index.name, single_index(single))
     for layer in weights.layers:
         folder.discard(_unit_name(layer))
     folder.discard(SNAPSHOT)
@@ -260,7 +292,8 @@ def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str
         folder.discard(_profile_name(i))
 
 
-def _index(single: Path) -> bytes:
+def single_index(single: Path) -> bytes:
+    """An index that names one file of weights, for tools that would else take every safetensors file of a folder for weights."""
     with safe_open(str(single), "pt") as file:
         names = sorted(file.keys())
     return json.dumps(

@@ -13,6 +13,8 @@ from ..calibrate.run import bounded_capacity, declared_bytes
 from ..errors import DoesNotFit
 from ..model import resolve
 from ..options.refactor import RefactorOptions
+from .align import align
+from .distance import LOGITS
 from .refactor import check_width
 
 PROCESS_BYTES = 700 << 20  # Python with torch, transformers and numba loaded
@@ -22,7 +24,8 @@ FLOAT32 = 4
 def resources_of(model: str | Path, options: RefactorOptions) -> dict[str, Any]:
     """Declared peak memory and disk of `refactor`, in bytes, by part. UsageError for options that the model does not allow."""
     options.check()
-    weights = Weights(resolve(model))
+    weights = Weights(resolve(model), options.dtype, options.keep)
+    options = align(weights, options).options
     for each in weights.layers:
         check_width(each, options)
     calibration = options.calibration
@@ -39,10 +42,13 @@ def resources_of(model: str | Path, options: RefactorOptions) -> dict[str, Any]:
         "weights_bytes": 3 * experts if calibration.low_memory else everything + experts,
         "statistics_bytes": 2 * declared,
         "activations_bytes": tokens * _row_bytes(weights, layer.hidden, layer.width, calibration.length),
-        "logits_bytes": 0 if calibration.low_memory else 6 * calibration.length * config.vocab_size * FLOAT32,
+        "logits_bytes": max(
+            0 if calibration.low_memory else 6 * calibration.length * config.vocab_size * FLOAT32,
+            3 * max(LOGITS, calibration.length * config.vocab_size) * FLOAT32 if options.keep else 0,
+        ),
         "solver_bytes": 4 * layer.num_experts * capacity * layer.width * FLOAT32,
     }
-    written = weights.stream.source.bytes if weights.stream else everything // 2
+    written = weights.written_bytes or everything // 2
     disk = written + 2 * declared  # a new snapshot of the statistics is complete before the one before it goes
     return {"peak_memory_bytes": sum(parts.values()), "disk_bytes": disk, **parts, "reservoir_tokens": capacity}
 

@@ -20,31 +20,48 @@ from ..model import MoELayer
 from ..options.refactor import RefactorOptions
 from ..partition import Partition, objectives, order_gates, refiners, solvers
 from ..partition import gates as gate_choices
+from ..partition.base import Floats, Ints
 from ..partition.parallel import solve_layer
 from ..partition.weights import weight_fallback
 from .calibrate import STARVED
 
+PERM, IMPORTANCE = "perm", "importance"
+WORKING = (PERM, IMPORTANCE)
+"""Tensors of a solved layer that the artefact does not hold."""
 
-def solve(layer: MoELayer, statistics: LayerStatistics, options: RefactorOptions) -> tuple[dict[str, Tensor], dict[str, Any]]:
+
+def solve(
+    layer: MoELayer, statistics: LayerStatistics, options: RefactorOptions, unit: int = 1
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, facts) of one layer whose weights are loaded; the weights are left in the new order.
 
-    tensors: perm [E, f] int32, ridge, cutoffs, what compensation reads. facts: experts, width, cost_share (mean), starved experts.
+    unit: so many neighbouring neurons move together; the best unit of a sub-expert comes first, and its first neurons are the gates.
+    tensors: perm [E, f] int32, importance [E, f] (see `_importance`), ridge, cutoffs, what compensation reads. facts: experts, width,
+    cost_share (mean), starved experts.
     """
     samples, weights, starved = _samples(statistics, layer)
     mass = [layer.activations(e, x).abs().float().numpy() for e, x in enumerate(samples)]
     dropped = options.dropped or options.n_sub - 1
     down = layer.down.float().norm(dim=1).numpy()  # [E, f]
     objective = objectives.get(options.objective)
-    wanted = {e: objective(m, weights[e].numpy(), down[e]) for e, m in enumerate(mass)}
+    wanted = {e: _united(objective(m, weights[e].numpy(), down[e]), unit) for e, m in enumerate(mass)}
     cut = partial(solvers.get(options.solver), n_sub=options.n_sub, dropped=dropped)
     partitions = solve_layer(wanted, cut, layer=layer.index, seed=options.seed)
     if options.objective in refiners.names():
         partitions = _refine(layer, partitions, samples, weights, options, dropped)
     orders = {e: p.perm for e, p in partitions.items()}
     for e in starved:
+        if unit > 1:  # weights say little of a group's neurons together: they keep their order
+            orders[e] = np.arange(layer.width // unit, dtype=np.int32)
+            continue
         orders[e] = weight_fallback(_rows(layer.gate, e), layer.up[e].float().numpy(), options.n_sub, options.seed).perm
-    choice = gate_choices.get(options.gate_choice)
-    perm = np.stack([order_gates(m, orders[e], options.n_sub, options.gates, choice, down[e]) for e, m in enumerate(mass)])
+    choice, gates = gate_choices.get(options.gate_choice), options.gates if unit == 1 else min(1, options.gates)
+    perm = np.stack(
+        [
+            _neurons(order_gates(_united(m, unit), orders[e], options.n_sub, gates, choice, _norms(down[e], unit)), unit)
+            for e, m in enumerate(mass)
+        ]
+    )
     layer.permute(torch.from_numpy(perm))
     parts = LayerParts(layer, options.n_sub, options.gates)
     extra = None if options.compensate == "none" else _compensate(parts, statistics, samples, weights, options)
@@ -64,7 +81,43 @@ def solve(layer: MoELayer, statistics: LayerStatistics, options: RefactorOptions
         "cost_share": round(float(np.mean(shares)), 6),
         "starved": starved,
     }
-    return {"perm": torch.from_numpy(perm.astype(np.int32)), **parts.tensors}, facts
+    return {
+        PERM: torch.from_numpy(perm.astype(np.int32)),
+        IMPORTANCE: torch.from_numpy(np.stack([_importance(*each) for each in zip(mass, weights, perm, strict=True)])),
+        **parts.tensors,
+    }, facts
+
+
+def measured_cutoffs(parts: LayerParts, statistics: LayerStatistics) -> Tensor:
+    """Cutoffs [129] of a layer that has its predictor, whose weights are loaded, on all rows of the sample."""
+    samples, scorer = _samples(statistics, parts.layer)[0], ridge_scorer.Ridge(parts)
+    norms = [scorer(x, torch.full((len(x), 1), e))[:, 0] for e, x in enumerate(samples)]
+    return _cutoffs(statistics, [torch.arange(len(x)) for x in samples], norms)
+
+
+def _importance(mass: Floats, weight: Tensor, order: Ints) -> Floats:
+    """What an error in a neuron's output weights counts, [f] in the new order: root mean square of activation x routing weight.
+
+    Its square, the energy, gave a larger KL (docs/log.md). A neuron that is silent on this text still counts a little.
+    """
+    rms = np.sqrt(np.square(mass * weight.abs().numpy()[:, None]).mean(0))[order]
+    return np.maximum(rms, 0.01 * rms.mean() + 1e-12).astype(np.float32)  # type: ignore[no-any-return]
+
+
+def _united(mass: Floats, unit: int) -> Floats:
+    """[T, f] -> [T, f / unit]: what neighbouring neurons have together."""
+    return mass if unit == 1 else mass.reshape(len(mass), -1, unit).sum(-1)
+
+
+def _norms(down: Floats, unit: int) -> Floats:
+    """[f] -> [f / unit]: root mean squares."""
+    return down if unit == 1 else np.sqrt(np.square(down).reshape(-1, unit).mean(-1)).astype(np.float32)
+
+
+def _neurons(order: Ints, unit: int) -> Ints:
+    """An order of units as one of neurons."""
+    inside = np.arange(unit, dtype=np.int32)
+    return (order[:, None] * np.int32(unit) + inside).reshape(-1).astype(np.int32)
 
 
 def _refine(

@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import checkpoint
 from ..checkpoint import Check, LayerStream
+from ..checkpoint.manifest import WEIGHTS_FILE
 from ..checkpoint.mtp import check_mtp
 from ..compress.prune.remove import block_tensors
 from ..model import find_layers
@@ -20,7 +21,7 @@ def verify(folder: str | Path) -> list[Check]:
     """
     checks = list(checkpoint.verify(folder))
     manifest = checkpoint.read_manifest(folder)
-    if (Path(folder) / "config.json").is_file():
+    if (Path(folder) / "config.json").is_file() and WEIGHTS_FILE not in manifest:
         checks.append(_check_architecture(folder, manifest))
     if manifest.get("kind") == "elastic":
         checks.append(_check_side_tensors(folder, manifest["layers"], manifest["n_sub"]))

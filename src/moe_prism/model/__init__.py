@@ -3,7 +3,7 @@
 from .base import ExpertLayout, MoELayer
 from .extra import ExtraExperts
 from .find import find_layers
-from .load import load_model, load_to_run, load_tokenizer, on_disk, resolve
+from .load import load_model, load_to_run, load_tokenizer, on_disk, read_generation_config, resolve
 from .scores import RouterScores
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "load_to_run",
     "load_tokenizer",
     "on_disk",
+    "read_generation_config",
     "resolve",
 ]

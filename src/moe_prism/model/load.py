@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError
 
 from ..checkpoint.config import model_class, read_config, run_aligned
+from ..checkpoint.dequantized import quantization
+from ..checkpoint.stream import LayerStream
 from ..checkpoint.whole import open_whole
 from ..errors import CorruptError, UsageError
 
@@ -51,18 +53,24 @@ def on_disk(where: Path | str) -> Path:
     )
 
 
-def load_model(source: str | Path, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+def load_model(source: str | Path, dtype: torch.dtype | None = None, config: Any = None) -> Any:
     """A transformers causal language model in eval mode. dtype None keeps the checkpoint's. Never runs remote code.
 
-    A folder is checked to be whole before its weights are read: CorruptError names the tensor and file that is not.
+    A folder is checked to be whole before its weights are read: CorruptError names the tensor and file that is not. One of quantized
+    weights is dequantized by us: what computes here is what `refactor` and `prune` read. A GGUF file says less than its model's
+    config.json: `config` is taken, or what lies beside it.
     """
     from transformers import AutoModelForCausalLM
 
-    where, kind = resolve(source), AutoModelForCausalLM
+    where, kind, given = resolve(source), AutoModelForCausalLM, {}
     if isinstance(where, Path) and where.is_dir():
+        if quantization(where):
+            return _dequantized(where, dtype)
         open_whole(where)
         kind = model_class(read_config(where))
-    return run_aligned(_guard(kind, source, dtype=dtype or "auto", **kwargs).eval())
+    elif isinstance(where, Path) and (config or (where.parent / "config.json").is_file()):
+        given["config"] = config or read_config(where.parent)
+    return run_aligned(_guard(kind, source, dtype=dtype or "auto", **given).eval())
 
 
 def load_to_run(source: str | Path, dtype: torch.dtype | None = None) -> Any:
@@ -72,11 +80,25 @@ def load_to_run(source: str | Path, dtype: torch.dtype | None = None) -> Any:
     return load_model(source, dtype or torch.float32)
 
 
+def read_generation_config(model: Any, folder: Path) -> None:
+    """What `from_pretrained` reads beside the weights, for a model that was loaded otherwise."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+
+
 def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer beside a model. UsageError where there is none."""
     from transformers import AutoTokenizer
 
     return _guard(AutoTokenizer, source)
+
+
+def _dequantized(folder: Path, dtype: torch.dtype | None) -> Any:
+    model = LayerStream(folder, dtype).keep_outside([])
+    read_generation_config(model, folder)
+    return model
 
 
 def _guard(auto: Any, source: str | Path, **kwargs: Any) -> Any:

@@ -7,10 +7,13 @@ import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import UsageError
 from ..registry import choices
+
+WrittenType = Literal["bf16", "fp16", "fp32"]
+DTYPE_WORDS = "Type a quantized source's weights are written in. Default the one its config.json computes in, mostly bf16."
 
 
 def option(default: Any, words: str, *, flag: str | None = None, **declared: Any) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import UsageError
-from .base import Options, nested, option
+from .base import DTYPE_WORDS, Options, WrittenType, nested, option
 from .calibrate import CalibrateOptions
 
 GroupMode = Literal["per_group", "regroup", "mask", "drop_groups"]
@@ -48,6 +48,7 @@ class PruneOptions(Options):
     )
     seed: int = option(0, "Of the criterion random.", least=0)
     profile_tokens: int = option(2048, "Of measured: calibration tokens that every layer is run alone on.", least=1)
+    dtype: WrittenType | None = option(None, DTYPE_WORDS)
     calibration: CalibrateOptions = nested(CalibrateOptions, "text", "tokens", "length", "low_memory")
 
     def check(self) -> None:

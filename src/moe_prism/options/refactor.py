@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..errors import UsageError
-from .base import Options, nested, option
+from .base import DTYPE_WORDS, Options, WrittenType, nested, option
 from .calibrate import CalibrateOptions
 
 
@@ -44,6 +45,19 @@ class RefactorOptions(Options):
     calibration: CalibrateOptions = nested(
         CalibrateOptions, "text", "tokens", "length", "reservoir", "memory_mib", "seed", "low_memory"
     )
+    dtype: WrittenType | None = option(None, DTYPE_WORDS)
+    keep_format: bool = option(
+        False,
+        "Write a quantized source in its own format: codes move where groups stay whole, other groups get new codes and a searched scale.",
+    )
+    keep_codes: bool = option(
+        False, "The same, and only whole groups of neurons move: every code stays, at the price of a weaker partition."
+    )
+    align: str | None = option(
+        None,
+        "Take the largest number of sub-experts up to --n-sub whose width is a multiple of this: a number, or auto, the group of the "
+        "source's format.",
+    )
     extra_scorers: list[str] = option(
         [],
         "Predictors to fit beside the default one, e.g. low-rank; see `moe-prism ls scorers`.",
@@ -54,4 +68,15 @@ class RefactorOptions(Options):
         super().check()
         if self.dropped is not None and not 1 <= self.dropped < self.n_sub:
             raise UsageError(f"--dropped {self.dropped} is outside 1..{self.n_sub - 1}", "leave it out for N-1, the paper's code")
+        if self.keep_format and self.keep_codes:
+            raise UsageError("--keep-format and --keep-codes exclude each other", "give one of them")
+        if self.dtype and (self.keep_format or self.keep_codes):
+            raise UsageError("--dtype writes plain weights, --keep-format and --keep-codes do not", "give one of them")
+        if self.align not in (None, "auto") and not (self.align.isdecimal() and int(self.align) > 0):
+            raise UsageError(f"--align {self.align} is neither auto nor a number of neurons", "give auto, or a number like 32")
         self.calibration.check()
+
+    @property
+    def keep(self) -> Literal["format", "codes"] | None:
+        """What of a quantized source's format is kept."""
+        return "codes" if self.keep_codes else "format" if self.keep_format else None

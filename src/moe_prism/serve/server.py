@@ -58,9 +58,11 @@ def check_folder(folder: Path) -> None:
         raise UsageError(f"there is no folder '{folder}'", "give the folder written by `moe-prism refactor`")
     if not (folder / "prism.json").is_file():
         raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
-    from ..checkpoint import open_whole
+    from ..checkpoint import open_whole, read_manifest
+    from ..checkpoint.manifest import WEIGHTS_FILE
 
-    open_whole(folder)
+    if WEIGHTS_FILE not in read_manifest(folder):
+        open_whole(folder)
 
 
 def listen(host: str, port: int) -> socket.socket:

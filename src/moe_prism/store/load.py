@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from ..checkpoint import LayerStream, update_manifest
 from ..elastic.runtime import experts_per_token
 from ..errors import CorruptError, UsageError
-from ..model import find_layers
+from ..model import find_layers, read_generation_config
 from ..offload.cache import cache_policies
 from .aio_reader import open_reader
 from .arena import slots_in
@@ -86,7 +85,7 @@ def load_stored(
     store = ExpertStore(pack, slots, layer_parts[0].layer, Eviction(policy, options.settings, group), reader=options.reader)
     model._moe_prism = StoredElastic(model, layer_parts, store, misses=options.misses, ahead=options.ahead)
     model._moe_prism.stored_bytes_per_weight = manifest["bytes_per_weight"]
-    _generation_config(model, folder)
+    read_generation_config(model, folder)
     return model
 
 
@@ -99,9 +98,3 @@ def _check_policy(options: StoreOptions) -> None:
         raise UsageError(f"'{options.policy}' knows the future: it is a bound for replays", instead)
     if policy.needs_fit and not options.settings:
         raise UsageError(f"'{options.policy}' is fitted on a trace, which there is none of here", instead)
-
-
-def _generation_config(model: Any, folder: Path) -> None:
-    """What `from_pretrained` reads beside the weights."""
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(folder))

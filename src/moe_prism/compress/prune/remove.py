@@ -150,7 +150,7 @@ class _Writer:
         for t in tensors:
             if t.owner is None:
                 edited = self._mtp and t.info.name in self._mtp.names
-                data = self._mtp.tensor(t.info.name) if self._mtp and edited else self.stream.source.tensor(t.info.name)
+                data = self._mtp.tensor(t.info.name) if self._mtp and edited else self.stream.source.stored(t.info)
                 check_finite(t.info.name, data, shard)
                 file.seek(start + begins[t.info.name])
                 file.write(raw_bytes(data))
@@ -215,7 +215,7 @@ class _Writer:
     def _try(self, router: Router) -> None:
         """Once per run: an untouched block must come back with the bytes it has on disk, else the family is not safe."""
         for name, tensor in self.stream.disk_tensors(router.name).items():
-            if raw_bytes(tensor) != raw_bytes(self.stream.source.tensor(name)):
+            if raw_bytes(tensor) != raw_bytes(self.stream.source.stored(self.stream.source.info(name))):
                 raise UsageError(f"tensor '{name}' changes when transformers loads and saves it", ADVICE)
         self._tried = True
 
@@ -242,7 +242,7 @@ def _config(stream: LayerStream, choice: KeptExperts, experts: int, drop_mtp: bo
     UsageError if it names no such number.
     """
     config = stream.model.config.get_text_config(decoder=True)
-    raw: dict[str, Any] = json.loads((stream.source.folder / "config.json").read_bytes())
+    raw = stream.source.config()
     raw.pop("auto_map", None)
     section = _section(stream.model.config, config, raw)
     changes: list[tuple[tuple[str, ...], int, int]] = [(COUNT_NAMES, choice.experts, experts)]

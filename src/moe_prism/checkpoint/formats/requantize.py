@@ -1,0 +1,131 @@
+"""Move the rows and columns of a quantized matrix: codes where groups stay whole, new codes and scales where they do not.
+
+Rows move with a code untouched where a group is one row high, columns where a group takes all of them. Otherwise a group that comes
+whole from one group keeps its codes and its scale, and any other is quantized again, its scale searched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .grids import Integers
+from .matrix import CodedMatrix, spread
+
+REFITS = 3  # least-squares scale, then codes again; the error has settled by then
+
+
+class Moved(NamedTuple):
+    """A matrix with rows and columns in another order, and what that cost.
+
+    error, size: sums of squares of the change and of the values that were to be kept; again: the share of groups quantized again.
+    """
+
+    matrix: CodedMatrix
+    error: float
+    size: float
+    again: float
+
+
+def move(matrix: CodedMatrix, rows: Tensor, columns: Tensor, importance: Tensor | None = None) -> Moved:
+    """New row j is old rows[j], new column j old columns[j]. importance [i]: weight of each new column's error, default equal."""
+    row_groups, whole_rows = _sources(rows, matrix.group[0])
+    column_groups, whole_columns = _sources(columns, matrix.group[1])
+    zeros = matrix.zeros
+    moved = replace(
+        matrix,
+        codes=matrix.codes[rows][:, columns],
+        scales=matrix.scales[row_groups][:, column_groups],
+        zeros=None if zeros is None else zeros[row_groups][:, column_groups],
+    )
+    mixed = ~(whole_rows[:, None] & whole_columns[None])
+    if not bool(mixed.any()):
+        return Moved(moved, 0.0, 1.0, 0.0)
+    wanted = matrix.values()[rows][:, columns]
+    fresh = quantize(wanted, matrix, importance)
+    inside = spread(mixed, matrix.group, wanted.shape).expand(wanted.shape)
+    merged = replace(
+        moved,
+        codes=torch.where(inside, fresh.codes, moved.codes),
+        scales=torch.where(mixed, fresh.scales, moved.scales),
+        zeros=None if moved.zeros is None or fresh.zeros is None else torch.where(mixed, fresh.zeros, moved.zeros),
+    )
+    error = (merged.values() - wanted).double().square().sum()
+    return Moved(merged, float(error), float(wanted.double().square().sum()), float(mixed.float().mean()))
+
+
+def quantize(values: Tensor, like: CodedMatrix, importance: Tensor | None = None) -> CodedMatrix:
+    """float32 values [o, i] in the form of `like`: per group the scale (and zero) with the least squared error of those tried."""
+    x, weight = _grouped(values, like.group), None
+    if importance is not None:
+        weight = _grouped(importance.expand(values.shape), like.group)
+    low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)
+    reach = (high - low) / (2 * like.grid.top) if like.zero_range else torch.maximum(high, -low) / like.grid.top
+    fixed = like.zeros
+    best: tuple[Tensor, ...] | None = None
+    for ratio in like.grid.ratios:
+        scales = _storable(reach * ratio, like)
+        zeros = _zeros(low * ratio / scales, like) if like.zero_range else fixed
+        best = _better(best, _try(x, scales, zeros, like, weight))
+    assert best is not None
+    for _ in range(REFITS):
+        _, codes, _, zeros = best
+        steps = like.grid.decode(codes) - (0 if fixed is None else zeros[..., None])
+        weighted = steps if weight is None else steps * weight
+        fit = (weighted * x).sum(-1) / (weighted * steps).sum(-1).clamp_min(1e-30)
+        best = _better(best, _try(x, _storable(fit.clamp_min(0), like), None if fixed is None else zeros, like, weight))
+    _, codes, scales, zeros = best
+    return replace(like, codes=_flat(codes, like.group, values.shape), scales=scales, zeros=None if fixed is None else zeros)
+
+
+def _try(x: Tensor, scales: Tensor, zeros: Tensor | None, like: CodedMatrix, weight: Tensor | None) -> tuple[Tensor, ...]:
+    """(error per group, codes, scales, zeros or scales)."""
+    shift = 0 if zeros is None else zeros[..., None]
+    codes = like.grid.encode(x / scales[..., None] + shift)
+    error = ((like.grid.decode(codes) - shift) * scales[..., None] - x).square_()
+    if weight is not None:
+        error *= weight
+    return error.sum(-1), codes, scales, scales if zeros is None else zeros
+
+
+def _better(old: tuple[Tensor, ...] | None, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if old is None:
+        return new
+    better = new[0] < old[0]
+    return tuple(torch.where(better[..., None] if a.ndim > better.ndim else better, b, a) for a, b in zip(old, new, strict=True))
+
+
+def _zeros(lowest: Tensor, like: CodedMatrix) -> Tensor:
+    """Zeros that put a group's lowest value, in steps of its scale, on the lowest code."""
+    assert isinstance(like.grid, Integers) and like.zero_range
+    return (like.grid.low - lowest).round().clamp(*like.zero_range)
+
+
+def _storable(scales: Tensor, like: CodedMatrix) -> Tensor:
+    """Scales the format can store; a group of zeros, or one too small for the format, gets a scale all the same."""
+    stored = like.round_scale(scales)
+    return torch.where(stored > 0, stored, like.round_scale(torch.ones_like(stored)))
+
+
+def _sources(order: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Of each new group: the old group of its first member, and whether all members come from it."""
+    old = order // group
+    first = old[::group]
+    whole = old == first.repeat_interleave(group)[: len(old)]
+    padded = torch.nn.functional.pad(whole, (0, -len(whole) % group), value=True)
+    return first, padded.reshape(-1, group).all(1)
+
+
+def _grouped(values: Tensor, group: tuple[int, int]) -> Tensor:
+    """[o, i] -> [groups, groups, go * gi], filled up with zeros."""
+    rows, columns = values.shape
+    values = torch.nn.functional.pad(values, (0, -columns % group[1], 0, -rows % group[0]))
+    return values.reshape(-1, group[0], values.shape[1] // group[1], group[1]).transpose(1, 2).flatten(2)
+
+
+def _flat(codes: Tensor, group: tuple[int, int], shape: torch.Size) -> Tensor:
+    rows = codes.reshape(*codes.shape[:2], *group).transpose(1, 2)
+    return rows.reshape(codes.shape[0] * group[0], -1)[: shape[0], : shape[1]].contiguous()

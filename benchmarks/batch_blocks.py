@@ -8,7 +8,7 @@
 Real decode steps: a batch is so many different held-out texts at the same position, token by token through the cache, with the text's own
 next token. `bytes` is what a step reads, what several rows read counted once, predictors and compensation included. The mean KL to the
 full model is compared at the bytes of rows that choose alone, and the bytes at their KL: both read off the curve of the rule over budgets
-(log KL over bytes, straight between two budgets). Intervals: 95 %, bootstrap over texts. Nothing is chosen on this text. `--cpu` counts
+(log KL over bytes, straight between two budgets). Intervals: 95 %, bootstrap over texts. `--cpu` counts
 the processor time of one thread, which a busy machine disturbs less than the clock on the wall; a time is the least of its turns.
 """
 

@@ -39,7 +39,7 @@ class Lazy:
         return self.source.tensor(self.name)
 
 
-class Shape:
+class Valueless:
     """The same without its values, to see where a tensor would go and whether it fits."""
 
     def __init__(self, source: Source, name: str) -> None:
@@ -81,12 +81,12 @@ class Conversion:
         """What loading every tensor would end with. Nothing is read, and the model stays as it is."""
         before = [(name, tensor) for name, tensor in stored(self.model) if name in self.expected]
         try:
-            return self._load({name: Shape(self.source, name) for name in self.owner}, "meta")
+            return self._load({name: Valueless(self.source, name) for name in self.owner}, "meta")
         finally:
             for name, tensor in before:
                 place(self.model, name, tensor)
 
-    def _load(self, state: Mapping[str, Lazy | Shape], device: str) -> Verdict:
+    def _load(self, state: Mapping[str, Lazy | Valueless], device: str) -> Verdict:
         config = LoadStateDictConfig(
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),

@@ -51,9 +51,8 @@ def model_class(config: Any) -> Any:
     if not causal or config.get_text_config(decoder=True) is not config:
         named: Any = getattr(transformers, str(next(iter(config.architectures or ()), "")), None)
         if isinstance(named, type) and issubclass(named, GenerationMixin) and named.config_class is type(config):  # type: ignore[attr-defined]
-            if (
-                named.forward is torch.nn.Module.forward
-            ):  # Qwen3-Omni: a thinker that writes and a talker that speaks, run by `generate` only
+            # Qwen3-Omni: a thinker that writes and a talker that speaks, brought together by `generate` only
+            if getattr(named, "forward", None) is torch.nn.Module.forward:
                 raise UsageError(f"{named.__name__} is several models in one", "save the part that writes text by its own class")
             return named
         if not causal and type(config) in AutoModelForImageTextToText._model_mapping:

@@ -83,10 +83,10 @@ def test_slots_at_a_budget_are_those_of_the_rule(text):
     whole, ids, _ = text
     with operating_point(whole):
         trace = record(TraceRecorder(whole, values=True), [("evaluation", ids)], prompt=PROMPT)
-    counts = [at_budget(trace, whole._moe_prism, b).slots().mean() for b in (0.25, 0.5, 0.75)]
+    counts = [at_budget(trace, whole._moe_prism, b).slots().mean() for b in (0.45, 0.6, 0.75)]
     assert counts == sorted(counts)
     total = trace.k * trace.n_sub
-    assert abs(counts[1] - 0.5 * total) < 0.2 * total
+    assert abs(counts[1] - 0.5 * total) < 0.2 * total  # what is left of .6 of the bytes once choosing is paid
 
 
 def test_the_largest_budget_within_the_target_is_chosen():

@@ -112,6 +112,12 @@ class Past:
         rows[2] = group
         return cls(rows, States(0, 1))
 
+    def copy(self) -> Past:
+        """The same with states of its own, which may move on without the request's."""
+        states = States(0, 1)
+        states.sums, states.tokens = self.states.sums.copy(), self.states.tokens.copy()
+        return Past(self.rows, states)
+
     def part(self, which: Ints) -> Past:
         """Of some rows; those beyond the last are of requests that nobody knows. The others' states stay as they were begun."""
         rows = np.full((3, len(which)), -1, np.int64)

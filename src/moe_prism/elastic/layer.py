@@ -82,27 +82,27 @@ class ElasticLayer:
         """The slots to choose from, after routing; None where every slot of the router's own choice is kept.
 
         state: what stages carry from layer to layer; None: that of the forward that runs. A guess of what another input would keep has
-        its own, and holds no budget.
+        its own, and a step whose `past` may move.
         """
         bound, which = step.bound, step.which
-        guess = state is not None
         routed = self.routed(x, index, weight, self.elastic.carried if state is None else state)
         if isinstance(which, Tensor) and which.numel() != len(x):
             raise UsageError(f"{which.numel()} operating points for {len(x)} tokens", "give one per token of the flattened batch")
         if isinstance(which, int):
             number, local = bound.place[which]
-            return self._of_group(step, number, local, routed, guess=guess)
+            return self._of_group(step, number, local, routed)
         groups, locals_ = (table.to(which.device)[which.reshape(-1)] for table in bound.tables)
         if len(bound.groups) == 1:
-            return self._of_group(step, 0, locals_, routed, guess=guess)
-        return self._mixed(step, groups, locals_, routed, guess)
+            return self._of_group(step, 0, locals_, routed)
+        return self._mixed(step, groups, locals_, routed)
 
     def kept(self, step: Step, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """keep [T, k', N] of a batch at a step, without computing anything of it, or moving what stages carry on."""
+        """keep [T, k', N] of a batch at a step, without computing anything of it, or moving what stages and requests carry on."""
+        step = step if step.past is None else replace(step, past=step.past.copy())
         found = self.candidates(step, x, index, weight, state=dict(self.elastic.carried) if self.index else {})
         return (found or Whole(index, weight, self._valid(index), self.parts.n_sub)).keep()
 
-    def _mixed(self, step: Step, groups: Tensor, locals_: Tensor, routed: Routed, guess: bool) -> Candidates | None:
+    def _mixed(self, step: Step, groups: Tensor, locals_: Tensor, routed: Routed) -> Candidates | None:
         """A batch of several groups [T]: each is routed and selected alone, all are computed together."""
         parts: list[tuple[Tensor, Selection | Whole]] = []
         own_way = True  # whether nobody changes the router's choice or drops a slot
@@ -110,10 +110,10 @@ class ElasticLayer:
         for number in torch.unique(groups).tolist() if on_cpu else range(len(kinds)):
             rows = torch.where(groups == number)[0] if on_cpu else groups == number  # a GPU is not asked how many there are
             if on_cpu and len(rows) == len(groups):
-                return self._of_group(step, number, locals_, routed, guess=guess)
+                return self._of_group(step, number, locals_, routed)
             part = routed.of(rows) if on_cpu else routed
             local = locals_[rows] if on_cpu else torch.where(rows, locals_, 0)
-            found = self._of_group(step, number, local, part, rows=rows, guess=guess)
+            found = self._of_group(step, number, local, part, rows)
             own_way = own_way and found is None
             if on_cpu:
                 merge_state(routed.state, rows, part.state, len(groups))
@@ -132,7 +132,7 @@ class ElasticLayer:
         return Mixed(parts, index, weight, self.parts.n_sub)
 
     def _of_group(
-        self, step: Step, number: int, which: int | Tensor, routed: Routed, *, rows: Tensor | None = None, guess: bool
+        self, step: Step, number: int, which: int | Tensor, routed: Routed, rows: Tensor | None = None
     ) -> Selection | Whole | None:
         """The candidates of tokens that are all of one group; None as `candidates` says. rows: which of the batch they are."""
         group, budget = step.bound.groups[number], step.budget
@@ -153,7 +153,7 @@ class ElasticLayer:
         rule = self.rule(group.rule)
         scorer = self.scorer(group.scorer) if rule.needs_norms else None
         own = group.budget(self.index, which) if budget is None else group.position(self.index, budget)
-        held = None if full or guess or group.holding is None else self._held(step, number, len(routed.x), rows)
+        held = None if full or group.holding is None else self._held(step, number, len(routed.x), rows)
         experts = self.parts.layer.num_experts
         return Selection(after.x, after.index, after.weight, experts, self.parts.n_sub, rule, scorer, own, added, held)
 

@@ -19,7 +19,7 @@ RULE = "threshold"  # what a budget is spent by unless it is said
 
 @torch.no_grad()
 def block_choices(model: Any, ids: Tensor, budgets: Sequence[float], *, batch: int = 8) -> dict[float, Reads]:
-    """For every budget, a share of the slots, the share of tokens of windows ids [n, length] that keep each sub-expert, and that read each predictor."""
+    """For every share of the slots the share of tokens of windows ids [n, length] that keep each sub-expert, and read each predictor."""
     elastic = model._moe_prism
     steps = [Step(bind(elastic, [FULL.with_slots(budget, RULE)])) for budget in budgets]
     counted = [_Counted(layer, steps) for layer in elastic.layers]

@@ -7,6 +7,7 @@ free), then its predictor and rule, so that sub-experts are guessed and not only
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -60,7 +61,8 @@ class ReadAhead:
             weight, index = map(torch.from_numpy, arrays)
         else:
             weight, index = (x @ self.routers[number].T).float().softmax(-1).topk(self.k, -1)
-        found = layer.candidates(layer.elastic.step, x, index, weight, state={})
+        step = replace(layer.elastic.step, past=None)  # a guess takes no part in what a request is held to
+        found = layer.candidates(step, x, index, weight, state={})
         first, whole = space.of_layer(number).start, space.parts == 1
         # what is kept only where it is there is not read: the floor limits the guess
         fused = None if found is None or whole else found.fused([misses.floor])

@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 
+from moe_prism.elastic.base import per_expert
 from moe_prism.elastic.compensate.base import Blocks
 from moe_prism.elastic.scorers import ridge
 
@@ -53,6 +54,15 @@ def counted(elastic) -> Iterator[list[Reads]]:
             reads.predictor |= {(now[1][key(row)], expert) for row in x}
             return features(plan, x, expert, scale)
 
+        def by_expert(self, x, index):
+            """What the scorer does in few large operations, expert by expert: these read more than they need."""
+
+            def predict(expert, tokens):
+                z = ridge.features(self.parts, x[tokens], expert, self.scale[expert])
+                return (z @ self.weight[expert].T).clamp(max=ridge.CEILING).exp()
+
+            return per_expert(index, self.parts.layer.num_experts, predict, self.parts.n_sub)
+
         def counted_combine(self, table, weight=None):
             reads = now[0]
             reads.sizes["means"] = table.shape[1]
@@ -60,6 +70,7 @@ def counted(elastic) -> Iterator[list[Reads]]:
             return combine(self, table, weight)
 
         stack.enter_context(mock.patch.object(ridge, "features", counted_features))
+        stack.enter_context(mock.patch.object(ridge.Ridge, "_all", by_expert))
         stack.enter_context(mock.patch.object(Blocks, "combine", counted_combine))
         for layer, reads in zip(elastic.layers, found, strict=True):
             stack.enter_context(_hooked(layer, reads, now))

@@ -78,6 +78,7 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "llama4": ("refactor", "not called with ids", "its experts are called with weighted inputs, not with ids"),
     "longcat_flash": ("refactor", "hold no matrices", "the router also chooses among experts that hold no matrices"),
     "openai_privacy_filter": ("nothing", "no causal language model", "a classifier of tokens, not a language model"),
+    "switch_transformers": ("refactor", "not called with ids", "its experts are modules of their own, not called with ids"),
     "zaya": ("refactor", "no router with a row per expert", "the router has no row per expert to take out"),
 }
 MOST = 8_000_000  # weights of a tiny model

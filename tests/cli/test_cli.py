@@ -23,6 +23,7 @@ COMMANDS = (
     "inspect",
     "calibrate",
     "refactor",
+    "adopt",
     "prune",
     "recover",
     "skip",

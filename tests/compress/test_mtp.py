@@ -17,6 +17,7 @@ from moe_prism.jobs.prune import prune_model
 from moe_prism.jobs.verify import verify
 from moe_prism.model import load_model
 from moe_prism.options.prune import PruneOptions
+from tests.checkpoint.quantized import quantize
 
 from .tiny import build
 
@@ -78,6 +79,17 @@ def test_pruned_alike(source, tmp_path):
     assert len(done.selection.choices[-1].kept) * 2 == done.selection.choices[-1].experts
     assert any("has the same shapes" in check.detail for check in verify(tmp_path / "out"))
     load_model(tmp_path / "out")
+
+
+def test_of_a_quantized_source_it_is_pruned_as_what_it_stands_for(source, tmp_path):
+    quantize(source[0], tmp_path / "q", "fp8", tmp_path / "twin")
+    prune_model(tmp_path / "q", tmp_path / "out", replace(OPTIONS, mtp="prune", dtype="fp32"))
+    prune_model(tmp_path / "twin", tmp_path / "plain", replace(OPTIONS, mtp="prune"))
+    ours, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
+    assert ours.keys() == plain.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(ours[name].float(), tensor, rtol=1e-6, atol=1e-9)
+    verify(tmp_path / "out")
 
 
 def _last(layer, tensors):

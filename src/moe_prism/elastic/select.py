@@ -21,7 +21,7 @@ from .base import Rule, Scorer, Slots
 from .control import keep_held
 from .fused_select import budgets_of, prepared, run, select_few
 from .rules.threshold import Threshold
-from .scorers.ridge import FEW
+from .scorers.ridge import are_few
 
 if TYPE_CHECKING:
     from ..kernels.selection import Held
@@ -82,7 +82,7 @@ class Selection:
         return keep if most >= 1 else keep & self.rule.keep(self.slots, reached.clamp(max=most))
 
     def _kept(self, budget: float | Tensor) -> Tensor:
-        if self.scorer is not None and self.index.numel() <= FEW:
+        if self.scorer is not None and are_few(self.x, self.index):
             found = select_few(self.scorer, self.rule, self.x, self.index, self.weight, budget)
             if found is not None:
                 return found
@@ -105,7 +105,7 @@ class Selection:
 
         None where scorer, rule or batch are not of the compiled kind.
         """
-        if self.scorer is None or self.index.numel() > FEW:
+        if self.scorer is None or not are_few(self.x, self.index):
             return None
         budgets = budgets_of([self.budget] * (1 + len(most)), len(self.x))
         found = None if budgets is None else prepared(self.scorer, self.rule, self.x, self.index, self.weight)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..base import LayerParts, is_compiled
 from .base import MIN_ROWS, Blocks, Compensator, ExpertSample, outputs
 
-FEW = 256  # slots up to which preparing the sum costs more than the sum
+FEW = 4096  # slots up to which preparing the sum costs more than the sum
 
 
 class Mean(Compensator):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared feature; the best on a held-out fifth of the sample is used
 MIN_TOKENS = 16  # below this only the mean is known
 FLOOR = 1e-3  # of the mean block norm, added before the log: a block that is off is not infinitely far from one that is faint
-FEW = 64  # choices up to which they are computed one by one
+FEW, SMALL = 64, 1 << 15  # choices, or inputs of all choices, up to which they are computed one by one
 CEILING = 30.0  # of a predicted log norm: no overflow on inputs far from the sample
 
 
@@ -128,6 +128,12 @@ class _Centred(NamedTuple):
         return torch.cat([slope, (self.mean_targets - self.mean_rows @ slope)[None]], 0)
 
 
+def are_few(x: Tensor, index: Tensor) -> bool:
+    """Whether preparing a job for the choices index [T, k] of x [T, d] would take longer than to compute them one by one."""
+    count = index.numel()
+    return count <= FEW or count * x.shape[1] <= SMALL
+
+
 @cache
 def _compiled() -> tuple[ModuleType, ModuleType, ModuleType]:
     """What compiles when it is imported, and is asked for at every layer: an import statement there costs more than a product."""
@@ -149,7 +155,7 @@ class Ridge(Scorer):
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
         stored = self._stored(x)
         if stored is not None:
-            return self._direct(x, index, stored) if index.numel() <= FEW else self._tiled(x, index, stored)
+            return self._direct(x, index, stored) if are_few(x, index) else self._tiled(x, index, stored)
         if index.numel() <= FEW:
             return self._few(x.repeat_interleave(index.shape[1], 0), index.reshape(-1)).view(*index.shape, -1)
         return self._all(x, index)
@@ -180,7 +186,7 @@ class Ridge(Scorer):
 
     def terms(self, x: Tensor, index: Tensor) -> Norms | None:
         """What `selection.predicted_norms` wants to know of few choices; None for many, or where the weights are not laid out for it."""
-        stored = self._stored(x) if index.numel() <= FEW else None
+        stored = self._stored(x) if are_few(x, index) else None
         return None if stored is None else self._terms(x, index, stored)
 
     def _stored(self, x: Tensor) -> Stored | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 GROUPS = Path("/sys/fs/cgroup")
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-SPINS = "200"
+SPINS = "2000"
 """How often a waiting thread of libgomp looks before it sleeps."""
 
 

@@ -47,6 +47,9 @@ def counted(elastic) -> Iterator[list[Reads]]:
     now: list = [None, {}]  # the layer that runs, and token of each row
     with ExitStack() as stack:
         stack.enter_context(mock.patch("moe_prism.elastic.execute.batch_products.usable", lambda *_: None))
+        for few in ("scorers.ridge.are_few", "select.are_few"):  # compiled forms for few choices and slots
+            stack.enter_context(mock.patch(f"moe_prism.elastic.{few}", lambda *_: False))
+        stack.enter_context(mock.patch("moe_prism.elastic.compensate.mean.FEW", 0))
         features, combine = ridge.features, Blocks.combine
 
         def counted_features(plan, x, expert, scale):

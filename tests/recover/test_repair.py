@@ -151,7 +151,7 @@ def test_on_its_own_data_a_repair_never_hurts(layer, seed, tokens):
     assert normal.solve().abs().max() == 0  # nothing is held out: nothing says that a repair helps
     normal.add(x, index, weight, [keep], held=True)
     delta = normal.solve().double().transpose(-1, -2)
-    if len(pairs(plan, 3, x, index, weight, keep)):
+    if len(pairs(plan, 3, x, index, weight, keep)) >= 8:  # of few, all that is kept may be zero by a squared ReLU
         assert delta.abs().max() > 0
     for (b, e), (z, y) in pairs(plan, 3, x, index, weight, keep).items():
         assert float((y - z @ delta[b, e]).square().sum()) <= 1.001 * float(y.square().sum())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,35 +19,43 @@ from . import triton_run
 from .base import Executor, Settled, WholeCalls
 from .plain import grouped, reference, whole_experts
 
+if TYPE_CHECKING:
+    from .times import LayerTimes
+
 Way = Callable[..., Tensor]
 MOSTLY = 0.75  # kept share from which on one product of whole experts takes less time than N of blocks
+
+
+@cache
+def _compiled() -> tuple[ModuleType, ModuleType, ModuleType]:
+    """What compiles when it is imported: batch_products, tiled and times. An import statement in every call would cost more."""
+    from . import batch_products, tiled, times
+
+    return batch_products, tiled, times
 
 
 def auto(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor, tally: WholeCalls | None = None) -> Tensor:
     """The fastest way that fits the layer. Shapes as in `plain.reference`."""
     if x.is_cuda:
         return triton_run.deterministic(parts, x, index, weight, keep)
-    from .batch_products import usable  # compiles on first use
-    from .tiled import tiled
-
+    batch_products, tiles, _ = _compiled()
     tally = tally or WholeCalls()
     tally.calls += 1
-    if usable(parts, x) is None:
+    if batch_products.usable(parts, x) is None:
         return _vectorised(parts, x, index, weight, keep, tally)
     if _whole_is_faster(parts, x, index, keep):
         tally.whole += 1
         return whole_experts(parts, x, index, weight, keep)
-    out = tiled(parts, x, index, weight, keep)
+    out: Tensor | None = tiles.tiled(parts, x, index, weight, keep)
     return _vectorised(parts, x, index, weight, keep, tally) if out is None else out
 
 
 def _whole_is_faster(parts: LayerParts, x: Tensor, index: Tensor, keep: Tensor) -> bool:
     """Whether the model's own function takes less time for all slots than the tiles for those that are kept."""
-    from .times import forced, times_of
-
-    if forced() != "measure":
+    _, _, measured = _compiled()
+    if measured.forced() != "measure":
         return False
-    times = times_of(parts, len(x), index.shape[1])
+    times: LayerTimes = measured.times_of(parts, len(x), index.shape[1])
     return times.stock < times.half or (times.stock < times.tiles and times.stock < times.kept(float(keep.float().mean())))
 
 
@@ -80,17 +90,15 @@ class InMemory(Executor):
         return self.parts.layer.native(x, index, weight) if out is None else out
 
     def _whole_by_tiles(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor | None:
-        from .batch_products import usable  # compiles on first use
-        from .tiled import tiled
-        from .times import forced, times_of, whole_parts
-
-        choice = forced()
-        if choice == "stock" or not len(x) or usable(self.parts, x) is None:
+        batch_products, tiles, measured = _compiled()
+        choice = measured.forced()
+        if choice == "stock" or not len(x) or batch_products.usable(self.parts, x) is None:
             return None
-        if choice == "measure" and not times_of(self.parts, len(x), index.shape[1]).tiles_win:
+        if choice == "measure" and not measured.times_of(self.parts, len(x), index.shape[1]).tiles_win:
             return None
         chosen = is_expert(index, self.parts.layer.num_experts).unsqueeze(2)
-        return tiled(whole_parts(self.parts), x, index, weight, chosen)
+        out: Tensor | None = tiles.tiled(measured.whole_parts(self.parts), x, index, weight, chosen)
+        return out
 
     def run(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
         execute = partial(auto, tally=self.tally) if self.way == "auto" else WAYS[self.way]

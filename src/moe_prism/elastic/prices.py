@@ -49,7 +49,11 @@ def block_weights(parts: LayerParts) -> tuple[Tensor, Tensor]:
 
 
 def prices_of(
-    parts: LayerParts, scorer: Scorer | None, extra: Compensator | None, bytes_per_weight: float, matrix_bytes: Tensor | None = None
+    parts: LayerParts,
+    scorer: Scorer | None,
+    extra: Compensator | None,
+    bytes_per_weight: float,
+    matrix_bytes: Tensor | None = None,
 ) -> Prices:
     """Prices of a layer whose blocks are stored alike within an expert.
 

@@ -101,7 +101,8 @@ def _points_in(path: Path) -> list[NamedPoint]:
     data = _load(path)
     if not isinstance(data, dict) or not isinstance(data.get("points"), list):
         return [NamedPoint.from_json(data, path.stem)]
-    rows = [read.mapping(row, f"points of {path.name}") for row in [*data["points"], *(data.get("baseline_topk") or [])]]
+    every = [*data["points"], *(data.get("baseline_topk") or []), *(data.get("baseline_bits") or [])]
+    rows = [read.mapping(row, f"points of {path.name}") for row in every]
     named = [(read.text(row, "name", "point"), _measured(row)) for row in rows]
     return [NamedPoint(name=name, point=point) for name, point in named if point is not None]
 

@@ -97,7 +97,8 @@ class StoredElastic(Elastic):
             raise UsageError("the scorer 'oracle' computes every sub-expert", "load the model without --expert-memory")
         if point.weights is not None and change_of(point.weights).touches_weights:
             raise UsageError(
-                f"the change of weights '{point.weights.change}' needs the experts in memory", "load the model without --expert-memory"
+                f"the change of weights '{point.weights.change}' needs the experts in memory",
+                "load the model without --expert-memory",
             )
 
 

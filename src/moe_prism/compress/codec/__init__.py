@@ -9,7 +9,7 @@ codecs: Registry[type[Codec]] = Registry(
         "rtn": ("moe_prism.compress.codec.rtn:Rtn", "whole numbers of 2 to 8 bits, a scale per group, with or without a zero"),
         "int8-rows": ("moe_prism.compress.codec.int8_rows:Int8Rows", "8 bits, a scale per row: the store's smaller records"),
         "fp8-block": ("moe_prism.compress.codec.floats:Fp8Block", "8-bit floats, a scale per 128 x 128 weights"),
-        "mxfp4": ("moe_prism.compress.codec.floats:Mxfp4", "4-bit floats in groups of 32 with powers of two as scales"),
+        "mxfp4": ("moe_prism.compress.codec.floats:MicroFloat4", "4-bit floats in groups of 32 with powers of two as scales"),
         "nested": (
             "moe_prism.compress.codec.nested:Nested",
             "2 to 8 bits in one file: a base and one plane of signs per further bit (MWQ)",

@@ -20,7 +20,7 @@ _NONE = torch.zeros(0)
 
 
 @dataclass(frozen=True)
-class Mxfp4(GroupCodec):
+class MicroFloat4(GroupCodec):
     """OCP Microscaling FP4 (E2M1), one power of two for 32 weights."""
 
     name: ClassVar[str] = "mxfp4"

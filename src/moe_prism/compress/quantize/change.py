@@ -18,7 +18,6 @@ from ..codec import Codec, codecs
 from .decoded import GONE, SOURCE, decoded, matrices
 
 WHERE = "settings of the weight change 'quantize'"
-MOST_EXPERTS = 1 << 14  # of a layer
 Widths = tuple[tuple[float, ...], ...]
 """Per MoE layer the bits of all its experts, or of each."""
 
@@ -43,17 +42,16 @@ class QuantizeChange(Change):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> QuantizeChange:
-        read.mapping(settings, WHERE, ("codec", "options", "bits", "group"))
-        bits = read.get(settings, "bits", WHERE)
-        group = read.get(settings, "group", WHERE)
+        row = read.mapping(settings, WHERE, ("codec", "options", "bits", "group"))
+        bits, group = read.get(row, "bits", WHERE), read.get(row, "group", WHERE)
         if type(group) is not int:
             raise CorruptError(f"group of {WHERE} is no whole number", read.REMAKE)
         if isinstance(bits, list):
             if not 0 < len(bits) <= read.MOST_LAYERS:
                 raise CorruptError(f"bits of {WHERE} are for {len(bits)} layers", read.REMAKE)
-            rows = tuple(read.numbers(row if isinstance(row, list) else [row], f"bits of {WHERE}") for row in bits)
-            return cls(_codec(settings), rows, group)
-        return cls(_codec(settings), read.number(bits, f"bits of {WHERE}"), group)
+            rows = tuple(read.numbers(own if isinstance(own, list) else [own], f"bits of {WHERE}") for own in bits)
+            return cls(_codec(row), rows, group)
+        return cls(_codec(row), read.number(bits, f"bits of {WHERE}"), group)
 
     def settings(self) -> dict[str, Any]:
         bits = [list(row) for row in self.bits] if isinstance(self.bits, tuple) else self.bits
@@ -71,7 +69,9 @@ class QuantizeChange(Change):
     def widths(self, layers: Sequence[MoELayer]) -> Widths:
         """The bits of every expert. UsageError for another model's."""
         rows = self._rows(len(layers))
-        if len(rows) != len(layers) or any(len(row) not in (1, layer.num_experts) for row, layer in zip(rows, layers, strict=True)):
+        if len(rows) != len(layers) or any(
+            len(row) not in (1, layer.num_experts) for row, layer in zip(rows, layers, strict=True)
+        ):
             raise UsageError(
                 f"the bits are for {len(rows)} layers of {max(map(len, rows))} experts, the model has {len(layers)} layers "
                 f"of {layers[0].num_experts}",
@@ -92,10 +92,10 @@ class QuantizeChange(Change):
         return self.bits if isinstance(self.bits, tuple) else ((self.bits,),) * layers
 
 
-def _codec(settings: Mapping[str, Any]) -> Codec:
+def _codec(row: dict[str, Any]) -> Codec:
     """The codec that settings name. CorruptError for options that it does not have."""
-    kind = codecs.get(read.text(settings, "codec", WHERE))
-    options = read.mapping(settings.get("options", {}), f"options of {WHERE}")
+    kind = codecs.get(read.text(row, "codec", WHERE))
+    options = read.mapping(row.get("options", {}), f"options of {WHERE}")
     known = {f.name: type(f.default) for f in fields(kind)}
     for name, value in options.items():
         if name not in known or type(value) is not known[name]:

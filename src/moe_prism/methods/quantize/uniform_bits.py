@@ -17,7 +17,7 @@ STANDING = ("int8", 8), ("int4", 4)
 
 @dataclass(frozen=True, kw_only=True)
 class BitsParameters:
-    """bits: one width, 0 for all of the codec's; group: inputs that share a scale, 0 for the codec's own; symmetric: of `rtn` and `nested`."""
+    """bits: one width, 0: all of the codec's. group: inputs that share a scale, 0: the codec's own. symmetric: of `rtn` and `nested`."""
 
     bits: float = 0
     group: int = 0
@@ -46,9 +46,7 @@ class UniformBits(Method):
         asked, codec = self.parameters, self.codec()
         group = asked.group or codec.groups[0]
         widths = (asked.bits,) if asked.bits else codec.legal
-        return [
-            NamedPoint(name=self._name(bits), point=stored_at(codec, bits, group)) for bits in widths
-        ]
+        return [NamedPoint(name=self._name(bits), point=stored_at(codec, bits, group)) for bits in widths]
 
     def codec(self) -> Codec:
         """Of the name, with the parameters. UsageError for one that it does not have."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from ..frontier import Frontier, MeasuredPoint, pareto
 from ..frontier.measure import Measurement, measure
 from ..methods.base import Method, Subject
 from ..methods.find import method
-from ..methods.slots.rules import slot_rule
+from ..methods.skip.base import skip_method
 from ..options.frontier import FrontierOptions
-from ..point import FULL, NamedPoint, OperatingPoint, read_points
+from ..point import FULL, NamedPoint, read_points
 from ..progress import Report, peak_rss_bytes, silent
 
 GIVEN = "given point"
@@ -121,9 +121,9 @@ def _points(chosen: Method, subject: Subject) -> Sequence[NamedPoint]:
 
 
 def _plain(subject: Subject) -> list[NamedPoint]:
-    """Plain top-k' for every k' < k."""
-    rules = [replace(slot_rule("whole-experts", subject.n_sub * n, subject.slots), compensate=False) for n in range(1, subject.k)]
-    return [NamedPoint(name=f"top-{n}", point=OperatingPoint(slots=rule)) for n, rule in enumerate(rules, 1)]
+    """Plain top-k' for every k' < k: what `num_experts_per_tok` would do, with weights scaled up where the router scales them."""
+    uniform = skip_method("uniform")
+    return [NamedPoint(name=f"top-{n}", point=uniform.point(subject, n).point) for n in range(1, subject.k)]
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -58,7 +58,7 @@ def frontier(
 def _timed(folder: Path, result: Frontier, options: FrontierOptions, timing: TimeOptions) -> Frontier:
     from ..jobs.time_points import Timing, time_frontier
 
-    return time_frontier(folder, result, Timing(batch=timing.time_batch or 1, text=options.text), report=progress)
+    return time_frontier(folder, result, Timing(batch=timing.time_batch or 1, **options.source.facts()), report=progress)
 
 
 def write(result: Frontier, target: Path, extra: dict[str, Any]) -> None:

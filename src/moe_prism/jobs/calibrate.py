@@ -103,10 +103,10 @@ def run_pass(
             work.run(windows.ids, update, after_batch)
         facts = {
             "layers": [layer.name for layer in layers],
-            "text": windows.source,
             "tokens": windows.tokens,
             "length": windows.ids.shape[1],
             "documents": list(windows.documents),
+            **windows.facts(),
         }
         return work.statistics(facts)
 
@@ -126,7 +126,7 @@ def calibration_windows(where: Path | str, options: CalibrateOptions) -> Windows
     """The calibration side of the options' text, in windows no longer than the model's context."""
     tokenizer = load_tokenizer(where)
     length = min(options.length, _longest(where))
-    return token_windows(tokenizer, options.text, "calibration", length=length, tokens=options.tokens)
+    return token_windows(tokenizer, options.source, "calibration", length=length, tokens=options.tokens)
 
 
 def _longest(where: Path | str) -> int:

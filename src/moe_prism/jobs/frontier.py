@@ -88,7 +88,7 @@ def subject_of(opened: Opened, options: FrontierOptions, report: Report = silent
 
     def calibration() -> Tensor:
         wanted = options.calibration_tokens
-        return token_windows(opened.tokenizer, options.text, "calibration", length=options.length, tokens=wanted).ids
+        return token_windows(opened.tokenizer, options.source, "calibration", length=options.length, tokens=wanted).ids
 
     n_sub = opened.n_sub
     return Subject(
@@ -107,7 +107,7 @@ def evaluation_windows(opened: Opened, options: FrontierOptions) -> Windows:
     """Held-out text: the evaluation side, without what the model was calibrated on when it was refactored."""
     known = opened.manifest["calibration"]["documents"] if opened.manifest else ()
     return token_windows(
-        opened.tokenizer, options.text, "evaluation", length=options.length, tokens=options.tokens, exclude=known
+        opened.tokenizer, options.source, "evaluation", length=options.length, tokens=options.tokens, exclude=known
     )
 
 
@@ -160,7 +160,7 @@ def _provenance(opened: Opened, options: FrontierOptions, windows: Windows) -> d
         # a file is known by its name: where it lies on this machine is nobody's business
         "options": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}
         | {"given": [Path(p).name for p in options.given]},
-        "evaluation": {"text": windows.source, "tokens": windows.tokens, "documents": len(windows.documents)},
+        "evaluation": {**windows.facts(), "tokens": windows.tokens, "documents": len(windows.documents)},
         "calibration": {k: v for k, v in manifest["calibration"].items() if k != "documents"},
         "recovery": [{k: v for k, v in step.items() if k != "inputs"} for step in manifest.get("recovery", [])],
         "versions": versions(),

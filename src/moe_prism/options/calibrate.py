@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from .base import Options, option
-from .text import SOURCES
+from .text import DOMAINS, FIELDS, SOURCES, TextSource, text_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +14,10 @@ class CalibrateOptions(Options):
     """The text of a calibration pass, and what is kept of it."""
 
     text: str = option("stdlib", f"Calibration text: {SOURCES}. Its evaluation side is never used.")
+    text_field: list[str] = option([], FIELDS)
+    domains: list[str] = option(
+        [], f"{DOMAINS}, and statistics of each, where they are sums, beside those of all.", flag="domain", is_repeated=True
+    )
     tokens: int = option(65_536, "Calibration tokens.", least=1)
     length: int = option(512, "Tokens per window.", least=8)
     reservoir: int = option(2048, "Sampled tokens kept per expert.", least=64)
@@ -30,3 +34,9 @@ class CalibrateOptions(Options):
         super().check()
         if not self.collectors:
             raise UsageError("--collectors names none", "refactor needs counts,tokens")
+        self.source  # noqa: B018 - raises for what cannot be meant together
+
+    @property
+    def source(self) -> TextSource:
+        """What --text, --text-field and --domain name."""
+        return text_source(self.text, self.text_field, self.domains)

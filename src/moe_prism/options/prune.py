@@ -49,7 +49,7 @@ class PruneOptions(Options):
     seed: int = option(0, "Of the criterion random.", least=0)
     profile_tokens: int = option(2048, "Of measured: calibration tokens that every layer is run alone on.", least=1)
     dtype: WrittenType | None = option(None, DTYPE_WORDS)
-    calibration: CalibrateOptions = nested(CalibrateOptions, "text", "tokens", "length", "low_memory")
+    calibration: CalibrateOptions = nested(CalibrateOptions, "text", "text_field", "domains", "tokens", "length", "low_memory")
 
     def check(self) -> None:
         super().check()

@@ -6,6 +6,7 @@ import bz2
 import codecs
 import gzip
 import lzma
+import mimetypes
 import re
 import zlib
 from collections.abc import Iterator
@@ -24,9 +25,13 @@ ROW_CHARACTERS = 1 << 25  # of one row or line
 COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
 EXTRA = "pip install 'moe-prism[text]'"
 PLAIN = {".txt", ".text", ".md", ".rst", ".py"}  # may hold any character
+LATIN_SHARE = 0.25  # of bytes beyond ASCII in Latin-1; a text of more is in another alphabet, or none
 _CONTROL = re.compile(rb"[\x00-\x06\x0e-\x1a\x1c-\x1f\x7f]")
 _ESCAPED = re.compile("[\udc80-\udcff]")
-_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")) + (
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
@@ -63,7 +68,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 def _open(path: Path) -> IO[Any]:
     suffix = path.suffix.lower()
     if suffix == ".gz":
-        return gzip.open(path, "rb")
+        return gzip.open(path, "rb")  # type: ignore[return-value]
     if suffix == ".bz2":
         return bz2.open(path, "rb")
     if suffix == ".xz":
@@ -96,12 +101,12 @@ def _read_full(file: IO[bytes], size: int) -> bytes:
 
 
 def encoding_of(head: bytes, name: PurePath) -> str | None:
-    """Of a file that begins so: "utf-8" also stands for Latin-1; None is no text."""
+    """Of a file that begins so: "utf-8" also stands for Latin-1; None is no text, or none whose encoding is known."""
+    if head.startswith(b"%PDF") or _is_media(name):
+        return None
     for mark, encoding in _MARKS:
         if head.startswith(mark):
             return encoding
-    if head.startswith(b"%PDF"):
-        return None
     if wide := _utf16_without_mark(head):
         return wide
     if b"\0" in head and name.suffix.lower() not in PLAIN:
@@ -109,8 +114,15 @@ def encoding_of(head: bytes, name: PurePath) -> str | None:
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
-        return None if _CONTROL.search(head) else "utf-8"
+        beyond = len(head) - len(head.translate(None, bytes(range(128, 256))))
+        return None if _CONTROL.search(head) or beyond > max(16, LATIN_SHARE * len(head)) else "utf-8"
     return "utf-8"
+
+
+def _is_media(name: PurePath) -> bool:
+    kind = mimetypes.guess_type(name.name)[0] or ""
+    is_code = kind.endswith("xml") or name.suffix == ".ts"  # SVG; TypeScript, which shares its suffix with video
+    return kind.startswith(("image/", "audio/", "video/", "font/")) and not is_code
 
 
 def _utf16_without_mark(head: bytes) -> str | None:
@@ -135,7 +147,10 @@ class Characters:
             first = _read_full(file, HEAD_BYTES)
             encoding = encoding_of(first, inner_name(PurePath(self.name)))
             if encoding is None:
-                raise UsageError(f"'{self.path}' is not text", "name a text file, or one of rows like .jsonl, .csv or .parquet")
+                raise UsageError(
+                    f"'{self.path}' is no text in UTF-8, UTF-16 or Latin-1",
+                    "convert it, or name rows like .jsonl, .csv or .parquet",
+                )
             errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
             decoder = codecs.getincrementaldecoder(encoding)(errors)
             part = first
@@ -160,7 +175,7 @@ class Characters:
         return text
 
     def lines(self) -> Iterator[tuple[int, str | None]]:
-        """(number, line without its end); None for a line of more than ROW_CHARACTERS. Only "\\n" ends a line."""
+        """(number, line without its end); None for a line of more than ROW_CHARACTERS. Only a line feed ends a line."""
         number, held, is_long = 1, "", False
         for chunk in self:
             head, *rest = chunk.split("\n")

@@ -162,7 +162,7 @@ def _file(path: Path, name: str, reading: Reading) -> Iterator[Found]:
     if suffix in CSV:
         yield from _rows(path, name, csv_rows(characters, reading.names), reading)
     elif suffix in JSON_LINES | JSON or _looks_like_rows(path, suffix):
-        is_lines = suffix not in JSON and not _first_sign(path) == "["
+        is_lines = suffix not in JSON and _first_sign(path) != "["
         yield from _rows(path, name, json_lines(characters) if is_lines else json_values(characters), reading)
     else:
         yield from _plain(characters)
@@ -212,7 +212,9 @@ def _rows(path: Path, name: str, rows: Iterable[tuple[object, Any]], reading: Re
         good += 1
         yield f"{name}:{number}", said, True
     if strange and not good:
-        raise unknown_fields(f"'{path}'", example if isinstance(example, dict) else (), reading.names)
+        if not isinstance(example, dict):
+            raise UsageError(f"'{path}' holds rows that are no objects with fields", 'write rows like {"text": "..."}')
+        raise unknown_fields(f"'{path}'", example, reading.names)
     for unread, count in against.items():
         reading.tally.leave_out(unread, first[unread], count)
 

@@ -37,7 +37,6 @@ from ..errors import UsageError
 from ..frontier.measure import measure
 from ..model import find_layers, load_to_run, load_tokenizer, resolve
 from ..options.adopt import AdoptOptions
-from ..options.calibrate import CalibrateOptions
 from ..options.text import other_source
 from ..point import OperatingPoint, SlotRule
 from ..progress import peak_rss_bytes, silent

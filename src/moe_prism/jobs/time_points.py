@@ -41,7 +41,10 @@ LEAST_TURNS, MOST_TURNS = 5, 25
 
 @dataclass(frozen=True)
 class Timing:
-    """batch: sequences that decode together; text, text_source: of which the evaluation side is fed, see `TextSource.facts`; seconds: after which no turn begins."""
+    """batch: sequences that decode together; text, text_source: of which the evaluation side is fed, as `TextSource.facts` says it.
+
+    seconds: after which no turn begins.
+    """
 
     batch: int = 1
     text: str = "stdlib"

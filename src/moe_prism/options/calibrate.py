@@ -15,9 +15,7 @@ class CalibrateOptions(Options):
 
     text: str = option("stdlib", f"Calibration text: {SOURCES}. Its evaluation side is never used.")
     text_field: list[str] = option([], FIELDS)
-    domains: list[str] = option(
-        [], f"{DOMAINS}, and statistics of each, where they are sums, beside those of all.", flag="domain", is_repeated=True
-    )
+    domains: list[str] = option([], f"{DOMAINS}, and statistics of each beside those of all.", flag="domain", is_repeated=True)
     tokens: int = option(65_536, "Calibration tokens.", least=1)
     length: int = option(512, "Tokens per window.", least=8)
     reservoir: int = option(2048, "Sampled tokens kept per expert.", least=64)

@@ -16,7 +16,7 @@ from ..compress.changes import change_of
 from ..data import Windows, token_windows
 from ..elastic.runtime import slots_per_token
 from ..errors import UsageError
-from ..frontier import Frontier, MeasuredPoint, pareto
+from ..frontier import DomainQuality, Frontier, MeasuredPoint, pareto
 from ..frontier.measure import Measurement, measure
 from ..methods.base import Method, Subject
 from ..methods.find import method
@@ -68,7 +68,7 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     known = {point.name for _, point in tagged}
     tagged += [("topk", point) for point in _plain(subject) if point.name not in known]
     with report("frontier") as update:
-        found = measure(opened.model, windows.ids, [point.point for _, point in tagged], progress=update)
+        found = measure(opened.model, windows.ids, [point.point for _, point in tagged], progress=update, parts=windows.parts)
     flags = pareto([m.cost.active_expert_bytes for m in found], [m.quality.kl for m in found])
     rows = zip(tagged, found, flags, strict=True)
     points = tuple(_measured(label, point, one, subject.slots, flag) for (label, point), one, flag in rows)
@@ -151,6 +151,7 @@ def _measured(label: str, named: NamedPoint, found: Measurement, slots: int, fla
         resident_expert_bytes=found.resident_bytes,
         distinct_expert_bytes=cost.distinct_expert_bytes,
         point=point,
+        domains={name: DomainQuality(q.ppl, q.kl, q.top1_agreement) for name, q in found.domains.items()},
     )
 
 

@@ -41,6 +41,10 @@ class PruneOptions(Options):
         "Comma-separated protections, e.g. super-experts: experts that stay whatever the criterion says.",
         names="moe_prism.compress.prune:protections",
     )
+    for_domain: list[str] = option(
+        [],
+        "Comma-separated domains of the calibration (--domain) whose experts stay. Default: all of them, each counted alike.",
+    )
     mtp: MTPMode | None = option(
         None,
         "Of layers for multi-token prediction, which calibration does not run: prune takes the same experts away as in the last layer, "

@@ -147,8 +147,7 @@ def costs_what_it_reads(bench: Bench, asked: str) -> None:
     ids = distinct_rows(bench.opened.model, tokens)
     for named in (bench.points(asked)[0], bench.points(asked)[-1]):
         step = Step(bind(elastic, [named.point]))
-        with elastic.at(step), counted(elastic) as found:
-            elastic.reset_counters()
+        with elastic.at(step), elastic.count(), counted(elastic) as found:
             bench.opened.model(input_ids=ids)
             cost = measured_cost(elastic, step)
         per_token, distinct = expected(elastic, tokens, found)

@@ -12,6 +12,8 @@ from .base import Collector, RoutedBatch
 class ChoiceCounts(Collector):
     """count [E] (int64), weight_sum [E] (float64), tokens [1]."""
 
+    has_domains = True
+
     def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
         super().__init__(layer, capacity=capacity, seed=seed)
         self.count = torch.zeros(layer.num_experts, dtype=torch.int64)
@@ -30,6 +32,11 @@ class ChoiceCounts(Collector):
 
     def load(self, state: dict[str, Tensor]) -> None:
         self.count, self.weight_sum, self.tokens = (state[k].clone() for k in ("count", "weight_sum", "tokens"))
+
+    def merge(self, state: dict[str, Tensor]) -> None:
+        self.count, self.weight_sum, self.tokens = (
+            mine + state[k] for k, mine in (("count", self.count), ("weight_sum", self.weight_sum), ("tokens", self.tokens))
+        )
 
     @staticmethod
     def bytes_per_layer(layer: MoELayer, capacity: int) -> int:

@@ -22,6 +22,7 @@ class Outputs(Collector):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"residual"})
+    has_domains = True
 
     def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
         super().__init__(layer, capacity=capacity, seed=seed)

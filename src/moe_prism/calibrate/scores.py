@@ -22,6 +22,7 @@ class Scores(Collector):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"scores"})
+    has_domains = True
 
     def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
         super().__init__(layer, capacity=capacity, seed=seed)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 @dataclass
 class LayerStatistics:
-    """Statistics of one MoE layer, keyed collector -> name -> tensor."""
+    """Statistics of one MoE layer, keyed collector -> name -> tensor; domains: of each domain of the text, what has it (`has_domains`)."""
 
     name: str
     values: dict[str, dict[str, Tensor]]
+    domains: dict[str, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
 
     def inputs(self, expert: int) -> tuple[Tensor, Tensor]:
         """Sampled inputs x [S, d] (float32) and routing weights [S] of one expert."""
@@ -26,16 +27,22 @@ class LayerStatistics:
         return [int(n) for n in self.values["tokens"]["kept"]] if "tokens" in self.values else []
 
     def flat(self) -> dict[str, Tensor]:
-        return {f"{c}.{k}": v.contiguous() for c, state in self.values.items() for k, v in state.items()}
+        """By one name each: collector.name, or domain/collector.name."""
+        every = {"": self.values, **{f"{domain}/": values for domain, values in self.domains.items()}}
+        return {
+            f"{d}{c}.{k}": v.contiguous() for d, values in every.items() for c, state in values.items() for k, v in state.items()
+        }
 
     @staticmethod
     def unflat(name: str, tensors: dict[str, Tensor]) -> LayerStatistics:
         """From flat names, as a file holds them, back to collectors and their statistics."""
-        values: dict[str, dict[str, Tensor]] = {}
+        found = LayerStatistics(name, {})
         for key, tensor in tensors.items():
-            collector, _, inner = key.partition(".")
+            domain, _, rest = key.rpartition("/")
+            collector, _, inner = rest.partition(".")
+            values = found.domains.setdefault(domain, {}) if domain else found.values
             values.setdefault(collector, {})[inner] = tensor
-        return LayerStatistics(name, values)
+        return found
 
 
 @dataclass

@@ -155,11 +155,16 @@ class Elastic:
             layer.parts.layer.uninstall()
         self.model.__dict__.pop("_moe_prism", None)
 
-    def reset_counters(self) -> None:
-        """Count from zero, from now on."""
-        self.counting = True
+    @contextmanager
+    def count(self) -> Iterator[None]:
+        """Count from zero what runs inside the block. The counters keep it afterwards."""
+        before, self.counting = self.counting, True
         for layer in self.layers:
             layer.reset_counter()
+        try:
+            yield
+        finally:
+            self.counting = before
 
 
 def attach(

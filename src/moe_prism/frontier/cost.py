@@ -26,7 +26,7 @@ class Cost:
 
 
 def measured_cost(elastic: Elastic, step: Step) -> Cost:
-    """Cost of what has run since `elastic.reset_counters()`, all of it at one group of points."""
+    """Cost of what ran in the last `elastic.count()`, all of it at one group of points."""
     params = size = slots = distinct = 0.0
     group = _group(step)
     for layer in elastic.layers:

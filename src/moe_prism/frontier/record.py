@@ -38,6 +38,20 @@ class DecodeTime:
 
 
 @dataclass(frozen=True)
+class DomainQuality:
+    """What `MeasuredPoint` says of all held-out text, of one domain of it."""
+
+    ppl: float
+    kl: float
+    top1_agreement: float
+
+    @classmethod
+    def from_json(cls, data: object, where: str = "domain") -> DomainQuality:
+        mapping = _mapping(data, where)
+        return cls(**{f.name: _read(mapping, f.name, str(f.type), where) for f in fields(cls)})
+
+
+@dataclass(frozen=True)
 class MeasuredPoint:
     """One operating point: what it costs per token and how far it is from the source model on held-out text."""
 
@@ -71,24 +85,41 @@ class MeasuredPoint:
     """What was measured, ready to run again; None where a version before 0.2 wrote it and it cannot be told from the rest."""
     time: DecodeTime | None = None
     """How long decoding took on the machine that `provenance` names; None where nobody asked, or where weights are changed in place."""
+    domains: Mapping[str, DomainQuality] = field(default_factory=dict)
+    """By domain, where the evaluation text has any (`--domain`)."""
+
+    @property
+    def worst_domain(self) -> str | None:
+        """The domain with the largest KL."""
+        return max(self.domains, key=lambda name: self.domains[name].kl, default=None)
 
     @classmethod
     def from_json(cls, data: object, where: str = "point") -> MeasuredPoint:
         """Check and convert one entry of `points`; `where` names it in the error."""
         mapping = _mapping(data, where)
-        plain = [f for f in fields(cls) if f.name not in ("point", "time") and (f.name in mapping or f.default is MISSING)]
+        plain = [
+            f for f in fields(cls) if f.name not in ("point", "time", "domains") and (f.name in mapping or f.default is MISSING)
+        ]
         row = {f.name: _read(mapping, f.name, str(f.type), where) for f in plain}
         stored, time = mapping.get("point"), mapping.get("time")
         return cls(
             **row,
             point=upgraded(row["rule"], row["budget"]) if stored is None else OperatingPoint.from_json(stored),
             time=None if time is None else DecodeTime.from_json(time, f"time of {where}"),
+            domains={
+                name: DomainQuality.from_json(quality, f"domain '{name}' of {where}")
+                for name, quality in _mapping(mapping.get("domains", {}), f"domains of {where}").items()
+            },
         )
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, the operating point in its own form, and the time where it was measured."""
-        row = {f.name: getattr(self, f.name) for f in fields(self)} | {"point": self.point and self.point.to_json()}
-        return row | {"time": asdict(row.pop("time"))} if self.time else {k: v for k, v in row.items() if k != "time"}
+        row = {f.name: getattr(self, f.name) for f in fields(self)} | {
+            "point": self.point and self.point.to_json(),
+            "time": self.time and asdict(self.time),
+            "domains": {name: asdict(quality) for name, quality in self.domains.items()},
+        }
+        return {name: value for name, value in row.items() if value or name not in ("time", "domains")}
 
 
 @dataclass(frozen=True)

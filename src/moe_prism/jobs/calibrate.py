@@ -24,6 +24,7 @@ from ..errors import UsageError
 from ..model import find_layers, load_to_run, load_tokenizer, resolve
 from ..options.calibrate import CalibrateOptions
 from ..progress import Report, silent
+from .demonstrations import Answering, plan
 
 SNAPSHOT = "calibration-snapshot.safetensors"
 PROFILE = "profile.safetensors"
@@ -43,7 +44,8 @@ def calibrate_model(
     where = resolve(model)
     check_apart(where, out)
     weights = Weights(where)
-    windows = calibration_windows(where, options)
+    asked = plan(load_tokenizer(where), options, _longest(where)) if options.tasks else None
+    windows = None if asked else calibration_windows(where, options)
     check_fit(weights, options)
     source = source_facts(where)
     del weights  # of a GGUF file it holds the whole model
@@ -52,7 +54,15 @@ def calibrate_model(
         return read_statistics(out)
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         journal = Journal(folder.work, inputs)
-        statistics = run_pass(where, windows, options, folder, journal, how.get("report", silent))
+        report = how.get("report", silent)
+        answers = Answering(asked, options, folder, journal) if asked else None
+        if answers:
+            windows, facts = demonstrate(where, answers, report)
+        assert windows is not None
+        statistics = run_pass(where, windows, options, folder, journal, report)
+        if answers:
+            statistics.facts |= facts
+            answers.discard()
         for i, layer in enumerate(statistics.layers):
             folder.save_tensors(f"layer-{i:03d}.safetensors", layer.flat(), {"name": layer.name})
         folder.save_tensors(PROFILE, {"ids": statistics.profile})
@@ -60,6 +70,13 @@ def calibrate_model(
         write_manifest(folder, {"kind": "calibration", **inputs, "facts": statistics.facts})
         folder.finish()
     return statistics
+
+
+def demonstrate(where: Path | str, answers: Answering, report: Report) -> tuple[Windows, dict[str, Any]]:
+    """Let the model answer, and take both as calibration text; the facts of it."""
+    if not answers.is_done():
+        answers.run(load_to_run(where), load_tokenizer(where), report)
+    return answers.collect(min(answers.options.length, _longest(where)))
 
 
 def check_fit(weights: Weights, options: CalibrateOptions) -> None:
@@ -100,13 +117,13 @@ def run_pass(
                 last = time.monotonic()
 
         with report("calibrate") as update:
-            work.run(windows.ids, update, after_batch)
+            work.run(windows.ids, update, after_batch, windows.parts)
         facts = {
             "layers": [layer.name for layer in layers],
-            "text": windows.source,
             "tokens": windows.tokens,
             "length": windows.ids.shape[1],
             "documents": list(windows.documents),
+            **windows.facts(),
         }
         return work.statistics(facts)
 
@@ -126,7 +143,7 @@ def calibration_windows(where: Path | str, options: CalibrateOptions) -> Windows
     """The calibration side of the options' text, in windows no longer than the model's context."""
     tokenizer = load_tokenizer(where)
     length = min(options.length, _longest(where))
-    return token_windows(tokenizer, options.text, "calibration", length=length, tokens=options.tokens)
+    return token_windows(tokenizer, options.source, "calibration", length=length, tokens=options.tokens)
 
 
 def _longest(where: Path | str) -> int:

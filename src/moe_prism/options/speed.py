@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from .base import Options, option
+from .text import FIELDS
 
 WINDOW = 256  # tokens of the windows that routing is counted on
 
@@ -49,6 +50,7 @@ class SpeedOptions(Options):
         None,
         "Text to count routing on and to time steps on; default stdlib, with --bandwidth and --peak even routing.",
     )
+    text_field: list[str] = option([], FIELDS)
     tokens: int = option(16_384, "Tokens to count routing on.", least=WINDOW)
     measure: bool = option(
         False,

@@ -1,6 +1,6 @@
 """The operating point: how a model runs. Data, nothing else; what runs it is in `elastic`, what measures it in `frontier`."""
 
-from .base import FULL, Decoding, OperatingPoint, RoutingStage, SlotRule, WeightChange
+from .base import FULL, Decoding, OperatingPoint, RoutingStage, SlotBits, SlotRule, WeightChange
 from .named import NamedPoint, find_point, read_points, write_point
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "NamedPoint",
     "OperatingPoint",
     "RoutingStage",
+    "SlotBits",
     "SlotRule",
     "WeightChange",
     "find_point",

@@ -23,8 +23,8 @@ Numbers = tuple[tuple[float, ...], ...]
 
 
 def own_unit(rule: str) -> str:
-    """What a rule's budget is a share of unless it is said: `threshold` has a dial fine enough for bytes, the others count slots."""
-    return "bytes" if rule == "threshold" else slots_unit(rule)
+    """What a rule's budget is a share of unless it is said: `threshold` and `bits` have dials fine enough for bytes, others count slots."""
+    return "bytes" if rule in ("threshold", "bits") else slots_unit(rule)
 
 
 def slots_unit(rule: str) -> str:
@@ -116,6 +116,44 @@ class RoutingStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlotBits:
+    """At how many bits a kept slot may be read: widths of one nested encoding, rising.
+
+    errors: per MoE layer, for each width, the expected squared error of a slot as a share of what dropping it loses. group: weights that
+    share a scale. choosing: the width at which gate neurons are read to choose slots.
+    """
+
+    widths: tuple[float, ...]
+    errors: Numbers
+    group: int
+    choosing: float
+
+    def __post_init__(self) -> None:
+        if not self.widths or sorted(set(self.widths)) != list(self.widths):
+            raise UsageError(f"widths {list(self.widths)} of slots do not rise", "give such as 2, 3, 4, 8")
+        if self.choosing not in self.widths:
+            raise UsageError(f"slots are chosen at {self.choosing:g} bits, which are not stored", "give one of the widths")
+        if any(len(row) != len(self.widths) for row in self.errors):
+            raise UsageError("the errors of slots are not those of their widths", read.REMAKE)
+
+    def to_json(self) -> dict[str, Any]:
+        errors = [list(row) for row in self.errors]
+        return {"widths": list(self.widths), "errors": errors, "group": self.group, "choosing": self.choosing}
+
+    @classmethod
+    def from_json(cls, data: object) -> SlotBits:
+        """The inverse of `to_json`. CorruptError names what is wrong."""
+        where = "bits of slots"
+        row = read.mapping(data, where, ("widths", "errors", "group", "choosing"))
+        return cls(
+            widths=read.numbers(read.get(row, "widths", where), f"widths of {where}"),
+            errors=read.rows(read.get(row, "errors", where), f"errors of {where}"),
+            group=read.whole_numbers([read.get(row, "group", where)], f"group of {where}")[0],
+            choosing=read.number(read.get(row, "choosing", where), f"choosing of {where}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SlotRule:
     """Which slots of the routed experts are kept.
 
@@ -123,7 +161,7 @@ class SlotRule:
     compensation), of its `slots`, or of their `value`; default `own_unit`. control: who the budget is held for: the `mean` of every
     request's tokens, every token (`strict`), or nobody (`none`: the rule alone decides); default `own_control`. rule, scorer: names of
     `elastic.rules` and `elastic.scorers`. compensate: make up for what is dropped, where the artefact was written with `--compensate`.
-    layers: a budget for every MoE layer, instead of `budget`.
+    layers: a budget for every MoE layer, instead of `budget`. bits: how slots may be read by the rule `bits`.
     """
 
     budget: float = 1.0
@@ -133,6 +171,7 @@ class SlotRule:
     layers: tuple[float, ...] | None = None
     of: str = ""
     control: str = ""
+    bits: SlotBits | None = None
 
     def __post_init__(self) -> None:
         for budget in (self.budget, *(self.layers or ())):
@@ -143,6 +182,13 @@ class SlotRule:
         for name, legal in (("of", UNITS), ("control", CONTROLS)):
             if getattr(self, name) not in legal:
                 raise UsageError(f"'{name}' of slots is '{getattr(self, name)}'", f"choose one of: {', '.join(legal)}")
+
+        if self.bits is not None and self.rule != "bits":
+            raise UsageError(f"rule '{self.rule}' knows no bits of slots", "use the rule 'bits'")
+        if self.bits is None and self.rule == "bits" and not self.is_full:
+            raise UsageError(
+                "the rule 'bits' needs to know what each width loses", "measure points with `frontier --methods bits` and use one"
+            )
 
     @property
     def is_full(self) -> bool:
@@ -155,7 +201,8 @@ class SlotRule:
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)} | {
-            "layers": None if self.layers is None else list(self.layers)
+            "layers": None if self.layers is None else list(self.layers),
+            "bits": self.bits and self.bits.to_json(),
         }
 
     @classmethod
@@ -172,6 +219,7 @@ class SlotRule:
             layers=None if layers is None else read.numbers(layers, f"layers of {where}"),
             of=read.text(row, "of", where, slots_unit(rule)),  # a file from before there was a choice means this
             control=read.text(row, "control", where, "none"),
+            bits=None if row.get("bits") is None else SlotBits.from_json(row["bits"]),
         )
 
 
@@ -216,7 +264,7 @@ class OperatingPoint:
     def with_budget(self, budget: float, rule: str | None = None, control: str = "") -> OperatingPoint:
         """The same at another budget, and by another rule if one is given: of the rule's own unit, and held as the rule does."""
         slots = replace(self.slots, budget=budget, layers=None, of="", control="none")
-        slots = slots if rule is None else replace(slots, rule=rule, scorer=own_scorer(rule), of="")
+        slots = slots if rule is None else replace(slots, rule=rule, scorer=own_scorer(rule), of="", bits=None)
         return replace(self, slots=replace(slots, control=control))
 
     def with_slots(self, share: float, rule: str | None = None) -> OperatingPoint:

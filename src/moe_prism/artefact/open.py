@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import read_manifest
-from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.manifest import MANIFEST, PLAIN_KINDS
 from ..elastic import Elastic, attach
 from ..model import load_to_run, load_tokenizer, resolve
 from .load import load
@@ -41,7 +41,7 @@ def open_model(folder: str | Path) -> Opened:
     path = Path(folder)
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
-        if manifest.get("kind") != "pruned":  # a pruned checkpoint is a plain one
+        if manifest.get("kind") not in PLAIN_KINDS:
             model, tokenizer = load(path)
             return Opened(model, tokenizer, manifest, path.name)
     where = resolve(folder)

@@ -33,6 +33,10 @@ class Check:
     detail: str
 
 
+PLAIN_KINDS = ("pruned", "quantized")
+"""Outputs with a manifest that are plain checkpoints otherwise."""
+
+
 def versions() -> dict[str, str]:
     """Versions of this tool and of the libraries that decide the bytes."""
     return {name: version(name) for name in LIBRARIES}

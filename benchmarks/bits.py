@@ -45,9 +45,10 @@ from moe_prism.point import FULL, OperatingPoint, SlotRule
 
 MODELS = ["nano", "nano-mix"]
 BARS = {0.33: 0.28, 0.25: 0.22, 0.16: 0.12, 0.11: 0.30}
-ALONE = [(Rtn(symmetric=s), bits, group) for s in (True, False) for group in (32, 64, 128) for bits in (2, 3, 4, 5)]
-PAIRED = (2, 3, 4, 5, 6)
-FRACTIONS = (0.3, 0.45, 0.6, 0.8, 1.0)  # budgets of `threshold` in a pair
+FORMS = ((True, 32), (True, 64), (True, 128), (False, 64), (False, 128))
+ALONE = [(Rtn(symmetric=symmetric), bits, group) for symmetric, group in FORMS for bits in (2, 3, 4, 5)]
+PAIRED = (3, 4, 5, 6)
+FRACTIONS = (0.35, 0.5, 0.7, 1.0)  # budgets of `threshold` in a pair
 
 
 class Seen(NamedTuple):
@@ -74,11 +75,7 @@ def within(share: float, rows: Sequence[Seen]) -> Seen:
 def points(subject: Subject, settings: str) -> dict[str, list[tuple[str, OperatingPoint]]]:
     """Every point by the way it belongs to."""
     elastic = subject.elastic
-    found = {
-        "blocks": [
-            ("", OperatingPoint(slots=SlotRule(budget=b))) for b in affordable(elastic, (0.08, 0.11, 0.16, 0.25, 0.33, 0.4))
-        ]
-    }
+    found = {"blocks": [("", OperatingPoint(slots=SlotRule(budget=b))) for b in affordable(elastic, (0.1, 0.16, 0.25, 0.33))]}
     found["bits"] = [(f"{bits} bits, {group}", stored_at(codec, bits, group)) for codec, bits, group in ALONE]
     for bits in PAIRED:
         weights = stored_at(Nested(), bits, 64).weights
@@ -87,7 +84,7 @@ def points(subject: Subject, settings: str) -> dict[str, list[tuple[str, Operati
     slots = method(settings)
     assert isinstance(slots, BitsMethod)
     fitted = slots.fitted(subject)
-    budgets = (0.095, 0.11, 0.135, 0.16, 0.2, 0.25, 0.33, 0.4)
+    budgets = (0.1, 0.13, 0.16, 0.2, 0.25, 0.34)
     found["slots"] = [("", OperatingPoint(slots=SlotRule(rule="bits", budget=b, bits=fitted))) for b in budgets]
     return found
 

@@ -109,9 +109,13 @@ def _share_of_bits(parts: LayerParts, bits: SlotBits, price: Mapping[str, Tensor
     return (spent(parts, bits, sizes) * parts.n_sub / room).clamp(min=least * parts.n_sub * sizes[first] / room)
 
 
-def affordable(elastic: Host, budgets: Sequence[float]) -> tuple[float, ...]:
-    """Budgets of the `threshold` rule for somebody who did not choose them: those below what choosing and one slot read become that."""
-    slots, rule = SlotRule(budget=0.5), rules.get("threshold")
+def affordable(elastic: Host, budgets: Sequence[float], slots: SlotRule | None = None) -> tuple[float, ...]:
+    """Budgets of bytes for somebody who did not choose them: those below what choosing and one slot read become that.
+
+    slots: the rule, default `threshold`.
+    """
+    slots = slots or SlotRule(budget=0.5)
+    rule = rules.get(slots.rule)
     spent = dials(elastic, slots, rule, [spending(layer, slots, rule, elastic) for layer in elastic.layers])[0].spent
     assert spent is not None
     least = math.ceil(100 * float(spent[0])) / 100

@@ -96,14 +96,46 @@ def find_point(asked: str, folder: str | Path | None = None) -> NamedPoint:
     raise UsageError(f"no operating point '{asked}'", choices(asked, [point.name for point in known]))
 
 
+def point_within(bytes_per_token: float, folder: str | Path) -> NamedPoint:
+    """Of the folder's `frontier.json` the point with the least KL that reads no more. UsageError where none does, with the least."""
+    path = Path(folder) / FRONTIER
+    if not path.is_file():
+        raise UsageError(f"there is no {path}", "measure points with `moe-prism frontier`")
+    rows, points = _rows_in(path), {point.name: point for point in _points_in(path)}
+    known = [
+        (
+            read.number(read.get(row, "active_expert_bytes", "point"), "bytes"),
+            read.number(read.get(row, "kl", "point"), "kl"),
+            name,
+        )
+        for row in rows
+        if (name := read.text(row, "name", "point")) in points
+    ]
+    fits = [(kl, size, name) for size, kl, name in known if size <= bytes_per_token]
+    if not fits:
+        least = min(known, default=(0.0, 0.0, "none"))
+        raise UsageError(
+            f"no measured point reads {bytes_per_token:g} bytes per token or less; '{least[2]}' reads {least[0]:.0f}",
+            "give more, or measure cheaper points with `moe-prism frontier --methods bits`",
+        )
+    return points[min(fits)[2]]
+
+
+def _rows_in(path: Path) -> list[dict[str, Any]]:
+    """The entries of a frontier, baselines included."""
+    data = _load(path)
+    if not isinstance(data, dict) or not isinstance(data.get("points"), list):
+        raise CorruptError(f"{path} is no frontier", "measure it again with `moe-prism frontier`")
+    every = [*data["points"], *(data.get("baseline_topk") or []), *(data.get("baseline_bits") or [])]
+    return [read.mapping(row, f"points of {path.name}") for row in every]
+
+
 def _points_in(path: Path) -> list[NamedPoint]:
     """All points of a file that can be run: none of a frontier whose version did not say how its points do."""
     data = _load(path)
     if not isinstance(data, dict) or not isinstance(data.get("points"), list):
         return [NamedPoint.from_json(data, path.stem)]
-    every = [*data["points"], *(data.get("baseline_topk") or []), *(data.get("baseline_bits") or [])]
-    rows = [read.mapping(row, f"points of {path.name}") for row in every]
-    named = [(read.text(row, "name", "point"), _measured(row)) for row in rows]
+    named = [(read.text(row, "name", "point"), _measured(row)) for row in _rows_in(path)]
     return [NamedPoint(name=name, point=point) for name, point in named if point is not None]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...point import SlotBits
 from ..base import LayerParts, Slots
-from ..coded import block_bytes
+from ..coded import SOURCE, block_bytes
 from ..side_tensors import CUTOFFS, SHARES
 from .threshold import Threshold
 from .top_slots import top_slots
@@ -45,13 +45,14 @@ class Bits(Threshold):
         found = torch.where(best, float(self.steps[0][0]), 0.0)
         for bits, ratio in self.steps:
             found = torch.where(values >= level * ratio, bits, found)
+        found = torch.where((budget >= 1)[:, None, None], SOURCE, found)  # the model itself
         return found.masked_fill(~slots.valid[:, :, None], 0.0)
 
 
 def hull(parts: LayerParts, bits: SlotBits) -> list[tuple[float, float]]:
     """(bits, cutoff as a multiple of the dial's) of the widths worth having, rising; the dial's own is that of reading all of a block."""
     errors = bits.errors[parts.layer.index]
-    whole = block_bytes(parts, 16.0, bits.group)
+    whole = block_bytes(parts, SOURCE, bits.group)
     steps: list[tuple[float, float, float, float]] = []  # bits, bytes, loss, gain per byte
     for width, error in zip(bits.widths, errors, strict=True):
         size = block_bytes(parts, width, bits.group)

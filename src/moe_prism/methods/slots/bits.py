@@ -11,6 +11,7 @@ from torch import Tensor
 from ...calibrate.run import Pass, Settings
 from ...elastic.coded import codec_of
 from ...elastic.compensate.base import outputs
+from ...elastic.dial import affordable
 from ...elastic.layer import ElasticLayer
 from ...errors import UsageError
 from ...point import NamedPoint, OperatingPoint, SlotBits, SlotRule
@@ -41,7 +42,8 @@ class BitsMethod(Method):
 
     def points(self, subject: Subject) -> Sequence[NamedPoint]:
         bits = self.fitted(subject)
-        budgets = BUDGETS if subject.points is None else even(BUDGETS, subject.points)
+        asked = BUDGETS if subject.points is None else even(BUDGETS, subject.points)
+        budgets = affordable(subject.elastic, asked, SlotRule(rule="bits", budget=BUDGETS[0], bits=bits))
         return [
             NamedPoint(
                 name=f"{self.name}-{budget:.3g}", point=OperatingPoint(slots=SlotRule(rule="bits", budget=budget, bits=bits))

@@ -211,7 +211,7 @@ def rewrite_quantized(
         with out.stage(shard) as file:
             sums = writer.write(shard, file)
         out.save_tensors(_sums_of(shard), {"sums": torch.tensor(sums, dtype=torch.float64)})
-        journal.finish(shard, shard, out.hashes[shard])
+        journal.finish(shard, out.hashes[shard])
         done += raw.header(shard).size
         if progress:
             progress(done, raw.bytes)

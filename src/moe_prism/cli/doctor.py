@@ -10,10 +10,10 @@ from typing import Any
 
 from .output import emit
 
-LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "numba")
+LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "numba", "pydantic")
 EXTRAS = {
     "report": ("HTML reports", ("altair", "vl-convert-python", "jinja2")),
-    "serve": ("the server", ("fastapi", "uvicorn", "prometheus-client", "psutil", "pydantic", "pyyaml")),
+    "serve": ("the server", ("fastapi", "uvicorn", "prometheus-client", "psutil", "pyyaml")),
     "gguf": ("GGUF files", ("gguf",)),
 }
 """extra -> (what it is for, packages)."""

@@ -77,7 +77,7 @@ class MeasuredPoint:
     def of_form(cls, form: MeasuredForm) -> MeasuredPoint:
         """What a checked file says."""
         row = {name: value for name, value in form.model_dump().items() if name not in ("point", "time")}
-        return cls(**row, point=measured_point(form), time=form.time and DecodeTime(**form.time.model_dump()))
+        return cls(**row, point=measured_point(form), time=None if form.time is None else DecodeTime(**form.time.model_dump()))
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, the operating point in its own form, and the time where it was measured."""

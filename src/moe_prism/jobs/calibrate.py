@@ -89,14 +89,14 @@ def run_pass(
     with _model(where, options) as model:
         layers = find_layers(model)
         work = Pass(model, layers, settings(options))
-        if journal.done("snapshot"):
+        if journal.done(SNAPSHOT):
             work.load(load_file(str(folder.work / SNAPSHOT)))
         last = time.monotonic()
 
         def after_batch() -> None:
             nonlocal last
             if time.monotonic() - last > SNAPSHOT_SECONDS or work.done == len(windows.ids):
-                journal.finish("snapshot", SNAPSHOT, folder.save_tensors(SNAPSHOT, work.state()))
+                journal.finish(SNAPSHOT, folder.save_tensors(SNAPSHOT, work.state()))
                 last = time.monotonic()
 
         with report("calibrate") as update:

@@ -170,7 +170,7 @@ class _Job:
                 found = measured_counts(
                     loaded, elastic, statistics, self.options, ids[:: max(1, len(ids) // wanted)][:wanted], update
                 )
-            journal.finish(COUNTS, COUNTS, folder.save_tensors(COUNTS, {"counts": torch.tensor(found)}))
+            journal.finish(COUNTS, folder.save_tensors(COUNTS, {"counts": torch.tensor(found)}))
         counts: list[int] = load_file(str(folder.work / COUNTS))["counts"].tolist()
         return counts
 

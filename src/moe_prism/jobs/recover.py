@@ -113,7 +113,7 @@ class _Units(NamedTuple):
 
     def save(self, layer: int, tensors: dict[str, Tensor]) -> None:
         named = {f"layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
-        self.journal.finish(_unit(layer), _unit(layer), self.output.save_tensors(_unit(layer), named))
+        self.journal.finish(_unit(layer), self.output.save_tensors(_unit(layer), named))
 
 
 def _fit(

@@ -165,7 +165,7 @@ def _solve_layers(
                 with weights.loaded(layer):
                     tensors, facts = solve(layer, mine, options, together)
                 digest = folder.save_tensors(unit, tensors, {"facts": json.dumps(facts)})
-                journal.finish(unit, unit, digest)
+                journal.finish(unit, digest)
             rows.append(_unit_facts(folder, layer))
             update(layer.index + 1, len(weights.layers))
     return rows
@@ -194,7 +194,7 @@ def _pool_cutoffs(
         digest = folder.save_tensors(
             CUTOFFS_FILE, tensors | {f"layers.{i}.{LAYER_BUDGETS}": plan for i, plan in enumerate(plans)}
         )
-        journal.finish(CUTOFFS_FILE, CUTOFFS_FILE, digest)
+        journal.finish(CUTOFFS_FILE, digest)
     for row, cost, profile in zip(rows, costs, profiles, strict=True):
         row["sensitivity"] = cost
         row["profile"] = [
@@ -214,7 +214,7 @@ def _profile(
             profiler = make()
             for i, (name, rule, budget) in enumerate(todo):
                 kl, slots = profiler.alone(rule, budget, ids, _part(update, i, len(todo)))
-                journal.finish(name, name, folder.save_tensors(name, {"kl": kl, "slots": torch.tensor(slots)}))
+                journal.finish(name, folder.save_tensors(name, {"kl": kl, "slots": torch.tensor(slots)}))
     return [load_file(str(folder.work / name)) for name in names]
 
 

@@ -183,10 +183,3 @@ class PruneForm(Form):
     """Settings of the weight change `prune`."""
 
     layers: Annotated[list[KeptForm], MinLen(1), MaxLen(MOST_LAYERS)]
-
-
-class KeptLayerForm(KeptForm):
-    """The same as a row of `kept.json`."""
-
-    layer: Count
-    name: Name

@@ -101,7 +101,9 @@ def _problem(found: ValidationError) -> str:
     elif kind == "value_error":
         what = f"{place} {first['ctx']['error']}"
     elif kind == "literal_error" and first["loc"][-1] in VERSIONS:
-        what = f"it has {first['loc'][-1]} {one_line(repr(_shown(first['input'])))}, this version reads {first['ctx']['expected']}"
+        what = (
+            f"it has {first['loc'][-1]} {one_line(repr(_shown(first['input'])))}, this version reads {first['ctx']['expected']}"
+        )
     else:
         words = WORDS.get(kind) or re.sub(r"^(\w+) should (be|have|match)", r"must \2", first["msg"])
         what = f"{place} {one_line(words, 160)}, not {one_line(repr(_shown(first['input'])))}"

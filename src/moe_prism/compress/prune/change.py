@@ -46,9 +46,7 @@ class PruneChange(Change):
     def installed(self, model: Any, layers: Sequence[MoELayer]) -> AbstractContextManager[object]:
         wanted, there = [layer.experts for layer in self.kept], [layer.num_experts for layer in layers]
         if wanted != there:
-            raise UsageError(
-                f"the pruned experts are of a model with {wanted} experts per layer, this one has {there}", REMAKE
-            )
+            raise UsageError(f"the pruned experts are of a model with {wanted} experts per layer, this one has {there}", REMAKE)
         return pruned(model, self.kept, layers)
 
     @property
@@ -61,5 +59,5 @@ def kept_experts(form: KeptForm, where: str) -> KeptExperts:
     """What a checked file says of one layer. CorruptError for experts that there are not."""
     if len(set(form.kept)) != len(form.kept) or max(form.kept) >= form.experts:
         raise CorruptError(f"{where}: 'kept' names experts that there are not, or one twice", REMAKE)
-    groups = form.groups and RoutingGroups(form.groups.count, form.groups.limit, form.groups.least)
+    groups = None if form.groups is None else RoutingGroups(form.groups.count, form.groups.limit, form.groups.least)
     return KeptExperts(form.experts, tuple(form.kept), groups, form.masked)

@@ -82,7 +82,7 @@ def remove_experts(
     for shard in pending:
         with out.stage(shard) as file:
             writer.write(shard, plan[shard], file)
-        journal.finish(shard, shard, out.hashes[shard])
+        journal.finish(shard, out.hashes[shard])
         if how.progress:
             how.progress(sum(sizes[s] for s in plan if journal.done(s)), sum(sizes.values()))
     if (source.folder / INDEX).is_file():

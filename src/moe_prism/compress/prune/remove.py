@@ -21,6 +21,9 @@ from ...errors import UsageError
 from ...model import MoELayer, find_layers
 from ...model.router import COUNT_NAMES, GROUP_LIMIT_NAMES, GROUP_NAMES, Router
 from ...options.prune import MTPMode
+from ...schema import read_json
+from ...schema.config import INDEX_BOUNDS
+from ...schema.read import RESTORE
 from .choose import KeptExperts
 
 Progress = Callable[[int, int], None]
@@ -281,7 +284,8 @@ def _holds(config: Any, text: Any) -> bool:
 
 
 def _index(path: Path, plan: Mapping[str, Sequence[_Tensor]]) -> bytes:
-    metadata = json.loads(path.read_bytes()).get("metadata") or {}
+    found = read_json(path, RESTORE, INDEX_BOUNDS).get("metadata")
+    metadata = found if isinstance(found, dict) else {}
     metadata |= {"total_size": sum(t.bytes for tensors in plan.values() for t in tensors)}
     weight_map = {t.info.name: shard for shard, tensors in plan.items() for t in tensors}
     return json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2).encode() + b"\n"

@@ -16,7 +16,7 @@ from ..artefact.load import SIDE_FILE, read_tensors
 from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
 from ..calibrate.statistics import Statistics
-from ..checkpoint import Journal, OutputFolder, read_header, source_facts, write_manifest
+from ..checkpoint import Journal, OutputFolder, check_finite, read_header, source_facts, write_manifest
 from ..elastic.rules.threshold import kept_shares, pool_cutoffs
 from ..elastic.side_tensors import CUTOFFS, LAYER_BUDGETS, SHARES, check_values
 from ..errors import CorruptError, UsageError
@@ -223,8 +223,9 @@ def _profile(
 
 def _run(path: Path) -> dict[str, Tensor]:
     found = read_tensors(path)
-    if {name: (t.dtype, t.ndim) for name, t in found.items()} != {"kl": (torch.float32, 1), "slots": (torch.int64, 0)}:
+    if {name: t.ndim for name, t in found.items()} != {"kl": 1, "slots": 0} or found["slots"].dtype != torch.int64:
         raise CorruptError(f"{path} is no profile of layers", AGAIN)
+    check_finite("kl", found["kl"], path.name)
     return found
 
 

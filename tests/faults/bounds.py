@@ -1,7 +1,7 @@
 """Bounds-checked twins of everything compiled: a plug-in for pytest, run with NUMBA_BOUNDSCHECK=1 and a cache of its own.
 
-Arrays are then checked by numba at every access. Jobs that are handed addresses are checked here, against the tensors those come from, before
-they run. In the end every compiled function of the package must have run, or its name stands in ELSEWHERE.
+Arrays are then checked by numba at every access. Jobs that are handed addresses are checked here, against the tensors those come from,
+before they run. In the end every compiled function of the package must have run, or its name stands in ELSEWHERE.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ ELSEWHERE = {
 
 def install() -> None:
     """Put the twins in the place of what they check."""
-    assert os.environ.get("NUMBA_BOUNDSCHECK") == "1" and os.environ.get("NUMBA_CACHE_DIR"), "a cache holds functions without checks"
+    assert os.environ.get("NUMBA_BOUNDSCHECK") == "1" and os.environ.get("NUMBA_CACHE_DIR"), (
+        "a cache holds functions without checks"
+    )
     from moe_prism.elastic.execute import batch_products, decode_products, tiled
     from moe_prism.elastic.scorers import ridge
     from moe_prism.kernels import row_products
@@ -61,8 +63,10 @@ def install() -> None:
         _, parts = known[table.ctypes.data]
         check_rows(x, row, out, order, len(row))
         for p in parts:
-            assert last < p.matrix.tensor.shape[0] and x.shape[1] == p.matrix.tensor.shape[2]
-            assert p.start + (columns - 1) * p.jump < p.matrix.tensor.shape[1] and p.column + (columns - 1) * p.step < out.shape[1]
+            assert last < p.matrix.tensor.shape[0] and x.shape[1] <= p.matrix.tensor.shape[2]
+            assert (
+                p.start + (columns - 1) * p.jump < p.matrix.tensor.shape[1] and p.column + (columns - 1) * p.step < out.shape[1]
+            )
         dots(x, row, expert, last, table, columns, order, out, like)
 
     def checked_adds(a: Any, factor: Any, expert: Any, table: Any, order: Any, out: Any, like: Any) -> None:
@@ -72,7 +76,12 @@ def install() -> None:
         assert a.shape[1] <= tensor.shape[1] and out.shape[1] == tensor.shape[2]
         adds(a, factor, expert, table, order, out, like)
 
-    batch_products.dot, batch_products.add, row_products.dots, row_products.adds = checked_dot, checked_add, checked_dots, checked_adds
+    batch_products.dot, batch_products.add, row_products.dots, row_products.adds = (
+        checked_dot,
+        checked_add,
+        checked_dots,
+        checked_adds,
+    )
     decode_products.dots, decode_products.adds, decode_products.table_of = checked_dots, checked_adds, noted_table
     for module in (tiled, ridge):
         for name, twin in (("dot", checked_dot), ("add", checked_add)):
@@ -93,7 +102,7 @@ def check_matrix(matrix: Any, groups: Any, span: Any, depth: int, last: int) -> 
     tensor = matrix.tensor
     active = groups.active[span.first : span.last]
     assert (matrix.address, matrix.expert, matrix.row) == (tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
-    assert tensor.stride(2) == 1 and tensor.shape[2] == depth and last < tensor.shape[1]
+    assert tensor.stride(2) == 1 and depth <= tensor.shape[2] and last < tensor.shape[1]
     assert not len(active) or int(active.max()) // groups.n_sub < tensor.shape[0]
 
 

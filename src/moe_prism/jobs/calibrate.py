@@ -26,6 +26,7 @@ from ..model import find_layers, load_to_run, load_tokenizer, local, resolve
 from ..options.calibrate import CalibrateOptions
 from ..progress import Report, silent
 from ..schema.read import one_line
+from .resources import check_resources, needed_by_pass
 
 SNAPSHOT = "calibration-snapshot.safetensors"
 PROFILE = "profile.safetensors"
@@ -46,6 +47,7 @@ def calibrate_model(
     check_apart(where, out)
     weights = Weights(where)
     windows = calibration_windows(where, options)
+    check_resources(needed_by_pass(weights, options), out, resume)
     check_fit(weights, options)
     source = source_facts(where)
     del weights  # of a GGUF file it holds the whole model

@@ -57,7 +57,7 @@ def _json_lines(path: Path, name: str) -> Iterator[Document]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CorruptError(f"{path}:{number} is not JSON: {error}", "fix or remove the line") from error
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):

@@ -100,8 +100,8 @@ def prune_model(
     if (resume := how.get("resume", False)) and (done := finished(out, {"kind": kind, "pruning": {**inputs, **statistics}})):
         selection = read_kept(Path(out) / KEPT, job.weights.model, job.weights.layers)
         return Pruned(selection, Path(out), done, peak_rss_bytes())
-    written = written_bytes(job.weights)
-    needed = needed_by_pass(job.weights, job.settings, written) if job.windows and not given else needed_on_disk(written)
+    size, runs = written_bytes(job.weights), job.windows and not given
+    needed = needed_by_pass(job.weights, job.settings, size) if runs else needed_on_disk(size)
     check_resources(needed, out, resume)
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         report = how.get("report", silent)

@@ -109,7 +109,8 @@ def _written_bytes(model: Any, manifest: Mapping[str, Any], options: RecoverOpti
     layers = [layer.parts.layer for layer in model._moe_prism.layers]
     bands = options.bands if options.method == "repair" else 0
     added = sum(bands * layer.num_experts * layer.hidden * layer.width * 2 for layer in layers)
-    return sum(entry["bytes"] for entry in manifest["files"].values()) + 2 * added
+    whole: int = sum(entry["bytes"] for entry in manifest["files"].values())
+    return whole + 2 * added
 
 
 class _Units(NamedTuple):

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import check_listed, read_manifest
+from ..checkpoint.companions import CONFIG
 from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.shards import INDEX
 from ..elastic import Elastic, attach
 from ..model import load_to_run, load_tokenizer, resolve
 from ..point import NamedPoint, find_point
@@ -53,6 +55,7 @@ def open_model(folder: str | Path) -> Opened:
         if manifest.get("kind") != "pruned":  # a pruned checkpoint is a plain one
             model, tokenizer = load(path)
             return Opened(model, tokenizer, manifest, path.name)
+        check_listed(path, manifest, (CONFIG, INDEX))
     where = resolve(folder)
     stored = Weights(where).bytes_per_weight
     model = load_to_run(where)

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..schema import is_file_name
+from ..schema.common import DEPTH
 from .atomic import JOURNAL, OutputFolder
 from .dequantized import DequantizedSource
 from .links import follows_links, leads_out
-from .shards import DEPTH, INDEX, Source, is_file_name
+from .shards import INDEX, Source
 
 CARD, SOURCE_CARD = "README.md", "README-source.md"
 CONFIG = "config.json"

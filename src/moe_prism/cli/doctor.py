@@ -10,7 +10,7 @@ from typing import Any
 
 from .output import emit
 
-LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "numba")
+LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "numba", "pydantic")
 EXTRAS = {
     "report": ("HTML reports", ("altair", "vl-convert-python", "jinja2")),
     "serve": ("the server", ("fastapi", "uvicorn", "prometheus-client", "psutil")),

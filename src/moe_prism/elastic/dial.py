@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..point import SlotRule
-from .base import POSITIONS, Rule
+from .base import Rule
 from .prices import prices_of
 from .rules import rules
+from .side_tensors import POSITIONS
 
 if TYPE_CHECKING:
     from .host import Host

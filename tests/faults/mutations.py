@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import struct
 from collections.abc import Callable, Iterator
@@ -10,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 
 from moe_prism.checkpoint.manifest import MANIFEST, _digest
+from moe_prism.store.pack import HEAD, MAGIC
 
 Path_ = tuple[Any, ...]
 VALUES: list[Any] = [
@@ -36,7 +39,8 @@ class Mutation:
         """Change the file in place."""
         data = path.read_bytes()
         if self.kind in ("replace", "remove", "add", "copy", "swap"):
-            data = self._json(data) if path.suffix == ".json" else self._header(data)
+            form = {".json": self._json, ".npz": self._arrays, ".pack": self._packed}.get(path.suffix, self._header)
+            data = form(data)
         elif self.kind == "flip" and data:
             at = self.at % len(data)
             data = data[:at] + bytes([data[at] ^ (1 << self.more % 8)]) + data[at + 1 :]
@@ -66,6 +70,35 @@ class Mutation:
             return data[:at] + (b"\x00" * (width - 2) + new) + data[at + width :]
         text = json.dumps(self._changed(json.loads(data[8 : 8 + length]))).encode()
         return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+    def _arrays(self, data: bytes) -> bytes:
+        """Of an .npz file: its header, or one of its arrays."""
+        with np.load(io.BytesIO(data)) as file:
+            arrays = dict(file)
+        name = sorted(arrays)[self.at % len(arrays)]
+        own = arrays[name]
+        if name == "header" or self.kind == "add":
+            arrays["header"] = np.frombuffer(json.dumps(self._changed(json.loads(arrays["header"].tobytes()))).encode(), np.uint8)
+        elif self.kind == "remove":
+            del arrays[name]
+        elif self.kind == "swap":
+            arrays[name] = own[..., :-1] if self.more % 2 else own[None]
+        elif self.kind == "copy":
+            arrays[name] = own.astype(("f8", "i1", "i8", "c8", "U3")[self.more % 5])
+        else:
+            changed = own.copy().reshape(-1)
+            changed[self.more % len(changed)] = (-2, 127, 0, -1, 99)[self.value % 5]
+            arrays[name] = changed.reshape(own.shape)
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        return buffer.getvalue()
+
+    def _packed(self, data: bytes) -> bytes:
+        """Of `experts.pack`: the JSON of its head, with the right sha256 of it."""
+        (length,) = struct.unpack("<Q", data[HEAD - 8 : HEAD])
+        text = json.dumps(self._changed(json.loads(data[HEAD : HEAD + length]))).encode()
+        head = data[: len(MAGIC)] + hashlib.sha256(text).digest() + struct.pack("<Q", len(text)) + text
+        return head + data[len(head) :]
 
     def _changed(self, value: Any) -> Any:
         places = list(_places(value))

@@ -22,6 +22,7 @@ def child(shared, *arguments: str, timeout: float) -> subprocess.CompletedProces
     cache = shared("bounds-checked", lambda folder: folder.mkdir())
     paths = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     own = {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    own |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "MOE_PRISM_WHOLE": "stock"}
     return subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,

@@ -77,7 +77,7 @@ def licence(folder: str | Path) -> dict[str, str]:
     """The licence fields of a folder's model card: those of its front matter, as they are written there."""
     for name in (CARD, SOURCE_CARD):
         path = Path(folder) / name
-        if path.is_file():
+        if path.is_file() and (follows_links() or not leads_out(path)):
             front = re.match(r"---\r?\n(.*?)\r?\n---", path.read_bytes().decode("utf-8", "replace"), re.DOTALL)
             found = dict(LICENCE.findall(front[1])) if front else {}
             if found:

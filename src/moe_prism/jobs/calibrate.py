@@ -19,9 +19,10 @@ from ..calibrate.options import settings
 from ..calibrate.run import Pass, bounded_capacity
 from ..calibrate.statistics import LayerStatistics, Statistics
 from ..checkpoint import Journal, LayerStream, OutputFolder, check_listed, read_manifest, source_facts, write_manifest
+from ..checkpoint.config import read_config
 from ..data import Windows, token_windows
 from ..errors import CorruptError, UsageError
-from ..model import find_layers, load_to_run, load_tokenizer, resolve
+from ..model import find_layers, load_to_run, load_tokenizer, local, resolve
 from ..options.calibrate import CalibrateOptions
 from ..progress import Report, silent
 from ..schema.read import one_line
@@ -184,7 +185,5 @@ def _longest(where: Path | str) -> int:
     """The model's context limit, where its configuration names one."""
     if isinstance(where, Path) and where.is_file():
         return 1 << 30
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(str(where), trust_remote_code=False)
+    config = read_config(local(where))
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)

@@ -39,12 +39,13 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a JSON file may be: bytes, nesting, values in all, and keys in all."""
+    """What a JSON file may be: bytes, nesting, values and keys in all. infinite: other tools write infinity where there is no limit."""
 
     bytes: int = 64 << 20
     depth: int = 48
     values: int = 4_000_000
     keys: int = 1_000_000
+    infinite: bool = False
 
 
 def read_json(path: Path, next_step: str = RESTORE, bounds: Bounds = Bounds()) -> Any:
@@ -61,7 +62,9 @@ def decode(data: bytes, where: str, next_step: str = RESTORE, bounds: Bounds = B
     try:
         if len(data) > bounds.bytes:
             raise ValueError(f"it has {len(data)} bytes, at most {bounds.bytes} are read")
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_infinity if bounds.infinite else _no_constant
+        )
         _check_bounds(value, bounds)
     except (ValueError, RecursionError) as error:
         what = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(str(error), 200)
@@ -134,6 +137,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _infinity(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("NaN is no number")
+    return math.inf if name == "Infinity" else -math.inf
+
+
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number")
 
@@ -153,7 +162,7 @@ def _check_bounds(value: Any, bounds: Bounds) -> None:
                 below.extend(item)
             elif isinstance(item, str):
                 item.encode("utf-8")
-            elif isinstance(item, float) and not math.isfinite(item):
+            elif isinstance(item, float) and not math.isfinite(item) and not bounds.infinite:
                 raise ValueError("a number is larger than any float")
         if values > bounds.values or keys > bounds.keys:
             raise ValueError(f"it has more than {bounds.values} values or {bounds.keys} keys")

@@ -266,6 +266,10 @@ class ElasticLayer:
         self.__dict__.pop("compensator", None)
         self.executor = self.elastic.executor_of(self.parts)
 
+    def forget_scorers(self) -> None:
+        """Make them again at the next call: they know sizes of the weights, which have changed."""
+        self._scorers.clear()
+
     def scorer(self, name: str) -> Scorer:
         if name not in self._scorers:
             self._scorers[name] = scorers.get(name)(self.parts)
@@ -281,7 +285,8 @@ class ElasticLayer:
         selects = self.executor.always_selects or not all(group.is_full(self.index, p) for p in range(len(group.budgets)))
         scorer = self.scorer(group.scorer) if selects and self.rule(group.rule).needs_norms else None
         extra = self.compensator if selects and group.compensate else None
-        prices = prices_of(self.parts, scorer, extra, self.elastic.stored_bytes_per_weight)
+        matrix_bytes = None if group.matrix_bytes is None else group.matrix_bytes[self.index]
+        prices = prices_of(self.parts, scorer, extra, self.elastic.stored_bytes_per_weight, matrix_bytes)
         low = self.executor.low_bytes
         return prices if low is None else prices.with_low(low)
 

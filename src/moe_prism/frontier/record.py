@@ -112,14 +112,21 @@ class MeasuredPoint:
 
 @dataclass(frozen=True)
 class Frontier:
-    """All points of one model and the plain top-k points they are compared with."""
+    """All points of one model and what they are compared with: plain top-k, and plain rounding to fewer bits."""
 
     model: str
     source: str
     n_sub: int
     points: tuple[MeasuredPoint, ...]
     baseline_topk: tuple[MeasuredPoint, ...] = ()
+    baseline_bits: tuple[MeasuredPoint, ...] = ()
+    """The whole model in int8 and int4; none where the source is stored so, or where an older version measured."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def every(self) -> tuple[MeasuredPoint, ...]:
+        """All that was measured."""
+        return (*self.points, *self.baseline_topk, *self.baseline_bits)
 
     def to_json(self) -> dict[str, Any]:
         """The content of `frontier.json` as plain dicts, lists and numbers."""
@@ -129,6 +136,7 @@ class Frontier:
             "n_sub": self.n_sub,
             "points": [p.to_json() for p in self.points],
             "baseline_topk": [p.to_json() for p in self.baseline_topk],
+            "baseline_bits": [p.to_json() for p in self.baseline_bits],
             "provenance": dict(self.provenance),
         }
 
@@ -140,8 +148,10 @@ class Frontier:
     @classmethod
     def of_form(cls, form: FrontierForm) -> Frontier:
         """What a checked file says."""
-        points, baseline = (tuple(map(MeasuredPoint.of_form, rows)) for rows in (form.points, form.baseline_topk))
-        return cls(form.model, form.source, form.n_sub, points, baseline, form.provenance)
+        points, baseline, bits = (
+            tuple(map(MeasuredPoint.of_form, rows)) for rows in (form.points, form.baseline_topk, form.baseline_bits)
+        )
+        return cls(form.model, form.source, form.n_sub, points, baseline, bits, provenance=form.provenance)
 
     def save(self, path: str | Path) -> None:
         """Write `frontier.json` at once or not at all; the same frontier gives the same bytes."""

@@ -150,6 +150,7 @@ class FrontierForm(Form):
     n_sub: Blocks
     points: Measured
     baseline_topk: Measured
+    baseline_bits: Measured = []
     provenance: Plain
 
 

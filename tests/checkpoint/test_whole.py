@@ -15,6 +15,7 @@ from moe_prism.errors import CorruptError, PrismError
 from moe_prism.jobs.inspect import inspect_model
 from moe_prism.jobs.verify import verify
 from moe_prism.model import load_model
+from tests.tiny_sources import MANIFEST_FACTS
 
 from .damage import DAMAGES, HEAD, INDEX, NORM, change, index_of, lost, write_index
 from .tiny import load, logits, save
@@ -54,7 +55,7 @@ def test_no_damage_passes_verify(damage, whole, tmp_path):
     with OutputFolder(tmp_path / "out") as out:
         for file in [p for p in tmp_path.iterdir() if p.is_file()]:
             out.write_bytes(file.name, file.read_bytes()) if file.name != "out.lock" else None
-        write_manifest(out, {"kind": "pruned"})
+        write_manifest(out, MANIFEST_FACTS)
         out.finish()
     with pytest.raises(CorruptError):
         verify(tmp_path / "out")

@@ -6,9 +6,19 @@ from .dequantized import DequantizedSource, open_source
 from .header import TensorInfo, read_header
 from .journal import Journal
 from .links import follow_links
-from .manifest import Check, elastic_manifest, read_manifest, source_facts, update_manifest, verify, versions, write_manifest
+from .manifest import (
+    Check,
+    check_listed,
+    elastic_manifest,
+    read_manifest,
+    source_facts,
+    update_manifest,
+    verify,
+    write_manifest,
+)
 from .shards import Source, check_finite, first_non_finite
 from .stream import LayerStream
+from .versions import versions
 from .whole import open_whole
 
 __all__ = [
@@ -20,6 +30,7 @@ __all__ = [
     "Source",
     "TensorInfo",
     "check_finite",
+    "check_listed",
     "companion_facts",
     "copy_companions",
     "elastic_manifest",

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..errors import DoesNotFit, UsageError
 from ..files import sync_folder
+from ..schema import is_file_name, is_inner_name
 from .header import NAMES
-from .shards import check_finite, is_file_name, is_inner_name
+from .shards import check_finite
 
 JOURNAL = "journal.json"
 

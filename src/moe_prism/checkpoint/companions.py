@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..schema import is_file_name
+from ..schema.common import DEPTH
 from .atomic import JOURNAL, OutputFolder
 from .dequantized import DequantizedSource
 from .links import follows_links, leads_out
-from .shards import DEPTH, INDEX, Source, is_file_name
+from .shards import INDEX, Source
 
 CARD, SOURCE_CARD = "README.md", "README-source.md"
 CONFIG = "config.json"
@@ -75,7 +77,7 @@ def licence(folder: str | Path) -> dict[str, str]:
     """The licence fields of a folder's model card: those of its front matter, as they are written there."""
     for name in (CARD, SOURCE_CARD):
         path = Path(folder) / name
-        if path.is_file():
+        if path.is_file() and (follows_links() or not leads_out(path)):
             front = re.match(r"---\r?\n(.*?)\r?\n---", path.read_bytes().decode("utf-8", "replace"), re.DOTALL)
             found = dict(LICENCE.findall(front[1])) if front else {}
             if found:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, UsageError
 from ..files import replace_file
+from ..schema import check, read_json
+from ..schema.manifest import KINDS, NEXT
+from ..schema.read import one_line
 from .atomic import JOURNAL, OutputFolder, sha256_file
 from .companions import origin
 from .header import TORCH, read_header
-from .shards import INDEX, SINGLE, Source, check_finite, is_inner_name, read_tensor
+from .links import inside
+from .shards import INDEX, SINGLE, Source, check_finite, read_tensor
+from .versions import versions
 
 MANIFEST = "prism.json"
 SCHEMA = 1
 WEIGHTS_FILE = "weights_file"
 """The fact that names the GGUF file of a folder that has no safetensors weights."""
-LIBRARIES = ("moe-prism", "torch", "transformers", "safetensors")
-NEXT = "restore the folder from a copy, or build it again"
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,6 @@ class Check:
 
     name: str
     detail: str
-
-
-def versions() -> dict[str, str]:
-    """Versions of this tool and of the libraries that decide the bytes."""
-    return {name: version(name) for name in LIBRARIES}
 
 
 def source_facts(folder: str | Path) -> dict[str, Any]:
@@ -74,20 +71,49 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise UsageError(f"'{folder}' has no {MANIFEST}", "give a folder that moe-prism wrote")
-    try:
-        value: Any = json.loads(path.read_bytes().decode("utf-8"))
-        files = value["files"].items()
-        good = all(is_inner_name(n) and isinstance(f["sha256"], str) and isinstance(f["bytes"], int) for n, f in files)
-        good = good and value["sha256"] == _digest(value)
-    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
-        good = False
-    if not good:
+    value: Any = read_json(inside(path), NEXT)
+    # an edit that kept it a manifest is named as such; else the form says what is wrong
+    if isinstance(value, dict) and isinstance(value.get("sha256"), str) and value["sha256"] != _digest(value):
         raise CorruptError(f"{path} was edited or damaged: it does not match its own sha256", NEXT)
-    if value.get("schema") != SCHEMA:
+    if isinstance(value, dict) and type(value.get("schema")) is int and value["schema"] != SCHEMA:
         raise UsageError(
-            f"{path} has schema {value.get('schema')}, this version reads {SCHEMA}", "use the moe-prism version that wrote it"
+            f"{path} has schema {value['schema']}, this version reads {SCHEMA}", "use the moe-prism version that wrote it"
         )
+    check_manifest(value, str(path))
     return value  # type: ignore[no-any-return]
+
+
+def check_manifest(value: Any, where: str) -> None:
+    """CorruptError for what is no manifest of a known kind."""
+    kind = value.get("kind") if isinstance(value, dict) else None
+    form = KINDS.get(kind) if isinstance(kind, str) else None
+    if form is None:
+        raise CorruptError(f"{where}: 'kind' must be one of {', '.join(KINDS)}, not {one_line(repr(kind))}", NEXT)
+    check(form, value, where, NEXT)
+
+
+def check_listed(folder: str | Path, manifest: Mapping[str, Any], names: Sequence[str]) -> None:
+    """CorruptError for one of these files that is there and is not, byte for byte, the file that prism.json lists."""
+    for name in names:
+        path, entry = Path(folder) / name, manifest["files"].get(name)
+        if entry is None and not path.exists():
+            continue
+        if entry is None:
+            raise CorruptError(f"{path} is not in {MANIFEST}", NEXT)
+        if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_file(inside(path)) != entry["sha256"]:
+            raise CorruptError(f"{path} is missing or was changed (its sha256 is not that of {MANIFEST})", NEXT)
+
+
+def check_layers(folder: str | Path, manifest: Mapping[str, Any], layers: Sequence[Any]) -> None:
+    """CorruptError where prism.json speaks of other layers than the model has. layers: of `model.MoELayer`."""
+    told = [(row["experts"], row["width"]) for row in manifest["layers"]]
+    there = [(layer.num_experts, layer.width) for layer in layers]
+    if told != there:
+        pairs = enumerate(zip(told, there, strict=False))
+        wrong = next((i for i, (a, b) in pairs if a != b), min(len(told), len(there)))
+        count = f"there are {len(told)}, the model has {len(there)}"
+        what = f"{told[wrong]} experts and neurons, the model has {there[wrong]}" if len(told) == len(there) else count
+        raise CorruptError(f"{Path(folder) / MANIFEST}: 'layers[{wrong}]': {what}", NEXT)
 
 
 def update_manifest(folder: str | Path, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,8 +162,10 @@ def _content(folder: Path, facts: Mapping[str, Any], known: Mapping[str, str]) -
         name: {"sha256": known.get(name) or sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
         for name in sorted(_present(folder))
     }
-    content = json.loads(json.dumps({"schema": SCHEMA, "versions": versions(), **facts, "files": files}))
-    return {**content, "sha256": _digest(content)}
+    content: dict[str, Any] = json.loads(json.dumps({"schema": SCHEMA, "versions": versions(), **facts, "files": files}))
+    content["sha256"] = _digest(content)
+    check_manifest(content, MANIFEST)  # nothing is written that could not be read back
+    return content
 
 
 def _present(folder: Path) -> set[str]:

@@ -73,7 +73,7 @@ def write(result: Frontier, target: Path, extra: dict[str, Any]) -> None:
 
 def show(result: Frontier) -> str:
     """The frontier as a table, dearest point first; expert MB are read per token, a MB is 10^6 bytes."""
-    every = [*result.points, *result.baseline_topk]
+    every = result.every
     full = max(p.active_expert_bytes for p in every if p.budget >= 1)
     timed, sliced = any(p.time for p in every), any(p.domains for p in every)
     rows = [

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from ..routing.base import merge_state
 from .base import LayerParts, Rule, Scorer
 from .bind import PointGroup, Step
 from .compensate import Compensator, compensator
-from .control import Past
+from .control import HeldRows, Past
 from .counter import Counter
 from .execute.base import Executor, Settled
 from .host import Host
@@ -30,9 +29,6 @@ from .prices import Prices, prices_of
 from .rules import rules
 from .scorers import scorers
 from .select import Mixed, Selection, Whole, nothing, put
-
-if TYPE_CHECKING:
-    from ..kernels.selection import Held
 
 Candidates = Selection | Whole | Mixed
 
@@ -72,10 +68,15 @@ class ElasticLayer:
                 self._count(index, None, selects=False)
                 return whole
             found = Whole(index, weight, self._valid(index), self.parts.n_sub)
-        settled = self.executor.settle(found)
-        self._count(found.index, settled.keep, selects=not isinstance(found, Whole), low=settled.low)
         extra = False if isinstance(found, Whole) else self._compensated(step)
-        out = self._computed(x, found, settled, extra)
+        done = self._at_once(found, extra)
+        if done is not None:
+            out, keep = done
+            self._count(found.index, keep, selects=True)
+        else:
+            settled = self.executor.settle(found)
+            self._count(found.index, settled.keep, selects=not isinstance(found, Whole), low=settled.low)
+            out = self._computed(x, found, settled, extra)
         added = found.added()
         if added is not None:
             out = out + added
@@ -169,12 +170,12 @@ class ElasticLayer:
         experts = self.parts.layer.num_experts
         return Selection(after.x, after.index, after.weight, experts, self.parts.n_sub, rule, scorer, own, added, held)
 
-    def _held(self, step: Step, number: int, tokens: int, rows: Tensor | None) -> Held:
+    def _held(self, step: Step, number: int, tokens: int, rows: Tensor | None) -> HeldRows:
         """What the budgets of a group are held with. UsageError where the layer's rows are not those of the forward."""
         holding = step.bound.groups[number].holding
         assert holding is not None
         if step.past is None:
-            return Past.unknown(tokens, number + 1).held(holding[self.index], self.index, number + 1, None)
+            return HeldRows(Past.unknown(tokens, number + 1), holding[self.index], self.index, number + 1)
         past = step.past
         rows = None if rows is None or rows.dtype == torch.bool else rows  # a mask is of a device: all rows are there
         whole = step.which.numel() if isinstance(step.which, Tensor) else tokens
@@ -183,7 +184,7 @@ class ElasticLayer:
                 f"layer '{self.parts.layer.name}' has {whole} rows where the model was given {past.rows.shape[1]} tokens",
                 "use a point with control 'none'",
             )
-        return past.held(holding[self.index], self.index, number + 1, rows)
+        return HeldRows(past, holding[self.index], self.index, number + 1, rows)
 
     def _added(self, group: PointGroup, routed: Routed) -> Tensor | None:
         """[T, d]: what the stages' own experts add, and note what that reads."""
@@ -207,6 +208,12 @@ class ElasticLayer:
     def router_scores(self) -> RouterScores:
         """The router's probabilities, for stages that ask for them."""
         return RouterScores(self.elastic.model, self.parts.layer)
+
+    def _at_once(self, found: Candidates, extra: Tensor | bool) -> tuple[Tensor, Tensor] | None:
+        """(output, keep) where one call does everything; None where the parts are called one after the other."""
+        if not isinstance(found, Selection) or isinstance(extra, Tensor):
+            return None
+        return self.executor.at_once(found, self.compensator if extra else None)
 
     def _computed(self, x: Tensor, found: Candidates, settled: Settled, extra: Tensor | bool) -> Tensor:
         """Execute, and make up for what is dropped: of all tokens, of none, or of those marked [T]."""
@@ -259,6 +266,10 @@ class ElasticLayer:
         self.__dict__.pop("compensator", None)
         self.executor = self.elastic.executor_of(self.parts)
 
+    def forget_scorers(self) -> None:
+        """Make them again at the next call: they know sizes of the weights, which have changed."""
+        self._scorers.clear()
+
     def scorer(self, name: str) -> Scorer:
         if name not in self._scorers:
             self._scorers[name] = scorers.get(name)(self.parts)
@@ -274,7 +285,8 @@ class ElasticLayer:
         selects = self.executor.always_selects or not all(group.is_full(self.index, p) for p in range(len(group.budgets)))
         scorer = self.scorer(group.scorer) if selects and self.rule(group.rule).needs_norms else None
         extra = self.compensator if selects and group.compensate else None
-        prices = prices_of(self.parts, scorer, extra, self.elastic.stored_bytes_per_weight)
+        matrix_bytes = None if group.matrix_bytes is None else group.matrix_bytes[self.index]
+        prices = prices_of(self.parts, scorer, extra, self.elastic.stored_bytes_per_weight, matrix_bytes)
         low = self.executor.low_bytes
         return prices if low is None else prices.with_low(low)
 

@@ -95,8 +95,7 @@ def measure(
         with elastic.at(elastic.full_step, counting=False):
             source = _logits(model, rows).log_softmax(-1)
         for step, quality, cost in zip(steps, qualities, costs, strict=True):
-            with elastic.at(step):
-                elastic.reset_counters()
+            with elastic.at(step), elastic.count():
                 quality[parts[place][0]].add(source, _logits(model, rows), target)
                 cost.add(measured_cost(elastic, step), rows.numel())
         if progress:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from ..frontier import DomainQuality, Frontier, MeasuredPoint, pareto
 from ..frontier.measure import Measurement, measure
 from ..methods.base import Method, Subject
 from ..methods.find import method
-from ..methods.slots.rules import slot_rule
+from ..methods.quantize.uniform_bits import standing_rows
+from ..methods.skip.base import skip_method
 from ..options.frontier import FrontierOptions
-from ..point import FULL, NamedPoint, OperatingPoint, read_points
+from ..point import FULL, NamedPoint, read_points
 from ..progress import Report, peak_rss_bytes, silent
 
 GIVEN = "given point"
@@ -44,7 +45,7 @@ def chosen(options: FrontierOptions) -> list[Method]:
 
 
 def measure_frontier(folder: str | Path, options: FrontierOptions | None = None, *, report: Report = silent) -> Frontier:
-    """Perplexity, KL to the source, top-1 agreement and cost of every operating point, and of plain top-k' for every k' < k.
+    """Perplexity, KL to the source, top-1 agreement and cost of every operating point, of plain top-k' for every k' < k, of int8 and int4.
 
     folder: written by `refactor`, or a plain checkpoint for methods that need no sub-experts. The source is the same model at full budget
     (equal to the original checkpoint to rounding). Text used in calibration is excluded.
@@ -67,6 +68,8 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     split = len(tagged)
     known = {point.name for _, point in tagged}
     tagged += [("topk", point) for point in _plain(subject) if point.name not in known]
+    bits_from = len(tagged)
+    tagged += [("bits-alone", point) for point in standing_rows(subject) if point.name not in known]
     with report("frontier") as update:
         found = measure(opened.model, windows.ids, [point.point for _, point in tagged], progress=update, parts=windows.parts)
     flags = pareto([m.cost.active_expert_bytes for m in found], [m.quality.kl for m in found])
@@ -77,7 +80,8 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
         opened.manifest["source"]["name"] if opened.manifest else opened.name,
         opened.n_sub,
         points[:split],
-        points[split:],
+        points[split:bits_from],
+        points[bits_from:],
         _provenance(opened, options, windows),
     )
 
@@ -120,9 +124,9 @@ def _points(chosen: Method, subject: Subject) -> Sequence[NamedPoint]:
 
 
 def _plain(subject: Subject) -> list[NamedPoint]:
-    """Plain top-k' for every k' < k."""
-    rules = [replace(slot_rule("whole-experts", subject.n_sub * n, subject.slots), compensate=False) for n in range(1, subject.k)]
-    return [NamedPoint(name=f"top-{n}", point=OperatingPoint(slots=rule)) for n, rule in enumerate(rules, 1)]
+    """Plain top-k' for every k' < k: what `num_experts_per_tok` would do, with weights scaled up where the router scales them."""
+    uniform = skip_method("uniform")
+    return [NamedPoint(name=f"top-{n}", point=uniform.point(subject, n).point) for n in range(1, subject.k)]
 
 
 def _check_names(names: Sequence[str]) -> None:

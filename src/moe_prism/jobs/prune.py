@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..artefact.load import SIDE_FILE, flat_side_tensors, side_tensors
+from ..artefact.load import SIDE_FILE, flat_side_tensors, read_tensors, side_tensors
 from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
 from ..calibrate.statistics import Statistics
@@ -24,12 +23,12 @@ from ..compress.prune.remove import Removal, check_mtp_choice, check_removable, 
 from ..data import Windows
 from ..elastic import attach
 from ..elastic.side_tensors import expert_dimension
-from ..errors import UsageError
+from ..errors import CorruptError, UsageError
 from ..methods.prune.select import PruneSelection, check_options, collectors_of, decide, measured_counts, read_kept
 from ..model import find_layers, load_to_run, resolve
 from ..options.prune import PruneOptions
 from ..progress import Report, peak_rss_bytes, silent
-from .calibrate import SNAPSHOT, calibration_windows, check_fit, read_statistics, run_pass
+from .calibrate import SNAPSHOT, calibration_windows, check_fit, check_fits, read_statistics, run_pass
 from .prune_card import pruned_card
 from .recover import FILLED_IN
 
@@ -134,6 +133,8 @@ class _Job:
             raise UsageError(
                 f"'{calibration}' was calibrated on another checkpoint", "calibrate this one, or leave --calibration out"
             )
+        if self.given:
+            check_fits(self.given, self.weights)
         decide(
             self.weights.model, self.weights.layers, None, replace(options, criterion="first-half", protect=[])
         )  # would it fit at all
@@ -170,9 +171,13 @@ class _Job:
                 found = measured_counts(
                     loaded, elastic, statistics, self.options, ids[:: max(1, len(ids) // wanted)][:wanted], update
                 )
-            journal.finish(COUNTS, COUNTS, folder.save_tensors(COUNTS, {"counts": torch.tensor(found)}))
-        counts: list[int] = load_file(str(folder.work / COUNTS))["counts"].tolist()
-        return counts
+            journal.finish(COUNTS, folder.save_tensors(COUNTS, {"counts": torch.tensor(found)}))
+        counts = read_tensors(folder.work / COUNTS).get("counts")
+        if counts is None or counts.dtype != torch.int64 or counts.shape != (len(self.weights.layers),) or int(counts.min()) < 1:
+            raise CorruptError(
+                f"{folder.work / COUNTS}: 'counts' must be a number of experts per layer", "use --force to start again"
+            )
+        return counts.tolist()
 
 
 def _elastic_manifest(folder: Path) -> dict[str, Any] | None:

@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..artefact.load import SIDE_FILE, flat_side_tensors, load, side_tensors
+from ..artefact.load import SIDE_FILE, flat_side_tensors, load, read_tensors, side_tensors
 from ..artefact.output import Writing, check_apart, finished
 from ..checkpoint import Journal, OutputFolder, elastic_manifest, write_manifest
 from ..data import Windows, token_windows
 from ..elastic.layer import ElasticLayer
+from ..elastic.side_tensors import check_values
 from ..errors import CorruptError, UsageError
 from ..options.recover import RecoverOptions
 from ..options.text import other_source
@@ -114,7 +114,7 @@ class _Units(NamedTuple):
 
     def save(self, layer: int, tensors: dict[str, Tensor]) -> None:
         named = {f"layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
-        self.journal.finish(_unit(layer), _unit(layer), self.output.save_tensors(_unit(layer), named))
+        self.journal.finish(_unit(layer), self.output.save_tensors(_unit(layer), named))
 
 
 def _fit(
@@ -143,7 +143,9 @@ def _write_side_file(folder: Path, layers: int, output: OutputFolder) -> int:
     old = flat_side_tensors(side_tensors(folder, layers))
     new = dict(old)
     for i in range(layers):
-        new |= load_file(str(output.work / _unit(i)))
+        own = {name.removeprefix(f"layers.{i}."): tensor for name, tensor in read_tensors(output.work / _unit(i)).items()}
+        check_values(str(output.work / _unit(i)), own)
+        new |= {f"layers.{i}.{name}": tensor for name, tensor in own.items()}
         output.discard(_unit(i))
     output.save_tensors(SIDE_FILE, new, {"format": "pt"})
     return sum(t.nbytes for t in new.values()) - sum(t.nbytes for t in old.values())

@@ -3,7 +3,7 @@
 from .base import ExpertLayout, MoELayer
 from .extra import ExtraExperts
 from .find import find_layers
-from .load import load_model, load_to_run, load_tokenizer, on_disk, read_generation_config, resolve
+from .load import load_model, load_to_run, load_tokenizer, local, on_disk, read_generation_config, resolve
 from .scores import RouterScores
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "load_model",
     "load_to_run",
     "load_tokenizer",
+    "local",
     "on_disk",
     "read_generation_config",
     "resolve",

@@ -108,7 +108,9 @@ class FusedLayer(MoELayer):
         parameter.data = parameter.data.transpose(1, 2).contiguous().transpose(1, 2)
 
     def storage(self) -> tuple[int, ...]:
-        return self._first().data_ptr(), self.module.down_proj.data_ptr()  # type: ignore[operator]
+        name, own = "gate_up_proj" if self.layout.has_gate else "up_proj", self.module._parameters
+        # asked for at every layer of a step: a module's attributes are found slowly
+        return tuple((own.get(n) if n in own else getattr(self.module, n)).data_ptr() for n in (name, "down_proj"))  # type: ignore[union-attr]
 
     def native(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         return hook.native(self.module, x, index, weight)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import LayerStream, update_manifest
+from ..checkpoint.manifest import check_layers
 from ..elastic.runtime import experts_per_token
 from ..errors import CorruptError, UsageError
 from ..model import find_layers, read_generation_config
@@ -19,7 +20,7 @@ from .aio_reader import open_reader
 from .arena import slots_in
 from .choose_misses import Misses
 from .layer import StoredElastic, resident_bytes, stored_parts
-from .pack import Pack, open_pack, write_pack
+from .pack import Pack, check_fits, open_pack, write_pack
 from .pools import Eviction, policy_for
 from .reader import RecordReader
 from .store import ExpertStore
@@ -77,6 +78,8 @@ def load_stored(
     pack = ready_pack(folder, manifest, options, progress)
     stream = LayerStream(folder, torch.float32)
     layers = find_layers(stream.model)
+    check_layers(folder, manifest, layers)
+    check_fits(pack, layers, manifest["n_sub"], manifest["gates"])
     layer_parts = stored_parts(layers, pack, manifest["n_sub"], manifest["gates"], tensors)
     slots = slots_in(options.memory, resident_bytes(layer_parts), pack.layout, len(pack.space))
     model = stream.keep_outside([name for layer in layers for name in layer.owners])

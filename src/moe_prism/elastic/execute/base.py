@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..compensate import Compensator
+
 
 class Candidates(Protocol):
     """What an executor may ask of a selection (`elastic.select`)."""
@@ -69,6 +71,10 @@ class Executor(ABC):
 
     def whole(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor | None:
         """All experts of the router's own choice [T, d]; None where that is no different from keeping every slot."""
+        return None
+
+    def at_once(self, selection: Any, extra: Compensator | None) -> tuple[Tensor, Tensor] | None:
+        """(output [T, d] with what makes up for dropped slots, keep [T, k, N]) of a `select.Selection`; None: call the parts instead."""
         return None
 
     def settle(self, candidates: Candidates) -> Settled:

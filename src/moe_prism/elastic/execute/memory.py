@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...errors import UsageError
 from ...model.base import is_expert
-from ..base import LayerParts
+from ..base import LayerParts, are_few
+from ..compensate import Compensator
 from ..repair import Repaired
 from ..side_tensors import REPAIR
 from . import triton_run
@@ -20,6 +21,7 @@ from .base import Executor, Settled, WholeCalls
 from .plain import grouped, reference, whole_experts
 
 if TYPE_CHECKING:
+    from ..select import Selection
     from .times import LayerTimes
 
 Way = Callable[..., Tensor]
@@ -28,20 +30,20 @@ MOSTLY = 0.75  # kept share from which on one product of whole experts takes les
 
 @cache
 def _compiled() -> tuple[ModuleType, ModuleType, ModuleType]:
-    """What compiles when it is imported: batch_products, tiled and times. An import statement in every call would cost more."""
-    from . import batch_products, tiled, times
+    """What compiles when it is imported: one_call, tiled and times. An import statement in every call would cost more."""
+    from . import one_call, tiled, times
 
-    return batch_products, tiled, times
+    return one_call, tiled, times
 
 
 def auto(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor, tally: WholeCalls | None = None) -> Tensor:
     """The fastest way that fits the layer. Shapes as in `plain.reference`."""
     if x.is_cuda:
         return triton_run.deterministic(parts, x, index, weight, keep)
-    batch_products, tiles, _ = _compiled()
+    one_call, tiles, _ = _compiled()
     tally = tally or WholeCalls()
     tally.calls += 1
-    if batch_products.usable(parts, x) is None:
+    if one_call.usable(parts, x) is None:
         return _vectorised(parts, x, index, weight, keep, tally)
     if _whole_is_faster(parts, x, index, keep):
         tally.whole += 1
@@ -90,15 +92,31 @@ class InMemory(Executor):
         return self.parts.layer.native(x, index, weight) if out is None else out
 
     def _whole_by_tiles(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor | None:
-        batch_products, tiles, measured = _compiled()
+        one_call, tiles, measured = _compiled()
         choice = measured.forced()
-        if choice == "stock" or not len(x) or batch_products.usable(self.parts, x) is None:
+        if choice == "stock" or not len(x) or one_call.usable(self.parts, x) is None:
             return None
         if choice == "measure" and not measured.times_of(self.parts, len(x), index.shape[1]).tiles_win:
             return None
+        whole = measured.whole_parts(self.parts)
+        found: Tensor | None = one_call.kept(whole, x, index, weight, None)
+        if found is not None:
+            return found
         chosen = is_expert(index, self.parts.layer.num_experts).unsqueeze(2)
-        out: Tensor | None = tiles.tiled(measured.whole_parts(self.parts), x, index, weight, chosen)
+        out: Tensor | None = tiles.tiled(whole, x, index, weight, chosen)
         return out
+
+    def at_once(self, selection: Selection, extra: Compensator | None) -> tuple[Tensor, Tensor] | None:
+        """By `one_call.chosen`, unless whole experts may take less time."""
+        x, index = selection.x, selection.index
+        if self.way != "auto" or self.repaired is not None or not x.is_cpu or not are_few(x, index):
+            return None
+        one_call, _, measured = _compiled()
+        if measured.forced() == "measure" and not measured.times_of(self.parts, len(x), index.shape[1]).tiles_serve:
+            return None
+        found: tuple[Tensor, Tensor] | None = one_call.chosen(self.parts, selection, extra)
+        self.tally.calls += found is not None
+        return found
 
     def run(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
         execute = partial(auto, tally=self.tally) if self.way == "auto" else WAYS[self.way]

@@ -9,6 +9,7 @@ import pytest
 from moe_prism.errors import UsageError
 from moe_prism.options.calibrate import CalibrateOptions
 from moe_prism.options.frontier import FrontierOptions
+from moe_prism.options.speed import SpeedOptions
 from moe_prism.options.text import TextSource, named_parts, other_source, source_in, text_source
 
 SOURCES = [
@@ -44,3 +45,10 @@ def test_what_cannot_be_meant_together_is_refused(kind):
     with pytest.raises(UsageError, match="names 'a' twice"):
         kind(domains=["a=b", "a=c"]).check()
     kind(domains=["a=b", "b=b"]).check()
+
+
+def test_nothing_that_is_asked_for_is_ignored():
+    with pytest.raises(UsageError, match="belong to --tasks"):
+        CalibrateOptions(answer_tokens=9).check()
+    with pytest.raises(UsageError, match="--text-field belongs to --text"):
+        SpeedOptions(text_field=["body"]).check()

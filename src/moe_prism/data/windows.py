@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..options.text import TextSource
-from ..tally import Tally, report_reading
+from ..tally import TextTally, report_reading
+from .bundled import BUNDLED
 from .chat import Chat
 from .document import Document
 from .sample import bounded
@@ -32,7 +33,7 @@ class Windows:
     documents: tuple[str, ...]  # SHA-256 of each document used
     characters: int  # of all documents used
     parts: tuple[tuple[str, int], ...] = ()
-    read: tuple[dict[str, Any], ...] = field(default=(), compare=False)  # see `Tally.to_json`, of every path
+    read: tuple[dict[str, Any], ...] = field(default=(), compare=False)  # see `TextTally.to_json`, of every path
 
     @property
     def source(self) -> str:
@@ -59,6 +60,8 @@ def token_windows(
     Raises UsageError if fewer tokens than one window are left of the source, or of one of its domains.
     """
     source = TextSource.of(source)
+    if source.fields and all(path in BUNDLED for _, path in source.parts):
+        raise UsageError(f"text source '{source.label}' has no fields", "leave --text-field out, or name a file of rows")
     share = max(1, tokens // length // len(source.parts)) * length
     known = set(exclude)
     if len(source.parts) > 1 and side == "evaluation":  # what is calibration text of one domain is not evaluation text of another
@@ -84,9 +87,9 @@ def token_windows(
     return Windows(torch.cat(found), source, side, hashes, sum(len(d.text) for d in used), parts, tuple(read))
 
 
-def _documents(tokenizer: Any, path: str, source: TextSource, tokens: int, side: Side) -> tuple[list[Document], Tally]:
+def _documents(tokenizer: Any, path: str, source: TextSource, tokens: int, side: Side) -> tuple[list[Document], TextTally]:
     """One side of a path, and what came of reading it."""
-    tally = Tally(path)
+    tally = TextTally(path)
     with Chat(tokenizer) as chat:
         every = stream_documents(path, Reading(tally, source.fields, chat))
         limit = max(HELD_CHARACTERS, CHARACTERS_PER_TOKEN * tokens)

@@ -12,7 +12,7 @@ from itertools import chain
 
 import pytest
 
-from moe_prism.data import read_documents, split_documents
+from moe_prism.data import read_documents, split_documents, token_windows
 from moe_prism.data import text as text_module
 from moe_prism.data.json_rows import json_values
 from moe_prism.data.sample import bounded
@@ -349,6 +349,23 @@ def test_rows_are_split_by_what_they_say(tmp_path):
     assert len(sides[0]) + len(sides[1]) == 300
     other = read_documents(lines(tmp_path / "other.jsonl", rows[::-1]))  # neither order nor file decides
     assert {d.sha256 for d in split_documents(other, "evaluation", source="other")} == evaluation
+
+
+def test_documents_of_no_window_are_not_called_used(tmp_path):
+    lines(tmp_path / "rows.jsonl", [{"text": f"row {i:04d} of many"} for i in range(400)])
+
+    class Characters:
+        bos_token_id, eos_token_id = None, None
+
+        def __call__(self, text, **_):
+            return {"input_ids": [ord(c) for c in text]}
+
+    windows = token_windows(Characters(), str(tmp_path / "rows.jsonl"), "calibration", length=32, tokens=96)
+    said = "".join(map(chr, windows.ids.flatten().tolist()))
+    documents = {d.sha256: d.text for d in read_documents(tmp_path / "rows.jsonl")}
+    used = [documents[hashed] for hashed in windows.documents]
+    assert 6 <= len(used) <= 12 and all(any(text[at : at + 4] in said for at in (0, 4, 8, 12)) for text in used)
+    assert windows.characters == sum(map(len, used))
 
 
 def test_a_file_and_its_copy_by_another_name_are_on_one_side(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, UsageError
-from ..tally import Tally
+from ..tally import TextTally
 from .fields import is_known, unknown_fields, wanted_columns
 from .stream import EXTRA, ROW_CHARACTERS, Characters
 
@@ -100,7 +100,7 @@ def _damaged(path: Path, error: Exception) -> CorruptError:
     return CorruptError(f"'{path}' cannot be read: {first[0]}", "restore the file from its source")
 
 
-def saved_rows(folder: Path, names: Sequence[str], tally: Tally) -> Iterator[tuple[str, int, Any]]:
+def saved_rows(folder: Path, names: Sequence[str], tally: TextTally) -> Iterator[tuple[str, int, Any]]:
     """(split, row, fields) of what `datasets` saved to disk. Of several splits, train alone where there is one."""
     try:
         from datasets import DatasetDict, load_from_disk

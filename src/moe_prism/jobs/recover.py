@@ -109,7 +109,7 @@ def _written_bytes(model: Any, manifest: Mapping[str, Any], options: RecoverOpti
     """Of the copy, with what `repair` adds to it: once in units, once in prism.safetensors."""
     layers = [layer.parts.layer for layer in model._moe_prism.layers]
     bands = options.bands if options.method == "repair" else 0
-    added = sum(bands * layer.num_experts * layer.hidden * layer.width * 2 for layer in layers)
+    added: int = sum(bands * layer.num_experts * layer.hidden * layer.width * 2 for layer in layers)
     whole: int = sum(entry["bytes"] for entry in manifest["files"].values())
     return whole + 2 * added
 

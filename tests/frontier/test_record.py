@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_prism.errors import CorruptError, UsageError
-from moe_prism.frontier import DecodeTime, Frontier, MeasuredPoint
+from moe_prism.frontier import DecodeTime, DomainQuality, Frontier, MeasuredPoint
 from moe_prism.point import OperatingPoint, RoutingStage, SlotRule, WeightChange
 
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
@@ -44,6 +44,7 @@ KINDS = {
     "bool": st.booleans(),
     "OperatingPoint | None": OPERATING_POINTS,
     "DecodeTime | None": st.none() | TIMES,
+    "Mapping[str, DomainQuality]": st.dictionaries(NAME, st.builds(DomainQuality, NUMBER, NUMBER, SHARE), max_size=2),
 }
 SHARES = {"budget": st.floats(0, 1), "top1_agreement": st.floats(0, 1)}
 POINTS = st.builds(MeasuredPoint, **({f.name: KINDS[f.type] for f in fields(MeasuredPoint)} | SHARES))

@@ -27,6 +27,8 @@ class Opened:
     tokenizer: Any
     manifest: Mapping[str, Any] | None
     name: str
+    documents: tuple[str, ...] = ()
+    """SHA-256 of the text that something was chosen by: no measurement may use it."""
 
     @property
     def elastic(self) -> Elastic:
@@ -50,14 +52,16 @@ def open_model(folder: str | Path) -> Opened:
     Raises UsageError for a path that is neither, CorruptError for a damaged prism.json.
     """
     path = Path(folder)
+    documents: tuple[str, ...] = ()
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
         if manifest.get("kind") != "pruned":  # a pruned checkpoint is a plain one
             model, tokenizer = load(path)
-            return Opened(model, tokenizer, manifest, path.name)
+            return Opened(model, tokenizer, manifest, path.name, tuple(manifest["calibration"]["documents"]))
         check_listed(path, manifest, (CONFIG, INDEX))
+        documents = tuple(manifest.get("documents", ()))
     where = resolve(folder)
     stored = Weights(where).bytes_per_weight
     model = load_to_run(where)
     attach(model, 1).stored_bytes_per_weight = stored
-    return Opened(model, load_tokenizer(where), None, Path(where).name)
+    return Opened(model, load_tokenizer(where), None, Path(where).name, documents)

@@ -39,6 +39,9 @@ class Collector(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Fields of `RoutedBatch` beyond those that are always there. One can be None all the same, in a family that does not show it."""
 
+    has_domains: ClassVar[bool] = False
+    """Small sums that add up (`merge`): kept for every domain of the text by itself, and those of all are their sum."""
+
     def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
         """capacity: tokens per expert a reservoir may keep."""
         self.layer, self.capacity, self.seed = layer, capacity, seed
@@ -53,6 +56,10 @@ class Collector(ABC):
 
     @abstractmethod
     def load(self, state: dict[str, Tensor]) -> None: ...
+
+    def merge(self, state: dict[str, Tensor]) -> None:
+        """Take in what another pass over other tokens gathered."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be merged")
 
     @staticmethod
     @abstractmethod

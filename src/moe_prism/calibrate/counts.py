@@ -15,6 +15,7 @@ from .base import Collector, Kept, RoutedBatch
 class ChoiceCounts(Collector):
     """count [E] (int64), weight_sum [E] (float64), tokens [1]."""
 
+    has_domains = True
     keeps: ClassVar[Mapping[str, Kept]] = {
         "count": (("E",), torch.int64),
         "weight_sum": (("E",), torch.float64),
@@ -39,6 +40,11 @@ class ChoiceCounts(Collector):
 
     def load(self, state: dict[str, Tensor]) -> None:
         self.count, self.weight_sum, self.tokens = (state[k].clone() for k in ("count", "weight_sum", "tokens"))
+
+    def merge(self, state: dict[str, Tensor]) -> None:
+        self.count, self.weight_sum, self.tokens = (
+            mine + state[k] for k, mine in (("count", self.count), ("weight_sum", self.weight_sum), ("tokens", self.tokens))
+        )
 
     @staticmethod
     def bytes_per_layer(layer: MoELayer, capacity: int) -> int:

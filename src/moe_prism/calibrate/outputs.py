@@ -23,6 +23,7 @@ class Outputs(Collector):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"residual"})
+    has_domains = True
     keeps: ClassVar[Mapping[str, Kept]] = {
         **dict.fromkeys(SUMS, (("E",), torch.float64)),
         "count": (("E",), torch.int64),

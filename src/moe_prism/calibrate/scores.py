@@ -23,6 +23,7 @@ class Scores(Collector):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"scores"})
+    has_domains = True
     keeps: ClassVar[Mapping[str, Kept]] = {
         "prob_sum": (("E",), torch.float64),
         "tokens": ((1,), torch.int64),

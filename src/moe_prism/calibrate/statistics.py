@@ -20,10 +20,11 @@ COUNTED = ("count", "kept", "tokens", "residual_tokens")
 
 @dataclass
 class LayerStatistics:
-    """Statistics of one MoE layer, keyed collector -> name -> tensor."""
+    """Statistics of one MoE layer, keyed collector -> name -> tensor; domains: of each domain of the text, what has it (`has_domains`)."""
 
     name: str
     values: dict[str, dict[str, Tensor]]
+    domains: dict[str, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
 
     def inputs(self, expert: int) -> tuple[Tensor, Tensor]:
         """Sampled inputs x [S, d] (float32) and routing weights [S] of one expert."""
@@ -36,16 +37,22 @@ class LayerStatistics:
         return [int(n) for n in self.values["tokens"]["kept"]] if "tokens" in self.values else []
 
     def flat(self) -> dict[str, Tensor]:
-        return {f"{c}.{k}": v.contiguous() for c, state in self.values.items() for k, v in state.items()}
+        """By one name each: collector.name, or domain/collector.name."""
+        every = {"": self.values, **{f"{domain}/": values for domain, values in self.domains.items()}}
+        return {
+            f"{d}{c}.{k}": v.contiguous() for d, values in every.items() for c, state in values.items() for k, v in state.items()
+        }
 
     @staticmethod
     def unflat(name: str, tensors: dict[str, Tensor]) -> LayerStatistics:
         """From flat names, as a file holds them, back to collectors and their statistics."""
-        values: dict[str, dict[str, Tensor]] = {}
+        found = LayerStatistics(name, {})
         for key, tensor in tensors.items():
-            collector, _, inner = key.partition(".")
+            domain, _, rest = key.rpartition("/")
+            collector, _, inner = rest.partition(".")
+            values = found.domains.setdefault(domain, {}) if domain else found.values
             values.setdefault(collector, {})[inner] = tensor
-        return LayerStatistics(name, values)
+        return found
 
     def check(self, where: str, capacity: int, sizes: dict[str, int]) -> None:
         """CorruptError for statistics that no collector keeps, of another shape or kind of number, or out of range.
@@ -53,26 +60,32 @@ class LayerStatistics:
         sizes: what is known of E and d; what is found first holds for the layers that follow.
         """
         own = {"C": capacity, **sizes}
-        for collector, state in self.values.items():
-            if collector not in collectors.names():
-                raise CorruptError(f"{where}: no collector '{collector[:80]}' is known", AGAIN)
-            keeps = collectors.get(collector).keeps
-            for name in (*keeps, *state):
-                if name not in state or name not in keeps:
-                    what = "is missing" if name in keeps else "is not known"
-                    raise CorruptError(f"{where}: '{collector}.{name[:80]}' {what}", AGAIN)
-            for name, (shape, dtype) in keeps.items():
-                tensor, place = state[name], f"{where}: '{collector}.{name}'"
-                ends = [x if isinstance(x, int) else own.setdefault(x, n) for x, n in zip(shape, tensor.shape, strict=False)]
-                if tensor.ndim != len(shape) or list(tensor.shape) != ends or tensor.dtype != dtype:
-                    found = f"{_name(tensor.dtype)}{list(tensor.shape)}"
-                    raise CorruptError(f"{place} is {found}, expected {_name(dtype)}{ends}", AGAIN)
-                check_finite(f"{collector}.{name}", tensor, where)
-                if name in COUNTED and tensor.numel() and int(tensor.min()) < 0:
-                    raise CorruptError(f"{place} holds a number below 0", AGAIN)
+        for values in (self.values, *self.domains.values()):
+            _check_kept(values, where, own)
         if own.get("S", 0) > capacity or any(n > capacity for n in self.kept()):
             raise CorruptError(f"{where}: it keeps more tokens than its {capacity} places", AGAIN)
         sizes.update({name: own[name] for name in ("E", "d") if name in own})
+
+
+def _check_kept(values: dict[str, dict[str, Tensor]], where: str, own: dict[str, int]) -> None:
+    """`LayerStatistics.check` of all text or of one domain; adds to the sizes that are known."""
+    for collector, state in values.items():
+        if collector not in collectors.names():
+            raise CorruptError(f"{where}: no collector '{collector[:80]}' is known", AGAIN)
+        keeps = collectors.get(collector).keeps
+        for name in (*keeps, *state):
+            if name not in state or name not in keeps:
+                what = "is missing" if name in keeps else "is not known"
+                raise CorruptError(f"{where}: '{collector}.{name[:80]}' {what}", AGAIN)
+        for name, (shape, dtype) in keeps.items():
+            tensor, place = state[name], f"{where}: '{collector}.{name}'"
+            ends = [x if isinstance(x, int) else own.setdefault(x, n) for x, n in zip(shape, tensor.shape, strict=False)]
+            if tensor.ndim != len(shape) or list(tensor.shape) != ends or tensor.dtype != dtype:
+                found = f"{_name(tensor.dtype)}{list(tensor.shape)}"
+                raise CorruptError(f"{place} is {found}, expected {_name(dtype)}{ends}", AGAIN)
+            check_finite(f"{collector}.{name}", tensor, where)
+            if name in COUNTED and tensor.numel() and int(tensor.min()) < 0:
+                raise CorruptError(f"{place} holds a number below 0", AGAIN)
 
 
 @dataclass

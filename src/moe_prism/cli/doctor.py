@@ -13,8 +13,8 @@ from .output import emit
 LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "numba", "pydantic")
 EXTRAS = {
     "report": ("HTML reports", ("altair", "vl-convert-python", "jinja2")),
-    "serve": ("the server", ("fastapi", "uvicorn", "prometheus-client", "psutil", "pyyaml")),
-    "gguf": ("GGUF files", ("gguf",)),
+    "serve": ("the server", ("fastapi", "uvicorn", "prometheus-client", "psutil")),
+    "gguf": ("GGUF files", ("gguf", "accelerate")),
 }
 """extra -> (what it is for, packages)."""
 GIB = 2**30

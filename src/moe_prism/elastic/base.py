@@ -28,6 +28,7 @@ class LayerParts:
     stored: Any = field(default=None, init=False, repr=False)  # of `products.Stored`: where the weights are
     few: Any = field(default=None, init=False, repr=False)  # of `few.few_outputs`: the same, prepared
     times: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # of `times.times_of`: how long which way takes
+    ready: Any = field(default=None, init=False, repr=False)  # of `one_call.ready`: the same for the compiled call
     whole: Any = field(default=None, init=False, repr=False)  # of `times.whole_parts`: the layer with one block per expert
 
     def check(self, k: int | None) -> None:
@@ -77,6 +78,15 @@ class Slots:
             return out
         v = self.weight.float().abs()[:, :, None] * norms
         return v.masked_fill(~self.valid[:, :, None], -1.0)
+
+
+FEW, SMALL = 64, 1 << 15  # choices, or inputs of all choices, up to which they are computed one by one
+
+
+def are_few(x: Tensor, index: Tensor) -> bool:
+    """Whether preparing a job for the choices index [T, k] of x [T, d] would take longer than to compute them one by one."""
+    count = index.numel()
+    return count <= FEW or count * x.shape[1] <= SMALL
 
 
 def is_compiled(*tensors: Tensor) -> bool:

@@ -34,6 +34,15 @@ class DecodeTime:
 
 
 @dataclass(frozen=True)
+class DomainQuality:
+    """What `MeasuredPoint` says of all held-out text, of one domain of it."""
+
+    ppl: float
+    kl: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
 class MeasuredPoint:
     """One operating point: what it costs per token and how far it is from the source model on held-out text."""
 
@@ -67,6 +76,13 @@ class MeasuredPoint:
     """What was measured, ready to run again; None where a version before 0.2 wrote it and it cannot be told from the rest."""
     time: DecodeTime | None = None
     """How long decoding took on the machine that `provenance` names; None where nobody asked, or where weights are changed in place."""
+    domains: Mapping[str, DomainQuality] = field(default_factory=dict)
+    """By domain, where the evaluation text has any (`--domain`)."""
+
+    @property
+    def worst_domain(self) -> str | None:
+        """The domain with the largest KL."""
+        return max(self.domains, key=lambda name: self.domains[name].kl, default=None)
 
     @classmethod
     def from_json(cls, data: object, where: str = "point") -> MeasuredPoint:
@@ -76,25 +92,41 @@ class MeasuredPoint:
     @classmethod
     def of_form(cls, form: MeasuredForm) -> MeasuredPoint:
         """What a checked file says."""
-        row = {name: value for name, value in form.model_dump().items() if name not in ("point", "time")}
-        return cls(**row, point=measured_point(form), time=None if form.time is None else DecodeTime(**form.time.model_dump()))
+        row = {name: value for name, value in form.model_dump().items() if name not in ("point", "time", "domains")}
+        return cls(
+            **row,
+            point=measured_point(form),
+            time=None if form.time is None else DecodeTime(**form.time.model_dump()),
+            domains={name: DomainQuality(**quality.model_dump()) for name, quality in form.domains.items()},
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, the operating point in its own form, and the time where it was measured."""
-        row = {f.name: getattr(self, f.name) for f in fields(self)} | {"point": self.point and self.point.to_json()}
-        return row | {"time": asdict(row.pop("time"))} if self.time else {k: v for k, v in row.items() if k != "time"}
+        row = {f.name: getattr(self, f.name) for f in fields(self)} | {
+            "point": self.point and self.point.to_json(),
+            "time": self.time and asdict(self.time),
+            "domains": {name: asdict(quality) for name, quality in self.domains.items()},
+        }
+        return {name: value for name, value in row.items() if value or name not in ("time", "domains")}
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """All points of one model and the plain top-k points they are compared with."""
+    """All points of one model and what they are compared with: plain top-k, and plain rounding to fewer bits."""
 
     model: str
     source: str
     n_sub: int
     points: tuple[MeasuredPoint, ...]
     baseline_topk: tuple[MeasuredPoint, ...] = ()
+    baseline_bits: tuple[MeasuredPoint, ...] = ()
+    """The whole model in int8 and int4; none where the source is stored so, or where an older version measured."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def every(self) -> tuple[MeasuredPoint, ...]:
+        """All that was measured."""
+        return (*self.points, *self.baseline_topk, *self.baseline_bits)
 
     def to_json(self) -> dict[str, Any]:
         """The content of `frontier.json` as plain dicts, lists and numbers."""
@@ -104,6 +136,7 @@ class Frontier:
             "n_sub": self.n_sub,
             "points": [p.to_json() for p in self.points],
             "baseline_topk": [p.to_json() for p in self.baseline_topk],
+            "baseline_bits": [p.to_json() for p in self.baseline_bits],
             "provenance": dict(self.provenance),
         }
 
@@ -115,8 +148,10 @@ class Frontier:
     @classmethod
     def of_form(cls, form: FrontierForm) -> Frontier:
         """What a checked file says."""
-        points, baseline = (tuple(map(MeasuredPoint.of_form, rows)) for rows in (form.points, form.baseline_topk))
-        return cls(form.model, form.source, form.n_sub, points, baseline, form.provenance)
+        points, baseline, bits = (
+            tuple(map(MeasuredPoint.of_form, rows)) for rows in (form.points, form.baseline_topk, form.baseline_bits)
+        )
+        return cls(form.model, form.source, form.n_sub, points, baseline, bits, provenance=form.provenance)
 
     def save(self, path: str | Path) -> None:
         """Write `frontier.json` at once or not at all; the same frontier gives the same bytes."""

@@ -37,6 +37,7 @@ from ..errors import UsageError
 from ..frontier.measure import measure
 from ..model import find_layers, load_to_run, load_tokenizer, resolve
 from ..options.adopt import AdoptOptions
+from ..options.text import other_source
 from ..point import OperatingPoint, SlotRule
 from ..progress import peak_rss_bytes, silent
 from .calibrate import SNAPSHOT, run_pass
@@ -138,7 +139,7 @@ def _calibration(manifest: Mapping[str, Any]) -> CalibrateOptions:
 
 def _windows(elastic: Path, manifest: Mapping[str, Any], options: AdoptOptions) -> Windows:
     calibration = _calibration(manifest)
-    text = options.text or calibration.text
+    text = other_source(manifest["calibration"], options.text, options.text_field)
     return token_windows(load_tokenizer(elastic), text, "calibration", length=calibration.length, tokens=options.tokens)
 
 
@@ -188,7 +189,7 @@ def _price(
     work: Path, elastic: Path, windows: Windows, side: list[dict[str, Tensor]], manifest: Mapping[str, Any], options: AdoptOptions
 ) -> dict[str, Any]:
     """KL to the elastic folder at full budget, and what half a budget costs the quantized model; on held-out windows of the text."""
-    held = evaluation_windows(elastic, windows.source, windows.ids.shape[1])
+    held = evaluation_windows(elastic, windows.text, windows.ids.shape[1])
     ids = held.ids if held else windows.ids[: max(1, TOKENS // windows.ids.shape[1])]
     quality = distance_between(elastic, work, ids)
     found = {"kl": round(quality.kl, 8), "kl_tokens": quality.tokens, "kl_text": "evaluation" if held else "calibration"}

@@ -26,6 +26,7 @@ from ..model import find_layers, load_to_run, load_tokenizer, local, resolve
 from ..options.calibrate import CalibrateOptions
 from ..progress import Report, silent
 from ..schema.read import one_line
+from .demonstrations import Answering, plan
 from .resources import check_resources, needed_by_pass
 
 SNAPSHOT = "calibration-snapshot.safetensors"
@@ -46,7 +47,8 @@ def calibrate_model(
     where = resolve(model)
     check_apart(where, out)
     weights = Weights(where)
-    windows = calibration_windows(where, options)
+    asked = plan(load_tokenizer(where), options, _longest(where)) if options.tasks else None
+    windows = None if asked else calibration_windows(where, options)
     check_resources(needed_by_pass(weights, options), out, resume)
     check_fit(weights, options)
     source = source_facts(where)
@@ -56,7 +58,15 @@ def calibrate_model(
         return read_statistics(out)
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         journal = Journal(folder.work, inputs)
-        statistics = run_pass(where, windows, options, folder, journal, how.get("report", silent))
+        report = how.get("report", silent)
+        answers = Answering(asked, options, folder, journal) if asked else None
+        if answers:
+            windows, facts = demonstrate(where, answers, report)
+        assert windows is not None
+        statistics = run_pass(where, windows, options, folder, journal, report)
+        if answers:
+            statistics.facts |= facts
+            answers.discard()
         for i, layer in enumerate(statistics.layers):
             folder.save_tensors(f"layer-{i:03d}.safetensors", layer.flat(), {"name": layer.name})
         folder.save_tensors(PROFILE, {"ids": statistics.profile})
@@ -64,6 +74,13 @@ def calibrate_model(
         write_manifest(folder, {"kind": "calibration", **inputs, "facts": statistics.facts})
         folder.finish()
     return statistics
+
+
+def demonstrate(where: Path | str, answers: Answering, report: Report) -> tuple[Windows, dict[str, Any]]:
+    """Let the model answer, and take both as calibration text; the facts of it."""
+    if not answers.is_done():
+        answers.run(load_to_run(where), load_tokenizer(where), report)
+    return answers.collect(min(answers.options.length, _longest(where)))
 
 
 def check_fit(weights: Weights, options: CalibrateOptions) -> None:
@@ -110,13 +127,13 @@ def run_pass(
                 last = time.monotonic()
 
         with report("calibrate") as update:
-            work.run(windows.ids, update, after_batch)
+            work.run(windows.ids, update, after_batch, windows.parts)
         facts = {
             "layers": [layer.name for layer in layers],
-            "text": windows.source,
             "tokens": windows.tokens,
             "length": windows.ids.shape[1],
             "documents": list(windows.documents),
+            **windows.facts(),
         }
         return work.statistics(facts)
 
@@ -133,7 +150,7 @@ def _snapshot(path: Path, work: Pass, windows: int) -> dict[str, Tensor]:
         known |= {f"{i}/{key}" for key in own}
         found = LayerStatistics.unflat(layer.name, own)
         found.check(str(path), work.capacity, {"E": layer.num_experts, "d": layer.hidden})
-        if set(found.values) != set(mine):
+        if {*found.values, *(f"{d}/{n}" for d, values in found.domains.items() for n in values)} != set(mine):
             raise CorruptError(f"{path}: layer {i} holds other statistics than this pass gathers", again)
     if set(state) - known:
         raise CorruptError(f"{path}: '{one_line(min(set(state) - known))}' is not known", again)
@@ -163,7 +180,7 @@ def calibration_windows(where: Path | str, options: CalibrateOptions) -> Windows
     """The calibration side of the options' text, in windows no longer than the model's context."""
     tokenizer = load_tokenizer(where)
     length = min(options.length, _longest(where))
-    return token_windows(tokenizer, options.text, "calibration", length=length, tokens=options.tokens)
+    return token_windows(tokenizer, options.source, "calibration", length=length, tokens=options.tokens)
 
 
 def _longest(where: Path | str) -> int:

@@ -146,6 +146,9 @@ class _Job:
         self.settings = replace(options.calibration, collectors=collectors)
         self.windows: Windows | None = None
         if collectors and not self.given:
+            unnamed = [name for name in options.for_domain if name not in options.calibration.source.domains]
+            if unnamed:
+                raise UsageError(f"--for-domain {unnamed[0]} is no domain of the text", f"name it: --domain {unnamed[0]}=PATH")
             self.windows = calibration_windows(self.weights.path, self.settings)
             check_fit(self.weights, self.settings)
 

@@ -18,6 +18,7 @@ from ..elastic.layer import ElasticLayer
 from ..elastic.side_tensors import check_values
 from ..errors import CorruptError, UsageError
 from ..options.recover import RecoverOptions
+from ..options.text import other_source
 from ..progress import Report, peak_rss_bytes, silent
 from ..recover import RecoverJob, methods
 from ..recover.run import BATCH, groups
@@ -73,7 +74,7 @@ def recover_model(
         with report("write") as update:
             _copy(Path(folder), manifest, output, update)
         extra = _write_side_file(Path(folder), len(manifest["layers"]), output)
-        facts |= {"inputs": inputs, "text": windows.source, "tokens": windows.tokens, "resident_bytes": extra}
+        facts |= {"inputs": inputs, **windows.facts(), "tokens": windows.tokens, "resident_bytes": extra}
         facts["resident_share"] = round(extra / _expert_bytes(model, manifest), 4)
         result = write_manifest(output, _manifest(manifest, windows, facts))
         output.finish()
@@ -89,7 +90,7 @@ def _check(folder: str | Path, manifest: Mapping[str, Any], options: RecoverOpti
 
 
 def _windows(tokenizer: Any, model: Any, manifest: Mapping[str, Any], options: RecoverOptions) -> Windows:
-    text = manifest["calibration"]["text"] if options.text is None else options.text
+    text = other_source(manifest["calibration"], options.text, options.text_field)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or options.length
     return token_windows(tokenizer, text, "calibration", length=min(options.length, longest), tokens=options.tokens)
 

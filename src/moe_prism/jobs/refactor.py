@@ -22,6 +22,7 @@ from ..elastic.side_tensors import CUTOFFS, LAYER_BUDGETS, SHARES, check_values
 from ..errors import CorruptError, UsageError
 from ..model import MoELayer, resolve
 from ..options.refactor import RefactorOptions
+from ..options.text import source_in
 from ..progress import Report, Update, peak_rss_bytes, silent
 from ..schema import check, decode
 from ..schema.manifest import LayerForm
@@ -136,7 +137,7 @@ class _Work(NamedTuple):
 def _distance(weights: Weights, folder: OutputFolder, statistics: Statistics, options: RefactorOptions) -> dict[str, Any]:
     """KL of the written checkpoint against the source, on held-out windows, else on those of the calibration."""
     length = statistics.profile.shape[1]
-    windows = evaluation_windows(weights.path, options.calibration.text, length)
+    windows = evaluation_windows(weights.path, source_in(statistics.facts), length)
     ids = windows.ids if windows else statistics.profile[: max(1, TOKENS // length)]
     quality = distance_between(weights.path, folder.work, ids)
     return {"kl": round(quality.kl, 8), "kl_tokens": quality.tokens, "kl_text": "evaluation" if windows else "calibration"}
@@ -272,7 +273,8 @@ def _facts(
 
 
 def _summary(statistics: Statistics) -> dict[str, Any]:
-    return {key: statistics.facts[key] for key in ("text", "tokens", "documents", "capacity")}
+    wanted = ("text", "text_source", "domains", "read", "tokens", "documents", "capacity")
+    return {key: statistics.facts[key] for key in wanted if key in statistics.facts}
 
 
 def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str, Any]) -> None:

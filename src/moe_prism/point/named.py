@@ -109,7 +109,7 @@ def _points_in(path: Path) -> list[NamedPoint]:
     if not isinstance(data, dict) or "points" not in data:
         return [NamedPoint._of(data, path.stem, str(path))]
     form = check(FrontierForm, data, str(path), REMAKE)
-    named = [(row.name, measured_point(row)) for row in [*form.points, *form.baseline_topk]]
+    named = [(row.name, measured_point(row)) for row in [*form.points, *form.baseline_topk, *form.baseline_bits]]
     return [NamedPoint(name=name, point=point) for name, point in named if point is not None]
 
 

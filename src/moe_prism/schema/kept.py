@@ -29,6 +29,7 @@ class SelectionForm(Form):
     protected: Annotated[
         list[Annotated[list[Annotated[int, Field(ge=0, lt=MOST_EXPERTS)]], MaxLen(MOST_EXPERTS)]], MaxLen(MOST_LAYERS)
     ]
+    domains: Annotated[list[Name], MaxLen(256)] = []
     least_tokens: Count | None = None
     resident_share: Share
     layers: Annotated[list[KeptLayerForm], MinLen(1), MaxLen(MOST_LAYERS)]

@@ -29,6 +29,7 @@ from .common import (
 from .points import Measured
 
 NEXT = "restore the folder from a copy, or build it again"
+MOST_DOMAINS = 256
 Width = Annotated[int, Field(ge=1, le=1 << 24)]
 
 
@@ -82,11 +83,44 @@ class LayerForm(Form):
     profile: Annotated[list[ProfileForm], MaxLen(4096)] | None = None
 
 
-class CalibrationForm(Form):
-    """On what an elastic model was calibrated."""
+class TextSourceForm(Form):
+    """A text of several domains, or of named fields: `TextSource`."""
+
+    parts: Annotated[list[Annotated[list[Text], MinLen(2), MaxLen(2)]], MinLen(1), MaxLen(MOST_DOMAINS)]
+    fields: Annotated[list[Text], MaxLen(256)]
+
+
+class ReadForm(Form):
+    """What a reader left out of a text, and what it doubts, by reason: `TextTally`."""
+
+    source: Text
+    documents: Count
+    left_out: Annotated[dict[Name, Count], MaxLen(256)] = {}
+    remarks: Annotated[dict[Name, Count], MaxLen(256)] = {}
+
+
+class TasksForm(Form):
+    """The model's own answers of `calibrate --tasks`."""
+
+    answered: Count
+    answer_tokens: Count
+    ended: Count
+    left_out: Annotated[dict[Name, Count], MaxLen(256)] = {}
+
+
+class WindowsForm(Form):
+    """Which text was run: `Windows.facts`. domains: tokens of each."""
 
     text: Text
     tokens: Count
+    text_source: TextSourceForm | None = None
+    domains: Annotated[dict[Name, Count], MaxLen(MOST_DOMAINS)] = {}
+    read: Annotated[list[ReadForm], MaxLen(MOST_DOMAINS)] = []
+
+
+class CalibrationForm(WindowsForm):
+    """On what an elastic model was calibrated."""
+
     documents: Annotated[list[Sha256], MaxLen(MOST_DOCUMENTS)]
     capacity: Count
 
@@ -97,15 +131,14 @@ class PassForm(CalibrationForm):
     layers: Annotated[list[Name], MinLen(1), MaxLen(MOST_LAYERS)]
     length: Count
     windows: Count
+    tasks: TasksForm | None = None
 
 
-class RecoveryForm(Form):
+class RecoveryForm(WindowsForm):
     """One step of `recover`; what has a default belongs to one of its methods."""
 
     method: Name
     inputs: Plain
-    text: Text
-    tokens: Count
     resident_bytes: Annotated[int, Field(ge=-(1 << 50), le=1 << 50)]
     resident_share: Number
     budgets: Annotated[list[Share], MaxLen(64)] = []

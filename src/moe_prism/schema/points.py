@@ -110,6 +110,26 @@ class TimeForm(Form):
     turns: Positive
 
 
+Bits = Annotated[float, Field(ge=0, le=64)]
+
+
+class QuantizeForm(Form):
+    """Settings of the weight change `quantize`: bits of all experts, or per layer of all its experts or of each."""
+
+    codec: Name
+    options: Plain = {}
+    bits: Bits | Annotated[list[Bits | Annotated[list[Bits], MinLen(1), MaxLen(MOST_EXPERTS)]], MinLen(1), MaxLen(MOST_LAYERS)]
+    group: Annotated[int, Field(ge=0, le=1 << 20)]
+
+
+class DomainForm(Form):
+    """`DomainQuality` of `frontier.json`."""
+
+    ppl: Amount
+    kl: Number
+    top1_agreement: Share
+
+
 class MeasuredForm(Form):
     """One entry of `frontier.json`; what has a default is missing in older files."""
 
@@ -128,6 +148,7 @@ class MeasuredForm(Form):
     distinct_expert_bytes: Amount = 0.0
     point: PointForm | None = None
     time: TimeForm | None = None
+    domains: Annotated[dict[Name, DomainForm], MaxLen(256)] = {}
 
 
 Measured = Annotated[list[MeasuredForm], MaxLen(MOST_POINTS)]
@@ -141,6 +162,7 @@ class FrontierForm(Form):
     n_sub: Blocks
     points: Measured
     baseline_topk: Measured
+    baseline_bits: Measured = []
     provenance: Plain
 
 

@@ -51,6 +51,11 @@ class LayerTimes(NamedTuple):
         return self.tiles < CLEAR * self.stock
 
     @property
+    def tiles_serve(self) -> bool:
+        """Whether the tiles take no longer than the other, however many slots are kept."""
+        return max(self.tiles, self.half) <= self.stock
+
+    @property
     def whole(self) -> float:
         """Seconds of the full budget, whoever computes it."""
         return self.tiles if self.tiles_win else self.stock
@@ -164,7 +169,7 @@ def _name(parts: LayerParts, k: int, tokens: int) -> str:
         f"E{layer.num_experts} k{k} d{layer.hidden} f{layer.width} N{parts.n_sub} {str(layer.up.dtype).removeprefix('torch.')}"
     )
     kind = f"{type(layer).__name__}{'' if layer.gate is None else ' gated'}{'' if layer.up_bias is None else ' biased'}"
-    return f"{_processor()} {TARGET.name} torch{torch.__version__} {kind} {shape} T{tokens}"
+    return f"{_processor()} {TARGET.name} torch{torch.__version__} {kind} {shape} T{tokens} one call"
 
 
 @cache

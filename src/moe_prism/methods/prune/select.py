@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ def check_options(options: PruneOptions) -> None:
     request_of(options).check()
     if criteria.get(options.criterion).is_blind and options.allocation == "global":
         raise UsageError(f"--criterion {options.criterion} cannot compare layers", "use --allocation layer")
+    if options.for_domain and not criteria.get(options.criterion).needs:
+        raise UsageError(f"--criterion {options.criterion} reads no text, so --for-domain means nothing", "leave one of them out")
 
 
 def request_of(options: PruneOptions) -> PruneRequest:
@@ -93,11 +95,39 @@ def rank(
             )
         shields = [a | b for a, b in zip(shields, protections.get(name)(values), strict=True)]
     criterion = criteria.get(options.criterion)()
+    chosen = domains_of(statistics, options)
     scores = []
-    for layer, v, shield in zip(layers, values, shields, strict=True):
+    for i, (layer, v, shield) in enumerate(zip(layers, values, shields, strict=True)):
         subject = LayerSubject(layer.index, layer.name, layer.num_experts, per_token, v, shield, options.seed)
-        scores.append(criterion.scores(subject))
+        if statistics is None or not chosen:
+            scores.append(criterion.scores(subject))
+            continue
+        by_domain = [statistics.layers[i].domains[name] for name in chosen]
+        each = [criterion.scores(replace(subject, values={**v, **own})).double() for own in by_domain]
+        # a domain of more tokens, or of larger outputs, would else decide alone (EASY-EP does the same)
+        scores.append(torch.stack([s / s.abs().sum().clamp(min=1e-300) for s in each]).mean(0) if len(each) > 1 else each[0])
     return scores, shields
+
+
+def domains_of(statistics: Statistics | None, options: PruneOptions) -> list[str]:
+    """The domains whose scores are averaged; none where the calibration, or what the criterion reads, is of all text together.
+
+    UsageError for a domain that is asked for and not there.
+    """
+    criterion = criteria.get(options.criterion)
+    found = statistics.layers[0].domains if statistics else {}
+    usable = [name for name, own in found.items() if criterion.needs and set(criterion.needs) <= set(own)]
+    lacking = [name for name in options.for_domain if name not in usable]
+    if lacking and statistics:
+        if lacking[0] in found:
+            raise UsageError(
+                f"criterion '{options.criterion}' has no statistics by domain", "use --criterion easy-ep or gate-norm"
+            )
+        raise UsageError(
+            f"the calibration has no domain '{lacking[0]}'",
+            f"choose from {', '.join(found)}" if found else f"calibrate with --domain {lacking[0]}=PATH and others",
+        )
+    return options.for_domain or usable
 
 
 def decide(
@@ -122,6 +152,7 @@ def decide(
         "keep": options.keep,
         "allocation": options.allocation,
         "protected": [[int(e) for e in shield.nonzero().flatten()] for shield in shields],
+        **({"domains": chosen} if (chosen := domains_of(statistics, options)) else {}),
         **({"least_tokens": _least_tokens(statistics)} if statistics else {}),
     }
     return PruneSelection(tuple(choices), tuple(layer.name for layer in layers), facts)

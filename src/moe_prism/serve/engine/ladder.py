@@ -75,7 +75,7 @@ def _read_levels(path: Path) -> list[Level]:
 def _best(frontier: Frontier, refusal: Refusal) -> list[MeasuredPoint]:
     """The points of a frontier that can share a batch and that none of the others beats. What was left out is logged, by name."""
     fit: list[MeasuredPoint] = []
-    for p in [*frontier.points, *frontier.baseline_topk]:
+    for p in frontier.every:
         reason = _reason(p, refusal)
         if reason is None and p.point is not None and depends_on_batch(p.point):
             reason = "what a token gets depends on its batch"
@@ -95,7 +95,7 @@ def _asked(folder: Path, asked: Sequence[str], refusal: Refusal) -> tuple[list[M
     if not source.is_file():
         raise UsageError(f"there is no {source}", "measure points with `moe-prism frontier`")
     frontier = Frontier.load(source)
-    known = {p.name: p for p in [*frontier.baseline_topk, *frontier.points]}
+    known = {p.name: p for p in reversed(frontier.every)}
     names = [name for name, p in known.items() if p.point is None or not p.point.is_full] if files else list(asked)
     found = []
     for name in names:

@@ -108,7 +108,7 @@ class Subject:
             "experts.pack": lambda f: self.logits(f, store=StoreOptions(1 << 28)),
             "config.json": self.logits,
             "model.safetensors.index.json": self.logits,
-            "model-00001-of-00002.safetensors": lambda f: self.logits(f, verify=True),
+            sorted(self.folder.glob("model-*.safetensors"))[0].name: lambda f: self.logits(f, verify=True),
             "layer-000.safetensors": lambda f: read_statistics(f).layers[0].flat(),
         }
 

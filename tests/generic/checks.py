@@ -183,8 +183,7 @@ def costs_what_its_codec_stores(bench: Bench, asked: str) -> None:
             biases = own.parameters_per_expert() - sum(w[0].numel() for w in (own.gate, own.up, own.down) if w is not None)
             wanted += sum(p.bytes(change.bits) for p in planes) / own.num_experts + biases * elastic.stored_bytes_per_weight
         step = Step(bind(elastic, [named.point]))
-        with elastic.at(step):
-            elastic.reset_counters()
+        with elastic.at(step), elastic.count():
             bench.opened.model(input_ids=ids)
             assert measured_cost(elastic, step).active_expert_bytes == pytest.approx(wanted * elastic.k, rel=1e-12)
 

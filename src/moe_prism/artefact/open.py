@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import read_manifest
+from ..checkpoint import check_listed, read_manifest
 from ..checkpoint.manifest import MANIFEST
 from ..elastic import Elastic, attach
 from ..model import load_to_run, load_tokenizer, resolve
+from ..point import NamedPoint, find_point
+from ..point.named import FRONTIER
 from .load import load
 from .source import Weights
 
@@ -33,6 +35,13 @@ class Opened:
     @property
     def n_sub(self) -> int:
         return self.elastic.layers[0].parts.n_sub
+
+
+def own_point(asked: str, folder: str | Path) -> NamedPoint:
+    """`find_point` in a folder whose frontier.json is the one that its prism.json lists, where it lists one."""
+    if (Path(folder) / MANIFEST).is_file() and FRONTIER in (manifest := read_manifest(folder))["files"]:
+        check_listed(folder, manifest, [FRONTIER])
+    return find_point(asked, folder)
 
 
 def open_model(folder: str | Path) -> Opened:

@@ -1,6 +1,7 @@
 """Checkpoints on disk: checked reading, one layer at a time in memory, and output that is complete or absent."""
 
 from .atomic import OutputFolder, sha256_file
+from .change import changing, put_file, update_manifest
 from .companions import companion_facts, copy_companions
 from .dequantized import DequantizedSource, open_source
 from .header import TensorInfo, read_header
@@ -12,7 +13,6 @@ from .manifest import (
     elastic_manifest,
     read_manifest,
     source_facts,
-    update_manifest,
     verify,
     write_manifest,
 )
@@ -29,6 +29,7 @@ __all__ = [
     "OutputFolder",
     "Source",
     "TensorInfo",
+    "changing",
     "check_finite",
     "check_listed",
     "companion_facts",
@@ -38,6 +39,7 @@ __all__ = [
     "follow_links",
     "open_source",
     "open_whole",
+    "put_file",
     "read_header",
     "read_manifest",
     "sha256_file",

@@ -49,7 +49,7 @@ def machine() -> dict[str, Any]:
     import torch
 
     from ..cores import cores
-    from ..jobs.refactor_resources import available_memory
+    from ..jobs.resources import available_memory
     from ..kernels.target import TARGET
     from ..model import find_layers, load_model
 

@@ -101,9 +101,13 @@ class Past:
 
         several: whether there may be rows of several groups. UsageError for a request whose tokens are held by two of them at once.
         """
-        if several:
-            _check_apart(rows)
-        return cls(rows, states)
+        past = cls(rows, states)
+        return past.checked() if several else past
+
+    def checked(self) -> Past:
+        """Itself. UsageError for a request whose tokens are held by two groups at once."""
+        _check_apart(self.rows)
+        return self
 
     @classmethod
     def unknown(cls, tokens: int, group: int) -> Past:

@@ -49,22 +49,31 @@ class ElasticLayer:
     _rules: dict[str, Rule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._number = self.parts.layer.index
         self.reset_counter()
 
     @property
     def index(self) -> int:
         """Which MoE layer of the model this is."""
-        return self.parts.layer.index
+        return self._number
 
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The layer's output [T, d] for its input x [T, d] and the router's choice [T, k]."""
-        step: Step = self.elastic.step
-        if self.index == 0:
-            self.elastic.carried.clear()
+        elastic = self.elastic
+        step: Step = elastic.step
+        if self._number == 0:
+            elastic.carried.clear()
+        unwatched = self.on_kept is None and not (elastic.counting or elastic.always_split)
+        if unwatched:
+            again = step.bound.again.get((self._number, step.which)) if step.is_one else None
+            out = None if again is None else again(x, index, weight, step.past)
+            if out is not None:
+                return out
         found = self.candidates(step, x, index, weight)
         if found is None:  # the model's own choice, whole: nothing of ours is in the way
             whole = None if self.elastic.always_split else self.executor.whole(x, index, weight)
             if whole is not None:
+                self._remember(step, None, None)
                 self._count(index, None, selects=False)
                 return whole
             found = Whole(index, weight, self._valid(index), self.parts.n_sub)
@@ -72,6 +81,8 @@ class ElasticLayer:
         done = self._at_once(found, extra)
         if done is not None:
             out, keep = done
+            assert isinstance(found, Selection)
+            self._remember(step, found, self.compensator if extra else None)
             self._count(found.index, keep, selects=True)
         else:
             settled = self.executor.settle(found)
@@ -215,6 +226,14 @@ class ElasticLayer:
             return None
         return self.executor.at_once(found, self.compensator if extra else None)
 
+    def _remember(self, step: Step, selection: Selection | None, extra: Compensator | None) -> None:
+        """Have the next rows at a step's one point, which no stage routes, computed without asking all of this again."""
+        if not step.is_one or any(group.stages for group in step.bound.groups):
+            return
+        again = self.executor.again(selection, extra)
+        if again is not None:
+            step.bound.again[self._number, step.which] = again
+
     def _computed(self, x: Tensor, found: Candidates, settled: Settled, extra: Tensor | bool) -> Tensor:
         """Execute, and make up for what is dropped: of all tokens, of none, or of those marked [T]."""
         index, weight, keep = found.index, found.weight, settled.keep
@@ -264,6 +283,7 @@ class ElasticLayer:
         self._scorers.clear()
         self._rules.clear()
         self.__dict__.pop("compensator", None)
+        self.parts.ready = None
         self.executor = self.elastic.executor_of(self.parts)
 
     def forget_scorers(self) -> None:

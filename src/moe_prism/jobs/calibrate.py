@@ -27,6 +27,7 @@ from ..options.calibrate import CalibrateOptions
 from ..progress import Report, silent
 from ..schema.read import one_line
 from .demonstrations import Answering, plan
+from .resources import check_resources, needed_by_pass
 
 SNAPSHOT = "calibration-snapshot.safetensors"
 PROFILE = "profile.safetensors"
@@ -48,6 +49,7 @@ def calibrate_model(
     weights = Weights(where)
     asked = plan(load_tokenizer(where), options, _longest(where)) if options.tasks else None
     windows = None if asked else calibration_windows(where, options)
+    check_resources(needed_by_pass(weights, options), out, resume)
     check_fit(weights, options)
     source = source_facts(where)
     del weights  # of a GGUF file it holds the whole model

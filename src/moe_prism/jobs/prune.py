@@ -31,6 +31,7 @@ from ..progress import Report, peak_rss_bytes, silent
 from .calibrate import SNAPSHOT, calibration_windows, check_fit, check_fits, read_statistics, run_pass
 from .prune_card import pruned_card
 from .recover import FILLED_IN
+from .resources import check_resources, needed_by_pass, needed_on_disk, written_bytes
 
 KEPT = "kept.json"
 COUNTS = "kept-counts.safetensors"
@@ -99,6 +100,9 @@ def prune_model(
     if (resume := how.get("resume", False)) and (done := finished(out, {"kind": kind, "pruning": {**inputs, **statistics}})):
         selection = read_kept(Path(out) / KEPT, job.weights.model, job.weights.layers)
         return Pruned(selection, Path(out), done, peak_rss_bytes())
+    size, runs = written_bytes(job.weights), job.windows and not given
+    needed = needed_by_pass(job.weights, job.settings, size) if runs else needed_on_disk(size)
+    check_resources(needed, out, resume)
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         report = how.get("report", silent)
         journal = Journal(folder.work, {**inputs, **statistics})

@@ -17,8 +17,8 @@ def pruned_card(facts: Mapping[str, Any], kept: Mapping[str, Any], model_type: s
     return f"""{front_matter(facts, model_type)}
 # {title}, {len(first["kept"])} of {first["experts"]} experts
 
-`{name}` without {gone} of the {first["experts"]} routed experts of every layer, chosen by
-`{code(kept["criterion"])}`. Every token uses as many experts as before; fewer of them have to be in memory. transformers and other tools load
+`{name}` without {gone} of the {first["experts"]} routed experts of every layer, chosen by `{code(kept["criterion"])}`.
+Every token uses as many experts as before; fewer of them have to be in memory. transformers and other tools load
 this folder as a model of the same family. `kept.json` lists the experts that stayed, by their ids in the source.
 
 The outputs differ from the source's. `moe-prism verify this-folder` checks every file. {terms_of(facts)}

@@ -22,6 +22,7 @@ from ..options.text import other_source
 from ..progress import Report, peak_rss_bytes, silent
 from ..recover import RecoverJob, methods
 from ..recover.run import BATCH, groups
+from .resources import check_resources, needed_on_disk
 
 MEASURED = ("frontier.json", "ladder.json", "report.html", "frontier.png")  # of the model as it was
 FILLED_IN = ("schema", "versions", "files", "sha256")  # keys of a manifest that its writer sets
@@ -67,6 +68,7 @@ def recover_model(
     model, tokenizer = load(folder)
     windows = _windows(tokenizer, model, manifest, options)
     _check_repair(model._moe_prism.layers, windows, options)
+    check_resources(needed_on_disk(_written_bytes(model, manifest, options)), out, resume)
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as output:
         facts = _fit(model, windows, manifest, options, _Units(output, Journal(output.work, inputs)), report)
         with report("write") as update:
@@ -101,6 +103,15 @@ def _check_repair(layers: Sequence[ElasticLayer], windows: Windows, options: Rec
                 f"{len(windows.ids)} windows are too few: one in {BATCH} is held out", "give more --tokens or a smaller --length"
             )
         groups(layers, min(options.bands, layers[0].parts.n_sub - 1), options.memory_mib << 20)
+
+
+def _written_bytes(model: Any, manifest: Mapping[str, Any], options: RecoverOptions) -> int:
+    """Of the copy, with what `repair` adds to it: once in units, once in prism.safetensors."""
+    layers = [layer.parts.layer for layer in model._moe_prism.layers]
+    bands = options.bands if options.method == "repair" else 0
+    added: int = sum(bands * layer.num_experts * layer.hidden * layer.width * 2 for layer in layers)
+    whole: int = sum(entry["bytes"] for entry in manifest["files"].values())
+    return whole + 2 * added
 
 
 class _Units(NamedTuple):

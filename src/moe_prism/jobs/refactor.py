@@ -23,7 +23,6 @@ from ..errors import CorruptError, UsageError
 from ..model import MoELayer, resolve
 from ..options.refactor import RefactorOptions
 from ..options.text import source_in
-from ..partition.base import check_blocks
 from ..progress import Report, Update, peak_rss_bytes, silent
 from ..schema import check, decode
 from ..schema.manifest import LayerForm
@@ -32,6 +31,7 @@ from .calibrate import SNAPSHOT, calibration_windows, check_fit, check_fits, rea
 from .distance import TOKENS, distance_between, evaluation_windows
 from .profile_layers import Profiler, budget_tensors, profile_runs, unit_cost
 from .refactor_card import model_card
+from .resources import check_resources, check_width, needed_by
 from .solve_layer import IMPORTANCE, PERM, WORKING, solve
 
 CUTOFFS_FILE = "cutoffs.safetensors"
@@ -83,6 +83,7 @@ def refactor(
     options, together, aligned = align(weights, options)
     for layer in weights.layers:
         check_width(layer, options)
+    check_resources(needed_by(weights, options), out, resume)
     weights.check_rewritable()
     windows = None if given else calibration_windows(where, options.calibration)
     if windows:
@@ -123,17 +124,6 @@ def refactor(
         manifest = write_manifest(folder, facts)
         folder.finish()
     return Refactored(Path(out), manifest, peak_rss_bytes())
-
-
-def check_width(layer: MoELayer, options: RefactorOptions) -> None:
-    """UsageError for sub-experts, gate neurons or a rank that the layer's shape does not allow."""
-    check_blocks(layer.width, options.n_sub, f"'{layer.name}'")
-    if options.compensate == "low-rank" and options.rank > layer.hidden:
-        raise UsageError(f"--rank {options.rank} is more than the hidden size {layer.hidden}", "give a small number, like 2")
-    if not 0 <= options.gates <= layer.width // options.n_sub:
-        raise UsageError(
-            f"--gates {options.gates} is outside 0..{layer.width // options.n_sub}", "a block has no more neurons than that"
-        )
 
 
 class _Work(NamedTuple):

@@ -178,7 +178,7 @@ class CacheColumns(NamedTuple):
 
 
 @njit(nogil=True, cache=True)
-def follow(columns: CacheColumns, length: int, kinds: Ints, mask: Ints, positions: Ints) -> Ints:
+def follow(columns: CacheColumns, length: int, kinds: Ints, mask: Ints, positions: Ints, rows: Ints) -> None:
     """rows [3, B T] as `Held` has them, of the next columns behind `length`, their states begun, and the columns noted as they are.
 
     kinds [B T]; mask [B, >= T]: 0 where a token does not count; positions [B or 1, T]: 0 where a request begins; either may be empty.
@@ -186,7 +186,6 @@ def follow(columns: CacheColumns, length: int, kinds: Ints, mask: Ints, position
     real, last, sums, seen = columns.real, columns.last, columns.sums, columns.tokens
     count, wide = real.shape
     tokens = len(kinds) // count
-    rows = np.empty((3, len(kinds)), np.int64)
     for b in range(count):
         for t in range(tokens):
             r, at = b * tokens + t, length + t
@@ -199,7 +198,6 @@ def follow(columns: CacheColumns, length: int, kinds: Ints, mask: Ints, position
             if counts:
                 last[b] = at
     carry(rows, sums, seen)
-    return rows
 
 
 @njit(nogil=True, cache=True)

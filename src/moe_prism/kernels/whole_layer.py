@@ -34,18 +34,21 @@ WEIGHTS = np.dtype(
 `worth` multiplications or more; dot_job, add_job: addresses of the jobs for weights of this type."""
 
 CHOICE = np.dtype(
-    [(name, np.int64) for name in ("gates", "predictor", "predictor_row", "first", "scale", "cutoffs", "levels", "vectors")]
-    + [(name, np.int64) for name in ("tables", "layer", "mine", "strict")]
+    [(name, np.int64) for name in ("weights", "gates", "predictor", "predictor_row", "first", "scale", "cutoffs", "levels")]
+    + [(name, np.int64) for name in ("vectors", "tables", "layer", "mine", "strict")]
     + [("part", np.float64), ("ceiling", np.float64)],
     align=True,
 )
-"""How a layer's slots are chosen: r, addresses of the ridge [E, N, predictor_row], of the gate neurons' parts [2 r, 5] as
-`row_products.dots` has them, of their scale [E, N r], of `levels` cutoffs (none for the K largest), of the compensation's vectors
-[E, N, d] (0: none). tables, layer, mine, strict, part (its `weight`): of `selection.Held`, tables 0 where no budget is held."""
+"""How a layer's slots are chosen: address of its WEIGHTS, r, addresses of the ridge [E, N, predictor_row], of the gate neurons' parts
+[2 r, 5] as `row_products.dots` has them, of their scale [E, N r], of `levels` cutoffs (none for the K largest), of the
+compensation's vectors [E, N, d] (0: none).
+tables, layer, mine, strict, part (its `weight`): of `selection.Held`, where a budget is held."""
 
 PAST = np.dtype([(name, np.int64) for name in ("rows", "tokens", "sums", "seen", "places", "layers")], align=True)
 """Where `selection.Held` finds the requests of a forward: rows [3, tokens], sums [places, layers, 2], seen [places, 2]."""
 
+Rows = tuple[int, int, int, int, int]
+"""Addresses of x [T, d], index and weight [T, k]; T and k."""
 Record = Any
 """One of these, read from memory."""
 
@@ -176,21 +179,18 @@ def choose(
         mark_held(values, cutoffs, budget.copy(), valid, held_by(choice, carray(pointer(past), 1, PAST)[0]), keep)
 
 
-# These take addresses and sizes one by one: an array, or a tuple of them, costs a call from Python more than all of these.
 @njit(nogil=True, cache=True)
-def run_chosen(
-    of: int, by: int, past: int, x_at: int, index_at: int, weight_at: int, budget_at: int, tokens: int, k: int, keep_at: int,
-    out_at: int, threads: int, like: Any,
-) -> bool:  # fmt: skip
-    """out [T, d] of the slots that are chosen, compensated, and keep [T, k, N]. False, and nothing done, where a token has an expert twice.
-
-    of, by, past: addresses of a WEIGHTS, a CHOICE and a PAST (0: none).
-    """
-    weights, choice = carray(pointer(of), 1, WEIGHTS)[0], carray(pointer(by), 1, CHOICE)[0]
+def chosen(by: int, past: int, budget_at: int, rows: Rows, keep_at: int, out_at: int, threads: int, like: Any) -> bool:
+    """out [T, d] of the slots that are chosen, compensated, and keep [T, k, N] unless it is at 0. As `run_chosen` says."""
+    choice = carray(pointer(by), 1, CHOICE)[0]
+    weights = carray(pointer(choice.weights), 1, WEIGHTS)[0]
+    x_at, index_at, weight_at, tokens, k = rows
     x, index, weight = floats(x_at, tokens, weights.hidden), numbers(index_at, tokens, k), floats(weight_at, tokens, k)
     if has_twice(index, weights.experts):
         return False
-    keep, out = flags(keep_at, tokens, k, weights.n_sub), floats(out_at, tokens, weights.hidden)
+    own = np.empty((tokens if keep_at == 0 else 0, k, weights.n_sub), np.bool_)
+    keep = own if keep_at == 0 else flags(keep_at, tokens, k, weights.n_sub)
+    out = floats(out_at, tokens, weights.hidden)
     choose(weights, choice, past, x, index, weight, floats(budget_at, 1, tokens)[0], keep, like)
     multiply(weights, x, index, weight, keep, out, threads, like)
     if choice.vectors:
@@ -201,21 +201,36 @@ def run_chosen(
 
 
 @njit(nogil=True, cache=True)
-def run_kept(
-    of: int, x_at: int, index_at: int, weight_at: int, tokens: int, k: int, keep_at: int, out_at: int, threads: int, like: Any
-) -> bool:
-    """out [T, d] of the slots keep [T, k, N], or, at address 0, of all. False, and nothing done, where a token has an expert twice."""
+def given(of: int, rows: Rows, keep_at: int, out_at: int, threads: int, like: Any) -> bool:
+    """out [T, d] of the slots keep [T, k, N], or, at address 0, of all. As `run_given` says."""
     weights = carray(pointer(of), 1, WEIGHTS)[0]
+    x_at, index_at, weight_at, tokens, k = rows
     x, index, weight = floats(x_at, tokens, weights.hidden), numbers(index_at, tokens, k), floats(weight_at, tokens, k)
     if has_twice(index, weights.experts):
         return False
     out = floats(out_at, tokens, weights.hidden)
-    if keep_at:
-        keep = flags(keep_at, tokens, k, weights.n_sub)
-    else:
-        keep = np.empty((tokens, k, weights.n_sub), np.bool_)
-        for t in range(tokens):
-            for c in range(k):
-                keep[t, c] = 0 <= index[t, c] < weights.experts
+    own = np.empty((tokens if keep_at == 0 else 0, k, weights.n_sub), np.bool_)
+    keep = own if keep_at == 0 else flags(keep_at, tokens, k, weights.n_sub)
+    for t in range(len(own)):
+        for c in range(k):
+            own[t, c] = 0 <= index[t, c] < weights.experts
     multiply(weights, x, index, weight, keep, out, threads, like)
     return True
+
+
+# These take numbers one by one, and no number that says what weights are: anything else costs a call from Python more than all of them.
+@njit(nogil=True, cache=True)
+def run_chosen(
+    by: int, past: int, budget: int, x: int, index: int, weight: int, tokens: int, k: int, keep: int, out: int, threads: int
+) -> bool:
+    """`chosen` over float32 weights, by addresses of a CHOICE, a PAST (0: no budget is held) and the arrays.
+
+    False, and nothing done, where a token has an expert twice: slots of a group would share a row.
+    """
+    return chosen(by, past, budget, (x, index, weight, tokens, k), keep, out, threads, np.float32(0))  # type: ignore[no-any-return]
+
+
+@njit(nogil=True, cache=True)
+def run_given(of: int, x: int, index: int, weight: int, tokens: int, k: int, keep: int, out: int, threads: int) -> bool:
+    """`given` over float32 weights, by addresses of a WEIGHTS and the arrays. False as in `run_chosen`."""
+    return given(of, (x, index, weight, tokens, k), keep, out, threads, np.float32(0))  # type: ignore[no-any-return]

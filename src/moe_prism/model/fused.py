@@ -108,9 +108,12 @@ class FusedLayer(MoELayer):
         parameter.data = parameter.data.transpose(1, 2).contiguous().transpose(1, 2)
 
     def storage(self) -> tuple[int, ...]:
-        name, own = "gate_up_proj" if self.layout.has_gate else "up_proj", self.module._parameters
-        # asked for at every layer of a step: a module's attributes are found slowly
-        return tuple((own.get(n) if n in own else getattr(self.module, n)).data_ptr() for n in (name, "down_proj"))  # type: ignore[union-attr]
+        # asked for at every layer of a step: a module finds its attributes slowly
+        own = self.module._parameters
+        first, down = own.get("gate_up_proj" if self.layout.has_gate else "up_proj"), own.get("down_proj")
+        if first is None or down is None:  # they are no parameters
+            return self._first().data_ptr(), self.module.down_proj.data_ptr()  # type: ignore[operator]
+        return first.data_ptr(), down.data_ptr()
 
     def native(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         return hook.native(self.module, x, index, weight)

@@ -33,6 +33,10 @@ class NamedPoint:
     def to_json(self) -> dict[str, Any]:
         return {"kind": KIND, "name": self.name, "point": self.point.to_json(), "made": dict(self.made)}
 
+    def encoded(self) -> bytes:
+        """The bytes of its file."""
+        return (json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n").encode()
+
     @classmethod
     def from_json(cls, data: object, name: str) -> NamedPoint:
         """Also takes a bare operating point, and a skip plan of version 0.1; name: for one that has none."""
@@ -52,9 +56,8 @@ class NamedPoint:
 
 def write_point(path: str | Path, point: NamedPoint) -> None:
     """Write a point's file at once or not at all. UsageError where it cannot be written."""
-    data = (json.dumps(point.to_json(), indent=2, allow_nan=False) + "\n").encode()
     try:
-        replace_file(Path(path), data)
+        replace_file(Path(path), point.encoded())
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}", "choose a path in an existing, writable folder") from error
 

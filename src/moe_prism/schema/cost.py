@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from annotated_types import MaxLen
-from pydantic import Field
+from pydantic import Field, RootModel
 
 from .common import Amount, Blocks, Count, Experts, Form, Name
 
@@ -50,3 +50,7 @@ class CostForm(Form):
     error: FitErrorForm | None = None
     everywhere: Annotated[float, Field(gt=0, le=1e6)]
     corrections: Annotated[dict[Name, Annotated[float, Field(gt=0, le=1e6)]], MaxLen(1 << 16)]
+
+
+class TimesForm(RootModel[Annotated[dict[Annotated[str, MaxLen(1024)], Annotated[list[Amount], MaxLen(16)]], MaxLen(1 << 16)]]):
+    """`layer-times.json` of the user's cache: what a layer of a name took on this machine."""

@@ -110,6 +110,18 @@ class TimeForm(Form):
     turns: Positive
 
 
+Bits = Annotated[float, Field(ge=0, le=64)]
+
+
+class QuantizeForm(Form):
+    """Settings of the weight change `quantize`: bits of all experts, or per layer of all its experts or of each."""
+
+    codec: Name
+    options: Plain = {}
+    bits: Bits | Annotated[list[Bits | Annotated[list[Bits], MinLen(1), MaxLen(MOST_EXPERTS)]], MinLen(1), MaxLen(MOST_LAYERS)]
+    group: Annotated[int, Field(ge=0, le=1 << 20)]
+
+
 class DomainForm(Form):
     """`DomainQuality` of `frontier.json`."""
 

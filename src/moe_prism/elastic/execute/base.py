@@ -6,6 +6,7 @@ Shapes: T tokens, k experts per token, N sub-experts per expert, d hidden.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -51,6 +52,10 @@ class Settled:
     prepared: Any = None
 
 
+Again = Callable[[Tensor, Tensor, Tensor, Any], Tensor | None]
+"""(x [T, d], index, weight [T, k], the past of the forward's requests) -> [T, d]; None: call the parts."""
+
+
 class Executor(ABC):
     """Computes the kept slots of one layer."""
 
@@ -75,6 +80,10 @@ class Executor(ABC):
 
     def at_once(self, selection: Any, extra: Compensator | None) -> tuple[Tensor, Tensor] | None:
         """(output [T, d] with what makes up for dropped slots, keep [T, k, N]) of a `select.Selection`; None: call the parts instead."""
+        return None
+
+    def again(self, selection: Any, extra: Compensator | None) -> Again | None:
+        """What does `at_once` for other rows at the same operating point, or, for no selection, `whole`; None where nothing does."""
         return None
 
     def settle(self, candidates: Candidates) -> Settled:

@@ -21,7 +21,7 @@ def tiled(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Ten
     if stored is None:
         return None
     if row is None:
-        out = one_call.kept(parts, x, index, weight, keep)
+        out = one_call.given(parts, x, index, weight, keep)
         if out is not None:
             return out
     groups = SlotGroups.of(index, keep, layer.num_experts)

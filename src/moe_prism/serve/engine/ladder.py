@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint import check_listed, read_manifest, update_manifest
+from ...checkpoint import check_listed, put_file, read_manifest
 from ...checkpoint.manifest import MANIFEST
 from ...elastic.bind import depends_on_batch
 from ...elastic.dial import affordable
 from ...elastic.paged_past import keeps_every_token
 from ...elastic.runtime import slots_per_token
 from ...errors import CorruptError, UsageError
-from ...files import replace_file
 from ...frontier import Frontier, MeasuredPoint, pareto
 from ...point import FULL, OperatingPoint
 from ...registry import choices
@@ -170,8 +169,7 @@ def measure_ladder(model: Any, tokenizer: Any, folder: Path, tokens: int = 4096)
     ladder = climb(levels, slots_per_token(model._moe_prism))
     rows = {"levels": [level.to_json() for level in ladder.levels[:-1]], "tokens": windows.tokens, "text": windows.source}
     try:
-        replace_file(folder / MEASURED, (json.dumps(rows, indent=1) + "\n").encode())
-        update_manifest(folder, {})  # `verify` knows every file of the folder
-    except OSError:
-        return ladder  # a read-only model is served all the same, and measured again next time
+        put_file(folder / MEASURED, (json.dumps(rows, indent=1) + "\n").encode())  # `verify` knows every file of the folder
+    except (OSError, UsageError) as error:  # a read-only model, or one at which another run is, is measured again next time
+        logger.info("the measured points are not kept: %s", error)
     return ladder

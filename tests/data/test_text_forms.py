@@ -6,11 +6,14 @@ import bz2
 import gzip
 import json
 import lzma
+import shutil
 import subprocess
 import tracemalloc
 from itertools import chain
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from moe_prism.data import read_documents, split_documents, token_windows
 from moe_prism.data import text as text_module
@@ -18,7 +21,7 @@ from moe_prism.data.json_rows import json_values
 from moe_prism.data.sample import bounded
 from moe_prism.data.stream import Allowance, Characters
 from moe_prism.data.text import Reading
-from moe_prism.errors import CorruptError, UsageError
+from moe_prism.errors import CorruptError, PrismError, UsageError
 from moe_prism.tally import TextTally
 
 HI, YO = "How do I sort a list?", "Call sorted(list)."
@@ -287,6 +290,56 @@ def test_latin_1_is_read_with_a_remark(tmp_path):
         assert found == [said] and "read as Latin-1, not UTF-8 2" in tally.line()
     (tmp_path / "rows.jsonl").write_bytes('{"text": "naïve"}'.encode("latin-1"))
     assert read(tmp_path / "rows.jsonl")[0] == ["naïve"]
+
+
+SUFFIXES = (
+    ".txt",
+    ".md",
+    "",
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".parquet",
+    ".arrow",
+    ".gz",
+    ".jsonl.gz",
+    ".csv.xz",
+    ".jsonl.zst",
+    ".bz2",
+)
+FRAGMENTS = st.sampled_from(
+    [
+        b'{"text": "a"}',
+        b"[",
+        b"]",
+        b",",
+        b"\n",
+        b'"',
+        b"\xff\xfe",
+        b"\xef\xbb\xbf",
+        b"PAR1",
+        b"\x1f\x8b\x08",
+        b"text\n",
+        b"\xe9",
+        b"1e999",
+        b"null",
+    ]
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(SUFFIXES), st.lists(FRAGMENTS | st.binary(max_size=12), max_size=12).map(b"".join), st.booleans())
+def test_whatever_a_file_holds_is_text_or_one_explained_error(tmp_path, suffix, content, in_folder):
+    folder = tmp_path / "folder"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / f"file{suffix}").write_bytes(content)
+    try:
+        documents = read_documents(folder if in_folder else folder / f"file{suffix}")
+    except PrismError as error:
+        assert error.next_step and "\n" not in str(error)[:20]
+    else:
+        assert all(d.text.encode("utf-8") is not None for d in documents)
 
 
 def test_zeros_line_ends_and_long_lines_are_text(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass
-class Tally:
+class TextTally:
     """One reading of one source. left_out: what was not read, by reason; remarks: what was read with a doubt; examples: a place of each."""
 
     source: str
@@ -44,11 +44,11 @@ class Tally:
         return ", ".join(f"{what} {n} (first: {self.examples[what]})" for what, n in sorted(counts.items()))
 
 
-_watcher: ContextVar[Callable[[Tally], None] | None] = ContextVar("watcher", default=None)
+_watcher: ContextVar[Callable[[TextTally], None] | None] = ContextVar("watcher", default=None)
 
 
 @contextmanager
-def watch_reading(see: Callable[[Tally], None]) -> Iterator[None]:
+def watch_reading(see: Callable[[TextTally], None]) -> Iterator[None]:
     """Inside, `see` is called with the tally of every source that was read to its end."""
     token = _watcher.set(see)
     try:
@@ -57,7 +57,7 @@ def watch_reading(see: Callable[[Tally], None]) -> Iterator[None]:
         _watcher.reset(token)
 
 
-def report_reading(tally: Tally) -> None:
+def report_reading(tally: TextTally) -> None:
     """Tell whoever watches."""
     see = _watcher.get()
     if see is not None:

@@ -10,7 +10,7 @@ import torch
 from moe_prism.calibrate.run import Pass, Settings, declared_bytes
 from moe_prism.calibrate.statistics import LayerStatistics, Statistics
 from moe_prism.errors import UsageError
-from moe_prism.methods.prune.select import domains_of, rank
+from moe_prism.methods.prune.select import check_options, domains_of, rank
 from moe_prism.model import find_layers
 from moe_prism.options.prune import PruneOptions
 from tests.compress.tiny import build
@@ -106,3 +106,5 @@ def test_a_domain_that_is_not_there_is_named(both):
     with pytest.raises(UsageError, match="no statistics by domain"):
         domains_of(both, PruneOptions(criterion="output-error", for_domain=["code"]))
     assert domains_of(both, PruneOptions(criterion="output-error")) == []
+    with pytest.raises(UsageError, match="reads no text"):
+        check_options(PruneOptions(criterion="random", for_domain=["code"]))

@@ -13,7 +13,7 @@ from moe_prism.data.chat import REFUSED, Chat
 from moe_prism.data.fields import LeftOutError, Turns
 from moe_prism.data.text import Reading
 from moe_prism.errors import UsageError
-from moe_prism.tally import Tally
+from moe_prism.tally import TextTally
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role not in ['user', 'assistant', 'system'] %}"
@@ -60,7 +60,7 @@ def test_what_the_template_refuses_is_left_out_and_the_next_is_written(chat, tmp
     assert chat.write(TURNS).startswith("^<user>")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [{"role": "pirate", "content": "Arr"}]}))
     with pytest.raises(UsageError, match=r"rows that the chat template refuses 1.*only users and assistants"):
-        read_documents(tmp_path / "rows.jsonl", Reading(Tally("rows"), chat=chat))
+        read_documents(tmp_path / "rows.jsonl", Reading(TextTally("rows"), chat=chat))
 
 
 def test_without_a_template_the_contents_are_the_text():

@@ -6,27 +6,30 @@ import bz2
 import gzip
 import json
 import lzma
+import shutil
 import subprocess
 import tracemalloc
 from itertools import chain
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from moe_prism.data import read_documents, split_documents
+from moe_prism.data import read_documents, split_documents, token_windows
 from moe_prism.data import text as text_module
 from moe_prism.data.json_rows import json_values
 from moe_prism.data.sample import bounded
 from moe_prism.data.stream import Allowance, Characters
 from moe_prism.data.text import Reading
-from moe_prism.errors import CorruptError, UsageError
-from moe_prism.tally import Tally
+from moe_prism.errors import CorruptError, PrismError, UsageError
+from moe_prism.tally import TextTally
 
 HI, YO = "How do I sort a list?", "Call sorted(list)."
 
 
 def read(path, *names):
     """(texts, tally) of a path."""
-    tally = Tally(str(path))
+    tally = TextTally(str(path))
     return [d.text for d in read_documents(path, Reading(tally, names))], tally
 
 
@@ -289,6 +292,56 @@ def test_latin_1_is_read_with_a_remark(tmp_path):
     assert read(tmp_path / "rows.jsonl")[0] == ["naïve"]
 
 
+SUFFIXES = (
+    ".txt",
+    ".md",
+    "",
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".parquet",
+    ".arrow",
+    ".gz",
+    ".jsonl.gz",
+    ".csv.xz",
+    ".jsonl.zst",
+    ".bz2",
+)
+FRAGMENTS = st.sampled_from(
+    [
+        b'{"text": "a"}',
+        b"[",
+        b"]",
+        b",",
+        b"\n",
+        b'"',
+        b"\xff\xfe",
+        b"\xef\xbb\xbf",
+        b"PAR1",
+        b"\x1f\x8b\x08",
+        b"text\n",
+        b"\xe9",
+        b"1e999",
+        b"null",
+    ]
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(SUFFIXES), st.lists(FRAGMENTS | st.binary(max_size=12), max_size=12).map(b"".join), st.booleans())
+def test_whatever_a_file_holds_is_text_or_one_explained_error(tmp_path, suffix, content, in_folder):
+    folder = tmp_path / "folder"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / f"file{suffix}").write_bytes(content)
+    try:
+        documents = read_documents(folder if in_folder else folder / f"file{suffix}")
+    except PrismError as error:
+        assert error.next_step and "\n" not in str(error)[:20]
+    else:
+        assert all(d.text.encode("utf-8") is not None for d in documents)
+
+
 def test_zeros_line_ends_and_long_lines_are_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(bytes(5000) + b"text")
     (tmp_path / "b.txt").write_bytes(b"one\r\ntwo\r\n")
@@ -315,7 +368,7 @@ def test_what_unpacks_to_more_than_is_allowed_is_cut_and_counted(tmp_path):
     with gzip.open(tmp_path / "bomb.jsonl.gz", "wb") as file:
         for i in range(20_000):
             file.write(json.dumps({"text": f"{i} " * 50}).encode() + b"\n")
-    tally = Tally("bomb")
+    tally = TextTally("bomb")
     found = read_documents(tmp_path / "bomb.jsonl.gz", Reading(tally, allowance=Allowance(1 << 18)))
     assert 100 < len(found) < 20_000 and any("GiB" in reason for reason in tally.left_out)
 
@@ -324,7 +377,7 @@ def test_elements_of_an_array_are_read_one_by_one(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text("[" + ",".join(json.dumps({"text": "x" * 1000}) for _ in range(20_000)) + "]")
     tracemalloc.start()
-    count = sum(1 for _ in json_values(Characters(path, path.name, Tally("x"), Allowance())))
+    count = sum(1 for _ in json_values(Characters(path, path.name, TextTally("x"), Allowance())))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 20_000 and peak < 8 << 20  # of 20 MB
@@ -351,6 +404,23 @@ def test_rows_are_split_by_what_they_say(tmp_path):
     assert {d.sha256 for d in split_documents(other, "evaluation", source="other")} == evaluation
 
 
+def test_documents_of_no_window_are_not_called_used(tmp_path):
+    lines(tmp_path / "rows.jsonl", [{"text": f"row {i:04d} of many"} for i in range(400)])
+
+    class Characters:
+        bos_token_id, eos_token_id = None, None
+
+        def __call__(self, text, **_):
+            return {"input_ids": [ord(c) for c in text]}
+
+    windows = token_windows(Characters(), str(tmp_path / "rows.jsonl"), "calibration", length=32, tokens=96)
+    said = "".join(map(chr, windows.ids.flatten().tolist()))
+    documents = {d.sha256: d.text for d in read_documents(tmp_path / "rows.jsonl")}
+    used = [documents[hashed] for hashed in windows.documents]
+    assert 6 <= len(used) <= 12 and all(any(text[at : at + 4] in said for at in (0, 4, 8, 12)) for text in used)
+    assert windows.characters == sum(map(len, used))
+
+
 def test_a_file_and_its_copy_by_another_name_are_on_one_side(tmp_path):
     for i in range(40):
         (tmp_path / f"file{i}.txt").write_text("the same text" if i % 2 else f"text {i}")
@@ -361,10 +431,10 @@ def test_a_file_and_its_copy_by_another_name_are_on_one_side(tmp_path):
 
 def test_a_sample_of_documents_depends_on_nothing_but_them(tmp_path):
     documents = read_documents(lines(tmp_path / "rows.jsonl", [{"text": f"{i} " * 50} for i in range(400)]))
-    tally = Tally("rows")
+    tally = TextTally("rows")
     kept = bounded(documents, 5000, tally)
     assert 4500 < sum(len(d.text) for d in kept) <= 5000 and sum(tally.remarks.values()) == 400 - len(kept)
-    assert {d.sha256 for d in bounded(documents[::-1], 5000, Tally(""))} == {d.sha256 for d in kept}
+    assert {d.sha256 for d in bounded(documents[::-1], 5000, TextTally(""))} == {d.sha256 for d in kept}
     assert bounded(documents, 10**9, tally) == documents
     # which part of a larger source is held does not say on which side it falls
     sides = [len(split_documents(kept, side, source="rows")) for side in ("calibration", "evaluation")]

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from ..model import MoELayer
-from .base import Collector, RoutedBatch
+from .base import Collector, Kept, RoutedBatch
 
 
 class ChoiceCounts(Collector):
     """count [E] (int64), weight_sum [E] (float64), tokens [1]."""
 
     has_domains = True
+    keeps: ClassVar[Mapping[str, Kept]] = {
+        "count": (("E",), torch.int64),
+        "weight_sum": (("E",), torch.float64),
+        "tokens": ((1,), torch.int64),
+    }
 
     def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
         super().__init__(layer, capacity=capacity, seed=seed)

@@ -163,6 +163,7 @@ class Pass:
         return found
 
     def state(self) -> dict[str, Tensor]:
+        """Everything gathered, and how far the pass is; `load` on a new one goes on bit-identically."""
         flat = {
             f"{i}/{key}.{k}": v.contiguous()
             for i, mine in enumerate(self.collectors)

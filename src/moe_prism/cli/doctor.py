@@ -10,7 +10,7 @@ from typing import Any
 
 from .output import emit
 
-LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "numba")
+LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "numba", "pydantic")
 EXTRAS = {
     "report": ("HTML reports", ("altair", "vl-convert-python", "jinja2")),
     "serve": ("the server", ("fastapi", "uvicorn", "prometheus-client", "psutil")),
@@ -49,7 +49,7 @@ def machine() -> dict[str, Any]:
     import torch
 
     from ..cores import cores
-    from ..jobs.refactor_resources import available_memory
+    from ..jobs.resources import available_memory
     from ..kernels.target import TARGET
     from ..model import find_layers, load_model
 

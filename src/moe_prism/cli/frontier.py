@@ -34,7 +34,6 @@ def frontier(
     out: Folder for frontier.json, report.html and frontier.png; default is FOLDER itself, whose prism.json then lists the points.
     json: One JSON object on stdout.
     """
-    from ..checkpoint import update_manifest
     from ..files import check_writable_folder
     from ..jobs.frontier import measure_frontier as run
 
@@ -45,13 +44,11 @@ def frontier(
     result = run(folder, options, report=progress)
     target = out or folder
     if timing.time:
-        write(result, target, {})  # the quality is not lost if the timing fails
+        keep(result, target, own=out is None)  # the quality is not lost if the timing fails
         result = _timed(folder, result, options, timing)
     facts = result.to_json()
     with written(facts, f"{show(result)}\n\n{show_comparison(result)}", json):
-        write(result, target, {})
-        if out is None:
-            update_manifest(folder, {"operating_points": [p for p in facts["points"] if p["pareto"]]})
+        keep(result, target, own=out is None)
     note(f"report: {target / 'report.html'}")
 
 
@@ -59,6 +56,19 @@ def _timed(folder: Path, result: Frontier, options: FrontierOptions, timing: Tim
     from ..jobs.time_points import Timing, time_frontier
 
     return time_frontier(folder, result, Timing(batch=timing.time_batch or 1, **options.source.facts()), report=progress)
+
+
+def keep(result: Frontier, target: Path, own: bool = True) -> None:
+    """What was measured: all of it, or nothing. own: of the model in `target`, whose prism.json then lists the Pareto points."""
+    from ..checkpoint import changing
+    from ..checkpoint.manifest import MANIFEST
+
+    if not (target / MANIFEST).is_file():
+        return write(result, target, {})
+    with changing(target) as change:
+        write(result, change.work, {})
+        change.commit({"operating_points": [p.to_json() for p in result.points if p.pareto]} if own else {})
+    return None
 
 
 def write(result: Frontier, target: Path, extra: dict[str, Any]) -> None:

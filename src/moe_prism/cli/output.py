@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import PrismError, UsageError
-from ..tally import Tally, watch_reading
+from ..tally import TextTally, watch_reading
 
 QUIET_SECONDS = 10.0  # between plain progress lines when stderr is no terminal
 
@@ -29,7 +29,7 @@ def noted_reading() -> Iterator[None]:
     """Inside, a line on stderr says what is left out of a text when it is read, once; `emit` adds it to JSON."""
     _read.clear()
 
-    def see(tally: Tally) -> None:
+    def see(tally: TextTally) -> None:
         line = tally.line()
         if line and line not in _read:
             note(line)

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from ..tally import Tally
+from ..tally import TextTally
 from .stream import inner_name
 
 JSON_LINES = {".jsonl", ".ndjson", ".jsonlines"}
@@ -30,7 +30,7 @@ def is_saved_dataset(folder: Path) -> bool:
     )
 
 
-def files_of(folder: Path, tally: Tally) -> list[tuple[str, Path]]:
+def files_of(folder: Path, tally: TextTally) -> list[tuple[str, Path]]:
     """(name within the folder, path) of all files that may be read, in order of their names; the others are counted."""
     tracked = _tracked(folder) if (folder / ".git").exists() else None
     found = sorted(_walk(folder, tally) if tracked is None else tracked)
@@ -48,7 +48,7 @@ def files_of(folder: Path, tally: Tally) -> list[tuple[str, Path]]:
     return _of_dataset(kept, tally) if _is_dataset(folder, found) else kept
 
 
-def _walk(folder: Path, tally: Tally) -> Iterator[str]:
+def _walk(folder: Path, tally: TextTally) -> Iterator[str]:
     """Links to files are followed (the hub's cache has them), links to folders are not."""
     for root, folders, names in os.walk(folder):
         for name in list(folders):
@@ -87,7 +87,7 @@ def _is_dataset(folder: Path, names: list[str]) -> bool:
         return False
 
 
-def _of_dataset(files: list[tuple[str, Path]], tally: Tally) -> list[tuple[str, Path]]:
+def _of_dataset(files: list[tuple[str, Path]], tally: TextTally) -> list[tuple[str, Path]]:
     """Its tables, of the split train where there is one; a table that describes others (`dataset_infos.json`) is none."""
     tables = [
         (n, p)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 
-from ..tally import Tally
+from ..tally import TextTally
 from .document import Document
 
 
-def bounded(documents: Iterable[Document], characters: int, tally: Tally) -> list[Document]:
+def bounded(documents: Iterable[Document], characters: int, tally: TextTally) -> list[Document]:
     """All documents in their order; of more than `characters` in all, those with the smallest hashes that fit, at least one.
 
     What is kept depends on nothing but the documents, and no more than that is ever held.

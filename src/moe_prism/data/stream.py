@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import IO, Any
 
 from ..errors import CorruptError, UsageError
-from ..tally import Tally
+from ..tally import TextTally
 
 HEAD_BYTES = 1 << 16  # what a decision about a file is based on
 CHUNK_BYTES = 1 << 18
@@ -137,7 +137,7 @@ def _utf16_without_mark(head: bytes) -> str | None:
 class Characters:
     """The characters of a file, in chunks. `is_cut`: the allowance ended before the file did."""
 
-    def __init__(self, path: Path, name: str, tally: Tally, allowance: Allowance) -> None:
+    def __init__(self, path: Path, name: str, tally: TextTally, allowance: Allowance) -> None:
         self.path, self.name, self.tally, self.allowance = path, name, tally, allowance
         self.is_cut = False
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, UsageError
-from ..tally import Tally
+from ..tally import TextTally
 from .fields import is_known, unknown_fields, wanted_columns
 from .stream import EXTRA, ROW_CHARACTERS, Characters
 
@@ -48,33 +49,39 @@ def _lines(characters: Characters) -> Iterator[str]:
 def parquet_rows(path: Path, names: Sequence[str]) -> Iterator[Row]:
     """(row, fields) of a parquet file; only columns of text are read."""
     parquet = _pyarrow(path, "parquet")
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if not is_known(columns, names):
-                raise unknown_fields(str(path), columns, names)
-            batches = file.iter_batches(batch_size=BATCH, columns=wanted_columns(columns, names))
-            yield from _numbered(batches)
-    except _pyarrow(path, "lib").ArrowException as error:
-        raise _damaged(path, error) from error
+    with _explained(path), parquet.ParquetFile(path) as file:
+        columns = file.schema_arrow.names
+        if not is_known(columns, names):
+            raise unknown_fields(str(path), columns, names)
+        batches = file.iter_batches(batch_size=BATCH, columns=wanted_columns(columns, names))
+        yield from _numbered(batches)
 
 
 def arrow_rows(path: Path, names: Sequence[str]) -> Iterator[Row]:
     """(row, fields) of an arrow file or stream, as `datasets` writes it."""
     ipc, lib = _pyarrow(path, "ipc"), _pyarrow(path, "lib")
+    with _explained(path), lib.memory_map(str(path)) as file:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        reader = ipc.open_file(file) if is_file else ipc.open_stream(file)
+        columns = reader.schema.names
+        if not is_known(columns, names):
+            raise unknown_fields(str(path), columns, names)
+        wanted = wanted_columns(columns, names)
+        every = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
+        small = (whole.slice(at, BATCH) for whole in every for at in range(0, whole.num_rows, BATCH))
+        yield from _numbered(batch.select(wanted) for batch in small)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """pyarrow's errors are of many kinds, values that are no text included."""
+    lib = _pyarrow(path, "lib")
     try:
-        with lib.memory_map(str(path)) as file:
-            is_file = file.read(6) == b"ARROW1"
-            file.seek(0)
-            reader = ipc.open_file(file) if is_file else ipc.open_stream(file)
-            columns = reader.schema.names
-            if not is_known(columns, names):
-                raise unknown_fields(str(path), columns, names)
-            wanted = wanted_columns(columns, names)
-            every = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
-            small = (whole.slice(at, BATCH) for whole in every for at in range(0, whole.num_rows, BATCH))
-            yield from _numbered(batch.select(wanted) for batch in small)
-    except lib.ArrowException as error:
+        yield
+    except (lib.ArrowException, ValueError, OverflowError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk; damage has no number
+            raise
         raise _damaged(path, error) from error
 
 
@@ -100,7 +107,7 @@ def _damaged(path: Path, error: Exception) -> CorruptError:
     return CorruptError(f"'{path}' cannot be read: {first[0]}", "restore the file from its source")
 
 
-def saved_rows(folder: Path, names: Sequence[str], tally: Tally) -> Iterator[tuple[str, int, Any]]:
+def saved_rows(folder: Path, names: Sequence[str], tally: TextTally) -> Iterator[tuple[str, int, Any]]:
     """(split, row, fields) of what `datasets` saved to disk. Of several splits, train alone where there is one."""
     try:
         from datasets import DatasetDict, load_from_disk
@@ -120,8 +127,6 @@ def saved_rows(folder: Path, names: Sequence[str], tally: Tally) -> Iterator[tup
         columns = rows.column_names
         if not is_known(columns, names):
             raise unknown_fields(str(folder), columns, names)
-        number = 0
-        for batch in rows.select_columns(wanted_columns(columns, names)).with_format("arrow").iter(BATCH):
-            for row in batch.to_pylist():
-                number += 1
-                yield split, number, row
+        table = rows.select_columns(wanted_columns(columns, names)).with_format("arrow")
+        with _explained(folder):
+            yield from ((split, number, row) for number, row in _numbered(table.iter(BATCH)))

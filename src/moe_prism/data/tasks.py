@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..options.text import TextSource
-from ..tally import Tally, report_reading
+from ..tally import TextTally, report_reading
 from .chat import Chat
 from .document import Document
 from .fields import LeftOutError, Turns
@@ -35,7 +35,7 @@ def read_tasks(tokenizer: Any, source: TextSource) -> tuple[dict[str, list[Task]
     """
     found, read = {}, []
     for domain, path in source.parts:
-        tally = Tally(path)
+        tally = TextTally(path)
         with Chat(tokenizer) as chat:
             reading = Reading(tally, source.fields, chat)
             every = {task.prompt: task for task in _tasks(path, domain, reading)}

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import CorruptError, UsageError
-from ..tally import Tally
+from ..tally import TextTally
 from .bundled import BUNDLED
 from .chat import Chat
 from .document import Document
@@ -40,7 +40,7 @@ _LFS = b"version https://git-lfs"
 class Reading:
     """How a source is read. names: fields of text, if named; tally: what comes of it; chat: how conversations are written."""
 
-    tally: Tally
+    tally: TextTally
     names: Sequence[str] = ()
     chat: Chat = field(default_factory=Chat)
     allowance: Allowance = field(default_factory=Allowance)
@@ -55,7 +55,7 @@ def read_documents(source: str | Path, reading: Reading | None = None) -> list[D
 
     Raises UsageError for a missing path, nothing readable or rows without a known field; CorruptError for a damaged file.
     """
-    return list(stream_documents(source, reading or Reading(Tally(str(source)))))
+    return list(stream_documents(source, reading or Reading(TextTally(str(source)))))
 
 
 def stream_documents(source: str | Path, reading: Reading) -> Iterator[Document]:

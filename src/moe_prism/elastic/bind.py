@@ -25,6 +25,7 @@ from ..routing.base import outside
 from .coded import codec_of
 from .control import Holding, Past, holdings
 from .dial import Dial, dials, spending
+from .execute.base import Again
 from .host import Host
 from .rules import rules
 from .scorers import scorers
@@ -131,6 +132,11 @@ class Bound:
         return {}
 
     @cached_property
+    def again(self) -> dict[tuple[int, int | Tensor], Again]:
+        """(MoE layer, point) -> what computes that layer when all tokens are at that point; layers fill it."""
+        return {}
+
+    @cached_property
     def holds(self) -> bool:
         """Whether any point's budget is held."""
         return any(self.held)
@@ -159,6 +165,11 @@ class Step:
     which: int | Tensor = 0
     budget: Tensor | None = None
     past: Past | None = None
+
+    @property
+    def is_one(self) -> bool:
+        """Whether all tokens are at one of the points."""
+        return self.budget is None and type(self.which) is int
 
     def kinds(self, tokens: int) -> NDArray[np.int64]:
         """[T]: by which group, from 1, each token's budget is held; 0: by none."""

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..point import SlotBits, SlotRule
-from .base import POSITIONS, LayerParts, Rule
+from .base import LayerParts, Rule
 from .counter import at_width
 from .prices import prices_of, with_bits
 from .rules import rules
 from .rules.bits import hull, spent
+from .side_tensors import POSITIONS
 
 if TYPE_CHECKING:
     from .host import Host

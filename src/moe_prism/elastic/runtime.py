@@ -47,6 +47,9 @@ class Elastic:
         self.stored_bytes_per_weight: float = layer_parts[0].layer.up.element_size()
         self._watching: dict[int, Any] = {}
         self._following = False
+        self._first = layer_parts[0].layer
+        for parts in layer_parts:
+            parts.check(self.k)
         self.layers = [ElasticLayer(parts, self, self.executor_of(parts)) for parts in layer_parts]
         self.full_step = self.step = Step(bind(self, [FULL]))
         for layer in self.layers:
@@ -75,7 +78,7 @@ class Elastic:
     def k(self) -> int | None:
         """Experts per token, where the configuration names them."""
         try:
-            return experts_per_token(self.model, self.layers[0].parts.layer)
+            return experts_per_token(self.model, self._first)
         except UsageError:
             return None
 

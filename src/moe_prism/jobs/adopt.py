@@ -44,6 +44,7 @@ from .calibrate import SNAPSHOT, run_pass
 from .distance import TOKENS, distance_between, evaluation_windows
 from .refactor import single_index
 from .refactor_card import adopted_card
+from .resources import check_resources, needed_by_pass
 from .same_order import Likeness, same_order
 from .solve_layer import measured_cutoffs
 
@@ -104,11 +105,14 @@ def adopt(
     original = Weights(elastic)
     weights = Weights(where, config=original.model.config if where.is_file() else None)
     alike = same_order(weights, original)
+    linked = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists()).stat().st_dev == weights.path.stat().st_dev
+    brought = weights.path.stat().st_size if where.is_file() else open_source(where).bytes
+    settings = replace(_calibration(manifest), low_memory=options.low_memory)
+    check_resources(needed_by_pass(weights, settings, 0 if linked else brought), out, how.get("resume", False))
     with OutputFolder(out, resume=how.get("resume", False), force=how.get("force", False)) as folder:
         _bring(where, Path(elastic), folder)
         work = folder.work / where.name if where.is_file() else folder.work
         report = how.get("report", silent)
-        settings = replace(_calibration(manifest), low_memory=options.low_memory)
         statistics = run_pass(work, windows, settings, folder, Journal(folder.work, inputs), report)
         side = side_tensors(elastic, len(original.layers))
         own = []

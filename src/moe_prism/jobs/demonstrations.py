@@ -98,7 +98,7 @@ class Answering:
             stopped = len(row) < self.options.answer_tokens or (row[-1:] and row[-1] in ends)
             facts = {"prompt_tokens": len(ids), "ended": "stop" if stopped else "length", "answer_ids": row}
             lines.append(json.dumps({**whole, **facts}, ensure_ascii=False))
-        self.journal.finish(_unit(i), _unit(i), self.folder.write_bytes(_unit(i), ("\n".join(lines) + "\n").encode()))
+        self.journal.finish(_unit(i), self.folder.write_bytes(_unit(i), ("\n".join(lines) + "\n").encode()))
 
     def collect(self, length: int) -> tuple[Windows, dict[str, Any]]:
         """Windows of all prompts with their answers, and the facts; answers.jsonl is written, the work files stay until the end.

@@ -108,10 +108,9 @@ def subject_of(opened: Opened, options: FrontierOptions, report: Report = silent
 
 
 def evaluation_windows(opened: Opened, options: FrontierOptions) -> Windows:
-    """Held-out text: the evaluation side, without what the model was calibrated on when it was refactored."""
-    known = opened.manifest["calibration"]["documents"] if opened.manifest else ()
+    """Held-out text: the evaluation side, without what the model was calibrated on when it was refactored or pruned."""
     return token_windows(
-        opened.tokenizer, options.source, "evaluation", length=options.length, tokens=options.tokens, exclude=known
+        opened.tokenizer, options.source, "evaluation", length=options.length, tokens=options.tokens, exclude=opened.documents
     )
 
 

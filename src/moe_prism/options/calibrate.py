@@ -10,6 +10,8 @@ from ..errors import UsageError
 from .base import Options, option
 from .text import DOMAINS, FIELDS, SOURCES, TextSource, named_parts, text_source
 
+ANSWER_TOKENS = 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateOptions(Options):
@@ -24,7 +26,7 @@ class CalibrateOptions(Options):
         "domain.",
         is_repeated=True,
     )
-    answer_tokens: int = option(256, "Of --tasks: most tokens of an answer.", least=1)
+    answer_tokens: int = option(ANSWER_TOKENS, "Of --tasks: most tokens of an answer.", least=1)
     temperature: float = option(0.0, "Of --tasks: how answers are drawn; 0 is greedy.", least=0, below=math.inf)
     tokens: int = option(65_536, "Calibration tokens.", least=1)
     length: int = option(512, "Tokens per window.", least=8)
@@ -44,6 +46,10 @@ class CalibrateOptions(Options):
             raise UsageError("--collectors names none", "refactor needs counts,tokens")
         self.source  # noqa: B018 - raises for what cannot be meant together
 
+        if not self.tasks and (self.answer_tokens, self.temperature) != (ANSWER_TOKENS, 0.0):
+            raise UsageError(
+                "--answer-tokens and --temperature belong to --tasks", "name a file of prompts with --tasks, or leave them out"
+            )
         if self.tasks and self.low_memory:
             raise UsageError(
                 "--tasks with --low-memory would read the model from disk for every token",

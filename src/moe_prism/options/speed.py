@@ -69,5 +69,7 @@ class SpeedOptions(Options):
             raise UsageError("--concurrency '' is no list of counts", "give one like 1,2,4,8")
         if not self.describes_a_machine and (self.bandwidth, self.peak, self.fixed) != (None, None, None):
             raise UsageError("a machine needs both --bandwidth and --peak", "give both, or neither to measure this machine")
+        if self.text_field and self.text is None:
+            raise UsageError("--text-field belongs to --text", "name a file of rows with --text, or leave it out")
         if self.measure and self.describes_a_machine:
             raise UsageError("--measure needs the machine itself", "leave out --bandwidth and --peak")

@@ -1,7 +1,7 @@
 """The operating point: how a model runs. Data, nothing else; what runs it is in `elastic`, what measures it in `frontier`."""
 
 from .base import FULL, Decoding, OperatingPoint, RoutingStage, SlotBits, SlotRule, WeightChange
-from .named import NamedPoint, find_point, point_within, read_points, write_point
+from .named import NamedPoint, find_point, name_within, read_points, write_point
 
 __all__ = [
     "FULL",
@@ -13,7 +13,7 @@ __all__ = [
     "SlotRule",
     "WeightChange",
     "find_point",
-    "point_within",
+    "name_within",
     "read_points",
     "write_point",
 ]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...errors import CorruptError, UsageError
 from ...model import MoELayer
-from ...point import read
+from ...schema import check
+from ...schema.points import REMAKE, QuantizeForm
 from ..changes import Change
 from ..codec import Codec, codecs
 from .decoded import GONE, SOURCE, decoded, matrices
@@ -42,16 +43,12 @@ class QuantizeChange(Change):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> QuantizeChange:
-        row = read.mapping(settings, WHERE, ("codec", "options", "bits", "group"))
-        bits, group = read.get(row, "bits", WHERE), read.get(row, "group", WHERE)
-        if type(group) is not int:
-            raise CorruptError(f"group of {WHERE} is no whole number", read.REMAKE)
+        form = check(QuantizeForm, settings, WHERE, REMAKE)
+        bits = form.bits
         if isinstance(bits, list):
-            if not 0 < len(bits) <= read.MOST_LAYERS:
-                raise CorruptError(f"bits of {WHERE} are for {len(bits)} layers", read.REMAKE)
-            rows = tuple(read.numbers(own if isinstance(own, list) else [own], f"bits of {WHERE}") for own in bits)
-            return cls(_codec(row), rows, group)
-        return cls(_codec(row), read.number(bits, f"bits of {WHERE}"), group)
+            rows = tuple(tuple(own) if isinstance(own, list) else (own,) for own in bits)
+            return cls(_codec(form), rows, form.group)
+        return cls(_codec(form), bits, form.group)
 
     def settings(self) -> dict[str, Any]:
         bits = [list(row) for row in self.bits] if isinstance(self.bits, tuple) else self.bits
@@ -75,7 +72,7 @@ class QuantizeChange(Change):
             raise UsageError(
                 f"the bits are for {len(rows)} layers of {max(map(len, rows))} experts, the model has {len(layers)} layers "
                 f"of {layers[0].num_experts}",
-                read.REMAKE,
+                REMAKE,
             )
         return tuple(row * (layer.num_experts // len(row)) for row, layer in zip(rows, layers, strict=True))
 
@@ -92,12 +89,12 @@ class QuantizeChange(Change):
         return self.bits if isinstance(self.bits, tuple) else ((self.bits,),) * layers
 
 
-def _codec(row: dict[str, Any]) -> Codec:
+def _codec(form: QuantizeForm) -> Codec:
     """The codec that settings name. CorruptError for options that it does not have."""
-    kind = codecs.get(read.text(row, "codec", WHERE))
-    options = read.mapping(row.get("options", {}), f"options of {WHERE}")
+    kind = codecs.get(form.codec)
     known = {f.name: type(f.default) for f in fields(kind)}
-    for name, value in options.items():
+    for name, value in form.options.items():
         if name not in known or type(value) is not known[name]:
-            raise CorruptError(f"codec '{kind.name}' takes no option '{name}' of {value!r}", read.REMAKE)
+            raise CorruptError(f"codec '{kind.name}' takes no option '{name}' of {value!r}", REMAKE)
+    options: dict[str, Any] = dict(form.options)
     return kind(**options)

@@ -123,7 +123,7 @@ class PackedCheckpoint:
             if journal.done(shard):
                 out.hashes[shard] = journal.sha256(shard)
             else:
-                journal.finish(shard, shard, self._shard(shard, names, experts, out))
+                journal.finish(shard, self._shard(shard, names, experts, out))
             progress(number, len(shards))
         if (self.source.folder / INDEX).is_file():
             out.write_bytes(INDEX, json.dumps({"metadata": {}, "weight_map": dict(sorted(place.items()))}, indent=2).encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,10 +13,10 @@ from torch import Tensor
 
 from ...calibrate.statistics import Statistics
 from ...compress.prune import KeptExperts, LayerSubject, PruneRequest, choose, criteria, protections
-from ...compress.prune.change import PruneChange
+from ...compress.prune.change import PruneChange, kept_experts
 from ...compress.prune.choose import keep_counts
 from ...elastic.runtime import Elastic, experts_per_token
-from ...errors import CorruptError, UsageError
+from ...errors import UsageError
 from ...frontier.allocation import exact
 from ...frontier.measure import measure
 from ...model import MoELayer
@@ -25,6 +24,8 @@ from ...model.router import Router, RoutingGroups
 from ...options.prune import PruneOptions
 from ...point import OperatingPoint
 from ...progress import Update
+from ...schema import read_form
+from ...schema.kept import AGAIN, SelectionForm
 
 PROFILE_POINTS = 7  # numbers of kept experts at which a layer is run alone, for `measured`
 LOGIT_ROWS = 1024  # tokens whose logits are held at a time
@@ -38,6 +39,8 @@ def check_options(options: PruneOptions) -> None:
     request_of(options).check()
     if criteria.get(options.criterion).is_blind and options.allocation == "global":
         raise UsageError(f"--criterion {options.criterion} cannot compare layers", "use --allocation layer")
+    if options.for_domain and not criteria.get(options.criterion).needs:
+        raise UsageError(f"--criterion {options.criterion} reads no text, so --for-domain means nothing", "leave one of them out")
 
 
 def request_of(options: PruneOptions) -> PruneRequest:
@@ -218,23 +221,17 @@ def _least_tokens(statistics: Statistics) -> int | None:
 
 def read_kept(path: str | Path, model: Any, layers: Sequence[MoELayer]) -> PruneSelection:
     """The selection of a file that `prune` wrote (kept.json). UsageError if it does not fit the model, CorruptError if it is none."""
-    try:
-        data: Any = json.loads(Path(path).read_text("utf-8"))
-        rows = [(row["experts"], tuple(row["kept"]), row["groups"], row["masked"]) for row in data["layers"]]
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}", "give the kept.json of a pruned folder") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise CorruptError(f"{path} is no list of kept experts", "write it again with `moe-prism prune --report-only`") from error
+    form = read_form(SelectionForm, Path(path), AGAIN)
+    rows = form.layers
     per_token = experts_per_token(model, layers[0])
     if len(rows) != len(layers):
         raise UsageError(f"{path} has {len(rows)} layers, the model has {len(layers)}", "it was made for another model")
     choices = []
-    for layer, (experts, kept, groups, masked) in zip(layers, rows, strict=True):
-        good = all(type(e) is int and 0 <= e < layer.num_experts for e in kept) and len(set(kept)) == len(kept) >= per_token
-        if experts != layer.num_experts or not good:
+    for layer, row in zip(layers, rows, strict=True):
+        if row.experts != layer.num_experts or len(row.kept) < per_token:
             raise UsageError(
                 f"{path} does not fit '{layer.name}' of {layer.num_experts} experts", "it was made for another model"
             )
-        choices.append(KeptExperts(experts, kept, RoutingGroups(**groups) if groups else None, bool(masked)))
-    facts = {key: value for key, value in data.items() if key not in ("layers", "resident_share")}
+        choices.append(kept_experts(row, str(path)))
+    facts = form.model_dump(include={"criterion", "keep", "allocation", "protected", "least_tokens"}, exclude_unset=True)
     return PruneSelection(tuple(choices), tuple(layer.name for layer in layers), facts)

@@ -56,6 +56,7 @@ format: $(VENV)/.ready
 
 reference: $(VENV)/.ready  ## docs/reference, from the registries
 	$(BIN)/python -m moe_prism.jobs.reference docs/reference
+	$(BIN)/python -m moe_prism.serve.reference docs/reference
 
 bench: $(VENV)/.ready  ## every benchmark prints its figure against its baseline
 	for script in benchmarks/*.py; do $(BIN)/python $$script --json || exit 1; done

@@ -99,7 +99,7 @@ def test_a_library_sees_settings_vocabulary_and_weights_and_nothing_else(copy):
         ({"dtype": "load"}, "'load', which is no type"),
         ({"text_config": {"dtype": "hub"}}, "'hub', which is no type"),
         ({"model_type": "../x"}, "'model_type'"),
-        ({f"k{i}": i for i in range(20_000)}, "10000 keys"),
+        ({f"k{i}": i for i in range(20_000)}, "more than 2000 keys"),
     ],
 )
 def test_x01_numbers_that_no_model_has_are_refused_at_once(copy, change, said):
@@ -130,7 +130,7 @@ def test_x01_links_that_lead_out_and_pipes_are_refused(copy, name, tmp_path):
         load_tokenizer(copy)
     (copy / name).unlink()
     os.mkfifo(copy / name)
-    with pytest.raises(PrismError, match=r"no plain file|has no config\.json"):
+    with pytest.raises(PrismError, match=r"no plain file|has no config\.json|no tokenizer\.json"):
         load_tokenizer(copy)
 
 

@@ -70,7 +70,7 @@ class House:
         return RefactorOptions(calibration=self.calibration, profile_tokens=64)
 
     def commands(self) -> dict[str, Command]:
-        prune = PruneOptions(keep=0.5, criterion="frequency", protect=[], calibration=self.calibration)
+        prune = PruneOptions(keep=0.5, criterion="hard-count", protect=[], calibration=self.calibration)
         repair = RecoverOptions(method="repair", text=self.calibration.text, tokens=256, length=32)
         return {
             "calibrate": Command(lambda f, r: calibrate.calibrate_model(self.source, f, self.calibration, resume=r), False),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import check_listed, read_manifest
+from ..checkpoint.companions import CONFIG
 from ..checkpoint.manifest import MANIFEST
 from ..elastic import Elastic, attach
 from ..model import load_to_run, load_tokenizer, resolve
@@ -56,6 +57,7 @@ def open_model(folder: str | Path) -> Opened:
         if manifest.get("kind") != "pruned":  # a pruned checkpoint is a plain one
             model, tokenizer = load(path)
             return Opened(model, tokenizer, manifest, path.name, tuple(manifest["calibration"]["documents"]))
+        check_listed(path, manifest, [CONFIG])
         documents = tuple(manifest.get("documents", ()))
     where = resolve(folder)
     stored = Weights(where).bytes_per_weight

@@ -22,7 +22,10 @@ SETTINGS = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 """JSON that is read here first, and written again for the library without what names code."""
-PLAIN = (TOKENIZER_JSON, "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
+PLAIN = (
+    TOKENIZER_JSON, "vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "bpe.codes", "normalizer.json", "entity_vocab.json",
+    "tekken.json", "chat_template.jinja",
+)  # fmt: skip
 PLAIN_ENDINGS = (".model", ".spm", ".tiktoken")
 TEMPLATES = "additional_chat_templates"
 MOST_BYTES = 512 << 20  # of a file of a tokenizer

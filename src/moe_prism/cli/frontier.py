@@ -44,11 +44,11 @@ def frontier(
     result = run(folder, options, report=progress)
     target = out or folder
     if timing.time:
-        keep(result, target)  # the quality is not lost if the timing fails
+        keep(result, target, own=out is None)  # the quality is not lost if the timing fails
         result = _timed(folder, result, options, timing)
     facts = result.to_json()
     with written(facts, f"{show(result)}\n\n{show_comparison(result)}", json):
-        keep(result, target)
+        keep(result, target, own=out is None)
     note(f"report: {target / 'report.html'}")
 
 
@@ -58,8 +58,8 @@ def _timed(folder: Path, result: Frontier, options: FrontierOptions, timing: Tim
     return time_frontier(folder, result, Timing(batch=timing.time_batch or 1, **options.source.facts()), report=progress)
 
 
-def keep(result: Frontier, target: Path) -> None:
-    """What was measured, with the Pareto points in prism.json where the folder has one: all of it, or nothing."""
+def keep(result: Frontier, target: Path, own: bool = True) -> None:
+    """What was measured: all of it, or nothing. own: of the model in `target`, whose prism.json then lists the Pareto points."""
     from ..checkpoint import changing
     from ..checkpoint.manifest import MANIFEST
 
@@ -67,7 +67,7 @@ def keep(result: Frontier, target: Path) -> None:
         return write(result, target, {})
     with changing(target) as change:
         write(result, change.work, {})
-        change.commit({"operating_points": [p.to_json() for p in result.points if p.pareto]})
+        change.commit({"operating_points": [p.to_json() for p in result.points if p.pareto]} if own else {})
     return None
 
 

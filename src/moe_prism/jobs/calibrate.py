@@ -187,5 +187,5 @@ def _longest(where: Path | str) -> int:
     """The model's context limit, where its configuration names one."""
     if isinstance(where, Path) and where.is_file():
         return 1 << 30
-    config = read_config(local(where))
+    config = read_config(local(where, weights=False))
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)

@@ -1,6 +1,7 @@
 """What an MoE layer is, found in any transformers model."""
 
 from .base import ExpertLayout, MoELayer
+from .ends import end_tokens
 from .extra import ExtraExperts
 from .find import find_layers
 from .load import load_model, load_to_run, load_tokenizer, local, on_disk, read_generation_config, resolve
@@ -11,6 +12,7 @@ __all__ = [
     "ExtraExperts",
     "MoELayer",
     "RouterScores",
+    "end_tokens",
     "find_layers",
     "load_model",
     "load_to_run",

@@ -20,6 +20,8 @@ from ..schema.read import one_line
 _PACKAGE = Path(__file__).parent.parent
 NANO = _PACKAGE / "nano"
 SHIPPED = {"nano": NANO, "nano-mix": _PACKAGE / "nano_mix"}
+DATA = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
+"""Files of a hub repository that are fetched beside weights."""
 _NAMES = " or ".join(f"'{name}'" for name in SHIPPED)
 
 
@@ -96,10 +98,10 @@ def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer beside a model. UsageError where there is none."""
     from transformers import AutoTokenizer
 
-    return _guard(AutoTokenizer, local(resolve(source)))
+    return _guard(AutoTokenizer, local(resolve(source), weights=False))
 
 
-def local(where: Path | str) -> Path:
+def local(where: Path | str, weights: bool = True) -> Path:
     """What `resolve` gave, on this machine: of a hub name the files that are data, fetched where they are not there yet."""
     if isinstance(where, Path):
         return where

@@ -12,7 +12,8 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from .common import Form
 from .read import Bounds
 
-CONFIG_BOUNDS = Bounds(bytes=4 << 20, depth=16, values=400_000, keys=10_000, infinite=True)
+CONFIG_BOUNDS = Bounds(bytes=64 << 20, depth=16, values=4_000_000, keys=1_000_000, infinite=True)
+MOST_KEYS = 2000  # of a configuration or a part of it: a library makes an attribute of each
 INDEX_BOUNDS = Bounds(bytes=256 << 20, depth=4, values=8_000_000, keys=2_000_000)
 BANNED = (
     "auto_map", "attn_implementation", "experts_implementation", "kernel_config", "use_kernels", "kernels", "custom_generate",
@@ -46,10 +47,10 @@ def cleaned(value: Any) -> Any:
     return {k: cleaned(v) for k, v in kept.items()}
 
 
-Layers = Annotated[int, Field(ge=1, le=4096)]
-Size = Annotated[int, Field(ge=1, le=1 << 24)]
+Layers = Annotated[int, Field(ge=0, le=4096)]
+Size = Annotated[int, Field(ge=0, le=1 << 24)]
 Several = Annotated[int, Field(ge=0, le=1 << 20)]
-Few = Annotated[int, Field(ge=0, le=1 << 16)]
+Each = Several | Annotated[list[Several], MaxLen(4096)]
 Small = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -63,29 +64,33 @@ class ConfigForm(Form):
     num_hidden_layers: Layers | None = None
     hidden_size: Size | None = None
     vocab_size: Size | None = None
-    num_attention_heads: Few | None = None
-    max_position_embeddings: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
-    num_experts: Several | None = None
-    num_local_experts: Several | None = None
-    n_routed_experts: Several | None = None
-    moe_num_experts: Several | list[Several] | None = None
-    num_experts_per_tok: Several | None = None
+    num_attention_heads: Each | None = None
+    max_position_embeddings: Annotated[float, Field(ge=-1, le=1 << 40)] | None = None
+    num_experts: Each | None = None
+    num_local_experts: Each | None = None
+    n_routed_experts: Each | None = None
+    moe_num_experts: Each | None = None
+    num_experts_per_tok: Each | None = None
     rms_norm_eps: Small | None = None
     layer_norm_eps: Small | None = None
     layer_norm_epsilon: Small | None = None
     norm_eps: Small | None = None
-    dtype: str | None = None
-    torch_dtype: str | None = None
+    dtype: str | dict[str, str] | None = None
+    torch_dtype: str | dict[str, str] | None = None
 
     @model_validator(mode="after")
     def fits(self) -> ConfigForm:
         """A type that there is, no more chosen experts than there are, and numbers that fit a register."""
-        for name in (self.dtype, self.torch_dtype):
+        types = [t for given in (self.dtype, self.torch_dtype) for t in (given.values() if isinstance(given, dict) else [given])]
+        for name in types:
             if name is not None and name.removeprefix("torch.") not in DTYPES and name != "auto":
                 raise ValueError(f"says dtype {name[:40]!r}, which is no type of numbers")
-        experts = [n for n in (self.num_experts, self.num_local_experts, self.n_routed_experts) if n is not None]
-        if self.num_experts_per_tok and experts and self.num_experts_per_tok > max(experts):
-            raise ValueError(f"chooses {self.num_experts_per_tok} experts per token of {max(experts)}")
+        if len(self.model_extra or {}) > MOST_KEYS:
+            raise ValueError(f"has more than {MOST_KEYS} keys")
+        experts = [n for n in (self.num_experts, self.num_local_experts, self.n_routed_experts) if isinstance(n, int)]
+        chosen = self.num_experts_per_tok
+        if isinstance(chosen, int) and experts and chosen > max(1, *experts):
+            raise ValueError(f"chooses {chosen} experts per token of {max(experts)}")
         for name, value in (self.model_extra or {}).items():
             wide = isinstance(value, int) and abs(value) > MOST_COUNT
             if wide or (isinstance(value, float) and math.isnan(value)):

@@ -44,7 +44,7 @@ def auto(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tens
     one_call, tiles, _ = _compiled()
     tally = tally or WholeCalls()
     tally.calls += 1
-    if one_call.usable(parts, x) is None:
+    if one_call.batch_products.usable(parts, x) is None:
         return _vectorised(parts, x, index, weight, keep, tally)
     if _whole_is_faster(parts, x, index, keep):
         tally.whole += 1
@@ -84,9 +84,20 @@ class InMemory(Executor):
 
     def __init__(self, parts: LayerParts) -> None:
         self.parts = parts
-        self.way = "auto"
+        self._way = "auto"
         self.repaired = Repaired(parts) if REPAIR in parts.tensors else None
         self._decided: dict[tuple[int, int], LayerTimes | str] = {}
+
+    @property
+    def way(self) -> str:
+        return self._way
+
+    @way.setter
+    def way(self, name: str) -> None:
+        self._way = name
+        for parts in (self.parts, self.parts.whole):
+            if parts is not None:
+                parts.ready = None  # what was remembered was of another way
 
     def whole(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """By the tiles where they are faster (`times.py`), else by the model's own function."""
@@ -95,7 +106,7 @@ class InMemory(Executor):
 
     def _whole_by_tiles(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor | None:
         one_call, tiles, measured = _compiled()
-        if not len(x) or one_call.usable(self.parts, x) is None or not self._whole_fits(*index.shape):
+        if not len(x) or one_call.batch_products.usable(self.parts, x) is None or not self._whole_fits(*index.shape):
             return None
         whole = measured.whole_parts(self.parts)
         out: Tensor | None = one_call.given(whole, x, index, weight, None)

@@ -22,8 +22,9 @@ from ..compensate import Compensator
 from ..compensate.mean import Mean
 from ..rules import top_slots
 from ..scorers.ridge import CEILING, Ridge
+from . import batch_products
 from .base import WholeCalls
-from .batch_products import Stored, usable
+from .batch_products import Stored
 
 if TYPE_CHECKING:
     from ..control import Past
@@ -67,7 +68,7 @@ class Ready:
             and index.is_contiguous()
             and weight.is_contiguous()
             and self.parts.ready is self
-            and usable(self.parts, x) is self.stored
+            and batch_products.usable(self.parts, x) is self.stored
         )
 
     def is_there(self, x: Tensor, index: Tensor, weight: Tensor) -> bool:
@@ -150,7 +151,7 @@ class Call:
 
 def ready(parts: LayerParts, x: Tensor) -> Ready | None:
     """A layer made ready; None where the compiled call cannot take it, or rows of this kind."""
-    stored = usable(parts, x)
+    stored = batch_products.usable(parts, x)
     if stored is None:
         return None
     if parts.ready is None or parts.ready.stored is not stored:

@@ -169,7 +169,7 @@ def _name(parts: LayerParts, k: int, tokens: int) -> str:
         f"E{layer.num_experts} k{k} d{layer.hidden} f{layer.width} N{parts.n_sub} {str(layer.up.dtype).removeprefix('torch.')}"
     )
     kind = f"{type(layer).__name__}{'' if layer.gate is None else ' gated'}{'' if layer.up_bias is None else ' biased'}"
-    return f"{_processor()} {TARGET.name} torch{torch.__version__} {kind} {shape} T{tokens} one call"
+    return f"{_processor()} {TARGET.name} torch{torch.__version__} one-call {kind} {shape} T{tokens}"
 
 
 @cache

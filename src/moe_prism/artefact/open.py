@@ -10,7 +10,6 @@ from typing import Any
 from ..checkpoint import check_listed, read_manifest
 from ..checkpoint.companions import CONFIG
 from ..checkpoint.manifest import MANIFEST, PLAIN_KINDS
-from ..checkpoint.shards import INDEX
 from ..elastic import Elastic, attach
 from ..model import load_to_run, load_tokenizer, resolve
 from ..point import NamedPoint, find_point
@@ -58,7 +57,7 @@ def open_model(folder: str | Path) -> Opened:
         if manifest.get("kind") not in PLAIN_KINDS:
             model, tokenizer = load(path)
             return Opened(model, tokenizer, manifest, path.name, tuple(manifest["calibration"]["documents"]))
-        check_listed(path, manifest, (CONFIG, INDEX))
+        check_listed(path, manifest, [CONFIG])
         documents = tuple(manifest.get("documents", ()))
     where = resolve(folder)
     stored = Weights(where).bytes_per_weight

@@ -97,7 +97,9 @@ def _asked(folder: Path, asked: Sequence[str], refusal: Refusal) -> tuple[list[M
     if not source.is_file():
         raise UsageError(f"there is no {source}", "measure points with `moe-prism frontier`")
     frontier = Frontier.load(source)
-    known = {p.name: p for p in reversed(frontier.every)}
+    known: dict[str, MeasuredPoint] = {}
+    for p in frontier.every:
+        known.setdefault(p.name, p)
     names = [name for name, p in known.items() if p.point is None or not p.point.is_full] if files else list(asked)
     found = []
     for name in names:

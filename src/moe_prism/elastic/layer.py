@@ -309,6 +309,7 @@ class ElasticLayer:
         return self._scorers[key]
 
     def rule(self, name: str, bits: SlotBits | None = None) -> Rule:
+        """bits: of the rule of that name."""
         if (name, bits) not in self._rules:
             kind: Any = rules.get(name)
             self._rules[name, bits] = kind(self.parts) if bits is None else kind(self.parts, bits)

@@ -90,7 +90,7 @@ def points(subject: Subject, settings: str) -> dict[str, list[tuple[str, Operati
     slots = method(settings)
     assert isinstance(slots, BitsMethod)
     fitted = slots.fitted(subject)
-    budgets = (0.1, 0.13, 0.16, 0.2, 0.25, 0.34)
+    budgets = (0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.34)
     found["slots"] = [("", OperatingPoint(slots=SlotRule(rule="bits", budget=b, bits=fitted))) for b in budgets]
     return found
 

@@ -16,7 +16,7 @@ STANDING = ("int8", 8), ("int4", 4)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BitsParameters:
+class CodecParameters:
     """bits: one width, 0: all of the codec's. group: inputs that share a scale, 0: the codec's own. symmetric: of `rtn` and `nested`."""
 
     bits: float = 0
@@ -31,8 +31,8 @@ class UniformBits(Method):
     """
 
     acts = "weights"
-    Parameters = BitsParameters
-    parameters: BitsParameters
+    Parameters = CodecParameters
+    parameters: CodecParameters
 
     @classmethod
     def written(cls, name: str) -> str:

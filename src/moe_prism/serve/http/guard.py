@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from ..config import Bounds
@@ -21,12 +21,30 @@ OPEN = frozenset({"/health", "/status"})
 """The paths that need no key: a sign of life, and a page that asks for the key before it shows anything."""
 
 
+class Keys:
+    """Those that may come in. Hashes have one length and compare in constant time, and all of them are compared."""
+
+    def __init__(self, keys: Sequence[str], *, salted: bool = False) -> None:
+        """salted: every key has a prefix cache of its own."""
+        self._hashes, self._salted = [hashlib.sha256(key.encode()).digest() for key in keys], salted
+
+    def check(self, header: bytes) -> str:
+        """The salt of whoever shows this header. Refusal for a wrong one."""
+        if not self._hashes:
+            return ""
+        scheme, _, given = header.partition(b" ")
+        shown = hashlib.sha256(given).digest()
+        matches = [hmac.compare_digest(shown, known) for known in self._hashes]
+        if scheme.lower() != b"bearer" or not any(matches):
+            raise Refusal(401, "a valid API key is needed: Authorization: Bearer KEY", code="unauthorized")
+        return shown.hex() if self._salted else ""
+
+
 class Guard:
     """Wraps the application; `refused(reason)` is told of every refusal."""
 
-    def __init__(self, app: App, bounds: Bounds, key: str | None, refused: Callable[[str], None]) -> None:
-        self.app, self.bounds, self.refused = app, bounds, refused
-        self._key = hashlib.sha256(key.encode()).digest() if key else None
+    def __init__(self, app: App, bounds: Bounds, keys: Keys, refused: Callable[[str], None]) -> None:
+        self.app, self.bounds, self.keys, self.refused = app, bounds, keys, refused
         self.active: set[asyncio.Task[Any]] = set()
         self._closing = False
 
@@ -74,18 +92,15 @@ class Guard:
             raise Refusal(
                 431, f"the headers are larger than {self.bounds.header_bytes} bytes (bounds.header_bytes)", code="too_large"
             )
-        self._authorize(scope["path"], headers)
+        if scope["path"] not in OPEN and not _asks_first(scope["method"], headers):
+            scope["moe_prism_salt"] = self.keys.check(headers.get(b"authorization", b""))
         body = reply.body = _Body(receive, self.bounds, headers.get(b"content-length"))
         await self.app(scope, body.receive, reply.send)
 
-    def _authorize(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if self._key is None or path in OPEN:
-            return
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        # hashes have one length and compare in constant time
-        ours = hmac.compare_digest(hashlib.sha256(given).digest(), self._key)
-        if scheme.lower() != b"bearer" or not ours:
-            raise Refusal(401, "a valid API key is needed: Authorization: Bearer KEY", code="unauthorized")
+
+def _asks_first(method: str, headers: dict[bytes, bytes]) -> bool:
+    """A browser asks whether a page may send, before the page sends its key. The answer holds no data."""
+    return method == "OPTIONS" and b"origin" in headers and b"access-control-request-method" in headers
 
 
 class _Reply:

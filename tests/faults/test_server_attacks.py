@@ -123,7 +123,7 @@ def test_a_worker_holds_no_socket_of_ours(tiny_levels):
             assert sum(link.startswith("socket:") for link in links) == 1
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hurried(tiny_levels):
     """A server with short deadlines and few connections."""
     bounds = {"header_seconds": 0.5, "body_seconds": 0.5, "connections": 20, "connections_per_client": 12}

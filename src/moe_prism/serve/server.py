@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import math
@@ -115,6 +116,7 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
     from .http.app import create_app
 
     began = time.monotonic()
+    _allow_files(config.bounds.connections)
     built = build(folder, options, config)
     engine = built.service.engine
     app = create_app(built.house, built.history, allowed, options.allowed_origins)
@@ -143,6 +145,17 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
         logger.info("stopped")
     if ended:
         raise PrismError(ended, "start the server again; the log says more")
+
+
+def _allow_files(connections: int) -> None:
+    """As many open files as connections and ourselves may need, where the system lets us."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = connections + 512
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def make_server(app: Guard, door: Door, config: Config, engine: Backend) -> Any:

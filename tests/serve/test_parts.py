@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from moe_prism.artefact.load import load
 from moe_prism.elastic.runtime import slots_per_token
-from moe_prism.errors import UsageError
+from moe_prism.errors import CorruptError, UsageError
 from moe_prism.jobs.verify import verify
 from moe_prism.point import FULL
 from moe_prism.schedule.base import Level
@@ -149,8 +149,27 @@ def test_levels_come_from_the_frontier_first(tmp_path):
     assert source == "frontier.json" and [level.name for level in ladder.levels] == ["threshold-4", "threshold-8", "full"]
     (tmp_path / "frontier.json").unlink()
     (tmp_path / "ladder.json").write_text("{}")
-    with pytest.raises(UsageError, match="measured again"):
+    with pytest.raises(CorruptError, match="'levels' is missing; delete it; it is measured again"):
         find_ladder(tmp_path, 16, nothing_refused)
+    level = {"name": "x", "budget": 0.5, "slots": 8.0, "quality": 0.9}
+    bad = [
+        {"slots": -3.0},
+        {"budget": 0.0},
+        {"budget": -1.0},
+        {"quality": -1.0},
+        {"quality": None},
+        {"name": None},
+        {"name": "a\r\nb"},
+    ]
+    bad += [{"name": "full"}, {"more": 1}]
+    for rows in [[{**level, **change}] for change in bad] + [
+        [level, level],
+        [{**level, "name": f"l{i}"} for i in range(100_000)],
+    ]:
+        (tmp_path / "ladder.json").write_text(json.dumps({"levels": rows}))
+        with pytest.raises(CorruptError) as found:
+            find_ladder(tmp_path, 16, nothing_refused)
+        assert "\n" not in str(found.value)
 
 
 def test_a_measured_ladder_is_kept_beside_the_model_and_known_to_verify(elastic_nano, tmp_path):

@@ -25,7 +25,7 @@ def serve(
     Parameters
     ----------
     folder: Written by `moe-prism refactor`; after `moe-prism frontier --methods all-per-token` it has more operating points.
-    engine: embedded, or vllm: hand over to vLLM's own server, which takes --host, --port, keys, --name and --points only.
+    engine: embedded, or vllm: hand over to vLLM's own server, which takes --host, --port, keys, --name, --points and --verify only.
     """
     from ..serve import logs
     from ..serve.server import serve as run
@@ -33,7 +33,7 @@ def serve(
     options.check()
     if engine == "vllm":
         given = {f"--{name.replace('_', '-')}": getattr(options, name) for name in ("policy", "config", "cost", "save_cost")}
-        given["--expert-memory"] = experts.expert_memory
+        given |= {"--expert-memory": experts.expert_memory, "--allowed-origins": options.allowed_origins or None}
         wrong = next((option for option, value in given.items() if value is not None), None)
         if wrong:
             raise UsageError(f"{wrong} is not available with --engine vllm", "leave it out; vLLM schedules by itself")

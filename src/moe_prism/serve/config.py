@@ -88,10 +88,8 @@ def load_config(path: Path | None) -> Config:
     """Read `qos.yaml`; the defaults for None. UsageError names the file, the key, and the nearest legal one."""
     if path is None:
         return Config()
-    try:
-        import yaml
-    except ImportError as error:
-        raise UsageError("reading YAML needs pyyaml", "pip install 'moe-prism[serve]'") from error
+    import yaml
+
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -62,7 +62,7 @@ def start_engine(folder: Path, options: ServeOptions, config: Config, known: dic
     """Load, measure and start. Raises PrismError with a cause; nothing is left running then. known: the cost model of an engine before."""
     cost = CostModel.from_json(known) if known else CostModel.load(options.cost) if options.cost else None
     torch.set_num_threads(compute_threads(config.engine.threads))
-    model, tokenizer = load(folder, store=options.store)
+    model, tokenizer = load(folder, store=options.store, verify=options.verify)
     model.eval()
     elastic: Elastic = model._moe_prism
     ladder, ladder_from = find_ladder(folder, slots_per_token(elastic), _refusal(elastic), options.points)

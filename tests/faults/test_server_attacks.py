@@ -50,6 +50,23 @@ def test_s03_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(hostile):
     assert workers.pids() == before  # nobody worked
 
 
+def test_s03_large_bodies_come_in_one_at_a_time(hostile):
+    """And small ones beside them."""
+    answers: list[int] = []
+    body = json.dumps({**BODY, "prompt": "7" * 900_000}).encode()
+
+    def send():
+        answers.append(httpx2.post(hostile.root + "/v1/completions", content=body, timeout=60).status_code)
+
+    threads = [threading.Thread(target=send) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    assert served(hostile)
+    for thread in threads:
+        thread.join(60)
+    assert answers == [400] * 12 and served(hostile) and hostile.idle() == []
+
+
 def test_s03_a_place_is_reserved_before_anything_is_tokenized(tiny_levels):
     with open_house(tiny_levels, {"bounds": {"queue_requests": 1}}) as house:
         for _ in range(3):

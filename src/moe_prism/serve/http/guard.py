@@ -17,6 +17,13 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
+LARGE = 128 << 10
+"""Bytes of a body that is large. Large ones come in one at a time: reading JSON of a megabyte keeps the event loop for milliseconds, and
+fifty of them at once would keep it from everybody else.
+"""
+PAUSE = 0.02
+"""Seconds between two large bodies, for everybody else."""
+
 OPEN = frozenset({"/health", "/status"})
 """The paths that need no key: a sign of life, and a page that asks for the key before it shows anything."""
 
@@ -46,6 +53,7 @@ class Guard:
     def __init__(self, app: App, bounds: Bounds, keys: Keys, refused: Callable[[str], None]) -> None:
         self.app, self.bounds, self.keys, self.refused = app, bounds, keys, refused
         self.active: set[asyncio.Task[Any]] = set()
+        self._turns = asyncio.Semaphore(1)
         self._closing = False
 
     async def end_all(self, seconds: float) -> None:
@@ -94,8 +102,11 @@ class Guard:
             )
         if scope["path"] not in OPEN and not _asks_first(scope["method"], headers):
             scope["moe_prism_salt"] = self.keys.check(headers.get(b"authorization", b""))
-        body = reply.body = _Body(receive, self.bounds, headers.get(b"content-length"))
-        await self.app(scope, body.receive, reply.send)
+        body = reply.body = _Body(receive, self.bounds, headers.get(b"content-length"), self._turns)
+        try:
+            await self.app(scope, body.receive, reply.send)
+        finally:
+            body.let_go()
 
 
 def _asks_first(method: str, headers: dict[bytes, bytes]) -> bool:
@@ -141,8 +152,10 @@ class _Reply:
 class _Body:
     """Counts and times what a client sends."""
 
-    def __init__(self, receive: Receive, bounds: Bounds, length: bytes | None) -> None:
-        self._receive, self._bounds = receive, bounds
+    def __init__(self, receive: Receive, bounds: Bounds, length: bytes | None, turns: asyncio.Semaphore) -> None:
+        """turns: taken by one large body at a time."""
+        self._receive, self._bounds, self._turns = receive, bounds, turns
+        self._has_turn = False
         self._seen = 0
         self._until: float | None = None
         self._done = False
@@ -157,15 +170,25 @@ class _Body:
         self._until = self._until or loop.time() + self._bounds.body_seconds
         try:
             async with asyncio.timeout_at(self._until):
+                if self._seen > LARGE and not self._has_turn:
+                    self._has_turn = await self._turns.acquire()
                 message = await self._receive()
         except TimeoutError:
             raise self._fail(408, f"the body did not come within {self._bounds.body_seconds:g} s", "slow_body") from None
         if message["type"] == "http.request":
             self._seen += len(message.get("body", b""))
             self._done = not message.get("more_body", False)
+            if self._done and self._has_turn:
+                loop.call_later(PAUSE, self.let_go)
             if self._seen > self._bounds.body_bytes:
                 raise self._fail(413, f"the body is larger than {self._bounds.body_bytes} bytes", "too_large")
         return message
+
+    def let_go(self) -> None:
+        """The next large body may come in."""
+        if self._has_turn:
+            self._has_turn = False
+            self._turns.release()
 
     def _fail(self, status: int, message: str, code: str) -> Refusal:
         self.failure = Refusal(status, message, code=code)

@@ -38,6 +38,11 @@ class Change(ABC):
     def resident_share(self) -> float:
         """Expert weights that stay in memory / all expert weights."""
 
+    @property
+    def resident_values(self) -> int:
+        """Numbers that stay in memory beside those."""
+        return 0
+
     def part(self) -> WeightChange:
         """The part of an operating point that says this change."""
         return WeightChange(change=self.name, settings=self.settings())

@@ -63,6 +63,9 @@ class ElasticLayer:
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The layer's output [T, d] for its input x [T, d] and the router's choice [T, k]."""
         step: Step = self.elastic.step
+        own = self.parts.layer.extra
+        if self.elastic.counting and own is not None and any(own.parameters):  # the layer adds them, whatever the point
+            self.counter.add_extra(index - self.parts.layer.num_experts, own.parameters)
         if self.index == 0:
             self.elastic.carried.clear()
         found = self.candidates(step, x, index, weight)

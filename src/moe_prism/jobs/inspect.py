@@ -63,6 +63,7 @@ def _layer(layer: MoELayer) -> dict[str, Any]:
         "width": layer.width,
         "gated": layer.gate is not None,
         "biases": layer.down_bias is not None,
+        "constants": len(layer.extra.vectors) if layer.extra and layer.extra.vectors is not None else 0,
     }
 
 

@@ -28,6 +28,8 @@ def method(name: str) -> Method:
     found = methods.get(plain)
     if issubclass(found, Rule):
         return RuleMethod(name, RuleMethod.read_argument(name, text))
+    if issubclass(found, Criterion) and found.form == "constant" and not colon:  # known by its own name
+        return Prune(f"{PRUNE}:{plain}", Prune.read_argument(PRUNE, plain))
     if issubclass(found, Criterion):
         raise UsageError(f"'{plain}' is a pruning criterion", f"write {PRUNE}:{plain}")
     made: Method = found(name, found.read_argument(name, text))

@@ -43,6 +43,7 @@ class MoELayer(ABC):
     hidden: int
     width: int
     extra: ExtraExperts | None = None
+    router_rows: Tensor | None = None  # the router's row of every id, extra experts included, where that is not the id itself
     calls_with_ids: bool = True  # the module itself is called as experts(hidden, ids, weights)
     weighs_input: bool = False  # x comes multiplied by the routing weight, which is 1 then
 

@@ -10,6 +10,7 @@ from .base import DTYPE_WORDS, Options, WrittenType, nested, option
 from .calibrate import CalibrateOptions
 
 GroupMode = Literal["per_group", "regroup", "mask", "drop_groups"]
+PruneForm = Literal["removed", "constant"]
 MTPMode = Literal["prune", "drop", "keep"]
 Allocation = Literal["layer", "global", "measured"]
 
@@ -26,10 +27,15 @@ class PruneOptions(Options):
     keep: float = option(
         0.5, "Share of the experts that stays, 0 to 1; a layer keeps at least as many as a token uses.", above=0, most=1
     )
+    form: PruneForm | None = option(
+        None,
+        "What is left of an expert that goes. removed: nothing, and its tokens go to others. constant: its mean output, which the router "
+        "chooses as before; vLLM 0.33 and newer load this. Default: as the criterion was made for, which is removed but for mone.",
+    )
     allocation: Allocation = option(
         "layer",
-        "layer: the same number everywhere, the only form a checkpoint can have. global: one ranking over all layers. measured: by "
-        "what the model loses with each layer alone pruned. The last two are for --report-only and mask mode.",
+        "layer: the same number everywhere. global: one ranking over all layers. measured: by what the model loses with each layer "
+        "alone pruned. With --form removed the last two are for --report-only and mask mode: such a checkpoint has one number.",
     )
     groups: GroupMode = option(
         "per_group",

@@ -13,6 +13,7 @@ from ...model.router import RoutingGroups
 from ...point import read
 from ..changes import Change
 from .choose import KeptExperts
+from .constants import Constants
 from .mask import pruned
 
 WHERE = "settings of the weight change 'prune'"
@@ -40,6 +41,7 @@ class PruneChange(Change):
                     "kept": list(layer.kept),
                     "groups": layer.groups and asdict(layer.groups),
                     "masked": layer.masked,
+                    "constants": layer.constants and layer.constants.text,
                 }
                 for layer in self.kept
             ]
@@ -54,13 +56,17 @@ class PruneChange(Change):
         return pruned(model, self.kept, layers)
 
     @property
+    def resident_values(self) -> int:
+        return sum(c.constants.values for c in self.kept if c.constants)
+
+    @property
     def resident_share(self) -> float:
         """A masked layer saves nothing."""
         return sum(c.experts if c.masked else len(c.kept) for c in self.kept) / sum(c.experts for c in self.kept)
 
 
 def _layer(data: object) -> KeptExperts:
-    row = read.mapping(data, WHERE, ("experts", "kept", "groups", "masked"))
+    row = read.mapping(data, WHERE, ("experts", "kept", "groups", "masked", "constants"))
     experts, kept = read.get(row, "experts", WHERE), read.whole_numbers(read.get(row, "kept", WHERE), f"kept of {WHERE}")
     if (
         type(experts) is not int
@@ -75,4 +81,7 @@ def _layer(data: object) -> KeptExperts:
         names = ("count", "limit", "least")
         numbers = read.mapping(row["groups"], f"groups of {WHERE}", names)
         groups = RoutingGroups(*read.whole_numbers([read.get(numbers, name, WHERE) for name in names], f"groups of {WHERE}"))
-    return KeptExperts(experts, kept, groups, read.flag(row.get("masked", False), f"masked of {WHERE}") is True)
+    masked = read.flag(row.get("masked", False), f"masked of {WHERE}") is True
+    text = row.get("constants")
+    constants = None if text is None else Constants.from_text(text, experts - len(kept), WHERE)
+    return KeptExperts(experts, kept, groups, masked, constants)

@@ -207,7 +207,7 @@ def test_an_elastic_folder_stays_elastic(elastic_tiny, tmp_path, options, kept, 
     else:
         with pytest.raises(UsageError, match="different shapes"):
             load(tmp_path / "out", store=store)
-    for budget in (1.0, 0.5):
+    for budget in (1.0, 0.6):
         with pruned(whole, result.selection.choices), operating_point(whole, budget):
             wanted = logits(whole)
         for model in models:
@@ -222,7 +222,7 @@ def test_frontier_points_have_the_constants_in_them(tiny_source, text_file):
     opened = open_model(tiny_source)
     subject = subject_of(opened, FrontierOptions(text=str(text_file), tokens=256, length=32, calibration_tokens=256))
     names = {name: method(name).points(subject) for name in ("mone", "prune:mone-removed", "prune:easy-ep-constant-measured")}
-    assert [p.name.rpartition("-")[0] for p in names["mone"]][0] == "prune:mone"
+    assert all(p.name.startswith("prune:mone-") for p in names["mone"])
     for name, points in names.items():
         changes = [change_of(p.point.weights) for p in points]
         assert all(bool(c.resident_values) == ("removed" not in name) for c in changes)
@@ -253,7 +253,7 @@ def test_what_cannot_be_is_refused_by_name(tiny_source, written, tmp_path, tiny_
     tiny.save("router-bias", tmp_path / "fused")
     with pytest.raises(UsageError, match=r"use --form removed.*every matrix of every expert"):
         prune_model(tmp_path / "fused", tmp_path / "out", PruneOptions(criterion="mone"))
-    with pytest.raises(UsageError, match="1 of 4 experts|leaves 0"):
+    with pytest.raises(UsageError, match="leaves 0 of 4"):
         prune_model(tiny_source, tmp_path / "out", PruneOptions(criterion="mone", keep=0.1))
 
 

@@ -48,6 +48,11 @@ class MoELayer(ABC):
     weighs_input: bool = False  # x comes multiplied by the routing weight, which is 1 then
 
     @property
+    def is_dense(self) -> bool:
+        """Whether it is one MLP that no router chooses."""
+        return self.num_experts == 1 and self.extra is None
+
+    @property
     def block_name(self) -> str:
         """The module that routes and calls the experts."""
         return self.name.rpartition(".")[0]

@@ -33,7 +33,7 @@ class RouterScores:
         self.layer = layer
         self.activation: str | None = None
         self._matrix: tuple[Tensor, Tensor | None] | None = None
-        if layer.num_experts == 1:
+        if layer.is_dense:
             return
         if layer.weighs_input:
             raise UsageError(f"the experts of '{layer.name}' see inputs that their router did not see", ADVICE)

@@ -3,8 +3,10 @@
     python benchmarks/decode.py FOLDER [--batches 1,8,32] [--budgets .75,.5,.25] [--rounds 5] [--new 24] [--isa avx2]
     python benchmarks/decode.py FOLDER --beside [--rounds 3]
 
-FOLDER: of `moe-prism refactor nano`. Budgets take turns, A B C D A B C D; a figure is the median over rounds of a round's ratio.
-The clock is the processor time of one thread, which a busy machine disturbs less than the clock on the wall.
+FOLDER: of `moe-prism refactor nano`. Decode steps of `generate` and of the embedded engine, a batch at one budget that is held, as users
+have it; `stock` is full budget by the model's own function. Budgets take turns, A B C D A B C D; a figure is the median over rounds of a
+round's ratio, and a round's figure its median step. The clock is the processor time of the thread that makes the steps, which a busy
+machine disturbs less than the clock on the wall.
 
 `--beside` times one forward of 512 tokens and 8 decoding steps in processes of their own, on the wall: alone and beside busy processes,
 with the waiting of threads as OpenMP has it and as the commands set it. Their rounds take turns too.
@@ -19,51 +21,68 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from end_to_end import PROMPT, engine, generated, texts
 from isa import SWITCHES, run_as
 
 WORKER = "--worker"
 BUSY = "while True: pass"
 
 
-def generate_times(folder: str, batches: list[int], budgets: list[float], rounds: int, new: int) -> list[dict[str, Any]]:
+def step_times(folder: str, batches: list[int], budgets: list[float], rounds: int, steps: int) -> Iterator[dict[str, Any]]:
+    """Of `generate` and of the embedded engine, decode steps by the processor time of the thread that makes them."""
     import torch
 
     from moe_prism import load, operating_point
 
     torch.set_num_threads(1)
     model, tokenizer = load(folder)
-    text = Path(argparse.__file__).read_text()
-    rows = []
+    rows_of = texts(tokenizer, PROMPT + steps + 2)
+    serve = engine(model, rows_of, steps, sorted([*budgets, 1.0]), time.thread_time)
+
+    def generate(batch: int, what: float, turn: int) -> float:
+        with operating_point(model, budget=what):
+            return generated(model, rows_of(batch, turn), steps, time.thread_time)
+
+    def stock(batch: int, what: float, turn: int) -> float:
+        """Full budget by the model's own function."""
+        with own_function(model._moe_prism):
+            return generate(batch, 1.0, turn)
+
     for batch in batches:
-        pieces = [tokenizer(text[2000 * i : 2000 * i + 400])["input_ids"][:32] for i in range(batch)]
-        ids = torch.tensor(pieces)
-
-        def run(budget: float, ids: torch.Tensor = ids) -> float:
-            begin = time.thread_time()
-            with torch.no_grad(), operating_point(model, budget=budget):
-                model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-            return time.thread_time() - begin
-
-        rows += ratios(run, [1.0, *budgets], rounds, {"batch": batch})
-    return rows
+        for part, run in {"generate": generate, "serve": serve}.items():
+            runs: list[tuple[Any, Any]] = [(run, budget) for budget in (1.0, *budgets)]
+            names: list[Any] = [1.0, *budgets]
+            if part == "generate":
+                runs, names = [*runs, (stock, 1.0)], [*names, "stock"]
+            yield from ratios(runs, names, rounds, {"part": part, "batch": batch})
 
 
-def ratios(run: Any, budgets: list[float], rounds: int, head: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run the budgets in turns; the first is what the others are compared with."""
-    for budget in budgets:
-        run(budget)
-    found = [[run(budget) for budget in budgets] for _ in range(rounds)]
+@contextmanager
+def own_function(elastic: Any) -> Iterator[None]:
+    """Have the model's own function compute whole experts."""
+    for layer in elastic.layers:
+        layer.executor.way = "grouped"
+    yield
+    for layer in elastic.layers:
+        layer.executor.way = "auto"
+
+
+def ratios(runs: list[tuple[Any, Any]], names: list[Any], rounds: int, head: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run all in turns, on other text in every turn; the first is what the others are compared with."""
+    batch = head["batch"]
+    found = [[run(batch, what, turn) for run, what in runs] for turn in range(rounds + 1)][1:]
     return [
         {
             **head,
-            "budget": budget,
-            "seconds": statistics.median(times[i] for times in found),
+            "budget": name,
+            "ms": 1e3 * statistics.median(times[i] for times in found),
             "to_full": statistics.median(times[i] / times[0] for times in found),
         }
-        for i, budget in enumerate(budgets)
+        for i, name in enumerate(names)
     ]
 
 
@@ -143,16 +162,20 @@ def main() -> None:
     if args.worker:
         work(args.folder)
         return
-    if args.beside:
-        rows = beside(args.folder, args.rounds)
-    else:
-        batches, budgets = [int(b) for b in args.batches.split(",")], [float(b) for b in args.budgets.split(",")]
-        rows = generate_times(args.folder, batches, budgets, args.rounds, args.new)
+    batches, budgets = [int(b) for b in args.batches.split(",")], [float(b) for b in args.budgets.split(",")]
+    rows = []
+    for row in (
+        beside(args.folder, args.rounds) if args.beside else step_times(args.folder, batches, budgets, args.rounds, args.new)
+    ):
+        rows.append(row)
+        if not args.json:
+            print(
+                *(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()),
+                flush=True,
+            )
     if args.json:
-        print(json.dumps({"benchmark": "decode", "isa": args.isa, "rows": rows}))
-    else:
-        for row in rows:
-            print(*(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+        print(json.dumps({"benchmark": "decode", "isa": args.isa, "rows": rows}), flush=True)
+    os._exit(0)  # the engine's thread need not be waited for
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ BUDGETS = (1.0, 0.75, 0.5, 0.25)
 PROMPT, LEAST = 8, 3
 Seconds = dict[tuple[str, float], list[float]]
 """(generate, serve or stock; budget) -> seconds per step, of every round; of http tokens/s."""
+Clock = Callable[[], float]
 Timer = Callable[[int, Any, int], float]
 """(batch, what, turn) -> seconds per step."""
 
@@ -50,7 +51,7 @@ def texts(tokenizer: Any, length: int) -> Callable[[int, int], Any]:
     return lambda batch, turn: ids[[(i * len(ids) // batch + 7 * turn) % len(ids) for i in range(batch)]]
 
 
-def forced(ids: Any) -> tuple[Any, list[float]]:
+def forced(ids: Any, clock: Clock) -> tuple[Any, list[float]]:
     """A logits processor that makes `generate` continue with the text ids [B, length], and when it was called."""
     from transformers import LogitsProcessor
 
@@ -58,18 +59,18 @@ def forced(ids: Any) -> tuple[Any, list[float]]:
 
     class Forced(LogitsProcessor):
         def __call__(self, input_ids: Any, scores: Any) -> Any:
-            times.append(time.perf_counter())
+            times.append(clock())
             scores = scores.new_full(scores.shape, -1e9)
             return scores.scatter_(1, ids[:, input_ids.shape[1], None], 0.0)
 
     return Forced(), times
 
 
-def generated(model: Any, ids: Any, steps: int) -> float:
+def generated(model: Any, ids: Any, steps: int, clock: Clock = time.perf_counter) -> float:
     """Median seconds of a decode step of `model.generate`."""
     import torch
 
-    processor, times = forced(ids)
+    processor, times = forced(ids, clock)
     with torch.no_grad():
         model.generate(
             input_ids=ids[:, :PROMPT], attention_mask=torch.ones_like(ids[:, :PROMPT]), do_sample=False, logits_processor=[processor],
@@ -118,29 +119,30 @@ def elastic(
         found = []
         for budget in budgets:
             step = Step(bind(model._moe_prism, [FULL.with_budget(budget)]))
-            model._moe_prism.reset_counters()
-            for turn in range(1, turns + 1):
-                ids = rows(batch, turn)
-                with model._moe_prism.at(step, counting=False):
-                    cache = model(input_ids=ids[:, :PROMPT], use_cache=True).past_key_values
-                with model._moe_prism.at(step, counting=True):
-                    for at in range(PROMPT, PROMPT + steps):
-                        model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
-            cost, model._moe_prism.counting = measured_cost(model._moe_prism, step), False
+            with model._moe_prism.count():
+                for turn in range(1, turns + 1):
+                    ids = rows(batch, turn)
+                    with model._moe_prism.at(step, counting=False):
+                        cache = model(input_ids=ids[:, :PROMPT], use_cache=True).past_key_values
+                    with model._moe_prism.at(step):
+                        for at in range(PROMPT, PROMPT + steps):
+                            model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+            cost = measured_cost(model._moe_prism, step)
             found.append({"slots": cost.k_slots, "token": cost.active_expert_bytes, "distinct": cost.distinct_expert_bytes})
         return [{name: row[name] / found[0][name] for name in row} for row in found]
 
     return {"generate": run, "serve": engine(model, rows, steps, sorted(asked))}, reads
 
 
-def engine(model: Any, rows: Any, steps: int, budgets: list[float]) -> Timer:
+def engine(model: Any, rows: Any, steps: int, budgets: list[float], clock: Clock = time.perf_counter) -> Timer:
     """Decode steps of the embedded engine; what: the budget, which every request of the batch has."""
+    from moe_prism.elastic.runtime import slots_per_token
     from moe_prism.point import FULL
     from moe_prism.schedule.base import Job, Ladder, Level, Policy, Work
     from moe_prism.serve.engine.engine import Engine, EngineSize
     from moe_prism.serve.requests import Request, Sampling
 
-    slots = wide_nano.CHOSEN * 4
+    slots = slots_per_token(model._moe_prism)
     levels = [Level(f"{b:g}", FULL.with_budget(b) if b < 1 else FULL, b * slots, b) for b in budgets]
 
     class Together(Policy):
@@ -156,7 +158,7 @@ def engine(model: Any, rows: Any, steps: int, budgets: list[float]) -> Timer:
 
     policy, seen, usual = Together(), [], model.config._attn_implementation
     runner = Engine(model, Ladder(tuple(levels)), policy, EngineSize(cache_tokens=8192, prefix_cache=False))
-    runner.observer = lambda step, _: seen.append((len(step.parts), sum(p.tokens for p in step.parts), time.perf_counter()))
+    runner.observer = lambda step, _: seen.append((len(step.parts), sum(p.tokens for p in step.parts), clock()))
     runner.start()
     count, paged = iter(range(1 << 30)), model.config._attn_implementation
     model.config._attn_implementation = usual  # the model is `generate`'s too

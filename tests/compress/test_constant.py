@@ -64,9 +64,18 @@ def options(text_file) -> PruneOptions:
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory) -> Path:
     """A selection that keeps fewer experts in the first layer than a token uses, and more in the second."""
-    rows = [{"experts": 4, "kept": ids, "groups": None, "masked": False} for ids in ([2], [0, 1, 3])]
+    choice = {"experts": 4, "groups": None, "masked": False}
+    rows = [{**choice, "layer": i, "name": f"layer {i}", "kept": ids} for i, ids in enumerate(([2], [0, 1, 3]))]
+    facts = {
+        "criterion": "by hand",
+        "form": "constant",
+        "keep": 0.5,
+        "allocation": "layer",
+        "protected": [[], []],
+        "resident_share": 0.5,
+    }
     file = tmp_path_factory.mktemp("kept") / "kept.json"
-    file.write_text(json.dumps({"criterion": "by hand", "form": "constant", "layers": rows}))
+    file.write_text(json.dumps({**facts, "layers": rows}))
     return file
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moe_prism.artefact.load import load
 from moe_prism.elastic import attach, operating_point
 from moe_prism.elastic.bind import Step, bind
-from moe_prism.elastic.control import Holding, Past, States, keep_held
+from moe_prism.elastic.control import HeldRows, Holding, Past, States, keep_held
 from moe_prism.elastic.paged_past import PagedStates, RequestSpan
 from moe_prism.elastic.sequences import BESIDE
 from moe_prism.errors import UsageError
@@ -92,7 +92,7 @@ def test_compiled_equals_the_formula_however_requests_are_cut_and_mixed(seed, st
         for layer, holding in enumerate(holdings):
             keep, _ = keep_held(
                 torch.from_numpy(values[layer, r, t]), torch.from_numpy(cutoffs[layer]), torch.from_numpy(dials[r, t]),
-                torch.ones(len(r), K, dtype=torch.bool), past.held(holding, layer, 1, None),
+                torch.ones(len(r), K, dtype=torch.bool), HeldRows(past, holding, layer, 1).arrays,
             )  # fmt: skip
             found[layer, r, t] = keep.numpy()
     for r in range(requests):
@@ -115,15 +115,13 @@ def prompts(nano, text_file):
 def spent(model, step, **given):
     """(bytes read as a share of full, kept [L][T, k, N], output) of one forward."""
     elastic, kept = model._moe_prism, []
-    with elastic.at(step), pytest.MonkeyPatch.context() as patch:
+    with elastic.at(step), elastic.count(), pytest.MonkeyPatch.context() as patch:
         for layer in elastic.layers:
             settle = layer.executor.settle
             patch.setattr(layer.executor, "settle", lambda c, settle=settle: kept.append(settle(c)) or kept[-1])
-        elastic.reset_counters()
         out = model(**given)
         read = measured_cost(elastic, step).active_expert_bytes
         full = sum(float(layer.prices(step.bound.groups[0]).bytes["blocks"][0].sum()) * elastic.k for layer in elastic.layers)
-    elastic.counting = False
     return read / full, [settled.keep for settled in kept], out
 
 

@@ -77,6 +77,8 @@ def checks_of(name: str) -> list[Check]:
     found = methods.get(name)
     if issubclass(found, Criterion):
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were]
+    if found.acts == "weights":
+        return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_its_codec_stores]
     checks: list[Check] = [has_points_that_survive_json, changes_the_output, costs_what_it_reads]
     if not getattr(found, "depends_on_batch", False):
         checks.append(is_the_same_alone_and_beside_any_other)
@@ -145,8 +147,7 @@ def costs_what_it_reads(bench: Bench, asked: str) -> None:
     ids = distinct_rows(bench.opened.model, tokens)
     for named in (bench.points(asked)[0], bench.points(asked)[-1]):
         step = Step(bind(elastic, [named.point]))
-        with elastic.at(step), counted(elastic) as found:
-            elastic.reset_counters()
+        with elastic.at(step), elastic.count(), counted(elastic) as found:
             bench.opened.model(input_ids=ids)
             cost = measured_cost(elastic, step)
         per_token, distinct = expected(elastic, tokens, found)
@@ -164,6 +165,27 @@ def changes_weights_and_leaves_them_as_they_were(bench: Bench, asked: str) -> No
         assert change.part() == named.point.weights and 0 < change.resident_share < 1
         assert not torch.equal(bench.logits(ids, [named.point]), before)
         assert torch.equal(bench.logits(ids, [FULL]), before)
+
+
+@torch.no_grad()
+def costs_what_its_codec_stores(bench: Bench, asked: str) -> None:
+    """Of a change that stores experts otherwise: a token reads its k experts, each as many bytes as their planes have."""
+    elastic = bench.opened.elastic
+    ids = distinct_rows(bench.opened.model, 48)
+    for named in (bench.points(asked)[0], bench.points(asked)[-1]):
+        change = change_of(named.point.weights)
+        wanted = 0.0
+        for layer in elastic.layers:
+            own = layer.parts.layer
+            planes = [
+                change.codec.encode(w.detach(), change.bits, change.group) for w in (own.gate, own.up, own.down) if w is not None
+            ]
+            biases = own.parameters_per_expert() - sum(w[0].numel() for w in (own.gate, own.up, own.down) if w is not None)
+            wanted += sum(p.bytes(change.bits) for p in planes) / own.num_experts + biases * elastic.stored_bytes_per_weight
+        step = Step(bind(elastic, [named.point]))
+        with elastic.at(step), elastic.count():
+            bench.opened.model(input_ids=ids)
+            assert measured_cost(elastic, step).active_expert_bytes == pytest.approx(wanted * elastic.k, rel=1e-12)
 
 
 def runs_again_from_its_file(bench: Bench, asked: Sequence[str], file: Path) -> None:

@@ -49,6 +49,7 @@ def counted(elastic) -> Iterator[list[Reads]]:
         stack.enter_context(mock.patch("moe_prism.elastic.execute.batch_products.usable", lambda *_: None))
         for few in ("scorers.ridge.are_few", "select.are_few"):  # compiled forms for few choices and slots
             stack.enter_context(mock.patch(f"moe_prism.elastic.{few}", lambda *_: False))
+        stack.enter_context(mock.patch("moe_prism.elastic.execute.one_call.Ready.is_there", lambda *_: False))
         stack.enter_context(mock.patch("moe_prism.elastic.compensate.mean.FEW", 0))
         features, combine = ridge.features, Blocks.combine
 

@@ -34,7 +34,7 @@ from . import (
     verify,
 )
 from .flags import following, with_flags
-from .output import Unwritten, plain_line
+from .output import Unwritten, noted_reading, plain_line
 
 INTERRUPTED = 130
 RESUMABLE = ("calibrate", "refactor", "adopt", "recover", "prune")
@@ -99,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settle_threads()
     app = build()
     try:
-        app(tokens, exit_on_error=False, print_error=False)
+        with noted_reading():
+            app(tokens, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         known = " ".join(["moe-prism", *(name for name in tokens[:1] if name in app)])
         return _fail(re.sub(r"(?<!\.)\.$", "", plain_line(str(error))), f"see `{known} --help`", 2, "--json" in tokens)

@@ -99,12 +99,14 @@ def _name(declared: Field[Any]) -> str:
 
 def _parameter(flag: str, kind: Any, declared: Field[Any], own: dict[str, str]) -> inspect.Parameter:
     default: Any = declared.default if declared.default_factory is MISSING else declared.default_factory()
-    if _is_list(kind):
+    if declared.metadata.get("is_repeated"):
+        kind, default = list[str] | None, None
+    elif _is_list(kind):
         kind, default = str | None, ",".join(map(str, default)) or declared.metadata.get("empty")
     elif "unit" in declared.metadata:
         kind = str | None
     names = [flag_of(declared), *declared.metadata.get("short", ())]
-    annotation = Annotated[kind, Parameter(name=names, help=own.get(flag, declared.metadata["help"]))]
+    annotation = Annotated[kind, Parameter(name=names, help=own.get(flag, declared.metadata["help"]), negative_iterable="")]
     return inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -124,6 +126,8 @@ def _filled(kind: type[Options], given: dict[str, Any], wanted: tuple[str, ...] 
 
 def _read(declared: Field[Any], kind: Any, given: Any) -> Any:
     """The field's value from what was given for its flag."""
+    if declared.metadata.get("is_repeated"):
+        return list(given or ())
     if _is_list(kind):
         if given is None:
             return get_origin(kind)()

@@ -18,6 +18,7 @@ def generate(
     at: PointOptions,
     options: GenerateOptions,
     experts: ExpertOptions,
+    verify: bool = False,
     json: bool = False,
 ) -> None:
     """Continue a prompt at an operating point.
@@ -26,16 +27,20 @@ def generate(
     ----------
     folder: Written by `moe-prism refactor`; with --point any checkpoint that the point fits.
     prompt: Text to continue.
+    verify: First compare every file of the folder with its sha256 in prism.json; without, only those that are small.
     json: One JSON object on stdout.
     """
+    from ..artefact.load import whole_manifest
+    from ..artefact.open import own_point
     from ..errors import UsageError
     from ..jobs.generate import asked_point, check_prompt
     from ..jobs.generate import generate as run
-    from ..point import find_point
 
     options.check()
     check_prompt(prompt)
-    named = None if at.point is None else find_point(at.point, folder).point
+    if verify:
+        whole_manifest(folder, every=True)
+    named = None if at.point is None else own_point(at.point, folder).point
     point = asked_point(named, at.budget, at.rule, at.control)
     if experts.miss_floor != 1 and experts.miss_floor >= point.slots.budget:
         raise UsageError(

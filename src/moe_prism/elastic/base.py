@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..model import MoELayer
-
-POSITIONS = 129
-"""Of a rule's dial, evenly spaced from nothing to everything, where something is known of it."""
+from .side_tensors import POSITIONS, TENSORS, LayerShape, check_shapes, check_values
 
 
 @dataclass
@@ -30,7 +28,15 @@ class LayerParts:
     stored: Any = field(default=None, init=False, repr=False)  # of `products.Stored`: where the weights are
     few: Any = field(default=None, init=False, repr=False)  # of `few.few_outputs`: the same, prepared
     times: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # of `times.times_of`: how long which way takes
+    ready: Any = field(default=None, init=False, repr=False)  # of `one_call.ready`: the same for the compiled call
     whole: Any = field(default=None, init=False, repr=False)  # of `times.whole_parts`: the layer with one block per expert
+
+    def check(self, k: int | None) -> None:
+        """CorruptError for side tensors that are not those of this layer: compiled code trusts their shapes. k: experts per token."""
+        layer, where = self.layer, f"side tensors of '{self.layer.name}'"
+        width = getattr(layer, "full_width", layer.width)  # of a layer whose gate neurons alone are in memory
+        check_shapes(where, self.tensors, LayerShape(layer.num_experts, layer.hidden, width, self.n_sub, self.gates, k))
+        check_values(where, {name: tensor for name, tensor in self.tensors.items() if name in TENSORS})
 
     @property
     def block(self) -> int:
@@ -72,6 +78,15 @@ class Slots:
             return out
         v = self.weight.float().abs()[:, :, None] * norms
         return v.masked_fill(~self.valid[:, :, None], -1.0)
+
+
+FEW, SMALL = 64, 1 << 15  # choices, or inputs of all choices, up to which they are computed one by one
+
+
+def are_few(x: Tensor, index: Tensor) -> bool:
+    """Whether preparing a job for the choices index [T, k] of x [T, d] would take longer than to compute them one by one."""
+    count = index.numel()
+    return count <= FEW or count * x.shape[1] <= SMALL
 
 
 def is_compiled(*tensors: Tensor) -> bool:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..compress.changes import change_of
 from ..errors import UsageError
 from ..model.extra import ExtraExperts
 from ..point import OperatingPoint, RoutingStage, SlotRule
@@ -23,6 +24,7 @@ from ..routing import Stage, stage_class
 from ..routing.base import outside
 from .control import Holding, Past, holdings
 from .dial import Dial, dials, spending
+from .execute.base import Again
 from .host import Host
 from .rules import rules
 from .scorers import scorers
@@ -35,7 +37,8 @@ class PointGroup:
     """Points that one pass serves: the same stages, rule, scorer, compensation and control.
 
     budgets[p][l]: the position of the rule's dial for its point p at layer l. holding: what each layer holds them with, where they are
-    held. dials: how a budget of the first point becomes a position, for budgets that are given per token.
+    held. dials: how a budget of the first point becomes a position, for budgets that are given per token. matrix_bytes: per layer what a
+    weight of each expert takes [E], where the point changes that.
     """
 
     stages: tuple[Stage, ...]
@@ -45,6 +48,7 @@ class PointGroup:
     budgets: tuple[tuple[float, ...], ...]
     holding: tuple[Holding, ...] | None = None
     dials: tuple[Dial, ...] = ()
+    matrix_bytes: tuple[Tensor, ...] | None = None
 
     @property
     def extra(self) -> ExtraExperts | None:
@@ -121,6 +125,11 @@ class Bound:
         return {}
 
     @cached_property
+    def again(self) -> dict[tuple[int, int | Tensor], Again]:
+        """(MoE layer, point) -> what computes that layer when all tokens are at that point; layers fill it."""
+        return {}
+
+    @cached_property
     def holds(self) -> bool:
         """Whether any point's budget is held."""
         return any(self.held)
@@ -149,6 +158,11 @@ class Step:
     which: int | Tensor = 0
     budget: Tensor | None = None
     past: Past | None = None
+
+    @property
+    def is_one(self) -> bool:
+        """Whether all tokens are at one of the points."""
+        return self.budget is None and type(self.which) is int
 
     def kinds(self, tokens: int) -> NDArray[np.int64]:
         """[T]: by which group, from 1, each token's budget is held; 0: by none."""
@@ -205,15 +219,27 @@ def _group(elastic: Host, key: Key, points: Sequence[OperatingPoint]) -> PointGr
     if sum(stage.extra is not None for stage in stages) > 1:
         raise UsageError("two routing stages bring experts of their own", "chain at most one of them")
     chosen = [point for point in points if not point.slots.is_full]
+    sizes = _matrix_bytes(elastic, points[0])
     if not chosen:
-        return PointGroup(stages, rule, scorer, compensate, tuple((1.0,) * len(elastic.layers) for _ in points))
+        whole = tuple((1.0,) * len(elastic.layers) for _ in points)
+        return PointGroup(stages, rule, scorer, compensate, whole, matrix_bytes=sizes)
     counts = rules.get(rule)
     plain = control == "none" and all(point.slots.of != "bytes" for point in chosen)
-    found = [] if plain else [spending(layer, chosen[0].slots, counts, elastic) for layer in elastic.layers]
+    found = [] if plain else [spending(layer, chosen[0].slots, counts, elastic, sizes) for layer in elastic.layers]
     turned = {p: dials(elastic, point.slots, counts, found) for p, point in enumerate(points) if not point.slots.is_full}
     budgets = tuple(_positions(point.slots, turned.get(p), len(elastic.layers)) for p, point in enumerate(points))
     holding = None if control == "none" else holdings(found, control == "strict")
-    return PointGroup(stages, rule, scorer, compensate, budgets, holding, tuple(next(iter(turned.values()))))
+    return PointGroup(stages, rule, scorer, compensate, budgets, holding, tuple(next(iter(turned.values()))), sizes)
+
+
+def _matrix_bytes(elastic: Host, point: OperatingPoint) -> tuple[Tensor, ...] | None:
+    """What a change of weights makes of the bytes of a weight, per layer [E]; None: nothing. Such a point shares no batch."""
+    if point.weights is None:
+        return None
+    change, layers = change_of(point.weights), [layer.parts.layer for layer in elastic.layers]
+    found = [change.bytes_per_weight(layers, number, elastic.stored_bytes_per_weight) for number in range(len(layers))]
+    sizes = [own for own in found if own is not None]
+    return tuple(sizes) if len(sizes) == len(layers) else None
 
 
 def _positions(slots: SlotRule, own: Sequence[Dial] | None, layers: int) -> tuple[float, ...]:

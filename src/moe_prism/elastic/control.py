@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -101,9 +101,13 @@ class Past:
 
         several: whether there may be rows of several groups. UsageError for a request whose tokens are held by two of them at once.
         """
-        if several:
-            _check_apart(rows)
-        return cls(rows, states)
+        past = cls(rows, states)
+        return past.checked() if several else past
+
+    def checked(self) -> Past:
+        """Itself. UsageError for a request whose tokens are held by two groups at once."""
+        _check_apart(self.rows)
+        return self
 
     @classmethod
     def unknown(cls, tokens: int, group: int) -> Past:
@@ -124,13 +128,33 @@ class Past:
     def everyone(self) -> Ints:
         return np.arange(self.rows.shape[1])
 
-    def held(self, holding: Holding, layer: int, group: int, own: Tensor | None) -> Held:
-        """For the compiled selection at a layer. own [S]: which rows it is of; None: all of them."""
-        rows = self.everyone if own is None else own.numpy()
-        states = self.states
+    @cached_property
+    def address(self) -> int:
+        """Of a `kernels.whole_layer.PAST`, which is kept."""
+        sums, tokens = self.states.sums, self.states.tokens
+        cells = [self.rows.ctypes.data, self.rows.shape[1], sums.ctypes.data, tokens.ctypes.data, len(tokens), sums.shape[1]]
+        self._record = np.array(cells, np.int64), self.rows, sums, tokens
+        return self._record[0].ctypes.data
+
+
+class HeldRows(NamedTuple):
+    """What a budget is held with at one layer. group: its number. own [S]: which rows of the forward it is of; None: all of them."""
+
+    past: Past
+    holding: Holding
+    layer: int
+    group: int
+    own: Tensor | None = None
+
+    @property
+    def arrays(self) -> Held:
+        """For the compiled selection."""
+        past, holding = self.past, self.holding
+        rows = past.everyone if self.own is None else self.own.numpy()
         return compiled().Held(  # type: ignore[no-any-return]
-            self.rows, rows, states.sums, states.tokens, holding.tables, holding.weight, layer, group, holding.strict
-        )
+            past.rows, rows, past.states.sums, past.states.tokens, holding.tables, holding.weight, self.layer, self.group,
+            holding.strict,
+        )  # fmt: skip
 
 
 def _check_apart(rows: Ints) -> None:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..point import SlotRule
-from .base import POSITIONS, Rule
+from .base import Rule
 from .prices import prices_of
 from .rules import rules
+from .side_tensors import POSITIONS
 
 if TYPE_CHECKING:
     from .host import Host
@@ -74,12 +75,15 @@ class Spending:
     share: Tensor
 
 
-def spending(layer: Any, slots: SlotRule, rule: type[Rule], elastic: Host) -> Spending:
-    """Of one layer (`ElasticLayer`), from the prices of its blocks; the mean over its experts."""
+def spending(
+    layer: Any, slots: SlotRule, rule: type[Rule], elastic: Host, matrix_bytes: Sequence[Tensor] | None = None
+) -> Spending:
+    """Of one layer (`ElasticLayer`), from the prices of its blocks; the mean over its experts. matrix_bytes: of `prices_of`, per layer."""
     k = elastic.k
     scorer = layer.scorer(slots.scorer) if rule.needs_norms else None
     extra = layer.compensator if slots.compensate else None
-    price = prices_of(layer.parts, scorer, extra, elastic.stored_bytes_per_weight).bytes
+    own = None if matrix_bytes is None else matrix_bytes[layer.index]
+    price = prices_of(layer.parts, scorer, extra, elastic.stored_bytes_per_weight, own).bytes
     of_dropped = float((price["gates"] + price["dropped"]).sum(1).mean())
     blocks, bias = float(price["blocks"].sum(1).mean()), float(price["experts"].mean())
     fixed = of_dropped + sum(float(price[name].mean()) for name in ("predictors", "scaled", "experts") if name in price)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from ..routing.base import merge_state
 from .base import LayerParts, Rule, Scorer
 from .bind import PointGroup, Step
 from .compensate import Compensator, compensator
-from .control import Past
+from .control import HeldRows, Past
 from .counter import Counter
 from .execute.base import Executor, Settled
 from .host import Host
@@ -30,9 +29,6 @@ from .prices import Prices, prices_of
 from .rules import rules
 from .scorers import scorers
 from .select import Mixed, Selection, Whole, nothing, put
-
-if TYPE_CHECKING:
-    from ..kernels.selection import Held
 
 Candidates = Selection | Whole | Mixed
 
@@ -53,32 +49,48 @@ class ElasticLayer:
     _rules: dict[str, Rule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._number = self.parts.layer.index
         self.reset_counter()
 
     @property
     def index(self) -> int:
         """Which MoE layer of the model this is."""
-        return self.parts.layer.index
+        return self._number
 
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The layer's output [T, d] for its input x [T, d] and the router's choice [T, k]."""
-        step: Step = self.elastic.step
+        elastic = self.elastic
+        step: Step = elastic.step
+        if self._number == 0:
+            elastic.carried.clear()
+        unwatched = self.on_kept is None and not (elastic.counting or elastic.always_split)
+        if unwatched:
+            again = step.bound.again.get((self._number, step.which)) if step.is_one else None
+            out = None if again is None else again(x, index, weight, step.past)
+            if out is not None:
+                return out
         own = self.parts.layer.extra
-        if self.elastic.counting and own is not None and any(own.parameters):  # the layer adds them, whatever the point
+        if elastic.counting and own is not None and any(own.parameters):  # the layer adds them, whatever the point
             self.counter.add_extra(index - self.parts.layer.num_experts, own.parameters)
-        if self.index == 0:
-            self.elastic.carried.clear()
         found = self.candidates(step, x, index, weight)
         if found is None:  # the model's own choice, whole: nothing of ours is in the way
             whole = None if self.elastic.always_split else self.executor.whole(x, index, weight)
             if whole is not None:
+                self._remember(step, None, None)
                 self._count(index, None, selects=False)
                 return whole
             found = Whole(index, weight, self._valid(index), self.parts.n_sub)
-        settled = self.executor.settle(found)
-        self._count(found.index, settled.keep, selects=not isinstance(found, Whole), low=settled.low)
         extra = False if isinstance(found, Whole) else self._compensated(step)
-        out = self._computed(x, found, settled, extra)
+        done = self._at_once(found, extra)
+        if done is not None:
+            out, keep = done
+            assert isinstance(found, Selection)
+            self._remember(step, found, self.compensator if extra else None)
+            self._count(found.index, keep, selects=True)
+        else:
+            settled = self.executor.settle(found)
+            self._count(found.index, settled.keep, selects=not isinstance(found, Whole), low=settled.low)
+            out = self._computed(x, found, settled, extra)
         added = found.added()
         if added is not None:
             out = out + added
@@ -172,12 +184,12 @@ class ElasticLayer:
         experts = self.parts.layer.num_experts
         return Selection(after.x, after.index, after.weight, experts, self.parts.n_sub, rule, scorer, own, added, held)
 
-    def _held(self, step: Step, number: int, tokens: int, rows: Tensor | None) -> Held:
+    def _held(self, step: Step, number: int, tokens: int, rows: Tensor | None) -> HeldRows:
         """What the budgets of a group are held with. UsageError where the layer's rows are not those of the forward."""
         holding = step.bound.groups[number].holding
         assert holding is not None
         if step.past is None:
-            return Past.unknown(tokens, number + 1).held(holding[self.index], self.index, number + 1, None)
+            return HeldRows(Past.unknown(tokens, number + 1), holding[self.index], self.index, number + 1)
         past = step.past
         rows = None if rows is None or rows.dtype == torch.bool else rows  # a mask is of a device: all rows are there
         whole = step.which.numel() if isinstance(step.which, Tensor) else tokens
@@ -186,7 +198,7 @@ class ElasticLayer:
                 f"layer '{self.parts.layer.name}' has {whole} rows where the model was given {past.rows.shape[1]} tokens",
                 "use a point with control 'none'",
             )
-        return past.held(holding[self.index], self.index, number + 1, rows)
+        return HeldRows(past, holding[self.index], self.index, number + 1, rows)
 
     def _added(self, group: PointGroup, routed: Routed) -> Tensor | None:
         """[T, d]: what the stages' own experts add, and note what that reads."""
@@ -210,6 +222,20 @@ class ElasticLayer:
     def router_scores(self) -> RouterScores:
         """The router's probabilities, for stages that ask for them."""
         return RouterScores(self.elastic.model, self.parts.layer)
+
+    def _at_once(self, found: Candidates, extra: Tensor | bool) -> tuple[Tensor, Tensor] | None:
+        """(output, keep) where one call does everything; None where the parts are called one after the other."""
+        if not isinstance(found, Selection) or isinstance(extra, Tensor):
+            return None
+        return self.executor.at_once(found, self.compensator if extra else None)
+
+    def _remember(self, step: Step, selection: Selection | None, extra: Compensator | None) -> None:
+        """Have the next rows at a step's one point, which no stage routes, computed without asking all of this again."""
+        if not step.is_one or any(group.stages for group in step.bound.groups):
+            return
+        again = self.executor.again(selection, extra)
+        if again is not None:
+            step.bound.again[self._number, step.which] = again
 
     def _computed(self, x: Tensor, found: Candidates, settled: Settled, extra: Tensor | bool) -> Tensor:
         """Execute, and make up for what is dropped: of all tokens, of none, or of those marked [T]."""
@@ -260,7 +286,12 @@ class ElasticLayer:
         self._scorers.clear()
         self._rules.clear()
         self.__dict__.pop("compensator", None)
+        self.parts.ready = None
         self.executor = self.elastic.executor_of(self.parts)
+
+    def forget_scorers(self) -> None:
+        """Make them again at the next call: they know sizes of the weights, which have changed."""
+        self._scorers.clear()
 
     def scorer(self, name: str) -> Scorer:
         if name not in self._scorers:
@@ -277,7 +308,8 @@ class ElasticLayer:
         selects = self.executor.always_selects or not all(group.is_full(self.index, p) for p in range(len(group.budgets)))
         scorer = self.scorer(group.scorer) if selects and self.rule(group.rule).needs_norms else None
         extra = self.compensator if selects and group.compensate else None
-        prices = prices_of(self.parts, scorer, extra, self.elastic.stored_bytes_per_weight)
+        matrix_bytes = None if group.matrix_bytes is None else group.matrix_bytes[self.index]
+        prices = prices_of(self.parts, scorer, extra, self.elastic.stored_bytes_per_weight, matrix_bytes)
         low = self.executor.low_bytes
         return prices if low is None else prices.with_low(low)
 

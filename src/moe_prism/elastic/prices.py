@@ -48,10 +48,22 @@ def block_weights(parts: LayerParts) -> tuple[Tensor, Tensor]:
     return blocks, torch.full((layer.num_experts,), float(bias), dtype=torch.float64)
 
 
-def prices_of(parts: LayerParts, scorer: Scorer | None, extra: Compensator | None, bytes_per_weight: float) -> Prices:
-    """Prices of a layer with all blocks stored alike. scorer, extra: what selection and compensation read, None where there is none."""
+def prices_of(
+    parts: LayerParts,
+    scorer: Scorer | None,
+    extra: Compensator | None,
+    bytes_per_weight: float,
+    matrix_bytes: Tensor | None = None,
+) -> Prices:
+    """Prices of a layer whose blocks are stored alike within an expert.
+
+    scorer, extra: what selection and compensation read, None where there is none. matrix_bytes [E]: bytes of a weight of each expert's
+    matrices, default those of any other weight.
+    """
     layer = parts.layer
     blocks, bias = block_weights(parts)
+    matrices = 2 if layer.gate is not None else 1
+    biases = sum(b is not None for b in (layer.gate_bias, layer.up_bias))
     weights = {
         "blocks": blocks,
         "experts": bias.clone(),
@@ -64,12 +76,15 @@ def prices_of(parts: LayerParts, scorer: Scorer | None, extra: Compensator | Non
         weights["predictors"] = torch.full_like(bias, float(scorer.parameters_per_expert()))
         weights["tokens"] = torch.tensor([float(scorer.parameters_per_token())], dtype=torch.float64)
         if scorer.reads_gates:
-            matrices = 2 if layer.gate is not None else 1
-            biases = sum(b is not None for b in (layer.gate_bias, layer.up_bias))
             weights["gates"] += parts.gates * (matrices * layer.hidden + biases)
     if extra is not None:
         per_slot, per_expert = extra.parameters()
         weights["dropped"] += per_slot
         weights["scaled"] = torch.full_like(bias, float(per_expert))
         weights["lost"] += bias
-    return Prices(weights, {name: value * bytes_per_weight for name, value in weights.items()})
+    sizes = {name: value * bytes_per_weight for name, value in weights.items()}
+    if matrix_bytes is not None:
+        saved = (bytes_per_weight - matrix_bytes)[:, None]
+        for name, neurons in (("blocks", parts.block), ("gates", parts.gates)):
+            sizes[name] -= saved * (weights[name] - neurons * biases).clamp(min=0)
+    return Prices(weights, sizes)

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..model.base import is_expert
-from .base import Rule, Scorer, Slots
-from .control import keep_held
+from .base import Rule, Scorer, Slots, are_few
+from .control import HeldRows, keep_held
 from .fused_select import budgets_of, prepared, run, select_few
 from .rules.threshold import Threshold
-from .scorers.ridge import are_few
 
 if TYPE_CHECKING:
     from ..kernels.selection import Held
@@ -48,7 +47,7 @@ class Selection:
     scorer: Scorer | None  # None where the rule needs no norms
     budget: float | Tensor
     added: Callable[[], Tensor | None] = nothing  # [T, d]: of experts that are not weights
-    held: Held | None = None
+    held: HeldRows | None = None
     _chosen: tuple[Tensor, Tensor] | None = None  # keep, and the budget that each token reached
 
     @cached_property
@@ -88,16 +87,16 @@ class Selection:
                 return found
         return self.rule.keep(self.slots, _per_token(budget, self.x))
 
-    def _hold(self, held: Held) -> tuple[Tensor, Tensor]:
+    def _hold(self, held: HeldRows) -> tuple[Tensor, Tensor]:
         """(keep, the budget that each token reached)."""
         if self._chosen is None:
             found = self.fused(())
             if found is not None:
-                self._chosen = run(found[0], held, found[2]), torch.from_numpy(found[2][0])
+                self._chosen = run(*found), torch.from_numpy(found[2][0])
             else:
                 budget = _per_token(self.budget, self.x)
                 assert isinstance(self.rule, Threshold)  # no other rule says that it holds budgets
-                self._chosen = keep_held(self.values(), self.rule.cutoffs, budget, self.valid, held)
+                self._chosen = keep_held(self.values(), self.rule.cutoffs, budget, self.valid, held.arrays)
         return self._chosen
 
     def fused(self, most: Sequence[float]) -> tuple[Any, Held | None, NDArray[np.float32]] | None:
@@ -113,7 +112,7 @@ class Selection:
             return None
         for budget, limit in zip(budgets[1:], most, strict=True):
             np.minimum(budget, np.float32(limit), out=budget)
-        return found, self.held, budgets
+        return found, None if self.held is None else self.held.arrays, budgets
 
 
 @dataclass(frozen=True)

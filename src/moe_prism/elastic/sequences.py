@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from .bind import Step
-from .control import Ints, Past, States, compiled
+from .control import Ints, Past, States
 from .host import Host
 
 ROOM = 64
 """Columns that a cache's states grow by at least."""
 BESIDE = "_moe_prism_history"
 NOTHING: Ints = np.zeros((0, 0), np.int64)
+
+
+@cache
+def _follow_at() -> Any:
+    """Compiles when it is imported."""
+    from ..kernels.requests import follow_at
+
+    return follow_at
 
 
 class RequestHistory:
@@ -34,7 +43,9 @@ class RequestHistory:
         self.real = np.zeros((rows, 0), np.bool_)
         self.last = np.full(rows, -1)  # column of the last real token before `length`
         self.length = 0
-        self.known: Any = None  # all of it, for the compiled function
+        self._known: tuple[Any, ...] | None = None  # all of it, for the compiled function
+        self._past: Past | None = None  # of as many rows as the last forward's
+        self._kinds: tuple[Ints, int] = NOTHING, 0  # of the last forward, and their address
 
     def make_room(self, columns: int) -> None:
         """At least so many columns; what is there stays."""
@@ -47,7 +58,7 @@ class RequestHistory:
             new.reshape(self.rows, wider, *own.shape[1:])[:, :old] = own.reshape(self.rows, old, *own.shape[1:])
         real = np.zeros((self.rows, wider), np.bool_)
         real[:, :old] = self.real
-        self.real, self.columns, self.known = real, wider, None
+        self.real, self.columns, self._known = real, wider, None
 
     def cut(self, length: int) -> None:
         """Go on behind `length` columns, whatever was there: a cache may have been cropped, or have run without us."""
@@ -55,18 +66,29 @@ class RequestHistory:
             self.make_room(length)
             self.real[:, min(length, self.length) :] = False
             seen = np.where(self.real[:, :length], np.arange(length), -1)
-            self.last, self.known = seen.max(1, initial=-1), None
+            self.last, self._known = seen.max(1, initial=-1), None
             self.length = length
 
-    def take(self, kinds: Ints, mask: Ints, positions: Ints) -> Ints:
-        """The rows of a forward over the next columns, their states begun; as `kernels.selection.follow` says."""
+    def take(self, kinds: Ints, mask: Tensor | None, positions: Tensor | None) -> Past:
+        """The rows of a forward over the next columns, their states begun; as `kernels.selection.follow` says. It holds until the next."""
         tokens = len(kinds) // self.rows
         self.make_room(self.length + tokens)
-        if self.known is None:
-            self.known = compiled().CacheColumns(self.real, self.last, self.states.sums, self.states.tokens)
-        rows: Ints = compiled().follow(self.known, self.length, kinds, mask, positions)
+        if self._known is None:
+            states = self.states
+            arrays = self.real, self.last, states.sums, states.tokens
+            sizes = self.rows, self.columns, states.sums.shape[1]
+            record = np.array([*(a.ctypes.data for a in arrays), *sizes], np.int64)
+            self._known, self._past = (record.ctypes.data, record, arrays), None
+        if self._past is None or self._past.rows.shape[1] != len(kinds):
+            rows = np.empty((3, len(kinds)), np.int64)
+            self._past, self._rows = Past(rows, self.states), rows.ctypes.data
+        if kinds is not self._kinds[0]:
+            self._kinds = kinds, kinds.ctypes.data
+        masked = (0, 0) if mask is None else (mask.data_ptr(), mask.shape[1])
+        placed = (0, 0) if positions is None else (positions.data_ptr(), len(positions))
+        _follow_at()(self._known[0], self.length, tokens, self._kinds[1], *masked, *placed, self._rows)
         self.length += tokens
-        return rows
+        return self._past
 
     def chosen(self, index: Sequence[int]) -> RequestHistory:
         """The history of other rows: beams that went on, or copies."""
@@ -137,8 +159,8 @@ def followed(elastic: Host, backbone: nn.Module) -> Iterator[None]:
                 put_beside(kept, history)
         history.cut(length)
         kinds = step.kinds(shape[0] * shape[1])
-        rows = history.take(kinds, _mask(named.get("attention_mask"), shape), _positions(named.get("position_ids"), shape))
-        step.past = Past.of(rows, history.states, step.bound.holds_several)
+        past = history.take(kinds, _mask(named.get("attention_mask"), shape), _positions(named.get("position_ids"), shape))
+        step.past = past.checked() if step.bound.holds_several else past
         mine.append((step, history))
 
     def end(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
@@ -168,17 +190,15 @@ def _shape(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[int, int]
     return None
 
 
-def _mask(mask: object, shape: tuple[int, int]) -> Ints:
-    """[B, >= T]: 0 for tokens that the attention mask leaves out; empty where it is of another kind, or leaves out none by its form."""
+def _mask(mask: object, shape: tuple[int, int]) -> Tensor | None:
+    """[B, >= T]: 0 for tokens that the attention mask leaves out; None where it is of another kind, or leaves out none by its form."""
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == shape[0] and mask.shape[1] >= shape[1]:
-        found: Ints = mask.to("cpu", torch.int64).numpy()
-        return found
-    return NOTHING
+        return mask.to("cpu", torch.int64).contiguous()
+    return None
 
 
-def _positions(positions: object, shape: tuple[int, int]) -> Ints:
-    """[B or 1, T]: of the tokens; empty where one alone goes on, or they are not said."""
+def _positions(positions: object, shape: tuple[int, int]) -> Tensor | None:
+    """[B or 1, T]: of the tokens; None where one alone goes on, or they are not said."""
     if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == shape[1] > 1:
-        found: Ints = positions.to("cpu", torch.int64).numpy()
-        return found
-    return NOTHING
+        return positions.to("cpu", torch.int64).contiguous()
+    return None

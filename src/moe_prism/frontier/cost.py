@@ -26,7 +26,7 @@ class Cost:
 
 
 def measured_cost(elastic: Elastic, step: Step) -> Cost:
-    """Cost of what has run since `elastic.reset_counters()`, all of it at one group of points."""
+    """Cost of what ran in the last `elastic.count()`, all of it at one group of points."""
     params = size = slots = distinct = 0.0
     group = _group(step)
     for layer in elastic.layers:
@@ -48,7 +48,9 @@ def resident_bytes(elastic: Elastic, step: Step) -> float:
     """
     group, point = _group(step), step.bound.points[0]
     change = None if point.weights is None else change_of(point.weights)
-    share = 1.0 if change is None else change.resident_share
+    share = 1.0
+    if change is not None and group.matrix_bytes is None:  # the prices know nothing of experts that are not there
+        share = change.resident_share
     total = 0.0 if change is None else change.resident_values * elastic.stored_bytes_per_weight
     for layer in elastic.layers:
         parts, prices = layer.parts, layer.prices(group).bytes

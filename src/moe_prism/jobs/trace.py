@@ -21,6 +21,7 @@ from ..offload.predict.reuse import ReusePredictor
 from ..offload.record import TraceRecorder, record
 from ..offload.replay import ReplayOptions, groups, replay
 from ..offload.trace import Trace, load_trace
+from ..options.text import text_source
 from ..options.trace import TraceOptions
 from ..progress import Report, silent
 from .inspect import inspect_model
@@ -45,8 +46,9 @@ def record_trace(
     loaded, tokenizer = _loaded(model, options)
     limit = int(getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or options.length)
     length = min(options.length, limit)
+    source = text_source(options.text, options.text_field)
     windows = [
-        (side, token_windows(tokenizer, options.text, side, length=length, tokens=max(length, options.tokens // 2)).ids)
+        (side, token_windows(tokenizer, source, side, length=length, tokens=max(length, options.tokens // 2)).ids)
         for side in get_args(Side)
     ]
     header = {"model": Path(str(model)).name, "text": options.text, "budget": options.budget, "options": asdict(options)}

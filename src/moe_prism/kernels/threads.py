@@ -27,6 +27,13 @@ def _fork() -> Any:
     return found
 
 
+@cache
+def fork_address() -> int:
+    """Of GOMP_parallel, for compiled functions that share out their work themselves; 0 where it is not there."""
+    found = _fork()
+    return 0 if found is None else ctypes.cast(found, ctypes.c_void_p).value or 0
+
+
 def can_share() -> bool:
     """Whether jobs can use as many threads as torch does."""
     return torch.get_num_threads() == 1 or _fork() is not None

@@ -9,11 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 
 I64, F32, I32 = ir.IntType(64), ir.FloatType(), ir.IntType(32)
 BYTES = 4  # of a float32
+
+ROUNDS = 12582912.0  # 1.5 x 2^23: a float32 of this size has no binary places, and its last bits count
+LOG2_E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693359375, -2.12194440054690583e-4
+EXPONENT = 87.0  # of e: beyond it, a float32 would overflow, or lose bits
+TAYLOR = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)  # off by 5e-9 of e^r up to |r| = ln(2) / 2
 
 SIZES = {types.float32: 4, types.uint16: 2}
 """Bytes of a weight, per numba type that stands for it: uint16 for bfloat16."""
@@ -79,6 +85,28 @@ class Code:
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         return self.b.fadd(self.b.fmul(a, b), c) if self._fma is None else self.b.call(self._fma, [a, b, c])
+
+    def every(self, value: float) -> Any:
+        """A number in every lane."""
+        return ir.Constant(self.vector, [float(np.float32(value))] * self.lanes)
+
+    def exp(self, value: Any) -> Any:
+        """e to the power of each lane, of exponents within +-EXPONENT; the same bits for any number of lanes. NaN stays NaN.
+
+        e^v = 2^n e^r with n the whole number nearest to v / ln 2, in two steps of which the first loses nothing; e^r by its series.
+        """
+        b = self.b
+        for limit, order in ((EXPONENT, ">"), (-EXPONENT, "<")):
+            value = b.select(b.fcmp_ordered(order, value, self.every(limit)), self.every(limit), value)
+        shifted = self.fma(value, self.every(LOG2_E), self.every(ROUNDS))
+        whole = b.fsub(shifted, self.every(ROUNDS))
+        rest = self.fma(whole, self.every(-LN2_LOW), self.fma(whole, self.every(-LN2_HIGH), value))
+        series = self.every(TAYLOR[0])
+        for factor in TAYLOR[1:]:
+            series = self.fma(series, rest, self.every(factor))
+        bits = b.bitcast(series, self.words)
+        power = b.shl(b.bitcast(shifted, self.words), ir.Constant(self.words, [23] * self.lanes))
+        return b.bitcast(b.add(bits, power), self.vector)
 
     def spread(self, scalar: Any) -> Any:
         """A scalar in every lane."""

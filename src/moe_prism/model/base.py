@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,17 @@ class MoELayer(ABC):
     def activate_joined(self, both: Tensor) -> Tensor:
         """The same of rows [S, 2m] = [gate | up], or [S, m] where there is no gate."""
         return self.activate(None, both) if self.gate is None else self.activate(*both.chunk(2, -1))
+
+    @cached_property
+    def is_silu(self) -> bool:
+        """Whether the gating is silu(gate) x up, which compiled code computes itself: found by trying, since configurations vary."""
+        if self.gate is None:
+            return False
+        scale = torch.tensor([0.1, 1.0, 10.0, 100.0]).repeat(4)[:, None]
+        both = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)) * scale
+        gate, up = both.chunk(2, -1)
+        with torch.no_grad():
+            return torch.allclose(self.activate_joined(both), nn.functional.silu(gate) * up, rtol=1e-5, atol=1e-30)
 
     @abstractmethod
     def install(self, function: ExpertsFn) -> None:

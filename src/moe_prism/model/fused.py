@@ -113,7 +113,12 @@ class FusedLayer(MoELayer):
         parameter.data = parameter.data.transpose(1, 2).contiguous().transpose(1, 2)
 
     def storage(self) -> tuple[int, ...]:
-        return self._first().data_ptr(), self.module.down_proj.data_ptr()  # type: ignore[operator]
+        # asked for at every layer of a step: a module finds its attributes slowly
+        own = self.module._parameters
+        first, down = own.get("gate_up_proj" if self.layout.has_gate else "up_proj"), own.get("down_proj")
+        if first is None or down is None:  # they are no parameters
+            return self._first().data_ptr(), self.module.down_proj.data_ptr()  # type: ignore[operator]
+        return first.data_ptr(), down.data_ptr()
 
     def native(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         return hook.native(self.module, x, *self._computed(index, weight))

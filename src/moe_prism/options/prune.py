@@ -10,7 +10,7 @@ from .base import DTYPE_WORDS, Options, WrittenType, nested, option
 from .calibrate import CalibrateOptions
 
 GroupMode = Literal["per_group", "regroup", "mask", "drop_groups"]
-PruneForm = Literal["removed", "constant"]
+ExpertForm = Literal["removed", "constant"]
 MTPMode = Literal["prune", "drop", "keep"]
 Allocation = Literal["layer", "global", "measured"]
 
@@ -27,7 +27,7 @@ class PruneOptions(Options):
     keep: float = option(
         0.5, "Share of the experts that stays, 0 to 1; a layer keeps at least as many as a token uses.", above=0, most=1
     )
-    form: PruneForm | None = option(
+    form: ExpertForm | None = option(
         None,
         "What is left of an expert that goes. removed: nothing, and its tokens go to others. constant: its mean output, which the router "
         "chooses as before; vLLM 0.33 and newer load this. Default: as the criterion was made for, which is removed but for mone.",
@@ -47,6 +47,10 @@ class PruneOptions(Options):
         "Comma-separated protections, e.g. super-experts: experts that stay whatever the criterion says.",
         names="moe_prism.compress.prune:protections",
     )
+    for_domain: list[str] = option(
+        [],
+        "Comma-separated domains of the calibration (--domain) whose experts stay. Default: all of them, each counted alike.",
+    )
     mtp: MTPMode | None = option(
         None,
         "Of layers for multi-token prediction, which calibration does not run: prune takes the same experts away as in the last layer, "
@@ -55,7 +59,7 @@ class PruneOptions(Options):
     seed: int = option(0, "Of the criterion random.", least=0)
     profile_tokens: int = option(2048, "Of measured: calibration tokens that every layer is run alone on.", least=1)
     dtype: WrittenType | None = option(None, DTYPE_WORDS)
-    calibration: CalibrateOptions = nested(CalibrateOptions, "text", "tokens", "length", "low_memory")
+    calibration: CalibrateOptions = nested(CalibrateOptions, "text", "text_field", "domains", "tokens", "length", "low_memory")
 
     def check(self) -> None:
         super().check()

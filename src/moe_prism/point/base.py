@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from ..errors import CorruptError, UsageError
-from . import read
+from ..errors import UsageError
+from ..schema import check
+from ..schema.points import REMAKE, DecodingForm, PointForm, SlotsForm, StageForm, WeightsForm
 
 SCHEMA = 1
 UNITS = ("bytes", "slots", "value")
@@ -50,10 +51,12 @@ class WeightChange:
     @classmethod
     def from_json(cls, data: object) -> WeightChange:
         """The inverse of `to_json`. CorruptError names what is wrong."""
-        row = read.mapping(data, "weights", ("change", "settings"))
-        settings = read.mapping(row.get("settings", {}), "settings of weights")
-        read.check_plain(settings, "settings of weights")
-        return cls(change=read.text(row, "change", "weights"), settings=settings)
+        return cls.of_form(check(WeightsForm, data, "weights", REMAKE))
+
+    @classmethod
+    def of_form(cls, form: WeightsForm) -> WeightChange:
+        """What a checked file says."""
+        return cls(change=form.change, settings=form.settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,7 @@ class RoutingStage:
                 raise UsageError(f"layer {layer} of a routing stage keeps {n} experts", "every layer keeps at least 1")
         for name, rows in self.parameters.items():
             if len(rows) != len(self.layers):
-                raise UsageError(f"'{name}' of a routing stage has {len(rows)} layers, not {len(self.layers)}", read.REMAKE)
+                raise UsageError(f"'{name}' of a routing stage has {len(rows)} layers, not {len(self.layers)}", REMAKE)
 
     def check(self, layers: int, k: int | None) -> None:
         """UsageError where it is for a model with another number of MoE layers or fewer experts per token; k None: not known."""
@@ -104,15 +107,13 @@ class RoutingStage:
     @classmethod
     def from_json(cls, data: object) -> RoutingStage:
         """The inverse of `to_json`. CorruptError names what is wrong."""
-        where = "routing stage"
-        row = read.mapping(data, where, ("stage", "layers", "parameters", "keep_mass"))
-        parameters = read.mapping(row.get("parameters", {}), f"parameters of a {where}")
-        return cls(
-            stage=read.text(row, "stage", where),
-            layers=read.whole_numbers(read.get(row, "layers", where), f"layers of a {where}"),
-            parameters={name: read.rows(value, f"parameter '{name}' of a {where}") for name, value in parameters.items()},
-            keep_mass=read.flag(row.get("keep_mass"), f"keep_mass of a {where}"),
-        )
+        return cls.of_form(check(StageForm, data, "routing stage", REMAKE))
+
+    @classmethod
+    def of_form(cls, form: StageForm) -> RoutingStage:
+        """What a checked file says."""
+        parameters = {name: tuple(tuple(map(float, row)) for row in rows) for name, rows in form.parameters.items()}
+        return cls(stage=form.stage, layers=tuple(form.layers), parameters=parameters, keep_mass=form.keep_mass)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,17 +162,19 @@ class SlotRule:
     @classmethod
     def from_json(cls, data: object) -> SlotRule:
         """The inverse of `to_json`. CorruptError names what is wrong."""
-        where = "slots"
-        row = read.mapping(data, where, tuple(f.name for f in fields(cls)))
-        layers, rule = row.get("layers"), read.text(row, "rule", where)
+        return cls.of_form(check(SlotsForm, data, "slots", REMAKE))
+
+    @classmethod
+    def of_form(cls, form: SlotsForm) -> SlotRule:
+        """What a checked file says."""
         return cls(
-            budget=read.number(row.get("budget", 1.0), f"budget of {where}"),
-            rule=rule,
-            scorer=read.text(row, "scorer", where, cls.scorer),
-            compensate=read.flag(row.get("compensate", True), f"compensate of {where}") is not False,
-            layers=None if layers is None else read.numbers(layers, f"layers of {where}"),
-            of=read.text(row, "of", where, slots_unit(rule)),  # a file from before there was a choice means this
-            control=read.text(row, "control", where, "none"),
+            budget=float(form.budget),
+            rule=form.rule,
+            scorer=form.scorer,
+            compensate=form.compensate,
+            layers=None if form.layers is None else tuple(map(float, form.layers)),
+            of=form.of or slots_unit(form.rule),  # a file from before there was a choice means this
+            control=form.control,
         )
 
 
@@ -188,10 +191,12 @@ class Decoding:
     @classmethod
     def from_json(cls, data: object) -> Decoding:
         """The inverse of `to_json`. CorruptError names what is wrong."""
-        row = read.mapping(data, "decoding", ("method", "settings"))
-        settings = read.mapping(row.get("settings", {}), "settings of decoding")
-        read.check_plain(settings, "settings of decoding")
-        return cls(method=read.text(row, "method", "decoding"), settings=settings)
+        return cls.of_form(check(DecodingForm, data, "decoding", REMAKE))
+
+    @classmethod
+    def of_form(cls, form: DecodingForm) -> Decoding:
+        """What a checked file says."""
+        return cls(method=form.method, settings=form.settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,18 +242,16 @@ class OperatingPoint:
     @classmethod
     def from_json(cls, data: object) -> OperatingPoint:
         """The inverse of `to_json`. CorruptError names what is wrong; a version from the future is refused."""
-        row = read.mapping(data, "operating point", ("schema", "weights", "routing", "slots", "decoding"))
-        if read.get(row, "schema", "operating point") != SCHEMA:
-            raise CorruptError(f"an operating point has schema {row['schema']!r}, this version reads {SCHEMA}", read.REMAKE)
-        stages = row.get("routing", [])
-        if not isinstance(stages, list):
-            raise CorruptError("routing of an operating point must be a list of stages", read.REMAKE)
-        weights, slots, decoding = (row.get(name) for name in ("weights", "slots", "decoding"))
+        return cls.of_form(check(PointForm, data, "operating point", REMAKE))
+
+    @classmethod
+    def of_form(cls, form: PointForm) -> OperatingPoint:
+        """What a checked file says."""
         return cls(
-            weights=None if weights is None else WeightChange.from_json(weights),
-            routing=tuple(RoutingStage.from_json(stage) for stage in stages),
-            slots=SlotRule() if slots is None else SlotRule.from_json(slots),
-            decoding=None if decoding is None else Decoding.from_json(decoding),
+            weights=None if form.weights is None else WeightChange.of_form(form.weights),
+            routing=tuple(map(RoutingStage.of_form, form.routing)),
+            slots=SlotRule() if form.slots is None else SlotRule.of_form(form.slots),
+            decoding=None if form.decoding is None else Decoding.of_form(form.decoding),
         )
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ...errors import UsageError
-from ...options.prune import PruneForm
+from ...options.prune import ExpertForm
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Criterion(ABC):
     is_blind: ClassVar[bool] = False
     """Ranks by position or chance: what it gives in one layer says nothing about another, so it is never allocated globally."""
 
-    form: ClassVar[PruneForm] = "removed"
+    form: ClassVar[ExpertForm] = "removed"
     """What it was made to leave of an expert; see `options.prune`."""
 
     is_absolute: ClassVar[bool] = False

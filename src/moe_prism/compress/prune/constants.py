@@ -14,7 +14,7 @@ from ...checkpoint.constant import route_constants
 from ...errors import CorruptError, UsageError
 from ...model import MoELayer
 from ...model.extra import constants as constant_experts
-from ...point import read
+from ...schema.points import REMAKE
 
 MOST_BYTES = 1 << 28  # of one layer's
 STORED = torch.bfloat16
@@ -38,12 +38,12 @@ class Constants:
         try:
             data = base64.b64decode(text if isinstance(text, str) and len(text) < 2 * MOST_BYTES else "!", validate=True)
         except ValueError as error:
-            raise CorruptError(f"'constants' of {where} is no base64", read.REMAKE) from error
+            raise CorruptError(f"'constants' of {where} is no base64", REMAKE) from error
         if not rows or not data or len(data) % (rows * STORED.itemsize):
-            raise CorruptError(f"'constants' of {where} are not {rows} vectors", read.REMAKE)
+            raise CorruptError(f"'constants' of {where} are not {rows} vectors", REMAKE)
         found = cls(rows, data)
         if not torch.isfinite(found.tensor()).all():
-            raise CorruptError(f"'constants' of {where} are not finite", read.REMAKE)
+            raise CorruptError(f"'constants' of {where} are not finite", REMAKE)
         return found
 
     @property
@@ -72,7 +72,7 @@ def substituted(layer: MoELayer, kept: Sequence[int], gone: Sequence[int], vecto
     """Let constants take the place of experts `gone` inside the block. UsageError for vectors of another length than the model's."""
     values = vectors.tensor()
     if values.shape != (len(gone), layer.hidden):
-        raise UsageError(f"the constants have {values.shape[1]} numbers, '{layer.name}' has {layer.hidden}", read.REMAKE)
+        raise UsageError(f"the constants have {values.shape[1]} numbers, '{layer.name}' has {layer.hidden}", REMAKE)
     before = layer.extra, layer.router_rows
     handles = route_constants(layer.module, kept, gone, layer.num_experts, lambda: values)
     layer.extra = constant_experts(values)

@@ -15,6 +15,9 @@ from ...checkpoint import Journal, OutputFolder, TensorInfo
 from ...checkpoint.atomic import raw_bytes
 from ...checkpoint.mtp import CONFIG_KEYS as MTP_KEYS
 from ...checkpoint.shards import INDEX, Source
+from ...schema import read_json
+from ...schema.config import INDEX_BOUNDS
+from ...schema.read import RESTORE
 
 Progress = Callable[[int, int], None]
 """(bytes written, bytes in total)."""
@@ -53,7 +56,7 @@ def write_shards(
     for shard in pending:
         with out.stage(shard) as file:
             _write(source.header(shard).metadata, plan[shard], writer.values(shard, plan[shard]), file)
-        journal.finish(shard, shard, out.hashes[shard])
+        journal.finish(shard, out.hashes[shard])
         if progress:
             progress(sum(sizes[s] for s in plan if journal.done(s)), sum(sizes.values()))
     if (source.folder / INDEX).is_file():
@@ -104,7 +107,8 @@ def _volume(shape: Sequence[int]) -> int:
 
 
 def _index(path: Path, plan: Mapping[str, Sequence[Planned]]) -> bytes:
-    metadata = json.loads(path.read_bytes()).get("metadata") or {}
+    found = read_json(path, RESTORE, INDEX_BOUNDS).get("metadata")
+    metadata = found if isinstance(found, dict) else {}
     metadata |= {"total_size": sum(t.bytes for tensors in plan.values() for t in tensors)}
     weight_map = {t.info.name: shard for shard, tensors in plan.items() for t in tensors}
     return json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2).encode() + b"\n"

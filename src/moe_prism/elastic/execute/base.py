@@ -6,11 +6,14 @@ Shapes: T tokens, k experts per token, N sub-experts per expert, d hidden.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
+
+from ..compensate import Compensator
 
 
 class Candidates(Protocol):
@@ -49,6 +52,10 @@ class Settled:
     prepared: Any = None
 
 
+Again = Callable[[Tensor, Tensor, Tensor, Any], Tensor | None]
+"""(x [T, d], index, weight [T, k], the past of the forward's requests) -> [T, d]; None: call the parts."""
+
+
 class Executor(ABC):
     """Computes the kept slots of one layer."""
 
@@ -69,6 +76,14 @@ class Executor(ABC):
 
     def whole(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor | None:
         """All experts of the router's own choice [T, d]; None where that is no different from keeping every slot."""
+        return None
+
+    def at_once(self, selection: Any, extra: Compensator | None) -> tuple[Tensor, Tensor] | None:
+        """(output [T, d] with what makes up for dropped slots, keep [T, k, N]) of a `select.Selection`; None: call the parts instead."""
+        return None
+
+    def again(self, selection: Any, extra: Compensator | None) -> Again | None:
+        """What does `at_once` for other rows at the same operating point, or, for no selection, `whole`; None where nothing does."""
         return None
 
     def settle(self, candidates: Candidates) -> Settled:

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from ...kernels import block_jobs, threads
+from ...kernels.activation import silu_job
 from ...kernels.block_jobs import group
 from ...kernels.tiles import LANES
+from ...model import MoELayer
 from ..base import LayerParts
 
+SILU = 32  # multiplications that an activation takes as long as
 ALIGN = 64  # columns: strips of an output row end on a cache line
 
 
@@ -156,6 +159,19 @@ def add(a: Tensor, groups: SlotGroups, span: Span, down: Matrix, out: Tensor) ->
         down.row,
     ]
     threads.run(_job(down, "add_job"), [*values, width, strip, span.begin], work)
+
+
+def activated(layer: MoELayer, pre: Tensor, factor: Tensor | None = None, choice: Tensor | None = None) -> Tensor:
+    """The activation [S, m] of rows pre [S, 2m or m], multiplied by factor[choice] [S] if they are given."""
+    if not layer.is_silu or not pre.is_contiguous():
+        a = layer.activate_joined(pre)
+        return a if factor is None else a.mul_(factor[choice].unsqueeze(1))
+    slots, width = len(pre), pre.shape[1] // 2
+    out = torch.empty(slots, width)
+    weights, ids = (0, 0) if factor is None or choice is None else (factor.data_ptr(), choice.data_ptr())
+    values = [pre.data_ptr(), 2 * width, width, slots, weights, ids, out.data_ptr(), width]
+    threads.run(silu_job, values, slots * width * SILU)
+    return out
 
 
 def _job(matrix: Matrix, name: str) -> Any:

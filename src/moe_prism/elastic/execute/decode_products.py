@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...kernels.row_products import adds, dots
 from ..base import LayerParts
-from .batch_products import MatrixPart, usable
+from .batch_products import MatrixPart, activated, usable
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -59,7 +59,7 @@ def few_outputs(parts: LayerParts, x: Tensor, row: Ints, weight: Floats, expert:
     x = x if x.stride(1) == 1 else x.contiguous()
     pre = np.empty((len(row), len(stored.first) * parts.block), np.float32)
     dots(x.detach().numpy(), row, expert, layer.num_experts - 1, first, parts.block, ORDER, pre, like)
-    a = layer.activate_joined(torch.from_numpy(pre)).numpy()
+    a = activated(layer, torch.from_numpy(pre)).numpy()
     out = np.empty((len(row), x.shape[1]), np.float32)
     adds(a, weight, expert, down, ORDER, out, like)
     return out

@@ -13,13 +13,16 @@ from torch import Tensor
 from ...errors import UsageError
 from ...model.base import is_expert
 from ..base import LayerParts
+from ..compensate import Compensator
 from ..repair import Repaired
 from ..side_tensors import REPAIR
 from . import triton_run
-from .base import Executor, Settled, WholeCalls
+from .base import Again, Executor, Settled, WholeCalls
 from .plain import grouped, reference, whole_experts
 
 if TYPE_CHECKING:
+    from ..select import Selection
+    from .one_call import Call, Ready
     from .times import LayerTimes
 
 Way = Callable[..., Tensor]
@@ -28,20 +31,20 @@ MOSTLY = 0.75  # kept share from which on one product of whole experts takes les
 
 @cache
 def _compiled() -> tuple[ModuleType, ModuleType, ModuleType]:
-    """What compiles when it is imported: batch_products, tiled and times. An import statement in every call would cost more."""
-    from . import batch_products, tiled, times
+    """What compiles when it is imported: one_call, tiled and times. An import statement in every call would cost more."""
+    from . import one_call, tiled, times
 
-    return batch_products, tiled, times
+    return one_call, tiled, times
 
 
 def auto(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor, tally: WholeCalls | None = None) -> Tensor:
     """The fastest way that fits the layer. Shapes as in `plain.reference`."""
     if x.is_cuda:
         return triton_run.deterministic(parts, x, index, weight, keep)
-    batch_products, tiles, _ = _compiled()
+    one_call, tiles, _ = _compiled()
     tally = tally or WholeCalls()
     tally.calls += 1
-    if batch_products.usable(parts, x) is None:
+    if one_call.batch_products.usable(parts, x) is None:
         return _vectorised(parts, x, index, weight, keep, tally)
     if _whole_is_faster(parts, x, index, keep):
         tally.whole += 1
@@ -81,24 +84,89 @@ class InMemory(Executor):
 
     def __init__(self, parts: LayerParts) -> None:
         self.parts = parts
-        self.way = "auto"
+        self._way = "auto"
         self.repaired = Repaired(parts) if REPAIR in parts.tensors else None
+        self._decided: dict[tuple[int, int], LayerTimes | str] = {}
+
+    @property
+    def way(self) -> str:
+        return self._way
+
+    @way.setter
+    def way(self, name: str) -> None:
+        self._way = name
+        for parts in (self.parts, self.parts.whole):
+            if parts is not None:
+                parts.ready = None  # what was remembered was of another way
 
     def whole(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """By the tiles where they are faster (`times.py`), else by the model's own function."""
-        out = self._whole_by_tiles(x, index, weight) if x.is_cpu and x.dtype == torch.float32 and self.way == "auto" else None
+        out = self._whole_by_tiles(x, index, weight) if x.is_cpu and x.dtype == torch.float32 else None
         return self.parts.layer.native(x, index, weight) if out is None else out
 
     def _whole_by_tiles(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor | None:
-        batch_products, tiles, measured = _compiled()
-        choice = measured.forced()
-        if choice == "stock" or not len(x) or batch_products.usable(self.parts, x) is None:
+        one_call, tiles, measured = _compiled()
+        if not len(x) or one_call.batch_products.usable(self.parts, x) is None or not self._whole_fits(*index.shape):
             return None
-        if choice == "measure" and not measured.times_of(self.parts, len(x), index.shape[1]).tiles_win:
-            return None
-        chosen = is_expert(index, self.parts.layer.num_experts).unsqueeze(2)
-        out: Tensor | None = tiles.tiled(measured.whole_parts(self.parts), x, index, weight, chosen)
+        whole = measured.whole_parts(self.parts)
+        out: Tensor | None = one_call.given(whole, x, index, weight, None)
+        if out is None:
+            chosen = is_expert(index, self.parts.layer.num_experts).unsqueeze(2)
+            out = tiles.tiled(whole, x, index, weight, chosen)
         return out
+
+    def _times(self, tokens: int, k: int) -> LayerTimes | str:
+        """How long the layer takes, or who was named to compute whole experts; asked for once."""
+        found = self._decided.get((tokens, k))
+        if found is None:
+            _, _, measured = _compiled()
+            word = measured.forced()
+            found = self._decided[tokens, k] = measured.times_of(self.parts, tokens, k) if word == "measure" else word
+        return found
+
+    def _whole_fits(self, tokens: int, k: int) -> bool:
+        """Whether the tiles compute whole experts."""
+        times = self._times(tokens, k)
+        return self.way == "auto" and (times == "tiles" if isinstance(times, str) else times.tiles_win)
+
+    def _kept_fits(self, tokens: int, k: int) -> bool:
+        """Whether the tiles compute kept slots, however many."""
+        times = self._times(tokens, k)
+        return self.way == "auto" and (isinstance(times, str) or times.tiles_serve)
+
+    def at_once(self, selection: Selection, extra: Compensator | None) -> tuple[Tensor, Tensor] | None:
+        """By `one_call`, unless whole experts may take less time."""
+        x, index, weight, held = selection.x, selection.index, selection.weight, selection.held
+        call = self._call(selection, extra) if held is None or held.own is None else None
+        if call is None or not (call.ready.takes(x, index, weight) and self._kept_fits(*index.shape)):
+            return None
+        budget, past = call.budget(selection.budget, len(x)), 0 if held is None else held.past.address
+        if budget is None:
+            return None
+        keep = torch.empty((*index.shape, selection.n_sub), dtype=torch.bool)
+        out = call(x, index, weight, budget, past, keep)
+        if out is None:
+            return None
+        self.tally.calls += 1
+        return out, keep
+
+    def _call(self, selection: Selection, extra: Compensator | None) -> Call | None:
+        if self.way != "auto" or self.repaired is not None or not selection.x.is_cpu:
+            return None
+        found: Ready | None = _compiled()[0].ready(self.parts, selection.x)
+        return None if found is None else found.call(selection, extra)
+
+    def again(self, selection: Selection | None, extra: Compensator | None) -> Again | None:
+        """By `one_call`."""
+        one_call, _, measured = _compiled()
+        if selection is None:
+            whole = measured.whole_parts(self.parts).ready
+            return None if whole is None else one_call.AtFull(whole, self._whole_fits)
+        call = self._call(selection, extra)
+        if call is None or isinstance(selection.budget, Tensor):
+            return None
+        held, budget = selection.held is not None, call.budget(selection.budget, 1)
+        return one_call.AtPoint(call, budget, held, self._kept_fits, self.tally)  # type: ignore[no-any-return]
 
     def run(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
         execute = partial(auto, tally=self.tally) if self.way == "auto" else WAYS[self.way]

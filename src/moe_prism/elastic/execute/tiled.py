@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..base import LayerParts
-from .batch_products import Columns, SlotGroups, Span, add, dot, usable
+from . import one_call
+from .batch_products import Columns, SlotGroups, Span, activated, add, dot, usable
 
 PIECE = 1 << 20  # pre-activations computed before they are used, so that they are still in the cache then
 
@@ -19,11 +20,15 @@ def tiled(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Ten
     layer, stored, m = parts.layer, usable(parts, x), parts.block
     if stored is None:
         return None
+    if row is None:
+        out = one_call.given(parts, x, index, weight, keep)
+        if out is not None:
+            return out
     groups = SlotGroups.of(index, keep, layer.num_experts)
     if not groups.distinct:
         return None
     x = x if x.stride(1) == 1 else x.contiguous()
-    factor = weight.reshape(-1)[groups.choice].unsqueeze(1)
+    factor = weight.reshape(-1).contiguous()
     width = len(stored.first) * m
     asked = groups if row is None else groups._replace(row=row[groups.row])
     out = torch.zeros(len(index), x.shape[1])
@@ -33,7 +38,7 @@ def tiled(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Ten
         dot(x, asked, span, Columns(stored.first, m, m), pre, torch.arange(slots))
         if layer.up_bias is not None:
             pre += _biases(parts, groups, span)
-        a = layer.activate_joined(pre).mul_(factor[span.begin : span.end])
+        a = activated(layer, pre, factor, groups.choice[span.begin : span.end])
         add(a, groups, span, stored.down, out)
     if layer.down_bias is not None:
         bias = layer.down_bias[index.clamp(0, layer.num_experts - 1)]

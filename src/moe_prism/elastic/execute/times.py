@@ -20,9 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import UsageError
+from ...errors import PrismError, UsageError
 from ...files import replace_file
 from ...kernels.target import TARGET
+from ...schema import read_form
+from ...schema.cost import TimesForm
 from ..base import LayerParts
 from .tiled import tiled
 
@@ -47,6 +49,11 @@ class LayerTimes(NamedTuple):
     def tiles_win(self) -> bool:
         """Whether the tiles compute the full budget."""
         return self.tiles < CLEAR * self.stock
+
+    @property
+    def tiles_serve(self) -> bool:
+        """Whether the tiles take no longer than the other, however many slots are kept."""
+        return max(self.tiles, self.half) <= self.stock
 
     @property
     def whole(self) -> float:
@@ -162,7 +169,7 @@ def _name(parts: LayerParts, k: int, tokens: int) -> str:
         f"E{layer.num_experts} k{k} d{layer.hidden} f{layer.width} N{parts.n_sub} {str(layer.up.dtype).removeprefix('torch.')}"
     )
     kind = f"{type(layer).__name__}{'' if layer.gate is None else ' gated'}{'' if layer.up_bias is None else ' biased'}"
-    return f"{_processor()} {TARGET.name} torch{torch.__version__} {kind} {shape} T{tokens}"
+    return f"{_processor()} {TARGET.name} torch{torch.__version__} one-call {kind} {shape} T{tokens}"
 
 
 @cache
@@ -181,8 +188,8 @@ def _file() -> Path:
 def _kept() -> dict[str, LayerTimes]:
     """What this machine knows; nothing where the file is missing or is not ours."""
     try:
-        return {name: LayerTimes(*map(float, values)) for name, values in json.loads(_file().read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {name: LayerTimes(*values) for name, values in read_form(TimesForm, _file()).root.items()}
+    except (PrismError, TypeError):
         return {}
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..base import LayerParts, Scorer, gate_activations, gate_activations_all, gate_activations_each, of_choices
+from ..base import FEW, LayerParts, Scorer, are_few, gate_activations, gate_activations_all, gate_activations_each, of_choices
 
 if TYPE_CHECKING:
     from ...kernels.selection import Norms
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared feature; the best on a held-out fifth of the sample is used
 MIN_TOKENS = 16  # below this only the mean is known
 FLOOR = 1e-3  # of the mean block norm, added before the log: a block that is off is not infinitely far from one that is faint
-FEW, SMALL = 64, 1 << 15  # choices, or inputs of all choices, up to which they are computed one by one
 CEILING = 30.0  # of a predicted log norm: no overflow on inputs far from the sample
 
 
@@ -128,12 +128,6 @@ class _Centred(NamedTuple):
         return torch.cat([slope, (self.mean_targets - self.mean_rows @ slope)[None]], 0)
 
 
-def are_few(x: Tensor, index: Tensor) -> bool:
-    """Whether preparing a job for the choices index [T, k] of x [T, d] would take longer than to compute them one by one."""
-    count = index.numel()
-    return count <= FEW or count * x.shape[1] <= SMALL
-
-
 @cache
 def _compiled() -> tuple[ModuleType, ModuleType, ModuleType]:
     """What compiles when it is imported, and is asked for at every layer: an import statement there costs more than a product."""
@@ -163,13 +157,13 @@ class Ridge(Scorer):
     def _tiled(self, x: Tensor, index: Tensor, stored: Stored) -> Tensor:
         """By the compiled jobs: predictor rows and gate neurons are columns of one product, grouped by expert."""
         from ...kernels.selection import Norms, predicted_norms
-        from ..execute.batch_products import Columns, SlotGroups, dot
+        from ..execute.batch_products import Columns, SlotGroups, activated, dot
 
         n, r, layer, parts = self.parts.n_sub, self.parts.gates, self.parts.layer, self._parts(stored)
         groups = SlotGroups.of(index, torch.ones(*index.shape, 1, dtype=torch.bool), layer.num_experts)
         products = torch.empty(index.numel(), n + len(stored.first) * n * r)
         dot(x if x.stride(1) == 1 else x.contiguous(), groups, groups.all, Columns(parts, 0, n), products, groups.choice)
-        gates = layer.activate_joined(products[:, n:]) if r else products[:, n:]
+        gates = activated(layer, products[:, n:].contiguous()) if r else products[:, n:]
         norms = torch.empty(*index.shape, n)
         scale, weight = self.scale.flatten(1).numpy(), self.weight.numpy()
         known = Norms(products.numpy(), gates.numpy(), scale, weight, CEILING)
@@ -208,9 +202,16 @@ class Ridge(Scorer):
         row_products.dots(*asked, len(weight) - 1, table, n, decode.ORDER, products, np.float32(0))
         gates = products[:, n:]
         if r:
-            gates = self.parts.layer.activate_joined(torch.from_numpy(gates)).numpy()
+            gates = decode.activated(self.parts.layer, torch.from_numpy(gates).contiguous()).numpy()
         found: Norms = selection.Norms(products, gates, scale, weight, CEILING)
         return found
+
+    def gate_table(self, stored: Stored) -> NDArray[np.int64]:
+        """Gate neurons as columns of a product [2 r, 5], as `row_products.dots` has them."""
+        _, _, decode = _compiled()
+        gates = self._parts(stored)[1:]
+        table: NDArray[np.int64] = decode.table_of([part._replace(column=part.column - self.parts.n_sub) for part in gates])
+        return table
 
     def _parts(self, stored: Stored) -> list[MatrixPart]:
         """Predictor rows, then gate neurons, as columns of one product."""

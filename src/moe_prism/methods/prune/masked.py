@@ -15,7 +15,7 @@ from ...compress.prune.change import PruneChange
 from ...compress.prune.choose import keep_counts
 from ...errors import UsageError
 from ...model.router import find_routers
-from ...options.prune import Allocation, PruneForm, PruneOptions
+from ...options.prune import Allocation, ExpertForm, PruneOptions
 from ...point import NamedPoint, OperatingPoint
 from ..base import Method, Subject
 from .select import (
@@ -43,7 +43,7 @@ class PruneParameters:
 
     criterion: str = "easy-ep"
     allocation: Allocation = "layer"
-    form: PruneForm | None = None
+    form: ExpertForm | None = None
 
 
 class Prune(Method):
@@ -66,7 +66,7 @@ class Prune(Method):
         """A wrong name is told before anything is measured."""
         text = text or PruneParameters.criterion
         names = criteria.names()
-        for form in (None, *get_args(PruneForm)):
+        for form in (None, *get_args(ExpertForm)):
             for allocation in (None, *get_args(Allocation)):
                 end = "".join(f"-{part}" for part in (form, allocation) if part)
                 if text.endswith(end) and text.removesuffix(end) in names:

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ...compress.prune.base import Criterion, LayerSubject
-from ...options.prune import PruneForm
+from ...options.prune import ExpertForm
 
 
 class Mone(Criterion):
@@ -18,7 +18,7 @@ class Mone(Criterion):
 
     paper = "arXiv 2507.00390"
     needs = ("means",)
-    form: ClassVar[PruneForm] = "constant"
+    form: ClassVar[ExpertForm] = "constant"
 
     def scores(self, subject: LayerSubject) -> Tensor:
         found = subject.of("means")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..model import MoELayer
-from .base import Collector, RoutedBatch
+from .base import Collector, Kept, RoutedBatch
 from .outputs import each_output
 
 
@@ -18,7 +19,14 @@ class Means(Collector):
     count [E] (int64); sum [E, d] Σ o; square [E] Σ‖o‖²; weight [E] Σ g. Per layer: tokens [1] (int64), of all.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    has_domains = True
+    keeps: ClassVar[Mapping[str, Kept]] = {
+        "count": (("E",), torch.int64),
+        "sum": (("E", "d"), torch.float64),
+        "square": (("E",), torch.float64),
+        "weight": (("E",), torch.float64),
+        "tokens": ((1,), torch.int64),
+    }
 
     def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
         super().__init__(layer, capacity=capacity, seed=seed)
@@ -44,7 +52,6 @@ class Means(Collector):
         self.values = {name: state[name].clone() for name in self.values}
 
     def merge(self, state: dict[str, Tensor]) -> None:
-        """Add what another pass over other tokens found."""
         self.values = {name: mine + state[name] for name, mine in self.values.items()}
 
     @staticmethod

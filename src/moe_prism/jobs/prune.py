@@ -19,6 +19,7 @@ from ..calibrate.statistics import Statistics
 from ..checkpoint import Journal, OutputFolder, read_manifest, source_facts, write_manifest
 from ..checkpoint.manifest import MANIFEST
 from ..compress.prune import KeptExperts
+from ..compress.prune.keep_format import remove_quantized
 from ..compress.prune.remove import Removal, check_mtp_choice, check_removable, remove_experts
 from ..compress.prune.substitute import check_substitutable, substitute_experts
 from ..data import Windows
@@ -112,14 +113,14 @@ def prune_model(
     if (resume := how.get("resume", False)) and (done := finished(out, {"kind": kind, "pruning": {**inputs, **statistics}})):
         selection = read_kept(Path(out) / KEPT, job.weights.model, job.weights.layers)
         return Pruned(selection, Path(out), done, peak_rss_bytes())
-    size, runs = written_bytes(job.weights), job.windows and not given
+    size, runs = written_bytes(job.weights), job.windows and (form == "constant" or not given)
     needed = needed_by_pass(job.weights, job.settings, size) if runs else needed_on_disk(size)
     check_resources(needed, out, resume)
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         report = how.get("report", silent)
         journal = Journal(folder.work, {**inputs, **statistics})
         selection = job.repeat(given, folder, journal, report) if given else job.select(folder, journal, report)
-        write = substitute_experts if form == "constant" else remove_experts
+        write = substitute_experts if form == "constant" else remove_quantized if options.keep_format else remove_experts
         with report("write") as update:
             write(job.weights.stream, job.weights.layers, selection.choices, folder, journal, Removal(options.mtp, update))
         if manifest:
@@ -139,7 +140,7 @@ class _Job:
 
     def __init__(self, model: str | Path, options: PruneOptions, calibration: str | Path | None, writes: bool = False) -> None:
         self.options = options
-        self.weights = Weights(resolve(model), options.dtype)
+        self.weights = Weights(resolve(model), options.dtype, "codes" if options.keep_format else None)
         if writes and self.weights.stream:
             self.weights.check_rewritable()
             check_mtp_choice(self.weights.stream, self.weights.layers, options.mtp)
@@ -254,7 +255,8 @@ def _facts(
             "pruning": dict(inputs),
             "documents": list(job.documents),
         }
-    old = {key: value for key, value in manifest.items() if key not in (*FILLED_IN, "operating_points", "kept_format", "adopted")}
+    gone = {*FILLED_IN, "operating_points", "adopted"} | (set() if job.options.keep_format else {"kept_format"})
+    old = {key: value for key, value in manifest.items() if key not in gone}
     if plain:
         old |= plain | {"bytes_per_weight": job.weights.bytes_per_weight}
     layers = [

@@ -58,11 +58,17 @@ class PruneOptions(Options):
     )
     seed: int = option(0, "Of the criterion random.", least=0)
     profile_tokens: int = option(2048, "Of measured: calibration tokens that every layer is run alone on.", least=1)
+    keep_format: bool = option(
+        False,
+        "Write the experts that stay in the source's own quantized format: their bytes are moved, nothing is computed again.",
+    )
     dtype: WrittenType | None = option(None, DTYPE_WORDS)
     calibration: CalibrateOptions = nested(CalibrateOptions, "text", "text_field", "domains", "tokens", "length", "low_memory")
 
     def check(self) -> None:
         super().check()
+        if self.keep_format and self.dtype:
+            raise UsageError("--dtype writes plain weights, --keep-format does not", "give one of them")
         if self.allocation == "measured" and self.calibration.low_memory:
             raise UsageError("--allocation measured runs the whole model", "leave --low-memory out, or use --allocation global")
         self.calibration.check()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,14 +64,14 @@ def remove_experts(
     whose files or configuration cannot express it: the first layer is read back through transformers before anything is visible.
     """
     experts, how = check_removable(choices), how or Removal()
-    writer = _Writer(stream, [Router(stream.model, layer) for layer in layers], choices, how.mtp)
+    writer = BlockWriter(stream, [Router(stream.model, layer) for layer in layers], choices, how.mtp)
     copy_companions(stream.source.folder, out, stream.source)
-    out.write_bytes("config.json", _config(stream, choices[0], experts, how.mtp == "drop"))
+    out.write_bytes("config.json", config_of(stream, stream.source.config(), choices[0], experts, how.mtp == "drop"))
     write_shards(stream.source, writer, out, journal, how.progress)
     writer.read_back(out.work)
 
 
-class _Writer(ShardWriter):
+class BlockWriter(ShardWriter):
     """Holds the sliced tensors of one block at a time."""
 
     def __init__(
@@ -190,13 +190,12 @@ def block_tensors(stream: LayerStream, layer: MoELayer) -> list[str]:
     return stream.feeds(_parameters(Router(stream.model, layer)))
 
 
-def _config(stream: LayerStream, choice: KeptExperts, experts: int, drop_mtp: bool) -> bytes:
+def config_of(stream: LayerStream, raw: dict[str, Any], choice: KeptExperts, experts: int, drop_mtp: bool) -> bytes:
     """config.json with the new number of experts, of groups where those changed, and without MTP layers where those are dropped.
 
-    UsageError if it names no such number.
+    raw: what it says. UsageError if it names no such number.
     """
     config = stream.model.config.get_text_config(decoder=True)
-    raw = stream.source.config()
     raw.pop("auto_map", None)
     section = text_section(stream.model.config, config, raw)
     changes: list[tuple[tuple[str, ...], int, int]] = [(COUNT_NAMES, choice.experts, experts)]

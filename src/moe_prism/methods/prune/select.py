@@ -40,6 +40,8 @@ def check_options(options: PruneOptions) -> None:
     request_of(options).check()
     if criteria.get(options.criterion).is_blind and options.allocation == "global":
         raise UsageError(f"--criterion {options.criterion} cannot compare layers", "use --allocation layer")
+    if options.keep_format and form_of(options) == "constant":
+        raise UsageError("vLLM takes no constants beside quantized experts", "leave --keep-format out, or use --form removed")
     if options.for_domain and not criteria.get(options.criterion).needs:
         raise UsageError(f"--criterion {options.criterion} reads no text, so --for-domain means nothing", "leave one of them out")
 

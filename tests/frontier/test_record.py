@@ -44,7 +44,7 @@ KINDS = {
     "bool": st.booleans(),
     "OperatingPoint | None": OPERATING_POINTS,
     "DecodeTime | None": st.none() | TIMES,
-    "Mapping[str, DomainQuality]": st.dictionaries(NAME, st.builds(DomainQuality, NUMBER, NUMBER, SHARE), max_size=2),
+    "Mapping[str, DomainQuality]": st.dictionaries(NAME, st.builds(DomainQuality, AMOUNT, AMOUNT, SHARE), max_size=2),
 }
 SHARES = {"budget": st.floats(0, 1), "top1_agreement": st.floats(0, 1)}
 POINTS = st.builds(MeasuredPoint, **({f.name: KINDS[f.type] for f in fields(MeasuredPoint)} | SHARES))
@@ -74,7 +74,7 @@ def test_json_round_trip(frontier):
 
 def test_keys_are_the_published_ones():
     data = FRONTIER.to_json()
-    assert list(data) == ["model", "source", "n_sub", "points", "baseline_topk", "provenance"]
+    assert list(data) == ["model", "source", "n_sub", "points", "baseline_topk", "baseline_bits", "provenance"]
     keys = "name rule budget k_slots ppl kl top1_agreement active_expert_params active_expert_bytes flops_per_token pareto"
     keys += " resident_expert_bytes distinct_expert_bytes point"
     assert list(data["points"][0]) == list(data["baseline_topk"][0]) == keys.split()

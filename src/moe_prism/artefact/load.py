@@ -12,7 +12,7 @@ import torch
 from ..checkpoint import check_listed, elastic_manifest, read_header
 from ..checkpoint.links import inside
 from ..checkpoint.manifest import WEIGHTS_FILE, check_layers
-from ..checkpoint.shards import INDEX, read_tensor
+from ..checkpoint.shards import read_tensor
 from ..elastic import attach
 from ..elastic.side_tensors import AGAIN, CUTOFFS, RIDGE, check_values, of_today
 from ..errors import CorruptError, UsageError
@@ -21,7 +21,7 @@ from ..schema.read import one_line
 from ..store import StoreOptions, load_stored
 
 SIDE_FILE = "prism.safetensors"
-DECIDING = (SIDE_FILE, "config.json", INDEX)
+DECIDING = (SIDE_FILE, "config.json")
 _NAME = re.compile(r"layers\.(?P<layer>[0-9]{1,6})\.(?P<name>.+)")
 
 

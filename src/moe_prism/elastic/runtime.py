@@ -49,7 +49,7 @@ class Elastic:
         self._following = False
         self._first = layer_parts[0].layer
         for parts in layer_parts:
-            parts.check(self.k)
+            parts.check(None if model is None else self.k)
         self.layers = [ElasticLayer(parts, self, self.executor_of(parts)) for parts in layer_parts]
         self.full_step = self.step = Step(bind(self, [FULL]))
         for layer in self.layers:

@@ -119,9 +119,9 @@ class Frontier:
     n_sub: int
     points: tuple[MeasuredPoint, ...]
     baseline_topk: tuple[MeasuredPoint, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     baseline_bits: tuple[MeasuredPoint, ...] = ()
     """The whole model in int8 and int4; none where the source is stored so, or where an older version measured."""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def every(self) -> tuple[MeasuredPoint, ...]:
@@ -151,7 +151,7 @@ class Frontier:
         points, baseline, bits = (
             tuple(map(MeasuredPoint.of_form, rows)) for rows in (form.points, form.baseline_topk, form.baseline_bits)
         )
-        return cls(form.model, form.source, form.n_sub, points, baseline, bits, provenance=form.provenance)
+        return cls(form.model, form.source, form.n_sub, points, baseline, form.provenance, bits)
 
     def save(self, path: str | Path) -> None:
         """Write `frontier.json` at once or not at all; the same frontier gives the same bytes."""

@@ -81,8 +81,8 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
         opened.n_sub,
         points[:split],
         points[split:bits_from],
-        points[bits_from:],
         _provenance(opened, options, windows),
+        points[bits_from:],
     )
 
 

@@ -17,6 +17,7 @@ from ..files import read_bounded
 
 F = TypeVar("F", bound=BaseModel)
 RESTORE = "restore the file from its source"
+TAG = re.compile(r"(constrained-)?(int|float|str|bool)$|(list|dict)\[")
 VERSIONS = ("schema", "version", "format")
 SHOWN = 60  # characters of a wrong value that an error repeats
 
@@ -96,7 +97,10 @@ def one_line(text: str, most: int = SHOWN) -> str:
 def _problem(found: ValidationError) -> str:
     # one error is told, the others are counted: of a hostile file there can be many
     first, count = found.errors(include_url=False)[0], found.error_count()
-    kind, place = first["type"], _place(first["loc"])
+    kind, path = first["type"], first["loc"]
+    if kind not in ("missing", "extra_forbidden") and len(path) > 1 and TAG.match(str(path[-1])):
+        path = path[:-1]  # of a choice of forms, where pydantic says which of them it means
+    place = _place(path)
     if kind == "missing":
         what = f"{place} is missing"
     elif kind == "extra_forbidden":

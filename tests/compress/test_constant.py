@@ -155,6 +155,7 @@ def test_the_folder_is_the_edited_model_and_layers_keep_different_numbers(tiny_s
     assert relative(logits(smaller), wanted) < 1e-5
     assert relative(logits(open_model(written).model), wanted) < 1e-5
     assert {check.name for check in verify(written)} >= {"architecture", "values"}
+    assert "4 of 8 experts constant" in (written / "README.md").read_text()
     assert [row["experts"] for row in inspect_model(written)["layers"]] == kept
     assert [row["constants"] for row in inspect_model(written)["layers"]] == [4 - n for n in kept]
 

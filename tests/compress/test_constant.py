@@ -188,10 +188,9 @@ def test_constants_are_priced_by_what_a_token_reads_and_what_stays(tiny_source, 
     seen = []
     for layer in elastic.layers:
         layer.on_kept = lambda index, _keep, e=layer.parts.layer.num_experts: seen.append((index < e).sum())
-    with elastic.at(step):
-        elastic.reset_counters()
+    with elastic.at(step), elastic.count():
         logits(model)
-        cost = measured_cost(elastic, step)
+    cost = measured_cost(elastic, step)
     matrices, k = layers[0].parameters_per_expert(), 2
     real = int(sum(seen))
     values = (k * IDS.numel() * len(layers) - real) * layers[0].hidden

@@ -76,4 +76,4 @@ def test_experts_in_such_a_type_are_adopted(source, tmp_path, tiny_calibration, 
     done = adopt(tmp_path / "some.gguf", tmp_path / "elastic", tmp_path / "out", AdoptOptions(tokens=512))
     facts = json.loads((done.folder / "prism.json").read_text())
     assert moe_prism.verify(done.folder) and facts["adopted"]["format"] == "gguf"
-    assert 0 <= facts["adopted"]["kl"] < 0.01 and inspect_model(done.folder / "some.gguf")["layers"][0]["experts"] == EXPERTS
+    assert 0 <= facts["adopted"]["kl"] < 0.1 and inspect_model(done.folder / "some.gguf")["layers"][0]["experts"] == EXPERTS

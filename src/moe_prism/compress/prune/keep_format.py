@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoint import DequantizedSource, Journal, LayerStream, OutputFolder, TensorInfo, copy_companions
+from ...checkpoint.constant import expert_name
 from ...checkpoint.dequantized import quantization
 from ...checkpoint.mtp import block_tails, moved
 from ...errors import UsageError
@@ -62,6 +63,7 @@ class _Writer(BlockWriter):
         for i, choice in enumerate(choices):
             if not choice.is_full:
                 self._map(i, choice)
+        self._map_beside()
 
     def _parts(self, name: str) -> list[str]:
         weight = self.quantized.stored_weights.get(name)
@@ -83,6 +85,21 @@ class _Writer(BlockWriter):
                     if not shape or shape[0] != choice.experts:
                         raise UsageError(f"tensor '{part}' has no row of its own for every expert", ADVICE)
                     self.rows[part] = i
+
+    def _map_beside(self) -> None:
+        """What says how activations are quantized has no place in the plain model: it follows its expert by name."""
+        experts = {part[0]: i for name, i in self._owner.items() if (part := expert_name(name))}
+        dropped = {name.rpartition(".")[0] for name in self._left}
+        for name in self.quantized.left_out:
+            part = expert_name(name)
+            if name.rpartition(".")[0] in dropped:
+                self.gone.add(name)
+            elif part and part[0] in experts:
+                kept = self.choices[experts[part[0]]].kept
+                if part[1] < len(kept):
+                    self.made[name] = f"{part[0]}.{kept[part[1]]}.{part[2]}"
+                else:
+                    self.gone.add(name)
 
     def plan(self, shard: str) -> list[Planned]:
         found, raw = [], self.quantized.raw

@@ -25,6 +25,7 @@ COMMANDS = (
     "refactor",
     "adopt",
     "prune",
+    "compress",
     "recover",
     "skip",
     "frontier",

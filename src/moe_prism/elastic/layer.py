@@ -312,6 +312,7 @@ class ElasticLayer:
         return self._scorers[key]
 
     def rule(self, name: str, bits: SlotBits | None = None) -> Rule:
+        """The rule of a name on this layer, made once; bits: the widths that it may give a slot."""
         if (name, bits) not in self._rules:
             kind: Any = rules.get(name)
             self._rules[name, bits] = kind(self.parts) if bits is None else kind(self.parts, bits)

@@ -8,13 +8,14 @@ export HF_HUB_OFFLINE ?= 1
 
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo test test-all test-vllm check format reference bench families-newest clean
+.PHONY: demo test test-all test-vllm test-newest test-oldest test-install wheel check format reference bench clean
 
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PINS := requirements/constraints.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c $(PINS)
 
-$(VENV)/.demo: pyproject.toml
+$(VENV)/.demo: pyproject.toml $(PINS)
+	@echo "installing into $(VENV): about a minute, and 1.5 GB"
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) --upgrade pip
 	$(INSTALL) --editable ".[report,serve]"
 	touch $@
 
@@ -55,12 +56,28 @@ format: $(VENV)/.ready
 
 reference: $(VENV)/.ready  ## docs/reference, from the registries
 	$(BIN)/python -m moe_prism.jobs.reference docs/reference
+	$(BIN)/python -m moe_prism.serve.reference docs/reference
 
 bench: $(VENV)/.ready  ## every benchmark prints its figure against its baseline
 	for script in benchmarks/*.py; do $(BIN)/python $$script --json || exit 1; done
 
-families-newest:  ## family parity on the newest transformers, in an environment of its own
-	bash tests/parity/run_newest.sh
+TORCH ?= torch==2.13.0
+NEWEST ?= transformers
+OLDEST ?= transformers==5.19.0 numpy==2.1.* scipy==1.14.* fastapi==0.130.* uvicorn==0.30.* pydantic==2.10.* altair==5.5.* cyclopts==4.0.* rich==13.*
+
+test-newest:  ## the tests with the newest transformers; TORCH=torch takes the newest torch too (a CUDA build, 6 GB)
+	bash tests/run_with.sh .venv-newest "$(TORCH)" $(NEWEST)
+
+test-oldest:  ## the tests with the oldest libraries that the ranges allow
+	bash tests/run_with.sh .venv-oldest "$(TORCH)" $(OLDEST)
+
+wheel:  ## dist/*.whl
+	$(PYTHON) -m venv build/venv
+	build/venv/bin/python -m pip install --quiet --disable-pip-version-check build
+	build/venv/bin/python -m build --wheel --outdir dist
+
+test-install: wheel  ## the wheel in an empty environment: core and each extra alone, then `moe-prism demo`
+	bash tests/install.sh dist/*.whl
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) demo build dist
+	rm -rf $(VENV) $(VLLM_VENV) .venv-newest .venv-oldest demo build dist

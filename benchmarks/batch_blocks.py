@@ -27,6 +27,7 @@ from typing import Any
 import layer as layers
 import numpy as np
 import torch
+from printed import printed
 from torch import Tensor
 
 from moe_prism.artefact.load import load
@@ -70,11 +71,10 @@ def curve(model: Any, groups: Sequence[Tensor], sources: Sequence[Tensor], rule:
     step = Step(bind(elastic, [FULL.with_budget(budget, rule)]))
     kl, costs = [], []
     for ids, source in zip(groups, sources, strict=True):
-        elastic.reset_counters()
-        found = [(source[:, i].exp() * (source[:, i] - given)).sum(-1) for i, given in enumerate(decode(model, ids, step))]
+        with elastic.count():
+            found = [(source[:, i].exp() * (source[:, i] - given)).sum(-1) for i, given in enumerate(decode(model, ids, step))]
         kl.append(torch.stack(found).mean(0))
         costs.append(measured_cost(elastic, step))
-        elastic.counting = False
     return Curve(
         torch.cat(kl), statistics.mean(c.distinct_expert_bytes for c in costs), statistics.mean(c.k_slots for c in costs)
     )
@@ -241,14 +241,10 @@ def main() -> None:
         folder = args.folder or Path(scratch) / "elastic"
         if not args.price and not args.folder:
             refactor(args.model, folder)
-        rows = []
-        found = price(clock) if args.price else times(folder, args.time, clock) if args.time else None
-        for row in found or (prompts if args.prompts else quality)(args, folder):
-            rows.append(row)
-            if not args.json:
-                print(show(row), flush=True)
+        timed = price(clock) if args.price else times(folder, args.time, clock) if args.time else None
+        found = printed(timed or (prompts if args.prompts else quality)(args, folder), show, args.json)
     if args.json:
-        print(json.dumps({"benchmark": "batch_blocks", "model": args.model, "rows": rows}))
+        print(json.dumps({"benchmark": "batch_blocks", "model": args.model, "rows": found}))
 
 
 if __name__ == "__main__":

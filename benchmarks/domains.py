@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from printed import printed
 
 from moe_prism.artefact.load import load
 from moe_prism.data import token_windows
@@ -33,7 +34,8 @@ from moe_prism.data.bundled import DOMAINS
 from moe_prism.frontier.measure import measure
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.options.calibrate import CalibrateOptions
-from moe_prism.point import FULL, OperatingPoint, RoutingStage, SlotRule
+from moe_prism.point import FULL, OperatingPoint, SlotRule
+from moe_prism.routing.patterns import uniform
 
 MODELS = ["nano", "nano-mix"]
 KEPT = (3, 2, 1)
@@ -81,7 +83,7 @@ def compare(model: Any, ids: torch.Tensor, k: int, seed: int) -> Iterator[dict[s
     """Rows for 3, 2 and 1 kept experts of 4 on one text."""
     layers = len(model._moe_prism.layers)
     asked = [kept / k for kept in KEPT]
-    plain = [OperatingPoint(routing=(RoutingStage(layers=(kept,) * layers),)) for kept in KEPT]
+    plain = [OperatingPoint(routing=(uniform(layers, k, kept),)) for kept in KEPT]
     found = run_points(model, ids, [*plain, *map(threshold, asked)])
     plains, firsts = found[: len(KEPT)], found[len(KEPT) :]
     again = [threshold(budget * p.share / run.share) for budget, p, run in zip(asked, plains, firsts, strict=True)]
@@ -141,11 +143,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    found = []
-    for row in rows(args):
-        found.append(row)
-        if not args.json:
-            print(show(row), flush=True)
+    found = printed(rows(args), show, args.json)
     if args.json:
         print(json.dumps({"benchmark": "domains", "rows": found}))
 

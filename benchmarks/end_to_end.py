@@ -119,15 +119,15 @@ def elastic(
         found = []
         for budget in budgets:
             step = Step(bind(model._moe_prism, [FULL.with_budget(budget)]))
-            model._moe_prism.reset_counters()
-            for turn in range(1, turns + 1):
-                ids = rows(batch, turn)
-                with model._moe_prism.at(step, counting=False):
-                    cache = model(input_ids=ids[:, :PROMPT], use_cache=True).past_key_values
-                with model._moe_prism.at(step, counting=True):
-                    for at in range(PROMPT, PROMPT + steps):
-                        model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
-            cost, model._moe_prism.counting = measured_cost(model._moe_prism, step), False
+            with model._moe_prism.count():
+                for turn in range(1, turns + 1):
+                    ids = rows(batch, turn)
+                    with model._moe_prism.at(step, counting=False):
+                        cache = model(input_ids=ids[:, :PROMPT], use_cache=True).past_key_values
+                    with model._moe_prism.at(step):
+                        for at in range(PROMPT, PROMPT + steps):
+                            model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+            cost = measured_cost(model._moe_prism, step)
             found.append({"slots": cost.k_slots, "token": cost.active_expert_bytes, "distinct": cost.distinct_expert_bytes})
         return [{name: row[name] / found[0][name] for name in row} for row in found]
 

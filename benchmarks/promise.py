@@ -86,8 +86,7 @@ def run(model: Any, ids: Tensor, points: Sequence[OperatingPoint]) -> list[Run]:
         with elastic.at(elastic.full_step, counting=False):
             source = logits(model, rows)
         for step, (reads, kls) in zip(steps, found, strict=True):
-            with elastic.at(step), watched(elastic) as kept:
-                elastic.reset_counters()
+            with elastic.at(step), elastic.count(), watched(elastic) as kept:
                 here = logits(model, rows)
                 counted = measured_cost(elastic, step).active_expert_bytes / (
                     full * elastic.layers[0].counter.chosen / rows.numel()

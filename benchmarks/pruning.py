@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from printed import printed
 from torch import Tensor
 
 from moe_prism.calibrate.run import Pass, Settings
@@ -144,11 +145,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    found = []
-    for row in rows(args):
-        found.append(row)
-        if not args.json:
-            print(show(row), flush=True)
+    found = printed(rows(args), show, args.json)
     lines = list(bars(found))
     print(
         json.dumps({"benchmark": "pruning", "model": args.model, "rows": found, "bars": lines}) if args.json else "\n".join(lines)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from printed import printed
 from scipy.stats import spearmanr
 
 from moe_prism.artefact.load import load
@@ -43,9 +44,10 @@ from moe_prism.frontier.measure import measure
 from moe_prism.jobs.calibrate import calibrate_model, read_statistics
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.point import FULL, OperatingPoint, SlotRule
+from moe_prism.routing.patterns import uniform
 
 SHARES = (0.75, 0.5, 0.25)
-PAPER = "paper"
+PAPER, PLAIN = "paper", "plain"
 REPEATS = 5  # of a timing; the fastest counts
 
 Variants = Mapping[str, tuple[RefactorOptions, Sequence[tuple[str, str]]]]
@@ -55,7 +57,7 @@ def variants(base: RefactorOptions) -> Variants:
     """Name -> (how to refactor, which (rule, scorer) to measure on it). One part is changed at a time, and without compensation."""
     base = replace(base, compensate="none")
     every = [
-        ("whole-experts", "ridge"),
+        (PLAIN, "ridge"),
         *((rule, s) for rule in ("product", "threshold") for s in ("ridge", "low-rank", "oracle")),
     ]
     paper = [("pattern", "gates"), ("product", "gates")]
@@ -75,6 +77,7 @@ def variants(base: RefactorOptions) -> Variants:
         "every layer alike": (replace(base, profile_tokens=0), default[1:]),
         "3 profile points": (replace(base, profile_points=3), [("layer-budgets", "ridge")]),
         "random partition": (replace(base, solver="random"), default),
+        "contiguous partition": (replace(base, solver="contiguous"), default),
         "objective output": (replace(base, objective="output"), default),
         "objective router": (replace(base, objective="router"), default),
         "objective output-router": (replace(base, objective="output-router"), default),
@@ -196,15 +199,15 @@ def _variant(
         elif scorer == "ridge":
             for layer in elastic.layers:
                 layer._rules.pop("threshold", None)
-        mine = [rule for rule, s in settings if s == scorer]
-        rules = [SlotRule(budget=round(share * slots) / slots, rule=rule, scorer=scorer) for rule in mine for share in SHARES]
-        full, *measured = measure(model, windows.ids, [FULL, *(OperatingPoint(slots=rule) for rule in rules)], batch=2)
-        for rule, one in zip(rules, measured, strict=True):
+        asked = [(rule, round(share * slots) / slots) for rule, s in settings if s == scorer for share in SHARES]
+        points = [point_of(rule, scorer, budget, elastic) for rule, budget in asked]
+        full, *measured = measure(model, windows.ids, [FULL, *points], batch=2)
+        for (rule, budget), one in zip(asked, measured, strict=True):
             yield {
                 "variant": name,
-                "rule": rule.rule,
-                "scorer": rule.scorer,
-                "budget": rule.budget,
+                "rule": rule,
+                "scorer": scorer,
+                "budget": budget,
                 "kl": one.quality.kl,
                 "ppl": one.quality.ppl,
                 "ratio": one.quality.ppl / full.quality.ppl,
@@ -212,6 +215,14 @@ def _variant(
                 "params": one.cost.active_expert_params,
             }
         yield {"variant": name, "scorer": scorer, **judge(elastic, model, windows.ids[:2], scorer)}
+
+
+def point_of(rule: str, scorer: str, budget: float, elastic: Elastic) -> OperatingPoint:
+    """A rule at a budget; of whole experts as many as the budget has, at least one, as `num_experts_per_tok` would choose them."""
+    if rule != PLAIN:
+        return OperatingPoint(slots=SlotRule(budget=budget, rule=rule, scorer=scorer))
+    k = slots_per_token(elastic) // elastic.layers[0].parts.n_sub
+    return OperatingPoint(routing=(uniform(len(elastic.layers), k, max(1, round(budget * k))),))
 
 
 def shares(found: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -258,15 +269,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    found = []
-    for row in rows(args):
-        found.append(row)
-        if not args.json:
-            print(show(row), flush=True)
-    for row in list(shares(found)):
-        found.append(row)
-        if not args.json:
-            print(show(row), flush=True)
+    found = printed(rows(args), show, args.json)
+    found += printed(shares(found), show, args.json)
     if args.json:
         print(json.dumps({"benchmark": "quality", "model": args.model, "rows": found}))
 

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from printed import printed
+
 from moe_prism.artefact.load import load
 from moe_prism.checkpoint import read_manifest
 from moe_prism.data import token_windows
@@ -85,6 +87,19 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     }
 
 
+def show(row: dict[str, Any]) -> str:
+    if "seconds" in row:
+        return (
+            f"bands {row['bands']}: recovered in {row['seconds']} s, peak memory {row['peak_rss_bytes'] / 2**30:.2f} GiB, "
+            f"resident +{row['resident_bytes'] / 2**20:.1f} MiB ({row['resident_share']:.0%} of the expert weights)"
+        )
+    return (
+        f"bands {row['bands']} {row['text']:10} {row['rule']:10} {row['budget']:5.0%}: "
+        f"KL {row['kl_before']:.4f} -> {row['kl']:.4f} ({row['ratio']:.2f}x), "
+        f"{row['slots']:.2f} slots, params {row['params_before']:.0f} -> {row['params']:.0f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano")
@@ -96,24 +111,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    found = []
-    for row in rows(args):
-        found.append(row)
-        if args.json:
-            continue
-        if "seconds" in row:
-            print(
-                f"bands {row['bands']}: recovered in {row['seconds']} s, peak memory {row['peak_rss_bytes'] / 2**30:.2f} GiB, "
-                f"resident +{row['resident_bytes'] / 2**20:.1f} MiB ({row['resident_share']:.0%} of the expert weights)",
-                flush=True,
-            )
-        else:
-            print(
-                f"bands {row['bands']} {row['text']:10} {row['rule']:10} {row['budget']:5.0%}: "
-                f"KL {row['kl_before']:.4f} -> {row['kl']:.4f} ({row['ratio']:.2f}x), "
-                f"{row['slots']:.2f} slots, params {row['params_before']:.0f} -> {row['params']:.0f}",
-                flush=True,
-            )
+    found = printed(rows(args), show, args.json)
     if args.json:
         print(json.dumps({"benchmark": "recover", "model": args.model, "rows": found}))
 

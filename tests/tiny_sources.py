@@ -27,6 +27,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+MANIFEST_FACTS: dict[str, Any] = {
+    "kind": "pruned",
+    "source": {"name": "m", "files": {}},
+    "companions": {"licence": {}, "left_out": {}},
+    "pruning": {"n_sub": 4},
+    "documents": [],
+}
+"""The least that a manifest says."""
+
+
 def save_tiny(family: str, folder: Path, *, shard: str = "100KB", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Write a random model of this family with prism-nano's tokenizer; returns the model."""
     nano = json.loads((NANO / "config.json").read_text())

@@ -70,8 +70,9 @@ def bits_per_byte(folder: Path, texts: list[str]) -> float:
 
 
 @torch.no_grad()
-def routing_facts(folder: Path, texts: list[str]) -> tuple[list[dict[str, float]], float, float]:
-    """Per layer: load entropy (1 = even) and largest share; then held-out loss, as is and with the top-ranked expert replaced at random."""
+def routing_facts(folder: Path, texts: list[str]) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Per layer: load entropy (1 = even) and shares; then held-out losses: as is, with the top-ranked expert replaced at random, and
+    without shared experts."""
     tokenizer, model = load_tokenizer(folder), load_model(folder, torch.float32)
     ids = tokenizer("\n".join(t[:SHARE_OF_A_TEXT] for t in texts), add_special_tokens=False, verbose=False)["input_ids"]
     rows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
@@ -95,12 +96,12 @@ def routing_facts(folder: Path, texts: list[str]) -> tuple[list[dict[str, float]
 
         return experts
 
-    losses = []
-    for swap in (True, False):
+    losses = {}
+    for name, swap in (("loss_swapped", True), ("loss", False)):
         for layer, count in zip(layers, counts, strict=True):
             count.zero_()
             layer.install(observer(layer, swap))
-        losses.append(loss())
+        losses[name] = loss()
     share = [c / c.sum() for c in counts]
     facts = [
         {
@@ -110,7 +111,10 @@ def routing_facts(folder: Path, texts: list[str]) -> tuple[list[dict[str, float]
         }
         for p in share
     ]
-    return facts, losses[1], losses[0]
+    for name, module in model.named_modules():
+        if name.endswith("shared_expert"):
+            module.register_forward_hook(lambda _module, _args, out: torch.zeros_like(out))
+    return facts, losses | {"loss_without_shared": loss()}
 
 
 @torch.no_grad()
@@ -144,7 +148,7 @@ def facts_of(folder: Path, data: Path, recipe: dict[str, Any]) -> dict[str, Any]
     parameters = sum(p.numel() for p in model.parameters())
     collected = json.loads((data / "data.json").read_text())
     train = collected["train"]
-    routing, loss, swapped = routing_facts(folder, [t for name in recipe["evaluation"] for t in held_out(name)])
+    routing, losses = routing_facts(folder, [t for name in recipe["evaluation"] for t in held_out(name)])
     return {
         "hidden": model.config.hidden_size,
         "layers": len(layers),
@@ -160,9 +164,7 @@ def facts_of(folder: Path, data: Path, recipe: dict[str, Any]) -> dict[str, Any]
         "routing": "\n".join(
             f"| {i} | {f['entropy']:.3f} | {f['largest']:.1%} | {f['smallest']:.1%} |" for i, f in enumerate(routing)
         ),
-        "loss": loss,
-        "loss_swapped": swapped,
-    }
+    } | losses
 
 
 def main() -> None:

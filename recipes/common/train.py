@@ -26,6 +26,7 @@ from upcycle import start_from
 
 ALL_EXPERTS_FUNCTIONS.register("sorted", sorted_experts)
 AUX, ZLOSS = 0.01, 1e-4
+START = 32  # windows that a start from another model's weights looks at
 ROUTERS = ("mlp.gate.", "shared_expert_gate")  # a few rows each: AdamW
 
 
@@ -110,7 +111,7 @@ def head_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, path: Path, length: int, windows: int = 32) -> float:
+def held_out_loss(model: Any, path: Path, length: int, windows: int = 16) -> float:
     ids = np.fromfile(path, dtype=np.uint16).astype(np.int64)
     starts = np.linspace(0, len(ids) - length - 2, windows).astype(int)
     total = 0.0
@@ -136,7 +137,7 @@ class Training:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = new_model(recipe, len(vocab), seed)
         if "start" in recipe and not self.state.exists():
-            start_from(self.model, recipe["start"], Batches(data / "train.bin", recipe["length"], recipe["batch"], seed)(0))
+            start_from(self.model, recipe["start"], Batches(data / "train.bin", recipe["length"], START, seed)(0))
         self.model.to(self.device)
         self.k = recipe["model"]["num_experts_per_tok"]
         matrices = {
@@ -216,7 +217,7 @@ def main() -> None:
         if run.step % 20 == 0:
             row = {"step": run.step, "minutes": round(run.spent / 60, 2), "loss": round(mean, 4)}
             row |= {"balance": round(losses["balance"], 3), "lr": round(rate, 3)}
-            log.write(json.dumps(row | (run.held_out() if run.step % 100 == 0 else {})) + "\n")
+            log.write(json.dumps(row | (run.held_out() if run.step % 200 == 0 else {})) + "\n")
             log.flush()
         if time.monotonic() - last_save > 300:
             run.save()

@@ -19,6 +19,7 @@ methods: Registry[type[Any]] = Registry(
         # slots: selection rules over sub-experts
         "product": Entry("moe_prism.elastic.rules.top_slots:TopSlots", "best K slots of a token by routing weight x predicted output norm (default for a count)", acts="slots"),
         "threshold": Entry("moe_prism.elastic.rules.threshold:Threshold", "every slot whose value passes a calibrated cutoff: a continuous dial (default for a budget)", acts="slots"),
+        "bits": Entry("moe_prism.elastic.rules.bits:Bits", "a slot is read at 2, 3, 4 or 8 bits or not at all, by its value per byte", acts="slots"),
         "batch-blocks": Entry("moe_prism.elastic.rules.batch_blocks:BatchBlocks", "threshold for the rows of a step together: blocks that several of them want are read first", acts="slots"),
         "layer-budgets": Entry("moe_prism.elastic.rules.layer_budgets:LayerBudgets", "the product rule with budgets per layer, allocated from each layer's profile", acts="slots"),
         "mass": Entry("moe_prism.elastic.rules.mass:Mass", "slots until they cover a share of the token's estimated output", acts="slots"),
@@ -33,6 +34,14 @@ methods: Registry[type[Any]] = Registry(
         "score-mass": Entry("moe_prism.methods.skip.score_mass:ScoreMassMethod", "per token: the fewest experts that hold a share of the routing weight", acts="routing"),
         "weight-cutoff": Entry("moe_prism.methods.skip.weight_cutoff:WeightCutoffMethod", "per token: weights below the layer's calibrated cutoff are skipped; :METHOD gives the counts", acts="routing"),
         "batch-redistribution": Entry("moe_prism.methods.skip.batch_redistribution:BatchMethod", "per batch: a layer's budget goes to the largest weights; :METHOD gives the counts", acts="routing"),
+        # weights: experts in fewer bits, by a codec
+        "rtn": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "whole numbers of 2 to 8 bits, rounded to nearest; :BITS", acts="weights"),
+        "nested": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "2 to 8 bits from one file (MWQ); :BITS", acts="weights"),
+        "fp8-block": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "8-bit floats in blocks", acts="weights"),
+        "mxfp4": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "4-bit floats in groups of 32", acts="weights"),
+        "binary": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "signs and one size per group", acts="weights"),
+        "ternary": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "-1, 0, 1 and one size per group (MoTE)", acts="weights"),
+        "low-rank-sparse": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "two thin matrices and the rows that they miss most (MC-SMoE); :BITS", acts="weights"),
         # weights: criteria of expert pruning, measured in mask mode as prune:CRITERION
         "random": Entry("moe_prism.methods.prune.random_draw:RandomDraw", "a uniform draw, by --seed", acts="weights"),
         "odd": Entry("moe_prism.methods.prune.position:Odd", "experts with odd ids, counted from 0", acts="weights"),
@@ -73,6 +82,9 @@ REGISTRIES = {
         "routing", "routing_stages", "`routing` of an operating point: what routing methods fit and a layer runs"
     ),
     "protections": Home("compress.prune", "protections", "`prune --protect`: experts that stay whatever a criterion says"),
+    "codecs": Home(
+        "compress.codec", "codecs", "`weights` and `slots` of an operating point: how experts are stored in fewer bits"
+    ),
     "source-formats": Home("checkpoint.formats", "source_formats", "sources of any command: how quantized weights are stored"),
     "cache-policies": Home("offload", "cache_policies", "`generate --expert-policy`: who leaves when an expert needs room"),
     "predictors": Home("offload", "predictors", "replays of a trace, from Python: which experts the next layer will want"),

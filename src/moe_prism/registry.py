@@ -14,6 +14,9 @@ from .errors import UsageError
 T = TypeVar("T")
 
 
+OWN = "moe-prism"
+
+
 @dataclass(frozen=True)
 class Entry:
     """One registered name: where it lives and a line for `moe-prism ls`.
@@ -24,7 +27,7 @@ class Entry:
     target: str
     summary: str
     paper: str = ""
-    origin: str = "moe-prism"
+    origin: str = OWN
     acts: str | None = None
 
 
@@ -77,9 +80,9 @@ class Registry(Generic[T]):
             self._resolved[name] = self._resolve(self.own_name(name))
         return self._resolved[name]
 
-    def only(self, acts: str, kind: str) -> View[Any]:
-        """The part of this registry that acts so, called `kind` in errors."""
-        return View(self, acts, kind)
+    def only(self, acts: str, kind: str, package: str = "") -> View[Any]:
+        """The part of this registry that acts so, called `kind` in errors; of the built-in ones, those whose file is in a package."""
+        return View(self, acts, kind, package)
 
     def _resolve(self, name: str) -> T:
         entries = self.entries()
@@ -99,12 +102,13 @@ class Registry(Generic[T]):
 class View(Generic[T]):
     """The names of a registry that act in one way, for those who want no others."""
 
-    def __init__(self, registry: Registry[Any], acts: str, kind: str) -> None:
-        self.registry, self.acts, self.kind = registry, acts, kind
+    def __init__(self, registry: Registry[Any], acts: str, kind: str, package: str) -> None:
+        self.registry, self.acts, self.kind, self.package = registry, acts, kind, package
         self._known: dict[str, T] = {}
 
     def entries(self) -> dict[str, Entry]:
-        return self.registry.entries(self.acts)
+        found = self.registry.entries(self.acts)
+        return {name: e for name, e in found.items() if e.origin != OWN or e.target.startswith(self.package)}
 
     def names(self) -> list[str]:
         return list(self.entries())

@@ -1,8 +1,5 @@
 """What benchmarks/domains.py makes of two runs: KL at the bytes of plain, and its interval."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -11,15 +8,10 @@ from moe_prism.data import token_windows
 from moe_prism.frontier.measure import measure
 from moe_prism.point import FULL, OperatingPoint, SlotRule
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "domains.py"
 
-
-@pytest.fixture(scope="module")
-def domains():
-    spec = importlib.util.spec_from_file_location("domains_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def domains(script):
+    return script("domains")
 
 
 def test_kl_at_equal_bytes_is_on_the_line_of_its_logarithm(domains):

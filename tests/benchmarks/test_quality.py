@@ -1,22 +1,14 @@
 """What benchmarks/quality.py decides before and after it measures."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 from moe_prism.errors import UsageError
 from moe_prism.jobs.refactor import RefactorOptions
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "quality.py"
 
-
-@pytest.fixture(scope="module")
-def quality():
-    spec = importlib.util.spec_from_file_location("quality_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def quality(script):
+    return script("quality")
 
 
 def test_every_variant_can_be_refactored_and_chosen(quality):

@@ -1,20 +1,9 @@
 """The wide checkpoint computes what nano computes, and the benchmark's ratios point the right way."""
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 
 from moe_prism.model import load_model
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 @pytest.mark.slow

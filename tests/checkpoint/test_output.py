@@ -25,6 +25,7 @@ from moe_prism.checkpoint import (
 )
 from moe_prism.checkpoint.manifest import MANIFEST
 from moe_prism.errors import CorruptError, DoesNotFit, UsageError
+from tests.tiny_sources import MANIFEST_FACTS
 
 
 def build(path, text=b"new", force=False, resume=False):
@@ -33,7 +34,7 @@ def build(path, text=b"new", force=False, resume=False):
         out.save_tensors(
             "prism.safetensors", {"scale": torch.arange(4.0), "ids": torch.tensor([1], dtype=torch.int32)}, {"b": "2", "a": "1"}
         )
-        write_manifest(out, {"source": {"name": "m"}, "options": {}, "seed": 0, "n_sub": 4, "layers": []})
+        write_manifest(out, MANIFEST_FACTS)
         return out.finish()
 
 
@@ -170,7 +171,7 @@ def test_journal_resumes_by_fingerprint_and_hash(tmp_path):
     journal = Journal(tmp_path, facts)
     for unit in ("one", "two", "three"):
         (tmp_path / unit).write_text(unit)
-        journal.finish(unit, unit, sha256_file(tmp_path / unit))
+        journal.finish(unit, sha256_file(tmp_path / unit))
     (tmp_path / "two").write_text("changed")
     (tmp_path / "three").unlink()
     again = Journal(tmp_path, facts)
@@ -183,7 +184,7 @@ def test_journal_resumes_by_fingerprint_and_hash(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{}", b"\xff", b'{"fingerprint": {}, "units": {"a": {"file": "../x", "sha256": ""}}}', b"[" * 99999]
+    "content", [b"", b"[]", b"{}", b"\xff", b'{"fingerprint": {}, "units": {"../x": "%064d"}}' % 0, b"[" * 99999]
 )
 def test_a_damaged_journal_is_said(content, tmp_path):
     (tmp_path / "journal.json").write_bytes(content)
@@ -194,13 +195,19 @@ def test_a_damaged_journal_is_said(content, tmp_path):
 def test_verify_accepts_what_was_built(tmp_path):
     target = build(tmp_path / "out")
     manifest = read_manifest(target)
-    assert manifest["schema"] == 1 and manifest["n_sub"] == 4 and set(manifest["files"]) == {"config.json", "prism.safetensors"}
+    assert (
+        manifest["schema"] == 1
+        and manifest["pruning"] == {"n_sub": 4}
+        and set(manifest["files"]) == {"config.json", "prism.safetensors"}
+    )
     assert [check.name for check in verify(target)] == ["manifest", "files", "headers", "values"]
     (target / "README.md").write_text("card")
     with pytest.raises(CorruptError, match=r"README\.md is not in prism\.json"):
         verify(target)
-    update_manifest(target, {"points": [1, 2]})
-    assert verify(target) and read_manifest(target)["points"] == [1, 2]
+    update_manifest(target, {"pruning": {"n_sub": 8}})
+    assert verify(target) and read_manifest(target)["pruning"] == {"n_sub": 8}
+    with pytest.raises(CorruptError, match="'points' is not known"):
+        update_manifest(target, {"points": [1, 2]})
     with pytest.raises(UsageError, match="may not set"):
         update_manifest(target, {"files": {}})
 
@@ -226,14 +233,14 @@ def test_an_edited_manifest_is_found(tmp_path):
         verify(target)
     for bad in ("", "[]", "{}", '{"files": []}', '{"files": {"../x": {"sha256": "", "bytes": 0}}}', "null"):
         (target / MANIFEST).write_text(bad)
-        with pytest.raises(CorruptError, match="edited or damaged"):
+        with pytest.raises(CorruptError, match=r"prism\.json"):
             verify(target)
 
 
 def test_values_that_are_not_finite_are_found_even_with_good_hashes(tmp_path):
     with OutputFolder(tmp_path / "out") as out:
         save_file({"w": torch.tensor([1.0, float("inf")])}, out.work / "model.safetensors")
-        write_manifest(out, {})
+        write_manifest(out, MANIFEST_FACTS)
         out.finish()
     with pytest.raises(CorruptError, match=r"tensor 'w' holds inf at \[1\]"):
         verify(tmp_path / "out")

@@ -23,6 +23,7 @@ from moe_prism.checkpoint import (
 )
 from moe_prism.errors import CorruptError, DoesNotFit, UsageError
 from moe_prism.model import find_layers, load_tokenizer
+from tests.tiny_sources import MANIFEST_FACTS
 
 from .tiny import FAMILIES, load, logits, save
 
@@ -37,7 +38,7 @@ def run(source, target, permute=shuffled, resume=False, force=False):
     with OutputFolder(target, resume=resume, force=force) as out:
         journal = Journal(out.work, {"source": source_facts(source), "seed": 0})
         rewrite_shards(stream, permute, out, journal)
-        write_manifest(out, {"source": source_facts(source), "options": {}, "seed": 0, "n_sub": 2, "layers": []})
+        write_manifest(out, MANIFEST_FACTS | {"source": source_facts(source)})
         out.finish()
     return stream
 
@@ -164,7 +165,7 @@ def test_gguf_becomes_an_ordinary_checkpoint(tmp_path):
     file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     with OutputFolder(tmp_path / "target") as out:
         rewrite_gguf(file, shuffled, out)
-        write_manifest(out, {"source": source_facts(file)})
+        write_manifest(out, MANIFEST_FACTS | {"source": source_facts(file)})
         out.finish()
     assert "quantization_config" not in json.loads((tmp_path / "target" / "config.json").read_text())
     assert verify(tmp_path / "target")

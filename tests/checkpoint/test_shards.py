@@ -137,7 +137,7 @@ def test_f06_index_that_leads_out(target, tmp_path):
     index = sharded(tmp_path)
     index["weight_map"]["a"] = target
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CorruptError, match=r"index\.json: tensor 'a'"):
+    with pytest.raises(CorruptError, match=r"index\.json: (tensor 'a'|'weight_map\.a')"):
         Source(tmp_path)
 
 
@@ -170,15 +170,15 @@ def test_f06_index_and_shards_disagree(tmp_path):
         ({k: v for k, v in index["weight_map"].items() if k != "a"}, "tensor 'a' is not in the index"),
         ({**index["weight_map"], "a": "model-00003-of-00003.safetensors"}, "missing"),
         ({k: v for k, v in index["weight_map"].items() if v.startswith("model-00001")}, "not in the index"),
-        ({}, "no weight_map"),
-        ([], "no weight_map"),
+        ({}, "'weight_map' must have at least 1 item"),
+        ([], "'weight_map' must be an object"),
     ]
     for weight_map, words in cases:
         path.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(CorruptError, match=words):
             Source(tmp_path)
     path.write_text("{")
-    with pytest.raises(CorruptError, match="not valid JSON"):
+    with pytest.raises(CorruptError, match="is not JSON"):
         Source(tmp_path)
 
 

@@ -87,8 +87,9 @@ def test_base_model_checkpoint_without_prefix(tmp_path):
         ({"quantization_config": {"quant_method": "fp8"}}, UsageError, "quantized"),
         ({"model_type": "nothing_like_it"}, UsageError, "model_type"),
         ({"moe_intermediate_size": 8, "intermediate_size": 8}, CorruptError, r"experts.*is \[.*config.json says"),
-        ({"model_type": ["olmoe"]}, UsageError, "model_type"),
-        ({"hidden_size": "wide"}, UsageError, "not a valid configuration"),
+        ({"model_type": ["olmoe"]}, CorruptError, "model_type"),
+        ({"hidden_size": "wide"}, CorruptError, "'hidden_size' must be a whole number, not 'wide'"),
+        ({"rope_parameters": 3}, UsageError, "not a valid configuration"),
         ({"num_hidden_layers": 3}, CorruptError, "is missing"),
     ],
 )

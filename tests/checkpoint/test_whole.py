@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_prism import cli
-from moe_prism.checkpoint import LayerStream, OutputFolder, update_manifest, write_manifest
+from moe_prism.checkpoint import LayerStream, OutputFolder, write_manifest
 from moe_prism.errors import CorruptError, PrismError
 from moe_prism.jobs.inspect import inspect_model
 from moe_prism.jobs.verify import verify
 from moe_prism.model import load_model
+from tests.faults.mutations import sign
+from tests.tiny_sources import MANIFEST_FACTS
 
 from .damage import DAMAGES, HEAD, INDEX, NORM, change, index_of, lost, write_index
 from .tiny import load, logits, save
@@ -54,7 +56,7 @@ def test_no_damage_passes_verify(damage, whole, tmp_path):
     with OutputFolder(tmp_path / "out") as out:
         for file in [p for p in tmp_path.iterdir() if p.is_file()]:
             out.write_bytes(file.name, file.read_bytes()) if file.name != "out.lock" else None
-        write_manifest(out, {"kind": "pruned"})
+        write_manifest(out, MANIFEST_FACTS)
         out.finish()
     with pytest.raises(CorruptError):
         verify(tmp_path / "out")
@@ -149,6 +151,6 @@ def test_verify_looks_at_the_architecture(whole, tmp_path):
     assert any(check.name == "architecture" for check in verify(folder))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_local_experts": 3}))
-    update_manifest(folder, {})
+    sign(folder, "config.json")
     with pytest.raises(CorruptError, match=r"gate\.weight' is \[4, 32\], config\.json says \[3, 32\]|experts\.3\."):
         verify(folder)

@@ -128,7 +128,7 @@ def test_a_model_without_any_mlp(fails, text_file, tmp_path, command):
     [
         (("--n-sub", "3"), "16 neurons"),
         (("--n-sub", "1"), "--n-sub 1"),
-        (("--solver", "best"), "alt, nested, sa, greedy, random"),
+        (("--solver", "best"), "alt, nested, sa, greedy, contiguous, random"),
         (("--solver", "greedi"), "did you mean 'greedy'?"),
         (("--gate-choice", "best"), "energy, centrality, centrality-expert"),
         (("--extra-scorers", "ridge,best"), "unknown scorer 'best'"),
@@ -336,6 +336,6 @@ def test_a_disk_that_is_too_small_is_the_disk_of_the_output(fails, tiny_source, 
         asked.append(path)
         return shutil._ntuple_diskusage(1, 1, 0)
 
-    monkeypatch.setattr("moe_prism.jobs.refactor_resources.shutil.disk_usage", usage)
+    monkeypatch.setattr("moe_prism.jobs.resources.shutil.disk_usage", usage)
     line = fails(3, "refactor", tiny_source, "-o", tmp_path / "deep" / "out", "--dry-run", "--json")
     assert "MiB of disk" in line and asked == [tmp_path]

@@ -281,8 +281,7 @@ def test_measured_cost_adds_what_compensation_reads(layer, method):
     for budget in (0.3, 1.0):
         costs = []
         for elastic in (plain, paid):
-            with elastic.at([whole_experts(budget)]) as step:
-                elastic.reset_counters()
+            with elastic.at([whole_experts(budget)]) as step, elastic.count():
                 elastic.layers[0](x, index, weight)
             costs.append(measured_cost(elastic, step).active_expert_params)
         counter = paid.layers[0].counter

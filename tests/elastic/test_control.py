@@ -115,15 +115,13 @@ def prompts(nano, text_file):
 def spent(model, step, **given):
     """(bytes read as a share of full, kept [L][T, k, N], output) of one forward."""
     elastic, kept = model._moe_prism, []
-    with elastic.at(step), pytest.MonkeyPatch.context() as patch:
+    with elastic.at(step), elastic.count(), pytest.MonkeyPatch.context() as patch:
         for layer in elastic.layers:
             settle = layer.executor.settle
             patch.setattr(layer.executor, "settle", lambda c, settle=settle: kept.append(settle(c)) or kept[-1])
-        elastic.reset_counters()
         out = model(**given)
         read = measured_cost(elastic, step).active_expert_bytes
         full = sum(float(layer.prices(step.bound.groups[0]).bytes["blocks"][0].sum()) * elastic.k for layer in elastic.layers)
-    elastic.counting = False
     return read / full, [settled.keep for settled in kept], out
 
 

@@ -44,11 +44,27 @@ def test_detach_gives_the_model_back(model):
 def test_k_counts_slots(model):
     elastic = attach(model, 4)
     for k in (1, 3, 8):
-        elastic.reset_counters()
-        with operating_point(model, k=k, rule="whole-experts"):
+        with operating_point(model, k=k, rule="whole-experts"), elastic.count():
             model(IDS)
         for layer in elastic.layers:
             assert layer.counter.kept == k * layer.counter.tokens
+
+
+@torch.no_grad()
+def test_counting_ends_with_its_block(model):
+    elastic = attach(model, 4)
+    counters = lambda: [layer.counter.tokens for layer in elastic.layers]  # noqa: E731
+    with pytest.raises(ZeroDivisionError), elastic.count():
+        model(IDS)
+        1 / 0  # noqa: B018
+    counted = counters()
+    assert counted == [IDS.numel()] * len(elastic.layers) and not elastic.counting
+    with operating_point(model, 0.5, rule="whole-experts"):
+        model(IDS)
+    assert counters() == counted
+    with elastic.count(), elastic.at(elastic.full_step, counting=False):
+        model(IDS)
+    assert not any(counters()) and not elastic.counting
 
 
 @torch.no_grad()

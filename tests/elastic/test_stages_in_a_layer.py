@@ -49,8 +49,8 @@ def test_state_runs_from_layer_to_layer_and_starts_anew(elastic):
     layers = len(elastic.layers)
     with operating_point(elastic.model, point=point(elastic)):
         for _ in range(2):
-            elastic.reset_counters()
-            elastic.model(IDS)
+            with elastic.count():
+                elastic.model(IDS)
             chosen = [layer.counter.chosen / IDS.numel() for layer in elastic.layers]
             assert chosen == [1 + n % 2 for n in range(layers)]
             read = [float(layer.counter.per_token["extra"]) / IDS.numel() for layer in elastic.layers[::2]]
@@ -71,13 +71,13 @@ def test_asking_what_is_kept_changes_neither_state_nor_counts(elastic):
         return run
 
     with elastic.at(step):
-        elastic.reset_counters()
-        wanted = elastic.model(IDS).logits
+        with elastic.count():
+            wanted = elastic.model(IDS).logits
         counts = [dict(layer.counter.per_token) for layer in elastic.layers]
-        elastic.reset_counters()
         for layer in elastic.layers:
             layer.parts.layer.install(asked(layer))
-        assert torch.equal(elastic.model(IDS).logits, wanted)
+        with elastic.count():
+            assert torch.equal(elastic.model(IDS).logits, wanted)
     for layer, before in zip(elastic.layers, counts, strict=True):
         assert before.keys() == layer.counter.per_token.keys()
         assert all(torch.equal(layer.counter.per_token[name], value) for name, value in before.items())

@@ -8,11 +8,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_prism.errors import CorruptError, UsageError
-from moe_prism.frontier import DecodeTime, Frontier, MeasuredPoint
+from moe_prism.frontier import DecodeTime, DomainQuality, Frontier, MeasuredPoint
 from moe_prism.point import OperatingPoint, RoutingStage, SlotRule, WeightChange
 
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
-NAME = st.text(min_size=1, max_size=20)
+AMOUNT = st.floats(0, 1e300)
+NAME = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=20)
 SHARE = st.floats(0.001, 1)
 OPERATING_POINTS = st.builds(
     OperatingPoint,
@@ -22,7 +23,7 @@ OPERATING_POINTS = st.builds(
             RoutingStage,
             layers=st.just((2, 1)),
             stage=NAME,
-            parameters=st.dictionaries(st.text(), st.tuples(st.tuples(SHARE), st.tuples(SHARE, SHARE)), max_size=2),
+            parameters=st.dictionaries(NAME, st.tuples(st.tuples(SHARE), st.tuples(SHARE, SHARE)), max_size=2),
             keep_mass=st.none() | st.booleans(),
         ),
         max_size=2,
@@ -36,15 +37,17 @@ OPERATING_POINTS = st.builds(
         layers=st.none() | st.tuples(SHARE, SHARE),
     ),
 )
-TIMES = st.builds(DecodeTime, st.integers(1), NUMBER, NUMBER, NUMBER, NUMBER, st.integers(1))
+TIMES = st.builds(DecodeTime, st.integers(1, 4096), AMOUNT, AMOUNT, AMOUNT, AMOUNT, st.integers(1, 4096))
 KINDS = {
-    "str": st.text(),
-    "float": NUMBER,
+    "str": NAME,
+    "float": AMOUNT,
     "bool": st.booleans(),
     "OperatingPoint | None": OPERATING_POINTS,
     "DecodeTime | None": st.none() | TIMES,
+    "Mapping[str, DomainQuality]": st.dictionaries(NAME, st.builds(DomainQuality, AMOUNT, AMOUNT, SHARE), max_size=2),
 }
-POINTS = st.builds(MeasuredPoint, **{f.name: KINDS[f.type] for f in fields(MeasuredPoint)})
+SHARES = {"budget": st.floats(0, 1), "top1_agreement": st.floats(0, 1)}
+POINTS = st.builds(MeasuredPoint, **({f.name: KINDS[f.type] for f in fields(MeasuredPoint)} | SHARES))
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | NUMBER | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -71,7 +74,7 @@ def test_json_round_trip(frontier):
 
 def test_keys_are_the_published_ones():
     data = FRONTIER.to_json()
-    assert list(data) == ["model", "source", "n_sub", "points", "baseline_topk", "provenance"]
+    assert list(data) == ["model", "source", "n_sub", "points", "baseline_topk", "baseline_bits", "provenance"]
     keys = "name rule budget k_slots ppl kl top1_agreement active_expert_params active_expert_bytes flops_per_token pareto"
     keys += " resident_expert_bytes distinct_expert_bytes point"
     assert list(data["points"][0]) == list(data["baseline_topk"][0]) == keys.split()
@@ -114,7 +117,7 @@ def test_a_missing_key_is_named(key):
     data = FRONTIER.to_json()
     top, _, inner = key.partition(".")
     del (data[top][0] if inner else data)[inner or top]
-    with pytest.raises(CorruptError, match=f"'{inner or top}'.*missing; .*moe-prism frontier"):
+    with pytest.raises(CorruptError, match=f"{inner or top}'.*missing; .*moe-prism frontier"):
         Frontier.from_json(data)
 
 
@@ -125,7 +128,7 @@ WRONG = [("kl", "0.1"), ("kl", True), ("kl", None), ("kl", float("nan")), ("ppl"
 def test_a_wrong_value_is_named_and_never_written(key, value, tmp_path):
     data = FRONTIER.to_json()
     data["points"][0][key] = value
-    with pytest.raises(CorruptError, match=rf"'{key}' of points\[0\]"):
+    with pytest.raises(CorruptError, match=rf"'points\[0\]\.{key}'"):
         Frontier.from_json(data)
     broken = replace(FRONTIER, points=(replace(POINT, **{key: value}),))
     with pytest.raises(CorruptError):
@@ -159,6 +162,6 @@ def test_a_time_is_left_out_where_there_is_none_and_checked_where_there_is():
     assert "time" not in POINT.to_json()
     timed = replace(POINT, time=DecodeTime(8, 3.0, 2.5, 3.5, 0.75, 9)).to_json()
     assert timed["time"] == {"batch": 8, "ms_per_token": 3.0, "low": 2.5, "high": 3.5, "of_stock": 0.75, "turns": 9}
-    for bad, names in (({"batch": 8}, "'ms_per_token' of time of point is missing"), (7, "time of point must be an object")):
+    for bad, names in (({"batch": 8}, "'time.ms_per_token' is missing"), (7, "'time' must be an object")):
         with pytest.raises(CorruptError, match=names):
             MeasuredPoint.from_json(timed | {"time": bad})

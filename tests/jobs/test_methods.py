@@ -11,7 +11,7 @@ from moe_prism.catalogue import methods
 from moe_prism.compress.changes import Change, weight_changes
 from moe_prism.elastic.bind import bind
 from moe_prism.errors import UsageError
-from moe_prism.jobs.frontier import measure_frontier, subject_of
+from moe_prism.jobs.frontier import evaluation_windows, measure_frontier, subject_of
 from moe_prism.jobs.skip import make_plan, with_parameters
 from moe_prism.methods.base import Method
 from moe_prism.methods.find import method
@@ -107,6 +107,26 @@ def full_hidden(source):
 
 def stored(source):
     return open_model(source).elastic.stored_bytes_per_weight
+
+
+@torch.no_grad()
+def test_plain_top_k_is_what_a_router_that_normalises_does_with_fewer_experts(text_file):
+    """nano-mix scales the weights of its choice to 1, whatever their number."""
+    asked = options(text_file, methods=("uniform",))
+    plain = {p.name: p for p in measure_frontier("nano-mix", asked).baseline_topk}
+    opened = open_model("nano-mix")
+    opened.elastic.detach()
+    ids = evaluation_windows(opened, asked).ids
+
+    def predicted(k):
+        for layer in opened.model.model.layers:
+            layer.mlp.gate.top_k = k
+        return opened.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+
+    source = predicted(4)
+    for k in (3, 2, 1):
+        kl = float((source.exp() * (source - predicted(k))).sum(-1).mean())
+        assert plain[f"top-{k}"].kl == pytest.approx(kl, rel=1e-4) and plain[f"top-{k}"].budget == pytest.approx(k / 4)
 
 
 def save_plan(source, text_file, path):

@@ -14,7 +14,7 @@ from moe_prism.checkpoint import Source
 from moe_prism.errors import UsageError
 from moe_prism.jobs.prune import prune_model
 from moe_prism.jobs.refactor import RefactorOptions, refactor
-from moe_prism.jobs.refactor_resources import resources_of
+from moe_prism.jobs.resources import resources_of
 from moe_prism.model import find_layers, load_model, load_to_run
 from moe_prism.options.prune import PruneOptions
 from tests.checkpoint.quantized import quantize

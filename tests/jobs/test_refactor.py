@@ -205,8 +205,7 @@ def test_a_dense_model_is_one_expert(tiny_dense, tiny_calibration, tmp_path):
     for split in (False, True):
         model._moe_prism.always_split = split
         torch.testing.assert_close(model(**rows).logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-    with moe_prism.operating_point(model, k=1) as elastic:
-        elastic.reset_counters()
+    with moe_prism.operating_point(model, k=1) as elastic, elastic.count():
         assert not torch.allclose(model(**rows).logits, expected)
         assert all(layer.counter.kept == rows["input_ids"].numel() for layer in elastic.layers)
 
@@ -229,8 +228,7 @@ def test_a_predictor_fitted_on_request_is_stored_used_and_paid_for(tiny_source, 
     params = {}
     for scorer in ("ridge", "low-rank"):
         three = OperatingPoint(slots=SlotRule(budget=3 / slots_per_token(model._moe_prism), rule="product", scorer=scorer))
-        with moe_prism.operating_point(model, point=three) as elastic:
-            elastic.reset_counters()
+        with moe_prism.operating_point(model, point=three) as elastic, elastic.count():
             assert torch.isfinite(model(input_ids=rows).logits).all()
             params[scorer] = measured_cost(elastic, elastic.step).active_expert_params
     # the same slots are kept in number, so the difference is what the predictors read

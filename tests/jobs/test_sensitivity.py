@@ -111,8 +111,7 @@ def test_the_plan_is_exact_at_full_budget_and_counts_on_average(profiled):
     model._moe_prism.always_split = True
     with torch.no_grad(), moe_prism.operating_point(model, 1.0, rule="layer-budgets"):
         torch.testing.assert_close(model(**rows).logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-    with torch.no_grad(), moe_prism.operating_point(model, 0.5, rule="layer-budgets") as elastic:
-        elastic.reset_counters()
+    with torch.no_grad(), moe_prism.operating_point(model, 0.5, rule="layer-budgets") as elastic, elastic.count():
         model(**rows)
         kept = [layer.counter.kept for layer in elastic.layers]
         assert sum(kept) * 2 == sum(layer.counter.chosen * 4 for layer in elastic.layers)

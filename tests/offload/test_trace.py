@@ -56,8 +56,8 @@ def test_records_kept_slots_of_an_operating_point(elastic_tiny):
     model, _ = load(elastic_tiny)
     before = [layer.parts.layer for layer in model._moe_prism.layers]
     with operating_point(model, 0.5) as elastic, torch.no_grad():
-        elastic.reset_counters()
-        expected = model(input_ids=IDS).logits
+        with elastic.count():
+            expected = model(input_ids=IDS).logits
         kept = [layer.counter.kept for layer in elastic.layers]
         trace = record(TraceRecorder(model, values=True), [("evaluation", IDS)], prompt=8)
         assert torch.equal(model(input_ids=IDS).logits, expected)

@@ -17,7 +17,8 @@ from moe_prism.report import chart, write_png, write_report
 from moe_prism.report.html import render
 from moe_prism.report.summary import duels, full_bytes, main_rule, sentences
 
-EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>&\u2028"
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>&"
+LINES = "\u2028\u2029"  # no name may hold them; a text may
 SAMPLE = {"budget": 0.5, "prompt": "def f(", "text": "x):\n    return x", "tokens_per_s": 41.26}
 
 
@@ -96,7 +97,7 @@ def test_hostile_names_stay_text(frontier):
     evil = [replace(p, name=EVIL + p.name, rule=EVIL) for p in frontier.points]
     plain = tuple(replace(p, name=EVIL + p.name) for p in frontier.baseline_topk)
     hostile = Frontier(EVIL, EVIL, 4, tuple(evil), plain, {EVIL: EVIL})
-    text = render(hostile, {"samples": [dict(SAMPLE, prompt=EVIL, text=EVIL)], "notes": [EVIL]})
+    text = render(hostile, {"samples": [dict(SAMPLE, prompt=EVIL, text=EVIL + LINES)], "notes": [EVIL + LINES]})
     page = Page(text)
     assert page.tags.count("script") == 1 and "img" not in page.tags
     assert Frontier.from_json(json.loads("".join(page.scripts))) == hostile

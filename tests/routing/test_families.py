@@ -79,8 +79,7 @@ def test_every_stage_runs_and_skips(model):
     elastic = attach(model, 1)
     layers, k = len(elastic.layers), experts_per_token(model, elastic.layers[0].parts.layer)
     for plan in every(layers, k, 1):
-        elastic.reset_counters()
-        with operating_point(model, point=point(plan)):
+        with operating_point(model, point=point(plan)), elastic.count():
             assert torch.isfinite(model(IDS).logits).all()
         for layer in elastic.layers:
             counter = layer.counter
@@ -186,8 +185,7 @@ def test_skipping_composes_with_sub_experts():
     skip, none = RoutingStage(layers=(1,) * layers), RoutingStage(layers=(k,) * layers)
 
     def run(budget, plan):
-        elastic.reset_counters()
-        with operating_point(model, point=point(plan, budget)):
+        with operating_point(model, point=point(plan, budget)), elastic.count():
             return model(IDS).logits, [layer.counter.kept / layer.counter.tokens for layer in elastic.layers]
 
     assert torch.equal(run(0.5, none)[0], run(0.5, None)[0])

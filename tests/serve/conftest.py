@@ -1,16 +1,30 @@
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 pytest.importorskip("fastapi")
 
-from tests.serve.house import open_house, with_levels
+from tests.serve.house import TEMPLATE, open_house, with_levels
 
 
 @pytest.fixture(scope="session")
 def tiny_levels(shared, elastic_tiny):
     """The tiny elastic model with three operating points."""
     return shared("elastic-tiny-levels", lambda folder: with_levels(elastic_tiny, folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_chat(shared, tiny_levels):
+    """The same with a chat template that takes tools and two variables."""
+
+    def make(folder):
+        shutil.copytree(tiny_levels, folder)
+        (folder / "chat_template.jinja").write_text(TEMPLATE)
+        return folder
+
+    return shared("elastic-tiny-chat", make)
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +34,17 @@ def house(tiny_levels):
         yield found
 
 
+@pytest.fixture(scope="module")
+def chat_house(tiny_chat):
+    """The same with a chat template."""
+    with open_house(tiny_chat) as found:
+        yield found
+
+
 @pytest.fixture(autouse=True)
 def nothing_leaks(request):
     """After every test that used the shared server, it holds nothing."""
     yield
-    if "house" in request.fixturenames:
-        assert request.getfixturevalue("house").idle() == []
+    for name in ("house", "chat_house"):
+        if name in request.fixturenames:
+            assert request.getfixturevalue(name).idle() == []

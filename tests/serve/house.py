@@ -22,6 +22,13 @@ LEVELS = [
     {"name": "low", "budget": 0.25, "slots": 2.0, "quality": 0.8},
     {"name": "half", "budget": 0.5, "slots": 4.0, "quality": 0.9},
 ]
+TEMPLATE = (
+    "{% for t in tools or [] %}tool {{ t.function.name + '\n' }}{% endfor %}"
+    "{% if enable_thinking %}{{ 'think\n' }}{% endif %}{% if reasoning_effort %}effort {{ reasoning_effort + '\n' }}{% endif %}"
+    "{% for m in messages %}{{ m.role }}{% if m.tool_call_id %} {{ m.tool_call_id }}{% endif %}: {{ m.content }}"
+    "{% for c in m.tool_calls or [] %} call {{ c.function.name }} {{ c.function.arguments.x }}{% endfor %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 SMALL: dict[str, Any] = {"engine": {"process": False, "requests": 4, "step_tokens": 64, "cache_tokens": 2048, "page": 16}}
 
 
@@ -75,7 +82,7 @@ def open_house(folder: Path, config: Mapping[str, Any] | None = None, **options:
     built = build(folder, ServeOptions(**options), settings)
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
-    app = create_app(built.service, built.door, built.history, options.get("api_key"))
+    app = create_app(built.house, built.history, options.get("api_key"))
     server = make_server(app, built.door, settings, built.service.engine)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()

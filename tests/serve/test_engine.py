@@ -218,7 +218,7 @@ def test_prompt_logprobs_are_those_of_one_forward(nano):
     expected = log_p[:-1].gather(1, torch.tensor(prompts[2][1:])[:, None])[:, 0]
     waves = Waves(model, step_tokens=50)  # in several chunks
     try:
-        _, events, _ = waves.run([prompts[2]], [2], new=1, samplings=[Sampling(logprobs=2, prompt_logprobs=True)])[0]
+        _, events, _ = waves.run([prompts[2]], [2], new=1, samplings=[Sampling(logprobs=2, prompt_logprobs=2)])[0]
     finally:
         waves.engine.stop()
     entries = [entry for event in events for entry in event.prompt]

@@ -15,10 +15,8 @@ from hypothesis import strategies as st
 
 from moe_prism.artefact.load import load
 from moe_prism.elastic.runtime import slots_per_token
-from moe_prism.errors import UsageError
+from moe_prism.errors import CorruptError, UsageError
 from moe_prism.jobs.verify import verify
-from moe_prism.model import load_tokenizer
-from moe_prism.model.load import NANO
 from moe_prism.point import FULL
 from moe_prism.schedule.base import Level
 from moe_prism.serve.config import Config, load_config, read_config
@@ -27,19 +25,9 @@ from moe_prism.serve.engine.paged_attention import Segment, attention, plan
 from moe_prism.serve.engine.sampling import Sampler, draw, logprobs
 from moe_prism.serve.engine.start import compute_threads
 from moe_prism.serve.http.admission import Door
-from moe_prism.serve.http.detokenize import Detokenizer, Stops, token_text
-from moe_prism.serve.http.protocol import Refusal
+from moe_prism.serve.http.detokenize import Stops
+from moe_prism.serve.http.refusal import Refusal
 from moe_prism.serve.requests import Sampling
-
-TOKENIZER = load_tokenizer(NANO)
-
-
-@given(st.text(max_size=60) | st.lists(st.integers(1, TOKENIZER.vocab_size - 1), max_size=40))
-def test_pieces_join_to_the_decoded_text(source):
-    ids = TOKENIZER(source)["input_ids"] if isinstance(source, str) else source
-    made = Detokenizer(TOKENIZER)
-    pieces = [made.push(i) for i in ids]
-    assert "".join(pieces) + made.rest() == TOKENIZER.decode(ids, skip_special_tokens=True)
 
 
 @given(st.lists(st.text("abc", max_size=4), max_size=12), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
@@ -48,15 +36,10 @@ def test_stop_strings_cut_at_the_first_occurrence_however_the_text_comes(pieces,
     shown = "".join(made.push(p) for p in pieces) + made.rest()
     text = "".join(pieces)
     at = min((i for i in (text.find(s) for s in stops) if i >= 0), default=None)
-    assert made.found == (at is not None)
+    assert (made.found is not None) == (at is not None)
     assert shown == (text if at is None else shown)
     if at is not None:  # the stop string that was complete first ends the text, which may be a longer one that began earlier
         assert text.startswith(shown) and any(text[len(shown) :].startswith(s) for s in stops)
-
-
-def test_different_tokens_have_different_texts():
-    ids = range(1, TOKENIZER.vocab_size)
-    assert len({token_text(TOKENIZER, i) for i in ids}) > 0.98 * len(ids)
 
 
 def test_sampling_follows_the_distribution():
@@ -166,8 +149,27 @@ def test_levels_come_from_the_frontier_first(tmp_path):
     assert source == "frontier.json" and [level.name for level in ladder.levels] == ["threshold-4", "threshold-8", "full"]
     (tmp_path / "frontier.json").unlink()
     (tmp_path / "ladder.json").write_text("{}")
-    with pytest.raises(UsageError, match="measured again"):
+    with pytest.raises(CorruptError, match="'levels' is missing; delete it; it is measured again"):
         find_ladder(tmp_path, 16, nothing_refused)
+    level = {"name": "x", "budget": 0.5, "slots": 8.0, "quality": 0.9}
+    bad = [
+        {"slots": -3.0},
+        {"budget": 0.0},
+        {"budget": -1.0},
+        {"quality": -1.0},
+        {"quality": None},
+        {"name": None},
+        {"name": "a\r\nb"},
+    ]
+    bad += [{"name": "full"}, {"more": 1}]
+    for rows in [[{**level, **change}] for change in bad] + [
+        [level, level],
+        [{**level, "name": f"l{i}"} for i in range(100_000)],
+    ]:
+        (tmp_path / "ladder.json").write_text(json.dumps({"levels": rows}))
+        with pytest.raises(CorruptError) as found:
+            find_ladder(tmp_path, 16, nothing_refused)
+        assert "\n" not in str(found.value)
 
 
 def test_a_measured_ladder_is_kept_beside_the_model_and_known_to_verify(elastic_nano, tmp_path):

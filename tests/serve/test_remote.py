@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import pickle
 import socket
 import threading
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx2
@@ -19,19 +20,23 @@ from moe_prism.options.serve import ServeOptions
 from moe_prism.point import FULL
 from moe_prism.schedule.base import Job, Ladder, Level
 from moe_prism.serve.backend import Gauges, Tally
-from moe_prism.serve.config import Config
+from moe_prism.serve.config import Config, read_config
 from moe_prism.serve.http.metrics import Metrics
 from moe_prism.serve.process import engine_main
-from moe_prism.serve.process.messages import Cancel, Facts, Frames, Link, News, Submit, pack
+from moe_prism.serve.process.messages import Cancel, Facts, Failed, Frames, Link, News, Start, Submit, pack
 from moe_prism.serve.process.remote_engine import RemoteEngine
 from moe_prism.serve.requests import Event, Request, Sampling
 from moe_prism.serve.server import run
+from moe_prism.store import StoreOptions
+from moe_prism.store.choose_misses import Misses
 from tests.serve.house import open_house
 
 LADDER = Ladder((Level("low", FULL.with_budget(0.5), 4.0, 0.8), Level("full", FULL, 8.0, 1.0)))
-FACTS = Facts(LADDER, 64, frozenset({1}), 100, "Fifo", 1000.0, "ladder.json", "measured")
+FACTS = Facts(
+    [level.to_json() for level in LADDER.levels], 64, frozenset({1}), 100, "Fifo", 1000.0, "ladder.json", "measured", {}
+)
 PROMPT = "def main(args):\n    return "
-messages = st.lists(st.binary(max_size=200) | st.tuples(st.integers(), st.text(max_size=20)), max_size=6)
+messages = st.lists(st.builds(Cancel, st.text(max_size=200)) | st.builds(Failed, *[st.text(max_size=20)] * 3), max_size=6)
 
 
 @given(messages, st.lists(st.integers(1, 300), min_size=1, max_size=20))
@@ -46,7 +51,7 @@ def test_frames_give_back_the_messages_however_the_bytes_come(sent, cuts):
 
 def test_a_link_carries_large_messages_and_ends():
     ours, theirs = (Link(end) for end in socket.socketpair())
-    large = list(range(200_000))
+    large = Cancel("x" * 1_000_000)
     with ours.socket, theirs.socket:
         sender = threading.Thread(target=ours.send, args=(large,))
         sender.start()
@@ -56,7 +61,7 @@ def test_a_link_carries_large_messages_and_ends():
         with pytest.raises(EOFError):
             theirs.receive()
         with pytest.raises(OSError):
-            ours.send(1)
+            ours.send(Cancel("a"))
 
 
 class FakeProcess:
@@ -183,14 +188,34 @@ def test_what_the_engine_refuses_is_told():
             assert theirs.receive().events == (("a", Event(error=told)),)
 
 
-def test_errors_cross_the_border():
-    class Odd(Exception):
-        """Cannot be unpickled: it is local."""
+def crossed(error):
+    (found,) = Frames().feed(pack(engine_main.told(error)))
+    return found.error()
 
-    explained = pickle.loads(pickle.dumps(engine_main._portable(CorruptError("bad file", "get another"))))
-    assert (explained.cause, explained.next_step, explained.exit_code) == ("bad file", "get another", 4)
-    assert "in the engine's process" in pickle.loads(pickle.dumps(engine_main._portable(OSError(28, "full")))).__notes__[0]
-    assert "Odd: 3" in str(engine_main._portable(Odd(3)))
+
+def test_errors_cross_the_border():
+    explained = crossed(CorruptError("bad file", "get another"))
+    assert (type(explained), explained.cause, explained.next_step, explained.exit_code) == (
+        CorruptError,
+        "bad file",
+        "get another",
+        4,
+    )
+    assert "in the engine's process" in str(crossed(OSError(28, "full"))) and "[Errno 28] full" in str(
+        crossed(OSError(28, "full"))
+    )
+    assert type(Failed("SystemExit", "x", "").error()) is RuntimeError  # only our own errors are looked up
+
+
+def test_a_start_crosses_the_border_without_the_key():
+    options = ServeOptions(
+        api_key="s3cret", points=("a", "b"), config=Path("/x"), store=StoreOptions(5, Path("/y"), misses=Misses(0.5))
+    )
+    config = read_config({"classes": {"a": {"ttft_ms": 5}}, "engine": {"requests": 3}})
+    data = pack(Start.of(Path("/m"), options, config, {"version": 1}))
+    (found,) = Frames().feed(data)
+    assert b"s3cret" not in data
+    assert found.read() == (Path("/m"), replace(options, api_key=None), config) and found.cost == {"version": 1}
 
 
 def test_a_server_whose_engine_ended_fails_at_the_end(monkeypatch):
@@ -198,7 +223,7 @@ def test_a_server_whose_engine_ended_fails_at_the_end(monkeypatch):
     stopped = []
     engine = SimpleNamespace(ended=lambda: "the engine's process was killed by signal 9", policy_name="Fifo", pid=0)
     service = SimpleNamespace(engine=engine, name="m", ladder=LADDER)
-    built = SimpleNamespace(service=service, door=None, history=None, facts=FACTS, stop=lambda: stopped.append(1))
+    built = SimpleNamespace(service=service, house=None, door=None, history=None, facts=FACTS, stop=lambda: stopped.append(1))
     monkeypatch.setattr("moe_prism.serve.build.build", lambda *a: built)
     monkeypatch.setattr("moe_prism.serve.http.app.create_app", lambda *a: None)
     monkeypatch.setattr("moe_prism.serve.server.make_server", lambda *a: SimpleNamespace(run=lambda sockets: None))

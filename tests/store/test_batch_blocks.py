@@ -15,8 +15,7 @@ ROWS = torch.randperm(200, generator=torch.Generator().manual_seed(3))[:6, None]
 def step_of(model, rule, budget):
     """(logits of a step, blocks of it that are counted once for all rows, slots kept)."""
     elastic = model._moe_prism
-    elastic.reset_counters()
-    with elastic.at(Step(bind(elastic, [FULL.with_slots(budget, rule)]))):
+    with elastic.at(Step(bind(elastic, [FULL.with_slots(budget, rule)]))), elastic.count():
         found = model(input_ids=ROWS, use_cache=False).logits
     counters = [layer.counter for layer in elastic.layers]
     return found, sum(int(c.per_batch["blocks"].sum()) for c in counters), sum(c.kept for c in counters)

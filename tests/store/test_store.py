@@ -244,8 +244,7 @@ def test_records_in_int8_form_have_a_price_of_their_own(elastic_tiny, tmp_path, 
     stored, _ = opened(elastic_tiny, tmp_path / "p", smallest(whole, 6), misses=Misses(0.2, low=0.9))
     elastic, layout = stored._moe_prism, store_of(stored).pack.layout
     step = Step(bind(elastic, [FULL.with_budget(0.9)]))
-    with elastic.at(step):
-        elastic.reset_counters()
+    with elastic.at(step), elastic.count():
         stored(input_ids=ids)
         cost = measured_cost(elastic, step)
     low = sum(float(layer.counter.per_token["low"].sum()) for layer in elastic.layers if "low" in layer.counter.per_token)

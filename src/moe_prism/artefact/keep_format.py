@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..checkpoint import DequantizedSource, Journal, LayerStream, OutputFolder, TensorInfo, copy_companions
@@ -22,8 +22,9 @@ from ..checkpoint.atomic import raw_bytes
 from ..checkpoint.convert import ADVICE
 from ..checkpoint.formats import CodedMatrix, StoredWeight
 from ..checkpoint.formats.requantize import Moved, move
-from ..errors import UsageError
+from ..errors import CorruptError, UsageError
 from ..model import MoELayer
+from .load import read_tensors
 from .rewrite import Permute, Progress, refuse_nested
 
 
@@ -211,14 +212,21 @@ def rewrite_quantized(
         with out.stage(shard) as file:
             sums = writer.write(shard, file)
         out.save_tensors(_sums_of(shard), {"sums": torch.tensor(sums, dtype=torch.float64)})
-        journal.finish(shard, shard, out.hashes[shard])
+        journal.finish(shard, out.hashes[shard])
         done += raw.header(shard).size
         if progress:
             progress(done, raw.bytes)
-    rows = torch.stack([load_file(str(out.work / _sums_of(shard)))["sums"] for shard in raw.shards()])
+    rows = torch.stack([_read_sums(out.work / _sums_of(shard)) for shard in raw.shards()])
     for shard in raw.shards():
         out.discard(_sums_of(shard))
     return Sums(*rows.sum(0).tolist()).facts()
+
+
+def _read_sums(path: Path) -> Tensor:
+    sums = read_tensors(path).get("sums")
+    if sums is None or sums.dtype != torch.float64 or sums.shape != (len(Sums._fields),):
+        raise CorruptError(f"{path} holds no sums of what moved", "use --force to start again")
+    return sums
 
 
 def _sums_of(shard: str) -> str:

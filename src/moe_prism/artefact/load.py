@@ -8,30 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from ..checkpoint import elastic_manifest
-from ..checkpoint.manifest import WEIGHTS_FILE
+from ..checkpoint import check_listed, elastic_manifest, read_header
+from ..checkpoint.links import inside
+from ..checkpoint.manifest import WEIGHTS_FILE, check_layers
+from ..checkpoint.shards import read_tensor
 from ..elastic import attach
-from ..elastic.side_tensors import of_today
+from ..elastic.side_tensors import AGAIN, CUTOFFS, RIDGE, check_values, of_today
 from ..errors import CorruptError, UsageError
 from ..model import find_layers, load_to_run, load_tokenizer
+from ..schema.read import one_line
 from ..store import StoreOptions, load_stored
 
 SIDE_FILE = "prism.safetensors"
+DECIDING = (SIDE_FILE, "config.json")
 _NAME = re.compile(r"layers\.(?P<layer>[0-9]{1,6})\.(?P<name>.+)")
 
 
-def load(folder: str | Path, dtype: torch.dtype | None = None, *, store: StoreOptions | None = None) -> tuple[Any, Any]:
+def load(
+    folder: str | Path, dtype: torch.dtype | None = None, *, store: StoreOptions | None = None, verify: bool = False
+) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder written by `refactor`: a transformers model that is elastic and runs at full budget.
 
     dtype None: float32 on a CPU, the checkpoint's own elsewhere. Change the price with `operating_point(model, budget=...)`.
     store: keep the experts on disk and this much of them in memory; the model then runs on the CPU in float32 (docs/explanation/store.md).
-    Raises UsageError for a folder that is not a refactored model, CorruptError if prism.json was damaged.
+    verify: recompute the sha256 of every file first; without, those of the small files that decide what is computed.
+    Raises UsageError for a folder that is not a refactored model, CorruptError for a file that is damaged, changed or does not fit.
     """
-    manifest = elastic_manifest(folder)
+    manifest = whole_manifest(folder, verify)
     tensors = side_tensors(folder, len(manifest["layers"]))
+    check_complete(folder, tensors)
     if store is not None and WEIGHTS_FILE in manifest:
         raise UsageError(
             f"'{folder}' holds a GGUF file, whose experts cannot be read one by one", "run it without --expert-memory"
@@ -41,6 +47,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, *, store: StoreOp
     file = manifest.get(WEIGHTS_FILE)  # of an adopted GGUF
     model = load_to_run(Path(folder) / file if file else folder, dtype)
     layers = find_layers(model)
+    check_layers(folder, manifest, layers)
     if model.device.type == "cpu":
         for layer in layers:
             layer.arrange()
@@ -49,15 +56,41 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, *, store: StoreOp
     return model, load_tokenizer(folder)
 
 
+def whole_manifest(folder: str | Path, every: bool = False) -> dict[str, Any]:
+    """prism.json of an elastic model whose small files, those that decide what it computes, are the ones it lists; every: all files.
+
+    CorruptError names the first that is not.
+    """
+    manifest = elastic_manifest(folder)
+    check_listed(folder, manifest, sorted(manifest["files"]) if every else DECIDING)
+    return manifest
+
+
 def side_tensors(folder: str | Path, layers: int) -> list[dict[str, torch.Tensor]]:
-    """Side tensors per layer from prism.safetensors, whose names are `layers.<i>.<tensor>`, by today's names."""
+    """Side tensors per layer from prism.safetensors, whose names are `layers.<i>.<tensor>`, by today's names, in range.
+
+    CorruptError names what is not. Their shapes are checked against the model when it is made elastic.
+    """
     own: list[dict[str, torch.Tensor]] = [{} for _ in range(layers)]
-    for key, tensor in read_tensors(Path(folder) / SIDE_FILE).items():
+    path = Path(folder) / SIDE_FILE
+    for key, tensor in read_tensors(path).items():
         found = _NAME.fullmatch(key)
         if found is None or int(found["layer"]) >= layers:
-            raise CorruptError(f"{folder}/{SIDE_FILE}: '{key}' belongs to none of {layers} layers", "build the folder again")
+            raise CorruptError(f"{path}: '{one_line(key)}' belongs to none of {layers} layers", "build the folder again")
         own[int(found["layer"])][found["name"]] = tensor
-    return [of_today(tensors) for tensors in own]
+    today = [of_today(tensors) for tensors in own]
+    for i, tensors in enumerate(today):
+        check_values(f"{path}: layer {i}", tensors)
+    return today
+
+
+def check_complete(folder: str | Path, tensors: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """CorruptError for side tensors without those that every elastic model has, or not the same in all layers."""
+    path = Path(folder) / SIDE_FILE
+    for i, own in enumerate(tensors):
+        for name in dict.fromkeys((RIDGE, CUTOFFS, *tensors[0], *own)):
+            if name not in own or name not in tensors[0]:
+                raise CorruptError(f"{path}: layer {i if name not in own else 0} has no '{name}'", AGAIN)
 
 
 def flat_side_tensors(layers: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -66,8 +99,6 @@ def flat_side_tensors(layers: Sequence[Mapping[str, torch.Tensor]]) -> dict[str,
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file. CorruptError if it is missing or damaged."""
-    try:
-        return load_file(str(path))  # type: ignore[no-any-return]
-    except (OSError, SafetensorError) as error:
-        raise CorruptError(f"{path} cannot be read: {error}", "restore the file, or build its folder again") from error
+    """All tensors of a safetensors file of ours. CorruptError if it is missing or damaged, or a link that leads out of the folder."""
+    header = read_header(inside(path))
+    return {info.name: read_tensor(path, info) for info in header.tensors}

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import read_manifest
-from ..checkpoint.manifest import MANIFEST
+from ..checkpoint import check_listed, read_manifest
+from ..checkpoint.companions import CONFIG
+from ..checkpoint.manifest import MANIFEST, PLAIN_KINDS
 from ..elastic import Elastic, attach
 from ..model import load_to_run, load_tokenizer, resolve
+from ..point import NamedPoint, find_point
+from ..point.named import FRONTIER
 from .load import load
 from .source import Weights
 
@@ -23,6 +26,8 @@ class Opened:
     tokenizer: Any
     manifest: Mapping[str, Any] | None
     name: str
+    documents: tuple[str, ...] = ()
+    """SHA-256 of the text that something was chosen by: no measurement may use it."""
 
     @property
     def elastic(self) -> Elastic:
@@ -33,19 +38,29 @@ class Opened:
         return self.elastic.layers[0].parts.n_sub
 
 
+def own_point(asked: str, folder: str | Path) -> NamedPoint:
+    """`find_point` in a folder whose frontier.json is the one that its prism.json lists, where it lists one."""
+    if (Path(folder) / MANIFEST).is_file() and FRONTIER in (manifest := read_manifest(folder))["files"]:
+        check_listed(folder, manifest, [FRONTIER])
+    return find_point(asked, folder)
+
+
 def open_model(folder: str | Path) -> Opened:
     """A folder written by `refactor` or `recover`, or any checkpoint `load_model` takes, with `attach(model, 1)`.
 
     Raises UsageError for a path that is neither, CorruptError for a damaged prism.json.
     """
     path = Path(folder)
+    documents: tuple[str, ...] = ()
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
-        if manifest.get("kind") != "pruned":  # a pruned checkpoint is a plain one
+        if manifest.get("kind") not in PLAIN_KINDS:
             model, tokenizer = load(path)
-            return Opened(model, tokenizer, manifest, path.name)
+            return Opened(model, tokenizer, manifest, path.name, tuple(manifest["calibration"]["documents"]))
+        check_listed(path, manifest, [CONFIG])
+        documents = tuple(manifest.get("documents", ()))
     where = resolve(folder)
     stored = Weights(where).bytes_per_weight
     model = load_to_run(where)
     attach(model, 1).stored_bytes_per_weight = stored
-    return Opened(model, load_tokenizer(where), None, Path(where).name)
+    return Opened(model, load_tokenizer(where), None, Path(where).name, documents)

@@ -51,7 +51,7 @@ def rewrite_shards(
     for shard in pending:
         with out.stage(shard) as file:
             writer.write(shard, file)
-        journal.finish(shard, shard, out.hashes[shard])
+        journal.finish(shard, out.hashes[shard])
         written += source.header(shard).size
         if progress:
             progress(written, source.bytes)

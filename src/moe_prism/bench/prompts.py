@@ -18,11 +18,11 @@ Cut = Callable[[int, random.Random], Prompt]  # tokens -> a prompt of that many
 
 def cut_tokens(folder: str | Path) -> Cut:
     """Prompts as token ids, exact in length, by the tokenizer of a model folder."""
-    from transformers import AutoTokenizer
+    from ..model import load_tokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
+        tokenizer = load_tokenizer(folder)
+    except UsageError as error:
         raise UsageError(f"no tokenizer in '{folder}'", "give a folder with tokenizer.json") from error
     ids: list[int] = tokenizer(_text(), add_special_tokens=False, verbose=False)["input_ids"]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..model import MoELayer
@@ -24,11 +26,21 @@ class RoutedBatch:
     residual: Tensor | None = None  # [T, d] the residual stream the layer adds to; likewise
 
 
+Kept = tuple[tuple[str | int, ...], torch.dtype]
+"""Shape and kind of a statistic: E experts, d hidden, C tokens of a reservoir, S <= C of a sample, k experts per token, or a number."""
+
+
 class Collector(ABC):
     """Mergeable statistics of one layer. Memory must be bounded by the settings, whatever the number of tokens."""
 
+    keeps: ClassVar[Mapping[str, Kept]]
+    """What `state` holds; a file is held against it."""
+
     needs: ClassVar[frozenset[str]] = frozenset()
     """Fields of `RoutedBatch` beyond those that are always there. One can be None all the same, in a family that does not show it."""
+
+    has_domains: ClassVar[bool] = False
+    """Small sums that add up (`merge`): kept for every domain of the text by itself, and those of all are their sum."""
 
     def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
         """capacity: tokens per expert a reservoir may keep."""
@@ -44,6 +56,10 @@ class Collector(ABC):
 
     @abstractmethod
     def load(self, state: dict[str, Tensor]) -> None: ...
+
+    def merge(self, state: dict[str, Tensor]) -> None:
+        """Take in what another pass over other tokens gathered."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be merged")
 
     @staticmethod
     @abstractmethod

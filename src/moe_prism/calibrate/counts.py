@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from ..model import MoELayer
-from .base import Collector, RoutedBatch
+from .base import Collector, Kept, RoutedBatch
 
 
 class ChoiceCounts(Collector):
     """count [E] (int64), weight_sum [E] (float64), tokens [1]."""
+
+    has_domains = True
+    keeps: ClassVar[Mapping[str, Kept]] = {
+        "count": (("E",), torch.int64),
+        "weight_sum": (("E",), torch.float64),
+        "tokens": ((1,), torch.int64),
+    }
 
     def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
         super().__init__(layer, capacity=capacity, seed=seed)
@@ -30,6 +40,11 @@ class ChoiceCounts(Collector):
 
     def load(self, state: dict[str, Tensor]) -> None:
         self.count, self.weight_sum, self.tokens = (state[k].clone() for k in ("count", "weight_sum", "tokens"))
+
+    def merge(self, state: dict[str, Tensor]) -> None:
+        self.count, self.weight_sum, self.tokens = (
+            mine + state[k] for k, mine in (("count", self.count), ("weight_sum", self.weight_sum), ("tokens", self.tokens))
+        )
 
     @staticmethod
     def bytes_per_layer(layer: MoELayer, capacity: int) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..model import MoELayer
-from .base import Collector, RoutedBatch
+from .base import Collector, Kept, RoutedBatch
 from .tokens import SKIPPED_POSITIONS, token_keys
 
 
@@ -22,6 +23,13 @@ class Grams(Collector):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"scores", "residual"})
+    keeps: ClassVar[Mapping[str, Kept]] = {
+        "gram": (("S", "E", "E"), torch.float32),
+        "scores": (("S", "E"), torch.float32),
+        "index": (("S", "k"), torch.int64),
+        "weight": (("S", "k"), torch.float32),
+        "key": (("S",), torch.int64),
+    }
 
     def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
         super().__init__(layer, capacity=capacity, seed=seed)

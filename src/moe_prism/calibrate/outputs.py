@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..model import MoELayer
-from .base import Collector, RoutedBatch
+from .base import Collector, Kept, RoutedBatch
 
 SUMS = ("norm", "norm_sq", "gated", "gated_sq", "easy")
 
@@ -22,6 +23,15 @@ class Outputs(Collector):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"residual"})
+    has_domains = True
+    keeps: ClassVar[Mapping[str, Kept]] = {
+        **dict.fromkeys(SUMS, (("E",), torch.float64)),
+        "count": (("E",), torch.int64),
+        "max": (("E",), torch.float32),
+        "hidden_max": ((1,), torch.float32),
+        "tokens": ((1,), torch.int64),
+        "residual_tokens": ((1,), torch.int64),
+    }
 
     def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
         super().__init__(layer, capacity=capacity, seed=seed)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,18 +27,27 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """capacity: reservoir tokens per expert; memory_bytes bounds what all collectors hold together; batch: windows per forward."""
+    """capacity: reservoir tokens per expert; memory_bytes bounds what all collectors hold together; batch: windows per forward.
+
+    domains: of the text; of each, what collectors with `has_domains` gather is kept by itself.
+    """
 
     collectors: tuple[str, ...] = ("counts", "tokens")
     capacity: int = 2048
     memory_bytes: int = 4 << 30
     batch: int = 8
     seed: int = 0
+    domains: tuple[str, ...] = ()
+
+    def gathered(self) -> list[str]:
+        """What is gathered: the name of a collector, or domain/name where each domain has its own."""
+        keyed = [n for n in self.collectors if self.domains and registry.get(n).has_domains]
+        return [*(f"{d}/{n}" for d in self.domains for n in keyed), *(n for n in self.collectors if n not in keyed)]
 
 
 def declared_bytes(layers: Sequence[MoELayer], settings: Settings, capacity: int) -> int:
     """What the collectors may hold together, by their own declaration."""
-    makers = [registry.get(name) for name in settings.collectors]
+    makers = [registry.get(name) for name in map(_collector, settings.gathered())]
     return sum(m.bytes_per_layer(layer, capacity) for m in makers for layer in layers)
 
 
@@ -61,15 +72,27 @@ class Pass:
         self.model, self.layers, self.settings = model, layers, settings
         self.capacity = bounded_capacity(layers, settings)
         self.collectors: list[dict[str, Collector]] = [
-            {n: registry.get(n)(layer, capacity=self.capacity, seed=settings.seed) for n in settings.collectors}
-            for layer in layers
+            {key: self._new(layer, _collector(key)) for key in settings.gathered()} for layer in layers
         ]
         self.done = 0  # windows
+        self.domain = ""  # that of the batch which runs
         self.profile = torch.zeros(0, 1, dtype=torch.long)
 
+    def _new(self, layer: MoELayer, name: str) -> Collector:
+        return registry.get(name)(layer, capacity=self.capacity, seed=self.settings.seed)
+
     @torch.no_grad()
-    def run(self, ids: Tensor, progress: Progress | None = None, after_batch: Callable[[], None] | None = None) -> None:
-        """ids [n, length]. Continues after the `done` windows; the layers' own computation is untouched."""
+    def run(
+        self,
+        ids: Tensor,
+        progress: Progress | None = None,
+        after_batch: Callable[[], None] | None = None,
+        parts: Sequence[tuple[str, int]] = (),
+    ) -> None:
+        """ids [n, length]. Continues after the `done` windows; the layers' own computation is untouched.
+
+        parts: (domain, windows) in their order; a batch never holds two, so that each is summed as if it were alone.
+        """
         backbone = backbone_of(self.model)
         length = ids.shape[1]
         stack = ExitStack()
@@ -77,8 +100,11 @@ class Pass:
         try:
             for layer, mine in zip(self.layers, self.collectors, strict=True):
                 layer.install(self._observer(layer, mine, length, self._views(layer, stack)))
+            ends = list(accumulate(rows for _, rows in parts)) or [len(ids)]
             while self.done < len(ids):
-                batch = ids[self.done : self.done + self.settings.batch]
+                place = bisect_right(ends, self.done)
+                self.domain = parts[place][0] if parts else ""
+                batch = ids[self.done : min(self.done + self.settings.batch, ends[place])]
                 backbone(input_ids=batch.to(input_device(self.model)), use_cache=False)
                 self.done += len(batch)
                 if progress:
@@ -111,31 +137,52 @@ class Pass:
                 )
             more = {name: view(x) for name, view in views.items()}
             routed = RoutedBatch(x, index, weight, self.done * window, window, **more)
-            for collector in mine.values():
-                collector.update(routed)
+            for key, collector in mine.items():
+                if key.rpartition("/")[0] in ("", self.domain):
+                    collector.update(routed)
             return layer.stock(x, index, weight)
 
         return observe
 
     def statistics(self, facts: dict[str, Any] | None = None) -> Statistics:
         """What the collectors have gathered so far."""
-        layers = [
-            LayerStatistics(layer.name, {n: c.state() for n, c in mine.items()})
-            for layer, mine in zip(self.layers, self.collectors, strict=True)
-        ]
+        layers = [self._gathered(layer, mine) for layer, mine in zip(self.layers, self.collectors, strict=True)]
         return Statistics(layers, self.profile, {"capacity": self.capacity, "windows": self.done, **(facts or {})})
 
+    def _gathered(self, layer: MoELayer, mine: dict[str, Collector]) -> LayerStatistics:
+        found = LayerStatistics(layer.name, {})
+        for name in self.settings.collectors:
+            if name in mine:
+                found.values[name] = mine[name].state()
+                continue
+            whole = self._new(layer, name)
+            for domain in self.settings.domains:
+                own = found.domains.setdefault(domain, {})[name] = mine[f"{domain}/{name}"].state()
+                whole.merge(own)
+            found.values[name] = whole.state()
+        return found
+
     def state(self) -> dict[str, Tensor]:
-        flat = {f"{i}/{k}": v for i, layer in enumerate(self.statistics().layers) for k, v in layer.flat().items()}
+        """Everything gathered, and how far the pass is; `load` on a new one goes on bit-identically."""
+        flat = {
+            f"{i}/{key}.{k}": v.contiguous()
+            for i, mine in enumerate(self.collectors)
+            for key, collector in mine.items()
+            for k, v in collector.state().items()
+        }
         return {"done": torch.tensor([self.done]), **flat}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on from what an interrupted pass had gathered."""
         self.done = int(state["done"])
         for i, mine in enumerate(self.collectors):
-            for name, collector in mine.items():
-                prefix = f"{i}/{name}."
+            for key, collector in mine.items():
+                prefix = f"{i}/{key}."
                 collector.load({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+
+def _collector(key: str) -> str:
+    return key.rpartition("/")[2]
 
 
 def backbone_of(model: Any) -> Any:

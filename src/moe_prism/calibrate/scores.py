@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..model import MoELayer
-from .base import Collector, RoutedBatch
+from .base import Collector, Kept, RoutedBatch
 
 KINDS = ("softmax", "sigmoid", "identity")
 """How the score of an expert becomes its weight, before any normalisation over the chosen."""
@@ -22,6 +23,12 @@ class Scores(Collector):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"scores"})
+    has_domains = True
+    keeps: ClassVar[Mapping[str, Kept]] = {
+        "prob_sum": (("E",), torch.float64),
+        "tokens": ((1,), torch.int64),
+        "kind": ((1,), torch.int64),
+    }
 
     def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
         super().__init__(layer, capacity=capacity, seed=seed)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from ..checkpoint import check_finite
+from ..errors import CorruptError, UsageError
+from ..model import MoELayer
+from . import collectors
+
+AGAIN = "calibrate again"
+COUNTED = ("count", "kept", "tokens", "residual_tokens")
 
 
 @dataclass
 class LayerStatistics:
-    """Statistics of one MoE layer, keyed collector -> name -> tensor."""
+    """Statistics of one MoE layer, keyed collector -> name -> tensor; domains: of each domain of the text, what has it (`has_domains`)."""
 
     name: str
     values: dict[str, dict[str, Tensor]]
+    domains: dict[str, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
 
     def inputs(self, expert: int) -> tuple[Tensor, Tensor]:
         """Sampled inputs x [S, d] (float32) and routing weights [S] of one expert."""
@@ -26,16 +37,55 @@ class LayerStatistics:
         return [int(n) for n in self.values["tokens"]["kept"]] if "tokens" in self.values else []
 
     def flat(self) -> dict[str, Tensor]:
-        return {f"{c}.{k}": v.contiguous() for c, state in self.values.items() for k, v in state.items()}
+        """By one name each: collector.name, or domain/collector.name."""
+        every = {"": self.values, **{f"{domain}/": values for domain, values in self.domains.items()}}
+        return {
+            f"{d}{c}.{k}": v.contiguous() for d, values in every.items() for c, state in values.items() for k, v in state.items()
+        }
 
     @staticmethod
     def unflat(name: str, tensors: dict[str, Tensor]) -> LayerStatistics:
         """From flat names, as a file holds them, back to collectors and their statistics."""
-        values: dict[str, dict[str, Tensor]] = {}
+        found = LayerStatistics(name, {})
         for key, tensor in tensors.items():
-            collector, _, inner = key.partition(".")
+            domain, _, rest = key.rpartition("/")
+            collector, _, inner = rest.partition(".")
+            values = found.domains.setdefault(domain, {}) if domain else found.values
             values.setdefault(collector, {})[inner] = tensor
-        return LayerStatistics(name, values)
+        return found
+
+    def check(self, where: str, capacity: int, sizes: dict[str, int]) -> None:
+        """CorruptError for statistics that no collector keeps, of another shape or kind of number, or out of range.
+
+        sizes: what is known of E and d; what is found first holds for the layers that follow.
+        """
+        own = {"C": capacity, **sizes}
+        for values in (self.values, *self.domains.values()):
+            _check_kept(values, where, own)
+        if own.get("S", 0) > capacity or any(n > capacity for n in self.kept()):
+            raise CorruptError(f"{where}: it keeps more tokens than its {capacity} places", AGAIN)
+        sizes.update({name: own[name] for name in ("E", "d") if name in own})
+
+
+def _check_kept(values: dict[str, dict[str, Tensor]], where: str, own: dict[str, int]) -> None:
+    """`LayerStatistics.check` of all text or of one domain; adds to the sizes that are known."""
+    for collector, state in values.items():
+        if collector not in collectors.names():
+            raise CorruptError(f"{where}: no collector '{collector[:80]}' is known", AGAIN)
+        keeps = collectors.get(collector).keeps
+        for name in (*keeps, *state):
+            if name not in state or name not in keeps:
+                what = "is missing" if name in keeps else "is not known"
+                raise CorruptError(f"{where}: '{collector}.{name[:80]}' {what}", AGAIN)
+        for name, (shape, dtype) in keeps.items():
+            tensor, place = state[name], f"{where}: '{collector}.{name}'"
+            ends = [x if isinstance(x, int) else own.setdefault(x, n) for x, n in zip(shape, tensor.shape, strict=False)]
+            if tensor.ndim != len(shape) or list(tensor.shape) != ends or tensor.dtype != dtype:
+                found = f"{_name(tensor.dtype)}{list(tensor.shape)}"
+                raise CorruptError(f"{place} is {found}, expected {_name(dtype)}{ends}", AGAIN)
+            check_finite(f"{collector}.{name}", tensor, where)
+            if name in COUNTED and tensor.numel() and int(tensor.min()) < 0:
+                raise CorruptError(f"{place} holds a number below 0", AGAIN)
 
 
 @dataclass
@@ -46,6 +96,24 @@ class Statistics:
     profile: Tensor  # token ids [n, length], evenly spaced over the calibration text
     facts: dict[str, Any] = field(default_factory=dict)
 
+    def check_fits(self, layers: Sequence[MoELayer]) -> None:
+        """UsageError where they are of a model with other layers."""
+        if [layer.name for layer in self.layers] != [layer.name for layer in layers]:
+            raise UsageError("the calibration has other layers than the model", "calibrate this model")
+        for mine, layer in zip(self.layers, layers, strict=True):
+            found = {
+                end: size
+                for collector, state in mine.values.items()
+                for name, (shape, _) in collectors.get(collector).keeps.items()
+                for end, size in zip(shape, state[name].shape, strict=True)
+            }
+            if found.get("E", layer.num_experts) != layer.num_experts or found.get("d", layer.hidden) != layer.hidden:
+                raise UsageError(f"the calibration does not fit '{layer.name}'", "calibrate this model")
+
     def starved(self, minimum: int) -> list[tuple[int, int, int]]:
         """(layer, expert, sampled tokens) of every expert with fewer than `minimum` tokens."""
         return [(i, e, n) for i, layer in enumerate(self.layers) for e, n in enumerate(layer.kept()) if n < minimum]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -7,12 +7,15 @@ continues bit-identically. Storing inputs instead of activations serves partitio
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..model import MoELayer
-from .base import Collector, RoutedBatch
+from .base import Collector, Kept, RoutedBatch
 
 # The first token of a window has massive activations that say nothing about the others (spec of Super Experts; measured).
 SKIPPED_POSITIONS = 1
@@ -20,6 +23,13 @@ SKIPPED_POSITIONS = 1
 
 class TokenReservoir(Collector):
     """x [E, capacity, d] (float16), weight [E, capacity], key [E, capacity] (int64, ascending), kept [E]."""
+
+    keeps: ClassVar[Mapping[str, Kept]] = {
+        "x": (("E", "C", "d"), torch.float16),
+        "weight": (("E", "C"), torch.float32),
+        "key": (("E", "C"), torch.int64),
+        "kept": (("E",), torch.int64),
+    }
 
     def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
         super().__init__(layer, capacity=capacity, seed=seed)

@@ -1,14 +1,24 @@
 """Checkpoints on disk: checked reading, one layer at a time in memory, and output that is complete or absent."""
 
 from .atomic import OutputFolder, sha256_file
+from .change import changing, put_file, update_manifest
 from .companions import companion_facts, copy_companions
 from .dequantized import DequantizedSource, open_source
 from .header import TensorInfo, read_header
 from .journal import Journal
 from .links import follow_links
-from .manifest import Check, elastic_manifest, read_manifest, source_facts, update_manifest, verify, versions, write_manifest
+from .manifest import (
+    Check,
+    check_listed,
+    elastic_manifest,
+    read_manifest,
+    source_facts,
+    verify,
+    write_manifest,
+)
 from .shards import Source, check_finite, first_non_finite
 from .stream import LayerStream
+from .versions import versions
 from .whole import open_whole
 
 __all__ = [
@@ -19,7 +29,9 @@ __all__ = [
     "OutputFolder",
     "Source",
     "TensorInfo",
+    "changing",
     "check_finite",
+    "check_listed",
     "companion_facts",
     "copy_companions",
     "elastic_manifest",
@@ -27,6 +39,7 @@ __all__ = [
     "follow_links",
     "open_source",
     "open_whole",
+    "put_file",
     "read_header",
     "read_manifest",
     "sha256_file",

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from ..errors import DoesNotFit, UsageError
 from ..files import sync_folder
+from ..schema import is_file_name, is_inner_name
 from .header import NAMES
-from .shards import check_finite, is_file_name, is_inner_name
+from .shards import check_finite
 
 JOURNAL = "journal.json"
 
@@ -43,7 +45,7 @@ class OutputFolder:
         self._aside = self.out.with_name(self.out.name + ".replaced")
         self._lock_path = self.out.with_name(self.out.name + ".lock")
         self.hashes: dict[str, str] = {}
-        self._lock = _lock(self._lock_path, self.out)
+        self._lock: BinaryIO | None = _lock(self._lock_path, self.out)
         try:
             self._prepare(force, resume)
         except BaseException:
@@ -170,8 +172,7 @@ class OutputFolder:
 
     def _unlock(self) -> None:
         if self._lock is not None:
-            self._lock_path.unlink(missing_ok=True)  # while held: a waiter notices that its file is gone and opens a new one
-            self._lock.close()
+            _release(self._lock, self._lock_path)
             self._lock = None
 
 
@@ -187,7 +188,30 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _lock(path: Path, out: Path) -> BinaryIO | None:
+@contextmanager
+def held(folder: Path, patience: float) -> Iterator[None]:
+    """Inside, nobody else writes this folder or changes it. UsageError after so many seconds of waiting; folder: resolved."""
+    path, until = folder.with_name(folder.name + ".lock"), time.monotonic() + patience
+    while True:
+        try:
+            lock = _lock(path, folder)
+            break
+        except UsageError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
+    try:
+        yield
+    finally:
+        _release(lock, path)
+
+
+def _release(lock: BinaryIO, path: Path) -> None:
+    path.unlink(missing_ok=True)  # while held: a waiter notices that its file is gone and opens a new one
+    lock.close()
+
+
+def _lock(path: Path, out: Path) -> BinaryIO:
     while True:
         file = path.open("a+b")
         try:

@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..errors import CorruptError
+from ..schema import decode, is_file_name
+from ..schema.common import DEPTH
+from ..schema.config import CONFIG_BOUNDS
 from .atomic import JOURNAL, OutputFolder
 from .dequantized import DequantizedSource
 from .links import follows_links, leads_out
-from .shards import DEPTH, INDEX, Source, is_file_name
+from .shards import INDEX, Source
 
 CARD, SOURCE_CARD = "README.md", "README-source.md"
 CONFIG = "config.json"
@@ -55,27 +59,42 @@ def companions(folder: str | Path, source: Source | None = None) -> tuple[list[s
 
 
 def copy_companions(folder: str | Path, out: OutputFolder, source: Source | None = None) -> None:
-    """Copy what travels byte for byte; only `auto_map` (remote code) is taken out, and a model card gets another name."""
+    """Copy what travels byte for byte; only what names code is taken out, and a model card gets another name."""
     for name in companions(folder, source)[0]:
         data = source.config_bytes() if source and name == CONFIG else (Path(folder) / name).read_bytes()
-        out.write_bytes(SOURCE_CARD if name == CARD else name, without_auto_map(name, data))
+        out.write_bytes(SOURCE_CARD if name == CARD else name, without_code(name, data))
 
 
-def without_auto_map(name: str, data: bytes) -> bytes:
-    """JSON `data` without its `auto_map` key; anything else, and JSON that has none, unchanged."""
-    if not name.endswith(".json") or b'"auto_map"' not in data:
+def without_code(name: str, data: bytes) -> bytes:
+    """JSON `data` without the keys that name code to run or a kernel to fetch; anything else, and JSON that has none, unchanged."""
+    if not name.endswith(".json") or not any(word in data for word in (b"auto_map", b"_implementation", b"custom_generate")):
         return data
-    value = json.loads(data)
-    if not isinstance(value, dict) or value.pop("auto_map", None) is None:
-        return data
-    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+    try:
+        value = decode(data, name, bounds=CONFIG_BOUNDS)
+    except CorruptError:
+        return data  # no JSON that a library would read either
+    kept = _without(value)
+    return data if kept == value else json.dumps(kept, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _without(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {k: _without(v) for k, v in value.items() if not _names_code(k, v)}
+
+
+def _names_code(key: str, value: Any) -> bool:
+    """A hub kernel is named owner/name; a plain implementation is one of transformers' own."""
+    return key in ("auto_map", "custom_generate") or (key.endswith("_implementation") and "/" in json.dumps(value))
 
 
 def licence(folder: str | Path) -> dict[str, str]:
     """The licence fields of a folder's model card: those of its front matter, as they are written there."""
     for name in (CARD, SOURCE_CARD):
         path = Path(folder) / name
-        if path.is_file():
+        if path.is_file() and (follows_links() or not leads_out(path)):
             front = re.match(r"---\r?\n(.*?)\r?\n---", path.read_bytes().decode("utf-8", "replace"), re.DOTALL)
             found = dict(LICENCE.findall(front[1])) if front else {}
             if found:

@@ -12,26 +12,34 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gene
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import UsageError
+from ..schema import check
+from ..schema.config import ConfigForm, cleaned, parts
+from ..schema.read import RESTORE, one_line
 from .shards import read_json
 
 ROW = 16
-WRONG = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError)
+WRONG = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError, StrictDataclassError,
+)  # fmt: skip
+"""What a library raises at values that it did not expect."""
 
 
 def read_config(folder: Path, value: dict[str, Any] | None = None) -> Any:
-    """config.json as a transformers config, without the keys that could make a library fetch or run code.
+    """config.json as a transformers config, within bounds, without the keys that could make a library fetch or run code.
 
     value: what it says, where that is not what the file says (`DequantizedSource.config`).
     """
     path = folder / "config.json"
     raw = read_json(path) if value is None else value
+    for part in parts(raw):
+        check(ConfigForm, part, str(path), RESTORE)
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise UsageError(f"{path}: model_type {str(kind)[:60]!r} is not one that transformers knows", "update transformers")
     try:
         config = CONFIG_MAPPING[kind]
         # the class's own reader of special floats ({"__float__": "Infinity"}), which from_pretrained applies and from_dict does not
-        return config.from_dict(_clean(config._decode_special_floats(raw)))
+        return config.from_dict(cleaned(config._decode_special_floats(raw)))
     except WRONG as error:
         raise UsageError(f"{path} is not a valid configuration: {_line(error)}", "restore it from its source") from error
 
@@ -76,12 +84,4 @@ def run_aligned(model: Any) -> Any:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _clean(value: Any) -> Any:
-    """Without code references, private fields and implementation names (a hub kernel can be named there), at any depth."""
-    if not isinstance(value, dict):
-        return value
-    banned = ("auto_map", "attn_implementation", "experts_implementation")
-    return {k: _clean(v) for k, v in value.items() if k not in banned and not str(k).startswith("_")}
+    return one_line((str(error).strip().splitlines() or [type(error).__name__])[0], 200)

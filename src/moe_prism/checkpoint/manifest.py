@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, UsageError
-from ..files import replace_file
+from ..schema import check, read_json
+from ..schema.manifest import KINDS, NEXT
+from ..schema.read import one_line
 from .atomic import JOURNAL, OutputFolder, sha256_file
 from .companions import origin
 from .header import TORCH, read_header
-from .shards import INDEX, SINGLE, Source, check_finite, is_inner_name, read_tensor
+from .links import inside
+from .shards import INDEX, SINGLE, Source, check_finite, read_tensor
+from .versions import versions
 
 MANIFEST = "prism.json"
+UPDATE = ".update"
+"""Where a change of a finished folder is written; what lies there does not count yet."""
+REMEASURED = ("frontier.json", "ladder.json", "report.html", "frontier.png")
+"""Files that somebody may remove: they are measured again."""
 SCHEMA = 1
 WEIGHTS_FILE = "weights_file"
 """The fact that names the GGUF file of a folder that has no safetensors weights."""
-LIBRARIES = ("moe-prism", "torch", "transformers", "safetensors")
-NEXT = "restore the folder from a copy, or build it again"
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,8 @@ class Check:
     detail: str
 
 
-def versions() -> dict[str, str]:
-    """Versions of this tool and of the libraries that decide the bytes."""
-    return {name: version(name) for name in LIBRARIES}
+PLAIN_KINDS = ("pruned", "quantized")
+"""Outputs with a manifest that are plain checkpoints otherwise."""
 
 
 def source_facts(folder: str | Path) -> dict[str, Any]:
@@ -54,8 +58,12 @@ def write_manifest(out: OutputFolder, facts: Mapping[str, Any]) -> dict[str, Any
     facts: JSON values such as source (see `source_facts`), options, seed, n_sub, layers. Adds schema, versions, and sha256 and
     bytes of each file in the folder. UsageError if facts uses a reserved key.
     """
-    content = _content(out.work, facts, out.hashes)
-    out.write_bytes(MANIFEST, _encode(content))
+    files = {
+        name: {"sha256": out.hashes.get(name) or sha256_file(out.work / name), "bytes": (out.work / name).stat().st_size}
+        for name in sorted(_present(out.work))
+    }
+    content = _content(facts, files)
+    out.write_bytes(MANIFEST, encoded(content))
     return content
 
 
@@ -74,34 +82,58 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise UsageError(f"'{folder}' has no {MANIFEST}", "give a folder that moe-prism wrote")
-    try:
-        value: Any = json.loads(path.read_bytes().decode("utf-8"))
-        files = value["files"].items()
-        good = all(is_inner_name(n) and isinstance(f["sha256"], str) and isinstance(f["bytes"], int) for n, f in files)
-        good = good and value["sha256"] == _digest(value)
-    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
-        good = False
-    if not good:
+    if (Path(folder) / UPDATE / MANIFEST).is_file():
+        from .change import settle  # which reads manifests
+
+        settle(folder)
+    return parse_manifest(path)
+
+
+def parse_manifest(path: Path) -> dict[str, Any]:
+    """`read_manifest` of one file, whatever lies beside it."""
+    value: Any = read_json(inside(path), NEXT)
+    # an edit that kept it a manifest is named as such; else the form says what is wrong
+    if isinstance(value, dict) and isinstance(value.get("sha256"), str) and value["sha256"] != _digest(value):
         raise CorruptError(f"{path} was edited or damaged: it does not match its own sha256", NEXT)
-    if value.get("schema") != SCHEMA:
+    if isinstance(value, dict) and type(value.get("schema")) is int and value["schema"] != SCHEMA:
         raise UsageError(
-            f"{path} has schema {value.get('schema')}, this version reads {SCHEMA}", "use the moe-prism version that wrote it"
+            f"{path} has schema {value['schema']}, this version reads {SCHEMA}", "use the moe-prism version that wrote it"
         )
+    check_manifest(value, str(path))
     return value  # type: ignore[no-any-return]
 
 
-def update_manifest(folder: str | Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace or add facts of a finished folder and list its files again, atomically (a measured frontier, a written model card).
+def check_manifest(value: Any, where: str) -> None:
+    """CorruptError for what is no manifest of a known kind."""
+    kind = value.get("kind") if isinstance(value, dict) else None
+    form = KINDS.get(kind) if isinstance(kind, str) else None
+    if form is None:
+        raise CorruptError(f"{where}: 'kind' must be one of {', '.join(KINDS)}, not {one_line(repr(kind))}", NEXT)
+    check(form, value, where, NEXT)
 
-    Weights keep the sha256 they were written with, so a later change to them is still found by `verify`. The fact `caches` names files
-    that are written again when they are missed: `verify` checks them, and does not ask for one that is gone.
-    """
-    path, old = Path(folder), read_manifest(folder)
-    kept = {k: v for k, v in old.items() if k not in ("schema", "versions", "files", "sha256")}
-    hashes = {n: f["sha256"] for n, f in old["files"].items() if n.endswith(".safetensors")}
-    content = _content(path, {**kept, **facts}, hashes)
-    replace_file(path / MANIFEST, _encode(content))
-    return content
+
+def check_listed(folder: str | Path, manifest: Mapping[str, Any], names: Sequence[str]) -> None:
+    """CorruptError for one of these files that is there and is not, byte for byte, the file that prism.json lists."""
+    for name in names:
+        path, entry = Path(folder) / name, manifest["files"].get(name)
+        if entry is None and not path.exists():
+            continue
+        if entry is None:
+            raise CorruptError(f"{path} is not in {MANIFEST}", NEXT)
+        if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_file(inside(path)) != entry["sha256"]:
+            raise CorruptError(f"{path} is missing or was changed (its sha256 is not that of {MANIFEST})", NEXT)
+
+
+def check_layers(folder: str | Path, manifest: Mapping[str, Any], layers: Sequence[Any]) -> None:
+    """CorruptError where prism.json speaks of other layers than the model has. layers: of `model.MoELayer`."""
+    told = [(row["experts"], row["width"]) for row in manifest["layers"]]
+    there = [(layer.num_experts, layer.width) for layer in layers]
+    if told != there:
+        pairs = enumerate(zip(told, there, strict=False))
+        wrong = next((i for i, (a, b) in pairs if a != b), min(len(told), len(there)))
+        count = f"there are {len(told)}, the model has {len(there)}"
+        what = f"{told[wrong]} experts and neurons, the model has {there[wrong]}" if len(told) == len(there) else count
+        raise CorruptError(f"{Path(folder) / MANIFEST}: 'layers[{wrong}]': {what}", NEXT)
 
 
 def verify(folder: str | Path) -> list[Check]:
@@ -128,22 +160,36 @@ def verify(folder: str | Path) -> list[Check]:
     ]
 
 
-def _content(folder: Path, facts: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, Any]:
+def changed_content(folder: Path, work: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of a folder with the files of `work` in it, and with facts replaced or added."""
+    old = parse_manifest(folder / MANIFEST)
+    kept = {k: v for k, v in old.items() if k not in ("schema", "versions", "files", "sha256")}
+    new = {path.name: _entry(path) for path in sorted(work.iterdir()) if path.name != MANIFEST}
+    caches = facts.get("caches", old.get("caches", ()))
+    there = {n: e for n, e in old["files"].items() if (folder / n).exists() or n not in (*REMEASURED, *caches)}
+    found = {name: _entry(folder / name) for name in sorted(_present(folder) - set(there) - set(new))}
+    return _content({**kept, **facts}, {**there, **found, **new})
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+
+
+def _content(facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     reserved = {"schema", "versions", "files", "sha256"} & set(facts)
     if reserved:
         raise UsageError(f"facts may not set {sorted(reserved)}", "these keys are filled in here")
-    files = {
-        name: {"sha256": known.get(name) or sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
-        for name in sorted(_present(folder))
-    }
-    content = json.loads(json.dumps({"schema": SCHEMA, "versions": versions(), **facts, "files": files}))
-    return {**content, "sha256": _digest(content)}
+    listed = dict(sorted(files.items()))
+    content: dict[str, Any] = json.loads(json.dumps({"schema": SCHEMA, "versions": versions(), **facts, "files": listed}))
+    content["sha256"] = _digest(content)
+    check_manifest(content, MANIFEST)  # nothing is written that could not be read back
+    return content
 
 
 def _present(folder: Path) -> set[str]:
     """All files of the folder and of those in it."""
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()}
-    return found - {MANIFEST, JOURNAL}
+    return {name for name in found if not name.startswith(f"{UPDATE}/")} - {MANIFEST, JOURNAL}
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -151,7 +197,8 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _encode(content: Mapping[str, Any]) -> bytes:
+def encoded(content: Mapping[str, Any]) -> bytes:
+    """As it is written."""
     return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
 
 

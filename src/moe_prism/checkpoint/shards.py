@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CorruptError, UsageError
+from ..schema import check, is_file_name
+from ..schema import read_json as read_value
+from ..schema.config import CONFIG_BOUNDS, INDEX_BOUNDS, IndexForm
 from .header import RESTORE, Header, TensorInfo, corrupt, read_header
 from .links import inside
 
@@ -19,7 +21,6 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
 LEGACY = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
-DEPTH = 4  # folders in folders that a name may lead through, itself included
 Bytes = bytes  # `Source.bytes` is a number
 BLOCK = 1 << 24  # bytes copied at a time where no value is looked at
 CHUNK = 1 << 22  # elements looked at together: bounds the scan's scratch memory
@@ -125,13 +126,7 @@ class Source:
 
     def _weight_map(self) -> dict[str, str]:
         path = self.folder / INDEX
-        try:
-            value: Any = json.loads(path.read_bytes().decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise corrupt(path, f"not valid JSON ({error})") from error
-        weight_map = value.get("weight_map") if isinstance(value, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise corrupt(path, "has no weight_map")
+        weight_map = check(IndexForm, read_value(inside(path), RESTORE, INDEX_BOUNDS), str(path), RESTORE).weight_map
         for name, shard in weight_map.items():
             if not is_file_name(shard) or not shard.endswith(".safetensors"):
                 raise corrupt(
@@ -158,12 +153,9 @@ class Source:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a model's folder. UsageError where there is no such file, CorruptError where it is no JSON object."""
-    try:
-        value: Any = json.loads(inside(path).read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise UsageError(f"'{path.parent}' has no readable {path.name}", "give a folder written by save_pretrained") from error
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path} is not JSON: {error}", RESTORE) from error
+    if not path.is_file():
+        raise UsageError(f"'{path.parent}' has no readable {path.name}", "give a folder written by save_pretrained")
+    value = read_value(inside(path), RESTORE, CONFIG_BOUNDS)
     if not isinstance(value, dict):
         raise CorruptError(f"{path} is not a JSON object", RESTORE)
     return value
@@ -180,17 +172,6 @@ def read_tensor(path: Path, info: TensorInfo) -> Tensor:
         if file.readinto(buffer) != info.bytes:
             raise corrupt(path, f"byte {info.begin}: tensor '{info.name}' is cut short")
     return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).reshape(info.shape)
-
-
-def is_file_name(name: object) -> bool:
-    """A plain name of a sibling file: no folder, no parent, no drive, no control character."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\:\x00-\x1f]", name) and len(name) < 256
-
-
-def is_inner_name(name: object) -> bool:
-    """A plain name of a file in a folder or a few folders below it."""
-    parts = name.split("/") if isinstance(name, str) else []
-    return 0 < len(parts) <= DEPTH and all(map(is_file_name, parts))
 
 
 def first_non_finite(tensor: Tensor) -> int | None:

@@ -17,6 +17,7 @@ from . import (
     adopt,
     bench,
     calibrate,
+    compress,
     demo,
     doctor,
     forecast,
@@ -34,10 +35,10 @@ from . import (
     verify,
 )
 from .flags import following, with_flags
-from .output import Unwritten, plain_line
+from .output import Unwritten, noted_reading, plain_line
 
 INTERRUPTED = 130
-RESUMABLE = ("calibrate", "refactor", "adopt", "recover", "prune")
+RESUMABLE = ("calibrate", "refactor", "adopt", "recover", "prune", "compress")
 
 
 def build() -> cyclopts.App:
@@ -61,6 +62,7 @@ def build() -> cyclopts.App:
         (refactor.refactor, "refactor"),
         (adopt.adopt, "adopt"),
         (prune.prune, "prune"),
+        (compress.compress, "compress"),
         (recover.recover, "recover"),
         (skip.skip, "skip"),
         (frontier.frontier, "frontier"),
@@ -99,14 +101,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settle_threads()
     app = build()
     try:
-        app(tokens, exit_on_error=False, print_error=False)
+        with noted_reading():
+            app(tokens, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         known = " ".join(["moe-prism", *(name for name in tokens[:1] if name in app)])
         return _fail(re.sub(r"(?<!\.)\.$", "", plain_line(str(error))), f"see `{known} --help`", 2, "--json" in tokens)
     except PrismError as error:
         return _fail(error.cause, error.next_step, error.exit_code, "--json" in tokens and not isinstance(error, Unwritten))
     except KeyboardInterrupt:
-        resumable = tokens[:1] and tokens[0] in RESUMABLE and "--report-only" not in tokens
+        resumable = tokens[:1] and tokens[0] in RESUMABLE and not {"--report-only", "--dry-run"} & {*tokens}
         next_step = "go on with --resume" if resumable else "run it again; it starts from the beginning"
         return _fail("interrupted", next_step, INTERRUPTED, "--json" in tokens)
     except OSError as error:

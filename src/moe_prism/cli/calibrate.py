@@ -34,6 +34,14 @@ def calibrate(
         "reservoir": statistics.facts["capacity"],
         "starved": [{"layer": layer, "expert": e, "tokens": n} for layer, e, n in starved],
     }
+    if tasks := statistics.facts.get("tasks"):
+        facts["tasks"] = tasks
+        said = f"{tasks['answered']} tasks answered with {tasks['answer_tokens']} tokens, {tasks['ended']} of them to an end"
+        note(f"{said}: {out / 'answers.jsonl'}")
+        for reason, count in tasks.get("left_out", {}).items():
+            note(f"left out: {reason} {count}")
+    if domains := statistics.facts.get("domains"):
+        facts["domains"] = domains
     for layer, e, n in starved[:5]:
         note(f"warning: expert {e} of layer {layer} was chosen for {n} sampled tokens only; refactor falls back to its weights")
     note(f"next: moe-prism refactor {model} --calibration {out} -o OUT")

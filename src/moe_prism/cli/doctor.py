@@ -10,11 +10,11 @@ from typing import Any
 
 from .output import emit
 
-LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "numba")
+LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "numba", "pydantic")
 EXTRAS = {
     "report": ("HTML reports", ("altair", "vl-convert-python", "jinja2")),
-    "serve": ("the server", ("fastapi", "uvicorn", "prometheus-client", "psutil", "pydantic", "pyyaml")),
-    "gguf": ("GGUF files", ("gguf",)),
+    "serve": ("the server", ("fastapi", "uvicorn", "prometheus-client", "psutil")),
+    "gguf": ("GGUF files", ("gguf", "accelerate")),
 }
 """extra -> (what it is for, packages)."""
 GIB = 2**30
@@ -49,7 +49,7 @@ def machine() -> dict[str, Any]:
     import torch
 
     from ..cores import cores
-    from ..jobs.refactor_resources import available_memory
+    from ..jobs.resources import available_memory
     from ..kernels.target import TARGET
     from ..model import find_layers, load_model
 

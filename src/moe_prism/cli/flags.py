@@ -14,8 +14,8 @@ from ..errors import UsageError
 from ..options import Options, flag_of, option
 
 PREFIXES = {"": 1.0, "n": 1e-9, "u": 1e-6, "µ": 1e-6, "m": 1e-3, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
-QUANTITY = re.compile(r"^\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([numµkKMGTP]?)(B/s|FLOPS|FLOP/s|s)\s*$")
-EXAMPLES = {"B/s": "3350GB/s", "FLOPS": "989TFLOPS", "s": "4ms"}
+QUANTITY = re.compile(r"^\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([numµkKMGTP]?)(B/s|FLOPS|FLOP/s|B|s)\s*$")
+EXAMPLES = {"B/s": "3350GB/s", "FLOPS": "989TFLOPS", "s": "4ms", "B": "300kB"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +99,14 @@ def _name(declared: Field[Any]) -> str:
 
 def _parameter(flag: str, kind: Any, declared: Field[Any], own: dict[str, str]) -> inspect.Parameter:
     default: Any = declared.default if declared.default_factory is MISSING else declared.default_factory()
-    if _is_list(kind):
+    if declared.metadata.get("is_repeated"):
+        kind, default = list[str] | None, None
+    elif _is_list(kind):
         kind, default = str | None, ",".join(map(str, default)) or declared.metadata.get("empty")
     elif "unit" in declared.metadata:
         kind = str | None
     names = [flag_of(declared), *declared.metadata.get("short", ())]
-    annotation = Annotated[kind, Parameter(name=names, help=own.get(flag, declared.metadata["help"]))]
+    annotation = Annotated[kind, Parameter(name=names, help=own.get(flag, declared.metadata["help"]), negative_iterable="")]
     return inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -124,6 +126,8 @@ def _filled(kind: type[Options], given: dict[str, Any], wanted: tuple[str, ...] 
 
 def _read(declared: Field[Any], kind: Any, given: Any) -> Any:
     """The field's value from what was given for its flag."""
+    if declared.metadata.get("is_repeated"):
+        return list(given or ())
     if _is_list(kind):
         if given is None:
             return get_origin(kind)()

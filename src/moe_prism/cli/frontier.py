@@ -34,7 +34,6 @@ def frontier(
     out: Folder for frontier.json, report.html and frontier.png; default is FOLDER itself, whose prism.json then lists the points.
     json: One JSON object on stdout.
     """
-    from ..checkpoint import update_manifest
     from ..files import check_writable_folder
     from ..jobs.frontier import measure_frontier as run
 
@@ -45,20 +44,31 @@ def frontier(
     result = run(folder, options, report=progress)
     target = out or folder
     if timing.time:
-        write(result, target, {})  # the quality is not lost if the timing fails
+        keep(result, target, own=out is None)  # the quality is not lost if the timing fails
         result = _timed(folder, result, options, timing)
     facts = result.to_json()
     with written(facts, f"{show(result)}\n\n{show_comparison(result)}", json):
-        write(result, target, {})
-        if out is None:
-            update_manifest(folder, {"operating_points": [p for p in facts["points"] if p["pareto"]]})
+        keep(result, target, own=out is None)
     note(f"report: {target / 'report.html'}")
 
 
 def _timed(folder: Path, result: Frontier, options: FrontierOptions, timing: TimeOptions) -> Frontier:
     from ..jobs.time_points import Timing, time_frontier
 
-    return time_frontier(folder, result, Timing(batch=timing.time_batch or 1, text=options.text), report=progress)
+    return time_frontier(folder, result, Timing(batch=timing.time_batch or 1, **options.source.facts()), report=progress)
+
+
+def keep(result: Frontier, target: Path, own: bool = True) -> None:
+    """What was measured: all of it, or nothing. own: of the model in `target`, whose prism.json then lists the Pareto points."""
+    from ..checkpoint import changing
+    from ..checkpoint.manifest import MANIFEST
+
+    if not (target / MANIFEST).is_file():
+        return write(result, target, {})
+    with changing(target) as change:
+        write(result, change.work, {})
+        change.commit({"operating_points": [p.to_json() for p in result.points if p.pareto]} if own else {})
+    return None
 
 
 def write(result: Frontier, target: Path, extra: dict[str, Any]) -> None:
@@ -73,9 +83,9 @@ def write(result: Frontier, target: Path, extra: dict[str, Any]) -> None:
 
 def show(result: Frontier) -> str:
     """The frontier as a table, dearest point first; expert MB are read per token, a MB is 10^6 bytes."""
-    every = [*result.points, *result.baseline_topk]
+    every = result.every
     full = max(p.active_expert_bytes for p in every if p.budget >= 1)
-    timed = any(p.time for p in every)
+    timed, sliced = any(p.time for p in every), any(p.domains for p in every)
     rows = [
         (
             p.name,
@@ -88,11 +98,19 @@ def show(result: Frontier) -> str:
             f"{p.flops_per_token / 1e6:.3f}",
             f"{p.resident_expert_bytes / 1e6:.3f}",
             "yes" if p.pareto else "-",
+            *(_worst(p) if sliced else ()),
             *(_time(p) if timed else ()),
         )
         for p in sorted(every, key=lambda p: -p.active_expert_bytes)
     ]
-    return table((*HEADERS, *(("ms/token", "of stock") if timed else ())), rows)
+    more = (*(("worst domain",) if sliced else ()), *(("ms/token", "of stock") if timed else ()))
+    return table((*HEADERS, *more), rows)
+
+
+def _worst(point: MeasuredPoint) -> tuple[str]:
+    """The domain with the largest KL, and that."""
+    name = point.worst_domain
+    return (f"{name} {point.domains[name].kl:.4f}" if name else "-",)
 
 
 def _time(point: MeasuredPoint) -> tuple[str, str]:

@@ -21,6 +21,7 @@ Kind = Literal[
     "routing-stages",
     "methods",
     "protections",
+    "codecs",
     "source-formats",
     "cache-policies",
     "predictors",

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import PrismError, UsageError
+from ..tally import TextTally, watch_reading
 
 QUIET_SECONDS = 10.0  # between plain progress lines when stderr is no terminal
 
@@ -19,8 +20,29 @@ def plain_line(text: str) -> str:
     return " ".join(text.replace("│", " ").split())
 
 
+_read: dict[str, dict[str, Any]] = {}
+"""What was left out of the text that this command read: line for people -> plain values."""
+
+
+@contextmanager
+def noted_reading() -> Iterator[None]:
+    """Inside, a line on stderr says what is left out of a text when it is read, once; `emit` adds it to JSON."""
+    _read.clear()
+
+    def see(tally: TextTally) -> None:
+        line = tally.line()
+        if line and line not in _read:
+            note(line)
+            _read[line] = tally.to_json()
+
+    with watch_reading(see):
+        yield
+
+
 def emit(result: dict[str, Any], text: str, as_json: bool) -> None:
-    """The command's result: one JSON object, or the text."""
+    """The command's result: one JSON object, with what was left out of the text it read, or the text."""
+    if _read:
+        result = {**result, "read": list(_read.values())}
     sys.stdout.write((json.dumps(result, default=str) if as_json else text.rstrip()) + "\n")
 
 

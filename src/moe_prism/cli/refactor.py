@@ -60,7 +60,7 @@ def refactor(
 
 def _show_resources(model: str, out: Path, options: RefactorOptions, as_json: bool) -> None:
     """What a refactoring needs, then DoesNotFit where this machine has less."""
-    from ..jobs.refactor_resources import check_resources, resources_of
+    from ..jobs.resources import check_resources, resources_of
 
     needed = resources_of(model, options)
     if not as_json:  # shown even where it does not fit; stdout of --json holds one object, then that of the error

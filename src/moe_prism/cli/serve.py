@@ -26,7 +26,7 @@ def serve(
     Parameters
     ----------
     folder: Written by `moe-prism refactor`; after `moe-prism frontier --methods all-per-token` it has more operating points.
-    engine: embedded, or vllm: hand over to vLLM's own server, which takes --host, --port, --api-key, --name and --points only.
+    engine: embedded, or vllm: hand over to vLLM's own server, which takes --host, --port, --api-key, --name, --points and --verify only.
     """
     from ..serve import logs
     from ..serve.server import serve as run

@@ -27,9 +27,9 @@ def skip(
     out: The plan as an operating point, for `moe-prism generate --point` and `moe-prism frontier --points`.
     json: One JSON object on stdout.
     """
+    from ..checkpoint import put_file
     from ..files import check_writable
     from ..jobs.skip import make_plan
-    from ..point import write_point
 
     check_writable(out)
     named = make_plan(folder, options, report=progress)
@@ -38,5 +38,5 @@ def skip(
     facts = f"{stage.stage}: {quality['experts_per_token']:.2f} of {named.made['experts_per_token']} experts per token, "
     shown = f"{counts}\n\n{facts}KL {quality['kl']:.4f}, perplexity {quality['ppl']:.3f}"
     with written(named.to_json() | {"file": str(out)}, shown, json):
-        write_point(out, named)
+        put_file(out, named.encoded())
     note(f"plan: {out}")

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from ..model import MoELayer
 from ..point import WeightChange
 from ..registry import Registry
@@ -16,6 +18,8 @@ class Change(ABC):
     """One change, from its plain settings and back."""
 
     name: ClassVar[str]
+    touches_weights: ClassVar[bool] = False
+    """Whether the weights themselves become others, so that they must be in memory."""
 
     @classmethod
     @abstractmethod
@@ -38,21 +42,24 @@ class Change(ABC):
     def resident_share(self) -> float:
         """Expert weights that stay in memory / all expert weights."""
 
+    def bytes_per_weight(self, layers: Sequence[MoELayer], layer: int, stored: float) -> Tensor | None:
+        """[E] (float64): bytes that a weight of each expert's matrices takes, scales included; None: what it is `stored` in."""
+        return None
+
     def part(self) -> WeightChange:
         """The part of an operating point that says this change."""
         return WeightChange(change=self.name, settings=self.settings())
 
 
 weight_changes: Registry[type[Change]] = Registry(
-    "weight change", {"prune": ("moe_prism.compress.prune.change:PruneChange", "experts that are not there any more")}
+    "weight change",
+    {
+        "prune": ("moe_prism.compress.prune.change:PruneChange", "experts that are not there any more"),
+        "quantize": ("moe_prism.compress.quantize.change:QuantizeChange", "experts in fewer bits, by a codec"),
+    },
 )
 
 
 def change_of(part: WeightChange) -> Change:
     """The change that a part of an operating point says."""
     return weight_changes.get(part.change).from_settings(part.settings)
-
-
-def installed(part: WeightChange, model: Any, layers: Sequence[MoELayer]) -> AbstractContextManager[object]:
-    """Run a model under a change."""
-    return change_of(part).installed(model, layers)

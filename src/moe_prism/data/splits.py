@@ -1,7 +1,8 @@
-"""One rule decides on which side of the calibration/evaluation line a document falls: the MD5 of its base name.
+"""One rule decides on which side of the calibration/evaluation line a document falls: the MD5 of a file's base name, or of what a row says.
 
 The rule looks at nothing else, so the same source gives the same two sides in every command, and vendored copies of one file
-land together. prism-nano was trained on neither side of the standard library (recipes/nano uses the same buckets).
+land together, as equal rows do. A text that stands on both sides by two names calibrates. prism-nano was trained on neither side of
+the standard library (recipes/nano uses the same buckets).
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ..errors import UsageError
-from .buckets import BUCKETS, CALIBRATION, HELD_OUT, bucket_of
+from .buckets import BUCKETS, CALIBRATION, HELD_OUT
 from .bundled import BUNDLED, UNSEEN
 from .document import Document
+from .text import FORMS
 
 Side = Literal["calibration", "evaluation"]
 EVALUATION_SHARE = 0.2
@@ -26,21 +28,20 @@ def split_documents(documents: Sequence[Document], side: Side, *, source: str) -
     Raises UsageError if there is no text at all.
     """
     if not any(d.text.strip() for d in documents):
-        raise UsageError(
-            f"text source '{source}' is empty",
-            f"give a text file, a folder of them, a .jsonl file, or one of {', '.join(BUNDLED)}",
-        )
+        raise UsageError(f"text source '{source}' is empty", f"give {FORMS}, or one of {', '.join(BUNDLED)}")
     if source in UNSEEN:
         wanted = {CALIBRATION} if side == "calibration" else {HELD_OUT}
-        return [d for d in documents if bucket_of(d.name) in wanted]
+        return [d for d in documents if d.bucket in wanted]
     limit = int(BUCKETS * EVALUATION_SHARE)
-    evaluation = [d for d in documents if bucket_of(d.name) < limit]
-    if 0 < len(evaluation) < len(documents):
-        return evaluation if side == "evaluation" else [d for d in documents if bucket_of(d.name) >= limit]
+    calibration = [d for d in documents if d.bucket >= limit]
+    known = {d.sha256 for d in calibration}
+    evaluation = [d for d in documents if d.bucket < limit and d.sha256 not in known]
+    if calibration and evaluation:
+        return evaluation if side == "evaluation" else calibration
     return [_part(d, side) for d in documents]
 
 
 def _part(document: Document, side: Side) -> Document:
     cut = int(len(document.text) * (1 - EVALUATION_SHARE))
     text = document.text[cut:] if side == "evaluation" else document.text[:cut]
-    return Document(f"{document.name}[{side}]", text)
+    return Document(f"{document.name}[{side}]", text, document.is_part)

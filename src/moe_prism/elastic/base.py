@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..model import MoELayer
-
-POSITIONS = 129
-"""Of a rule's dial, evenly spaced from nothing to everything, where something is known of it."""
+from .side_tensors import POSITIONS, TENSORS, LayerShape, check_shapes, check_values
 
 
 @dataclass
@@ -32,6 +30,13 @@ class LayerParts:
     times: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # of `times.times_of`: how long which way takes
     ready: Any = field(default=None, init=False, repr=False)  # of `one_call.ready`: the same for the compiled call
     whole: Any = field(default=None, init=False, repr=False)  # of `times.whole_parts`: the layer with one block per expert
+
+    def check(self, k: int | None) -> None:
+        """CorruptError for side tensors that are not those of this layer: compiled code trusts their shapes. k: experts per token."""
+        layer, where = self.layer, f"side tensors of '{self.layer.name}'"
+        width = getattr(layer, "full_width", layer.width)  # of a layer whose gate neurons alone are in memory
+        check_shapes(where, self.tensors, LayerShape(layer.num_experts, layer.hidden, width, self.n_sub, self.gates, k))
+        check_values(where, {name: tensor for name, tensor in self.tensors.items() if name in TENSORS})
 
     @property
     def block(self) -> int:
@@ -131,6 +136,8 @@ class Rule(ABC):
     """What its budget may be a share of (`point.base.UNITS`)."""
     controls: ClassVar[tuple[str, ...]] = ("none",)
     """Who its budget may be held for (`point.base.CONTROLS`)."""
+    maker: ClassVar[str] = ""
+    """The method that makes its points, as "package.module:attribute", where they hold more than a budget."""
     depends_on_batch: ClassVar[bool] = False
     """Whether the slots of a token depend on the other tokens of its batch: never served unless it is named."""
     compiled: NDArray[np.float32] | None = None

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..point import SlotBits
 from .base import LayerParts, Scorer
+from .coded import row_bytes
 from .compensate import Compensator
+from .counter import at_width
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,26 @@ def _dot(counts: Mapping[str, Tensor], prices: Mapping[str, Tensor]) -> float:
     return sum(float((counts[name].to("cpu", torch.float64) * prices[name]).sum()) for name in counts if name in prices)
 
 
+def with_bits(prices: Prices, parts: LayerParts, bits: SlotBits) -> Prices:
+    """The same where a slot may be read at several widths, and gate neurons at the width of choosing.
+
+    A kept block contains its gate neurons at its own width; where choosing reads more bits of them, those come on top.
+    """
+    layer, stored = parts.layer, prices.bytes["blocks"] / prices.weights["blocks"]
+    matrices = 2 if layer.gate is not None else 1
+    biases = sum(b is not None for b in (layer.gate_bias, layer.up_bias))
+    sizes, weights = dict(prices.bytes), dict(prices.weights)
+    chosen = row_bytes(layer.hidden, bits.choosing, bits.group, int(bits.widths[0]))
+    gates = parts.gates * matrices * float("predictors" in prices.weights)
+    sizes["gates"] = torch.full_like(sizes["gates"], gates * chosen) + gates * biases * stored
+    for width in bits.widths:
+        row = row_bytes(layer.hidden, width, bits.group, int(bits.widths[0]))
+        more = gates * max(0, chosen - row)
+        sizes[at_width(width)] = parts.block * ((matrices + 1) * row + biases * stored) + more
+        weights[at_width(width)] = prices.weights["blocks"]
+    return Prices(weights, sizes)
+
+
 def block_weights(parts: LayerParts) -> tuple[Tensor, Tensor]:
     """(weights of every block [E, N], weights of an expert's output bias [E])."""
     layer = parts.layer
@@ -48,10 +71,22 @@ def block_weights(parts: LayerParts) -> tuple[Tensor, Tensor]:
     return blocks, torch.full((layer.num_experts,), float(bias), dtype=torch.float64)
 
 
-def prices_of(parts: LayerParts, scorer: Scorer | None, extra: Compensator | None, bytes_per_weight: float) -> Prices:
-    """Prices of a layer with all blocks stored alike. scorer, extra: what selection and compensation read, None where there is none."""
+def prices_of(
+    parts: LayerParts,
+    scorer: Scorer | None,
+    extra: Compensator | None,
+    bytes_per_weight: float,
+    matrix_bytes: Tensor | None = None,
+) -> Prices:
+    """Prices of a layer whose blocks are stored alike within an expert.
+
+    scorer, extra: what selection and compensation read, None where there is none. matrix_bytes [E]: bytes of a weight of each expert's
+    matrices, default those of any other weight.
+    """
     layer = parts.layer
     blocks, bias = block_weights(parts)
+    matrices = 2 if layer.gate is not None else 1
+    biases = sum(b is not None for b in (layer.gate_bias, layer.up_bias))
     weights = {
         "blocks": blocks,
         "experts": bias.clone(),
@@ -64,12 +99,15 @@ def prices_of(parts: LayerParts, scorer: Scorer | None, extra: Compensator | Non
         weights["predictors"] = torch.full_like(bias, float(scorer.parameters_per_expert()))
         weights["tokens"] = torch.tensor([float(scorer.parameters_per_token())], dtype=torch.float64)
         if scorer.reads_gates:
-            matrices = 2 if layer.gate is not None else 1
-            biases = sum(b is not None for b in (layer.gate_bias, layer.up_bias))
             weights["gates"] += parts.gates * (matrices * layer.hidden + biases)
     if extra is not None:
         per_slot, per_expert = extra.parameters()
         weights["dropped"] += per_slot
         weights["scaled"] = torch.full_like(bias, float(per_expert))
         weights["lost"] += bias
-    return Prices(weights, {name: value * bytes_per_weight for name, value in weights.items()})
+    sizes = {name: value * bytes_per_weight for name, value in weights.items()}
+    if matrix_bytes is not None:
+        saved = (bytes_per_weight - matrix_bytes)[:, None]
+        for name, neurons in (("blocks", parts.block), ("gates", parts.gates)):
+            sizes[name] -= saved * (weights[name] - neurons * biases).clamp(min=0)
+    return Prices(weights, sizes)

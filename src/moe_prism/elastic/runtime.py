@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..calibrate.residual import watch_residual
 from ..calibrate.run import backbone_of
-from ..compress.changes import installed
+from ..compress.changes import change_of
 from ..errors import UsageError
 from ..model import MoELayer, find_layers
 from ..partition.base import check_blocks
-from ..point import FULL, OperatingPoint
+from ..point import FULL, OperatingPoint, WeightChange
 from ..point.base import slots_unit
 from .base import LayerParts
 from .bind import Bound, Step, bind
@@ -47,6 +47,9 @@ class Elastic:
         self.stored_bytes_per_weight: float = layer_parts[0].layer.up.element_size()
         self._watching: dict[int, Any] = {}
         self._following = False
+        self._first = layer_parts[0].layer
+        for parts in layer_parts:
+            parts.check(None if model is None else self.k)
         self.layers = [ElasticLayer(parts, self, self.executor_of(parts)) for parts in layer_parts]
         self.full_step = self.step = Step(bind(self, [FULL]))
         for layer in self.layers:
@@ -75,7 +78,7 @@ class Elastic:
     def k(self) -> int | None:
         """Experts per token, where the configuration names them."""
         try:
-            return experts_per_token(self.model, self.layers[0].parts.layer)
+            return experts_per_token(self.model, self._first)
         except UsageError:
             return None
 
@@ -92,7 +95,7 @@ class Elastic:
                 if point.weights is not None:
                     if len(step.bound.points) > 1:
                         raise UsageError("points that change the weights cannot share a batch", "run them one after the other")
-                    stack.enter_context(installed(point.weights, self.model, [layer.parts.layer for layer in self.layers]))
+                    self._enter_change(stack, point.weights)
             if "residual" in step.bound.needs:
                 stack.enter_context(self._watched())
             if step.bound.holds and step.past is None:
@@ -102,6 +105,19 @@ class Elastic:
                 yield step
             finally:
                 self.step, self.counting = before, counted
+
+    def _enter_change(self, stack: ExitStack, part: WeightChange) -> None:
+        """Run under a change of weights until the stack unwinds. What was prepared from other weights is forgotten on both ways."""
+        change = change_of(part)
+        if change.touches_weights:
+            stack.callback(self._forget_scorers)
+        stack.enter_context(change.installed(self.model, [layer.parts.layer for layer in self.layers]))
+        if change.touches_weights:
+            self._forget_scorers()
+
+    def _forget_scorers(self) -> None:
+        for layer in self.layers:
+            layer.forget_scorers()
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -142,11 +158,16 @@ class Elastic:
             layer.parts.layer.uninstall()
         self.model.__dict__.pop("_moe_prism", None)
 
-    def reset_counters(self) -> None:
-        """Count from zero, from now on."""
-        self.counting = True
+    @contextmanager
+    def count(self) -> Iterator[None]:
+        """Count from zero what runs inside the block. The counters keep it afterwards."""
+        before, self.counting = self.counting, True
         for layer in self.layers:
             layer.reset_counter()
+        try:
+            yield
+        finally:
+            self.counting = before
 
 
 def attach(

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CorruptError, UsageError
+from ..errors import UsageError
 from ..files import replace_file
+from ..schema import check, read_form
+from ..schema.cost import MEASURE, CostForm
 
 Numbers = Any  # a float, or a float array: the formulas are the same for one step and for many
 
@@ -232,18 +234,19 @@ class CostModel:
 
     @classmethod
     def from_json(cls, data: object, where: str = "cost model") -> CostModel:
-        """CorruptError names `where` if a field is missing, of the wrong kind, or negative."""
-        try:
-            if not isinstance(data, Mapping) or data["version"] != 1:
-                raise ValueError("not a cost model of version 1")
-            facts = LayerFacts(**{f.name: int(data["facts"][f.name]) for f in fields(LayerFacts)})
-            numbers = {f.name: _finite(data["coefficients"][f.name]) for f in fields(Coefficients)}
-            error = FitError(**data["error"]) if data.get("error") else None
-            model = cls(facts, Coefficients(**numbers), error)
-            model.everywhere = _finite(data["everywhere"])
-            model._corrections = {str(k): _finite(v) for k, v in data["corrections"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise CorruptError(f"{where}: {e}", "measure the cost model again") from e
+        """CorruptError names `where` if a field is missing, unknown, of the wrong kind, or out of range."""
+        return cls.of_form(check(CostForm, data, where, MEASURE))
+
+    @classmethod
+    def of_form(cls, form: CostForm) -> CostModel:
+        """What a checked file says."""
+        model = cls(
+            LayerFacts(**form.facts.model_dump()),
+            Coefficients(**{name: float(value) for name, value in form.coefficients.model_dump().items()}),
+            None if form.error is None else FitError(**form.error.model_dump()),
+        )
+        model.everywhere = float(form.everywhere)
+        model._corrections = {name: float(value) for name, value in form.corrections.items()}
         return model
 
     def save(self, path: Path) -> None:
@@ -253,20 +256,9 @@ class CostModel:
     @classmethod
     def load(cls, path: Path) -> CostModel:
         """Read what `save` wrote. UsageError if there is no such file, CorruptError if it is no cost model."""
-        try:
-            data = json.loads(path.read_text())
-        except FileNotFoundError as e:
-            raise UsageError(f"no cost model at {path}", "leave --cost out, and --save-cost FILE keeps what is measured") from e
-        except (UnicodeDecodeError, json.JSONDecodeError) as e:
-            raise CorruptError(f"{path}: {e}", "measure the cost model again") from e
-        return cls.from_json(data, str(path))
-
-
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{value!r} is not a finite number >= 0")
-    return number
+        if not path.exists():
+            raise UsageError(f"no cost model at {path}", "leave --cost out, and --save-cost FILE keeps what is measured")
+        return cls.of_form(read_form(CostForm, path, MEASURE))
 
 
 def _solve(facts: LayerFacts, samples: Sequence[StepSample]) -> Coefficients:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from .allocation import Allocation, GreedyPath, exact, greedy_path, hull_greedy, lp_bound
 from .compare import Comparison, comparison
 from .pareto import distinct_points, hypervolume, largest_cliff, pareto
-from .record import DecodeTime, Frontier, MeasuredPoint
+from .record import DecodeTime, DomainQuality, Frontier, MeasuredPoint
 
 __all__ = [
     "Allocation",
     "Comparison",
     "DecodeTime",
+    "DomainQuality",
     "Frontier",
     "GreedyPath",
     "MeasuredPoint",

@@ -20,11 +20,11 @@ class Comparison:
 
 
 def comparison(frontier: Frontier) -> list[Comparison]:
-    """Every rule and plain top-k, each with the full model as its dearest point.
+    """Every rule, plain top-k and rounding alone, each with the full model as its dearest point.
 
     The box reaches from nothing to the full model's bytes and from KL 0 to the largest KL of any point, the same for all rules.
     """
-    every = [*frontier.points, *frontier.baseline_topk]
+    every = frontier.every
     full = next((p for p in every if p.budget >= 1), None)
     if full is None:
         return []

@@ -26,7 +26,7 @@ class Cost:
 
 
 def measured_cost(elastic: Elastic, step: Step) -> Cost:
-    """Cost of what has run since `elastic.reset_counters()`, all of it at one group of points."""
+    """Cost of what ran in the last `elastic.count()`, all of it at one group of points."""
     params = size = slots = distinct = 0.0
     group = _group(step)
     for layer in elastic.layers:
@@ -46,7 +46,9 @@ def resident_bytes(elastic: Elastic, step: Step) -> float:
     At full budget only the experts count, since nothing else is read. Experts that the point has removed do not count.
     """
     group, point = _group(step), step.bound.points[0]
-    share = 1.0 if point.weights is None else change_of(point.weights).resident_share
+    share = 1.0
+    if point.weights is not None and group.matrix_bytes is None:  # the prices know nothing of experts that are not there
+        share = change_of(point.weights).resident_share
     total = 0.0
     for layer in elastic.layers:
         parts, prices = layer.parts, layer.prices(group).bytes

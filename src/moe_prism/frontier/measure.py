@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -39,6 +41,11 @@ class Quality:
     def top1_agreement(self) -> float:
         return self.agree / self.tokens
 
+    @classmethod
+    def sum(cls, parts: Iterable[Quality]) -> Quality:
+        """Of all tokens of several texts together."""
+        return cls(*(sum(column) for column in zip(*map(astuple, parts), strict=True)))
+
     def add(self, source: Tensor, logits: Tensor, target: Tensor) -> None:
         """source: log-probabilities [T, V] of the source model; logits [T, V]; target [T]."""
         log_p = logits.log_softmax(-1)
@@ -55,6 +62,8 @@ class Measurement:
     quality: Quality
     cost: Cost
     resident_bytes: float
+    domains: Mapping[str, Quality] = field(default_factory=dict)
+    """Of each domain of the text, where it has any."""
 
 
 @torch.no_grad()
@@ -65,26 +74,36 @@ def measure(
     *,
     batch: int = 4,
     progress: Callable[[int, int], None] | None = None,
+    parts: Sequence[tuple[str, int]] = (),
 ) -> list[Measurement]:
-    """Run every point over ids [n, length] against the full model. The source's log-probabilities exist for one batch at a time."""
+    """Run every point over ids [n, length] against the full model. The source's log-probabilities exist for one batch at a time.
+
+    parts: (domain, windows) in the order of ids; a batch never holds two.
+    """
     elastic: Elastic = model._moe_prism
     steps = [Step(bind(elastic, [point])) for point in points]
-    qualities = [Quality() for _ in points]
+    parts = parts or [("", len(ids))]
+    ends = list(accumulate(rows for _, rows in parts))
+    qualities = [{name: Quality() for name, _ in parts} for _ in points]
     costs: list[_Sum] = [_Sum() for _ in points]
-    for start in range(0, len(ids), batch):
-        rows = ids[start : start + batch].to(model.device)
+    stop = 0
+    while stop < len(ids):
+        place, start = bisect_right(ends, stop), stop
+        stop = min(start + batch, ends[place])
+        rows = ids[start:stop].to(model.device)
         target = rows[:, 1:].reshape(-1)
         with elastic.at(elastic.full_step, counting=False):
             source = _logits(model, rows).log_softmax(-1)
         for step, quality, cost in zip(steps, qualities, costs, strict=True):
-            with elastic.at(step):
-                elastic.reset_counters()
-                quality.add(source, _logits(model, rows), target)
+            with elastic.at(step), elastic.count():
+                quality[parts[place][0]].add(source, _logits(model, rows), target)
                 cost.add(measured_cost(elastic, step), rows.numel())
         if progress:
-            progress(min(start + batch, len(ids)), len(ids))
+            progress(stop, len(ids))
     return [
-        Measurement(quality, cost.mean(), resident_bytes(elastic, step))
+        Measurement(
+            Quality.sum(quality.values()), cost.mean(), resident_bytes(elastic, step), {d: q for d, q in quality.items() if d}
+        )
         for quality, cost, step in zip(qualities, costs, steps, strict=True)
     ]
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import CorruptError, UsageError
+from ..errors import UsageError
 from ..files import replace_file
 from ..point import OperatingPoint
-from ..point.named import upgraded
+from ..point.named import measured_point
+from ..schema import check, read_form
+from ..schema.points import FrontierForm, MeasuredForm
 
 REMEASURE = "write it again with `moe-prism frontier`"
 
@@ -31,10 +32,14 @@ class DecodeTime:
     """Median over the turns of this time / the time of the model without us at all its experts, in the same turn."""
     turns: int
 
-    @classmethod
-    def from_json(cls, data: object, where: str = "time") -> DecodeTime:
-        mapping = _mapping(data, where)
-        return cls(**{f.name: _read(mapping, f.name, str(f.type), where) for f in fields(cls)})
+
+@dataclass(frozen=True)
+class DomainQuality:
+    """What `MeasuredPoint` says of all held-out text, of one domain of it."""
+
+    ppl: float
+    kl: float
+    top1_agreement: float
 
 
 @dataclass(frozen=True)
@@ -71,29 +76,43 @@ class MeasuredPoint:
     """What was measured, ready to run again; None where a version before 0.2 wrote it and it cannot be told from the rest."""
     time: DecodeTime | None = None
     """How long decoding took on the machine that `provenance` names; None where nobody asked, or where weights are changed in place."""
+    domains: Mapping[str, DomainQuality] = field(default_factory=dict)
+    """By domain, where the evaluation text has any (`--domain`)."""
+
+    @property
+    def worst_domain(self) -> str | None:
+        """The domain with the largest KL."""
+        return max(self.domains, key=lambda name: self.domains[name].kl, default=None)
 
     @classmethod
     def from_json(cls, data: object, where: str = "point") -> MeasuredPoint:
         """Check and convert one entry of `points`; `where` names it in the error."""
-        mapping = _mapping(data, where)
-        plain = [f for f in fields(cls) if f.name not in ("point", "time") and (f.name in mapping or f.default is MISSING)]
-        row = {f.name: _read(mapping, f.name, str(f.type), where) for f in plain}
-        stored, time = mapping.get("point"), mapping.get("time")
+        return cls.of_form(check(MeasuredForm, data, where, REMEASURE))
+
+    @classmethod
+    def of_form(cls, form: MeasuredForm) -> MeasuredPoint:
+        """What a checked file says."""
+        row = {name: value for name, value in form.model_dump().items() if name not in ("point", "time", "domains")}
         return cls(
             **row,
-            point=upgraded(row["rule"], row["budget"]) if stored is None else OperatingPoint.from_json(stored),
-            time=None if time is None else DecodeTime.from_json(time, f"time of {where}"),
+            point=measured_point(form),
+            time=None if form.time is None else DecodeTime(**form.time.model_dump()),
+            domains={name: DomainQuality(**quality.model_dump()) for name, quality in form.domains.items()},
         )
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, the operating point in its own form, and the time where it was measured."""
-        row = {f.name: getattr(self, f.name) for f in fields(self)} | {"point": self.point and self.point.to_json()}
-        return row | {"time": asdict(row.pop("time"))} if self.time else {k: v for k, v in row.items() if k != "time"}
+        row = {f.name: getattr(self, f.name) for f in fields(self)} | {
+            "point": self.point and self.point.to_json(),
+            "time": self.time and asdict(self.time),
+            "domains": {name: asdict(quality) for name, quality in self.domains.items()},
+        }
+        return {name: value for name, value in row.items() if value or name not in ("time", "domains")}
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """All points of one model and the plain top-k points they are compared with."""
+    """All points of one model and what they are compared with: plain top-k, and plain rounding to fewer bits."""
 
     model: str
     source: str
@@ -101,6 +120,13 @@ class Frontier:
     points: tuple[MeasuredPoint, ...]
     baseline_topk: tuple[MeasuredPoint, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    baseline_bits: tuple[MeasuredPoint, ...] = ()
+    """The whole model in int8 and int4; none where the source is stored so, or where an older version measured."""
+
+    @property
+    def every(self) -> tuple[MeasuredPoint, ...]:
+        """All that was measured."""
+        return (*self.points, *self.baseline_topk, *self.baseline_bits)
 
     def to_json(self) -> dict[str, Any]:
         """The content of `frontier.json` as plain dicts, lists and numbers."""
@@ -110,23 +136,22 @@ class Frontier:
             "n_sub": self.n_sub,
             "points": [p.to_json() for p in self.points],
             "baseline_topk": [p.to_json() for p in self.baseline_topk],
+            "baseline_bits": [p.to_json() for p in self.baseline_bits],
             "provenance": dict(self.provenance),
         }
 
     @classmethod
     def from_json(cls, data: object) -> Frontier:
         """The inverse of `to_json`. A missing key, a wrong type or a number that is not finite is a CorruptError."""
-        mapping = _mapping(data, "frontier")
-        provenance = _mapping(_get(mapping, "provenance", "frontier"), "provenance")
-        _check_plain(provenance, "provenance")
-        return cls(
-            model=_read(mapping, "model", "str", "frontier"),
-            source=_read(mapping, "source", "str", "frontier"),
-            n_sub=_read(mapping, "n_sub", "int", "frontier"),
-            points=_points(mapping, "points"),
-            baseline_topk=_points(mapping, "baseline_topk"),
-            provenance=provenance,
+        return cls.of_form(check(FrontierForm, data, "frontier", REMEASURE))
+
+    @classmethod
+    def of_form(cls, form: FrontierForm) -> Frontier:
+        """What a checked file says."""
+        points, baseline, bits = (
+            tuple(map(MeasuredPoint.of_form, rows)) for rows in (form.points, form.baseline_topk, form.baseline_bits)
         )
+        return cls(form.model, form.source, form.n_sub, points, baseline, form.provenance, bits)
 
     def save(self, path: str | Path) -> None:
         """Write `frontier.json` at once or not at all; the same frontier gives the same bytes."""
@@ -136,13 +161,7 @@ class Frontier:
     @classmethod
     def load(cls, path: str | Path) -> Frontier:
         """Read what `save` wrote."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"cannot read {path}: {error.strerror}", "give the path of a frontier.json") from error
-        except ValueError as error:
-            raise CorruptError(f"{path} is not JSON: {error}", REMEASURE) from error
-        return cls.from_json(data)
+        return cls.of_form(read_form(FrontierForm, Path(path), REMEASURE))
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -151,65 +170,3 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         replace_file(Path(path), data)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}", "choose a path in an existing, writable folder") from error
-
-
-def _points(mapping: Mapping[str, Any], key: str) -> tuple[MeasuredPoint, ...]:
-    rows = _get(mapping, key, "frontier")
-    if not isinstance(rows, list):
-        raise CorruptError(f"key '{key}' of frontier must be a list, not {type(rows).__name__}", REMEASURE)
-    return tuple(MeasuredPoint.from_json(row, f"{key}[{i}]") for i, row in enumerate(rows))
-
-
-def _mapping(data: object, where: str) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise CorruptError(f"{where} must be an object with keys, not {type(data).__name__}", REMEASURE)
-    return data
-
-
-def _get(mapping: Mapping[str, Any], key: str, where: str) -> Any:
-    if key not in mapping:
-        raise CorruptError(f"key '{key}' of {where} is missing", REMEASURE)
-    return mapping[key]
-
-
-_ACCEPTED: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
-
-
-def _read(mapping: Mapping[str, Any], key: str, kind: str, where: str) -> Any:
-    value = _get(mapping, key, where)
-    if not _is_kind(value, kind):
-        raise CorruptError(f"key '{key}' of {where} must be {kind}, not {type(value).__name__}", REMEASURE)
-    if kind != "float":
-        return value
-    return _finite(value, f"key '{key}' of {where}")
-
-
-def _is_kind(value: object, kind: str) -> bool:
-    # bool is a subclass of int, and `"ppl": true` is no number
-    return isinstance(value, _ACCEPTED[kind]) and (kind == "bool" or not isinstance(value, bool))
-
-
-def _finite(value: float, what: str) -> float:
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise CorruptError(f"{what} is not a finite number", REMEASURE)
-    return number
-
-
-def _check_plain(value: object, where: str) -> None:
-    """Provenance is free in form, but has to survive a trip through JSON."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise CorruptError(f"key {key!r} of {where} must be str", REMEASURE)
-            _check_plain(item, f"{where}.{key}")
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            _check_plain(item, f"{where}[{i}]")
-    elif isinstance(value, float):
-        _finite(value, f"key '{where}'")
-    elif not isinstance(value, str | int | None):
-        raise CorruptError(f"key '{where}' must be plain JSON, not {type(value).__name__}", REMEASURE)

@@ -37,12 +37,14 @@ from ..errors import UsageError
 from ..frontier.measure import measure
 from ..model import find_layers, load_to_run, load_tokenizer, resolve
 from ..options.adopt import AdoptOptions
+from ..options.text import other_source
 from ..point import OperatingPoint, SlotRule
 from ..progress import peak_rss_bytes, silent
 from .calibrate import SNAPSHOT, run_pass
 from .distance import TOKENS, distance_between, evaluation_windows
 from .refactor import single_index
 from .refactor_card import adopted_card
+from .resources import check_resources, needed_by_pass
 from .same_order import Likeness, same_order
 from .solve_layer import measured_cutoffs
 
@@ -103,11 +105,14 @@ def adopt(
     original = Weights(elastic)
     weights = Weights(where, config=original.model.config if where.is_file() else None)
     alike = same_order(weights, original)
+    linked = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists()).stat().st_dev == weights.path.stat().st_dev
+    brought = weights.path.stat().st_size if where.is_file() else open_source(where).bytes
+    settings = replace(_calibration(manifest), low_memory=options.low_memory)
+    check_resources(needed_by_pass(weights, settings, 0 if linked else brought), out, how.get("resume", False))
     with OutputFolder(out, resume=how.get("resume", False), force=how.get("force", False)) as folder:
         _bring(where, Path(elastic), folder)
         work = folder.work / where.name if where.is_file() else folder.work
         report = how.get("report", silent)
-        settings = replace(_calibration(manifest), low_memory=options.low_memory)
         statistics = run_pass(work, windows, settings, folder, Journal(folder.work, inputs), report)
         side = side_tensors(elastic, len(original.layers))
         own = []
@@ -134,7 +139,7 @@ def _calibration(manifest: Mapping[str, Any]) -> CalibrateOptions:
 
 def _windows(elastic: Path, manifest: Mapping[str, Any], options: AdoptOptions) -> Windows:
     calibration = _calibration(manifest)
-    text = options.text or calibration.text
+    text = other_source(manifest["calibration"], options.text, options.text_field)
     return token_windows(load_tokenizer(elastic), text, "calibration", length=calibration.length, tokens=options.tokens)
 
 
@@ -184,7 +189,7 @@ def _price(
     work: Path, elastic: Path, windows: Windows, side: list[dict[str, Tensor]], manifest: Mapping[str, Any], options: AdoptOptions
 ) -> dict[str, Any]:
     """KL to the elastic folder at full budget, and what half a budget costs the quantized model; on held-out windows of the text."""
-    held = evaluation_windows(elastic, windows.source, windows.ids.shape[1])
+    held = evaluation_windows(elastic, windows.text, windows.ids.shape[1])
     ids = held.ids if held else windows.ids[: max(1, TOKENS // windows.ids.shape[1])]
     quality = distance_between(elastic, work, ids)
     found = {"kl": round(quality.kl, 8), "kl_tokens": quality.tokens, "kl_text": "evaluation" if held else "calibration"}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from safetensors.torch import load_file
+from torch import Tensor
 
 from ..artefact.load import read_tensors
 from ..artefact.output import Writing, check_apart, finished
@@ -18,12 +18,16 @@ from ..artefact.source import Weights
 from ..calibrate.options import settings
 from ..calibrate.run import Pass, bounded_capacity
 from ..calibrate.statistics import LayerStatistics, Statistics
-from ..checkpoint import Journal, LayerStream, OutputFolder, read_manifest, source_facts, write_manifest
+from ..checkpoint import Journal, LayerStream, OutputFolder, check_listed, read_manifest, source_facts, write_manifest
+from ..checkpoint.config import read_config
 from ..data import Windows, token_windows
-from ..errors import UsageError
-from ..model import find_layers, load_to_run, load_tokenizer, resolve
+from ..errors import CorruptError, UsageError
+from ..model import find_layers, load_to_run, load_tokenizer, local, resolve
 from ..options.calibrate import CalibrateOptions
 from ..progress import Report, silent
+from ..schema.read import one_line
+from .demonstrations import Answering, plan
+from .resources import check_resources, needed_by_pass
 
 SNAPSHOT = "calibration-snapshot.safetensors"
 PROFILE = "profile.safetensors"
@@ -43,7 +47,9 @@ def calibrate_model(
     where = resolve(model)
     check_apart(where, out)
     weights = Weights(where)
-    windows = calibration_windows(where, options)
+    asked = plan(load_tokenizer(where), options, _longest(where)) if options.tasks else None
+    windows = None if asked else calibration_windows(where, options)
+    check_resources(needed_by_pass(weights, options), out, resume)
     check_fit(weights, options)
     source = source_facts(where)
     del weights  # of a GGUF file it holds the whole model
@@ -52,7 +58,15 @@ def calibrate_model(
         return read_statistics(out)
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         journal = Journal(folder.work, inputs)
-        statistics = run_pass(where, windows, options, folder, journal, how.get("report", silent))
+        report = how.get("report", silent)
+        answers = Answering(asked, options, folder, journal) if asked else None
+        if answers:
+            windows, facts = demonstrate(where, answers, report)
+        assert windows is not None
+        statistics = run_pass(where, windows, options, folder, journal, report)
+        if answers:
+            statistics.facts |= facts
+            answers.discard()
         for i, layer in enumerate(statistics.layers):
             folder.save_tensors(f"layer-{i:03d}.safetensors", layer.flat(), {"name": layer.name})
         folder.save_tensors(PROFILE, {"ids": statistics.profile})
@@ -60,6 +74,13 @@ def calibrate_model(
         write_manifest(folder, {"kind": "calibration", **inputs, "facts": statistics.facts})
         folder.finish()
     return statistics
+
+
+def demonstrate(where: Path | str, answers: Answering, report: Report) -> tuple[Windows, dict[str, Any]]:
+    """Let the model answer, and take both as calibration text; the facts of it."""
+    if not answers.is_done():
+        answers.run(load_to_run(where), load_tokenizer(where), report)
+    return answers.collect(min(answers.options.length, _longest(where)))
 
 
 def check_fit(weights: Weights, options: CalibrateOptions) -> None:
@@ -75,10 +96,16 @@ def read_statistics(folder: str | Path) -> Statistics:
     manifest = read_manifest(folder)
     if manifest.get("kind") != "calibration":
         raise UsageError(f"'{folder}' is not a calibration", "give the folder written by `moe-prism calibrate`")
-    layers = []
+    check_listed(folder, manifest, sorted(manifest["files"]))
+    layers, capacity = [], manifest["facts"]["capacity"]
     for i, name in enumerate(manifest["facts"]["layers"]):
-        layers.append(LayerStatistics.unflat(name, read_tensors(Path(folder) / f"layer-{i:03d}.safetensors")))
-    profile = read_tensors(Path(folder) / PROFILE)["ids"]
+        path = Path(folder) / f"layer-{i:03d}.safetensors"
+        layers.append(LayerStatistics.unflat(name, read_tensors(path)))
+        layers[-1].check(str(path), capacity, {})
+    path = Path(folder) / PROFILE
+    profile = read_tensors(path).get("ids")
+    if profile is None or profile.dtype != torch.int64 or profile.ndim != 2 or not profile.numel() or int(profile.min()) < 0:
+        raise CorruptError(f"{path}: 'ids' must be token ids [windows, length] (int64)", "calibrate again")
     return Statistics(layers, profile, {**manifest["facts"], "source": manifest["source"], "options": manifest["options"]})
 
 
@@ -89,26 +116,53 @@ def run_pass(
     with _model(where, options) as model:
         layers = find_layers(model)
         work = Pass(model, layers, settings(options))
-        if journal.done("snapshot"):
-            work.load(load_file(str(folder.work / SNAPSHOT)))
+        if journal.done(SNAPSHOT):
+            work.load(_snapshot(folder.work / SNAPSHOT, work, len(windows.ids)))
         last = time.monotonic()
 
         def after_batch() -> None:
             nonlocal last
             if time.monotonic() - last > SNAPSHOT_SECONDS or work.done == len(windows.ids):
-                journal.finish("snapshot", SNAPSHOT, folder.save_tensors(SNAPSHOT, work.state()))
+                journal.finish(SNAPSHOT, folder.save_tensors(SNAPSHOT, work.state()))
                 last = time.monotonic()
 
         with report("calibrate") as update:
-            work.run(windows.ids, update, after_batch)
+            work.run(windows.ids, update, after_batch, windows.parts)
         facts = {
             "layers": [layer.name for layer in layers],
-            "text": windows.source,
             "tokens": windows.tokens,
             "length": windows.ids.shape[1],
             "documents": list(windows.documents),
+            **windows.facts(),
         }
         return work.statistics(facts)
+
+
+def _snapshot(path: Path, work: Pass, windows: int) -> dict[str, Tensor]:
+    """What an interrupted pass had gathered. CorruptError for what this pass could not have written."""
+    state = read_tensors(path)
+    done, again = state.get("done"), "use --force to start again"
+    if done is None or done.dtype != torch.int64 or done.shape != (1,) or not 0 <= int(done) <= windows:
+        raise CorruptError(f"{path}: 'done' must be a number of windows up to {windows}", again)
+    known = {"done"}
+    for i, (layer, mine) in enumerate(zip(work.layers, work.collectors, strict=True)):
+        own = {key.partition("/")[2]: tensor for key, tensor in state.items() if key.startswith(f"{i}/")}
+        known |= {f"{i}/{key}" for key in own}
+        found = LayerStatistics.unflat(layer.name, own)
+        found.check(str(path), work.capacity, {"E": layer.num_experts, "d": layer.hidden})
+        if {*found.values, *(f"{d}/{n}" for d, values in found.domains.items() for n in values)} != set(mine):
+            raise CorruptError(f"{path}: layer {i} holds other statistics than this pass gathers", again)
+    if set(state) - known:
+        raise CorruptError(f"{path}: '{one_line(min(set(state) - known))}' is not known", again)
+    return state
+
+
+def check_fits(given: Statistics, weights: Weights) -> None:
+    """UsageError for a calibration that is of another model."""
+    given.check_fits(weights.layers)
+    vocabulary = weights.model.get_input_embeddings().weight.shape[0]
+    if int(given.profile.max()) >= vocabulary:
+        raise UsageError(f"the calibration has token ids beyond the model's {vocabulary}", "calibrate this model")
 
 
 @contextmanager
@@ -126,14 +180,12 @@ def calibration_windows(where: Path | str, options: CalibrateOptions) -> Windows
     """The calibration side of the options' text, in windows no longer than the model's context."""
     tokenizer = load_tokenizer(where)
     length = min(options.length, _longest(where))
-    return token_windows(tokenizer, options.text, "calibration", length=length, tokens=options.tokens)
+    return token_windows(tokenizer, options.source, "calibration", length=length, tokens=options.tokens)
 
 
 def _longest(where: Path | str) -> int:
     """The model's context limit, where its configuration names one."""
     if isinstance(where, Path) and where.is_file():
         return 1 << 30
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(str(where), trust_remote_code=False)
+    config = read_config(local(where, weights=False))
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)

@@ -15,6 +15,7 @@ from ..data import Windows, token_windows
 from ..errors import UsageError
 from ..frontier.measure import Quality
 from ..model import load_model, load_tokenizer
+from ..options.text import TextSource
 
 TOKENS = 2048
 LOGITS = 1 << 26  # of one model, held while the other runs: 256 MiB in float32
@@ -38,7 +39,7 @@ def distance_between(source: str | Path, other: str | Path, ids: Tensor) -> Qual
     return quality
 
 
-def evaluation_windows(model: Path, text: str, length: int) -> Windows | None:
+def evaluation_windows(model: Path, text: str | TextSource, length: int) -> Windows | None:
     """Held-out windows of the text that a model was calibrated on; None where there is not enough of it."""
     try:
         return token_windows(load_tokenizer(model), text, "evaluation", length=length, tokens=TOKENS)

@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..offload.cache import cache_policies
 from ..offload.record import TraceRecorder, record
 from ..options.offload import OffloadOptions
+from ..options.text import source_in
 from ..progress import Report, silent
 from ..store import StoreOptions, parse_bytes
 from ..store.choose_misses import Misses
@@ -72,7 +73,7 @@ def forecast_offload(
     model, tokenizer = load(folder, store=StoreOptions(memory, options.expert_file, misses=Misses(low=None)))
     elastic, store = model._moe_prism, model._moe_prism.store
     budgets = options.budgets or (1.0, *affordable(elastic, BUDGETS))
-    text = read_manifest(folder)["calibration"]["text"]
+    text = source_in(read_manifest(folder)["calibration"])
     windows = token_windows(tokenizer, text, "calibration", length=LENGTH, tokens=max(options.tokens, LENGTH)).ids
     with report("trace") as update, operating_point(model):
         trace = record(TraceRecorder(model, values=True), [("calibration", windows)], prompt=PROMPT, progress=update)

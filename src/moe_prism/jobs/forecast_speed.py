@@ -22,6 +22,7 @@ from ..forecast.speed import ELASTIC, PAYS, STOCK, ForecastPoint, MeasuredStep, 
 from ..forecast.step_time import Fit, Machine, Shape, StepLoad, Terms, fit, terms
 from ..model import find_layers, load_to_run, load_tokenizer, resolve
 from ..options.speed import WINDOW, SpeedOptions
+from ..options.text import text_source
 from ..progress import Report, silent
 from .count_blocks import at_budget, block_choices
 from .model_shape import config_tree, shape_of
@@ -94,7 +95,7 @@ class _SpeedForecaster:
 
     def __init__(self, source: str | Path, options: SpeedOptions, machine: Machine | None, report: Report) -> None:
         self.source, self.options, self.given, self.report = source, options, machine, report
-        self.text = options.text or "stdlib"
+        self.text = text_source(options.text or "stdlib", options.text_field)
         self.tokenizer = load_tokenizer(source)
 
     def forecast(self) -> SpeedForecast:
@@ -105,7 +106,7 @@ class _SpeedForecaster:
             points = [*points, *self._elastic(shape, points[0], ids, fits, measured)]
         machines = {name: found.machine if isinstance(found, Fit) else found for name, found in fits.items()}
         rows = predict(shape, points, machines, _loads(options), measured)
-        return SpeedForecast(_name(self.source), rows, fits, shape, _facts(options, routing, self.text))
+        return SpeedForecast(_name(self.source), rows, fits, shape, _facts(options, routing, self.text.label))
 
     def _stock(
         self, ids: Tensor, fits: dict[str, Fit | Machine], measured: dict[Key, MeasuredStep]
@@ -204,7 +205,7 @@ class _SpeedForecaster:
         ids = token_windows(self.tokenizer, self.text, "evaluation", length=length, tokens=length * count).ids
         if len(ids) < count:
             raise UsageError(
-                f"text source '{self.text}' has {len(ids)} held-out sequences of {length} tokens, --concurrency asks for {count}",
+                f"text source '{self.text.label}' has {len(ids)} held-out sequences of {length} tokens, --concurrency asks for {count}",
                 "give more text or a lower concurrency",
             )
         return ids

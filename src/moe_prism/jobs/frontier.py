@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from ..compress.changes import change_of
 from ..data import Windows, token_windows
 from ..elastic.runtime import slots_per_token
 from ..errors import UsageError
-from ..frontier import Frontier, MeasuredPoint, pareto
+from ..frontier import DomainQuality, Frontier, MeasuredPoint, pareto
 from ..frontier.measure import Measurement, measure
 from ..methods.base import Method, Subject
 from ..methods.find import method
-from ..methods.slots.rules import slot_rule
+from ..methods.quantize.uniform_bits import standing_rows
+from ..methods.skip.base import skip_method
 from ..options.frontier import FrontierOptions
-from ..point import FULL, NamedPoint, OperatingPoint, read_points
+from ..point import FULL, NamedPoint, read_points
 from ..progress import Report, peak_rss_bytes, silent
 
 GIVEN = "given point"
@@ -44,7 +45,7 @@ def chosen(options: FrontierOptions) -> list[Method]:
 
 
 def measure_frontier(folder: str | Path, options: FrontierOptions | None = None, *, report: Report = silent) -> Frontier:
-    """Perplexity, KL to the source, top-1 agreement and cost of every operating point, and of plain top-k' for every k' < k.
+    """Perplexity, KL to the source, top-1 agreement and cost of every operating point, of plain top-k' for every k' < k, of int8 and int4.
 
     folder: written by `refactor`, or a plain checkpoint for methods that need no sub-experts. The source is the same model at full budget
     (equal to the original checkpoint to rounding). Text used in calibration is excluded.
@@ -67,8 +68,10 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     split = len(tagged)
     known = {point.name for _, point in tagged}
     tagged += [("topk", point) for point in _plain(subject) if point.name not in known]
+    bits_from = len(tagged)
+    tagged += [("bits-alone", point) for point in standing_rows(subject) if point.name not in known]
     with report("frontier") as update:
-        found = measure(opened.model, windows.ids, [point.point for _, point in tagged], progress=update)
+        found = measure(opened.model, windows.ids, [point.point for _, point in tagged], progress=update, parts=windows.parts)
     flags = pareto([m.cost.active_expert_bytes for m in found], [m.quality.kl for m in found])
     rows = zip(tagged, found, flags, strict=True)
     points = tuple(_measured(label, point, one, subject.slots, flag) for (label, point), one, flag in rows)
@@ -77,8 +80,9 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
         opened.manifest["source"]["name"] if opened.manifest else opened.name,
         opened.n_sub,
         points[:split],
-        points[split:],
+        points[split:bits_from],
         _provenance(opened, options, windows),
+        points[bits_from:],
     )
 
 
@@ -88,7 +92,7 @@ def subject_of(opened: Opened, options: FrontierOptions, report: Report = silent
 
     def calibration() -> Tensor:
         wanted = options.calibration_tokens
-        return token_windows(opened.tokenizer, options.text, "calibration", length=options.length, tokens=wanted).ids
+        return token_windows(opened.tokenizer, options.source, "calibration", length=options.length, tokens=wanted).ids
 
     n_sub = opened.n_sub
     return Subject(
@@ -104,10 +108,9 @@ def subject_of(opened: Opened, options: FrontierOptions, report: Report = silent
 
 
 def evaluation_windows(opened: Opened, options: FrontierOptions) -> Windows:
-    """Held-out text: the evaluation side, without what the model was calibrated on when it was refactored."""
-    known = opened.manifest["calibration"]["documents"] if opened.manifest else ()
+    """Held-out text: the evaluation side, without what the model was calibrated on when it was refactored or pruned."""
     return token_windows(
-        opened.tokenizer, options.text, "evaluation", length=options.length, tokens=options.tokens, exclude=known
+        opened.tokenizer, options.source, "evaluation", length=options.length, tokens=options.tokens, exclude=opened.documents
     )
 
 
@@ -121,9 +124,9 @@ def _points(chosen: Method, subject: Subject) -> Sequence[NamedPoint]:
 
 
 def _plain(subject: Subject) -> list[NamedPoint]:
-    """Plain top-k' for every k' < k."""
-    rules = [replace(slot_rule("whole-experts", subject.n_sub * n, subject.slots), compensate=False) for n in range(1, subject.k)]
-    return [NamedPoint(name=f"top-{n}", point=OperatingPoint(slots=rule)) for n, rule in enumerate(rules, 1)]
+    """Plain top-k' for every k' < k: what `num_experts_per_tok` would do, with weights scaled up where the router scales them."""
+    uniform = skip_method("uniform")
+    return [NamedPoint(name=f"top-{n}", point=uniform.point(subject, n).point) for n in range(1, subject.k)]
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -151,6 +154,7 @@ def _measured(label: str, named: NamedPoint, found: Measurement, slots: int, fla
         resident_expert_bytes=found.resident_bytes,
         distinct_expert_bytes=cost.distinct_expert_bytes,
         point=point,
+        domains={name: DomainQuality(q.ppl, q.kl, q.top1_agreement) for name, q in found.domains.items()},
     )
 
 
@@ -160,7 +164,7 @@ def _provenance(opened: Opened, options: FrontierOptions, windows: Windows) -> d
         # a file is known by its name: where it lies on this machine is nobody's business
         "options": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}
         | {"given": [Path(p).name for p in options.given]},
-        "evaluation": {"text": windows.source, "tokens": windows.tokens, "documents": len(windows.documents)},
+        "evaluation": {**windows.facts(), "tokens": windows.tokens, "documents": len(windows.documents)},
         "calibration": {k: v for k, v in manifest["calibration"].items() if k != "documents"},
         "recovery": [{k: v for k, v in step.items() if k != "inputs"} for step in manifest.get("recovery", [])],
         "versions": versions(),

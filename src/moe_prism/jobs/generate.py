@@ -11,6 +11,7 @@ import torch
 from ..elastic.rules import rules
 from ..elastic.runtime import elastic_of
 from ..errors import UsageError
+from ..model import end_tokens
 from ..options.generate import GenerateOptions
 from ..point import FULL, OperatingPoint
 
@@ -80,6 +81,7 @@ def generate(
         )
     warm = sampling.temperature > 0
     drawing: dict[str, Any] = {"do_sample": warm, **({"temperature": sampling.temperature} if warm else {})}
+    ends = {"eos_token_id": sorted(found)} if (found := end_tokens(model, tokenizer)) else {}
     torch.manual_seed(sampling.seed)
     elastic = elastic_of(model)
     before, began = elastic.tally(), time.perf_counter()
@@ -88,6 +90,7 @@ def generate(
             **rows,
             max_new_tokens=sampling.max_tokens,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            **ends,
             **drawing,
         )
     seconds, after, new = time.perf_counter() - began, elastic.tally(), ids[0, length:]

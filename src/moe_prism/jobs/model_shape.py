@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.config import empty_model, read_config
 from ..elastic.runtime import experts_per_token
 from ..errors import UsageError
 from ..forecast.step_time import ExpertLayer, Shape
@@ -15,19 +16,12 @@ from ..model import find_layers, resolve
 
 def config_tree(folder: str | Path) -> Any:
     """The model of a folder's config.json without weights. UsageError where there is none, or it describes no causal language model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     path = Path(folder).expanduser()
     where = resolve(path.parent if path.name == "config.json" and path.is_file() else folder)
     if not isinstance(where, Path) or not where.is_dir():
         raise UsageError(f"'{folder}' is no folder with a config.json", "give one, or the config.json itself")
-    try:
-        config = AutoConfig.from_pretrained(str(where), trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.bfloat16, trust_remote_code=False).eval()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UsageError(f"'{folder}' is no causal language model: {first}", "check its config.json") from error
+    config = read_config(where)
+    return empty_model(where, config, config.dtype or torch.bfloat16)
 
 
 def shape_of(model: Any, *, bytes_per_weight: float | None = None, bytes_per_cached: float | None = None) -> Shape:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..artefact.load import SIDE_FILE, flat_side_tensors, side_tensors
+from ..artefact.load import SIDE_FILE, flat_side_tensors, read_tensors, side_tensors
 from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
 from ..calibrate.statistics import Statistics
@@ -24,14 +23,15 @@ from ..compress.prune.remove import Removal, check_mtp_choice, check_removable, 
 from ..data import Windows
 from ..elastic import attach
 from ..elastic.side_tensors import expert_dimension
-from ..errors import UsageError
+from ..errors import CorruptError, UsageError
 from ..methods.prune.select import PruneSelection, check_options, collectors_of, decide, measured_counts, read_kept
 from ..model import find_layers, load_to_run, resolve
 from ..options.prune import PruneOptions
 from ..progress import Report, peak_rss_bytes, silent
-from .calibrate import SNAPSHOT, calibration_windows, check_fit, read_statistics, run_pass
+from .calibrate import SNAPSHOT, calibration_windows, check_fit, check_fits, read_statistics, run_pass
 from .prune_card import pruned_card
 from .recover import FILLED_IN
+from .resources import check_resources, needed_by_pass, needed_on_disk, written_bytes
 
 KEPT = "kept.json"
 COUNTS = "kept-counts.safetensors"
@@ -100,6 +100,9 @@ def prune_model(
     if (resume := how.get("resume", False)) and (done := finished(out, {"kind": kind, "pruning": {**inputs, **statistics}})):
         selection = read_kept(Path(out) / KEPT, job.weights.model, job.weights.layers)
         return Pruned(selection, Path(out), done, peak_rss_bytes())
+    size, runs = written_bytes(job.weights), job.windows and not given
+    needed = needed_by_pass(job.weights, job.settings, size) if runs else needed_on_disk(size)
+    check_resources(needed, out, resume)
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         report = how.get("report", silent)
         journal = Journal(folder.work, {**inputs, **statistics})
@@ -134,6 +137,8 @@ class _Job:
             raise UsageError(
                 f"'{calibration}' was calibrated on another checkpoint", "calibrate this one, or leave --calibration out"
             )
+        if self.given:
+            check_fits(self.given, self.weights)
         decide(
             self.weights.model, self.weights.layers, None, replace(options, criterion="first-half", protect=[])
         )  # would it fit at all
@@ -141,6 +146,9 @@ class _Job:
         self.settings = replace(options.calibration, collectors=collectors)
         self.windows: Windows | None = None
         if collectors and not self.given:
+            unnamed = [name for name in options.for_domain if name not in options.calibration.source.domains]
+            if unnamed:
+                raise UsageError(f"--for-domain {unnamed[0]} is no domain of the text", f"name it: --domain {unnamed[0]}=PATH")
             self.windows = calibration_windows(self.weights.path, self.settings)
             check_fit(self.weights, self.settings)
 
@@ -170,9 +178,13 @@ class _Job:
                 found = measured_counts(
                     loaded, elastic, statistics, self.options, ids[:: max(1, len(ids) // wanted)][:wanted], update
                 )
-            journal.finish(COUNTS, COUNTS, folder.save_tensors(COUNTS, {"counts": torch.tensor(found)}))
-        counts: list[int] = load_file(str(folder.work / COUNTS))["counts"].tolist()
-        return counts
+            journal.finish(COUNTS, folder.save_tensors(COUNTS, {"counts": torch.tensor(found)}))
+        counts = read_tensors(folder.work / COUNTS).get("counts")
+        if counts is None or counts.dtype != torch.int64 or counts.shape != (len(self.weights.layers),) or int(counts.min()) < 1:
+            raise CorruptError(
+                f"{folder.work / COUNTS}: 'counts' must be a number of experts per layer", "use --force to start again"
+            )
+        return counts.tolist()
 
 
 def _elastic_manifest(folder: Path) -> dict[str, Any] | None:

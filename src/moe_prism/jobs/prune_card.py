@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .card_text import code, shown
 from .refactor_card import front_matter, terms_of
 
 
 def pruned_card(facts: Mapping[str, Any], kept: Mapping[str, Any], model_type: str) -> str:
     """Markdown."""
     source, first = facts["source"]["name"], kept["layers"][0]
+    title, name = shown(source), code(source)
+    gone = first["experts"] - len(first["kept"])
     return f"""{front_matter(facts, model_type)}
-# {source}, {len(first["kept"])} of {first["experts"]} experts
+# {title}, {len(first["kept"])} of {first["experts"]} experts
 
-`{source}` without {first["experts"] - len(first["kept"])} of the {first["experts"]} routed experts of every layer, chosen by
-`{kept["criterion"]}`. Every token uses as many experts as before; fewer of them have to be in memory. transformers and other tools load
+`{name}` without {gone} of the {first["experts"]} routed experts of every layer, chosen by `{code(kept["criterion"])}`.
+Every token uses as many experts as before; fewer of them have to be in memory. transformers and other tools load
 this folder as a model of the same family. `kept.json` lists the experts that stayed, by their ids in the source.
 
 The outputs differ from the source's. `moe-prism verify this-folder` checks every file. {terms_of(facts)}

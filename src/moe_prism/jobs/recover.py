@@ -8,19 +8,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..artefact.load import SIDE_FILE, flat_side_tensors, load, side_tensors
+from ..artefact.load import SIDE_FILE, flat_side_tensors, load, read_tensors, side_tensors
 from ..artefact.output import Writing, check_apart, finished
 from ..checkpoint import Journal, OutputFolder, elastic_manifest, write_manifest
 from ..data import Windows, token_windows
 from ..elastic.layer import ElasticLayer
+from ..elastic.side_tensors import check_values
 from ..errors import CorruptError, UsageError
 from ..options.recover import RecoverOptions
+from ..options.text import other_source
 from ..progress import Report, peak_rss_bytes, silent
 from ..recover import RecoverJob, methods
 from ..recover.run import BATCH, groups
+from .resources import check_resources, needed_on_disk
 
 MEASURED = ("frontier.json", "ladder.json", "report.html", "frontier.png")  # of the model as it was
 FILLED_IN = ("schema", "versions", "files", "sha256")  # keys of a manifest that its writer sets
@@ -66,12 +68,13 @@ def recover_model(
     model, tokenizer = load(folder)
     windows = _windows(tokenizer, model, manifest, options)
     _check_repair(model._moe_prism.layers, windows, options)
+    check_resources(needed_on_disk(_written_bytes(model, manifest, options)), out, resume)
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as output:
         facts = _fit(model, windows, manifest, options, _Units(output, Journal(output.work, inputs)), report)
         with report("write") as update:
             _copy(Path(folder), manifest, output, update)
         extra = _write_side_file(Path(folder), len(manifest["layers"]), output)
-        facts |= {"inputs": inputs, "text": windows.source, "tokens": windows.tokens, "resident_bytes": extra}
+        facts |= {"inputs": inputs, **windows.facts(), "tokens": windows.tokens, "resident_bytes": extra}
         facts["resident_share"] = round(extra / _expert_bytes(model, manifest), 4)
         result = write_manifest(output, _manifest(manifest, windows, facts))
         output.finish()
@@ -87,7 +90,7 @@ def _check(folder: str | Path, manifest: Mapping[str, Any], options: RecoverOpti
 
 
 def _windows(tokenizer: Any, model: Any, manifest: Mapping[str, Any], options: RecoverOptions) -> Windows:
-    text = manifest["calibration"]["text"] if options.text is None else options.text
+    text = other_source(manifest["calibration"], options.text, options.text_field)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or options.length
     return token_windows(tokenizer, text, "calibration", length=min(options.length, longest), tokens=options.tokens)
 
@@ -102,6 +105,15 @@ def _check_repair(layers: Sequence[ElasticLayer], windows: Windows, options: Rec
         groups(layers, min(options.bands, layers[0].parts.n_sub - 1), options.memory_mib << 20)
 
 
+def _written_bytes(model: Any, manifest: Mapping[str, Any], options: RecoverOptions) -> int:
+    """Of the copy, with what `repair` adds to it: once in units, once in prism.safetensors."""
+    layers = [layer.parts.layer for layer in model._moe_prism.layers]
+    bands = options.bands if options.method == "repair" else 0
+    added: int = sum(bands * layer.num_experts * layer.hidden * layer.width * 2 for layer in layers)
+    whole: int = sum(entry["bytes"] for entry in manifest["files"].values())
+    return whole + 2 * added
+
+
 class _Units(NamedTuple):
     """Side tensors of layers, finished one by one in the work folder."""
 
@@ -113,7 +125,7 @@ class _Units(NamedTuple):
 
     def save(self, layer: int, tensors: dict[str, Tensor]) -> None:
         named = {f"layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
-        self.journal.finish(_unit(layer), _unit(layer), self.output.save_tensors(_unit(layer), named))
+        self.journal.finish(_unit(layer), self.output.save_tensors(_unit(layer), named))
 
 
 def _fit(
@@ -142,7 +154,9 @@ def _write_side_file(folder: Path, layers: int, output: OutputFolder) -> int:
     old = flat_side_tensors(side_tensors(folder, layers))
     new = dict(old)
     for i in range(layers):
-        new |= load_file(str(output.work / _unit(i)))
+        own = {name.removeprefix(f"layers.{i}."): tensor for name, tensor in read_tensors(output.work / _unit(i)).items()}
+        check_values(str(output.work / _unit(i)), own)
+        new |= {f"layers.{i}.{name}": tensor for name, tensor in own.items()}
         output.discard(_unit(i))
     output.save_tensors(SIDE_FILE, new, {"format": "pt"})
     return sum(t.nbytes for t in new.values()) - sum(t.nbytes for t in old.values())

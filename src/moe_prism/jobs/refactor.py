@@ -10,30 +10,32 @@ from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..artefact.load import SIDE_FILE
+from ..artefact.load import SIDE_FILE, read_tensors
 from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
 from ..calibrate.statistics import Statistics
-from ..checkpoint import Journal, OutputFolder, source_facts, write_manifest
+from ..checkpoint import Journal, OutputFolder, check_finite, read_header, source_facts, write_manifest
 from ..elastic.rules.threshold import kept_shares, pool_cutoffs
-from ..elastic.side_tensors import CUTOFFS, LAYER_BUDGETS, SHARES
-from ..errors import UsageError
+from ..elastic.side_tensors import CUTOFFS, LAYER_BUDGETS, SHARES, check_values
+from ..errors import CorruptError, UsageError
 from ..model import MoELayer, resolve
 from ..options.refactor import RefactorOptions
-from ..partition.base import check_blocks
+from ..options.text import source_in
 from ..progress import Report, Update, peak_rss_bytes, silent
+from ..schema import check, decode
+from ..schema.manifest import LayerForm
 from .align import align
-from .calibrate import SNAPSHOT, calibration_windows, check_fit, read_statistics, run_pass
+from .calibrate import SNAPSHOT, calibration_windows, check_fit, check_fits, read_statistics, run_pass
 from .distance import TOKENS, distance_between, evaluation_windows
 from .profile_layers import Profiler, budget_tensors, profile_runs, unit_cost
 from .refactor_card import model_card
+from .resources import check_resources, check_width, needed_by
 from .solve_layer import IMPORTANCE, PERM, WORKING, solve
 
 CUTOFFS_FILE = "cutoffs.safetensors"
+AGAIN = "use --force to start again"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def refactor(
     options, together, aligned = align(weights, options)
     for layer in weights.layers:
         check_width(layer, options)
+    check_resources(needed_by(weights, options), out, resume)
     weights.check_rewritable()
     windows = None if given else calibration_windows(where, options.calibration)
     if windows:
@@ -92,6 +95,8 @@ def refactor(
         raise UsageError(
             f"'{calibration}' was calibrated on another checkpoint", "calibrate this one, or leave --calibration out"
         )
+    if given:
+        check_fits(given, weights)
     if given and not {"counts", "tokens"} <= set(given.layers[0].values):
         raise UsageError(f"'{calibration}' holds no sample of tokens", "calibrate with --collectors counts,tokens")
     inputs = {"source": source, "options": asdict(options)}
@@ -121,17 +126,6 @@ def refactor(
     return Refactored(Path(out), manifest, peak_rss_bytes())
 
 
-def check_width(layer: MoELayer, options: RefactorOptions) -> None:
-    """UsageError for sub-experts, gate neurons or a rank that the layer's shape does not allow."""
-    check_blocks(layer.width, options.n_sub, f"'{layer.name}'")
-    if options.compensate == "low-rank" and options.rank > layer.hidden:
-        raise UsageError(f"--rank {options.rank} is more than the hidden size {layer.hidden}", "give a small number, like 2")
-    if not 0 <= options.gates <= layer.width // options.n_sub:
-        raise UsageError(
-            f"--gates {options.gates} is outside 0..{layer.width // options.n_sub}", "a block has no more neurons than that"
-        )
-
-
 class _Work(NamedTuple):
     """The folder that is being written, what of it is finished, and who hears of it."""
 
@@ -143,7 +137,7 @@ class _Work(NamedTuple):
 def _distance(weights: Weights, folder: OutputFolder, statistics: Statistics, options: RefactorOptions) -> dict[str, Any]:
     """KL of the written checkpoint against the source, on held-out windows, else on those of the calibration."""
     length = statistics.profile.shape[1]
-    windows = evaluation_windows(weights.path, options.calibration.text, length)
+    windows = evaluation_windows(weights.path, source_in(statistics.facts), length)
     ids = windows.ids if windows else statistics.profile[: max(1, TOKENS // length)]
     quality = distance_between(weights.path, folder.work, ids)
     return {"kl": round(quality.kl, 8), "kl_tokens": quality.tokens, "kl_text": "evaluation" if windows else "calibration"}
@@ -165,7 +159,7 @@ def _solve_layers(
                 with weights.loaded(layer):
                     tensors, facts = solve(layer, mine, options, together)
                 digest = folder.save_tensors(unit, tensors, {"facts": json.dumps(facts)})
-                journal.finish(unit, unit, digest)
+                journal.finish(unit, digest)
             rows.append(_unit_facts(folder, layer))
             update(layer.index + 1, len(weights.layers))
     return rows
@@ -194,7 +188,7 @@ def _pool_cutoffs(
         digest = folder.save_tensors(
             CUTOFFS_FILE, tensors | {f"layers.{i}.{LAYER_BUDGETS}": plan for i, plan in enumerate(plans)}
         )
-        journal.finish(CUTOFFS_FILE, CUTOFFS_FILE, digest)
+        journal.finish(CUTOFFS_FILE, digest)
     for row, cost, profile in zip(rows, costs, profiles, strict=True):
         row["sensitivity"] = cost
         row["profile"] = [
@@ -214,8 +208,16 @@ def _profile(
             profiler = make()
             for i, (name, rule, budget) in enumerate(todo):
                 kl, slots = profiler.alone(rule, budget, ids, _part(update, i, len(todo)))
-                journal.finish(name, name, folder.save_tensors(name, {"kl": kl, "slots": torch.tensor(slots)}))
-    return [load_file(str(folder.work / name)) for name in names]
+                journal.finish(name, folder.save_tensors(name, {"kl": kl, "slots": torch.tensor(slots)}))
+    return [_run(folder.work / name) for name in names]
+
+
+def _run(path: Path) -> dict[str, Tensor]:
+    found = read_tensors(path)
+    if {name: t.ndim for name, t in found.items()} != {"kl": 1, "slots": 0} or found["slots"].dtype != torch.int64:
+        raise CorruptError(f"{path} is no profile of layers", AGAIN)
+    check_finite("kl", found["kl"], path.name)
+    return found
 
 
 def _part(update: Update, i: int, parts: int) -> Update:
@@ -232,14 +234,20 @@ def _unit_name(layer: MoELayer) -> str:
 
 
 def _unit(folder: OutputFolder, layer: MoELayer) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = load_file(str(folder.work / _unit_name(layer)))
+    path = folder.work / _unit_name(layer)
+    tensors, shape = read_tensors(path), (layer.num_experts, layer.width)
+    for name, dtype in ((PERM, torch.int32), (IMPORTANCE, torch.float32)):
+        if name not in tensors or (tensors[name].dtype, tuple(tensors[name].shape)) != (dtype, shape):
+            raise CorruptError(f"{path}: '{name}' must be {list(shape)} for '{layer.name}'", AGAIN)
+    check_values(str(path), {name: tensor for name, tensor in tensors.items() if name not in WORKING})
     return tensors
 
 
 def _unit_facts(folder: OutputFolder, layer: MoELayer) -> dict[str, Any]:
-    with safe_open(str(folder.work / _unit_name(layer)), "pt") as file:
-        facts: dict[str, Any] = json.loads(file.metadata()["facts"])
-    return facts
+    path = folder.work / _unit_name(layer)
+    text = read_header(path).metadata.get("facts", "")
+    facts = check(LayerForm, decode(text.encode(), str(path), AGAIN), str(path), AGAIN)
+    return facts.model_dump(exclude_unset=True)
 
 
 def _facts(
@@ -265,7 +273,8 @@ def _facts(
 
 
 def _summary(statistics: Statistics) -> dict[str, Any]:
-    return {key: statistics.facts[key] for key in ("text", "tokens", "documents", "capacity")}
+    wanted = ("text", "text_source", "domains", "read", "tokens", "documents", "capacity")
+    return {key: statistics.facts[key] for key in wanted if key in statistics.facts}
 
 
 def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str, Any]) -> None:
@@ -277,7 +286,7 @@ def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str
         if name not in WORKING
     }
     if (folder.work / CUTOFFS_FILE).exists():
-        side |= load_file(str(folder.work / CUTOFFS_FILE))
+        side |= read_tensors(folder.work / CUTOFFS_FILE)
     folder.save_tensors(SIDE_FILE, side, {"format": "pt"})
     folder.write_bytes("README.md", model_card(facts, weights.model.config.model_type).encode())
     # vLLM loads every *.safetensors of a folder that has no index: name the weights, so that the side file is not taken for them
@@ -294,8 +303,7 @@ def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str
 
 def single_index(single: Path) -> bytes:
     """An index that names one file of weights, for tools that would else take every safetensors file of a folder for weights."""
-    with safe_open(str(single), "pt") as file:
-        names = sorted(file.keys())
+    names = sorted(info.name for info in read_header(single).tensors)
     return json.dumps(
         {"metadata": {"total_size": single.stat().st_size}, "weight_map": dict.fromkeys(names, single.name)}, indent=1
     ).encode()

@@ -5,44 +5,55 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .card_text import code, scalar, shown
+
 
 def front_matter(facts: Mapping[str, Any], model_type: str) -> str:
     """What model hubs read of a model card, with the licence fields of the source's own card."""
-    terms = "".join(f"{key}: {value}\n" for key, value in facts["companions"]["licence"].items())
+    terms = "".join(f"{scalar(key)}: {value_of(value)}\n" for key, value in facts["companions"]["licence"].items())
     return f"""---
 library_name: transformers
-base_model: {facts["source"]["name"]}
+base_model: {scalar(facts["source"]["name"])}
 {terms}tags:
 - moe-prism
 - mixture-of-experts
-- {model_type}
+- {scalar(model_type)}
 ---
 """
+
+
+def value_of(text: str) -> str:
+    """A licence field as it stood in a card's front matter: YAML already, often in quotes."""
+    return scalar(text.strip("'\""))
 
 
 def terms_of(facts: Mapping[str, Any]) -> str:
     """A sentence on the licence."""
     known = facts["companions"]["licence"]
     name = known.get("license_name") or known.get("license")
-    return f"The licence is the source model's: {name}." if name else "The licence is the source model's, whose card names none."
+    return (
+        f"The licence is the source model's: {shown(name)}."
+        if name
+        else "The licence is the source model's, whose card names none."
+    )
 
 
 def model_card(facts: Mapping[str, Any], model_type: str) -> str:
     """Markdown."""
-    source = facts["source"]["name"]
-    calibration = facts["calibration"]
+    source, name = shown(facts["source"]["name"]), code(facts["source"]["name"])
+    calibration, text = facts["calibration"], code(facts["calibration"]["text"])
     width = facts["layers"][0]["width"]
     plain, kept = facts.get("dequantized"), facts.get("kept_format")
-    stored = f"They were {plain['format']} and are {plain['dtype']} here.\n" if plain else ""
+    stored = f"They were {shown(plain['format'])} and are {plain['dtype']} here.\n" if plain else ""
     if kept and kept["requantized"]:
         again = f"{kept['requantized']} of {kept['weights']} matrices were quantized again, which costs a KL of {kept['kl']:.5f}"
-        stored = f"Weights stay in {kept['format']}; {again}.\n"
+        stored = f"Weights stay in {shown(kept['format'])}; {again}.\n"
     elif kept:
-        stored = f"Weights stay in {kept['format']}, code by code.\n"
+        stored = f"Weights stay in {shown(kept['format'])}, code by code.\n"
     return f"""{front_matter(facts, model_type)}
 # {source}, elastic
 
-The weights of `{source}` with the neurons of every expert reordered, so that each expert is {facts["n_sub"]} contiguous sub-experts of
+The weights of `{name}` with the neurons of every expert reordered, so that each expert is {facts["n_sub"]} contiguous sub-experts of
 {width // facts["n_sub"]} neurons. The function is unchanged: transformers, vLLM and other tools load this folder as the original model.
 {stored}`prism.json` and `prism.safetensors` make it elastic; without them it is the model it came from.
 
@@ -54,7 +65,7 @@ with moe_prism.operating_point(model, budget=0.5):  # half of the expert bytes, 
     model.generate(**tokenizer("def main(", return_tensors="pt"), max_new_tokens=40)
 ```
 
-Calibrated on {calibration["tokens"]} tokens of `{calibration["text"]}`. `moe-prism frontier this-folder` measures what each price costs
+Calibrated on {calibration["tokens"]} tokens of `{text}`. `moe-prism frontier this-folder` measures what each price costs
 in quality; `moe-prism verify this-folder` checks every file. {terms_of(facts)}
 """
 
@@ -62,10 +73,11 @@ in quality; `moe-prism verify this-folder` checks every file. {terms_of(facts)}
 def adopted_card(facts: Mapping[str, Any], model_type: str) -> str:
     """The same of a folder that `adopt` wrote."""
     source, adopted = facts["source"]["name"], facts["adopted"]
+    title, name, tool = shown(source), code(source), shown(adopted["format"])
     return f"""{front_matter(facts, model_type)}
-# {source}, elastic and quantized
+# {title}, elastic and quantized
 
-`{source}` with each expert cut into {facts["n_sub"]} contiguous sub-experts, then quantized by another tool ({adopted["format"]}).
+`{name}` with each expert cut into {facts["n_sub"]} contiguous sub-experts, then quantized by another tool ({tool}).
 Its weights are as that tool wrote them. `prism.json` and `prism.safetensors` make it elastic.
 
 At full budget its KL to the elastic model before quantization is {adopted["kl"]:.5f} nats per token, on {adopted["kl_tokens"]} tokens of

@@ -27,7 +27,13 @@ def make_plan(folder: str | Path, options: SkipOptions | None = None, *, report:
     options = options or SkipOptions()
     options.check()
     chosen = with_parameters(skip_method(options.method), options.parameters)
-    frontier = FrontierOptions(text=options.text, tokens=options.tokens, length=options.length, calibration_tokens=options.tokens)
+    frontier = FrontierOptions(
+        text=options.text,
+        text_field=options.text_field,
+        tokens=options.tokens,
+        length=options.length,
+        calibration_tokens=options.tokens,
+    )
     opened = open_model(folder)
     subject = subject_of(opened, frontier, report)
     named = chosen.point(subject, options.mean, options.keep_mass)
@@ -35,7 +41,7 @@ def make_plan(folder: str | Path, options: SkipOptions | None = None, *, report:
     with report("quality of the plan") as update:
         [found] = measure(opened.model, windows.ids, [named.point], progress=update)
     record = {
-        "text": windows.source,
+        **windows.facts(),
         "tokens": windows.tokens,
         "kl": found.quality.kl,
         "ppl": found.quality.ppl,

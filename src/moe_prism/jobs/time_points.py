@@ -30,6 +30,7 @@ from ..elastic.bind import Step, bind
 from ..elastic.runtime import slots_per_token
 from ..errors import PrismError, UsageError
 from ..frontier import DecodeTime, Frontier, MeasuredPoint
+from ..options.text import source_in
 from ..point import OperatingPoint
 from ..progress import Report, Update, silent
 from .time_steps import Switch, fewer_experts, mean_step
@@ -40,10 +41,14 @@ LEAST_TURNS, MOST_TURNS = 5, 25
 
 @dataclass(frozen=True)
 class Timing:
-    """batch: sequences that decode together; text: of which the evaluation side is fed; seconds: after which no turn begins."""
+    """batch: sequences that decode together; text, text_source: of which the evaluation side is fed, as `TextSource.facts` says it.
+
+    seconds: after which no turn begins.
+    """
 
     batch: int = 1
     text: str = "stdlib"
+    text_source: Mapping[str, Any] | None = None
     seconds: float = 60.0
 
 
@@ -162,7 +167,7 @@ def _turns(opened: Opened, switches: Sequence[Switch], timing: Timing, update: U
     limit = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
     length = min(LENGTH, limit, PROMPT + STEPS * len(switches))
     wanted = timing.batch * length * (1 + LEAST_TURNS)
-    ids = token_windows(opened.tokenizer, timing.text, "evaluation", length=length, tokens=wanted).ids
+    ids = token_windows(opened.tokenizer, source_in(asdict(timing)), "evaluation", length=length, tokens=wanted).ids
     if len(ids) < timing.batch:
         raise UsageError(
             f"text source '{timing.text}' has {len(ids)} held-out sequences of {length} tokens, --time-batch asks for {timing.batch}",

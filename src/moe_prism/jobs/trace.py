@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from ..artefact.load import load
 from ..checkpoint import read_manifest
-from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.manifest import MANIFEST, PLAIN_KINDS
 from ..data import token_windows
 from ..data.splits import Side
 from ..elastic import operating_point
@@ -21,6 +21,7 @@ from ..offload.predict.reuse import ReusePredictor
 from ..offload.record import TraceRecorder, record
 from ..offload.replay import ReplayOptions, groups, replay
 from ..offload.trace import Trace, load_trace
+from ..options.text import text_source
 from ..options.trace import TraceOptions
 from ..progress import Report, silent
 from .inspect import inspect_model
@@ -45,8 +46,9 @@ def record_trace(
     loaded, tokenizer = _loaded(model, options)
     limit = int(getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or options.length)
     length = min(options.length, limit)
+    source = text_source(options.text, options.text_field)
     windows = [
-        (side, token_windows(tokenizer, options.text, side, length=length, tokens=max(length, options.tokens // 2)).ids)
+        (side, token_windows(tokenizer, source, side, length=length, tokens=max(length, options.tokens // 2)).ids)
         for side in get_args(Side)
     ]
     header = {"model": Path(str(model)).name, "text": options.text, "budget": options.budget, "options": asdict(options)}
@@ -69,7 +71,7 @@ def _record(loaded: Any, windows: Any, options: TraceOptions, header: dict[str, 
 def _loaded(model: str | Path, options: TraceOptions) -> tuple[Any, Any]:
     """(model, tokenizer), elastic where the folder is."""
     where = resolve(model)
-    if isinstance(where, Path) and (where / MANIFEST).is_file() and read_manifest(where).get("kind") != "pruned":
+    if isinstance(where, Path) and (where / MANIFEST).is_file() and read_manifest(where).get("kind") not in PLAIN_KINDS:
         return load(where)
     if options.budget != 1.0:
         raise UsageError(f"'{model}' is not elastic, so it has no budget {options.budget:g}", "run `moe-prism refactor` first")

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import checkpoint
+from ..artefact.load import SIDE_FILE, check_complete, side_tensors
 from ..checkpoint import Check, LayerStream
-from ..checkpoint.manifest import WEIGHTS_FILE
+from ..checkpoint.manifest import WEIGHTS_FILE, check_layers
 from ..checkpoint.mtp import check_mtp
 from ..compress.prune.remove import block_tensors
+from ..elastic.runtime import experts_per_token
+from ..elastic.side_tensors import LayerShape, check_shapes
 from ..model import find_layers
 
 
@@ -24,7 +27,7 @@ def verify(folder: str | Path) -> list[Check]:
     if (Path(folder) / "config.json").is_file() and WEIGHTS_FILE not in manifest:
         checks.append(_check_architecture(folder, manifest))
     if manifest.get("kind") == "elastic":
-        checks.append(_check_side_tensors(folder, manifest["layers"], manifest["n_sub"]))
+        checks.append(_check_side_tensors(folder, manifest))
     return checks
 
 
@@ -39,16 +42,22 @@ def _check_architecture(folder: str | Path, manifest: Mapping[str, Any]) -> Chec
     return Check("architecture", f"{read} tensors are those of config.json, in their shapes{unread}{told}")
 
 
-def _check_side_tensors(folder: str | Path, layers: list[dict[str, int]], n_sub: int) -> Check:
-    from ..artefact.load import side_tensors
-    from ..elastic.side_tensors import CUTOFFS
-    from ..errors import CorruptError
-
-    for i, (tensors, layer) in enumerate(zip(side_tensors(folder, len(layers)), layers, strict=True)):
-        ridge = tensors.get("ridge")
-        if ridge is None or tuple(ridge.shape[:2]) != (layer["experts"], n_sub) or CUTOFFS not in tensors:
-            raise CorruptError(f"prism.safetensors does not fit layer {i}", "run `moe-prism refactor` again")
-        repair = tensors.get("repair")
-        if repair is not None and (repair.ndim, repair.shape[1], repair.shape[3]) != (4, layer["experts"], layer["width"]):
-            raise CorruptError(f"the repair in prism.safetensors does not fit layer {i}", "run `moe-prism recover` again")
-    return Check("side tensors", f"{len(layers)} layers fit the model")
+def _check_side_tensors(folder: str | Path, manifest: Mapping[str, Any]) -> Check:
+    """Against the model of config.json, whose weights stay on disk; of a GGUF file against prism.json."""
+    rows, n_sub, gates = manifest["layers"], manifest["n_sub"], manifest["gates"]
+    sides = side_tensors(folder, len(rows))
+    check_complete(folder, sides)
+    if WEIGHTS_FILE in manifest:
+        shapes = [
+            LayerShape(row["experts"], side["ridge"].shape[2] - n_sub * gates - 1, row["width"], n_sub, gates, None)
+            for row, side in zip(rows, sides, strict=True)
+        ]
+    else:
+        model = LayerStream(folder).model
+        layers = find_layers(model)
+        check_layers(folder, manifest, layers)
+        k = experts_per_token(model, layers[0])
+        shapes = [LayerShape(layer.num_experts, layer.hidden, layer.width, n_sub, gates, k) for layer in layers]
+    for i, (side, shape) in enumerate(zip(sides, shapes, strict=True)):
+        check_shapes(f"{Path(folder) / SIDE_FILE}: layer {i}", side, shape)
+    return Check("side tensors", f"{len(rows)} layers fit the model")

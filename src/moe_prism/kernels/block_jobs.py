@@ -154,7 +154,7 @@ def group(index: Ints, keep: Flags, experts: int) -> tuple[Ints, Ints, Ints, Int
     """(rows, choices, offsets, active, distinct) of the kept slots of index [T, k], keep [T, k, N], sorted by sub-expert, then token.
 
     rows [S] and choices [S]: token, and token * k + choice, of a slot; offsets [E N + 1]; active: groups that have a slot;
-    distinct: no token has one expert twice.
+    distinct: no token has one expert twice. IndexError for a kept slot of an expert that there is not: places are counted with it.
     """
     tokens, k, n_sub = keep.shape
     offsets = np.zeros(experts * n_sub + 1, np.int64)
@@ -163,6 +163,8 @@ def group(index: Ints, keep: Flags, experts: int) -> tuple[Ints, Ints, Ints, Int
         for c in range(k):
             for n in range(n_sub):
                 if keep[t, c, n]:
+                    if index[t, c] < 0 or index[t, c] >= experts:
+                        raise IndexError("a kept slot of an expert that there is not")
                     offsets[index[t, c] * n_sub + n + 1] += 1
             for other in range(c):
                 distinct &= index[t, c] != index[t, other] or not keep[t, c].any()

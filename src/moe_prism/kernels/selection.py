@@ -120,7 +120,7 @@ def cutoff_of(cutoffs: Floats, budget: np.float32) -> np.float32:
     """The cutoff of a budget: linear between those of evenly spaced budgets from 0 to 1; 0 at budget 1."""
     steps = len(cutoffs) - 1
     position = min(max(budget, np.float32(0)), np.float32(1)) * np.float32(steps)
-    low = int(position)
+    low = min(max(int(position), 0), steps)  # what is not a number would be a place far outside
     cutoff = cutoffs[low] + (position - np.float32(low)) * (cutoffs[min(low + 1, steps)] - cutoffs[low])
     return np.float32(0) if budget >= 1 else np.float32(cutoff)
 
@@ -148,7 +148,7 @@ def at_position(table: Floats, position: float) -> float:
     """A table at evenly spaced positions from 0 to 1, linear in between."""
     steps = len(table) - 1
     place = min(max(position, 0.0), 1.0) * steps
-    low = int(place)
+    low = min(max(int(place), 0), steps)  # what is not a number would be a place far outside
     return float(table[low]) + (place - low) * (float(table[min(low + 1, steps)]) - float(table[low]))
 
 

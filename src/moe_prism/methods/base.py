@@ -19,6 +19,7 @@ from ..elastic import Elastic
 from ..errors import UsageError
 from ..point import NamedPoint
 from ..progress import Report, silent
+from ..registry import choices
 
 
 @dataclass(kw_only=True)
@@ -84,7 +85,8 @@ class Method(ABC):
     def read_argument(cls, name: str, text: str | None) -> Any:
         """The parameters that the text after the colon says; None: nothing was said. UsageError where it says nothing that is known.
 
-        Here: the value of the first field, a whole number or a name. Methods without parameters take no text.
+        Here: the value of the first field, a number or a name; or `name=value` for any of them, with colons between. Methods without
+        parameters take no text.
         """
         known = fields(cls.Parameters)
         if text is None:
@@ -92,12 +94,13 @@ class Method(ABC):
         if not known:
             plain = name.partition(":")[0]
             raise UsageError(f"method '{plain}' takes no argument, '{text}' was given", f"write '{plain}'")
-        first = known[0]
-        if str(first.type).startswith("int"):
-            if not text.isdigit():
-                raise UsageError(f"'{text}' of '{name}' is no whole number", "give one, such as 2")
-            return cls.Parameters(**{first.name: int(text)})
-        return cls.Parameters(**{first.name: text})
+        legal, found = {f.name: str(f.type) for f in known}, {}
+        for part in text.split(":") if "=" in text else [f"{known[0].name}={text}"]:
+            field_name, equals, value = part.partition("=")
+            if not equals or field_name not in legal:
+                raise UsageError(f"'{part}' of '{name}' sets nothing", f"write NAME=VALUE, with {choices(field_name, legal)}")
+            found[field_name] = _value(name, value, legal[field_name])
+        return cls.Parameters(**found)
 
     @classmethod
     def written(cls, name: str) -> str:
@@ -116,3 +119,21 @@ class Method(ABC):
 
         Names are short and unique on a frontier, e.g. "product-8".
         """
+
+
+def _value(name: str, text: str, kind: str) -> int | float | bool | str:
+    """A parameter as it is written in a method's name."""
+    if kind.startswith("int"):
+        if not text.isdigit():
+            raise UsageError(f"'{text}' of '{name}' is no whole number", "give one, such as 2")
+        return int(text)
+    if kind.startswith("float"):
+        try:
+            return float(text)
+        except ValueError as error:
+            raise UsageError(f"'{text}' of '{name}' is no number", "give one, such as 2.5") from error
+    if kind == "bool":
+        if text not in ("true", "false"):
+            raise UsageError(f"'{text}' of '{name}' is neither true nor false", "give one of them")
+        return text == "true"
+    return text

@@ -1,9 +1,10 @@
 """What an MoE layer is, found in any transformers model."""
 
 from .base import ExpertLayout, MoELayer
+from .ends import end_tokens
 from .extra import ExtraExperts
 from .find import find_layers
-from .load import load_model, load_to_run, load_tokenizer, on_disk, read_generation_config, resolve
+from .load import load_model, load_to_run, load_tokenizer, local, on_disk, read_generation_config, resolve
 from .scores import RouterScores
 
 __all__ = [
@@ -11,10 +12,12 @@ __all__ = [
     "ExtraExperts",
     "MoELayer",
     "RouterScores",
+    "end_tokens",
     "find_layers",
     "load_model",
     "load_to_run",
     "load_tokenizer",
+    "local",
     "on_disk",
     "read_generation_config",
     "resolve",

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from ..checkpoint.config import model_class, read_config, run_aligned
+from ..checkpoint.config import WRONG, model_class, read_config, run_aligned
 from ..checkpoint.dequantized import quantization
+from ..checkpoint.shards import read_json
 from ..checkpoint.stream import LayerStream
+from ..checkpoint.view import as_data, settings
 from ..checkpoint.whole import open_whole
-from ..errors import CorruptError, UsageError
+from ..errors import CorruptError, PrismError, UsageError
+from ..schema.read import one_line
 
 _PACKAGE = Path(__file__).parent.parent
 NANO = _PACKAGE / "nano"
 SHIPPED = {"nano": NANO, "nano-mix": _PACKAGE / "nano_mix"}
+DATA = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
+"""Files of a hub repository that are fetched beside weights."""
 _NAMES = " or ".join(f"'{name}'" for name in SHIPPED)
 
 
@@ -30,10 +34,7 @@ def resolve(source: str | Path) -> Path | str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"'{text}' has no config.json", f"give a folder written by save_pretrained, or {_NAMES}")
-        try:
-            json.loads((path / "config.json").read_text())
-        except ValueError as error:
-            raise CorruptError(f"{path / 'config.json'} is not JSON: {error}", "restore the file from its source") from error
+        read_json(path / "config.json")
         return path
     if path.is_file():
         if path.suffix == ".gguf":
@@ -62,15 +63,21 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None, config: Any
     """
     from transformers import AutoModelForCausalLM
 
-    where, kind, given = resolve(source), AutoModelForCausalLM, {}
-    if isinstance(where, Path) and where.is_dir():
+    where = local(resolve(source))
+    if where.is_dir():
         if quantization(where):
             return _dequantized(where, dtype)
         open_whole(where)
-        kind = model_class(read_config(where))
-    elif isinstance(where, Path) and (config or (where.parent / "config.json").is_file()):
-        given["config"] = config or read_config(where.parent)
-    return run_aligned(_guard(kind, source, dtype=dtype or "auto", **given).eval())
+        known = read_config(where)
+        kind, given = (
+            model_class(known),
+            {"config": known, "generation_config": _generation_config(where), "use_safetensors": True},
+        )
+    else:
+        known = config or (read_config(where.parent) if (where.parent / "config.json").is_file() else None)
+        kind, given = AutoModelForCausalLM, {} if known is None else {"config": known}
+    model = _guard(kind, where, weights=True, dtype=dtype or "auto", **{k: v for k, v in given.items() if v is not None})
+    return run_aligned(model.eval())
 
 
 def load_to_run(source: str | Path, dtype: torch.dtype | None = None) -> Any:
@@ -82,17 +89,43 @@ def load_to_run(source: str | Path, dtype: torch.dtype | None = None) -> Any:
 
 def read_generation_config(model: Any, folder: Path) -> None:
     """What `from_pretrained` reads beside the weights, for a model that was loaded otherwise."""
-    from transformers import GenerationConfig
-
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    found = _generation_config(folder)
+    if found is not None:
+        model.generation_config = found
 
 
 def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer beside a model. UsageError where there is none."""
     from transformers import AutoTokenizer
 
-    return _guard(AutoTokenizer, source)
+    return _guard(AutoTokenizer, local(resolve(source), weights=False))
+
+
+def local(where: Path | str, weights: bool = True) -> Path:
+    """What `resolve` gave, on this machine: of a hub name the files that are data, fetched where they are not there yet."""
+    if isinstance(where, Path):
+        return where
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(where, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja"])
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"cannot load '{where}': {_first(error)}", "check the name and the connection") from error
+
+
+def _generation_config(folder: Path) -> Any:
+    """generation_config.json, None where there is none."""
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return GenerationConfig.from_dict(settings(path))
+    except WRONG as error:
+        raise UsageError(f"{path} is not a valid configuration: {_first(error)}", "restore it from its source") from error
 
 
 def _dequantized(folder: Path, dtype: torch.dtype | None) -> Any:
@@ -101,19 +134,28 @@ def _dequantized(folder: Path, dtype: torch.dtype | None) -> Any:
     return model
 
 
-def _guard(auto: Any, source: str | Path, **kwargs: Any) -> Any:
-    where = resolve(source)
-    if isinstance(where, Path) and where.suffix == ".gguf":
-        kwargs["gguf_file"], where = where.name, where.parent
+def _guard(auto: Any, where: Path, weights: bool = False, **kwargs: Any) -> Any:
+    """`from_pretrained` of a folder or a .gguf file, of which the library sees data alone."""
+    folder, file = (where, None) if where.is_dir() else (where.parent, where.name)
+    if file:
+        kwargs["gguf_file"] = file
     try:
-        return auto.from_pretrained(str(where), trust_remote_code=False, **kwargs)
+        with as_data(folder, weights and not file, file) as view:
+            found = auto.from_pretrained(str(view), trust_remote_code=False, **kwargs)
+    except PrismError:
+        raise
     except SafetensorError as error:
-        raise CorruptError(f"the weights of '{source}' cannot be read: {error}", "restore the files from their source") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CorruptError(f"the weights of '{where}' cannot be read: {error}", "restore the files from their source") from error
+    except Exception as error:
+        first = _first(error)
         if "backend tokenizer" in first:  # a list of reasons follows that is about other formats
             first = "there is no tokenizer.json that transformers can read"
-        here = isinstance(where, Path)
-        raise UsageError(
-            f"cannot load '{source}': {first}", "check the folder" if here else "check the name and the connection"
-        ) from error
+        raise UsageError(f"cannot load '{where}': {first}", "check the folder") from error
+    if hasattr(found, "config"):
+        found.config._name_or_path = str(where)
+    found.name_or_path = str(where)
+    return found
+
+
+def _first(error: Exception) -> str:
+    return one_line(next(iter(str(error).strip().splitlines()), type(error).__name__), 200)

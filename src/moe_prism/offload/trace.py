@@ -18,10 +18,16 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptError, UsageError
 from ..files import replace_file
+from ..schema import Bounds, decode
+from ..schema import check as check_form
+from ..schema.read import one_line
+from ..schema.trace import AGAIN, TraceHeader
 from .keys import KeySpace
 
 FORMAT = 1
 PREFILL, DECODE = 0, 1
+HEADER = Bounds(bytes=1 << 20, values=10_000, keys=1000)
+MOST_BYTES, MOST_RATIO = 8 << 30, 1000  # of all arrays unpacked, and to what is on disk
 SIDES = ("calibration", "evaluation")
 SHIPPED = Path(__file__).parent.parent / "nano" / "trace.npz"
 
@@ -133,42 +139,54 @@ def load_trace(path: str | Path) -> Trace:
     path = SHIPPED if str(path) == "nano" else Path(path)
     if not path.is_file():
         raise UsageError(f"trace '{path}' does not exist", "record one with `moe-prism trace MODEL -o trace.npz`, or give 'nano'")
-    try:
-        # Opened here: numpy leaves a file open that it cannot read.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        header = json.loads(arrays.pop("header").tobytes())
-    except Exception as error:
-        if not zipfile.is_zipfile(path):  # numpy would recommend to unpickle it
-            raise CorruptError(f"'{path}' is no .npz file", "record it again with `moe-prism trace`") from error
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CorruptError(f"'{path}' is no trace: {first}", "record it again with `moe-prism trace`") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise CorruptError(f"'{path}' is no trace of format {FORMAT}", "record it again with `moe-prism trace`")
+    arrays = _arrays(path)
+    raw = arrays.pop("header", np.zeros(0, np.uint8))
+    if raw.dtype != np.uint8 or raw.nbytes > HEADER.bytes:
+        raise CorruptError(f"'{path}' is no trace: its header is no text", AGAIN)
+    header = decode(raw.tobytes(), f"{path}: header", AGAIN, HEADER)
+    check_form(TraceHeader, header, f"{path}: header", AGAIN)
     unknown = sorted(set(arrays) - set(_SHAPES))
     missing = sorted(n for n, (_, _, optional) in _SHAPES.items() if not optional and n not in arrays)
     if unknown or missing:
         what = f"unknown array '{unknown[0]}'" if unknown else f"no array '{missing[0]}'"
-        raise CorruptError(f"trace '{path}' has {what}", "record it again with `moe-prism trace`")
+        raise CorruptError(f"trace '{path}' has {what}", AGAIN)
     trace = Trace(header, **arrays)
     check(trace, str(path))
     return trace
 
 
+def _arrays(path: Path) -> dict[str, Array]:
+    """The arrays of an .npz file that is no zip bomb: few members, each as large as its own header says, all within bounds."""
+    try:
+        # Opened here: numpy leaves a file open that it cannot read.
+        with path.open("rb") as stream:
+            with zipfile.ZipFile(stream) as archive:
+                members = archive.infolist()
+                packed, unpacked = (sum(getattr(m, size) for m in members) for size in ("compress_size", "file_size"))
+            if len(members) > len(_SHAPES) + 1 or unpacked > MOST_BYTES or unpacked > MOST_RATIO * packed + (1 << 20):
+                raise CorruptError(f"'{path}' is no trace: it would unpack to {unpacked} bytes in {len(members)} arrays", AGAIN)
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as file:
+                return {name: file[name] for name in file.files}
+    except CorruptError:
+        raise
+    except Exception as error:
+        if not zipfile.is_zipfile(path):  # numpy would recommend to unpickle it
+            raise CorruptError(f"'{path}' is no .npz file", AGAIN) from error
+        first = one_line(next(iter(str(error).splitlines()), type(error).__name__), 160)
+        raise CorruptError(f"'{path}' is no trace: {first}", AGAIN) from error
+
+
 def check(trace: Trace, name: str = "trace") -> None:
     """CorruptError, in one line, for a trace that cannot be replayed."""
+    check_form(TraceHeader, trace.header, f"{name}: header", AGAIN)
     problem = _problem(trace)
     if problem:
-        raise CorruptError(f"{name}: {problem}", "record it again with `moe-prism trace`")
+        raise CorruptError(f"{name}: {problem}", AGAIN)
 
 
 def _problem(trace: Trace) -> str | None:
     header = trace.header
-    for name in ("experts", "k", "n_sub", "layers"):
-        if not isinstance(header.get(name), int) or header[name] < 1:
-            return f"header '{name}' is not a positive number"
-    if header["n_sub"] > 32:
-        return "header 'n_sub' is above 32"
     lengths = {
         "T": trace.step.shape[0] if trace.step.ndim else 0,
         "L": header["layers"],

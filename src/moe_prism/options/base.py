@@ -22,8 +22,8 @@ def option(default: Any, words: str, *, flag: str | None = None, **declared: Any
     flag: its name on the command line where that is not the field's. What may be declared of a value, or of every entry of a list:
     least, most: inclusive bounds; above, below: exclusive ones. names: the registry that knows it, as "package.module:attribute";
     also: names beside the registry's.
-    On the command line: short: further names; empty: text for an empty list, which is else said by leaving the flag out; unit: of a
-    quantity, like ("B/s",).
+    On the command line: short: further names; is_repeated: given once per entry; empty: text for an empty list, which is else said by
+    leaving the flag out; unit: of a quantity, like ("B/s",).
     """
     metadata = {"help": words, "flag": flag, **declared}
     if isinstance(default, list):  # a list: equal to what JSON gives back

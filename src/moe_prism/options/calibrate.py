@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import UsageError
 from .base import Options, option
-from .text import SOURCES
+from .text import DOMAINS, FIELDS, SOURCES, TextSource, named_parts, text_source
+
+ANSWER_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +18,16 @@ class CalibrateOptions(Options):
     """The text of a calibration pass, and what is kept of it."""
 
     text: str = option("stdlib", f"Calibration text: {SOURCES}. Its evaluation side is never used.")
+    text_field: list[str] = option([], FIELDS)
+    domains: list[str] = option([], f"{DOMAINS}, and statistics of each beside those of all.", flag="domain", is_repeated=True)
+    tasks: list[str] = option(
+        [],
+        "FILE of prompts, rows or lines, instead of --text: the model answers them first, and is calibrated on both. NAME=FILE once per "
+        "domain.",
+        is_repeated=True,
+    )
+    answer_tokens: int = option(ANSWER_TOKENS, "Of --tasks: most tokens of an answer.", least=1)
+    temperature: float = option(0.0, "Of --tasks: how answers are drawn; 0 is greedy.", least=0, below=math.inf)
     tokens: int = option(65_536, "Calibration tokens.", least=1)
     length: int = option(512, "Tokens per window.", least=8)
     reservoir: int = option(2048, "Sampled tokens kept per expert.", least=64)
@@ -30,3 +44,30 @@ class CalibrateOptions(Options):
         super().check()
         if not self.collectors:
             raise UsageError("--collectors names none", "refactor needs counts,tokens")
+        self.source  # noqa: B018 - raises for what cannot be meant together
+
+        if not self.tasks and (self.answer_tokens, self.temperature) != (ANSWER_TOKENS, 0.0):
+            raise UsageError(
+                "--answer-tokens and --temperature belong to --tasks", "name a file of prompts with --tasks, or leave them out"
+            )
+        if self.tasks and self.low_memory:
+            raise UsageError(
+                "--tasks with --low-memory would read the model from disk for every token",
+                "answer the tasks elsewhere, and give prompts and completions with --text",
+            )
+
+    def _task_source(self) -> TextSource:
+        if self.domains or self.text != "stdlib":
+            raise UsageError(
+                "--tasks stands instead of --text and --domain", "give one of them; --tasks NAME=FILE names a domain"
+            )
+        if len(self.tasks) == 1 and ("=" not in self.tasks[0] or Path(self.tasks[0]).exists()):
+            return TextSource((("", self.tasks[0]),), tuple(self.text_field))
+        return TextSource(named_parts(self.tasks, "--tasks"), tuple(self.text_field))
+
+    @property
+    def source(self) -> TextSource:
+        """What --text, --text-field and --domain name, or --tasks."""
+        if self.tasks:
+            return self._task_source()
+        return text_source(self.text, self.text_field, self.domains)

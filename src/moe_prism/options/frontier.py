@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from .base import Options, option
-from .text import SOURCES
+from .text import DOMAINS, FIELDS, SOURCES, TextSource, text_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,8 @@ class FrontierOptions(Options):
         None, "Points of a method with a continuous dial; default: where methods without one have theirs.", least=2
     )
     text: str = option("stdlib", f"Evaluation text: {SOURCES}. Only its evaluation side is used.")
+    text_field: list[str] = option([], FIELDS)
+    domains: list[str] = option([], f"{DOMAINS}, and the quality on each beside that on all.", flag="domain", is_repeated=True)
     tokens: int = option(16_384, "Evaluation tokens.")
     length: int = option(512, "Tokens per window.")
     calibration_tokens: int = option(8_192, "Tokens that methods fit on, of the calibration side of the text.")
@@ -43,6 +45,12 @@ class FrontierOptions(Options):
             number = next(given for given in self.given if given.isdigit())
             raise UsageError(f"--points {number} is no file of operating points", f"say --per-method {number} for their number")
         check_windows(self.length, tokens=self.tokens, calibration_tokens=self.calibration_tokens)
+        self.source  # noqa: B018 - raises for what cannot be meant together
+
+    @property
+    def source(self) -> TextSource:
+        """What --text, --text-field and --domain name."""
+        return text_source(self.text, self.text_field, self.domains)
 
 
 @dataclass(frozen=True, kw_only=True)

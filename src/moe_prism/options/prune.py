@@ -41,6 +41,10 @@ class PruneOptions(Options):
         "Comma-separated protections, e.g. super-experts: experts that stay whatever the criterion says.",
         names="moe_prism.compress.prune:protections",
     )
+    for_domain: list[str] = option(
+        [],
+        "Comma-separated domains of the calibration (--domain) whose experts stay. Default: all of them, each counted alike.",
+    )
     mtp: MTPMode | None = option(
         None,
         "Of layers for multi-token prediction, which calibration does not run: prune takes the same experts away as in the last layer, "
@@ -49,7 +53,7 @@ class PruneOptions(Options):
     seed: int = option(0, "Of the criterion random.", least=0)
     profile_tokens: int = option(2048, "Of measured: calibration tokens that every layer is run alone on.", least=1)
     dtype: WrittenType | None = option(None, DTYPE_WORDS)
-    calibration: CalibrateOptions = nested(CalibrateOptions, "text", "tokens", "length", "low_memory")
+    calibration: CalibrateOptions = nested(CalibrateOptions, "text", "text_field", "domains", "tokens", "length", "low_memory")
 
     def check(self) -> None:
         super().check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .base import Options, option
+from .text import FIELDS, SOURCES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,9 @@ class RecoverOptions(Options):
     steps: int = option(96, "Of predictor: training steps of two windows.", least=1)
     text: str | None = option(
         None,
-        "Calibration text: stdlib, a file, a folder, a .jsonl file or a saved dataset; default: what FOLDER was calibrated on.",
+        f"Calibration text: {SOURCES}; default: what FOLDER was calibrated on.",
     )
+    text_field: list[str] = option([], FIELDS)
     tokens: int = option(65_536, "Calibration tokens.", least=1)
     length: int = option(512, "Tokens per window.", least=8)
     memory_mib: int = option(4096, "Of repair: limit for the equations of the layers that are summed in one pass.", least=1)

@@ -43,7 +43,7 @@ class RefactorOptions(Options):
         least=0,
     )
     calibration: CalibrateOptions = nested(
-        CalibrateOptions, "text", "tokens", "length", "reservoir", "memory_mib", "seed", "low_memory"
+        CalibrateOptions, "text", "text_field", "domains", "tokens", "length", "reservoir", "memory_mib", "seed", "low_memory"
     )
     dtype: WrittenType | None = option(None, DTYPE_WORDS)
     keep_format: bool = option(

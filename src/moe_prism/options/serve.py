@@ -29,5 +29,8 @@ class ServeOptions(Options):
         None, "Where to save the cost model: when it is measured, and again at the end with what was learned."
     )
     probe_seconds: float = option(4.0, "Seconds to measure the cost model.", above=0, most=600)
+    verify: bool = option(
+        False, "First compare every file of the folder with its sha256 in prism.json; without, only the small ones."
+    )
     debug: bool = option(False, "Plain logs with stack traces.")
     store: Any = None

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from .base import Options, option
 from .frontier import check_windows
-from .text import SOURCES
+from .text import FIELDS, SOURCES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class SkipOptions(Options):
         None, "Of pattern-skip: whether its layers are the MoE layers (moe, default) or all layers (all)."
     )
     text: str = option("stdlib", f"{SOURCES}: one side to fit on, the other to measure the plan on.")
+    text_field: list[str] = option([], FIELDS)
     tokens: int = option(8_192, "Tokens to fit on, and as many to measure on.")
     length: int = option(512, "Tokens per window.")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from .base import Options, option
+from .text import FIELDS
 
 WINDOW = 256  # tokens of the windows that routing is counted on
 
@@ -49,6 +50,7 @@ class SpeedOptions(Options):
         None,
         "Text to count routing on and to time steps on; default stdlib, with --bandwidth and --peak even routing.",
     )
+    text_field: list[str] = option([], FIELDS)
     tokens: int = option(16_384, "Tokens to count routing on.", least=WINDOW)
     measure: bool = option(
         False,
@@ -67,5 +69,7 @@ class SpeedOptions(Options):
             raise UsageError("--concurrency '' is no list of counts", "give one like 1,2,4,8")
         if not self.describes_a_machine and (self.bandwidth, self.peak, self.fixed) != (None, None, None):
             raise UsageError("a machine needs both --bandwidth and --peak", "give both, or neither to measure this machine")
+        if self.text_field and self.text is None:
+            raise UsageError("--text-field belongs to --text", "name a file of rows with --text, or leave it out")
         if self.measure and self.describes_a_machine:
             raise UsageError("--measure needs the machine itself", "leave out --bandwidth and --peak")

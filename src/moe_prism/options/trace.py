@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from .base import Options, option
-from .text import SOURCES
+from .text import FIELDS, SOURCES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,7 @@ class TraceOptions(Options):
         "stdlib",
         f"{SOURCES}. Both of its sides are recorded, and marked.",
     )
+    text_field: list[str] = option([], FIELDS)
     tokens: int = option(8192, "Tokens in all.", least=1)
     length: int = option(256, "Tokens per request.", least=8)
     prompt: int = option(64, "How many of them are the prefill step; the others are one decode step each.", least=0)

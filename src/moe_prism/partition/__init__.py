@@ -18,6 +18,7 @@ solvers: Registry[Solver] = Registry(
         "nested": ("moe_prism.partition.nested:solve", "as alt, but charging every number of dropped sub-experts, not one"),
         "sa": ("moe_prism.partition.sa:solve", "simulated annealing as in the paper, 100,000 swaps", "arXiv 2510.19366"),
         "greedy": ("moe_prism.partition.greedy:solve", "heavy neurons first, to the lightest sub-expert", "arXiv 2510.19366"),
+        "contiguous": ("moe_prism.partition.contiguous:solve", "neurons stay where they are"),
         "random": ("moe_prism.partition.random_:solve", "a random balanced partition, the floor"),
     },
 )

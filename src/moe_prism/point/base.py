@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from ..errors import CorruptError, UsageError
-from . import read
+from ..errors import UsageError
+from ..schema import check
+from ..schema.points import REMAKE, DecodingForm, PointForm, SlotBitsForm, SlotsForm, StageForm, WeightsForm
 
 SCHEMA = 1
 UNITS = ("bytes", "slots", "value")
@@ -23,8 +24,8 @@ Numbers = tuple[tuple[float, ...], ...]
 
 
 def own_unit(rule: str) -> str:
-    """What a rule's budget is a share of unless it is said: `threshold` has a dial fine enough for bytes, the others count slots."""
-    return "bytes" if rule == "threshold" else slots_unit(rule)
+    """What a rule's budget is a share of unless it is said: `threshold` and `bits` have dials fine enough for bytes, others count slots."""
+    return "bytes" if rule in ("threshold", "bits") else slots_unit(rule)
 
 
 def slots_unit(rule: str) -> str:
@@ -50,10 +51,12 @@ class WeightChange:
     @classmethod
     def from_json(cls, data: object) -> WeightChange:
         """The inverse of `to_json`. CorruptError names what is wrong."""
-        row = read.mapping(data, "weights", ("change", "settings"))
-        settings = read.mapping(row.get("settings", {}), "settings of weights")
-        read.check_plain(settings, "settings of weights")
-        return cls(change=read.text(row, "change", "weights"), settings=settings)
+        return cls.of_form(check(WeightsForm, data, "weights", REMAKE))
+
+    @classmethod
+    def of_form(cls, form: WeightsForm) -> WeightChange:
+        """What a checked file says."""
+        return cls(change=form.change, settings=form.settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,7 @@ class RoutingStage:
                 raise UsageError(f"layer {layer} of a routing stage keeps {n} experts", "every layer keeps at least 1")
         for name, rows in self.parameters.items():
             if len(rows) != len(self.layers):
-                raise UsageError(f"'{name}' of a routing stage has {len(rows)} layers, not {len(self.layers)}", read.REMAKE)
+                raise UsageError(f"'{name}' of a routing stage has {len(rows)} layers, not {len(self.layers)}", REMAKE)
 
     def check(self, layers: int, k: int | None) -> None:
         """UsageError where it is for a model with another number of MoE layers or fewer experts per token; k None: not known."""
@@ -104,15 +107,45 @@ class RoutingStage:
     @classmethod
     def from_json(cls, data: object) -> RoutingStage:
         """The inverse of `to_json`. CorruptError names what is wrong."""
-        where = "routing stage"
-        row = read.mapping(data, where, ("stage", "layers", "parameters", "keep_mass"))
-        parameters = read.mapping(row.get("parameters", {}), f"parameters of a {where}")
-        return cls(
-            stage=read.text(row, "stage", where),
-            layers=read.whole_numbers(read.get(row, "layers", where), f"layers of a {where}"),
-            parameters={name: read.rows(value, f"parameter '{name}' of a {where}") for name, value in parameters.items()},
-            keep_mass=read.flag(row.get("keep_mass"), f"keep_mass of a {where}"),
-        )
+        return cls.of_form(check(StageForm, data, "routing stage", REMAKE))
+
+    @classmethod
+    def of_form(cls, form: StageForm) -> RoutingStage:
+        """What a checked file says."""
+        parameters = {name: tuple(tuple(map(float, row)) for row in rows) for name, rows in form.parameters.items()}
+        return cls(stage=form.stage, layers=tuple(form.layers), parameters=parameters, keep_mass=form.keep_mass)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotBits:
+    """At how many bits a kept slot may be read: widths of one nested encoding, rising.
+
+    errors: per MoE layer, for each width, the expected squared error of a slot as a share of what dropping it loses. group: weights that
+    share a scale. choosing: the width at which gate neurons are read to choose slots.
+    """
+
+    widths: tuple[float, ...]
+    errors: Numbers
+    group: int
+    choosing: float
+
+    def __post_init__(self) -> None:
+        if not self.widths or sorted(set(self.widths)) != list(self.widths):
+            raise UsageError(f"widths {list(self.widths)} of slots do not rise", "give such as 2, 3, 4, 8")
+        if self.choosing not in self.widths:
+            raise UsageError(f"slots are chosen at {self.choosing:g} bits, which are not stored", "give one of the widths")
+        if any(len(row) != len(self.widths) for row in self.errors):
+            raise UsageError("the errors of slots are not those of their widths", REMAKE)
+
+    def to_json(self) -> dict[str, Any]:
+        errors = [list(row) for row in self.errors]
+        return {"widths": list(self.widths), "errors": errors, "group": self.group, "choosing": self.choosing}
+
+    @classmethod
+    def of_form(cls, form: SlotBitsForm) -> SlotBits:
+        """What a checked file says."""
+        errors = tuple(tuple(map(float, row)) for row in form.errors)
+        return cls(widths=tuple(map(float, form.widths)), errors=errors, group=form.group, choosing=float(form.choosing))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +156,7 @@ class SlotRule:
     compensation), of its `slots`, or of their `value`; default `own_unit`. control: who the budget is held for: the `mean` of every
     request's tokens, every token (`strict`), or nobody (`none`: the rule alone decides); default `own_control`. rule, scorer: names of
     `elastic.rules` and `elastic.scorers`. compensate: make up for what is dropped, where the artefact was written with `--compensate`.
-    layers: a budget for every MoE layer, instead of `budget`.
+    layers: a budget for every MoE layer, instead of `budget`. bits: how slots may be read by the rule `bits`.
     """
 
     budget: float = 1.0
@@ -133,6 +166,7 @@ class SlotRule:
     layers: tuple[float, ...] | None = None
     of: str = ""
     control: str = ""
+    bits: SlotBits | None = None
 
     def __post_init__(self) -> None:
         for budget in (self.budget, *(self.layers or ())):
@@ -143,6 +177,13 @@ class SlotRule:
         for name, legal in (("of", UNITS), ("control", CONTROLS)):
             if getattr(self, name) not in legal:
                 raise UsageError(f"'{name}' of slots is '{getattr(self, name)}'", f"choose one of: {', '.join(legal)}")
+
+        if self.bits is not None and self.rule != "bits":
+            raise UsageError(f"rule '{self.rule}' knows no bits of slots", "use the rule 'bits'")
+        if self.bits is None and self.rule == "bits" and not self.is_full:
+            raise UsageError(
+                "the rule 'bits' needs to know what each width loses", "measure points with `frontier --methods bits` and use one"
+            )
 
     @property
     def is_full(self) -> bool:
@@ -155,23 +196,27 @@ class SlotRule:
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)} | {
-            "layers": None if self.layers is None else list(self.layers)
+            "layers": None if self.layers is None else list(self.layers),
+            "bits": self.bits and self.bits.to_json(),
         }
 
     @classmethod
     def from_json(cls, data: object) -> SlotRule:
         """The inverse of `to_json`. CorruptError names what is wrong."""
-        where = "slots"
-        row = read.mapping(data, where, tuple(f.name for f in fields(cls)))
-        layers, rule = row.get("layers"), read.text(row, "rule", where)
+        return cls.of_form(check(SlotsForm, data, "slots", REMAKE))
+
+    @classmethod
+    def of_form(cls, form: SlotsForm) -> SlotRule:
+        """What a checked file says."""
         return cls(
-            budget=read.number(row.get("budget", 1.0), f"budget of {where}"),
-            rule=rule,
-            scorer=read.text(row, "scorer", where, cls.scorer),
-            compensate=read.flag(row.get("compensate", True), f"compensate of {where}") is not False,
-            layers=None if layers is None else read.numbers(layers, f"layers of {where}"),
-            of=read.text(row, "of", where, slots_unit(rule)),  # a file from before there was a choice means this
-            control=read.text(row, "control", where, "none"),
+            budget=float(form.budget),
+            rule=form.rule,
+            scorer=form.scorer,
+            compensate=form.compensate,
+            layers=None if form.layers is None else tuple(map(float, form.layers)),
+            of=form.of or slots_unit(form.rule),  # a file from before there was a choice means this
+            control=form.control,
+            bits=None if form.bits is None else SlotBits.of_form(form.bits),
         )
 
 
@@ -188,10 +233,12 @@ class Decoding:
     @classmethod
     def from_json(cls, data: object) -> Decoding:
         """The inverse of `to_json`. CorruptError names what is wrong."""
-        row = read.mapping(data, "decoding", ("method", "settings"))
-        settings = read.mapping(row.get("settings", {}), "settings of decoding")
-        read.check_plain(settings, "settings of decoding")
-        return cls(method=read.text(row, "method", "decoding"), settings=settings)
+        return cls.of_form(check(DecodingForm, data, "decoding", REMAKE))
+
+    @classmethod
+    def of_form(cls, form: DecodingForm) -> Decoding:
+        """What a checked file says."""
+        return cls(method=form.method, settings=form.settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +263,7 @@ class OperatingPoint:
     def with_budget(self, budget: float, rule: str | None = None, control: str = "") -> OperatingPoint:
         """The same at another budget, and by another rule if one is given: of the rule's own unit, and held as the rule does."""
         slots = replace(self.slots, budget=budget, layers=None, of="", control="none")
-        slots = slots if rule is None else replace(slots, rule=rule, scorer=own_scorer(rule), of="")
+        slots = slots if rule is None else replace(slots, rule=rule, scorer=own_scorer(rule), of="", bits=None)
         return replace(self, slots=replace(slots, control=control))
 
     def with_slots(self, share: float, rule: str | None = None) -> OperatingPoint:
@@ -237,18 +284,16 @@ class OperatingPoint:
     @classmethod
     def from_json(cls, data: object) -> OperatingPoint:
         """The inverse of `to_json`. CorruptError names what is wrong; a version from the future is refused."""
-        row = read.mapping(data, "operating point", ("schema", "weights", "routing", "slots", "decoding"))
-        if read.get(row, "schema", "operating point") != SCHEMA:
-            raise CorruptError(f"an operating point has schema {row['schema']!r}, this version reads {SCHEMA}", read.REMAKE)
-        stages = row.get("routing", [])
-        if not isinstance(stages, list):
-            raise CorruptError("routing of an operating point must be a list of stages", read.REMAKE)
-        weights, slots, decoding = (row.get(name) for name in ("weights", "slots", "decoding"))
+        return cls.of_form(check(PointForm, data, "operating point", REMAKE))
+
+    @classmethod
+    def of_form(cls, form: PointForm) -> OperatingPoint:
+        """What a checked file says."""
         return cls(
-            weights=None if weights is None else WeightChange.from_json(weights),
-            routing=tuple(RoutingStage.from_json(stage) for stage in stages),
-            slots=SlotRule() if slots is None else SlotRule.from_json(slots),
-            decoding=None if decoding is None else Decoding.from_json(decoding),
+            weights=None if form.weights is None else WeightChange.of_form(form.weights),
+            routing=tuple(map(RoutingStage.of_form, form.routing)),
+            slots=SlotRule() if form.slots is None else SlotRule.of_form(form.slots),
+            decoding=None if form.decoding is None else Decoding.of_form(form.decoding),
         )
 
 

@@ -12,11 +12,11 @@ from ..catalogue import methods
 from ..errors import CorruptError, UsageError
 from ..files import replace_file
 from ..registry import choices
-from . import read
+from ..schema import check, read_json
+from ..schema.points import REMAKE, FrontierForm, MeasuredForm, NamedForm, PointForm, SkipPlanForm, StageForm
 from .base import OperatingPoint, RoutingStage, SlotRule, own_scorer, slots_unit
 
 KIND = "operating point"
-OLD_KIND = "skip plan"
 FRONTIER = "frontier.json"
 RENAMED = {"weight-level": "weight-cutoff", "level": "cutoff"}
 """Stages and parameters that version 0.1 called otherwise."""
@@ -33,24 +33,31 @@ class NamedPoint:
     def to_json(self) -> dict[str, Any]:
         return {"kind": KIND, "name": self.name, "point": self.point.to_json(), "made": dict(self.made)}
 
+    def encoded(self) -> bytes:
+        """The bytes of its file."""
+        return (json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n").encode()
+
     @classmethod
     def from_json(cls, data: object, name: str) -> NamedPoint:
         """Also takes a bare operating point, and a skip plan of version 0.1; name: for one that has none."""
-        row = read.mapping(data, KIND)
-        if "point" in row:
-            made = read.mapping(row.get("made", {}), f"made of an {KIND}")
-            read.check_plain(made, "made")
-            return cls(name=read.text(row, "name", KIND, name), point=OperatingPoint.from_json(row["point"]), made=made)
-        if "schema" in row:
-            return cls(name=name, point=OperatingPoint.from_json(row))
-        return _skip_plan(row, name)
+        return cls._of(data, name, KIND)
+
+    @classmethod
+    def _of(cls, data: object, name: str, where: str) -> NamedPoint:
+        given = data if isinstance(data, dict) else {}
+        if "schema" in given or "point" in given or not isinstance(data, dict):
+            if "schema" in given:
+                return cls(name=name, point=OperatingPoint.of_form(check(PointForm, data, where, REMAKE)))
+            form = check(NamedForm, data, where, REMAKE)
+            return cls(name=form.name or name, point=OperatingPoint.of_form(form.point), made=form.made)
+        wrapped = data if "layers" in given or "kind" in given else {"layers": data}  # or the bare mapping {layer: n}
+        return _skip_plan(check(SkipPlanForm, wrapped, where, REMAKE), name, where)
 
 
 def write_point(path: str | Path, point: NamedPoint) -> None:
     """Write a point's file at once or not at all. UsageError where it cannot be written."""
-    data = (json.dumps(point.to_json(), indent=2, allow_nan=False) + "\n").encode()
     try:
-        replace_file(Path(path), data)
+        replace_file(Path(path), point.encoded())
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}", "choose a path in an existing, writable folder") from error
 
@@ -96,59 +103,48 @@ def find_point(asked: str, folder: str | Path | None = None) -> NamedPoint:
     raise UsageError(f"no operating point '{asked}'", choices(asked, [point.name for point in known]))
 
 
+def name_within(bytes_per_token: float, folder: str | Path) -> str:
+    """The name of the point in the folder's `frontier.json` with the least KL that reads no more. UsageError where none does."""
+    path = Path(folder) / FRONTIER
+    if not path.is_file():
+        raise UsageError(f"there is no {path}", "measure points with `moe-prism frontier`")
+    form = check(FrontierForm, read_json(path, REMAKE), str(path), REMAKE)
+    rows = [row for row in (*form.points, *form.baseline_topk, *form.baseline_bits) if measured_point(row) is not None]
+    fits = [row for row in rows if row.active_expert_bytes <= bytes_per_token]
+    if not fits:
+        least = min((row.active_expert_bytes for row in rows), default=0.0)
+        raise UsageError(
+            f"no measured point reads {bytes_per_token:g} bytes per token or less, the cheapest reads {least:.0f}",
+            "give more, or measure cheaper points with `moe-prism frontier --methods bits`",
+        )
+    return min(fits, key=lambda row: row.kl).name
+
+
 def _points_in(path: Path) -> list[NamedPoint]:
     """All points of a file that can be run: none of a frontier whose version did not say how its points do."""
-    data = _load(path)
-    if not isinstance(data, dict) or not isinstance(data.get("points"), list):
-        return [NamedPoint.from_json(data, path.stem)]
-    rows = [read.mapping(row, f"points of {path.name}") for row in [*data["points"], *(data.get("baseline_topk") or [])]]
-    named = [(read.text(row, "name", "point"), _measured(row)) for row in rows]
+    data = read_json(path, REMAKE)
+    if not isinstance(data, dict) or "points" not in data:
+        return [NamedPoint._of(data, path.stem, str(path))]
+    form = check(FrontierForm, data, str(path), REMAKE)
+    named = [(row.name, measured_point(row)) for row in [*form.points, *form.baseline_topk, *form.baseline_bits]]
     return [NamedPoint(name=name, point=point) for name, point in named if point is not None]
 
 
-def _measured(row: dict[str, Any]) -> OperatingPoint | None:
+def measured_point(row: MeasuredForm) -> OperatingPoint | None:
     """The point of an entry of `frontier.json`."""
-    if row.get("point") is not None:
-        return OperatingPoint.from_json(row["point"])
-    return upgraded(read.text(row, "rule", "point"), read.number(read.get(row, "budget", "point"), "budget of a point"))
+    return upgraded(row.rule, row.budget) if row.point is None else OperatingPoint.of_form(row.point)
 
 
-def _load(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"cannot read {path}: {error.strerror}", "make one with `moe-prism skip` or `moe-prism frontier`"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path} is not JSON: {error}", read.REMAKE) from error
-
-
-def _skip_plan(row: dict[str, Any], name: str) -> NamedPoint:
-    """`plan.json` of version 0.1, or the bare mapping {layer: n}."""
-    if row.get("kind", OLD_KIND) != OLD_KIND:
-        raise CorruptError(f"a file of kind {row['kind']!r} is no {KIND}", read.REMAKE)
-    if "layers" not in row:
-        return NamedPoint(name=name, point=OperatingPoint(routing=(RoutingStage(layers=_counts(row)),)))
-    parameters = read.mapping(row.get("parameters", {}), f"parameters of a {OLD_KIND}")
-    made = dict(read.mapping(row.get("made", {}), f"made of a {OLD_KIND}"))
-    if row.get("mean") is not None:
-        made["mean"] = read.number(row["mean"], f"mean of a {OLD_KIND}")
-    name_then = read.text(row, "policy", OLD_KIND, "top-n")
-    stage = RoutingStage(
-        stage=RENAMED.get(name_then, name_then),
-        layers=_counts(read.mapping(row["layers"], f"layers of a {OLD_KIND}")),
-        parameters={
-            RENAMED.get(key, key): read.rows(value, f"parameter '{key}' of a {OLD_KIND}") for key, value in parameters.items()
-        },
-        keep_mass=read.flag(row.get("keep_mass"), f"keep_mass of a {OLD_KIND}"),
+def _skip_plan(form: SkipPlanForm, name: str, where: str) -> NamedPoint:
+    """`plan.json` of version 0.1."""
+    if set(form.layers) != {str(i) for i in range(len(form.layers))}:
+        raise CorruptError(f"{where}: 'layers' must name the MoE layers 0, 1, ... one by one", REMAKE)
+    parameters = {RENAMED.get(key, key): rows for key, rows in form.parameters.items()}
+    stage = StageForm(
+        stage=RENAMED.get(form.policy, form.policy),
+        layers=[form.layers[str(i)] for i in range(len(form.layers))],
+        parameters=parameters,
+        keep_mass=form.keep_mass,
     )
-    return NamedPoint(name=name, point=OperatingPoint(routing=(stage,)), made=made)
-
-
-def _counts(layers: Mapping[str, Any]) -> tuple[int, ...]:
-    """n per layer from {"0": n, "1": n, ...}, every layer once."""
-    names = [str(i) for i in range(len(layers))]
-    if not layers or set(layers) != set(names):
-        raise CorruptError(f"'layers' of a {OLD_KIND} must name the MoE layers 0, 1, ... one by one", read.REMAKE)
-    return read.whole_numbers([layers[name] for name in names], f"layers of a {OLD_KIND}")
+    made = {**form.made, **({} if form.mean is None else {"mean": float(form.mean)})}
+    return NamedPoint(name=name, point=OperatingPoint(routing=(RoutingStage.of_form(stage),)), made=made)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import altair as alt
 
 PLAIN = "plain top-k"
+ROUNDED = "bits alone"
+STANDING = (PLAIN, ROUNDED)
 BLUE, VERMILLION = "#0072b2", "#d55e00"  # Okabe and Ito: told apart with every kind of colour vision
 OTHERS = ["#009e73", "#cc79a7", "#8a6d00", "#56b4e9"]
 SHAPES = ["circle", "square", "diamond", "cross", "triangle-down"]
@@ -56,6 +58,7 @@ def rows(frontier: Frontier) -> list[dict[str, Any]]:
     """One row of plain data per point, with its series, its cost in percent of the full model and its label."""
     full, main = full_bytes(frontier), main_rule(frontier)
     tagged = [(series(p.rule), p) for p in frontier.points] + [(PLAIN, p) for p in frontier.baseline_topk]
+    tagged += [(ROUNDED, p) for p in frontier.baseline_bits]
     floor = kl_floor(frontier)
     labelled = _labelled([p for p in frontier.points if p.rule == main], full)
     tagged.sort(key=lambda item: item[1].rule == main)  # drawn last, so that it is on top
@@ -69,23 +72,23 @@ def rows(frontier: Frontier) -> list[dict[str, Any]]:
             "ppl": p.ppl,
             "ms": p.time.ms_per_token if p.time else None,
             "pareto": p.pareto,
-            "above": p.name if series == PLAIN else "",
-            "below": f"K={p.k_slots:.3g}" if p.name in labelled and series != PLAIN else "",
+            "above": p.name if series in STANDING else "",
+            "below": f"K={p.k_slots:.3g}" if p.name in labelled and series not in STANDING else "",
         }
         for series, p in tagged
     ]
 
 
 def series_names(frontier: Frontier) -> list[str]:
-    """Legend order: the main rule, plain top-k, then the other rules as measured."""
+    """Legend order: the main rule, plain top-k, bits alone, then the other rules as measured."""
     main = series(main_rule(frontier))
     found = dict.fromkeys(row["series"] for row in rows(frontier))
-    return [main, *[s for s in (PLAIN,) if s in found], *[s for s in found if s not in (main, PLAIN)]]
+    return [main, *[s for s in STANDING if s in found], *[s for s in found if s not in (main, *STANDING)]]
 
 
 def kl_floor(frontier: Frontier) -> float:
     """Where KL = 0 is drawn: a log axis has no zero, so it sits below the smallest step that is one."""
-    real = [p.kl for p in (*frontier.points, *frontier.baseline_topk) if p.kl >= KL_ZERO]
+    real = [p.kl for p in frontier.every if p.kl >= KL_ZERO]
     return min(real) / 2.5 if real else KL_ZERO
 
 
@@ -125,14 +128,16 @@ def ppl_chart(frontier: Frontier, width: int = WIDE) -> alt.LayerChart:
 def time_chart(frontier: Frontier, width: int = WIDE) -> alt.LayerChart:
     """KL to the source model (log) against the measured time of a token; points without one are left out."""
     alt = libraries()
-    every = {p.name: p.time for p in (*frontier.points, *frontier.baseline_topk) if p.time}
+    every = {p.name: p.time for p in frontier.every if p.time}
     data = [row | asdict(every[row["name"]]) for row in rows(frontier) if row["name"] in every]
     for row, best in zip(data, pareto([row["ms"] for row in data], [row["kl"] for row in data]), strict=True):
         row["pareto"] = best
     batch = next(iter(every.values())).batch
     together = "one sequence decodes" if batch == 1 else f"{batch} sequences decode together"
     across = _Horizontal("ms", f"Milliseconds per token while {together}", TIME_TITLE, "fast", ("low", "high"))
-    shown = [row for row in data if row["series"] in (PLAIN, series(main_rule(frontier)))]  # of all of them it would be a thicket
+    shown = [
+        row for row in data if row["series"] in (*STANDING, series(main_rule(frontier)))
+    ]  # of all of them it would be a thicket
     bars = alt.Chart(alt.Data(values=shown)).mark_rule(color=MUTED, opacity=0.4)
     return _kl_chart(frontier, data, across, width) + bars.encode(x="low:Q", x2="high:Q", y="kl:Q")
 
@@ -187,7 +192,7 @@ def _layers(frontier: Frontier, data: list[dict[str, Any]], across: _Horizontal,
     lines = [
         curve.transform_filter(alt.datum.series == name)
         .mark_line(
-            strokeWidth=2.5 if i == 0 else 1.5, strokeDash=[5, 4] if name == PLAIN else [1, 0], opacity=0.9 if i < 2 else 0.6
+            strokeWidth=2.5 if i == 0 else 1.5, strokeDash=[5, 4] if name in STANDING else [1, 0], opacity=0.9 if i < 2 else 0.6
         )
         .encode(color=color, order="cost:Q")  # neighbours in price, also where that is not the axis
         for i, name in enumerate(names)

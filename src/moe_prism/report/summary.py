@@ -15,7 +15,7 @@ KL_ZERO = 1e-6  # nats per token; below it float32 logits cannot tell two models
 
 @dataclass(frozen=True)
 class Duel:
-    """A plain top-k point and the closest sub-expert point that reads no more expert bytes (None: there is none)."""
+    """A plain top-k or rounded point and the closest sub-expert point that reads no more expert bytes (None: there is none)."""
 
     plain: MeasuredPoint
     best: MeasuredPoint | None
@@ -24,7 +24,7 @@ class Duel:
 def full_bytes(frontier: Frontier) -> float:
     """Expert bytes per token of the full model: the cheapest point that keeps every slot, else the dearest point there is."""
     full = [p.active_expert_bytes for p in frontier.points if p.budget >= 1]
-    everything = [p.active_expert_bytes for p in (*frontier.points, *frontier.baseline_topk)]
+    everything = [p.active_expert_bytes for p in frontier.every]
     return min(full) if full else max(everything, default=1.0) or 1.0
 
 
@@ -59,9 +59,10 @@ def plain_points(frontier: Frontier) -> list[MeasuredPoint]:
     return [*frontier.baseline_topk, *full[:1]]
 
 
-def duels(frontier: Frontier) -> list[Duel]:
-    """Every plain top-k point, dearest first, against the sub-expert points."""
-    ordered = sorted(frontier.baseline_topk, key=lambda p: -p.active_expert_bytes)
+def duels(frontier: Frontier, standing: Sequence[MeasuredPoint] | None = None) -> list[Duel]:
+    """Every plain top-k point, or each of `standing`, dearest first, against the sub-expert points."""
+    rows = frontier.baseline_topk if standing is None else standing
+    ordered = sorted(rows, key=lambda p: -p.active_expert_bytes)
     return [Duel(plain, _closest_within(frontier.points, plain.active_expert_bytes)) for plain in ordered]
 
 
@@ -72,7 +73,7 @@ def _closest_within(points: Sequence[MeasuredPoint], cost: float) -> MeasuredPoi
 
 def sentences(frontier: Frontier) -> list[str]:
     """The plain-language summary of a frontier that has points."""
-    told = (_range, _halfway, _score, _steps, _quality, _speed)
+    told = (_range, _halfway, _score, _bits, _steps, _quality, _speed)
     return [sentence for tell in told if (sentence := tell(frontier))]
 
 
@@ -111,6 +112,15 @@ def _score(frontier: Frontier) -> str:
     return f"{who} {verb} closer to the full model than plain top-k at {wins} of {len(found)} plain top-k prices."
 
 
+def _bits(frontier: Frontier) -> str:
+    """What rounding the whole model gives at the same price: no row of a frontier is good that loses to it."""
+    full, told = full_bytes(frontier), []
+    for row, best in ((d.plain, d.best) for d in duels(frontier, frontier.baseline_bits)):
+        beside = f", the closest point at that price {kl(best.kl)}" if best else ", and no point reads as little"
+        told.append(f"{row.name} alone reads {percent(row.active_expert_bytes / full)} of the bytes at KL {kl(row.kl)}{beside}")
+    return f"{'; '.join(told)}." if told else ""
+
+
 def _steps(frontier: Frontier) -> str:
     main, plain = main_points(frontier), plain_points(frontier)
     if len(plain) < 2 or len(main) < 2:
@@ -132,7 +142,7 @@ def _quality(frontier: Frontier) -> str:
 
 def is_timed(frontier: Frontier) -> bool:
     """Whether the time of any point was measured."""
-    return any(p.time for p in (*frontier.points, *frontier.baseline_topk))
+    return any(p.time for p in frontier.every)
 
 
 def _speed(frontier: Frontier) -> str:

@@ -60,11 +60,9 @@ def read_classes(data: object, where: str = "classes") -> dict[str, RequestClass
 
 
 def load_classes(path: Path) -> dict[str, RequestClass]:
-    """Classes under the key `classes` of a YAML file (needs pyyaml)."""
-    try:
-        import yaml
-    except ImportError as e:
-        raise UsageError("reading YAML needs pyyaml", "pip install 'moe-prism[serve]'") from e
+    """Classes under the key `classes` of a YAML file."""
+    import yaml
+
     try:
         data = yaml.safe_load(path.read_text())
     except OSError as e:

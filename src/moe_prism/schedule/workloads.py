@@ -10,16 +10,19 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UsageError
-from ..files import replace_file
+from ..errors import CorruptError, UsageError
+from ..files import read_bounded, replace_file
+from ..schema import check, decode
+from ..schema.trace import RequestLine
 from .base import Job, Ladder
 from .classes import RequestClass
 
+MOST_BYTES = 256 << 20  # of a file of requests
 MIX = {"interactive": 0.2, "standard": 0.5, "batch": 0.3}
 PEAK = (0.45, 0.6)  # when, as shares of the duration, the day curve is at three times its level
 
@@ -178,7 +181,7 @@ class Recorded:
 def read_trace(path: Path) -> list[Recorded]:
     """At least one line, in order of arrival. UsageError names the line that is wrong."""
     try:
-        lines = path.read_text().splitlines()
+        lines = read_bounded(path, MOST_BYTES).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"cannot read {path}: {e}", "give a file of JSON lines") from e
     recorded = [_line(line, f"{path}:{i + 1}", i) for i, line in enumerate(lines) if line.strip()]
@@ -188,14 +191,12 @@ def read_trace(path: Path) -> list[Recorded]:
 
 
 def _line(text: str, place: str, i: int) -> Recorded:
+    next_step = "see docs/reference/files.md for the fields"
     try:
-        data: dict[str, Any] = json.loads(text)
-        arrival, kind = float(data["arrival"]), str(data["class"])
-        prompt, output = int(data["prompt"]), int(data["output"])
-        length = int(data.get("length", output))
-        floor = float(data["floor"]) if "floor" in data else None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UsageError(f"{place}: {type(e).__name__} {e}", "see docs/reference/files.md for the fields") from e
-    if not (0 <= arrival < 1e9 and 1 <= prompt <= 1 << 24 and 1 <= length <= output <= 1 << 24):
-        raise UsageError(f"{place}: a number is out of range", "arrival >= 0, prompt >= 1, 1 <= length <= output")
-    return Recorded(place, f"{i:06d}", arrival, kind, prompt, output, length, floor)
+        line = check(RequestLine, decode(text.encode(), place, next_step), place, next_step)
+    except CorruptError as e:
+        raise UsageError(e.cause, next_step) from e
+    length = line.output if line.length is None else line.length
+    if length > line.output:
+        raise UsageError(f"{place}: 'length' is more than 'output'", "give at most that")
+    return Recorded(place, f"{i:06d}", line.arrival, line.class_, line.prompt, line.output, length, line.floor)

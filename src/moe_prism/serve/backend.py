@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from ..schedule.base import Ladder
 from .requests import Request
@@ -30,6 +30,10 @@ class Gauges(NamedTuple):
     waiting: int = 0
     cache: float = 0.0  # used share of the KV cache
     failed_steps: int = 0  # since the start
+    restarts: int = 0  # of its process
+
+
+State = Literal["ready", "restarting", "stopped"]
 
 
 class Backend(Protocol):
@@ -61,7 +65,12 @@ class Backend(Protocol):
         """Of the process that computes."""
 
     @property
-    def alive(self) -> bool: ...
+    def alive(self) -> bool:
+        """Requests can be submitted."""
+
+    @property
+    def state(self) -> State:
+        """restarting: it is not alive, and will be again."""
 
     @property
     def last_turn(self) -> float:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UsageError
 from ..options.serve import ServeOptions
@@ -16,20 +18,30 @@ from .backend import Backend, Tally
 from .config import Config
 from .http.admission import Door
 from .http.metrics import Metrics
+from .http.routes import House
 from .http.service import Service
 from .http.status import History
 from .process.messages import Facts
+from .text.desk import Desk
+from .text.workers import Workers
 
 
 @dataclass(frozen=True)
 class Built:
     """A running engine and what speaks to it. `stop` ends the engine."""
 
-    service: Service
-    door: Door
+    house: House
     history: History
     facts: Facts
     stop: Callable[[], None]
+
+    @property
+    def service(self) -> Service:
+        return self.house.service
+
+    @property
+    def door(self) -> Door:
+        return self.house.door
 
 
 def build(folder: Path, options: ServeOptions, config: Config) -> Built:
@@ -41,44 +53,63 @@ def build(folder: Path, options: ServeOptions, config: Config) -> Built:
     return (_in_a_process if config.engine.process else _in_a_thread)(folder, options, config)
 
 
+def _workers(folder: Path, config: Config) -> Workers:
+    """Before this process has threads, since it forks."""
+    from ..model import load_tokenizer
+
+    bounds = config.bounds
+    return Workers(Desk(load_tokenizer(folder), bounds.template_bytes, bounds.grammar_bytes), bounds)
+
+
 def _in_a_thread(folder: Path, options: ServeOptions, config: Config) -> Built:
     from .engine.start import start_engine
 
-    running = start_engine(folder, options, config)
-    try:
-        service, door, history, heard = _http(running.engine, running.tokenizer, running.facts, folder, options, config)
+    with ExitStack() as undo:
+        workers = _workers(folder, config)
+        undo.callback(workers.close)
+        running = start_engine(folder, options, config)
+        undo.callback(running.stop)
+        house, history, heard = _http(running.engine, workers, running.facts, Asked(folder, options, config))
         running.watch(lambda step, seconds: heard(step.tally(seconds)))
-        return Built(service, door, history, running.facts, running.stop)
-    except BaseException:
-        running.stop()
-        raise
+        return Built(house, history, running.facts, undo.pop_all().close)
 
 
 def _in_a_process(folder: Path, options: ServeOptions, config: Config) -> Built:
     if os.name != "posix":
         raise UsageError("engine.process needs a POSIX system", "set it to false")
-    from .process.remote_engine import RemoteEngine
+    from .process.messages import Start
     from .process.spawn import EngineProcess
+    from .process.supervisor import Supervisor
 
-    process = EngineProcess(folder, options, config)
-    try:
-        from ..model import load_tokenizer  # while the process loads the model
-
-        tokenizer = load_tokenizer(folder)
+    began = time.monotonic()
+    start = Start.of(folder, options, config)
+    with ExitStack() as undo:
+        process = EngineProcess(start)
+        undo.callback(process.kill)
+        workers = _workers(folder, config)  # while the process loads the model
+        undo.callback(workers.close)
         facts = process.ready()
-        engine = RemoteEngine(process, facts)
-        service, door, history, engine.observer = _http(engine, tokenizer, facts, folder, options, config)
-        return Built(service, door, history, facts, engine.stop)
-    except BaseException:
-        process.kill()
-        raise
+        engine = Supervisor(start, process, facts, time.monotonic() - began)
+        house, history, engine.observer = _http(engine, workers, facts, Asked(folder, options, config))
+        undo.pop_all()
+        end = ExitStack()
+        end.callback(workers.close)
+        end.callback(engine.stop)
+        return Built(house, history, facts, end.close)
 
 
-def _http(
-    engine: Backend, tokenizer: Any, facts: Facts, folder: Path, options: ServeOptions, config: Config
-) -> tuple[Service, Door, History, Callable[[Tally], None]]:
+class Asked(NamedTuple):
+    """What the operator asked for."""
+
+    folder: Path
+    options: ServeOptions
+    config: Config
+
+
+def _http(engine: Backend, workers: Workers, facts: Facts, asked: Asked) -> tuple[House, History, Callable[[Tally], None]]:
     """Everything on this side of an engine, and who must hear of its steps."""
-    name = options.name or folder.resolve().name
+    config = asked.config
+    name = asked.options.name or asked.folder.resolve().name
     metrics = Metrics(name, config.classes, facts.ladder)
     history = History(facts.ladder)
 
@@ -86,7 +117,8 @@ def _http(
         metrics.observe_step(tally)
         history.observe(tally)
 
-    return Service(engine, tokenizer, config, metrics, name), Door(config, facts.rate, metrics.refuse), history, heard
+    service = Service(engine, workers.desk.tokenizer, config, metrics, name)
+    return House(service, Door(config, facts.rate, metrics.refuse), workers), history, heard
 
 
 def _check_options(make: Any, given: dict[str, Any], name: str) -> None:

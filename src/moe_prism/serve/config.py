@@ -43,7 +43,9 @@ class Bounds(_Strict):
     """Seconds without a turn of an engine in a process of its own, after which it is taken to hang and is killed."""
     write_seconds: float = Field(default=30.0, gt=0, le=600)
     drain_seconds: float = Field(default=30.0, ge=0, le=3600)
-    connections: int = Field(default=1024, ge=1, le=65_536)
+    connections: int = Field(default=1024, ge=2, le=65_536)
+    connections_per_client: int | None = Field(default=None, ge=1, le=65_536)
+    """Of one address; default: three quarters of all."""
     queue_requests: int | None = Field(default=None, ge=1, le=65_536)
     """Requests that may wait; default 4 x engine.requests."""
     queue_tokens: int | None = Field(default=None, ge=1, le=1 << 28)
@@ -53,6 +55,12 @@ class Bounds(_Strict):
     n: int = Field(default=16, ge=1, le=16)
     stop_strings: int = Field(default=64, ge=1, le=64)
     template_bytes: int = Field(default=64 << 10, ge=0, le=1 << 20)
+    text_seconds: float = Field(default=2.0, gt=0, le=600)
+    """Of a processor, for tokenizing the texts of one request, rendering its chat, or reading the form of its answer."""
+    text_bytes: int = Field(default=512 << 20, ge=64 << 20, le=1 << 40)
+    """Memory that such work may take."""
+    grammar_bytes: int = Field(default=64 << 10, ge=0, le=1 << 20)
+    """Of a form that an answer must have."""
 
 
 class Config(_Strict):
@@ -78,10 +86,8 @@ def load_config(path: Path | None) -> Config:
     """Read `qos.yaml`; the defaults for None. UsageError names the file, the key, and the nearest legal one."""
     if path is None:
         return Config()
-    try:
-        import yaml
-    except ImportError as error:
-        raise UsageError("reading YAML needs pyyaml", "pip install 'moe-prism[serve]'") from error
+    import yaml
+
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -17,8 +17,17 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
     logprobs: int | None = None  # alternatives to report per generated token; None: none, not even the token's own
-    prompt_logprobs: bool = False
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()  # token, what is added to its logit
+    allowed: tuple[int, ...] = ()  # if any, no others are drawn
+    min_tokens: int = 0  # before so many are generated, none of the request's stop_ids is drawn
+    grammar: str = ""  # what the answer must follow, as `text.jobs.Compiled` has it
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,7 @@ class Request:
     cancelled: bool = False  # set by any thread; the engine's thread takes it out
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     computed_at: list[int] = field(default_factory=list)  # level of every token in the cache; kept only with a prefix cache
+    matcher: Any = None  # follows the grammar of `sampling`; the engine's own
 
     def __post_init__(self) -> None:
         self.track = Track(self.job)

@@ -16,17 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PrismError, UsageError
 from ..options.serve import ServeOptions
+from .requests import Event
 
 if TYPE_CHECKING:
     from .backend import Backend
     from .config import Config
     from .http.admission import Door
+    from .http.guard import Guard
 
 logger = logging.getLogger(__name__)
 
 SEND_BUFFER = 128 << 10
 """Bytes the kernel may hold for a client that does not read; by default it would be megabytes."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LAST_WORDS = 0.5
+"""Seconds for answers to requests that are cut off."""
 FAREWELL = 1.0
 """Seconds for which a server whose engine has ended says so with 503, before it ends too."""
 TURN = 3e-4
@@ -103,7 +107,7 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
     began = time.monotonic()
     built = build(folder, options, config)
     engine = built.service.engine
-    app = create_app(built.service, built.door, built.history, options.api_key)
+    app = create_app(built.house, built.history, options.api_key)
     host, port = listening.getsockname()[:2]
     fields = {
         "url": f"http://{host}:{port}/v1",
@@ -131,16 +135,18 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
         raise PrismError(ended, "start the server again; the log says more")
 
 
-def make_server(app: Any, door: Door, config: Config, engine: Backend) -> Any:
+def make_server(app: Guard, door: Door, config: Config, engine: Backend) -> Any:
     """A uvicorn server with our deadlines; `run(sockets=[...])` returns after the drain, or when the engine has ended by itself."""
     import uvicorn
 
-    from .http.header_deadline import paced_protocol
+    from .http.connection import paced_protocol
 
     class Server(uvicorn.Server):  # type: ignore[misc]
         """Drains on the first signal, ends on the second."""
 
         _until = math.inf
+        _draining: asyncio.Task[None] | None = None
+        _ending: asyncio.Task[None] | None = None
 
         async def on_tick(self, counter: int) -> bool:
             """Whether to end now. uvicorn asks ten times a second. Without its engine a server can only be restarted, so it ends too."""
@@ -151,18 +157,28 @@ def make_server(app: Any, door: Door, config: Config, engine: Backend) -> Any:
             return await super().on_tick(counter) or time.monotonic() >= self._until
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            loop = asyncio.get_event_loop()
             if door.draining:
-                self.should_exit = self.force_exit = True
+                self._ending = loop.create_task(self._end())
                 return
             door.draining = True
             logger.info("draining", extra={"fields": {"signal": signal.Signals(sig).name, "requests": door.requests}})
-            asyncio.get_event_loop().create_task(self._drain())
+            self._draining = loop.create_task(self._drain())
 
         async def _drain(self) -> None:
             until = time.monotonic() + config.bounds.drain_seconds
             while door.requests and time.monotonic() < until:  # noqa: ASYNC110 - places are counted, there is no event to wait for
                 await asyncio.sleep(0.02)
             await asyncio.sleep(0.05)  # the last bytes
+            await self._end()
+
+        async def _end(self) -> None:
+            """Whoever still waits is told so."""
+            for request in list(engine.book.values()):
+                engine.cancel(request.job.id)
+                request.sink(Event(error="the server is shutting down"))
+            await asyncio.sleep(0.02)  # streams say it in an event of their own
+            await app.end_all(LAST_WORDS)
             self.should_exit = True
 
     bounds = config.bounds
@@ -172,9 +188,8 @@ def make_server(app: Any, door: Door, config: Config, engine: Backend) -> Any:
         access_log=False,
         server_header=False,
         lifespan="on",
-        http=paced_protocol(bounds.header_seconds),
+        http=paced_protocol(bounds),
         h11_max_incomplete_event_size=bounds.header_bytes,
-        limit_concurrency=bounds.connections,
         timeout_keep_alive=int(max(1, bounds.header_seconds)),
         timeout_graceful_shutdown=1,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compress.changes import change_of
 from ..elastic import Elastic
 from ..elastic.base import LayerParts
 from ..elastic.execute.base import Candidates, Executor, Settled
@@ -94,6 +95,13 @@ class StoredElastic(Elastic):
     def check(self, point: OperatingPoint) -> None:
         if point.slots.scorer == "oracle":
             raise UsageError("the scorer 'oracle' computes every sub-expert", "load the model without --expert-memory")
+        if point.slots.bits is not None:
+            raise UsageError("records hold no slots of several widths", "load the model without --expert-memory")
+        if point.weights is not None and change_of(point.weights).touches_weights:
+            raise UsageError(
+                f"the change of weights '{point.weights.change}' needs the experts in memory",
+                "load the model without --expert-memory",
+            )
 
 
 def stored_parts(

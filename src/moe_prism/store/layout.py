@@ -11,10 +11,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..compress.codec.int8_rows import Int8Rows
 from ..model import MoELayer
 
 ALIGN = 4096  # bytes: what direct reads ask of offsets, lengths and addresses
-LEVELS = 127  # of an int8 weight, either sign
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -77,14 +77,12 @@ class RecordLayout:
         return torch.nn.functional.pad(flat, (0, self.bytes - flat.shape[1]))
 
     def lowered(self, records: Tensor) -> Tensor:
-        """The int8 forms, uint8 [n, low_bytes], of records uint8 [n, bytes]: every row in steps of its largest weight / 127."""
+        """The int8 forms, uint8 [n, low_bytes], of records uint8 [n, bytes], by the codec `int8-rows`."""
         numbers = records[:, : (self.weights + self.biases) * self.item].view(self.torch_dtype)
-        rows = numbers[:, : self.weights].float().reshape(-1, self.rows, self.hidden)
-        scale = rows.abs().amax(2) / LEVELS
-        steps = (rows / scale.clamp(min=1e-30).unsqueeze(2)).round().to(torch.int8)
-        head = torch.cat([scale.view(torch.uint8), numbers[:, self.weights :].contiguous().view(torch.uint8)], 1)
+        plane = Int8Rows().encode(numbers[:, : self.weights].reshape(-1, self.rows, self.hidden)).planes[0].tensors
+        head = torch.cat([plane["scale"].view(torch.uint8), numbers[:, self.weights :].contiguous().view(torch.uint8)], 1)
         gap = torch.zeros(len(records), self.low_bytes - self.weights - head.shape[1], dtype=torch.uint8)
-        return torch.cat([head, gap, steps.flatten(1).view(torch.uint8)], 1)
+        return torch.cat([head, gap, plane["codes"].flatten(1).view(torch.uint8)], 1)
 
     def raise_(self, slot: Tensor) -> None:
         """Turn the int8 form at the end of a slot (uint8 [bytes]) into a record, in place.

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import LayerStream, update_manifest
+from ..checkpoint import LayerStream, changing
+from ..checkpoint.manifest import check_layers
 from ..elastic.runtime import experts_per_token
 from ..errors import CorruptError, UsageError
 from ..model import find_layers, read_generation_config
@@ -19,7 +20,7 @@ from .aio_reader import open_reader
 from .arena import slots_in
 from .choose_misses import Misses
 from .layer import StoredElastic, resident_bytes, stored_parts
-from .pack import Pack, open_pack, write_pack
+from .pack import Pack, check_fits, open_pack, write_pack
 from .pools import Eviction, policy_for
 from .reader import RecordReader
 from .store import ExpertStore
@@ -51,15 +52,28 @@ def ready_pack(
     """The packed file of an artefact, written first where there is none."""
     path, low = options.file or folder / PACK_FILE, options.misses.low is not None
     if not path.exists():
-        write_pack(folder, path, manifest, parts=options.parts, low=low, progress=progress)
         if path.parent.resolve() == folder.resolve():
-            update_manifest(folder, {"caches": sorted({*manifest.get("caches", ()), path.name})})
+            _pack_inside(folder, path.name, manifest, options, progress)
+        else:
+            write_pack(folder, path, manifest, parts=options.parts, low=low, progress=progress)
     pack = open_pack(path, manifest)
     wanted = manifest["n_sub"] if options.parts is None else options.parts
     if pack.space.parts != wanted or (low and not pack.has_low):
         what = f"{pack.space.parts} parts per expert instead of {wanted}" if pack.space.parts != wanted else "no int8 records"
         raise CorruptError(f"'{path}' has {what}", "remove it, or give another place with --expert-file")
     return pack
+
+
+def _pack_inside(
+    folder: Path, name: str, manifest: Mapping[str, Any], options: StoreOptions, progress: Callable[[int, int], None] | None
+) -> None:
+    """The packed file as a change of the folder: with its entry in prism.json, or not at all."""
+    with changing(folder) as change:
+        if (folder / name).exists():  # by somebody who was at it before us
+            return
+        low = options.misses.low is not None
+        write_pack(folder, change.work / name, manifest, parts=options.parts, low=low, progress=progress)
+        change.commit({"caches": sorted({*manifest.get("caches", ()), name})})
 
 
 def load_stored(
@@ -77,6 +91,8 @@ def load_stored(
     pack = ready_pack(folder, manifest, options, progress)
     stream = LayerStream(folder, torch.float32)
     layers = find_layers(stream.model)
+    check_layers(folder, manifest, layers)
+    check_fits(pack, layers, manifest["n_sub"], manifest["gates"])
     layer_parts = stored_parts(layers, pack, manifest["n_sub"], manifest["gates"], tensors)
     slots = slots_in(options.memory, resident_bytes(layer_parts), pack.layout, len(pack.space))
     model = stream.keep_outside([name for layer in layers for name in layer.owners])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,18 +20,22 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from ..checkpoint import LayerStream
+from ..checkpoint import LayerStream, check_finite
 from ..checkpoint.atomic import raw_bytes
 from ..errors import CorruptError, DoesNotFit, UsageError
 from ..files import sync_folder
 from ..model import MoELayer, find_layers
 from ..offload.base import KeySpace
+from ..schema import check, decode
+from ..schema.pack import PackForm
+from ..schema.read import one_line
 from .checksum import checksum
-from .layout import DTYPES, RecordLayout, padded
+from .layout import ALIGN, DTYPES, RecordLayout, padded
 
 MAGIC = b"PRISMPK1"
 HEAD = len(MAGIC) + 32 + 8
@@ -229,18 +233,54 @@ def open_pack(path: str | Path, manifest: Mapping[str, Any]) -> Pack:
     if facts["source"] != weight_files(manifest):
         raise CorruptError(f"{path} was made of other weights than those beside it", AGAIN)
     space = KeySpace(facts["layers"], facts["experts"], facts["parts"])
-    tensors = load_tensors(blob)
-    resident: list[dict[str, Tensor]] = [{} for _ in range(space.layers)]
-    for name, tensor in tensors.items():
-        layer, _, short = name.partition(".")
-        resident[int(layer)][short] = tensor
+    resident = _resident(path, blob, space.layers)
     words = np.frombuffer(sums, np.uint64)
     pack = Pack(
         path, RecordLayout(**facts["layout"]), space, facts["source"], words, facts["start"], facts["low_start"], resident
     )
     if size != pack.bytes:
         raise CorruptError(f"{path} has {size} bytes instead of {pack.bytes}", AGAIN)
+    ends = facts["blob_at"] + facts["blob"], facts["start"] + len(space) * pack.layout.bytes
+    if facts["start"] % ALIGN or facts["low_start"] % ALIGN or facts["start"] < ends[0] or 0 < facts["low_start"] < ends[1]:
+        raise CorruptError(f"{path}: its parts do not lie behind each other", AGAIN)
     return pack
+
+
+def check_fits(pack: Pack, layers: Sequence[MoELayer], n_sub: int, gates: int) -> None:
+    """CorruptError for records or resident tensors that are not those of these layers: compiled code trusts their shapes."""
+    parts, layout = pack.space.parts, pack.layout
+    for layer, resident in zip(layers, pack.resident, strict=False):
+        kind = (layer.hidden, layer.width, layer.gate is not None, layer.up_bias is not None, layer.num_experts)
+        wide = (layer.num_experts, n_sub * gates)
+        rows = {"gate": layer.gate is not None, "up": True, "down": True}
+        wanted: dict[str, tuple[int, ...]] = {name: (*wide, layer.hidden) for name, there in rows.items() if there}
+        wanted |= {name: wide for name in ("gate_bias", "up_bias") if getattr(layer, name) is not None}
+        wanted |= {"down_bias": (layer.num_experts, layer.hidden)} if layer.down_bias is not None else {}
+        fits = kind == (layout.hidden, layout.block * parts, layout.has_gate, layout.has_bias, pack.space.experts)
+        right = {name: tuple(t.shape) for name, t in resident.items()} == wanted
+        if len(layers) != pack.space.layers or not fits or not right:
+            raise CorruptError(f"{pack.path} does not fit '{layer.name}'", AGAIN)
+        for name, tensor in resident.items():
+            if tensor.dtype != layout.torch_dtype:
+                raise CorruptError(
+                    f"{pack.path}: '{name}' of '{layer.name}' is {tensor.dtype}, its records {layout.dtype}", AGAIN
+                )
+            check_finite(name, tensor, pack.path.name)
+
+
+def _resident(path: Path, blob: bytes, layers: int) -> list[dict[str, Tensor]]:
+    """The resident tensors of every layer, by their names in the file: `<layer>.<tensor>`."""
+    found: list[dict[str, Tensor]] = [{} for _ in range(layers)]
+    try:
+        tensors = load_tensors(blob)
+    except SafetensorError as error:
+        raise CorruptError(f"{path} has damaged tables: {one_line(str(error), 160)}", AGAIN) from error
+    for name, tensor in tensors.items():
+        layer, _, short = name.partition(".")
+        if not (layer.isascii() and layer.isdigit() and len(layer) < 7 and int(layer) < layers):
+            raise CorruptError(f"{path}: '{one_line(name)}' belongs to none of {layers} layers", AGAIN)
+        found[int(layer)][short] = tensor
+    return found
 
 
 def _read(path: Path, file: BinaryIO) -> tuple[dict[str, Any], bytes, bytes]:
@@ -252,8 +292,11 @@ def _read(path: Path, file: BinaryIO) -> tuple[dict[str, Any], bytes, bytes]:
     text = file.read(length)
     if hashlib.sha256(text).digest() != head[len(MAGIC) : -8]:
         raise CorruptError(f"{path} has a damaged header", AGAIN)
-    facts: dict[str, Any] = json.loads(text)
+    facts = check(PackForm, decode(text, f"{path}: header", AGAIN), f"{path}: header", AGAIN).model_dump()
     count = facts["layers"] * facts["experts"] * facts["parts"] * (2 if facts["low_start"] else 1)
+    size = os.fstat(file.fileno()).st_size
+    if facts["sums_at"] + 8 * count > size or facts["blob_at"] + facts["blob"] > size:
+        raise CorruptError(f"{path} has {size} bytes, its tables end behind them", AGAIN)
     file.seek(facts["sums_at"])
     sums = file.read(8 * count)
     file.seek(facts["blob_at"])

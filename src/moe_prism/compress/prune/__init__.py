@@ -9,7 +9,7 @@ from .protect import Protection
 
 __all__ = ["Criterion", "KeptExperts", "LayerSubject", "PruneRequest", "choose", "criteria", "protections", "pruned"]
 
-criteria: View[type[Criterion]] = methods.only("weights", "prune criterion")
+criteria: View[type[Criterion]] = methods.only("weights", "prune criterion", "moe_prism.methods.prune.")
 
 protections: Registry[Protection] = Registry(
     "protection",

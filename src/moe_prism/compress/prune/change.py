@@ -10,7 +10,8 @@ from typing import Any
 from ...errors import CorruptError, UsageError
 from ...model import MoELayer
 from ...model.router import RoutingGroups
-from ...point import read
+from ...schema import check
+from ...schema.points import REMAKE, KeptForm, PruneForm
 from ..changes import Change
 from .choose import KeptExperts
 from .mask import pruned
@@ -27,10 +28,7 @@ class PruneChange(Change):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> PruneChange:
-        rows = settings.get("layers")
-        if not isinstance(rows, list) or not 0 < len(rows) <= read.MOST_LAYERS:
-            raise CorruptError(f"'layers' of {WHERE} must be a list", read.REMAKE)
-        return cls(tuple(_layer(row) for row in rows))
+        return cls(tuple(kept_experts(row, WHERE) for row in check(PruneForm, settings, WHERE, REMAKE).layers))
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -48,9 +46,7 @@ class PruneChange(Change):
     def installed(self, model: Any, layers: Sequence[MoELayer]) -> AbstractContextManager[object]:
         wanted, there = [layer.experts for layer in self.kept], [layer.num_experts for layer in layers]
         if wanted != there:
-            raise UsageError(
-                f"the pruned experts are of a model with {wanted} experts per layer, this one has {there}", read.REMAKE
-            )
+            raise UsageError(f"the pruned experts are of a model with {wanted} experts per layer, this one has {there}", REMAKE)
         return pruned(model, self.kept, layers)
 
     @property
@@ -59,20 +55,9 @@ class PruneChange(Change):
         return sum(c.experts if c.masked else len(c.kept) for c in self.kept) / sum(c.experts for c in self.kept)
 
 
-def _layer(data: object) -> KeptExperts:
-    row = read.mapping(data, WHERE, ("experts", "kept", "groups", "masked"))
-    experts, kept = read.get(row, "experts", WHERE), read.whole_numbers(read.get(row, "kept", WHERE), f"kept of {WHERE}")
-    if (
-        type(experts) is not int
-        or not 0 < experts <= 1 << 20
-        or len(set(kept)) != len(kept)
-        or min(kept) < 0
-        or max(kept) >= experts
-    ):
-        raise CorruptError(f"{WHERE} keep experts that there are not", read.REMAKE)
-    groups = None
-    if row.get("groups") is not None:
-        names = ("count", "limit", "least")
-        numbers = read.mapping(row["groups"], f"groups of {WHERE}", names)
-        groups = RoutingGroups(*read.whole_numbers([read.get(numbers, name, WHERE) for name in names], f"groups of {WHERE}"))
-    return KeptExperts(experts, kept, groups, read.flag(row.get("masked", False), f"masked of {WHERE}") is True)
+def kept_experts(form: KeptForm, where: str) -> KeptExperts:
+    """What a checked file says of one layer. CorruptError for experts that there are not."""
+    if len(set(form.kept)) != len(form.kept) or max(form.kept) >= form.experts:
+        raise CorruptError(f"{where}: 'kept' names experts that there are not, or one twice", REMAKE)
+    groups = None if form.groups is None else RoutingGroups(form.groups.count, form.groups.limit, form.groups.least)
+    return KeptExperts(form.experts, tuple(form.kept), groups, form.masked)

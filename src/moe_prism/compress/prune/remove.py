@@ -21,6 +21,9 @@ from ...errors import UsageError
 from ...model import MoELayer, find_layers
 from ...model.router import COUNT_NAMES, GROUP_LIMIT_NAMES, GROUP_NAMES, Router
 from ...options.prune import MTPMode
+from ...schema import read_json
+from ...schema.config import INDEX_BOUNDS
+from ...schema.read import RESTORE
 from .choose import KeptExperts
 
 Progress = Callable[[int, int], None]
@@ -82,7 +85,7 @@ def remove_experts(
     for shard in pending:
         with out.stage(shard) as file:
             writer.write(shard, plan[shard], file)
-        journal.finish(shard, shard, out.hashes[shard])
+        journal.finish(shard, out.hashes[shard])
         if how.progress:
             how.progress(sum(sizes[s] for s in plan if journal.done(s)), sum(sizes.values()))
     if (source.folder / INDEX).is_file():
@@ -281,7 +284,8 @@ def _holds(config: Any, text: Any) -> bool:
 
 
 def _index(path: Path, plan: Mapping[str, Sequence[_Tensor]]) -> bytes:
-    metadata = json.loads(path.read_bytes()).get("metadata") or {}
+    found = read_json(path, RESTORE, INDEX_BOUNDS).get("metadata")
+    metadata = found if isinstance(found, dict) else {}
     metadata |= {"total_size": sum(t.bytes for tensors in plan.values() for t in tensors)}
     weight_map = {t.info.name: shard for shard, tensors in plan.items() for t in tensors}
     return json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2).encode() + b"\n"

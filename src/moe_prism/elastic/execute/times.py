@@ -20,9 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import UsageError
+from ...errors import PrismError, UsageError
 from ...files import replace_file
 from ...kernels.target import TARGET
+from ...schema import read_form
+from ...schema.cost import TimesForm
 from ..base import LayerParts
 from .tiled import tiled
 
@@ -186,8 +188,8 @@ def _file() -> Path:
 def _kept() -> dict[str, LayerTimes]:
     """What this machine knows; nothing where the file is missing or is not ours."""
     try:
-        return {name: LayerTimes(*map(float, values)) for name, values in json.loads(_file().read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {name: LayerTimes(*values) for name, values in read_form(TimesForm, _file()).root.items()}
+    except (PrismError, TypeError):
         return {}
 
 

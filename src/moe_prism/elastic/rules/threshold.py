@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError
-from ..base import POSITIONS, LayerParts, Rule, Slots, is_compiled
-from ..side_tensors import CUTOFFS, SHARES
+from ..base import LayerParts, Rule, Slots, is_compiled
+from ..side_tensors import CUTOFFS, POSITIONS, SHARES
 from .top_slots import top_slots
 
 QUANTILES = POSITIONS  # quantiles stored per layer

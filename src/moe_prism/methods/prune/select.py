@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from torch import Tensor
 
 from ...calibrate.statistics import Statistics
 from ...compress.prune import KeptExperts, LayerSubject, PruneRequest, choose, criteria, protections
-from ...compress.prune.change import PruneChange
+from ...compress.prune.change import PruneChange, kept_experts
 from ...compress.prune.choose import keep_counts
 from ...elastic.runtime import Elastic, experts_per_token
-from ...errors import CorruptError, UsageError
+from ...errors import UsageError
 from ...frontier.allocation import exact
 from ...frontier.measure import measure
 from ...model import MoELayer
@@ -25,6 +24,8 @@ from ...model.router import Router, RoutingGroups
 from ...options.prune import PruneOptions
 from ...point import OperatingPoint
 from ...progress import Update
+from ...schema import read_form
+from ...schema.kept import AGAIN, SelectionForm
 
 PROFILE_POINTS = 7  # numbers of kept experts at which a layer is run alone, for `measured`
 LOGIT_ROWS = 1024  # tokens whose logits are held at a time
@@ -38,6 +39,8 @@ def check_options(options: PruneOptions) -> None:
     request_of(options).check()
     if criteria.get(options.criterion).is_blind and options.allocation == "global":
         raise UsageError(f"--criterion {options.criterion} cannot compare layers", "use --allocation layer")
+    if options.for_domain and not criteria.get(options.criterion).needs:
+        raise UsageError(f"--criterion {options.criterion} reads no text, so --for-domain means nothing", "leave one of them out")
 
 
 def request_of(options: PruneOptions) -> PruneRequest:
@@ -92,11 +95,39 @@ def rank(
             )
         shields = [a | b for a, b in zip(shields, protections.get(name)(values), strict=True)]
     criterion = criteria.get(options.criterion)()
+    chosen = domains_of(statistics, options)
     scores = []
-    for layer, v, shield in zip(layers, values, shields, strict=True):
+    for i, (layer, v, shield) in enumerate(zip(layers, values, shields, strict=True)):
         subject = LayerSubject(layer.index, layer.name, layer.num_experts, per_token, v, shield, options.seed)
-        scores.append(criterion.scores(subject))
+        if statistics is None or not chosen:
+            scores.append(criterion.scores(subject))
+            continue
+        by_domain = [statistics.layers[i].domains[name] for name in chosen]
+        each = [criterion.scores(replace(subject, values={**v, **own})).double() for own in by_domain]
+        # a domain of more tokens, or of larger outputs, would else decide alone (EASY-EP does the same)
+        scores.append(torch.stack([s / s.abs().sum().clamp(min=1e-300) for s in each]).mean(0) if len(each) > 1 else each[0])
     return scores, shields
+
+
+def domains_of(statistics: Statistics | None, options: PruneOptions) -> list[str]:
+    """The domains whose scores are averaged; none where the calibration, or what the criterion reads, is of all text together.
+
+    UsageError for a domain that is asked for and not there.
+    """
+    criterion = criteria.get(options.criterion)
+    found = statistics.layers[0].domains if statistics else {}
+    usable = [name for name, own in found.items() if criterion.needs and set(criterion.needs) <= set(own)]
+    lacking = [name for name in options.for_domain if name not in usable]
+    if lacking and statistics:
+        if lacking[0] in found:
+            raise UsageError(
+                f"criterion '{options.criterion}' has no statistics by domain", "use --criterion easy-ep or gate-norm"
+            )
+        raise UsageError(
+            f"the calibration has no domain '{lacking[0]}'",
+            f"choose from {', '.join(found)}" if found else f"calibrate with --domain {lacking[0]}=PATH and others",
+        )
+    return options.for_domain or usable
 
 
 def decide(
@@ -121,6 +152,7 @@ def decide(
         "keep": options.keep,
         "allocation": options.allocation,
         "protected": [[int(e) for e in shield.nonzero().flatten()] for shield in shields],
+        **({"domains": chosen} if (chosen := domains_of(statistics, options)) else {}),
         **({"least_tokens": _least_tokens(statistics)} if statistics else {}),
     }
     return PruneSelection(tuple(choices), tuple(layer.name for layer in layers), facts)
@@ -189,23 +221,17 @@ def _least_tokens(statistics: Statistics) -> int | None:
 
 def read_kept(path: str | Path, model: Any, layers: Sequence[MoELayer]) -> PruneSelection:
     """The selection of a file that `prune` wrote (kept.json). UsageError if it does not fit the model, CorruptError if it is none."""
-    try:
-        data: Any = json.loads(Path(path).read_text("utf-8"))
-        rows = [(row["experts"], tuple(row["kept"]), row["groups"], row["masked"]) for row in data["layers"]]
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}", "give the kept.json of a pruned folder") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise CorruptError(f"{path} is no list of kept experts", "write it again with `moe-prism prune --report-only`") from error
+    form = read_form(SelectionForm, Path(path), AGAIN)
+    rows = form.layers
     per_token = experts_per_token(model, layers[0])
     if len(rows) != len(layers):
         raise UsageError(f"{path} has {len(rows)} layers, the model has {len(layers)}", "it was made for another model")
     choices = []
-    for layer, (experts, kept, groups, masked) in zip(layers, rows, strict=True):
-        good = all(type(e) is int and 0 <= e < layer.num_experts for e in kept) and len(set(kept)) == len(kept) >= per_token
-        if experts != layer.num_experts or not good:
+    for layer, row in zip(layers, rows, strict=True):
+        if row.experts != layer.num_experts or len(row.kept) < per_token:
             raise UsageError(
                 f"{path} does not fit '{layer.name}' of {layer.num_experts} experts", "it was made for another model"
             )
-        choices.append(KeptExperts(experts, kept, RoutingGroups(**groups) if groups else None, bool(masked)))
-    facts = {key: value for key, value in data.items() if key not in ("layers", "resident_share")}
+        choices.append(kept_experts(row, str(path)))
+    facts = form.model_dump(include={"criterion", "keep", "allocation", "protected", "least_tokens"}, exclude_unset=True)
     return PruneSelection(tuple(choices), tuple(layer.name for layer in layers), facts)

@@ -24,9 +24,11 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from ...elastic.runtime import Elastic, experts_per_token
 from ...errors import PrismError, UsageError
 from ...forecast.step_cost import LayerFacts
+from ...model import end_tokens
 from ...schedule.base import Ladder, Policy
-from ..backend import Gauges
+from ..backend import Gauges, State
 from ..requests import ErrorKind, Event, Request
+from .grammars import Grammars
 from .paged_attention import NAME as PAGED
 from .runner import Runner
 from .scheduler import NAME as SCHEDULER
@@ -93,17 +95,19 @@ class Engine:
         policy: Policy,
         size: EngineSize | None = None,
         clock: Callable[[], float] = time.monotonic,
-        observer: Observer | None = None,
+        tokenizer: Any = None,
     ) -> None:
+        """tokenizer: says more end tokens, and is needed for answers that must have a form."""
         elastic = getattr(model, "_moe_prism", None)
         if elastic is None:
             raise UsageError("the model is not elastic", "load a folder written by `moe-prism refactor`")
         self.model, self.elastic, self.ladder, self.policy, self.clock = model, elastic, ladder, policy, clock
         self.size = size or EngineSize()
-        self.observer = observer
+        self.observer: Observer | None = None
         self.context = min(context_limit(model) or self.size.cache_tokens, self.size.cache_tokens)
-        self.eos = frozenset(_ids(getattr(model.generation_config, "eos_token_id", None)))
+        self.eos = end_tokens(model, tokenizer)
         self.vocabulary = int(model.config.get_text_config().vocab_size)
+        self.grammars = Grammars(tokenizer, self.vocabulary, self.eos)
         self.book: dict[str, Request] = {}
         self.failed_steps = 0
         self.last_turn = clock()
@@ -159,6 +163,11 @@ class Engine:
     def alive(self) -> bool:
         return bool(self.manager.is_running())
 
+    @property
+    def state(self) -> State:
+        """A thread is not started again."""
+        return "ready" if self.alive else "stopped"
+
     def give_up(self, seconds: float) -> None:
         """Nothing: a thread cannot be ended from outside."""
 
@@ -188,6 +197,8 @@ class Engine:
         """Queue a request. Its sink gets every event, the last one with `finish` or `error`. PrismError if the engine has stopped."""
         if not self.alive:
             raise PrismError("the engine has stopped", "restart the server; the log says why")
+        if request.sampling.grammar:
+            request.matcher = self.grammars.matcher(request.sampling.grammar)
         with self._lock:
             if request.job.id in self.book:
                 raise UsageError(f"request id '{request.job.id}' is in use", "choose another")
@@ -363,10 +374,6 @@ def context_limit(model: Any) -> int | None:
     """Tokens a sequence may have, if the model says."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def _ids(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
 def _full_attention(model: Any) -> bool:

@@ -8,16 +8,19 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...checkpoint import check_listed, put_file, read_manifest
+from ...checkpoint.manifest import MANIFEST
 from ...elastic.bind import depends_on_batch
 from ...elastic.dial import affordable
 from ...elastic.paged_past import keeps_every_token
 from ...elastic.runtime import slots_per_token
-from ...errors import PrismError, UsageError
-from ...files import replace_file
+from ...errors import CorruptError, UsageError
 from ...frontier import Frontier, MeasuredPoint, pareto
 from ...point import FULL, OperatingPoint
 from ...registry import choices
 from ...schedule.base import Ladder, Level
+from ...schema import read_form
+from ...schema.points import MEASURE, LadderForm, LevelForm
 
 logger = logging.getLogger(__name__)
 
@@ -43,26 +46,41 @@ def find_ladder(folder: Path, full_slots: int, refusal: Refusal, asked: Sequence
         return ladder, where
     frontier = folder / FRONTIER
     if frontier.exists():
+        _check_own(folder, frontier)
         points = _best(Frontier.load(frontier), refusal)
         if points:
             return climb((_level(p) for p in points), full_slots), frontier.name
     measured = folder / MEASURED
     if measured.exists():
-        try:
-            rows = json.loads(measured.read_text())["levels"]
-            return climb((_read_level(row) for row in rows), full_slots), measured.name
-        except (ValueError, TypeError, KeyError, PrismError) as error:
-            raise UsageError(f"{measured} cannot be used: {error}", "delete it; it is measured again at start") from error
+        _check_own(folder, measured)
+        return climb(_read_levels(measured), full_slots), measured.name
     return None, ""
+
+
+def _check_own(folder: Path, file: Path) -> None:
+    """CorruptError for a file that the folder's prism.json lists otherwise. One that it does not list was put there by somebody."""
+    if (folder / MANIFEST).is_file() and file.name in (manifest := read_manifest(folder))["files"]:
+        check_listed(folder, manifest, [file.name])
+
+
+def _read_levels(path: Path) -> list[Level]:
+    form = read_form(LadderForm, path, MEASURE)
+    names = [TOP, *(row.name for row in form.levels)]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CorruptError(f"{path}: two levels are called '{twice}'", MEASURE)
+    return [_read_level(row) for row in form.levels]
 
 
 def _best(frontier: Frontier, refusal: Refusal) -> list[MeasuredPoint]:
     """The points of a frontier that can share a batch and that none of the others beats. What was left out is logged, by name."""
     fit: list[MeasuredPoint] = []
-    for p in [*frontier.points, *frontier.baseline_topk]:
+    for p in frontier.every:
         reason = _reason(p, refusal)
         if reason is None and p.point is not None and depends_on_batch(p.point):
             reason = "what a token gets depends on its batch"
+        if reason is None and p.point is not None and p.point.slots.bits is not None:
+            reason = "its widths are decoded in memory, which saves nothing there"
         if reason:
             logger.info("operating point %s is not served: %s", p.name, reason)
         elif p.point is not None and not p.point.is_full:
@@ -79,7 +97,9 @@ def _asked(folder: Path, asked: Sequence[str], refusal: Refusal) -> tuple[list[M
     if not source.is_file():
         raise UsageError(f"there is no {source}", "measure points with `moe-prism frontier`")
     frontier = Frontier.load(source)
-    known = {p.name: p for p in [*frontier.baseline_topk, *frontier.points]}
+    known: dict[str, MeasuredPoint] = {}
+    for p in frontier.every:
+        known.setdefault(p.name, p)
     names = [name for name, p in known.items() if p.point is None or not p.point.is_full] if files else list(asked)
     found = []
     for name in names:
@@ -121,10 +141,10 @@ def _level(p: MeasuredPoint) -> Level:
     return Level(p.name, p.point, p.k_slots, p.top1_agreement)
 
 
-def _read_level(row: dict[str, Any]) -> Level:
+def _read_level(row: LevelForm) -> Level:
     """One entry of `ladder.json`; version 0.1 wrote a budget of the threshold rule."""
-    point = OperatingPoint.from_json(row["point"]) if "point" in row else FULL.with_slots(float(row["budget"]))
-    return Level(str(row["name"]), point, float(row["slots"]), float(row["quality"]))
+    point = FULL.with_slots(row.budget or 1.0) if row.point is None else OperatingPoint.of_form(row.point)
+    return Level(row.name, point, float(row.slots), float(row.quality))
 
 
 def climb(levels: Iterable[Level], full_slots: int) -> Ladder:
@@ -139,7 +159,6 @@ def climb(levels: Iterable[Level], full_slots: int) -> Ladder:
 
 def measure_ladder(model: Any, tokenizer: Any, folder: Path, tokens: int = 4096) -> Ladder:
     """Measure a few budgets on held-out text and keep the result beside the model, if the folder can be written."""
-    from ...checkpoint import read_manifest, update_manifest
     from ...data import token_windows
     from ...frontier.measure import measure
 
@@ -154,8 +173,7 @@ def measure_ladder(model: Any, tokenizer: Any, folder: Path, tokens: int = 4096)
     ladder = climb(levels, slots_per_token(model._moe_prism))
     rows = {"levels": [level.to_json() for level in ladder.levels[:-1]], "tokens": windows.tokens, "text": windows.source}
     try:
-        replace_file(folder / MEASURED, (json.dumps(rows, indent=1) + "\n").encode())
-        update_manifest(folder, {})  # `verify` knows every file of the folder
-    except OSError:
-        return ladder  # a read-only model is served all the same, and measured again next time
+        put_file(folder / MEASURED, (json.dumps(rows, indent=1) + "\n").encode())  # `verify` knows every file of the folder
+    except (OSError, UsageError) as error:  # a read-only model, or one at which another run is, is measured again next time
+        logger.info("the measured points are not kept: %s", error)
     return ladder

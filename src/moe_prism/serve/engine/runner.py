@@ -83,7 +83,9 @@ class Runner(ModelRunner):  # type: ignore[misc]
     def _sampler(self, part: StepPart) -> Sampler:
         sampler = self.samplers.get(part.state.request_id)
         if sampler is None:
-            sampler = self.samplers[part.state.request_id] = Sampler(part.request.sampling)
+            request = part.request
+            sampler = Sampler(request.sampling, request.tokens, request.stop_ids, request.matcher)
+            self.samplers[part.state.request_id] = sampler
         return sampler
 
     def _prompt_logprobs(self, parts: list[StepPart], spans: list[tuple[int, int]], logits: Tensor) -> None:
@@ -91,12 +93,12 @@ class Runner(ModelRunner):  # type: ignore[misc]
         for part, (begin, end) in zip(parts, spans, strict=True):
             entries: list[TokenLogprob] = []
             sampling = part.request.sampling
-            if part.is_prompt and sampling.prompt_logprobs:
+            if part.is_prompt and sampling.prompt_logprobs is not None:
                 first = part.request.track.computed
                 if first == 0:
                     entries.append(TokenLogprob(part.request.tokens[0], None))
                 targets = list(part.request.tokens[first + 1 : first + part.tokens + 1])
-                entries += logprobs(logits[begin:end][: len(targets)], targets, sampling.logprobs or 0) if targets else []
+                entries += logprobs(logits[begin:end][: len(targets)], targets, sampling.prompt_logprobs) if targets else []
             self.results[part.state.request_id] = Event(prompt=tuple(entries), level=part.level)
 
 
@@ -107,7 +109,7 @@ def _rows(parts: list[StepPart]) -> tuple[Tensor, list[tuple[int, int]]]:
     for part in parts:
         begin = len(rows)
         end = part.start + part.tokens
-        if part.is_prompt and part.request.sampling.prompt_logprobs:
+        if part.is_prompt and part.request.sampling.prompt_logprobs is not None:
             rows.extend(range(part.start, end))
         elif part.yields:
             rows.append(end - 1)

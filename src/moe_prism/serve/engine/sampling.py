@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..requests import Sampling, TokenLogprob
+from .processors import processors
 
 
 class Sampler:
-    """One request's random numbers."""
+    """One request's random numbers, and what it does to its logits before a token is drawn."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int] = (), stop_ids: frozenset[int] = frozenset(), grammar: Any = None
+    ) -> None:
+        """grammar: an xgrammar matcher, which is told of every token."""
         self.sampling = sampling
         self.generator = torch.Generator()
         if sampling.seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(sampling.seed)
+        self._tokens = list(prompt)
+        self._grammar = grammar
+        self._processors = processors(sampling, len(prompt), stop_ids, grammar)
+
+    @property
+    def shapes(self) -> bool:
+        """Whether it changes logits at all."""
+        return bool(self._processors)
+
+    def shape(self, row: Tensor) -> Tensor:
+        """Logits [V] as they are drawn from."""
+        return self._processors(torch.tensor([self._tokens]), row[None].cpu())[0].to(row.device)  # type: ignore[no-any-return]
 
     def uniform(self) -> float:
         return float(torch.rand((), generator=self.generator, dtype=torch.float64))
+
+    def took(self, token: int) -> None:
+        """The token was drawn."""
+        if self._processors:
+            self._tokens.append(token)
+        if self._grammar is not None:
+            self._grammar.accept_token(token)
 
 
 def draw(logits: Tensor, samplers: Sequence[Sampler]) -> tuple[list[int], list[bool]]:
@@ -30,25 +54,42 @@ def draw(logits: Tensor, samplers: Sequence[Sampler]) -> tuple[list[int], list[b
     best, token = logits.max(dim=-1)
     usable = torch.isfinite(best).tolist()
     tokens: list[int] = token.tolist()
+    shaped = [i for i, s in enumerate(samplers) if s.shapes and usable[i]]
+    if shaped:
+        logits = logits.clone()  # log-probabilities are the model's own
+        for i in shaped:
+            logits[i] = samplers[i].shape(logits[i])
+            tokens[i] = int(logits[i].argmax())
     hot = [i for i, s in enumerate(samplers) if s.sampling.temperature > 0 and usable[i]]
     if hot:
         for i, drawn in zip(hot, _nucleus(logits[hot], [samplers[i] for i in hot]), strict=True):
             tokens[i] = drawn
+    for i, sampler in enumerate(samplers):
+        if usable[i]:
+            sampler.took(tokens[i])
     return tokens, usable
 
 
 def _nucleus(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """Inverse transform over the tokens from most to least likely, cut where their sum passes top_p."""
-    temperature = torch.tensor([s.sampling.temperature for s in samplers], dtype=torch.float64)
-    top_p = torch.tensor([s.sampling.top_p for s in samplers], dtype=torch.float64)
-    uniform = torch.tensor([s.uniform() for s in samplers], dtype=torch.float64)
+    """Inverse transform over the tokens from most to least likely, cut after top_k, where their sum passes top_p, and at min_p: the three
+    of transformers, in its order. Each keeps the beginning of the sorted row.
+    """
+    asked = [s.sampling for s in samplers]
+    temperature, top_p, min_p = (
+        torch.tensor(values, dtype=torch.float64)[:, None]
+        for values in zip(*((a.temperature, a.top_p, a.min_p) for a in asked), strict=True)
+    )
+    uniform = torch.tensor([s.uniform() for s in samplers], dtype=torch.float64)[:, None]
     # a token may win by more than a float can hold at a temperature near 0
-    scaled = (logits.double().cpu() - logits.double().cpu().max(dim=-1, keepdim=True).values) / temperature[:, None]
+    scaled = (logits.double().cpu() - logits.double().cpu().max(dim=-1, keepdim=True).values) / temperature
     values, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
     share = values.cumsum(-1)
-    kept = torch.searchsorted(share, top_p[:, None]).clamp(max=share.shape[1] - 1)  # last token of the nucleus
-    target = uniform[:, None] * share.gather(1, kept)
-    position = torch.minimum(torch.searchsorted(share, target, right=True), kept)
+    size = share.shape[1]
+    last = torch.tensor([min(a.top_k, size) or size for a in asked])[:, None] - 1
+    last = torch.minimum(last, torch.searchsorted(share, top_p * share.gather(1, last)))  # last token of the nucleus
+    last = torch.minimum(last, (values >= min_p * values[:, :1]).sum(-1, keepdim=True) - 1)
+    target = uniform * share.gather(1, last)
+    position = torch.minimum(torch.searchsorted(share, target, right=True), last)
     return order.gather(1, position)[:, 0].tolist()
 
 

@@ -215,7 +215,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
     # computed, so token t at level l is written as t + l * vocabulary.
 
     def _reuse_prefix(self, request: Request, state: RequestState, level: int) -> None:
-        if not self.cache.use_prefix_sharing or request.sampling.prompt_logprobs:
+        if not self.cache.use_prefix_sharing or request.sampling.prompt_logprobs is not None:
             return
         salted = [t + level * self.vocabulary for t in state.remaining_prefill_tokens]
         found = self.cache.search_prefix_match(state.request_id, salted)

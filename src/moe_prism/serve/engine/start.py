@@ -58,11 +58,11 @@ class RunningEngine:
             self.cost.save(self.save_cost)
 
 
-def start_engine(folder: Path, options: ServeOptions, config: Config) -> RunningEngine:
-    """Load, measure and start. Raises PrismError with a cause; nothing is left running then."""
-    cost = CostModel.load(options.cost) if options.cost else None
+def start_engine(folder: Path, options: ServeOptions, config: Config, known: dict[str, Any] | None = None) -> RunningEngine:
+    """Load, measure and start. Raises PrismError with a cause; nothing is left running then. known: the cost model of an engine before."""
+    cost = CostModel.from_json(known) if known else CostModel.load(options.cost) if options.cost else None
     torch.set_num_threads(compute_threads(config.engine.threads))
-    model, tokenizer = load(folder, store=options.store)
+    model, tokenizer = load(folder, store=options.store, verify=options.verify)
     model.eval()
     elastic: Elastic = model._moe_prism
     ladder, ladder_from = find_ladder(folder, slots_per_token(elastic), _refusal(elastic), options.points)
@@ -76,17 +76,20 @@ def start_engine(folder: Path, options: ServeOptions, config: Config) -> Running
         ladder,
         Script(ladder),
         EngineSize(size.requests, size.step_tokens, size.cache_tokens, size.page, size.prefix_cache),
+        tokenizer=tokenizer,
     )
     engine.start()
     try:
-        cost_from = str(options.cost) if cost else "measured"
+        cost_from = str(options.cost) if options.cost else "measured"
         cost = cost or probe(engine, _text(tokenizer), options.probe_seconds)
         if options.save_cost:
             cost.save(options.save_cost)
         engine.replace_policy(policies.get(options.policy or config.policy)(ladder, cost, **config.policy_options))
-        rate = size.step_tokens / cost.prefill(size.step_tokens, ladder.levels[-1].slots)
-        fixed = (ladder, engine.context, engine.eos, engine.vocabulary, engine.policy_name)
-        return RunningEngine(engine, tokenizer, cost, Facts(*fixed, rate, ladder_from, cost_from), options.save_cost)
+        rate = size.step_tokens / max(1e-5, cost.prefill(size.step_tokens, ladder.levels[-1].slots))  # a short probe may find 0
+        levels = [level.to_json() for level in ladder.levels]
+        fixed = (levels, engine.context, engine.eos, engine.vocabulary, engine.policy_name)
+        facts = Facts(*fixed, rate, ladder_from, cost_from, cost.to_json())
+        return RunningEngine(engine, tokenizer, cost, facts, options.save_cost)
     except BaseException:
         engine.stop()
         raise

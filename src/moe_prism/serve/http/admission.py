@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ...schedule.classes import RequestClass
 from ..config import Config
-from .protocol import Refusal
+from .refusal import Refusal
 
 
 @dataclass
@@ -19,6 +19,11 @@ class Place:
     requests: int
     tokens: int
     left: bool = field(default=False)
+
+    def settle(self, tokens: int, kind: RequestClass) -> None:
+        """The prompts are counted now. Refuses where they are too many beside those of others."""
+        self.door.more(tokens - self.tokens, kind, self.tokens)
+        self.tokens = tokens
 
     def leave(self) -> None:
         """Give the place back; once, however often it is called."""
@@ -58,7 +63,7 @@ class Door:
         """Reserve, or refuse: with 503, or with 400 where waiting would not help. Classes behind the first leave a share of the queue
         to it.
         """
-        share = 1.0 if kind.priority <= self._first else 1.0 - self.config.bounds.reserved
+        share = self._share(kind)
         if self.draining:
             raise self._refuse("draining", "the server is shutting down", 5)
         most = self.config.engine.requests + int(self.config.queue_requests * share)
@@ -67,11 +72,22 @@ class Door:
             raise Refusal(400, f"n x prompts is {requests}, {held}; send fewer in one request", param="n")
         if self.requests + requests > most:
             raise self._refuse("queue_requests", "the server is full", self._retry())
-        if self.tokens and self.tokens + tokens > self.bound_tokens * share:
-            raise self._refuse("queue_tokens", "too many prompt tokens are waiting", self._retry())
+        self._check_tokens(self.tokens, tokens, share)
         self.requests += requests
         self.tokens += tokens
         return Place(self, requests, tokens)
+
+    def more(self, tokens: int, kind: RequestClass, held: int) -> None:
+        """Somebody who has a place, with tokens `held`, needs room for so many more."""
+        self._check_tokens(self.tokens - held, held + tokens, self._share(kind))
+        self.tokens += tokens
+
+    def _share(self, kind: RequestClass) -> float:
+        return 1.0 if kind.priority <= self._first else 1.0 - self.config.bounds.reserved
+
+    def _check_tokens(self, others: int, tokens: int, share: float) -> None:
+        if others and others + tokens > self.bound_tokens * share:
+            raise self._refuse("queue_tokens", "too many prompt tokens are waiting", self._retry())
 
     def _retry(self) -> int:
         return max(1, min(60, math.ceil(self.tokens / max(self.rate, 1.0))))

@@ -15,18 +15,20 @@ from starlette.exceptions import HTTPException
 from . import routes, status
 from .admission import Door
 from .guard import App, Guard
-from .protocol import ChatRequest, CompletionRequest, ErrorAnswer, Refusal
-from .service import Service
+from .protocol import ChatRequest, CompletionRequest
+from .refusal import ErrorAnswer, Refusal
+from .routes import House
 
 HUNG = 60.0  # seconds without a turn of the engine after which the server is not ready
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    code: {"model": ErrorAnswer} for code in (400, 401, 404, 405, 408, 413, 415, 429, 503, 504)
+    code: {"model": ErrorAnswer} for code in (400, 401, 404, 405, 408, 413, 415, 429, 431, 503, 504)
 }
 
 
-def create_app(service: Service, door: Door, history: status.History, key: str | None = None) -> App:
+def create_app(house: House, history: status.History, key: str | None = None) -> Guard:
     """The application behind its guard. key: needed by every route but /health and the status page, which holds no data."""
+    service, door = house.service, house.door
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -43,15 +45,15 @@ def create_app(service: Service, door: Door, history: status.History, key: str |
 
     @app.get("/health")
     async def health() -> Response:
-        """The server lives, and its engine."""
-        alive = service.engine.alive
-        return JSONResponse({"status": "ok" if alive else "engine stopped"}, 200 if alive else 503)
+        """The server lives, and its engine does or is being started again."""
+        said = {"ready": "ok", "restarting": "engine restarting", "stopped": "engine stopped"}[service.engine.state]
+        return JSONResponse({"status": said}, 503 if said == "engine stopped" else 200)
 
     @app.get("/ready")
     async def ready() -> Response:
         """New requests are taken."""
         engine = service.engine
-        status = "draining" if door.draining else "ready" if engine.alive else "engine stopped"
+        status = "draining" if door.draining else "ready" if engine.state == "ready" else f"engine {engine.state}"
         if status == "ready" and engine.clock() - engine.last_turn > HUNG:
             status = "engine hung"
         content = {"status": status, "policy": engine.policy_name, "requests": door.requests}
@@ -81,11 +83,11 @@ def create_app(service: Service, door: Door, history: status.History, key: str |
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await routes.completions(service, door, request, body)
+        return await routes.completions(house, request, body)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        return await routes.chat(service, door, request, body)
+        return await routes.chat(house, request, body)
 
     return Guard(_AtTheDoor(app, door), service.config.bounds, key, service.metrics.refuse)
 
@@ -99,11 +101,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(p) for p in first["loc"][1:] if isinstance(p, int) or p.isidentifier())
-        refusal = Refusal(
-            400, f"{place or 'body'}: {first['msg']}"[:500], param=place[:100] or None
-        )  # never the value: it is the prompt
+        refusal = _refusal(error.errors()[0])
         return JSONResponse(refusal.body(), refusal.status)
 
     @app.exception_handler(HTTPException)
@@ -113,6 +111,17 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> Response:
         return JSONResponse(Refusal(500, "an error inside the server").body(), 500)
+
+
+def _refusal(found: Any) -> Refusal:
+    """From pydantic's first error. Never the value: it is the prompt. Tags of unions are no identifiers, and so are left out."""
+    told = found.get("ctx", {})
+    if found["type"] == "refused":
+        return Refusal(400, told["text"], param=told["param"], code=told["code"])
+    place = ".".join(str(p) for p in found["loc"][1:] if isinstance(p, int) or p.isidentifier()).replace("kind", "class")
+    code = {"missing": "missing_required_parameter", "json_invalid": "invalid_json"}.get(found["type"], "invalid_value")
+    said = found["msg"].removeprefix("Value error, ")
+    return Refusal(400, f"{place or 'body'}: {said}"[:500], param=place[:100] or None, code=code)
 
 
 class _AtTheDoor:

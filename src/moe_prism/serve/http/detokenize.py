@@ -1,36 +1,97 @@
-"""Tokens to text as they come, and stop strings that may span tokens."""
+"""Tokens to text as they come, where each of them begins in it, and stop strings that may span tokens."""
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple, Protocol
+
+from .vocabulary import Vocabulary
 
 HALF = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
 
 
-class Detokenizer:
+class Step(NamedTuple):
+    """What one token did. text: what can no longer change; offset: characters of the text before the one that holds its first byte;
+    data: its bytes, empty where it does not show.
+    """
+
+    text: str
+    offset: int
+    data: bytes
+
+
+class Detokenizer(Protocol):
     """Text of a growing token sequence: a piece is given out once it can no longer change."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = self._read = 0  # a tokenizer may treat a first token differently, so one earlier piece is decoded with it
+    characters: int
+    """Of the text that was given out."""
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-    def push(self, token: int) -> str:
-        """New text after this token, perhaps empty."""
-        self._ids.append(token)
-        before = self._decode(self._ids[self._start : self._read])
-        text = self._decode(self._ids[self._start :])
-        if text.endswith(HALF) or len(text) < len(before):
-            return ""
-        self._start, self._read = self._read, len(self._ids)
-        return text[len(before) :]
+    def push(self, token: int) -> Step: ...
 
     def rest(self) -> str:
         """What was held back, at the end."""
+
+
+def detokenizer(vocabulary: Vocabulary, before: Sequence[int], *, hide: bool) -> Detokenizer:
+    """For what comes after the tokens `before`. hide: special tokens do not show."""
+    return _Joined(vocabulary, before, hide) if vocabulary.exact else _Decoded(vocabulary, before, hide)
+
+
+class _Joined:
+    """For tokenizers whose tokens are bytes that are joined."""
+
+    def __init__(self, vocabulary: Vocabulary, before: Sequence[int], hide: bool) -> None:
+        self._vocabulary = vocabulary
+        self._hidden = vocabulary.special if hide else frozenset[int]()
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        self.characters = 0
+        self._strip = vocabulary.strips and all(token in vocabulary.special for token in before)
+
+    def push(self, token: int) -> Step:
+        data = b"" if token in self._hidden else self._vocabulary.piece(token).data
+        if self._strip and data:
+            data = data[1:] if data.startswith(b" ") else data
+            self._strip = False
+        if not data:
+            return Step("", self.characters, data)
+        text = self._bytes.decode(data[:1])
+        inside = bool(text) and not self._bytes.getstate()[0]  # the first byte belongs to the last of these characters
+        offset = self.characters + len(text) - inside
+        text += self._bytes.decode(data[1:])
+        self.characters += len(text)
+        return Step(text, offset, data)
+
+    def rest(self) -> str:
+        text = self._bytes.decode(b"", final=True)
+        self.characters += len(text)
+        return text
+
+
+class _Decoded:
+    """For the others: an earlier piece is decoded with the new one, since a tokenizer may treat a first token differently."""
+
+    def __init__(self, vocabulary: Vocabulary, before: Sequence[int], hide: bool) -> None:
+        self._vocabulary, self._hide = vocabulary, hide
+        self._ids = list(before[-6:])
+        self._start, self._read = 0, len(self._ids)
+        self.characters = 0
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._vocabulary.tokenizer.decode(ids, skip_special_tokens=self._hide, clean_up_tokenization_spaces=False))
+
+    def push(self, token: int) -> Step:
+        self._ids.append(token)
+        before = self._decode(self._ids[self._start : self._read])
+        text = self._decode(self._ids[self._start :])
+        offset = self.characters
+        if text.endswith(HALF) or len(text) <= len(before):
+            return Step("", offset, b"")
+        self._start, self._read = self._read, len(self._ids)
+        self.characters += len(text) - len(before)
+        return Step(text[len(before) :], offset, text[len(before) :].encode())
+
+    def rest(self) -> str:
         before = self._decode(self._ids[self._start : self._read])
         return self._decode(self._ids[self._start :])[len(before) :]
 
@@ -38,20 +99,21 @@ class Detokenizer:
 class Stops:
     """Cuts text at the first stop string; holds back what might be the beginning of one."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = list(stops)
+    def __init__(self, stops: Sequence[str], *, show: bool = False) -> None:
+        """show: the string that was found stays in the text."""
+        self.stops, self._show = list(stops), show
         self._held = ""
-        self.found = False
+        self.found: str | None = None
 
     def push(self, text: str) -> str:
         """Text that may be shown. After `found`, nothing more."""
-        if self.found:
+        if self.found is not None:
             return ""
         self._held += text
-        at = min((i for i in (self._held.find(s) for s in self.stops) if i >= 0), default=-1)
-        if at >= 0:
-            self.found = True
-            out, self._held = self._held[:at], ""
+        places = [(at, s) for s in self.stops if (at := self._held.find(s)) >= 0]
+        if places:
+            at, self.found = min(places, key=lambda place: place[0])
+            out, self._held = self._held[: at + (len(self.found) if self._show else 0)], ""
             return out
         keep = self._tail()
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
@@ -59,7 +121,7 @@ class Stops:
 
     def rest(self) -> str:
         out, self._held = self._held, ""
-        return "" if self.found else out
+        return "" if self.found is not None else out
 
     def _tail(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""
@@ -68,9 +130,3 @@ class Stops:
             if any(s.startswith(self._held[-size:]) for s in self.stops if len(s) > size):
                 return size
         return 0
-
-
-def token_text(tokenizer: Any, token: int) -> str:
-    """A token on its own; its vocabulary entry where it is no whole text, so that different tokens stay different."""
-    text = str(tokenizer.decode([token]))
-    return str(tokenizer.convert_ids_to_tokens(token)) if HALF in text or not text else text

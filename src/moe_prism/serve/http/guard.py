@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from ..config import Bounds
-from .protocol import Refusal
+from .refusal import Refusal
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -27,27 +27,56 @@ class Guard:
     def __init__(self, app: App, bounds: Bounds, key: str | None, refused: Callable[[str], None]) -> None:
         self.app, self.bounds, self.refused = app, bounds, refused
         self._key = hashlib.sha256(key.encode()).digest() if key else None
+        self.active: set[asyncio.Task[Any]] = set()
+        self._closing = False
+
+    async def end_all(self, seconds: float) -> None:
+        """Whoever has no answer yet gets an error; returns when all have one, or after the time."""
+        self._closing = True
+        until = asyncio.get_running_loop().time() + seconds
+        for task in list(self.active):
+            task.cancel()
+        while self.active and asyncio.get_running_loop().time() < until:  # noqa: ASYNC110 - tasks that end by themselves tell nobody
+            await asyncio.sleep(0.01)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         reply = _Reply(send, self.bounds.write_seconds)
+        task = asyncio.current_task()
+        assert task is not None
+        self.active.add(task)
         try:
-            headers = dict(scope["headers"])
-            self._authorize(scope["path"], headers)
-            body = reply.body = _Body(receive, self.bounds, headers.get(b"content-length"))
-            await self.app(scope, body.receive, reply.send)
+            await self._through(scope, receive, reply)
         except Refusal as refusal:
-            self.refused(refusal.code or "refused")
+            self.refused(refusal.code)
             await reply.refuse(refusal)
+        except asyncio.CancelledError:
+            if not self._closing:
+                raise
+            await reply.refuse(Refusal(503, "the server is shutting down", code="draining", retry=5))
         except Exception:
             if not reply.stalled:
+                await reply.refuse(Refusal(500, "an error inside the server"))
                 raise
+        finally:
+            self.active.discard(task)
         if reply.stalled:
             self.refused("slow_reader")
         elif reply.body is not None and reply.body.failure is not None:
-            self.refused(reply.body.failure.code or "refused")
+            self.refused(reply.body.failure.code)
+
+    async def _through(self, scope: Message, receive: Receive, reply: _Reply) -> None:
+        """Every check that needs no body, then the application."""
+        headers = dict(scope["headers"])
+        if sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > self.bounds.header_bytes:
+            raise Refusal(
+                431, f"the headers are larger than {self.bounds.header_bytes} bytes (bounds.header_bytes)", code="too_large"
+            )
+        self._authorize(scope["path"], headers)
+        body = reply.body = _Body(receive, self.bounds, headers.get(b"content-length"))
+        await self.app(scope, body.receive, reply.send)
 
     def _authorize(self, path: str, headers: dict[bytes, bytes]) -> None:
         if self._key is None or path in OPEN:
@@ -132,7 +161,7 @@ async def answer(refusal: Refusal, send: Send) -> None:
     """Send an error as OpenAI's clients expect it. What is left of a body is not read: the connection ends."""
     headers = [(b"content-type", b"application/json")]
     headers += [(k.encode(), v.encode()) for k, v in refusal.headers().items()]
-    if refusal.status in (408, 413):
+    if refusal.status in (408, 413, 431):
         headers.append((b"connection", b"close"))
     body = json.dumps(refusal.body()).encode()
     headers.append((b"content-length", str(len(body)).encode()))

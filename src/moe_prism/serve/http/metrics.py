@@ -49,6 +49,7 @@ class Metrics:
         self.slo = counter("slo", "Targets met and missed, by class.", "class", "target", "met")
         self.nan = counter("nonfinite_aborts", "Sequences ended because the model returned NaN or infinity.")
         self.failed = counter("failed_steps", "Steps that raised an error.")
+        self.restarts = counter("engine_restarts", "Engines that were started again.")
         self.disconnects = counter("client_disconnects", "Requests whose client left.")
         self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", LATENCY)
         self.gap = histogram("inter_token_latency_seconds", "Between two tokens of a sequence.", GAPS)
@@ -62,7 +63,7 @@ class Metrics:
         ).labels(**self._model)
         self._names = [level.name for level in ladder.levels]
         self._slots = 0.0
-        self._failed_steps = 0
+        self._failed_steps = self._restarts = 0
         for reason in REASONS:
             self.refused.labels(**self._model, reason=reason)
         for name in self._names:
@@ -91,8 +92,9 @@ class Metrics:
         self.running.set(now.running)
         self.waiting.set(now.waiting)
         self.cache.set(now.cache)
-        self.failed.inc(now.failed_steps - self._failed_steps)
-        self._failed_steps = now.failed_steps
+        self.failed.inc(max(0, now.failed_steps - self._failed_steps))
+        self.restarts.inc(max(0, now.restarts - self._restarts))
+        self._failed_steps, self._restarts = now.failed_steps, now.restarts
 
     def refuse(self, reason: str) -> None:
         self.refused.labels(**self._model, reason=reason).inc()

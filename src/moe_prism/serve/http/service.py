@@ -3,111 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
-import threading
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...errors import PrismError
 from ...schedule.base import Job, Ladder
-from ...schedule.classes import RequestClass
 from ..backend import Backend
 from ..config import Config
-from ..requests import ErrorKind, Event, Request, Sampling, TokenLogprob
-from .detokenize import Detokenizer, Stops
+from ..requests import ErrorKind, Event, Request
+from ..text.jobs import Compile
 from .metrics import Metrics
-from .protocol import Common, Refusal
-
-
-class Mail:
-    """Carries events from the engine's thread to the event loop, one wake-up for all that come together. An engine in another process
-    speaks on the event loop itself. Made on that loop.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._home = threading.get_ident()
-        self._waiting: deque[tuple[asyncio.Queue[Event], Event]] = deque()
-        self._lock = threading.Lock()
-        self._called = False
-
-    def post(self, queue: asyncio.Queue[Event], event: Event) -> None:
-        """Leave an event for the event loop; from any thread."""
-        if threading.get_ident() == self._home:
-            queue.put_nowait(event)
-            return
-        self._waiting.append((queue, event))
-        with self._lock:
-            if self._called:
-                return
-            self._called = True
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
-            self._loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        with self._lock:
-            self._called = False
-        while self._waiting:
-            queue, event = self._waiting.popleft()
-            queue.put_nowait(event)
-
-
-@dataclass
-class Wish:
-    """A request's share of the serving contract, after its class and its own fields."""
-
-    kind: RequestClass
-    floor: int
-    ceiling: int
-    ttft: float | None
-    tpot: float | None
-    priority: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class StrandRequest:
-    """One sequence that is to be generated. index: its place in the answer; output: tokens at most; hidden: see `Strand`."""
-
-    id: str
-    index: int
-    prompt: list[int]
-    sampling: Sampling
-    wish: Wish
-    output: int
-    stops: list[str]
-    hidden: bool = False
-    ignore_eos: bool = False
-
-
-@dataclass
-class Piece:
-    """What one event adds to one sequence."""
-
-    text: str = ""
-    logprobs: tuple[TokenLogprob, ...] = ()
-    prompt: tuple[TokenLogprob, ...] = ()
-    finish: str | None = None
-
-
-@dataclass
-class Strand:
-    """One sequence of an answer, as it grows."""
-
-    index: int
-    prompt: list[int]
-    request: Request
-    events: asyncio.Queue[Event]
-    detokenizer: Detokenizer
-    stops: Stops
-    started: float
-    first: float | None = None
-    last: float | None = None
-    generated: int = 0
-    gaps: list[float] = field(default_factory=list)
-    hidden: bool = False  # max_tokens 0: the engine generates one token that nobody asked for
+from .protocol import Common
+from .refusal import Refusal
+from .strands import Mail, Piece, Strand, StrandRequest, Wish
+from .vocabulary import Vocabulary
 
 
 class Service:
@@ -117,6 +27,9 @@ class Service:
         self.engine, self.tokenizer, self.config, self.metrics, self.name = engine, tokenizer, config, metrics, name
         self.ladder: Ladder = engine.ladder
         self.context, self.eos, self.vocabulary = engine.context, engine.eos, engine.vocabulary
+        self.words = Vocabulary(tokenizer, engine.vocabulary)
+        self.most_bytes = engine.context * self.words.longest * (1 if self.words.plain else 4)
+        """Bytes that a prompt may have: a longer text has too many tokens, whatever they are. A normalizer may shorten it first."""
         self.fingerprint = "prism-" + secrets.token_hex(4)
         self._mail: Mail | None = None
         self._live: dict[str, Strand] = {}
@@ -168,19 +81,6 @@ class Service:
             return names.index(wanted)
         return self.ladder.at_least(wanted)
 
-    async def encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        """Token ids of every prompt, off the event loop."""
-        texts = [p for p in prompts if isinstance(p, str)]
-        rows = iter(await asyncio.to_thread(self._tokenize, texts) if texts else [])
-        out = [next(rows) if isinstance(p, str) else list(p) for p in prompts]
-        for ids in out:
-            if any(i >= self.vocabulary for i in ids):
-                raise Refusal(400, f"a token id is outside the vocabulary of {self.vocabulary}", param="prompt")
-        return [ids or sorted(self.eos)[:1] for ids in out]  # an empty text continues from the beginning
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return [list(row) for row in self.tokenizer(texts)["input_ids"]]
-
     def output_tokens(self, prompt: int, asked: int | None) -> int:
         """How many tokens a sequence may generate. 400 if they do not fit the context."""
         room = self.context - prompt
@@ -193,6 +93,19 @@ class Service:
             )
         return max(1, room if asked is None else asked)
 
+    def form(self, body: Common) -> Compile | None:
+        """The form that the answer must have; None for any text."""
+        form = body.form()
+        if form is None:
+            return None
+        param = "response_format" if body.structured_outputs is None else "structured_outputs"
+        if not self.eos:
+            raise Refusal(400, "a form needs a model with an end token", param=param, code="unsupported")
+        for name in ("ignore_eos", "min_tokens", "allowed_token_ids"):
+            if getattr(body, name):
+                raise Refusal(400, f"{name} cannot be kept together with {param}", param=name)
+        return Compile(*form, self.vocabulary, sorted(self.eos))
+
     # ---- in the engine
 
     def launch(self, asked: StrandRequest) -> Strand:
@@ -203,11 +116,9 @@ class Service:
         now = self.engine.clock()
         targets = (wish.floor, wish.ceiling, wish.ttft, wish.tpot, wish.priority, wish.kind.name)
         job = Job(asked.id, now, len(prompt), asked.output, *targets)
-        ends = frozenset[int]() if asked.ignore_eos else self.eos
         deadline = now + self.config.bounds.request_seconds
-        request = Request(job, prompt, asked.sampling, ends, lambda event: mail.post(queue, event), deadline)
-        texts = Detokenizer(self.tokenizer), Stops(asked.stops)
-        sequence = Strand(asked.index, prompt, request, queue, *texts, now, hidden=asked.hidden)
+        request = Request(job, prompt, asked.sampling, asked.ends.ids, lambda event: mail.post(queue, event), deadline)
+        sequence = Strand(asked, request, queue, self.words, now)
         try:
             self.engine.submit(request)
         except PrismError as error:
@@ -217,40 +128,22 @@ class Service:
 
     async def pieces(self, sequence: Strand) -> AsyncIterator[Piece]:
         """The sequence's text as it comes; ends after a piece with `finish`. Refusal if the engine ended it with an error."""
-        held: list[TokenLogprob] = []
+        held = Piece()
         try:
             while True:
                 event = await sequence.events.get()
                 if event.error is not None:
                     raise self._failure(event.error, event.kind)
-                piece = self._piece(sequence, event)
-                if event.logprob is not None and not sequence.hidden:  # of the end token too: lm-eval drops one generated token
-                    held.append(event.logprob)
+                self._stamp(sequence, event)
+                piece = sequence.piece(event)
+                held = held.and_then(piece)
                 if piece.text or piece.finish or piece.prompt:
-                    yield replace(piece, logprobs=tuple(held))
-                    held = []
+                    yield held
+                    held = Piece()
                 if piece.finish:
                     return
         finally:
             self.drop(sequence)
-
-    def _piece(self, sequence: Strand, event: Event) -> Piece:
-        self._stamp(sequence, event)
-        if event.token is None:
-            return Piece(prompt=event.prompt)
-        if sequence.hidden:
-            return Piece(prompt=event.prompt, finish="length")
-        sequence.generated += 1
-        ends = self._is_end(sequence, event)
-        text = "" if ends else sequence.detokenizer.push(event.token)
-        if event.finish:
-            text += sequence.detokenizer.rest()
-        shown = sequence.stops.push(text)
-        finish = "stop" if sequence.stops.found else event.finish
-        return Piece(shown + (sequence.stops.rest() if finish else ""), prompt=event.prompt, finish=finish)
-
-    def _is_end(self, sequence: Strand, event: Event) -> bool:
-        return event.token in sequence.request.stop_ids
 
     def _stamp(self, sequence: Strand, event: Event) -> None:
         if event.token is None:
@@ -276,11 +169,11 @@ class Service:
         job = sequence.request.job
         if self._live.pop(job.id, None) is None:
             return
-        if sequence.stops.found or job.id in self.engine.book:
+        if sequence.cut or job.id in self.engine.book:
             self.engine.cancel(job.id)
         self.metrics.latency(self.metrics.e2e, job.kind, self.engine.clock() - sequence.started)
         self.metrics.cached.inc(sequence.request.cached_tokens)
-        self.metrics.queried.inc(len(sequence.prompt))
+        self.metrics.queried.inc(len(sequence.asked.prompt))
         if job.ttft is not None:
             self.metrics.target(job.kind, "ttft", sequence.first is not None and sequence.first - sequence.started <= job.ttft)
         if job.tpot is not None and sequence.generated > 1 and sequence.first is not None and sequence.last is not None:

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import logging
 import os
-import pickle
 import socket
 import sys
 import threading
@@ -74,13 +73,14 @@ def main(handle: int) -> int:
         return 1
     from .. import logs
 
-    logs.set_up(start.options.debug)
+    folder, options, config = start.read()
+    logs.set_up(options.debug)
     try:
         from ..engine.start import start_engine
 
-        running = start_engine(*start)
+        running = start_engine(folder, options, config, start.cost)
     except Exception as error:  # noqa: BLE001 - told where it can be told
-        link.send(Failed(_portable(error)))
+        link.send(told(error))
         return 1
     engine = running.engine
     outbox = Outbox(link, engine)
@@ -124,15 +124,11 @@ def _submit(message: Submit, engine: Engine, outbox: Outbox) -> None:
         outbox.refuse(job.id, "the engine could not take the request")
 
 
-def _portable(error: Exception) -> Exception:
-    """The error as it can be sent, with our stack trace as a note where it is not explained."""
-    if not isinstance(error, PrismError):
-        error.add_note("in the engine's process:\n" + "".join(traceback.format_exception(error)))
-    try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
-    except Exception:  # noqa: BLE001 - whatever it holds
-        return RuntimeError("".join(traceback.format_exception(error)))
-    return error
+def told(error: Exception) -> Failed:
+    """The error as it can be sent, with our stack trace where it is not explained."""
+    if isinstance(error, PrismError):
+        return Failed(type(error).__name__, error.cause, error.next_step)
+    return Failed("", "in the engine's process:\n" + "".join(traceback.format_exception(error)), "")
 
 
 if __name__ == "__main__":

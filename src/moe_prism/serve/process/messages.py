@@ -1,35 +1,72 @@
-"""What the HTTP process and the engine's process say to each other: pickled tuples over a socket pair, each after its length.
-
-Both ends are ours and nobody else can reach them, so unpickling is safe.
+"""What the HTTP process and the engine's process say to each other over a socket pair: a kind and msgpack of that kind's type, after its
+length. Data only: no byte of it can become an object of another type.
 """
 
 from __future__ import annotations
 
-import pickle
 import socket
 import struct
 import threading
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+
+from ... import errors
+from ...errors import PrismError
 from ...options.serve import ServeOptions
-from ...schedule.base import Job, Ladder
+from ...point import OperatingPoint
+from ...schedule.base import Job, Ladder, Level
 from ..backend import Gauges, Tally
 from ..config import Config
 from ..requests import Event, Sampling
 
-_LENGTH = struct.Struct("!Q")
+if TYPE_CHECKING:
+    from ...store import StoreOptions
+
+_HEAD = struct.Struct("!QB")  # bytes that follow, kind
 
 # ---- to the engine
 
 
 class Start(NamedTuple):
-    """The first message."""
+    """The first message, in plain values."""
 
-    folder: Path
-    options: ServeOptions
-    config: Config
+    folder: str
+    options: dict[str, Any]
+    store: dict[str, Any] | None
+    config: str
+    cost: dict[str, Any] | None  # what an engine before it has measured
+
+    @classmethod
+    def of(cls, folder: Path, options: ServeOptions, config: Config, cost: dict[str, Any] | None = None) -> Start:
+        """The engine is not told the key: it has no use for it."""
+        kept = options.store
+        store = None if kept is None else {f.name: getattr(kept, f.name) for f in fields(kept) if f.name != "reader"}
+        plain = msgspec.to_builtins(replace(options, store=None, api_key=None), enc_hook=str)
+        return cls(str(folder), plain, msgspec.to_builtins(store, enc_hook=str), config.model_dump_json(), cost)
+
+    def read(self) -> tuple[Path, ServeOptions, Config]:
+        """What `of` was given."""
+        options = msgspec.convert(self.options, ServeOptions, dec_hook=_made)
+        return Path(self.folder), replace(options, store=self._store()), Config.model_validate_json(self.config)
+
+    def _store(self) -> StoreOptions | None:
+        if self.store is None:
+            return None
+        from ...store import StoreOptions
+        from ...store.choose_misses import Misses
+
+        file = self.store["file"]
+        misses = msgspec.convert(self.store["misses"], Misses)
+        return StoreOptions(**{**self.store, "file": Path(file) if file else None, "misses": misses})
+
+
+def _made(kind: type, value: Any) -> Any:
+    """A path from its text."""
+    return kind(value)
 
 
 class Submit(NamedTuple):
@@ -52,9 +89,9 @@ class Cancel(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """The answer to `Start`: what does not change while the engine runs."""
+    """The answer to `Start`: what does not change while the engine runs. cost: the cost model as it was at the start."""
 
-    ladder: Ladder
+    levels: list[dict[str, Any]]  # as `Level.to_json` has them
     context: int
     eos: frozenset[int]
     vocabulary: int
@@ -62,12 +99,29 @@ class Facts(NamedTuple):
     rate: float  # prompt tokens per second
     ladder_from: str
     cost_from: str
+    cost: dict[str, Any]
+
+    @property
+    def ladder(self) -> Ladder:
+        """The levels, read."""
+        return Ladder(
+            tuple(Level(v["name"], OperatingPoint.from_json(v["point"]), v["slots"], v["quality"]) for v in self.levels)
+        )
 
 
 class Failed(NamedTuple):
-    """The other answer to `Start`."""
+    """The other answer to `Start`. kind: which of our errors it is, empty for one that is not explained."""
 
-    error: Exception
+    kind: str
+    cause: str
+    next_step: str
+
+    def error(self) -> Exception:
+        """To be raised on the other side."""
+        made = getattr(errors, self.kind, None) if self.kind else None
+        if isinstance(made, type) and issubclass(made, PrismError):
+            return made(self.cause, self.next_step)
+        return RuntimeError(self.cause)
 
 
 class News(NamedTuple):
@@ -82,11 +136,16 @@ class News(NamedTuple):
 
 # ---- both
 
+KINDS: tuple[type[Any], ...] = (Start, Submit, Cancel, Facts, Failed, News)
+_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
+_encoder = msgspec.msgpack.Encoder()
+_decoders = [msgspec.msgpack.Decoder(kind) for kind in KINDS]
 
-def pack(message: object) -> bytes:
+
+def pack(message: Any) -> bytes:
     """A message as it goes over the wire."""
-    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    return _LENGTH.pack(len(body)) + body
+    body = _encoder.encode(message)
+    return _HEAD.pack(len(body), _NUMBERS[type(message)]) + body
 
 
 class Frames:
@@ -98,12 +157,13 @@ class Frames:
     def feed(self, data: bytes) -> Iterator[Any]:
         """The messages that are whole now."""
         self._held += data
-        start, size = 0, _LENGTH.size
-        while len(self._held) >= start + size:
-            end = start + size + _LENGTH.unpack_from(self._held, start)[0]
+        start = 0
+        while len(self._held) >= start + _HEAD.size:
+            size, kind = _HEAD.unpack_from(self._held, start)
+            end = start + _HEAD.size + size
             if len(self._held) < end:
                 break
-            yield pickle.loads(memoryview(self._held)[start + size : end])  # noqa: S301 - from ourselves
+            yield _decoders[kind].decode(memoryview(self._held)[start + _HEAD.size : end])
             start = end
         del self._held[:start]
 
@@ -115,7 +175,7 @@ class Link:
         self.socket = socket
         self._lock = threading.Lock()
 
-    def send(self, message: object) -> None:
+    def send(self, message: Any) -> None:
         """OSError if the other side is gone."""
         data = pack(message)
         with self._lock:
@@ -123,8 +183,8 @@ class Link:
 
     def receive(self) -> Any:
         """The next message. EOFError if there will be none."""
-        (size,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
-        return pickle.loads(self._exactly(size))  # noqa: S301 - from ourselves
+        size, kind = _HEAD.unpack(self._exactly(_HEAD.size))
+        return _decoders[kind].decode(self._exactly(size))
 
     def _exactly(self, size: int) -> bytearray:
         data = bytearray(size)

@@ -38,6 +38,7 @@ class RemoteEngine(asyncio.Protocol):
         self._ended: str | None = None
         self._hung = 0.0  # seconds, if that is why it was killed
         self._mourning: asyncio.Task[None] | None = None
+        self._closed = asyncio.Event()
 
     def clock(self) -> float:
         """The same clock in both processes: it counts from the start of the machine."""
@@ -54,6 +55,16 @@ class RemoteEngine(asyncio.Protocol):
     async def attach(self) -> None:
         """Read and write on this loop from now on."""
         await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=self._process.link.socket)
+
+    async def gone(self) -> str:
+        """Waits until the process has ended by itself, and says how. What it held on our side is let go."""
+        await self._closed.wait()
+        if self._mourning is None:  # it was told to end
+            await asyncio.Event().wait()
+        assert self._mourning is not None
+        await self._mourning
+        await asyncio.to_thread(self._process.kill)
+        return self._ended or ""
 
     async def detach(self) -> None:
         """The loop ends."""
@@ -114,6 +125,7 @@ class RemoteEngine(asyncio.Protocol):
             self._ended = "the engine's process ended"
             self._finish_all("the engine stopped")
             self._mourning = asyncio.get_running_loop().create_task(self._mourn())
+        self._closed.set()
 
     async def _mourn(self) -> None:
         """Say once how it ended, which may be known a moment later than that it did."""

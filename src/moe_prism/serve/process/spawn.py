@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import PrismError
-from ...options.serve import ServeOptions
-from ..config import Config
 from .messages import Facts, Failed, Link, Start
 
 STOP = b"stop"
@@ -22,9 +20,9 @@ PATIENCE = 15.0  # seconds the process may take to end: a step that has begun ca
 
 
 class EngineProcess:
-    """A Python of its own that runs `serve.child`. POSIX only."""
+    """A Python of its own that runs `engine_main`. POSIX only."""
 
-    def __init__(self, folder: Path, options: ServeOptions, config: Config) -> None:
+    def __init__(self, start: Start) -> None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-P", "-m", "moe_prism.serve.process.engine_main", str(theirs.fileno())]
         # what can be imported here can be imported there
@@ -33,7 +31,7 @@ class EngineProcess:
             self._child = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], env=environment)  # noqa: S603
         self.link = Link(ours)
         with contextlib.suppress(OSError):  # it has died already, which `ready` will tell
-            self.link.send(Start(folder, options, config))
+            self.link.send(start)
 
     def ready(self) -> Facts:
         """Wait until the engine runs. Raises what kept it from that."""
@@ -42,7 +40,7 @@ class EngineProcess:
         except (EOFError, OSError):
             raise PrismError(f"the engine's process {self.outcome()} while it started", "see whether memory ran out") from None
         if isinstance(answer, Failed):
-            raise answer.error
+            raise answer.error()
         return answer  # type: ignore[no-any-return]
 
     @property

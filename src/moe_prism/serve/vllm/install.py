@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...artefact.load import side_tensors
-from ...checkpoint import read_manifest
+from ...artefact.load import check_complete, side_tensors, whole_manifest
 from ...elastic.bind import Bound, Step, bind
 from ...elastic.control import Past
 from ...errors import CorruptError
@@ -69,7 +68,7 @@ def install(model: Any, config: Any) -> tuple[Ladder, Bound | None]:
     prism.json or prism.safetensors do not belong to the model.
     """
     folder = Path(config.model_config.model)
-    manifest = read_manifest(folder)
+    manifest = whole_manifest(folder)
     options = config.additional_config.get(SECTION, {})
     ladder = Menu.of(folder, {key: value for key, value in options.items() if key != "wired"}).ladder
     runners = [(name, module) for name, module in model.named_modules() if isinstance(module, compat.name("MoERunner"))]
@@ -78,6 +77,7 @@ def install(model: Any, config: Any) -> tuple[Ladder, Bound | None]:
             f"prism.json knows {len(manifest['layers'])} MoE layers, vLLM found {len(runners)}", "refactor the model again"
         )
     sides = side_tensors(folder, len(runners))
+    check_complete(folder, sides)
     first = runners[0][1].routed_experts
     problem = _problem(first, manifest["layers"][0]["width"]) or unknown_side(sides[0])
     if problem:

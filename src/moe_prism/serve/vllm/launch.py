@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from ...artefact.load import whole_manifest
 from ...errors import UsageError
 from ...options.serve import ServeOptions
 from ..server import LOOPBACK
@@ -34,6 +35,7 @@ def launch(folder: Path, options: ServeOptions) -> None:
         raise UsageError(problem.split("; ")[0], "see docs/how-to/vllm.md")
     if not is_elastic(folder):
         raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
+    whole_manifest(folder, every=options.verify)
     Menu.of(folder, {"points": list(options.points)})  # a point that vLLM cannot run is told before it starts
     if options.host not in LOOPBACK and not options.api_key:
         raise UsageError(

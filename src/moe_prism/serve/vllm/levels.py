@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...checkpoint import read_manifest
+from ...checkpoint.shards import read_json
 from ...elastic.runtime import TOP_K_NAMES
 from ...errors import UsageError
 from ...schedule.base import Ladder
@@ -86,7 +86,7 @@ def is_elastic(folder: Path) -> bool:
 
 def full_slots(folder: Path) -> int:
     """k N of a folder, from config.json and prism.json. UsageError if the configuration does not say k."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     for key in TOP_K_NAMES:
         if isinstance(config.get(key), int) and config[key] > 0:
             return int(config[key]) * int(read_manifest(folder)["n_sub"])

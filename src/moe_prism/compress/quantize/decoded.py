@@ -1,0 +1,107 @@
+"""Run a model with its experts as a codec gives them back; the weights are as they were afterwards, to the bit.
+
+What was encoded is kept beside the model, so that entering again decodes and does not encode. Shapes: E experts, f neurons, d hidden.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...model import MoELayer
+from ..codec import Codec, Planes
+
+GONE, SOURCE = 0.0, 16.0
+"""Bits of an expert that is not stored, and of one that stays as it is."""
+KEPT_BYTES = 1 << 30
+"""Of encoded models that are kept, or what the model's experts take if that is more: a frontier goes round them once per batch."""
+_NAME = "_moe_prism_encoded"
+
+
+class Part(NamedTuple):
+    """The experts of a layer that have one width: planes of every matrix, none where there are no bits."""
+
+    experts: Tensor
+    planes: tuple[Planes, ...]
+
+
+class Encoded(NamedTuple):
+    """state: of the weights that were encoded; layers: the parts of each."""
+
+    state: tuple[int, ...]
+    layers: tuple[tuple[Part, ...], ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(planes.bytes(planes.widths[-1]) for parts in self.layers for part in parts for planes in part.planes)
+
+
+def matrices(layer: MoELayer) -> list[Tensor]:
+    """gate (where there is one) and up [E, f, d], down [E, d, f]: what a codec stores, a group along the inputs of each."""
+    return [w.detach() for w in (layer.gate, layer.up, layer.down) if w is not None]
+
+
+@contextmanager
+@torch.no_grad()
+def decoded(
+    model: Any, layers: Sequence[MoELayer], codec: Codec, group: int, widths: Sequence[Sequence[float]]
+) -> Iterator[None]:
+    """Inside the block every expert is what decoding gives. widths [L][E]: bits, GONE and SOURCE as said there."""
+    found = _encoded(model, layers, codec, group, widths)
+    saved = [[matrix.clone() for matrix in matrices(layer)] for layer in layers]
+    try:
+        for layer, parts in zip(layers, found.layers, strict=True):
+            for part in parts:
+                for number, matrix in enumerate(matrices(layer)):
+                    if not part.planes:
+                        matrix[part.experts] = 0
+                        continue
+                    planes = part.planes[number]
+                    matrix[part.experts] = codec.decode(planes, planes.widths[-1]).to(matrix)
+        yield
+    finally:
+        for layer, own in zip(layers, saved, strict=True):
+            for matrix, before in zip(matrices(layer), own, strict=True):
+                matrix.copy_(before)
+        _renew(model, layers, found.state)
+
+
+def _encoded(model: Any, layers: Sequence[MoELayer], codec: Codec, group: int, widths: Sequence[Sequence[float]]) -> Encoded:
+    """From what is kept beside the model, where its weights have not changed since."""
+    kept: OrderedDict[Any, Encoded] = model.__dict__.setdefault(_NAME, OrderedDict())
+    state, key = _state(layers), (codec, group, tuple(map(tuple, widths)))
+    if key not in kept or kept[key].state != state:
+        kept[key] = Encoded(state, tuple(_parts(layer, codec, group, row) for layer, row in zip(layers, widths, strict=True)))
+        kept.move_to_end(key)
+        limit = max(KEPT_BYTES, sum(w.numel() * w.element_size() for layer in layers for w in matrices(layer)))
+        while len(kept) > 1 and sum(encoded.bytes for encoded in kept.values()) > limit:
+            kept.popitem(last=False)
+    return kept[key]
+
+
+def _parts(layer: MoELayer, codec: Codec, group: int, widths: Sequence[float]) -> tuple[Part, ...]:
+    found = []
+    for bits in sorted(set(widths) - {SOURCE}):
+        experts = torch.tensor([e for e, own in enumerate(widths) if own == bits], device=layer.up.device)
+        planes = [] if bits == GONE else [codec.encode(matrix[experts], bits, group) for matrix in matrices(layer)]
+        found.append(Part(experts, tuple(planes)))
+    return tuple(found)
+
+
+def _state(layers: Sequence[MoELayer]) -> tuple[int, ...]:
+    """Another one as soon as anybody has written to the weights or moved them."""
+    weights = [matrix for layer in layers for matrix in matrices(layer)]
+    return tuple(number for w in weights for number in (w.data_ptr(), 0 if w.is_inference() else w._version))
+
+
+def _renew(model: Any, layers: Sequence[MoELayer], before: tuple[int, ...]) -> None:
+    """What was encoded of the weights holds on: they are what they were."""
+    now, kept = _state(layers), model.__dict__[_NAME]
+    for key, encoded in kept.items():
+        if encoded.state == before:
+            kept[key] = encoded._replace(state=now)

@@ -1,0 +1,1 @@
+"""What is done with a client's text before it reaches the engine: chat templates, tokens, grammars."""

@@ -1,0 +1,62 @@
+"""Every file of an artefact, changed in many ways, is refused in one line or changes nothing (F06, F07, X01, X05 of the fault list).
+
+`python -m tests.faults.tamper 200` prints the figures: 200 changes of each of 14 files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = (6, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]))
+
+
+def child(shared, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    """A process in which compiled code checks its bounds; what it compiles is kept for the others."""
+    cache = shared("bounds-checked", lambda folder: folder.mkdir())
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "src")])
+    own = {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    own |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "MOE_PRISM_WHOLE": "stock"}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **own},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture(scope="session", params=EXAMPLES)
+def outcomes(request, shared) -> list[dict]:
+    def build(folder: Path) -> None:
+        folder.mkdir()
+        done = child(shared, "tests.faults.tamper", str(request.param), timeout=3600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (folder / "outcomes.jsonl").write_text(done.stdout)
+
+    folder = shared(f"tampered-{request.param}", build)
+    return [json.loads(line) for line in (folder / "outcomes.jsonl").read_text().splitlines()]
+
+
+def test_x05_every_changed_file_is_refused_in_one_line_or_changes_nothing(outcomes):
+    defects = [defect for row in outcomes for defect in row["defects"]]
+    assert not defects, "\n".join(defects[:5])
+    assert len(outcomes) == 14 and all(row.get("refused") for row in outcomes)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_x05_compiled_code_stays_in_its_arrays(shared):
+    """The tests of everything compiled, every access checked; each function of the package must have run."""
+    suites = ["tests/kernels", "tests/partition", "tests/store", "tests/elastic", "tests/serve/test_paged_attention.py"]
+    there = [suite for suite in suites if (ROOT / suite).exists()]
+    done = child(shared, "pytest", "-q", "-x", "-p", "tests.faults.bounds", "-p", "no:xdist", *there, timeout=3500)
+    assert done.returncode == 0, done.stdout[-3000:]

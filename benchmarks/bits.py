@@ -6,7 +6,8 @@ Shares are of the bytes that the model as it is stored (bfloat16) reads per toke
 and compensation. Four ways to get there:
 
 - blocks: `threshold`, at the share;
-- bits: `rtn` on all experts, of all widths, groups and both symmetries the one with the least KL that reads no more than the share;
+- bits: one width for all experts; of `rtn` with and without zeros in several groups, and `nested`, the one with the least KL that reads
+  no more than the share;
 - pair: `nested` on all experts and `threshold` on top, the best width, at the share;
 - slots: rule `bits`, each slot at its own width.
 
@@ -45,8 +46,8 @@ from moe_prism.point import FULL, OperatingPoint, SlotRule
 
 MODELS = ["nano", "nano-mix"]
 BARS = {0.33: 0.28, 0.25: 0.22, 0.16: 0.12, 0.11: 0.30}
-FORMS = ((True, 32), (True, 64), (True, 128), (False, 64), (False, 128))
-ALONE = [(Rtn(symmetric=symmetric), bits, group) for symmetric, group in FORMS for bits in (2, 3, 4, 5)]
+FORMS = (Rtn(), 64), (Rtn(symmetric=False), 32), (Rtn(symmetric=False), 128), (Nested(), 32)
+ALONE = [(codec, bits, group) for codec, group in FORMS for bits in (2, 3, 4, 5)]
 PAIRED = (3, 4, 5, 6)
 FRACTIONS = (0.35, 0.5, 0.7, 1.0)  # budgets of `threshold` in a pair
 
@@ -76,7 +77,7 @@ def points(subject: Subject, settings: str) -> dict[str, list[tuple[str, Operati
     """Every point by the way it belongs to."""
     elastic = subject.elastic
     found = {"blocks": [("", OperatingPoint(slots=SlotRule(budget=b))) for b in affordable(elastic, (0.1, 0.16, 0.25, 0.33))]}
-    found["bits"] = [(f"{bits} bits, {group}", stored_at(codec, bits, group)) for codec, bits, group in ALONE]
+    found["bits"] = [(f"{codec.name} {bits}, {group}", stored_at(codec, bits, group)) for codec, bits, group in ALONE]
     for bits in PAIRED:
         weights = stored_at(Nested(), bits, 64).weights
         rules = [SlotRule(budget=b, control="none") for b in FRACTIONS]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,9 +28,9 @@ def codec_of(widths: tuple[float, ...]) -> Nested:
     return Nested(base=int(widths[0]))
 
 
-def row_bytes(hidden: int, bits: float, group: int, base: int = 2) -> int:
+def row_bytes(hidden: int, bits: float, group: int) -> int:
     """Of one row of a matrix."""
-    return 2 * hidden if bits == SOURCE else Nested(base=base).bytes((hidden,), bits, group)
+    return 2 * hidden if bits == SOURCE else Nested().bytes((hidden,), bits, group)
 
 
 def block_bytes(parts: LayerParts, bits: float, group: int) -> float:
@@ -47,7 +46,6 @@ class CodedLayer:
     parts: LayerParts
     bits: SlotBits
     _at: dict[float, LayerParts] = field(default_factory=dict)
-    KEPT: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         codec, layer = codec_of(self.bits.widths), self.parts.layer

@@ -73,6 +73,9 @@ class ElasticLayer:
             out = None if again is None else again(x, index, weight, step.past)
             if out is not None:
                 return out
+        own = self.parts.layer.extra
+        if elastic.counting and own is not None and any(own.parameters):  # the layer adds them, whatever the point
+            self.counter.add_extra(index - self.parts.layer.num_experts, own.parameters)
         found = self.candidates(step, x, index, weight)
         if found is None:  # the model's own choice, whole: nothing of ours is in the way
             whole = None if self.elastic.always_split else self.executor.whole(x, index, weight)

@@ -51,11 +51,11 @@ def with_bits(prices: Prices, parts: LayerParts, bits: SlotBits) -> Prices:
     matrices = 2 if layer.gate is not None else 1
     biases = sum(b is not None for b in (layer.gate_bias, layer.up_bias))
     sizes, weights = dict(prices.bytes), dict(prices.weights)
-    chosen = row_bytes(layer.hidden, bits.choosing, bits.group, int(bits.widths[0]))
+    chosen = row_bytes(layer.hidden, bits.choosing, bits.group)
     gates = parts.gates * matrices * float("predictors" in prices.weights)
     sizes["gates"] = torch.full_like(sizes["gates"], gates * chosen) + gates * biases * stored
     for width in bits.widths:
-        row = row_bytes(layer.hidden, width, bits.group, int(bits.widths[0]))
+        row = row_bytes(layer.hidden, width, bits.group)
         more = gates * max(0, chosen - row)
         sizes[at_width(width)] = parts.block * ((matrices + 1) * row + biases * stored) + more
         weights[at_width(width)] = prices.weights["blocks"]

@@ -81,7 +81,8 @@ def compress_model(
         journal = Journal(folder.work, inputs)
         with how.get("report", silent)("write") as update:
             found.write(folder, journal, update)
-        manifest = write_manifest(folder, {"kind": KIND, **inputs, "companions": weights.companions})
+        plain = {"dequantized": weights.dequantized} if weights.dequantized else {}
+        manifest = write_manifest(folder, {"kind": KIND, **inputs, "companions": weights.companions, **plain})
         folder.finish()
     return Compressed(**{**result.__dict__, "manifest": manifest})
 

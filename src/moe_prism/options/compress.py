@@ -14,9 +14,7 @@ OutputFormat = Literal["compressed-tensors"]
 class CompressOptions(Options):
     """How experts are stored, and in which form they are written."""
 
-    method: str = option(
-        "rtn:bits=4:group=128", "Codec and its settings, such as rtn:bits=8 or rtn:bits=4:group=32:symmetric=false."
-    )
+    method: str = option("rtn:bits=4:group=128", "Codec and its settings, such as rtn:bits=8 or rtn:bits=4:group=32.")
     format: OutputFormat = option(
         "compressed-tensors",
         "What is written: compressed-tensors, which unmodified transformers and vLLM load (rtn of 4 and 8 bits).",

@@ -23,6 +23,7 @@ from ..codec.rtn import Rtn
 PACKED_WIDTHS = (4, 8)
 """What the readers of this format take."""
 WEIGHT = ".weight"
+ENDS = ("packed", "scale", "shape")
 Progress = Callable[[int, int], None]
 
 
@@ -38,6 +39,8 @@ class Packing:
         """UsageError for what compressed-tensors cannot say."""
         if self.bits not in PACKED_WIDTHS:
             raise UsageError(f"compressed-tensors packs no {self.bits} bits", "give rtn:bits=4 or rtn:bits=8")
+        if not self.codec.symmetric:
+            raise UsageError("transformers 5.19 reads no zeros of packed experts", "leave symmetric=false out")
         for name in names:
             shape = infos[name].shape
             if len(shape) != 2 or not name.endswith(WEIGHT):
@@ -52,28 +55,23 @@ class Packing:
         """The tensors that stand for one matrix [o, i]."""
         planes = self.codec.encode(matrix, self.bits, self.group)
         codes, numbers = self.codec.unpacked(planes, self.bits)
-        found = {
+        return {
             f"{name}_packed": pack_words(codes, self.bits),
             f"{name}_scale": numbers["scale"].bfloat16(),
             f"{name}_shape": torch.tensor(matrix.shape, dtype=torch.int64),
         }
-        if not self.codec.symmetric:
-            found[f"{name}_zero_point"] = pack_words(numbers["zero"].to(torch.uint8).T, self.bits).T.contiguous()
-        return found
 
     def bytes(self, shape: Sequence[int]) -> int:
         """Of one matrix on disk."""
         rows, columns = shape
-        groups = columns // self.group
-        zeros = 0 if self.codec.symmetric else groups * 4 * -(-rows * self.bits // 32)
-        return 4 * rows * -(-columns * self.bits // 32) + 2 * rows * groups + 16 + zeros
+        return 4 * rows * -(-columns * self.bits // 32) + 2 * rows * (columns // self.group) + 16
 
     def settings(self, ignored: Sequence[str]) -> dict[str, Any]:
         """`quantization_config` of config.json. ignored: modules that stay as they are."""
         weights = {
             "num_bits": self.bits,
             "type": "int",
-            "symmetric": self.codec.symmetric,
+            "symmetric": True,
             "strategy": "group",
             "group_size": self.group,
             "dynamic": False,
@@ -119,7 +117,7 @@ class PackedCheckpoint:
         place: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
             names = [info.name for info in self.source.header(shard).tensors if self.source.is_read(info)]
-            place |= {name: shard for own in names for name in (self._names(own) if own in experts else [own])}
+            place |= {name: shard for own in names for name in ([f"{own}_{end}" for end in ENDS] if own in experts else [own])}
             if journal.done(shard):
                 out.hashes[shard] = journal.sha256(shard)
             else:
@@ -135,10 +133,6 @@ class PackedCheckpoint:
             check_finite(name, tensor, shard)
             tensors |= self.packing.packed(name, tensor) if name in experts else {name: tensor}
         return out.save_tensors(shard, tensors, {"format": "pt"})
-
-    def _names(self, name: str) -> list[str]:
-        ends = ["packed", "scale", "shape", *([] if self.packing.codec.symmetric else ["zero_point"])]
-        return [f"{name}_{end}" for end in ends]
 
     def _ignored(self) -> list[str]:
         """Modules with matrices that are not packed."""

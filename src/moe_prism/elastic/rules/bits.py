@@ -16,7 +16,7 @@ from torch import Tensor
 from ...point import SlotBits
 from ..base import LayerParts, Slots
 from ..coded import SOURCE, block_bytes
-from ..side_tensors import CUTOFFS, SHARES
+from ..side_tensors import CUTOFFS
 from .threshold import Threshold
 from .top_slots import top_slots
 
@@ -88,6 +88,3 @@ def share_above(cutoffs: Tensor, shares: Tensor, values: Tensor) -> Tensor:
     low, high = rising[place - 1], rising[place]
     part = ((values - low) / (high - low).clamp(min=1e-30)).clamp(0, 1)
     return torch.lerp(above[place - 1], above[place], part)
-
-
-__all__ = ["SHARES", "Bits", "hull", "spent"]

@@ -26,7 +26,7 @@ SAMPLE = 128  # inputs of an expert that its errors are measured on
 class BitsParameters:
     """widths: bits that a slot may have, with - between; group: weights that share a scale; choosing: bits of gate neurons, 0: the most."""
 
-    widths: str = "2-3-4-8"
+    widths: str = "2-3-4-5-6-8"
     group: int = 64
     choosing: float = 4
 

@@ -128,7 +128,7 @@ def test_a_model_without_any_mlp(fails, text_file, tmp_path, command):
     [
         (("--n-sub", "3"), "16 neurons"),
         (("--n-sub", "1"), "--n-sub 1"),
-        (("--solver", "best"), "alt, nested, sa, greedy, random"),
+        (("--solver", "best"), "alt, nested, sa, greedy, contiguous, random"),
         (("--solver", "greedi"), "did you mean 'greedy'?"),
         (("--gate-choice", "best"), "energy, centrality, centrality-expert"),
         (("--extra-scorers", "ridge,best"), "unknown scorer 'best'"),

@@ -152,7 +152,7 @@ def test_a_disk_that_fills_during_the_work_does_not_cost_the_result(
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for place in ("moe_prism.point.named.replace_file", "moe_prism.frontier.record.replace_file"):
+    for place in ("moe_prism.checkpoint.change.replace_file", "moe_prism.frontier.record.replace_file"):
         monkeypatch.setattr(place, full)
     options = ("--mean", "1", "--method", "uniform") if command == "skip" else ("--compare", "product", "--per-method", "2")
     code, out, err = run(
@@ -283,6 +283,7 @@ def test_force_and_resume(run, tiny_source, text_file, tmp_path):
 
 def test_a_machine_that_is_too_small_gives_3_and_one_object(run, tiny_source, tmp_path, monkeypatch):
     monkeypatch.setattr(resources, "available_memory", lambda: 1)
+    monkeypatch.setattr(resources, "resident_memory", lambda: 0)
     code, out, err = run("refactor", tiny_source, "-o", tmp_path / "out", "--dry-run", "--json")
     assert code == 3 and json.loads(out)["exit_code"] == 3 and "--low-memory" in err
     code, out, _ = run("refactor", tiny_source, "-o", tmp_path / "out", "--dry-run")

@@ -177,9 +177,13 @@ def test_sources_that_cannot_be_pruned(tiny_dense, tiny_source, tmp_path, capsys
     assert "dense MLP" in command(capsys, tiny_dense, "-o", tmp_path / "a")[1]
     assert "no output folder" in command(capsys, tiny_source)[1]
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(CorruptError, match="no list of kept"):
+    with pytest.raises(CorruptError, match="'layers' is missing"):
         prune_model(tiny_source, tmp_path / "b", kept=tmp_path / "bad.json")
     rows = [{"experts": 4, "kept": [0, 9], "groups": None, "masked": False}] * 2
+    (tmp_path / "other.json").write_text(json.dumps({"layers": rows}))
+    with pytest.raises(CorruptError, match="experts that there are not"):
+        prune_model(tiny_source, tmp_path / "b", kept=tmp_path / "other.json")
+    rows = [{"experts": 99, "kept": [0, 9], "groups": None, "masked": False}] * 2
     (tmp_path / "other.json").write_text(json.dumps({"layers": rows}))
     with pytest.raises(UsageError, match="does not fit"):
         prune_model(tiny_source, tmp_path / "b", kept=tmp_path / "other.json")

@@ -78,12 +78,12 @@ def test_a_document_has_one_mark_whoever_writes_it(tmp_path):
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "did not end within 1 s"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "did not end within 1 s of computing"),
         ("{{ 'x' * 9999999999 }}", REFUSED),
     ],
 )
 def test_a_hostile_template_costs_seconds(template, says, monkeypatch):
-    monkeypatch.setattr(chat_module, "SECONDS", 1.0)
+    monkeypatch.setattr(chat_module, "SECONDS", 1)
     with Chat(Tokenizer(template)) as chat:
         with pytest.raises((UsageError, LeftOutError), match=says):
             chat.write(TURNS)

@@ -23,7 +23,7 @@ def is_documented(owner, name):
 
 def undocumented(module):
     for name, thing in vars(module).items():
-        if name.startswith("_") or getattr(thing, "__module__", None) != module.__name__:
+        if not name.isidentifier() or name.startswith("_") or getattr(thing, "__module__", None) != module.__name__:
             continue
         if inspect.isfunction(thing) and not thing.__doc__:
             yield name

@@ -23,7 +23,7 @@ from moe_prism.options.frontier import FrontierOptions
 from moe_prism.options.generate import GenerateOptions
 from moe_prism.point import FULL
 
-FRONTIER_KEYS = {"model", "source", "n_sub", "points", "baseline_topk", "provenance"}
+FRONTIER_KEYS = {"baseline_bits", "model", "source", "n_sub", "points", "baseline_topk", "provenance"}
 POINT_KEYS = {
     "name", "rule", "budget", "k_slots", "ppl", "kl", "top1_agreement", "active_expert_params", "active_expert_bytes",
     "flops_per_token", "pareto", "resident_expert_bytes", "distinct_expert_bytes", "point",

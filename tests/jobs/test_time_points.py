@@ -45,7 +45,7 @@ def test_every_point_but_changed_weights_has_a_time(measured, elastic_tiny, text
         assert (time.batch, time.turns) == (batch, time_points.LEAST_TURNS)
         assert 0 < time.low <= time.ms_per_token <= time.high and time.of_stock > 0
     facts = found.provenance["time"]
-    assert DecodeTime.from_json(facts["stock"]).of_stock == 1 and facts["device"].startswith("CPU, ")
+    assert DecodeTime(**facts["stock"]).of_stock == 1 and facts["device"].startswith("CPU, ")
     assert Frontier.from_json(found.to_json()) == found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -14,9 +15,10 @@ from typing import Any
 from ..errors import UsageError
 from .fields import LeftOutError, Turns
 
-SECONDS = 10.0  # for one conversation
-STARTS = 120.0
+SECONDS = 10  # of computing for one conversation
+WALL_SECONDS = 120.0  # for the same, and for the process to start: a machine may have other work
 TEMPLATE_BYTES = 1 << 20
+LATE = {-getattr(signal, name) for name in ("SIGXCPU", "SIGKILL") if hasattr(signal, name)}  # who computes too long ends so
 REFUSED = "rows that the chat template refuses"
 
 
@@ -51,7 +53,7 @@ class Chat:
         except OSError as error:
             self.close()
             raise _stuck("ended its process") from error
-        answer = self._answer(SECONDS)
+        answer = self._answer()
         if "text" not in answer:
             self.refusal = str(answer.get("error", ""))[:200]
             raise LeftOutError(REFUSED)
@@ -65,9 +67,10 @@ class Chat:
         )
         assert self._process.stdin is not None
         threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()
-        self._process.stdin.write(json.dumps({"template": self._template, "special": self._special}, default=str) + "\n")
+        first = {"template": self._template, "special": self._special, "seconds": SECONDS}
+        self._process.stdin.write(json.dumps(first, default=str) + "\n")
         self._process.stdin.flush()
-        if "ready" not in self._answer(STARTS):
+        if "ready" not in self._answer():
             self.close()
             raise _stuck("cannot be started")
 
@@ -77,15 +80,17 @@ class Chat:
             self._lines.put(line)
         self._lines.put("")
 
-    def _answer(self, seconds: float) -> dict[str, Any]:
+    def _answer(self) -> dict[str, Any]:
+        assert self._process is not None
         try:
-            line = self._lines.get(timeout=seconds)
+            line = self._lines.get(timeout=WALL_SECONDS)
         except queue.Empty as error:
             self.close()
-            raise _stuck(f"did not end within {seconds:.0f} s") from error
+            raise _stuck(f"did not end within {WALL_SECONDS:.0f} s") from error
         if not line:
+            is_late = self._process.wait() in LATE
             self.close()
-            raise _stuck("ended its process")
+            raise _stuck(f"did not end within {SECONDS} s of computing" if is_late else "ended its process")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

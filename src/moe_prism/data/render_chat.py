@@ -6,6 +6,12 @@ import json
 import os
 import signal
 import sys
+import time
+
+try:
+    import resource
+except ImportError:  # no such limits on this system
+    resource = None  # type: ignore[assignment]
 
 MEMORY = 4 << 30  # bytes of address space: a template can also ask for a string of any length
 
@@ -18,10 +24,11 @@ def main() -> None:
     first = json.loads(sys.stdin.readline())
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    _limit()
+    _limit_memory()
     _say(out, {"ready": True})
     for line in sys.stdin:
         asked = json.loads(line)
+        _limit_computing(first["seconds"])
         try:
             rendered, _ = render_jinja_template(
                 [asked["turns"]],
@@ -39,12 +46,16 @@ def _say(out: object, answer: dict[str, object]) -> None:
     print(json.dumps(answer), file=out, flush=True)  # type: ignore[call-overload]
 
 
-def _limit() -> None:
-    try:
-        import resource
-    except ImportError:  # no such limits on this system
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+def _limit_memory() -> None:
+    if resource is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+def _limit_computing(seconds: int) -> None:
+    """From now on; the system ends a process that goes on longer, also when nobody waits for it any more."""
+    if resource is not None:
+        most = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + seconds, most))
 
 
 if __name__ == "__main__":

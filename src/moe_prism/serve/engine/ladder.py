@@ -79,6 +79,8 @@ def _best(frontier: Frontier, refusal: Refusal) -> list[MeasuredPoint]:
         reason = _reason(p, refusal)
         if reason is None and p.point is not None and depends_on_batch(p.point):
             reason = "what a token gets depends on its batch"
+        if reason is None and p.point is not None and p.point.slots.bits is not None:
+            reason = "its widths are decoded in memory, which saves nothing there"
         if reason:
             logger.info("operating point %s is not served: %s", p.name, reason)
         elif p.point is not None and not p.point.is_full:
@@ -95,7 +97,9 @@ def _asked(folder: Path, asked: Sequence[str], refusal: Refusal) -> tuple[list[M
     if not source.is_file():
         raise UsageError(f"there is no {source}", "measure points with `moe-prism frontier`")
     frontier = Frontier.load(source)
-    known = {p.name: p for p in reversed(frontier.every)}
+    known: dict[str, MeasuredPoint] = {}
+    for p in frontier.every:
+        known.setdefault(p.name, p)
     names = [name for name, p in known.items() if p.point is None or not p.point.is_full] if files else list(asked)
     found = []
     for name in names:

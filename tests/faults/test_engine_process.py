@@ -68,7 +68,7 @@ def status(web, path):
 def test_s12_s13_an_engine_that_hangs_or_is_killed_is_started_again(tiny_levels, monkeypatch, caplog):
     monkeypatch.setattr(app, "HUNG", 0.6)
     with (
-        open_house(tiny_levels, {"engine": IN_A_PROCESS, "bounds": {"step_seconds": 2.5}}) as house,
+        open_house(tiny_levels, {"engine": IN_A_PROCESS, "bounds": {"step_seconds": 6}}) as house,
         httpx2.Client(base_url=house.root, timeout=60) as web,
     ):
         engine = house.built.service.engine
@@ -106,7 +106,7 @@ def test_s12_s13_an_engine_that_hangs_or_is_killed_is_started_again(tiny_levels,
         assert engine.ended() is None and house.idle() == []
     assert gone(engine.pid)
     told = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
-    hung = "the engine hung: no turn for 2.5 s (bounds.step_seconds); its process was killed"
+    hung = "the engine hung: no turn for 6 s (bounds.step_seconds); its process was killed"
     assert told == [hung, "the engine's process was killed by signal 9"]
 
 

@@ -149,9 +149,6 @@ def _answer_errors(app: FastAPI) -> None:
 
 def _refusal(found: Any) -> Refusal:
     """From pydantic's first error. Never the value: it is the prompt. Tags of unions are no identifiers, and so are left out."""
-    told = found.get("ctx", {})
-    if found["type"] == "refused":
-        return Refusal(400, told["text"], param=told["param"], code=told["code"])
     place = ".".join(str(p) for p in found["loc"][1:] if isinstance(p, int) or p.isidentifier()).replace("kind", "class")
     code = {"missing": "missing_required_parameter", "json_invalid": "invalid_json"}.get(found["type"], "invalid_value")
     said = found["msg"].removeprefix("Value error, ")

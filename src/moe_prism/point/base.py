@@ -195,6 +195,7 @@ class SlotRule:
         return self.budget if self.layers is None else self.layers[layer]
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, all of them written out."""
         return {f.name: getattr(self, f.name) for f in fields(self)} | {
             "layers": None if self.layers is None else list(self.layers),
             "bits": self.bits and self.bits.to_json(),

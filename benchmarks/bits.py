@@ -6,8 +6,8 @@ Shares are of the bytes that the model as it is stored (bfloat16) reads per toke
 and compensation. Four ways to get there:
 
 - blocks: `threshold`, at the share;
-- bits: one width for all experts; of `rtn` with and without zeros in several groups, and `nested`, the one with the least KL that reads
-  no more than the share;
+- bits: one width for all experts; of `rtn` with and without zeros in several groups, `nested`, `ternary` and `binary` the one with the
+  least KL that reads no more than the share;
 - pair: `nested` on all experts and `threshold` on top, the best width, at the share;
 - slots: rule `bits`, each slot at its own width.
 
@@ -30,6 +30,7 @@ import numpy as np
 from moe_prism.artefact.open import open_model
 from moe_prism.compress.codec.nested import Nested
 from moe_prism.compress.codec.rtn import Rtn
+from moe_prism.compress.codec.signs import Binary, Ternary
 from moe_prism.data import token_windows
 from moe_prism.data.bundled import DOMAINS
 from moe_prism.elastic.dial import affordable
@@ -47,7 +48,7 @@ from moe_prism.point import FULL, OperatingPoint, SlotRule
 MODELS = ["nano", "nano-mix"]
 BARS = {0.33: 0.28, 0.25: 0.22, 0.16: 0.12, 0.11: 0.30}
 FORMS = (Rtn(), 64), (Rtn(symmetric=False), 32), (Rtn(symmetric=False), 128), (Nested(), 32)
-ALONE = [(codec, bits, group) for codec, group in FORMS for bits in (2, 3, 4, 5)]
+ALONE = [(codec, bits, group) for codec, group in FORMS for bits in (2, 3, 4, 5)] + [(Ternary(), 1.6, 128), (Binary(), 1, 32)]
 PAIRED = (3, 4, 5, 6)
 FRACTIONS = (0.35, 0.5, 0.7, 1.0)  # budgets of `threshold` in a pair
 
@@ -76,7 +77,11 @@ def within(share: float, rows: Sequence[Seen]) -> Seen:
 def points(subject: Subject, settings: str) -> dict[str, list[tuple[str, OperatingPoint]]]:
     """Every point by the way it belongs to."""
     elastic = subject.elastic
-    found = {"blocks": [("", OperatingPoint(slots=SlotRule(budget=b))) for b in affordable(elastic, (0.1, 0.16, 0.25, 0.33))]}
+    found = {
+        "blocks": [
+            ("", OperatingPoint(slots=SlotRule(budget=b))) for b in affordable(elastic, (0.05, 0.08, 0.11, 0.16, 0.25, 0.33))
+        ]
+    }
     found["bits"] = [(f"{codec.name} {bits}, {group}", stored_at(codec, bits, group)) for codec, bits, group in ALONE]
     for bits in PAIRED:
         weights = stored_at(Nested(), bits, 64).weights
@@ -138,6 +143,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def show(row: dict[str, Any]) -> str:
     met = "met" if row["ratio"] <= row["bar"] else "MISSED"
+    met = met if row["ratio"] > 0 else "neither gets there"
     return (
         f"{row['model']:9} {row['domain']:8} {row['share']:4.0%}: blocks {row['blocks']:.4f}  bits {row['bits']:.4f} "
         f"({row['bits_name']})  {row['pair_name']} {row['pair']:.4f}  slots {row['slots']:.4f}  ratio {row['ratio']:.3f} "

@@ -19,6 +19,7 @@ methods: Registry[type[Any]] = Registry(
         # slots: selection rules over sub-experts
         "product": Entry("moe_prism.elastic.rules.top_slots:TopSlots", "best K slots of a token by routing weight x predicted output norm (default for a count)", acts="slots"),
         "threshold": Entry("moe_prism.elastic.rules.threshold:Threshold", "every slot whose value passes a calibrated cutoff: a continuous dial (default for a budget)", acts="slots"),
+        "bits": Entry("moe_prism.elastic.rules.bits:Bits", "a slot is read at 2, 3, 4 or 8 bits or not at all, by its value per byte", acts="slots"),
         "batch-blocks": Entry("moe_prism.elastic.rules.batch_blocks:BatchBlocks", "threshold for the rows of a step together: blocks that several of them want are read first", acts="slots"),
         "layer-budgets": Entry("moe_prism.elastic.rules.layer_budgets:LayerBudgets", "the product rule with budgets per layer, allocated from each layer's profile", acts="slots"),
         "mass": Entry("moe_prism.elastic.rules.mass:Mass", "slots until they cover a share of the token's estimated output", acts="slots"),
@@ -55,6 +56,7 @@ methods: Registry[type[Any]] = Registry(
         "easy-ep": Entry("moe_prism.methods.prune.norm:EasyEp", "routing weight x output norm x how far the layer turns the token", acts="weights"),
         "output-error": Entry("moe_prism.methods.prune.output_error:OutputError", "greedy removal by the layer's output error with tokens routed again", acts="weights"),
         "energy": Entry("moe_prism.methods.prune.norm:Energy", "sum of squared routing weight x output norm", acts="weights"),
+        "mone": Entry("moe_prism.methods.prune.mone:Mone", "routing weight x spread of the outputs, with the mean output in the place of what goes (MoNE)", acts="weights"),
     },
     aliases={"plan": "layer-budgets", "linear": "whole-experts", "weight-level": "weight-cutoff"},
 )  # fmt: skip

@@ -6,9 +6,11 @@ Neutral is exact; JSON round trip; the same KL when run again from frontier.json
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import torch
 from moe_prism.artefact.open import Opened, open_model
 from moe_prism.catalogue import methods
 from moe_prism.compress.changes import change_of
+from moe_prism.compress.codec.nested import Nested
 from moe_prism.compress.prune import Criterion
 from moe_prism.elastic import Rule
 from moe_prism.elastic.bind import Step, bind
@@ -79,7 +82,8 @@ def checks_of(name: str) -> list[Check]:
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were]
     if found.acts == "weights":
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_its_codec_stores]
-    checks: list[Check] = [has_points_that_survive_json, changes_the_output, costs_what_it_reads]
+    checks: list[Check] = [has_points_that_survive_json, changes_the_output]
+    checks.append(costs_what_its_widths_read if getattr(found, "maker", "") else costs_what_it_reads)
     if not getattr(found, "depends_on_batch", False):
         checks.append(is_the_same_alone_and_beside_any_other)
     if issubclass(found, Rule):
@@ -165,6 +169,44 @@ def changes_weights_and_leaves_them_as_they_were(bench: Bench, asked: str) -> No
         assert change.part() == named.point.weights and 0 < change.resident_share < 1
         assert not torch.equal(bench.logits(ids, [named.point]), before)
         assert torch.equal(bench.logits(ids, [FULL]), before)
+
+
+@torch.no_grad()
+def costs_what_its_widths_read(bench: Bench, asked: str) -> None:
+    """Of slots with widths of their own: the bytes of every slot's planes, and of what choosing and making up read."""
+    elastic, tokens = bench.opened.elastic, 48
+    ids = distinct_rows(bench.opened.model, tokens)
+    for named in (bench.points(asked)[0], bench.points(asked)[-1]):
+        bits, step = named.point.slots.bits, Step(bind(elastic, [named.point]))
+        size, total = elastic.stored_bytes_per_weight, 0.0
+        widths: list[torch.Tensor] = []
+        with elastic.at(step), elastic.count(), ExitStack() as stack:
+            for layer in elastic.layers:
+                run = layer.executor.run_at
+
+                def seen(coded, x, index, weight, settled, run=run, widths=widths):
+                    widths.append(settled.widths)
+                    return run(coded, x, index, weight, settled)
+
+                stack.enter_context(mock.patch.object(layer.executor, "run_at", seen))
+            bench.opened.model(input_ids=ids)
+            cost = measured_cost(elastic, step)
+        for layer, found in zip(elastic.layers, widths, strict=True):
+            parts = layer.parts
+            row = {w: Nested().bytes((parts.layer.hidden,), w, bits.group) for w in bits.widths}
+            matrices = 3 if parts.layer.gate is not None else 2
+            gates = parts.gates * (matrices - 1)
+            kept = {w: int((found == w).sum()) for w in bits.widths}
+            total += sum(
+                n * (parts.block * matrices * row[w] + gates * max(0, row[bits.choosing] - row[w])) for w, n in kept.items()
+            )
+            dropped = found.numel() - sum(kept.values())
+            total += dropped * (
+                gates * row[bits.choosing] + (layer.compensator.parameters()[0] * size if layer.compensator else 0)
+            )
+            total += found[:, :, 0].numel() * layer.scorer(named.point.slots.scorer).parameters_per_expert() * size
+        assert cost.active_expert_bytes == pytest.approx(total / tokens, rel=1e-12)
+        assert cost.distinct_expert_bytes < cost.active_expert_bytes * tokens
 
 
 @torch.no_grad()

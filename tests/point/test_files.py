@@ -8,7 +8,17 @@ import pytest
 
 from moe_prism.errors import CorruptError, UsageError
 from moe_prism.frontier import Frontier
-from moe_prism.point import FULL, NamedPoint, OperatingPoint, RoutingStage, SlotRule, find_point, read_points, write_point
+from moe_prism.point import (
+    FULL,
+    NamedPoint,
+    OperatingPoint,
+    RoutingStage,
+    SlotRule,
+    find_point,
+    name_within,
+    read_points,
+    write_point,
+)
 
 POINT = OperatingPoint(routing=(RoutingStage(layers=(2, 1), keep_mass=True),), slots=SlotRule(budget=0.5))
 OLD_PLAN = {
@@ -149,3 +159,17 @@ def test_a_frontier_whose_points_cannot_be_run_does_not_stand_before_a_file(tmp_
     frontier(tmp_path, entry("ser-2", "ser"))
     write_point(tmp_path / "own.json", NamedPoint(name="own", point=POINT))
     assert find_point(str(tmp_path / "own.json"), tmp_path).point == POINT
+
+
+def test_the_closest_name_within_some_bytes(tmp_path):
+    """Of all rows, baselines too; what reads more is not taken however close it is."""
+    rows = [
+        entry(name, point=FULL.with_budget(budget).to_json()) | {"active_expert_bytes": size, "kl": kl}
+        for name, budget, size, kl in (("a", 0.25, 100.0, 0.3), ("b", 0.5, 200.0, 0.1), ("c", 0.75, 300.0, 0.01))
+    ]
+    frontier(tmp_path, *rows, plain=[entry("top-1", "topk", 0.25) | {"active_expert_bytes": 150.0, "kl": 0.05}])
+    assert [name_within(size, tmp_path) for size in (100, 199, 299, 1e9)] == ["a", "top-1", "top-1", "c"]
+    with pytest.raises(UsageError, match="the cheapest reads 100"):
+        name_within(99, tmp_path)
+    with pytest.raises(UsageError, match="measure points"):
+        name_within(99, tmp_path / "elsewhere")

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint import check_listed, read_manifest
 from ..checkpoint.companions import CONFIG
-from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.manifest import MANIFEST, PLAIN_KINDS
 from ..elastic import Elastic, attach
 from ..model import load_to_run, load_tokenizer, resolve
 from ..point import NamedPoint, find_point
@@ -54,7 +54,7 @@ def open_model(folder: str | Path) -> Opened:
     documents: tuple[str, ...] = ()
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
-        if manifest.get("kind") != "pruned":  # a pruned checkpoint is a plain one
+        if manifest.get("kind") not in PLAIN_KINDS:
             model, tokenizer = load(path)
             return Opened(model, tokenizer, manifest, path.name, tuple(manifest["calibration"]["documents"]))
         check_listed(path, manifest, [CONFIG])

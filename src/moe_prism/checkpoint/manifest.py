@@ -38,6 +38,10 @@ class Check:
     detail: str
 
 
+PLAIN_KINDS = ("pruned", "quantized")
+"""Outputs with a manifest that are plain checkpoints otherwise."""
+
+
 def source_facts(folder: str | Path) -> dict[str, Any]:
     """Name of a source (never its path) and sha256 of its config and weight files. Reads every byte once."""
     path = Path(folder)

@@ -17,6 +17,7 @@ from . import (
     adopt,
     bench,
     calibrate,
+    compress,
     demo,
     doctor,
     forecast,
@@ -37,7 +38,7 @@ from .flags import following, with_flags
 from .output import Unwritten, noted_reading, plain_line
 
 INTERRUPTED = 130
-RESUMABLE = ("calibrate", "refactor", "adopt", "recover", "prune")
+RESUMABLE = ("calibrate", "refactor", "adopt", "recover", "prune", "compress")
 
 
 def build() -> cyclopts.App:
@@ -61,6 +62,7 @@ def build() -> cyclopts.App:
         (refactor.refactor, "refactor"),
         (adopt.adopt, "adopt"),
         (prune.prune, "prune"),
+        (compress.compress, "compress"),
         (recover.recover, "recover"),
         (skip.skip, "skip"),
         (frontier.frontier, "frontier"),
@@ -107,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PrismError as error:
         return _fail(error.cause, error.next_step, error.exit_code, "--json" in tokens and not isinstance(error, Unwritten))
     except KeyboardInterrupt:
-        resumable = tokens[:1] and tokens[0] in RESUMABLE and "--report-only" not in tokens
+        resumable = tokens[:1] and tokens[0] in RESUMABLE and not {"--report-only", "--dry-run"} & {*tokens}
         next_step = "go on with --resume" if resumable else "run it again; it starts from the beginning"
         return _fail("interrupted", next_step, INTERRUPTED, "--json" in tokens)
     except OSError as error:

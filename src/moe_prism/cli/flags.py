@@ -14,8 +14,8 @@ from ..errors import UsageError
 from ..options import Options, flag_of, option
 
 PREFIXES = {"": 1.0, "n": 1e-9, "u": 1e-6, "µ": 1e-6, "m": 1e-3, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
-QUANTITY = re.compile(r"^\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([numµkKMGTP]?)(B/s|FLOPS|FLOP/s|s)\s*$")
-EXAMPLES = {"B/s": "3350GB/s", "FLOPS": "989TFLOPS", "s": "4ms"}
+QUANTITY = re.compile(r"^\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([numµkKMGTP]?)(B/s|FLOPS|FLOP/s|B|s)\s*$")
+EXAMPLES = {"B/s": "3350GB/s", "FLOPS": "989TFLOPS", "s": "4ms", "B": "300kB"}
 
 
 @dataclass(frozen=True, kw_only=True)

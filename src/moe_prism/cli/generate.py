@@ -35,12 +35,18 @@ def generate(
     from ..errors import UsageError
     from ..jobs.generate import asked_point, check_prompt
     from ..jobs.generate import generate as run
+    from ..point import name_within
 
     options.check()
     check_prompt(prompt)
     if verify:
         whole_manifest(folder, every=True)
-    named = None if at.point is None else own_point(at.point, folder).point
+    if at.point is not None and at.bytes_per_token is not None:
+        raise UsageError("--point and --bytes-per-token both choose a point", "give one of them")
+    asked = at.point
+    if at.bytes_per_token is not None:
+        asked = name_within(at.bytes_per_token, folder)
+    named = None if asked is None else own_point(asked, folder).point
     point = asked_point(named, at.budget, at.rule, at.control)
     if experts.miss_floor != 1 and experts.miss_floor >= point.slots.budget:
         raise UsageError(
@@ -57,7 +63,7 @@ def generate(
         opened = open_model(folder)
         model, tokenizer = opened.model, opened.tokenizer
     result = run(model, tokenizer, prompt, point=point, sampling=options)
-    note(f"{at.point or f'budget {point.slots.budget:g}'}: {result.tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
+    note(f"{asked or f'budget {point.slots.budget:g}'}: {result.tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
     if result.whole_experts > 0:
         share = f"{100 * result.whole_experts:.0f} %"
         note(f"in {share} of the layers' calls whole experts took less time than the kept blocks: full price, same result")

@@ -136,6 +136,8 @@ class Rule(ABC):
     """What its budget may be a share of (`point.base.UNITS`)."""
     controls: ClassVar[tuple[str, ...]] = ("none",)
     """Who its budget may be held for (`point.base.CONTROLS`)."""
+    maker: ClassVar[str] = ""
+    """The method that makes its points, as "package.module:attribute", where they hold more than a budget."""
     depends_on_batch: ClassVar[bool] = False
     """Whether the slots of a token depend on the other tokens of its batch: never served unless it is named."""
     compiled: NDArray[np.float32] | None = None

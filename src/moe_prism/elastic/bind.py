@@ -19,9 +19,10 @@ from torch import Tensor
 from ..compress.changes import change_of
 from ..errors import UsageError
 from ..model.extra import ExtraExperts
-from ..point import OperatingPoint, RoutingStage, SlotRule
+from ..point import OperatingPoint, RoutingStage, SlotBits, SlotRule
 from ..routing import Stage, stage_class
 from ..routing.base import outside
+from .coded import codec_of
 from .control import Holding, Past, holdings
 from .dial import Dial, dials, spending
 from .execute.base import Again
@@ -49,6 +50,7 @@ class PointGroup:
     holding: tuple[Holding, ...] | None = None
     dials: tuple[Dial, ...] = ()
     matrix_bytes: tuple[Tensor, ...] | None = None
+    bits: SlotBits | None = None
 
     @property
     def extra(self) -> ExtraExperts | None:
@@ -95,6 +97,11 @@ class Bound:
         """PointGroup [P] and number within it [P] of every point."""
         pairs = torch.tensor(self.place, dtype=torch.int64)
         return pairs[:, 0], pairs[:, 1]
+
+    @cached_property
+    def bits(self) -> SlotBits | None:
+        """How slots may be stored; the same for all points."""
+        return next((group.bits for group in self.groups if group.bits is not None), None)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -191,11 +198,13 @@ def bind(elastic: Host, points: Sequence[OperatingPoint]) -> Bound:
         for local, p in enumerate(mine):
             place[p] = (number, local)
         groups.append(_group(elastic, key, [settled[p] for p in mine]))
+    if len({(group.bits.widths, group.bits.group) for group in groups if group.bits is not None}) > 1:
+        raise UsageError("points that store slots in different ways cannot share a batch", "run them one after the other")
     return Bound(tuple(points), tuple(groups), tuple(place))
 
 
-Key = tuple[tuple[tuple[str, bool | None], ...], str, str, bool, str]
-"""Stages with what they do to weights, rule, scorer, compensation, control."""
+Key = tuple[tuple[tuple[str, bool | None], ...], str, str, bool, str, SlotBits | None]
+"""Stages with what they do to weights, rule, scorer, compensation, control, bits."""
 
 
 def _group_keys(points: Sequence[OperatingPoint]) -> list[Key]:
@@ -204,7 +213,7 @@ def _group_keys(points: Sequence[OperatingPoint]) -> list[Key]:
     home: dict[tuple[tuple[str, bool | None], ...], Key] = {}
     keys: list[Key] = []
     for point, own in zip(points, stages, strict=True):
-        key = (own, point.slots.rule, point.slots.scorer, point.slots.compensate, point.slots.control)
+        key = (own, point.slots.rule, point.slots.scorer, point.slots.compensate, point.slots.control, point.slots.bits)
         if not point.slots.is_full:
             home.setdefault(own, key)
         keys.append(key)
@@ -212,7 +221,7 @@ def _group_keys(points: Sequence[OperatingPoint]) -> list[Key]:
 
 
 def _group(elastic: Host, key: Key, points: Sequence[OperatingPoint]) -> PointGroup:
-    _, rule, scorer, compensate, control = key
+    _, rule, scorer, compensate, control, bits = key
     stages = tuple(
         stage_class(points[0].routing[i].stage)([point.routing[i] for point in points]) for i in range(len(points[0].routing))
     )
@@ -222,14 +231,14 @@ def _group(elastic: Host, key: Key, points: Sequence[OperatingPoint]) -> PointGr
     sizes = _matrix_bytes(elastic, points[0])
     if not chosen:
         whole = tuple((1.0,) * len(elastic.layers) for _ in points)
-        return PointGroup(stages, rule, scorer, compensate, whole, matrix_bytes=sizes)
+        return PointGroup(stages, rule, scorer, compensate, whole, matrix_bytes=sizes, bits=bits)
     counts = rules.get(rule)
     plain = control == "none" and all(point.slots.of != "bytes" for point in chosen)
     found = [] if plain else [spending(layer, chosen[0].slots, counts, elastic, sizes) for layer in elastic.layers]
     turned = {p: dials(elastic, point.slots, counts, found) for p, point in enumerate(points) if not point.slots.is_full}
     budgets = tuple(_positions(point.slots, turned.get(p), len(elastic.layers)) for p, point in enumerate(points))
     holding = None if control == "none" else holdings(found, control == "strict")
-    return PointGroup(stages, rule, scorer, compensate, budgets, holding, tuple(next(iter(turned.values()))), sizes)
+    return PointGroup(stages, rule, scorer, compensate, budgets, holding, tuple(next(iter(turned.values()))), sizes, bits)
 
 
 def _matrix_bytes(elastic: Host, point: OperatingPoint) -> tuple[Tensor, ...] | None:
@@ -264,6 +273,8 @@ def _settled(elastic: Host, point: OperatingPoint) -> OperatingPoint:
             raise UsageError(
                 f"rule '{point.slots.rule}' has no '{asked}' for '{what}' of its budget", f"choose one of: {', '.join(legal)}"
             )
+    if point.slots.bits is not None:
+        _check_bits(elastic, point)
     if not point.slots.is_full and rule.needs_norms and elastic.layers[0].parts.n_sub == 1:
         raise UsageError(
             f"rule '{point.slots.rule}' needs sub-experts, and this model has none", "refactor it first, or leave slots out"
@@ -273,6 +284,19 @@ def _settled(elastic: Host, point: OperatingPoint) -> OperatingPoint:
         stage_class(stage.stage)
     stages = tuple(_with_weights(elastic, stage) for stage in point.routing)
     return replace(point, routing=stages)
+
+
+def _check_bits(elastic: Host, point: OperatingPoint) -> None:
+    bits = point.slots.bits
+    assert bits is not None
+    codec_of(bits.widths).check(bits.widths[-1], bits.group)
+    if len(bits.errors) != len(elastic.layers):
+        raise UsageError(
+            f"the bits of the slots are for {len(bits.errors)} MoE layers, the model has {len(elastic.layers)}",
+            "make a point for it",
+        )
+    if point.weights is not None and change_of(point.weights).touches_weights:
+        raise UsageError("both the weights and the slots of a point have their own bits", "leave one of them out")
 
 
 def _with_weights(elastic: Host, stage: RoutingStage) -> RoutingStage:

@@ -12,6 +12,17 @@ Tallies = dict[str, Tensor]
 """Sums by what is read: the keys of `prices.Prices`."""
 WITHIN = {"gates": "blocks", "lost": "experts"}
 """What is part of something larger that another token of the batch may read."""
+SOURCE = 16.0  # bits of what is read as it is stored
+
+
+def at_width(bits: float) -> str:
+    """What blocks that are read at so many bits are counted as."""
+    return f"blocks at {bits:g}"
+
+
+def bits_of(name: str) -> float:
+    """The reverse; 0 for anything else."""
+    return float(name.removeprefix("blocks at ")) if name.startswith("blocks at ") else 0.0
 
 
 @dataclass
@@ -30,11 +41,19 @@ class Counter:
     per_token: Tallies = field(default_factory=dict)
     per_batch: Tallies = field(default_factory=dict)
 
-    def add(self, index: Tensor, keep: Tensor | None, *, selects: bool = False, low: Tensor | None = None) -> None:
+    def add(
+        self,
+        index: Tensor,
+        keep: Tensor | None,
+        *,
+        selects: bool = False,
+        low: Tensor | None = None,
+        widths: Tensor | None = None,
+    ) -> None:
         """index [T, k] (ids outside [0, E) mean none), keep [T, k, N] or None for everything.
 
         selects: whether predictor and gate neurons of the chosen experts were read, and dropped blocks were made up for; low [E, N]:
-        blocks that were taken in their smaller form.
+        blocks that were taken in their smaller form; widths [T, k, N]: bits of every slot, None where all are as they are stored.
         """
         if index.is_cuda and torch.cuda.is_current_stream_capturing():
             return
@@ -58,15 +77,31 @@ class Counter:
         if low is not None:
             rows["low"] = rows["blocks"] * low
             rows["blocks"] = rows["blocks"] * ~low
-        for name, row in rows.items():
+        within = dict(rows)
+        if widths is not None:
+            rows |= self._at_widths(flat, kept, widths.flatten(0, 1), rows.pop("blocks"))
+        more = torch.zeros_like(blocks)  # what somebody reads at more bits contains what others read at fewer
+        for name, row in sorted(rows.items(), key=lambda item: -bits_of(item[0])):
             _add(self.per_token, name, row)
             once = (row > 0).double()
             if name in WITHIN:  # who keeps the block, or one of the expert's, reads this as a part of it
-                once = once * (rows[WITHIN[name]] == 0)
+                once = once * (within[WITHIN[name]] == 0)
+            if bits_of(name):
+                once, more = once * (more == 0), more + row
             _add(self.per_batch, name, once)
         if selects:
             _add(self.per_token, "tokens", blocks.new_full((1,), float(index.shape[0])))
             _add(self.per_batch, "tokens", blocks.new_ones(1))
+
+    def _at_widths(self, flat: Tensor, kept: Tensor, widths: Tensor, blocks: Tensor) -> Tallies:
+        """Kept blocks [E, N] by the width they are read at; those that are read as they are stored stay `blocks`."""
+        found: Tallies = {}
+        for bits in torch.unique(widths).tolist():
+            if bits:
+                mine = kept & (widths == bits)
+                row = torch.zeros_like(blocks).index_add(0, flat, mine.double())
+                found["blocks" if bits == SOURCE else at_width(bits)] = row
+        return found
 
     def add_extra(self, number: Tensor, parameters: Sequence[int]) -> None:
         """Experts that are not weights: number [T, k] of each choice (outside 0..X - 1: none), and what each of the X reads."""
@@ -84,7 +119,7 @@ class Counter:
     @property
     def kept(self) -> int:
         """Slots kept in all."""
-        return int(sum(float(self.per_token[name].sum()) for name in ("blocks", "low") if name in self.per_token))
+        return int(sum(float(row.sum()) for name, row in self.per_token.items() if name in ("blocks", "low") or bits_of(name)))
 
 
 def _count(flat: Tensor, marked: Tensor, experts: int) -> Tensor:

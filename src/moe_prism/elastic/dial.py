@@ -8,7 +8,7 @@ positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..point import SlotRule
-from .base import Rule
-from .prices import prices_of
+from ..point import SlotBits, SlotRule
+from .base import LayerParts, Rule
+from .counter import at_width
+from .prices import prices_of, with_bits
 from .rules import rules
+from .rules.bits import hull, spent
 from .side_tensors import POSITIONS
 
 if TYPE_CHECKING:
@@ -83,21 +85,38 @@ def spending(
     scorer = layer.scorer(slots.scorer) if rule.needs_norms else None
     extra = layer.compensator if slots.compensate else None
     own = None if matrix_bytes is None else matrix_bytes[layer.index]
-    price = prices_of(layer.parts, scorer, extra, elastic.stored_bytes_per_weight, own).bytes
+    prices = prices_of(layer.parts, scorer, extra, elastic.stored_bytes_per_weight, own)
+    price = (prices if slots.bits is None else with_bits(prices, layer.parts, slots.bits)).bytes
     of_dropped = float((price["gates"] + price["dropped"]).sum(1).mean())
     blocks, bias = float(price["blocks"].sum(1).mean()), float(price["experts"].mean())
     fixed = of_dropped + sum(float(price[name].mean()) for name in ("predictors", "scaled", "experts") if name in price)
     per_token = float(price["tokens"].sum()) if "tokens" in price else 0.0
     if per_token and k is None:
         raise UsageError("the model does not say how many experts a token has", "give a budget of slots")
-    share = rule.share_kept(layer.parts)
     least = 1 / (layer.parts.n_sub * (k or 1))
-    return Spending(fixed + per_token / (k or 1), blocks - of_dropped, blocks + bias, share.clamp(min=least if k else 0.0))
+    room = blocks - of_dropped
+    if slots.bits is not None:
+        share = _share_of_bits(layer.parts, slots.bits, price, room, least)
+    else:
+        share = rule.share_kept(layer.parts).clamp(min=least if k else 0.0)
+    return Spending(fixed + per_token / (k or 1), room, blocks + bias, share)
 
 
-def affordable(elastic: Host, budgets: Sequence[float]) -> tuple[float, ...]:
-    """Budgets of the `threshold` rule for somebody who did not choose them: those below what choosing and one slot read become that."""
-    slots, rule = SlotRule(budget=0.5), rules.get("threshold")
+def _share_of_bits(parts: LayerParts, bits: SlotBits, price: Mapping[str, Tensor], room: float, least: float) -> Tensor:
+    """[Q]: what kept slots take more than dropped ones, of `room`, what all slots as they are stored would; a token keeps one slot."""
+    dropped = float((price["gates"] + price["dropped"]).mean())
+    sizes = {0.0: 0.0} | {width: float(price[at_width(width)].mean()) - dropped for width in bits.widths}
+    first = hull(parts, bits)[0][0]
+    return (spent(parts, bits, sizes) * parts.n_sub / room).clamp(min=least * parts.n_sub * sizes[first] / room)
+
+
+def affordable(elastic: Host, budgets: Sequence[float], slots: SlotRule | None = None) -> tuple[float, ...]:
+    """Budgets of bytes for somebody who did not choose them: those below what choosing and one slot read become that.
+
+    slots: the rule, default `threshold`.
+    """
+    slots = slots or SlotRule(budget=0.5)
+    rule = rules.get(slots.rule)
     spent = dials(elastic, slots, rule, [spending(layer, slots, rule, elastic) for layer in elastic.layers])[0].spent
     assert spent is not None
     least = math.ceil(100 * float(spent[0])) / 100

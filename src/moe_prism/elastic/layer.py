@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +17,18 @@ from torch import Tensor
 from ..errors import UsageError
 from ..model.base import is_expert
 from ..model.scores import RouterScores
+from ..point import SlotBits
 from ..routing import Routed
 from ..routing.base import merge_state
 from .base import LayerParts, Rule, Scorer
 from .bind import PointGroup, Step
+from .coded import CodedLayer
 from .compensate import Compensator, compensator
 from .control import HeldRows, Past
 from .counter import Counter
 from .execute.base import Executor, Settled
 from .host import Host
-from .prices import Prices, prices_of
+from .prices import Prices, prices_of, with_bits
 from .rules import rules
 from .scorers import scorers
 from .select import Mixed, Selection, Whole, nothing, put
@@ -45,8 +48,9 @@ class ElasticLayer:
     executor: Executor
     counter: Counter = field(init=False)
     on_kept: Callable[[Tensor, Tensor | None], None] | None = None
-    _scorers: dict[str, Scorer] = field(default_factory=dict)
-    _rules: dict[str, Rule] = field(default_factory=dict)
+    _scorers: dict[Any, Scorer] = field(default_factory=dict)
+    _rules: dict[Any, Rule] = field(default_factory=dict)
+    _coded: dict[Any, CodedLayer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._number = self.parts.layer.index
@@ -69,12 +73,15 @@ class ElasticLayer:
             out = None if again is None else again(x, index, weight, step.past)
             if out is not None:
                 return out
+        own = self.parts.layer.extra
+        if elastic.counting and own is not None and any(own.parameters):  # the layer adds them, whatever the point
+            self.counter.add_extra(index - self.parts.layer.num_experts, own.parameters)
         found = self.candidates(step, x, index, weight)
         if found is None:  # the model's own choice, whole: nothing of ours is in the way
             whole = None if self.elastic.always_split else self.executor.whole(x, index, weight)
             if whole is not None:
                 self._remember(step, None, None)
-                self._count(index, None, selects=False)
+                self._count(index, Settled(None), selects=False)
                 return whole
             found = Whole(index, weight, self._valid(index), self.parts.n_sub)
         extra = False if isinstance(found, Whole) else self._compensated(step)
@@ -83,10 +90,10 @@ class ElasticLayer:
             out, keep = done
             assert isinstance(found, Selection)
             self._remember(step, found, self.compensator if extra else None)
-            self._count(found.index, keep, selects=True)
+            self._count(found.index, Settled(keep), selects=True)
         else:
             settled = self.executor.settle(found)
-            self._count(found.index, settled.keep, selects=not isinstance(found, Whole), low=settled.low)
+            self._count(found.index, settled, selects=not isinstance(found, Whole))
             out = self._computed(x, found, settled, extra)
         added = found.added()
         if added is not None:
@@ -174,8 +181,8 @@ class ElasticLayer:
         added = partial(self._added, group, after) if group.stages else nothing
         if full and not self.executor.always_selects:
             return Whole(after.index, after.weight, self._valid(after.index), self.parts.n_sub, added)
-        rule = self.rule(group.rule)
-        scorer = self.scorer(group.scorer) if rule.needs_norms else None
+        rule = self.rule(group.rule, group.bits)
+        scorer = self.scorer(group.scorer, group.bits) if rule.needs_norms else None
         own = group.budget(self.index, which) if budget is None else group.position(self.index, budget)
         held = None if full or guess or group.holding is None else self._held(step, number, len(routed.x), rows)
         experts = self.parts.layer.num_experts
@@ -238,16 +245,22 @@ class ElasticLayer:
         """Execute, and make up for what is dropped: of all tokens, of none, or of those marked [T]."""
         index, weight, keep = found.index, found.weight, settled.keep
         if extra is False:
-            return self.executor.run(x, index, weight, settled)
+            return self._executed(x, index, weight, settled)
         fix = self.compensator
         assert fix is not None
         if extra is True:
-            out = self.executor.run(x, index, fix.weights(index, weight, keep), settled)
+            out = self._executed(x, index, fix.weights(index, weight, keep), settled)
             return out + fix(x, index, weight, keep).to(out.dtype)
         assert isinstance(extra, Tensor)
         scaled = torch.where(extra[:, None], fix.weights(index, weight, keep), weight)
-        out = self.executor.run(x, index, scaled, settled)
+        out = self._executed(x, index, scaled, settled)
         return out + fix(x, index, weight, keep | ~extra[:, None, None]).to(out.dtype)
+
+    def _executed(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
+        if settled.widths is None:
+            return self.executor.run(x, index, weight, settled)
+        bits = self.elastic.step.bound.bits
+        return self.executor.run_at(self.coded(bits), x, index, weight, settled)
 
     def _compensated(self, step: Step) -> Tensor | bool:
         """Which tokens' dropped slots are made up for: all, none, or marks [T]."""
@@ -264,11 +277,11 @@ class ElasticLayer:
     def _valid(self, index: Tensor) -> Tensor:
         return is_expert(index, self.parts.layer.num_experts)
 
-    def _count(self, index: Tensor, keep: Tensor | None, *, selects: bool, low: Tensor | None = None) -> None:
+    def _count(self, index: Tensor, settled: Settled, *, selects: bool) -> None:
         if self.elastic.counting:
-            self.counter.add(index, keep, selects=selects, low=low)
+            self.counter.add(index, settled.keep, selects=selects, low=settled.low, widths=settled.widths)
         if self.on_kept is not None:
-            self.on_kept(index, keep)
+            self.on_kept(index, settled.keep)
 
     def reset_counter(self) -> None:
         self.counter = Counter(self.parts.layer.num_experts, self.parts.n_sub)
@@ -280,33 +293,47 @@ class ElasticLayer:
 
     def forget(self) -> None:
         """Make everything that reads the parts's tensors again at the next call: they have changed."""
-        self._scorers.clear()
+        self.forget_scorers()
         self._rules.clear()
         self.__dict__.pop("compensator", None)
-        self.parts.ready = None
         self.executor = self.elastic.executor_of(self.parts)
 
     def forget_scorers(self) -> None:
-        """Make them again at the next call: they know sizes of the weights, which have changed."""
+        """Make them, and what is encoded, again at the next call: they know the weights, which have changed."""
         self._scorers.clear()
+        self._coded.clear()
+        self.parts.ready = None
 
-    def scorer(self, name: str) -> Scorer:
-        if name not in self._scorers:
-            self._scorers[name] = scorers.get(name)(self.parts)
-        return self._scorers[name]
+    def scorer(self, name: str, bits: SlotBits | None = None) -> Scorer:
+        """bits: with gate neurons as they are read then."""
+        key = (name, bits and (bits.widths, bits.group, bits.choosing))
+        if key not in self._scorers:
+            self._scorers[key] = scorers.get(name)(self.parts if bits is None else self.coded(bits).at(bits.choosing))
+        return self._scorers[key]
 
-    def rule(self, name: str) -> Rule:
-        if name not in self._rules:
-            self._rules[name] = rules.get(name)(self.parts)
-        return self._rules[name]
+    def rule(self, name: str, bits: SlotBits | None = None) -> Rule:
+        """The rule of a name on this layer, made once; bits: the widths that it may give a slot."""
+        if (name, bits) not in self._rules:
+            kind: Any = rules.get(name)
+            self._rules[name, bits] = kind(self.parts) if bits is None else kind(self.parts, bits)
+        return self._rules[name, bits]
+
+    def coded(self, bits: SlotBits) -> CodedLayer:
+        """The layer's experts in planes, encoded when they are first asked for."""
+        key = (bits.widths, bits.group)
+        if key not in self._coded:
+            self._coded[key] = CodedLayer(self.parts, bits)
+        return self._coded[key]
 
     def prices(self, group: PointGroup) -> Prices:
         """What reading this layer's weights costs at points of a group. Where all of them are whole, their rule need not exist here."""
         selects = self.executor.always_selects or not all(group.is_full(self.index, p) for p in range(len(group.budgets)))
-        scorer = self.scorer(group.scorer) if selects and self.rule(group.rule).needs_norms else None
+        scorer = self.scorer(group.scorer) if selects and rules.get(group.rule).needs_norms else None
         extra = self.compensator if selects and group.compensate else None
         matrix_bytes = None if group.matrix_bytes is None else group.matrix_bytes[self.index]
         prices = prices_of(self.parts, scorer, extra, self.elastic.stored_bytes_per_weight, matrix_bytes)
+        if group.bits is not None:
+            prices = with_bits(prices, self.parts, group.bits)
         low = self.executor.low_bytes
         return prices if low is None else prices.with_low(low)
 

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..point import SlotBits
 from .base import LayerParts, Scorer
+from .coded import row_bytes
 from .compensate import Compensator
+from .counter import at_width
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,26 @@ class Prices:
 
 def _dot(counts: Mapping[str, Tensor], prices: Mapping[str, Tensor]) -> float:
     return sum(float((counts[name].to("cpu", torch.float64) * prices[name]).sum()) for name in counts if name in prices)
+
+
+def with_bits(prices: Prices, parts: LayerParts, bits: SlotBits) -> Prices:
+    """The same where a slot may be read at several widths, and gate neurons at the width of choosing.
+
+    A kept block contains its gate neurons at its own width; where choosing reads more bits of them, those come on top.
+    """
+    layer, stored = parts.layer, prices.bytes["blocks"] / prices.weights["blocks"]
+    matrices = 2 if layer.gate is not None else 1
+    biases = sum(b is not None for b in (layer.gate_bias, layer.up_bias))
+    sizes, weights = dict(prices.bytes), dict(prices.weights)
+    chosen = row_bytes(layer.hidden, bits.choosing, bits.group)
+    gates = parts.gates * matrices * float("predictors" in prices.weights)
+    sizes["gates"] = torch.full_like(sizes["gates"], gates * chosen) + gates * biases * stored
+    for width in bits.widths:
+        row = row_bytes(layer.hidden, width, bits.group)
+        more = gates * max(0, chosen - row)
+        sizes[at_width(width)] = parts.block * ((matrices + 1) * row + biases * stored) + more
+        weights[at_width(width)] = prices.weights["blocks"]
+    return Prices(weights, sizes)
 
 
 def block_weights(parts: LayerParts) -> tuple[Tensor, Tensor]:

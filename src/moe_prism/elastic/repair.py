@@ -13,9 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..model import MoELayer
-from ..model.base import ExpertsFn
 from .base import LayerParts
+from .other_weights import OtherWeights
 from .side_tensors import REPAIR
 
 
@@ -23,57 +22,6 @@ def band_of(dropped: Tensor, bands: int, n_sub: int) -> Tensor:
     """The band of 1..N-1 dropped blocks, 0..bands-1 (equal ranges, few dropped first); -1 where none or all of them are."""
     band = torch.div((dropped - 1) * bands, n_sub - 1, rounding_mode="floor")
     return band.masked_fill((dropped < 1) | (dropped >= n_sub), -1)
-
-
-class WithDown(MoELayer):
-    """A layer with another down-projection [E, d, f] in its views. What the module itself computes does not change."""
-
-    def __init__(self, layer: MoELayer, down: Tensor) -> None:
-        self.layer, self._down = layer, down
-        self.name, self.module, self.index = layer.name, layer.module, layer.index
-        self.num_experts, self.hidden, self.width = layer.num_experts, layer.hidden, layer.width
-
-    @property
-    def gate(self) -> Tensor | None:
-        return self.layer.gate
-
-    @property
-    def up(self) -> Tensor:
-        return self.layer.up
-
-    @property
-    def down(self) -> Tensor:
-        return self._down
-
-    @property
-    def gate_bias(self) -> Tensor | None:
-        return self.layer.gate_bias
-
-    @property
-    def up_bias(self) -> Tensor | None:
-        return self.layer.up_bias
-
-    @property
-    def down_bias(self) -> Tensor | None:
-        return self.layer.down_bias
-
-    def activate(self, gate: Tensor | None, up: Tensor) -> Tensor:
-        return self.layer.activate(gate, up)
-
-    def storage(self) -> tuple[int, ...]:
-        return (*self.layer.storage(), self._down.data_ptr())
-
-    def activate_joined(self, both: Tensor) -> Tensor:
-        return self.layer.activate_joined(both)
-
-    def install(self, function: ExpertsFn) -> None:
-        self.layer.install(function)
-
-    def uninstall(self) -> None:
-        self.layer.uninstall()
-
-    def stock(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        return self.layer.stock(x, index, weight)
 
 
 class Repaired:
@@ -100,5 +48,5 @@ class Repaired:
             layer = self.parts.layer
             delta = self.parts.tensors[REPAIR][band].to(layer.down.device)
             down = (layer.down.float() + delta.float()).to(layer.down.dtype).transpose(1, 2).contiguous().transpose(1, 2)
-            self._repaired[band] = replace(self.parts, layer=WithDown(layer, down))
+            self._repaired[band] = replace(self.parts, layer=OtherWeights(layer, layer.gate, layer.up, down, bias=True))
         return self._repaired[band]

@@ -18,8 +18,10 @@ from torch import Tensor
 from ..errors import UsageError
 from ..model.base import is_expert
 from .base import Rule, Scorer, Slots, are_few
+from .coded import SOURCE
 from .control import HeldRows, keep_held
 from .fused_select import budgets_of, prepared, run, select_few
+from .rules.bits import Bits
 from .rules.threshold import Threshold
 
 if TYPE_CHECKING:
@@ -72,6 +74,10 @@ class Selection:
                 self.slots.weight.float().abs()[:, :, None].expand(-1, -1, self.n_sub).masked_fill(~self.valid[:, :, None], -1.0)
             )
         return self.slots.values()
+
+    def widths(self) -> Tensor | None:
+        """[T, k, N]: bits of every slot, 0 where it is dropped; None where the rule knows no bits."""
+        return self.rule.widths(self.slots, _per_token(self.budget, self.x)) if isinstance(self.rule, Bits) else None
 
     def keep(self, most: float = 1.0) -> Tensor:
         """keep [T, k, N] bool; most: a budget that no token may pass, whatever its own."""
@@ -130,6 +136,9 @@ class Whole:
         size = self.weight.float().abs()[:, :, None].expand(-1, -1, self.n_sub)
         return size.masked_fill(~self.valid[:, :, None], -1.0)
 
+    def widths(self) -> None:
+        return None
+
     def keep(self, most: float = 1.0) -> Tensor:
         return self.valid[:, :, None].expand(-1, -1, self.n_sub).contiguous()
 
@@ -148,6 +157,14 @@ class Mixed:
 
     def values(self) -> Tensor:
         return self._joined([part.values() for _, part in self.parts], -1.0)
+
+    def widths(self) -> Tensor | None:
+        """Parts whose rule knows no bits are read as they are stored."""
+        found = [part.widths() for _, part in self.parts]
+        if all(own is None for own in found):
+            return None
+        every = zip(found, self.parts, strict=True)
+        return self._joined([part.keep().float() * SOURCE if own is None else own for own, (_, part) in every], 0.0)
 
     def keep(self, most: float = 1.0) -> Tensor:
         return self._joined([part.keep(most) for _, part in self.parts], False)

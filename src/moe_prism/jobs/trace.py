@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from ..artefact.load import load
 from ..checkpoint import read_manifest
-from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.manifest import MANIFEST, PLAIN_KINDS
 from ..data import token_windows
 from ..data.splits import Side
 from ..elastic import operating_point
@@ -71,7 +71,7 @@ def _record(loaded: Any, windows: Any, options: TraceOptions, header: dict[str, 
 def _loaded(model: str | Path, options: TraceOptions) -> tuple[Any, Any]:
     """(model, tokenizer), elastic where the folder is."""
     where = resolve(model)
-    if isinstance(where, Path) and (where / MANIFEST).is_file() and read_manifest(where).get("kind") != "pruned":
+    if isinstance(where, Path) and (where / MANIFEST).is_file() and read_manifest(where).get("kind") not in PLAIN_KINDS:
         return load(where)
     if options.budget != 1.0:
         raise UsageError(f"'{model}' is not elastic, so it has no budget {options.budget:g}", "run `moe-prism refactor` first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,10 @@ def method(name: str) -> Method:
         raise UsageError(f"unknown method '{plain}'", choices(plain, [*methods.names(), PRUNE]))
     found = methods.get(plain)
     if issubclass(found, Rule):
-        return RuleMethod(name, RuleMethod.read_argument(name, text))
+        kind: type[Method] = pkgutil.resolve_name(found.maker) if found.maker else RuleMethod
+        return kind(name, kind.read_argument(name, text))
+    if issubclass(found, Criterion) and found.form == "constant" and not colon:  # known by its own name
+        return Prune(f"{PRUNE}:{plain}", Prune.read_argument(PRUNE, plain))
     if issubclass(found, Criterion):
         raise UsageError(f"'{plain}' is a pruning criterion", f"write {PRUNE}:{plain}")
     made: Method = found(name, found.read_argument(name, text))

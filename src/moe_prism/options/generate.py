@@ -27,6 +27,13 @@ class PointOptions(Options):
         "Operating point to run at: a name in the folder's frontier.json, or a file. Default: the model itself.",
         short=("--plan",),
     )
+    bytes_per_token: float | None = option(
+        None,
+        "Bytes of expert weights that a token may read, such as 300kB: the measured point of the folder's frontier.json that is closest "
+        "to the model within them.",
+        unit=("B",),
+        above=0,
+    )
     budget: float | None = option(
         None,
         "Share of the bytes that a token reads, selection and compensation included, in (0, 1]; of its slots for other rules than "

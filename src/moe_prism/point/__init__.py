@@ -1,7 +1,7 @@
 """The operating point: how a model runs. Data, nothing else; what runs it is in `elastic`, what measures it in `frontier`."""
 
-from .base import FULL, Decoding, OperatingPoint, RoutingStage, SlotRule, WeightChange
-from .named import NamedPoint, find_point, read_points, write_point
+from .base import FULL, Decoding, OperatingPoint, RoutingStage, SlotBits, SlotRule, WeightChange
+from .named import NamedPoint, find_point, name_within, read_points, write_point
 
 __all__ = [
     "FULL",
@@ -9,9 +9,11 @@ __all__ = [
     "NamedPoint",
     "OperatingPoint",
     "RoutingStage",
+    "SlotBits",
     "SlotRule",
     "WeightChange",
     "find_point",
+    "name_within",
     "read_points",
     "write_point",
 ]

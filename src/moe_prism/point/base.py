@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..schema import check
-from ..schema.points import REMAKE, DecodingForm, PointForm, SlotsForm, StageForm, WeightsForm
+from ..schema.points import REMAKE, DecodingForm, PointForm, SlotBitsForm, SlotsForm, StageForm, WeightsForm
 
 SCHEMA = 1
 UNITS = ("bytes", "slots", "value")
@@ -24,8 +24,8 @@ Numbers = tuple[tuple[float, ...], ...]
 
 
 def own_unit(rule: str) -> str:
-    """What a rule's budget is a share of unless it is said: `threshold` has a dial fine enough for bytes, the others count slots."""
-    return "bytes" if rule == "threshold" else slots_unit(rule)
+    """What a rule's budget is a share of unless it is said: `threshold` and `bits` have dials fine enough for bytes, others count slots."""
+    return "bytes" if rule in ("threshold", "bits") else slots_unit(rule)
 
 
 def slots_unit(rule: str) -> str:
@@ -117,6 +117,38 @@ class RoutingStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlotBits:
+    """At how many bits a kept slot may be read: widths of one nested encoding, rising.
+
+    errors: per MoE layer, for each width, the expected squared error of a slot as a share of what dropping it loses. group: weights that
+    share a scale. choosing: the width at which gate neurons are read to choose slots.
+    """
+
+    widths: tuple[float, ...]
+    errors: Numbers
+    group: int
+    choosing: float
+
+    def __post_init__(self) -> None:
+        if not self.widths or sorted(set(self.widths)) != list(self.widths):
+            raise UsageError(f"widths {list(self.widths)} of slots do not rise", "give such as 2, 3, 4, 8")
+        if self.choosing not in self.widths:
+            raise UsageError(f"slots are chosen at {self.choosing:g} bits, which are not stored", "give one of the widths")
+        if any(len(row) != len(self.widths) for row in self.errors):
+            raise UsageError("the errors of slots are not those of their widths", REMAKE)
+
+    def to_json(self) -> dict[str, Any]:
+        errors = [list(row) for row in self.errors]
+        return {"widths": list(self.widths), "errors": errors, "group": self.group, "choosing": self.choosing}
+
+    @classmethod
+    def of_form(cls, form: SlotBitsForm) -> SlotBits:
+        """What a checked file says."""
+        errors = tuple(tuple(map(float, row)) for row in form.errors)
+        return cls(widths=tuple(map(float, form.widths)), errors=errors, group=form.group, choosing=float(form.choosing))
+
+
+@dataclass(frozen=True, kw_only=True)
 class SlotRule:
     """Which slots of the routed experts are kept.
 
@@ -124,7 +156,7 @@ class SlotRule:
     compensation), of its `slots`, or of their `value`; default `own_unit`. control: who the budget is held for: the `mean` of every
     request's tokens, every token (`strict`), or nobody (`none`: the rule alone decides); default `own_control`. rule, scorer: names of
     `elastic.rules` and `elastic.scorers`. compensate: make up for what is dropped, where the artefact was written with `--compensate`.
-    layers: a budget for every MoE layer, instead of `budget`.
+    layers: a budget for every MoE layer, instead of `budget`. bits: how slots may be read by the rule `bits`.
     """
 
     budget: float = 1.0
@@ -134,6 +166,7 @@ class SlotRule:
     layers: tuple[float, ...] | None = None
     of: str = ""
     control: str = ""
+    bits: SlotBits | None = None
 
     def __post_init__(self) -> None:
         for budget in (self.budget, *(self.layers or ())):
@@ -145,6 +178,13 @@ class SlotRule:
             if getattr(self, name) not in legal:
                 raise UsageError(f"'{name}' of slots is '{getattr(self, name)}'", f"choose one of: {', '.join(legal)}")
 
+        if self.bits is not None and self.rule != "bits":
+            raise UsageError(f"rule '{self.rule}' knows no bits of slots", "use the rule 'bits'")
+        if self.bits is None and self.rule == "bits" and not self.is_full:
+            raise UsageError(
+                "the rule 'bits' needs to know what each width loses", "measure points with `frontier --methods bits` and use one"
+            )
+
     @property
     def is_full(self) -> bool:
         """Whether every slot is kept, whatever the rule."""
@@ -155,8 +195,10 @@ class SlotRule:
         return self.budget if self.layers is None else self.layers[layer]
 
     def to_json(self) -> dict[str, Any]:
+        """Plain lists, numbers and names."""
         return {f.name: getattr(self, f.name) for f in fields(self)} | {
-            "layers": None if self.layers is None else list(self.layers)
+            "layers": None if self.layers is None else list(self.layers),
+            "bits": self.bits and self.bits.to_json(),
         }
 
     @classmethod
@@ -175,6 +217,7 @@ class SlotRule:
             layers=None if form.layers is None else tuple(map(float, form.layers)),
             of=form.of or slots_unit(form.rule),  # a file from before there was a choice means this
             control=form.control,
+            bits=None if form.bits is None else SlotBits.of_form(form.bits),
         )
 
 
@@ -221,7 +264,7 @@ class OperatingPoint:
     def with_budget(self, budget: float, rule: str | None = None, control: str = "") -> OperatingPoint:
         """The same at another budget, and by another rule if one is given: of the rule's own unit, and held as the rule does."""
         slots = replace(self.slots, budget=budget, layers=None, of="", control="none")
-        slots = slots if rule is None else replace(slots, rule=rule, scorer=own_scorer(rule), of="")
+        slots = slots if rule is None else replace(slots, rule=rule, scorer=own_scorer(rule), of="", bits=None)
         return replace(self, slots=replace(slots, control=control))
 
     def with_slots(self, share: float, rule: str | None = None) -> OperatingPoint:

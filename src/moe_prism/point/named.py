@@ -103,6 +103,23 @@ def find_point(asked: str, folder: str | Path | None = None) -> NamedPoint:
     raise UsageError(f"no operating point '{asked}'", choices(asked, [point.name for point in known]))
 
 
+def name_within(bytes_per_token: float, folder: str | Path) -> str:
+    """The name of the point in the folder's `frontier.json` with the least KL that reads no more. UsageError where none does."""
+    path = Path(folder) / FRONTIER
+    if not path.is_file():
+        raise UsageError(f"there is no {path}", "measure points with `moe-prism frontier`")
+    form = check(FrontierForm, read_json(path, REMAKE), str(path), REMAKE)
+    rows = [row for row in (*form.points, *form.baseline_topk, *form.baseline_bits) if measured_point(row) is not None]
+    fits = [row for row in rows if row.active_expert_bytes <= bytes_per_token]
+    if not fits:
+        least = min((row.active_expert_bytes for row in rows), default=0.0)
+        raise UsageError(
+            f"no measured point reads {bytes_per_token:g} bytes per token or less, the cheapest reads {least:.0f}",
+            "give more, or measure cheaper points with `moe-prism frontier --methods bits`",
+        )
+    return min(fits, key=lambda row: row.kl).name
+
+
 def _points_in(path: Path) -> list[NamedPoint]:
     """All points of a file that can be run: none of a frontier whose version did not say how its points do."""
     data = read_json(path, REMAKE)

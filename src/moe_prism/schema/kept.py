@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import MaxLen, MinLen
 from pydantic import Field
@@ -26,6 +26,7 @@ class SelectionForm(Form):
     criterion: Name | None = None
     keep: Budget | None = None
     allocation: Name | None = None
+    form: Literal["removed", "constant"] = "removed"
     protected: Annotated[
         list[Annotated[list[Annotated[int, Field(ge=0, lt=MOST_EXPERTS)]], MaxLen(MOST_EXPERTS)]], MaxLen(MOST_LAYERS)
     ] = []

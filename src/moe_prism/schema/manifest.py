@@ -211,6 +211,15 @@ class PrunedForm(ManifestForm):
     documents: Annotated[list[Sha256], MaxLen(MOST_DOCUMENTS)]
 
 
+class QuantizedForm(ManifestForm):
+    """A checkpoint with its experts in fewer bits."""
+
+    kind: Literal["quantized"]
+    companions: CompanionsForm
+    dequantized: DequantizedForm | None = None
+    compression: Plain
+
+
 class StatisticsForm(ManifestForm):
     """A calibration."""
 
@@ -219,4 +228,9 @@ class StatisticsForm(ManifestForm):
     facts: PassForm
 
 
-KINDS: dict[str, type[ManifestForm]] = {"elastic": ElasticForm, "pruned": PrunedForm, "calibration": StatisticsForm}
+KINDS: dict[str, type[ManifestForm]] = {
+    "elastic": ElasticForm,
+    "pruned": PrunedForm,
+    "quantized": QuantizedForm,
+    "calibration": StatisticsForm,
+}

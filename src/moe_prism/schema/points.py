@@ -49,6 +49,18 @@ class StageForm(Form):
     keep_mass: bool | None = None
 
 
+Width = Annotated[float, Field(gt=0, le=64)]
+
+
+class SlotBitsForm(Form):
+    """At how many bits a slot may be read."""
+
+    widths: Annotated[list[Width], MinLen(1), MaxLen(64)]
+    errors: Rows
+    group: Annotated[int, Field(ge=1, le=1 << 20)]
+    choosing: Width
+
+
 class SlotsForm(Form):
     """Which slots are kept. `of` and `control` are missing in a file from before there was a choice."""
 
@@ -59,6 +71,7 @@ class SlotsForm(Form):
     layers: Annotated[list[Budget], MinLen(1), MaxLen(MOST_LAYERS)] | None = None
     of: Literal["bytes", "slots", "value"] | None = None
     control: Literal["mean", "strict", "none"] = "none"
+    bits: SlotBitsForm | None = None
 
 
 class DecodingForm(Form):
@@ -199,6 +212,7 @@ class KeptForm(Form):
     kept: Annotated[list[Annotated[int, Field(ge=0, lt=MOST_EXPERTS)]], MinLen(1), MaxLen(MOST_EXPERTS)]
     groups: GroupsForm | None = None
     masked: bool = False
+    constants: Annotated[str, MaxLen(1 << 29)] | None = None
 
 
 class PruneForm(Form):

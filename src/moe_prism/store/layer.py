@@ -95,6 +95,8 @@ class StoredElastic(Elastic):
     def check(self, point: OperatingPoint) -> None:
         if point.slots.scorer == "oracle":
             raise UsageError("the scorer 'oracle' computes every sub-expert", "load the model without --expert-memory")
+        if point.slots.bits is not None:
+            raise UsageError("records hold no slots of several widths", "load the model without --expert-memory")
         if point.weights is not None and change_of(point.weights).touches_weights:
             raise UsageError(
                 f"the change of weights '{point.weights.change}' needs the experts in memory",

@@ -18,8 +18,8 @@ from ..codec import Codec, Planes
 
 GONE, SOURCE = 0.0, 16.0
 """Bits of an expert that is not stored, and of one that stays as it is."""
-KEPT = 16
-"""Encoded models that are kept. One takes a fraction of the model, and a frontier goes round them once per batch."""
+KEPT_BYTES = 1 << 30
+"""Of encoded models that are kept, or what the model's experts take if that is more: a frontier goes round them once per batch."""
 _NAME = "_moe_prism_encoded"
 
 
@@ -35,6 +35,10 @@ class Encoded(NamedTuple):
 
     state: tuple[int, ...]
     layers: tuple[tuple[Part, ...], ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(planes.bytes(planes.widths[-1]) for parts in self.layers for part in parts for planes in part.planes)
 
 
 def matrices(layer: MoELayer) -> list[Tensor]:
@@ -74,7 +78,8 @@ def _encoded(model: Any, layers: Sequence[MoELayer], codec: Codec, group: int, w
     if key not in kept or kept[key].state != state:
         kept[key] = Encoded(state, tuple(_parts(layer, codec, group, row) for layer, row in zip(layers, widths, strict=True)))
         kept.move_to_end(key)
-        while len(kept) > KEPT:
+        limit = max(KEPT_BYTES, sum(w.numel() * w.element_size() for layer in layers for w in matrices(layer)))
+        while len(kept) > 1 and sum(encoded.bytes for encoded in kept.values()) > limit:
             kept.popitem(last=False)
     return kept[key]
 

@@ -25,6 +25,9 @@ class Candidates(Protocol):
     @property
     def weight(self) -> Tensor: ...
 
+    def widths(self) -> Tensor | None:
+        """[T, k, N]: bits of every slot, 0 where it is dropped; None where all are read as they are stored."""
+
     def keep(self, most: float = 1.0) -> Tensor:
         """keep [T, k, N]; most: a budget that no token may pass."""
 
@@ -45,11 +48,15 @@ class WholeCalls:
 
 @dataclass(slots=True, eq=False)
 class Settled:
-    """What will be computed. keep [T, k, N]; low [E, N]: blocks taken in their smaller form; parts: the executor's own preparation."""
+    """What will be computed. keep [T, k, N]; low [E, N]: blocks taken in their smaller form; prepared: the executor's own.
 
-    keep: Tensor
+    widths [T, k, N]: bits of every slot, None where all are as they are stored.
+    """
+
+    keep: Any  # a tensor; None only where everything is computed by the model itself
     low: Any = None
     prepared: Any = None
+    widths: Tensor | None = None
 
 
 Again = Callable[[Tensor, Tensor, Tensor, Any], Tensor | None]
@@ -88,8 +95,13 @@ class Executor(ABC):
 
     def settle(self, candidates: Candidates) -> Settled:
         """What is kept of the candidates: what the rule says, unless where the weights lie has a say."""
-        return Settled(candidates.keep())
+        widths = candidates.widths()
+        return Settled(candidates.keep()) if widths is None else Settled(widths > 0, widths=widths)
 
     @abstractmethod
     def run(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
         """[T, d]: the sum over kept slots of weight x output, with the output bias of experts that keep any. weight [T, k]."""
+
+    def run_at(self, coded: Any, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
+        """The same with slots of several widths (`settled.widths`) of a `coded.CodedLayer`."""
+        raise NotImplementedError("points with bits per slot are refused where there is no other executor")

@@ -21,6 +21,7 @@ from .base import Again, Executor, Settled, WholeCalls
 from .plain import grouped, reference, whole_experts
 
 if TYPE_CHECKING:
+    from ..coded import CodedLayer
     from ..select import Selection
     from .one_call import Call, Ready
     from .times import LayerTimes
@@ -173,6 +174,11 @@ class InMemory(Executor):
         if self.repaired is None:
             return execute(self.parts, x, index, weight, settled.keep)
         return self.repaired(execute, x, index, weight, settled.keep)
+
+    def run_at(self, coded: CodedLayer, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
+        execute = partial(auto, tally=self.tally) if self.way == "auto" else WAYS[self.way]
+        assert settled.widths is not None
+        return coded.run(execute, x, index, weight, settled.widths)
 
 
 def check_way(name: str) -> str:

@@ -79,6 +79,8 @@ def _best(frontier: Frontier, refusal: Refusal) -> list[MeasuredPoint]:
         reason = _reason(p, refusal)
         if reason is None and p.point is not None and depends_on_batch(p.point):
             reason = "what a token gets depends on its batch"
+        if reason is None and p.point is not None and p.point.slots.bits is not None:
+            reason = "its widths are decoded in memory, which saves nothing there"
         if reason:
             logger.info("operating point %s is not served: %s", p.name, reason)
         elif p.point is not None and not p.point.is_full:

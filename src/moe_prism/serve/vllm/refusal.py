@@ -11,6 +11,8 @@ def refusal(point: OperatingPoint) -> str | None:
     """Why a point cannot be run by vLLM's workers; None if it can."""
     if not point.is_per_token:
         return "it changes the weights or the decoding, not single tokens"
+    if point.slots.bits is not None:
+        return "vLLM's experts have one width"
     if point.slots.scorer == "oracle":
         return "the scorer 'oracle' computes every sub-expert"
     for stage in point.routing:

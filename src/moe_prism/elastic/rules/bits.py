@@ -1,0 +1,90 @@
+"""Blocks and bits in one ranking: a slot is read at the width that its value pays for, or not at all.
+
+A slot of value v loses v^2 where it is dropped and a share e_w of that where it is read at w bits, for B_w bytes. The least loss for the
+bytes of all slots together takes each step from one width to the next, (e_before - e_w) v^2 for B_w - B_before, if it gains enough per
+byte. So each width has a cutoff of its own, a multiple of one that the dial moves. Steps that gain less per byte than the one after them
+are never taken: what is left is the lower convex hull.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...point import SlotBits
+from ..base import LayerParts, Slots
+from ..coded import SOURCE, block_bytes
+from ..side_tensors import CUTOFFS
+from .threshold import Threshold
+from .top_slots import top_slots
+
+
+class Bits(Threshold):
+    """Reads `cutoffs` and `shares` of the parts, as `threshold` does."""
+
+    maker: ClassVar[str] = "moe_prism.methods.slots.bits:BitsMethod"
+    units: ClassVar[tuple[str, ...]] = ("bytes",)
+    controls: ClassVar[tuple[str, ...]] = ("none",)
+
+    def __init__(self, parts: LayerParts, bits: SlotBits) -> None:
+        super().__init__(parts)
+        self.compiled = None
+        self.steps = hull(parts, bits)
+        self.bits = bits
+
+    def keep(self, slots: Slots, budget: Tensor) -> Tensor:
+        return self.widths(slots, budget) > 0
+
+    def widths(self, slots: Slots, budget: Tensor) -> Tensor:
+        """[T, k, N] float32: the bits of each slot, 0 where it is dropped. A token's best slot has the least bits at least."""
+        values = slots.values()
+        level = self.level(budget)[:, None, None]
+        best = top_slots(values, torch.ones_like(budget, dtype=torch.long))
+        found = torch.where(best, float(self.steps[0][0]), 0.0)
+        for bits, ratio in self.steps:
+            found = torch.where(values >= level * ratio, bits, found)
+        found = torch.where((budget >= 1)[:, None, None], SOURCE, found)  # the model itself
+        return found.masked_fill(~slots.valid[:, :, None], 0.0)
+
+
+def hull(parts: LayerParts, bits: SlotBits) -> list[tuple[float, float]]:
+    """(bits, cutoff as a multiple of the dial's) of the widths worth having, rising; the dial's own is that of reading all of a block."""
+    errors = bits.errors[parts.layer.index]
+    whole = block_bytes(parts, SOURCE, bits.group)
+    steps: list[tuple[float, float, float, float]] = []  # bits, bytes, loss, gain per byte
+    for width, error in zip(bits.widths, errors, strict=True):
+        size = block_bytes(parts, width, bits.group)
+        while True:
+            _, before, loss, slope = steps[-1] if steps else (0.0, 0.0, 1.0, float("inf"))
+            gain = (loss - error) / (size - before)
+            if gain <= slope or not steps:
+                break
+            steps.pop()
+        if gain > 0:
+            steps.append((width, size, error, gain))
+    steps = steps or [(bits.widths[0], 0.0, 0.0, 1 / whole)]
+    return [(width, (1 / (gain * whole)) ** 0.5) for width, _, _, gain in steps]
+
+
+def spent(parts: LayerParts, bits: SlotBits, sizes: dict[float, float]) -> Tensor:
+    """[129] (float64): bytes that a slot takes in the mean at evenly spaced positions of the dial, on the calibration text.
+
+    sizes: of a block at every width, 0 for a dropped one.
+    """
+    cutoffs, shares = parts.tensors[CUTOFFS].cpu().double(), Threshold.share_kept(parts)
+    found, before = torch.full_like(cutoffs, sizes[0.0]), sizes[0.0]
+    for width, ratio in hull(parts, bits):
+        found += (sizes[width] - before) * share_above(cutoffs, shares, cutoffs * ratio)
+        before = sizes[width]
+    return found
+
+
+def share_above(cutoffs: Tensor, shares: Tensor, values: Tensor) -> Tensor:
+    """The share of a layer's slots whose value reaches each of `values`, between the known ones in proportion to the value."""
+    rising, above = cutoffs.flip(0), shares.flip(0)
+    place = torch.searchsorted(rising, values.contiguous()).clamp(1, len(rising) - 1)
+    low, high = rising[place - 1], rising[place]
+    part = ((values - low) / (high - low).clamp(min=1e-30)).clamp(0, 1)
+    return torch.lerp(above[place - 1], above[place], part)

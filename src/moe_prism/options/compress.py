@@ -1,0 +1,21 @@
+"""What storing a model in fewer bits is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .base import Options, option
+
+OutputFormat = Literal["compressed-tensors"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(Options):
+    """How experts are stored, and in which form they are written."""
+
+    method: str = option("rtn:bits=4:group=128", "Codec and its settings, such as rtn:bits=8 or rtn:bits=4:group=32.")
+    format: OutputFormat = option(
+        "compressed-tensors",
+        "What is written: compressed-tensors, which unmodified transformers and vLLM load (rtn of 4 and 8 bits).",
+    )

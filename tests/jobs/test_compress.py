@@ -1,0 +1,125 @@
+"""A checkpoint with its experts in fewer bits: what it says, what it decodes to, and what cannot be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+from moe_prism.artefact.open import open_model
+from moe_prism.checkpoint import verify
+from moe_prism.compress.codec.rtn import Rtn
+from moe_prism.compress.quantize import QuantizeChange
+from moe_prism.errors import UsageError
+from moe_prism.jobs.compress import compress_model, measure_compression, plan_compression
+from moe_prism.model import find_layers
+from moe_prism.options.compress import CompressOptions
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        num_experts=4, num_experts_per_tok=2, pad_token_id=0, dtype="bfloat16",
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("compress") / "source"
+    OlmoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="60KB")
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = WordLevel({str(i): i for i in range(64)}, unk_token="0")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="0").save_pretrained(folder)
+    return folder
+
+
+METHODS = {
+    "rtn:bits=4:group=32": (Rtn(), 4, 32),
+    "rtn:bits=8:group=32": (Rtn(), 8, 32),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_output_is_the_decoded_model(source, tmp_path, method):
+    out = tmp_path / "out"
+    result = compress_model(source, out, CompressOptions(method=method))
+    codec, bits, group = METHODS[method]
+    before, after = open_model(source), open_model(out)
+    ids = torch.arange(40)[None] % 61
+    layers = find_layers(before.model)
+    change = QuantizeChange(codec, float(bits), group)
+    with torch.no_grad(), change.installed(before.model, layers):
+        wanted = before.model(input_ids=ids).logits
+    with torch.no_grad():
+        found = after.model(input_ids=ids).logits
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()))
+    assert float((found - wanted).square().mean()) < 1e-3 * float(wanted.square().mean())
+    assert all(check.detail for check in verify(out))
+    shards = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    source_size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    planned = result.expert_bytes
+    assert abs((source_size - shards) - (planned[0] - planned[1])) < 0.02 * source_size + 24_000  # headers are longer
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert settings["config_groups"]["group_0"]["weights"]["num_bits"] == bits and "lm_head" in settings["ignore"]
+    assert not any("experts" in name for name in settings["ignore"])
+
+
+def test_a_plan_reads_nothing_and_a_report_measures(source, tmp_path):
+    options = CompressOptions(method="rtn:bits=4:group=32")
+    plan, report = plan_compression(source, options), measure_compression(source, options)
+    assert plan.relative_error is None and plan.expert_bytes == report.expert_bytes and plan.experts == report.experts == 24
+    assert 0 < report.relative_error < 0.02
+    assert plan.expert_bytes[1] < 0.32 * plan.expert_bytes[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_ends_in_the_same_bytes(source, tmp_path):
+    options = CompressOptions(method="rtn:bits=4:group=32")
+    compress_model(source, tmp_path / "whole", options)
+
+    def report(_name):
+        raise KeyboardInterrupt
+
+    class Stopped:
+        def __init__(self, stage):
+            self.stage = stage
+
+        def __enter__(self):
+            def update(done, _total):
+                if done == 2:
+                    raise KeyboardInterrupt
+
+            return update
+
+        def __exit__(self, *_):
+            return None
+
+    with pytest.raises(KeyboardInterrupt):
+        compress_model(source, tmp_path / "again", options, report=Stopped)
+    assert not (tmp_path / "again").exists()
+    compress_model(source, tmp_path / "again", options, resume=True)
+    for file in (tmp_path / "whole").iterdir():
+        if file.name != "prism.json":
+            assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+    assert compress_model(source, tmp_path / "again", options, resume=True).manifest["kind"] == "quantized"
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("nested", "has no form"),
+        ("product", "has no form"),
+        ("rtn", "does not say how many bits"),
+        ("rtn:bits=3", "packs no 3 bits"),
+        ("rtn:bits=4:group=32:symmetric=false", "reads no zeros"),
+        ("rtn:bits=4:group=128", "are no groups of 128"),
+        ("rtn:bits=4:group=48", "inputs per group"),
+        ("rtn:colour=1", "sets nothing"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(source, method, words):
+    with pytest.raises(UsageError, match=words):
+        plan_compression(source, CompressOptions(method=method))

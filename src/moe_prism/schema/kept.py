@@ -24,9 +24,9 @@ class SelectionForm(Form):
     """The whole file; the layers are enough. `folder`, `left_out` and memory are what `prune --json` adds."""
 
     criterion: Name | None = None
+    form: Literal["removed", "constant"] = "removed"
     keep: Budget | None = None
     allocation: Name | None = None
-    form: Literal["removed", "constant"] = "removed"
     protected: Annotated[
         list[Annotated[list[Annotated[int, Field(ge=0, lt=MOST_EXPERTS)]], MaxLen(MOST_EXPERTS)]], MaxLen(MOST_LAYERS)
     ] = []

@@ -271,5 +271,5 @@ def read_kept(path: str | Path, model: Any, layers: Sequence[MoELayer]) -> Prune
                 f"{path} does not fit '{layer.name}' of {layer.num_experts} experts", "it was made for another model"
             )
         choices.append(kept_experts(row, str(path)))
-    facts = form.model_dump(include={"criterion", "keep", "allocation", "protected", "least_tokens"}, exclude_unset=True)
+    facts = form.model_dump(include={"criterion", "form", "keep", "allocation", "protected", "least_tokens"}, exclude_unset=True)
     return PruneSelection(tuple(choices), tuple(layer.name for layer in layers), facts)

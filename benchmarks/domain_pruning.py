@@ -1,7 +1,7 @@
 """What it costs to keep the experts of a domain, of others, or of all: mean KL and loss on held-out text of each domain.
 
     python benchmarks/domain_pruning.py                   # prism-nano-mix, half of the experts, by EASY-EP's score
-    python benchmarks/domain_pruning.py --demonstrations  # and how far 5 demonstrations agree with 25
+    python benchmarks/domain_pruning.py --demonstrations python,prose  # and how far 5 demonstrations agree with 25
 
 Calibration and evaluation text are the two sides of the shipped domains. All points run in mask mode. `alike` divides every domain's
 scores by their sum in the layer and averages them, `sum` adds them as they are.
@@ -103,7 +103,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"kept by": name, "kl": kl, "loss": {d: log(q.ppl) - loss[d] for d, q in one.domains.items()}}
     if args.demonstrations:
         with tempfile.TemporaryDirectory() as folder:
-            for domain in DOMAINS:
+            for domain in args.demonstrations.split(","):
                 few, many = (bench.demonstrations(domain, count, Path(folder)) for count in (5, 25))
                 text = [set(choice.kept) for choice in choices[domain]]
                 overlap = {"of 25": _overlap(few, many), "of the text": _overlap(many, text)}
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=65_536)
     parser.add_argument("--answer-tokens", type=int, default=128)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--demonstrations", action="store_true")
+    parser.add_argument("--demonstrations", default="", help="comma-separated domains to answer tasks of")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     found = printed(rows(args), show, args.json)

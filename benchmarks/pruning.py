@@ -30,12 +30,14 @@ from moe_prism.elastic import attach
 from moe_prism.elastic.runtime import experts_per_token
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
-from moe_prism.methods.prune.select import PruneOptions, measured_counts, rank
+from moe_prism.methods.prune.masked import Prune
+from moe_prism.methods.prune.select import form_of, least_kept, measured_counts, rank, request_of, with_constants
 from moe_prism.model import load_model, load_tokenizer
 from moe_prism.model.router import find_routers
+from moe_prism.options.prune import PruneOptions
 from moe_prism.point import OperatingPoint
 
-COLLECTORS = ("counts", "outputs", "scores", "grams")
+COLLECTORS = ("counts", "outputs", "scores", "grams", "means")
 ALLOCATIONS = ("layer", "global", "measured")
 
 
@@ -74,7 +76,10 @@ class Bench:
         if options.allocation == "measured":
             ids = self._profile(found.profile)
             counts = measured_counts(self.model, self.elastic, found, options, ids, lambda _done, _total: None)
-        return choose(scores, options.request, self.per_token, shields, self.groups, counts)
+        form = form_of(options)
+        groups = self.groups if form == "removed" else [None] * len(self.groups)
+        choices = choose(scores, request_of(options), least_kept(form, self.per_token), shields, groups, counts)
+        return with_constants(choices, found) if form == "constant" else choices
 
     def _profile(self, ids: Tensor) -> Tensor:
         return ids[:: max(1, len(ids) * ids.shape[1] // self.args.profile_tokens)]
@@ -87,13 +92,18 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     names = args.only.split(",") if args.only else criteria.names()
     wanted = set(args.measured.split(","))
     for name in names:
-        blind = criteria.get(name).is_blind
+        asked = Prune.read_argument("prune", name)
+        blind = criteria.get(asked.criterion).is_blind
         for allocation in ALLOCATIONS:
             if (blind and allocation != "layer") or (allocation == "measured" and name not in wanted):
                 continue
             draws = range(args.draws) if name == "random" else range(1) if blind else range(args.seeds)
             try:
-                plans = [bench.plan(PruneOptions(name, args.keep, allocation, seed=d), passes[0 if blind else d]) for d in draws]
+                options = [
+                    PruneOptions(criterion=asked.criterion, form=asked.form, keep=args.keep, allocation=allocation, seed=d)
+                    for d in draws
+                ]
+                plans = [bench.plan(o, passes[0 if blind else o.seed]) for o in options]
             except UsageError as error:
                 yield {"criterion": name, "allocation": allocation, "refused": str(error)}
                 continue
@@ -131,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano")
     parser.add_argument("--text", default="stdlib")
-    parser.add_argument("--only", help="comma-separated criteria")
+    parser.add_argument("--only", help="comma-separated criteria; NAME-constant and NAME-removed say the form")
     parser.add_argument(
         "--measured", default="soft-count,easy-ep,gate-norm,output-error", help="criteria to allocate by measurement too"
     )

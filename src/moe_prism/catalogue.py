@@ -56,6 +56,7 @@ methods: Registry[type[Any]] = Registry(
         "easy-ep": Entry("moe_prism.methods.prune.norm:EasyEp", "routing weight x output norm x how far the layer turns the token", acts="weights"),
         "output-error": Entry("moe_prism.methods.prune.output_error:OutputError", "greedy removal by the layer's output error with tokens routed again", acts="weights"),
         "energy": Entry("moe_prism.methods.prune.norm:Energy", "sum of squared routing weight x output norm", acts="weights"),
+        "mone": Entry("moe_prism.methods.prune.mone:Mone", "routing weight x spread of the outputs, with the mean output in the place of what goes (MoNE)", acts="weights"),
     },
     aliases={"plan": "layer-budgets", "linear": "whole-experts", "weight-level": "weight-cutoff"},
 )  # fmt: skip

@@ -14,7 +14,11 @@ import pytest
 from moe_prism import cli
 from moe_prism.catalogue import REGISTRIES
 from moe_prism.checkpoint import sha256_file
+from moe_prism.errors import CorruptError
 from moe_prism.jobs import resources
+from moe_prism.options.serve import ServeOptions
+from moe_prism.serve.config import Config
+from moe_prism.serve.engine.start import start_engine
 from tests.tiny_sources import digests
 
 COMMANDS = (
@@ -25,6 +29,7 @@ COMMANDS = (
     "refactor",
     "adopt",
     "prune",
+    "compress",
     "recover",
     "skip",
     "frontier",
@@ -288,6 +293,9 @@ def test_a_machine_that_is_too_small_gives_3_and_one_object(run, tiny_source, tm
     assert code == 3 and json.loads(out)["exit_code"] == 3 and "--low-memory" in err
     code, out, _ = run("refactor", tiny_source, "-o", tmp_path / "out", "--dry-run")
     assert code == 3 and "peak_memory_bytes" in out
+    for command in ("refactor", "calibrate"):  # F04: a real run asks the same before it starts
+        code, _, err = run(command, tiny_source, "-o", tmp_path / "out")
+        assert code == 3 and "of memory" in err and not list(tmp_path.iterdir())
 
 
 def test_verify_finds_a_flipped_bit(run, elastic_tiny, tmp_path):
@@ -300,6 +308,11 @@ def test_verify_finds_a_flipped_bit(run, elastic_tiny, tmp_path):
     code, out, err = run("verify", folder, "--json")
     assert code == 4 and shard.name in err and json.loads(out)["exit_code"] == 4
     assert sha256_file(elastic_tiny / shard.name) != sha256_file(shard)
+    # F07: at load too, where it is asked for
+    code, out, err = run("generate", folder, "--prompt", "x", "--max-tokens", "1", "--verify")
+    assert code == 4 and shard.name in err and err.count("\n") == 1 and not out
+    with pytest.raises(CorruptError, match=shard.name):
+        start_engine(folder, ServeOptions(verify=True), Config())
 
 
 @pytest.mark.slow

@@ -29,11 +29,13 @@ def values(seed: int = 0) -> dict:
         "counts": {"count": count, "weight_sum": rand()},
         "scores": {"prob_sum": rand(), "tokens": torch.ones(1)},
         "outputs": outputs,
+        "means": {name: rand() for name in ("square", "weight")}
+        | {"count": count, "sum": torch.rand(E, 3, generator=g, dtype=torch.float64), "tokens": torch.full((1,), 1000)},
     }
 
 
 def permuted(found: dict, order: torch.Tensor) -> dict:
-    return {c: {k: v[order] if v.shape == (E,) else v for k, v in inner.items()} for c, inner in found.items()}
+    return {c: {k: v[order] if v.shape[:1] == (E,) else v for k, v in inner.items()} for c, inner in found.items()}
 
 
 def subject(found: dict, seed: int = 0) -> LayerSubject:

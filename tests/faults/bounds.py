@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -130,9 +131,30 @@ def pytest_configure(config: Any) -> None:
     install()
 
 
+def ran(functions: dict[str, Any]) -> set[str]:
+    """Names of those that were called, or that something which was called calls: numba takes a caller from its cache with all it calls."""
+    from numba.core.ccallback import CFunc
+
+    names = {id(f.py_func): name for name, f in functions.items()}
+    roots = [f.py_func for f in functions.values() if f.overloads]
+    for module in {sys.modules[f.py_func.__module__] for f in functions.values()}:
+        roots += [value._pyfunc for value in vars(module).values() if isinstance(value, CFunc)]
+    found, seen = set[str](), set[int]()
+    while roots:
+        function = roots.pop()
+        if id(function) not in seen:
+            seen.add(id(function))
+            if id(function) in names:
+                found.add(names[id(function)])
+            called = (function.__globals__.get(name) for name in function.__code__.co_names)
+            roots += [f.py_func for f in called if hasattr(f, "py_func")]
+    return found
+
+
 def pytest_sessionfinish(session: Any, exitstatus: int) -> None:
     """Print what has not run."""
-    left = [n for n, f in compiled_functions() if not f.overloads and n.rpartition(".")[0] not in ELSEWHERE]
-    print(f"\ncompiled functions that did not run: {sorted(left)}")
+    functions = dict(compiled_functions())
+    left = sorted(name for name in set(functions) - ran(functions) if name.rpartition(".")[0] not in ELSEWHERE)
+    print(f"\ncompiled functions that did not run: {left}")
     if left and not exitstatus:
         session.exitstatus = 1

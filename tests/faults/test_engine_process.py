@@ -25,6 +25,8 @@ from moe_prism.options.serve import ServeOptions
 from moe_prism.serve import server
 from moe_prism.serve.config import Config
 from moe_prism.serve.http import app
+from moe_prism.serve.process import supervisor
+from moe_prism.serve.process.messages import Start
 from moe_prism.serve.process.spawn import EngineProcess
 from tests.serve.house import SMALL, open_house
 
@@ -50,67 +52,81 @@ def post(house, answers, **fields):
         answers.append(httpx2.post(house.root + "/v1/completions", json={**BODY, **fields}, timeout=60))
 
 
-def test_an_engine_that_hangs_and_one_that_is_killed(tiny_levels, monkeypatch, caplog):
+def until(check, seconds=60.0):
+    """Waits for it."""
+    end = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def status(web, path):
+    answer = web.get(path)
+    return answer.status_code, answer.json()["status"]
+
+
+def test_s12_s13_an_engine_that_hangs_or_is_killed_is_started_again(tiny_levels, monkeypatch, caplog):
     monkeypatch.setattr(app, "HUNG", 0.6)
-    monkeypatch.setattr(server, "FAREWELL", 60)  # time to look at it
     with (
-        open_house(tiny_levels, {"engine": IN_A_PROCESS}) as house,
-        httpx2.Client(base_url=house.root, timeout=30) as web,
+        open_house(tiny_levels, {"engine": IN_A_PROCESS, "bounds": {"step_seconds": 6}}) as house,
+        httpx2.Client(base_url=house.root, timeout=60) as web,
     ):
         engine = house.built.service.engine
-        os.kill(engine.pid, signal.SIGSTOP)
+        expected = web.post("/v1/completions", json={**BODY, "max_tokens": 5}).json()["choices"]
+        first = engine.pid
+        os.kill(first, signal.SIGSTOP)
         answers: list[httpx2.Response] = []
         waiting = [threading.Thread(target=post, args=(house, answers)) for _ in range(4)]
         for thread in waiting:
             thread.start()
-        until = time.monotonic() + 10
-        while web.get("/ready").json()["status"] != "engine hung" and time.monotonic() < until:
-            time.sleep(0.05)
-        assert web.get("/ready").status_code == 503 and web.get("/health").status_code == 200  # HTTP itself does not hang
-        os.kill(engine.pid, signal.SIGCONT)
+        until(lambda: status(web, "/ready") == (503, "engine hung"))
+        assert web.get("/health").status_code == 200  # HTTP itself does not hang
         for thread in waiting:
             thread.join(60)
-        assert [a.status_code for a in answers] == [200] * 4 and web.get("/ready").json()["status"] == "ready"
+        assert [(a.status_code, a.json()["error"]["message"]) for a in answers] == [(503, "the engine stopped")] * 4
+        assert gone(first) and house.built.door.requests == 0
+        assert status(web, "/health") == (200, "engine restarting") and status(web, "/ready") == (503, "engine restarting")
+        refused = web.post("/v1/completions", json=BODY)
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "engine" and refused.headers["retry-after"]
+        assert web.get("/metrics").status_code == web.get("/status.json").status_code == 200
+        until(lambda: status(web, "/ready") == (200, "ready"))
+        second = engine.pid
+        assert second != first and web.post("/v1/completions", json={**BODY, "max_tokens": 5}).json()["choices"] == expected
 
         with web.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 120, "stream": True}) as answer:
             lines = answer.iter_lines()
             next(lines)
-            os.kill(engine.pid, signal.SIGSTOP)  # so that it cannot end the answer first
-            os.kill(engine.pid, signal.SIGKILL)
+            os.kill(second, signal.SIGSTOP)  # so that it cannot end the answer first
+            os.kill(second, signal.SIGKILL)
             last = [line for line in lines if line][-1]
         assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the engine stopped"
-        refused = web.post("/v1/completions", json=BODY)
-        assert refused.status_code == 503 and refused.json()["error"]["code"] == "engine" and refused.headers["retry-after"]
-        for path in ("/health", "/ready"):
-            found = web.get(path)
-            assert found.status_code == 503 and found.json()["status"] == "engine stopped"
-        assert web.get("/metrics").status_code == web.get("/status.json").status_code == 200
-        until = time.monotonic() + 10
-        while engine.ended() == "the engine's process ended" and time.monotonic() < until:
-            time.sleep(0.01)
-        assert engine.ended() == "the engine's process was killed by signal 9"
-        assert gone(engine.pid) and house.built.door.requests == 0
+        until(lambda: status(web, "/ready") == (200, "ready"))
+        assert web.post("/v1/completions", json={**BODY, "max_tokens": 5}).json()["choices"] == expected
+        assert 'moe_prism:engine_restarts_total{model_name="tiny"} 2.0' in web.get("/metrics").text
+        assert engine.ended() is None and house.idle() == []
+    assert gone(engine.pid)
     told = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
-    assert told == ["the engine's process was killed by signal 9"]
+    hung = "the engine hung: no turn for 6 s (bounds.step_seconds); its process was killed"
+    assert told == [hung, "the engine's process was killed by signal 9"]
 
 
-def test_an_engine_that_hangs_for_good_is_killed(tiny_levels, monkeypatch, caplog):
-    monkeypatch.setattr(server, "FAREWELL", 60)
-    with open_house(tiny_levels, {"engine": IN_A_PROCESS, "bounds": {"step_seconds": 1.5}}) as house:
-        engine = house.built.service.engine
-        os.kill(engine.pid, signal.SIGSTOP)
-        answers: list[httpx2.Response] = []
-        post(house, answers)
-        assert [(a.status_code, a.json()["error"]["message"]) for a in answers] == [(503, "the engine stopped")]
-        until = time.monotonic() + 10
-        while engine.ended() == "the engine's process ended" and time.monotonic() < until:
-            time.sleep(0.01)
-        assert engine.ended() == "the engine hung: no turn for 1.5 s (bounds.step_seconds); its process was killed"
-        assert gone(engine.pid) and house.built.door.requests == 0
+@pytest.mark.slow
+def test_s12_a_crash_loop_ends_after_five_tries(tiny_levels, tmp_path, monkeypatch):
+    """The folder is damaged while it is served, so that no engine starts any more."""
+    monkeypatch.setattr(server, "FAREWELL", 60)  # time to look at it
+    monkeypatch.setattr(supervisor, "PAUSES", (0.0, 0.1, 0.1, 0.1, 0.1))
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_levels, folder)
+    with open_house(folder, {"engine": IN_A_PROCESS}) as house, httpx2.Client(base_url=house.root, timeout=60) as web:
+        (folder / "prism.safetensors").write_bytes(b"nothing of use")
+        os.kill(house.built.service.engine.pid, signal.SIGKILL)
+        until(lambda: status(web, "/ready") == (503, "engine stopped"), 240)
+        assert status(web, "/health") == (503, "engine stopped")
+        assert "it was started again 5 times and did not stay" in house.built.service.engine.ended()
 
 
 def test_an_engine_killed_while_it_starts(tiny_levels):
-    process = EngineProcess(tiny_levels, ServeOptions(), Config())
+    process = EngineProcess(Start.of(tiny_levels, ServeOptions(), Config()))
     try:
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(PrismError, match="was killed by signal 9 while it started"):
@@ -125,7 +141,8 @@ def test_the_engine_ends_with_the_http_process(tiny_levels):
     code = (
         "import os, sys, signal; from pathlib import Path; from moe_prism.serve.config import Config;"
         "from moe_prism.options.serve import ServeOptions; from moe_prism.serve.process.spawn import EngineProcess;"
-        "print(EngineProcess(Path(sys.argv[1]), ServeOptions(), Config()).pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "from moe_prism.serve.process.messages import Start;"
+        "print(EngineProcess(Start.of(Path(sys.argv[1]), ServeOptions(), Config())).pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     died = subprocess.run([sys.executable, "-c", code, str(tiny_levels)], stdout=subprocess.PIPE, text=True)
     assert died.returncode == -signal.SIGKILL and gone(int(died.stdout))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,32 @@ import torch
 
 from moe_prism.model import load_model
 
+Stored = tuple[np.ndarray, str]
+"""Rows of bytes, and the name of their type."""
 
-def write_gguf(folder: Path, file: Path, kind: str) -> None:
+
+def random_blocks(kind: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Bytes of a matrix [..., i] in any type that `gguf` dequantizes: blocks drawn at random, those with values of a common size."""
     import gguf
 
+    quantization = getattr(gguf.GGMLQuantizationType, kind)
+    width, size = gguf.GGML_QUANT_SIZES[quantization]
+    wanted = int(np.prod(shape)) // width
+    generator, found = np.random.default_rng(seed), []
+    while sum(map(len, found)) < wanted:
+        blocks = generator.integers(0, 256, (8 * wanted, size), dtype=np.uint8)
+        with np.errstate(all="ignore"):
+            values = gguf.quants.dequantize(blocks, quantization)
+        largest = np.abs(values).max(1)
+        found.append(blocks[np.isfinite(values).all(1) & (largest > 1e-3) & (largest < 8)])
+    return np.concatenate(found)[:wanted].reshape(*shape[:-1], shape[-1] // width * size)
+
+
+def write_gguf(folder: Path, file: Path, kind: str, given: Mapping[str, Stored] | None = None) -> None:
+    """given: tensors by their names in the file that are stored as they are, instead of quantized."""
+    import gguf
+
+    given = given or {}
     model = load_model(folder, torch.float32)
     config = model.config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, config.num_hidden_layers)
@@ -39,7 +62,10 @@ def write_gguf(folder: Path, file: Path, kind: str) -> None:
             rows = {f"{names.get_name(name.removesuffix('.weight'))}.weight": tensor}
         for key, value in rows.items():
             data = value.numpy().astype(np.float32)
-            if data.ndim > 1 and "ffn_gate_inp" not in key:
+            if key in given:
+                stored, own = given[key]
+                writer.add_tensor(key, stored, raw_dtype=getattr(gguf.GGMLQuantizationType, own))
+            elif data.ndim > 1 and "ffn_gate_inp" not in key:
                 quantized = getattr(gguf.GGMLQuantizationType, kind)
                 writer.add_tensor(key, gguf.quants.quantize(data, quantized), raw_dtype=quantized)
             else:

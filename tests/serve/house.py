@@ -82,7 +82,8 @@ def open_house(folder: Path, config: Mapping[str, Any] | None = None, **options:
     built = build(folder, ServeOptions(**options), settings)
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
-    app = create_app(built.house, built.history, options.get("api_key"))
+    key = options.get("api_key")
+    app = create_app(built.house, built.history, key.split() if key else (), options.get("allowed_origins", ()))
     server = make_server(app, built.door, settings, built.service.engine)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from types import SimpleNamespace
 
 import httpx2
 import pytest
@@ -15,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from moe_prism.model import load_tokenizer
 from moe_prism.model.load import NANO
 from moe_prism.serve.http.detokenize import detokenizer
+from moe_prism.serve.http.prompts import _begin
+from moe_prism.serve.http.refusal import Refusal
 from moe_prism.serve.http.vocabulary import PARTIAL, Vocabulary
 
 CASES = int(os.environ.get("TEXT_CASES", "25"))
@@ -143,6 +146,16 @@ def test_answers_are_right_outside_ascii_streamed_and_whole(served, before, afte
 def served(house):
     with httpx2.Client(base_url=house.root, timeout=60) as web:
         yield web, house.built.service.tokenizer
+
+
+def test_an_empty_prompt_needs_a_token_to_begin_with():
+    def service(bos, eos):
+        return SimpleNamespace(tokenizer=SimpleNamespace(bos_token_id=bos), eos=frozenset(eos), vocabulary=9)
+
+    assert _begin(service(4, {7})) == [4] and _begin(service(None, {7, 5})) == [5]
+    with pytest.raises(Refusal, match="the prompt is empty") as found:
+        _begin(service(None, ()))
+    assert (found.value.status, found.value.param) == (400, "prompt")
 
 
 def test_chats_say_the_bytes_too(chat_house):

@@ -177,3 +177,14 @@ def test_without_vllm_the_command_says_so(elastic_tiny, monkeypatch, capsys):
     monkeypatch.setattr(compat, "find_spec", lambda name: None)
     assert main(["serve", str(elastic_tiny), "--engine", "vllm"]) == 2
     assert "vLLM is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_constant_experts_are_refused_where_vllm_would_ignore_them(tmp_path, on_cpu, monkeypatch, known):
+    monkeypatch.setattr(compat, "knows_constant_experts", lambda: known)
+    config = configuration(tmp_path, model_config__hf_text_config=SimpleNamespace(approximate_experts={"0": [1]}))
+    if known:
+        wiring.configure(config)
+    else:
+        with pytest.raises(UsageError, match=r"vLLM 0\.33 or newer"):
+            wiring.configure(config)

@@ -13,6 +13,7 @@ collectors: Registry[type[Collector]] = Registry(
             "moe_prism.calibrate.grams:Grams",
             "inner products of all experts' outputs for a sample of tokens, for output-error",
         ),
+        "means": ("moe_prism.calibrate.means:Means", "mean output of each expert and the spread around it, for constant experts"),
         "scores": ("moe_prism.calibrate.scores:Scores", "router probabilities over all tokens, for pruning"),
     },
 )

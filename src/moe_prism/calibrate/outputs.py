@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -84,13 +84,18 @@ def expert_outputs(layer: MoELayer, batch: RoutedBatch) -> tuple[Tensor, Tensor,
     norms = torch.zeros(batch.index.shape, dtype=torch.float64, device=batch.x.device)
     peaks = torch.zeros(layer.num_experts)
     total = torch.zeros(batch.x.shape, dtype=torch.float32, device=batch.x.device)
+    for e, token, choice, out in each_output(layer, batch):
+        norms[token, choice] = out.double().norm(dim=1)
+        peaks[e] = out.abs().amax().cpu()
+        total.index_add_(0, token, out * batch.weight[token, choice, None].float())
+    return norms, peaks, total
+
+
+def each_output(layer: MoELayer, batch: RoutedBatch) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """(expert, its tokens [S], their choices [S], its outputs [S, d] float32 before the routing weight) of every expert that was chosen."""
     for e in range(layer.num_experts):
         token, choice = torch.where(batch.index == e)
         if not len(token):
             continue
         out = layer.project(e, layer.activations(e, batch.x[token]))
-        out = (out if layer.down_bias is None else out + layer.down_bias[e]).float()
-        norms[token, choice] = out.double().norm(dim=1)
-        peaks[e] = out.abs().amax().cpu()
-        total.index_add_(0, token, out * batch.weight[token, choice, None].float())
-    return norms, peaks, total
+        yield e, token, choice, (out if layer.down_bias is None else out + layer.down_bias[e]).float()

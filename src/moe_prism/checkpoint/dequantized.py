@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import CorruptError, UsageError
 from ..registry import choices
+from .constant import CompactSource, constant_experts
 from .formats import SourceFormat, StoredWeight, source_formats
 from .header import NAMES, RESTORE, Header, TensorInfo, header_text
 from .shards import Source, read_json
@@ -24,17 +25,19 @@ CODES = ("U8", "I8", "I32")
 
 
 def open_source(folder: str | Path, written: str | None = None) -> Source:
-    """The checkpoint in a folder, dequantized if it is a quantized one.
+    """The checkpoint in a folder, dequantized if it is a quantized one; with the experts that are left of one with constant experts.
 
     written: in which type (a name of WRITTEN) its dequantized weights are written again; default the one that config.json names, else
     bf16. UsageError for a format that is not read, by name, and for `written` where nothing is quantized.
     """
     raw = Source(folder)
-    settings = quantization(raw.folder)
+    settings, constants = quantization(raw.folder), constant_experts(raw.config())
+    if settings is not None and constants:
+        raise UsageError(f"'{folder}' has constant experts and is quantized", "give it as it was before it was quantized")
     if settings is None:
         if written is not None:
             raise UsageError(f"'{folder}' is not quantized, and its weights keep their type", "leave --dtype out")
-        return raw
+        return CompactSource(raw, constants) if constants else raw
     method = settings.get("quant_method")
     if method not in source_formats.names():
         raise UsageError(

@@ -104,7 +104,7 @@ class MTPEdit:
                 lost = next((start + tail for tail in tails if start + tail not in layer.tails), None)
                 if lost:
                     raise CorruptError(f"tensor '{lost}' of an MTP layer is missing", "use a whole source, or --mtp drop")
-                for new, old in _moved(tails, kept):
+                for new, old in moved(tails, kept):
                     self._made[start + new] = (start + old, shapes[tails[new]])
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -122,7 +122,7 @@ class MTPEdit:
         return tensor
 
 
-def _moved(tails: Iterable[str], kept: tuple[int, ...]) -> Iterator[tuple[str, str]]:
+def moved(tails: Iterable[str], kept: tuple[int, ...]) -> Iterator[tuple[str, str]]:
     """(name in the output, name in the source) of a block's tensors when only these experts stay."""
     forms: dict[str, list[str]] = {}
     for tail in tails:

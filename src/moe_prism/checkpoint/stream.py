@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from .config import WRONG
+from .constant import VALUE, refuse_to_write
 from .convert import ADVICE, Read, place, stored
 from .whole import open_whole
 
@@ -86,6 +87,7 @@ class LayerStream:
 
     def check_rewritable(self, prefix: str) -> None:
         """UsageError where the tensors of this module cannot be written back under the names they have on disk. Reads nothing."""
+        refuse_to_write(self.source)
         names = set(self.disk_names(prefix))
         state = {name: tensor for name, tensor in self._empty.items() if name.startswith(f"{prefix}.")}
         try:
@@ -131,10 +133,13 @@ class LayerStream:
                 place(self.model, name, empty)
 
     def keep_outside(self, prefixes: Iterable[str]) -> Any:
-        """Load all parameters that are not in the modules called `prefixes`, for good, and return the model: those stay empty."""
+        """Load all parameters that are not in the modules called `prefixes`, for good, and return the model: those stay empty.
+
+        Constants in the place of experts are loaded too.
+        """
         inside = tuple(f"{name}." for name in prefixes)
-        outside = [name for name in self._empty if not name.startswith(inside)]
-        self._load(outside, [n for n, target in self._conversion.owner.items() if not target.startswith(inside)], False)
+        outside = {name for name in self._empty if not name.startswith(inside) or name.endswith(f".{VALUE}")}
+        self._load(sorted(outside), [n for n, target in self._conversion.owner.items() if target in outside], False)
         return self.model
 
     def resident_bytes(self) -> int:

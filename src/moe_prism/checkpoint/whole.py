@@ -15,6 +15,7 @@ import torch
 
 from ..errors import CorruptError
 from .config import WRONG, empty_model, read_config
+from .constant import CompactSource, substitute
 from .convert import Conversion
 from .dequantized import open_source
 from .header import TORCH
@@ -35,7 +36,10 @@ def open_whole(folder: str | Path, dtype: torch.dtype | None = None, written: st
     source = open_source(folder, written)
     config = read_config(source.folder, source.config())
     dtype = dtype or config.dtype or _first_float(source)
-    conversion = Conversion(empty_model(source.folder, config, dtype), source, dtype)
+    model = empty_model(source.folder, config, dtype)
+    if isinstance(source, CompactSource):
+        substitute(model, source.constants)
+    conversion = Conversion(model, source, dtype)
     check_whole(conversion)
     return conversion
 

@@ -39,7 +39,8 @@ def inspect(
         f"{share:.0%} in experts, {_stored(facts)}, {facts['bytes_on_disk'] / 2**20:.1f} MiB on disk\n"
         f"experts per token: {facts['experts_per_token'] or 'unknown'}; {_next(facts)}\n"
     )
-    columns = ("name", "kind", "experts", "hidden", "width", "gated", "biases")
+    constant = any(row["constants"] for row in facts["layers"])
+    columns = ("name", "kind", "experts", *(("constants",) if constant else ()), "hidden", "width", "gated", "biases")
     text = head + table(columns, [[row[c] for c in columns] for row in facts["layers"]])
     text += _unread(facts["unread_tensors"])
     if routing:
@@ -67,6 +68,8 @@ def _unread(names: list[str]) -> str:
 
 def _next(facts: dict[str, Any]) -> str:
     """What a reader does with this model."""
+    if facts["n_sub"] is None and any(row["constants"] for row in facts["layers"]):
+        return "constants stand for experts; next: `moe-prism frontier`, or generate"
     if facts["n_sub"] is None:
         return f"--n-sub can be {facts['sub_experts']}"
     return f"elastic already, {facts['n_sub']} sub-experts each; next: `moe-prism frontier {facts['model']}`, or generate, serve"

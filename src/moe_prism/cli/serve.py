@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -26,16 +25,15 @@ def serve(
     Parameters
     ----------
     folder: Written by `moe-prism refactor`; after `moe-prism frontier --methods all-per-token` it has more operating points.
-    engine: embedded, or vllm: hand over to vLLM's own server, which takes --host, --port, --api-key, --name, --points and --verify only.
+    engine: embedded, or vllm: hand over to vLLM's own server, which takes --host, --port, keys, --name, --points and --verify only.
     """
     from ..serve import logs
     from ..serve.server import serve as run
 
     options.check()
-    options = replace(options, api_key=options.api_key or os.environ.get("MOE_PRISM_API_KEY") or None)
     if engine == "vllm":
         given = {f"--{name.replace('_', '-')}": getattr(options, name) for name in ("policy", "config", "cost", "save_cost")}
-        given["--expert-memory"] = experts.expert_memory
+        given |= {"--expert-memory": experts.expert_memory, "--allowed-origins": options.allowed_origins or None}
         wrong = next((option for option, value in given.items() if value is not None), None)
         if wrong:
             raise UsageError(f"{wrong} is not available with --engine vllm", "leave it out; vLLM schedules by itself")

@@ -42,6 +42,11 @@ class Change(ABC):
     def resident_share(self) -> float:
         """Expert weights that stay in memory / all expert weights."""
 
+    @property
+    def resident_values(self) -> int:
+        """Numbers that stay in memory beside those."""
+        return 0
+
     def bytes_per_weight(self, layers: Sequence[MoELayer], layer: int, stored: float) -> Tensor | None:
         """[E] (float64): bytes that a weight of each expert's matrices takes, scales included; None: what it is `stored` in."""
         return None

@@ -73,6 +73,9 @@ class ElasticLayer:
             out = None if again is None else again(x, index, weight, step.past)
             if out is not None:
                 return out
+        own = self.parts.layer.extra
+        if elastic.counting and own is not None and any(own.parameters):  # the layer adds them, whatever the point
+            self.counter.add_extra(index - self.parts.layer.num_experts, own.parameters)
         found = self.candidates(step, x, index, weight)
         if found is None:  # the model's own choice, whole: nothing of ours is in the way
             whole = None if self.elastic.always_split else self.executor.whole(x, index, weight)
@@ -309,7 +312,7 @@ class ElasticLayer:
         return self._scorers[key]
 
     def rule(self, name: str, bits: SlotBits | None = None) -> Rule:
-        """bits: of the rule of that name."""
+        """The rule of a name on this layer, made once; bits: the widths that it may give a slot."""
         if (name, bits) not in self._rules:
             kind: Any = rules.get(name)
             self._rules[name, bits] = kind(self.parts) if bits is None else kind(self.parts, bits)

@@ -269,7 +269,7 @@ def slots_per_token(elastic: Elastic) -> int:
 
 def experts_per_token(model: Any, layer: MoELayer) -> int:
     """k of the router, as the configuration, the block or the layer names it."""
-    if layer.num_experts == 1:
+    if layer.is_dense:
         return 1
     config = getattr(layer.module, "config", model.config)
     owners = config, model.config.get_text_config(decoder=True), model.get_submodule(layer.block_name), layer

@@ -209,7 +209,7 @@ class CostModel:
     def observe(self, totals: Totals, seconds: float) -> None:
         """Learn from a step that took `seconds`."""
         low, high = CORRECTION
-        ratio = min(max(seconds / float(self.base(totals)), low), high)
+        ratio = min(max(seconds / max(float(self.base(totals)), 1e-9), low), high)  # a short fit may find a price of 0
         bucket, before = self.bucket(totals), self.correction(totals)
         self.everywhere += self._rate(None) * (ratio - self.everywhere)
         self._corrections[bucket] = before + self._rate(bucket) * (ratio - before)

@@ -43,15 +43,19 @@ def measured_cost(elastic: Elastic, step: Step) -> Cost:
 def resident_bytes(elastic: Elastic, step: Step) -> float:
     """Bytes of expert weights in memory at a point: the experts' own, and what its selection, compensation and repair read.
 
-    At full budget only the experts count, since nothing else is read. Experts that the point has removed do not count.
+    At full budget only the experts count, since nothing else is read. Experts that the point has removed do not count; of one that is a
+    constant its vector does.
     """
     group, point = _group(step), step.bound.points[0]
+    change = None if point.weights is None else change_of(point.weights)
     share = 1.0
-    if point.weights is not None and group.matrix_bytes is None:  # the prices know nothing of experts that are not there
-        share = change_of(point.weights).resident_share
-    total = 0.0
+    if change is not None and group.matrix_bytes is None:  # the prices know nothing of experts that are not there
+        share = change.resident_share
+    total = 0.0 if change is None else change.resident_values * elastic.stored_bytes_per_weight
     for layer in elastic.layers:
         parts, prices = layer.parts, layer.prices(group).bytes
+        if change is None and parts.layer.extra is not None:
+            total += sum(parts.layer.extra.parameters) * elastic.stored_bytes_per_weight
         total += share * float(prices["blocks"].sum() + prices["experts"].sum())
         if group.is_full(layer.index, 0):
             continue

@@ -47,9 +47,9 @@ def calibrate_model(
     where = resolve(model)
     check_apart(where, out)
     weights = Weights(where)
+    check_resources(needed_by_pass(weights, options), out, resume)
     asked = plan(load_tokenizer(where), options, _longest(where)) if options.tasks else None
     windows = None if asked else calibration_windows(where, options)
-    check_resources(needed_by_pass(weights, options), out, resume)
     check_fit(weights, options)
     source = source_facts(where)
     del weights  # of a GGUF file it holds the whole model

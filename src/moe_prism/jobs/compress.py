@@ -34,7 +34,7 @@ class Compressed:
     manifest: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers and names; bytes of all experts."""
+        """What `compress --json` prints."""
         before, after = self.expert_bytes
         left = {"left_out": self.manifest["companions"]["left_out"]} if self.manifest else {}
         return {

@@ -57,12 +57,13 @@ def _cut(where: Path) -> int | None:
 def _layer(layer: MoELayer) -> dict[str, Any]:
     return {
         "name": layer.name,
-        "kind": "moe" if layer.num_experts > 1 else "dense",
+        "kind": "dense" if layer.is_dense else "moe",
         "experts": layer.num_experts,
         "hidden": layer.hidden,
         "width": layer.width,
         "gated": layer.gate is not None,
         "biases": layer.down_bias is not None,
+        "constants": len(layer.extra.vectors) if layer.extra and layer.extra.vectors is not None else 0,
     }
 
 

@@ -19,12 +19,23 @@ from ..calibrate.statistics import Statistics
 from ..checkpoint import Journal, OutputFolder, read_manifest, source_facts, write_manifest
 from ..checkpoint.manifest import MANIFEST
 from ..compress.prune import KeptExperts
+from ..compress.prune.keep_format import remove_quantized
 from ..compress.prune.remove import Removal, check_mtp_choice, check_removable, remove_experts
+from ..compress.prune.substitute import check_substitutable, substitute_experts
 from ..data import Windows
 from ..elastic import attach
 from ..elastic.side_tensors import expert_dimension
 from ..errors import CorruptError, UsageError
-from ..methods.prune.select import PruneSelection, check_options, collectors_of, decide, measured_counts, read_kept
+from ..methods.prune.select import (
+    PruneSelection,
+    check_options,
+    collectors_of,
+    decide,
+    form_of,
+    measured_counts,
+    read_kept,
+    with_constants,
+)
 from ..model import find_layers, load_to_run, resolve
 from ..options.prune import PruneOptions
 from ..progress import Report, peak_rss_bytes, silent
@@ -73,7 +84,8 @@ def prune_model(
     kept: str | Path | None = None,
     **how: Unpack[Writing],
 ) -> Pruned:
-    """Write a checkpoint with fewer experts per layer, which unmodified transformers loads; kept.json says which stayed.
+    """Write a checkpoint with fewer experts per layer, which unmodified transformers loads; kept.json says which stayed. With constants in
+    the place of experts vLLM loads it, and `load_model`.
 
     model: a safetensors folder, plain or written by `refactor` (the result is then elastic too). calibration: a folder written by
     `calibrate` with the collectors that the criterion needs. kept: a kept.json instead of a criterion. how: see
@@ -85,13 +97,14 @@ def prune_model(
     check_apart(job.weights.path, out)
     if job.weights.stream is None:
         raise UsageError("a GGUF file is not written again", "load it with transformers' gguf_file=, save_pretrained, prune that")
-    if kept is None and options.allocation != "layer":
+    form = form_of(options)
+    if kept is None and form == "removed" and options.allocation != "layer":
         raise UsageError(
             f"--allocation {options.allocation} gives layers different numbers of experts, transformers has one for all",
-            "use --allocation layer, or --report-only and mask mode",
+            "use --allocation layer, --form constant, or --report-only and mask mode",
         )
     given = read_kept(kept, job.weights.model, job.weights.layers) if kept else None
-    if given:
+    if given and form == "removed":
         check_removable(given.choices)
     manifest = _elastic_manifest(job.weights.path)
     inputs = {"source": source_facts(job.weights.path), "options": asdict(options), "given": given.to_json() if given else None}
@@ -100,17 +113,16 @@ def prune_model(
     if (resume := how.get("resume", False)) and (done := finished(out, {"kind": kind, "pruning": {**inputs, **statistics}})):
         selection = read_kept(Path(out) / KEPT, job.weights.model, job.weights.layers)
         return Pruned(selection, Path(out), done, peak_rss_bytes())
-    size, runs = written_bytes(job.weights), job.windows and not given
+    size, runs = written_bytes(job.weights), job.windows and (form == "constant" or not given)
     needed = needed_by_pass(job.weights, job.settings, size) if runs else needed_on_disk(size)
     check_resources(needed, out, resume)
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         report = how.get("report", silent)
         journal = Journal(folder.work, {**inputs, **statistics})
-        selection = given or job.select(folder, journal, report)
+        selection = job.repeat(given, folder, journal, report) if given else job.select(folder, journal, report)
+        write = substitute_experts if form == "constant" else remove_quantized if options.keep_format else remove_experts
         with report("write") as update:
-            remove_experts(
-                job.weights.stream, job.weights.layers, selection.choices, folder, journal, Removal(options.mtp, update)
-            )
+            write(job.weights.stream, job.weights.layers, selection.choices, folder, journal, Removal(options.mtp, update))
         if manifest:
             _slice_side_file(job.weights.path, selection.choices, folder)
         folder.write_bytes(KEPT, json.dumps(selection.to_json(), indent=1).encode() + b"\n")
@@ -128,10 +140,12 @@ class _Job:
 
     def __init__(self, model: str | Path, options: PruneOptions, calibration: str | Path | None, writes: bool = False) -> None:
         self.options = options
-        self.weights = Weights(resolve(model), options.dtype)
+        self.weights = Weights(resolve(model), options.dtype, "codes" if options.keep_format else None)
         if writes and self.weights.stream:
             self.weights.check_rewritable()
             check_mtp_choice(self.weights.stream, self.weights.layers, options.mtp)
+            if form_of(options) == "constant":
+                check_substitutable(self.weights.stream, self.weights.layers, options.mtp)
         self.given = read_statistics(calibration) if calibration else None
         if self.given and self.given.facts["source"] != source_facts(self.weights.path):
             raise UsageError(
@@ -139,9 +153,8 @@ class _Job:
             )
         if self.given:
             check_fits(self.given, self.weights)
-        decide(
-            self.weights.model, self.weights.layers, None, replace(options, criterion="first-half", protect=[])
-        )  # would it fit at all
+        tried = replace(options, criterion="first-half", protect=[], form=form_of(options))
+        decide(self.weights.model, self.weights.layers, None, tried)  # would it fit at all
         collectors = collectors_of(options)
         self.settings = replace(options.calibration, collectors=collectors)
         self.windows: Windows | None = None
@@ -159,10 +172,23 @@ class _Job:
             return self.windows.documents
         return self.given.facts["documents"] if self.given else ()
 
+    def repeat(self, given: PruneSelection, folder: OutputFolder, journal: Journal, report: Report) -> PruneSelection:
+        """A selection from a file, with the constants that are to be written, if there are."""
+        form = form_of(self.options)
+        if form == "removed":
+            return given
+        statistics = self._statistics(folder, journal, report)
+        assert statistics is not None
+        choices = [replace(choice, groups=None, masked=False) for choice in given.choices]
+        return replace(given, choices=tuple(with_constants(choices, statistics)), facts={**given.facts, "form": form})
+
+    def _statistics(self, folder: OutputFolder, journal: Journal, report: Report) -> Statistics | None:
+        if self.windows is None:
+            return self.given
+        return run_pass(self.weights.path, self.windows, self.settings, folder, journal, report)
+
     def select(self, folder: OutputFolder, journal: Journal, report: Report) -> PruneSelection:
-        statistics = self.given
-        if self.windows is not None:
-            statistics = run_pass(self.weights.path, self.windows, self.settings, folder, journal, report)
+        statistics = self._statistics(folder, journal, report)
         counts = self._counts(statistics, folder, journal, report) if self.options.allocation == "measured" else None
         return decide(self.weights.model, self.weights.layers, statistics, self.options, counts)
 
@@ -229,7 +255,8 @@ def _facts(
             "pruning": dict(inputs),
             "documents": list(job.documents),
         }
-    old = {key: value for key, value in manifest.items() if key not in (*FILLED_IN, "operating_points", "kept_format", "adopted")}
+    gone = {*FILLED_IN, "operating_points", "adopted"} | (set() if job.options.keep_format else {"kept_format"})
+    old = {key: value for key, value in manifest.items() if key not in gone}
     if plain:
         old |= plain | {"bytes_per_weight": job.weights.bytes_per_weight}
     layers = [

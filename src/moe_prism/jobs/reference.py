@@ -112,10 +112,8 @@ def parameters(row: Described) -> list[ParameterLine]:
             raise ValueError(
                 f"{made.Parameters.__name__} does not say what '{field.name}' means; write '{field.name}: ...' into its docstring"
             )
-        skips = f"moe-prism skip --{field.name.replace('_', '-')}"
-        option = skips if row.acts == "routing" else f"{name}:{field.name}={field.name.upper()}"
         default = "-" if field.default is MISSING else f"`{field.default}`"
-        place = written if field.name.upper() in written else option
+        place = written if field.name.upper() in written else made.set_by(name, field.name)
         lines.append(ParameterLine(f"`{place}`", f"`{field.name}`", _kind(hints[field.name]), default, known[field.name]))
     return lines
 

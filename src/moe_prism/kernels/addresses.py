@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
@@ -45,12 +46,22 @@ def flags(address: int, first: int, rows: int, columns: int) -> NDArray[np.bool_
 
 
 @intrinsic
+def call(context: Any, function: Any, argument: Any) -> Any:
+    """function(argument), by the address of a job (`block_jobs.JOB`): it is compiled once, wherever it is called."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
+        builder.call(builder.inttoptr(values[0], kind.as_pointer()), [values[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), codegen
+
+
+@intrinsic
 def fork(context: Any, entry: Any, function: Any, argument: Any, threads: Any) -> Any:
     """GOMP_parallel(function, argument, threads, 0), by the address of that entry point (`threads.py`)."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        from llvmlite import ir
-
         byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, byte, word, word])
         called = builder.inttoptr(values[0], kind.as_pointer())

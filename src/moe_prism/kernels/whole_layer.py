@@ -13,9 +13,8 @@ from numba import carray, njit
 from numpy.typing import NDArray
 
 from .activation import silu_times
-from .addresses import flags, floats, floats_3d, fork, numbers, pointer
-from .block_jobs import add_units, dot_units, group
-from .row_products import dots
+from .addresses import call, flags, floats, floats_3d, fork, numbers, pointer
+from .block_jobs import group
 from .selection import Held, Norms, add_dropped, mark_above, mark_held, mark_largest, predicted_norms, slot_values
 
 Ints = NDArray[np.int64]
@@ -26,23 +25,25 @@ ALIGN = 64  # columns: strips of an output row end on a cache line
 
 WEIGHTS = np.dtype(
     [(name, np.int64) for name in ("hidden", "experts", "n_sub", "block")]
-    + [(f"{matrix}{part}", np.int64) for matrix in ("gate", "up", "down") for part in ("", "_expert", "_row")]
-    + [(name, np.int64) for name in ("fork", "worth", "dot_job", "add_job")],
+    + [(name, np.int64) for name in ("first", "down", "down_expert", "down_row", "fork", "worth", "dot_job", "add_job")],
     align=True,
 )
-"""A layer's weights: addresses, and strides of experts and rows in elements, of [E, f, d] each. fork: of GOMP_parallel, for products of
-`worth` multiplications or more; dot_job, add_job: addresses of the jobs for weights of this type."""
+"""A layer's weights. first: address of gate and up as parts [2, 6] of `block_jobs.dot_units`; down: address and strides of [E, f, d];
+fork: address of GOMP_parallel, for products of `worth` multiplications or more; dot_job, add_job: of the jobs over weights of this type."""
 
 CHOICE = np.dtype(
-    [(name, np.int64) for name in ("weights", "gates", "predictor", "predictor_row", "first", "scale", "cutoffs", "levels")]
+    [
+        (name, np.int64)
+        for name in ("weights", "dot_job", "gates", "predictor", "predictor_row", "first", "scale", "cutoffs", "levels")
+    ]
     + [(name, np.int64) for name in ("vectors", "tables", "layer", "mine", "strict")]
     + [("part", np.float64), ("ceiling", np.float64)],
     align=True,
 )
-"""How a layer's slots are chosen: address of its WEIGHTS, r, addresses of the ridge [E, N, predictor_row], of the gate neurons' parts
-[2 r, 5] as `row_products.dots` has them, of their scale [E, N r], of `levels` cutoffs (none for the K largest), of the
-compensation's vectors [E, N, d] (0: none).
-tables, layer, mine, strict, part (its `weight`): of `selection.Held`, where a budget is held."""
+"""How a layer's slots are chosen: addresses of its WEIGHTS and of the float32 dot job, r, addresses of the ridge [E, N, predictor_row],
+of the gate neurons' parts [2 r, 6] as `block_jobs.dot_units` has them, of their scale [E, N r], of `levels` cutoffs (none for the K
+largest), of the compensation's vectors [E, N, d] (0: none). tables, layer, mine, strict, part (its `weight`): of `selection.Held`, where
+a budget is held."""
 
 PAST = np.dtype([(name, np.int64) for name in ("rows", "tokens", "sums", "seen", "places", "layers")], align=True)
 """Where `selection.Held` finds the requests of a forward: rows [3, tokens], sums [places, layers, 2], seen [places, 2]."""
@@ -65,18 +66,24 @@ def has_twice(index: Ints, experts: int) -> bool:
 
 
 @njit(nogil=True, cache=True)
-def job_of_dot(weights: Record, slots: tuple[Ints, Ints, Ints], x: Floats, order: Ints, pre: Floats) -> Ints:
-    """What `block_jobs.dot_units` reads: gate and up pre-activations of all slots, beside each other."""
+def dot_all(
+    function: int, x: Floats, slots: tuple[Ints, Ints, Ints], order: Ints, shape: tuple[int, int], parts: Ints, out: Floats
+) -> Ints:
+    """The job of `block_jobs.dot_units` for all slots, run by one thread unless function is 0. shape: n_sub, columns of every part.
+
+    slots: row, offset, active of `block_jobs.group`; order: the row of out of every slot; parts [P, 6].
+    """
     rows, offsets, active = slots
-    m = weights.block
-    job = np.empty(27, np.int64)
+    job = np.empty(15 + 6 * len(parts), np.int64)
     job[0], job[1], job[2], job[3] = 0, x.ctypes.data, x.shape[1], x.shape[1]
-    job[4], job[5], job[6], job[7] = pre.ctypes.data, pre.shape[1], rows.ctypes.data, order.ctypes.data
+    job[4], job[5], job[6], job[7] = out.ctypes.data, out.shape[1], rows.ctypes.data, order.ctypes.data
     job[8], job[9], job[10], job[11] = offsets.ctypes.data, active.ctypes.data, 0, len(active)
-    job[12], job[13], job[14] = weights.n_sub, m, 2
-    job[15], job[16], job[17], job[18] = weights.gate, weights.gate_expert, m * weights.gate_row, weights.gate_row
-    job[21], job[22], job[23], job[24] = weights.up, weights.up_expert, m * weights.up_row, weights.up_row
-    job[19], job[20], job[25], job[26] = 0, 1, m, 1
+    job[12], job[13], job[14] = shape[0], shape[1], len(parts)
+    for p in range(len(parts)):
+        for i in range(6):
+            job[15 + 6 * p + i] = parts[p, i]
+    if function != 0:
+        call(function, job.ctypes.data)
     return job
 
 
@@ -95,28 +102,27 @@ def job_of_add(weights: Record, slots: tuple[Ints, Ints, Ints], a: Floats, out: 
 
 
 @njit(nogil=True, cache=True)
-def multiply(weights: Record, x: Floats, index: Ints, weight: Floats, keep: Flags, out: Floats, threads: int, like: Any) -> None:
-    """out [T, d] = sum over kept slots keep [T, k, N] of weight x output. like: as in `tiles.dot`."""
+def multiply(weights: Record, x: Floats, index: Ints, weight: Floats, keep: Flags, out: Floats, threads: int) -> None:
+    """out [T, d] = sum over kept slots keep [T, k, N] of weight x output."""
     out[:] = 0
     rows, choices, offsets, active, _ = group(index, keep, weights.experts)
-    slots, m = len(rows), weights.block
+    slots, m, width = len(rows), weights.block, out.shape[1]
     if slots == 0:
         return
     pre, a = np.empty((slots, 2 * m), np.float32), np.empty((slots, m), np.float32)
-    found, order = (rows, offsets, active), np.arange(slots)
-    job, work = job_of_dot(weights, found, x, order, pre), slots * m * x.shape[1]
-    if threads == 1 or 2 * work < weights.worth:
-        dot_units(job.ctypes.data, like)
-    else:
+    found, order, work = (rows, offsets, active), np.arange(slots), slots * m * x.shape[1]
+    alone = threads == 1 or 2 * work < weights.worth
+    parts = numbers(weights.first, 2, 6)
+    job = dot_all(weights.dot_job if alone else 0, x, found, order, (weights.n_sub, m), parts, pre)
+    if not alone:
         fork(weights.fork, weights.dot_job, job.ctypes.data, threads)
     factors = weight.reshape(-1)
     for s in range(slots):
         gate = pre.ctypes.data + 8 * s * m
         silu_times(gate, gate + 4 * m, m, factors[choices[s]], a.ctypes.data + 4 * s * m)
-    width = out.shape[1]
     if threads == 1 or work < weights.worth:
         job = job_of_add(weights, found, a, out, width)
-        add_units(job.ctypes.data, like)
+        call(weights.add_job, job.ctypes.data)
     else:
         per = ALIGN * threads
         job = job_of_add(weights, found, a, out, (width + per - 1) // per * ALIGN)
@@ -126,18 +132,18 @@ def multiply(weights: Record, x: Floats, index: Ints, weight: Floats, keep: Flag
 
 
 @njit(nogil=True, cache=True)
-def norms_of(weights: Record, choice: Record, x: Floats, index: Ints, out: Floats, like: Any) -> None:
+def norms_of(weights: Record, choice: Record, x: Floats, index: Ints, out: Floats) -> None:
     """out [T, k, N]: the ridge's norm of every slot of choices index [T, k] that are all experts."""
-    k, n = index.shape[1], weights.n_sub
-    width, experts = n * choice.gates, weights.experts
-    count = index.size
-    row, order, expert = np.arange(count) // k, np.arange(count), index.reshape(-1)
+    n, count, experts = weights.n_sub, index.size, weights.experts
+    width = n * choice.gates
+    rows, choices, offsets, active, _ = group(index, np.ones((*index.shape, 1), np.bool_), experts)
     linear, gates = np.empty((count, n), np.float32), np.empty((count, width), np.float32)
-    first = np.array([[choice.predictor, n * choice.predictor_row, choice.predictor_row, 0, 1]])
-    dots(x, row, expert, experts - 1, first, n, order, linear, np.float32(0))
+    found = (rows, offsets, active)
+    ridge_part = np.array([[choice.predictor, n * choice.predictor_row, 0, choice.predictor_row, 0, 1]])
+    dot_all(choice.dot_job, x, found, choices, (1, n), ridge_part, linear)
     if width:
         pre = np.empty((count, 2 * width), np.float32)
-        dots(x, row, expert, experts - 1, numbers(choice.first, 2 * choice.gates, 5), n, order, pre, like)
+        dot_all(weights.dot_job, x, found, choices, (1, n), numbers(choice.first, 2 * choice.gates, 6), pre)
         for s in range(count):
             at = pre.ctypes.data + 8 * s * width
             silu_times(at, at + 4 * width, width, np.float32(1), gates.ctypes.data + 4 * s * width)
@@ -158,7 +164,7 @@ def held_by(choice: Record, past: Record) -> Held:
 
 @njit(nogil=True, cache=True)
 def choose(
-    weights: Record, choice: Record, past: int, x: Floats, index: Ints, weight: Floats, budget: Floats, keep: Flags, like: Any
+    weights: Record, choice: Record, past: int, x: Floats, index: Ints, weight: Floats, budget: Floats, keep: Flags
 ) -> None:
     """keep [T, k, N] at the dials budget [T], as `selection.select` has it; past: address of a PAST, 0 where no budget is held."""
     clamped, valid = np.empty_like(index), np.empty(index.shape, np.bool_)
@@ -167,7 +173,7 @@ def choose(
             clamped[t, c] = min(max(index[t, c], 0), weights.experts - 1)
             valid[t, c] = clamped[t, c] == index[t, c]
     values = np.empty(keep.shape, np.float32)
-    norms_of(weights, choice, x, clamped, values, like)
+    norms_of(weights, choice, x, clamped, values)
     slot_values(weight, values, valid, values)
     if choice.levels == 0:
         mark_largest(values, budget, valid, keep)
@@ -180,7 +186,7 @@ def choose(
 
 
 @njit(nogil=True, cache=True)
-def chosen(by: int, past: int, budget_at: int, rows: Rows, keep_at: int, out_at: int, threads: int, like: Any) -> bool:
+def chosen(by: int, past: int, budget_at: int, rows: Rows, keep_at: int, out_at: int, threads: int) -> bool:
     """out [T, d] of the slots that are chosen, compensated, and keep [T, k, N] unless it is at 0. As `run_chosen` says."""
     choice = carray(pointer(by), 1, CHOICE)[0]
     weights = carray(pointer(choice.weights), 1, WEIGHTS)[0]
@@ -191,8 +197,8 @@ def chosen(by: int, past: int, budget_at: int, rows: Rows, keep_at: int, out_at:
     own = np.empty((tokens if keep_at == 0 else 0, k, weights.n_sub), np.bool_)
     keep = own if keep_at == 0 else flags(keep_at, tokens, k, weights.n_sub)
     out = floats(out_at, tokens, weights.hidden)
-    choose(weights, choice, past, x, index, weight, floats(budget_at, 1, tokens)[0], keep, like)
-    multiply(weights, x, index, weight, keep, out, threads, like)
+    choose(weights, choice, past, x, index, weight, floats(budget_at, 1, tokens)[0], keep)
+    multiply(weights, x, index, weight, keep, out, threads)
     if choice.vectors:
         extra = np.zeros_like(out)
         add_dropped(index, weight, keep, floats_3d(choice.vectors, weights.experts, weights.n_sub, weights.hidden), extra)
@@ -201,7 +207,7 @@ def chosen(by: int, past: int, budget_at: int, rows: Rows, keep_at: int, out_at:
 
 
 @njit(nogil=True, cache=True)
-def given(of: int, rows: Rows, keep_at: int, out_at: int, threads: int, like: Any) -> bool:
+def given(of: int, rows: Rows, keep_at: int, out_at: int, threads: int) -> bool:
     """out [T, d] of the slots keep [T, k, N], or, at address 0, of all. As `run_given` says."""
     weights = carray(pointer(of), 1, WEIGHTS)[0]
     x_at, index_at, weight_at, tokens, k = rows
@@ -214,23 +220,23 @@ def given(of: int, rows: Rows, keep_at: int, out_at: int, threads: int, like: An
     for t in range(len(own)):
         for c in range(k):
             own[t, c] = 0 <= index[t, c] < weights.experts
-    multiply(weights, x, index, weight, keep, out, threads, like)
+    multiply(weights, x, index, weight, keep, out, threads)
     return True
 
 
-# These take numbers one by one, and no number that says what weights are: anything else costs a call from Python more than all of them.
+# These take numbers one by one: anything else costs a call from Python more than all of them.
 @njit(nogil=True, cache=True)
 def run_chosen(
     by: int, past: int, budget: int, x: int, index: int, weight: int, tokens: int, k: int, keep: int, out: int, threads: int
 ) -> bool:
-    """`chosen` over float32 weights, by addresses of a CHOICE, a PAST (0: no budget is held) and the arrays.
+    """`chosen`, by addresses of a CHOICE, a PAST (0: no budget is held) and the arrays.
 
     False, and nothing done, where a token has an expert twice: slots of a group would share a row.
     """
-    return chosen(by, past, budget, (x, index, weight, tokens, k), keep, out, threads, np.float32(0))  # type: ignore[no-any-return]
+    return chosen(by, past, budget, (x, index, weight, tokens, k), keep, out, threads)  # type: ignore[no-any-return]
 
 
 @njit(nogil=True, cache=True)
 def run_given(of: int, x: int, index: int, weight: int, tokens: int, k: int, keep: int, out: int, threads: int) -> bool:
-    """`given` over float32 weights, by addresses of a WEIGHTS and the arrays. False as in `run_chosen`."""
-    return given(of, (x, index, weight, tokens, k), keep, out, threads, np.float32(0))  # type: ignore[no-any-return]
+    """`given`, by addresses of a WEIGHTS and the arrays. False as in `run_chosen`."""
+    return given(of, (x, index, weight, tokens, k), keep, out, threads)  # type: ignore[no-any-return]

@@ -109,6 +109,11 @@ class Method(ABC):
         return f"{name}:{known[0].name.upper()}" if known else name
 
     @classmethod
+    def set_by(cls, name: str, parameter: str) -> str:
+        """How a user writes a parameter that does not stand in the name."""
+        return f"moe-prism skip --{parameter.replace('_', '-')}"
+
+    @classmethod
     def example(cls) -> str | None:
         """What follows the colon where the generic tests try the method; None: nothing does."""
         return None

@@ -30,6 +30,8 @@ def method(name: str) -> Method:
     if issubclass(found, Rule):
         kind: type[Method] = pkgutil.resolve_name(found.maker) if found.maker else RuleMethod
         return kind(name, kind.read_argument(name, text))
+    if issubclass(found, Criterion) and found.form == "constant" and not colon:  # known by its own name
+        return Prune(f"{PRUNE}:{plain}", Prune.read_argument(PRUNE, plain))
     if issubclass(found, Criterion):
         raise UsageError(f"'{plain}' is a pruning criterion", f"write {PRUNE}:{plain}")
     made: Method = found(name, found.read_argument(name, text))

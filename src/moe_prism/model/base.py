@@ -44,8 +44,14 @@ class MoELayer(ABC):
     hidden: int
     width: int
     extra: ExtraExperts | None = None
+    router_rows: Tensor | None = None  # the router's row of every id, extra experts included, where that is not the id itself
     calls_with_ids: bool = True  # the module itself is called as experts(hidden, ids, weights)
     weighs_input: bool = False  # x comes multiplied by the routing weight, which is 1 then
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is one MLP that no router chooses."""
+        return self.num_experts == 1 and self.extra is None
 
     @property
     def block_name(self) -> str:

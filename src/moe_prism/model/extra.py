@@ -39,7 +39,7 @@ class ExtraExperts:
     def __len__(self) -> int:
         return len(self.kinds)
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[int, ...]:
         """What a token that chose it reads, for every extra expert: d numbers of a constant one, none of the others."""
         width = 0 if self.vectors is None else self.vectors.shape[1]
@@ -80,3 +80,9 @@ class ExtraExperts:
     def _row(self) -> Tensor:
         """[X]: which of the vectors; 0 for an expert without one."""
         return (self._constants.cumsum(0).long() - 1).clamp(min=0)
+
+
+def constants(vectors: Tensor) -> ExtraExperts:
+    """One constant expert per row of vectors [C, d]."""
+    kind: Kind = "constant"
+    return ExtraExperts((kind,) * len(vectors), vectors)

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from ..checkpoint.constant import ANY_ID
 from .base import ExpertsFn, MoELayer
 
-_BEFORE = "_moe_prism_forward_before"
+_BEFORE = ANY_ID[1]
 
 
 def replace(module: nn.Module, forward: Callable[..., Any]) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.constant import VALUE
 from . import hook
-from .base import ExpertLayout, ExpertsFn, MoELayer
+from .base import ExpertLayout, ExpertsFn, MoELayer, is_expert
+from .extra import constants
 
 FLAGS = ("is_concatenated", "is_transposed", "has_bias", "has_gate")
 
@@ -27,6 +29,9 @@ class FusedLayer(MoELayer):
         self.name, self.module, self.index = name, module, index
         self.layout = self._layout()
         self.num_experts, self.hidden, self.width = self.down.shape
+        vectors = getattr(module, VALUE, None)
+        if isinstance(vectors, Tensor):  # its hooks add them, see `checkpoint.constant`
+            self.extra, self.router_rows = constants(vectors), module.router_rows  # type: ignore[assignment]
 
     def _layout(self) -> ExpertLayout:
         return ExpertLayout(**{flag: bool(getattr(self.module, flag)) for flag in FLAGS})
@@ -116,7 +121,14 @@ class FusedLayer(MoELayer):
         return first.data_ptr(), down.data_ptr()
 
     def native(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        return hook.native(self.module, x, index, weight)
+        return hook.native(self.module, x, *self._computed(index, weight))
 
     def stock(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        return hook.stock_forward(self.module)(self.module, x, index, weight)  # type: ignore[no-any-return]
+        return hook.stock_forward(self.module)(self.module, x, *self._computed(index, weight))  # type: ignore[no-any-return]
+
+    def _computed(self, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids of no expert as expert 0 with weight 0, where there can be any: the family's own forward does not know them."""
+        if self.extra is None:
+            return index, weight
+        none = ~is_expert(index, self.num_experts)
+        return index.masked_fill(none, 0), weight.masked_fill(none, 0)

@@ -14,10 +14,11 @@ from weakref import WeakSet
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ..checkpoint.constant import ANY_ID
 from .base import ExpertsFn
 
 HOOK = "moe_prism"
-_FUNCTION = "_moe_prism_function"
+_FUNCTION = ANY_ID[0]
 
 
 @dataclass

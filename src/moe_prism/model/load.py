@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..checkpoint.config import WRONG, model_class, read_config, run_aligned
+from ..checkpoint.constant import constant_experts
 from ..checkpoint.dequantized import quantization
 from ..checkpoint.shards import read_json
 from ..checkpoint.stream import LayerStream
@@ -58,15 +59,16 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None, config: Any
     """A transformers causal language model in eval mode. dtype None keeps the checkpoint's. Never runs remote code.
 
     A folder is checked to be whole before its weights are read: CorruptError names the tensor and file that is not. One of quantized
-    weights is dequantized by us: what computes here is what `refactor` and `prune` read. A GGUF file says less than its model's
+    weights is dequantized by us: what computes here is what `refactor` and `prune` read. One with constant experts, which transformers does
+    not know, gets them from us too. A GGUF file says less than its model's
     config.json: `config` is taken, or what lies beside it.
     """
     from transformers import AutoModelForCausalLM
 
     where = local(resolve(source))
     if where.is_dir():
-        if quantization(where):
-            return _dequantized(where, dtype)
+        if quantization(where) or constant_experts(read_json(where / "config.json")):
+            return _streamed(where, dtype)
         open_whole(where)
         known = read_config(where)
         kind, given = (
@@ -128,7 +130,7 @@ def _generation_config(folder: Path) -> Any:
         raise UsageError(f"{path} is not a valid configuration: {_first(error)}", "restore it from its source") from error
 
 
-def _dequantized(folder: Path, dtype: torch.dtype | None) -> Any:
+def _streamed(folder: Path, dtype: torch.dtype | None) -> Any:
     model = LayerStream(folder, dtype).keep_outside([])
     read_generation_config(model, folder)
     return model

@@ -30,14 +30,17 @@ def is_plain(module: nn.Module) -> bool:
 class PlainCall(ForwardLayer):
     """The seam: the module's own forward has the shape of an experts function.
 
-    Extra experts of the model are added here, whatever function is installed. For a function, and for `stock`, their ids mean no expert.
+    Extra experts of the model's own are added here, whatever function is installed. For a function, and for `stock`, their ids mean no
+    expert.
     """
+
+    copies: ExtraExperts | None = None
 
     def adapted(self, function: ExpertsFn) -> Callable[..., Any]:
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             x = hidden_states.reshape(-1, self.hidden)
             out = function(x, top_k_index, top_k_weights)
-            extra = self.extra
+            extra = self.copies
             more = None if extra is None else extra(x, top_k_index, top_k_weights, self.num_experts)
             return (out if more is None else out + more.to(out.dtype)).reshape(hidden_states.shape)
 
@@ -46,12 +49,12 @@ class PlainCall(ForwardLayer):
     def stock(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Ids outside [0, E) are computed with weight 0: by an extra expert, which costs nothing, or by the first one."""
         none = (index < 0) | (index >= self.num_experts)
-        index = index.masked_fill(none, self.num_experts if self.extra else 0)
+        index = index.masked_fill(none, self.num_experts if self.copies else 0)
         return self._own(x, index, weight.masked_fill(none, 0)).reshape(x.shape)
 
     def _own(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The class's own forward, extra experts included."""
-        if self.extra and index.shape[1] == 1:  # LongCat-Flash's squeezes a single choice away: beside it one of weight 0
+        if self.copies and index.shape[1] == 1:  # LongCat-Flash's squeezes a single choice away: beside it one of weight 0
             index, weight = nn.functional.pad(index, (0, 1), value=self.num_experts), nn.functional.pad(weight, (0, 1))
         return type(self.module).forward(self.module, x, index, weight)  # type: ignore[no-any-return]
 
@@ -66,7 +69,7 @@ class PlainLayer(PlainCall, FusedLayer):
         super().__init__(name, module, index)
         copies = len(super()._first()) - self.num_experts
         copy: Kind = "copy"
-        self.extra = ExtraExperts((copy,) * copies) if copies else None  # LongCat-Flash; `refusal` proves it
+        self.extra = self.copies = ExtraExperts((copy,) * copies) if copies else None  # LongCat-Flash; `refusal` proves it
 
     def _layout(self) -> ExpertLayout:
         first: Any = self.module.gate_up_proj
@@ -86,7 +89,7 @@ class PlainLayer(PlainCall, FusedLayer):
 
     @torch.no_grad()
     def refusal(self, model: nn.Module) -> str | None:
-        extra = self.extra
+        extra = self.copies
         if extra is None or self.up.is_meta:
             return super().refusal(model)
         x = torch.randn(2, self.hidden, generator=torch.Generator().manual_seed(0)).to(self.up.device, self.up.dtype)

@@ -33,7 +33,7 @@ class RouterScores:
         self.layer = layer
         self.activation: str | None = None
         self._matrix: tuple[Tensor, Tensor | None] | None = None
-        if layer.num_experts == 1:
+        if layer.is_dense:
             return
         if layer.weighs_input:
             raise UsageError(f"the experts of '{layer.name}' see inputs that their router did not see", ADVICE)
@@ -51,6 +51,8 @@ class RouterScores:
             return torch.ones(len(x), 1, device=x.device)
         matrix, bias = self._matrix
         logits = nn.functional.linear(x.to(matrix.dtype), matrix, bias).float()
+        if self.layer.router_rows is not None:
+            logits = logits[:, self.layer.router_rows.to(logits.device)]
         if self.activation is None:
             self.activation, chosen = self._prove(logits, index, weight, _tolerance(x, matrix, weight))
         else:
@@ -81,13 +83,14 @@ def router_weight(model: nn.Module, layer: MoELayer) -> Tensor:
     if len(found) != 1:
         shape = [layer.num_experts, layer.hidden]
         raise UsageError(f"no router matrix {shape} found beside '{layer.name}'", "record without router inputs")
-    return found[0][0].detach()[: layer.num_experts]
+    rows = found[0][0].detach()
+    return (rows if layer.router_rows is None else rows[layer.router_rows.to(rows.device)])[: layer.num_experts]
 
 
 def _matrices(model: nn.Module, layer: MoELayer) -> list[tuple[Tensor, Tensor | None]]:
     """Every (matrix [R, d], bias [R] or None) in the block of a layer that could be its router's."""
     block = model.get_submodule(layer.block_name)
-    rows = layer.num_experts + len(layer.extra or ())
+    rows = layer.num_experts + len(layer.extra or ()) if layer.router_rows is None else int(layer.router_rows.max()) + 1
     found: list[tuple[Tensor, Tensor | None]] = []
     for path, parameter in block.named_parameters():
         if tuple(parameter.shape) == (rows, layer.hidden) and "expert" not in path.split(".")[0]:

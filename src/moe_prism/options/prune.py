@@ -10,6 +10,7 @@ from .base import DTYPE_WORDS, Options, WrittenType, nested, option
 from .calibrate import CalibrateOptions
 
 GroupMode = Literal["per_group", "regroup", "mask", "drop_groups"]
+ExpertForm = Literal["removed", "constant"]
 MTPMode = Literal["prune", "drop", "keep"]
 Allocation = Literal["layer", "global", "measured"]
 
@@ -26,10 +27,15 @@ class PruneOptions(Options):
     keep: float = option(
         0.5, "Share of the experts that stays, 0 to 1; a layer keeps at least as many as a token uses.", above=0, most=1
     )
+    form: ExpertForm | None = option(
+        None,
+        "What is left of an expert that goes. removed: nothing, and its tokens go to others. constant: its mean output, which the router "
+        "chooses as before; vLLM 0.33 and newer load this. Default: as the criterion was made for, which is removed but for mone.",
+    )
     allocation: Allocation = option(
         "layer",
-        "layer: the same number everywhere, the only form a checkpoint can have. global: one ranking over all layers. measured: by "
-        "what the model loses with each layer alone pruned. The last two are for --report-only and mask mode.",
+        "layer: the same number everywhere. global: one ranking over all layers. measured: by what the model loses with each layer "
+        "alone pruned. With --form removed the last two are for --report-only and mask mode: such a checkpoint has one number.",
     )
     groups: GroupMode = option(
         "per_group",
@@ -52,11 +58,17 @@ class PruneOptions(Options):
     )
     seed: int = option(0, "Of the criterion random.", least=0)
     profile_tokens: int = option(2048, "Of measured: calibration tokens that every layer is run alone on.", least=1)
+    keep_format: bool = option(
+        False,
+        "Write the experts that stay in the source's own quantized format: their bytes are moved, nothing is computed again.",
+    )
     dtype: WrittenType | None = option(None, DTYPE_WORDS)
     calibration: CalibrateOptions = nested(CalibrateOptions, "text", "text_field", "domains", "tokens", "length", "low_memory")
 
     def check(self) -> None:
         super().check()
+        if self.keep_format and self.dtype:
+            raise UsageError("--dtype writes plain weights, --keep-format does not", "give one of them")
         if self.allocation == "measured" and self.calibration.low_memory:
             raise UsageError("--allocation measured runs the whole model", "leave --low-memory out, or use --allocation global")
         self.calibration.check()

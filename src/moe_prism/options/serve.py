@@ -15,7 +15,12 @@ class ServeOptions(Options):
 
     host: str = option("127.0.0.1", "Address to listen on. Anything but loopback needs a key.")
     port: int = option(8000, "Port to listen on; 0 for any free one.", least=0, most=65_535)
-    api_key: str | None = option(None, "Key that every route but /health asks for; default: the variable MOE_PRISM_API_KEY.")
+    api_key: str | None = option(
+        None,
+        "Key that every route but /health asks for; default: the variable MOE_PRISM_API_KEY. Others on the machine can see it here.",
+    )
+    api_key_file: Path | None = option(None, "File with keys, one per line: one for each tenant.")
+    allowed_origins: tuple[str, ...] = option((), "Comma-separated origins of web pages that may ask; * for all. Default: none.")
     name: str | None = option(None, "Model name in answers; default: the folder's.")
     points: tuple[str, ...] = option(
         (),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import MaxLen, MinLen
 from pydantic import Field
@@ -24,6 +24,7 @@ class SelectionForm(Form):
     """The whole file; the layers are enough. `folder`, `left_out` and memory are what `prune --json` adds."""
 
     criterion: Name | None = None
+    form: Literal["removed", "constant"] = "removed"
     keep: Budget | None = None
     allocation: Name | None = None
     protected: Annotated[

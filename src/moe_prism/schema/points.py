@@ -212,6 +212,7 @@ class KeptForm(Form):
     kept: Annotated[list[Annotated[int, Field(ge=0, lt=MOST_EXPERTS)]], MinLen(1), MaxLen(MOST_EXPERTS)]
     groups: GroupsForm | None = None
     masked: bool = False
+    constants: Annotated[str, MaxLen(1 << 29)] | None = None
 
 
 class PruneForm(Form):

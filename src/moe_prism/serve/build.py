@@ -69,7 +69,7 @@ def _in_a_thread(folder: Path, options: ServeOptions, config: Config) -> Built:
         undo.callback(workers.close)
         running = start_engine(folder, options, config)
         undo.callback(running.stop)
-        house, history, heard = _http(running.engine, workers, running.facts, Asked(folder, options, config))
+        house, history, heard = _http(running.engine, workers, running.facts, ToServe(folder, options, config))
         running.watch(lambda step, seconds: heard(step.tally(seconds)))
         return Built(house, history, running.facts, undo.pop_all().close)
 
@@ -90,7 +90,7 @@ def _in_a_process(folder: Path, options: ServeOptions, config: Config) -> Built:
         undo.callback(workers.close)
         facts = process.ready()
         engine = Supervisor(start, process, facts, time.monotonic() - began)
-        house, history, engine.observer = _http(engine, workers, facts, Asked(folder, options, config))
+        house, history, engine.observer = _http(engine, workers, facts, ToServe(folder, options, config))
         undo.pop_all()
         end = ExitStack()
         end.callback(workers.close)
@@ -98,7 +98,7 @@ def _in_a_process(folder: Path, options: ServeOptions, config: Config) -> Built:
         return Built(house, history, facts, end.close)
 
 
-class Asked(NamedTuple):
+class ToServe(NamedTuple):
     """What the operator asked for."""
 
     folder: Path
@@ -106,7 +106,7 @@ class Asked(NamedTuple):
     config: Config
 
 
-def _http(engine: Backend, workers: Workers, facts: Facts, asked: Asked) -> tuple[House, History, Callable[[Tally], None]]:
+def _http(engine: Backend, workers: Workers, facts: Facts, asked: ToServe) -> tuple[House, History, Callable[[Tally], None]]:
     """Everything on this side of an engine, and who must hear of its steps."""
     config = asked.config
     name = asked.options.name or asked.folder.resolve().name

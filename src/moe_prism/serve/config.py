@@ -25,6 +25,8 @@ class EngineLimits(_Strict):
     cache_tokens: int = Field(default=32_768, ge=256, le=1 << 28)
     page: int = Field(default=32, ge=4, le=1024)
     prefix_cache: bool = True
+    prefix_cache_per_key: bool = False
+    """Prefixes are shared only among requests with the same key, so that their timing tells nothing of other tenants."""
     process: bool = os.name == "posix"
     """A process of its own for the engine, so that HTTP and computing do not compete for one interpreter."""
     threads: int | None = Field(default=None, ge=1, le=1024)

@@ -25,7 +25,7 @@ IN_VLLM = {
 
 
 @dataclass(frozen=True)
-class Row:
+class FieldRow:
     """One field of one endpoint. does: done, refused or without effect; check: what it may hold."""
 
     name: str
@@ -36,7 +36,7 @@ class Row:
     vllm: str
 
 
-def rows(endpoint: Endpoint) -> list[Row]:
+def rows(endpoint: Endpoint) -> list[FieldRow]:
     """Every field that OpenAI's endpoint, vLLM's or ours has, in that order."""
     made = REQUESTS[endpoint]
     done = {field.alias or name: field for name, field in made.model_fields.items()}
@@ -51,7 +51,7 @@ def rows(endpoint: Endpoint) -> list[Row]:
             does, check, meaning = "without effect", "", WITHOUT_EFFECT[name].why
         else:
             does, check, meaning = "refused", _neutral(name), REFUSED[name].why
-        out.append(Row(name, does, check, meaning, _of(name, endpoint), _vllm(name, endpoint)))
+        out.append(FieldRow(name, does, check, meaning, _of(name, endpoint), _vllm(name, endpoint)))
     return out
 
 

@@ -82,6 +82,7 @@ class Request:
     stop_ids: frozenset[int]
     sink: Sink
     deadline: float | None = None  # engine clock; the request is ended with an error then
+    salt: str = ""  # prefixes are shared only among requests of the same salt
     track: Track = field(init=False)
     levels: dict[int, int] = field(default_factory=dict)  # level -> tokens computed at it
     cancelled: bool = False  # set by any thread; the engine's thread takes it out

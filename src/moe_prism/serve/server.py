@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import math
@@ -10,12 +11,14 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PrismError, UsageError
 from ..options.serve import ServeOptions
+from .keys import keep_private, keys
 from .requests import Event
 
 if TYPE_CHECKING:
@@ -40,20 +43,28 @@ Python's 5 ms would wait that long for the HTTP loop each time: of the tokens pe
 
 def serve(folder: Path, options: ServeOptions) -> None:
     """Serve until a signal ends it. What can be wrong is looked at in the order of what it costs to find out."""
+    keep_private()
     check_folder(folder)
-    if options.host not in LOOPBACK and not options.api_key:
-        raise UsageError(
-            f"--host {options.host} is reachable from outside and needs a key", "give --api-key, or leave --host out"
-        )
+    allowed = check_host(options)
     listening = listen(options.host, options.port)
     try:
         need_packages()
         from .config import load_config
 
         config = load_config(options.config)
-        run(folder, options, config, listening)
+        run(folder, options, config, listening, allowed)
     finally:
         listening.close()
+
+
+def check_host(options: ServeOptions) -> tuple[str, ...]:
+    """The keys; UsageError for an address that others can reach, without one."""
+    allowed = keys(options)
+    if options.host not in LOOPBACK and not allowed:
+        raise UsageError(
+            f"--host {options.host} is reachable from outside and needs a key", "give --api-key-file, or leave --host out"
+        )
+    return allowed
 
 
 def check_folder(folder: Path) -> None:
@@ -99,15 +110,16 @@ def need_packages() -> None:
     del fastapi, prometheus_client, psutil, transformers
 
 
-def run(folder: Path, options: ServeOptions, config: Config, listening: socket.socket) -> None:
-    """Load, measure, and serve on a bound socket."""
+def run(folder: Path, options: ServeOptions, config: Config, listening: socket.socket, allowed: Sequence[str] = ()) -> None:
+    """Load, measure, and serve on a bound socket. allowed: keys."""
     from .build import build
     from .http.app import create_app
 
     began = time.monotonic()
+    _allow_files(config.bounds.connections)
     built = build(folder, options, config)
     engine = built.service.engine
-    app = create_app(built.house, built.history, options.api_key)
+    app = create_app(built.house, built.history, allowed, options.allowed_origins)
     host, port = listening.getsockname()[:2]
     fields = {
         "url": f"http://{host}:{port}/v1",
@@ -133,6 +145,17 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
         logger.info("stopped")
     if ended:
         raise PrismError(ended, "start the server again; the log says more")
+
+
+def _allow_files(connections: int) -> None:
+    """As many open files as connections and ourselves may need, where the system lets us."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = connections + 512
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def make_server(app: Guard, door: Door, config: Config, engine: Backend) -> Any:

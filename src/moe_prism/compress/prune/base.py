@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ...errors import UsageError
+from ...options.prune import ExpertForm
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class Criterion(ABC):
 
     is_blind: ClassVar[bool] = False
     """Ranks by position or chance: what it gives in one layer says nothing about another, so it is never allocated globally."""
+
+    form: ClassVar[ExpertForm] = "removed"
+    """What it was made to leave of an expert; see `options.prune`."""
 
     is_absolute: ClassVar[bool] = False
     """Scores of different layers compare as they are; else each layer's are divided by their sum before they are ranked together."""

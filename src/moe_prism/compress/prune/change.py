@@ -14,6 +14,7 @@ from ...schema import check
 from ...schema.points import REMAKE, KeptForm, PruneForm
 from ..changes import Change
 from .choose import KeptExperts
+from .constants import Constants
 from .mask import pruned
 
 WHERE = "settings of the weight change 'prune'"
@@ -38,6 +39,7 @@ class PruneChange(Change):
                     "kept": list(layer.kept),
                     "groups": layer.groups and asdict(layer.groups),
                     "masked": layer.masked,
+                    "constants": layer.constants and layer.constants.text,
                 }
                 for layer in self.kept
             ]
@@ -50,14 +52,20 @@ class PruneChange(Change):
         return pruned(model, self.kept, layers)
 
     @property
+    def resident_values(self) -> int:
+        return sum(c.constants.values for c in self.kept if c.constants)
+
+    @property
     def resident_share(self) -> float:
         """A masked layer saves nothing."""
         return sum(c.experts if c.masked else len(c.kept) for c in self.kept) / sum(c.experts for c in self.kept)
 
 
 def kept_experts(form: KeptForm, where: str) -> KeptExperts:
-    """What a checked file says of one layer. CorruptError for experts that there are not."""
+    """What a checked file says of one layer. CorruptError for experts that there are not, and constants that are none."""
     if len(set(form.kept)) != len(form.kept) or max(form.kept) >= form.experts:
         raise CorruptError(f"{where}: 'kept' names experts that there are not, or one twice", REMAKE)
     groups = None if form.groups is None else RoutingGroups(form.groups.count, form.groups.limit, form.groups.least)
-    return KeptExperts(form.experts, tuple(form.kept), groups, form.masked)
+    text = form.constants
+    constants = None if text is None else Constants.from_text(text, form.experts - len(form.kept), where)
+    return KeptExperts(form.experts, tuple(form.kept), groups, form.masked, constants)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...errors import UsageError
 from ...model.router import RoutingGroups
 from ...options.prune import Allocation, GroupMode
+from .constants import Constants
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,22 @@ class PruneRequest:
 
 @dataclass(frozen=True)
 class KeptExperts:
-    """What stays of one layer. kept: ids in the order they get after removal; groups: the router's after it; masked: not removable."""
+    """What stays of one layer. kept: ids in the order they get after removal; groups: the router's after it; masked: not removable.
+
+    constants: the vectors that take the place of the others, in the order of their ids; None: nothing does.
+    """
 
     experts: int
     kept: tuple[int, ...]
     groups: RoutingGroups | None = None
     masked: bool = False
+    constants: Constants | None = None
+
+    @property
+    def gone(self) -> tuple[int, ...]:
+        """Ids of the others."""
+        stay = set(self.kept)
+        return tuple(e for e in range(self.experts) if e not in stay)
 
     @property
     def is_full(self) -> bool:

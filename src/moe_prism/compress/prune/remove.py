@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...checkpoint import Journal, LayerStream, OutputFolder, TensorInfo, check_finite, copy_companions
+from ...checkpoint import Journal, LayerStream, OutputFolder, check_finite, copy_companions
 from ...checkpoint.atomic import raw_bytes
 from ...checkpoint.convert import ADVICE
 from ...checkpoint.header import NAMES
 from ...checkpoint.mtp import CHOICE, MTPEdit, mtp_layers
-from ...checkpoint.mtp import CONFIG_KEYS as MTP_KEYS
-from ...checkpoint.shards import INDEX
 from ...errors import UsageError
 from ...model import MoELayer, find_layers
 from ...model.router import COUNT_NAMES, GROUP_LIMIT_NAMES, GROUP_NAMES, Router
 from ...options.prune import MTPMode
-from ...schema import read_json
-from ...schema.config import INDEX_BOUNDS
-from ...schema.read import RESTORE
 from .choose import KeptExperts
-
-Progress = Callable[[int, int], None]
-"""(bytes written, bytes in total)."""
+from .write import Planned, Progress, ShardWriter, config_text, text_section, write_shards
 
 
 def check_removable(choices: Sequence[KeptExperts]) -> int:
@@ -72,37 +64,15 @@ def remove_experts(
     whose files or configuration cannot express it: the first layer is read back through transformers before anything is visible.
     """
     experts, how = check_removable(choices), how or Removal()
-    source = stream.source
-    writer = _Writer(stream, [Router(stream.model, layer) for layer in layers], choices, how.mtp)
-    copy_companions(source.folder, out, source)
-    out.write_bytes("config.json", _config(stream, choices[0], experts, how.mtp == "drop"))
-    plan = {shard: writer.plan(shard) for shard in source.shards()}
-    plan = {shard: tensors for shard, tensors in plan.items() if tensors}
-    sizes = {shard: sum(t.bytes for t in tensors) for shard, tensors in plan.items()}
-    pending = [shard for shard in plan if not journal.done(shard)]
-    out.hashes.update({shard: journal.sha256(shard) for shard in plan if shard not in pending})
-    out.require_space(sum(sizes[shard] for shard in pending))
-    for shard in pending:
-        with out.stage(shard) as file:
-            writer.write(shard, plan[shard], file)
-        journal.finish(shard, out.hashes[shard])
-        if how.progress:
-            how.progress(sum(sizes[s] for s in plan if journal.done(s)), sum(sizes.values()))
-    if (source.folder / INDEX).is_file():
-        out.write_bytes(INDEX, _index(source.folder / INDEX, plan))
+    writer = BlockWriter(stream, [Router(stream.model, layer) for layer in layers], choices, how.mtp)
+    copy_companions(stream.source.folder, out, stream.source)
+    out.write_bytes("config.json", config_of(stream, stream.source.config(), choices[0], experts, how.mtp == "drop"))
+    write_shards(stream.source, writer, out, journal, how.progress)
     writer.read_back(out.work)
 
 
-class _Tensor:
-    """A tensor of the output: its entry in a header, and whether it is sliced."""
-
-    def __init__(self, info: TensorInfo, shape: Sequence[int], owner: int | None) -> None:
-        self.info, self.shape, self.owner = info, list(shape), owner
-        self.bytes = info.bytes * _volume(shape) // max(1, _volume(info.shape))
-
-
-class _Writer:
-    """Writes one output shard at a time, and holds the sliced tensors of one block at a time."""
+class BlockWriter(ShardWriter):
+    """Holds the sliced tensors of one block at a time."""
 
     def __init__(
         self, stream: LayerStream, routers: Sequence[Router], choices: Sequence[KeptExperts], mtp: MTPMode | None
@@ -123,8 +93,7 @@ class _Writer:
         self._left = {name for layer in mtp_layers(stream, block) for name in layer.tensors} if mtp == "drop" else set()
         self._mtp = MTPEdit(stream, block, self._shapes, last.kept) if mtp == "prune" and not last.is_full else None
 
-    def plan(self, shard: str) -> list[_Tensor]:
-        """The tensors an output shard holds, in the order of the source's."""
+    def plan(self, shard: str) -> list[Planned]:
         found = []
         for info in self.stream.source.header(shard).tensors:
             i = self._owner.get(info.name)
@@ -132,37 +101,23 @@ class _Writer:
                 continue
             if self._mtp and info.name in self._mtp.names:
                 shape = self._mtp.shape(info.name)
-                found += [] if shape is None else [_Tensor(info, shape, None)]
+                found += [] if shape is None else [Planned(info, shape, None)]
             elif i is None or self.choices[i].is_full:
-                found.append(_Tensor(info, info.shape, None))
+                found.append(Planned(info, info.shape, None))
             elif info.name in self._shapes:
-                found.append(_Tensor(info, self._shapes[info.name], i))
+                found.append(Planned(info, self._shapes[info.name], i))
         return found
 
-    def write(self, shard: str, tensors: Sequence[_Tensor], file: BinaryIO) -> None:
-        position, header, begins = 0, dict[str, Any](), dict[str, int]()
-        metadata = self.stream.source.header(shard).metadata
-        for t in tensors:
-            header[t.info.name] = {"dtype": t.info.dtype, "shape": t.shape, "data_offsets": [position, position + t.bytes]}
-            begins[t.info.name] = position
-            position += t.bytes
-        text = json.dumps(({"__metadata__": metadata} if metadata else {}) | header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(len(text).to_bytes(8, "little") + text)
-        start = 8 + len(text)
+    def values(self, shard: str, tensors: Sequence[Planned]) -> Iterator[tuple[Planned, Tensor]]:
         for t in tensors:
             if t.owner is None:
                 edited = self._mtp and t.info.name in self._mtp.names
                 data = self._mtp.tensor(t.info.name) if self._mtp and edited else self.stream.source.stored(t.info)
                 check_finite(t.info.name, data, shard)
-                file.seek(start + begins[t.info.name])
-                file.write(raw_bytes(data))
+                yield t, data
         for i in sorted({t.owner for t in tensors if t.owner is not None}):
             sliced = self._load(i)
-            for t in tensors:
-                if t.owner == i:
-                    file.seek(start + begins[t.info.name])
-                    file.write(raw_bytes(sliced[t.info.name]))
+            yield from ((t, sliced[t.info.name]) for t in tensors if t.owner == i)
 
     def read_back(self, folder: Path) -> None:
         """Load the first sliced layer of what was written as transformers would; UsageError if it is not what was sliced."""
@@ -235,19 +190,14 @@ def block_tensors(stream: LayerStream, layer: MoELayer) -> list[str]:
     return stream.feeds(_parameters(Router(stream.model, layer)))
 
 
-def _volume(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _config(stream: LayerStream, choice: KeptExperts, experts: int, drop_mtp: bool) -> bytes:
+def config_of(stream: LayerStream, raw: dict[str, Any], choice: KeptExperts, experts: int, drop_mtp: bool) -> bytes:
     """config.json with the new number of experts, of groups where those changed, and without MTP layers where those are dropped.
 
-    UsageError if it names no such number.
+    raw: what it says. UsageError if it names no such number.
     """
     config = stream.model.config.get_text_config(decoder=True)
-    raw = stream.source.config()
     raw.pop("auto_map", None)
-    section = _section(stream.model.config, config, raw)
+    section = text_section(stream.model.config, config, raw)
     changes: list[tuple[tuple[str, ...], int, int]] = [(COUNT_NAMES, choice.experts, experts)]
     if choice.groups:
         before = next(n for n in (getattr(config, name, None) for name in GROUP_NAMES) if isinstance(n, int))
@@ -263,29 +213,4 @@ def _config(stream: LayerStream, choice: KeptExperts, experts: int, drop_mtp: bo
         if not keys:
             raise UsageError(f"config.json of '{config.model_type}' has no single number of experts", "use mask mode")
         section.update(dict.fromkeys(sorted(keys), new))
-    if drop_mtp:
-        for part in (raw, section):
-            part.update({key: 0 for key in MTP_KEYS if key in part})
-    return json.dumps(raw, indent=2, ensure_ascii=False).encode() + b"\n"
-
-
-def _section(config: Any, text: Any, raw: dict[str, Any]) -> dict[str, Any]:
-    """The part of config.json that describes the text model: the whole of it, or a part of a part (Qwen3-Omni)."""
-    if config is text:
-        return raw
-    inner = {key: getattr(config, key, None) for key in config.sub_configs}
-    key = next((key for key, part in inner.items() if part is text or _holds(part, text)), None)
-    return _section(inner[key], text, raw[key]) if key in raw else raw
-
-
-def _holds(config: Any, text: Any) -> bool:
-    parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", ())]
-    return any(part is text or _holds(part, text) for part in parts)
-
-
-def _index(path: Path, plan: Mapping[str, Sequence[_Tensor]]) -> bytes:
-    found = read_json(path, RESTORE, INDEX_BOUNDS).get("metadata")
-    metadata = found if isinstance(found, dict) else {}
-    metadata |= {"total_size": sum(t.bytes for tensors in plan.values() for t in tensors)}
-    weight_map = {t.info.name: shard for shard, tensors in plan.items() for t in tensors}
-    return json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2).encode() + b"\n"
+    return config_text(raw, section, drop_mtp)

@@ -42,6 +42,12 @@ class MatrixPart(NamedTuple):
     step: int = 1
     jump: int = 1
 
+    def cells(self, block: int) -> list[int]:
+        """As `block_jobs.dot_units` reads it. block: rows of a sub-expert."""
+        m = self.matrix
+        first = m.address + m.tensor.element_size() * self.start * m.row
+        return [first, m.expert, block * m.row, self.jump * m.row, self.column, self.step]
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -136,9 +142,7 @@ def dot(x: Tensor, groups: SlotGroups, span: Span, wanted: Columns, out: Tensor,
     values += [target.data_ptr() - 8 * span.begin, groups.offset.data_ptr(), groups.active.data_ptr(), span.first, span.last]
     values += [groups.n_sub, columns, len(parts)]
     for p in parts:
-        m = p.matrix
-        first = m.address + m.tensor.element_size() * p.start * m.row
-        values += [first, m.expert, block * m.row, p.jump * m.row, p.column, p.step]
+        values += p.cells(block)
     threads.run(_job(parts[0].matrix, "dot_job"), values, (span.end - span.begin) * columns * x.shape[1] * len(parts))
 
 

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels import block_jobs, threads, whole_layer
-from ...kernels.whole_layer import CHOICE, WEIGHTS
+from ...kernels import block_jobs, threads
+from ...kernels.whole_layer import CHOICE, WEIGHTS, run_chosen, run_given
 from ..base import FEW, SMALL, LayerParts, is_compiled
 from ..compensate import Compensator
 from ..compensate.mean import Mean
@@ -43,15 +43,12 @@ class Ready:
         self.most = min(max(FEW, SMALL // layer.hidden), MOST // (2 * layer.width))  # choices
         self.calls: dict[Any, Call] = {}
         jobs: Any = block_jobs
-        compiled: Any = whole_layer
         if stored.down.tensor.dtype != torch.float32:
-            from ...kernels import block_jobs_bf16 as jobs  # compile on first use
-            from ...kernels import whole_layer_bf16 as compiled
-        self.run_chosen, self.run_given = compiled.run_chosen, compiled.run_given
+            from ...kernels import block_jobs_bf16 as jobs  # compiles on first use
+        self.first = np.array([part.cells(parts.block) for part in stored.first], np.int64)
         record = {"hidden": layer.hidden, "experts": layer.num_experts, "n_sub": parts.n_sub, "block": parts.block}
-        for name, matrix in zip(("gate", "up", "down"), (*(p.matrix for p in stored.first), stored.down), strict=True):
-            record |= {name: matrix.address, f"{name}_expert": matrix.expert, f"{name}_row": matrix.row}
-        record |= {"fork": threads.fork_address(), "worth": threads.ONE_THREAD_WORK}
+        record |= {"first": self.first.ctypes.data, "fork": threads.fork_address(), "worth": threads.ONE_THREAD_WORK}
+        record |= {"down": stored.down.address, "down_expert": stored.down.expert, "down_row": stored.down.row}
         record |= {"dot_job": jobs.dot_job.address, "add_job": jobs.add_job.address}
         self.record = _filled(WEIGHTS, record)
         self.address = self.record.ctypes.data
@@ -88,7 +85,7 @@ class Ready:
         """[T, d]: of the slots keep [T, k, N], None: of all. None where a token has an expert twice."""
         out, marks, (tokens, k) = torch.empty_like(x), 0 if keep is None else keep.data_ptr(), index.shape
         rows = x.data_ptr(), index.data_ptr(), weight.data_ptr(), tokens, k
-        return out if self.run_given(self.address, *rows, marks, out.data_ptr(), torch.get_num_threads()) else None
+        return out if run_given(self.address, *rows, marks, out.data_ptr(), torch.get_num_threads()) else None
 
     def call(self, selection: Selection, extra: Compensator | None) -> Call | None:
         """What chooses as a selection does, and makes up for what is dropped; None where that is not compiled."""
@@ -114,11 +111,13 @@ class Call:
     def __init__(self, ready: Ready, selection: Selection, extra: Compensator | None) -> None:
         scorer, levels, held = selection.scorer, selection.rule.compiled, selection.held
         assert isinstance(scorer, Ridge) and levels is not None
-        self.ready, self.run = ready, ready.run_chosen
+        self.ready = ready
         self.budgets: dict[float, NDArray[np.float32]] = {}
-        table, scale, weight = scorer.gate_table(ready.stored), scorer.scale.contiguous(), scorer.weight.contiguous()
+        scale, weight = scorer.scale.contiguous(), scorer.weight.contiguous()
+        table = np.array([part.cells(0) for part in scorer.gate_parts(ready.stored)], np.int64)
         vectors = extra.vectors.contiguous() if isinstance(extra, Mean) else None
         record: dict[str, Any] = {"weights": ready.address, "gates": ready.parts.gates, "first": table.ctypes.data}
+        record["dot_job"] = block_jobs.dot_job.address
         record |= {"predictor": weight.data_ptr(), "predictor_row": weight.shape[2], "scale": scale.data_ptr()}
         record |= {"cutoffs": levels.ctypes.data, "levels": len(levels), "ceiling": CEILING}
         record["vectors"] = 0 if vectors is None else vectors.data_ptr()
@@ -145,7 +144,7 @@ class Call:
         out, (tokens, k) = torch.empty_like(x), index.shape
         rows = x.data_ptr(), index.data_ptr(), weight.data_ptr(), tokens, k
         marks = 0 if keep is None else keep.data_ptr()
-        done = self.run(self.address, past, budget, *rows, marks, out.data_ptr(), torch.get_num_threads())
+        done = run_chosen(self.address, past, budget, *rows, marks, out.data_ptr(), torch.get_num_threads())
         return out if done else None
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..base import FEW, LayerParts, Scorer, are_few, gate_activations, gate_activations_all, gate_activations_each, of_choices
@@ -206,12 +205,9 @@ class Ridge(Scorer):
         found: Norms = selection.Norms(products, gates, scale, weight, CEILING)
         return found
 
-    def gate_table(self, stored: Stored) -> NDArray[np.int64]:
-        """Gate neurons as columns of a product [2 r, 5], as `row_products.dots` has them."""
-        _, _, decode = _compiled()
-        gates = self._parts(stored)[1:]
-        table: NDArray[np.int64] = decode.table_of([part._replace(column=part.column - self.parts.n_sub) for part in gates])
-        return table
+    def gate_parts(self, stored: Stored) -> list[MatrixPart]:
+        """Gate neurons as columns of a product of their own."""
+        return [part._replace(column=part.column - self.parts.n_sub) for part in self._parts(stored)[1:]]
 
     def _parts(self, stored: Stored) -> list[MatrixPart]:
         """Predictor rows, then gate neurons, as columns of one product."""

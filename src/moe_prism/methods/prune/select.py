@@ -15,13 +15,14 @@ from ...calibrate.statistics import Statistics
 from ...compress.prune import KeptExperts, LayerSubject, PruneRequest, choose, criteria, protections
 from ...compress.prune.change import PruneChange, kept_experts
 from ...compress.prune.choose import keep_counts
+from ...compress.prune.constants import mean_outputs
 from ...elastic.runtime import Elastic, experts_per_token
 from ...errors import UsageError
 from ...frontier.allocation import exact
 from ...frontier.measure import measure
 from ...model import MoELayer
 from ...model.router import Router, RoutingGroups
-from ...options.prune import PruneOptions
+from ...options.prune import ExpertForm, PruneOptions
 from ...point import OperatingPoint
 from ...progress import Update
 from ...schema import read_form
@@ -39,8 +40,15 @@ def check_options(options: PruneOptions) -> None:
     request_of(options).check()
     if criteria.get(options.criterion).is_blind and options.allocation == "global":
         raise UsageError(f"--criterion {options.criterion} cannot compare layers", "use --allocation layer")
+    if options.keep_format and form_of(options) == "constant":
+        raise UsageError("vLLM takes no constants beside quantized experts", "leave --keep-format out, or use --form removed")
     if options.for_domain and not criteria.get(options.criterion).needs:
         raise UsageError(f"--criterion {options.criterion} reads no text, so --for-domain means nothing", "leave one of them out")
+
+
+def form_of(options: PruneOptions) -> ExpertForm:
+    """What is left of an expert that goes."""
+    return options.form or criteria.get(options.criterion).form
 
 
 def request_of(options: PruneOptions) -> PruneRequest:
@@ -51,6 +59,7 @@ def request_of(options: PruneOptions) -> PruneRequest:
 def collectors_of(options: PruneOptions) -> list[str]:
     """What the pass has to keep."""
     needs = set(criteria.get(options.criterion).needs) | {"outputs" for _ in options.protect[:1]}
+    needs |= {"means"} if form_of(options) == "constant" else set()
     # a profile runs the text of the pass, so `measured` needs one even where the criterion reads nothing
     return sorted(needs | ({"counts"} if options.allocation == "measured" else set()))
 
@@ -138,17 +147,21 @@ def decide(
     counts: Sequence[int] | None = None,
 ) -> PruneSelection:
     """The selection of a model whose weights need not be loaded. counts: experts per layer, from `measured_counts`."""
+    form = form_of(options)
     groups: list[RoutingGroups | None] = []
     for layer in layers:
         router = Router(model, layer)
         if refusal := router.refusal():
             raise UsageError(refusal, "give a model with experts that a router chooses")
-        groups.append(router.groups)
+        groups.append(router.groups if form == "removed" else None)
     per_token = experts_per_token(model, layers[0])
     scores, shields = rank(layers, statistics, options, per_token)
-    choices = choose(scores, request_of(options), per_token, shields, groups, counts)
+    choices = choose(scores, request_of(options), least_kept(form, per_token), shields, groups, counts)
+    if form == "constant" and statistics:
+        choices = with_constants(choices, statistics)
     facts = {
         "criterion": options.criterion,
+        "form": form,
         "keep": options.keep,
         "allocation": options.allocation,
         "protected": [[int(e) for e in shield.nonzero().flatten()] for shield in shields],
@@ -158,34 +171,58 @@ def decide(
     return PruneSelection(tuple(choices), tuple(layer.name for layer in layers), facts)
 
 
+def least_kept(form: ExpertForm, per_token: int) -> int:
+    """The fewest experts that a layer may keep: constants fill the places of a token, and one expert has to be there (vLLM)."""
+    return 1 if form == "constant" else per_token
+
+
+def with_constants(choices: Sequence[KeptExperts], statistics: Statistics) -> list[KeptExperts]:
+    """The same with the mean outputs of the experts that go in their place. UsageError where the calibration has none."""
+    if any("means" not in layer.values for layer in statistics.layers):
+        raise UsageError("the calibration holds no 'means'", "calibrate with --collectors ...,means, or leave --calibration out")
+    return [
+        replace(choice, constants=mean_outputs(layer.values["means"], choice.gone) if choice.gone else None)
+        for choice, layer in zip(choices, statistics.layers, strict=True)
+    ]
+
+
 def measured_counts(
     model: Any, elastic: Elastic, statistics: Statistics | None, options: PruneOptions, ids: Tensor, update: Update
 ) -> list[int]:
     """How many experts every layer keeps, so that the sum of what is lost with each layer alone pruned (`loss_curves`) is least."""
     layers = [layer.parts.layer for layer in elastic.layers]
-    per_token = experts_per_token(model, layers[0])
+    per_token, form = experts_per_token(model, layers[0]), form_of(options)
     scores, shields = rank(layers, statistics, options, per_token)
-    groups = [Router(model, layer).groups for layer in layers]
-    total = sum(keep_counts(scores, request_of(options), per_token, shields, groups))
-    return spend(loss_curves(model, elastic, scores, shields, ids, update), total)
+    groups = [Router(model, layer).groups if form == "removed" else None for layer in layers]
+    total = sum(keep_counts(scores, request_of(options), least_kept(form, per_token), shields, groups))
+    constants = statistics if form == "constant" else None
+    return spend(loss_curves(model, elastic, (scores, shields), ids, update, constants), total)
 
 
 def loss_curves(
-    model: Any, elastic: Elastic, scores: Sequence[Tensor], shields: Sequence[Tensor], ids: Tensor, update: Update
+    model: Any,
+    elastic: Elastic,
+    ranking: tuple[Sequence[Tensor], Sequence[Tensor]],
+    ids: Tensor,
+    update: Update,
+    constants: Statistics | None = None,
 ) -> list[Curve]:
     """What the model loses with one layer alone pruned, for every number of kept experts. It does not depend on how many shall stay in all.
 
     Every layer is run alone at PROFILE_POINTS numbers of kept experts, in the order of the scores, on windows ids [n, length] of
-    calibration text; between them the loss (KL to the full model) is interpolated. Routers must have no groups.
+    calibration text; between them the loss (KL to the full model) is interpolated. Routers must have no groups. ranking: what `rank`
+    gave; constants: whose means take the places of experts, None where nothing does.
     """
     layers = [layer.parts.layer for layer in elastic.layers]
-    per_token = experts_per_token(model, layers[0])
-    grids = [_grid(max(per_token, int(p.sum())), len(s)) for s, p in zip(scores, shields, strict=True)]
+    scores, shields = ranking
+    least = least_kept("constant" if constants else "removed", experts_per_token(model, layers[0]))
+    grids = [_grid(max(least, int(p.sum())), len(s)) for s, p in zip(scores, shields, strict=True)]
     runs = [(i, n) for i, grid in enumerate(grids) for n in grid]
 
     def alone(i: int, n: int) -> list[KeptExperts]:
         wanted = [n if j == i else len(s) for j, s in enumerate(scores)]
-        return choose(scores, PruneRequest(1.0), per_token, shields, [None] * len(layers), wanted)
+        found = choose(scores, PruneRequest(1.0), least, shields, [None] * len(layers), wanted)
+        return with_constants(found, constants) if constants else found
 
     points = [OperatingPoint(weights=PruneChange(tuple(alone(i, n))).part()) for i, n in runs]
     batch = max(1, LOGIT_ROWS // ids.shape[1])
@@ -215,7 +252,8 @@ def _curve(points: Sequence[tuple[int, float]], experts: int) -> Curve:
 
 def _least_tokens(statistics: Statistics) -> int | None:
     """The fewest tokens any expert was chosen for: a ranking by means says little below some hundred."""
-    found = [v for layer in statistics.layers for v in (layer.values.get("outputs"), layer.values.get("counts")) if v]
+    names = ("outputs", "counts", "means")
+    found = [v for layer in statistics.layers for v in (layer.values.get(name) for name in names) if v]
     return min((int(v["count"].min()) for v in found), default=None)
 
 
@@ -223,15 +261,15 @@ def read_kept(path: str | Path, model: Any, layers: Sequence[MoELayer]) -> Prune
     """The selection of a file that `prune` wrote (kept.json). UsageError if it does not fit the model, CorruptError if it is none."""
     form = read_form(SelectionForm, Path(path), AGAIN)
     rows = form.layers
-    per_token = experts_per_token(model, layers[0])
+    least = least_kept(form.form, experts_per_token(model, layers[0]))
     if len(rows) != len(layers):
         raise UsageError(f"{path} has {len(rows)} layers, the model has {len(layers)}", "it was made for another model")
     choices = []
     for layer, row in zip(layers, rows, strict=True):
-        if row.experts != layer.num_experts or len(row.kept) < per_token:
+        if row.experts != layer.num_experts or len(row.kept) < least:
             raise UsageError(
                 f"{path} does not fit '{layer.name}' of {layer.num_experts} experts", "it was made for another model"
             )
         choices.append(kept_experts(row, str(path)))
-    facts = form.model_dump(include={"criterion", "keep", "allocation", "protected", "least_tokens"}, exclude_unset=True)
+    facts = form.model_dump(include={"criterion", "form", "keep", "allocation", "protected", "least_tokens"}, exclude_unset=True)
     return PruneSelection(tuple(choices), tuple(layer.name for layer in layers), facts)

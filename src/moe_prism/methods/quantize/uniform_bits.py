@@ -39,6 +39,10 @@ class UniformBits(Method):
         return f"{name}:BITS" if len(codecs.get(name).widths) > 1 else name
 
     @classmethod
+    def set_by(cls, name: str, parameter: str) -> str:
+        return f"CODEC:{parameter}={parameter.upper()}"
+
+    @classmethod
     def example(cls) -> str | None:
         return None
 

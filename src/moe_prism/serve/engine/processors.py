@@ -31,7 +31,7 @@ def processors(sampling: Sampling, prompt: int, stop_ids: frozenset[int], gramma
     if sampling.allowed:
         made.append(OnlyThese(sampling.allowed))
     if grammar is not None:
-        made.append(Form(grammar))
+        made.append(Grammar(grammar))
     return LogitsProcessorList(made)
 
 
@@ -60,7 +60,7 @@ class OnlyThese(LogitsProcessor):  # type: ignore[misc]
         return out
 
 
-class Form(LogitsProcessor):  # type: ignore[misc]
+class Grammar(LogitsProcessor):  # type: ignore[misc]
     """Tokens that a grammar allows next. What it forbids has no chance, whatever the other fields say, so it comes last."""
 
     def __init__(self, matcher: Any) -> None:

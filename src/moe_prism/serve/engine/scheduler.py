@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -217,7 +219,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
     def _reuse_prefix(self, request: Request, state: RequestState, level: int) -> None:
         if not self.cache.use_prefix_sharing or request.sampling.prompt_logprobs is not None:
             return
-        salted = [t + level * self.vocabulary for t in state.remaining_prefill_tokens]
+        salted = with_salt(request.salt, [t + level * self.vocabulary for t in state.remaining_prefill_tokens])
         found = self.cache.search_prefix_match(state.request_id, salted)
         if found:
             self.active_requests[state.request_id] = state
@@ -237,8 +239,19 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         filled = state.position_offset // page - (state.position_offset - part.tokens) // page
         if filled:
             tokens = [*state.initial_tokens, *state.generated_tokens]
-            salted = [t + at * self.vocabulary for t, at in zip(tokens, part.request.computed_at, strict=False)]
+            at_levels = [t + at * self.vocabulary for t, at in zip(tokens, part.request.computed_at, strict=False)]
+            salted = with_salt(part.request.salt, at_levels)
             self._allocator.mark_complete_blocks(state.request_id, salted, filled)
+
+
+def with_salt(salt: str, tokens: list[int]) -> list[int]:
+    """Tokens as they are hashed for a request of this salt: whoever does not know it finds nothing. The engine hashes 32-bit numbers, of
+    which one would hold too little, so every place of a block has another share of the salt.
+    """
+    if not salt:
+        return tokens
+    masks = [mask & 0x7FFF_FFFF for mask in struct.unpack("!8I", hashlib.sha256(salt.encode()).digest())]
+    return [token ^ masks[i % len(masks)] for i, token in enumerate(tokens)]
 
 
 SCHEDULER_MAPPING[NAME] = PolicyScheduler

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from . import routes, status
+from . import routes, status, tokens
 from .admission import Door
-from .guard import App, Guard
+from .guard import App, Guard, Keys
+from .manners import Manners, origins
 from .protocol import ChatRequest, CompletionRequest
 from .refusal import ErrorAnswer, Refusal
 from .routes import House
@@ -26,8 +29,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(house: House, history: status.History, key: str | None = None) -> Guard:
-    """The application behind its guard. key: needed by every route but /health and the status page, which holds no data."""
+def create_app(house: House, history: status.History, keys: Sequence[str] = (), allowed: Sequence[str] = ()) -> Guard:
+    """The application behind its guard. keys: one is needed by every route but /health and the status page, which holds no data.
+    allowed: origins of pages that may ask.
+    """
     service, door = house.service, house.door
 
     @asynccontextmanager
@@ -38,7 +43,7 @@ def create_app(house: House, history: status.History, key: str | None = None) ->
         finally:
             await service.engine.detach()
 
-    app = FastAPI(title="moe-prism", docs_url=None, redoc_url=None, responses=ERRORS, lifespan=lifespan)
+    app = FastAPI(title="moe-prism", docs_url=None, redoc_url=None, responses=ERRORS, lifespan=lifespan, redirect_slashes=False)
     started = int(time.time())
 
     _answer_errors(app)
@@ -75,11 +80,32 @@ def create_app(house: House, history: status.History, key: str | None = None) ->
         """What the page draws."""
         return status.snapshot(service, door, history)
 
+    def card(name: str) -> dict[str, Any]:
+        points = [level.to_json() for level in service.ladder.levels]
+        said = {"id": name, "object": "model", "created": started, "owned_by": "moe-prism", "root": service.name, "parent": None}
+        return {**said, "max_model_len": service.context, "operating_points": points}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        points = [level.to_json() for level in service.ladder.levels]
-        card = {"id": service.name, "object": "model", "created": started, "owned_by": "moe-prism"}
-        return {"object": "list", "data": [{**card, "max_model_len": service.context, "operating_points": points}]}
+        return {"object": "list", "data": [card(service.name)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """The model by its name, also with a quality behind it."""
+        service.wish(CompletionRequest(prompt="", model=name))
+        return card(name)
+
+    @app.get("/version")
+    async def about() -> dict[str, str]:
+        return {"version": version("moe-prism")}
+
+    @app.post("/tokenize")
+    async def tokenize(body: tokens.TokenizeRequest) -> dict[str, Any]:
+        return await tokens.tokenize(house, body)
+
+    @app.post("/detokenize")
+    async def detokenize(body: tokens.DetokenizeRequest) -> dict[str, Any]:
+        return tokens.detokenize(house, body)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -89,7 +115,9 @@ def create_app(house: House, history: status.History, key: str | None = None) ->
     async def chat(body: ChatRequest, request: Request) -> Response:
         return await routes.chat(house, request, body)
 
-    return Guard(_AtTheDoor(app, door), service.config.bounds, key, service.metrics.refuse)
+    salted = service.config.engine.prefix_cache_per_key
+    inner = origins(Manners(_AtTheDoor(app, door), allowed), allowed)
+    return Guard(inner, service.config.bounds, Keys(keys, salted=salted), service.metrics.refuse)
 
 
 def _answer_errors(app: FastAPI) -> None:
@@ -104,6 +132,12 @@ def _answer_errors(app: FastAPI) -> None:
         refusal = _refusal(error.errors()[0])
         return JSONResponse(refusal.body(), refusal.status)
 
+    @app.exception_handler(ValidationError)
+    async def invalid_part(request: Request, error: ValidationError) -> Response:
+        first = error.errors()[0]
+        refusal = _refusal({**first, "loc": ("body", *first["loc"])})
+        return JSONResponse(refusal.body(), refusal.status)
+
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         return JSONResponse(Refusal(error.status_code, str(error.detail)).body(), error.status_code, error.headers)
@@ -115,9 +149,6 @@ def _answer_errors(app: FastAPI) -> None:
 
 def _refusal(found: Any) -> Refusal:
     """From pydantic's first error. Never the value: it is the prompt. Tags of unions are no identifiers, and so are left out."""
-    told = found.get("ctx", {})
-    if found["type"] == "refused":
-        return Refusal(400, told["text"], param=told["param"], code=told["code"])
     place = ".".join(str(p) for p in found["loc"][1:] if isinstance(p, int) or p.isidentifier()).replace("kind", "class")
     code = {"missing": "missing_required_parameter", "json_invalid": "invalid_json"}.get(found["type"], "invalid_value")
     said = found["msg"].removeprefix("Value error, ")

@@ -7,7 +7,7 @@ from typing import Protocol
 from ..config import Bounds
 
 
-class Connection(Protocol):
+class Client(Protocol):
     """What a crowd asks of a connection."""
 
     def drop(self) -> None:
@@ -24,11 +24,11 @@ class Crowd:
     def __init__(self, bounds: Bounds) -> None:
         self.most = bounds.connections
         self.most_of_one = min(self.most, bounds.connections_per_client or max(1, self.most * 3 // 4))
-        self._of: dict[str, dict[Connection, bool]] = {}  # address -> connection -> whether it waits
-        self._waiting: dict[Connection, str] = {}  # oldest first
+        self._of: dict[str, dict[Client, bool]] = {}  # address -> connection -> whether it waits
+        self._waiting: dict[Client, str] = {}  # oldest first
         self.count = 0
 
-    def enter(self, connection: Connection, address: str) -> bool:
+    def enter(self, connection: Client, address: str) -> bool:
         """Whether it may stay; another one may have to go for it."""
         if len(self._of.get(address, ())) >= self.most_of_one and not self._make_room(address):
             return False
@@ -39,17 +39,17 @@ class Crowd:
         self.count += 1
         return True
 
-    def wait(self, connection: Connection, address: str) -> None:
+    def wait(self, connection: Client, address: str) -> None:
         """It waits for the next request of its client from now on."""
         if connection in self._of.get(address, {}):
             self._waiting.pop(connection, None)
             self._waiting[connection] = address
 
-    def work(self, connection: Connection) -> None:
+    def work(self, connection: Client) -> None:
         """Its request is complete."""
         self._waiting.pop(connection, None)
 
-    def leave(self, connection: Connection, address: str) -> None:
+    def leave(self, connection: Client, address: str) -> None:
         """It is closed; harmless if it was not in."""
         mine = self._of.get(address, {})
         if mine.pop(connection, None) is not None:

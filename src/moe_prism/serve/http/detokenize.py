@@ -11,7 +11,7 @@ from .vocabulary import Vocabulary
 HALF = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
 
 
-class Step(NamedTuple):
+class Shown(NamedTuple):
     """What one token did. text: what can no longer change; offset: characters of the text before the one that holds its first byte;
     data: its bytes, empty where it does not show.
     """
@@ -27,7 +27,7 @@ class Detokenizer(Protocol):
     characters: int
     """Of the text that was given out."""
 
-    def push(self, token: int) -> Step: ...
+    def push(self, token: int) -> Shown: ...
 
     def rest(self) -> str:
         """What was held back, at the end."""
@@ -48,19 +48,19 @@ class _Joined:
         self.characters = 0
         self._strip = vocabulary.strips and all(token in vocabulary.special for token in before)
 
-    def push(self, token: int) -> Step:
+    def push(self, token: int) -> Shown:
         data = b"" if token in self._hidden else self._vocabulary.piece(token).data
         if self._strip and data:
             data = data[1:] if data.startswith(b" ") else data
             self._strip = False
         if not data:
-            return Step("", self.characters, data)
+            return Shown("", self.characters, data)
         text = self._bytes.decode(data[:1])
         inside = bool(text) and not self._bytes.getstate()[0]  # the first byte belongs to the last of these characters
         offset = self.characters + len(text) - inside
         text += self._bytes.decode(data[1:])
         self.characters += len(text)
-        return Step(text, offset, data)
+        return Shown(text, offset, data)
 
     def rest(self) -> str:
         text = self._bytes.decode(b"", final=True)
@@ -80,16 +80,16 @@ class _Decoded:
     def _decode(self, ids: list[int]) -> str:
         return str(self._vocabulary.tokenizer.decode(ids, skip_special_tokens=self._hide, clean_up_tokenization_spaces=False))
 
-    def push(self, token: int) -> Step:
+    def push(self, token: int) -> Shown:
         self._ids.append(token)
         before = self._decode(self._ids[self._start : self._read])
         text = self._decode(self._ids[self._start :])
         offset = self.characters
         if text.endswith(HALF) or len(text) <= len(before):
-            return Step("", offset, b"")
+            return Shown("", offset, b"")
         self._start, self._read = self._read, len(self._ids)
         self.characters += len(text) - len(before)
-        return Step(text[len(before) :], offset, text[len(before) :].encode())
+        return Shown(text[len(before) :], offset, text[len(before) :].encode())
 
     def rest(self) -> str:
         before = self._decode(self._ids[self._start : self._read])

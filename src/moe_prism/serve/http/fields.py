@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr, TypeAdapter, ValidationError
-from pydantic_core import PydanticCustomError
 
+from .refusal import Refusal
 from .values import Json
 
 Endpoint = Literal["completions", "chat"]
@@ -135,7 +135,7 @@ ADAPTERS = {name: TypeAdapter(field.check) for name, field in {**REFUSED, **WITH
 
 
 def sort_out(data: Mapping[str, Any], done: Iterable[str], endpoint: Endpoint) -> tuple[dict[str, Any], list[str]]:
-    """The fields of a body that are done, and the names of those without effect. Raises pydantic's error for one that is refused."""
+    """The fields of a body that are done, and the names of those without effect. Raises a Refusal for one that is not done."""
     kept: dict[str, Any] = {}
     ignored: list[str] = []
     known = set(done)
@@ -170,7 +170,7 @@ def _refuse(name: str, value: object) -> None:
     raise _error("unsupported", f"'{name}' is not supported: {field.why}{instead}", name)
 
 
-def _unknown(name: str, known: set[str], endpoint: Endpoint) -> PydanticCustomError:
+def _unknown(name: str, known: set[str], endpoint: Endpoint) -> Refusal:
     shown = name[:64] if name.isidentifier() and name.isascii() else "(not an identifier)"
     if name in done_elsewhere(endpoint):
         return _error(
@@ -187,6 +187,5 @@ def done_elsewhere(endpoint: Endpoint) -> frozenset[str]:
     return (OPENAI[other] | VLLM[other]) - OPENAI[endpoint] - VLLM[endpoint]
 
 
-def _error(code: str, message: str, param: str) -> PydanticCustomError:
-    # braces would be taken for a template's
-    return PydanticCustomError("refused", "{text}", {"text": message, "param": param, "code": code})
+def _error(code: str, message: str, param: str) -> Refusal:
+    return Refusal(400, message[:500], param=param, code=code)

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from ..config import Bounds
@@ -17,17 +17,43 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
+LARGE = 128 << 10
+"""Bytes of a body that is large. Large ones come in one at a time: reading JSON of a megabyte keeps the event loop for milliseconds, and
+fifty of them at once would keep it from everybody else.
+"""
+PAUSE = 0.02
+"""Seconds between two large bodies, for everybody else."""
+
 OPEN = frozenset({"/health", "/status"})
 """The paths that need no key: a sign of life, and a page that asks for the key before it shows anything."""
+
+
+class Keys:
+    """Those that may come in. Hashes have one length and compare in constant time, and all of them are compared."""
+
+    def __init__(self, keys: Sequence[str], *, salted: bool = False) -> None:
+        """salted: every key has a prefix cache of its own."""
+        self._hashes, self._salted = [hashlib.sha256(key.encode()).digest() for key in keys], salted
+
+    def check(self, header: bytes) -> str:
+        """The salt of whoever shows this header. Refusal for a wrong one."""
+        if not self._hashes:
+            return ""
+        scheme, _, given = header.partition(b" ")
+        shown = hashlib.sha256(given).digest()
+        matches = [hmac.compare_digest(shown, known) for known in self._hashes]
+        if scheme.lower() != b"bearer" or not any(matches):
+            raise Refusal(401, "a valid API key is needed: Authorization: Bearer KEY", code="unauthorized")
+        return shown.hex() if self._salted else ""
 
 
 class Guard:
     """Wraps the application; `refused(reason)` is told of every refusal."""
 
-    def __init__(self, app: App, bounds: Bounds, key: str | None, refused: Callable[[str], None]) -> None:
-        self.app, self.bounds, self.refused = app, bounds, refused
-        self._key = hashlib.sha256(key.encode()).digest() if key else None
+    def __init__(self, app: App, bounds: Bounds, keys: Keys, refused: Callable[[str], None]) -> None:
+        self.app, self.bounds, self.keys, self.refused = app, bounds, keys, refused
         self.active: set[asyncio.Task[Any]] = set()
+        self._turns = asyncio.Semaphore(1)
         self._closing = False
 
     async def end_all(self, seconds: float) -> None:
@@ -74,18 +100,18 @@ class Guard:
             raise Refusal(
                 431, f"the headers are larger than {self.bounds.header_bytes} bytes (bounds.header_bytes)", code="too_large"
             )
-        self._authorize(scope["path"], headers)
-        body = reply.body = _Body(receive, self.bounds, headers.get(b"content-length"))
-        await self.app(scope, body.receive, reply.send)
+        if scope["path"] not in OPEN and not _asks_first(scope["method"], headers):
+            scope["moe_prism_salt"] = self.keys.check(headers.get(b"authorization", b""))
+        body = reply.body = _Body(receive, self.bounds, headers.get(b"content-length"), self._turns)
+        try:
+            await self.app(scope, body.receive, reply.send)
+        finally:
+            body.let_go()
 
-    def _authorize(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if self._key is None or path in OPEN:
-            return
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        # hashes have one length and compare in constant time
-        ours = hmac.compare_digest(hashlib.sha256(given).digest(), self._key)
-        if scheme.lower() != b"bearer" or not ours:
-            raise Refusal(401, "a valid API key is needed: Authorization: Bearer KEY", code="unauthorized")
+
+def _asks_first(method: str, headers: dict[bytes, bytes]) -> bool:
+    """A browser asks whether a page may send, before the page sends its key. The answer holds no data."""
+    return method == "OPTIONS" and b"origin" in headers and b"access-control-request-method" in headers
 
 
 class _Reply:
@@ -126,8 +152,10 @@ class _Reply:
 class _Body:
     """Counts and times what a client sends."""
 
-    def __init__(self, receive: Receive, bounds: Bounds, length: bytes | None) -> None:
-        self._receive, self._bounds = receive, bounds
+    def __init__(self, receive: Receive, bounds: Bounds, length: bytes | None, turns: asyncio.Semaphore) -> None:
+        """turns: taken by one large body at a time."""
+        self._receive, self._bounds, self._turns = receive, bounds, turns
+        self._has_turn = False
         self._seen = 0
         self._until: float | None = None
         self._done = False
@@ -142,15 +170,25 @@ class _Body:
         self._until = self._until or loop.time() + self._bounds.body_seconds
         try:
             async with asyncio.timeout_at(self._until):
+                if self._seen > LARGE and not self._has_turn:
+                    self._has_turn = await self._turns.acquire()
                 message = await self._receive()
         except TimeoutError:
             raise self._fail(408, f"the body did not come within {self._bounds.body_seconds:g} s", "slow_body") from None
         if message["type"] == "http.request":
             self._seen += len(message.get("body", b""))
             self._done = not message.get("more_body", False)
+            if self._done and self._has_turn:
+                loop.call_later(PAUSE, self.let_go)
             if self._seen > self._bounds.body_bytes:
                 raise self._fail(413, f"the body is larger than {self._bounds.body_bytes} bytes", "too_large")
         return message
+
+    def let_go(self) -> None:
+        """The next large body may come in."""
+        if self._has_turn:
+            self._has_turn = False
+            self._turns.release()
 
     def _fail(self, status: int, message: str, code: str) -> Refusal:
         self.failure = Refusal(status, message, code=code)

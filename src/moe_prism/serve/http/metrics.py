@@ -12,7 +12,9 @@ from ..backend import Gauges, Tally
 PREFIX = "moe_prism:"
 LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 GAPS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
-REASONS = ("queue_requests", "queue_tokens", "draining", "unauthorized", "too_large", "slow_body", "slow_reader")
+REASONS = (
+    "queue_requests", "queue_tokens", "draining", "unauthorized", "too_large", "slow_body", "slow_reader", "unsupported_media_type",
+)  # fmt: skip
 
 
 class Metrics:

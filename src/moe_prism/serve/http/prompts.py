@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..text.jobs import Chat, Compile, Compiled, Encode, Job, Result, Tokens, Unfit
+from ..text.desk import too_long
+from ..text.jobs import Compile, Compiled, Encode, Job, RenderChat, Result, Tokens, Unfit
 from ..text.workers import Workers
 from .protocol import ChatRequest, Common, CompletionRequest
 from .refusal import Refusal
@@ -24,7 +25,11 @@ async def completion_prompts(service: Service, workers: Workers, body: Completio
     """Token ids of every prompt of a completion."""
     prompts = body.prompts()
     texts = [p for p in prompts if isinstance(p, str)]
-    found = await do(workers, Encode(texts, body.add_special_tokens, _most(service, body))) if texts else Tokens([])
+    most = _most(service, body)
+    if most and (long := max(map(len, texts), default=0)) > most:  # before a byte of it is sent anywhere
+        told = too_long(long, "prompt")
+        raise Refusal(400, told.message, param=told.param, code=told.code)
+    found = await do(workers, Encode(texts, body.add_special_tokens, most)) if texts else Tokens([])
     assert isinstance(found, Tokens)
     rows = iter(found.rows)
     out = [next(rows) if isinstance(p, str) else p for p in prompts]
@@ -39,7 +44,7 @@ async def chat_prompts(service: Service, workers: Workers, body: ChatRequest) ->
     effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []] if body.tool_choice != "none" else []
     open_turn = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
-    job = Chat(
+    job = RenderChat(
         messages=[message.plain() for message in body.messages],
         tools=tools or None,
         variables={**effort, **(body.chat_template_kwargs or {})},

@@ -38,7 +38,7 @@ class House:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Understood:
     """What a body asks for, as far as it can be said without its tokens."""
 
     wish: Wish
@@ -73,7 +73,7 @@ async def _run(house: House, http: Request, body: Any, prompts: int) -> Response
     return await _whole(answer, http, headers)
 
 
-def _asked(service: Service, body: Any) -> Asked:
+def _asked(service: Service, body: Any) -> Understood:
     bounds = service.config.bounds
     if body.n > bounds.n:
         raise Refusal(400, f"n is above {bounds.n} (bounds.n)", param="n")
@@ -88,10 +88,10 @@ def _asked(service: Service, body: Any) -> Asked:
     check_ids(service, body.stop_token_ids or [], "stop_token_ids")
     check_ids(service, body.allowed_token_ids or [], "allowed_token_ids")
     check_ids(service, [token for token, _ in body.biases], "logit_bias")
-    return Asked(service.wish(body), Ends.read(body, service.eos, service.words), service.form(body))
+    return Understood(service.wish(body), Ends.read(body, service.eos, service.words), service.form(body))
 
 
-async def _launch(house: House, body: Any, asked: Asked, place: Place, salt: str) -> Answer:
+async def _launch(house: House, body: Any, asked: Understood, place: Place, salt: str) -> Answer:
     """Tokens, then sequences in the engine. Gives nothing back where it fails, but what it has launched."""
     service, is_chat = house.service, isinstance(body, ChatRequest)
     prompts = await (chat_prompts if is_chat else completion_prompts)(service, house.workers, body)

@@ -117,7 +117,9 @@ class Service:
         targets = (wish.floor, wish.ceiling, wish.ttft, wish.tpot, wish.priority, wish.kind.name)
         job = Job(asked.id, now, len(prompt), asked.output, *targets)
         deadline = now + self.config.bounds.request_seconds
-        request = Request(job, prompt, asked.sampling, asked.ends.ids, lambda event: mail.post(queue, event), deadline)
+        request = Request(
+            job, prompt, asked.sampling, asked.ends.ids, lambda event: mail.post(queue, event), deadline, asked.salt
+        )
         sequence = Strand(asked, request, queue, self.words, now)
         try:
             self.engine.submit(request)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ...schedule.classes import RequestClass
 from ..requests import Event, Request, Sampling, TokenLogprob
-from .detokenize import Detokenizer, Step, Stops, detokenizer
+from .detokenize import Detokenizer, Shown, Stops, detokenizer
 from .protocol import Common
 from .refusal import Refusal
 from .vocabulary import Vocabulary
@@ -116,7 +116,7 @@ class Scored(NamedTuple):
     """A token's log-probability, and its place in the text."""
 
     entry: TokenLogprob
-    step: Step
+    step: Shown
 
 
 @dataclass
@@ -154,7 +154,7 @@ class Strand:
     first: float | None = None
     last: float | None = None
     generated: int = 0
-    _shown: list[Step] = field(default_factory=list)  # of the prompt, until it is given out
+    _shown: list[Shown] = field(default_factory=list)  # of the prompt, until it is given out
 
     def __post_init__(self) -> None:
         asked = self.asked
@@ -195,10 +195,10 @@ class Strand:
         rest = self.stops.rest() if finish else ""
         return Piece(text + new + rest, tuple(scored), (event.token,), tuple(prompt), finish, reason)
 
-    def _token(self, event: Event) -> tuple[Step, str]:
+    def _token(self, event: Event) -> tuple[Shown, str]:
         """Where a token lies, and the text that may be shown after it."""
         assert event.token is not None
         ends = event.token in self.asked.ends.ids and event.finish == "stop"
-        step = Step("", self.text.characters, b"") if ends and not self.asked.ends.show else self.text.push(event.token)
+        step = Shown("", self.text.characters, b"") if ends and not self.asked.ends.show else self.text.push(event.token)
         text = step.text + (self.text.rest() if event.finish else "")
         return step, text if self.generated <= self.asked.ends.least else self.stops.push(text)

@@ -10,7 +10,7 @@ PARTIAL = "bytes:"
 """Begins the name of a token that is no whole text, as OpenAI's completions write it: bytes:\\xf0\\x9f."""
 
 
-class Piece(NamedTuple):
+class Spelling(NamedTuple):
     """One token. data: its bytes in the text; none of a special token that is hidden, and none of an id that the tokenizer has not."""
 
     name: str
@@ -30,16 +30,16 @@ class Vocabulary:
         self.plain = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None) is None
         self.exact = self._form is not None
         self.strips = bool(self._form and self._form.strips)
-        self._pieces: dict[int, Piece] = {}
+        self._pieces: dict[int, Spelling] = {}
         self.longest = max((len(self._spell(i)) for i in range(self.size)), default=1) or 1
         """Bytes of the longest token."""
 
-    def piece(self, token: int) -> Piece:
+    def piece(self, token: int) -> Spelling:
         """Name and bytes of a token."""
         found = self._pieces.get(token)
         if found is None:
             data = self._spell(token)
-            found = self._pieces[token] = Piece(self._name(token, data), data)
+            found = self._pieces[token] = Spelling(self._name(token, data), data)
         return found
 
     def _name(self, token: int, data: bytes) -> str:

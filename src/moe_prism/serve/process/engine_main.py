@@ -114,9 +114,9 @@ def _receive(link: Link, engine: Engine, outbox: Outbox) -> None:
 
 
 def _submit(message: Submit, engine: Engine, outbox: Outbox) -> None:
-    job, tokens, sampling, stop_ids, deadline = message
+    job, tokens, sampling, stop_ids, deadline, salt = message
     try:
-        engine.submit(Request(job, tokens, sampling, stop_ids, partial(outbox.hear, job.id), deadline))
+        engine.submit(Request(job, tokens, sampling, stop_ids, partial(outbox.hear, job.id), deadline, salt))
     except PrismError as error:
         outbox.refuse(job.id, error.cause)
     except Exception:

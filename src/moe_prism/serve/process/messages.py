@@ -77,6 +77,7 @@ class Submit(NamedTuple):
     sampling: Sampling
     stop_ids: frozenset[int]
     deadline: float | None
+    salt: str = ""
 
 
 class Cancel(NamedTuple):

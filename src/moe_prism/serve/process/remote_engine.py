@@ -81,7 +81,7 @@ class RemoteEngine(asyncio.Protocol):
         if request.job.id in self.book:
             raise UsageError(f"request id '{request.job.id}' is in use", "choose another")
         self.book[request.job.id] = request
-        message = Submit(request.job, list(request.tokens), request.sampling, request.stop_ids, request.deadline)
+        message = Submit(request.job, list(request.tokens), request.sampling, request.stop_ids, request.deadline, request.salt)
         self._transport.write(pack(message))
 
     def cancel(self, request_id: str) -> None:

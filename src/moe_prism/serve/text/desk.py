@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .jobs import Chat, Compile, Compiled, Encode, Job, Result, Tokens, Unfit
+from .jobs import Compile, Compiled, Encode, Job, RenderChat, Result, Tokens, Unfit
 
 OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
 """Variables of a chat template that are no client's to set."""
@@ -32,7 +32,7 @@ class Desk:
         """What comes of a job; an Unfit for one that cannot be done."""
         if isinstance(job, Encode):
             return self._encode(job)
-        return self._chat(job) if isinstance(job, Chat) else self._compile(job)
+        return self._chat(job) if isinstance(job, RenderChat) else self._compile(job)
 
     def _encode(self, job: Encode) -> Result:
         long = next((text for text in job.texts if job.most and len(text.encode()) > job.most), None)
@@ -41,7 +41,7 @@ class Desk:
         rows = self.tokenizer(job.texts, add_special_tokens=job.special)["input_ids"] if job.texts else []
         return Tokens([list(row) for row in rows])
 
-    def _chat(self, job: Chat) -> Result:
+    def _chat(self, job: RenderChat) -> Result:
         template = self._template(job.tools)
         if isinstance(template, Unfit):
             return template
@@ -142,7 +142,7 @@ class _Known:
         mentions |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
         return cls(frozenset(meta.find_undeclared_variables(tree)), frozenset(mentions))
 
-    def refuse(self, job: Chat) -> Unfit | None:
+    def refuse(self, job: RenderChat) -> Unfit | None:
         """A part of the request that the template would drop."""
         free = {name for name in self.variables - OURS if not name.endswith("_token")}  # the tokenizer sets those
         wrong = next((name for name in job.variables if name not in free), None)

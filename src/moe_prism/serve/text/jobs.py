@@ -18,7 +18,7 @@ class Encode(msgspec.Struct, tag=True):
     most: int
 
 
-class Chat(msgspec.Struct, tag=True):
+class RenderChat(msgspec.Struct, tag=True):
     """Messages to token ids, through the model's chat template."""
 
     messages: list[dict[str, Any]]
@@ -59,5 +59,5 @@ class Unfit(msgspec.Struct, tag=True):
     code: str | None = None
 
 
-Job = Encode | Chat | Compile
+Job = Encode | RenderChat | Compile
 Result = Tokens | Compiled | Unfit

@@ -20,7 +20,7 @@ import msgspec
 
 from ..config import Bounds
 from .desk import Desk
-from .jobs import Chat, Compile, Encode, Job, Result, Unfit
+from .jobs import Compile, Encode, Job, RenderChat, Result, Unfit
 from .nursery import Nursery
 
 SHORT = 16 << 10
@@ -32,7 +32,7 @@ WALL = 15.0
 
 WORK: dict[type, tuple[str, str]] = {
     Encode: ("tokenizing the prompt", "prompt"),
-    Chat: ("the chat template", "messages"),
+    RenderChat: ("the chat template", "messages"),
     Compile: ("reading the form", "structured_outputs"),
 }
 """What is told of a kind of job, and the field it came from."""
@@ -64,7 +64,7 @@ class Workers:
         if self._nursery is None:
             return await asyncio.to_thread(self.desk.do, job)
         size = _size(job)
-        kind = "long" if size > SHORT or isinstance(job, Compile) else "chat" if isinstance(job, Chat) else "text"
+        kind = "long" if size > SHORT or isinstance(job, Compile) else "chat" if isinstance(job, RenderChat) else "text"
         lane = self._lanes.setdefault(kind, Lane())
         async with lane.free:
             try:
@@ -122,7 +122,7 @@ async def _exactly(link: socket.socket, size: int) -> bytes:
 def _size(job: Job) -> int:
     if isinstance(job, Encode):
         return sum(len(text) for text in job.texts)
-    if isinstance(job, Chat):
+    if isinstance(job, RenderChat):
         return sum(len(str(message)) for message in job.messages)
     return len(job.text)
 

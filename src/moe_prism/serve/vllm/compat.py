@@ -57,6 +57,11 @@ def problem() -> str | None:
     return version_problem(import_module("vllm").__version__)
 
 
+def knows_constant_experts() -> bool:
+    """Whether this vLLM reads `approximate_experts`; older ones load such a folder and leave the places of experts as they are."""
+    return find_spec("vllm.model_executor.layers.fused_moe.expert_substitution") is not None
+
+
 def version_problem(version: str) -> str | None:
     """Why a version, "0.32.0" or "0.32.0+cpu", is outside the window."""
     parts = version.split(".")

@@ -10,7 +10,8 @@ from pathlib import Path
 from ...artefact.load import whole_manifest
 from ...errors import UsageError
 from ...options.serve import ServeOptions
-from ..server import LOOPBACK
+from ..keys import keep_private
+from ..server import check_host
 from . import compat
 from .levels import SECTION, Menu, is_elastic
 
@@ -37,9 +38,9 @@ def launch(folder: Path, options: ServeOptions) -> None:
         raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
     whole_manifest(folder, every=options.verify)
     Menu.of(folder, {"points": list(options.points)})  # a point that vLLM cannot run is told before it starts
-    if options.host not in LOOPBACK and not options.api_key:
-        raise UsageError(
-            f"--host {options.host} is reachable from outside and needs a key", "give --api-key, or leave --host out"
-        )
-    environment = {KV_SPACE: GIB, **os.environ, **({"VLLM_API_KEY": options.api_key} if options.api_key else {})}
+    keep_private()
+    allowed = check_host(options)
+    if len(allowed) > 1:
+        raise UsageError("vLLM is started with one key", "leave one in the file")
+    environment = {KV_SPACE: GIB, **os.environ, **({"VLLM_API_KEY": allowed[0]} if allowed else {})}
     os.execve(sys.executable, command(folder, options), environment)  # noqa: S606 - our own interpreter, no shell

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ...checkpoint.constant import CONFIG_KEY
 from ...errors import UsageError
 from . import compat
 from .levels import SECTION, Menu, is_elastic
@@ -57,9 +58,14 @@ def _hook(own: Any) -> Any:
 def configure(config: Any) -> None:
     """Fill in what makes an elastic folder elastic; leave everything else alone.
 
-    Raises UsageError for a bad option under `moe_prism` of --additional-config.
+    Raises UsageError for a bad option under `moe_prism` of --additional-config, and for constant experts where vLLM would ignore them.
     """
     folder = Path(config.model_config.model)
+    if getattr(getattr(config.model_config, "hf_text_config", None), CONFIG_KEY, None) and not compat.knows_constant_experts():
+        raise UsageError(
+            f"'{folder}' has constant experts, which this vLLM does not know: it would answer from weights that are not there",
+            "use vLLM 0.33 or newer",
+        )
     if not is_elastic(folder):
         return
     options = config.additional_config.get(SECTION, {})

@@ -1,0 +1,237 @@
+"""Attacks on a server beside normal clients: what is asked for must be bounded before it is paid for. Sizes of a test; the figures of the
+whole attack come from `benchmarks/attacks.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+
+pytest.importorskip("fastapi")
+
+from tests.faults.test_engine_process import gone
+from tests.faults.test_server import raw
+from tests.serve.house import open_house
+
+GROWS = "{% set ns = namespace(t='x' * 1000) %}{% for i in range(60) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}"
+BODY = {"prompt": "def main(", "max_tokens": 2, "temperature": 0}
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+
+
+def served(house):
+    return httpx2.post(house.root + "/v1/completions", json=BODY, timeout=60).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def hostile(tiny_levels, tmp_path_factory):
+    """A server of a folder whose chat template never ends, and whose context would take long texts."""
+    folder = tmp_path_factory.mktemp("hostile") / "model"
+    shutil.copytree(tiny_levels, folder)
+    (folder / "chat_template.jinja").write_text("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x")
+    with open_house(folder, {"bounds": {"text_seconds": 0.3}}) as house:
+        yield house
+
+
+def test_s03_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(hostile):
+    workers = hostile.built.house.workers
+    before = workers.pids()
+    for text in ("7" * 1_000_000, "漢" * 300_000):
+        answer = httpx2.post(hostile.root + "/v1/completions", json={**BODY, "prompt": text}, timeout=60)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "prompt")
+    assert workers.pids() == before  # nobody worked
+
+
+def test_s03_large_bodies_come_in_one_at_a_time(hostile):
+    """And small ones beside them."""
+    answers: list[int] = []
+    body = json.dumps({**BODY, "prompt": "7" * 900_000}).encode()
+
+    def send():
+        answers.append(httpx2.post(hostile.root + "/v1/completions", content=body, timeout=60).status_code)
+
+    threads = [threading.Thread(target=send) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    assert served(hostile)
+    for thread in threads:
+        thread.join(60)
+    assert answers == [400] * 12 and served(hostile) and hostile.idle() == []
+
+
+def test_s03_a_place_is_reserved_before_anything_is_tokenized(tiny_levels):
+    with open_house(tiny_levels, {"bounds": {"queue_requests": 1}}) as house:
+        for _ in range(3):
+            house.built.door.enter(1, 1, house.built.service.config.classes["interactive"])
+        place = house.built.door.enter(2, 1, house.built.service.config.classes["interactive"])
+        refused = httpx2.post(house.root + "/v1/completions", json=BODY)
+        assert refused.status_code == 503 and house.built.house.workers.pids() == []
+        place.leave()
+        house.built.door.requests = 0
+
+
+def test_s03_a_long_text_that_is_cut_costs_its_time_and_no_more(hostile):
+    """truncate_prompt_tokens lets it in: the process that works on it is killed, and the next one serves."""
+    answer = httpx2.post(
+        hostile.root + "/v1/completions", json={**BODY, "prompt": "ab" * 500_000, "truncate_prompt_tokens": 4}, timeout=60
+    )
+    assert answer.status_code in (200, 400)
+    if answer.status_code == 400:
+        assert answer.json()["error"]["code"] == "too_costly"
+    assert served(hostile)
+
+
+def test_x01_a_template_without_end_is_ended(hostile):
+    answers: list[httpx2.Response] = []
+
+    def chat():
+        body = {"messages": [{"role": "user", "content": "x"}]}
+        answers.append(httpx2.post(hostile.root + "/v1/chat/completions", json=body, timeout=60))
+
+    assert served(hostile)
+    text = set(hostile.built.house.workers.pids())
+    threads = [threading.Thread(target=chat) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    served_meanwhile = 0
+    while any(thread.is_alive() for thread in threads):
+        served_meanwhile += served(hostile)
+        assert httpx2.get(hostile.root + "/health").status_code == 200
+    assert served_meanwhile >= 2
+    assert [(a.status_code, a.json()["error"]["code"], a.json()["error"]["param"]) for a in answers] == [
+        (400, "too_costly", "messages")
+    ] * 4
+    assert text <= set(hostile.built.house.workers.pids())  # those for texts were not touched
+    assert hostile.idle() == []
+
+
+def test_x01_a_template_that_takes_memory_is_ended(tiny_levels, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_levels, folder)
+    (folder / "chat_template.jinja").write_text(GROWS)
+    with open_house(folder, {"bounds": {"text_bytes": 128 << 20, "text_seconds": 5}}) as house:
+        answer = httpx2.post(
+            house.root + "/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]}, timeout=60
+        )
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages" and served(house)
+
+
+def test_the_processes_for_texts_end_with_the_server(tiny_levels):
+    with open_house(tiny_levels) as house:
+        assert served(house)
+        pids = [*house.built.house.workers.pids(), house.built.house.workers._nursery._pid]
+        assert len(pids) == 2 and not any(Path(f"/proc/{pid}/cmdline").read_bytes() == b"" for pid in pids)
+    assert all(gone(pid) for pid in pids)
+
+
+def test_a_worker_holds_no_socket_of_ours(tiny_levels):
+    with open_house(tiny_levels) as house:
+        assert served(house)
+        for pid in house.built.house.workers.pids():
+            links = [str(p.readlink()) for p in Path(f"/proc/{pid}/fd").iterdir()]
+            assert sum(link.startswith("socket:") for link in links) == 1
+
+
+@pytest.fixture(scope="module")
+def hurried(tiny_levels):
+    """A server with short deadlines and few connections."""
+    bounds = {"header_seconds": 0.5, "body_seconds": 0.5, "connections": 20, "connections_per_client": 12}
+    with open_house(tiny_levels, {"bounds": bounds}, api_key="k") as house:
+        yield house
+
+
+def trickle(port, head, seconds, byte=b"{", every=0.1):
+    """Seconds until the server closed a connection that is sent one byte now and then, and what it said; None if it never did."""
+    with socket.create_connection(("127.0.0.1", port), timeout=every) as link:
+        began, said = time.monotonic(), b""
+        with contextlib.suppress(OSError):
+            link.sendall(head)
+            while time.monotonic() - began < seconds:
+                try:
+                    if not (got := link.recv(65_536)):
+                        return time.monotonic() - began, said
+                    said += got
+                except TimeoutError:
+                    link.sendall(byte)
+            return None, said
+        return time.monotonic() - began, said
+
+
+LONG = b"content-length: 5000\r\n\r\n"
+SLOW = {
+    "nothing": b"",
+    "part of a request line": b"POST /v1",
+    "part of the headers": b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n",
+    "a body that is read": HEAD + b"authorization: Bearer k\r\n" + LONG,
+    "a chunked one": HEAD + b"authorization: Bearer k\r\ntransfer-encoding: chunked\r\n\r\n",
+    "a body without a key": HEAD + LONG,
+    "GET /health": b"GET /health HTTP/1.1\r\nhost: x\r\n" + LONG,
+    "POST /health": b"POST /health HTTP/1.1\r\nhost: x\r\n" + LONG,
+    "GET /status": b"GET /status HTTP/1.1\r\nhost: x\r\n" + LONG,
+    "GET /v1/models": b"GET /v1/models HTTP/1.1\r\nhost: x\r\nauthorization: Bearer k\r\n" + LONG,
+    "no route": b"POST /nowhere HTTP/1.1\r\nhost: x\r\nauthorization: Bearer k\r\n" + LONG,
+    "a second request": b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /hea",
+}
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_s06_every_part_of_a_request_has_an_absolute_deadline(hurried, kind):
+    seconds, said = trickle(hurried.port, SLOW[kind], 20, byte=b"x" if "chunked" not in kind else b"1\r\nx\r\n")
+    assert seconds is not None
+    if kind.startswith(("GET /health", "GET /status", "a second")):
+        assert said.startswith(b"HTTP/1.1 200")
+    if kind == "a body without a key":
+        assert b" 401 " in said
+
+
+def test_s06_a_new_connection_is_let_in_while_others_wait(tiny_levels):
+    bounds = {"connections": 20, "connections_per_client": 12, "header_seconds": 60, "body_seconds": 60}
+    with open_house(tiny_levels, {"bounds": bounds}) as house:
+        held = []
+        for i in range(60):
+            link = socket.socket()
+            link.bind((f"127.0.0.{2 + i % 3}", 0))  # three clients beside the normal one
+            link.connect(("127.0.0.1", house.port))
+            link.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n" if i % 2 else HEAD + LONG)
+            held.append(link)
+        assert served(house) and httpx2.get(house.root + "/health").status_code == 200
+        for link in held:
+            link.close()
+
+
+def test_s06_where_all_work_a_new_connection_is_told_in_json(tiny_levels):
+    bounds = {"connections": 2, "connections_per_client": 2}
+    with open_house(tiny_levels, {"bounds": bounds}) as house:
+        body = json.dumps({"prompt": "a", "max_tokens": 120, "stream": True, "ignore_eos": True}).encode()
+        held = []
+        for _ in range(2):
+            link = socket.create_connection(("127.0.0.1", house.port), timeout=20)
+            link.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+            link.recv(100)
+            held.append(link)
+        said = raw(house.port, b"")
+        for link in held:
+            link.close()
+        if said:  # else one of them had ended
+            assert (
+                said.startswith(b"HTTP/1.1 503 ") and json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == "connections"
+            )
+        assert house.idle() == []
+
+
+def test_bytes_that_are_no_http_are_told_so_in_json(tiny_levels):
+    with open_house(tiny_levels) as house:
+        said = raw(house.port, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n")
+        assert (
+            said.startswith(b"HTTP/1.1 400 ") and json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_request"
+        )
+        large = b"GET /health HTTP/1.1\r\nhost: x\r\na: " + b"b" * 17_000 + b"\r\n\r\n"
+        assert raw(house.port, large)[:12] in (b"HTTP/1.1 431", b"HTTP/1.1 400")

@@ -167,7 +167,7 @@ def test_what_has_changed_is_seen(budget):
     assert not torch.equal(check(), first)
     layer.executor.way = "reference"
     never = mock.Mock(side_effect=AssertionError("another way was asked for"))
-    with mock.patch.object(one_call.Ready, "output", never), mock.patch.object(one_call.Call, "__call__", never):
+    with mock.patch.object(one_call.Ready, "output", never), mock.patch.object(one_call.LayerCall, "__call__", never):
         close(run_at(layer, elastic_at, x, index, weight), check())
     layer.executor.way = "auto"
     layer.parts.tensors["cutoffs"] = torch.linspace(9.0, 0.0, QUANTILES)

@@ -22,7 +22,7 @@ PATIENCE = 60.0  # seconds that a change waits for another one
 BRIEF = 5.0  # the same of somebody who only reads: what is left to do are renames
 
 
-class Change:
+class FolderChange:
     """What is being changed. Files go to `work`; `commit` makes them visible with the new prism.json."""
 
     def __init__(self, folder: Path) -> None:
@@ -40,12 +40,12 @@ class Change:
 
 
 @contextmanager
-def changing(folder: str | Path) -> Iterator[Change]:
+def changing(folder: str | Path) -> Iterator[FolderChange]:
     """The one way to change a finished folder. UsageError where another run is at it for long."""
     path = Path(folder).resolve()
     with held(path, PATIENCE):
         _settle(path)
-        change = Change(path)
+        change = FolderChange(path)
         change.work.mkdir()
         try:
             yield change

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptError, UsageError
 from ..files import replace_file
-from ..schema import Bounds, decode
+from ..schema import JsonBounds, decode
 from ..schema import check as check_form
 from ..schema.read import one_line
 from ..schema.trace import AGAIN, TraceHeader
@@ -26,7 +26,7 @@ from .keys import KeySpace
 
 FORMAT = 1
 PREFILL, DECODE = 0, 1
-HEADER = Bounds(bytes=1 << 20, values=10_000, keys=1000)
+HEADER = JsonBounds(bytes=1 << 20, values=10_000, keys=1000)
 MOST_BYTES, MOST_RATIO = 8 << 30, 1000  # of all arrays unpacked, and to what is on disk
 SIDES = ("calibration", "evaluation")
 SHIPPED = Path(__file__).parent.parent / "nano" / "trace.npz"

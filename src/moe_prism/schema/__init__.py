@@ -4,6 +4,6 @@ Below everything that reads files: journals, points and prices are read by packa
 """
 
 from .common import Form, is_file_name, is_inner_name
-from .read import Bounds, check, decode, read_form, read_json
+from .read import JsonBounds, check, decode, read_form, read_json
 
-__all__ = ["Bounds", "Form", "check", "decode", "is_file_name", "is_inner_name", "read_form", "read_json"]
+__all__ = ["Form", "JsonBounds", "check", "decode", "is_file_name", "is_inner_name", "read_form", "read_json"]

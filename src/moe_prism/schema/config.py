@@ -10,11 +10,11 @@ from annotated_types import MaxLen, MinLen
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from .common import Form
-from .read import Bounds
+from .read import JsonBounds
 
-CONFIG_BOUNDS = Bounds(bytes=64 << 20, depth=16, values=4_000_000, keys=1_000_000, infinite=True)
+CONFIG_BOUNDS = JsonBounds(bytes=64 << 20, depth=16, values=4_000_000, keys=1_000_000, infinite=True)
 MOST_KEYS = 2000  # of a configuration or a part of it: a library makes an attribute of each
-INDEX_BOUNDS = Bounds(bytes=256 << 20, depth=4, values=8_000_000, keys=2_000_000)
+INDEX_BOUNDS = JsonBounds(bytes=256 << 20, depth=4, values=8_000_000, keys=2_000_000)
 BANNED = (
     "auto_map", "attn_implementation", "experts_implementation", "kernel_config", "use_kernels", "kernels", "custom_generate",
     "custom_pipelines", "trust_remote_code", "adapter_kwargs", "code_revision", "name_or_path", "tokenizer_file", "vocab_file",

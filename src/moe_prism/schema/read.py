@@ -39,7 +39,7 @@ WORDS = {
 
 
 @dataclass(frozen=True)
-class Bounds:
+class JsonBounds:
     """What a JSON file may be: bytes, nesting, values and keys in all. infinite: other tools write infinity where there is no limit."""
 
     bytes: int = 64 << 20
@@ -49,7 +49,7 @@ class Bounds:
     infinite: bool = False
 
 
-def read_json(path: Path, next_step: str = RESTORE, bounds: Bounds = Bounds()) -> Any:
+def read_json(path: Path, next_step: str = RESTORE, bounds: JsonBounds = JsonBounds()) -> Any:
     """The JSON value of a file. UsageError where it cannot be read, CorruptError where it is no JSON or beyond its bounds."""
     try:
         data = read_bounded(path, bounds.bytes)
@@ -58,7 +58,7 @@ def read_json(path: Path, next_step: str = RESTORE, bounds: Bounds = Bounds()) -
     return decode(data, str(path), next_step, bounds)
 
 
-def decode(data: bytes, where: str, next_step: str = RESTORE, bounds: Bounds = Bounds()) -> Any:
+def decode(data: bytes, where: str, next_step: str = RESTORE, bounds: JsonBounds = JsonBounds()) -> Any:
     """The value of JSON text. No name may come twice in an object, and numbers are finite. CorruptError says what is wrong with it."""
     try:
         if len(data) > bounds.bytes:
@@ -73,7 +73,7 @@ def decode(data: bytes, where: str, next_step: str = RESTORE, bounds: Bounds = B
     return value
 
 
-def read_form(form: type[F], path: Path, next_step: str = RESTORE, bounds: Bounds = Bounds()) -> F:
+def read_form(form: type[F], path: Path, next_step: str = RESTORE, bounds: JsonBounds = JsonBounds()) -> F:
     """The value of a file that must have this form."""
     return check(form, read_json(path, next_step, bounds), str(path), next_step)
 
@@ -151,7 +151,7 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number")
 
 
-def _check_bounds(value: Any, bounds: Bounds) -> None:
+def _check_bounds(value: Any, bounds: JsonBounds) -> None:
     """ValueError beyond the bounds, or for text that no writer could write again (half a surrogate pair)."""
     level, values, keys = [value], 0, 0
     for _ in range(bounds.depth + 1):

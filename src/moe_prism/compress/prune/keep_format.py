@@ -37,14 +37,14 @@ def remove_quantized(
         raise UsageError("--keep-format does not reach into layers for multi-token prediction", "use --mtp keep or drop")
     if re.search(r"experts\.\d", str(quantization(source.folder))):
         raise UsageError("quantization_config of config.json names single experts, which would get other ids", ADVICE)
-    writer = _Writer(stream, source, [Router(stream.model, layer) for layer in layers], choices, how)
+    writer = _BytesWriter(stream, source, [Router(stream.model, layer) for layer in layers], choices, how)
     copy_companions(source.folder, out, source.raw)
     out.write_bytes("config.json", config_of(stream, source.raw.config(), choices[0], experts, how.mtp == "drop"))
     write_shards(source.raw, writer, out, journal, how.progress)
     writer.read_back(out.work)
 
 
-class _Writer(BlockWriter):
+class _BytesWriter(BlockWriter):
     """made: tensor of the output -> the one of the source that it holds; rows: tensors with a row per expert -> their layer."""
 
     def __init__(

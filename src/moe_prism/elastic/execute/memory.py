@@ -23,7 +23,7 @@ from .plain import grouped, reference, whole_experts
 if TYPE_CHECKING:
     from ..coded import CodedLayer
     from ..select import Selection
-    from .one_call import Call, Ready
+    from .one_call import LayerCall, Ready
     from .times import LayerTimes
 
 Way = Callable[..., Tensor]
@@ -151,7 +151,7 @@ class InMemory(Executor):
         self.tally.calls += 1
         return out, keep
 
-    def _call(self, selection: Selection, extra: Compensator | None) -> Call | None:
+    def _call(self, selection: Selection, extra: Compensator | None) -> LayerCall | None:
         if self.way != "auto" or self.repaired is not None or not selection.x.is_cpu:
             return None
         found: Ready | None = _compiled()[0].ready(self.parts, selection.x)

@@ -41,7 +41,7 @@ class Ready:
     def __init__(self, parts: LayerParts, stored: Stored) -> None:
         layer, self.parts, self.stored = parts.layer, parts, stored
         self.most = min(max(FEW, SMALL // layer.hidden), MOST // (2 * layer.width))  # choices
-        self.calls: dict[Any, Call] = {}
+        self.calls: dict[Any, LayerCall] = {}
         jobs: Any = block_jobs
         if stored.down.tensor.dtype != torch.float32:
             from ...kernels import block_jobs_bf16 as jobs  # compiles on first use
@@ -87,7 +87,7 @@ class Ready:
         rows = x.data_ptr(), index.data_ptr(), weight.data_ptr(), tokens, k
         return out if run_given(self.address, *rows, marks, out.data_ptr(), torch.get_num_threads()) else None
 
-    def call(self, selection: Selection, extra: Compensator | None) -> Call | None:
+    def call(self, selection: Selection, extra: Compensator | None) -> LayerCall | None:
         """What chooses as a selection does, and makes up for what is dropped; None where that is not compiled."""
         rule, scorer, held = selection.rule, selection.scorer, selection.held
         if rule.compiled is not None and not len(rule.compiled) and selection.index.shape[1] * self.parts.n_sub > top_slots.FEW:
@@ -101,11 +101,11 @@ class Ready:
                 return None
             if len(self.calls) == CALLS:
                 self.calls.clear()
-            found = self.calls[key] = Call(self, selection, extra)
+            found = self.calls[key] = LayerCall(self, selection, extra)
         return found
 
 
-class Call:
+class LayerCall:
     """A layer's slots chosen by one scorer and rule, computed and compensated."""
 
     def __init__(self, ready: Ready, selection: Selection, extra: Compensator | None) -> None:
@@ -176,7 +176,7 @@ def given(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Ten
 class AtPoint:
     """A call for tokens that are all at one operating point. fits: says of (tokens, k) whether the tiles take the least time."""
 
-    call: Call
+    call: LayerCall
     budget: int
     holds: bool
     fits: Callable[[int, int], bool]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TRIALS = (2, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]))
+TRIALS = (4, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]))
 
 
 @pytest.fixture(scope="session", params=TRIALS)

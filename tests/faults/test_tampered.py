@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = (2, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]))
+EXAMPLES = (pytest.param(6, marks=pytest.mark.slow), pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]))
 
 
 def child(shared, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:

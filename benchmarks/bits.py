@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from printed import domain_arguments, printed
 
 from moe_prism.artefact.open import open_model
 from moe_prism.compress.codec.nested import Nested
@@ -152,22 +153,11 @@ def show(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = {"type": lambda text: text.split(",")}
-    parser.add_argument("--models", default=MODELS, help="comma-separated", **names)
-    parser.add_argument("--domains", default=list(DOMAINS), help="comma-separated", **names)
-    parser.add_argument("--text", default="domains", help="calibration text; its calibration side is used")
-    parser.add_argument("--tokens", type=int, default=2048, help="of each domain")
-    parser.add_argument("--length", type=int, default=256)
+    parser = domain_arguments(__doc__, MODELS, DOMAINS, 2048)
     parser.add_argument("--slots", default="bits", help="the method of per-slot widths, with its settings")
     parser.add_argument("--folder", type=Path, help="with refactored models by name, instead of refactoring them")
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    found = []
-    for row in rows(args):
-        found.append(row)
-        if not args.json:
-            print(show(row), flush=True)
+    found = printed(rows(args), show, args.json)
     if args.json:
         print(json.dumps({"benchmark": "bits", "rows": found}))
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from printed import printed
+from printed import domain_arguments, printed
 
 from moe_prism.artefact.load import load
 from moe_prism.data import token_windows
@@ -133,15 +133,8 @@ def show(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = {"type": lambda text: text.split(",")}
-    parser.add_argument("--models", default=MODELS, help="comma-separated", **names)
-    parser.add_argument("--domains", default=list(DOMAINS), help="comma-separated", **names)
-    parser.add_argument("--text", default="domains", help="calibration text; its calibration side is used")
-    parser.add_argument("--tokens", type=int, default=8192, help="of each domain")
-    parser.add_argument("--length", type=int, default=256)
+    parser = domain_arguments(__doc__, MODELS, DOMAINS, 8192)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     found = printed(rows(args), show, args.json)
     if args.json:

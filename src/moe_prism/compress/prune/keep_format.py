@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ...checkpoint import DequantizedSource, Journal, LayerStream, OutputFolder, TensorInfo, copy_companions
+from ...checkpoint import DequantizedSource, Journal, LayerStream, OutputFolder, TensorInfo
 from ...checkpoint.constant import expert_name
 from ...checkpoint.dequantized import quantization
 from ...checkpoint.mtp import block_tails, moved
@@ -17,7 +17,7 @@ from ...model import MoELayer
 from ...model.router import Router
 from .choose import KeptExperts
 from .remove import BlockWriter, Removal, check_removable, config_of
-from .write import Planned, write_shards
+from .write import Planned, write_checkpoint
 
 ADVICE = "leave --keep-format out: the experts are then written dequantized"
 
@@ -38,10 +38,8 @@ def remove_quantized(
     if re.search(r"experts\.\d", str(quantization(source.folder))):
         raise UsageError("quantization_config of config.json names single experts, which would get other ids", ADVICE)
     writer = _BytesWriter(stream, source, [Router(stream.model, layer) for layer in layers], choices, how)
-    copy_companions(source.folder, out, source.raw)
-    out.write_bytes("config.json", config_of(stream, source.raw.config(), choices[0], experts, how.mtp == "drop"))
-    write_shards(source.raw, writer, out, journal, how.progress)
-    writer.read_back(out.work)
+    config = config_of(stream, source.raw.config(), choices[0], experts, how.mtp == "drop")
+    write_checkpoint(source.raw, config, writer, out, journal, how.progress)
 
 
 class _BytesWriter(BlockWriter):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...checkpoint import Journal, LayerStream, OutputFolder, check_finite, copy_companions
+from ...checkpoint import Journal, LayerStream, OutputFolder, check_finite
 from ...checkpoint.atomic import raw_bytes
 from ...checkpoint.convert import ADVICE
 from ...checkpoint.header import NAMES
@@ -19,7 +19,7 @@ from ...model import MoELayer, find_layers
 from ...model.router import COUNT_NAMES, GROUP_LIMIT_NAMES, GROUP_NAMES, Router
 from ...options.prune import MTPMode
 from .choose import KeptExperts
-from .write import Planned, Progress, ShardWriter, config_text, text_section, write_shards
+from .write import Planned, Progress, ShardWriter, config_text, text_section, write_checkpoint
 
 
 def check_removable(choices: Sequence[KeptExperts]) -> int:
@@ -65,10 +65,8 @@ def remove_experts(
     """
     experts, how = check_removable(choices), how or Removal()
     writer = BlockWriter(stream, [Router(stream.model, layer) for layer in layers], choices, how.mtp)
-    copy_companions(stream.source.folder, out, stream.source)
-    out.write_bytes("config.json", config_of(stream, stream.source.config(), choices[0], experts, how.mtp == "drop"))
-    write_shards(stream.source, writer, out, journal, how.progress)
-    writer.read_back(out.work)
+    config = config_of(stream, stream.source.config(), choices[0], experts, how.mtp == "drop")
+    write_checkpoint(stream.source, config, writer, out, journal, how.progress)
 
 
 class BlockWriter(ShardWriter):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...checkpoint import Journal, LayerStream, OutputFolder, TensorInfo, check_finite, copy_companions
+from ...checkpoint import Journal, LayerStream, OutputFolder, TensorInfo, check_finite
 from ...checkpoint.constant import CONFIG_KEY, VALUE, expert_name, layer_number
 from ...checkpoint.convert import ADVICE
 from ...checkpoint.mtp import mtp_layers
@@ -17,7 +17,7 @@ from ...model import MoELayer, find_layers
 from ...options.prune import MTPMode
 from .choose import KeptExperts
 from .remove import Removal, block_tensors
-from .write import Planned, ShardWriter, config_text, text_section, write_shards
+from .write import Planned, ShardWriter, config_text, text_section, write_checkpoint
 
 ONE_TENSOR = "use --form removed; vLLM's constant experts want a tensor of its own for every matrix of every expert"
 
@@ -56,10 +56,8 @@ def substitute_experts(
     how = how or Removal()
     check_substitutable(stream, layers, how.mtp)
     writer = _Writer(stream, layers, choices, how.mtp)
-    copy_companions(stream.source.folder, out, stream.source)
-    out.write_bytes("config.json", _config(stream, writer.gone, how.mtp == "drop"))
-    write_shards(stream.source, writer, out, journal, how.progress)
-    writer.read_back(out.work)
+    config = _config(stream, writer.gone, how.mtp == "drop")
+    write_checkpoint(stream.source, config, writer, out, journal, how.progress)
 
 
 class _Writer(ShardWriter):

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ...checkpoint import Journal, OutputFolder, TensorInfo
+from ...checkpoint import Journal, OutputFolder, TensorInfo, copy_companions
 from ...checkpoint.atomic import raw_bytes
 from ...checkpoint.mtp import CONFIG_KEYS as MTP_KEYS
 from ...checkpoint.shards import INDEX, Source
@@ -41,6 +41,20 @@ class ShardWriter(ABC):
     @abstractmethod
     def values(self, shard: str, tensors: Sequence[Planned]) -> Iterator[tuple[Planned, Tensor]]:
         """Each of them once, in any order, with what it holds."""
+
+    @abstractmethod
+    def read_back(self, folder: Path) -> None:
+        """UsageError where the first changed layer of what was written is not what it should be."""
+
+
+def write_checkpoint(
+    source: Source, config: bytes, writer: ShardWriter, out: OutputFolder, journal: Journal, progress: Progress | None = None
+) -> None:
+    """An edited checkpoint in `out.work`: the companions of `source`, its new config.json, and the shards, read back at the end."""
+    copy_companions(source.folder, out, source)
+    out.write_bytes("config.json", config)
+    write_shards(source, writer, out, journal, progress)
+    writer.read_back(out.work)
 
 
 def write_shards(

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from ..options.calibrate import CalibrateOptions
 from .flags import Run
 from .output import emit, note, progress
+from .texts import told_text
 
 
 def calibrate(
@@ -25,6 +26,8 @@ def calibrate(
     """
     from ..jobs.calibrate import STARVED, calibrate_model
 
+    if not options.tasks:
+        options = told_text(model, options, "calibration text")
     statistics = calibrate_model(model, out, options, resume=run.resume, force=run.force, report=progress)
     starved = statistics.starved(min(STARVED, statistics.facts["capacity"]))
     facts = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ from cyclopts import Parameter
 from ..options.refactor import RefactorOptions
 from .flags import Run
 from .output import emit, note, note_left_out, progress
+from .texts import told_text
 
 GIB = 2**30
 
@@ -37,6 +39,9 @@ def refactor(
     """
     from ..jobs.refactor import refactor as write
 
+    if calibration is None:
+        told = told_text(model, options.calibration, "calibration text", "; its other files are left for evaluation")
+        options = replace(options, calibration=told)
     if dry_run:
         return _show_resources(model, out, options, run.json)
     done = write(model, out, options, calibration=calibration, resume=run.resume, force=run.force, report=progress)

@@ -8,7 +8,7 @@ from typing import Any
 from ..checkpoint import DequantizedSource, LayerStream, read_manifest
 from ..checkpoint.manifest import MANIFEST
 from ..errors import UsageError
-from ..model import MoELayer, find_layers, load_model, on_disk, resolve
+from ..model import MoELayer, find_layers, load_model, resolve
 
 SUB_EXPERTS = (2, 4, 8, 16, 32)
 
@@ -18,7 +18,7 @@ def inspect_model(model: str | Path) -> dict[str, Any]:
     a folder that is elastic already, else None; quantized names the format of its weights, dtype what they stand for. CorruptError
     for a folder that is not whole.
     """
-    where = on_disk(resolve(model))
+    where = resolve(model)
     if where.is_dir():
         stream = LayerStream(where)
         tree, dtype, unread = stream.model, stream.dtype, stream.unused

@@ -7,7 +7,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..artefact.open import open_model
+from ..artefact.open import Opened, open_model
+from ..artefact.streamed import open_streamed
 from ..errors import UsageError
 from ..frontier.measure import measure
 from ..methods.skip.base import SkipMethod, skip_method
@@ -16,6 +17,7 @@ from ..options.skip import SkipOptions
 from ..point import NamedPoint
 from ..progress import Report, silent
 from .frontier import evaluation_windows, subject_of
+from .which_text import with_text
 
 
 def make_plan(folder: str | Path, options: SkipOptions | None = None, *, report: Report = silent) -> NamedPoint:
@@ -26,6 +28,7 @@ def make_plan(folder: str | Path, options: SkipOptions | None = None, *, report:
     """
     options = options or SkipOptions()
     options.check()
+    options = with_text(options, folder)
     chosen = with_parameters(skip_method(options.method), options.parameters)
     frontier = FrontierOptions(
         text=options.text,
@@ -34,7 +37,13 @@ def make_plan(folder: str | Path, options: SkipOptions | None = None, *, report:
         length=options.length,
         calibration_tokens=options.tokens,
     )
-    opened = open_model(folder)
+    if options.low_memory:
+        with open_streamed(folder) as opened:
+            return _plan(opened, chosen, options, frontier, report)
+    return _plan(open_model(folder), chosen, options, frontier, report)
+
+
+def _plan(opened: Opened, chosen: SkipMethod, options: SkipOptions, frontier: FrontierOptions, report: Report) -> NamedPoint:
     subject = subject_of(opened, frontier, report)
     named = chosen.point(subject, options.mean, options.keep_mass)
     windows = evaluation_windows(opened, frontier)

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from ..artefact.load import load
 from ..checkpoint import read_manifest
+from ..checkpoint.companions import origin
 from ..checkpoint.manifest import MANIFEST, PLAIN_KINDS
 from ..data import token_windows
 from ..data.splits import Side
@@ -25,6 +26,7 @@ from ..options.text import text_source
 from ..options.trace import TraceOptions
 from ..progress import Report, silent
 from .inspect import inspect_model
+from .which_text import with_text
 
 
 def record_trace(
@@ -46,12 +48,13 @@ def record_trace(
     loaded, tokenizer = _loaded(model, options)
     limit = int(getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or options.length)
     length = min(options.length, limit)
+    options = with_text(options, model)
     source = text_source(options.text, options.text_field)
     windows = [
         (side, token_windows(tokenizer, source, side, length=length, tokens=max(length, options.tokens // 2)).ids)
         for side in get_args(Side)
     ]
-    header = {"model": Path(str(model)).name, "text": options.text, "budget": options.budget, "options": asdict(options)}
+    header = {"model": origin(resolve(model)), "text": options.text, "budget": options.budget, "options": asdict(options)}
     with report("trace") as update:
         if hasattr(loaded, "_moe_prism"):
             with operating_point(loaded, options.budget, rule=options.rule):
@@ -71,7 +74,7 @@ def _record(loaded: Any, windows: Any, options: TraceOptions, header: dict[str, 
 def _loaded(model: str | Path, options: TraceOptions) -> tuple[Any, Any]:
     """(model, tokenizer), elastic where the folder is."""
     where = resolve(model)
-    if isinstance(where, Path) and (where / MANIFEST).is_file() and read_manifest(where).get("kind") not in PLAIN_KINDS:
+    if (where / MANIFEST).is_file() and read_manifest(where).get("kind") not in PLAIN_KINDS:
         return load(where)
     if options.budget != 1.0:
         raise UsageError(f"'{model}' is not elastic, so it has no budget {options.budget:g}", "run `moe-prism refactor` first")

@@ -155,7 +155,7 @@ class MoELayer(ABC):
     def by_expert(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The layer's output [T, d] in the type of x, one expert's weights widened after the other: all at once would be a second layer."""
         out = torch.zeros_like(x)
-        for e in index[is_expert(index, self.num_experts)].unique().tolist():
+        for e in torch.unique(index[is_expert(index, self.num_experts)]).tolist():
             token, choice = torch.where(index == e)
             y = self.project(e, self.activations(e, x[token]))
             y = y if self.down_bias is None else y + self.down_bias[e]

@@ -87,7 +87,7 @@ def _add_outputs(
 def _products(rows: Tensor, matrix: Tensor, count: Tensor) -> Tensor:
     """[S, b]: rows [S, a], sorted by expert, times the expert's matrix of [E, b, a]. count [E]: rows of each."""
     if matrix.dtype != rows.dtype:  # one expert at a time: a copy of all would be as large as the layer
-        parts = zip(rows.split(count.tolist()), matrix, strict=True)
+        parts = zip(torch.split(rows, count.tolist()), matrix, strict=True)
         return torch.cat([own @ m.to(rows.dtype).T for own, m in parts if len(own)] or [rows.new_empty(0, matrix.shape[1])])
     if 1 not in matrix.stride()[1:]:  # stored otherwise than torch multiplies: copy what is asked for
         active = count.nonzero()[:, 0]

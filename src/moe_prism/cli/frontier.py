@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -36,6 +36,7 @@ def frontier(
     """
     from ..files import check_writable_folder
     from ..jobs.frontier import measure_frontier as run
+    from ..jobs.frontier_files import keep_frontier, write_frontier
 
     timing.check()
     check_writable_folder(out)
@@ -43,12 +44,13 @@ def frontier(
         raise UsageError(f"'{folder}' has no prism.json", "give a folder that moe-prism wrote, or --out FOLDER for the report")
     result = run(folder, options, report=progress)
     target = out or folder
+    keep = keep_frontier if out is None else write_frontier
     if timing.time:
-        keep(result, target, own=out is None)  # the quality is not lost if the timing fails
+        keep(result, target)  # the quality is not lost if the timing fails
         result = _timed(folder, result, options, timing)
     facts = result.to_json()
     with written(facts, f"{show(result)}\n\n{show_comparison(result)}", json):
-        keep(result, target, own=out is None)
+        keep(result, target)
     note(f"report: {target / 'report.html'}")
 
 
@@ -56,29 +58,6 @@ def _timed(folder: Path, result: Frontier, options: FrontierOptions, timing: Tim
     from ..jobs.time_points import Timing, time_frontier
 
     return time_frontier(folder, result, Timing(batch=timing.time_batch or 1, **options.source.facts()), report=progress)
-
-
-def keep(result: Frontier, target: Path, own: bool = True) -> None:
-    """What was measured: all of it, or nothing. own: of the model in `target`, whose prism.json then lists the Pareto points."""
-    from ..checkpoint import changing
-    from ..checkpoint.manifest import MANIFEST
-
-    if not (target / MANIFEST).is_file():
-        return write(result, target, {})
-    with changing(target) as change:
-        write(result, change.work, {})
-        change.commit({"operating_points": [p.to_json() for p in result.points if p.pareto]} if own else {})
-    return None
-
-
-def write(result: Frontier, target: Path, extra: dict[str, Any]) -> None:
-    """frontier.json, report.html and frontier.png of a result."""
-    from ..report import write_png, write_report
-
-    target.mkdir(parents=True, exist_ok=True)
-    result.save(target / "frontier.json")
-    write_report(result, target / "report.html", extra)
-    write_png(result, target / "frontier.png")
 
 
 def show(result: Frontier) -> str:

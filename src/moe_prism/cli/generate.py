@@ -67,15 +67,4 @@ def generate(
     if result.whole_experts > 0:
         share = f"{100 * result.whole_experts:.0f} %"
         note(f"in {share} of the layers' calls whole experts took less time than the kept blocks: full price, same result")
-    facts = {
-        "prompt": prompt,
-        "text": result.text,
-        "point": point.to_json(),
-        "budget": point.slots.budget,
-        "rule": point.slots.rule,
-        "tokens": result.tokens,
-        "seconds": result.seconds,
-        "whole_experts": result.whole_experts,
-        "tokens_per_s": result.tokens_per_s,
-    }
-    emit(facts, prompt + result.text, json)
+    emit(result.to_json(), prompt + result.text, json)

@@ -28,7 +28,7 @@ def serve(
     engine: embedded, or vllm: hand over to vLLM's own server, which takes --host, --port, keys, --name, --points and --verify only.
     """
     from ..serve import logs
-    from ..serve.server import serve as run
+    from ..serve.server import serve_model
 
     options.check()
     if engine == "vllm":
@@ -41,4 +41,4 @@ def serve(
 
         return launch(folder, options)
     logs.set_up(options.debug)
-    return run(folder, replace(options, store=store_options(experts)))
+    return serve_model(folder, replace(options, store=store_options(experts)))

@@ -29,10 +29,10 @@ def skip(
     """
     from ..checkpoint import put_file
     from ..files import check_writable
-    from ..jobs.skip import make_plan
+    from ..jobs.skip import make_skip_plan
 
     check_writable(out)
-    named = make_plan(folder, options, report=progress)
+    named = make_skip_plan(folder, options, report=progress)
     (stage,), quality = named.point.routing, named.made["quality"]
     counts = table(("layer", "experts"), list(enumerate(stage.layers)))
     facts = f"{stage.stage}: {quality['experts_per_token']:.2f} of {named.made['experts_per_token']} experts per token, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
@@ -34,17 +34,7 @@ def trace(
 
     check_writable(out)
     found = record_trace(model, out, options, force=force, report=progress)
-    facts: dict[str, Any] = {
-        "file": str(out),
-        "bytes": out.stat().st_size,
-        "tokens": len(found),
-        "requests": int(found.request.max()) + 1,
-        "layers": found.layers,
-        "experts": found.experts,
-        "k": found.k,
-        "n_sub": found.n_sub,
-        "slots_per_token": float(found.slots().mean()),
-    }
+    facts = {"file": str(out), "bytes": out.stat().st_size, **found.to_json()}
     note(f"next: moe-prism inspect {model} --routing --trace {out}")
     emit(
         facts,

@@ -32,7 +32,6 @@ from .resources import check_resources, needed_by_pass
 SNAPSHOT = "calibration-snapshot.safetensors"
 PROFILE = "profile.safetensors"
 SNAPSHOT_SECONDS = 20.0
-STARVED = 256  # tokens; fewer say too little about an expert's neurons (spec section 3)
 
 
 def calibrate_model(
@@ -41,6 +40,12 @@ def calibrate_model(
     """Write the statistics of a model to a folder that `refactor(calibration=...)` reads. how: see `Writing`.
 
     Raises UsageError, DoesNotFit or CorruptError before anything is visible at `out`.
+
+    >>> import moe_prism
+    >>> few = moe_prism.CalibrateOptions(tokens=1024, length=256)
+    >>> statistics = moe_prism.calibrate_model("nano", "statistics", few)
+    >>> statistics.to_json()["tokens"], len(statistics.to_records())  # 6 layers of 32 experts
+    (1024, 192)
     """
     options, resume = options or CalibrateOptions(), how.get("resume", False)
     options.check()
@@ -92,7 +97,13 @@ def check_fit(weights: Weights, options: CalibrateOptions) -> None:
 
 
 def read_statistics(folder: str | Path) -> Statistics:
-    """What `calibrate` wrote. Raises UsageError for a folder of another kind, CorruptError for a damaged one."""
+    """What `calibrate_model` wrote. Raises UsageError for a folder of another kind, CorruptError for a damaged one.
+
+    >>> import moe_prism
+    >>> moe_prism.read_statistics("elastic")
+    Traceback (most recent call last):
+    moe_prism.errors.UsageError: 'elastic' is not a calibration; give the folder written by `moe-prism calibrate`
+    """
     manifest = read_manifest(folder)
     if manifest.get("kind") != "calibration":
         raise UsageError(f"'{folder}' is not a calibration", "give the folder written by `moe-prism calibrate`")

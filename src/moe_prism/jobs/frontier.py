@@ -49,6 +49,12 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
 
     folder: written by `refactor`, or a plain checkpoint for methods that need no sub-experts. The source is the same model at full budget
     (equal to the original checkpoint to rounding). Text used in calibration is excluded.
+
+    >>> import moe_prism
+    >>> asked = moe_prism.FrontierOptions(methods=("uniform",), tokens=256, length=128, calibration_tokens=256)
+    >>> found = moe_prism.measure_frontier("nano", asked)
+    >>> found.every[0].kl >= 0, found.to_records()[0]["rule"]
+    (True, 'uniform')
     """
     options = options or FrontierOptions()
     options.check()

@@ -39,6 +39,7 @@ from ..methods.prune.select import (
 from ..model import find_layers, load_to_run, resolve
 from ..options.prune import PruneOptions
 from ..progress import Report, peak_rss_bytes, silent
+from ..result import Result
 from .calibrate import SNAPSHOT, calibration_windows, check_fit, check_fits, read_statistics, run_pass
 from .prune_card import pruned_card
 from .recover import FILLED_IN
@@ -49,7 +50,7 @@ COUNTS = "kept-counts.safetensors"
 
 
 @dataclass(frozen=True)
-class Pruned:
+class Pruned(Result):
     """The selection, and where a model was written: its folder and manifest."""
 
     selection: PruneSelection
@@ -62,11 +63,22 @@ class Pruned:
         left = {"left_out": self.manifest["companions"]["left_out"]} if self.manifest else {}
         return {**where, **self.selection.to_json(), **left, "peak_rss_bytes": self.peak_rss_bytes}
 
+    def to_records(self) -> list[dict[str, Any]]:
+        """A row per layer: its experts, and how many of them stay."""
+        rows = self.selection.to_json()["layers"]
+        return [{"layer": row["layer"], "experts": row["experts"], "kept": len(row["kept"])} for row in rows]
+
 
 def select_experts(
     model: str | Path, options: PruneOptions | None = None, *, calibration: str | Path | None = None, report: Report = silent
 ) -> Pruned:
-    """Which experts would stay; nothing is written. `compress.prune.pruned(model, result.selection.choices)` runs it in mask mode."""
+    """Which experts would stay; nothing is written. `compress.prune.pruned(model, result.selection.choices)` runs it in mask mode.
+
+    >>> import moe_prism
+    >>> asked = moe_prism.PruneOptions(criterion="random", keep=0.5)
+    >>> [row["kept"] for row in moe_prism.select_experts("nano", asked).to_records()]
+    [16, 16, 16, 16, 16, 16]
+    """
     options = options or PruneOptions()
     check_options(options)
     job = _Job(model, options, calibration)
@@ -90,6 +102,11 @@ def prune_model(
     model: a safetensors folder, plain or written by `refactor` (the result is then elastic too). calibration: a folder written by
     `calibrate` with the collectors that the criterion needs. kept: a kept.json instead of a criterion. how: see
     `Writing`. Raises UsageError, DoesNotFit or CorruptError before anything is visible at `out`.
+
+    >>> import moe_prism
+    >>> asked = moe_prism.PruneOptions(criterion="random", keep=0.5)
+    >>> moe_prism.prune_model("nano", "half", asked).to_json()["resident_share"]
+    0.5
     """
     options = options or PruneOptions()
     check_options(options)

@@ -22,6 +22,7 @@ from ..options.text import other_source
 from ..progress import Report, peak_rss_bytes, silent
 from ..recover import RecoverJob, methods
 from ..recover.run import BATCH, groups
+from ..result import Result
 from .resources import check_resources, needed_on_disk
 
 MEASURED = ("frontier.json", "ladder.json", "report.html", "frontier.png")  # of the model as it was
@@ -29,7 +30,7 @@ FILLED_IN = ("schema", "versions", "files", "sha256")  # keys of a manifest that
 
 
 @dataclass(frozen=True)
-class Recovered:
+class Recovered(Result):
     """The folder, its manifest, and the peak memory of this process."""
 
     folder: Path
@@ -53,6 +54,11 @@ def recover_model(
 
     Of two methods, `predictor` goes first: a repair is fitted to what is kept. how: see `Writing`; an interrupted `repair`
     continues, `predictor` starts again. Raises UsageError, DoesNotFit or CorruptError before OUT is visible.
+
+    >>> import moe_prism
+    >>> asked = moe_prism.RecoverOptions(method="repair", tokens=2048, length=128)
+    >>> moe_prism.recover_model("elastic", "repaired", asked).to_json()["resident_share"] > 0
+    True
     """
     options, resume = options or RecoverOptions(), how.get("resume", False)
     report = how.get("report", silent)

@@ -24,6 +24,7 @@ from ..model import MoELayer, resolve
 from ..options.refactor import RefactorOptions
 from ..options.text import source_in
 from ..progress import Report, Update, peak_rss_bytes, silent
+from ..result import Result, plain
 from ..schema import check, decode
 from ..schema.manifest import LayerForm
 from .align import align
@@ -39,7 +40,7 @@ AGAIN = "use --force to start again"
 
 
 @dataclass(frozen=True)
-class Refactored:
+class Refactored(Result):
     """What was done: the folder, its manifest, the partition costs, and the peak memory of this process."""
 
     folder: Path
@@ -60,6 +61,10 @@ class Refactored:
             "peak_rss_bytes": self.peak_rss_bytes,
         }
 
+    def to_records(self) -> list[dict[str, Any]]:
+        """A row per layer."""
+        return [{"layer": i, **row} for i, row in enumerate(plain(self.manifest["layers"]))]
+
 
 def refactor(
     model: str | Path,
@@ -73,6 +78,12 @@ def refactor(
 
     calibration: a folder written by `calibrate`; without it the pass runs here. how: see `Writing`.
     Raises UsageError or CorruptError before anything is written if the model, text or options cannot work.
+
+    >>> import moe_prism
+    >>> few = moe_prism.CalibrateOptions(tokens=1024, length=256)
+    >>> done = moe_prism.refactor("nano", "cut", moe_prism.RefactorOptions(calibration=few, profile_tokens=0))
+    >>> done.to_json()["n_sub"], len(done.to_records())
+    (4, 6)
     """
     options, resume = options or RefactorOptions(), how.get("resume", False)
     options.check()

@@ -18,11 +18,16 @@ from ..progress import Report, silent
 from .frontier import evaluation_windows, subject_of
 
 
-def make_plan(folder: str | Path, options: SkipOptions | None = None, *, report: Report = silent) -> NamedPoint:
+def make_skip_plan(folder: str | Path, options: SkipOptions | None = None, *, report: Report = silent) -> NamedPoint:
     """An operating point that computes `mean` experts per token and layer, by a method of expert skipping (`moe-prism ls methods`).
 
     Fitted on `tokens` tokens of the calibration side of a text; `made["quality"]` is its perplexity, KL to the full model (nats per token),
     top-1 agreement and experts per token on as many of the other side. Raises UsageError for a folder, method or number that does not fit.
+
+    >>> import moe_prism
+    >>> asked = moe_prism.SkipOptions(method="uniform", mean=2, tokens=256, length=128)
+    >>> [row["experts"] for row in moe_prism.make_skip_plan("nano", asked).to_records()]
+    [2, 2, 2, 2, 2, 2]
     """
     options = options or SkipOptions()
     options.check()

@@ -24,6 +24,7 @@ from ..offload.trace import Trace, load_trace
 from ..options.text import text_source
 from ..options.trace import TraceOptions
 from ..progress import Report, silent
+from ..result import Facts
 from .inspect import inspect_model
 
 
@@ -38,6 +39,11 @@ def record_trace(
     """Run text through a model or an elastic folder and keep its routing; written to `out` unless that is None.
 
     Raises UsageError for a bad option, a model without MoE layers, or an existing `out`.
+
+    >>> import moe_prism
+    >>> found = moe_prism.record_trace("nano", "trace.npz", moe_prism.TraceOptions(tokens=512, length=128))
+    >>> found.to_json()["tokens"], found.to_json()["slots_per_token"]
+    (512, 4.0)
     """
     options = options or TraceOptions()
     options.check()
@@ -80,17 +86,22 @@ def _loaded(model: str | Path, options: TraceOptions) -> tuple[Any, Any]:
     return found, load_tokenizer(where)
 
 
-def inspect_routing(model: str | Path, trace: str | Path | None = None, *, report: Report = silent) -> dict[str, Any]:
-    """SRP, SCH and hit rates of a model's routing: from a trace file (`nano` is the shipped one), else from 4,096 tokens run now."""
+def inspect_routing(model: str | Path, trace: str | Path | None = None, *, report: Report = silent) -> Facts:
+    """SRP, SCH and hit rates of a model's routing: from a trace file (`nano` is the shipped one), else from 4,096 tokens run now.
+
+    >>> import moe_prism
+    >>> sorted(moe_prism.inspect_routing("nano", trace="nano"))[:3]
+    ['hit_rates', 'k', 'load']
+    """
     if trace is None:
-        return routing_report(record_trace(model, None, TraceOptions(tokens=4096), report=report))
+        return Facts(routing_report(record_trace(model, None, TraceOptions(tokens=4096), report=report)), "hit_rates")
     found, experts = load_trace(trace), [row["experts"] for row in inspect_model(model)["layers"] if row["kind"] == "moe"]
     if experts != [found.experts] * found.layers:
         raise UsageError(
             f"trace '{trace}' has {found.layers} layers of {found.experts} experts, '{model}' has not",
             "record a trace of this model",
         )
-    return routing_report(found)
+    return Facts(routing_report(found), "hit_rates")
 
 
 def compare_policies(

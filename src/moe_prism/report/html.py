@@ -47,6 +47,7 @@ def write_png(frontier: Frontier, path: str | Path) -> None:
 def render(frontier: Frontier, extra: Mapping[str, Any] | None = None) -> str:
     """The page as text."""
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
     added = _checked(extra or {})
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -60,6 +61,9 @@ def render(frontier: Frontier, extra: Mapping[str, Any] | None = None) -> str:
         columns=_columns(frontier.every),
         full=full_bytes(frontier),
         timed=is_timed(frontier),
+        domains=domain_names(frontier),
+        sliced=sorted((p for p in frontier.every if p.domains), key=lambda p: -p.active_expert_bytes),
+        script=Markup(files(__package__).joinpath("report.js").read_text(encoding="utf-8")),  # noqa: S704 - ours
         points=sorted(frontier.points, key=lambda p: (p.rule != main_rule(frontier), p.rule, -p.active_expert_bytes)),
         duels=[*duels(frontier), *duels(frontier, frontier.baseline_bits)],
         provenance=_flat(frontier.provenance),
@@ -67,6 +71,11 @@ def render(frontier: Frontier, extra: Mapping[str, Any] | None = None) -> str:
         notes=added.get("notes", []),
         data=_script_json(frontier.to_json()),
     )
+
+
+def domain_names(frontier: Frontier) -> list[str]:
+    """Of the evaluation text, in the order in which they were named; none where it has none."""
+    return list(dict.fromkeys(name for point in frontier.every for name in point.domains))
 
 
 def tiles(frontier: Frontier) -> list[tuple[str, str]]:

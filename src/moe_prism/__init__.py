@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .jobs.prune import prune_model, select_experts
     from .jobs.recover import recover_model
     from .jobs.refactor import refactor
+    from .jobs.rehearsal import rehearse
     from .jobs.skip import make_skip_plan
     from .jobs.time_points import Timing, time_frontier
     from .jobs.trace import inspect_routing, record_trace
@@ -70,6 +71,7 @@ _HOME = {
     "measure_compression": "jobs.compress",
     "plan_compression": "jobs.compress",
     "recover_model": "jobs.recover",
+    "rehearse": "jobs.rehearsal",
     "make_skip_plan": "jobs.skip",
     "measure_frontier": "jobs.frontier",
     "keep_frontier": "jobs.frontier_files",
@@ -165,6 +167,7 @@ __all__ = [
     "record_trace",
     "recover_model",
     "refactor",
+    "rehearse",
     "run_demo",
     "select_experts",
     "serve_model",

@@ -25,6 +25,17 @@ LESS = (
     (r"--compare elastic ", "--compare elastic --seconds 4 "),
 )
 READY = 180
+WAIT = """
+import time, urllib.request
+for _ in range({seconds}):
+    try:
+        urllib.request.urlopen('http://127.0.0.1:{port}/health')
+        break
+    except OSError:
+        time.sleep(1)
+else:
+    raise SystemExit(1)
+"""
 
 
 def wants_a_server(block: Block) -> bool:
@@ -59,8 +70,7 @@ class Page:
         command = [sys.executable, "-m", "moe_prism", *words, "--port", self.port, "--probe-seconds", "1"]
         log = self.folder / f"server-{self.port}.log"
         self.server = subprocess.Popen(command, cwd=self.folder, env=self.environment, stderr=log.open("w"))
-        until = f"http://127.0.0.1:{self.port}/health"
-        wait = f"import time, urllib.request\nfor _ in range({READY}):\n try: urllib.request.urlopen('{until}'); break\n except OSError: time.sleep(1)\nelse: raise SystemExit(1)"
+        wait = WAIT.format(port=self.port, seconds=READY)
         assert subprocess.run([sys.executable, "-c", wait], check=False).returncode == 0, log.read_text()[-2000:]
 
     def follow(self, block: Block) -> None:

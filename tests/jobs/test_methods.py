@@ -116,7 +116,7 @@ def test_plain_top_k_is_what_a_router_that_normalises_does_with_fewer_experts(te
     plain = {p.name: p for p in measure_frontier("nano-mix", asked).baseline_topk}
     opened = open_model("nano-mix")
     opened.elastic.detach()
-    ids = evaluation_windows(opened, asked).ids
+    ids = evaluation_windows(opened.tokenizer, opened.documents, asked).ids
 
     def predicted(k):
         for layer in opened.model.model.layers:

@@ -10,10 +10,17 @@ from cyclopts import Parameter
 from ..options.calibrate import CalibrateOptions
 from .flags import Run
 from .output import emit, note, progress
+from .rehearsal import show_rehearsal
 
 
 def calibrate(
-    model: str, /, *, out: Annotated[Path, Parameter(name=("--out", "-o"))], options: CalibrateOptions, run: Run
+    model: str,
+    /,
+    *,
+    out: Annotated[Path, Parameter(name=("--out", "-o"))],
+    options: CalibrateOptions,
+    dry_run: bool = False,
+    run: Run,
 ) -> None:
     """Run calibration text through a model once and keep bounded statistics that every `refactor` of it can use.
 
@@ -22,9 +29,14 @@ def calibrate(
     model: Folder with config.json and safetensors, a .gguf file, 'nano' or 'nano-mix'.
     out: Folder to write. It appears only when it is complete.
     resume: Continue an interrupted pass; ends in the same bytes.
+    dry_run: Check everything, print what it needs and exit; 3 if this machine cannot do it.
     """
     from ..jobs.calibrate import calibrate_model
 
+    if dry_run:
+        return show_rehearsal(
+            calibrate_model, model, out, options, target=out, as_json=run.json, resume=run.resume, force=run.force
+        )
     statistics = calibrate_model(model, out, options, resume=run.resume, force=run.force, report=progress)
     facts = {"folder": str(out), **statistics.to_json()}
     if tasks := facts.get("tasks"):
@@ -38,3 +50,4 @@ def calibrate(
         note(f"warning: {few}; refactor falls back to its weights")
     note(f"next: moe-prism refactor {model} --calibration {out} -o OUT")
     emit(facts, f"{out}: {facts['layers']} layers, {facts['tokens']} tokens, {len(starved)} starved experts", run.json)
+    return None

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from ..errors import UsageError
 from ..options.frontier import FrontierOptions, TimeOptions
 from .output import note, progress, table, written
+from .rehearsal import show_rehearsal
 
 if TYPE_CHECKING:
     from ..frontier import Frontier, MeasuredPoint
@@ -24,6 +25,7 @@ def frontier(
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     options: FrontierOptions,
     timing: TimeOptions,
+    dry_run: bool = False,
     json: bool = False,
 ) -> None:
     """Measure quality and cost of every operating point of a model, beside plain top-k; writes JSON and an HTML report.
@@ -32,6 +34,7 @@ def frontier(
     ----------
     folder: Written by `moe-prism refactor`, or any checkpoint (give --out, and methods that need no sub-experts).
     out: Folder for frontier.json, report.html and frontier.png; default is FOLDER itself, whose prism.json then lists the points.
+    dry_run: Check everything, print what it needs and exit; 3 if this machine cannot do it.
     json: One JSON object on stdout.
     """
     from ..files import check_writable_folder
@@ -42,6 +45,8 @@ def frontier(
     check_writable_folder(out)
     if out is None and not (folder / "prism.json").is_file():
         raise UsageError(f"'{folder}' has no prism.json", "give a folder that moe-prism wrote, or --out FOLDER for the report")
+    if dry_run:
+        return show_rehearsal(run, folder, options, as_json=json)
     result = run(folder, options, report=progress)
     target = out or folder
     keep = keep_frontier if out is None else write_frontier
@@ -52,6 +57,7 @@ def frontier(
     with written(facts, f"{show(result)}\n\n{show_comparison(result)}", json):
         keep(result, target)
     note(f"report: {target / 'report.html'}")
+    return None
 
 
 def _timed(folder: Path, result: Frontier, options: FrontierOptions, timing: TimeOptions) -> Frontier:

@@ -45,7 +45,8 @@ from .calibrate import SNAPSHOT, run_pass
 from .distance import TOKENS, distance_between, evaluation_windows
 from .refactor import single_index
 from .refactor_card import adopted_card
-from .resources import check_resources, needed_by_pass
+from .rehearsal import begin
+from .resources import needed_by_adoption
 from .same_order import Likeness, same_order
 from .solve_layer import measured_cutoffs
 
@@ -115,7 +116,8 @@ def adopt(
     linked = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists()).stat().st_dev == weights.path.stat().st_dev
     brought = weights.path.stat().st_size if where.is_file() else open_source(where).bytes
     settings = replace(_calibration(manifest), low_memory=options.low_memory)
-    check_resources(needed_by_pass(weights, settings, 0 if linked else brought), out, how.get("resume", False))
+    needed = needed_by_adoption(weights, settings, 0 if linked else brought)
+    begin(needed, out, resume=how.get("resume", False), force=how.get("force", False))
     with OutputFolder(out, resume=how.get("resume", False), force=how.get("force", False)) as folder:
         _bring(where, Path(elastic), folder)
         work = folder.work / where.name if where.is_file() else folder.work

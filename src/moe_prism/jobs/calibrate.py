@@ -27,6 +27,7 @@ from ..options.calibrate import CalibrateOptions
 from ..progress import Report, silent
 from ..schema.read import one_line
 from .demonstrations import Answering, plan
+from .rehearsal import begin
 from .resources import check_resources, needed_by_pass
 
 SNAPSHOT = "calibration-snapshot.safetensors"
@@ -52,7 +53,8 @@ def calibrate_model(
     where = resolve(model)
     check_apart(where, out)
     weights = Weights(where)
-    check_resources(needed_by_pass(weights, options), out, resume)
+    needed = needed_by_pass(weights, options)
+    check_resources(needed, out, resume)  # before the text is read, which takes longer
     asked = plan(load_tokenizer(where), options, _longest(where)) if options.tasks else None
     windows = None if asked else calibration_windows(where, options)
     check_fit(weights, options)
@@ -61,6 +63,7 @@ def calibrate_model(
     inputs = {"source": source, "options": asdict(options)}
     if resume and finished(out, {"kind": "calibration", **inputs}):
         return read_statistics(out)
+    begin(needed, out, resume=resume, force=how.get("force", False))
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         journal = Journal(folder.work, inputs)
         report = how.get("report", silent)

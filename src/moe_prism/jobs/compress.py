@@ -19,6 +19,8 @@ from ..model import resolve
 from ..options.compress import CompressOptions
 from ..progress import Report, peak_rss_bytes, silent
 from ..result import Result
+from .rehearsal import begin
+from .resources import needed_by_rewriting, written_bytes
 
 KIND = "quantized"
 
@@ -97,6 +99,7 @@ def compress_model(
     result = Compressed(options.method, len(found.experts), found.bytes(), folder=Path(out))
     if (resume := how.get("resume", False)) and (done := finished(out, {"kind": KIND, **inputs})):
         return Compressed(**{**result.__dict__, "manifest": done})
+    begin(needed_by_rewriting(weights, written_bytes(weights)), out, resume=resume, force=how.get("force", False))
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         journal = Journal(folder.work, inputs)
         with how.get("report", silent)("write") as update:

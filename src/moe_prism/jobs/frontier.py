@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..artefact.open import Opened, open_model
+from ..artefact.open import Opened, known_documents, open_model, sub_experts
 from ..catalogue import methods
 from ..checkpoint import versions
 from ..compress.changes import change_of
@@ -17,14 +18,17 @@ from ..data import Windows, token_windows
 from ..elastic.runtime import slots_per_token
 from ..errors import UsageError
 from ..frontier import DomainQuality, Frontier, MeasuredPoint, pareto
-from ..frontier.measure import Measurement, measure
+from ..frontier.measure import BATCH, Measurement, measure
 from ..methods.base import Method, Subject
 from ..methods.find import method
 from ..methods.quantize.uniform_bits import standing_rows
 from ..methods.skip.base import skip_method
+from ..model import load_tokenizer, resolve
 from ..options.frontier import FrontierOptions
 from ..point import FULL, NamedPoint, read_points
 from ..progress import Report, peak_rss_bytes, silent
+from .rehearsal import begin
+from .resources import model_tree, needed_by_running
 
 GIVEN = "given point"
 ALL_PER_TOKEN = "all-per-token"  # noqa: S105 - no password
@@ -60,8 +64,9 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     options.check()
     asked = chosen(options)
     named = [point for path in options.given for point in read_points(path)]
+    windows = evaluation_windows(load_tokenizer(resolve(folder)), known_documents(folder), options)
+    _rehearse(folder, asked, options, windows)
     opened = open_model(folder)
-    windows = evaluation_windows(opened, options)
     subject = subject_of(opened, options, report)
     tagged = [(m.name, point) for m in asked for point in _points(m, subject)]
     made = {point.name: point.point for _, point in tagged}  # what a method makes again is measured once
@@ -92,13 +97,25 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     )
 
 
+def _rehearse(folder: str | Path, asked: Sequence[Method], options: FrontierOptions, windows: Windows) -> None:
+    """What else is checked before the weights are read, and what the measurement needs."""
+    tree, cut = model_tree(resolve(folder)), sub_experts(folder)
+    for each in asked:
+        _check_cut(each, cut)
+    if any(each.needs for each in asked):
+        calibration_ids(load_tokenizer(resolve(folder)), options)
+    begin(needed_by_running(tree, rows=BATCH * windows.ids.shape[1], cut=cut, fits=any(each.needs for each in asked)))
+
+
+def calibration_ids(tokenizer: Any, options: FrontierOptions) -> Tensor:
+    """Token windows [n, length] that methods are fitted on."""
+    wanted = options.calibration_tokens
+    return token_windows(tokenizer, options.source, "calibration", length=options.length, tokens=wanted).ids
+
+
 def subject_of(opened: Opened, options: FrontierOptions, report: Report = silent) -> Subject:
     """What methods get to see of an opened model."""
     slots = slots_per_token(opened.elastic)
-
-    def calibration() -> Tensor:
-        wanted = options.calibration_tokens
-        return token_windows(opened.tokenizer, options.source, "calibration", length=options.length, tokens=wanted).ids
 
     n_sub = opened.n_sub
     return Subject(
@@ -107,26 +124,28 @@ def subject_of(opened: Opened, options: FrontierOptions, report: Report = silent
         elastic=opened.elastic,
         n_sub=n_sub,
         k=slots // n_sub,
-        read_calibration=calibration,
+        read_calibration=partial(calibration_ids, opened.tokenizer, options),
         points=options.per_method,
         report=report,
     )
 
 
-def evaluation_windows(opened: Opened, options: FrontierOptions) -> Windows:
-    """Held-out text: the evaluation side, without what the model was calibrated on when it was refactored or pruned."""
-    return token_windows(
-        opened.tokenizer, options.source, "evaluation", length=options.length, tokens=options.tokens, exclude=opened.documents
-    )
+def evaluation_windows(tokenizer: Any, documents: Sequence[str], options: FrontierOptions) -> Windows:
+    """Held-out text: the evaluation side, without the documents that the model was calibrated on when it was refactored or pruned."""
+    return token_windows(tokenizer, options.source, "evaluation", length=options.length, tokens=options.tokens, exclude=documents)
 
 
 def _points(chosen: Method, subject: Subject) -> Sequence[NamedPoint]:
-    if chosen.needs_sub_experts and subject.n_sub == 1:
+    _check_cut(chosen, subject.n_sub)
+    return chosen.points(subject)
+
+
+def _check_cut(chosen: Method, n_sub: int) -> None:
+    if chosen.needs_sub_experts and n_sub == 1:
         raise UsageError(
             f"method '{chosen.name}' needs sub-experts, and this model has none",
             "give a folder written by `moe-prism refactor`, or other methods",
         )
-    return chosen.points(subject)
 
 
 def _plain(subject: Subject) -> list[NamedPoint]:

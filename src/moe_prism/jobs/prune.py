@@ -43,7 +43,8 @@ from ..result import Result
 from .calibrate import SNAPSHOT, calibration_windows, check_fit, check_fits, read_statistics, run_pass
 from .prune_card import pruned_card
 from .recover import FILLED_IN
-from .resources import check_resources, needed_by_pass, needed_on_disk, written_bytes
+from .rehearsal import begin
+from .resources import needed_by_pass, needed_by_rewriting, written_bytes
 
 KEPT = "kept.json"
 COUNTS = "kept-counts.safetensors"
@@ -131,8 +132,8 @@ def prune_model(
         selection = read_kept(Path(out) / KEPT, job.weights.model, job.weights.layers)
         return Pruned(selection, Path(out), done, peak_rss_bytes())
     size, runs = written_bytes(job.weights), job.windows and (form == "constant" or not given)
-    needed = needed_by_pass(job.weights, job.settings, size) if runs else needed_on_disk(size)
-    check_resources(needed, out, resume)
+    needed = needed_by_pass(job.weights, job.settings, size) if runs else needed_by_rewriting(job.weights, size)
+    begin(needed, out, resume=resume, force=how.get("force", False))
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         report = how.get("report", silent)
         journal = Journal(folder.work, {**inputs, **statistics})

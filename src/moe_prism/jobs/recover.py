@@ -23,7 +23,8 @@ from ..progress import Report, peak_rss_bytes, silent
 from ..recover import RecoverJob, methods
 from ..recover.run import BATCH, groups
 from ..result import Result
-from .resources import check_resources, needed_on_disk
+from .rehearsal import begin
+from .resources import needed_by_recovery
 
 MEASURED = ("frontier.json", "ladder.json", "report.html", "frontier.png")  # of the model as it was
 FILLED_IN = ("schema", "versions", "files", "sha256")  # keys of a manifest that its writer sets
@@ -74,7 +75,8 @@ def recover_model(
     model, tokenizer = load(folder)
     windows = _windows(tokenizer, model, manifest, options)
     _check_repair(model._moe_prism.layers, windows, options)
-    check_resources(needed_on_disk(_written_bytes(model, manifest, options)), out, resume)
+    needed = needed_by_recovery(model, windows.ids, options, _written_bytes(model, manifest, options))
+    begin(needed, out, resume=resume, force=how.get("force", False))
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as output:
         facts = _fit(model, windows, manifest, options, _Units(output, Journal(output.work, inputs)), report)
         with report("write") as update:

@@ -32,6 +32,7 @@ from .calibrate import SNAPSHOT, calibration_windows, check_fit, check_fits, rea
 from .distance import TOKENS, distance_between, evaluation_windows
 from .profile_layers import Profiler, budget_tensors, profile_runs, unit_cost
 from .refactor_card import model_card
+from .rehearsal import begin
 from .resources import check_resources, check_width, needed_by
 from .solve_layer import IMPORTANCE, PERM, WORKING, solve
 
@@ -94,7 +95,8 @@ def refactor(
     options, together, aligned = align(weights, options)
     for layer in weights.layers:
         check_width(layer, options)
-    check_resources(needed_by(weights, options), out, resume)
+    needed = needed_by(weights, options, given)
+    check_resources(needed, out, resume)  # before the text is read, which takes longer
     weights.check_rewritable()
     windows = None if given else calibration_windows(where, options.calibration)
     if windows:
@@ -114,6 +116,7 @@ def refactor(
     fingerprint = {**inputs, "calibration": given.facts if given else None}
     if resume and (done := finished(out, {"kind": "elastic", **inputs, **({"calibration": _summary(given)} if given else {})})):
         return Refactored(Path(out), done, peak_rss_bytes())
+    begin(needed, out, resume=resume, force=how.get("force", False))
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         work = _Work(folder, Journal(folder.work, fingerprint), how.get("report", silent))
         if windows is not None:

@@ -7,15 +7,18 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..artefact.open import open_model
+from ..artefact.open import known_documents, open_model, sub_experts
 from ..errors import UsageError
-from ..frontier.measure import measure
+from ..frontier.measure import BATCH, measure
 from ..methods.skip.base import SkipMethod, skip_method
+from ..model import load_tokenizer, resolve
 from ..options.frontier import FrontierOptions
 from ..options.skip import SkipOptions
 from ..point import NamedPoint
 from ..progress import Report, silent
-from .frontier import evaluation_windows, subject_of
+from .frontier import calibration_ids, evaluation_windows, subject_of
+from .rehearsal import begin
+from .resources import model_tree, needed_by_running
 
 
 def make_skip_plan(folder: str | Path, options: SkipOptions | None = None, *, report: Report = silent) -> NamedPoint:
@@ -39,10 +42,14 @@ def make_skip_plan(folder: str | Path, options: SkipOptions | None = None, *, re
         length=options.length,
         calibration_tokens=options.tokens,
     )
+    tokenizer, cut = load_tokenizer(resolve(folder)), sub_experts(folder)
+    windows = evaluation_windows(tokenizer, known_documents(folder), frontier)
+    if chosen.needs:
+        calibration_ids(tokenizer, frontier)
+    begin(needed_by_running(model_tree(resolve(folder)), rows=BATCH * windows.ids.shape[1], cut=cut, fits=bool(chosen.needs)))
     opened = open_model(folder)
     subject = subject_of(opened, frontier, report)
     named = chosen.point(subject, options.mean, options.keep_mass)
-    windows = evaluation_windows(opened, frontier)
     with report("quality of the plan") as update:
         [found] = measure(opened.model, windows.ids, [named.point], progress=update)
     record = {

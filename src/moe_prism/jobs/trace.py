@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..artefact.load import load
-from ..checkpoint import read_manifest
-from ..checkpoint.manifest import MANIFEST, PLAIN_KINDS
+from ..artefact.open import sub_experts
 from ..data import token_windows
 from ..data.splits import Side
 from ..elastic import operating_point
@@ -26,6 +25,8 @@ from ..options.trace import TraceOptions
 from ..progress import Report, silent
 from ..result import Facts
 from .inspect import inspect_model
+from .rehearsal import begin
+from .resources import model_tree, needed_by_running
 
 
 def record_trace(
@@ -49,14 +50,21 @@ def record_trace(
     options.check()
     if out is not None and Path(out).exists() and not force:
         raise UsageError(f"'{out}' exists", "choose another path, or --force")
-    loaded, tokenizer = _loaded(model, options)
-    limit = int(getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or options.length)
+    where = resolve(model)
+    tree, cut = model_tree(where), sub_experts(where)
+    if cut == 1 and options.budget != 1.0:
+        raise UsageError(f"'{model}' is not elastic, so it has no budget {options.budget:g}", "run `moe-prism refactor` first")
+    find_layers(tree, dense=False)
+    tokenizer = load_tokenizer(where)
+    limit = int(getattr(tree.config.get_text_config(), "max_position_embeddings", None) or options.length)
     length = min(options.length, limit)
     source = text_source(options.text, options.text_field)
     windows = [
         (side, token_windows(tokenizer, source, side, length=length, tokens=max(length, options.tokens // 2)).ids)
         for side in get_args(Side)
     ]
+    begin(needed_by_running(tree, rows=length, cut=cut))
+    loaded = load(where)[0] if cut > 1 else load_to_run(where)
     header = {"model": Path(str(model)).name, "text": options.text, "budget": options.budget, "options": asdict(options)}
     with report("trace") as update:
         if hasattr(loaded, "_moe_prism"):
@@ -72,18 +80,6 @@ def record_trace(
 def _record(loaded: Any, windows: Any, options: TraceOptions, header: dict[str, Any], update: Any) -> Trace:
     recorder = TraceRecorder(loaded, values=options.values, inputs=options.inputs)
     return record(recorder, windows, prompt=options.prompt, header=header, progress=update)
-
-
-def _loaded(model: str | Path, options: TraceOptions) -> tuple[Any, Any]:
-    """(model, tokenizer), elastic where the folder is."""
-    where = resolve(model)
-    if isinstance(where, Path) and (where / MANIFEST).is_file() and read_manifest(where).get("kind") not in PLAIN_KINDS:
-        return load(where)
-    if options.budget != 1.0:
-        raise UsageError(f"'{model}' is not elastic, so it has no budget {options.budget:g}", "run `moe-prism refactor` first")
-    found = load_to_run(where)
-    find_layers(found, dense=False)
-    return found, load_tokenizer(where)
 
 
 def inspect_routing(model: str | Path, trace: str | Path | None = None, *, report: Report = silent) -> Facts:

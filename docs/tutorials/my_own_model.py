@@ -30,12 +30,12 @@ facts  # in a notebook: a table of the layers
 # %% [markdown]
 # ## 2. Will it fit (a second)
 #
-# `forecast_job` says how much memory, disk and time a job needs on this machine, before anything is done.
+# `rehearse` checks everything that a job would check, and says how much memory and disk it needs. Nothing is done yet.
 
 # %%
 calibration = moe_prism.CalibrateOptions(text=TEXT, tokens=TOKENS, length=LENGTH)
 options = moe_prism.RefactorOptions(calibration=calibration)
-moe_prism.forecast_job("refactor", MODEL, options)
+moe_prism.rehearse(moe_prism.refactor, MODEL, "elastic", options, force=True)
 
 # %% [markdown]
 # ## 3. Cut the experts (some minutes)

@@ -15,14 +15,17 @@ if TYPE_CHECKING:
     from .artefact.load import load
     from .bench.compare import bench_policies
     from .bench.single import bench_server
+    from .cli.run_recipe import run_recipe
     from .elastic import operating_point
     from .errors import CorruptError, DoesNotFit, PrismError, UsageError
     from .frontier import Frontier
+    from .frontier.runs import compare_runs
     from .jobs.adopt import adopt
     from .jobs.calibrate import calibrate_model, read_statistics
     from .jobs.compress import compress_model, measure_compression, plan_compression
     from .jobs.demo import run_demo
     from .jobs.doctor import check_machine
+    from .jobs.evaluate import evaluate_model
     from .jobs.forecast_offload import forecast_offload
     from .jobs.forecast_speed import forecast_speed
     from .jobs.frontier import measure_frontier
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from .options.bench import CompareOptions, Offer, SingleOptions
     from .options.calibrate import CalibrateOptions
     from .options.compress import CompressOptions
+    from .options.evaluate import EvaluateOptions
     from .options.frontier import FrontierOptions
     from .options.generate import GenerateOptions
     from .options.offload import OffloadOptions
@@ -72,6 +76,10 @@ _HOME = {
     "plan_compression": "jobs.compress",
     "recover_model": "jobs.recover",
     "rehearse": "jobs.rehearsal",
+    "evaluate_model": "jobs.evaluate",
+    "EvaluateOptions": "options.evaluate",
+    "compare_runs": "frontier.runs",
+    "run_recipe": "cli.run_recipe",
     "make_skip_plan": "jobs.skip",
     "measure_frontier": "jobs.frontier",
     "keep_frontier": "jobs.frontier_files",
@@ -123,6 +131,7 @@ __all__ = [
     "CompressOptions",
     "CorruptError",
     "DoesNotFit",
+    "EvaluateOptions",
     "Frontier",
     "FrontierOptions",
     "GenerateOptions",
@@ -147,7 +156,9 @@ __all__ = [
     "bench_server",
     "calibrate_model",
     "check_machine",
+    "compare_runs",
     "compress_model",
+    "evaluate_model",
     "forecast_offload",
     "forecast_speed",
     "generate",
@@ -169,6 +180,7 @@ __all__ = [
     "refactor",
     "rehearse",
     "run_demo",
+    "run_recipe",
     "select_experts",
     "serve_model",
     "time_frontier",

@@ -17,6 +17,7 @@ from ..elastic import attach
 from ..elastic.side_tensors import AGAIN, CUTOFFS, RIDGE, check_values, of_today
 from ..errors import CorruptError, UsageError
 from ..model import find_layers, load_to_run, load_tokenizer
+from ..model.place import stays_on_cpu
 from ..schema.read import one_line
 from ..store import StoreOptions, load_stored
 
@@ -48,6 +49,7 @@ def load(
             f"'{folder}' holds a GGUF file, whose experts cannot be read one by one", "run it without --expert-memory"
         )
     if store is not None:
+        stays_on_cpu("--expert-memory")
         return load_stored(Path(folder), manifest, tensors, store), load_tokenizer(folder)
     file = manifest.get(WEIGHTS_FILE)  # of an adopted GGUF
     model = load_to_run(Path(folder) / file if file else folder, dtype)

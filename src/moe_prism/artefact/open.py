@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import check_listed, read_manifest
-from ..checkpoint.companions import CONFIG
+from ..checkpoint.companions import CONFIG, origin
 from ..checkpoint.manifest import MANIFEST, PLAIN_KINDS
 from ..elastic import Elastic, attach
 from ..model import load_to_run, load_tokenizer, resolve
@@ -78,4 +78,4 @@ def open_model(folder: str | Path) -> Opened:
     stored = Weights(where).bytes_per_weight
     model = load_to_run(where)
     attach(model, 1).stored_bytes_per_weight = stored
-    return Opened(model, load_tokenizer(where), None, Path(where).name, documents)
+    return Opened(model, load_tokenizer(where), None, origin(where), documents)

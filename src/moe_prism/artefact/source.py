@@ -15,7 +15,7 @@ from ..checkpoint import DequantizedSource, Journal, LayerStream, OutputFolder, 
 from ..checkpoint.dequantized import WRITTEN
 from ..checkpoint.gguf_file import expert_bytes
 from ..errors import UsageError
-from ..model import MoELayer, find_layers, load_model, on_disk
+from ..model import MoELayer, find_layers, load_model
 from ..progress import Update
 from .keep_format import QuantizedWriter, neuron_group, quantized, rewrite_quantized, stored_bytes
 from .rewrite import rewrite_gguf, rewrite_shards
@@ -30,9 +30,9 @@ class Weights:
     `checkpoint.open_source`; of a GGUF file bf16 where none is named. config: of a GGUF file, instead of what it says itself.
     """
 
-    def __init__(self, where: Path | str, written: str | None = None, keep: Keep | None = None, config: Any = None) -> None:
+    def __init__(self, where: Path, written: str | None = None, keep: Keep | None = None, config: Any = None) -> None:
         self.written = WRITTEN[written or "bf16"]
-        self.path = on_disk(where)
+        self.path = where
         self.stream = None if self.path.is_file() else LayerStream(self.path, torch.float32, written)
         self.keep = keep
         if keep:

@@ -17,13 +17,14 @@ from .atomic import JOURNAL, OutputFolder, sha256_file
 from .companions import origin
 from .header import TORCH, read_header
 from .links import inside
+from .recipe import recipe_facts
 from .shards import INDEX, SINGLE, Source, check_finite, read_tensor
 from .versions import versions
 
 MANIFEST = "prism.json"
 UPDATE = ".update"
 """Where a change of a finished folder is written; what lies there does not count yet."""
-REMEASURED = ("frontier.json", "ladder.json", "report.html", "frontier.png")
+REMEASURED = ("frontier.json", "ladder.json", "report.html", "frontier.png", "eval.json")
 """Files that somebody may remove: they are measured again."""
 SCHEMA = 1
 WEIGHTS_FILE = "weights_file"
@@ -62,7 +63,7 @@ def write_manifest(out: OutputFolder, facts: Mapping[str, Any]) -> dict[str, Any
         name: {"sha256": out.hashes.get(name) or sha256_file(out.work / name), "bytes": (out.work / name).stat().st_size}
         for name in sorted(_present(out.work))
     }
-    content = _content(facts, files)
+    content = _content({**recipe_facts(), **facts}, files)
     out.write_bytes(MANIFEST, encoded(content))
     return content
 

@@ -20,6 +20,7 @@ from . import (
     compress,
     demo,
     doctor,
+    evaluate,
     forecast,
     frontier,
     generate,
@@ -27,18 +28,21 @@ from . import (
     listing,
     offload,
     prune,
+    recipe,
     recover,
     refactor,
+    report,
     serve,
     skip,
     trace,
     verify,
 )
-from .flags import following, with_flags
+from .flags import with_flags
+from .opening import opening
 from .output import Unwritten, noted_reading, plain_line
 
 INTERRUPTED = 130
-RESUMABLE = ("calibrate", "refactor", "adopt", "recover", "prune", "compress")
+RESUMABLE = ("run", "calibrate", "refactor", "adopt", "recover", "prune", "compress")
 
 
 def build() -> cyclopts.App:
@@ -66,6 +70,8 @@ def build() -> cyclopts.App:
         (recover.recover, "recover"),
         (skip.skip, "skip"),
         (frontier.frontier, "frontier"),
+        (evaluate.evaluate, "eval"),
+        (report.report, "report"),
         (forecast.forecast, "forecast"),
         (generate.generate, "generate"),
         (serve.serve, "serve"),
@@ -73,11 +79,13 @@ def build() -> cyclopts.App:
         (trace.trace, "trace"),
         (offload.offload, "offload"),
         (verify.verify, "verify"),
+        (recipe.run, "run"),
+        (recipe.recipe, "recipe"),
         (listing.ls, "ls"),
     )
     for place, (command, name) in enumerate(every):  # --help lists them as they are used, not by the alphabet
-        app.command(with_flags(following(_described(command))), name=name, sort_key=place)
-    app.command(with_flags(following(_described(forecast.forecast))), name="plan", show=False)  # its name in 0.1
+        app.command(with_flags(opening(_described(command))), name=name, sort_key=place)
+    app.command(with_flags(opening(_described(forecast.forecast))), name="plan", show=False)  # its name in 0.1
     return app
 
 

@@ -11,6 +11,7 @@ from ..options.calibrate import CalibrateOptions
 from .flags import Run
 from .output import emit, note, progress
 from .rehearsal import show_rehearsal
+from .texts import told_text
 
 
 def calibrate(
@@ -33,6 +34,8 @@ def calibrate(
     """
     from ..jobs.calibrate import calibrate_model
 
+    if not options.tasks:
+        options = told_text(model, options, "calibration text")
     if dry_run:
         return show_rehearsal(
             calibrate_model, model, out, options, target=out, as_json=run.json, resume=run.resume, force=run.force

@@ -27,35 +27,6 @@ class Run(Options):
     json: bool = option(False, "One JSON object on stdout.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Links(Options):
-    """What every command that opens a model's folder is asked."""
-
-    follow_links: bool = option(False, "Follow links in a model's folder that lead out of it; only for folders you trust.")
-
-
-def following(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with `Links`, if it opens a model: its first parameter is one."""
-    opens = next(iter(inspect.signature(command).parameters)) in ("model", "folder")
-    if not opens or command.__name__ == "verify":  # which takes plain files only
-        return command
-
-    def run(*given: Any, links: Links, **named: Any) -> None:
-        if not links.follow_links:
-            return command(*given, **named)
-        from ..checkpoint import follow_links
-
-        with follow_links():
-            return command(*given, **named)
-
-    signature = inspect.signature(command)
-    own = inspect.Parameter("links", inspect.Parameter.KEYWORD_ONLY, annotation=Links)
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__annotations__ = {**get_type_hints(command, include_extras=True), "links": Links}
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])  # type: ignore[attr-defined]
-    return run
-
-
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     """The command with flags in the place of its parameters that are option classes, which it gets filled in.
 
@@ -91,6 +62,22 @@ def _flags(kind: type[Options], wanted: tuple[str, ...] | None) -> Iterator[tupl
             yield from _flags(hints[declared.name], declared.metadata["flags"])
         elif "help" in declared.metadata and (wanted is None or declared.name in wanted):
             yield _name(declared), hints[declared.name], declared
+
+
+def flags_of(kind: type[Options]) -> Iterator[tuple[str, Any, Field[Any]]]:
+    """(parameter name, type, field) of every field of an option class that is a flag."""
+    return _flags(kind, None)
+
+
+def flag_classes(command: Callable[..., None]) -> list[type[Options]]:
+    """The option classes among a command's parameters."""
+    hints = get_type_hints(command, include_extras=True)
+    return [kind for kind in hints.values() if isinstance(kind, type) and issubclass(kind, Options)]
+
+
+def parameter_name(declared: Field[Any]) -> str:
+    """n_sub of the field whose flag is --n-sub."""
+    return _name(declared)
 
 
 def _name(declared: Field[Any]) -> str:

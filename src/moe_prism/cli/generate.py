@@ -2,50 +2,139 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..errors import UsageError
 from ..options.experts import ExpertOptions
 from ..options.generate import GenerateOptions, PointOptions
 from .experts import store_options
 from .output import emit, note
+
+if TYPE_CHECKING:
+    from ..jobs.conversation import Conversation
+    from ..jobs.generate import Generated
+    from ..point import OperatingPoint
+
+ENDS = ("/exit", "/quit")
 
 
 def generate(
     folder: Path,
     /,
     *,
-    prompt: str,
+    prompt: str | None = None,
+    chat: bool = False,
     at: PointOptions,
     options: GenerateOptions,
     experts: ExpertOptions,
     verify: bool = False,
     json: bool = False,
 ) -> None:
-    """Continue a prompt at an operating point.
+    """Continue a prompt, or hold a conversation, at an operating point. The text appears as it is made.
 
     Parameters
     ----------
-    folder: Written by `moe-prism refactor`; with --point any checkpoint that the point fits.
-    prompt: Text to continue.
+    folder: Written by `moe-prism refactor`, or any checkpoint, at full price or with a --point that fits it.
+    prompt: Text to continue. Default: what is piped in, else you are asked for one after the other, until /exit.
+    chat: Write prompts as the model's chat template wants them; asked one after the other, it remembers the turns before.
     verify: First compare every file of the folder with its sha256 in prism.json; without, only those that are small.
     json: One JSON object on stdout.
     """
-    from ..artefact.load import whole_manifest
-    from ..artefact.open import own_point
-    from ..errors import UsageError
-    from ..jobs.generate import asked_point, check_prompt
-    from ..jobs.generate import generate as run
-    from ..point import name_within
+    from ..jobs.generate import check_prompt
 
     options.check()
-    check_prompt(prompt)
+    prompts = _prompts(prompt, json)
+    if isinstance(prompts, str):
+        check_prompt(prompts)
+    model, tokenizer, point = _open(folder, at, experts, verify)
+    asked = at.point or f"budget {point.slots.budget:g}"
+    with _conversation(tokenizer) if chat else nullcontext() as talk:
+        call = _Call(model, tokenizer, point, options, talk)
+        if isinstance(prompts, str):
+            result = call(prompts, is_silent=json)
+            _note(result, asked)
+            return emit({**result.to_json(), "prompt": prompts}, "", True) if json else None
+        for text in prompts:
+            _note(call(text), asked)
+    return None
+
+
+class _Call(NamedTuple):
+    """What stays the same from prompt to prompt."""
+
+    model: Any
+    tokenizer: Any
+    point: OperatingPoint
+    options: GenerateOptions
+    talk: Conversation | None
+
+    def __call__(self, text: str, is_silent: bool = False) -> Generated:
+        from ..jobs.generate import generate as run
+
+        how: dict[str, Any] = {} if is_silent else {"heard": _write}
+        prompt = text if self.talk is None else self.talk.ask(text)
+        if self.talk is None and not is_silent:
+            _write(text)
+        result = run(
+            self.model, self.tokenizer, prompt, point=self.point, sampling=self.options, is_rendered=self.talk is not None, **how
+        )
+        if self.talk is not None:
+            self.talk.hear(result.text)
+        if not is_silent:
+            _write("\n")
+        return result
+
+
+def _prompts(prompt: str | None, is_json: bool) -> str | Iterator[str]:
+    """The one prompt, or those that somebody at a terminal gives. UsageError where nobody can be asked."""
+    if prompt is not None:
+        return prompt
+    if not sys.stdin.isatty():
+        return sys.stdin.read().rstrip("\n")
+    if is_json:
+        raise UsageError("--json makes one object of one prompt", "give it with --prompt, or pipe it in")
+    return _asked()
+
+
+def _asked() -> Iterator[str]:
+    note(f"type a prompt; {ENDS[0]} or the end of input ends this")
+    while True:
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line or line.strip() in ENDS:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _conversation(tokenizer: Any) -> Conversation:
+    from ..jobs.conversation import Conversation
+
+    return Conversation(tokenizer)
+
+
+def _open(folder: Path, at: PointOptions, experts: ExpertOptions, verify: bool) -> tuple[Any, Any, OperatingPoint]:
+    """(model, tokenizer, point)."""
+    from ..artefact.load import load, whole_manifest
+    from ..artefact.open import open_model, own_point
+    from ..jobs.generate import asked_point
+    from ..point import name_within
+
     if verify:
         whole_manifest(folder, every=True)
     if at.point is not None and at.bytes_per_token is not None:
         raise UsageError("--point and --bytes-per-token both choose a point", "give one of them")
-    asked = at.point
-    if at.bytes_per_token is not None:
-        asked = name_within(at.bytes_per_token, folder)
+    asked = name_within(at.bytes_per_token, folder) if at.bytes_per_token is not None else at.point
     named = None if asked is None else own_point(asked, folder).point
     point = asked_point(named, at.budget, at.rule, at.control)
     if experts.miss_floor != 1 and experts.miss_floor >= point.slots.budget:
@@ -53,18 +142,14 @@ def generate(
             f"--miss-floor {experts.miss_floor:g} is not below --budget {point.slots.budget:g}", "lower it, or leave it out"
         )
     store = store_options(experts)
-    if named is None or store is not None:
-        from ..artefact.load import load
+    if store is not None:
+        return *load(folder, store=store), point
+    opened = open_model(folder)
+    return opened.model, opened.tokenizer, point
 
-        model, tokenizer = load(folder, store=store)
-    else:
-        from ..artefact.open import open_model
 
-        opened = open_model(folder)
-        model, tokenizer = opened.model, opened.tokenizer
-    result = run(model, tokenizer, prompt, point=point, sampling=options)
-    note(f"{asked or f'budget {point.slots.budget:g}'}: {result.tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
+def _note(result: Generated, asked: str) -> None:
+    note(f"{asked}: {result.tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
     if result.whole_experts > 0:
         share = f"{100 * result.whole_experts:.0f} %"
         note(f"in {share} of the layers' calls whole experts took less time than the kept blocks: full price, same result")
-    emit(result.to_json(), prompt + result.text, json)

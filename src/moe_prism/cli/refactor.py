@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from ..options.refactor import RefactorOptions
 from .flags import Run
 from .output import emit, note, note_left_out, progress
 from .rehearsal import show_rehearsal
+from .texts import told_text
 
 GIB = 2**30
 
@@ -38,6 +40,9 @@ def refactor(
     """
     from ..jobs.refactor import refactor as write
 
+    if calibration is None:
+        told = told_text(model, options.calibration, "calibration text", "; its other files are left for evaluation")
+        options = replace(options, calibration=told)
     if dry_run:
         given = {"calibration": calibration, "resume": run.resume, "force": run.force}
         return show_rehearsal(write, model, out, options, target=out, **given, as_json=run.json)

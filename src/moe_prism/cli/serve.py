@@ -20,13 +20,15 @@ def serve(
     options: ServeOptions,
     experts: ExpertOptions,
 ) -> None:
-    """Serve an elastic model with an OpenAI-compatible API, every request at its own operating point.
+    """Serve a model with an OpenAI-compatible API, every request at its own operating point.
 
     Parameters
     ----------
-    folder: Written by `moe-prism refactor`; after `moe-prism frontier --methods all-per-token` it has more operating points.
+    folder: Written by `moe-prism refactor`, after which `moe-prism frontier --methods all-per-token` gives it more operating points; or
+        any folder that transformers loads, plain or pruned, whose points are fewer experts per token.
     engine: embedded, or vllm: hand over to vLLM's own server, which takes --host, --port, keys, --name, --points and --verify only.
     """
+    from ..model.load import SHIPPED
     from ..serve import logs
     from ..serve.server import serve_model
 
@@ -41,4 +43,6 @@ def serve(
 
         return launch(folder, options)
     logs.set_up(options.debug)
+    if str(folder) in SHIPPED:
+        folder = SHIPPED[str(folder)]
     return serve_model(folder, replace(options, store=store_options(experts)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -36,6 +36,8 @@ from ..elastic.side_tensors import CUTOFFS, SHARES
 from ..errors import UsageError
 from ..frontier.measure import measure
 from ..model import find_layers, load_to_run, load_tokenizer, resolve
+from ..model.hub import is_hub_name
+from ..model.place import recorded
 from ..options.adopt import AdoptOptions
 from ..options.text import other_source
 from ..point import OperatingPoint, SlotRule
@@ -97,20 +99,20 @@ def adopt(
     options.check()
     manifest = elastic_manifest(elastic)
     where = resolve(quantized)
-    if not isinstance(where, Path):
-        raise UsageError(f"'{where}' is not on this machine", "give a folder or a .gguf file")
     if any(step["method"] == "repair" for step in manifest.get("recovery", [])):
         raise UsageError(f"'{elastic}' is repaired, and a repair is fitted to its weights", "give the folder it was made from")
+    if out is None and is_hub_name(str(quantized)):
+        raise UsageError(f"'{quantized}' lies in the hub's cache, where nothing is written", "give --out FOLDER")
     out = Path(out) if out else where.with_name(f"{where.stem if where.is_file() else where.name}-elastic")
     check_apart(where, out)
     check_apart(elastic, out)
-    inputs = {"weights": source_facts(where)["files"], "from": source_facts(elastic)["files"], "options": asdict(options)}
+    inputs = {"weights": source_facts(where)["files"], "from": source_facts(elastic)["files"], "options": recorded(options)}
     if how.get("resume") and (done := finished(out, {"kind": "elastic"})) and done.get("adopted", {}).get("inputs") == inputs:
         return Adopted(out, done, peak_rss_bytes())
     if where.is_file() and options.low_memory:
         raise UsageError(f"--low-memory needs a folder of safetensors files, not '{where.name}'", "leave it out")
     windows = _windows(Path(elastic), manifest, options)
-    original = Weights(elastic)
+    original = Weights(Path(elastic))
     weights = Weights(where, config=original.model.config if where.is_file() else None)
     alike = same_order(weights, original)
     linked = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists()).stat().st_dev == weights.path.stat().st_dev

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -22,13 +21,15 @@ from ..checkpoint import Journal, LayerStream, OutputFolder, check_listed, read_
 from ..checkpoint.config import read_config
 from ..data import Windows, token_windows
 from ..errors import CorruptError, UsageError
-from ..model import find_layers, load_to_run, load_tokenizer, local, resolve
+from ..model import find_layers, load_to_run, load_tokenizer, resolve
+from ..model.place import recorded
 from ..options.calibrate import CalibrateOptions
 from ..progress import Report, silent
 from ..schema.read import one_line
 from .demonstrations import Answering, plan
 from .rehearsal import begin
 from .resources import check_resources, needed_by_pass
+from .which_text import with_text
 
 SNAPSHOT = "calibration-snapshot.safetensors"
 PROFILE = "profile.safetensors"
@@ -51,6 +52,7 @@ def calibrate_model(
     options, resume = options or CalibrateOptions(), how.get("resume", False)
     options.check()
     where = resolve(model)
+    options = with_text(options, where)
     check_apart(where, out)
     weights = Weights(where)
     needed = needed_by_pass(weights, options)
@@ -60,7 +62,7 @@ def calibrate_model(
     check_fit(weights, options)
     source = source_facts(where)
     del weights  # of a GGUF file it holds the whole model
-    inputs = {"source": source, "options": asdict(options)}
+    inputs = {"source": source, "options": recorded(options)}
     if resume and finished(out, {"kind": "calibration", **inputs}):
         return read_statistics(out)
     begin(needed, out, resume=resume, force=how.get("force", False))
@@ -84,7 +86,7 @@ def calibrate_model(
     return statistics
 
 
-def demonstrate(where: Path | str, answers: Answering, report: Report) -> tuple[Windows, dict[str, Any]]:
+def demonstrate(where: Path, answers: Answering, report: Report) -> tuple[Windows, dict[str, Any]]:
     """Let the model answer, and take both as calibration text; the facts of it."""
     if not answers.is_done():
         answers.run(load_to_run(where), load_tokenizer(where), report)
@@ -124,7 +126,7 @@ def read_statistics(folder: str | Path) -> Statistics:
 
 
 def run_pass(
-    where: Path | str, windows: Windows, options: CalibrateOptions, folder: OutputFolder, journal: Journal, report: Report
+    where: Path, windows: Windows, options: CalibrateOptions, folder: OutputFolder, journal: Journal, report: Report
 ) -> Statistics:
     """The pass with snapshots in the work folder, so that a killed run goes on from the last one."""
     with _model(where, options) as model:
@@ -180,7 +182,7 @@ def check_fits(given: Statistics, weights: Weights) -> None:
 
 
 @contextmanager
-def _model(where: Path | str, options: CalibrateOptions) -> Iterator[Any]:
+def _model(where: Path, options: CalibrateOptions) -> Iterator[Any]:
     """The model to calibrate, whole or layer by layer; that is done on the CPU."""
     with torch.no_grad():
         if not options.low_memory:
@@ -190,16 +192,16 @@ def _model(where: Path | str, options: CalibrateOptions) -> Iterator[Any]:
             yield model
 
 
-def calibration_windows(where: Path | str, options: CalibrateOptions) -> Windows:
+def calibration_windows(where: Path, options: CalibrateOptions) -> Windows:
     """The calibration side of the options' text, in windows no longer than the model's context."""
     tokenizer = load_tokenizer(where)
     length = min(options.length, _longest(where))
     return token_windows(tokenizer, options.source, "calibration", length=length, tokens=options.tokens)
 
 
-def _longest(where: Path | str) -> int:
+def _longest(where: Path) -> int:
     """The model's context limit, where its configuration names one."""
-    if isinstance(where, Path) and where.is_file():
+    if where.is_file():
         return 1 << 30
-    config = read_config(local(where, weights=False))
+    config = read_config(where)
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..artefact.load import load
 from ..checkpoint import read_manifest, versions
+from ..checkpoint.companions import origin
 from ..data import token_windows
 from ..elastic.dial import affordable
 from ..errors import UsageError
@@ -27,6 +28,7 @@ from ..progress import Report, silent
 from .count_blocks import at_budget, block_choices
 from .model_shape import config_tree, shape_of
 from .time_steps import fewer_experts, measure_routing, needed_tokens, time_steps
+from .which_text import default_source
 
 PROBED = 4  # concurrencies that the probe times
 CUTS = (0.75, 0.5, 0.25)  # budgets that the probe times, and those that are forecast unless others are named
@@ -73,7 +75,7 @@ def _from_config(model: str | Path, options: SpeedOptions, machine: Machine) -> 
 
 def _name(model: str | Path) -> str:
     path = Path(model)
-    return path.resolve().parent.name if path.name == "config.json" else path.resolve().name if path.exists() else str(model)
+    return origin(path.parent if path.name == "config.json" else path) if path.exists() else str(model)
 
 
 def _shape(tree: Any, options: SpeedOptions) -> Shape:
@@ -101,7 +103,7 @@ class _SpeedForecaster:
 
     def __init__(self, source: str | Path, options: SpeedOptions, machine: Machine | None, report: Report) -> None:
         self.source, self.options, self.given, self.report = source, options, machine, report
-        self.text = text_source(options.text or "stdlib", options.text_field)
+        self.text = default_source(source) if options.text is None else text_source(options.text, options.text_field)
         self.tokenizer = load_tokenizer(source)
 
     def forecast(self) -> SpeedForecast:
@@ -141,7 +143,7 @@ class _SpeedForecaster:
 
     def _is_elastic(self) -> bool:
         where = resolve(self.source)
-        return isinstance(where, Path) and (where / "prism.json").is_file() and read_manifest(where).get("kind") == "elastic"
+        return (where / "prism.json").is_file() and read_manifest(where).get("kind") == "elastic"
 
     def _elastic(
         self, shape: Shape, full: ForecastPoint, ids: Tensor, fits: dict[str, Fit | Machine], measured: dict[Key, MeasuredStep]

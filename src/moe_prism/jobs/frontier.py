@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from ..artefact.open import Opened, known_documents, open_model, sub_experts
+from ..artefact.streamed import open_streamed
 from ..catalogue import methods
 from ..checkpoint import versions
+from ..checkpoint.recipe import recipe_facts
 from ..compress.changes import change_of
 from ..data import Windows, token_windows
 from ..elastic.runtime import slots_per_token
@@ -24,11 +25,13 @@ from ..methods.find import method
 from ..methods.quantize.uniform_bits import standing_rows
 from ..methods.skip.base import skip_method
 from ..model import load_tokenizer, resolve
+from ..model.place import recorded
 from ..options.frontier import FrontierOptions
 from ..point import FULL, NamedPoint, read_points
 from ..progress import Report, peak_rss_bytes, silent
 from .rehearsal import begin
 from .resources import model_tree, needed_by_running
+from .which_text import with_text
 
 GIVEN = "given point"
 ALL_PER_TOKEN = "all-per-token"  # noqa: S105 - no password
@@ -62,11 +65,34 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     """
     options = options or FrontierOptions()
     options.check()
+    options = with_text(options, folder)
     asked = chosen(options)
     named = [point for path in options.given for point in read_points(path)]
-    windows = evaluation_windows(load_tokenizer(resolve(folder)), known_documents(folder), options)
-    _rehearse(folder, asked, options, windows)
-    opened = open_model(folder)
+    if options.low_memory:
+        _check_streamable(asked)
+    windows = evaluation_windows(load_tokenizer(folder), known_documents(resolve(folder)), options)
+    _rehearse(resolve(folder), asked, options, windows)
+    if options.low_memory:
+        with open_streamed(folder) as opened:
+            return _measure(opened, asked, named, windows, options, report)
+    return _measure(open_model(folder), asked, named, windows, options, report)
+
+
+def _check_streamable(asked: Sequence[Method]) -> None:
+    """UsageError for a method whose points no streamed model can run, before hours of work."""
+    wrong = next((m for m in asked if m.acts == "weights" or m.name.partition(":")[0] == "bits"), None)
+    if wrong is not None:
+        raise UsageError(f"method '{wrong.name}' works on all weights in memory", "leave it or --low-memory out")
+
+
+def _measure(
+    opened: Opened,
+    asked: Sequence[Method],
+    named: Sequence[NamedPoint],
+    windows: Windows,
+    options: FrontierOptions,
+    report: Report,
+) -> Frontier:
     subject = subject_of(opened, options, report)
     tagged = [(m.name, point) for m in asked for point in _points(m, subject)]
     made = {point.name: point.point for _, point in tagged}  # what a method makes again is measured once
@@ -80,12 +106,13 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     known = {point.name for _, point in tagged}
     tagged += [("topk", point) for point in _plain(subject) if point.name not in known]
     bits_from = len(tagged)
-    tagged += [("bits-alone", point) for point in standing_rows(subject) if point.name not in known]
+    rows = [] if options.low_memory else standing_rows(subject)
+    tagged += [("bits-alone", point) for point in rows if point.name not in known]
     with report("frontier") as update:
         found = measure(opened.model, windows.ids, [point.point for _, point in tagged], progress=update, parts=windows.parts)
     flags = pareto([m.cost.active_expert_bytes for m in found], [m.quality.kl for m in found])
-    rows = zip(tagged, found, flags, strict=True)
-    points = tuple(_measured(label, point, one, subject.slots, flag) for (label, point), one, flag in rows)
+    every = zip(tagged, found, flags, strict=True)
+    points = tuple(_measured(label, point, one, subject.slots, flag) for (label, point), one, flag in every)
     return Frontier(
         opened.name,
         opened.manifest["source"]["name"] if opened.manifest else opened.name,
@@ -97,14 +124,15 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     )
 
 
-def _rehearse(folder: str | Path, asked: Sequence[Method], options: FrontierOptions, windows: Windows) -> None:
+def _rehearse(folder: Path, asked: Sequence[Method], options: FrontierOptions, windows: Windows) -> None:
     """What else is checked before the weights are read, and what the measurement needs."""
-    tree, cut = model_tree(resolve(folder)), sub_experts(folder)
+    tree, cut = model_tree(folder), sub_experts(folder)
     for each in asked:
         _check_cut(each, cut)
     if any(each.needs for each in asked):
-        calibration_ids(load_tokenizer(resolve(folder)), options)
-    begin(needed_by_running(tree, rows=BATCH * windows.ids.shape[1], cut=cut, fits=any(each.needs for each in asked)))
+        calibration_ids(load_tokenizer(folder), options)
+    fits = any(each.needs for each in asked)
+    begin(needed_by_running(tree, rows=BATCH * windows.ids.shape[1], cut=cut, fits=fits, low_memory=options.low_memory))
 
 
 def calibration_ids(tokenizer: Any, options: FrontierOptions) -> Tensor:
@@ -187,11 +215,12 @@ def _provenance(opened: Opened, options: FrontierOptions, windows: Windows) -> d
     manifest: Mapping[str, Any] = opened.manifest or {"calibration": {}}
     return {
         # a file is known by its name: where it lies on this machine is nobody's business
-        "options": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}
+        "options": {k: list(v) if isinstance(v, tuple) else v for k, v in recorded(options).items()}
         | {"given": [Path(p).name for p in options.given]},
         "evaluation": {**windows.facts(), "tokens": windows.tokens, "documents": len(windows.documents)},
         "calibration": {k: v for k, v in manifest["calibration"].items() if k != "documents"},
         "recovery": [{k: v for k, v in step.items() if k != "inputs"} for step in manifest.get("recovery", [])],
+        **recipe_facts(),
         "versions": versions(),
         "peak_rss_bytes": peak_rss_bytes(),
     }

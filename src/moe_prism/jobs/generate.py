@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
+from transformers import TextStreamer
 
 from ..elastic.rules import rules
 from ..elastic.runtime import elastic_of
@@ -49,6 +51,25 @@ class Generated(Result):
         }
 
 
+class Hearing(TypedDict, total=False):
+    """heard: called with every piece of the text as soon as it is certain; is_rendered: the prompt has its special tokens already."""
+
+    heard: Callable[[str], None]
+    is_rendered: bool
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    """transformers' own, to somebody else than stdout."""
+
+    def __init__(self, tokenizer: Any, heard: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._heard = heard
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._heard(text)
+
+
 def check_prompt(prompt: str) -> None:
     """UsageError for an empty one."""
     if not prompt:
@@ -77,11 +98,12 @@ def generate(
     *,
     point: OperatingPoint | None = None,
     sampling: GenerateOptions | None = None,
+    **how: Unpack[Hearing],
 ) -> Generated:
     """Continue a prompt at one operating point: a budget under the default rule, or whatever a point says.
 
-    With both, the budget is of the slots that the point's routing leaves. Raises UsageError for an empty prompt, a bad number, or a prompt
-    over the context limit.
+    With both, the budget is of the slots that the point's routing leaves. how: see `Hearing`. Raises UsageError for an empty prompt, a bad
+    number, or a prompt over the context limit.
 
     >>> import moe_prism
     >>> model, tokenizer = moe_prism.load("elastic")
@@ -92,7 +114,7 @@ def generate(
     sampling, asked = sampling or GenerateOptions(), asked_point(point, budget, None)
     sampling.check()
     check_prompt(prompt)
-    rows = tokenizer(prompt, return_tensors="pt").to(model.device)
+    rows = tokenizer(prompt, return_tensors="pt", add_special_tokens=not how.get("is_rendered", False)).to(model.device)
     length = rows["input_ids"].shape[1]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and length + sampling.max_tokens > limit:
@@ -109,6 +131,7 @@ def generate(
         ids = model.generate(
             **rows,
             max_new_tokens=sampling.max_tokens,
+            streamer=_Streamer(tokenizer, how["heard"]) if "heard" in how else None,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             **ends,
             **drawing,

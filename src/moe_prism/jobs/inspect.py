@@ -8,7 +8,7 @@ from typing import Any
 from ..checkpoint import DequantizedSource, LayerStream, read_manifest
 from ..checkpoint.manifest import MANIFEST
 from ..errors import UsageError
-from ..model import MoELayer, find_layers, load_model, on_disk, resolve
+from ..model import MoELayer, find_layers, load_model, resolve
 from ..result import Facts
 
 SUB_EXPERTS = (2, 4, 8, 16, 32)
@@ -24,7 +24,7 @@ def inspect_model(model: str | Path) -> Facts:
     >>> facts["experts_per_token"], facts["sub_experts"], len(facts.to_records())
     (4, [2, 4, 8, 16, 32], 6)
     """
-    where = on_disk(resolve(model))
+    where = resolve(model)
     if where.is_dir():
         stream = LayerStream(where)
         tree, dtype, unread = stream.model, stream.dtype, stream.unused

@@ -17,8 +17,8 @@ from ..model import find_layers, resolve
 def config_tree(folder: str | Path) -> Any:
     """The model of a folder's config.json without weights. UsageError where there is none, or it describes no causal language model."""
     path = Path(folder).expanduser()
-    where = resolve(path.parent if path.name == "config.json" and path.is_file() else folder)
-    if not isinstance(where, Path) or not where.is_dir():
+    where = resolve(path.parent if path.name == "config.json" and path.is_file() else folder, weights=False)
+    if not where.is_dir():
         raise UsageError(f"'{folder}' is no folder with a config.json", "give one, or the config.json itself")
     config = read_config(where)
     return empty_model(where, config, config.dtype or torch.bfloat16)

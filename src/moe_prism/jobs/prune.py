@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -37,6 +37,7 @@ from ..methods.prune.select import (
     with_constants,
 )
 from ..model import find_layers, load_to_run, resolve
+from ..model.place import recorded
 from ..options.prune import PruneOptions
 from ..progress import Report, peak_rss_bytes, silent
 from ..result import Result
@@ -45,6 +46,7 @@ from .prune_card import pruned_card
 from .recover import FILLED_IN
 from .rehearsal import begin
 from .resources import needed_by_pass, needed_by_rewriting, written_bytes
+from .which_text import with_text
 
 KEPT = "kept.json"
 COUNTS = "kept-counts.safetensors"
@@ -112,6 +114,7 @@ def prune_model(
     options = options or PruneOptions()
     check_options(options)
     job = _Job(model, options, calibration, writes=True)
+    options = job.options
     check_apart(job.weights.path, out)
     if job.weights.stream is None:
         raise UsageError("a GGUF file is not written again", "load it with transformers' gguf_file=, save_pretrained, prune that")
@@ -125,7 +128,7 @@ def prune_model(
     if given and form == "removed":
         check_removable(given.choices)
     manifest = _elastic_manifest(job.weights.path)
-    inputs = {"source": source_facts(job.weights.path), "options": asdict(options), "given": given.to_json() if given else None}
+    inputs = {"source": source_facts(job.weights.path), "options": recorded(options), "given": given.to_json() if given else None}
     statistics = {"statistics": job.given.facts if job.given and not given else None}
     kind = "elastic" if manifest else "pruned"
     if (resume := how.get("resume", False)) and (done := finished(out, {"kind": kind, "pruning": {**inputs, **statistics}})):
@@ -157,8 +160,9 @@ class _Job:
     """One model, what is known of it, and the text of the pass if there has to be one."""
 
     def __init__(self, model: str | Path, options: PruneOptions, calibration: str | Path | None, writes: bool = False) -> None:
-        self.options = options
-        self.weights = Weights(resolve(model), options.dtype, "codes" if options.keep_format else None)
+        where = resolve(model)
+        self.options = options = replace(options, calibration=with_text(options.calibration, where))
+        self.weights = Weights(where, options.dtype, "codes" if options.keep_format else None)
         if writes and self.weights.stream:
             self.weights.check_rewritable()
             check_mtp_choice(self.weights.stream, self.weights.layers, options.mtp)

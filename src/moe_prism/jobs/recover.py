@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 from torch import Tensor
 
-from ..artefact.load import SIDE_FILE, flat_side_tensors, load, read_tensors, side_tensors
+from ..artefact.load import SIDE_FILE, flat_side_tensors, read_tensors, side_tensors
+from ..artefact.open import open_model
 from ..artefact.output import Writing, check_apart, finished
+from ..artefact.streamed import open_streamed
 from ..checkpoint import Journal, OutputFolder, elastic_manifest, write_manifest
+from ..checkpoint.manifest import REMEASURED
 from ..data import Windows, token_windows
 from ..elastic.layer import ElasticLayer
 from ..elastic.side_tensors import check_values
 from ..errors import CorruptError, UsageError
+from ..model.place import recorded
 from ..options.recover import RecoverOptions
 from ..options.text import other_source
 from ..progress import Report, peak_rss_bytes, silent
@@ -26,7 +31,7 @@ from ..result import Result
 from .rehearsal import begin
 from .resources import needed_by_recovery
 
-MEASURED = ("frontier.json", "ladder.json", "report.html", "frontier.png")  # of the model as it was
+MEASURED = REMEASURED  # of the model as it was
 FILLED_IN = ("schema", "versions", "files", "sha256")  # keys of a manifest that its writer sets
 
 
@@ -62,26 +67,43 @@ def recover_model(
     True
     """
     options, resume = options or RecoverOptions(), how.get("resume", False)
-    report = how.get("report", silent)
     options.check()
     manifest = elastic_manifest(folder)
     _check(folder, manifest, options)
     check_apart(folder, out)
     weights = {name: entry["sha256"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
-    inputs = {"from": weights, "options": asdict(options)}
+    inputs = {"from": weights, "options": recorded(options)}
     done = finished(out, {"kind": "elastic"}) if resume else None
     if done and done.get("recovery", [{}])[-1].get("inputs") == inputs:
         return Recovered(Path(out), done, peak_rss_bytes())
-    model, tokenizer = load(folder)
-    windows = _windows(tokenizer, model, manifest, options)
-    _check_repair(model._moe_prism.layers, windows, options)
-    needed = needed_by_recovery(model, windows.ids, options, _written_bytes(model, manifest, options))
-    begin(needed, out, resume=resume, force=how.get("force", False))
-    with OutputFolder(out, resume=resume, force=how.get("force", False)) as output:
+    opening = open_streamed(folder) if options.low_memory else nullcontext(open_model(folder))
+    with opening as opened:
+        model = opened.model
+        windows = _windows(opened.tokenizer, model, manifest, options)
+        _check_repair(model._moe_prism.layers, windows, options)
+        needed = needed_by_recovery(model, windows.ids, options, _written_bytes(model, manifest, options))
+        begin(needed, out, resume=resume, force=how.get("force", False))
+        return _write(Path(folder), out, _Task(model, windows, manifest, options, inputs), how)
+
+
+class _Task(NamedTuple):
+    """What is recovered, from what text, and what the journal knows it by."""
+
+    model: Any
+    windows: Windows
+    manifest: Mapping[str, Any]
+    options: RecoverOptions
+    inputs: Mapping[str, Any]
+
+
+def _write(folder: Path, out: str | Path, task: _Task, how: Writing) -> Recovered:
+    model, windows, manifest, options, inputs = task
+    report = how.get("report", silent)
+    with OutputFolder(out, resume=how.get("resume", False), force=how.get("force", False)) as output:
         facts = _fit(model, windows, manifest, options, _Units(output, Journal(output.work, inputs)), report)
         with report("write") as update:
-            _copy(Path(folder), manifest, output, update)
-        extra = _write_side_file(Path(folder), len(manifest["layers"]), output)
+            _copy(folder, manifest, output, update)
+        extra = _write_side_file(folder, len(manifest["layers"]), output)
         facts |= {"inputs": inputs, **windows.facts(), "tokens": windows.tokens, "resident_bytes": extra}
         facts["resident_share"] = round(extra / _expert_bytes(model, manifest), 4)
         result = write_manifest(output, _manifest(manifest, windows, facts))

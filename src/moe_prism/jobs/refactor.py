@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
@@ -21,6 +21,7 @@ from ..elastic.rules.threshold import kept_shares, pool_cutoffs
 from ..elastic.side_tensors import CUTOFFS, LAYER_BUDGETS, SHARES, check_values
 from ..errors import CorruptError, UsageError
 from ..model import MoELayer, resolve
+from ..model.place import recorded
 from ..options.refactor import RefactorOptions
 from ..options.text import source_in
 from ..progress import Report, Update, peak_rss_bytes, silent
@@ -35,6 +36,7 @@ from .refactor_card import model_card
 from .rehearsal import begin
 from .resources import check_resources, check_width, needed_by
 from .solve_layer import IMPORTANCE, PERM, WORKING, solve
+from .which_text import with_text
 
 CUTOFFS_FILE = "cutoffs.safetensors"
 AGAIN = "use --force to start again"
@@ -89,6 +91,7 @@ def refactor(
     options, resume = options or RefactorOptions(), how.get("resume", False)
     options.check()
     where = resolve(model)
+    options = replace(options, calibration=with_text(options.calibration, where))
     check_apart(where, out)
     given = read_statistics(calibration) if calibration else None
     weights = Weights(where, options.dtype, options.keep)
@@ -112,7 +115,7 @@ def refactor(
         check_fits(given, weights)
     if given and not {"counts", "tokens"} <= set(given.layers[0].values):
         raise UsageError(f"'{calibration}' holds no sample of tokens", "calibrate with --collectors counts,tokens")
-    inputs = {"source": source, "options": asdict(options)}
+    inputs = {"source": source, "options": recorded(options)}
     fingerprint = {**inputs, "calibration": given.facts if given else None}
     if resume and (done := finished(out, {"kind": "elastic", **inputs, **({"calibration": _summary(given)} if given else {})})):
         return Refactored(Path(out), done, peak_rss_bytes())
@@ -281,7 +284,7 @@ def _facts(
         "bytes_per_weight": weights.bytes_per_weight,
         **({"dequantized": weights.dequantized} if weights.dequantized else {}),
         "layers": list(rows),
-        "options": asdict(options),
+        "options": recorded(options),
         "calibration": _summary(statistics),
     }
 

@@ -19,8 +19,8 @@ def front_matter(facts: Mapping[str, Any], model_type: str, relation: str = "fin
     from huggingface_hub import ModelCardData
 
     name = facts["source"]["name"]
-    base = {"base_model": name, "base_model_relation": relation} if HUB_NAME.fullmatch(name) else {}
-    terms = {key: one_line(value.strip("'\""), MOST) for key, value in facts["companions"]["licence"].items()}
+    base: dict[str, Any] = {"base_model": name, "base_model_relation": relation} if HUB_NAME.fullmatch(name) else {}
+    terms: dict[str, Any] = {key: one_line(value.strip("'\""), MOST) for key, value in facts["companions"]["licence"].items()}
     data = ModelCardData(
         library_name="transformers", tags=["moe-prism", "mixture-of-experts", one_line(model_type, MOST)], **base, **terms
     )

@@ -18,7 +18,7 @@ from ..checkpoint import LayerStream, read_manifest
 from ..checkpoint.manifest import MANIFEST, WEIGHTS_FILE
 from ..errors import DoesNotFit, UsageError
 from ..frontier.measure import BATCH
-from ..model import MoELayer, find_layers, load_model, on_disk
+from ..model import MoELayer, find_layers, load_model
 from ..options.calibrate import CalibrateOptions
 from ..options.recover import RecoverOptions
 from ..options.refactor import RefactorOptions
@@ -63,24 +63,24 @@ def needed_by_adoption(weights: Weights, options: CalibrateOptions, written: int
 
 def needed_by_recovery(model: Any, ids: Tensor, options: RecoverOptions, written: int) -> dict[str, Any]:
     """What a recovery needs of a model that is loaded: its side tensors and equations come on top."""
-    needed = needed_by_running(model, rows=BATCH * ids.shape[1], cut=2)
+    needed = needed_by_running(model, rows=BATCH * ids.shape[1], cut=2, low_memory=options.low_memory)
     parts = {name: size for name, size in needed.items() if name.endswith("_bytes") and name not in TOTALS}
     return told(parts | {"equations_bytes": options.memory_mib << 20 if options.method == "repair" else 0}, written)
 
 
 def model_tree(where: Path | str) -> Any:
     """A model without weights, of a folder that is checked to be whole; of a GGUF file with them."""
-    path = on_disk(where)
+    path = Path(where)
     if path.is_dir() and (path / MANIFEST).is_file() and WEIGHTS_FILE in read_manifest(path):
         return config_tree(path)  # an adopted GGUF file
     return LayerStream(path, torch.float32).model if path.is_dir() else load_model(path, torch.float32)
 
 
-def needed_by_running(model: Any, *, rows: int, cut: int, fits: bool = False) -> dict[str, Any]:
+def needed_by_running(model: Any, *, rows: int, cut: int, fits: bool = False, low_memory: bool = False) -> dict[str, Any]:
     """What a command needs that loads the model and runs text through it.
 
     rows: tokens that run together; cut: sub-experts per expert (1: whole experts, without side tensors); fits: whether methods gather
-    statistics of their own.
+    statistics of their own; low_memory: whether one decoder layer is in memory at a time.
     """
     layers = find_layers(model)
     config = model.config.get_text_config()
@@ -90,7 +90,7 @@ def needed_by_running(model: Any, *, rows: int, cut: int, fits: bool = False) ->
     side = sum(layer.num_experts * cut * (2 * layer.hidden + 64) * FLOAT32 for layer in layers) if cut > 1 else 0
     parts = {
         "process_bytes": PROCESS_BYTES,
-        "weights_bytes": everything + experts,
+        "weights_bytes": 3 * experts if low_memory else everything + experts,
         "side_bytes": side,
         "activations_bytes": rows * row_bytes(config, largest.hidden, largest.width, rows) * (2 if fits else 1),
         "logits_bytes": LOGITS_HELD * rows * config.vocab_size * FLOAT32,

@@ -7,7 +7,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..artefact.open import known_documents, open_model, sub_experts
+from ..artefact.open import Opened, known_documents, open_model, sub_experts
+from ..artefact.streamed import open_streamed
+from ..data import Windows
 from ..errors import UsageError
 from ..frontier.measure import BATCH, measure
 from ..methods.skip.base import SkipMethod, skip_method
@@ -19,6 +21,7 @@ from ..progress import Report, silent
 from .frontier import calibration_ids, evaluation_windows, subject_of
 from .rehearsal import begin
 from .resources import model_tree, needed_by_running
+from .which_text import with_text
 
 
 def make_skip_plan(folder: str | Path, options: SkipOptions | None = None, *, report: Report = silent) -> NamedPoint:
@@ -34,6 +37,7 @@ def make_skip_plan(folder: str | Path, options: SkipOptions | None = None, *, re
     """
     options = options or SkipOptions()
     options.check()
+    options = with_text(options, folder)
     chosen = with_parameters(skip_method(options.method), options.parameters)
     frontier = FrontierOptions(
         text=options.text,
@@ -42,12 +46,22 @@ def make_skip_plan(folder: str | Path, options: SkipOptions | None = None, *, re
         length=options.length,
         calibration_tokens=options.tokens,
     )
-    tokenizer, cut = load_tokenizer(resolve(folder)), sub_experts(folder)
-    windows = evaluation_windows(tokenizer, known_documents(folder), frontier)
+    where = resolve(folder)
+    tokenizer, cut = load_tokenizer(where), sub_experts(where)
+    windows = evaluation_windows(tokenizer, known_documents(where), frontier)
     if chosen.needs:
         calibration_ids(tokenizer, frontier)
-    begin(needed_by_running(model_tree(resolve(folder)), rows=BATCH * windows.ids.shape[1], cut=cut, fits=bool(chosen.needs)))
-    opened = open_model(folder)
+    rows, fits = BATCH * windows.ids.shape[1], bool(chosen.needs)
+    begin(needed_by_running(model_tree(where), rows=rows, cut=cut, fits=fits, low_memory=options.low_memory))
+    if options.low_memory:
+        with open_streamed(folder) as opened:
+            return _plan(opened, chosen, windows, options, report, frontier)
+    return _plan(open_model(folder), chosen, windows, options, report, frontier)
+
+
+def _plan(
+    opened: Opened, chosen: SkipMethod, windows: Windows, options: SkipOptions, report: Report, frontier: FrontierOptions
+) -> NamedPoint:
     subject = subject_of(opened, frontier, report)
     named = chosen.point(subject, options.mean, options.keep_mass)
     with report("quality of the plan") as update:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from ..artefact.load import load
 from ..artefact.open import sub_experts
+from ..checkpoint.companions import origin
 from ..data import token_windows
 from ..data.splits import Side
 from ..elastic import operating_point
@@ -27,6 +28,7 @@ from ..result import Facts
 from .inspect import inspect_model
 from .rehearsal import begin
 from .resources import model_tree, needed_by_running
+from .which_text import with_text
 
 
 def record_trace(
@@ -58,6 +60,7 @@ def record_trace(
     tokenizer = load_tokenizer(where)
     limit = int(getattr(tree.config.get_text_config(), "max_position_embeddings", None) or options.length)
     length = min(options.length, limit)
+    options = with_text(options, model)
     source = text_source(options.text, options.text_field)
     windows = [
         (side, token_windows(tokenizer, source, side, length=length, tokens=max(length, options.tokens // 2)).ids)
@@ -65,7 +68,7 @@ def record_trace(
     ]
     begin(needed_by_running(tree, rows=length, cut=cut))
     loaded = load(where)[0] if cut > 1 else load_to_run(where)
-    header = {"model": Path(str(model)).name, "text": options.text, "budget": options.budget, "options": asdict(options)}
+    header = {"model": origin(where), "text": options.text, "budget": options.budget, "options": asdict(options)}
     with report("trace") as update:
         if hasattr(loaded, "_moe_prism"):
             with operating_point(loaded, options.budget, rule=options.rule):

@@ -4,7 +4,7 @@ from .base import ExpertLayout, MoELayer
 from .ends import end_tokens
 from .extra import ExtraExperts
 from .find import find_layers
-from .load import load_model, load_to_run, load_tokenizer, local, on_disk, read_generation_config, resolve
+from .load import load_model, load_to_run, load_tokenizer, read_generation_config, resolve
 from .scores import RouterScores
 
 __all__ = [
@@ -17,8 +17,6 @@ __all__ = [
     "load_model",
     "load_to_run",
     "load_tokenizer",
-    "local",
-    "on_disk",
     "read_generation_config",
     "resolve",
 ]

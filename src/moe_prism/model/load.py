@@ -19,20 +19,28 @@ from ..checkpoint.view import as_data, settings
 from ..checkpoint.whole import open_whole
 from ..errors import CorruptError, PrismError, UsageError
 from ..schema.read import one_line
+from .hub import fetched, is_hub_name
+from .place import compute_type, placement
 
 _PACKAGE = Path(__file__).parent.parent
 NANO = _PACKAGE / "nano"
 SHIPPED = {"nano": NANO, "nano-mix": _PACKAGE / "nano_mix"}
-DATA = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
-"""Files of a hub repository that are fetched beside weights."""
 _NAMES = " or ".join(f"'{name}'" for name in SHIPPED)
 
 
-def resolve(source: str | Path) -> Path | str:
-    """A local path (checked) or a hub name ("owner/model"). The names of `SHIPPED` -> the shipped models."""
+def resolve(source: str | Path, *, weights: bool = True) -> Path:
+    """A local path, checked. The names of `SHIPPED` stand for the shipped models, OWNER/MODEL for a snapshot in the hub's cache.
+
+    weights: whether a snapshot must hold them, or what describes the model is enough.
+    """
     text = str(source)
     if text in SHIPPED:
         return SHIPPED[text]
+    if is_hub_name(text):
+        found = fetched(text, weights=weights)
+        if found.is_dir() and not (found / "config.json").is_file():
+            raise UsageError(f"'{text}' has no config.json on its hub", "of GGUF files name one: OWNER/MODEL/FILE.gguf")
+        return found
     path = Path(text).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -43,33 +51,26 @@ def resolve(source: str | Path) -> Path | str:
         if path.suffix == ".gguf":
             return path
         raise UsageError(f"'{text}' is a file, not a model folder", "give the folder that holds config.json, or a .gguf file")
-    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise UsageError(f"model path '{text}' does not exist", f"give a folder with config.json, a .gguf file, or {_NAMES}")
-    return text
-
-
-def on_disk(where: Path | str) -> Path:
-    """What `resolve` gave, if it is a path. UsageError for a hub name where the files themselves are read."""
-    if isinstance(where, Path):
-        return where
     raise UsageError(
-        f"'{where}' is not on this machine", f"fetch it, `hf download {where} --local-dir FOLDER`, and give that folder"
+        f"model path '{text}' does not exist", f"give a folder with config.json, a .gguf file, OWNER/MODEL, or {_NAMES}"
     )
 
 
-def load_model(source: str | Path, dtype: torch.dtype | None = None, config: Any = None) -> Any:
+def load_model(source: str | Path, dtype: torch.dtype | None = None, config: Any = None, *, device_map: str | None = None) -> Any:
     """A transformers causal language model in eval mode. dtype None keeps the checkpoint's. Never runs remote code.
 
     A folder is checked to be whole before its weights are read: CorruptError names the tensor and file that is not. One of quantized
     weights is dequantized by us: what computes here is what `refactor` and `prune` read. One with constant experts, which transformers does
     not know, gets them from us too. A GGUF file says less than its model's
-    config.json: `config` is taken, or what lies beside it.
+    config.json: `config` is taken, or what lies beside it. device_map: as `from_pretrained` has it, for accelerate.
     """
     from transformers import AutoModelForCausalLM
 
-    where = local(resolve(source))
+    where = resolve(source)
     if where.is_dir():
         if quantization(where) or constant_experts(read_json(where / "config.json")):
+            if device_map:
+                raise UsageError(f"'{where}' is dequantized as it is read, which --device-map cannot spread", "give --device")
             return _streamed(where, dtype)
         open_whole(where)
         known = read_config(where)
@@ -80,15 +81,45 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None, config: Any
     else:
         known = config or (read_config(where.parent) if (where.parent / "config.json").is_file() else None)
         kind, given = AutoModelForCausalLM, {} if known is None else {"config": known}
+    given |= {"device_map": device_map}
     model = _guard(kind, where, weights=True, dtype=dtype or "auto", **{k: v for k, v in given.items() if v is not None})
     return run_aligned(model.eval())
 
 
 def load_to_run(source: str | Path, dtype: torch.dtype | None = None) -> Any:
-    """`load_model` where it will compute: on a GPU as stored, else in float32, the fast type of a CPU; or in `dtype`."""
-    if torch.cuda.is_available():
-        return load_model(source, dtype).cuda()
-    return load_model(source, dtype or torch.float32)
+    """`load_model` where it will compute: on a GPU as stored, else in float32, the fast type of a CPU; or in `dtype`.
+
+    Inside `placed` where and in which type that says.
+    """
+    place, asked = placement(), dtype or compute_type()
+    if place.device_map:
+        return spread(source, asked, place.device_map)
+    gpu = torch.cuda.is_available() if place.device is None else torch.device(place.device).type != "cpu"
+    wanted = asked if isinstance(asked, torch.dtype) else None if gpu or asked == "auto" else torch.float32
+    model = load_model(source, wanted)
+    if not gpu:
+        return model
+    return model.cuda() if place.device is None else model.to(place.device)
+
+
+def spread(source: str | Path, asked: torch.dtype | str | None, device_map: str) -> Any:
+    """Over the devices that accelerate finds. UsageError without it, or where something would be left outside of them.
+
+    Its hooks bring offloaded weights in when a module is called; experts are computed from the weights themselves.
+    """
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as error:
+        raise UsageError("--device-map needs accelerate", "pip install 'moe-prism[accelerate]', or give --device") from error
+    wanted = asked if isinstance(asked, torch.dtype) else None if torch.cuda.is_available() or asked == "auto" else torch.float32
+    model = load_model(source, wanted, device_map=device_map)
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if len(places) > 1 and places & {"cpu", "disk"}:
+        raise UsageError(
+            f"--device-map {device_map} leaves parts of the model on the {min(places & {'cpu', 'disk'})}",
+            "keep experts on disk with --expert-memory, or layers with --low-memory",
+        )
+    return model
 
 
 def read_generation_config(model: Any, folder: Path) -> None:
@@ -102,21 +133,7 @@ def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer beside a model. UsageError where there is none."""
     from transformers import AutoTokenizer
 
-    return _guard(AutoTokenizer, local(resolve(source), weights=False))
-
-
-def local(where: Path | str, weights: bool = True) -> Path:
-    """What `resolve` gave, on this machine: of a hub name the files that are data, fetched where they are not there yet."""
-    if isinstance(where, Path):
-        return where
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(where, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja"])
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"cannot load '{where}': {_first(error)}", "check the name and the connection") from error
+    return _guard(AutoTokenizer, resolve(source))
 
 
 def _generation_config(folder: Path) -> Any:

@@ -13,6 +13,7 @@ from ..errors import UsageError
 from ..registry import choices
 
 WrittenType = Literal["bf16", "fp16", "fp32"]
+LOW_MEMORY_WORDS = "Keep one decoder layer in memory at a time; every forward reads all of them from disk again."
 DTYPE_WORDS = "Type a quantized source's weights are written in. Default the one its config.json computes in, mostly bf16."
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .base import Options, option
-from .text import DOMAINS, FIELDS, SOURCES, TextSource, named_parts, text_source
+from .text import DEFAULT_TEXT, DOMAINS, FIELDS, SOURCES, TextSource, named_parts, text_source
 
 ANSWER_TOKENS = 256
 
@@ -22,7 +22,7 @@ class CalibrateOptions(Options):
     512
     """
 
-    text: str = option("stdlib", f"Calibration text: {SOURCES}. Its evaluation side is never used.")
+    text: str | None = option(None, f"Calibration text: {SOURCES}. Its evaluation side is never used. {DEFAULT_TEXT}")
     text_field: list[str] = option([], FIELDS)
     domains: list[str] = option([], f"{DOMAINS}, and statistics of each beside those of all.", flag="domain", is_repeated=True)
     tasks: list[str] = option(
@@ -49,7 +49,8 @@ class CalibrateOptions(Options):
         super().check()
         if not self.collectors:
             raise UsageError("--collectors names none", "refactor needs counts,tokens")
-        self.source  # noqa: B018 - raises for what cannot be meant together
+        if self.text is not None or self.domains or self.tasks:
+            self.source  # noqa: B018 - raises for what cannot be meant together
 
         if not self.tasks and (self.answer_tokens, self.temperature) != (ANSWER_TOKENS, 0.0):
             raise UsageError(
@@ -62,7 +63,7 @@ class CalibrateOptions(Options):
             )
 
     def _task_source(self) -> TextSource:
-        if self.domains or self.text != "stdlib":
+        if self.domains or self.text is not None:
             raise UsageError(
                 "--tasks stands instead of --text and --domain", "give one of them; --tasks NAME=FILE names a domain"
             )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import UsageError
-from .base import Options, option
-from .text import DOMAINS, FIELDS, SOURCES, TextSource, text_source
+from .base import LOW_MEMORY_WORDS, Options, option
+from .text import DEFAULT_TEXT, DOMAINS, FIELDS, SOURCES, TextSource, text_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +37,13 @@ class FrontierOptions(Options):
     per_method: int | None = option(
         None, "Points of a method with a continuous dial; default: where methods without one have theirs.", least=2
     )
-    text: str = option("stdlib", f"Evaluation text: {SOURCES}. Only its evaluation side is used.")
+    text: str | None = option(None, f"Evaluation text: {SOURCES}. Only its evaluation side is used. {DEFAULT_TEXT}")
     text_field: list[str] = option([], FIELDS)
     domains: list[str] = option([], f"{DOMAINS}, and the quality on each beside that on all.", flag="domain", is_repeated=True)
     tokens: int = option(16_384, "Evaluation tokens.")
     length: int = option(512, "Tokens per window.")
     calibration_tokens: int = option(8_192, "Tokens that methods fit on, of the calibration side of the text.")
+    low_memory: bool = option(False, f"{LOW_MEMORY_WORDS} Without methods that change weights, and without int8 and int4 rows.")
 
     def check(self) -> None:
         super().check()
@@ -50,7 +51,8 @@ class FrontierOptions(Options):
             number = next(given for given in self.given if given.isdigit())
             raise UsageError(f"--points {number} is no file of operating points", f"say --per-method {number} for their number")
         check_windows(self.length, tokens=self.tokens, calibration_tokens=self.calibration_tokens)
-        self.source  # noqa: B018 - raises for what cannot be meant together
+        if self.text is not None or self.domains:
+            self.source  # noqa: B018 - raises for what cannot be meant together
 
     @property
     def source(self) -> TextSource:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Options, option
+from ..errors import UsageError
+from .base import LOW_MEMORY_WORDS, Options, option
 from .text import FIELDS, SOURCES
 
 
@@ -38,4 +39,13 @@ class RecoverOptions(Options):
     tokens: int = option(65_536, "Calibration tokens.", least=1)
     length: int = option(512, "Tokens per window.", least=8)
     memory_mib: int = option(4096, "Of repair: limit for the equations of the layers that are summed in one pass.", least=1)
+    low_memory: bool = option(False, f"Of repair: {LOW_MEMORY_WORDS[0].lower()}{LOW_MEMORY_WORDS[1:]}")
     seed: int = option(0, "Of predictor: which windows and budgets are drawn.", least=0)
+
+    def check(self) -> None:
+        super().check()
+        if self.low_memory and self.method != "repair":
+            raise UsageError(
+                f"--method {self.method} is trained by gradient through all layers, which must be in memory",
+                "leave --low-memory out",
+            )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .base import Options, option
+from .base import LOW_MEMORY_WORDS, Options, option
 from .frontier import check_windows
-from .text import FIELDS, SOURCES
+from .text import DEFAULT_TEXT, FIELDS, SOURCES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,11 @@ class SkipOptions(Options):
     index_over: Literal["moe", "all"] | None = option(
         None, "Of pattern-skip: whether its layers are the MoE layers (moe, default) or all layers (all)."
     )
-    text: str = option("stdlib", f"{SOURCES}: one side to fit on, the other to measure the plan on.")
+    text: str | None = option(None, f"{SOURCES}: one side to fit on, the other to measure the plan on. {DEFAULT_TEXT}")
     text_field: list[str] = option([], FIELDS)
     tokens: int = option(8_192, "Tokens to fit on, and as many to measure on.")
     length: int = option(512, "Tokens per window.")
+    low_memory: bool = option(False, LOW_MEMORY_WORDS)
 
     @property
     def parameters(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ SOURCES = (
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
+DEFAULT_TEXT = "Default: what the folder was calibrated on, else domains; stdlib for nano."
 FIELDS = "Comma-separated fields of rows that hold the text. Default: text, messages, conversations, prompt, instruction."
 DOMAINS = "NAME=PATH instead of --text, once per domain: as many tokens of each"
 
@@ -49,11 +50,13 @@ class TextSource:
         return given if isinstance(given, TextSource) else cls((("", str(given)),))
 
 
-def text_source(text: str, fields: Sequence[str] = (), domains: Sequence[str] = (), default: str | None = "stdlib") -> TextSource:
+def text_source(text: str | None, fields: Sequence[str] = (), domains: Sequence[str] = ()) -> TextSource:
     """The source that --text, --text-field and --domain name together. UsageError where they cannot be meant together."""
     if not domains:
+        if text is None:
+            raise UsageError("no text was named", "say which with --text")
         return TextSource((("", text),), tuple(fields))
-    if text != default:
+    if text is not None:
         raise UsageError("--text and --domain exclude each other", "name that text as a domain, too")
     return TextSource(named_parts(domains, "--domain"), tuple(fields))
 

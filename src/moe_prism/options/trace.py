@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from .base import Options, option
-from .text import FIELDS, SOURCES
+from .text import DEFAULT_TEXT, FIELDS, SOURCES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +18,7 @@ class TraceOptions(Options):
     8192
     """
 
-    text: str = option(
-        "stdlib",
-        f"{SOURCES}. Both of its sides are recorded, and marked.",
-    )
+    text: str | None = option(None, f"{SOURCES}. Both of its sides are recorded, and marked. {DEFAULT_TEXT}")
     text_field: list[str] = option([], FIELDS)
     tokens: int = option(8192, "Tokens in all.", least=1)
     length: int = option(256, "Tokens per request.", least=8)

@@ -13,11 +13,13 @@ different budgets share a batch. (Own method; arXiv 2510.19366 tunes the router 
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from ..elastic import LayerParts
-from ..elastic.compensate import compensator
+from ..elastic.compensate import Compensator, compensator
 from ..elastic.repair import band_of
 
 STRENGTHS = (10.0, 1.0, 0.1, 0.01)  # of the ridge, relative to the mean squared activation; the best on the held-out part is used
@@ -29,10 +31,15 @@ class Normal:
 
     def __init__(self, parts: LayerParts, bands: int) -> None:
         layer = parts.layer
-        self.parts, self.bands, self.added = parts, bands, compensator(parts)
-        device = layer.down.device
+        self.parts, self.bands = parts, bands
+        device = "cpu" if layer.down.is_meta else layer.down.device  # of a streamed model, whose weights come when it runs
         self.gram = torch.zeros(2, bands, layer.num_experts, layer.width, layer.width, device=device)
         self.cross = torch.zeros(2, bands, layer.num_experts, layer.width, layer.hidden, device=device)
+
+    @cached_property
+    def added(self) -> Compensator | None:
+        """What compensation adds already; made when the layer's weights are there."""
+        return compensator(self.parts)
 
     @staticmethod
     def bytes(parts: LayerParts, bands: int) -> int:

@@ -207,7 +207,7 @@ def _layers(frontier: Frontier, data: list[dict[str, Any]], across: _Horizontal,
         baseline="top", dy=6, color=BLUE, **{**label, "align": "right", "dx": -7}
     )
     chart = alt.layer(*lines, beaten, kept, above.encode(text="above:N"), below.encode(text="below:N"))
-    return _dress(chart, across.title, figure.subtitle, width)
+    return dressed(chart, across.title, figure.subtitle, width)
 
 
 def _encodings(alt: Any, names: Sequence[str], width: int) -> tuple[Any, Any]:
@@ -232,7 +232,8 @@ def _note(data: list[dict[str, Any]], at: tuple[str, str], text: str, dx: int, d
     return one.encode(x=f"{at[0]}:Q", y=f"{at[1]}:Q", text=alt.value(text))
 
 
-def _dress(chart: alt.LayerChart, title: str, subtitle: list[str], width: int) -> alt.LayerChart:
+def dressed(chart: alt.LayerChart, title: str, subtitle: list[str], width: int) -> alt.LayerChart:
+    """The chart with its size, title and fonts."""
     alt = libraries()
     lines = textwrap.wrap(title, 60 if width > 500 else 28)  # in the widest font that a phone may have
     heading = alt.TitleParams(lines, subtitle=subtitle, anchor="start", frame="group", offset=14)

@@ -177,6 +177,7 @@ class ManifestForm(Form):
     files: Annotated[dict[InnerName, FileForm], MaxLen(MOST_FILES)]
     sha256: Sha256
     source: SourceForm
+    recipe: Plain | None = None
 
 
 class ElasticForm(ManifestForm):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checkpoint.companions import origin
 from ..errors import UsageError
 from ..options.serve import ServeOptions
 from ..schedule import CostModel, policies
@@ -109,7 +110,7 @@ class ToServe(NamedTuple):
 def _http(engine: Backend, workers: Workers, facts: Facts, asked: ToServe) -> tuple[House, History, Callable[[Tally], None]]:
     """Everything on this side of an engine, and who must hear of its steps."""
     config = asked.config
-    name = asked.options.name or asked.folder.resolve().name
+    name = asked.options.name or origin(asked.folder)
     metrics = Metrics(name, config.classes, facts.ladder)
     history = History(facts.ladder)
 

@@ -80,13 +80,16 @@ def check_host(options: ServeOptions) -> tuple[str, ...]:
 def check_folder(folder: Path) -> None:
     """UsageError or CorruptError for a folder that cannot be served, before anything is loaded."""
     if not folder.is_dir():
-        raise UsageError(f"there is no folder '{folder}'", "give the folder written by `moe-prism refactor`")
-    if not (folder / "prism.json").is_file():
-        raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
+        raise UsageError(
+            f"there is no folder '{folder}'", "give one with a config.json, best one written by `moe-prism refactor`"
+        )
     from ..checkpoint import open_whole, read_manifest
-    from ..checkpoint.manifest import WEIGHTS_FILE
+    from ..checkpoint.manifest import MANIFEST, WEIGHTS_FILE
+    from ..model import resolve
 
-    if WEIGHTS_FILE not in read_manifest(folder):
+    if not (folder / MANIFEST).is_file():
+        open_whole(resolve(folder))
+    elif WEIGHTS_FILE not in read_manifest(folder):
         open_whole(folder)
 
 
@@ -122,18 +125,22 @@ def need_packages() -> None:
 
 def run(folder: Path, options: ServeOptions, config: Config, listening: socket.socket, allowed: Sequence[str] = ()) -> None:
     """Load, measure, and serve on a bound socket. allowed: keys."""
+    from ..jobs.which_text import texts_of
     from .build import build
     from .http.app import create_app
 
     began = time.monotonic()
     _allow_files(config.bounds.connections)
+    host, port = listening.getsockname()[:2]
+    here = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    judged = texts_of(folder)
+    logger.info("starting", extra={"fields": {"folder": folder.name, "status": f"{here}/status", **judged}})
     built = build(folder, options, config)
     engine = built.service.engine
     app = create_app(built.house, built.history, allowed, options.allowed_origins)
-    host, port = listening.getsockname()[:2]
     fields = {
-        "url": f"http://{host}:{port}/v1",
-        "status": f"http://{host}:{port}/status",
+        "url": f"{here}/v1",
+        "status": f"{here}/status",
         "model": built.service.name,
         "engine": engine.pid,
         "policy": engine.policy_name,

@@ -106,6 +106,8 @@ class InMemory(Executor):
         return self.parts.layer.native(x, index, weight) if out is None else out
 
     def _whole_by_tiles(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor | None:
+        if self.way != "auto":
+            return None
         one_call, tiles, measured = _compiled()
         if not len(x) or one_call.batch_products.usable(self.parts, x) is None or not self._whole_fits(*index.shape):
             return None
@@ -128,7 +130,7 @@ class InMemory(Executor):
     def _whole_fits(self, tokens: int, k: int) -> bool:
         """Whether the tiles compute whole experts."""
         times = self._times(tokens, k)
-        return self.way == "auto" and (times == "tiles" if isinstance(times, str) else times.tiles_win)
+        return times == "tiles" if isinstance(times, str) else times.tiles_win
 
     def _kept_fits(self, tokens: int, k: int) -> bool:
         """Whether the tiles compute kept slots, however many."""

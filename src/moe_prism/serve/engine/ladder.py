@@ -10,13 +10,15 @@ from typing import Any
 
 from ...checkpoint import check_listed, put_file, read_manifest
 from ...checkpoint.manifest import MANIFEST
+from ...elastic import Elastic
 from ...elastic.bind import depends_on_batch
 from ...elastic.dial import affordable
 from ...elastic.paged_past import keeps_every_token
 from ...elastic.runtime import slots_per_token
 from ...errors import CorruptError, UsageError
 from ...frontier import Frontier, MeasuredPoint, pareto
-from ...point import FULL, OperatingPoint
+from ...model.hub import lies_in_cache
+from ...point import FULL, OperatingPoint, RoutingStage
 from ...registry import choices
 from ...schedule.base import Ladder, Level
 from ...schema import read_form
@@ -157,20 +159,39 @@ def climb(levels: Iterable[Level], full_slots: int) -> Ladder:
     return Ladder((*kept, Level(TOP, FULL, float(full_slots), 1.0)))
 
 
+def fewer_experts(elastic: Elastic) -> list[tuple[str, OperatingPoint]]:
+    """(name, point) for every number of experts per token below the model's own, as its router scales their weights."""
+    layers, experts = len(elastic.layers), elastic.k or 1
+    stages = [(n, RoutingStage(layers=(n,) * layers, stage="top-n", keep_mass=elastic.normalises())) for n in range(1, experts)]
+    return [(f"top-{n}", OperatingPoint(routing=(stage,))) for n, stage in stages]
+
+
+def _budgets(model: Any) -> list[tuple[str, OperatingPoint]]:
+    """Points of sub-experts, whose names say what they are found to keep."""
+    control = "" if keeps_every_token(model) else "none"
+    return [("", FULL.with_budget(budget, control=control)) for budget in affordable(model._moe_prism, BUDGETS)]
+
+
 def measure_ladder(model: Any, tokenizer: Any, folder: Path, tokens: int = 4096) -> Ladder:
-    """Measure a few budgets on held-out text and keep the result beside the model, if the folder can be written."""
+    """Measure a few budgets, or fewer experts where they are not cut, on held-out text; kept beside a model of ours that can be written."""
     from ...data import token_windows
     from ...frontier.measure import measure
+    from ...jobs.which_text import default_source
 
-    exclude = read_manifest(folder)["calibration"]["documents"]
-    windows = token_windows(tokenizer, "stdlib", "evaluation", length=512, tokens=tokens, exclude=exclude)
-    budgets = affordable(model._moe_prism, BUDGETS)
-    points = [FULL.with_budget(budget, control="" if keeps_every_token(model) else "none") for budget in budgets]
+    elastic, manifest = model._moe_prism, read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    if elastic.layers[0].parts.n_sub == 1 and not fewer_experts(elastic):
+        return climb([], slots_per_token(elastic))  # one expert per token, or dense: there is nothing to measure
+    exclude = manifest.get("calibration", manifest).get("documents", ())
+    windows = token_windows(tokenizer, default_source(folder), "evaluation", length=512, tokens=tokens, exclude=exclude)
+    named = _budgets(model) if elastic.layers[0].parts.n_sub > 1 else fewer_experts(elastic)
+    found = measure(model, windows.ids, [point for _, point in named])
     levels = [
-        Level(f"{point.slots.rule}-{found.cost.k_slots:.3g}", point, found.cost.k_slots, found.quality.top1_agreement)
-        for point, found in zip(points, measure(model, windows.ids, points), strict=True)
+        Level(name or f"{point.slots.rule}-{one.cost.k_slots:.3g}", point, one.cost.k_slots, one.quality.top1_agreement)
+        for (name, point), one in zip(named, found, strict=True)
     ]
-    ladder = climb(levels, slots_per_token(model._moe_prism))
+    ladder = climb(levels, slots_per_token(elastic))
+    if not manifest or lies_in_cache(folder):
+        return ladder
     rows = {"levels": [level.to_json() for level in ladder.levels[:-1]], "tokens": windows.tokens, "text": windows.source}
     try:
         put_file(folder / MEASURED, (json.dumps(rows, indent=1) + "\n").encode())  # `verify` knows every file of the folder

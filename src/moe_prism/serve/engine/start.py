@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ...artefact.load import load
+from ...artefact.open import open_model
 from ...cores import cores
 from ...elastic import Elastic
 from ...elastic.bind import bind
@@ -62,13 +63,15 @@ def start_engine(folder: Path, options: ServeOptions, config: Config, known: dic
     """Load, measure and start. Raises PrismError with a cause; nothing is left running then. known: the cost model of an engine before."""
     cost = CostModel.from_json(known) if known else CostModel.load(options.cost) if options.cost else None
     torch.set_num_threads(compute_threads(config.engine.threads))
-    model, tokenizer = load(folder, store=options.store, verify=options.verify)
+    _say("loading the model")
+    model, tokenizer = _opened(folder, options)
     model.eval()
     elastic: Elastic = model._moe_prism
     ladder, ladder_from = find_ladder(folder, slots_per_token(elastic), _refusal(elastic), options.points)
     if ladder is None:
-        logger.info("measuring operating points: the folder has no measured frontier")
+        _say("measuring operating points: the folder has no measured frontier")
         ladder, ladder_from = measure_ladder(model, tokenizer, folder), "measured"
+    _say("compiling kernels", levels=len(ladder))
     _compile_kernels(model, ladder)
     size = config.engine
     engine = Engine(
@@ -81,6 +84,8 @@ def start_engine(folder: Path, options: ServeOptions, config: Config, known: dic
     engine.start()
     try:
         cost_from = str(options.cost) if options.cost else "measured"
+        if cost is None:
+            _say("measuring what steps cost", seconds=options.probe_seconds)
         cost = cost or probe(engine, _text(tokenizer), options.probe_seconds)
         if options.save_cost:
             cost.save(options.save_cost)
@@ -93,6 +98,19 @@ def start_engine(folder: Path, options: ServeOptions, config: Config, known: dic
     except BaseException:
         engine.stop()
         raise
+
+
+def _opened(folder: Path, options: ServeOptions) -> tuple[Any, Any]:
+    """(model, tokenizer): elastic, or whole experts of any other checkpoint. UsageError for an option that only an elastic one has."""
+    if options.store is not None or options.verify:
+        return load(folder, store=options.store, verify=options.verify)
+    opened = open_model(folder)
+    return opened.model, opened.tokenizer
+
+
+def _say(stage: str, **facts: Any) -> None:
+    """Progress, for who waits for the server."""
+    logger.info(stage, extra={"fields": facts})
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
@@ -68,6 +68,11 @@ def create_app(house: House, history: status.History, keys: Sequence[str] = (), 
     async def metrics() -> Response:
         service.gauges()
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def home() -> Response:
+        """Whoever opens the server's address in a browser wants the page."""
+        return RedirectResponse("/status")
 
     @app.get("/status", response_class=HTMLResponse)
     async def status_page() -> Response:

@@ -24,7 +24,7 @@ fifty of them at once would keep it from everybody else.
 PAUSE = 0.02
 """Seconds between two large bodies, for everybody else."""
 
-OPEN = frozenset({"/health", "/status"})
+OPEN = frozenset({"/", "/health", "/status"})
 """The paths that need no key: a sign of life, and a page that asks for the key before it shows anything."""
 
 

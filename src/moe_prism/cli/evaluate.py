@@ -1,0 +1,41 @@
+"""`moe-prism eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from ..options.evaluate import EvaluateOptions
+from .output import note, progress, table, written
+
+
+def evaluate(
+    folder: Path,
+    /,
+    *,
+    out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
+    options: EvaluateOptions,
+    json: bool = False,
+) -> None:
+    """Run tasks of EleutherAI's lm-eval at operating points of a model, with standard errors. Needs `moe-prism[eval]`.
+
+    Parameters
+    ----------
+    folder: Written by `moe-prism refactor`, or any checkpoint (give --out).
+    out: Folder for eval.json; default is FOLDER itself, beside its frontier.
+    json: One JSON object on stdout.
+    """
+    from ..files import check_writable_folder
+    from ..frontier.evaluation import score_rows
+    from ..jobs.evaluate import check_target, evaluate_model, keep
+
+    options.check()
+    check_writable_folder(out)
+    target = check_target(folder, out)
+    result = evaluate_model(folder, options, report=progress)
+    text = table(("task", "metric", *(p.name for p in result.points)), score_rows(result.points))
+    with written(result.to_json(), text, json):
+        path = keep(result, target)
+    note(f"tasks: {path}")

@@ -20,7 +20,7 @@ COMMANDS = {
     "recover": ("recover", "{elastic}", "-o", "out", "--text", "{text}", "--tokens", "512", "--length", "32"),
     "skip": ("skip", "{source}", "--mean", "1", "--text", "{text}", *SMALL),
     "frontier": ("frontier", "{elastic}", "-o", "out", "--text", "{text}", *SMALL, "--calibration-tokens", "256"),
-    "trace": ("trace", "{source}", "-o", "out.npz", "--text", "{text}", *SMALL),
+    "trace": ("trace", "{source}", "-o", "out.npz", "--text", "{text}", *SMALL, "--prompt", "8"),
 }
 
 

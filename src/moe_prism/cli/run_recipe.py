@@ -16,13 +16,13 @@ ERRORS: dict[int, type[PrismError]] = {error.exit_code: error for error in (Pris
 
 
 def run_recipe(file: str | Path, *, changes: tuple[str, ...] = (), resume: bool = False, force: bool = False) -> Facts:
-    """Run the steps of a recipe, one after the other; a row per step, with what its command says as JSON.
+    r"""Run the steps of a recipe, one after the other; a row per step, with what its command says as JSON.
 
     changes: KEY=VALUE, like refactor.n_sub=8. Raises what a step raises, with the steps before it done.
 
     >>> import moe_prism, pathlib
     >>> recipe = pathlib.Path("recipe.yaml")
-    >>> _ = recipe.write_text("model: nano\\nsteps:\\n  - skip: {mean: 2, tokens: 256, length: 128, method: uniform}\\n")
+    >>> _ = recipe.write_text("model: nano\nsteps:\n  - skip: {mean: 2, tokens: 256, length: 128, method: uniform}\n")
     >>> [step["name"] for step in moe_prism.run_recipe(recipe).to_records()]
     ['uniform-2']
     """

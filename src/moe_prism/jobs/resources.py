@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def row_bytes(config: Any, hidden: int, width: int, length: int) -> int:
     return FLOAT32 * (16 * hidden + 4 * 8 * width + 2 * heads * length)
 
 
-def check_resources(needed: dict[str, Any], out: str | Path, resume: bool = False) -> None:
+def check_resources(needed: Mapping[str, Any], out: str | Path, resume: bool = False) -> None:
     """DoesNotFit if this machine has less memory, or the disk of `out` less space, than is needed. Before every run, not only a dry one.
 
     What this process holds already counts as free, and so does unfinished work that is continued.

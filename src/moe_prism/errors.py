@@ -17,7 +17,7 @@ class PrismError(Exception):
     ...     moe_prism.load("missing")
     ... except moe_prism.PrismError as error:
     ...     print(error.next_step, error.exit_code)
-    give the folder written by `moe-prism refactor` 2
+    give a folder that `moe-prism refactor MODEL -o FOLDER` wrote 2
     """
 
     exit_code = 1

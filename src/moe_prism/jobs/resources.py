@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..calibrate.run import bounded_capacity, declared_bytes
 from ..calibrate.statistics import Statistics
 from ..checkpoint import LayerStream, read_manifest
 from ..checkpoint.manifest import MANIFEST, WEIGHTS_FILE
+from ..elastic.runtime import experts_per_token
 from ..errors import DoesNotFit, UsageError
 from ..frontier.measure import BATCH
 from ..model import MoELayer, find_layers, load_model
@@ -27,34 +28,50 @@ from ..partition.base import check_blocks
 from .distance import LOGITS
 from .model_shape import config_tree
 
-PROCESS_BYTES = 700 << 20  # Python with torch, transformers and numba loaded
+LOADED = 560 << 20  # Python with torch, transformers and numba loaded
+COMPILED = 128 << 20  # what compiles kernels, their code, threads, and what the allocator keeps
 FLOAT32 = 4
 LOGITS_HELD = 5  # of the source and of a point, as logits, as log-probabilities, and what their difference is computed in
-TOTALS = ("peak_memory_bytes", "disk_bytes")
+KERNELS = 32 << 20  # compiled for sub-experts
+RUNNING = ("weights_bytes", "side_bytes", "activations_bytes", "logits_bytes")
 
 
 def needed_by(weights: Weights, options: RefactorOptions, given: Statistics | None = None) -> dict[str, Any]:
     """Declared peak memory and disk of `refactor` in bytes, by part, for options that fit the source. given: of an earlier pass."""
-    parts, declared, capacity = pass_parts(weights, options.calibration)
+    phases, declared, capacity = pass_phases(weights, options.calibration)
     layer, length, vocabulary = largest_layer(weights), options.calibration.length, text_config(weights).vocab_size
+    held = dict(phases[-1])
+    if given:
+        phases = []
+        held = {"weights_bytes": 0, "statistics_bytes": sum(v.nbytes for one in given.layers for v in one.flat().values())}
+    rows = min(layer.num_experts * capacity, options.calibration.tokens * chosen_experts(weights))
+    experts = 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32
+    solving = {
+        "weights_bytes": experts,
+        "statistics_bytes": held["statistics_bytes"],
+        "solver_bytes": 4 * rows * layer.width * FLOAT32,
+    }
+    phases = [{**phase, "kernels_bytes": KERNELS} for phase in (*phases, solving)]
+    if options.profile_tokens and not options.calibration.low_memory:
+        again = needed_by_running(weights.model, rows=length, cut=options.n_sub)
+        phases.append({name: again[name] for name in RUNNING} | {"statistics_bytes": held["statistics_bytes"]})
     if options.keep:
-        parts["logits_bytes"] = max(parts["logits_bytes"], 3 * max(LOGITS, length * vocabulary) * FLOAT32)
-    parts["solver_bytes"] = 4 * layer.num_experts * capacity * layer.width * FLOAT32
+        phases.append({"weights_bytes": experts, "logits_bytes": 3 * max(LOGITS, length * vocabulary) * FLOAT32})
     # a new snapshot of the statistics is complete before the one before it goes
-    return told(parts, written_bytes(weights) + 2 * declared) | {"reservoir_tokens": capacity}
+    return told(largest(phases), written_bytes(weights) + 2 * declared) | {"reservoir_tokens": capacity}
 
 
 def needed_by_pass(weights: Weights, options: CalibrateOptions, written: int = 0) -> dict[str, Any]:
     """What a calibration needs, and so many bytes of disk beside it."""
-    parts, declared, _ = pass_parts(weights, options)
-    return told(parts, 2 * declared + written)
+    phases, declared, _ = pass_phases(weights, options)
+    return told(largest(phases), 2 * declared + written)
 
 
 def needed_by_rewriting(weights: Weights, written: int) -> dict[str, Any]:
     """What a command needs that reads weights a layer at a time and writes them, without running the model."""
     layer = largest_layer(weights)
     experts = layer.num_experts * layer.parameters_per_expert() * FLOAT32
-    return told({"process_bytes": PROCESS_BYTES, "weights_bytes": 3 * experts}, written)
+    return told({"weights_bytes": 3 * experts}, written)
 
 
 def needed_by_adoption(weights: Weights, options: CalibrateOptions, written: int) -> dict[str, Any]:
@@ -65,8 +82,11 @@ def needed_by_adoption(weights: Weights, options: CalibrateOptions, written: int
 def needed_by_recovery(model: Any, ids: Tensor, options: RecoverOptions, written: int) -> dict[str, Any]:
     """What a recovery needs of a model that is loaded: its side tensors and equations come on top."""
     needed = needed_by_running(model, rows=BATCH * ids.shape[1], cut=2, low_memory=options.low_memory)
-    parts = {name: size for name, size in needed.items() if name.endswith("_bytes") and name not in TOTALS}
-    return told(parts | {"equations_bytes": options.memory_mib << 20 if options.method == "repair" else 0}, written)
+    return told(
+        {name: needed[name] for name in RUNNING}
+        | {"equations_bytes": options.memory_mib << 20 if options.method == "repair" else 0},
+        written,
+    )
 
 
 def model_tree(where: Path | str) -> Any:
@@ -90,7 +110,6 @@ def needed_by_running(model: Any, *, rows: int, cut: int, fits: bool = False, lo
     everything = sum(p.numel() for p in model.parameters()) * FLOAT32
     side = sum(layer.num_experts * cut * (2 * layer.hidden + 64) * FLOAT32 for layer in layers) if cut > 1 else 0
     parts = {
-        "process_bytes": PROCESS_BYTES,
         "weights_bytes": 3 * experts if low_memory else everything + experts,
         "side_bytes": side,
         "activations_bytes": rows * row_bytes(config, largest.hidden, largest.width, rows) * (2 if fits else 1),
@@ -100,8 +119,14 @@ def needed_by_running(model: Any, *, rows: int, cut: int, fits: bool = False, lo
 
 
 def told(parts: dict[str, int], disk: int) -> dict[str, Any]:
-    """As `--dry-run` shows it."""
+    """As `--dry-run` shows it: the parts of the largest phase, and the process that holds them."""
+    parts = {"process_bytes": max(resident_memory(), LOADED) + COMPILED, **parts}
     return {"peak_memory_bytes": sum(parts.values()), "disk_bytes": disk, **parts}
+
+
+def largest(phases: Sequence[dict[str, int]]) -> dict[str, int]:
+    """Of phases that follow each other, the one that takes the most."""
+    return max(phases, key=lambda parts: sum(parts.values()))
 
 
 def written_bytes(weights: Weights) -> int:
@@ -119,22 +144,35 @@ def text_config(weights: Weights) -> Any:
     return weights.model.config.get_text_config()
 
 
-def pass_parts(weights: Weights, calibration: CalibrateOptions) -> tuple[dict[str, int], int, int]:
-    """(memory of the pass by part, bytes that its collectors hold, tokens per expert)."""
+def chosen_experts(weights: Weights) -> int:
+    """Experts per token; all of a layer where a model does not say."""
+    try:
+        return experts_per_token(weights.model, weights.layers[0])
+    except UsageError:
+        return largest_layer(weights).num_experts
+
+
+def pass_phases(weights: Weights, calibration: CalibrateOptions) -> tuple[list[dict[str, int]], int, int]:
+    """(memory of the pass by phase and part, bytes that its collectors may hold, tokens per expert).
+
+    Samples have a place for every token that they may hold, and fill as many as there are. A snapshot writes all places.
+    """
     run = settings(calibration)
     capacity = bounded_capacity(weights.layers, run)
     declared, layer = declared_bytes(weights.layers, run, capacity), largest_layer(weights)
+    filled = min(capacity, -(-calibration.tokens * chosen_experts(weights) // layer.num_experts))
     experts = layer.num_experts * layer.parameters_per_expert() * FLOAT32
     everything = sum(p.numel() for p in weights.model.parameters()) * FLOAT32
     tokens = min(calibration.tokens, run.batch * calibration.length)
-    parts = {
-        "process_bytes": PROCESS_BYTES,
+    held = {
         "weights_bytes": 3 * experts if calibration.low_memory else everything + experts,
-        "statistics_bytes": 2 * declared,
+        "statistics_bytes": declared_bytes(weights.layers, run, filled),
+    }
+    computing = {
         "activations_bytes": tokens * row_bytes(text_config(weights), layer.hidden, layer.width, calibration.length),
         "logits_bytes": 0 if calibration.low_memory else 6 * calibration.length * text_config(weights).vocab_size * FLOAT32,
     }
-    return parts, declared, capacity
+    return [held | computing, held | {"snapshot_bytes": declared}], declared, capacity
 
 
 def check_width(layer: MoELayer, options: RefactorOptions) -> None:

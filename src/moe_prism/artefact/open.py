@@ -60,6 +60,15 @@ def sub_experts(folder: str | Path) -> int:
     return int(manifest.get("n_sub", 1)) if manifest.get("kind") not in PLAIN_KINDS else 1
 
 
+def open_to_write(folder: str | Path) -> tuple[Any, Any]:
+    """(model, tokenizer) to generate with: an elastic one as `load` has it, its experts as they are stored; else `open_model`'s."""
+    path = Path(folder)
+    if (path / MANIFEST).is_file() and read_manifest(path).get("kind") not in PLAIN_KINDS:
+        return load(path)
+    opened = open_model(path)
+    return opened.model, opened.tokenizer
+
+
 def open_model(folder: str | Path) -> Opened:
     """A folder written by `refactor` or `recover`, or any checkpoint `load_model` takes, with `attach(model, 1)`.
 
@@ -70,7 +79,7 @@ def open_model(folder: str | Path) -> Opened:
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
         if manifest.get("kind") not in PLAIN_KINDS:
-            model, tokenizer = load(path)
+            model, tokenizer = load(path, wide=True)
             return Opened(model, tokenizer, manifest, path.name, tuple(manifest["calibration"]["documents"]))
         check_listed(path, manifest, [CONFIG])
         documents = tuple(manifest.get("documents", ()))

@@ -126,7 +126,7 @@ def _conversation(tokenizer: Any) -> Conversation:
 def _open(folder: Path, at: PointOptions, experts: ExpertOptions, verify: bool) -> tuple[Any, Any, OperatingPoint]:
     """(model, tokenizer, point)."""
     from ..artefact.load import load, whole_manifest
-    from ..artefact.open import open_model, own_point
+    from ..artefact.open import open_to_write, own_point
     from ..jobs.generate import asked_point
     from ..point import name_within
 
@@ -144,8 +144,7 @@ def _open(folder: Path, at: PointOptions, experts: ExpertOptions, verify: bool) 
     store = store_options(experts)
     if store is not None:
         return *load(folder, store=store), point
-    opened = open_model(folder)
-    return opened.model, opened.tokenizer, point
+    return *open_to_write(folder), point
 
 
 def _note(result: Generated, asked: str) -> None:

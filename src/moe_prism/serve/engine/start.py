@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...artefact.load import load
-from ...artefact.open import open_model
+from ...artefact.open import open_to_write
 from ...cores import cores
 from ...elastic import Elastic
 from ...elastic.bind import bind
@@ -104,8 +104,7 @@ def _opened(folder: Path, options: ServeOptions) -> tuple[Any, Any]:
     """(model, tokenizer): elastic, or whole experts of any other checkpoint. UsageError for an option that only an elastic one has."""
     if options.store is not None or options.verify:
         return load(folder, store=options.store, verify=options.verify)
-    opened = open_model(folder)
-    return opened.model, opened.tokenizer
+    return open_to_write(folder)
 
 
 def _say(stage: str, **facts: Any) -> None:

@@ -17,7 +17,6 @@ from ..calibrate.run import bounded_capacity, declared_bytes
 from ..calibrate.statistics import Statistics
 from ..checkpoint import LayerStream, read_manifest
 from ..checkpoint.manifest import MANIFEST, WEIGHTS_FILE
-from ..elastic.runtime import experts_per_token
 from ..errors import DoesNotFit, UsageError
 from ..frontier.measure import BATCH
 from ..model import MoELayer, find_layers, load_model
@@ -29,7 +28,7 @@ from .distance import LOGITS
 from .model_shape import config_tree
 
 LOADED = 560 << 20  # Python with torch, transformers and numba loaded
-COMPILED = 128 << 20  # what compiles kernels, their code, threads, and what the allocator keeps
+KEPT = 32 << 20  # threads, text, and what the allocator keeps
 FLOAT32 = 4
 LOGITS_HELD = 5  # of the source and of a point, as logits, as log-probabilities, and what their difference is computed in
 KERNELS = 32 << 20  # compiled for sub-experts
@@ -38,23 +37,18 @@ RUNNING = ("weights_bytes", "side_bytes", "activations_bytes", "logits_bytes")
 
 def needed_by(weights: Weights, options: RefactorOptions, given: Statistics | None = None) -> dict[str, Any]:
     """Declared peak memory and disk of `refactor` in bytes, by part, for options that fit the source. given: of an earlier pass."""
-    phases, declared, capacity = pass_phases(weights, options.calibration)
+    parts, declared, capacity = pass_parts(weights, options.calibration)
     layer, length, vocabulary = largest_layer(weights), options.calibration.length, text_config(weights).vocab_size
-    held = dict(phases[-1])
-    if given:
-        phases = []
-        held = {"weights_bytes": 0, "statistics_bytes": sum(v.nbytes for one in given.layers for v in one.flat().values())}
-    rows = min(layer.num_experts * capacity, options.calibration.tokens * chosen_experts(weights))
+    gathered = sum(v.nbytes for one in given.layers for v in one.flat().values()) if given else parts["statistics_bytes"]
     experts = 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32
-    solving = {
-        "weights_bytes": experts,
-        "statistics_bytes": held["statistics_bytes"],
-        "solver_bytes": 4 * rows * layer.width * FLOAT32,
-    }
-    phases = [{**phase, "kernels_bytes": KERNELS} for phase in (*phases, solving)]
+    solver = 4 * layer.num_experts * capacity * layer.width * FLOAT32
+    phases = [{"weights_bytes": experts, "statistics_bytes": gathered, "solver_bytes": solver}]
+    if not given:
+        phases.append(parts)
     if options.profile_tokens and not options.calibration.low_memory:
         again = needed_by_running(weights.model, rows=length, cut=options.n_sub)
-        phases.append({name: again[name] for name in RUNNING} | {"statistics_bytes": held["statistics_bytes"]})
+        phases.append({name: again[name] for name in RUNNING} | {"statistics_bytes": gathered})
+        phases = [{**phase, "kernels_bytes": KERNELS} for phase in phases]
     if options.keep:
         phases.append({"weights_bytes": experts, "logits_bytes": 3 * max(LOGITS, length * vocabulary) * FLOAT32})
     # a new snapshot of the statistics is complete before the one before it goes
@@ -63,8 +57,8 @@ def needed_by(weights: Weights, options: RefactorOptions, given: Statistics | No
 
 def needed_by_pass(weights: Weights, options: CalibrateOptions, written: int = 0) -> dict[str, Any]:
     """What a calibration needs, and so many bytes of disk beside it."""
-    phases, declared, _ = pass_phases(weights, options)
-    return told(largest(phases), 2 * declared + written)
+    parts, declared, _ = pass_parts(weights, options)
+    return told(parts, 2 * declared + written)
 
 
 def needed_by_rewriting(weights: Weights, written: int) -> dict[str, Any]:
@@ -120,7 +114,7 @@ def needed_by_running(model: Any, *, rows: int, cut: int, fits: bool = False, lo
 
 def told(parts: dict[str, int], disk: int) -> dict[str, Any]:
     """As `--dry-run` shows it: the parts of the largest phase, and the process that holds them."""
-    parts = {"process_bytes": max(resident_memory(), LOADED) + COMPILED, **parts}
+    parts = {"process_bytes": max(resident_memory(), LOADED) + KEPT, **parts}
     return {"peak_memory_bytes": sum(parts.values()), "disk_bytes": disk, **parts}
 
 
@@ -144,35 +138,21 @@ def text_config(weights: Weights) -> Any:
     return weights.model.config.get_text_config()
 
 
-def chosen_experts(weights: Weights) -> int:
-    """Experts per token; all of a layer where a model does not say."""
-    try:
-        return experts_per_token(weights.model, weights.layers[0])
-    except UsageError:
-        return largest_layer(weights).num_experts
-
-
-def pass_phases(weights: Weights, calibration: CalibrateOptions) -> tuple[list[dict[str, int]], int, int]:
-    """(memory of the pass by phase and part, bytes that its collectors may hold, tokens per expert).
-
-    Samples have a place for every token that they may hold, and fill as many as there are. A snapshot writes all places.
-    """
+def pass_parts(weights: Weights, calibration: CalibrateOptions) -> tuple[dict[str, int], int, int]:
+    """(memory of the pass by part, bytes that its collectors hold, tokens per expert)."""
     run = settings(calibration)
     capacity = bounded_capacity(weights.layers, run)
     declared, layer = declared_bytes(weights.layers, run, capacity), largest_layer(weights)
-    filled = min(capacity, -(-calibration.tokens * chosen_experts(weights) // layer.num_experts))
     experts = layer.num_experts * layer.parameters_per_expert() * FLOAT32
     everything = sum(p.numel() for p in weights.model.parameters()) * FLOAT32
     tokens = min(calibration.tokens, run.batch * calibration.length)
-    held = {
+    parts = {
         "weights_bytes": 3 * experts if calibration.low_memory else everything + experts,
-        "statistics_bytes": declared_bytes(weights.layers, run, filled),
-    }
-    computing = {
+        "statistics_bytes": declared,
         "activations_bytes": tokens * row_bytes(text_config(weights), layer.hidden, layer.width, calibration.length),
         "logits_bytes": 0 if calibration.low_memory else 6 * calibration.length * text_config(weights).vocab_size * FLOAT32,
     }
-    return [held | computing, held | {"snapshot_bytes": declared}], declared, capacity
+    return parts, declared, capacity
 
 
 def check_width(layer: MoELayer, options: RefactorOptions) -> None:

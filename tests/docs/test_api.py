@@ -55,17 +55,24 @@ HEAVY = {
     "bench_server",
     "calibrate_model",
     "check_machine",
+    "compare_runs",
     "compress_model",
     "forecast_offload",
     "keep_frontier",
+    "make_skip_plan",
     "measure_compression",
+    "measure_frontier",
+    "record_trace",
     "recover_model",
     "refactor",
+    "rehearse",
     "run_demo",
+    "run_recipe",
     "serve_model",
     "time_frontier",
     "write_frontier",
 }
+"""What reads the standard library as text, measures, or starts servers."""
 QUIET = {"jobs/time_points.py", "data/render_chat.py", "serve/logs.py"}
 """Who may write to the standard streams beside the command line: processes of their own, and a server's log."""
 

@@ -44,6 +44,7 @@ def test_in_a_browser(frontier, tmp_path):
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         for name, (width, scheme) in VIEWS.items():
             view = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            view.set_default_timeout(120_000)
             problems: list[str] = []
             view.on("pageerror", lambda e, found=problems: found.append(str(e)))
             view.goto((tmp_path / "report.html").as_uri())

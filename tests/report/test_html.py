@@ -34,6 +34,8 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.attributes += [(tag, *a) for a in attrs]
         self._script = tag == "script"
+        if self._script:
+            self.scripts.append("")
         if tag == "tr":
             self.rows.append([])
 
@@ -42,7 +44,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if self._script:
-            self.scripts.append(data)
+            self.scripts[-1] += data
         elif self.rows and data.strip():
             self.rows[-1].append(data.strip())
 
@@ -76,7 +78,7 @@ def test_tables_hold_every_point_and_fact(text, frontier):
         assert float(row[8]) == pytest.approx(point.active_expert_bytes / 1e6, abs=5e-4)
     assert rows["top-2"][1:4] == ["0.0395", "0.0240", "product-8"]
     assert rows["evaluation.tokens"][1] == "65536"
-    assert text.count('<tr class="kept">') == sum(p.pareto for p in (*frontier.points, *frontier.baseline_topk))
+    assert text.count('<tr class="kept"') == sum(p.pareto for p in (*frontier.points, *frontier.baseline_topk))
 
 
 def test_page_is_accessible(text):
@@ -99,12 +101,12 @@ def test_hostile_names_stay_text(frontier):
     hostile = Frontier(EVIL, EVIL, 4, tuple(evil), plain, {EVIL: EVIL})
     text = render(hostile, {"samples": [dict(SAMPLE, prompt=EVIL, text=EVIL + LINES)], "notes": [EVIL + LINES]})
     page = Page(text)
-    assert page.tags.count("script") == 1 and "img" not in page.tags
-    assert Frontier.from_json(json.loads("".join(page.scripts))) == hostile
+    assert page.tags.count("script") == 2 and "img" not in page.tags
+    assert Frontier.from_json(json.loads(page.scripts[0])) == hostile
 
 
 def test_json_block_parses_back_equal(text, frontier):
-    assert Frontier.from_json(json.loads("".join(Page(text).scripts))) == frontier
+    assert Frontier.from_json(json.loads(Page(text).scripts[0])) == frontier
 
 
 def test_samples_and_notes(text, frontier):

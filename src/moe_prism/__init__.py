@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .jobs.forecast_offload import forecast_offload
     from .jobs.forecast_speed import forecast_speed
     from .jobs.frontier import measure_frontier
-    from .jobs.frontier_files import keep_frontier, write_frontier
+    from .jobs.frontier_files import add_tasks, keep_frontier, write_frontier
     from .jobs.generate import generate
     from .jobs.inspect import inspect_model
     from .jobs.listing import list_choices
@@ -83,6 +83,7 @@ _HOME = {
     "make_skip_plan": "jobs.skip",
     "measure_frontier": "jobs.frontier",
     "keep_frontier": "jobs.frontier_files",
+    "add_tasks": "jobs.frontier_files",
     "write_frontier": "jobs.frontier_files",
     "Timing": "jobs.time_points",
     "time_frontier": "jobs.time_points",
@@ -151,6 +152,7 @@ __all__ = [
     "TraceOptions",
     "UsageError",
     "__version__",
+    "add_tasks",
     "adopt",
     "bench_policies",
     "bench_server",

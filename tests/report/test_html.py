@@ -227,3 +227,19 @@ def test_importing_the_package_is_cheap():
     code = f"import sys, moe_prism.report; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_tasks_stand_in_the_report_with_their_errors(frontier, tmp_path):
+    from moe_prism.frontier.evaluation import Evaluated, Evaluation, Score
+    from moe_prism.jobs.frontier_files import add_tasks, write_frontier
+    from moe_prism.point import FULL
+
+    scores = (Score("arc", "acc", 0.62, 0.0485, True, 100), Score("<b>own</b>", "f1", 0.5, None, True, 3))
+    found = Evaluation("m", (Evaluated("full", FULL, scores),), {})
+    assert not add_tasks(tmp_path)
+    write_frontier(frontier, tmp_path)
+    assert "lm-eval" not in (tmp_path / "report.html").read_text()
+    (tmp_path / "eval.json").write_bytes(found.encoded())
+    assert add_tasks(tmp_path)
+    rows = [row for row in Page((tmp_path / "report.html").read_text()).rows if row]
+    assert ["arc", "acc", "0.6200 ± 0.0485"] in rows and ["<b>own</b>", "f1", "0.5000"] in rows

@@ -9,6 +9,8 @@ from typing import Any
 from ..checkpoint import changing
 from ..checkpoint.manifest import MANIFEST
 from ..frontier import Frontier
+from ..frontier.evaluation import FILE, Evaluation
+from ..point.named import FRONTIER
 
 
 def write_frontier(result: Frontier, out: str | Path, *, samples: Mapping[str, Any] | None = None) -> None:
@@ -26,7 +28,7 @@ def write_frontier(result: Frontier, out: str | Path, *, samples: Mapping[str, A
     if not (target / MANIFEST).is_file():
         return _write(result, target, samples)
     with changing(target) as change:
-        _write(result, change.work, samples)
+        _write(result, change.work, samples, target)
         change.commit({})
     return None
 
@@ -41,14 +43,31 @@ def keep_frontier(result: Frontier, folder: str | Path) -> None:
     True
     """
     with changing(Path(folder)) as change:
-        _write(result, change.work, None)
+        _write(result, change.work, None, Path(folder))
         change.commit({"operating_points": [p.to_json() for p in result.points if p.pareto]})
 
 
-def _write(result: Frontier, target: Path, samples: Mapping[str, Any] | None) -> None:
+def add_tasks(folder: str | Path) -> bool:
+    """Write the report of a folder's frontier again, with the tasks of its eval.json; False where it has no frontier.
+
+    >>> import moe_prism
+    >>> moe_prism.add_tasks("elastic")
+    False
+    """
+    target = Path(folder)
+    if not (target / FRONTIER).is_file():
+        return False
+    write_frontier(Frontier.load(target / FRONTIER), target)
+    return True
+
+
+def _write(result: Frontier, target: Path, samples: Mapping[str, Any] | None, home: Path | None = None) -> None:
+    """home: the folder that `target` will be part of, whose tasks belong into the report."""
     from ..report import write_png, write_report
 
     target.mkdir(parents=True, exist_ok=True)
-    result.save(target / "frontier.json")
-    write_report(result, target / "report.html", dict(samples or {}))
+    tasks = (home or target) / FILE
+    more = {"evaluation": Evaluation.load(tasks)} if tasks.is_file() else {}
+    result.save(target / FRONTIER)
+    write_report(result, target / "report.html", {**(samples or {}), **more})
     write_png(result, target / "frontier.png")

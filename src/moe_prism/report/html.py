@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..frontier.evaluation import score_rows
 from ..frontier.record import Frontier, MeasuredPoint, write_atomic
 from . import chart
 from .summary import (
@@ -26,13 +27,14 @@ from .summary import (
     sentences,
 )
 
-EXTRA = {"samples": ("budget", "prompt", "text", "tokens_per_s"), "notes": ()}
+EXTRA = {"samples": ("budget", "prompt", "text", "tokens_per_s"), "notes": (), "evaluation": ()}
 
 
 def write_report(frontier: Frontier, path: str | Path, extra: Mapping[str, Any] | None = None) -> None:
     """Write the page to `path`, at once or not at all.
 
-    extra: "samples", a list of {"budget" (0..1), "prompt", "text", "tokens_per_s"}, and "notes", a list of sentences.
+    extra: "samples", a list of {"budget" (0..1), "prompt", "text", "tokens_per_s"}, "notes", a list of sentences, and
+    "evaluation", an `Evaluation` of tasks.
     """
     _check_ready(frontier)
     write_atomic(path, render(frontier, extra).encode())
@@ -69,6 +71,8 @@ def render(frontier: Frontier, extra: Mapping[str, Any] | None = None) -> str:
         provenance=_flat(frontier.provenance),
         samples=_grouped(added.get("samples", [])),
         notes=added.get("notes", []),
+        tasks=added.get("evaluation"),
+        score_rows=score_rows,
         data=_script_json(frontier.to_json()),
     )
 

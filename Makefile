@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 VLLM_VENV ?= .venv-vllm
 VLLM ?= 0.33.0
 
-.PHONY: demo test test-all test-vllm docs test-newest test-oldest test-install wheel check format reference bench clean
+.PHONY: demo test test-all test-vllm docs test-newest test-oldest test-install wheel lock check format reference bench clean
 
 PINS := requirements/constraints.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c $(PINS)
@@ -81,11 +81,19 @@ test-oldest:  ## the tests with the oldest libraries that the ranges allow
 
 wheel:  ## dist/*.whl
 	$(PYTHON) -m venv build/venv
-	build/venv/bin/python -m pip install --quiet --disable-pip-version-check build
+	build/venv/bin/python -m pip install --disable-pip-version-check build
 	build/venv/bin/python -m build --wheel --outdir dist
 
 test-install: wheel  ## the wheel in an empty environment: core and each extra alone, then `moe-prism demo`
 	bash tests/install.sh dist/*.whl
+
+LOCKED := --extra report --extra serve --extra text --extra gguf
+
+lock: $(VENV)/.ready  ## requirements/lock.txt: every version with its hashes, by uv
+	$(INSTALL) uv
+	( head -2 requirements/lock.txt; $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+	  --no-emit-index-url --no-emit-find-links $(LOCKED) pyproject.toml ) > requirements/lock.new
+	mv requirements/lock.new requirements/lock.txt
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .venv-newest .venv-oldest demo build dist

@@ -59,3 +59,10 @@ def test_core_and_extras_are_pinned_where_tests_run() -> None:
     }
     assert {"torch", "transformers"} <= pinned
     assert pinned >= CORE
+
+
+def test_the_lock_file_holds_every_library_with_its_hashes_and_names_no_host() -> None:
+    text = (ROOT / "requirements/lock.txt").read_text()
+    locked = {name.lower() for name in re.findall(r"^([A-Za-z0-9_.-]+)==", text, re.M)}
+    assert locked >= CORE | EXTRAS["report"] | EXTRAS["serve"] - {"starlette"} and "://" not in text
+    assert text.count("--hash=sha256:") > len(locked)

@@ -33,6 +33,8 @@ COMMANDS = (
     "recover",
     "skip",
     "frontier",
+    "eval",
+    "report",
     "forecast",
     "generate",
     "serve",
@@ -40,6 +42,8 @@ COMMANDS = (
     "trace",
     "offload",
     "verify",
+    "run",
+    "recipe",
     "ls",
 )
 KINDS = ("families", *REGISTRIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -66,6 +67,7 @@ def check_target(folder: Path, out: Path | None) -> Path:
 def task_manager(options: EvaluateOptions) -> Any:
     """lm-eval's tasks, with those of --include-path. UsageError for a task that there is not, or without the library."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default of every task
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:

@@ -21,9 +21,35 @@ from ...kernels.paged_decode import DecodeRows, PagedCache, decode_attention
 
 NAME = "moe_prism_flash_paged"
 """Registered with transformers. "flash" in a name is how it knows that no mask is to be built."""
+CACHE = "moe_prism_cache"
+"""The argument of a model through which the cache reaches `attention`."""
 
 WORTH_A_THREAD = 4096  # context tokens below which handing work to a thread costs more than it saves
 _POOL = ThreadPoolExecutor(thread_name_prefix="moe-prism-attention")
+
+
+class WriteOnly:
+    """The paged cache for models that write to it themselves, as transformers' do from 5.24 on: what comes back is what was written.
+
+    transformers' own `update` gives all that a batch may attend to, and hides from `attention` what is new.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Write; the keys and values as they came."""
+        self._cache.update(key_states=key_states, value_states=value_states, layer_idx=layer_idx, kwargs=kwargs)
+        return key_states, value_states
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def handed_over(batch: dict[str, Any]) -> None:
+    """Let `attention` find the cache in a batch whose model may take it for itself."""
+    if not isinstance(batch["cache"], WriteOnly):
+        batch[CACHE], batch["cache"] = batch["cache"], WriteOnly(batch["cache"])
 
 
 @dataclass(frozen=True)
@@ -86,10 +112,11 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Writes the new keys and values, then attends request by request. -> [1, T, heads, d]. Without dropout: nobody trains here."""
-    cache = kwargs["cache"]
+    cache = kwargs[CACHE]
     layout: PagedLayout = cache.moe_prism_layout
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=kwargs)
+    if "cache" in kwargs:  # else the model has written already
+        kwargs["cache"].update(key, value, layer, kwargs)
     keys, values = cache.layer_to_allocator[layer]._kv_token_views[layer]
     shared = query.shape[1] != key.shape[1]  # grouped-query attention
 

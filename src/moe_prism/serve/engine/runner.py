@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 
 from ..requests import ErrorKind, Event, TokenLogprob
+from .paged_attention import NAME as PAGED
+from .paged_attention import handed_over
 from .sampling import Sampler, draw, logprobs
 from .scheduler import PolicyScheduler, StepPart
 
@@ -49,6 +51,8 @@ class Runner(ModelRunner):  # type: ignore[misc]
         sliced = "logits_to_keep" in batch_data
         if sliced:
             batch_data["logits_to_keep"] = rows.to(batch_data["input_ids"].device)
+        if getattr(model.config, "_attn_implementation", None) == PAGED:
+            handed_over(batch_data)
         out = model(**batch_data).logits[0]
         logits = (out if sliced else out[rows]).float()
         if self.inject is not None:

@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 VLLM_VENV ?= .venv-vllm
 VLLM ?= 0.33.0
 
-.PHONY: demo test test-all test-vllm test-newest test-oldest test-install wheel lock check format reference bench clean
+.PHONY: demo test test-all test-vllm docs test-newest test-oldest test-install wheel lock check format reference bench clean
 
 PINS := requirements/constraints.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c $(PINS)
@@ -62,6 +62,9 @@ format: $(VENV)/.ready
 reference: $(VENV)/.ready  ## docs/reference, from the registries
 	$(BIN)/python -m moe_prism.jobs.reference docs/reference
 	$(BIN)/python -m moe_prism.serve.reference docs/reference
+
+docs: $(VENV)/.ready  ## build/site, with every link checked
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(VENV)/.ready  ## every benchmark prints its figure against its baseline
 	for script in benchmarks/*.py; do $(BIN)/python $$script --json || exit 1; done

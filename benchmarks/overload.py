@@ -22,7 +22,7 @@ from typing import Any
 from moe_prism.bench.load import LoadRun
 from moe_prism.bench.outcome import OK, Outcome
 from moe_prism.bench.servers import serving
-from moe_prism.bench.single import SingleOptions, bench
+from moe_prism.bench.single import SingleOptions, bench_server
 from moe_prism.bench.workload import Offer
 from moe_prism.cli.output import note, table
 from moe_prism.jobs.refactor import RefactorOptions, refactor
@@ -46,7 +46,7 @@ def offer(url: str, mix: dict[str, float], rate: float, seconds: float, work: Pa
     write_trace(trace, generate("chat", rate, seconds, default_classes(), ONLY_FULL, mix=mix), ONLY_FULL)
     lines = [json.loads(line) for line in trace.read_text().splitlines()]
     trace.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "floor"}) + "\n" for line in lines))
-    return bench(url, Offer(seconds=seconds, trace=trace), SingleOptions([0.0], fields="class"))[1][0][1]
+    return bench_server(url, Offer(seconds=seconds, trace=trace), SingleOptions(rates=(0.0,), fields="class")).runs[0][1]
 
 
 def row(kind: str, outcomes: Sequence[Outcome], everyone: int) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""moe-prism makes Mixture-of-Experts language models elastic: the same weights at any price between cheap and full quality."""
+"""moe-prism makes Mixture-of-Experts language models elastic: the same weights at any price between cheap and full quality.
+
+Every command of `moe-prism` has its function here. Nothing prints: a function returns a `Result`, with `to_json`, `to_frame` and a table
+for notebooks, or raises a `PrismError`. `report` of a long one hears of its progress.
+"""
 
 from __future__ import annotations
 
@@ -9,47 +13,181 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .artefact.load import load
+    from .bench.compare import bench_policies
+    from .bench.single import bench_server
+    from .cli.run_recipe import run_recipe
     from .elastic import operating_point
     from .errors import CorruptError, DoesNotFit, PrismError, UsageError
-    from .jobs.calibrate import calibrate_model
+    from .frontier import Frontier
+    from .frontier.runs import compare_runs
+    from .jobs.adopt import adopt
+    from .jobs.calibrate import calibrate_model, read_statistics
+    from .jobs.compress import compress_model, measure_compression, plan_compression
+    from .jobs.demo import run_demo
+    from .jobs.doctor import check_machine
+    from .jobs.evaluate import evaluate_model
+    from .jobs.forecast_offload import forecast_offload
+    from .jobs.forecast_speed import forecast_speed
     from .jobs.frontier import measure_frontier
+    from .jobs.frontier_files import add_tasks, keep_frontier, write_frontier
     from .jobs.generate import generate
     from .jobs.inspect import inspect_model
+    from .jobs.listing import list_choices
+    from .jobs.prune import prune_model, select_experts
     from .jobs.recover import recover_model
     from .jobs.refactor import refactor
+    from .jobs.rehearsal import rehearse
+    from .jobs.skip import make_skip_plan
+    from .jobs.time_points import Timing, time_frontier
+    from .jobs.trace import inspect_routing, record_trace
     from .jobs.verify import verify
+    from .offload.trace import load_trace
+    from .options.adopt import AdoptOptions
+    from .options.bench import CompareOptions, Offer, SingleOptions
+    from .options.calibrate import CalibrateOptions
+    from .options.compress import CompressOptions
+    from .options.evaluate import EvaluateOptions
+    from .options.frontier import FrontierOptions
+    from .options.generate import GenerateOptions
+    from .options.offload import OffloadOptions
+    from .options.prune import PruneOptions
+    from .options.recover import RecoverOptions
+    from .options.refactor import RefactorOptions
+    from .options.serve import ServeOptions
+    from .options.skip import SkipOptions
+    from .options.speed import SpeedOptions
+    from .options.trace import TraceOptions
+    from .point import OperatingPoint
+    from .result import Result
+    from .serve.server import serve_model
 
 _HOME = {
-    "calibrate_model": "jobs.calibrate",
-    "measure_frontier": "jobs.frontier",
-    "generate": "jobs.generate",
+    "check_machine": "jobs.doctor",
+    "run_demo": "jobs.demo",
     "inspect_model": "jobs.inspect",
-    "load": "artefact.load",
-    "recover_model": "jobs.recover",
+    "calibrate_model": "jobs.calibrate",
+    "read_statistics": "jobs.calibrate",
     "refactor": "jobs.refactor",
+    "adopt": "jobs.adopt",
+    "prune_model": "jobs.prune",
+    "select_experts": "jobs.prune",
+    "compress_model": "jobs.compress",
+    "measure_compression": "jobs.compress",
+    "plan_compression": "jobs.compress",
+    "recover_model": "jobs.recover",
+    "rehearse": "jobs.rehearsal",
+    "evaluate_model": "jobs.evaluate",
+    "EvaluateOptions": "options.evaluate",
+    "compare_runs": "frontier.runs",
+    "run_recipe": "cli.run_recipe",
+    "make_skip_plan": "jobs.skip",
+    "measure_frontier": "jobs.frontier",
+    "keep_frontier": "jobs.frontier_files",
+    "add_tasks": "jobs.frontier_files",
+    "write_frontier": "jobs.frontier_files",
+    "Timing": "jobs.time_points",
+    "time_frontier": "jobs.time_points",
+    "forecast_speed": "jobs.forecast_speed",
+    "generate": "jobs.generate",
+    "serve_model": "serve.server",
+    "bench_server": "bench.single",
+    "bench_policies": "bench.compare",
+    "inspect_routing": "jobs.trace",
+    "record_trace": "jobs.trace",
+    "load_trace": "offload.trace",
+    "forecast_offload": "jobs.forecast_offload",
     "verify": "jobs.verify",
+    "list_choices": "jobs.listing",
+    "load": "artefact.load",
     "operating_point": "elastic",
+    "OperatingPoint": "point",
+    "Frontier": "frontier",
+    "Result": "result",
     "CorruptError": "errors",
     "DoesNotFit": "errors",
     "PrismError": "errors",
     "UsageError": "errors",
+    "AdoptOptions": "options.adopt",
+    "CompareOptions": "options.bench",
+    "Offer": "options.bench",
+    "SingleOptions": "options.bench",
+    "CalibrateOptions": "options.calibrate",
+    "CompressOptions": "options.compress",
+    "FrontierOptions": "options.frontier",
+    "GenerateOptions": "options.generate",
+    "OffloadOptions": "options.offload",
+    "PruneOptions": "options.prune",
+    "RecoverOptions": "options.recover",
+    "RefactorOptions": "options.refactor",
+    "ServeOptions": "options.serve",
+    "SkipOptions": "options.skip",
+    "SpeedOptions": "options.speed",
+    "TraceOptions": "options.trace",
 }
 
 __all__ = [
+    "AdoptOptions",
+    "CalibrateOptions",
+    "CompareOptions",
+    "CompressOptions",
     "CorruptError",
     "DoesNotFit",
+    "EvaluateOptions",
+    "Frontier",
+    "FrontierOptions",
+    "GenerateOptions",
+    "Offer",
+    "OffloadOptions",
+    "OperatingPoint",
     "PrismError",
+    "PruneOptions",
+    "RecoverOptions",
+    "RefactorOptions",
+    "Result",
+    "ServeOptions",
+    "SingleOptions",
+    "SkipOptions",
+    "SpeedOptions",
+    "Timing",
+    "TraceOptions",
     "UsageError",
     "__version__",
+    "add_tasks",
+    "adopt",
+    "bench_policies",
+    "bench_server",
     "calibrate_model",
+    "check_machine",
+    "compare_runs",
+    "compress_model",
+    "evaluate_model",
+    "forecast_offload",
+    "forecast_speed",
     "generate",
     "inspect_model",
+    "inspect_routing",
+    "keep_frontier",
+    "list_choices",
     "load",
+    "load_trace",
+    "make_skip_plan",
+    "measure_compression",
     "measure_frontier",
     "operating_point",
+    "plan_compression",
+    "prune_model",
+    "read_statistics",
+    "record_trace",
     "recover_model",
     "refactor",
+    "rehearse",
+    "run_demo",
+    "run_recipe",
+    "select_experts",
+    "serve_model",
+    "time_frontier",
     "verify",
+    "write_frontier",
 ]
 
 

@@ -10,7 +10,15 @@ from __future__ import annotations
 
 
 class PrismError(Exception):
-    """A failure that is explained: `cause` (what is wrong) and `next_step` (what to do about it)."""
+    """A failure that is explained: `cause` (what is wrong) and `next_step` (what to do about it).
+
+    >>> import moe_prism
+    >>> try:
+    ...     moe_prism.load("missing")
+    ... except moe_prism.PrismError as error:
+    ...     print(error.next_step, error.exit_code)
+    give a folder that `moe-prism refactor MODEL -o FOLDER` wrote 2
+    """
 
     exit_code = 1
 
@@ -20,18 +28,37 @@ class PrismError(Exception):
 
 
 class UsageError(PrismError):
-    """The request cannot be met as it was written."""
+    """The request cannot be met as it was written.
+
+    >>> import moe_prism
+    >>> moe_prism.RefactorOptions(n_sub=1).check()
+    Traceback (most recent call last):
+    moe_prism.errors.UsageError: --n-sub 1 is too small; give at least 2
+    """
 
     exit_code = 2
 
 
 class DoesNotFit(PrismError):
-    """The job needs more memory or disk than there is."""
+    """The job needs more memory or disk than there is.
+
+    >>> import moe_prism
+    >>> moe_prism.forecast_offload("elastic", 1000)
+    Traceback (most recent call last):
+    moe_prism.errors.DoesNotFit: ...
+    """
 
     exit_code = 3
 
 
 class CorruptError(PrismError):
-    """Files are damaged, incomplete or hold values that must not be used."""
+    """Files are damaged, incomplete or hold values that must not be used.
+
+    >>> import moe_prism, pathlib
+    >>> _ = pathlib.Path("frontier.json").write_text("{")
+    >>> moe_prism.Frontier.load("frontier.json")
+    Traceback (most recent call last):
+    moe_prism.errors.CorruptError: ...
+    """
 
     exit_code = 4

@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moe_prism.checkpoint.companions import without_code
 from moe_prism.checkpoint.config import read_config
 from moe_prism.checkpoint.view import as_data
 from moe_prism.errors import CorruptError, PrismError, UsageError
-from moe_prism.jobs.card_text import code, scalar, shown
+from moe_prism.jobs.card_text import code, shown
+from moe_prism.jobs.refactor_card import front_matter
 from moe_prism.model import load_model, load_tokenizer
 
 HOSTILE = {
@@ -159,4 +161,9 @@ def test_text_from_elsewhere_stays_text_in_a_card():
     evil = "<img src=x>\n---\n# a `b` [c](javascript:d)"
     assert "<" not in shown(evil) and "\n" not in shown(evil) and "\\[c\\]\\(" in shown(evil)
     assert "`" not in code(evil) and "\n" not in code(evil)
-    assert json.loads(scalar(evil)).startswith("<img") and scalar("apache-2.0") == "apache-2.0" and scalar("yes") == '"yes"'
+    facts = {"source": {"name": "owner/model"}, "companions": {"licence": {"license": evil, "license_link": "'yes'"}}}
+    found = yaml.safe_load(front_matter(facts, evil).strip("-\n"))
+    assert found["license"].startswith("<img") and found["license_link"] == "yes" and found["tags"][2].startswith("<img")
+    assert (found["base_model"], found["base_model_relation"]) == ("owner/model", "finetune")
+    facts["source"]["name"] = "a-folder"
+    assert "base_model" not in front_matter(facts, "olmoe"), "no hub knows a folder of this machine"

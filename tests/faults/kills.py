@@ -23,14 +23,14 @@ from moe_prism.artefact.load import load
 from moe_prism.calibrate.options import CalibrateOptions
 from moe_prism.checkpoint import put_file
 from moe_prism.checkpoint.atomic import JOURNAL
-from moe_prism.cli.frontier import keep
 from moe_prism.errors import PrismError
 from moe_prism.jobs import calibrate
 from moe_prism.jobs.frontier import measure_frontier
+from moe_prism.jobs.frontier_files import keep_frontier
 from moe_prism.jobs.prune import prune_model
 from moe_prism.jobs.recover import recover_model
 from moe_prism.jobs.refactor import RefactorOptions, refactor
-from moe_prism.jobs.skip import make_plan
+from moe_prism.jobs.skip import make_skip_plan
 from moe_prism.jobs.verify import verify
 from moe_prism.options.frontier import FrontierOptions
 from moe_prism.options.prune import PruneOptions
@@ -62,7 +62,7 @@ class House:
         refactor(self.source, self.elastic, self.options)
         frontier = FrontierOptions(text=str(text), tokens=64, length=32, rules=["product"])
         self.measured = measure_frontier(self.elastic, frontier)
-        self.plan = make_plan(self.elastic, SkipOptions(method="uniform", mean=1.0, text=str(text), tokens=64, length=32))
+        self.plan = make_skip_plan(self.elastic, SkipOptions(method="uniform", mean=1.0, text=str(text), tokens=64, length=32))
         self.model, self.tokenizer = load(self.elastic)
 
     @property
@@ -77,7 +77,7 @@ class House:
             "refactor": Command(lambda f, r: refactor(self.source, f, self.options, resume=r), False),
             "prune": Command(lambda f, r: prune_model(self.source, f, prune, resume=r), False),
             "recover": Command(lambda f, r: recover_model(self.elastic, f, repair, resume=r), False),
-            "frontier": Command(lambda f, _: keep(self.measured, f), True),
+            "frontier": Command(lambda f, _: keep_frontier(self.measured, f), True),
             "skip": Command(lambda f, _: put_file(f / "plan.json", self.plan.encoded()), True),
             "serve": Command(lambda f, _: measure_ladder(self.model, self.tokenizer, f, tokens=512), True),
             "serve with a store": Command(lambda f, _: load(f, store=StoreOptions(1 << 28)), True),

@@ -242,4 +242,4 @@ def runs_again_from_its_file(bench: Bench, asked: Sequence[str], file: Path) -> 
         if not p.point.is_full:
             assert known[p.name].kl == pytest.approx(p.kl, abs=1e-9)
             assert known[p.name].active_expert_bytes == pytest.approx(p.active_expert_bytes, rel=1e-12)
-    assert evaluation_windows(bench.opened, options).tokens >= 256
+    assert evaluation_windows(bench.opened.tokenizer, bench.opened.documents, options).tokens >= 256

@@ -12,7 +12,7 @@ from moe_prism.compress.changes import Change, weight_changes
 from moe_prism.elastic.bind import bind
 from moe_prism.errors import UsageError
 from moe_prism.jobs.frontier import evaluation_windows, measure_frontier, subject_of
-from moe_prism.jobs.skip import make_plan, with_parameters
+from moe_prism.jobs.skip import make_skip_plan, with_parameters
 from moe_prism.methods.base import Method
 from moe_prism.methods.find import method
 from moe_prism.methods.skip.base import skip_method
@@ -116,7 +116,7 @@ def test_plain_top_k_is_what_a_router_that_normalises_does_with_fewer_experts(te
     plain = {p.name: p for p in measure_frontier("nano-mix", asked).baseline_topk}
     opened = open_model("nano-mix")
     opened.elastic.detach()
-    ids = evaluation_windows(opened, asked).ids
+    ids = evaluation_windows(opened.tokenizer, opened.documents, asked).ids
 
     def predicted(k):
         for layer in opened.model.model.layers:
@@ -131,7 +131,7 @@ def test_plain_top_k_is_what_a_router_that_normalises_does_with_fewer_experts(te
 
 def save_plan(source, text_file, path):
     """One expert per token, in a file that names the point as the file."""
-    named = make_plan(source, plan_options(text_file, method="uniform", mean=1))
+    named = make_skip_plan(source, plan_options(text_file, method="uniform", mean=1))
     write_point(path, replace(named, name=path.stem))
 
 
@@ -206,7 +206,7 @@ def test_samples_are_the_routing_weights(opened, subject):
 
 
 def test_plans_record_how_they_were_made_and_what_they_cost(tiny_source, text_file):
-    plan = make_plan(tiny_source, plan_options(text_file, method="ser", mean=1.5, keep_mass=True))
+    plan = make_skip_plan(tiny_source, plan_options(text_file, method="ser", mean=1.5, keep_mass=True))
     assert plan.point.routing[0].keep_mass is True and plan.made["method"] == "ser" and plan.made["quality"]["kl"] > 0
     assert 1 <= plan.made["quality"]["experts_per_token"] <= 2 and plan.made["experts_per_token"] == 2
 

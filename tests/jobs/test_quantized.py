@@ -14,7 +14,7 @@ from moe_prism.checkpoint import Source
 from moe_prism.errors import UsageError
 from moe_prism.jobs.prune import prune_model
 from moe_prism.jobs.refactor import RefactorOptions, refactor
-from moe_prism.jobs.resources import resources_of
+from moe_prism.jobs.rehearsal import rehearse
 from moe_prism.model import find_layers, load_model, load_to_run
 from moe_prism.options.prune import PruneOptions
 from tests.checkpoint.quantized import quantize
@@ -139,7 +139,7 @@ def test_it_is_aligned_to_the_format_or_to_a_number(sources, tiny_calibration, t
     wanted = replace(options(tiny_calibration), n_sub=4)
     done = refactor(folder, tmp_path / "auto", replace(wanted, align="auto"))
     assert done.manifest["n_sub"] == 2 and done.manifest["align"] == {"group": 32, "n_sub_asked": 4, "block": 32}
-    assert resources_of(twin, replace(wanted, align="16", dtype=None))["disk_bytes"] > 0
+    assert rehearse(refactor, twin, tmp_path / "number", replace(wanted, align="16", dtype=None)).disk_bytes > 0
     for change, words in (
         ({"align": "64"}, "no --n-sub up to 4"),
         ({"align": "many"}, "neither auto nor a number"),

@@ -34,6 +34,8 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.attributes += [(tag, *a) for a in attrs]
         self._script = tag == "script"
+        if self._script:
+            self.scripts.append("")
         if tag == "tr":
             self.rows.append([])
 
@@ -42,7 +44,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if self._script:
-            self.scripts.append(data)
+            self.scripts[-1] += data
         elif self.rows and data.strip():
             self.rows[-1].append(data.strip())
 
@@ -76,7 +78,7 @@ def test_tables_hold_every_point_and_fact(text, frontier):
         assert float(row[8]) == pytest.approx(point.active_expert_bytes / 1e6, abs=5e-4)
     assert rows["top-2"][1:4] == ["0.0395", "0.0240", "product-8"]
     assert rows["evaluation.tokens"][1] == "65536"
-    assert text.count('<tr class="kept">') == sum(p.pareto for p in (*frontier.points, *frontier.baseline_topk))
+    assert text.count('<tr class="kept"') == sum(p.pareto for p in (*frontier.points, *frontier.baseline_topk))
 
 
 def test_page_is_accessible(text):
@@ -99,12 +101,12 @@ def test_hostile_names_stay_text(frontier):
     hostile = Frontier(EVIL, EVIL, 4, tuple(evil), plain, {EVIL: EVIL})
     text = render(hostile, {"samples": [dict(SAMPLE, prompt=EVIL, text=EVIL + LINES)], "notes": [EVIL + LINES]})
     page = Page(text)
-    assert page.tags.count("script") == 1 and "img" not in page.tags
-    assert Frontier.from_json(json.loads("".join(page.scripts))) == hostile
+    assert page.tags.count("script") == 2 and "img" not in page.tags
+    assert Frontier.from_json(json.loads(page.scripts[0])) == hostile
 
 
 def test_json_block_parses_back_equal(text, frontier):
-    assert Frontier.from_json(json.loads("".join(Page(text).scripts))) == frontier
+    assert Frontier.from_json(json.loads(Page(text).scripts[0])) == frontier
 
 
 def test_samples_and_notes(text, frontier):
@@ -225,3 +227,19 @@ def test_importing_the_package_is_cheap():
     code = f"import sys, moe_prism.report; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_tasks_stand_in_the_report_with_their_errors(frontier, tmp_path):
+    from moe_prism.frontier.evaluation import Evaluated, Evaluation, Score
+    from moe_prism.jobs.frontier_files import add_tasks, write_frontier
+    from moe_prism.point import FULL
+
+    scores = (Score("arc", "acc", 0.62, 0.0485, True, 100), Score("<b>own</b>", "f1", 0.5, None, True, 3))
+    found = Evaluation("m", (Evaluated("full", FULL, scores),), {})
+    assert not add_tasks(tmp_path)
+    write_frontier(frontier, tmp_path)
+    assert "lm-eval" not in (tmp_path / "report.html").read_text()
+    (tmp_path / "eval.json").write_bytes(found.encoded())
+    assert add_tasks(tmp_path)
+    rows = [row for row in Page((tmp_path / "report.html").read_text()).rows if row]
+    assert ["arc", "acc", "0.6200 ± 0.0485"] in rows and ["<b>own</b>", "f1", "0.5000"] in rows

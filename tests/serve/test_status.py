@@ -72,7 +72,21 @@ def test_snapshot(house):
     assert [level["name"] for level in found["levels"]] == ["low", "half", "full"]
     assert found["seconds"][-1]["tokens"] > 0 and 2.0 <= found["seconds"][-1]["slots"] <= 8.0
     assert found["queues"]["standard"] == {"waiting": 0, "running": 0}
-    assert found["targets"]["standard"]["ttft"] == {"met": 1, "missed": 0}
+    assert found["targets"]["standard"]["ttft"] == {"met": 1, "missed": 0} and found["chat"] is False
+    for what in ("ttft", "tpot"):
+        latency = found["latency"]["standard"][what]
+        assert 0 < latency["p50"] <= latency["p95"]
+    assert found["latency"]["batch"] == {"ttft": None, "tpot": None}
+
+
+def test_percentiles_are_of_the_last_requests_of_a_class():
+    metrics = Metrics("m", ["standard"], LADDER)
+    assert metrics.percentiles("ttft", "standard") is None
+    for i in range(1, 1001):
+        metrics.remember("ttft", "standard", i / 1000)
+    assert metrics.percentiles("ttft", "standard") == {"p50": 744.0, "p95": 975.0}
+    metrics.remember("tpot", "standard", 0.25)
+    assert metrics.percentiles("tpot", "standard") == {"p50": 250.0, "p95": 250.0}
 
 
 def test_every_metric_of_the_dashboard_exists():
@@ -100,8 +114,16 @@ def test_in_a_browser(tiny_levels, tmp_path):
         view.locator("#state", has_text="3 operating points").wait_for()
         view.fill("#prompt", "def main():")
         view.fill("#count", "12")
-        view.click("#send")
+        view.click("#compare")
         view.locator("#answers p", has_text="12 tokens").nth(2).wait_for()
+        view.locator("#slider").fill("0")
+        view.click("#send")
+        view.locator(".answered p", has_text="low, quality 0.800: 12 tokens").wait_for()
+        assert view.locator(".asked pre").text_content() == "def main():" and view.input_value("#prompt") == ""
+        view.click("#send")  # an empty prompt goes on with what was said
+        view.locator(".answered p", has_text="12 tokens").nth(1).wait_for()
+        assert view.locator("h1").text_content().startswith("moe-prism ") and view.title().endswith(" - moe-prism")
+        view.locator("#latency td", has_text=re.compile(r"^[0-9.]+, [0-9.]+$")).nth(1).wait_for()
         for chart, line in (("quality", "first"), ("slots", "other"), ("rate", "first")):
             view.locator(f"#{chart}-chart .{line}[d*=h1]").wait_for(state="attached")
         assert view.locator("#quality-scale span").all_text_contents() == ["1", "0.9", "0.8"]
@@ -123,4 +145,11 @@ def test_in_a_browser(tiny_levels, tmp_path):
         view.set_viewport_size({"width": 1100, "height": 1300})
         view.screenshot(path=tmp_path / "status.png")
         assert (tmp_path / "status.png").stat().st_size > 20_000 and problems == []
+        for name, width, scheme in (("phone", 390, "light"), ("wide", 1280, "light"), ("dark", 1280, "dark")):
+            view.set_viewport_size({"width": width, "height": 900})
+            view.emulate_media(color_scheme=scheme)
+            assert view.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), name
+            view.screenshot(path=tmp_path / f"{name}.png", full_page=True)
+        view.click("#clear")
+        assert view.locator(".turn").count() == 0
         browser.close()

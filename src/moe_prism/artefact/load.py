@@ -43,6 +43,11 @@ def load(
     wide: float32 experts on a CPU in any case, for whoever changes weights or asks for gradients.
     verify: recompute the sha256 of every file first; without, those of the small files that decide what is computed.
     Raises UsageError for a folder that is not a refactored model, CorruptError for a file that is damaged, changed or does not fit.
+
+    >>> import moe_prism
+    >>> model, tokenizer = moe_prism.load("elastic")
+    >>> model.config.model_type
+    'olmoe'
     """
     manifest = whole_manifest(folder, verify)
     tensors = side_tensors(folder, len(manifest["layers"]))

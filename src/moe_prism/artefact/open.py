@@ -45,6 +45,21 @@ def own_point(asked: str, folder: str | Path) -> NamedPoint:
     return find_point(asked, folder)
 
 
+def known_documents(folder: str | Path) -> tuple[str, ...]:
+    """`Opened.documents`, without a look at the weights."""
+    path = Path(folder)
+    if not (path / MANIFEST).is_file():
+        return ()
+    manifest = read_manifest(path)
+    return tuple(manifest.get("documents", ()) if manifest.get("kind") in PLAIN_KINDS else manifest["calibration"]["documents"])
+
+
+def sub_experts(folder: str | Path) -> int:
+    """Per expert, without a look at the weights; 1 of a plain checkpoint."""
+    manifest = read_manifest(folder) if (Path(folder) / MANIFEST).is_file() else {}
+    return int(manifest.get("n_sub", 1)) if manifest.get("kind") not in PLAIN_KINDS else 1
+
+
 def open_to_write(folder: str | Path) -> tuple[Any, Any]:
     """(model, tokenizer) to generate with: an elastic one as `load` has it, its experts as they are stored; else `open_model`'s."""
     path = Path(folder)

@@ -18,10 +18,11 @@ from ..options.bench import CompareOptions, Offer
 from ..schedule import CostModel, policies
 from ..schedule.simulate import SimulatedEngine
 from ..serve.config import load_config
+from ..serve.server import check_folder, need_packages
 from .environment import environment, load
 from .load import LoadRun, warm_up
 from .prompts import Cut, cut_tokens
-from .result import run_result
+from .result import Benchmark, run_result
 from .servers import PolicyChoice, ServerProcess, serving, settings
 from .simulated import SimulatedServer, capacity, simulated
 from .single import UNLOADED, Asked, offered
@@ -71,8 +72,20 @@ class Measured:
     real: dict[str, list[dict[str, Any]]]
 
 
-def compare(folder: Path, offer: Offer, options: CompareOptions, tell: Tell) -> tuple[dict[str, Any], list[tuple[str, LoadRun]]]:
-    """Measure and simulate. Returns the result as JSON, and the measured runs by name. tell: hears of progress, line by line."""
+def bench_policies(folder: str | Path, offer: Offer, options: CompareOptions, tell: Tell = lambda _line: None) -> Benchmark:
+    """Measure scheduling policies on servers of an elastic folder, one each, and in the simulator. tell: hears of progress by lines.
+
+    Raises UsageError for a policy that there is not, or a folder that cannot be served.
+
+    >>> import moe_prism
+    >>> asked = moe_prism.CompareOptions(policies=("fifo", "elastic"), rates=(4.0,), repeats=1, probe_seconds=2.0)
+    >>> found = moe_prism.bench_policies("elastic", moe_prism.Offer(name="chat", seconds=4), asked)
+    >>> sorted(row["policy"] for row in found.to_records())
+    ['elastic', 'fifo']
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    need_packages()
     chosen = check_options(options)
     config = load_config(options.config)
     size = config.engine
@@ -106,7 +119,7 @@ def compare(folder: Path, offer: Offer, options: CompareOptions, tell: Tell) -> 
             bench, unloaded, found, runs = asyncio.run(_measure(compared, servers, cost))
         costs = {label: CostModel.load(path) for label, path in learned.items()}
     first = next(iter(bench.targets.values()))
-    return {
+    result = {
         "kind": "policies",
         "environment": before,
         "load_after": load(),
@@ -118,7 +131,8 @@ def compare(folder: Path, offer: Offer, options: CompareOptions, tell: Tell) -> 
         "unloaded": unloaded,
         "repeats": options.repeats,
         "rates": [_row(bench, measured, costs) for measured in found],
-    }, runs
+    }
+    return Benchmark(result, runs)
 
 
 async def _measure(

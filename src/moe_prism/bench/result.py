@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..files import replace_file
+from ..result import Result, plain
 from ..schedule.base import Ladder
 from .load import LoadRun
 from .measures import measure
@@ -16,6 +17,28 @@ from .outcome import FAILED, Outcome
 
 VERSION = 1
 REPEATED = 3  # kinds of failure that are reported with their message
+
+
+@dataclass(frozen=True)
+class Benchmark(Result):
+    """What was offered and measured, as JSON, and the runs with every request by name."""
+
+    result: dict[str, Any]
+    runs: list[tuple[str, LoadRun]]
+
+    def to_json(self) -> dict[str, Any]:
+        return self.result
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """A row per run: of a server per rate, of policies per rate, policy and repeat."""
+        if "runs" in self.result:
+            return plain(self.result["runs"])
+        return [
+            {"policy": label, "repeat": i, **row}
+            for rate in self.result["rates"]
+            for label, made in rate["policies"].items()
+            for i, row in enumerate(plain(made["real"]))
+        ]
 
 
 def run_result(run: LoadRun, ladder: Ladder) -> dict[str, Any]:

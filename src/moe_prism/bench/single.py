@@ -13,7 +13,7 @@ from ..schedule.classes import default_classes, load_classes
 from .environment import environment, load
 from .load import Fields, LoadRun, bodies, drive, warm_up
 from .prompts import Cut, cut_characters, cut_tokens, prompts, sample_text
-from .result import run_result
+from .result import Benchmark, run_result
 from .target import Target, find_target
 from .workload import Workload, fingerprint
 
@@ -31,13 +31,25 @@ class Asked:
     patience: float
 
 
-def bench(url: str, offer: Offer, options: SingleOptions) -> tuple[dict[str, Any], list[tuple[str, LoadRun]]]:
-    """Measure a server at each rate. Returns the result as JSON, and the runs by name."""
+def bench_server(url: str, offer: Offer, options: SingleOptions) -> Benchmark:
+    """Offer requests to an OpenAI-compatible server at each rate, when they are due, and measure what becomes of them.
+
+    Raises UsageError for bad options, and where no server answers.
+
+    >>> import subprocess, sys, moe_prism
+    >>> command = [sys.executable, "-m", "moe_prism", "serve", "elastic", "--port", "8127"]
+    >>> server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    >>> ready = next(line for line in server.stderr if "ready" in line)
+    >>> offer, asked = moe_prism.Offer(name="chat", seconds=4), moe_prism.SingleOptions(rates=(2.0,))
+    >>> moe_prism.bench_server("http://127.0.0.1:8127/v1", offer, asked).to_records()[0]["rate"]
+    2.0
+    >>> server.terminate()
+    """
     options.check()
     workload = Workload.of(offer, load_classes(options.config) if options.config else default_classes())
     if not options.rates and offer.trace is None:
         raise UsageError("--rate is missing", "give requests per second; auto needs --compare or --trace")
-    return asyncio.run(_bench(url, workload, options))
+    return Benchmark(*asyncio.run(_bench(url, workload, options)))
 
 
 async def _bench(url: str, workload: Workload, options: SingleOptions) -> tuple[dict[str, Any], list[tuple[str, LoadRun]]]:

@@ -12,9 +12,11 @@ from torch import Tensor
 from ..checkpoint import check_finite
 from ..errors import CorruptError, UsageError
 from ..model import MoELayer
+from ..result import Result
 from . import collectors
 
 AGAIN = "calibrate again"
+STARVED = 256  # tokens; fewer say too little about an expert's neurons (spec section 3)
 COUNTED = ("count", "kept", "tokens", "residual_tokens")
 
 
@@ -89,12 +91,29 @@ def _check_kept(values: dict[str, dict[str, Tensor]], where: str, own: dict[str,
 
 
 @dataclass
-class Statistics:
+class Statistics(Result):
     """All layers, some of the windows for later runs of the whole model, and the facts of the pass (text, tokens, hashes, settings)."""
 
     layers: list[LayerStatistics]
     profile: Tensor  # token ids [n, length], evenly spaced over the calibration text
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts of the pass, and experts with too few tokens to say much about them."""
+        starved = self.starved(min(STARVED, self.facts["capacity"]))
+        return {
+            "layers": len(self.layers),
+            "tokens": self.facts["tokens"],
+            "reservoir": self.facts["capacity"],
+            "starved": [{"layer": layer, "expert": e, "tokens": n} for layer, e, n in starved],
+            **{name: self.facts[name] for name in ("tasks", "domains") if self.facts.get(name)},
+        }
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """A row per layer and expert: the tokens that its sample holds."""
+        return [
+            {"layer": i, "expert": e, "sampled": n} for i, layer in enumerate(self.layers) for e, n in enumerate(layer.kept())
+        ]
 
     def check_fits(self, layers: Sequence[MoELayer]) -> None:
         """UsageError where they are of a model with other layers."""

@@ -26,6 +26,21 @@ from .shards import check_finite
 JOURNAL = "journal.json"
 
 
+def check_output(out: str | Path, *, force: bool = False, resume: bool = False) -> None:
+    """UsageError where `OutputFolder` would refuse OUT for what lies there. Nothing is touched."""
+    given = Path(out).expanduser()
+    if not is_file_name(given.name):
+        raise UsageError(f"'{out}' is not a folder name", "choose another output path")
+    work = given.with_name(given.name + ".partial")
+    if given.is_symlink() or given.exists():
+        if not force:
+            raise UsageError(f"output '{given}' exists", "use --force to replace it, or choose another path")
+        if not _replaceable(given):
+            raise UsageError(f"'{given}' is not a model folder; it will not be replaced", "choose another path")
+    if work.exists() and not (resume or force):
+        raise UsageError(f"unfinished work exists at '{work}'", "use --resume to continue it or --force to start again")
+
+
 class OutputFolder:
     """Where a command writes. Use as a context manager; only `finish()` makes the result visible.
 
@@ -212,6 +227,7 @@ def _release(lock: BinaryIO, path: Path) -> None:
 
 
 def _lock(path: Path, out: Path) -> BinaryIO:
+    """An exclusive lock that ends with the process and names it. filelock takes the same one, and cannot say who holds it."""
     while True:
         file = path.open("a+b")
         try:

@@ -61,23 +61,22 @@ def bench(
 
 
 def _server(url: str, offer: Offer, options: SingleOptions) -> tuple[dict[str, Any], Any, str]:
-    from ..bench.single import bench
+    from ..bench.single import bench_server
     from ..bench.text import notes, single_rows
 
-    result, runs = bench(url, offer, options)
+    found = bench_server(url, offer, options)
+    result = found.to_json()
     lines = notes((f"rate {run['rate']:g}", run) for run in result["runs"])
-    return result, runs, "\n".join([table(*single_rows(result)), *lines])
+    return result, found.runs, "\n".join([table(*single_rows(result)), *lines])
 
 
 def _policies(folder: Path, offer: Offer, options: CompareOptions) -> tuple[dict[str, Any], Any, str]:
-    from ..bench.compare import compare
+    from ..bench.compare import bench_policies
     from ..bench.text import compare_notes, compare_rows
-    from ..serve.server import check_folder, need_packages
 
-    check_folder(folder)
-    need_packages()
-    result, runs = compare(folder, offer, options, note)
+    found = bench_policies(folder, offer, options, note)
+    result = found.to_json()
     parts = []
     for rate in result["rates"]:
         parts += [f"{rate['rate']:g} requests/s", table(*compare_rows(rate)), *compare_notes(rate)]
-    return result, runs, "\n".join(parts)
+    return result, found.runs, "\n".join(parts)

@@ -30,6 +30,7 @@ def evaluate(
     from ..files import check_writable_folder
     from ..frontier.evaluation import score_rows
     from ..jobs.evaluate import check_target, evaluate_model, keep
+    from ..jobs.frontier_files import add_tasks
 
     options.check()
     check_writable_folder(out)
@@ -39,3 +40,5 @@ def evaluate(
     with written(result.to_json(), text, json):
         path = keep(result, target)
     note(f"tasks: {path}")
+    if add_tasks(target):
+        note(f"report: {target / 'report.html'}")

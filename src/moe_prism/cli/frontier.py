@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from ..errors import UsageError
 from ..options.frontier import FrontierOptions, TimeOptions
 from .output import note, progress, table, written
+from .rehearsal import show_rehearsal
 from .texts import told_text
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def frontier(
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     options: FrontierOptions,
     timing: TimeOptions,
+    dry_run: bool = False,
     json: bool = False,
 ) -> None:
     """Measure quality and cost of every operating point of a model, beside plain top-k; writes JSON and an HTML report.
@@ -33,10 +35,12 @@ def frontier(
     ----------
     folder: Written by `moe-prism refactor`, or any checkpoint (give --out, and methods that need no sub-experts).
     out: Folder for frontier.json, report.html and frontier.png; default is FOLDER itself, whose prism.json then lists the points.
+    dry_run: Check everything, print what it needs and exit; 3 if this machine cannot do it.
     json: One JSON object on stdout.
     """
     from ..files import check_writable_folder
     from ..jobs.frontier import measure_frontier as run
+    from ..jobs.frontier_files import keep_frontier, write_frontier
     from ..jobs.which_text import texts_of
     from ..model.hub import lies_in_cache
 
@@ -50,44 +54,25 @@ def frontier(
         raise UsageError(f"'{folder.name}' lies in the hub's cache, where nothing is written", "give --out FOLDER")
     options.check()
     options = told_text(folder, options, "evaluation text", f"; calibrated on: {texts_of(folder)['calibrated_on']}")
+    if dry_run:
+        return show_rehearsal(run, folder, options, as_json=json)
     result = run(folder, options, report=progress)
     target = out or folder
+    keep = keep_frontier if out is None else write_frontier
     if timing.time:
-        keep(result, target, own=out is None)  # the quality is not lost if the timing fails
+        keep(result, target)  # the quality is not lost if the timing fails
         result = _timed(folder, result, options, timing)
     facts = result.to_json()
     with written(facts, f"{show(result)}\n\n{show_comparison(result)}", json):
-        keep(result, target, own=out is None)
+        keep(result, target)
     note(f"report: {target / 'report.html'}")
+    return None
 
 
 def _timed(folder: Path, result: Frontier, options: FrontierOptions, timing: TimeOptions) -> Frontier:
     from ..jobs.time_points import Timing, time_frontier
 
     return time_frontier(folder, result, Timing(batch=timing.time_batch or 1, **options.source.facts()), report=progress)
-
-
-def keep(result: Frontier, target: Path, own: bool = True) -> None:
-    """What was measured: all of it, or nothing. own: of the model in `target`, whose prism.json then lists the Pareto points."""
-    from ..checkpoint import changing
-    from ..checkpoint.manifest import MANIFEST
-
-    if not (target / MANIFEST).is_file():
-        return write(result, target, {})
-    with changing(target) as change:
-        write(result, change.work, {})
-        change.commit({"operating_points": [p.to_json() for p in result.points if p.pareto]} if own else {})
-    return None
-
-
-def write(result: Frontier, target: Path, extra: dict[str, Any]) -> None:
-    """frontier.json, report.html and frontier.png of a result."""
-    from ..report import write_png, write_report
-
-    target.mkdir(parents=True, exist_ok=True)
-    result.save(target / "frontier.json")
-    write_report(result, target / "report.html", extra)
-    write_png(result, target / "frontier.png")
 
 
 def show(result: Frontier) -> str:

@@ -57,7 +57,7 @@ def generate(
         if isinstance(prompts, str):
             result = call(prompts, is_silent=json)
             _note(result, asked)
-            return emit(_facts(result, prompts), "", True) if json else None
+            return emit({**result.to_json(), "prompt": prompts}, "", True) if json else None
         for text in prompts:
             _note(call(text), asked)
     return None
@@ -152,17 +152,3 @@ def _note(result: Generated, asked: str) -> None:
     if result.whole_experts > 0:
         share = f"{100 * result.whole_experts:.0f} %"
         note(f"in {share} of the layers' calls whole experts took less time than the kept blocks: full price, same result")
-
-
-def _facts(result: Generated, prompt: str) -> dict[str, Any]:
-    return {
-        "prompt": prompt,
-        "text": result.text,
-        "point": result.point.to_json(),
-        "budget": result.point.slots.budget,
-        "rule": result.point.slots.rule,
-        "tokens": result.tokens,
-        "seconds": result.seconds,
-        "whole_experts": result.whole_experts,
-        "tokens_per_s": result.tokens_per_s,
-    }

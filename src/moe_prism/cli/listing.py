@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Literal
 
-from ..catalogue import registry
 from .output import emit, table
 
 Kind = Literal[
@@ -28,8 +26,12 @@ Kind = Literal[
     "systems",
 ]
 
-COLUMNS = ("name", "acts", "what", "needs", "paper", "served_by")
-SYSTEM_COLUMNS = ("number", "name", "paper", "state", "command")
+COLUMNS = {
+    "families": {"name": "name"},
+    "methods": {name.replace("_", " "): name for name in ("name", "acts", "what", "needs", "paper", "served_by")},
+    "systems": {name: name for name in ("number", "name", "paper", "state", "command")},
+}
+"""kind -> heading -> key of a row."""
 
 
 def ls(kind: Kind, /, *, json: bool = False) -> None:
@@ -43,25 +45,9 @@ def ls(kind: Kind, /, *, json: bool = False) -> None:
         checkpoints), cache-policies, predictors (of experts), or systems (of the literature, and which of them work here).
     json: One JSON object on stdout.
     """
-    if kind == "families":
-        from ..model.families import installed_families
+    from ..jobs.listing import list_choices
 
-        families = installed_families()
-        emit({"kind": kind, "entries": [{"name": f} for f in families]}, "\n".join(families), json)
-        return
-    if kind == "methods":
-        from ..methods.find import described
-
-        lines = [asdict(line) for line in described()]
-        shown = [[line[column] for column in COLUMNS] for line in lines]
-        emit({"kind": kind, "entries": lines}, table(tuple(c.replace("_", " ") for c in COLUMNS), shown), json)
-        return
-    if kind == "systems":
-        from ..systems import SYSTEMS
-
-        found = [asdict(system) for system in SYSTEMS]
-        rows = [[system[column] for column in SYSTEM_COLUMNS] for system in found]
-        emit({"kind": kind, "entries": found}, table(SYSTEM_COLUMNS, rows), json)
-        return
-    entries = [{"name": n, "summary": e.summary, "origin": e.origin} for n, e in registry(kind).entries().items()]
-    emit({"kind": kind, "entries": entries}, table(("name", "what", "from"), [list(e.values()) for e in entries]), json)
+    found = list_choices(kind)
+    columns = COLUMNS.get(kind, {"name": "name", "what": "summary", "from": "origin"})
+    rows = [[row[column] for column in columns.values()] for row in found.to_records()]
+    emit(found, "\n".join(row[0] for row in rows) if kind == "families" else table(tuple(columns), rows), json)

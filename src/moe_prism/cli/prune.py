@@ -13,6 +13,7 @@ from ..options import Options, option
 from ..options.prune import PruneOptions
 from .flags import Run
 from .output import emit, note, note_left_out, progress, table
+from .rehearsal import show_rehearsal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Ways(Options):
     )
     kept: Path | None = option(None, "A kept.json to repeat, instead of a criterion.")
     report_only: bool = option(False, "Write no model; print which experts would stay.")
+    dry_run: bool = option(False, "Check everything, print what it needs and exit; 3 if this machine cannot do it.")
 
 
 def prune(
@@ -52,11 +54,15 @@ def prune(
         raise UsageError("there is no output folder", "give --out FOLDER, or --report-only")
     else:
         given = {"calibration": ways.calibration, "kept": ways.kept}
+        if ways.dry_run:
+            how = {"resume": run.resume, "force": run.force}
+            return show_rehearsal(prune_model, model, out, options, target=out, as_json=run.json, **given, **how)
         result = prune_model(model, out, options, **given, resume=run.resume, force=run.force, report=progress)
         note(f"next: moe-prism verify {out}")
     facts = result.to_json()
     note_left_out(facts.get("left_out", {}))
     emit(facts, _show(facts), run.json)
+    return None
 
 
 def _show(facts: dict[str, Any]) -> str:

@@ -10,9 +10,18 @@ from cyclopts import Parameter
 from ..options.recover import RecoverOptions
 from .flags import Run
 from .output import emit, note, progress
+from .rehearsal import show_rehearsal
 
 
-def recover(folder: Path, /, *, out: Annotated[Path, Parameter(name=("--out", "-o"))], options: RecoverOptions, run: Run) -> None:
+def recover(
+    folder: Path,
+    /,
+    *,
+    out: Annotated[Path, Parameter(name=("--out", "-o"))],
+    options: RecoverOptions,
+    dry_run: bool = False,
+    run: Run,
+) -> None:
     """Write a copy of an elastic model that loses less below full budget. At full budget it is the same model.
 
     Parameters
@@ -20,9 +29,13 @@ def recover(folder: Path, /, *, out: Annotated[Path, Parameter(name=("--out", "-
     folder: Written by `moe-prism refactor`.
     out: Folder to write. It appears only when it is complete.
     resume: Continue an interrupted repair; ends in the same bytes. Training starts again.
+    dry_run: Check everything, print what it needs and exit; 3 if this machine cannot do it.
     """
     from ..jobs.recover import recover_model
 
+    if dry_run:
+        how = {"resume": run.resume, "force": run.force}
+        return show_rehearsal(recover_model, folder, out, options, target=out, as_json=run.json, **how)
     result = recover_model(folder, out, options, resume=run.resume, force=run.force, report=progress)
     facts = result.to_json()
     note(f"next: moe-prism frontier {out}")
@@ -33,3 +46,4 @@ def recover(folder: Path, /, *, out: Annotated[Path, Parameter(name=("--out", "-
         f"peak memory {facts['peak_rss_bytes'] / 2**30:.2f} GiB",
         run.json,
     )
+    return None

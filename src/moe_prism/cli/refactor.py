@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from ..options.refactor import RefactorOptions
 from .flags import Run
 from .output import emit, note, note_left_out, progress
+from .rehearsal import show_rehearsal
 from .texts import told_text
 
 GIB = 2**30
@@ -43,7 +44,8 @@ def refactor(
         told = told_text(model, options.calibration, "calibration text", "; its other files are left for evaluation")
         options = replace(options, calibration=told)
     if dry_run:
-        return _show_resources(model, out, options, run.json)
+        given = {"calibration": calibration, "resume": run.resume, "force": run.force}
+        return show_rehearsal(write, model, out, options, target=out, **given, as_json=run.json)
     done = write(model, out, options, calibration=calibration, resume=run.resume, force=run.force, report=progress)
     facts = done.to_json()
     note_left_out(facts["left_out"])
@@ -61,23 +63,3 @@ def refactor(
         run.json,
     )
     return None
-
-
-def _show_resources(model: str, out: Path, options: RefactorOptions, as_json: bool) -> None:
-    """What a refactoring needs, then DoesNotFit where this machine has less."""
-    from ..jobs.resources import check_resources, resources_of
-
-    needed = resources_of(model, options)
-    if not as_json:  # shown even where it does not fit; stdout of --json holds one object, then that of the error
-        emit(needed, _resources(needed), as_json)
-    check_resources(needed, out)
-    note("this machine has enough of both")
-    if as_json:
-        emit(needed, "", as_json)
-
-
-def _resources(needed: dict[str, Any]) -> str:
-    """Memory, its parts, then disk."""
-    sizes = {key: value / GIB for key, value in needed.items() if key.endswith("bytes")}
-    memory, disk = (f"{key:22} {sizes.pop(key):8.2f} GiB" for key in ("peak_memory_bytes", "disk_bytes"))
-    return "\n".join([memory, *(f"  {key:20} {size:8.2f} GiB" for key, size in sizes.items()), disk])

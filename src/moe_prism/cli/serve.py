@@ -30,7 +30,7 @@ def serve(
     """
     from ..model.load import SHIPPED
     from ..serve import logs
-    from ..serve.server import serve as run
+    from ..serve.server import serve_model
 
     options.check()
     if engine == "vllm":
@@ -45,4 +45,4 @@ def serve(
     logs.set_up(options.debug)
     if str(folder) in SHIPPED:
         folder = SHIPPED[str(folder)]
-    return run(folder, replace(options, store=store_options(experts)))
+    return serve_model(folder, replace(options, store=store_options(experts)))

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from ..options.skip import SkipOptions
 from .output import note, progress, table, written
+from .rehearsal import show_rehearsal
 
 
 def skip(
@@ -17,6 +18,7 @@ def skip(
     *,
     out: Annotated[Path, Parameter(name=("--out", "-o"))] = Path("plan.json"),
     options: SkipOptions,
+    dry_run: bool = False,
     json: bool = False,
 ) -> None:
     """Make a skip plan, which computes fewer of the experts a token chose, and measure what it costs in quality.
@@ -25,14 +27,17 @@ def skip(
     ----------
     folder: Written by `moe-prism refactor`, or any checkpoint of a model with experts.
     out: The plan as an operating point, for `moe-prism generate --point` and `moe-prism frontier --points`.
+    dry_run: Check everything, print what it needs and exit; 3 if this machine cannot do it.
     json: One JSON object on stdout.
     """
     from ..checkpoint import put_file
     from ..files import check_writable
-    from ..jobs.skip import make_plan
+    from ..jobs.skip import make_skip_plan
 
     check_writable(out)
-    named = make_plan(folder, options, report=progress)
+    if dry_run:
+        return show_rehearsal(make_skip_plan, folder, options, as_json=json)
+    named = make_skip_plan(folder, options, report=progress)
     (stage,), quality = named.point.routing, named.made["quality"]
     counts = table(("layer", "experts"), list(enumerate(stage.layers)))
     facts = f"{stage.stage}: {quality['experts_per_token']:.2f} of {named.made['experts_per_token']} experts per token, "
@@ -40,3 +45,4 @@ def skip(
     with written(named.to_json() | {"file": str(out)}, shown, json):
         put_file(out, named.encoded())
     note(f"plan: {out}")
+    return None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from ..options.trace import TraceOptions
 from .output import emit, note, progress
+from .rehearsal import show_rehearsal
 
 
 def trace(
@@ -18,6 +19,7 @@ def trace(
     out: Annotated[Path, Parameter(name=("--out", "-o"))],
     options: TraceOptions,
     force: bool = False,
+    dry_run: bool = False,
     json: bool = False,
 ) -> None:
     """Record which experts and sub-experts every token of some text uses: what caches and predictors are replayed on.
@@ -27,24 +29,17 @@ def trace(
     model: Folder with config.json and safetensors, a folder written by `moe-prism refactor`, a hub name, 'nano' or 'nano-mix'.
     out: The .npz file to write.
     force: Replace an existing file.
+    dry_run: Check everything, print what it needs and exit; 3 if this machine cannot do it.
     json: One JSON object on stdout.
     """
     from ..files import check_writable
     from ..jobs.trace import record_trace
 
     check_writable(out)
+    if dry_run:
+        return show_rehearsal(record_trace, model, out, options, as_json=json, force=force)
     found = record_trace(model, out, options, force=force, report=progress)
-    facts: dict[str, Any] = {
-        "file": str(out),
-        "bytes": out.stat().st_size,
-        "tokens": len(found),
-        "requests": int(found.request.max()) + 1,
-        "layers": found.layers,
-        "experts": found.experts,
-        "k": found.k,
-        "n_sub": found.n_sub,
-        "slots_per_token": float(found.slots().mean()),
-    }
+    facts = {"file": str(out), "bytes": out.stat().st_size, **found.to_json()}
     note(f"next: moe-prism inspect {model} --routing --trace {out}")
     emit(
         facts,
@@ -52,3 +47,4 @@ def trace(
         f"{facts['slots_per_token']:.2f} of {found.k * found.n_sub} slots per token, {facts['bytes'] / 1024:.0f} KiB",
         json,
     )
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from .output import emit
@@ -20,4 +19,4 @@ def verify(folder: Path, /, *, json: bool = False) -> None:
 
     checks = run(folder)
     text = "\n".join(f"ok  {check.name}: {check.detail}" for check in checks)
-    emit({"folder": str(folder), "checks": [asdict(check) for check in checks]}, text, json)
+    emit(checks.to_json(), text, json)

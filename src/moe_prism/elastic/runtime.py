@@ -219,6 +219,15 @@ def operating_point(
     held for the mean of every request and spent on the tokens and layers that need it, and `product` for k, which is met by every token.
     point: everything at once, instead of the three; of several, which says which one runs, one number or a tensor [T] with one per token.
     Raises UsageError for a model that is not elastic, an unknown name, a number out of range, or a point for another model.
+
+    >>> import moe_prism
+    >>> model, tokenizer = moe_prism.load("elastic")
+    >>> ids = tokenizer("import os", return_tensors="pt")["input_ids"]
+    >>> full = model(ids).logits
+    >>> with moe_prism.operating_point(model, budget=0.5):
+    ...     half = model(ids).logits
+    >>> full.shape == half.shape, bool((full == half).all())
+    (True, False)
     """
     elastic = elastic_of(model)
     if point is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..result import Result
 from .distinct import Routing, distinct, kept_experts
 from .step_time import Fit, Machine, Read, Reads, Shape, StepLoad, terms
 
@@ -65,7 +66,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class SpeedForecast:
+class SpeedForecast(Result):
     """Every point at every concurrency, and what the prediction rests on. facts: routing, load, versions."""
 
     model: str
@@ -101,6 +102,10 @@ class SpeedForecast:
             "shape": asdict(self.shape),
             **self.facts,
         }
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """A row per concurrency and point."""
+        return [asdict(row) | {"error": row.error} for row in self.rows]
 
 
 def plain_points(shape: Shape, routing: Routing, keep: Sequence[float]) -> list[ForecastPoint]:

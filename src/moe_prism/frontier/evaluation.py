@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..point import OperatingPoint
+from ..result import Result
 from ..schema import check, read_form
 from ..schema.evaluation import AGAIN, EvaluationForm
 
@@ -38,7 +39,7 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Result):
     """Scores of every point, and on what."""
 
     model: str
@@ -49,6 +50,10 @@ class Evaluation:
         """The content of `eval.json`."""
         points = [{"name": p.name, "point": p.point.to_json(), "scores": [asdict(s) for s in p.scores]} for p in self.points]
         return {"kind": KIND, "model": self.model, "points": points, "provenance": dict(self.provenance)}
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """A row per point, task and metric."""
+        return [{"point": point.name, **asdict(score)} for point in self.points for score in point.scores]
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:

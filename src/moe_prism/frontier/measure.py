@@ -17,6 +17,7 @@ from ..elastic.bind import Step, bind
 from ..point import OperatingPoint
 from .cost import Cost, measured_cost, resident_bytes
 
+BATCH = 4  # windows that run together
 LOGIT_ROWS = 512  # tokens whose logits are held at a time: with a vocabulary of 150,000 some 2 GB
 
 
@@ -72,7 +73,7 @@ def measure(
     ids: Tensor,
     points: Sequence[OperatingPoint],
     *,
-    batch: int = 4,
+    batch: int = BATCH,
     progress: Callable[[int, int], None] | None = None,
     parts: Sequence[tuple[str, int]] = (),
 ) -> list[Measurement]:

@@ -12,6 +12,7 @@ from ..errors import UsageError
 from ..files import replace_file
 from ..point import OperatingPoint
 from ..point.named import measured_point
+from ..result import Result
 from ..schema import check, read_form
 from ..schema.points import FrontierForm, MeasuredForm
 
@@ -111,8 +112,13 @@ class MeasuredPoint:
 
 
 @dataclass(frozen=True)
-class Frontier:
-    """All points of one model and what they are compared with: plain top-k, and plain rounding to fewer bits."""
+class Frontier(Result):
+    """All points of one model and what they are compared with: plain top-k, and plain rounding to fewer bits.
+
+    >>> import moe_prism
+    >>> moe_prism.Frontier("mine", "source", 4, ()).to_json()["model"]
+    'mine'
+    """
 
     model: str
     source: str
@@ -152,6 +158,17 @@ class Frontier:
             tuple(map(MeasuredPoint.of_form, rows)) for rows in (form.points, form.baseline_topk, form.baseline_bits)
         )
         return cls(form.model, form.source, form.n_sub, points, baseline, form.provenance, bits)
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """A row per point: its numbers, its time where it was measured, and its worst domain."""
+        rows = []
+        for point in self.every:
+            row = {n: v for n, v in point.to_json().items() if not isinstance(v, dict)}
+            worst = point.worst_domain
+            time = {"ms_per_token": point.time.ms_per_token, "of_stock": point.time.of_stock} if point.time else {}
+            domain = {"worst_domain": worst, "worst_domain_kl": point.domains[worst].kl} if worst else {}
+            rows.append(row | time | domain)
+        return rows
 
     def save(self, path: str | Path) -> None:
         """Write `frontier.json` at once or not at all; the same frontier gives the same bytes."""

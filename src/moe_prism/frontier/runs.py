@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..result import Facts
 from .evaluation import FILE, Evaluation
 from .record import Frontier, MeasuredPoint
 
@@ -79,6 +80,22 @@ def read_runs(paths: Sequence[str | Path]) -> list[MeasuredRun]:
         MeasuredRun(f"{i}:{run.name}" if names.count(run.name) > 1 else run.name, run.frontier, run.evaluation)
         for i, run in enumerate(found, 1)
     ]
+
+
+def compare_runs(paths: Sequence[str | Path]) -> Facts:
+    """Measured frontiers side by side: KL at equal shares of bytes, tasks, and why the figures should not be compared.
+
+    paths: folders with a frontier.json, or such files. Raises UsageError for one without.
+
+    >>> import moe_prism
+    >>> asked = moe_prism.FrontierOptions(methods=("uniform",), tokens=256, length=128, calibration_tokens=256)
+    >>> moe_prism.measure_frontier("nano", asked).save("frontier.json")
+    >>> found = moe_prism.compare_runs(["frontier.json", "frontier.json"])
+    >>> len(found.to_records()), found["doubts"]
+    (2, [])
+    """
+    found = read_runs(paths)
+    return Facts({"runs": [run.to_json() for run in found], "doubts": doubts(found)}, "runs")
 
 
 def doubts(runs: Sequence[MeasuredRun]) -> list[str]:

@@ -42,11 +42,13 @@ from ..options.adopt import AdoptOptions
 from ..options.text import other_source
 from ..point import OperatingPoint, SlotRule
 from ..progress import peak_rss_bytes, silent
+from ..result import Result
 from .calibrate import SNAPSHOT, run_pass
 from .distance import TOKENS, distance_between, evaluation_windows
 from .refactor import single_index
 from .refactor_card import adopted_card
-from .resources import check_resources, needed_by_pass
+from .rehearsal import begin
+from .resources import needed_by_adoption
 from .same_order import Likeness, same_order
 from .solve_layer import measured_cutoffs
 
@@ -63,7 +65,7 @@ MEASURED = (
 
 
 @dataclass(frozen=True)
-class Adopted:
+class Adopted(Result):
     """The folder, its manifest, and the peak memory of this process."""
 
     folder: Path
@@ -86,6 +88,12 @@ def adopt(
 
     out: default `<quantized>-elastic` beside it. Weight files are linked where the disk can, else copied; they are never changed.
     Raises UsageError before anything is written if shapes, order or scale of the weights are not those of `elastic`.
+
+    >>> import moe_prism
+    >>> few = moe_prism.AdoptOptions(tokens=1024)
+    >>> done = moe_prism.adopt("quantized", "elastic", "adopted", few)  # `quantized`: made from `elastic`, here by no change at all
+    >>> done.to_json()["kl"] < 1e-6
+    True
     """
     options = options or AdoptOptions()
     options.check()
@@ -110,7 +118,8 @@ def adopt(
     linked = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists()).stat().st_dev == weights.path.stat().st_dev
     brought = weights.path.stat().st_size if where.is_file() else open_source(where).bytes
     settings = replace(_calibration(manifest), low_memory=options.low_memory)
-    check_resources(needed_by_pass(weights, settings, 0 if linked else brought), out, how.get("resume", False))
+    needed = needed_by_adoption(weights, settings, 0 if linked else brought)
+    begin(needed, out, resume=how.get("resume", False), force=how.get("force", False))
     with OutputFolder(out, resume=how.get("resume", False), force=how.get("force", False)) as folder:
         _bring(where, Path(elastic), folder)
         work = folder.work / where.name if where.is_file() else folder.work

@@ -27,13 +27,13 @@ from ..options.calibrate import CalibrateOptions
 from ..progress import Report, silent
 from ..schema.read import one_line
 from .demonstrations import Answering, plan
+from .rehearsal import begin
 from .resources import check_resources, needed_by_pass
 from .which_text import with_text
 
 SNAPSHOT = "calibration-snapshot.safetensors"
 PROFILE = "profile.safetensors"
 SNAPSHOT_SECONDS = 20.0
-STARVED = 256  # tokens; fewer say too little about an expert's neurons (spec section 3)
 
 
 def calibrate_model(
@@ -42,6 +42,12 @@ def calibrate_model(
     """Write the statistics of a model to a folder that `refactor(calibration=...)` reads. how: see `Writing`.
 
     Raises UsageError, DoesNotFit or CorruptError before anything is visible at `out`.
+
+    >>> import moe_prism
+    >>> few = moe_prism.CalibrateOptions(tokens=1024, length=256)
+    >>> statistics = moe_prism.calibrate_model("nano", "statistics", few)
+    >>> statistics.to_json()["tokens"], len(statistics.to_records())  # 6 layers of 32 experts
+    (1024, 192)
     """
     options, resume = options or CalibrateOptions(), how.get("resume", False)
     options.check()
@@ -49,7 +55,8 @@ def calibrate_model(
     options = with_text(options, where)
     check_apart(where, out)
     weights = Weights(where)
-    check_resources(needed_by_pass(weights, options), out, resume)
+    needed = needed_by_pass(weights, options)
+    check_resources(needed, out, resume)  # before the text is read, which takes longer
     asked = plan(load_tokenizer(where), options, _longest(where)) if options.tasks else None
     windows = None if asked else calibration_windows(where, options)
     check_fit(weights, options)
@@ -58,6 +65,7 @@ def calibrate_model(
     inputs = {"source": source, "options": recorded(options)}
     if resume and finished(out, {"kind": "calibration", **inputs}):
         return read_statistics(out)
+    begin(needed, out, resume=resume, force=how.get("force", False))
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         journal = Journal(folder.work, inputs)
         report = how.get("report", silent)
@@ -94,7 +102,13 @@ def check_fit(weights: Weights, options: CalibrateOptions) -> None:
 
 
 def read_statistics(folder: str | Path) -> Statistics:
-    """What `calibrate` wrote. Raises UsageError for a folder of another kind, CorruptError for a damaged one."""
+    """What `calibrate_model` wrote. Raises UsageError for a folder of another kind, CorruptError for a damaged one.
+
+    >>> import moe_prism
+    >>> moe_prism.read_statistics("elastic")
+    Traceback (most recent call last):
+    moe_prism.errors.UsageError: 'elastic' is not a calibration; give the folder written by `moe-prism calibrate`
+    """
     manifest = read_manifest(folder)
     if manifest.get("kind") != "calibration":
         raise UsageError(f"'{folder}' is not a calibration", "give the folder written by `moe-prism calibrate`")

@@ -18,12 +18,15 @@ from ..methods.quantize.uniform_bits import UniformBits
 from ..model import resolve
 from ..options.compress import CompressOptions
 from ..progress import Report, peak_rss_bytes, silent
+from ..result import Result
+from .rehearsal import begin
+from .resources import needed_by_rewriting, written_bytes
 
 KIND = "quantized"
 
 
 @dataclass(frozen=True)
-class Compressed:
+class Compressed(Result):
     """method: as it was asked; expert_bytes: before and after; relative_error: of the weights, squared, where it was measured."""
 
     method: str
@@ -49,14 +52,26 @@ class Compressed:
 
 
 def plan_compression(model: str | Path, options: CompressOptions | None = None) -> Compressed:
-    """What would be written; no weight is read."""
+    """What would be written; no weight is read.
+
+    >>> import moe_prism
+    >>> found = moe_prism.plan_compression("nano", moe_prism.CompressOptions(method="rtn:bits=8"))
+    >>> found.expert_bytes[1] < found.expert_bytes[0]
+    True
+    """
     options = options or CompressOptions()
     found, _ = _packed(model, options)
     return Compressed(options.method, len(found.experts), found.bytes())
 
 
 def measure_compression(model: str | Path, options: CompressOptions | None = None, *, report: Report = silent) -> Compressed:
-    """The same, and how far the weights would move; nothing is written."""
+    """The same, and how far the weights would move; nothing is written.
+
+    >>> import moe_prism
+    >>> asked = moe_prism.CompressOptions(method="rtn:bits=8")
+    >>> moe_prism.measure_compression("nano", asked).relative_error < 1e-3  # squared, as a share of the weights' squares
+    True
+    """
     options = options or CompressOptions()
     found, _ = _packed(model, options)
     error = size = 0.0
@@ -70,7 +85,13 @@ def measure_compression(model: str | Path, options: CompressOptions | None = Non
 def compress_model(
     model: str | Path, out: str | Path, options: CompressOptions | None = None, **how: Unpack[Writing]
 ) -> Compressed:
-    """Write the checkpoint at `out`; how: see `Writing`. Raises UsageError, DoesNotFit or CorruptError before anything is visible there."""
+    """Write the checkpoint at `out`; how: see `Writing`. Raises UsageError, DoesNotFit or CorruptError before anything is visible there.
+
+    >>> import moe_prism
+    >>> done = moe_prism.compress_model("nano", "int8", moe_prism.CompressOptions(method="rtn:bits=8"))
+    >>> done.to_json()["method"]
+    'rtn:bits=8'
+    """
     options = options or CompressOptions()
     found, weights = _packed(model, options)
     check_apart(weights.path, out)
@@ -78,6 +99,7 @@ def compress_model(
     result = Compressed(options.method, len(found.experts), found.bytes(), folder=Path(out))
     if (resume := how.get("resume", False)) and (done := finished(out, {"kind": KIND, **inputs})):
         return Compressed(**{**result.__dict__, "manifest": done})
+    begin(needed_by_rewriting(weights, written_bytes(weights)), out, resume=resume, force=how.get("force", False))
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         journal = Journal(folder.work, inputs)
         with how.get("report", silent)("write") as update:

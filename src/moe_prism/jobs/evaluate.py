@@ -33,6 +33,11 @@ def evaluate_model(folder: str | Path, options: EvaluateOptions, *, report: Repo
     """Run tasks of lm-eval at operating points of a model: elastic, pruned or any other that is loaded from disk.
 
     Raises UsageError without lm-eval (`moe-prism[eval]`), for an unknown task, or a point that this model cannot run.
+
+    >>> import moe_prism
+    >>> moe_prism.evaluate_model("elastic", moe_prism.EvaluateOptions(tasks=["arc_easy"], points=["full", "full"]))
+    Traceback (most recent call last):
+    moe_prism.errors.UsageError: --points names one twice; name each once
     """
     options.check()
     manager = task_manager(options)

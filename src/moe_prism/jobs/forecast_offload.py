@@ -19,6 +19,7 @@ from ..offload.record import TraceRecorder, record
 from ..options.offload import OffloadOptions
 from ..options.text import source_in
 from ..progress import Report, silent
+from ..result import Result
 from ..store import StoreOptions, parse_bytes
 from ..store.choose_misses import Misses
 from ..store.price_reads import at_budget, measure_prices, measure_step, replayed
@@ -42,7 +43,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class OffloadForecast:
+class OffloadForecast(Result):
     """`best`: the largest budget that meets the target (the fastest way where none does, `met` is then false)."""
 
     memory: int
@@ -57,6 +58,10 @@ class OffloadForecast:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def to_records(self) -> list[dict[str, Any]]:
+        """A row per way to run."""
+        return [asdict(way) for way in self.ways]
+
 
 def forecast_offload(
     folder: str | Path, memory: int, options: OffloadOptions | None = None, *, report: Report = silent
@@ -64,6 +69,12 @@ def forecast_offload(
     """Measure the link and the steps, replay the routing of calibration text, and compare ways to run in `memory` bytes.
 
     Raises UsageError for a target, link or budget that is impossible, DoesNotFit if the memory holds no sub-expert.
+
+    >>> import moe_prism
+    >>> asked = moe_prism.OffloadOptions(budgets=[0.5])
+    >>> found = moe_prism.forecast_offload("elastic", 5_000_000, asked)
+    >>> found.best in found.ways
+    True
     """
     options = options or OffloadOptions()
     options.check()

@@ -44,6 +44,12 @@ def forecast_speed(model: str | Path, options: SpeedOptions | None = None, *, re
     With a machine that the options describe, only config.json is read (and the weights, where a text to count routing on is given).
     Without, the model is loaded, its routing counted and its decoding steps timed. Raises UsageError for a model without experts
     and for bad options.
+
+    >>> import moe_prism
+    >>> machine = moe_prism.SpeedOptions(concurrency=(1, 32), bandwidth=3.35e12, peak=989e12, fixed=4e-3)
+    >>> found = moe_prism.forecast_speed("nano", machine)
+    >>> found.names[:2], len(found.to_records()) == 2 * len(found.names)
+    (['top-4', 'top-3'], True)
     """
     options = options or SpeedOptions()
     options.check()

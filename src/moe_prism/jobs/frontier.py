@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..artefact.open import Opened, open_model
+from ..artefact.open import Opened, known_documents, open_model, sub_experts
 from ..artefact.streamed import open_streamed
 from ..catalogue import methods
 from ..checkpoint import versions
@@ -18,15 +19,18 @@ from ..data import Windows, token_windows
 from ..elastic.runtime import slots_per_token
 from ..errors import UsageError
 from ..frontier import DomainQuality, Frontier, MeasuredPoint, pareto
-from ..frontier.measure import Measurement, measure
+from ..frontier.measure import BATCH, Measurement, measure
 from ..methods.base import Method, Subject
 from ..methods.find import method
 from ..methods.quantize.uniform_bits import standing_rows
 from ..methods.skip.base import skip_method
+from ..model import load_tokenizer, resolve
 from ..model.place import recorded
 from ..options.frontier import FrontierOptions
 from ..point import FULL, NamedPoint, read_points
 from ..progress import Report, peak_rss_bytes, silent
+from .rehearsal import begin
+from .resources import model_tree, needed_by_running
 from .which_text import with_text
 
 GIVEN = "given point"
@@ -52,6 +56,12 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
 
     folder: written by `refactor`, or a plain checkpoint for methods that need no sub-experts. The source is the same model at full budget
     (equal to the original checkpoint to rounding). Text used in calibration is excluded.
+
+    >>> import moe_prism
+    >>> asked = moe_prism.FrontierOptions(methods=("uniform",), tokens=256, length=128, calibration_tokens=256)
+    >>> found = moe_prism.measure_frontier("nano", asked)
+    >>> found.every[0].kl >= 0, found.to_records()[0]["rule"]
+    (True, 'uniform')
     """
     options = options or FrontierOptions()
     options.check()
@@ -60,9 +70,12 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     named = [point for path in options.given for point in read_points(path)]
     if options.low_memory:
         _check_streamable(asked)
+    windows = evaluation_windows(load_tokenizer(folder), known_documents(resolve(folder)), options)
+    _rehearse(resolve(folder), asked, options, windows)
+    if options.low_memory:
         with open_streamed(folder) as opened:
-            return _measure(opened, asked, named, options, report)
-    return _measure(open_model(folder), asked, named, options, report)
+            return _measure(opened, asked, named, windows, options, report)
+    return _measure(open_model(folder), asked, named, windows, options, report)
 
 
 def _check_streamable(asked: Sequence[Method]) -> None:
@@ -73,9 +86,13 @@ def _check_streamable(asked: Sequence[Method]) -> None:
 
 
 def _measure(
-    opened: Opened, asked: Sequence[Method], named: Sequence[NamedPoint], options: FrontierOptions, report: Report
+    opened: Opened,
+    asked: Sequence[Method],
+    named: Sequence[NamedPoint],
+    windows: Windows,
+    options: FrontierOptions,
+    report: Report,
 ) -> Frontier:
-    windows = evaluation_windows(opened, options)
     subject = subject_of(opened, options, report)
     tagged = [(m.name, point) for m in asked for point in _points(m, subject)]
     made = {point.name: point.point for _, point in tagged}  # what a method makes again is measured once
@@ -107,13 +124,26 @@ def _measure(
     )
 
 
+def _rehearse(folder: Path, asked: Sequence[Method], options: FrontierOptions, windows: Windows) -> None:
+    """What else is checked before the weights are read, and what the measurement needs."""
+    tree, cut = model_tree(folder), sub_experts(folder)
+    for each in asked:
+        _check_cut(each, cut)
+    if any(each.needs for each in asked):
+        calibration_ids(load_tokenizer(folder), options)
+    fits = any(each.needs for each in asked)
+    begin(needed_by_running(tree, rows=BATCH * windows.ids.shape[1], cut=cut, fits=fits, low_memory=options.low_memory))
+
+
+def calibration_ids(tokenizer: Any, options: FrontierOptions) -> Tensor:
+    """Token windows [n, length] that methods are fitted on."""
+    wanted = options.calibration_tokens
+    return token_windows(tokenizer, options.source, "calibration", length=options.length, tokens=wanted).ids
+
+
 def subject_of(opened: Opened, options: FrontierOptions, report: Report = silent) -> Subject:
     """What methods get to see of an opened model."""
     slots = slots_per_token(opened.elastic)
-
-    def calibration() -> Tensor:
-        wanted = options.calibration_tokens
-        return token_windows(opened.tokenizer, options.source, "calibration", length=options.length, tokens=wanted).ids
 
     n_sub = opened.n_sub
     return Subject(
@@ -122,26 +152,28 @@ def subject_of(opened: Opened, options: FrontierOptions, report: Report = silent
         elastic=opened.elastic,
         n_sub=n_sub,
         k=slots // n_sub,
-        read_calibration=calibration,
+        read_calibration=partial(calibration_ids, opened.tokenizer, options),
         points=options.per_method,
         report=report,
     )
 
 
-def evaluation_windows(opened: Opened, options: FrontierOptions) -> Windows:
-    """Held-out text: the evaluation side, without what the model was calibrated on when it was refactored or pruned."""
-    return token_windows(
-        opened.tokenizer, options.source, "evaluation", length=options.length, tokens=options.tokens, exclude=opened.documents
-    )
+def evaluation_windows(tokenizer: Any, documents: Sequence[str], options: FrontierOptions) -> Windows:
+    """Held-out text: the evaluation side, without the documents that the model was calibrated on when it was refactored or pruned."""
+    return token_windows(tokenizer, options.source, "evaluation", length=options.length, tokens=options.tokens, exclude=documents)
 
 
 def _points(chosen: Method, subject: Subject) -> Sequence[NamedPoint]:
-    if chosen.needs_sub_experts and subject.n_sub == 1:
+    _check_cut(chosen, subject.n_sub)
+    return chosen.points(subject)
+
+
+def _check_cut(chosen: Method, n_sub: int) -> None:
+    if chosen.needs_sub_experts and n_sub == 1:
         raise UsageError(
             f"method '{chosen.name}' needs sub-experts, and this model has none",
             "give a folder written by `moe-prism refactor`, or other methods",
         )
-    return chosen.points(subject)
 
 
 def _plain(subject: Subject) -> list[NamedPoint]:

@@ -16,10 +16,11 @@ from ..errors import UsageError
 from ..model import end_tokens
 from ..options.generate import GenerateOptions
 from ..point import FULL, OperatingPoint
+from ..result import Result
 
 
 @dataclass(frozen=True)
-class Generated:
+class Generated(Result):
     """One continuation. seconds: wall clock of the whole call on this machine.
 
     whole_experts: share of the layers' calls with dropped slots that took the time of whole experts, because blocks would take longer here.
@@ -35,6 +36,19 @@ class Generated:
     @property
     def tokens_per_s(self) -> float:
         return self.tokens / self.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "prompt": self.prompt,
+            "text": self.text,
+            "point": self.point.to_json(),
+            "budget": self.point.slots.budget,
+            "rule": self.point.slots.rule,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "whole_experts": self.whole_experts,
+            "tokens_per_s": self.tokens_per_s,
+        }
 
 
 class Hearing(TypedDict, total=False):
@@ -90,6 +104,12 @@ def generate(
 
     With both, the budget is of the slots that the point's routing leaves. how: see `Hearing`. Raises UsageError for an empty prompt, a bad
     number, or a prompt over the context limit.
+
+    >>> import moe_prism
+    >>> model, tokenizer = moe_prism.load("elastic")
+    >>> made = moe_prism.generate(model, tokenizer, "import os", 0.5, sampling=moe_prism.GenerateOptions(max_tokens=4))
+    >>> made.tokens, made.to_json()["budget"]
+    (4, 0.5)
     """
     sampling, asked = sampling or GenerateOptions(), asked_point(point, budget, None)
     sampling.check()

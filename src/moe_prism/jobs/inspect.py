@@ -9,14 +9,20 @@ from ..checkpoint import DequantizedSource, LayerStream, read_manifest
 from ..checkpoint.manifest import MANIFEST
 from ..errors import UsageError
 from ..model import MoELayer, find_layers, load_model, resolve
+from ..result import Facts
 
 SUB_EXPERTS = (2, 4, 8, 16, 32)
 
 
-def inspect_model(model: str | Path) -> dict[str, Any]:
+def inspect_model(model: str | Path) -> Facts:
     """Layers, experts, shapes, bytes and the sub-expert counts that divide evenly, as JSON-ready values. n_sub is that of
     a folder that is elastic already, else None; quantized names the format of its weights, dtype what they stand for. CorruptError
     for a folder that is not whole.
+
+    >>> import moe_prism
+    >>> facts = moe_prism.inspect_model("nano")
+    >>> facts["experts_per_token"], facts["sub_experts"], len(facts.to_records())
+    (4, [2, 4, 8, 16, 32], 6)
     """
     where = resolve(model)
     if where.is_dir():
@@ -30,7 +36,7 @@ def inspect_model(model: str | Path) -> dict[str, Any]:
     layers = find_layers(tree)
     total = sum(p.numel() for p in tree.parameters())
     experts = sum(layer.num_experts * layer.parameters_per_expert() for layer in layers)
-    return {
+    found = {
         "model": str(model),
         "family": tree.config.model_type,
         "architecture": type(tree).__name__,
@@ -45,6 +51,7 @@ def inspect_model(model: str | Path) -> dict[str, Any]:
         "unread_tensors": unread,
         "sub_experts": [n for n in SUB_EXPERTS if all(layer.width % n == 0 for layer in layers)],
     }
+    return Facts(found, "layers")
 
 
 def _cut(where: Path) -> int | None:

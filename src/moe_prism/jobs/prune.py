@@ -40,10 +40,12 @@ from ..model import find_layers, load_to_run, resolve
 from ..model.place import recorded
 from ..options.prune import PruneOptions
 from ..progress import Report, peak_rss_bytes, silent
+from ..result import Result
 from .calibrate import SNAPSHOT, calibration_windows, check_fit, check_fits, read_statistics, run_pass
 from .prune_card import pruned_card
 from .recover import FILLED_IN
-from .resources import check_resources, needed_by_pass, needed_on_disk, written_bytes
+from .rehearsal import begin
+from .resources import needed_by_pass, needed_by_rewriting, written_bytes
 from .which_text import with_text
 
 KEPT = "kept.json"
@@ -51,7 +53,7 @@ COUNTS = "kept-counts.safetensors"
 
 
 @dataclass(frozen=True)
-class Pruned:
+class Pruned(Result):
     """The selection, and where a model was written: its folder and manifest."""
 
     selection: PruneSelection
@@ -64,11 +66,22 @@ class Pruned:
         left = {"left_out": self.manifest["companions"]["left_out"]} if self.manifest else {}
         return {**where, **self.selection.to_json(), **left, "peak_rss_bytes": self.peak_rss_bytes}
 
+    def to_records(self) -> list[dict[str, Any]]:
+        """A row per layer: its experts, and how many of them stay."""
+        rows = self.selection.to_json()["layers"]
+        return [{"layer": row["layer"], "experts": row["experts"], "kept": len(row["kept"])} for row in rows]
+
 
 def select_experts(
     model: str | Path, options: PruneOptions | None = None, *, calibration: str | Path | None = None, report: Report = silent
 ) -> Pruned:
-    """Which experts would stay; nothing is written. `compress.prune.pruned(model, result.selection.choices)` runs it in mask mode."""
+    """Which experts would stay; nothing is written. `compress.prune.pruned(model, result.selection.choices)` runs it in mask mode.
+
+    >>> import moe_prism
+    >>> asked = moe_prism.PruneOptions(criterion="random", keep=0.5)
+    >>> [row["kept"] for row in moe_prism.select_experts("nano", asked).to_records()]
+    [16, 16, 16, 16, 16, 16]
+    """
     options = options or PruneOptions()
     check_options(options)
     job = _Job(model, options, calibration)
@@ -92,6 +105,11 @@ def prune_model(
     model: a safetensors folder, plain or written by `refactor` (the result is then elastic too). calibration: a folder written by
     `calibrate` with the collectors that the criterion needs. kept: a kept.json instead of a criterion. how: see
     `Writing`. Raises UsageError, DoesNotFit or CorruptError before anything is visible at `out`.
+
+    >>> import moe_prism
+    >>> asked = moe_prism.PruneOptions(criterion="random", keep=0.5)
+    >>> moe_prism.prune_model("nano", "half", asked).to_json()["resident_share"]
+    0.5
     """
     options = options or PruneOptions()
     check_options(options)
@@ -117,8 +135,8 @@ def prune_model(
         selection = read_kept(Path(out) / KEPT, job.weights.model, job.weights.layers)
         return Pruned(selection, Path(out), done, peak_rss_bytes())
     size, runs = written_bytes(job.weights), job.windows and (form == "constant" or not given)
-    needed = needed_by_pass(job.weights, job.settings, size) if runs else needed_on_disk(size)
-    check_resources(needed, out, resume)
+    needed = needed_by_pass(job.weights, job.settings, size) if runs else needed_by_rewriting(job.weights, size)
+    begin(needed, out, resume=resume, force=how.get("force", False))
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         report = how.get("report", silent)
         journal = Journal(folder.work, {**inputs, **statistics})

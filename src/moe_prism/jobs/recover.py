@@ -27,14 +27,16 @@ from ..options.text import other_source
 from ..progress import Report, peak_rss_bytes, silent
 from ..recover import RecoverJob, methods
 from ..recover.run import BATCH, groups
-from .resources import check_resources, needed_on_disk
+from ..result import Result
+from .rehearsal import begin
+from .resources import needed_by_recovery
 
 MEASURED = REMEASURED  # of the model as it was
 FILLED_IN = ("schema", "versions", "files", "sha256")  # keys of a manifest that its writer sets
 
 
 @dataclass(frozen=True)
-class Recovered:
+class Recovered(Result):
     """The folder, its manifest, and the peak memory of this process."""
 
     folder: Path
@@ -58,6 +60,11 @@ def recover_model(
 
     Of two methods, `predictor` goes first: a repair is fitted to what is kept. how: see `Writing`; an interrupted `repair`
     continues, `predictor` starts again. Raises UsageError, DoesNotFit or CorruptError before OUT is visible.
+
+    >>> import moe_prism
+    >>> asked = moe_prism.RecoverOptions(method="repair", tokens=2048, length=128)
+    >>> moe_prism.recover_model("elastic", "repaired", asked).to_json()["resident_share"] > 0
+    True
     """
     options, resume = options or RecoverOptions(), how.get("resume", False)
     options.check()
@@ -74,7 +81,8 @@ def recover_model(
         model = opened.model
         windows = _windows(opened.tokenizer, model, manifest, options)
         _check_repair(model._moe_prism.layers, windows, options)
-        check_resources(needed_on_disk(_written_bytes(model, manifest, options)), out, resume)
+        needed = needed_by_recovery(model, windows.ids, options, _written_bytes(model, manifest, options))
+        begin(needed, out, resume=resume, force=how.get("force", False))
         return _write(Path(folder), out, _Task(model, windows, manifest, options, inputs), how)
 
 

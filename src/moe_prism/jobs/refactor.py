@@ -25,6 +25,7 @@ from ..model.place import recorded
 from ..options.refactor import RefactorOptions
 from ..options.text import source_in
 from ..progress import Report, Update, peak_rss_bytes, silent
+from ..result import Result, plain
 from ..schema import check, decode
 from ..schema.manifest import LayerForm
 from .align import align
@@ -32,6 +33,7 @@ from .calibrate import SNAPSHOT, calibration_windows, check_fit, check_fits, rea
 from .distance import TOKENS, distance_between, evaluation_windows
 from .profile_layers import Profiler, budget_tensors, profile_runs, unit_cost
 from .refactor_card import model_card
+from .rehearsal import begin
 from .resources import check_resources, check_width, needed_by
 from .solve_layer import IMPORTANCE, PERM, WORKING, solve
 from .which_text import with_text
@@ -41,7 +43,7 @@ AGAIN = "use --force to start again"
 
 
 @dataclass(frozen=True)
-class Refactored:
+class Refactored(Result):
     """What was done: the folder, its manifest, the partition costs, and the peak memory of this process."""
 
     folder: Path
@@ -62,6 +64,10 @@ class Refactored:
             "peak_rss_bytes": self.peak_rss_bytes,
         }
 
+    def to_records(self) -> list[dict[str, Any]]:
+        """A row per layer."""
+        return [{"layer": i, **row} for i, row in enumerate(plain(self.manifest["layers"]))]
+
 
 def refactor(
     model: str | Path,
@@ -75,6 +81,12 @@ def refactor(
 
     calibration: a folder written by `calibrate`; without it the pass runs here. how: see `Writing`.
     Raises UsageError or CorruptError before anything is written if the model, text or options cannot work.
+
+    >>> import moe_prism
+    >>> few = moe_prism.CalibrateOptions(tokens=1024, length=256)
+    >>> done = moe_prism.refactor("nano", "cut", moe_prism.RefactorOptions(calibration=few, profile_tokens=0))
+    >>> done.to_json()["n_sub"], len(done.to_records())
+    (4, 6)
     """
     options, resume = options or RefactorOptions(), how.get("resume", False)
     options.check()
@@ -86,7 +98,8 @@ def refactor(
     options, together, aligned = align(weights, options)
     for layer in weights.layers:
         check_width(layer, options)
-    check_resources(needed_by(weights, options), out, resume)
+    needed = needed_by(weights, options, given)
+    check_resources(needed, out, resume)  # before the text is read, which takes longer
     weights.check_rewritable()
     windows = None if given else calibration_windows(where, options.calibration)
     if windows:
@@ -106,6 +119,7 @@ def refactor(
     fingerprint = {**inputs, "calibration": given.facts if given else None}
     if resume and (done := finished(out, {"kind": "elastic", **inputs, **({"calibration": _summary(given)} if given else {})})):
         return Refactored(Path(out), done, peak_rss_bytes())
+    begin(needed, out, resume=resume, force=how.get("force", False))
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         work = _Work(folder, Journal(folder.work, fingerprint), how.get("report", silent))
         if windows is not None:

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from .card_text import code, scalar, shown
+from ..schema.read import one_line
+from .card_text import MOST, code, shown
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+"""What a hub can link to; the name of a folder on this machine is none."""
+EXAMPLES = {"python": "def main(", "other": "The"}
 
 
-def front_matter(facts: Mapping[str, Any], model_type: str) -> str:
-    """What model hubs read of a model card, with the licence fields of the source's own card."""
-    terms = "".join(f"{scalar(key)}: {value_of(value)}\n" for key, value in facts["companions"]["licence"].items())
-    return f"""---
-library_name: transformers
-base_model: {scalar(facts["source"]["name"])}
-{terms}tags:
-- moe-prism
-- mixture-of-experts
-- {scalar(model_type)}
----
-"""
+def front_matter(facts: Mapping[str, Any], model_type: str, relation: str = "finetune") -> str:
+    """What model hubs read of a model card, with the licence fields of the source's own card. relation: to the base model."""
+    from huggingface_hub import ModelCardData
 
-
-def value_of(text: str) -> str:
-    """A licence field as it stood in a card's front matter: YAML already, often in quotes."""
-    return scalar(text.strip("'\""))
+    name = facts["source"]["name"]
+    base: dict[str, Any] = {"base_model": name, "base_model_relation": relation} if HUB_NAME.fullmatch(name) else {}
+    terms: dict[str, Any] = {key: one_line(value.strip("'\""), MOST) for key, value in facts["companions"]["licence"].items()}
+    data = ModelCardData(
+        library_name="transformers", tags=["moe-prism", "mixture-of-experts", one_line(model_type, MOST)], **base, **terms
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def terms_of(facts: Mapping[str, Any]) -> str:
@@ -50,7 +50,9 @@ def model_card(facts: Mapping[str, Any], model_type: str) -> str:
         stored = f"Weights stay in {shown(kept['format'])}; {again}.\n"
     elif kept:
         stored = f"Weights stay in {shown(kept['format'])}, code by code.\n"
-    return f"""{front_matter(facts, model_type)}
+    relation = "quantized" if kept else "finetune"
+    prompt = EXAMPLES["python" if calibration["text"] in ("stdlib", "domains/python") else "other"]
+    return f"""{front_matter(facts, model_type, relation)}
 # {source}, elastic
 
 The weights of `{name}` with the neurons of every expert reordered, so that each expert is {facts["n_sub"]} contiguous sub-experts of
@@ -62,7 +64,7 @@ import moe_prism
 
 model, tokenizer = moe_prism.load("this-folder")
 with moe_prism.operating_point(model, budget=0.5):  # half of the expert bytes, for whatever runs inside
-    model.generate(**tokenizer("def main(", return_tensors="pt"), max_new_tokens=40)
+    model.generate(**tokenizer("{prompt}", return_tensors="pt"), max_new_tokens=40)
 ```
 
 Calibrated on {calibration["tokens"]} tokens of `{text}`. `moe-prism frontier this-folder` measures what each price costs
@@ -74,7 +76,7 @@ def adopted_card(facts: Mapping[str, Any], model_type: str) -> str:
     """The same of a folder that `adopt` wrote."""
     source, adopted = facts["source"]["name"], facts["adopted"]
     title, name, tool = shown(source), code(source), shown(adopted["format"])
-    return f"""{front_matter(facts, model_type)}
+    return f"""{front_matter(facts, model_type, "quantized")}
 # {title}, elastic and quantized
 
 `{name}` with each expert cut into {facts["n_sub"]} contiguous sub-experts, then quantized by another tool ({tool}).

@@ -4,43 +4,55 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..artefact.source import Weights
 from ..calibrate.options import settings
 from ..calibrate.run import bounded_capacity, declared_bytes
+from ..calibrate.statistics import Statistics
+from ..checkpoint import LayerStream, read_manifest
+from ..checkpoint.manifest import MANIFEST, WEIGHTS_FILE
 from ..errors import DoesNotFit, UsageError
-from ..model import MoELayer, resolve
+from ..frontier.measure import BATCH
+from ..model import MoELayer, find_layers, load_model
 from ..options.calibrate import CalibrateOptions
+from ..options.recover import RecoverOptions
 from ..options.refactor import RefactorOptions
 from ..partition.base import check_blocks
-from .align import align
 from .distance import LOGITS
+from .model_shape import config_tree
 
-PROCESS_BYTES = 700 << 20  # Python with torch, transformers and numba loaded
+LOADED = 560 << 20  # Python with torch, transformers and numba loaded
+KEPT = 32 << 20  # threads, text, and what the allocator keeps
 FLOAT32 = 4
+LOGITS_HELD = 5  # of the source and of a point, as logits, as log-probabilities, and what their difference is computed in
+KERNELS = 32 << 20  # compiled for sub-experts
+RUNNING = ("weights_bytes", "side_bytes", "activations_bytes", "logits_bytes")
 
 
-def resources_of(model: str | Path, options: RefactorOptions) -> dict[str, Any]:
-    """Declared peak memory and disk of `refactor`, in bytes, by part. UsageError for options that the model does not allow."""
-    options.check()
-    weights = Weights(resolve(model), options.dtype, options.keep)
-    options = align(weights, options).options
-    for each in weights.layers:
-        check_width(each, options)
-    return needed_by(weights, options)
-
-
-def needed_by(weights: Weights, options: RefactorOptions) -> dict[str, Any]:
-    """The same of a source that is open, for options that fit it."""
+def needed_by(weights: Weights, options: RefactorOptions, given: Statistics | None = None) -> dict[str, Any]:
+    """Declared peak memory and disk of `refactor` in bytes, by part, for options that fit the source. given: of an earlier pass."""
     parts, declared, capacity = pass_parts(weights, options.calibration)
     layer, length, vocabulary = largest_layer(weights), options.calibration.length, text_config(weights).vocab_size
+    gathered = sum(v.nbytes for one in given.layers for v in one.flat().values()) if given else parts["statistics_bytes"]
+    experts = 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32
+    solver = 4 * layer.num_experts * capacity * layer.width * FLOAT32
+    phases = [{"weights_bytes": experts, "statistics_bytes": gathered, "solver_bytes": solver}]
+    if not given:
+        phases.append(parts)
+    if options.profile_tokens and not options.calibration.low_memory:
+        again = needed_by_running(weights.model, rows=length, cut=options.n_sub)
+        phases.append({name: again[name] for name in RUNNING} | {"statistics_bytes": gathered})
+        phases = [{**phase, "kernels_bytes": KERNELS} for phase in phases]
     if options.keep:
-        parts["logits_bytes"] = max(parts["logits_bytes"], 3 * max(LOGITS, length * vocabulary) * FLOAT32)
-    parts["solver_bytes"] = 4 * layer.num_experts * capacity * layer.width * FLOAT32
+        phases.append({"weights_bytes": experts, "logits_bytes": 3 * max(LOGITS, length * vocabulary) * FLOAT32})
     # a new snapshot of the statistics is complete before the one before it goes
-    return told(parts, written_bytes(weights) + 2 * declared) | {"reservoir_tokens": capacity}
+    return told(largest(phases), written_bytes(weights) + 2 * declared) | {"reservoir_tokens": capacity}
 
 
 def needed_by_pass(weights: Weights, options: CalibrateOptions, written: int = 0) -> dict[str, Any]:
@@ -49,14 +61,66 @@ def needed_by_pass(weights: Weights, options: CalibrateOptions, written: int = 0
     return told(parts, 2 * declared + written)
 
 
-def needed_on_disk(written: int) -> dict[str, Any]:
-    """Where memory is not what can be short."""
-    return told({}, written)
+def needed_by_rewriting(weights: Weights, written: int) -> dict[str, Any]:
+    """What a command needs that reads weights a layer at a time and writes them, without running the model."""
+    layer = largest_layer(weights)
+    experts = layer.num_experts * layer.parameters_per_expert() * FLOAT32
+    return told({"weights_bytes": 3 * experts}, written)
+
+
+def needed_by_adoption(weights: Weights, options: CalibrateOptions, written: int) -> dict[str, Any]:
+    """A calibration of the quantized model, whose weights and those of the elastic one are compared a layer at a time."""
+    return needed_by_pass(weights, options, written)
+
+
+def needed_by_recovery(model: Any, ids: Tensor, options: RecoverOptions, written: int) -> dict[str, Any]:
+    """What a recovery needs of a model that is loaded: its side tensors and equations come on top."""
+    needed = needed_by_running(model, rows=BATCH * ids.shape[1], cut=2, low_memory=options.low_memory)
+    return told(
+        {name: needed[name] for name in RUNNING}
+        | {"equations_bytes": options.memory_mib << 20 if options.method == "repair" else 0},
+        written,
+    )
+
+
+def model_tree(where: Path | str) -> Any:
+    """A model without weights, of a folder that is checked to be whole; of a GGUF file with them."""
+    path = Path(where)
+    if path.is_dir() and (path / MANIFEST).is_file() and WEIGHTS_FILE in read_manifest(path):
+        return config_tree(path)  # an adopted GGUF file
+    return LayerStream(path, torch.float32).model if path.is_dir() else load_model(path, torch.float32)
+
+
+def needed_by_running(model: Any, *, rows: int, cut: int, fits: bool = False, low_memory: bool = False) -> dict[str, Any]:
+    """What a command needs that loads the model and runs text through it.
+
+    rows: tokens that run together; cut: sub-experts per expert (1: whole experts, without side tensors); fits: whether methods gather
+    statistics of their own; low_memory: whether one decoder layer is in memory at a time.
+    """
+    layers = find_layers(model)
+    config = model.config.get_text_config()
+    largest = max(layers, key=lambda x: x.num_experts * x.parameters_per_expert())
+    experts = largest.num_experts * largest.parameters_per_expert() * FLOAT32
+    everything = sum(p.numel() for p in model.parameters()) * FLOAT32
+    side = sum(layer.num_experts * cut * (2 * layer.hidden + 64) * FLOAT32 for layer in layers) if cut > 1 else 0
+    parts = {
+        "weights_bytes": 3 * experts if low_memory else everything + experts,
+        "side_bytes": side,
+        "activations_bytes": rows * row_bytes(config, largest.hidden, largest.width, rows) * (2 if fits else 1),
+        "logits_bytes": LOGITS_HELD * rows * config.vocab_size * FLOAT32,
+    }
+    return told(parts, 0)
 
 
 def told(parts: dict[str, int], disk: int) -> dict[str, Any]:
-    """As `--dry-run` shows it."""
+    """As `--dry-run` shows it: the parts of the largest phase, and the process that holds them."""
+    parts = {"process_bytes": max(resident_memory(), LOADED) + KEPT, **parts}
     return {"peak_memory_bytes": sum(parts.values()), "disk_bytes": disk, **parts}
+
+
+def largest(phases: Sequence[dict[str, int]]) -> dict[str, int]:
+    """Of phases that follow each other, the one that takes the most."""
+    return max(phases, key=lambda parts: sum(parts.values()))
 
 
 def written_bytes(weights: Weights) -> int:
@@ -83,10 +147,9 @@ def pass_parts(weights: Weights, calibration: CalibrateOptions) -> tuple[dict[st
     everything = sum(p.numel() for p in weights.model.parameters()) * FLOAT32
     tokens = min(calibration.tokens, run.batch * calibration.length)
     parts = {
-        "process_bytes": PROCESS_BYTES,
         "weights_bytes": 3 * experts if calibration.low_memory else everything + experts,
-        "statistics_bytes": 2 * declared,
-        "activations_bytes": tokens * _row_bytes(weights, layer.hidden, layer.width, calibration.length),
+        "statistics_bytes": declared,
+        "activations_bytes": tokens * row_bytes(text_config(weights), layer.hidden, layer.width, calibration.length),
         "logits_bytes": 0 if calibration.low_memory else 6 * calibration.length * text_config(weights).vocab_size * FLOAT32,
     }
     return parts, declared, capacity
@@ -103,14 +166,13 @@ def check_width(layer: MoELayer, options: RefactorOptions) -> None:
         )
 
 
-def _row_bytes(weights: Weights, hidden: int, width: int, length: int) -> int:
+def row_bytes(config: Any, hidden: int, width: int, length: int) -> int:
     """Live activations per token of one decoder layer: about 16 hidden vectors, the chosen experts' neurons, attention scores."""
-    config: Any = weights.model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1)
     return FLOAT32 * (16 * hidden + 4 * 8 * width + 2 * heads * length)
 
 
-def check_resources(needed: dict[str, Any], out: str | Path, resume: bool = False) -> None:
+def check_resources(needed: Mapping[str, Any], out: str | Path, resume: bool = False) -> None:
     """DoesNotFit if this machine has less memory, or the disk of `out` less space, than is needed. Before every run, not only a dry one.
 
     What this process holds already counts as free, and so does unfinished work that is continued.

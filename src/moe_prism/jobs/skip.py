@@ -7,24 +7,33 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..artefact.open import Opened, open_model
+from ..artefact.open import Opened, known_documents, open_model, sub_experts
 from ..artefact.streamed import open_streamed
+from ..data import Windows
 from ..errors import UsageError
-from ..frontier.measure import measure
+from ..frontier.measure import BATCH, measure
 from ..methods.skip.base import SkipMethod, skip_method
+from ..model import load_tokenizer, resolve
 from ..options.frontier import FrontierOptions
 from ..options.skip import SkipOptions
 from ..point import NamedPoint
 from ..progress import Report, silent
-from .frontier import evaluation_windows, subject_of
+from .frontier import calibration_ids, evaluation_windows, subject_of
+from .rehearsal import begin
+from .resources import model_tree, needed_by_running
 from .which_text import with_text
 
 
-def make_plan(folder: str | Path, options: SkipOptions | None = None, *, report: Report = silent) -> NamedPoint:
+def make_skip_plan(folder: str | Path, options: SkipOptions | None = None, *, report: Report = silent) -> NamedPoint:
     """An operating point that computes `mean` experts per token and layer, by a method of expert skipping (`moe-prism ls methods`).
 
     Fitted on `tokens` tokens of the calibration side of a text; `made["quality"]` is its perplexity, KL to the full model (nats per token),
     top-1 agreement and experts per token on as many of the other side. Raises UsageError for a folder, method or number that does not fit.
+
+    >>> import moe_prism
+    >>> asked = moe_prism.SkipOptions(method="uniform", mean=2, tokens=256, length=128)
+    >>> [row["experts"] for row in moe_prism.make_skip_plan("nano", asked).to_records()]
+    [2, 2, 2, 2, 2, 2]
     """
     options = options or SkipOptions()
     options.check()
@@ -37,16 +46,24 @@ def make_plan(folder: str | Path, options: SkipOptions | None = None, *, report:
         length=options.length,
         calibration_tokens=options.tokens,
     )
+    where = resolve(folder)
+    tokenizer, cut = load_tokenizer(where), sub_experts(where)
+    windows = evaluation_windows(tokenizer, known_documents(where), frontier)
+    if chosen.needs:
+        calibration_ids(tokenizer, frontier)
+    rows, fits = BATCH * windows.ids.shape[1], bool(chosen.needs)
+    begin(needed_by_running(model_tree(where), rows=rows, cut=cut, fits=fits, low_memory=options.low_memory))
     if options.low_memory:
         with open_streamed(folder) as opened:
-            return _plan(opened, chosen, options, frontier, report)
-    return _plan(open_model(folder), chosen, options, frontier, report)
+            return _plan(opened, chosen, windows, options, report, frontier)
+    return _plan(open_model(folder), chosen, windows, options, report, frontier)
 
 
-def _plan(opened: Opened, chosen: SkipMethod, options: SkipOptions, frontier: FrontierOptions, report: Report) -> NamedPoint:
+def _plan(
+    opened: Opened, chosen: SkipMethod, windows: Windows, options: SkipOptions, report: Report, frontier: FrontierOptions
+) -> NamedPoint:
     subject = subject_of(opened, frontier, report)
     named = chosen.point(subject, options.mean, options.keep_mass)
-    windows = evaluation_windows(opened, frontier)
     with report("quality of the plan") as update:
         [found] = measure(opened.model, windows.ids, [named.point], progress=update)
     record = {

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calibrate.statistics import LayerStatistics
+from ..calibrate.statistics import STARVED, LayerStatistics
 from ..elastic import LayerParts, compensate
 from ..elastic.compensate import Compensator
 from ..elastic.rules.threshold import QUANTILES, fit_cutoffs
@@ -23,7 +23,6 @@ from ..partition import gates as gate_choices
 from ..partition.base import Floats, Ints
 from ..partition.parallel import solve_layer
 from ..partition.weights import weight_fallback
-from .calibrate import STARVED
 
 PERM, IMPORTANCE = "perm", "importance"
 WORKING = (PERM, IMPORTANCE)

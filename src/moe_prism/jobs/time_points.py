@@ -44,6 +44,10 @@ class Timing:
     """batch: sequences that decode together; text, text_source: of which the evaluation side is fed, as `TextSource.facts` says it.
 
     seconds: after which no turn begins.
+
+    >>> import moe_prism
+    >>> moe_prism.Timing(batch=8).seconds
+    60.0
     """
 
     batch: int = 1
@@ -57,6 +61,12 @@ def time_frontier(folder: str | Path, found: Frontier, timing: Timing, *, report
 
     Plain top-k is timed as stock: the model's own experts function. So is the full model, in `provenance["time"]["stock"]`.
     Raises UsageError for a batch or a text that cannot be, PrismError where the process does not come back.
+
+    >>> import moe_prism
+    >>> found = moe_prism.measure_frontier("elastic", moe_prism.FrontierOptions(tokens=256, length=128))
+    >>> timed = moe_prism.time_frontier("elastic", found, moe_prism.Timing(seconds=2))
+    >>> timed.points[0].time.ms_per_token > 0
+    True
     """
     order = {
         "folder": str(Path(folder).resolve()) if Path(folder).exists() else str(folder),

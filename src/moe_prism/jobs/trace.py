@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..artefact.load import load
-from ..checkpoint import read_manifest
+from ..artefact.open import sub_experts
 from ..checkpoint.companions import origin
-from ..checkpoint.manifest import MANIFEST, PLAIN_KINDS
 from ..data import token_windows
 from ..data.splits import Side
 from ..elastic import operating_point
@@ -25,7 +24,10 @@ from ..offload.trace import Trace, load_trace
 from ..options.text import text_source
 from ..options.trace import TraceOptions
 from ..progress import Report, silent
+from ..result import Facts
 from .inspect import inspect_model
+from .rehearsal import begin
+from .resources import model_tree, needed_by_running
 from .which_text import with_text
 
 
@@ -40,13 +42,23 @@ def record_trace(
     """Run text through a model or an elastic folder and keep its routing; written to `out` unless that is None.
 
     Raises UsageError for a bad option, a model without MoE layers, or an existing `out`.
+
+    >>> import moe_prism
+    >>> found = moe_prism.record_trace("nano", "trace.npz", moe_prism.TraceOptions(tokens=512, length=128))
+    >>> found.to_json()["tokens"], found.to_json()["slots_per_token"]
+    (512, 4.0)
     """
     options = options or TraceOptions()
     options.check()
     if out is not None and Path(out).exists() and not force:
         raise UsageError(f"'{out}' exists", "choose another path, or --force")
-    loaded, tokenizer = _loaded(model, options)
-    limit = int(getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or options.length)
+    where = resolve(model)
+    tree, cut = model_tree(where), sub_experts(where)
+    if cut == 1 and options.budget != 1.0:
+        raise UsageError(f"'{model}' is not elastic, so it has no budget {options.budget:g}", "run `moe-prism refactor` first")
+    find_layers(tree, dense=False)
+    tokenizer = load_tokenizer(where)
+    limit = int(getattr(tree.config.get_text_config(), "max_position_embeddings", None) or options.length)
     length = min(options.length, limit)
     options = with_text(options, model)
     source = text_source(options.text, options.text_field)
@@ -54,7 +66,9 @@ def record_trace(
         (side, token_windows(tokenizer, source, side, length=length, tokens=max(length, options.tokens // 2)).ids)
         for side in get_args(Side)
     ]
-    header = {"model": origin(resolve(model)), "text": options.text, "budget": options.budget, "options": asdict(options)}
+    begin(needed_by_running(tree, rows=length, cut=cut))
+    loaded = load(where)[0] if cut > 1 else load_to_run(where)
+    header = {"model": origin(where), "text": options.text, "budget": options.budget, "options": asdict(options)}
     with report("trace") as update:
         if hasattr(loaded, "_moe_prism"):
             with operating_point(loaded, options.budget, rule=options.rule):
@@ -71,29 +85,22 @@ def _record(loaded: Any, windows: Any, options: TraceOptions, header: dict[str, 
     return record(recorder, windows, prompt=options.prompt, header=header, progress=update)
 
 
-def _loaded(model: str | Path, options: TraceOptions) -> tuple[Any, Any]:
-    """(model, tokenizer), elastic where the folder is."""
-    where = resolve(model)
-    if (where / MANIFEST).is_file() and read_manifest(where).get("kind") not in PLAIN_KINDS:
-        return load(where)
-    if options.budget != 1.0:
-        raise UsageError(f"'{model}' is not elastic, so it has no budget {options.budget:g}", "run `moe-prism refactor` first")
-    found = load_to_run(where)
-    find_layers(found, dense=False)
-    return found, load_tokenizer(where)
+def inspect_routing(model: str | Path, trace: str | Path | None = None, *, report: Report = silent) -> Facts:
+    """SRP, SCH and hit rates of a model's routing: from a trace file (`nano` is the shipped one), else from 4,096 tokens run now.
 
-
-def inspect_routing(model: str | Path, trace: str | Path | None = None, *, report: Report = silent) -> dict[str, Any]:
-    """SRP, SCH and hit rates of a model's routing: from a trace file (`nano` is the shipped one), else from 4,096 tokens run now."""
+    >>> import moe_prism
+    >>> sorted(moe_prism.inspect_routing("nano", trace="nano"))[:3]
+    ['hit_rates', 'k', 'load']
+    """
     if trace is None:
-        return routing_report(record_trace(model, None, TraceOptions(tokens=4096), report=report))
+        return Facts(routing_report(record_trace(model, None, TraceOptions(tokens=4096), report=report)), "hit_rates")
     found, experts = load_trace(trace), [row["experts"] for row in inspect_model(model)["layers"] if row["kind"] == "moe"]
     if experts != [found.experts] * found.layers:
         raise UsageError(
             f"trace '{trace}' has {found.layers} layers of {found.experts} experts, '{model}' has not",
             "record a trace of this model",
         )
-    return routing_report(found)
+    return Facts(routing_report(found), "hit_rates")
 
 
 def compare_policies(

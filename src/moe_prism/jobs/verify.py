@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,31 @@ from ..compress.prune.remove import block_tensors
 from ..elastic.runtime import experts_per_token
 from ..elastic.side_tensors import LayerShape, check_shapes
 from ..model import find_layers
+from ..result import Result
 
 
-def verify(folder: str | Path) -> list[Check]:
+class Checks(list[Check], Result):
+    """What was looked at, a `Check` each. folder: which one."""
+
+    def __init__(self, folder: str | Path, found: Iterable[Check]) -> None:
+        super().__init__(found)
+        self.folder = str(folder)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"folder": self.folder, "checks": self.to_records()}
+
+    def to_records(self) -> list[dict[str, Any]]:
+        return [asdict(check) for check in self]
+
+
+def verify(folder: str | Path) -> Checks:
     """Recompute hashes, headers and finiteness, and compare the tensors with config.json, for an elastic model with prism.safetensors.
 
     Raises CorruptError naming what is wrong.
+
+    >>> import moe_prism
+    >>> [row["name"] for row in moe_prism.verify("elastic").to_records()][-2:]
+    ['architecture', 'side tensors']
     """
     checks = list(checkpoint.verify(folder))
     manifest = checkpoint.read_manifest(folder)
@@ -28,7 +48,7 @@ def verify(folder: str | Path) -> list[Check]:
         checks.append(_check_architecture(folder, manifest))
     if manifest.get("kind") == "elastic":
         checks.append(_check_side_tensors(folder, manifest))
-    return checks
+    return Checks(folder, checks)
 
 
 def _check_architecture(folder: str | Path, manifest: Mapping[str, Any]) -> Check:

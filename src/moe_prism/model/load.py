@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +161,7 @@ def _guard(auto: Any, where: Path, weights: bool = False, **kwargs: Any) -> Any:
     if file:
         kwargs["gguf_file"] = file
     try:
-        with as_data(folder, weights and not file, file) as view:
+        with as_data(folder, weights and not file, file) as view, _without_bars():
             found = auto.from_pretrained(str(view), trust_remote_code=False, **kwargs)
     except PrismError:
         raise
@@ -174,6 +176,20 @@ def _guard(auto: Any, where: Path, weights: bool = False, **kwargs: Any) -> Any:
         found.config._name_or_path = str(where)
     found.name_or_path = str(where)
     return found
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """A library prints nothing: the progress bars of transformers are off while it loads."""
+    from transformers.utils import logging
+
+    was = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was:
+            logging.enable_progress_bar()
 
 
 def _first(error: Exception) -> str:

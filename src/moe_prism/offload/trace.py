@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptError, UsageError
 from ..files import replace_file
+from ..result import Result
 from ..schema import JsonBounds, decode
 from ..schema import check as check_form
 from ..schema.read import one_line
@@ -52,7 +53,7 @@ _SHAPES = {
 
 
 @dataclass(frozen=True)
-class Trace:
+class Trace(Result):
     """One row per token, in the order of computation. Optional arrays are None where they were not recorded."""
 
     header: dict[str, Any]
@@ -107,6 +108,26 @@ class Trace:
         bits = np.where(self.expert_ids >= 0, self.kept, 0).astype(np.uint32)
         return np.asarray(((bits[..., None] >> np.arange(self.n_sub, dtype=np.uint32)) & 1).sum((2, 3)))
 
+    def to_json(self) -> dict[str, Any]:
+        """How much of what was recorded."""
+        return {
+            "tokens": len(self),
+            "requests": int(self.request.max()) + 1,
+            "layers": self.layers,
+            "experts": self.experts,
+            "k": self.k,
+            "n_sub": self.n_sub,
+            "slots_per_token": float(self.slots().mean()),
+        }
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """A row per layer and expert: the tokens that chose it."""
+        return [
+            {"layer": i, "expert": e, "tokens": int((self.expert_ids[:, i] == e).sum())}
+            for i in range(self.layers)
+            for e in range(self.experts)
+        ]
+
     def rows(self, chosen: Array) -> Trace:
         """The trace of some rows: a bool mask or indices in the wanted order."""
         arrays: dict[str, Any] = {n: getattr(self, n) for n in _SHAPES if n != "routers"}
@@ -135,7 +156,12 @@ class Trace:
 
 
 def load_trace(path: str | Path) -> Trace:
-    """Read and check an .npz file; `nano` is the trace shipped with the package. UsageError or CorruptError in one line."""
+    """Read and check an .npz file; `nano` is the trace shipped with the package. UsageError or CorruptError in one line.
+
+    >>> import moe_prism
+    >>> moe_prism.load_trace("nano").to_json()["layers"]
+    4
+    """
     path = SHIPPED if str(path) == "nano" else Path(path)
     if not path.is_file():
         raise UsageError(f"trace '{path}' does not exist", "record one with `moe-prism trace MODEL -o trace.npz`, or give 'nano'")

@@ -12,7 +12,12 @@ from .base import Options, option
 
 @dataclass(frozen=True, kw_only=True)
 class Offer(Options):
-    """Which requests are offered."""
+    """Which requests are offered.
+
+    >>> import moe_prism
+    >>> moe_prism.Offer(name="chat", seconds=30).slower
+    1.0
+    """
 
     name: str = option(
         "classes",
@@ -59,7 +64,12 @@ class LoadOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class SingleOptions(LoadOptions):
-    """How one running server is asked. Without rates a trace is replayed as recorded."""
+    """How one running server is asked. Without rates a trace is replayed as recorded.
+
+    >>> import moe_prism
+    >>> moe_prism.SingleOptions(rates=(4.0,)).patience
+    30.0
+    """
 
     fields: Literal["auto", "none", "targets", "class"] = option(
         "auto",
@@ -75,7 +85,12 @@ class SingleOptions(LoadOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(LoadOptions):
-    """Which policies are compared. Without rates, one near the saturation of fifo is offered."""
+    """Which policies are compared. Without rates, one near the saturation of fifo is offered.
+
+    >>> import moe_prism
+    >>> moe_prism.CompareOptions().policies
+    ('fifo', 'prism', 'elastic')
+    """
 
     policies: tuple[str, ...] = option(("fifo", "prism", "elastic"), "With --compare, which; options as in elastic:quality=0.95.")
     load: float = option(1.25, "With --rate auto, the share of fifo's simulated capacity to offer.", least=0.05, most=20)

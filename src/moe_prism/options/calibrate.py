@@ -15,7 +15,12 @@ ANSWER_TOKENS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateOptions(Options):
-    """The text of a calibration pass, and what is kept of it."""
+    """The text of a calibration pass, and what is kept of it.
+
+    >>> import moe_prism
+    >>> moe_prism.CalibrateOptions(text="domains", tokens=65536).length
+    512
+    """
 
     text: str | None = option(None, f"Calibration text: {SOURCES}. Its evaluation side is never used. {DEFAULT_TEXT}")
     text_field: list[str] = option([], FIELDS)

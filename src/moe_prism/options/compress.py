@@ -12,7 +12,12 @@ OutputFormat = Literal["compressed-tensors"]
 
 @dataclass(frozen=True, kw_only=True)
 class CompressOptions(Options):
-    """How experts are stored, and in which form they are written."""
+    """How experts are stored, and in which form they are written.
+
+    >>> import moe_prism
+    >>> moe_prism.CompressOptions(method="rtn:bits=8").format
+    'compressed-tensors'
+    """
 
     method: str = option("rtn:bits=4:group=128", "Codec and its settings, such as rtn:bits=8 or rtn:bits=4:group=32.")
     format: OutputFormat = option(

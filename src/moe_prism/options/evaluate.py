@@ -10,7 +10,12 @@ from .base import Options, option
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(Options):
-    """Which tasks, at which operating points."""
+    """Which tasks, at which operating points.
+
+    >>> import moe_prism
+    >>> moe_prism.EvaluateOptions(tasks=["arc_easy"], limit=100).points
+    ['full']
+    """
 
     tasks: list[str] = option([], "Comma-separated tasks of lm-eval, by its names.")
     points: list[str] = option(

@@ -11,7 +11,12 @@ from .text import DEFAULT_TEXT, DOMAINS, FIELDS, SOURCES, TextSource, text_sourc
 
 @dataclass(frozen=True, kw_only=True)
 class FrontierOptions(Options):
-    """Which points are measured, and on which text. Without rules, methods and given points: the rule `product`."""
+    """Which points are measured, and on which text. Without rules, methods and given points: the rule `product`.
+
+    >>> import moe_prism
+    >>> moe_prism.FrontierOptions(methods=("threshold", "uniform")).tokens
+    16384
+    """
 
     rules: tuple[str, ...] = option(
         (),

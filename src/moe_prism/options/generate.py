@@ -11,7 +11,12 @@ from .base import Options, option
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(Options):
-    """How many tokens, and how they are drawn."""
+    """How many tokens, and how they are drawn.
+
+    >>> import moe_prism
+    >>> moe_prism.GenerateOptions(max_tokens=20).temperature
+    0.0
+    """
 
     max_tokens: int = option(64, "Tokens to generate.", least=1)
     temperature: float = option(0.0, "0 is greedy.", least=0, below=math.inf)

@@ -10,7 +10,13 @@ from .base import Options, option
 
 @dataclass(frozen=True, kw_only=True)
 class OffloadOptions(Options):
-    """How fast a token must come, over which link, and what is replayed to find out. budgets: of the ways that are compared, no flag."""
+    """How fast a token must come, over which link, and what is replayed to find out. budgets: of the ways that are compared, no flag.
+
+    >>> import moe_prism
+    >>> moe_prism.OffloadOptions(target_ms=0).check()
+    Traceback (most recent call last):
+    moe_prism.errors.UsageError: --target-ms 0 is out of range; give more than 0
+    """
 
     target_ms: float | None = option(
         None, "Milliseconds a token may take; the largest budget within it is chosen. Default: no limit.", above=0

@@ -17,7 +17,12 @@ Allocation = Literal["layer", "global", "measured"]
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions(Options):
-    """Which experts stay, and what ranks them."""
+    """Which experts stay, and what ranks them.
+
+    >>> import moe_prism
+    >>> moe_prism.PruneOptions(keep=0.5).keep
+    0.5
+    """
 
     criterion: str = option(
         "easy-ep",

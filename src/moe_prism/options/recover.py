@@ -11,7 +11,12 @@ from .text import FIELDS, SOURCES
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverOptions(Options):
-    """Which method wins back quality, and on what text."""
+    """Which method wins back quality, and on what text.
+
+    >>> import moe_prism
+    >>> moe_prism.RecoverOptions(bands=3).method
+    'repair'
+    """
 
     method: str = option(
         "repair",

@@ -12,7 +12,12 @@ from .calibrate import CalibrateOptions
 
 @dataclass(frozen=True, kw_only=True)
 class RefactorOptions(Options):
-    """How experts are cut into sub-experts, and what is fitted for them."""
+    """How experts are cut into sub-experts, and what is fitted for them.
+
+    >>> import moe_prism
+    >>> moe_prism.RefactorOptions(n_sub=8).solver
+    'alt'
+    """
 
     n_sub: int = option(4, "Sub-experts per expert (must divide the expert's neurons).", least=2)
     gates: int = option(1, "Gate neurons per sub-expert, computed for every candidate block.")

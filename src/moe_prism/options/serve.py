@@ -11,7 +11,13 @@ from .base import Options, option
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(Options):
-    """Where it listens, what it serves and how. store: experts stay on disk (`store.StoreOptions`); it is no flag."""
+    """Where it listens, what it serves and how. store: experts stay on disk (`store.StoreOptions`); it is no flag.
+
+    >>> import moe_prism
+    >>> moe_prism.ServeOptions(port=70000).check()
+    Traceback (most recent call last):
+    moe_prism.errors.UsageError: --port 70000 is out of range; give at least 0 and at most 65535
+    """
 
     host: str = option("127.0.0.1", "Address to listen on. Anything but loopback needs a key.")
     port: int = option(8000, "Port to listen on; 0 for any free one.", least=0, most=65_535)

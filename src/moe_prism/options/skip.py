@@ -12,7 +12,12 @@ from .text import DEFAULT_TEXT, FIELDS, SOURCES
 
 @dataclass(frozen=True, kw_only=True)
 class SkipOptions(Options):
-    """How a plan is made, and on which text it is fitted and measured."""
+    """How a plan is made, and on which text it is fitted and measured.
+
+    >>> import moe_prism
+    >>> moe_prism.SkipOptions(mean=2).method
+    'sensitivity'
+    """
 
     method: str = option("sensitivity", "How it is made; see `moe-prism ls methods` (those that act on routing).")
     mean: float | None = option(

@@ -13,7 +13,12 @@ WINDOW = 256  # tokens of the windows that routing is counted on
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedOptions(Options):
-    """The points to forecast, the load, and the machine: measured, or described by bandwidth, peak and fixed."""
+    """The points to forecast, the load, and the machine: measured, or described by bandwidth, peak and fixed.
+
+    >>> import moe_prism
+    >>> moe_prism.SpeedOptions(concurrency=(1, 8)).keep
+    (0.5,)
+    """
 
     concurrency: tuple[int, ...] = option(
         (1, 2, 4, 8, 16, 32), "Comma-separated counts of requests that decode together.", least=1

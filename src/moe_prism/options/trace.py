@@ -11,7 +11,12 @@ from .text import DEFAULT_TEXT, FIELDS, SOURCES
 
 @dataclass(frozen=True, kw_only=True)
 class TraceOptions(Options):
-    """Which text is run, how it is cut into requests, and what is kept of it."""
+    """Which text is run, how it is cut into requests, and what is kept of it.
+
+    >>> import moe_prism
+    >>> moe_prism.TraceOptions(budget=0.5).tokens
+    8192
+    """
 
     text: str | None = option(None, f"{SOURCES}. Both of its sides are recorded, and marked. {DEFAULT_TEXT}")
     text_field: list[str] = option([], FIELDS)

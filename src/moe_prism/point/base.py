@@ -244,7 +244,13 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class OperatingPoint:
-    """How a model runs: the one thing that is measured, chosen, served and written down."""
+    """How a model runs: the one thing that is measured, chosen, served and written down.
+
+    >>> import moe_prism
+    >>> half = moe_prism.OperatingPoint().with_budget(0.5, None)
+    >>> half.slots.rule, moe_prism.OperatingPoint.from_json(half.to_json()) == half
+    ('threshold', True)
+    """
 
     weights: WeightChange | None = None
     routing: tuple[RoutingStage, ...] = ()

@@ -12,6 +12,7 @@ from ..catalogue import methods
 from ..errors import CorruptError, UsageError
 from ..files import replace_file
 from ..registry import choices
+from ..result import Result
 from ..schema import check, read_json
 from ..schema.points import REMAKE, FrontierForm, MeasuredForm, NamedForm, PointForm, SkipPlanForm, StageForm
 from .base import OperatingPoint, RoutingStage, SlotRule, own_scorer, slots_unit
@@ -23,7 +24,7 @@ RENAMED = {"weight-level": "weight-cutoff", "level": "cutoff"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class NamedPoint:
+class NamedPoint(Result):
     """A point, what people call it, and how and on what it was made (plain JSON: method, text, measured quality)."""
 
     name: str
@@ -32,6 +33,11 @@ class NamedPoint:
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": KIND, "name": self.name, "point": self.point.to_json(), "made": dict(self.made)}
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Of a skip plan a row per layer, with its experts per token; of another point its name alone."""
+        plans = [stage.layers for stage in self.point.routing]
+        return [{"layer": i, "experts": n} for i, n in enumerate(plans[-1])] if plans else [{"name": self.name}]
 
     def encoded(self) -> bytes:
         """The bytes of its file."""

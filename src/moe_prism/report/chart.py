@@ -198,8 +198,9 @@ def _layers(frontier: Frontier, data: list[dict[str, Any]], across: _Horizontal,
         for i, name in enumerate(names)
     ]
     marks = {"size": 90, "strokeWidth": 2, "opacity": 1}
-    kept = base.transform_filter("datum.pareto").mark_point(filled=True, **marks).encode(color=color, shape=shape)
-    beaten = base.transform_filter("!datum.pareto").mark_point(fill="white", **marks).encode(color=color, shape=shape)
+    said = {"color": color, "shape": shape, "description": "name:N"}  # by which the page's script finds a point's marker
+    kept = base.transform_filter("datum.pareto").mark_point(filled=True, **marks).encode(**said)
+    beaten = base.transform_filter("!datum.pareto").mark_point(fill="white", **marks).encode(**said)
     label = {"fontSize": 13, "align": "left", "dx": 9}
     above = base.transform_filter("datum.above != ''").mark_text(baseline="bottom", dy=-5, color=VERMILLION, **label)
     below = base.transform_filter("datum.below != ''").mark_text(

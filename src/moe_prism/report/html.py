@@ -10,6 +10,7 @@ from typing import Any
 
 from ..data.bundled import KINDS
 from ..errors import UsageError
+from ..frontier.evaluation import score_rows
 from ..frontier.record import Frontier, MeasuredPoint, write_atomic
 from . import chart
 from .summary import (
@@ -27,13 +28,14 @@ from .summary import (
     sentences,
 )
 
-EXTRA = {"samples": ("budget", "prompt", "text", "tokens_per_s"), "notes": ()}
+EXTRA = {"samples": ("budget", "prompt", "text", "tokens_per_s"), "notes": (), "evaluation": ()}
 
 
 def write_report(frontier: Frontier, path: str | Path, extra: Mapping[str, Any] | None = None) -> None:
     """Write the page to `path`, at once or not at all.
 
-    extra: "samples", a list of {"budget" (0..1), "prompt", "text", "tokens_per_s"}, and "notes", a list of sentences.
+    extra: "samples", a list of {"budget" (0..1), "prompt", "text", "tokens_per_s"}, "notes", a list of sentences, and
+    "evaluation", an `Evaluation` of tasks.
     """
     _check_ready(frontier)
     write_atomic(path, render(frontier, extra).encode())
@@ -48,6 +50,7 @@ def write_png(frontier: Frontier, path: str | Path) -> None:
 def render(frontier: Frontier, extra: Mapping[str, Any] | None = None) -> str:
     """The page as text."""
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
     added = _checked(extra or {})
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -62,11 +65,16 @@ def render(frontier: Frontier, extra: Mapping[str, Any] | None = None) -> str:
         columns=_columns(frontier.every),
         full=full_bytes(frontier),
         timed=is_timed(frontier),
+        domains=domain_names(frontier),
+        sliced=sorted((p for p in frontier.every if p.domains), key=lambda p: -p.active_expert_bytes),
+        script=Markup(files(__package__).joinpath("report.js").read_text(encoding="utf-8")),  # noqa: S704 - ours
         points=sorted(frontier.points, key=lambda p: (p.rule != main_rule(frontier), p.rule, -p.active_expert_bytes)),
         duels=[*duels(frontier), *duels(frontier, frontier.baseline_bits)],
         provenance=_flat(frontier.provenance),
         samples=_grouped(added.get("samples", [])),
         notes=added.get("notes", []),
+        tasks=added.get("evaluation"),
+        score_rows=score_rows,
         data=_script_json(frontier.to_json()),
     )
 
@@ -83,6 +91,11 @@ def texts(frontier: Frontier) -> list[str]:
                 f"{what} {name}{kind}" + (f", {facts['tokens']:,} tokens" if isinstance(facts.get("tokens"), int) else "")
             )
     return said
+
+
+def domain_names(frontier: Frontier) -> list[str]:
+    """Of the evaluation text, in the order in which they were named; none where it has none."""
+    return list(dict.fromkeys(name for point in frontier.every for name in point.domains))
 
 
 def tiles(frontier: Frontier) -> list[tuple[str, str]]:

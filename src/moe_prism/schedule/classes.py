@@ -9,16 +9,14 @@ As YAML or a mapping, times in milliseconds and qualities 0..1 as in a request's
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import UsageError
 from .base import Job, Ladder
-
-FIELDS = ("min_quality", "max_quality", "ttft_ms", "tpot_ms", "priority")
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def default_classes() -> dict[str, RequestClass]:
 def read_classes(data: object, where: str = "classes") -> dict[str, RequestClass]:
     """Classes from a mapping of name to fields. UsageError names the class and the field that is wrong."""
     if not isinstance(data, Mapping) or not data:
-        raise UsageError(f"{where}: not a mapping of class names to fields", f"give each class some of: {', '.join(FIELDS)}")
+        raise UsageError(f"{where}: not a mapping of class names to fields", f"give each class some of: {FIELDS}")
     return {str(name): _read(str(name), fields, where) for name, fields in data.items()}
 
 
@@ -74,29 +72,41 @@ def load_classes(path: Path) -> dict[str, RequestClass]:
     return read_classes(data["classes"], str(path))
 
 
+class _Form(BaseModel):
+    """A class as it is written, times in milliseconds."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    min_quality: float | None = Field(default=None, ge=0, le=1)
+    max_quality: float | None = Field(default=None, ge=0, le=1)
+    ttft_ms: float | None = Field(default=None, ge=1e-3, le=1e9)
+    tpot_ms: float | None = Field(default=None, ge=1e-3, le=1e9)
+    priority: int = Field(default=0, ge=-1000, le=1000)
+
+
+FIELDS = ", ".join(_Form.model_fields)
+
+
 def _read(name: str, data: object, where: str) -> RequestClass:
     place = f"{where}: class '{name}'"
-    if not isinstance(data, Mapping):
-        raise UsageError(f"{place} is not a mapping", f"give it some of: {', '.join(FIELDS)}")
-    unknown = [str(key) for key in data if key not in FIELDS]
-    if unknown:
-        raise UsageError(f"{place} has no field '{unknown[0]}'", f"choose from: {', '.join(FIELDS)}")
-    low = _number(data, "min_quality", place, 0.0, 1.0)
-    high = _number(data, "max_quality", place, 0.0, 1.0)
-    ttft, tpot = (_number(data, key, place, 1e-3, 1e9) for key in ("ttft_ms", "tpot_ms"))
-    priority = data.get("priority", 0)
-    if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > 1000:
-        raise UsageError(f"{place}: priority is {priority!r}", "give a whole number from -1000 to 1000")
-    low, high = 0.0 if low is None else low, 1.0 if high is None else high
+    try:
+        form = _Form.model_validate(data)
+    except ValidationError as error:
+        raise _explained(error, place) from error
+    low, high = 0.0 if form.min_quality is None else form.min_quality, 1.0 if form.max_quality is None else form.max_quality
     if low > high:
         raise UsageError(f"{place}: min_quality {low} is above max_quality {high}", "lower one or raise the other")
-    return RequestClass(name, low, high, ttft and ttft / 1000, tpot and tpot / 1000, priority)
+    return RequestClass(
+        name, low, high, form.ttft_ms and form.ttft_ms / 1000, form.tpot_ms and form.tpot_ms / 1000, form.priority
+    )
 
 
-def _number(data: Mapping[Any, Any], key: str, place: str, low: float, high: float) -> float | None:
-    value = data.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and low <= value <= high):
-        raise UsageError(f"{place}: {key} is {value!r}", f"give a number from {low:g} to {high:g}")
-    return float(value)
+def _explained(error: ValidationError, place: str) -> UsageError:
+    """The first thing that is wrong, in one line."""
+    first = error.errors()[0]
+    if not first["loc"]:
+        return UsageError(f"{place} is not a mapping", f"give it some of: {FIELDS}")
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return UsageError(f"{place} has no field '{name}'", f"choose from: {FIELDS}")
+    return UsageError(f"{place}: {name} is {first['input']!r}", first["msg"].replace("Input", "it"))

@@ -1,4 +1,7 @@
-"""JSON lines. A log line has what a request cost and never what it said."""
+"""JSON lines. A log line has what a request cost and never what it said.
+
+Not structlog: records of uvicorn and transformers come from `logging` anyway and would need a formatter of ours in there, too.
+"""
 
 from __future__ import annotations
 

@@ -41,8 +41,18 @@ TURN = 3e-4
 Python's 5 ms would wait that long for the HTTP loop each time: of the tokens per second under load this was a sixth (docs/log.md)."""
 
 
-def serve(folder: Path, options: ServeOptions) -> None:
-    """Serve until a signal ends it. What can be wrong is looked at in the order of what it costs to find out."""
+def serve_model(folder: str | Path, options: ServeOptions | None = None) -> None:
+    """Serve an elastic folder with an OpenAI-compatible API until a signal ends it. From the main thread, which hears signals.
+
+    What can be wrong is looked at in the order of what it costs to find out. Raises UsageError, CorruptError, or PrismError where the
+    engine dies.
+
+    >>> import os, signal, threading, moe_prism
+    >>> threading.Timer(40, os.kill, (os.getpid(), signal.SIGTERM)).start()  # who stops it here; else Ctrl+C
+    >>> moe_prism.serve_model("elastic", moe_prism.ServeOptions(port=0))
+    """
+    folder, options = Path(folder), options or ServeOptions()
+    options.check()
     keep_private()
     check_folder(folder)
     allowed = check_host(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -10,6 +11,8 @@ from ...schedule.base import Ladder
 from ..backend import Gauges, Tally
 
 PREFIX = "moe_prism:"
+RECENT = 512
+"""Latencies per class that the status page takes its percentiles of."""
 LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 GAPS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 REASONS = (
@@ -63,6 +66,7 @@ class Metrics:
         self.asked = Histogram(
             PREFIX + "policy_seconds", "Of it, choosing what to run.", ["model_name"], buckets=asked, registry=self.registry
         ).labels(**self._model)
+        self._recent: dict[tuple[str, str], deque[float]] = {}
         self._names = [level.name for level in ladder.levels]
         self._slots = 0.0
         self._failed_steps = self._restarts = 0
@@ -106,6 +110,18 @@ class Metrics:
 
     def latency(self, histogram: Histogram, kind: str, seconds: float) -> None:
         histogram.labels(**self._model, **{"class": kind}).observe(max(0.0, seconds))
+
+    def remember(self, what: str, kind: str, seconds: float) -> None:
+        """A latency of a request of a class, for `percentiles`."""
+        self._recent.setdefault((what, kind), deque(maxlen=RECENT)).append(max(0.0, seconds))
+
+    def percentiles(self, what: str, kind: str) -> dict[str, float] | None:
+        """Milliseconds that half, and 95 %, of the last requests of a class did not pass; None where there is none yet."""
+        found = sorted(self._recent.get((what, kind), ()))
+        if not found:
+            return None
+        last = len(found) - 1
+        return {"p50": round(1e3 * found[last // 2], 3), "p95": round(1e3 * found[-(-last * 95 // 100)], 3)}
 
     def target(self, kind: str, target: str, met: bool) -> None:
         self.slo.labels(**self._model, **{"class": kind}, target=target, met="true" if met else "false").inc()

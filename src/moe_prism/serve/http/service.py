@@ -155,6 +155,7 @@ class Service:
         if sequence.first is None:
             sequence.first = now
             self.metrics.latency(self.metrics.ttft, kind, now - sequence.started)
+            self.metrics.remember("ttft", kind, now - sequence.started)
         elif sequence.last is not None:
             self.metrics.latency(self.metrics.gap, kind, now - sequence.last)
         sequence.last = now
@@ -178,9 +179,11 @@ class Service:
         self.metrics.queried.inc(len(sequence.asked.prompt))
         if job.ttft is not None:
             self.metrics.target(job.kind, "ttft", sequence.first is not None and sequence.first - sequence.started <= job.ttft)
-        if job.tpot is not None and sequence.generated > 1 and sequence.first is not None and sequence.last is not None:
+        if sequence.generated > 1 and sequence.first is not None and sequence.last is not None:
             pace = (sequence.last - sequence.first) / (sequence.generated - 1)
-            self.metrics.target(job.kind, "tpot", pace <= job.tpot)
+            self.metrics.remember("tpot", job.kind, pace)
+            if job.tpot is not None:
+                self.metrics.target(job.kind, "tpot", pace <= job.tpot)
 
     def served(self, sequences: Sequence[Strand]) -> dict[str, Any]:
         """The operating points that computed an answer, by tokens."""

@@ -83,6 +83,7 @@ def snapshot(service: Service, door: Door, history: History) -> dict[str, Any]:
         queues[request.job.kind][state] += 1
     return {
         "model": service.name,
+        "chat": getattr(service.tokenizer, "chat_template", None) is not None,
         "policy": service.engine.policy_name,
         "draining": door.draining,
         "now": round(history.now, 3),
@@ -91,7 +92,13 @@ def snapshot(service: Service, door: Door, history: History) -> dict[str, Any]:
         "seconds": history.recent(),
         "queues": queues,
         "targets": _targets(service),
+        "latency": {kind: _latency(service, kind) for kind in service.config.classes},
     }
+
+
+def _latency(service: Service, kind: str) -> dict[str, dict[str, float] | None]:
+    """Of the last requests of a class: time to the first token, and mean time of a further one."""
+    return {what: service.metrics.percentiles(what, kind) for what in ("ttft", "tpot")}
 
 
 def _targets(service: Service) -> dict[str, dict[str, dict[str, int]]]:

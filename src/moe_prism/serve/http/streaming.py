@@ -1,4 +1,8 @@
-"""An answer as server-sent events."""
+"""An answer as server-sent events.
+
+Not FastAPI's own: it encodes what a path operation yields, so the status is sent before the first event is known, and it is there from
+0.135 on only. sse-starlette pings between events, which clients of OpenAI's API do not expect. An event of ours is one line.
+"""
 
 from __future__ import annotations
 

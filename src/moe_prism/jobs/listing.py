@@ -1,0 +1,31 @@
+"""What can be chosen, by kind."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from ..catalogue import registry
+from ..methods.find import described
+from ..model.families import installed_families
+from ..result import Facts
+from ..systems import SYSTEMS
+
+
+def list_choices(kind: str) -> Facts:
+    """Names of a kind and what they are: methods, families, solvers, cache-policies ..., as `moe-prism ls --help` lists the kinds.
+
+    Raises UsageError for a kind that there is not.
+
+    >>> import moe_prism
+    >>> [row["name"] for row in moe_prism.list_choices("gates").to_records()][:1]
+    ['energy']
+    """
+    if kind == "families":
+        entries = [{"name": family} for family in installed_families()]
+    elif kind == "methods":
+        entries = [asdict(line) for line in described()]
+    elif kind == "systems":
+        entries = [asdict(system) for system in SYSTEMS]
+    else:
+        entries = [{"name": n, "summary": e.summary, "origin": e.origin} for n, e in registry(kind).entries().items()]
+    return Facts({"kind": kind, "entries": entries}, "entries")

@@ -1,0 +1,90 @@
+"""A rehearsal of a job: every check of the real run, and what it would need, without its first long step.
+
+Jobs call `begin` between the two. So a rehearsal cannot forget an argument that the run looks at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.atomic import check_output
+from ..result import Result
+from .resources import check_resources
+
+_is_rehearsal: ContextVar[bool] = ContextVar("_is_rehearsal", default=False)
+
+
+class _Stop(Exception):
+    """Everything was checked."""
+
+    def __init__(self, needed: Mapping[str, Any]) -> None:
+        self.needed = needed
+        super().__init__("a rehearsal ends here")
+
+
+@dataclass(frozen=True)
+class JobForecast(Result):
+    """What a job needs. needed: peak_memory_bytes and its parts, disk_bytes, and other facts of the run."""
+
+    needed: Mapping[str, Any]
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return int(self.needed["peak_memory_bytes"])
+
+    @property
+    def disk_bytes(self) -> int:
+        return int(self.needed["disk_bytes"])
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.needed)
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """A row per part of the memory, and one for the disk."""
+        return [{"what": name, "bytes": value} for name, value in self.needed.items() if name.endswith("_bytes")]
+
+
+def begin(needed: Mapping[str, Any], out: str | Path | None = None, *, resume: bool = False, force: bool = False) -> None:
+    """The last line of a job before its work. In a rehearsal the job ends here; else DoesNotFit where this machine has too little.
+
+    out: the folder it writes, if it writes one; a rehearsal also says where that is taken. UsageError.
+    """
+    if _is_rehearsal.get():
+        if out is not None:
+            check_output(out, force=force, resume=resume)
+        raise _Stop(needed)
+    check_resources(needed, out or Path.cwd(), resume)
+
+
+@contextmanager
+def _rehearsing() -> Iterator[None]:
+    token = _is_rehearsal.set(True)
+    try:
+        yield
+    finally:
+        _is_rehearsal.reset(token)
+
+
+def rehearse(job: Callable[..., object], *given: Any, **named: Any) -> JobForecast:
+    """Check everything that a job would check, and say what it needs. Nothing is written, and no weight is read that need not be.
+
+    job: a function of `moe_prism` that does long work, with its arguments: `rehearse(refactor, "nano", "out")`.
+    Raises what the job would raise, but for a machine that has too little.
+
+    >>> import moe_prism
+    >>> asked = moe_prism.CalibrateOptions(tokens=1024, length=256)
+    >>> needed = moe_prism.rehearse(moe_prism.calibrate_model, "nano", "statistics", asked)
+    >>> needed.peak_memory_bytes > needed.to_json()["weights_bytes"] > 0
+    True
+    """
+    with _rehearsing():
+        try:
+            job(*given, **named)
+        except _Stop as stop:
+            return JobForecast(stop.needed)
+    return JobForecast({"peak_memory_bytes": 0, "disk_bytes": 0})  # it was finished already

@@ -42,6 +42,8 @@ methods: Registry[type[Any]] = Registry(
         "binary": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "signs and one size per group", acts="weights"),
         "ternary": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "-1, 0, 1 and one size per group (MoTE)", acts="weights"),
         "low-rank-sparse": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "two thin matrices and the rows that they miss most (MC-SMoE); :BITS", acts="weights"),
+        "pmq": Entry("moe_prism.methods.quantize.pmq:Pmq", "1 to 4 bits per expert, by what it means and what a width does to it (MC-MoE); :BITS", acts="weights"),
+        "quantmoe": Entry("moe_prism.methods.quantize.quantmoe:QuantMoe", "4 bits for experts that a rule favours, 2 for the rest; :frequency (default), :first, :outliers, :turns", acts="weights"),
         # weights: criteria of expert pruning, measured in mask mode as prune:CRITERION
         "random": Entry("moe_prism.methods.prune.random_draw:RandomDraw", "a uniform draw, by --seed", acts="weights"),
         "odd": Entry("moe_prism.methods.prune.position:Odd", "experts with odd ids, counted from 0", acts="weights"),

@@ -31,7 +31,7 @@ from moe_prism.frontier.measure import measure
 from moe_prism.jobs.frontier import subject_of
 from moe_prism.methods.base import Subject
 from moe_prism.methods.find import method
-from moe_prism.methods.quantize.pmq import WIDTHS, costs_of
+from moe_prism.methods.quantize.pmq import WEIGHED, WIDTHS, costs_of
 from moe_prism.methods.quantize.quantmoe import BY_LAYER, RULES, two_widths
 from moe_prism.methods.quantize.uniform_bits import stored_at
 from moe_prism.methods.statistics import statistics_of
@@ -46,6 +46,7 @@ def pmq_points(subject: Subject) -> dict[str, list[OperatingPoint]]:
     """At 2.5 bits, by what is compared; several are draws of one thing."""
     names = {
         "pmq": "pmq:2.5",
+        "pmq, the paper's weights": "pmq:bits=2.5:by=paper",
         "pmq, one choice": "pmq:bits=2.5:scope=model",
         "pmq, one choice, may drop": "pmq:bits=2.5:scope=model:drop=true",
     }
@@ -59,7 +60,9 @@ def pmq_points(subject: Subject) -> dict[str, list[OperatingPoint]]:
     found["pmq's widths at random"] = draws
     rows = []
     for costs, layer in zip(
-        costs_of(subject, Rtn(), GROUP, WIDTHS), statistics_of(subject, ("counts", "tokens")).layers, strict=True
+        costs_of(subject, Rtn(), GROUP, WIDTHS, WEIGHED["error"]),
+        statistics_of(subject, ("counts", "tokens")).layers,
+        strict=True,
     ):
         share = layer.values["counts"]["count"].double() / layer.values["counts"]["count"].sum()
         rows.append(tuple(map(float, cheapest(share[:, None] * costs.mean(0), WIDTHS, round(2.5 * len(costs))))))

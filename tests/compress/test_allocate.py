@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe_prism.calibrate.run import Pass, Settings
 from moe_prism.compress.codec.rtn import Rtn
-from moe_prism.compress.quantize.allocate import cheapest, width_costs
+from moe_prism.compress.quantize.allocate import Importance, cheapest, width_costs
 from moe_prism.errors import UsageError
 from moe_prism.methods.quantize.quantmoe import QuantMoe, two_widths
 from moe_prism.model import find_layers
@@ -47,7 +47,7 @@ def seen():
 
 def test_a_wider_code_costs_less_and_no_bits_cost_all_of_an_expert(seen):
     layers, statistics = seen
-    costs = width_costs(layers[0], statistics.layers[0], Rtn(), 32, [0.0, 1.0, 2.0, 4.0, 8.0])
+    costs = width_costs(layers[0], statistics.layers[0], Rtn(), 32, [0.0, 1.0, 2.0, 4.0, 8.0], Importance(1, 1, 2))
     assert (costs[:, :-1] > costs[:, 1:]).all()
     values = statistics.layers[0].values["counts"]
     share, weight = values["count"] / values["count"].sum(), values["weight_sum"] / values["weight_sum"].sum()
@@ -65,7 +65,7 @@ def test_an_expert_that_nobody_saw_is_not_free(seen):
     own = statistics.layers[0]
     hidden = {name: {k: v.clone() for k, v in state.items()} for name, state in own.values.items()}
     hidden["counts"]["count"][3] = hidden["counts"]["weight_sum"][3] = hidden["tokens"]["kept"][3] = 0
-    costs = width_costs(layers[0], type(own)(own.name, hidden), Rtn(), 32, [2.0, 4.0])
+    costs = width_costs(layers[0], type(own)(own.name, hidden), Rtn(), 32, [2.0, 4.0], Importance(0, 0, 2))
     assert (costs[3] > 0).all() and costs[3, 0] > costs[3, 1]
     assert costs[3, 0] < costs[:, 0].max()
 

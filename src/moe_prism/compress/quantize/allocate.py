@@ -27,20 +27,20 @@ RARE = 0.05  # of the mean count: what an expert counts that was hardly seen
 class Importance:
     """Exponents of how often an expert is chosen, of the weight that it gets, and of the error that a width makes."""
 
-    chosen: float = 1.0
-    weight: float = 1.0
-    error: float = 2.0
+    chosen: float
+    weight: float
+    error: float
 
 
 @torch.no_grad()
 def width_costs(
-    layer: MoELayer, statistics: LayerStatistics, codec: Codec, group: int, widths: Sequence[float], how: Importance | None = None
+    layer: MoELayer, statistics: LayerStatistics, codec: Codec, group: int, widths: Sequence[float], how: Importance
 ) -> Tensor:
     """[E, W] float64: what storing an expert at a width costs its layer, the errors relative to the output of the layer's experts.
 
     An expert that was hardly seen is tried on the sampled tokens of all, and counts as one that is rare: its error would else be nothing.
     """
-    how, counts = how or Importance(), statistics.values["counts"]
+    counts = statistics.values["counts"]
     count = counts["count"].double().clamp(min=RARE * float(counts["count"].double().mean()) + 1e-9)
     mean_weight = counts["weight_sum"] / counts["count"].clamp(min=1)
     gate = count * torch.where(counts["count"] > 0, mean_weight, mean_weight.mean())

@@ -1,0 +1,143 @@
+"""Faults S10, S18, S19 and D02: what an engine's tokens may not depend on."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi")
+
+import moe_prism
+from moe_prism.schedule.base import Work
+from tests.serve.test_engine import LADDER, NEW, Plain, Waves, nano  # noqa: F401 - a fixture
+
+
+@pytest.fixture
+def waves(nano):  # noqa: F811
+    made = Waves(nano[0])
+    yield made
+    made.engine.stop()
+
+
+class Recorded(Plain):
+    """Keeps how many tokens of which request it had computed."""
+
+    def __init__(self):
+        self.done: dict[str, int] = {}
+
+    def step(self, now, waiting, running, limits):
+        works = self.choose(now, waiting, running, limits)
+        for work in works:
+            self.done[work.job.id] = self.done.get(work.job.id, 0) + work.tokens
+        return works
+
+    def choose(self, now, waiting, running, limits):
+        return super().step(now, waiting, running, limits)
+
+
+class UrgentFirst(Recorded):
+    """A long request stands still while there are others."""
+
+    def choose(self, now, waiting, running, limits):
+        works = super().choose(now, waiting, running, limits)
+        others = [w for w in works if w.job.output < 100]
+        return others or works
+
+
+def test_s10_a_request_that_was_stopped_goes_on_without_computing_anything_again(nano, waves):  # noqa: F811
+    _, prompts, reference = nano
+    alone = waves.run([prompts[0]], [2], new=110)[0][0]
+    policy = UrgentFirst()
+    waves.engine.replace_policy(policy)
+    heard: list = []
+    long = waves.submit(prompts[0], 2, new=110, heard=heard.append)
+    for _ in range(3):
+        while len(heard) < 5:
+            time.sleep(0.002)
+        stopped = len(heard)
+        assert waves.tokens(prompts[1:], [2] * 3) == reference[2][1:]
+        assert len(heard) <= stopped + 10  # it stood still while the others ran
+    until = time.monotonic() + 60
+    while not (heard and heard[-1].finish) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [e.token for e in heard if e.token is not None] == alone and long.job.id not in waves.engine.book
+    computed = policy.done[long.job.id]
+    assert computed + long.cached_tokens == len(prompts[0]) + 110 - 1
+
+
+class Switching(Recorded):
+    """Another operating point every step, for everybody."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
+
+    def choose(self, now, waiting, running, limits):
+        self.steps += 1
+        works = super().choose(now, waiting, running, limits)
+        return [Work(w.job, w.tokens, (self.steps + i) % 3) for i, w in enumerate(works)]
+
+
+def switched(model, prompt, levels):
+    """Greedy tokens where step i runs at levels[i]."""
+    ids, cache, out = torch.tensor([prompt]), None, []
+    for level in levels:
+        with torch.no_grad(), moe_prism.operating_point(model, point=LADDER.levels[level].point):
+            said = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache, token = said.past_key_values, int(said.logits[0, -1].argmax())
+        out.append(token)
+        ids = torch.tensor([[token]])
+    return out
+
+
+def test_s18_points_may_change_every_step(nano):  # noqa: F811
+    model, prompts, _ = nano
+    waves = Waves(model, prefix_cache=False)
+    try:
+        policy = Switching()
+        waves.engine.replace_policy(policy)
+        results = [waves.run_free(prompts) for _ in range(2)]
+    finally:
+        waves.engine.stop()
+    for wave in results:
+        for prompt, (tokens, events, _) in zip(prompts, wave, strict=True):
+            levels = [e.level for e in events if e.token is not None]
+            assert len(set(levels)) == 3 and tokens == switched(model, prompt, levels)
+    assert policy.steps <= 2 * (NEW + len(prompts) + 2)  # nobody missed a step
+
+
+@pytest.mark.parametrize("mixes", [20, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+def test_d02_tokens_are_the_same_in_every_mix(nano, mixes):  # noqa: F811
+    """Composition, order of arrival, levels and sizes of chunks are drawn; all must give the tokens of each request alone."""
+    model, prompts, reference = nano
+    draw = random.Random(17)
+    for step_tokens in (16, 33, 512):
+        waves = Waves(model, step_tokens=step_tokens, prefix_cache=step_tokens != 33)
+        try:
+            for _ in range(-(-mixes // 3)):
+                chosen = [(draw.randrange(len(prompts)), draw.randrange(3)) for _ in range(draw.randint(1, 8))]
+                found = waves.tokens([prompts[i] for i, _ in chosen], [level for _, level in chosen], new=4)
+                assert found == [reference[level][i][:4] for i, level in chosen], chosen
+        finally:
+            waves.engine.stop()
+
+
+def test_s19_a_jump_of_the_clock_changes_nothing(house, monkeypatch):
+    """Deadlines and durations are of the clock that only goes on; the wall clock is told to clients and used for nothing."""
+    import httpx2
+
+    body = {"prompt": "def main(args):\n    return ", "max_tokens": 5, "temperature": 0}
+    expected = httpx2.post(house.root + "/v1/completions", json=body, timeout=60).json()["choices"]
+    real = time.time
+    for jump in (-1e9, 86_400.0, 1e9):
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda jump=jump: real() + jump)
+            answer = httpx2.post(house.root + "/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 200 and answer.json()["choices"] == expected
+        assert abs(answer.json()["created"] - real() - jump) < 600
+    for line in house.built.service.metrics.text().decode().splitlines():
+        if "_seconds_sum" in line or "_seconds_count" in line:
+            assert float(line.rsplit(" ", 1)[1]) >= 0, line

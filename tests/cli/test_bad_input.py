@@ -339,6 +339,11 @@ def test_f04_a_disk_that_is_too_small_is_the_disk_of_the_output(fails, tiny_sour
     monkeypatch.setattr("moe_prism.jobs.resources.shutil.disk_usage", usage)
     line = fails(3, "refactor", tiny_source, "-o", tmp_path / "deep" / "out", "--dry-run", "--json")
     assert "MiB of disk" in line and asked == [tmp_path]
-    for command in ("refactor", "calibrate", "prune"):  # F04: not the dry run alone, and before anything is calibrated
+    for command in (
+        "refactor",
+        "calibrate",
+        "prune",
+        "compress",
+    ):  # F04: not the dry run alone, and before anything is calibrated
         assert "MiB of disk" in fails(3, command, tiny_source, "-o", tmp_path / "deep" / "out")
         assert not (tmp_path / "deep").exists()

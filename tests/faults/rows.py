@@ -12,6 +12,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -43,8 +44,13 @@ class Found(NamedTuple):
     tier: Tier
 
 
-def found() -> Iterator[Found]:
+@cache
+def found() -> tuple[Found, ...]:
     """Every test of the repository whose name begins with a row, or several."""
+    return tuple(_found())
+
+
+def _found() -> Iterator[Found]:
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         module = ast.parse(path.read_text("utf-8"))
         for node in module.body:
@@ -68,7 +74,7 @@ ROWS = tuple(Row(id=row, **said) for row, said in tomllib.loads(Path(__file__).w
 
 def page() -> str:
     """docs/reference/reliability.md."""
-    tests = list(found())
+    tests = found()
     lines = [
         "<!-- Written by `make reference`. Do not edit. -->",
         "",

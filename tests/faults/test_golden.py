@@ -45,7 +45,7 @@ def run(root: Path) -> dict[str, Path]:
     torch.set_num_threads(1)
     text, source = root / "text.py", root / "source"
     text.write_text(TEXT)
-    save_tiny("olmoe", source, hidden_size=128)
+    save_tiny("olmoe", source, hidden_size=64, intermediate_size=32)
     calibration = CalibrateOptions(text=str(text), tokens=512, length=32, reservoir=64)
     refactor(source, root / "refactor", RefactorOptions(calibration=calibration, profile_tokens=64))
     prune_model(source, root / "prune", PruneOptions(keep=0.5, criterion="hard-count", protect=[], calibration=calibration))

@@ -110,16 +110,13 @@ def test_f04_a_file_that_does_not_fit_names_what_helps(refactor, tmp_path):
     assert code == 3 and "--resume" in lines[0]
 
 
+@torch.no_grad()
 def test_f09_one_token_all_tokens_to_one_expert_and_no_text(text_file, tmp_path, capsys):
     """Nothing is divided by zero, and what is written is exact at the full budget."""
     made = save_tiny("olmoe", tmp_path / "model", num_experts=6)
-    with torch.no_grad():  # the first two experts take every token of the second layer
-        gate = made.model.layers[1].mlp.gate.weight
-        gate.zero_()
-        gate[0], gate[1] = (
-            made.model.layers[1].post_attention_layernorm.weight,
-            made.model.layers[1].post_attention_layernorm.weight,
-        )
+    gate, same = made.model.layers[1].mlp.gate.weight, made.model.layers[1].post_attention_layernorm.weight
+    gate.zero_()
+    gate[0], gate[1] = same, same  # two experts take nearly every token of the second layer
     made.save_pretrained(tmp_path / "model", max_shard_size="100KB")
     few = ("--tokens", "32", "--length", "32", "--reservoir", "64", "--profile-tokens", "32")
     assert cli.main(["refactor", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--text", str(text_file), *few]) == 0

@@ -15,7 +15,8 @@ messages = [{"role": "user", "content": "hello"}]
 chat = client.chat.completions.create(model=model, messages=messages, max_tokens=5, temperature=0)
 assert chat.choices[0].message.role == "assistant"
 with client.chat.completions.stream(model=model, messages=messages, max_tokens=5, temperature=0) as stream:
-    assert stream.get_final_completion().choices[0].message.content == chat.choices[0].message.content
+    said = "".join(event.delta for event in stream if event.type == "content.delta")
+assert said == chat.choices[0].message.content
 for wrong, error in (({"n": 1000}, openai.BadRequestError), ({"model": "nobody"}, openai.NotFoundError)):
     try:
         client.completions.create(**{**asked, **wrong})

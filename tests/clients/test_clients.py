@@ -67,8 +67,15 @@ def test_guidellm(house, tmp_path):
     python_with("guidellm")
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"def f{i}(x):", "output_tokens_count": 4}) + "\n" for i in range(12)))
-    command = [PLACE / "bin" / "guidellm", "benchmark", "run", "--target", house.root, "--profile", "synchronous"]
-    command += ["--max-requests", "6", "--data", data, "--processor", house.folder, "--request-type", "text_completions"]
-    run(*command, "--output-path", tmp_path / "out.json", cwd=tmp_path)
+    backend = f"kind=openai_http,target={house.root},model=tiny,request_format=/v1/completions"
+    command = [PLACE / "bin" / "guidellm", "run", "--disable-console", "--backend", backend, "--profile", "kind=synchronous"]
+    command += ["--constraint", "kind=max_requests,count=6", "--data", f"kind=json_file,path={data}"]
+    command += [
+        "--tokenizer",
+        f"kind=huggingface_auto,model={house.folder}",
+        "--output",
+        f"kind=json,path={tmp_path / 'out.json'}",
+    ]
+    run(*command, cwd=tmp_path)
     said = json.dumps(json.loads((tmp_path / "out.json").read_text()))
     assert '"errored": 0' in said or '"errored": []' in said

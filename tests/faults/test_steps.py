@@ -11,13 +11,25 @@ import torch
 pytest.importorskip("fastapi")
 
 import moe_prism
+from moe_prism.artefact.load import load
 from moe_prism.schedule.base import Work
-from tests.serve.test_engine import LADDER, NEW, Plain, Waves, nano  # noqa: F401 - a fixture
+from tests.serve.test_engine import LADDER, NEW, Plain, Waves
+
+TEXTS = ("import os\n\ndef main(", "class A:\n    def b(self", "for i in range(10):\n" * 2, "x =")
+LONG = 60  # new tokens of the request that is stopped
+
+
+@pytest.fixture(scope="module")
+def tiny(elastic_tiny):
+    """(model, prompts, greedy tokens of each prompt at each level, alone)."""
+    model, tokenizer = load(elastic_tiny)
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    return model, prompts, [[switched(model, prompt, [level] * NEW) for prompt in prompts] for level in range(3)]
 
 
 @pytest.fixture
-def waves(nano):  # noqa: F811
-    made = Waves(nano[0])
+def waves(tiny):
+    made = Waves(tiny[0])
     yield made
     made.engine.stop()
 
@@ -43,17 +55,17 @@ class UrgentFirst(Recorded):
 
     def choose(self, now, waiting, running, limits):
         works = super().choose(now, waiting, running, limits)
-        others = [w for w in works if w.job.output < 100]
+        others = [w for w in works if w.job.output < LONG]
         return others or works
 
 
-def test_s10_a_request_that_was_stopped_goes_on_without_computing_anything_again(nano, waves):  # noqa: F811
-    _, prompts, reference = nano
-    alone = waves.run([prompts[0]], [2], new=110)[0][0]
+def test_s10_a_request_that_was_stopped_goes_on_without_computing_anything_again(tiny, waves):
+    _, prompts, reference = tiny
+    alone = waves.run([prompts[0]], [2], new=LONG)[0][0]
     policy = UrgentFirst()
     waves.engine.replace_policy(policy)
     heard: list = []
-    long = waves.submit(prompts[0], 2, new=110, heard=heard.append)
+    long = waves.submit(prompts[0], 2, new=LONG, heard=heard.append)
     for _ in range(3):
         while len(heard) < 5:
             time.sleep(0.002)
@@ -65,7 +77,7 @@ def test_s10_a_request_that_was_stopped_goes_on_without_computing_anything_again
         time.sleep(0.01)
     assert [e.token for e in heard if e.token is not None] == alone and long.job.id not in waves.engine.book
     computed = policy.done[long.job.id]
-    assert computed + long.cached_tokens == len(prompts[0]) + 110 - 1
+    assert computed + long.cached_tokens == len(prompts[0]) + LONG - 1
 
 
 class Switching(Recorded):
@@ -93,8 +105,8 @@ def switched(model, prompt, levels):
     return out
 
 
-def test_s18_points_may_change_every_step(nano):  # noqa: F811
-    model, prompts, _ = nano
+def test_s18_points_may_change_every_step(tiny):
+    model, prompts, _ = tiny
     waves = Waves(model, prefix_cache=False)
     try:
         policy = Switching()
@@ -110,9 +122,9 @@ def test_s18_points_may_change_every_step(nano):  # noqa: F811
 
 
 @pytest.mark.parametrize("mixes", [20, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
-def test_d02_tokens_are_the_same_in_every_mix(nano, mixes):  # noqa: F811
+def test_d02_tokens_are_the_same_in_every_mix(tiny, mixes):
     """Composition, order of arrival, levels and sizes of chunks are drawn; all must give the tokens of each request alone."""
-    model, prompts, reference = nano
+    model, prompts, reference = tiny
     draw = random.Random(17)
     for step_tokens in (16, 33, 512):
         waves = Waves(model, step_tokens=step_tokens, prefix_cache=step_tokens != 33)

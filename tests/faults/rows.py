@@ -81,7 +81,7 @@ def page() -> str:
         "# Reliability",
         "",
         "What is broken on purpose, what must then hold, and what was seen. A row is here because tests carry its name. The figures are",
-        "what those tests assert, or what the command beside them printed on two shared cores.",
+        "what those tests assert, or what the command beside them printed on two shared cores. What is short of a figure is said.",
         "",
         "| tier | when | command |",
         "|---|---|---|",

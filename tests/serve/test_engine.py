@@ -44,8 +44,8 @@ class Plain(Policy):
 class Waves:
     """Runs requests through an engine and gathers what their sinks hear."""
 
-    def __init__(self, model, **size):
-        self.engine = Engine(model, LADDER, Plain(), EngineSize(**{"requests": 8, "cache_tokens": 4096, "page": 16, **size}))
+    def __init__(self, model, ladder=LADDER, **size):
+        self.engine = Engine(model, ladder, Plain(), EngineSize(**{"requests": 8, "cache_tokens": 4096, "page": 16, **size}))
         self.engine.start()
         self.count = 0
 

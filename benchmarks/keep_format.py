@@ -24,7 +24,7 @@ from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.model.load import NANO
 from tests.checkpoint import quantized
 
-CALIBRATION = CalibrateOptions(tokens=8192, length=512)
+CALIBRATION = CalibrateOptions(text="stdlib", tokens=8192, length=512)
 BLOCK = (32, 32)
 
 

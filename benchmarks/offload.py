@@ -275,7 +275,7 @@ def elastic(args: argparse.Namespace, work: Path) -> Path:
         return work / "nano"
     source = work / "source"
     random_model(source)
-    tiny = CalibrateOptions(tokens=2048, length=256, reservoir=256)
+    tiny = CalibrateOptions(text="stdlib", tokens=2048, length=256, reservoir=256)
     refactor(source, work / "large", RefactorOptions(gates=0, solver="random", profile_tokens=0, calibration=tiny))
     return work / "large"
 

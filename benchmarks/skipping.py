@@ -79,7 +79,7 @@ def both(subject: Subject, point: OperatingPoint, room: float) -> OperatingPoint
 
 
 def rows(opened: Opened, args: argparse.Namespace) -> list[dict[str, Any]]:
-    options = FrontierOptions(tokens=args.tokens, length=args.length)
+    options = FrontierOptions(text="stdlib", tokens=args.tokens, length=args.length)
     evaluation = evaluation_windows(opened.tokenizer, opened.documents, options).ids
     wanted = args.calibration_tokens
     calibration = token_windows(opened.tokenizer, "stdlib", "calibration", length=args.length, tokens=wanted).ids

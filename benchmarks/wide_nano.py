@@ -44,7 +44,7 @@ COPIES, HEADS, HEAD, EXPERTS, CHOSEN, WIDTH = 16, 16, 128, 64, 8, 1024
 LEVELS = {"quarter": 0.25, "half": 0.5, "most": 0.75}
 Read = Callable[[str], Tensor]
 # Few tokens: the model has nano's 128 dimensions, however wide it is.
-CALIBRATION = CalibrateOptions(tokens=8192, reservoir=128, memory_mib=2048)
+CALIBRATION = CalibrateOptions(text="stdlib", tokens=8192, reservoir=128, memory_mib=2048)
 
 
 def build(folder: Path, layers: int, split: float) -> None:
@@ -158,7 +158,7 @@ def ensure(folder: Path, layers: int, split: float = 0.15) -> None:
 
 def routing(folder: Path, layers: int) -> dict[str, dict[str, Any]]:
     """What `inspect --routing` says of nano's first layers and of the wide model, and how often the halves meet."""
-    options = TraceOptions(tokens=2048)
+    options = TraceOptions(text="stdlib", tokens=2048)
     wide = record_trace(folder / "source", None, options)
     nano = record_trace("nano", None, options)
     nano = Trace(

@@ -15,7 +15,7 @@ from moe_prism.options.text import TextSource, named_parts, other_source, source
 SOURCES = [
     TextSource.of("stdlib"),
     text_source("rows.jsonl", ["question", "answer"]),
-    text_source("stdlib", [], ["code=a/b", "prose=c=d.txt"]),
+    text_source(None, [], ["code=a/b", "prose=c=d.txt"]),
 ]
 
 

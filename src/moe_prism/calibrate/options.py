@@ -13,5 +13,5 @@ def settings(options: CalibrateOptions) -> Settings:
     """What a pass over the windows is run with."""
     batch = 64 if options.low_memory else 8
     names = tuple(options.collectors)
-    memory, domains = options.memory_mib << 20, options.source.domains
+    memory, domains = options.memory_mib << 20, options.named_domains
     return Settings(names, capacity=options.reservoir, memory_bytes=memory, batch=batch, seed=options.seed, domains=domains)

@@ -29,7 +29,7 @@ class Opening(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writing(Placement):
+class WriterPlacement(Placement):
     """The same where --dtype is the type of what is written."""
 
     dtype: ComputeType | None = option(None, TYPE_WORDS, flag="compute_dtype")
@@ -46,7 +46,7 @@ def opening(command: Callable[..., None]) -> Callable[..., None]:
         return command
     added: dict[str, type[Options]] = {"source": Opening}
     if name in RUNS:
-        added["place"] = Placement if type_flag(command) == "--dtype" else Writing
+        added["place"] = Placement if type_flag(command) == "--dtype" else WriterPlacement
 
     def run(*given: Any, source: Opening, place: Placement | None = None, **named: Any) -> None:
         with ExitStack() as stack:

@@ -39,7 +39,7 @@ OF_THE_RUN = ("resume", "force", "json", "dry_run", "report_only")
 STEP_MODEL = "model"
 
 
-class Closed(BaseModel):
+class RecipePart(BaseModel):
     """Nothing that is not known."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -75,14 +75,16 @@ def step_form(command: str) -> type[BaseModel]:
             fields[name] = (kind, pydantic.Field(default, description=words.get(name)))
         else:
             fields[name] = (_ranged(kind, declared), pydantic.Field(_default(declared), description=declared.metadata["help"]))
-    return pydantic.create_model(f"{command.capitalize()}Step", __base__=Closed, __doc__=f"moe-prism {command}", **fields)
+    return pydantic.create_model(f"{command.capitalize()}Step", __base__=RecipePart, __doc__=f"moe-prism {command}", **fields)
 
 
 @cache
 def recipe_form() -> type[BaseModel]:
     """A whole recipe."""
     commands: dict[str, Any] = {name: (step_form(name) | None, None) for name in COMMANDS}
-    step: Any = pydantic.create_model("Step", __base__=Closed, __doc__="One command: its name, and its flags below.", **commands)
+    step: Any = pydantic.create_model(
+        "Step", __base__=RecipePart, __doc__="One command: its name, and its flags below.", **commands
+    )
     place = {
         name: (kind | None, pydantic.Field(None, description=declared.metadata["help"]))
         for name, kind, declared in flags_of(Placement)
@@ -96,7 +98,7 @@ def recipe_form() -> type[BaseModel]:
         "steps": (list[step], pydantic.Field(min_length=1, max_length=100)),
     }
     return pydantic.create_model(
-        "Recipe", __base__=Closed, __doc__="A whole job of moe-prism: a model, and the commands to run on it.", **fields
+        "Recipe", __base__=RecipePart, __doc__="A whole job of moe-prism: a model, and the commands to run on it.", **fields
     )
 
 

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from .output import note, table, written
 
 if TYPE_CHECKING:
-    from ..frontier.runs import Run
+    from ..frontier.runs import MeasuredRun
 
 
 def report(
@@ -45,7 +45,7 @@ def report(
             note(f"report: {out}")
 
 
-def show(runs: list[Run]) -> str:
+def show(runs: list[MeasuredRun]) -> str:
     """One table of prices, and one of tasks per run that has any."""
     from ..frontier.evaluation import score_rows
     from ..frontier.runs import SHARES

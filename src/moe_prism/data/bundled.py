@@ -93,4 +93,14 @@ BUNDLED: Mapping[str, Callable[[], list[Document]]] = {
     "domains": all_domains,
     **{f"domains/{name}": partial(domain, name) for name in DOMAINS},
 }
+KINDS: Mapping[str, str] = {
+    "stdlib": "Python source of the standard library",
+    "domains": "Python, English documentation, C++ headers, JavaScript, JSON and HTML",
+    "topics": "English help texts of Python",
+    "domains/python": "Python source",
+    "domains/prose": "English documentation",
+    "domains/headers": "C++ headers",
+    "domains/web": "JavaScript, JSON and HTML",
+}
+"""What each of them holds, in words."""
 UNSEEN = set(BUNDLED) - {"topics"}  # only files of the two buckets that no shipped model was trained on

@@ -17,7 +17,7 @@ FRONTIER = "frontier.json"
 
 
 @dataclass(frozen=True)
-class Run:
+class MeasuredRun:
     """One measured frontier, its tasks if any were run, and what it is called here."""
 
     name: str
@@ -61,7 +61,7 @@ def _said(point: MeasuredPoint | None) -> dict[str, Any] | None:
     return {"name": point.name, "kl": point.kl, "top1_agreement": point.top1_agreement, "bytes": point.active_expert_bytes}
 
 
-def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+def read_runs(paths: Sequence[str | Path]) -> list[MeasuredRun]:
     """Runs from folders with a frontier.json, or from such files. UsageError for a path without one; names are told apart."""
     if not paths:
         raise UsageError("there is nothing to compare", "give folders with a frontier.json")
@@ -74,10 +74,10 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
         frontier = Frontier.load(file)
         if not frontier.every:
             raise UsageError(f"{file} has no points", "measure some with `moe-prism frontier`")
-        found.append(Run(file.absolute().parent.name, frontier, Evaluation.load(tasks) if tasks.is_file() else None))
+        found.append(MeasuredRun(file.absolute().parent.name, frontier, Evaluation.load(tasks) if tasks.is_file() else None))
     names = [run.name for run in found]
     return [
-        Run(f"{i}:{run.name}" if names.count(run.name) > 1 else run.name, run.frontier, run.evaluation)
+        MeasuredRun(f"{i}:{run.name}" if names.count(run.name) > 1 else run.name, run.frontier, run.evaluation)
         for i, run in enumerate(found, 1)
     ]
 
@@ -98,7 +98,7 @@ def compare_runs(paths: Sequence[str | Path]) -> Findings:
     return Findings({"runs": [run.to_json() for run in found], "doubts": doubts(found)}, "runs")
 
 
-def doubts(runs: Sequence[Run]) -> list[str]:
+def doubts(runs: Sequence[MeasuredRun]) -> list[str]:
     """Why these figures should not be compared, in sentences."""
     said = []
     if len({run.text for run in runs}) > 1:

@@ -14,7 +14,7 @@ from ..checkpoint import read_manifest
 from ..checkpoint.companions import origin
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.shards import read_json
-from ..data.bundled import BUNDLED
+from ..data.bundled import BUNDLED, KINDS
 from ..errors import CorruptError
 from ..frontier import Frontier
 from ..model import resolve
@@ -29,15 +29,6 @@ FIELDS = {
     "law": ("legal", "law"),
     "finance": ("finance", "financial"),
     "chemistry": ("chemistry", "molecule"),
-}
-KINDS = {
-    PYTHON: "Python source of the standard library",
-    GENERAL: "Python, English documentation, C++ headers, JavaScript, JSON and HTML",
-    "topics": "English help texts of Python",
-    "domains/python": "Python source",
-    "domains/prose": "English documentation",
-    "domains/headers": "C++ headers",
-    "domains/web": "JavaScript, JSON and HTML",
 }
 Asked = TypeVar("Asked")
 

@@ -72,6 +72,11 @@ class CalibrateOptions(Options):
         return TextSource(named_parts(self.tasks, "--tasks"), tuple(self.text_field))
 
     @property
+    def named_domains(self) -> tuple[str, ...]:
+        """The names of the domains, also where the text is not settled yet."""
+        return self.source.domains if self.text is not None or self.domains or self.tasks else ()
+
+    @property
     def source(self) -> TextSource:
         """What --text, --text-field and --domain name, or --tasks."""
         if self.tasks:

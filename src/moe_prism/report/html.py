@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..data.bundled import KINDS
 from ..errors import UsageError
 from ..frontier.evaluation import score_rows
 from ..frontier.record import Frontier, MeasuredPoint, write_atomic
@@ -58,6 +59,7 @@ def render(frontier: Frontier, extra: Mapping[str, Any] | None = None) -> str:
     return template.render(
         frontier=frontier,
         sentences=sentences(frontier),
+        texts=texts(frontier),
         tiles=tiles(frontier),
         figures=_figures(frontier),
         columns=_columns(frontier.every),
@@ -75,6 +77,20 @@ def render(frontier: Frontier, extra: Mapping[str, Any] | None = None) -> str:
         score_rows=score_rows,
         data=_script_json(frontier.to_json()),
     )
+
+
+def texts(frontier: Frontier) -> list[str]:
+    """What it was calibrated and judged on, for the head of the page; nothing of a file that does not say."""
+    said = []
+    for what, key in (("Calibrated on", "calibration"), ("Judged on", "evaluation")):
+        facts = frontier.provenance.get(key) or {}
+        if "text" in facts:
+            name = str(facts["text"])
+            kind = f" ({KINDS[name]})" if name in KINDS else ""
+            said.append(
+                f"{what} {name}{kind}" + (f", {facts['tokens']:,} tokens" if isinstance(facts.get("tokens"), int) else "")
+            )
+    return said
 
 
 def domain_names(frontier: Frontier) -> list[str]:

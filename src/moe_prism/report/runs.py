@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..frontier.evaluation import score_cell
 from ..frontier.record import write_atomic
-from ..frontier.runs import SHARES, Run, doubts
+from ..frontier.runs import SHARES, MeasuredRun, doubts
 from . import chart
 from .summary import KL_ZERO, kl, percent
 
@@ -20,13 +20,13 @@ TITLE = "Drift of every run at each price"
 COLOURS = [chart.BLUE, chart.VERMILLION, *chart.OTHERS]
 
 
-def write_runs(runs: Sequence[Run], path: str | Path) -> None:
+def write_runs(runs: Sequence[MeasuredRun], path: str | Path) -> None:
     """Write the page to `path`, at once or not at all."""
     chart.libraries()
     write_atomic(path, render(runs).encode())
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Sequence[MeasuredRun]) -> str:
     """The page as text."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -45,7 +45,7 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
-def curves(runs: Sequence[Run], width: int = chart.WIDE) -> alt.LayerChart:
+def curves(runs: Sequence[MeasuredRun], width: int = chart.WIDE) -> alt.LayerChart:
     """KL to the source (log) of every run's Pareto points against the share of its full model's bytes."""
     alt = chart.libraries()
     data = [
@@ -73,11 +73,11 @@ def curves(runs: Sequence[Run], width: int = chart.WIDE) -> alt.LayerChart:
     return chart.dressed(layers, TITLE, words, width)
 
 
-def _best(run: Run) -> list[Any]:
+def _best(run: MeasuredRun) -> list[Any]:
     return [run.within(share * run.full_bytes) for share in SHARES]
 
 
-def _tasks(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _tasks(runs: Sequence[MeasuredRun]) -> list[dict[str, Any]]:
     """Rows (task, metric, cells) over the points of all runs that have any."""
     columns = [(run.name, point) for run in runs if run.evaluation for point in run.evaluation.points]
     keys = list(dict.fromkeys((s.task, s.metric) for _, point in columns for s in point.scores))

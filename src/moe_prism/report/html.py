@@ -8,7 +8,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..data.bundled import KINDS
 from ..errors import UsageError
 from ..frontier.evaluation import score_rows
 from ..frontier.record import Frontier, MeasuredPoint, write_atomic
@@ -187,6 +186,8 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 def _script_json(data: Mapping[str, Any]) -> Any:
     """JSON that cannot end its <script> element: every character HTML could react to is written as a JSON escape."""
+    from ..data.bundled import KINDS  # whose package loads torch
+
     from markupsafe import Markup
 
     text = json.dumps(data, indent=1, sort_keys=True, allow_nan=False)  # ASCII only, so U+2028 is escaped already

@@ -80,6 +80,8 @@ def render(frontier: Frontier, extra: Mapping[str, Any] | None = None) -> str:
 
 def texts(frontier: Frontier) -> list[str]:
     """What it was calibrated and judged on, for the head of the page; nothing of a file that does not say."""
+    from ..data.bundled import KINDS  # whose package loads torch
+
     said = []
     for what, key in (("Calibrated on", "calibration"), ("Judged on", "evaluation")):
         facts = frontier.provenance.get(key) or {}
@@ -186,8 +188,6 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 def _script_json(data: Mapping[str, Any]) -> Any:
     """JSON that cannot end its <script> element: every character HTML could react to is written as a JSON escape."""
-    from ..data.bundled import KINDS  # whose package loads torch
-
     from markupsafe import Markup
 
     text = json.dumps(data, indent=1, sort_keys=True, allow_nan=False)  # ASCII only, so U+2028 is escaped already

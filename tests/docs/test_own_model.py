@@ -56,7 +56,7 @@ def sharded(folder, monkeypatch):
 
 def gguf(folder, monkeypatch):
     pytest.importorskip("gguf")
-    save_tiny("qwen3_moe", folder / "plain", **WIDE)
+    save_tiny("qwen3_moe", folder / "plain", moe_intermediate_size=64, **WIDE)
     (folder / "ggufs").mkdir()
     write_gguf(folder / "plain", folder / "ggufs/model.gguf", "Q8_0")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):

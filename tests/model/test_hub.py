@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -135,10 +136,19 @@ def test_placement_is_that_of_the_block_and_on_record(tiny_source):
         model = load_to_run(tiny_source)
         assert model.dtype == torch.bfloat16 and recorded(SkipOptions())["placement"] == {"dtype": "bfloat16", "device": "cpu"}
     assert load_to_run(tiny_source).dtype == torch.float32 and placement() == Placement()
-    with placed(Placement(device_map="auto")):
-        assert {p.device.type for p in load_to_run(tiny_source).parameters()} == {"cpu"}
     with placed(Placement(dtype="auto")):
         assert load_to_run(tiny_source).dtype == torch.float32  # as stored
+
+
+def test_a_model_is_spread_where_accelerate_is_installed(tiny_source, run, elastic_tiny, monkeypatch):
+    pytest.importorskip("accelerate")
+    with placed(Placement(device_map="auto")):
+        assert {p.device.type for p in load_to_run(tiny_source).parameters()} == {"cpu"}
+    words = ("generate", elastic_tiny, "--prompt", "import", "--max-tokens", 2, "--device-map", "auto")
+    assert run(*words, "--dtype", "bf16")[0] == 0
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    code, _, err = run(*words)
+    assert code == 2 and "pip install 'moe-prism[accelerate]'" in err and err.count("\n") == 1
 
 
 def test_a_gpu_is_where_it_goes_if_asked(monkeypatch, tiny_source):
@@ -165,4 +175,3 @@ def test_flags_that_exclude_each_other_are_refused(run, elastic_tiny, tiny_sourc
     ):
         code, _, err = run(*generate, *given)
         assert code == 2 and said in err and err.count("\n") == 1, err
-    assert run(*generate, "--dtype", "bf16", "--device-map", "auto")[0] == 0

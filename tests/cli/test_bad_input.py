@@ -218,7 +218,7 @@ def test_bad_options_of_frontier(fails, elastic_tiny, tmp_path, options, names):
     assert names in fails(2, "frontier", elastic_tiny, "-o", tmp_path / "out", *options)
 
 
-@pytest.mark.parametrize("command", [("frontier",), ("generate", "--prompt", "x"), ("verify",)])
+@pytest.mark.parametrize("command", [("frontier",), ("verify",)])
 def test_a_folder_that_is_not_elastic(fails, tiny_source, tmp_path, command):
     assert "no prism.json" in fails(2, command[0], tiny_source, *command[1:])
     assert "no prism.json" in fails(2, command[0], tmp_path / "missing", *command[1:])

@@ -133,7 +133,7 @@ def serve(folder):
             assert "<html" in (await web.get(url.removesuffix("/v1"))).text
             return (await web.post(f"{url}/completions", json=json.loads(body))).json()
 
-    with open_house(folder) as house:
+    with open_house(folder, probe_seconds=2.0) as house:
         assert asyncio.run(ask(house.url))["moe_prism"]["quality"] >= 0.9
 
 

@@ -99,7 +99,9 @@ def compress_model(
     result = Compressed(options.method, len(found.experts), found.bytes(), folder=Path(out))
     if (resume := how.get("resume", False)) and (done := finished(out, {"kind": KIND, **inputs})):
         return Compressed(**{**result.__dict__, "manifest": done})
-    begin(needed_by_rewriting(weights, written_bytes(weights)), out, resume=resume, force=how.get("force", False))
+    before, after = found.bytes()
+    size = max(after, written_bytes(weights) - before + after)
+    begin(needed_by_rewriting(weights, size), out, resume=resume, force=how.get("force", False))
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         journal = Journal(folder.work, inputs)
         with how.get("report", silent)("write") as update:

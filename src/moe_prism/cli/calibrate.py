@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ..options.calibrate import CalibrateOptions
+from ..progress import Report
 from .flags import Run
 from .output import emit, note, progress
 from .rehearsal import show_rehearsal
@@ -34,13 +35,14 @@ def calibrate(
     """
     from ..jobs.calibrate import calibrate_model
 
+    report: Report = progress
     if not options.tasks:
-        options = told_text(model, options, "calibration text")
+        options, report = told_text(model, options, "calibration text")
     if dry_run:
         return show_rehearsal(
             calibrate_model, model, out, options, target=out, as_json=run.json, resume=run.resume, force=run.force
         )
-    statistics = calibrate_model(model, out, options, resume=run.resume, force=run.force, report=progress)
+    statistics = calibrate_model(model, out, options, resume=run.resume, force=run.force, report=report)
     facts = {"folder": str(out), **statistics.to_json()}
     if tasks := facts.get("tasks"):
         said = f"{tasks['answered']} tasks answered with {tasks['answer_tokens']} tokens, {tasks['ended']} of them to an end"

@@ -53,10 +53,10 @@ def frontier(
     if out is None and lies_in_cache(folder):
         raise UsageError(f"'{folder.name}' lies in the hub's cache, where nothing is written", "give --out FOLDER")
     options.check()
-    options = told_text(folder, options, "evaluation text", f"; calibrated on: {texts_of(folder)['calibrated_on']}")
+    options, report = told_text(folder, options, "evaluation text", f"; calibrated on: {texts_of(folder)['calibrated_on']}")
     if dry_run:
         return show_rehearsal(run, folder, options, as_json=json)
-    result = run(folder, options, report=progress)
+    result = run(folder, options, report=report)
     target = out or folder
     keep = keep_frontier if out is None else write_frontier
     if timing.time:

@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ..options.refactor import RefactorOptions
+from ..progress import Report
 from .flags import Run
 from .output import emit, note, note_left_out, progress
 from .rehearsal import show_rehearsal
@@ -40,13 +41,14 @@ def refactor(
     """
     from ..jobs.refactor import refactor as write
 
+    report: Report = progress
     if calibration is None:
-        told = told_text(model, options.calibration, "calibration text", "; its other files are left for evaluation")
+        told, report = told_text(model, options.calibration, "calibration text", "; its other files are left for evaluation")
         options = replace(options, calibration=told)
     if dry_run:
         given = {"calibration": calibration, "resume": run.resume, "force": run.force}
         return show_rehearsal(write, model, out, options, target=out, **given, as_json=run.json)
-    done = write(model, out, options, calibration=calibration, resume=run.resume, force=run.force, report=progress)
+    done = write(model, out, options, calibration=calibration, resume=run.resume, force=run.force, report=report)
     facts = done.to_json()
     note_left_out(facts["left_out"])
     if kept := facts["kept_format"]:

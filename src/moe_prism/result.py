@@ -47,7 +47,7 @@ class Result:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"
 
 
-class Facts(dict[str, Any], Result):
+class Findings(dict[str, Any], Result):
     """A result that is a dictionary of plain JSON values. rows: the key of the list that makes its rows."""
 
     def __init__(self, values: Mapping[str, Any], rows: str | None = None) -> None:

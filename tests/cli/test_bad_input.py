@@ -72,6 +72,10 @@ DAMAGES = [
 ]
 
 
+FIRST = ("calibration text: ", "evaluation text: ", "warning: ")
+"""What a long command says before it looks at the rest."""
+
+
 @pytest.fixture
 def fails(capsys, tmp_path):
     """fails(code, *arguments): run, check the one line and the empty folder, return the line."""
@@ -81,6 +85,7 @@ def fails(capsys, tmp_path):
         capsys.readouterr()
         found = cli.main([str(a) for a in arguments])
         out, err = capsys.readouterr()
+        err = "".join(line for line in err.splitlines(keepends=True) if not line.startswith(FIRST))
         assert found == code, err
         assert err.startswith("moe-prism: error: ") and err.count("\n") == 1, err
         assert "; " in err, "no next step"
@@ -213,7 +218,7 @@ def test_bad_options_of_frontier(fails, elastic_tiny, tmp_path, options, names):
     assert names in fails(2, "frontier", elastic_tiny, "-o", tmp_path / "out", *options)
 
 
-@pytest.mark.parametrize("command", [("frontier",), ("generate", "--prompt", "x"), ("verify",)])
+@pytest.mark.parametrize("command", [("frontier",), ("verify",)])
 def test_a_folder_that_is_not_elastic(fails, tiny_source, tmp_path, command):
     assert "no prism.json" in fails(2, command[0], tiny_source, *command[1:])
     assert "no prism.json" in fails(2, command[0], tmp_path / "missing", *command[1:])

@@ -19,7 +19,7 @@ import pytest
 
 import moe_prism
 from moe_prism.cli import build
-from moe_prism.result import Facts
+from moe_prism.result import Findings
 
 from .pages import ROOT
 
@@ -148,9 +148,9 @@ def test_results_become_json_frames_and_tables():
     json.dumps(facts.to_json())
     frame = facts.to_frame()
     assert list(frame["experts"]) == [32] * 6 and len(frame) == len(facts.to_records())
-    table = Facts({"rows": [{"name": "<script>", "kl": 0.123456789, "none": None}]}, "rows")._repr_html_()
+    table = Findings({"rows": [{"name": "<script>", "kl": 0.123456789, "none": None}]}, "rows")._repr_html_()
     assert "&lt;script&gt;" in table and "<td>0.123457</td>" in table and "<td></td>" in table
-    long = Facts({"rows": [{"n": n} for n in range(100)]}, "rows")
+    long = Findings({"rows": [{"n": n} for n in range(100)]}, "rows")
     assert long._repr_html_().count("<tr>") == 61 and "40 more" in long._repr_html_()
 
 

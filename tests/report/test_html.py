@@ -241,5 +241,5 @@ def test_tasks_stand_in_the_report_with_their_errors(frontier, tmp_path):
     assert "lm-eval" not in (tmp_path / "report.html").read_text()
     (tmp_path / "eval.json").write_bytes(found.encoded())
     assert add_tasks(tmp_path)
-    rows = [row for row in Page((tmp_path / "report.html").read_text()).rows if row]
+    rows = [row[:3] for row in Page((tmp_path / "report.html").read_text()).rows]
     assert ["arc", "acc", "0.6200 ± 0.0485"] in rows and ["<b>own</b>", "f1", "0.5000"] in rows

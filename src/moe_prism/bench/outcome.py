@@ -12,7 +12,7 @@ import numpy as np
 
 from ..files import replace_file
 from ..schedule.base import Job
-from ..schedule.simulate import Result
+from ..schedule.simulate import Served
 
 OK = "ok"
 REFUSED = "refused"  # 429 or 503
@@ -92,12 +92,12 @@ class Outcome:
         }
 
 
-def of_simulation(results: Iterable[Result], end: float) -> list[Outcome]:
+def of_simulation(results: Iterable[Served], end: float) -> list[Outcome]:
     """The simulator's results in the client's terms. Token times between the first and the last are spread evenly."""
     return [_simulated(result, end) for result in results]
 
 
-def _simulated(result: Result, run_end: float) -> Outcome:
+def _simulated(result: Served, run_end: float) -> Outcome:
     job = result.job
     outcome = Outcome(
         job, result.length, job.arrival, end=result.end, prompt=job.prompt, computed=result.tokens, quality=result.quality

@@ -75,17 +75,22 @@ class _Call(NamedTuple):
     def __call__(self, text: str, is_silent: bool = False) -> Generated:
         from ..jobs.generate import generate as run
 
-        how: dict[str, Any] = {} if is_silent else {"heard": _write}
+        is_begun = self.talk is not None or is_silent
+
+        def hear(piece: str) -> None:
+            nonlocal is_begun
+            _write(piece if is_begun else text + piece)  # the prompt only once there is an answer: an error leaves stdout empty
+            is_begun = True
+
+        how: dict[str, Any] = {} if is_silent else {"heard": hear}
         prompt = text if self.talk is None else self.talk.ask(text)
-        if self.talk is None and not is_silent:
-            _write(text)
         result = run(
             self.model, self.tokenizer, prompt, point=self.point, sampling=self.options, is_rendered=self.talk is not None, **how
         )
         if self.talk is not None:
             self.talk.hear(result.text)
         if not is_silent:
-            _write("\n")
+            _write("\n" if is_begun else f"{text}\n")
         return result
 
 

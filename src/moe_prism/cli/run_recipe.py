@@ -10,12 +10,12 @@ from typing import Any
 
 from ..cli import main
 from ..errors import CorruptError, DoesNotFit, PrismError, UsageError
-from ..result import Facts
+from ..result import Findings
 
 ERRORS: dict[int, type[PrismError]] = {error.exit_code: error for error in (PrismError, UsageError, DoesNotFit, CorruptError)}
 
 
-def run_recipe(file: str | Path, *, changes: tuple[str, ...] = (), resume: bool = False, force: bool = False) -> Facts:
+def run_recipe(file: str | Path, *, changes: tuple[str, ...] = (), resume: bool = False, force: bool = False) -> Findings:
     r"""Run the steps of a recipe, one after the other; a row per step, with what its command says as JSON.
 
     changes: KEY=VALUE, like refactor.n_sub=8. Raises what a step raises, with the steps before it done.
@@ -35,4 +35,4 @@ def run_recipe(file: str | Path, *, changes: tuple[str, ...] = (), resume: bool 
     if code:
         last = steps[-1] if steps and "error" in steps[-1] else {"error": told.getvalue().strip(), "next_step": ""}
         raise ERRORS.get(code, PrismError)(last["error"], last["next_step"])
-    return Facts({"steps": steps}, "steps")
+    return Findings({"steps": steps}, "steps")

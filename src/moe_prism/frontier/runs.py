@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..result import Facts
+from ..result import Findings
 from .evaluation import FILE, Evaluation
 from .record import Frontier, MeasuredPoint
 
@@ -82,7 +82,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[MeasuredRun]:
     ]
 
 
-def compare_runs(paths: Sequence[str | Path]) -> Facts:
+def compare_runs(paths: Sequence[str | Path]) -> Findings:
     """Measured frontiers side by side: KL at equal shares of bytes, tasks, and why the figures should not be compared.
 
     paths: folders with a frontier.json, or such files. Raises UsageError for one without.
@@ -95,7 +95,7 @@ def compare_runs(paths: Sequence[str | Path]) -> Facts:
     (2, [])
     """
     found = read_runs(paths)
-    return Facts({"runs": [run.to_json() for run in found], "doubts": doubts(found)}, "runs")
+    return Findings({"runs": [run.to_json() for run in found], "doubts": doubts(found)}, "runs")
 
 
 def doubts(runs: Sequence[MeasuredRun]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from ..cores import cores
 from ..kernels.target import TARGET
 from ..model import find_layers, load_model
-from ..result import Facts
+from ..result import Findings
 from .half_budget import KNOWN, as_json, half_budget, shape_of_model
 from .resources import available_memory
 
@@ -27,7 +27,7 @@ EXTRAS = {
 GIB = 2**30
 
 
-def check_machine(model: str | Path | None = None) -> Facts:
+def check_machine(model: str | Path | None = None) -> Findings:
     """Processor, memory, libraries, what will work here, and the time of half a budget's experts beside stock transformers'.
 
     model: a folder with a config.json whose experts are timed too; no weights are read. Takes some seconds.
@@ -40,7 +40,7 @@ def check_machine(model: str | Path | None = None) -> Facts:
     shapes = dict(KNOWN)
     if model is not None:
         shapes[str(model)] = shape_of_model(model)
-    return Facts({**_machine(), "half_budget": as_json(list(half_budget(shapes)))}, "checks")
+    return Findings({**_machine(), "half_budget": as_json(list(half_budget(shapes)))}, "checks")
 
 
 def _machine() -> dict[str, Any]:

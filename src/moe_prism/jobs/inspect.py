@@ -1,4 +1,4 @@
-"""Facts about a model, read without loading its weights where that is possible."""
+"""Findings about a model, read without loading its weights where that is possible."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ..checkpoint import DequantizedSource, LayerStream, read_manifest
 from ..checkpoint.manifest import MANIFEST
 from ..errors import UsageError
 from ..model import MoELayer, find_layers, load_model, resolve
-from ..result import Facts
+from ..result import Findings
 
 SUB_EXPERTS = (2, 4, 8, 16, 32)
 
 
-def inspect_model(model: str | Path) -> Facts:
+def inspect_model(model: str | Path) -> Findings:
     """Layers, experts, shapes, bytes and the sub-expert counts that divide evenly, as JSON-ready values. n_sub is that of
     a folder that is elastic already, else None; quantized names the format of its weights, dtype what they stand for. CorruptError
     for a folder that is not whole.
@@ -51,7 +51,7 @@ def inspect_model(model: str | Path) -> Facts:
         "unread_tensors": unread,
         "sub_experts": [n for n in SUB_EXPERTS if all(layer.width % n == 0 for layer in layers)],
     }
-    return Facts(found, "layers")
+    return Findings(found, "layers")
 
 
 def _cut(where: Path) -> int | None:

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from ..catalogue import registry
 from ..methods.find import described
 from ..model.families import installed_families
-from ..result import Facts
+from ..result import Findings
 from ..systems import SYSTEMS
 
 
-def list_choices(kind: str) -> Facts:
+def list_choices(kind: str) -> Findings:
     """Names of a kind and what they are: methods, families, solvers, cache-policies ..., as `moe-prism ls --help` lists the kinds.
 
     Raises UsageError for a kind that there is not.
@@ -28,4 +28,4 @@ def list_choices(kind: str) -> Facts:
         entries = [asdict(system) for system in SYSTEMS]
     else:
         entries = [{"name": n, "summary": e.summary, "origin": e.origin} for n, e in registry(kind).entries().items()]
-    return Facts({"kind": kind, "entries": entries}, "entries")
+    return Findings({"kind": kind, "entries": entries}, "entries")

@@ -97,7 +97,7 @@ def measured_cutoffs(parts: LayerParts, statistics: LayerStatistics) -> Tensor:
 def _importance(mass: Floats, weight: Tensor, order: Ints) -> Floats:
     """What an error in a neuron's output weights counts, [f] in the new order: root mean square of activation x routing weight.
 
-    Its square, the energy, gave a larger KL (docs/log.md). A neuron that is silent on this text still counts a little.
+    Its square, the energy, gave a larger KL (docs/developer/log.md). A neuron that is silent on this text still counts a little.
     """
     rms = np.sqrt(np.square(mass * weight.abs().numpy()[:, None]).mean(0))[order]
     return np.maximum(rms, 0.01 * rms.mean() + 1e-12).astype(np.float32)  # type: ignore[no-any-return]

@@ -24,7 +24,7 @@ from ..offload.trace import Trace, load_trace
 from ..options.text import text_source
 from ..options.trace import TraceOptions
 from ..progress import Report, silent
-from ..result import Facts
+from ..result import Findings
 from .inspect import inspect_model
 from .rehearsal import begin
 from .resources import model_tree, needed_by_running
@@ -85,7 +85,7 @@ def _record(loaded: Any, windows: Any, options: TraceOptions, header: dict[str, 
     return record(recorder, windows, prompt=options.prompt, header=header, progress=update)
 
 
-def inspect_routing(model: str | Path, trace: str | Path | None = None, *, report: Report = silent) -> Facts:
+def inspect_routing(model: str | Path, trace: str | Path | None = None, *, report: Report = silent) -> Findings:
     """SRP, SCH and hit rates of a model's routing: from a trace file (`nano` is the shipped one), else from 4,096 tokens run now.
 
     >>> import moe_prism
@@ -93,14 +93,14 @@ def inspect_routing(model: str | Path, trace: str | Path | None = None, *, repor
     ['hit_rates', 'k', 'load']
     """
     if trace is None:
-        return Facts(routing_report(record_trace(model, None, TraceOptions(tokens=4096), report=report)), "hit_rates")
+        return Findings(routing_report(record_trace(model, None, TraceOptions(tokens=4096), report=report)), "hit_rates")
     found, experts = load_trace(trace), [row["experts"] for row in inspect_model(model)["layers"] if row["kind"] == "moe"]
     if experts != [found.experts] * found.layers:
         raise UsageError(
             f"trace '{trace}' has {found.layers} layers of {found.experts} experts, '{model}' has not",
             "record a trace of this model",
         )
-    return Facts(routing_report(found), "hit_rates")
+    return Findings(routing_report(found), "hit_rates")
 
 
 def compare_policies(

@@ -1,9 +1,9 @@
 """Register tiles of matrix products, written as LLVM vector code for numba: what the jobs in `block_jobs.py` are made of.
 
 The matrix libraries pack a weight matrix before they multiply it. With the few rows per sub-expert of decoding and short prompts, packing
-costs more than the product (docs/log.md has the figures). These tiles read the weights where they are, once, and keep a tile of the result
-in registers. Every result is added up in one fixed order, whatever the shape of the tile that it fell into, so a token's output
-does not depend on the other tokens of the batch.
+costs more than the product (docs/developer/log.md has the figures). These tiles read the weights where they are, once, and keep a
+tile of the result in registers. Every result is added up in one fixed order, whatever the shape of the tile that it fell into, so a
+token's output does not depend on the other tokens of the batch.
 
 Addresses are bytes, strides are elements.
 """

@@ -8,7 +8,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..data.bundled import KINDS
 from ..errors import UsageError
 from ..frontier.evaluation import score_rows
 from ..frontier.record import Frontier, MeasuredPoint, write_atomic
@@ -81,6 +80,8 @@ def render(frontier: Frontier, extra: Mapping[str, Any] | None = None) -> str:
 
 def texts(frontier: Frontier) -> list[str]:
     """What it was calibrated and judged on, for the head of the page; nothing of a file that does not say."""
+    from ..data.bundled import KINDS  # whose package loads torch
+
     said = []
     for what, key in (("Calibrated on", "calibration"), ("Judged on", "evaluation")):
         facts = frontier.provenance.get(key) or {}

@@ -32,7 +32,7 @@ class SimulatedEngine:
 
 
 @dataclass
-class Result:
+class Served:
     """What became of one request. Times are seconds; None where the request did not get that far."""
 
     job: Job
@@ -89,7 +89,7 @@ class SimulatedStep:
 class SimulatedRun:
     """A replay: every request's fate and every step."""
 
-    results: list[Result]
+    results: list[Served]
     steps: list[SimulatedStep] = field(default_factory=list)
     end: float = 0.0
 
@@ -102,12 +102,12 @@ class _State:
         self.waiting: list[Progress] = []
         self.running: list[Progress] = []
         self.queued: Counter[str] = Counter()
-        self.results: dict[str, Result] = {}
+        self.results: dict[str, Served] = {}
         self.free_cache = engine.cache
 
     def arrive(self, arrival: Arrival) -> None:
         job = arrival.job
-        result = self.results[job.id] = Result(job, arrival.length)
+        result = self.results[job.id] = Served(job, arrival.length)
         if self.queued[job.kind] >= self.engine.queue or job.prompt + job.output > self.engine.cache:
             result.refused = True
         else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .simulate import Result, SimulatedRun
+from .simulate import Served, SimulatedRun
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Summary:
     tpot_p99: float
 
 
-def window(run: SimulatedRun, start: float, end: float) -> list[Result]:
+def window(run: SimulatedRun, start: float, end: float) -> list[Served]:
     """Requests that arrived in [start, end)."""
     return [r for r in run.results if start <= r.job.arrival < end]
 
 
-def summarise(results: Sequence[Result], seconds: float) -> Summary:
+def summarise(results: Sequence[Served], seconds: float) -> Summary:
     """Figures of these requests, offered within `seconds`."""
     met = sum(r.met for r in results)
     tokens = sum(r.tokens for r in results)
@@ -53,7 +53,7 @@ def summarise(results: Sequence[Result], seconds: float) -> Summary:
     )
 
 
-def by_class(results: Sequence[Result]) -> dict[str, list[Result]]:
+def by_class(results: Sequence[Served]) -> dict[str, list[Served]]:
     """Results by class name, names in order."""
     kinds = sorted({r.job.kind for r in results})
     return {kind: [r for r in results if r.job.kind == kind] for kind in kinds}

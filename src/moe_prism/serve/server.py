@@ -38,7 +38,8 @@ FAREWELL = 1.0
 """Seconds for which a server whose engine has ended says so with 503, before it ends too."""
 TURN = 3e-4
 """Seconds a thread may keep the interpreter while another wants it. An engine in a thread gives it up at every tensor operation, and with
-Python's 5 ms would wait that long for the HTTP loop each time: of the tokens per second under load this was a sixth (docs/log.md)."""
+Python's 5 ms would wait that long for the HTTP loop each time: of the tokens per second under load this was a sixth
+(docs/developer/log.md)."""
 
 
 def serve_model(folder: str | Path, options: ServeOptions | None = None) -> None:

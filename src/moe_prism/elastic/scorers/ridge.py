@@ -2,7 +2,8 @@
 
 For expert e and features z = [x, sqrt(|a_g| ||W_down[:, g]||) for its N*r gate neurons, 1], the block output norms are predicted as
 exp(B_e z), B_e fitted in closed form on the calibration sample. No training, one small matmul. The log matters where slots are
-dropped: norms fitted directly come out negative for weak blocks, tie at zero, and the wrong ones go (docs/log.md has the figures).
+dropped: norms fitted directly come out negative for weak blocks, tie at zero, and the wrong ones go
+(docs/developer/log.md has the figures).
 """
 
 from __future__ import annotations

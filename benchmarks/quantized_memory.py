@@ -1,6 +1,6 @@
 """Peak memory of `refactor --low-memory` on a quantized checkpoint several times larger: forecast, limit, and what was used.
 
-    python benchmarks/quantized_memory.py [--forms fp8,mxfp4] [--layers 46]
+    python benchmarks/quantized_memory.py [--forms fp8,mxfp4] [--layers 52]
 
 Random weights. The command runs under RLIMIT_DATA = its own forecast (`--dry-run`); a MemoryError would end it. Baseline in the same
 run: the same command without --low-memory and without a limit, which holds the weights in float32. Both must write the same bytes.
@@ -34,7 +34,7 @@ MIB = 1 << 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forms", default="fp8,mxfp4")
-    parser.add_argument("--layers", type=int, default=46)
+    parser.add_argument("--layers", type=int, default=52)
     given = parser.parse_args()
     for form in given.forms.split(","):
         with tempfile.TemporaryDirectory() as work:

@@ -18,7 +18,7 @@ from ..partition.base import check_blocks
 from .align import align
 from .distance import LOGITS
 
-PROCESS_BYTES = 700 << 20  # Python with torch, transformers and numba loaded
+PROCESS_BYTES = 880 << 20  # Python with torch, transformers and numba loaded, as RLIMIT_DATA counts; 750 MiB of it are resident
 FLOAT32 = 4
 
 

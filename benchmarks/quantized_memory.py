@@ -1,14 +1,16 @@
 """Peak memory of `refactor --low-memory` on a quantized checkpoint several times larger: forecast, limit, and what was used.
 
-    python benchmarks/quantized_memory.py [--form fp8|mxfp4] [--layers 46]
+    python benchmarks/quantized_memory.py [--forms fp8,mxfp4] [--layers 52]
 
 Random weights. The command runs under RLIMIT_DATA = its own forecast (`--dry-run`); a MemoryError would end it. Baseline in the same
-run: the float32 weights that a run in memory holds.
+run: the same command without --low-memory and without a limit, which holds the weights in float32. Both must write the same bytes.
+All windows are one batch in both, so that sums have one order.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import resource
 import subprocess
@@ -18,34 +20,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests.tiny_sources import save_tiny
 
-EXPERTS, HIDDEN, WIDTH, BLOCK = 16, 512, 1024, 128
-FLAGS = ["--low-memory", "--tokens", "512", "--length", "64", "--reservoir", "64", "--solver", "greedy", "--json"]
+EXPERTS, HIDDEN, WIDTH, BLOCK = 4, 1024, 2048, 128
+FLAGS = ["--tokens", "128", "--length", "64", "--reservoir", "64", "--solver", "greedy", "--profile-tokens", "0", "--json"]
+MIB = 1 << 20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--form", default="fp8", choices=("fp8", "mxfp4"))
-    parser.add_argument("--layers", type=int, default=46)
+    parser.add_argument("--forms", default="fp8,mxfp4")
+    parser.add_argument("--layers", type=int, default=52)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work:
-        root = Path(work)
-        weights = build(root / "q", given.form, given.layers)
-        needed = run(root, "--dry-run")["peak_memory_bytes"]
-        used = run(root, limit=needed)["peak_rss_bytes"]
-        mib = 1 << 20
-        print(f"{given.form}: {weights * 4 // mib} MiB of float32 weights, {weights * 4 / needed:.1f} times the limit")
-        print(f"forecast and limit {needed // mib} MiB, peak {used // mib} MiB, {used / needed:.2f} of the forecast")
+    for form in given.forms.split(","):
+        with tempfile.TemporaryDirectory() as work:
+            print("\n".join(measure(Path(work), form, given.layers)), flush=True)
 
 
-def run(root: Path, *flags: str, limit: int | None = None) -> Any:
+def measure(root: Path, form: str, layers: int) -> list[str]:
+    """Lines of figures for one format."""
+    held = build(root / "q", form, layers) * 4
+    stored = sum(file.stat().st_size for file in (root / "q").glob("*.safetensors"))
+    needed = run(root, "low", "--low-memory", "--dry-run")["peak_memory_bytes"]
+    used = run(root, "low", "--low-memory", limit=needed)["peak_rss_bytes"]
+    low = hashes(root / "low")
+    whole = run(root, "whole")["peak_rss_bytes"]
+    same = sum(low[name] == found for name, found in hashes(root / "whole").items())
+    return [
+        f"{form}: {stored // MIB} MiB on disk, {held // MIB} MiB of float32 weights, {held / needed:.1f} times the limit",
+        f"forecast and limit {needed // MIB} MiB, peak {used // MIB} MiB, {used / needed:.2f} of the forecast",
+        f"in memory: peak {whole // MIB} MiB, {used / whole:.2f} times that; {same} of {len(low)} files of weights are equal to the bit",
+    ]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of tensors."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def run(root: Path, out: str, *flags: str, limit: int | None = None) -> Any:
     """What the command prints as JSON."""
-    command = [sys.executable, "-m", "moe_prism", "refactor", str(root / "q"), "-o", str(root / "out"), *FLAGS, *flags]
+    command = [sys.executable, "-m", "moe_prism", "refactor", str(root / "q"), "-o", str(root / out), *FLAGS, *flags]
 
     def bound() -> None:
         if limit:
@@ -80,8 +100,6 @@ def save_without_experts(family: str, folder: Path, changes: dict[str, Any]) -> 
     """The rest of the model; name -> shard."""
     small = {**changes, "intermediate_size": 32}
     save_tiny(family, folder, shard="10GB", dtype=torch.bfloat16, **small)
-    from safetensors.torch import load_file
-
     tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if ".experts." not in n}
     (folder / "model.safetensors").unlink()
     save_file(tensors, folder / "rest.safetensors", {"format": "pt"})

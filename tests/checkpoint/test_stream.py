@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_prism.checkpoint import LayerStream
-from moe_prism.errors import CorruptError, UsageError
+from moe_prism.errors import CorruptError, DoesNotFit, UsageError
 from moe_prism.model import find_layers
 
 from .tiny import FAMILIES, IDS, load, save
@@ -54,6 +54,17 @@ def test_a_layer_error_leaves_nothing_in_memory(tmp_path):
         model.get_submodule(stream.layer_names()[1]).mlp.forward = lambda *_: (_ for _ in ()).throw(RuntimeError("stop"))
         model(IDS)
     assert stream.resident_bytes() == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")])
+def test_no_memory_for_a_layer_is_said_as_such(error, tmp_path):
+    def read(name):
+        raise error
+
+    save("olmoe", tmp_path)
+    stream = LayerStream(tmp_path, torch.float32)
+    with pytest.raises(DoesNotFit, match="not enough memory"):
+        stream.materialise(stream.layer_names()[0], read=read)
 
 
 def test_compute_dtype_and_disk_dtype_are_separate(tmp_path):

@@ -6,6 +6,7 @@ come from `get_model_conversion_mapping`, and what they give back is compared wi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -25,10 +26,12 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from ..errors import UsageError
+from ..errors import DoesNotFit, UsageError
 from .shards import Source
 
 Read = Callable[[str], Tensor]
+NO_MEMORY = re.compile(r"\bMemoryError\b|allocate memory|not enough memory")
+LARGER = "use --low-memory, free some, or take a larger machine"
 
 
 class Lazy:
@@ -98,8 +101,14 @@ class Conversion:
             device_map={"": device},
             weight_mapping=self.rules,
         )
-        with quiet():
-            info, _ = convert_and_load_state_dict_in_model(self.model, dict(state), config, disk_offload_index=None)
+        try:
+            with quiet():
+                info, _ = convert_and_load_state_dict_in_model(self.model, dict(state), config, disk_offload_index=None)
+        except (MemoryError, RuntimeError) as error:
+            _check_memory(repr(error))
+            raise
+        for text in info.conversion_errors.values():
+            _check_memory(text)
         wrong = {name: f"cannot be made: {text.strip().splitlines()[-1]}" for name, text in info.conversion_errors.items()}
         wrong |= {n: f"is {tuple(found)} on disk, {tuple(wanted)} by config.json" for n, found, wanted in info.mismatched_keys}
         return Verdict(set(info.missing_keys), wrong)
@@ -194,3 +203,9 @@ def quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _check_memory(text: str) -> None:
+    """DoesNotFit where an error is that of an allocation. transformers keeps those of experts as one of their tensors."""
+    if NO_MEMORY.search(text):
+        raise DoesNotFit("there is not enough memory to load this part of the model", LARGER)

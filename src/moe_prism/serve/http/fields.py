@@ -42,7 +42,8 @@ _EXTRAS = _names(
     min_tokens skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens truncation_side allowed_token_ids prompt_logprobs
     logprob_token_ids bad_words add_special_tokens response_format structured_outputs priority request_id session_id
     return_tokens_as_token_ids return_token_ids routed_experts_prompt_start return_token_offsets mm_payload return_mm_kwargs cache_salt
-    kv_transfer_params ec_transfer_params vllm_xargs repetition_detection thinking_token_budget stream_interval echo"""
+    kv_transfer_params ec_transfer_params vllm_xargs repetition_detection thinking_token_budget stream_interval echo
+    return_weight_versions"""
 )
 VLLM: dict[Endpoint, frozenset[str]] = {
     "completions": _BOTH | _EXTRAS | _names("prompt suffix prompt_embeds"),
@@ -54,7 +55,7 @@ VLLM: dict[Endpoint, frozenset[str]] = {
         return_prompt_text"""
     ),
 }
-"""vLLM's fields. A test compares them with vLLM."""
+"""vLLM's fields, of 0.33. A test compares them with vLLM."""
 OURS = frozenset({"quality", "min_quality", "class", "ttft_ms", "tpot_ms", "priority"})
 
 
@@ -99,6 +100,7 @@ REFUSED: dict[str, NotDone] = {
     "return_tokens_as_token_ids": NotDone("tokens are shown by their text", StrictBool, (False,), "return_token_ids", True),
     "return_token_offsets": NotDone("it is not done", StrictBool, (False,), "logprobs, which has text_offset,", True),
     "return_prompt_text": NotDone("it is not done", StrictBool, (False,), "/tokenize", True),
+    "return_weight_versions": NotDone("a server's weights never change", StrictBool, (False,), example=True),
     "routed_experts_prompt_start": NotDone("routing is not reported", StrictInt, (0,), example=3),
     "kv_transfer_params": NotDone("caches are not moved between servers", Json, ({},), example={"x": 1}),
     "ec_transfer_params": NotDone("caches are not moved between servers", Json, ({},), example={"x": 1}),

@@ -35,13 +35,15 @@ methods: Registry[type[Any]] = Registry(
         "weight-cutoff": Entry("moe_prism.methods.skip.weight_cutoff:WeightCutoffMethod", "per token: weights below the layer's calibrated cutoff are skipped; :METHOD gives the counts", acts="routing"),
         "batch-redistribution": Entry("moe_prism.methods.skip.batch_redistribution:BatchMethod", "per batch: a layer's budget goes to the largest weights; :METHOD gives the counts", acts="routing"),
         # weights: experts in fewer bits, by a codec
-        "rtn": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "whole numbers of 2 to 8 bits, rounded to nearest; :BITS", acts="weights"),
+        "rtn": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "whole numbers of 1 to 8 bits, rounded to nearest; :BITS", acts="weights"),
         "nested": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "2 to 8 bits from one file (MWQ); :BITS", acts="weights"),
         "fp8-block": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "8-bit floats in blocks", acts="weights"),
         "mxfp4": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "4-bit floats in groups of 32", acts="weights"),
         "binary": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "signs and one size per group", acts="weights"),
         "ternary": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "-1, 0, 1 and one size per group (MoTE)", acts="weights"),
         "low-rank-sparse": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "two thin matrices and the rows that they miss most (MC-SMoE); :BITS", acts="weights"),
+        "pmq": Entry("moe_prism.methods.quantize.pmq:Pmq", "1 to 3 bits per expert, by what a width does to its layer (MC-MoE); :BITS", acts="weights"),
+        "quantmoe": Entry("moe_prism.methods.quantize.quantmoe:QuantMoe", "4 bits for experts that a rule favours, 2 for the rest; :frequency (default), :first, :outliers, :turns", acts="weights"),
         # weights: criteria of expert pruning, measured in mask mode as prune:CRITERION
         "random": Entry("moe_prism.methods.prune.random_draw:RandomDraw", "a uniform draw, by --seed", acts="weights"),
         "odd": Entry("moe_prism.methods.prune.position:Odd", "experts with odd ids, counted from 0", acts="weights"),

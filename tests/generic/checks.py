@@ -20,11 +20,13 @@ from moe_prism.catalogue import methods
 from moe_prism.compress.changes import change_of
 from moe_prism.compress.codec.nested import Nested
 from moe_prism.compress.prune import Criterion
+from moe_prism.compress.quantize import QuantizeChange
 from moe_prism.elastic import Rule
 from moe_prism.elastic.bind import Step, bind
 from moe_prism.frontier.cost import measured_cost
 from moe_prism.jobs.frontier import evaluation_windows, measure_frontier, subject_of
 from moe_prism.methods.find import PRUNE, method
+from moe_prism.model import MoELayer
 from moe_prism.options.frontier import FrontierOptions
 from moe_prism.point import FULL, NamedPoint, OperatingPoint, RoutingStage, SlotRule
 from moe_prism.routing import stage_class
@@ -211,23 +213,34 @@ def costs_what_its_widths_read(bench: Bench, asked: str) -> None:
 
 @torch.no_grad()
 def costs_what_its_codec_stores(bench: Bench, asked: str) -> None:
-    """Of a change that stores experts otherwise: a token reads its k experts, each as many bytes as their planes have."""
+    """Of a change that stores experts otherwise: a token reads its k experts, each as many bytes as its planes have."""
     elastic = bench.opened.elastic
     ids = distinct_rows(bench.opened.model, 48)
     for named in (bench.points(asked)[0], bench.points(asked)[-1]):
+        own = [layer.parts.layer for layer in elastic.layers]
         change = change_of(named.point.weights)
-        wanted = 0.0
-        for layer in elastic.layers:
-            own = layer.parts.layer
-            planes = [
-                change.codec.encode(w.detach(), change.bits, change.group) for w in (own.gate, own.up, own.down) if w is not None
-            ]
-            biases = own.parameters_per_expert() - sum(w[0].numel() for w in (own.gate, own.up, own.down) if w is not None)
-            wanted += sum(p.bytes(change.bits) for p in planes) / own.num_experts + biases * elastic.stored_bytes_per_weight
-        step = Step(bind(elastic, [named.point]))
-        with elastic.at(step), elastic.count():
-            bench.opened.model(input_ids=ids)
-            assert measured_cost(elastic, step).active_expert_bytes == pytest.approx(wanted * elastic.k, rel=1e-12)
+        sizes = [
+            torch.tensor([_stored_bytes(layer, e, change, bits, elastic.stored_bytes_per_weight) for e, bits in enumerate(row)])
+            for layer, row in zip(own, change.widths(own), strict=True)
+        ]
+        seen: list[torch.Tensor] = []
+        for layer, size in zip(elastic.layers, sizes, strict=True):
+            layer.on_kept = lambda index, _, size=size, seen=seen: seen.append(size[index].sum() / len(index))
+        try:
+            step = Step(bind(elastic, [named.point]))
+            with elastic.at(step), elastic.count():
+                bench.opened.model(input_ids=ids)
+                assert measured_cost(elastic, step).active_expert_bytes == pytest.approx(float(sum(seen)), rel=1e-6)
+        finally:
+            for layer in elastic.layers:
+                layer.on_kept = None
+
+
+def _stored_bytes(layer: MoELayer, expert: int, change: QuantizeChange, bits: float, stored: float) -> float:
+    """Of one expert, by encoding it; biases stay as they are."""
+    own = [w[expert : expert + 1].detach() for w in (layer.gate, layer.up, layer.down) if w is not None]
+    biases = layer.parameters_per_expert() - sum(w.numel() for w in own)
+    return sum(change.codec.encode(w, bits, change.group).bytes(bits) for w in own) + biases * stored
 
 
 def runs_again_from_its_file(bench: Bench, asked: Sequence[str], file: Path) -> None:

@@ -16,7 +16,8 @@ from ..checkpoint.shards import read_tensor
 from ..elastic import attach
 from ..elastic.side_tensors import AGAIN, CUTOFFS, RIDGE, check_values, of_today
 from ..errors import CorruptError, UsageError
-from ..model import find_layers, load_to_run, load_tokenizer
+from ..model import find_layers, load_model, load_to_run, load_tokenizer
+from ..model.widen import widen
 from ..schema.read import one_line
 from ..store import StoreOptions, load_stored
 
@@ -26,12 +27,19 @@ _NAME = re.compile(r"layers\.(?P<layer>[0-9]{1,6})\.(?P<name>.+)")
 
 
 def load(
-    folder: str | Path, dtype: torch.dtype | None = None, *, store: StoreOptions | None = None, verify: bool = False
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    store: StoreOptions | None = None,
+    verify: bool = False,
+    wide: bool = False,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder written by `refactor`: a transformers model that is elastic and runs at full budget.
 
-    dtype None: float32 on a CPU, the checkpoint's own elsewhere. Change the price with `operating_point(model, budget=...)`.
+    Change the price with `operating_point(model, budget=...)`.
+    dtype None: the checkpoint's own on a GPU; on a CPU float32, but for bfloat16 experts, which the compiled products read as they are.
     store: keep the experts on disk and this much of them in memory; the model then runs on the CPU in float32 (docs/explanation/store.md).
+    wide: float32 experts on a CPU in any case, for whoever changes weights or asks for gradients.
     verify: recompute the sha256 of every file first; without, those of the small files that decide what is computed.
     Raises UsageError for a folder that is not a refactored model, CorruptError for a file that is damaged, changed or does not fit.
     """
@@ -45,9 +53,13 @@ def load(
     if store is not None:
         return load_stored(Path(folder), manifest, tensors, store), load_tokenizer(folder)
     file = manifest.get(WEIGHTS_FILE)  # of an adopted GGUF
-    model = load_to_run(Path(folder) / file if file else folder, dtype)
+    where = Path(folder) / file if file else folder
+    narrow = dtype is None and not wide and not torch.cuda.is_available()
+    model = load_model(where) if narrow else load_to_run(where, dtype)
     layers = find_layers(model)
     check_layers(folder, manifest, layers)
+    if narrow:
+        widen(model, layers)
     if model.device.type == "cpu":
         for layer in layers:
             layer.arrange()

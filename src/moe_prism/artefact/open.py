@@ -55,7 +55,7 @@ def open_model(folder: str | Path) -> Opened:
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
         if manifest.get("kind") not in PLAIN_KINDS:
-            model, tokenizer = load(path)
+            model, tokenizer = load(path, wide=True)
             return Opened(model, tokenizer, manifest, path.name, tuple(manifest["calibration"]["documents"]))
         check_listed(path, manifest, [CONFIG])
         documents = tuple(manifest.get("documents", ()))

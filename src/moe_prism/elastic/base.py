@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..model import MoELayer
+from ..model.base import linear
 from .side_tensors import POSITIONS, TENSORS, LayerShape, check_shapes, check_values
 
 
@@ -175,7 +176,7 @@ def gate_activations_each(parts: LayerParts, x: Tensor, experts: Tensor) -> Tens
     layer, ids = parts.layer, parts.gate_ids().flatten()
 
     def rows(weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = torch.einsum("sd,smd->sm", x, weight[experts[:, None], ids])
+        out = torch.einsum("sd,smd->sm", x, weight[experts[:, None], ids].to(x.dtype))
         return out if bias is None else out + bias[experts[:, None], ids]
 
     gate = None if layer.gate is None else rows(layer.gate, layer.gate_bias)
@@ -195,7 +196,7 @@ def gate_activations_all(parts: LayerParts, x: Tensor, index: Tensor) -> Tensor:
         return torch.unflatten(rows, 1, (parts.n_sub, parts.block))[:, :, : parts.gates].flatten(0, 2)
 
     def chosen(weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = torch.nn.functional.linear(x, first(weight), None if bias is None else first(bias))
+        out = linear(x, first(weight), None if bias is None else first(bias))
         return of_choices(out.view(-1, layer.num_experts, width), index).flatten(0, 1)
 
     gate = None if layer.gate is None else chosen(layer.gate, layer.gate_bias)

@@ -70,9 +70,9 @@ class ElasticLayer:
         unwatched = self.on_kept is None and not (elastic.counting or elastic.always_split)
         if unwatched:
             again = step.bound.again.get((self._number, step.which)) if step.is_one else None
-            out = None if again is None else again(x, index, weight, step.past)
+            out = None if again is None else again(*self.executor.widened(x, weight), index, step.past)
             if out is not None:
-                return out
+                return out if out.dtype is x.dtype else out.to(x.dtype)
         own = self.parts.layer.extra
         if elastic.counting and own is not None and any(own.parameters):  # the layer adds them, whatever the point
             self.counter.add_extra(index - self.parts.layer.num_experts, own.parameters)
@@ -186,7 +186,8 @@ class ElasticLayer:
         own = group.budget(self.index, which) if budget is None else group.position(self.index, budget)
         held = None if full or guess or group.holding is None else self._held(step, number, len(routed.x), rows)
         experts = self.parts.layer.num_experts
-        return Selection(after.x, after.index, after.weight, experts, self.parts.n_sub, rule, scorer, own, added, held)
+        x, weight = self.executor.widened(after.x, after.weight)
+        return Selection(x, after.index, weight, experts, self.parts.n_sub, rule, scorer, own, added, held)
 
     def _held(self, step: Step, number: int, tokens: int, rows: Tensor | None) -> HeldRows:
         """What the budgets of a group are held with. UsageError where the layer's rows are not those of the forward."""
@@ -243,7 +244,8 @@ class ElasticLayer:
 
     def _computed(self, x: Tensor, found: Candidates, settled: Settled, extra: Tensor | bool) -> Tensor:
         """Execute, and make up for what is dropped: of all tokens, of none, or of those marked [T]."""
-        index, weight, keep = found.index, found.weight, settled.keep
+        index, keep = found.index, settled.keep
+        x, weight = self.executor.widened(x, found.weight)
         if extra is False:
             return self._executed(x, index, weight, settled)
         fix = self.compensator

@@ -65,7 +65,7 @@ def recover_model(
     done = finished(out, {"kind": "elastic"}) if resume else None
     if done and done.get("recovery", [{}])[-1].get("inputs") == inputs:
         return Recovered(Path(out), done, peak_rss_bytes())
-    model, tokenizer = load(folder)
+    model, tokenizer = load(folder, wide=True)
     windows = _windows(tokenizer, model, manifest, options)
     _check_repair(model._moe_prism.layers, windows, options)
     check_resources(needed_on_disk(_written_bytes(model, manifest, options)), out, resume)

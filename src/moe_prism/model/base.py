@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .extra import ExtraExperts
 
+INPUT_DTYPE = "input_dtype"
 ExpertsFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden [T, d], expert ids [T, k], routing weights [T, k]) -> [T, d]."""
 
@@ -74,6 +75,12 @@ class MoELayer(ABC):
     @property
     @abstractmethod
     def down(self) -> Tensor: ...
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """The type of x: that of the weights, but where `widen.keep_narrow` left the experts alone as they are stored."""
+        found: torch.dtype = getattr(self.module, INPUT_DTYPE, self.up.dtype)
+        return found
 
     @property
     def gate_bias(self) -> Tensor | None:
@@ -138,13 +145,22 @@ class MoELayer(ABC):
         gate, up = self.gate, self.up
         g = None
         if gate is not None:
-            g = nn.functional.linear(x, gate[expert, neurons], _row(self.gate_bias, expert, neurons))
-        u = nn.functional.linear(x, up[expert, neurons], _row(self.up_bias, expert, neurons))
-        return self.activate(g, u)
+            g = linear(x, gate[expert, neurons], _row(self.gate_bias, expert, neurons))
+        return self.activate(g, linear(x, up[expert, neurons], _row(self.up_bias, expert, neurons)))
 
     def project(self, expert: int, a: Tensor, neurons: slice = slice(None)) -> Tensor:
         """Output [S, d] of activations a [S, m] of a block, without the bias and the routing weight."""
-        return nn.functional.linear(a, self.down[expert, :, neurons])
+        return linear(a, self.down[expert, :, neurons])
+
+    def by_expert(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """The layer's output [T, d] in the type of x, one expert's weights widened after the other: all at once would be a second layer."""
+        out = torch.zeros_like(x)
+        for e in torch.unique(index[is_expert(index, self.num_experts)]).tolist():
+            token, choice = torch.where(index == e)
+            y = self.project(e, self.activations(e, x[token]))
+            y = y if self.down_bias is None else y + self.down_bias[e]
+            out.index_add_(0, token, (y * weight[token, choice, None]).to(x.dtype))
+        return out
 
     @torch.no_grad()
     def permute(self, perm: Tensor) -> None:
@@ -167,6 +183,11 @@ class MoELayer(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}: E={self.num_experts}, d={self.hidden}, f={self.width})"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [S, d] times weight [m, d], in the type of x: weights stored in a narrower one are widened."""
+    return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def is_expert(index: Tensor, experts: int) -> Tensor:

@@ -121,9 +121,13 @@ class FusedLayer(MoELayer):
         return first.data_ptr(), down.data_ptr()
 
     def native(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        if x.dtype != self.down.dtype:
+            return self.by_expert(x, index, weight)
         return hook.native(self.module, x, *self._computed(index, weight))
 
     def stock(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        if x.dtype != self.down.dtype:
+            return self.by_expert(x, index, weight)
         return hook.stock_forward(self.module)(self.module, x, *self._computed(index, weight))  # type: ignore[no-any-return]
 
     def _computed(self, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,12 +21,18 @@ from .grouped import GroupCodec, Numbers, halves
 class Rtn(GroupCodec):
     """Round to nearest. symmetric: the zero is half of the range and takes no bytes; else each group has one, as wide as a code.
 
+    One bit has no middle, so its zero lies between both codes: the sign times one size. Only symmetric.
+
     As compressed-tensors stores it: scales in bfloat16, codes packed along the inputs.
     """
 
     symmetric: bool = True
     name: ClassVar[str] = "rtn"
-    widths: ClassVar[tuple[float, ...]] = (2, 3, 4, 5, 6, 7, 8)
+    widths: ClassVar[tuple[float, ...]] = (1, 2, 3, 4, 5, 6, 7, 8)
+
+    @property
+    def legal(self) -> tuple[float, ...]:
+        return self.widths if self.symmetric else self.widths[1:]
 
     @classmethod
     def example(cls) -> Sequence[Rtn]:
@@ -66,12 +72,17 @@ class Rtn(GroupCodec):
         return int(torch.Size(outer).numel()) * (-(-inputs * width // 8) + 2 * groups + zeros)
 
     def _zero(self, numbers: Numbers, bits: float) -> Tensor | float:
-        return 2.0 ** (bits - 1) if self.symmetric else numbers["zero"][..., None]
+        return _middle(bits) if self.symmetric else numbers["zero"][..., None]
 
     def _form(self, rows: int, columns: int, bits: float) -> CodedMatrix:
         """What `quantize` fills in: one group per row."""
         top = 2 ** int(bits) - 1
-        zeros = torch.full((rows, 1), 2.0 ** (bits - 1))
+        zeros = torch.full((rows, 1), _middle(bits))
         none = torch.zeros(0)
         zero_range = None if self.symmetric else (0, top)
         return CodedMatrix(none, Integers(0, top), none, (1, columns), rounding(torch.bfloat16), zeros, zero_range)
+
+
+def _middle(bits: float) -> float:
+    """The zero of a symmetric width."""
+    return 0.5 if bits == 1 else 2.0 ** (bits - 1)

@@ -60,7 +60,7 @@ class Settled:
 
 
 Again = Callable[[Tensor, Tensor, Tensor, Any], Tensor | None]
-"""(x [T, d], index, weight [T, k], the past of the forward's requests) -> [T, d]; None: call the parts."""
+"""(x [T, d], weight, index [T, k], the past of the forward's requests) -> [T, d]; None: call the parts."""
 
 
 class Executor(ABC):
@@ -80,6 +80,10 @@ class Executor(ABC):
     def low_bytes(self) -> int | None:
         """Bytes of a block in its smaller form; None where there is none."""
         return None
+
+    def widened(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, d] and weight [T, k] in the type that slots are chosen and computed in: float32 where that is faster than their own."""
+        return x, weight
 
     def whole(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor | None:
         """All experts of the router's own choice [T, d]; None where that is no different from keeping every slot."""

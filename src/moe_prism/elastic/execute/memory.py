@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .times import LayerTimes
 
 Way = Callable[..., Tensor]
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
 MOSTLY = 0.75  # kept share from which on one product of whole experts takes less time than N of blocks
 
 
@@ -49,7 +50,8 @@ def auto(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tens
         return _vectorised(parts, x, index, weight, keep, tally)
     if _whole_is_faster(parts, x, index, keep):
         tally.whole += 1
-        return whole_experts(parts, x, index, weight, keep)
+        own = parts.layer.input_dtype
+        return whole_experts(parts, x.to(own), index, weight.to(own), keep)
     out: Tensor | None = tiles.tiled(parts, x, index, weight, keep)
     return _vectorised(parts, x, index, weight, keep, tally) if out is None else out
 
@@ -100,10 +102,20 @@ class InMemory(Executor):
             if parts is not None:
                 parts.ready = None  # what was remembered was of another way
 
+    def widened(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The compiled jobs multiply float32 rows with weights as they are stored: that loses nothing, and no copy is made of a weight."""
+        if x.dtype is torch.float32 and weight.dtype is torch.float32:
+            return x, weight
+        if self.way != "auto" or not x.is_cpu or x.dtype not in NARROW:
+            return x, weight
+        wide = x.float()
+        return (x, weight) if _compiled()[0].batch_products.usable(self.parts, wide) is None else (wide, weight.float())
+
     def whole(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """By the tiles where they are faster (`times.py`), else by the model's own function."""
-        out = self._whole_by_tiles(x, index, weight) if x.is_cpu and x.dtype == torch.float32 else None
-        return self.parts.layer.native(x, index, weight) if out is None else out
+        rows, factors = self.widened(x, weight)
+        out = self._whole_by_tiles(rows, index, factors) if x.is_cpu and rows.dtype == torch.float32 else None
+        return self.parts.layer.native(x, index, weight) if out is None else out.to(x.dtype)
 
     def _whole_by_tiles(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor | None:
         one_call, tiles, measured = _compiled()

@@ -183,7 +183,7 @@ class AtPoint:
     tally: WholeCalls
     fitting: set[Any] = field(default_factory=set)  # shapes of index that were asked about
 
-    def __call__(self, x: Tensor, index: Tensor, weight: Tensor, past: Past | None) -> Tensor | None:
+    def __call__(self, x: Tensor, weight: Tensor, index: Tensor, past: Past | None) -> Tensor | None:
         """The layer's output [T, d]; None where the parts have to be called."""
         call, shape = self.call, index.shape
         if shape not in self.fitting:
@@ -211,7 +211,7 @@ class AtFull:
     fits: Callable[[int, int], bool]
     fitting: set[Any] = field(default_factory=set)
 
-    def __call__(self, x: Tensor, index: Tensor, weight: Tensor, past: Past | None) -> Tensor | None:
+    def __call__(self, x: Tensor, weight: Tensor, index: Tensor, past: Past | None) -> Tensor | None:
         """As `AtPoint`."""
         shape = index.shape
         if shape not in self.fitting:

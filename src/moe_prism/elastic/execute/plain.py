@@ -86,11 +86,12 @@ def _add_outputs(
 
 def _products(rows: Tensor, matrix: Tensor, count: Tensor) -> Tensor:
     """[S, b]: rows [S, a], sorted by expert, times the expert's matrix of [E, b, a]. count [E]: rows of each."""
-    if (
-        matrix.dtype != rows.dtype or 1 not in matrix.stride()[1:]
-    ):  # stored otherwise than torch multiplies: convert what is asked for
+    if matrix.dtype != rows.dtype:  # one expert at a time: a copy of all would be as large as the layer
+        parts = zip(torch.split(rows, count.tolist()), matrix, strict=True)
+        return torch.cat([own @ m.to(rows.dtype).T for own, m in parts if len(own)] or [rows.new_empty(0, matrix.shape[1])])
+    if 1 not in matrix.stride()[1:]:  # stored otherwise than torch multiplies: copy what is asked for
         active = count.nonzero()[:, 0]
-        matrix, count = matrix[active].to(rows.dtype).contiguous(), count[active]
+        matrix, count = matrix[active].contiguous(), count[active]
     aligned = all(step == 1 or step * rows.element_size() % 16 == 0 for step in (*matrix.stride(), *rows.stride()))
     if rows.dtype in GROUPED_DTYPES and aligned:
         return torch.nn.functional.grouped_mm(rows, matrix.transpose(1, 2), offs=count.cumsum(0, dtype=torch.int32))

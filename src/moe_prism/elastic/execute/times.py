@@ -115,7 +115,7 @@ def measure(parts: LayerParts, sample: Sample) -> LayerTimes:
     """Time the ways of a layer on random rows and even routing."""
     layer, k = parts.layer, sample.k
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(sample.tokens, layer.hidden, generator=g).to(layer.up.dtype)
+    x = torch.randn(sample.tokens, layer.hidden, generator=g).to(layer.input_dtype)
     index = torch.rand(sample.tokens, sample.experts, generator=g).topk(k, 1).indices
     weight = torch.full((sample.tokens, k), 1 / k, dtype=x.dtype)
     ranks = torch.rand(sample.tokens, k * parts.n_sub, generator=g).argsort(1).argsort(1)
@@ -123,10 +123,15 @@ def measure(parts: LayerParts, sample: Sample) -> LayerTimes:
     one, every = whole_parts(parts), torch.ones(sample.tokens, k, 1, dtype=torch.bool)
     runs: list[Callable[[], Tensor | None]] = [
         lambda: layer.native(x, index, weight),
-        lambda: tiled(one, x, index, weight, every),
-        lambda: tiled(parts, x, index, weight, half),
+        lambda: _widened(one, x, index, weight, every),
+        lambda: _widened(parts, x, index, weight, half),
     ]
     return LayerTimes(*_fastest(runs))
+
+
+def _widened(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor | None:
+    out = tiled(parts, x.float(), index, weight.float(), keep)
+    return None if out is None else out.to(x.dtype)
 
 
 def _fastest(runs: list[Callable[[], Tensor | None]]) -> list[float]:
@@ -168,8 +173,9 @@ def _name(parts: LayerParts, k: int, tokens: int) -> str:
     shape = (
         f"E{layer.num_experts} k{k} d{layer.hidden} f{layer.width} N{parts.n_sub} {str(layer.up.dtype).removeprefix('torch.')}"
     )
+    rows = "" if layer.input_dtype == layer.up.dtype else f" {str(layer.input_dtype).removeprefix('torch.')} rows"
     kind = f"{type(layer).__name__}{'' if layer.gate is None else ' gated'}{'' if layer.up_bias is None else ' biased'}"
-    return f"{_processor()} {TARGET.name} torch{torch.__version__} one-call {kind} {shape} T{tokens}"
+    return f"{_processor()} {TARGET.name} torch{torch.__version__} one-call {kind} {shape}{rows} T{tokens}"
 
 
 @cache

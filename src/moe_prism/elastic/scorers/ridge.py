@@ -161,7 +161,8 @@ class Ridge(Scorer):
         n, r, layer, parts = self.parts.n_sub, self.parts.gates, self.parts.layer, self._parts(stored)
         groups = SlotGroups.of(index, torch.ones(*index.shape, 1, dtype=torch.bool), layer.num_experts)
         products = torch.empty(index.numel(), n + len(stored.first) * n * r)
-        dot(x if x.stride(1) == 1 else x.contiguous(), groups, groups.all, Columns(parts, 0, n), products, groups.choice)
+        for alike in _by_type(parts):
+            dot(x if x.stride(1) == 1 else x.contiguous(), groups, groups.all, Columns(alike, 0, n), products, groups.choice)
         gates = activated(layer, products[:, n:].contiguous()) if r else products[:, n:]
         norms = torch.empty(*index.shape, n)
         scale, weight = self.scale.flatten(1).numpy(), self.weight.numpy()
@@ -183,22 +184,25 @@ class Ridge(Scorer):
         return None if stored is None else self._terms(x, index, stored)
 
     def _stored(self, x: Tensor) -> Stored | None:
-        """The layer's weights, where one product can take them and the predictor: both float32."""
+        """The layer's weights, where the compiled products can take them."""
         from ..execute.batch_products import usable  # compiles on first use
 
-        stored = usable(self.parts, x) if self.parts.layer.up_bias is None else None
-        return stored if stored is not None and stored.down.tensor.dtype == torch.float32 else None
+        return usable(self.parts, x) if self.parts.layer.up_bias is None else None
 
     def _terms(self, x: Tensor, index: Tensor, stored: Stored) -> Norms:
         row_products, selection, decode = _compiled()
         if self._constants is None or self._constants[0] is not stored:
-            self._constants = stored, decode.table_of(self._parts(stored)), self.scale.flatten(1).numpy(), self.weight.numpy()
-        _, table, scale, weight = self._constants
+            tables = [
+                (decode.table_of(alike), decode.like_of(alike[0].matrix.tensor.dtype)) for alike in _by_type(self._parts(stored))
+            ]
+            self._constants = stored, tables, self.scale.flatten(1).numpy(), self.weight.numpy()
+        _, tables, scale, weight = self._constants
         n, r = self.parts.n_sub, self.parts.gates
         x, choice = x if x.stride(1) == 1 else x.contiguous(), index.contiguous().numpy()
         products = np.empty((choice.size, n + len(stored.first) * n * r), np.float32)
         asked = x.detach().numpy(), decode.rows_of(*choice.shape), choice.reshape(-1)
-        row_products.dots(*asked, len(weight) - 1, table, n, decode.ORDER, products, np.float32(0))
+        for table, like in tables:
+            row_products.dots(*asked, len(weight) - 1, table, n, decode.ORDER, products, like)
         gates = products[:, n:]
         if r:
             gates = decode.activated(self.parts.layer, torch.from_numpy(gates).contiguous()).numpy()
@@ -242,3 +246,10 @@ class Ridge(Scorer):
     @property
     def reads_gates(self) -> bool:
         return self.parts.gates > 0
+
+
+def _by_type(parts: list[MatrixPart]) -> list[list[MatrixPart]]:
+    """The predictor's part and the gate neurons', which one product takes together where both are float32."""
+    predictor, *gates = parts
+    same = not gates or gates[0].matrix.tensor.dtype == predictor.matrix.tensor.dtype
+    return [parts] if same else [[predictor], gates]

@@ -8,7 +8,6 @@ from typing import get_args
 
 from torch import Tensor
 
-from ...calibrate.run import Pass, Settings
 from ...calibrate.statistics import Statistics
 from ...compress.prune import KeptExperts, choose, criteria
 from ...compress.prune.change import PruneChange
@@ -18,6 +17,7 @@ from ...model.router import find_routers
 from ...options.prune import Allocation, ExpertForm, PruneOptions
 from ...point import NamedPoint, OperatingPoint
 from ..base import Method, Subject
+from ..statistics import statistics_of
 from .select import (
     Curve,
     check_options,
@@ -80,7 +80,7 @@ class Prune(Method):
         check_options(options)
         layers = [layer.parts.layer for layer in subject.elastic.layers]
         routers, constant = find_routers(subject.model, layers), form_of(options) == "constant"
-        statistics = self._statistics(subject, tuple(sorted({"counts", *collectors_of(options)})))
+        statistics = statistics_of(subject, tuple(sorted({"counts", *collectors_of(options)})))
         scores, shields = rank(layers, statistics, options, subject.k)
         groups = [None if constant else router.groups for router in routers]
         least = least_kept(form_of(options), subject.k)
@@ -106,22 +106,6 @@ class Prune(Method):
                 found.append(self._point(choices))
         if not found:
             raise refused or UsageError(f"method '{self.name}' has no point on this model", "choose another method")
-        return found
-
-    def _statistics(self, subject: Subject, names: tuple[str, ...]) -> Statistics:
-        """One pass for all criteria that ask for the same collectors."""
-        key = f"prune-statistics {' '.join(names)}"
-        if key not in subject.cache:
-            elastic = subject.elastic
-            work = Pass(subject.model, [layer.parts.layer for layer in elastic.layers], Settings(collectors=names))
-            try:
-                with subject.report("calibrate") as update:
-                    work.run(subject.calibration, update)
-            finally:
-                for layer in elastic.layers:  # the pass took the hooks for itself
-                    layer.parts.layer.install(layer)
-            subject.cache[key] = work.statistics()
-        found: Statistics = subject.cache[key]
         return found
 
     def _curves(

@@ -1,0 +1,123 @@
+"""Bits per expert by PMQ and by QuantMoE-Bench's rules, against their "works when" lines, on text that nothing was fitted on.
+
+    python benchmarks/bit_allocation.py [--models nano,nano-mix] [--domains python,prose,headers,web] [--tokens 1024] [--json]
+
+KL to the source, all experts rounded to nearest in groups of 32. Statistics come from the calibration sides of the four domains.
+
+- 2.5 bits: PMQ, with one choice for the whole model, and with experts that may be dropped. Against the same widths at random experts of
+  their layer (five draws), widths by frequency alone (every expert's error taken for its layer's mean), and 2 bits for all.
+- 3 bits: the rules, of 4 bits and 2. Against their own ranking reversed, a random one (five draws), and 3 bits for all.
+
+bytes: that a token reads of experts, as a share of the source's. Frequent experts in more bits are read more often.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from printed import domain_arguments, printed
+
+from moe_prism.artefact.open import open_model
+from moe_prism.compress.codec.rtn import Rtn
+from moe_prism.compress.quantize import QuantizeChange
+from moe_prism.compress.quantize.allocate import cheapest
+from moe_prism.data import token_windows
+from moe_prism.data.bundled import DOMAINS
+from moe_prism.frontier.measure import measure
+from moe_prism.jobs.frontier import subject_of
+from moe_prism.methods.base import Subject
+from moe_prism.methods.find import method
+from moe_prism.methods.quantize.pmq import WEIGHED, WIDTHS, costs_of
+from moe_prism.methods.quantize.quantmoe import BY_LAYER, RULES, two_widths
+from moe_prism.methods.quantize.uniform_bits import stored_at
+from moe_prism.methods.statistics import statistics_of
+from moe_prism.options.frontier import FrontierOptions
+from moe_prism.point import FULL, OperatingPoint
+
+MODELS = ["nano", "nano-mix"]
+DRAWS, GROUP = 5, 32
+
+
+def pmq_points(subject: Subject) -> dict[str, list[OperatingPoint]]:
+    """At 2.5 bits, by what is compared; several are draws of one thing."""
+    names = {
+        "pmq": "pmq:2.5",
+        "pmq, the paper's weights": "pmq:bits=2.5:by=paper",
+        "pmq, one choice": "pmq:bits=2.5:scope=model",
+        "pmq, one choice, may drop": "pmq:bits=2.5:scope=model:drop=true",
+    }
+    found = {title: [method(name).points(subject)[0].point] for title, name in names.items()}
+    own = found["pmq"][0].weights.settings["bits"]
+    draws = []
+    for seed in range(DRAWS):
+        g = torch.Generator().manual_seed(seed)
+        rows = tuple(tuple(row[i] for i in torch.randperm(len(row), generator=g).tolist()) for row in own)
+        draws.append(OperatingPoint(weights=QuantizeChange(Rtn(), rows, GROUP).part()))
+    found["pmq's widths at random"] = draws
+    rows = []
+    for costs, layer in zip(
+        costs_of(subject, Rtn(), GROUP, WIDTHS, WEIGHED["error"]),
+        statistics_of(subject, ("counts", "tokens")).layers,
+        strict=True,
+    ):
+        share = layer.values["counts"]["count"].double() / layer.values["counts"]["count"].sum()
+        rows.append(tuple(map(float, cheapest(share[:, None] * costs.mean(0), WIDTHS, round(2.5 * len(costs))))))
+    found["by frequency alone"] = [OperatingPoint(weights=QuantizeChange(Rtn(), tuple(rows), GROUP).part())]
+    found["2 bits"], found["3 bits"] = ([stored_at(Rtn(), bits, GROUP)] for bits in (2, 3))
+    return found
+
+
+def rule_points(subject: Subject) -> dict[str, list[OperatingPoint]]:
+    """At 3 bits."""
+    found = {}
+    for name, rule in RULES.items():
+        scores = rule(subject)
+        found[name] = [two_widths(scores, 3.0, GROUP, name in BY_LAYER)]
+        found[f"{name}, reversed"] = [two_widths([-s for s in scores], 3.0, GROUP, name in BY_LAYER)]
+    sizes = [layer.parts.layer.num_experts for layer in subject.elastic.layers]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(DRAWS)]
+    found["a random ranking"] = [two_widths([torch.rand(n, generator=g) for n in sizes], 3.0, GROUP, True) for g in generators]
+    return found
+
+
+def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for name in args.models:
+        opened = open_model(name)
+        subject = subject_of(opened, FrontierOptions(text=args.text, calibration_tokens=8192, length=args.length))
+        points = pmq_points(subject) | rule_points(subject)
+        flat = [point for own in points.values() for point in own]
+        texts = [f"domains/{domain}" for domain in args.domains]
+        windows = [token_windows(opened.tokenizer, t, "evaluation", length=args.length, tokens=args.tokens).ids for t in texts]
+        full, *rest = measure(opened.model, torch.cat(windows), [FULL, *flat], batch=8)
+        measured = iter(rest)
+        for title, own in points.items():
+            found = [next(measured) for _ in own]
+            losses = [m.quality.kl for m in found]
+            yield {
+                "model": name,
+                "way": title,
+                "kl": sum(losses) / len(losses),
+                "least": min(losses),
+                "largest": max(losses),
+                "bytes": sum(m.cost.active_expert_bytes for m in found) / len(found) / full.cost.active_expert_bytes,
+            }
+
+
+def show(row: dict[str, Any]) -> str:
+    spread = "" if row["least"] == row["largest"] else f"  ({row['least']:.4f} to {row['largest']:.4f})"
+    return f"{row['model']:>9}  {row['way']:<26} KL {row['kl']:.4f}  bytes {row['bytes']:.3f}{spread}"
+
+
+def main() -> None:
+    args = domain_arguments(__doc__, MODELS, list(DOMAINS), 1024).parse_args()
+    found = printed(rows(args), show, quiet=args.json)
+    if args.json:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

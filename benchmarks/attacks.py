@@ -154,14 +154,25 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server that runs: its address, and the pid of what answers HTTP and, if it has one, of its engine."""
+
+    url: str
+    pid: int
+    engine: int
+
+
 @contextlib.contextmanager
-def server(folder: Path) -> Iterator[tuple[str, int]]:
-    """A server of a copy whose chat template never ends: its address and process."""
+def server(folder: Path, *arguments: str, template: str = "") -> Iterator[Server]:
+    """A server of a folder, or of a copy of it with another chat template, until the block ends."""
     with tempfile.TemporaryDirectory() as place:
-        model = Path(place) / "model"
-        shutil.copytree(folder, model)
-        (model / "chat_template.jinja").write_text(LOOPS)
-        command = [sys.executable, "-m", "moe_prism", "serve", str(model), "--port", "0", "--probe-seconds", "1"]
+        model = folder
+        if template:
+            model = Path(place) / "model"
+            shutil.copytree(folder, model)
+            (model / "chat_template.jinja").write_text(template)
+        command = [sys.executable, "-m", "moe_prism", "serve", str(model), "--port", "0", "--probe-seconds", "1", *arguments]
         child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert child.stderr is not None
         ready: dict[str, Any] = {}
@@ -170,7 +181,7 @@ def server(folder: Path) -> Iterator[tuple[str, int]]:
                 break
         threading.Thread(target=child.stderr.read, daemon=True).start()
         try:
-            yield ready["url"].removesuffix("/v1"), child.pid
+            yield Server(ready["url"].removesuffix("/v1"), child.pid, ready["engine"])
         finally:
             child.send_signal(signal.SIGTERM)
             child.wait(60)
@@ -191,8 +202,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     large = json.dumps({"prompt": "7" * 1_000_000}).encode()
     chat = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
-    with server(given.folder) as (url, pid):
-        port = int(url.rpartition(":")[2])
+    with server(given.folder, template=LOOPS) as there:
+        url, pid, port = there.url, there.pid, int(there.url.rpartition(":")[2])
         attackers: list[Callable[[threading.Event], None]] = [
             *[lambda stop: keep_sending(url, "/v1/completions", large, stop)] * given.prompts,
             *[lambda stop: keep_sending(url, "/v1/chat/completions", chat, stop)] * given.chats,

@@ -35,3 +35,8 @@ class CorruptError(PrismError):
     """Files are damaged, incomplete or hold values that must not be used."""
 
     exit_code = 4
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether it is what Python, NumPy, torch on a CPU or torch on a GPU raise then; torch has no class of its own for a CPU."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

@@ -190,7 +190,7 @@ def test_statistics_survive_their_flat_form(model):
     assert x.dtype == torch.float32 and len(x) == len(weight) == again.kept()[0]
 
 
-def test_a_value_that_is_not_finite_stops_the_pass_and_takes_the_hooks_off(model):
+def test_f08_a_value_that_is_not_finite_stops_the_pass_and_takes_the_hooks_off(model):
     ids, first = windows(), find_layers(model)[0]
     broken = build("olmoe")
     with torch.no_grad():

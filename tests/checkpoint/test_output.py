@@ -166,7 +166,7 @@ def test_f10_second_run_is_told_the_pid(tmp_path):
     assert not (tmp_path / "out.lock").exists()
 
 
-def test_journal_resumes_by_fingerprint_and_hash(tmp_path):
+def test_f14_journal_resumes_by_fingerprint_and_hash(tmp_path):
     facts = {"source": {"a": "1"}, "seed": 1, "n": (1, 2)}
     journal = Journal(tmp_path, facts)
     for unit in ("one", "two", "three"):
@@ -237,7 +237,7 @@ def test_an_edited_manifest_is_found(tmp_path):
             verify(target)
 
 
-def test_values_that_are_not_finite_are_found_even_with_good_hashes(tmp_path):
+def test_f08_values_that_are_not_finite_are_found_even_with_good_hashes(tmp_path):
     with OutputFolder(tmp_path / "out") as out:
         save_file({"w": torch.tensor([1.0, float("inf")])}, out.work / "model.safetensors")
         write_manifest(out, MANIFEST_FACTS)

@@ -152,7 +152,7 @@ def test_bad_options_of_refactor(fails, tiny_source, text_file, tmp_path, option
         assert names in fails(2, *arguments, "--dry-run")
 
 
-def test_too_little_memory_for_statistics(fails, text_file, tmp_path):
+def test_f11_too_little_memory_for_statistics(fails, text_file, tmp_path):
     save_tiny("olmoe", tmp_path / "source", hidden_size=64, num_experts=64)
     arguments = (tmp_path / "source", "-o", tmp_path / "out", "--text", text_file, *SMALL, "--memory-mib", "1")
     assert "--memory-mib" in fails(3, "calibrate", *arguments)
@@ -329,7 +329,7 @@ def test_a_damaged_elastic_folder_is_not_generated_from(fails, elastic_tiny, tmp
     assert names in fails(code, "generate", tmp_path / "elastic", "--prompt", "x", "--max-tokens", "1")
 
 
-def test_a_disk_that_is_too_small_is_the_disk_of_the_output(fails, tiny_source, tmp_path, monkeypatch):
+def test_f04_a_disk_that_is_too_small_is_the_disk_of_the_output(fails, tiny_source, tmp_path, monkeypatch):
     asked = []
 
     def usage(path):
@@ -339,6 +339,11 @@ def test_a_disk_that_is_too_small_is_the_disk_of_the_output(fails, tiny_source, 
     monkeypatch.setattr("moe_prism.jobs.resources.shutil.disk_usage", usage)
     line = fails(3, "refactor", tiny_source, "-o", tmp_path / "deep" / "out", "--dry-run", "--json")
     assert "MiB of disk" in line and asked == [tmp_path]
-    for command in ("refactor", "calibrate", "prune"):  # F04: not the dry run alone, and before anything is calibrated
+    for command in (
+        "refactor",
+        "calibrate",
+        "prune",
+        "compress",
+    ):  # F04: not the dry run alone, and before anything is calibrated
         assert "MiB of disk" in fails(3, command, tiny_source, "-o", tmp_path / "deep" / "out")
         assert not (tmp_path / "deep").exists()

@@ -151,7 +151,7 @@ def test_inspect_says_what_is_elastic_already(run_json, run, tiny_source, elasti
 
 @pytest.mark.parametrize("json_wanted", [True, False])
 @pytest.mark.parametrize("command", ["frontier", "skip"])
-def test_a_disk_that_fills_during_the_work_does_not_cost_the_result(
+def test_f04_a_disk_that_fills_during_the_work_does_not_cost_the_result(
     run, elastic_tiny, text_file, tmp_path, monkeypatch, command, json_wanted
 ):
     def full(path, data):
@@ -286,7 +286,7 @@ def test_force_and_resume(run, tiny_source, text_file, tmp_path):
     assert run(*arguments, "--resume", "--n-sub", "2")[0] == 2  # another result than the one that is there
 
 
-def test_a_machine_that_is_too_small_gives_3_and_one_object(run, tiny_source, tmp_path, monkeypatch):
+def test_f11_a_machine_that_is_too_small_gives_3_and_one_object(run, tiny_source, tmp_path, monkeypatch):
     monkeypatch.setattr(resources, "available_memory", lambda: 1)
     monkeypatch.setattr(resources, "resident_memory", lambda: 0)
     code, out, err = run("refactor", tiny_source, "-o", tmp_path / "out", "--dry-run", "--json")
@@ -298,7 +298,7 @@ def test_a_machine_that_is_too_small_gives_3_and_one_object(run, tiny_source, tm
         assert code == 3 and "of memory" in err and not list(tmp_path.iterdir())
 
 
-def test_verify_finds_a_flipped_bit(run, elastic_tiny, tmp_path):
+def test_f07_verify_finds_a_flipped_bit(run, elastic_tiny, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(elastic_tiny, folder)
     shard = sorted(folder.glob("model*.safetensors"))[-1]

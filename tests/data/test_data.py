@@ -108,7 +108,7 @@ def test_json_lines_may_hold_any_character(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", " \n\t\n"])
-def test_empty_text_is_refused(tmp_path, content):
+def test_f09_empty_text_is_refused(tmp_path, content):
     (tmp_path / "empty.txt").write_text(content)
     with pytest.raises(UsageError, match="is empty"):
         token_windows(Characters(), str(tmp_path / "empty.txt"), "calibration", length=8, tokens=8)
@@ -117,7 +117,7 @@ def test_empty_text_is_refused(tmp_path, content):
         read_documents(tmp_path / "folder")
 
 
-def test_too_little_text_for_a_window_says_how_much_there_is(tmp_path):
+def test_f09_too_little_text_for_a_window_says_how_much_there_is(tmp_path):
     (tmp_path / "short.txt").write_text("0123456789")
     with pytest.raises(UsageError, match="has 9 tokens for calibration, less than one window of 16"):
         token_windows(Characters(), str(tmp_path / "short.txt"), "calibration", length=16, tokens=64)

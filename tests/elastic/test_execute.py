@@ -32,7 +32,7 @@ def close(a, b):
 
 
 @torch.no_grad()
-def test_all_slots_kept_is_the_stock_layer(plan):
+def test_d03_all_slots_kept_is_the_stock_layer(plan):
     x, index, weight, _ = batch(plan, 9, 2, 0)
     keep = torch.ones(9, 2, 4, dtype=torch.bool)
     expected = plan.layer.stock(x, index, weight)
@@ -43,7 +43,7 @@ def test_all_slots_kept_is_the_stock_layer(plan):
 @torch.no_grad()
 @given(seed=st.integers(0, 10_000), tokens=st.integers(1, 40), share=st.floats(0, 1), wide=st.booleans())
 @settings(max_examples=25, deadline=None)
-def test_vectorised_forms_equal_the_reference(plan, seed, tokens, share, wide):
+def test_d03_vectorised_forms_equal_the_reference(plan, seed, tokens, share, wide):
     x, index, weight, g = batch(plan, tokens, 2, seed)
     keep = torch.rand(tokens, 2, 4, generator=g) < share
     expected = reference(plan, x, index, weight, keep)

@@ -67,9 +67,9 @@ class Process:
         self.child.stderr.close()
         self.child.stdout.close()
 
-    def listening(self) -> set[tuple[str, int]]:
-        """Addresses on which the process listens, from the kernel's table."""
-        links = {str(p.readlink()) for p in Path(f"/proc/{self.child.pid}/fd").iterdir()}
+    def listening(self, pid: int | None = None) -> set[tuple[str, str]]:
+        """Addresses on which the process, or another one of the tree, listens, from the kernel's table."""
+        links = {str(p.readlink()) for p in Path(f"/proc/{pid or self.child.pid}/fd").iterdir()}
         inodes = {link[8:-1] for link in links if link.startswith("socket:[")}
         rows = [
             row.split()
@@ -119,6 +119,28 @@ def test_s14_sigterm_finishes_what_was_admitted_and_refuses_the_rest(process):
     assert [event for event in said if event in ("draining", "stopped")] == ["draining", "stopped"]
     with pytest.raises(ProcessLookupError):
         os.kill(process.engine, 0)
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all below it."""
+    children = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    return [pid, *(below for child in children for below in tree(child))]
+
+
+def test_x03_x04_the_tree_listens_on_one_loopback_address_and_dumps_no_memory(process):
+    assert httpx2.post(process.url + "/v1/completions", json={**BODY, "max_tokens": 2}, timeout=60).status_code == 200
+    pids = tree(process.child.pid)
+    assert process.engine in pids and len(pids) >= 3  # HTTP, the engine, and who turns text into tokens
+    port = f"{int(process.url.rpartition(':')[2]):04X}"
+    assert {address for pid in pids for address in process.listening(pid)} == {("0100007F", port)}
+    inodes = {
+        str(p.readlink())[8:-1] for pid in pids for p in Path(f"/proc/{pid}/fd").iterdir() if str(p.readlink())[:8] == "socket:["
+    }
+    rows = [row.split() for row in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    assert not [row for row in rows if row[6] in inodes and len(row) > 7], "a Unix socket has a name"
+    for pid in (process.child.pid, process.engine):
+        limits = Path(f"/proc/{pid}/limits").read_text()
+        assert next(line for line in limits.splitlines() if "core file" in line).split()[4:6] == ["0", "0"]
 
 
 @pytest.mark.parametrize("how", ["second signal", "drain runs out"])

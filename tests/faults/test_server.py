@@ -232,6 +232,31 @@ def test_x02_every_route_with_data_needs_the_key(tiny_levels):
         assert web.get("/v1/models", headers={"x-api-key": "s3cret"}).status_code == 401
 
 
+@pytest.mark.slow
+def test_x02_how_much_of_a_key_is_right_cannot_be_told_from_the_time():
+    """Medians of blocks, the two kinds in turns, so that what else the machine does meets both."""
+    from scipy.stats import mannwhitneyu
+
+    from moe_prism.serve.http.guard import Keys
+    from moe_prism.serve.http.refusal import Refusal
+
+    key = "s3cret" * 8
+    keys, shown = Keys([key]), {"right": key[:-1] + "x", "wrong": "x" + key[1:]}
+    headers = {kind: b"Bearer " + text.encode() for kind, text in shown.items()}
+    times: dict[str, list[float]] = {kind: [] for kind in headers}
+    for block in range(1000):
+        for kind in sorted(headers, reverse=block % 2):
+            taken = []
+            for _ in range(50):
+                began = time.perf_counter_ns()
+                try:
+                    keys.check(headers[kind])
+                except Refusal:
+                    taken.append(time.perf_counter_ns() - began)
+            times[kind].append(sorted(taken)[len(taken) // 2])
+    assert sum(map(len, times.values())) == 2000 and mannwhitneyu(times["right"], times["wrong"]).pvalue > 0.05, times
+
+
 def test_x04_prompts_are_in_no_log_and_no_metric(house, web, caplog):
     marker = "MARKER_ZEBRA_7"
     with caplog.at_level("DEBUG"):
@@ -244,7 +269,7 @@ def test_x04_prompts_are_in_no_log_and_no_metric(house, web, caplog):
     assert marker not in house.built.service.metrics.text().decode() and marker not in bad.text
 
 
-def test_a_thousand_unknown_labels_make_no_series(house, web):
+def test_s22_a_thousand_unknown_labels_make_no_series(house, web):
     before = len(house.built.service.metrics.text().splitlines())
     for i in range(100):
         web.post("/v1/completions", json={**BODY, "class": f"c{i}", "model": f"m{i}"})

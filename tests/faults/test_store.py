@@ -25,14 +25,14 @@ def setting(elastic_tiny, tmp_path):
     return elastic_tiny, tmp_path / "p", whole, tokenizer, tokenizer(PROMPT, return_tensors="pt").input_ids, smallest(whole, 6)
 
 
-def test_a_slow_store_is_only_slow(setting):
+def test_s16_a_slow_store_is_only_slow(setting):
     folder, file, whole, _, ids, memory = setting
     stored, _ = opened(folder, file, memory, reader=flaky(Faults(slow=0.002)), ahead=2)
     assert torch.equal(logits(stored, ids, 0.6), logits(whole, ids, 0.6))
     assert store_of(stored).times.waited > 0
 
 
-def test_one_read_in_a_hundred_failing_is_not_noticed(setting):
+def test_s16_one_read_in_a_hundred_failing_is_not_noticed(setting):
     folder, file, whole, tokenizer, ids, memory = setting
     fault = Faults(failing=0.01)
     stored, _ = opened(folder, file, memory, reader=flaky(fault))
@@ -42,7 +42,7 @@ def test_one_read_in_a_hundred_failing_is_not_noticed(setting):
     assert mine == generate(whole, tokenizer, PROMPT, sampling=GenerateOptions(max_tokens=20)).text
 
 
-def test_changed_bytes_are_found_and_read_again(setting):
+def test_s16_changed_bytes_are_found_and_read_again(setting):
     folder, file, whole, _, ids, memory = setting
     fault = Faults(flips=0.05)
     stored, _ = opened(folder, file, memory, reader=flaky(fault))
@@ -50,7 +50,7 @@ def test_changed_bytes_are_found_and_read_again(setting):
         assert torch.equal(logits(stored, ids, 0.6), logits(whole, ids, 0.6))
 
 
-def test_a_store_that_always_fails_is_an_error_of_the_request_and_heals(setting):
+def test_s16_a_store_that_always_fails_is_an_error_of_the_request_and_heals(setting):
     folder, file, whole, _, ids, memory = setting
     fault = Faults()
     stored, _ = opened(folder, file, memory, reader=flaky(fault), ahead=2)
@@ -66,7 +66,7 @@ def test_a_store_that_always_fails_is_an_error_of_the_request_and_heals(setting)
     assert int(store.places.free[0]) + len(store.cache) == store.slots
 
 
-def test_a_wrong_record_on_disk_is_named_and_never_used(setting):
+def test_s16_a_wrong_record_on_disk_is_named_and_never_used(setting):
     folder, file, whole, _, ids, memory = setting
     stored, _ = opened(folder, file, memory)
     pack = store_of(stored).pack
@@ -79,14 +79,14 @@ def test_a_wrong_record_on_disk_is_named_and_never_used(setting):
     del whole
 
 
-def test_a_removed_file_goes_on_serving(setting):
+def test_s16_a_removed_file_goes_on_serving(setting):
     folder, file, whole, _, ids, memory = setting
     stored, _ = opened(folder, file, memory)
     file.unlink()
     assert torch.equal(logits(stored, ids), logits(whole, ids))
 
 
-def test_a_truncated_file_is_named(setting):
+def test_s16_a_truncated_file_is_named(setting):
     folder, file, _, _, ids, memory = setting
     stored, _ = opened(folder, file, memory)
     os.truncate(file, store_of(stored).pack.start)
@@ -105,7 +105,7 @@ def test_threads_and_descriptors_are_given_back(setting):
 
 
 @pytest.mark.parametrize("steps", [STEPS, pytest.param(LONG, marks=pytest.mark.slow)])
-def test_thrashing_at_the_smallest_sizes_makes_progress(setting, steps):
+def test_s17_thrashing_at_the_smallest_sizes_makes_progress(setting, steps):
     """Random requests and prefetches on one to three slots per layer, with failures: counts are conserved after every step."""
     folder, file, whole, _, _, _ = setting
     draw = random.Random(1)

@@ -16,13 +16,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXAMPLES = (pytest.param(6, marks=pytest.mark.slow), pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]))
 
+COMPILED = ("tests/kernels", "tests/partition", "tests/store", "tests/elastic")
 
-def child(shared, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
+
+def child(shared, *arguments: str, timeout: float, **more: str) -> subprocess.CompletedProcess[str]:
     """A process in which compiled code checks its bounds; what it compiles is kept for the others."""
     cache = shared("bounds-checked", lambda folder: folder.mkdir())
     paths = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     own = {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    own |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "MOE_PRISM_WHOLE": "stock"}
+    own |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "MOE_PRISM_WHOLE": "stock", **more}
     return subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
@@ -52,10 +54,32 @@ def test_x05_every_changed_file_is_refused_in_one_line_or_changes_nothing(outcom
     assert len(outcomes) == 14 and all(row.get("refused") for row in outcomes)
 
 
+@pytest.fixture(scope="session")
+def checked(shared):
+    """checked(suite): the compiled functions that there are, and those that ran, in the tests of a folder with every access checked."""
+
+    def run(suite: str) -> dict[str, list[str]]:
+        def build(folder: Path) -> None:
+            folder.mkdir()
+            own = ["-q", "-x", "-p", "tests.faults.bounds", "-p", "no:cacheprovider", suite]
+            done = child(shared, "pytest", *own, timeout=3500, BOUNDS_RAN=str(folder / "ran.json"))
+            assert done.returncode == 0, done.stdout[-3000:]
+
+        return json.loads((shared("bounds-" + suite.replace("/", "-"), build) / "ran.json").read_text())
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_x05_compiled_code_stays_in_its_arrays(shared):
-    """The tests of everything compiled, every access checked; each function of the package must have run."""
-    suites = ["tests/kernels", "tests/partition", "tests/store", "tests/elastic"]
-    done = child(shared, "pytest", "-q", "-x", "-p", "tests.faults.bounds", *suites, timeout=3500)
-    assert done.returncode == 0, done.stdout[-3000:]
+@pytest.mark.parametrize("suite", COMPILED)
+def test_x05_compiled_code_stays_in_its_arrays(checked, suite):
+    """Compiling everything again for its bounds is what takes the time: a process per folder, and one cache for all."""
+    assert checked(suite)["ran"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(14_400)
+def test_x05_every_compiled_function_was_checked(checked):
+    found = [checked(suite) for suite in COMPILED]
+    assert not set(found[0]["every"]) - {name for each in found for name in each["ran"]}

@@ -92,7 +92,7 @@ def longest_ladder(rows):
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_the_server_mixes_points_of_all_methods_in_one_batch(measured, tmp_path, stored):
+def test_d02_the_server_mixes_points_of_all_methods_in_one_batch(measured, tmp_path, stored):
     """Every request's tokens are those of its point alone; the answer says which point that was."""
     rows = json.loads((measured / "frontier.json").read_text())["points"]
     per_token = [row for row in rows if row["rule"] in expanded(ALL_PER_TOKEN)]

@@ -102,7 +102,7 @@ def greedy(model, ids, budgets, steps):
     return torch.cat(out, 1)
 
 
-def test_a_request_gives_the_same_tokens_alone_and_in_a_mixed_batch(nano, held_out):
+def test_d02_a_request_gives_the_same_tokens_alone_and_in_a_mixed_batch(nano, held_out):
     model = nano[0]
     prompts, budgets = held_out[:3, :24], [1.0, 0.5, 0.25]
     mixed = greedy(model, prompts, budgets, 12)

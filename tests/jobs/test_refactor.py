@@ -238,7 +238,7 @@ def test_a_predictor_fitted_on_request_is_stored_used_and_paid_for(tiny_source, 
     assert shared > 0 and params["low-rank"] - params["ridge"] == k * (low - ridge) + shared
 
 
-def test_starved_experts_are_reported_and_handled(tiny_calibration, tmp_path):
+def test_f09_starved_experts_are_reported_and_handled(tiny_calibration, tmp_path):
     model = save_tiny("olmoe", tmp_path / "source", num_experts=6)
     dead = starve(model, 1)
     model.save_pretrained(tmp_path / "source", max_shard_size="100KB")

@@ -99,7 +99,7 @@ def test_a_different_formula_is_refused(module: type[Mlp], words: str) -> None:
         find_layers(nn.Sequential(module()))
 
 
-def test_weights_that_are_not_finite_are_named() -> None:
+def test_f08_weights_that_are_not_finite_are_named() -> None:
     model = nn.Sequential(Mlp())
     model[0].down_proj.weight.data[3, 3] = float("nan")
     with pytest.raises(UsageError, match="NaN or infinite"):

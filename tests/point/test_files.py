@@ -70,7 +70,7 @@ def test_a_bare_point_has_the_name_of_its_file(tmp_path):
     assert read_points(write(tmp_path / "half.json", POINT.to_json())) == [NamedPoint(name="half", point=POINT)]
 
 
-def test_a_skip_plan_of_version_0_1_is_upgraded(tmp_path):
+def test_f13_a_skip_plan_of_version_0_1_is_upgraded(tmp_path):
     (named,) = read_points(write(tmp_path / "plan.json", OLD_PLAN))
     stage = RoutingStage(stage="score-mass", layers=(4, 4), parameters={"mass": ((0.5,), (0.5,))}, keep_mass=True)
     assert named == NamedPoint(name="plan", point=OperatingPoint(routing=(stage,)), made={"method": "score-mass", "mean": 2.5})
@@ -96,7 +96,7 @@ def test_a_mapping_from_layers_to_experts_is_a_point(tmp_path):
         (3, "must be an object"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_one_line(tmp_path, data, names):
+def test_f13_what_is_wrong_with_a_file_is_one_line(tmp_path, data, names):
     with pytest.raises(CorruptError) as found:
         read_points(write(tmp_path / "p.json", data))
     assert names in str(found.value) and "\n" not in str(found.value)

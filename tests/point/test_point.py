@@ -126,6 +126,6 @@ def test_what_is_wrong_is_named_in_one_line(data, names):
     assert names in str(found.value) and "\n" not in str(found.value)
 
 
-def test_a_version_from_the_future_is_refused_as_such():
+def test_f13_a_version_from_the_future_is_refused_as_such():
     with pytest.raises(CorruptError, match="this version reads 1"):
         OperatingPoint.from_json({**FULL.to_json(), "schema": 99})

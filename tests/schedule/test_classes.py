@@ -54,7 +54,7 @@ def test_errors_are_one_line_that_names_the_place(data, says):
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "other: {}", "classes: 3"])
-def test_bad_files(tmp_path, text):
+def test_f13_bad_files(tmp_path, text):
     path = tmp_path / "qos.yaml"
     path.write_text(text)
     with pytest.raises(UsageError) as caught:

@@ -49,7 +49,7 @@ def overload():
     return replay("elastic", 3 * CAPACITY, MINUTES)
 
 
-def test_every_class_gets_at_least_five_percent_at_three_times_the_load(overload):
+def test_s09_every_class_gets_at_least_five_percent_at_three_times_the_load(overload):
     classes = by_class(overload.results)
     total = sum(r.tokens for r in overload.results)
     for kind, results in classes.items():
@@ -58,13 +58,13 @@ def test_every_class_gets_at_least_five_percent_at_three_times_the_load(overload
         assert len(ended) / len(results) >= 0.05, kind
 
 
-def test_goodput_under_overload_stays_near_its_peak(overload):
+def test_s07_goodput_under_overload_stays_near_its_peak(overload):
     """S07."""
     peak = max(summarise(replay("elastic", CAPACITY * x, 200.0).results, 200.0).goodput for x in (0.9, 1.1))
     assert summarise(overload.results, MINUTES).goodput >= 0.9 * peak
 
 
-def test_the_high_class_meets_its_targets_while_the_low_one_overloads():
+def test_s09_the_high_class_meets_its_targets_while_the_low_one_overloads():
     """S09: interactive at 0.3 of the capacity, batch at 10 times the capacity, ten minutes."""
     run = replay("elastic", 10.3 * CAPACITY, MINUTES, mix={"interactive": 0.3, "batch": 10.0})
     classes = by_class(run.results)
@@ -73,7 +73,7 @@ def test_the_high_class_meets_its_targets_while_the_low_one_overloads():
     assert sum(r.tokens for r in classes["batch"]) / sum(r.tokens for r in run.results) >= 0.05
 
 
-def test_quality_comes_back_after_a_burst():
+def test_s08_quality_comes_back_after_a_burst():
     """S08: three times the load for 60 s, then a light one: quality is full again soon after the backlog is gone."""
     model = slow()
     only = {"interactive": 1.0}
@@ -96,7 +96,7 @@ def test_wait_is_bounded_when_the_load_can_be_served(name):
     assert sum(r.admitted is None for r in run.results) <= 2  # those that have just arrived
 
 
-def test_a_steady_stream_of_urgent_requests_starves_nobody():
+def test_s09_a_steady_stream_of_urgent_requests_starves_nobody():
     """Interactive requests alone overload the server; ten batch requests and ten that are hopelessly late are there from the start."""
     stream = arrivals(2.5 * CAPACITY, 300.0, {"interactive": 1.0}, seed=3)
     batch = [Arrival(CLASSES["batch"].job(f"b{i}", 0.0, 100, 20, LADDER), 20) for i in range(10)]

@@ -14,6 +14,7 @@ from moe_prism.point import FULL
 from moe_prism.schedule.base import Job, Ladder, Level, Policy, Work
 from moe_prism.serve.engine.engine import Engine, EngineSize
 from moe_prism.serve.requests import ErrorKind, Request, Sampling
+from tests.faults.points import fault
 
 LADDER = Ladder(
     (
@@ -43,19 +44,19 @@ class Plain(Policy):
 class Waves:
     """Runs requests through an engine and gathers what their sinks hear."""
 
-    def __init__(self, model, **size):
-        self.engine = Engine(model, LADDER, Plain(), EngineSize(**{"requests": 8, "cache_tokens": 4096, "page": 16, **size}))
+    def __init__(self, model, ladder=LADDER, **size):
+        self.engine = Engine(model, ladder, Plain(), EngineSize(**{"requests": 8, "cache_tokens": 4096, "page": 16, **size}))
         self.engine.start()
         self.count = 0
 
-    def submit(self, prompt, level, new=NEW, sampling=None, stop=LEFT_OUT, heard=None):
+    def submit(self, prompt, level, new=NEW, sampling=None, stop=LEFT_OUT, heard=None, ceiling=None):
         self.count += 1
-        job = Job(f"r{self.count}", time.monotonic(), len(prompt), new, level, level)
+        job = Job(f"r{self.count}", time.monotonic(), len(prompt), new, level, level if ceiling is None else ceiling)
         request = Request(job, prompt, sampling or Sampling(), stop, heard)
         self.engine.submit(request)
         return request
 
-    def run(self, prompts, levels, new=NEW, samplings=None):
+    def run(self, prompts, levels, new=NEW, samplings=None, ceiling=None):
         """[(tokens, events, request)] of all, run together."""
         ends, out = threading.Semaphore(0), []
         for i, (prompt, level) in enumerate(zip(prompts, levels, strict=True)):
@@ -66,10 +67,15 @@ class Waves:
                 if event.finish or event.error:
                     ends.release()
 
-            out.append((events, self.submit(prompt, level, new, samplings[i] if samplings else None, heard=heard)))
+            sampling = samplings[i] if samplings else None
+            out.append((events, self.submit(prompt, level, new, sampling, heard=heard, ceiling=ceiling)))
         for _ in out:
             assert ends.acquire(timeout=60)
         return [([e.token for e in events if e.token is not None], events, request) for events, request in out]
+
+    def run_free(self, prompts):
+        """At whatever levels the policy chooses."""
+        return self.run(prompts, [0] * len(prompts), ceiling=2)
 
     def tokens(self, *args, **kwargs):
         return [tokens for tokens, _, _ in self.run(*args, **kwargs)]
@@ -109,7 +115,7 @@ def test_greedy_tokens_are_those_of_generate(nano, waves, level):
     assert waves.tokens(prompts, [level] * 4) == reference[level]
 
 
-def test_requests_of_different_levels_in_one_batch_equal_running_alone(nano, waves):
+def test_d02_requests_of_different_levels_in_one_batch_equal_running_alone(nano, waves):
     _, prompts, reference = nano
     levels = [0, 2, 1, 2]
     results = waves.run(prompts, levels)
@@ -119,7 +125,7 @@ def test_requests_of_different_levels_in_one_batch_equal_running_alone(nano, wav
 
 
 @pytest.mark.parametrize("step_tokens", [16, 33])
-def test_prompts_in_chunks_give_the_same_tokens(nano, step_tokens):
+def test_d02_prompts_in_chunks_give_the_same_tokens(nano, step_tokens):
     model, prompts, reference = nano
     waves = Waves(model, step_tokens=step_tokens, prefix_cache=False)
     try:
@@ -237,7 +243,7 @@ def test_a_stop_token_ends_a_request(nano, waves):
     assert [e.token for e in heard] == reference[2][0][: at + 1] and heard[-1].finish == "stop"
 
 
-def test_cancelling_frees_everything(nano, waves):
+def test_s04_cancelling_frees_everything(nano, waves):
     _, prompts, _ = nano
     began = threading.Event()
     requests = [waves.submit(p, 2, new=400, heard=lambda e: began.set()) for p in prompts]
@@ -249,14 +255,14 @@ def test_cancelling_frees_everything(nano, waves):
 def test_s11_a_row_that_is_not_finite_ends_alone(nano, waves):
     _, prompts, reference = nano
 
-    def poison(logits, parts):
+    def poison(runner, parts, spans, logits):
         for row, part in enumerate(p for p in parts if p.yields):
             if list(part.request.tokens) == prompts[1] and part.request.track.generated == 2:
                 logits[row] = float("nan")
 
     waves.run(prompts[:1], [2])
-    waves.engine.manager.batch_processor.model_runner.inject = poison
-    results = waves.run(prompts, [2] * 4)
+    with fault("logits", poison):
+        results = waves.run(prompts, [2] * 4)
     assert results[1][1][-1].error and "not finite" in results[1][1][-1].error and len(results[1][0]) == 2
     assert results[1][1][-1].kind is ErrorKind.NOT_FINITE
     assert [results[i][0] for i in (0, 2, 3)] == [reference[2][i] for i in (0, 2, 3)]
@@ -265,18 +271,18 @@ def test_s11_a_row_that_is_not_finite_ends_alone(nano, waves):
 def test_a_failing_step_ends_its_requests_and_no_others(nano, waves):
     _, prompts, reference = nano
 
-    def explode(logits, parts):
+    def explode(runner, parts, spans, logits):
         if any(list(p.request.tokens) == prompts[0] for p in parts):
             raise MemoryError("injected")
 
     waves.run(prompts[1:2], [2])
-    waves.engine.manager.batch_processor.model_runner.inject = explode
-    failed = waves.run(prompts[:1], [2])[0]
-    assert failed[1][-1].error == "the step failed: MemoryError" and waves.engine.failed_steps == 1
-    assert waves.tokens(prompts[1:], [2] * 3) == reference[2][1:]
+    with fault("logits", explode):
+        failed = waves.run(prompts[:1], [2])[0]
+        assert failed[1][-1].error == "the step failed: MemoryError" and waves.engine.failed_steps == 1
+        assert waves.tokens(prompts[1:], [2] * 3) == reference[2][1:]
 
 
-def test_requests_cancelled_as_they_arrive_are_gone(nano, waves):
+def test_s04_requests_cancelled_as_they_arrive_are_gone(nano, waves):
     _, prompts, reference = nano
     heard = []
     for i in range(300):

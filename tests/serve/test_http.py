@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from moe_prism.serve.http.strands import Strand
+from tests.faults.points import fault
 from tests.serve.house import LEVELS, open_house
 
 PROMPT = "def main(args):\n    return "
@@ -244,15 +245,14 @@ def waiting(house):
     return count
 
 
-def test_where_one_of_n_sequences_fails_nobody_waits_for_the_others(web, house, waiting, monkeypatch):
-    def fails(logits, parts):
+def test_where_one_of_n_sequences_fails_nobody_waits_for_the_others(web, waiting):
+    def fails(runner, parts, spans, logits):
         for row, part in enumerate(parts):
             if part.request.job.id.endswith("-1") and part.yields:
                 logits[row] = math.nan
 
-    runner = house.built.service.engine.manager.batch_processor.model_runner
-    monkeypatch.setattr(runner, "inject", fails)
-    answer = post(web, n=3, max_tokens=100)
+    with fault("logits", fails):
+        answer = post(web, n=3, max_tokens=100)
     assert answer.status_code == 503 and "not finite" in answer.json()["error"]["message"]
     until = time.monotonic() + 10
     while waiting("_collect") and time.monotonic() < until:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -180,42 +180,40 @@ def test_a_wrong_name_is_refused(web, body, status, param):
     assert answer.status_code == status and answer.json()["error"]["param"] == param
 
 
+def with_harness():
+    """A Python that has the harness: that of `make test-clients`, or ours."""
+    python = Path(os.environ["CLIENTS"]) / "bin" / "python" if "CLIENTS" in os.environ else Path(sys.executable)
+    code = "import lm_eval, aiohttp, tenacity"
+    if not python.is_file() or subprocess.run([python, "-c", code], capture_output=True, check=False).returncode:
+        pytest.skip(f"no 'lm_eval[api]' for {python}")
+    return python
+
+
 @pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.timeout(900)
 def test_the_harness_itself(house, tmp_path):
     """Unchanged lm-eval over HTTP finds what it finds with unchanged transformers in its own memory."""
-    missing = [name for name in ("lm_eval", "aiohttp", "tenacity") if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"no {', '.join(missing)}: pip install 'lm_eval[api]'")
+    python = with_harness()
     tasks = write_tasks(tmp_path / "tasks", questions=6, documents=2)
     length = house.built.service.context
     server = f"base_url={house.url}/completions,model=tiny@1,tokenizer={house.folder},num_concurrent=4,max_length={length}"
-    served = harness(tmp_path, tasks, "local-completions", server, "2")
+    served = harness(python, tmp_path / "local-completions", tasks, server, batch="2")
     # its windows are two tokens shorter over HTTP: one is generated, one is kept for the prefix
-    memory = harness(tmp_path, tasks, "hf", f"pretrained={house.folder},dtype=float32,max_length={length - 2}", "1")
+    own = f"pretrained={house.folder},dtype=float32,max_length={length - 2}"
+    memory = harness(python, tmp_path / "hf", tasks, own, batch="1")
     assert served.keys() == memory.keys() and len(served) == 6
     for name, value in served.items():
         assert value == pytest.approx(memory[name], rel=1e-3), name
 
 
-def harness(folder, tasks, model, arguments, batch):
-    out = folder / model
-    command = [
-        sys.executable,
-        "-m",
-        "lm_eval",
-        "--model",
-        model,
-        "--model_args",
-        arguments,
-        "--batch_size",
-        batch,
-        "--device",
-        "cpu",
-    ]
+def harness(python, out, tasks, arguments, batch):
+    """out: a folder of the name of lm-eval's kind of model."""
+    folder = out.parent
+    command = [python, "-m", "lm_eval", "--model", out.name, "--model_args", arguments, "--batch_size", batch, "--device", "cpu"]
     command += ["--include_path", str(tasks), "--tasks", ",".join(TASKS), "--output_path", str(out)]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")}
-    subprocess.run(command, check=True, timeout=600, env={**os.environ, **offline})
+    subprocess.run(command, check=True, timeout=600, env={**os.environ, **offline, "PYTHONPATH": ""})
     (file,) = out.rglob("results_*.json")
     results = json.loads(file.read_text())["results"]
     return {

@@ -285,7 +285,7 @@ def test_the_prefix_cache_and_the_counters_reach_the_http_side(both):
     assert web.get("/status.json").json()["seconds"][-1]["tokens"] > 0
 
 
-def test_a_client_that_leaves_frees_its_place_in_the_engine(both):
+def test_s04_a_client_that_leaves_frees_its_place_in_the_engine(both):
     house, _, web = both
     body = {"prompt": PROMPT, "max_tokens": 110, "temperature": 0, "stream": True}
     for _ in range(4):

@@ -80,7 +80,7 @@ def test_a_file_cut_short_is_found_at_once(packed):
         open_pack(file, manifest)
 
 
-def test_a_full_disk_leaves_nothing(elastic_tiny, tmp_path):
+def test_f04_a_full_disk_leaves_nothing(elastic_tiny, tmp_path):
     with pytest.raises(DoesNotFit, match="cannot write"):
         write_pack(elastic_tiny, tmp_path / "no" / "p", read_manifest(elastic_tiny))
     assert list(tmp_path.iterdir()) == []

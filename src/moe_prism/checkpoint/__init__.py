@@ -4,18 +4,11 @@ from .atomic import OutputFolder, sha256_file
 from .change import changing, put_file, update_manifest
 from .companions import companion_facts, copy_companions
 from .dequantized import DequantizedSource, open_source
+from .finished import Check, elastic_manifest, read_manifest, verify
 from .header import TensorInfo, read_header
 from .journal import Journal
 from .links import follow_links
-from .manifest import (
-    Check,
-    check_listed,
-    elastic_manifest,
-    read_manifest,
-    source_facts,
-    verify,
-    write_manifest,
-)
+from .manifest import check_listed, source_facts, write_manifest
 from .shards import Source, check_finite, first_non_finite
 from .stream import LayerStream
 from .versions import versions

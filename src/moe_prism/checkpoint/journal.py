@@ -13,7 +13,7 @@ from ..schema import read_form
 from ..schema.journal import JournalForm
 from ..schema.read import one_line
 from .atomic import JOURNAL, sha256_file
-from .versions import versions
+from .versions import device, versions
 
 SHOWN = 300  # characters of a fingerprint's value
 
@@ -21,13 +21,14 @@ SHOWN = 300  # characters of a fingerprint's value
 class Journal:
     """`journal.json` in a work folder: a finished file -> its sha256, valid for one fingerprint.
 
-    fingerprint: JSON facts that decide the result (source hashes, options); the versions of the libraries are added. An existing journal
-    with another fingerprint is a UsageError that names the first differing key and both values; an unreadable one is a CorruptError.
+    fingerprint: JSON facts that decide the result (source hashes, options); the device and the versions of the libraries are added. An
+    existing journal with another one is a UsageError that names the first differing key and both values; an unreadable one is a
+    CorruptError.
     """
 
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, Any]) -> None:
         self.path = Path(folder) / JOURNAL
-        self.fingerprint: dict[str, Any] = json.loads(json.dumps({"versions": versions(), **fingerprint}))
+        self.fingerprint: dict[str, Any] = json.loads(json.dumps({"versions": versions(), "device": device(), **fingerprint}))
         self._units: dict[str, str] = {}
         self._trusted: set[str] = set()
         if self.path.exists():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from ..schema.manifest import KINDS, NEXT
 from ..schema.read import one_line
 from .atomic import JOURNAL, OutputFolder, sha256_file
 from .companions import origin
-from .header import TORCH, read_header
 from .links import inside
-from .shards import INDEX, SINGLE, Source, check_finite, read_tensor
+from .shards import Source
 from .versions import versions
 
 MANIFEST = "prism.json"
@@ -28,14 +26,6 @@ REMEASURED = ("frontier.json", "ladder.json", "report.html", "frontier.png")
 SCHEMA = 1
 WEIGHTS_FILE = "weights_file"
 """The fact that names the GGUF file of a folder that has no safetensors weights."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of `moe-prism verify`: what was looked at and what was found."""
-
-    name: str
-    detail: str
 
 
 PLAIN_KINDS = ("pruned", "quantized")
@@ -60,37 +50,15 @@ def write_manifest(out: OutputFolder, facts: Mapping[str, Any]) -> dict[str, Any
     """
     files = {
         name: {"sha256": out.hashes.get(name) or sha256_file(out.work / name), "bytes": (out.work / name).stat().st_size}
-        for name in sorted(_present(out.work))
+        for name in sorted(present(out.work))
     }
     content = _content(facts, files)
     out.write_bytes(MANIFEST, encoded(content))
     return content
 
 
-def elastic_manifest(folder: str | Path) -> dict[str, Any]:
-    """`read_manifest` of an elastic model; UsageError for a folder that is none."""
-    if not (Path(folder) / MANIFEST).is_file():
-        raise UsageError(f"'{folder}' has no {MANIFEST}", "give a folder that `moe-prism refactor MODEL -o FOLDER` wrote")
-    manifest = read_manifest(folder)
-    if manifest.get("kind") != "elastic":
-        raise UsageError(f"'{folder}' is not an elastic model", "give the folder written by `moe-prism refactor`")
-    return manifest
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """prism.json, checked against its own sha256. UsageError if there is none, CorruptError if it was edited or is damaged."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise UsageError(f"'{folder}' has no {MANIFEST}", "give a folder that moe-prism wrote")
-    if (Path(folder) / UPDATE / MANIFEST).is_file():
-        from .change import settle  # which reads manifests
-
-        settle(folder)
-    return parse_manifest(path)
-
-
 def parse_manifest(path: Path) -> dict[str, Any]:
-    """`read_manifest` of one file, whatever lies beside it."""
+    """A manifest, checked against its own sha256, whatever lies beside it. CorruptError if it was edited or is damaged."""
     value: Any = read_json(inside(path), NEXT)
     # an edit that kept it a manifest is named as such; else the form says what is wrong
     if isinstance(value, dict) and isinstance(value.get("sha256"), str) and value["sha256"] != _digest(value):
@@ -136,30 +104,6 @@ def check_layers(folder: str | Path, manifest: Mapping[str, Any], layers: Sequen
         raise CorruptError(f"{Path(folder) / MANIFEST}: 'layers[{wrong}]': {what}", NEXT)
 
 
-def verify(folder: str | Path) -> list[Check]:
-    """Recompute everything a finished folder promises; one Check per kind.
-
-    Raises CorruptError that names each missing, extra or changed file, a damaged safetensors header, an index that does not match
-    its shards, or the tensor with a value that is not finite.
-    """
-    path, manifest = Path(folder), read_manifest(folder)
-    files = _kept(path, manifest)
-    _check_files(path, files)
-    weights = [name for name in sorted(files) if name.endswith(".safetensors")]
-    for name in weights:
-        read_header(path / name)
-    if any((path / name).is_file() for name in (SINGLE, INDEX)):
-        Source(path)
-    count = sum(_check_values(path / name) for name in weights)
-    total = sum(entry["bytes"] for entry in files.values())
-    return [
-        Check("manifest", f"{MANIFEST} matches its own sha256"),
-        Check("files", f"{len(files)} files, {total} bytes: none missing, extra or changed"),
-        Check("headers", f"{len(weights)} safetensors headers agree with their files"),
-        Check("values", f"{count} tensors hold finite values only"),
-    ]
-
-
 def changed_content(folder: Path, work: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest of a folder with the files of `work` in it, and with facts replaced or added."""
     old = parse_manifest(folder / MANIFEST)
@@ -167,7 +111,7 @@ def changed_content(folder: Path, work: Path, facts: Mapping[str, Any]) -> dict[
     new = {path.name: _entry(path) for path in sorted(work.iterdir()) if path.name != MANIFEST}
     caches = facts.get("caches", old.get("caches", ()))
     there = {n: e for n, e in old["files"].items() if (folder / n).exists() or n not in (*REMEASURED, *caches)}
-    found = {name: _entry(folder / name) for name in sorted(_present(folder) - set(there) - set(new))}
+    found = {name: _entry(folder / name) for name in sorted(present(folder) - set(there) - set(new))}
     return _content({**kept, **facts}, {**there, **found, **new})
 
 
@@ -186,7 +130,7 @@ def _content(facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -
     return content
 
 
-def _present(folder: Path) -> set[str]:
+def present(folder: Path) -> set[str]:
     """All files of the folder and of those in it."""
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()}
     return {name for name in found if not name.startswith(f"{UPDATE}/")} - {MANIFEST, JOURNAL}
@@ -200,33 +144,3 @@ def _digest(content: Mapping[str, Any]) -> str:
 def encoded(content: Mapping[str, Any]) -> bytes:
     """As it is written."""
     return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
-
-
-def _kept(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The listed files without the caches that somebody removed."""
-    caches = manifest.get("caches", ())
-    return {name: entry for name, entry in manifest["files"].items() if name not in caches or (folder / name).exists()}
-
-
-def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    present = _present(folder)
-    problems = [f"{name} is missing" for name in sorted(set(files) - present)]
-    problems += [f"{name} is not in {MANIFEST}" for name in sorted(present - set(files))]
-    for name in sorted(present & set(files)):
-        path, entry = folder / name, files[name]
-        if not path.is_file() or path.is_symlink():
-            problems.append(f"{name} is not a plain file")
-        elif path.stat().st_size != entry["bytes"]:
-            problems.append(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
-        elif sha256_file(path) != entry["sha256"]:
-            problems.append(f"{name} was changed (sha256 differs)")
-    if problems:
-        raise CorruptError(f"'{folder}': {'; '.join(problems)}", NEXT)
-
-
-def _check_values(path: Path) -> int:
-    header = read_header(path)
-    known = [info for info in header.tensors if info.dtype in TORCH]
-    for info in known:
-        check_finite(info.name, read_tensor(path, info), path.name)
-    return len(known)

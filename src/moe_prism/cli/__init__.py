@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect as reflection
 import json
 import os
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 import cyclopts
 
 from ..cores import settle_threads
-from ..errors import PrismError
+from ..errors import DoesNotFit, PrismError, memory_ran_out
 from . import (
     adopt,
     bench,
@@ -112,9 +113,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resumable = tokens[:1] and tokens[0] in RESUMABLE and not {"--report-only", "--dry-run"} & {*tokens}
         next_step = "go on with --resume" if resumable else "run it again; it starts from the beginning"
         return _fail("interrupted", next_step, INTERRUPTED, "--json" in tokens)
+    except (MemoryError, RuntimeError) as error:
+        if not memory_ran_out(error):
+            raise
+        next_step = "use --low-memory and a smaller --reservoir where the command has them, or a larger machine"
+        return _fail("memory ran out", next_step, DoesNotFit.exit_code, "--json" in tokens)
     except OSError as error:
         cause = f"{error.strerror or error}: {error.filename}" if error.filename else error.strerror or str(error)
-        return _fail(cause, "check the path, its permissions and the free space", 1, "--json" in tokens)
+        code = DoesNotFit.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT) else 1
+        return _fail(cause, "check the path, its permissions and the free space", code, "--json" in tokens)
     return 0
 
 

@@ -18,6 +18,7 @@ from ..methods.quantize.uniform_bits import UniformBits
 from ..model import resolve
 from ..options.compress import CompressOptions
 from ..progress import Report, peak_rss_bytes, silent
+from .resources import check_resources, needed_on_disk, written_bytes
 
 KIND = "quantized"
 
@@ -78,6 +79,8 @@ def compress_model(
     result = Compressed(options.method, len(found.experts), found.bytes(), folder=Path(out))
     if (resume := how.get("resume", False)) and (done := finished(out, {"kind": KIND, **inputs})):
         return Compressed(**{**result.__dict__, "manifest": done})
+    before, after = found.bytes()
+    check_resources(needed_on_disk(max(after, written_bytes(weights) - before + after)), out, resume)
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         journal = Journal(folder.work, inputs)
         with how.get("report", silent)("write") as update:

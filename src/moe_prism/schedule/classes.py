@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..schema.yaml import read_yaml
 from .base import Job, Ladder
 
 FIELDS = ("min_quality", "max_quality", "ttft_ms", "tpot_ms", "priority")
@@ -61,14 +62,7 @@ def read_classes(data: object, where: str = "classes") -> dict[str, RequestClass
 
 def load_classes(path: Path) -> dict[str, RequestClass]:
     """Classes under the key `classes` of a YAML file."""
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text())
-    except OSError as e:
-        raise UsageError(f"cannot read {path}: {e.strerror}", "check the path") from e
-    except (UnicodeDecodeError, yaml.YAMLError) as e:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(e).split())[:120]}", "correct it") from e
+    data = read_yaml(path)
     if not isinstance(data, Mapping) or "classes" not in data:
         raise UsageError(f"{path} has no key 'classes'", "see docs/reference/serving.md")
     return read_classes(data["classes"], str(path))

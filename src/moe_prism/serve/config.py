@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import UsageError
 from ..schedule.classes import RequestClass, default_classes, read_classes
+from ..schema.yaml import read_yaml
 
 
 class _Strict(BaseModel):
@@ -88,15 +89,7 @@ def load_config(path: Path | None) -> Config:
     """Read `qos.yaml`; the defaults for None. UsageError names the file, the key, and the nearest legal one."""
     if path is None:
         return Config()
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}", "check the path") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())[:160]}", "correct it") from error
-    return read_config(data, str(path))
+    return read_config(read_yaml(path), str(path))
 
 
 def read_config(data: object, where: str = "config") -> Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ class Runner(ModelRunner):  # type: ignore[misc]
     """transformers' runner with our own logits and sampling. `results` holds what the last step found, by request id."""
 
     scheduler: PolicyScheduler
-    inject: Callable[[Tensor, list[StepPart]], None] | None = None  # a test's fault
 
     @classmethod
     def over(cls, processor: Any) -> Runner:
@@ -51,8 +49,6 @@ class Runner(ModelRunner):  # type: ignore[misc]
             batch_data["logits_to_keep"] = rows.to(batch_data["input_ids"].device)
         out = model(**batch_data).logits[0]
         logits = (out if sliced else out[rows]).float()
-        if self.inject is not None:
-            self.inject(logits, parts)
         self.results = {}
         self._prompt_logprobs(parts, spans, logits)
         drawing = [(part, span[1] - 1) for part, span in zip(parts, spans, strict=True) if part.yields]

@@ -44,9 +44,26 @@ def create_app(house: House, history: status.History, keys: Sequence[str] = (), 
             await service.engine.detach()
 
     app = FastAPI(title="moe-prism", docs_url=None, redoc_url=None, responses=ERRORS, lifespan=lifespan, redirect_slashes=False)
-    started = int(time.time())
-
     _answer_errors(app)
+    _watching(app, house, history)
+    _around(app, house)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await routes.completions(house, request, body)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await routes.chat(house, request, body)
+
+    salted = service.config.engine.prefix_cache_per_key
+    inner = origins(Manners(_AtTheDoor(app, door), allowed), allowed)
+    return Guard(inner, service.config.bounds, Keys(keys, salted=salted), service.metrics.refuse)
+
+
+def _watching(app: FastAPI, house: House, history: status.History) -> None:
+    """How the server is."""
+    service, door = house.service, house.door
 
     @app.get("/health")
     async def health() -> Response:
@@ -80,6 +97,11 @@ def create_app(house: House, history: status.History, keys: Sequence[str] = (), 
         """What the page draws."""
         return status.snapshot(service, door, history)
 
+
+def _around(app: FastAPI, house: House) -> None:
+    """What the model is, and its tokens."""
+    service, started = house.service, int(time.time())
+
     def card(name: str) -> dict[str, Any]:
         points = [level.to_json() for level in service.ladder.levels]
         said = {"id": name, "object": "model", "created": started, "owned_by": "moe-prism", "root": service.name, "parent": None}
@@ -106,18 +128,6 @@ def create_app(house: House, history: status.History, keys: Sequence[str] = (), 
     @app.post("/detokenize")
     async def detokenize(body: tokens.DetokenizeRequest) -> dict[str, Any]:
         return tokens.detokenize(house, body)
-
-    @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await routes.completions(house, request, body)
-
-    @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        return await routes.chat(house, request, body)
-
-    salted = service.config.engine.prefix_cache_per_key
-    inner = origins(Manners(_AtTheDoor(app, door), allowed), allowed)
-    return Guard(inner, service.config.bounds, Keys(keys, salted=salted), service.metrics.refuse)
 
 
 def _answer_errors(app: FastAPI) -> None:

@@ -20,85 +20,88 @@ GRACE = 1.0
 """Seconds after the deadline of a body in which its route may still answer 408 by itself."""
 
 
-def paced_protocol(bounds: Bounds) -> type[H11Protocol]:
-    """uvicorn's HTTP protocol within `bounds`: headers and body of every request have an absolute deadline, whoever reads them."""
-    crowd = Crowd(bounds)
+class Paced(H11Protocol):  # type: ignore[misc]
+    """One connection within `bounds`, among those of `crowd`."""
 
-    class Paced(H11Protocol):  # type: ignore[misc]
-        _alarm: asyncio.TimerHandle | None = None
-        _part = ""  # of a request, that the alarm is for
-        _address = ""
+    bounds: Bounds
+    crowd: Crowd
+    _alarm: asyncio.TimerHandle | None = None
+    _part = ""  # of a request, that the alarm is for
+    _address = ""
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._address = self.client[0] if self.client else ""
-            if crowd.enter(self, self._address):
-                self._expect("header", bounds.header_seconds)
-            else:
-                self._say(Refusal(503, "too many connections (bounds.connections)", code="connections", retry=1))
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._address = self.client[0] if self.client else ""
+        if self.crowd.enter(self, self._address):
+            self._expect("header", self.bounds.header_seconds)
+        else:
+            self._say(Refusal(503, "too many connections (bounds.connections)", code="connections", retry=1))
 
-        def data_received(self, data: bytes) -> None:
-            if self.transport.is_closing():
-                return
-            super().data_received(data)
-            self._look(came=True)
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        self._look(came=True)
 
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            if self.conn.their_state is h11.SEND_BODY:
-                self._expect("rest", LINGER)
-            else:
-                self._look(came=False)
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:
+            self._expect("rest", LINGER)
+        else:
+            self._look(came=False)
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._disarm()
-            crowd.leave(self, self._address)
-            super().connection_lost(exc)
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        self.crowd.leave(self, self._address)
+        super().connection_lost(exc)
 
-        def _look(self, *, came: bool) -> None:
-            """Where the client is in its request. came: it has just sent something."""
-            state = self.conn.their_state
-            if state is h11.IDLE:
-                if self._part != "header":
-                    self._disarm()
-                    crowd.wait(self, self._address)
-                    if came:  # part of the next request; before that, uvicorn counts the time of an idle connection
-                        self._expect("header", bounds.header_seconds)
-            elif state is h11.SEND_BODY:
-                if self._part not in ("body", "rest"):
-                    self._expect("body", bounds.body_seconds + GRACE)
-            else:
+    def _look(self, *, came: bool) -> None:
+        """Where the client is in its request. came: it has just sent something."""
+        state = self.conn.their_state
+        if state is h11.IDLE:
+            if self._part != "header":
                 self._disarm()
-                crowd.work(self)
-
-        def _expect(self, part: str, seconds: float) -> None:
+                self.crowd.wait(self, self._address)
+                if came:  # part of the next request; before that, uvicorn counts the time of an idle connection
+                    self._expect("header", self.bounds.header_seconds)
+        elif state is h11.SEND_BODY:
+            if self._part not in ("body", "rest"):
+                self._expect("body", self.bounds.body_seconds + GRACE)
+        else:
             self._disarm()
-            self._part, self._alarm = part, self.loop.call_later(seconds, self._late)
+            self.crowd.work(self)
 
-        def _disarm(self) -> None:
-            self._part = ""
-            if self._alarm is not None:
-                self._alarm.cancel()
-                self._alarm = None
+    def _expect(self, part: str, seconds: float) -> None:
+        self._disarm()
+        self._part, self._alarm = part, self.loop.call_later(seconds, self._late)
 
-        def _late(self) -> None:
-            if not self.transport.is_closing():
-                self.transport.abort()
+    def _disarm(self) -> None:
+        self._part = ""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
 
-        def drop(self) -> None:
+    def _late(self) -> None:
+        if not self.transport.is_closing():
             self.transport.abort()
 
-        def send_400_response(self, msg: str) -> None:
-            """Bytes that are no HTTP."""
-            self._say(Refusal(400, msg, code="invalid_request"))
+    def drop(self) -> None:
+        self.transport.abort()
 
-        def _say(self, refusal: Refusal) -> None:
-            """Answer without any request, and close."""
-            body = json.dumps(refusal.body()).encode()
-            said = {400: "Bad Request", 503: "Service Unavailable"}[refusal.status]
-            head = [f"HTTP/1.1 {refusal.status} {said}", "content-type: application/json", f"content-length: {len(body)}"]
-            head += [f"{name}: {value}" for name, value in refusal.headers().items()]
-            self.transport.write("\r\n".join([*head, "connection: close", "", ""]).encode() + body)
-            self.transport.close()
+    def send_400_response(self, msg: str) -> None:
+        """Bytes that are no HTTP."""
+        self._say(Refusal(400, msg, code="invalid_request"))
 
-    return Paced
+    def _say(self, refusal: Refusal) -> None:
+        """Answer without any request, and close."""
+        body = json.dumps(refusal.body()).encode()
+        said = {400: "Bad Request", 503: "Service Unavailable"}[refusal.status]
+        head = [f"HTTP/1.1 {refusal.status} {said}", "content-type: application/json", f"content-length: {len(body)}"]
+        head += [f"{name}: {value}" for name, value in refusal.headers().items()]
+        self.transport.write("\r\n".join([*head, "connection: close", "", ""]).encode() + body)
+        self.transport.close()
+
+
+def paced_protocol(bounds: Bounds) -> type[H11Protocol]:
+    """uvicorn's HTTP protocol within `bounds`: headers and body of every request have an absolute deadline, whoever reads them."""
+    return type("PacedHere", (Paced,), {"bounds": bounds, "crowd": Crowd(bounds)})

@@ -55,10 +55,10 @@ class _Joined:
             self._strip = False
         if not data:
             return Shown("", self.characters, data)
-        text = self._bytes.decode(data[:1])
-        inside = bool(text) and not self._bytes.getstate()[0]  # the first byte belongs to the last of these characters
-        offset = self.characters + len(text) - inside
-        text += self._bytes.decode(data[1:])
+        held, _ = self._bytes.getstate()
+        # as the end would decode it: the decoder holds b"\xed\xa0" back, though no third byte makes one character of it
+        offset = self.characters + len((held + data[:1]).decode("utf-8", "replace")) - 1
+        text = self._bytes.decode(data)
         self.characters += len(text)
         return Shown(text, offset, data)
 

@@ -1,17 +1,18 @@
-"""Hit rates of every cache policy against Belady's bound, on the routing of prism-nano; recall of every predictor; what prefetching adds.
+"""Hit rates of every cache policy against Belady's bound, on a model's routing; recall of every predictor; what prefetching adds.
 
-    python benchmarks/cache.py [--tokens 8192] [--elastic FOLDER] [--json]
+    python benchmarks/cache.py [--model nano] [--text stdlib] [--tokens 8192] [--elastic FOLDER] [--only experts,prefetch,...] [--json]
 
-Decode steps of held-out text, one token per step; policies and predictors are fitted on calibration text. Whole experts: nano is run
-for `tokens` tokens, so that router inputs are there (hints of `reuse`, the gates). Sub-experts: the shipped trace (6,144 tokens at half
-the slots), or FOLDER, run for `tokens` tokens at half its slots. Nothing here measures time.
+Decode steps of held-out text, one token per step; policies and predictors are fitted on calibration text. Whole experts: the model is run
+for `tokens` tokens, so that router inputs are there (hints of `reuse`, the gates). Sub-experts: FOLDER, run for `tokens` tokens at half
+its bytes; without it, for nano, the shipped trace (6,144 tokens at half the slots). Nothing here measures time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from moe_prism.cli.output import note, progress, table
@@ -131,7 +132,7 @@ def layer_quotas(trace: Trace) -> dict[str, Any]:
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     columns = list(rows[0])
     cells = [[f"{row[c]:.3f}" if isinstance(row[c], float) else row[c] for c in columns] for row in rows]
-    print(f"\n{title}\n{table(columns, cells)}")
+    print(f"\n{title}\n{table(columns, cells)}", flush=True)
 
 
 def wide(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -146,34 +147,57 @@ def wide(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
+def parts(args: argparse.Namespace) -> dict[str, Callable[[], list[dict[str, Any]]]]:
+    """Everything that can be measured, by name."""
+
+    @cache
+    def whole() -> Trace:
+        return record_trace(args.model, None, TraceOptions(text=args.text, tokens=args.tokens, inputs=True), report=progress)
+
+    def sub() -> list[dict[str, Any]]:
+        if not args.elastic and args.model != "nano":
+            raise SystemExit(
+                f"no trace of '{args.model}' at half of its bytes is shipped: give --elastic FOLDER, of `moe-prism refactor`"
+            )
+        options = TraceOptions(text=args.text, tokens=args.tokens, budget=0.5, inputs=True)
+        trace = record_trace(args.elastic, None, options, report=progress) if args.elastic else load_trace("nano")
+        needed = float(trace.decode().slots().mean())
+        note(f"slots per sub-expert step and layer: {needed:.2f}")
+        return policies(trace, needed, True, False, RHOS)
+
+    return {
+        "experts": lambda: policies(whole(), whole().k, False, False, RHOS),
+        "pool": lambda: policies(whole(), whole().k, False, True, (0.5, 1.0, 2.0)),
+        "sub-experts": sub,
+        "look-ahead": lambda: lookahead(whole()),
+        "drafts": lambda: drafting(whole()),
+        "prediction": lambda: predicting(whole()),
+        "prefetch": lambda: prefetching(whole()),
+        "batches": lambda: batches(whole()),
+        "quotas": lambda: [layer_quotas(whole())],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--text", default="stdlib")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--elastic")
+    parser.add_argument("--only", help="comma-separated parts")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    whole = record_trace("nano", None, TraceOptions(tokens=args.tokens, inputs=True), report=progress)
-    sub = load_trace("nano")
-    if args.elastic:
-        sub = record_trace(args.elastic, None, TraceOptions(tokens=args.tokens, budget=0.5, inputs=True), report=progress)
-    needed = float(sub.decode().slots().mean())
-    result = {
-        "experts": policies(whole, whole.k, False, False, RHOS),
-        "experts, one pool": policies(whole, whole.k, False, True, (0.5, 1.0, 2.0)),
-        "sub-experts": policies(sub, needed, True, False, RHOS),
-        "look-ahead": lookahead(whole),
-        "drafts": drafting(whole),
-        "prediction": predicting(whole),
-        "prefetch": prefetching(whole),
-        "batches": batches(whole),
-        "quotas": [layer_quotas(whole)],
-    }
+    known = parts(args)
+    names = args.only.split(",") if args.only else list(known)
+    if unknown := set(names) - set(known):
+        parser.error(f"--only has no part {sorted(unknown)[0]}; choose from {', '.join(known)}")
+    result = {}
+    for name in names:
+        result[name] = known[name]()
+        if not args.json:
+            show(name, wide(result[name]) if "policy" in result[name][0] else result[name])
     if args.json:
         print(json.dumps({"benchmark": "cache", **result}))
-        return
-    note(f"{len(whole)} tokens; slots per sub-expert step and layer: {needed:.2f}")
-    for title, rows in result.items():
-        show(title, wide(rows) if "policy" in rows[0] else rows)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """Time of nano end to end at budgets, as a ratio to its full budget; and beside one busy process per core, as a ratio to alone.
 
     python benchmarks/decode.py FOLDER [--batches 1,8,32] [--budgets .75,.5,.25] [--rounds 5] [--new 24] [--isa avx2]
+    python benchmarks/decode.py FOLDER --holding [--batches 1] [--budgets .5] [--rounds 15]
     python benchmarks/decode.py FOLDER --beside [--rounds 3]
 
 FOLDER: of `moe-prism refactor nano`. Decode steps of `generate` and of the embedded engine, a batch at one budget that is held, as users
 have it; `stock` is full budget by the model's own function. Budgets take turns, A B C D A B C D; a figure is the median over rounds of a
 round's ratio, and a round's figure its median step. The clock is the processor time of the thread that makes the steps, which a busy
 machine disturbs less than the clock on the wall.
+
+`--holding` runs each budget of `generate` held for the request and held for nobody, in turns; `held_to_none` is the ratio of their steps,
+and the brackets have the middle half of the rounds.
 
 `--beside` times one forward of 512 tokens and 8 decoding steps in processes of their own, on the wall: alone and beside busy processes,
 with the waiting of threads as OpenMP has it and as the commands set it. Their rounds take turns too.
@@ -59,6 +63,34 @@ def step_times(folder: str, batches: list[int], budgets: list[float], rounds: in
             if part == "generate":
                 runs, names = [*runs, (stock, 1.0)], [*names, "stock"]
             yield from ratios(runs, names, rounds, {"part": part, "batch": batch})
+
+
+def holding(folder: str, batches: list[int], budgets: list[float], rounds: int, steps: int) -> Iterator[dict[str, Any]]:
+    """Decode steps of `generate` at budgets that are held for the request, against the same held for nobody."""
+    import torch
+
+    from moe_prism import load, operating_point
+    from moe_prism.point import FULL
+
+    torch.set_num_threads(1)
+    model, tokenizer = load(folder)
+    rows_of = texts(tokenizer, PROMPT + steps + 2)
+
+    def generate(batch: int, budget: float, control: str, turn: int) -> float:
+        with operating_point(model, point=FULL.with_budget(budget, "threshold", control)):
+            return generated(model, rows_of(batch, turn), steps, time.thread_time)
+
+    for batch in batches:
+        for budget in budgets:
+            times = []
+            for turn in range(rounds + 1):  # the first pays for what was never run before
+                order = ("mean", "none") if turn % 2 else ("none", "mean")
+                found = {control: generate(batch, budget, control, turn) for control in order}
+                times.append((found["mean"], found["none"]))
+            ratios = [held / free for held, free in times[1:]]
+            low, middle, high = (round(q, 3) for q in statistics.quantiles(ratios, n=4))
+            ms = 1e3 * statistics.median(held for held, _ in times[1:])
+            yield {"part": "holding", "batch": batch, "budget": budget, "ms": ms, "held_to_none": middle, "half": (low, high)}
 
 
 @contextmanager
@@ -154,6 +186,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new", type=int, default=24)
     parser.add_argument("--isa", choices=tuple(SWITCHES))
+    parser.add_argument("--holding", action="store_true")
     parser.add_argument("--beside", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument(WORKER, action="store_true", help=argparse.SUPPRESS)
@@ -163,10 +196,10 @@ def main() -> None:
         work(args.folder)
         return
     batches, budgets = [int(b) for b in args.batches.split(",")], [float(b) for b in args.budgets.split(",")]
+    timed = holding if args.holding else step_times
+    found = beside(args.folder, args.rounds) if args.beside else timed(args.folder, batches, budgets, args.rounds, args.new)
     rows = []
-    for row in (
-        beside(args.folder, args.rounds) if args.beside else step_times(args.folder, batches, budgets, args.rounds, args.new)
-    ):
+    for row in found:
         rows.append(row)
         if not args.json:
             print(

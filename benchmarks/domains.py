@@ -1,14 +1,16 @@
-"""Threshold against plain top-k at equal actual bytes, on the four shipped domains, with 95 % intervals.
+"""Threshold against plain top-k, int8 and int4 at equal actual bytes, on the four shipped domains, with 95 % intervals.
 
-    python benchmarks/domains.py [--models nano,nano-mix] [--domains python,prose,headers,web] [--text domains] [--json]
+    python benchmarks/domains.py [--models nano,nano-mix] [--domains python,prose,headers,web] [--text domains] [--folder FOLDER]
+                                 [--against top-3,top-2,top-1,int8,int4] [--tokens 8192] [--baselines] [--json]
 
 Text to choose on and text to report are apart: cutoffs, predictors and compensation are fitted on the calibration side of `--text`,
 defaults were chosen on the evaluation sides of `stdlib` and `topics`, and this benchmark measures on the evaluation side of `domains`, by
 which nothing is chosen.
 
-Plain top-k keeps 3, 2 and 1 of 4 experts as num_experts_per_tok does, and reads 75, 50 and 25 % of the bytes exactly. `threshold` does
-not read what it is asked for on other text than it was fitted on. So it runs at two budgets, the second set by what the first one read,
-and its KL is read off the line between them, log KL over bytes, at the bytes of plain. Bytes count everything a token reads of the
+Plain top-k keeps 3, 2 and 1 of 4 experts as num_experts_per_tok does, and reads 75, 50 and 25 % of the bytes exactly. int8 and int4 keep
+all experts of the checkpoint as it is, rounded to nearest; `--baselines` measures the baselines alone, without refactoring anything.
+`threshold` does not read exactly what it is asked for. So it runs at two budgets, the second set by what the first one read, and its KL is
+read off the line between them, log KL over bytes, at the bytes of what it is compared with. Bytes count everything a token reads of the
 routed experts: kept slots, predictor, gate neurons and compensation. Beside it stands what the budget as asked read and lost.
 
 Windows are the unit of the bootstrap: 2,000 samples of windows with replacement, the same for both rules.
@@ -19,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,17 +30,21 @@ import torch
 from numpy.typing import NDArray
 from printed import domain_arguments, printed
 
-from moe_prism.artefact.load import load
+from moe_prism.artefact.open import Opened, open_model
 from moe_prism.data import token_windows
 from moe_prism.data.bundled import DOMAINS
-from moe_prism.frontier.measure import measure
+from moe_prism.elastic.bind import Step, bind
+from moe_prism.frontier.cost import measured_cost
+from moe_prism.jobs.frontier import subject_of
 from moe_prism.jobs.refactor import RefactorOptions, refactor
+from moe_prism.methods.quantize.uniform_bits import standing_rows
 from moe_prism.options.calibrate import CalibrateOptions
-from moe_prism.point import FULL, OperatingPoint, SlotRule
+from moe_prism.options.frontier import FrontierOptions
+from moe_prism.point import OperatingPoint, SlotRule
 from moe_prism.routing.patterns import uniform
 
 MODELS = ["nano", "nano-mix"]
-KEPT = (3, 2, 1)
+AGAINST = ["top-3", "top-2", "top-1", "int8", "int4"]
 RESAMPLES = 2000
 LEAST = 0.02  # of the slots: the smallest budget that is tried
 
@@ -50,17 +56,29 @@ class Run(NamedTuple):
     share: float
 
 
+@torch.no_grad()
 def run_points(model: Any, ids: torch.Tensor, points: Sequence[OperatingPoint]) -> list[Run]:
-    """Every point over every window [n, length] alone."""
-    rows = [measure(model, ids[i : i + 1], [FULL, *points]) for i in range(len(ids))]
-    full = sum(row[0].cost.active_expert_bytes for row in rows)
-    return [
-        Run(
-            np.array([row[p].quality.kl for row in rows]),
-            sum(row[p].cost.active_expert_bytes for row in rows) / full,
-        )
-        for p in range(1, len(points) + 1)
-    ]
+    """Every point over every window [n, length] alone; a change of weights is entered once for all of them."""
+    elastic = model._moe_prism
+
+    def run(step: Step, judge: Callable[[int, torch.Tensor], None]) -> float:
+        with elastic.at(step), elastic.count():
+            for number in range(len(ids)):
+                judge(number, model(input_ids=ids[number : number + 1], use_cache=False).logits[0, :-1].float().log_softmax(-1))
+        return measured_cost(elastic, step).active_expert_bytes
+
+    sources: list[torch.Tensor] = []
+    full = run(elastic.full_step, lambda _, found: sources.append(found))
+    runs = []
+    for point in points:
+        kl = np.zeros(len(ids))
+
+        def compare_with_source(number: int, found: torch.Tensor, kl: NDArray[np.float64] = kl) -> None:
+            source = sources[number]
+            kl[number] = float((source.exp() * (source - found)).sum(-1).mean())
+
+        runs.append(Run(kl, run(Step(bind(elastic, [point])), compare_with_source) / full))
+    return runs
 
 
 def threshold(budget: float) -> OperatingPoint:
@@ -79,28 +97,40 @@ def interval(samples: NDArray[np.float64]) -> list[float]:
     return [float(x) for x in np.quantile(samples, (0.025, 0.975))]
 
 
-def compare(model: Any, ids: torch.Tensor, k: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows for 3, 2 and 1 kept experts of 4 on one text."""
-    layers = len(model._moe_prism.layers)
-    asked = [kept / k for kept in KEPT]
-    plain = [OperatingPoint(routing=(uniform(layers, k, kept),)) for kept in KEPT]
-    found = run_points(model, ids, [*plain, *map(threshold, asked)])
-    plains, firsts = found[: len(KEPT)], found[len(KEPT) :]
-    again = [threshold(budget * p.share / run.share) for budget, p, run in zip(asked, plains, firsts, strict=True)]
+def standards(opened: Opened) -> dict[str, OperatingPoint]:
+    """Plain top-k' for every k' below k, int8 and int4, by name."""
+    subject = subject_of(opened, FrontierOptions())
+    plain = {f"top-{n}": OperatingPoint(routing=(uniform(subject.layers, subject.k, n),)) for n in range(subject.k - 1, 0, -1)}
+    return plain | {row.name: row.point for row in standing_rows(subject)}
+
+
+def alone(other: Run, windows: NDArray[np.int64]) -> dict[str, Any]:
+    """What is said of a baseline by itself. windows [r, n]: resampled."""
+    return {
+        "share": other.share,
+        "other_kl": float(other.kl.mean()),
+        "other_interval": interval(other.kl[windows].mean(axis=1)),
+    }
+
+
+def resampled(count: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+
+
+def compare(model: Any, ids: torch.Tensor, others: Sequence[Run], seed: int) -> Iterator[dict[str, Any]]:
+    """A row for each of the others on one text: its KL, and that of `threshold` at its bytes."""
+    firsts = run_points(model, ids, [threshold(other.share) for other in others])
+    again = [threshold(other.share**2 / run.share) for other, run in zip(others, firsts, strict=True)]
     seconds = run_points(model, ids, again)
-    whole = np.arange(len(ids))[None]
-    samples = np.random.default_rng(seed).integers(0, len(ids), (RESAMPLES, len(ids)))
-    for budget, p, first, second in zip(asked, plains, firsts, seconds, strict=True):
-        ratio = kl_at(p.share, first, second, samples) / p.kl[samples].mean(axis=1)
-        ours = kl_at(p.share, first, second, whole)[0]
+    whole, samples = np.arange(len(ids))[None], resampled(len(ids), seed)
+    for other, first, second in zip(others, firsts, seconds, strict=True):
+        ratio = kl_at(other.share, first, second, samples) / other.kl[samples].mean(axis=1)
+        ours = kl_at(other.share, first, second, whole)[0]
         yield {
-            "budget": budget,
-            "plain_share": p.share,
-            "plain_kl": float(p.kl.mean()),
-            "plain_interval": interval(p.kl[samples].mean(axis=1)),
+            **alone(other, samples),
             "kl": float(ours),
-            "interval": interval(kl_at(p.share, first, second, samples)),
-            "ratio": float(ours / p.kl.mean()),
+            "interval": interval(kl_at(other.share, first, second, samples)),
+            "ratio": float(ours / other.kl.mean()),
             "ratio_interval": interval(ratio),
             "asked_share": first.share,
             "asked_kl": float(first.kl.mean()),
@@ -108,32 +138,56 @@ def compare(model: Any, ids: torch.Tensor, k: int, seed: int) -> Iterator[dict[s
         }
 
 
+def windows_of(opened: Opened, domain: str, args: argparse.Namespace) -> torch.Tensor:
+    return token_windows(opened.tokenizer, f"domains/{domain}", "evaluation", length=args.length, tokens=args.tokens).ids
+
+
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name in args.models:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "elastic"
-            refactor(name, out, RefactorOptions(calibration=CalibrateOptions(text=args.text)))
-            model, tokenizer = load(out)
-            for domain in args.domains:
-                source = f"domains/{domain}"
-                ids = token_windows(tokenizer, source, "evaluation", length=args.length, tokens=args.tokens).ids
-                for row in compare(model, ids, model.config.num_experts_per_tok, args.seed):
-                    yield {"model": name, "domain": domain, "windows": len(ids), **row}
+        source = open_model(name)
+        known = standards(source)
+        points = [known[each] for each in args.against]
+        head = {"model": name, "windows": args.tokens // args.length}
+        others: dict[str, list[Run]] = {}
+        for domain in args.domains:
+            others[domain] = run_points(source.model, windows_of(source, domain, args), points)
+            samples = resampled(len(others[domain][0].kl), args.seed)
+            for each, run in zip(args.against, others[domain], strict=True) if args.baselines else ():
+                yield {**head, "domain": domain, "against": each, **alone(run, samples)}
+        if args.baselines:
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = args.folder / name if args.folder else Path(scratch) / "elastic"
+            if not args.folder:
+                refactor(name, folder, RefactorOptions(calibration=CalibrateOptions(text=args.text)))
+            opened = open_model(folder)
+            for domain, runs in others.items():
+                found = compare(opened.model, windows_of(opened, domain, args), runs, args.seed)
+                for each, row in zip(args.against, found, strict=True):
+                    yield {**head, "domain": domain, "against": each, **row}
 
 
 def show(row: dict[str, Any]) -> str:
     def span(value: float, ends: Sequence[float], digits: int) -> str:
         return f"{value:.{digits}f} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
 
+    said = (
+        f"{row['model']:9} {row['domain']:8} {row['share']:5.1%}: "
+        f"{row['against']} {span(row['other_kl'], row['other_interval'], 4)}"
+    )
+    if "kl" not in row:
+        return said
     return (
-        f"{row['model']:9} {row['domain']:8} {row['plain_share']:5.1%}: plain {span(row['plain_kl'], row['plain_interval'], 4)}  "
-        f"threshold {span(row['kl'], row['interval'], 4)}  ratio {span(row['ratio'], row['ratio_interval'], 3)}  "
-        f"(asked {row['budget']:.0%}: read {row['asked_share']:.1%}, KL {row['asked_kl']:.4f})"
+        f"{said}  threshold {span(row['kl'], row['interval'], 4)}  ratio {span(row['ratio'], row['ratio_interval'], 3)}  "
+        f"(as asked: read {row['asked_share']:.1%}, KL {row['asked_kl']:.4f})"
     )
 
 
 def main() -> None:
     parser = domain_arguments(__doc__, MODELS, DOMAINS, 8192)
+    parser.add_argument("--against", default=AGAINST, type=lambda text: text.split(","), help="comma-separated")
+    parser.add_argument("--baselines", action="store_true", help="only what `threshold` is compared with")
+    parser.add_argument("--folder", type=Path, help="with refactored models by name, instead of refactoring them")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     found = printed(rows(args), show, args.json)

@@ -1,11 +1,13 @@
 """What expert skipping costs in quality: every method against uniform counts at the same mean, and sub-experts at no more bytes.
 
-    python benchmarks/skipping.py [--folder ELASTIC] [--means 3,2,1] [--seeds 3] [--tokens 12288] [--calibration-tokens 24576] [--json]
+    python benchmarks/skipping.py [--model nano] [--text stdlib] [--means 3,2,1] [--seeds 3] [--tokens 12288] [--calibration-tokens 24576]
+                                  [--folder ELASTIC] [--json]
 
 Each seed is a part of the calibration windows (to fit on) and a part of the evaluation windows (to measure on), disjoint from the other
-seeds' parts; calibration and evaluation text are disjoint by file. Baseline, measured in the same run on the same windows: `uniform`.
-Ratios are of the mean KL over all seeds, with the smallest and largest ratio of one seed behind it. `product` and `threshold` read
-no more expert bytes than uniform at that mean, their predictor included. Without --folder prism-nano is refactored first.
+seeds' parts; calibration and evaluation text are the two sides of --text, disjoint by file. Baseline, measured in the same run on the
+same windows: `uniform`. Ratios are of the mean KL over all seeds, with the smallest and largest ratio of one seed behind it. `product`
+and `threshold` are asked for the expert bytes of uniform at that mean, their predictor included. Without --folder the model is
+refactored first, on that text.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from moe_prism.artefact.open import Opened, open_model
 from moe_prism.data import token_windows
 from moe_prism.frontier.measure import measure
 from moe_prism.jobs.frontier import evaluation_windows, subject_of
-from moe_prism.jobs.refactor import refactor
+from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.methods.base import Subject
 from moe_prism.methods.skip.base import skip_method
-from moe_prism.methods.slots.rules import selection_overhead, slot_rule
+from moe_prism.options.calibrate import CalibrateOptions
 from moe_prism.options.frontier import FrontierOptions
-from moe_prism.point import OperatingPoint, SlotRule
+from moe_prism.point import FULL, OperatingPoint, SlotRule
 
 METHODS = (
     "uniform",
@@ -56,33 +58,28 @@ SCALED = ("uniform", "sensitivity", "score-mass", "weight-cutoff")
 def points_at(subject: Subject, mean: float) -> dict[str, tuple[OperatingPoint, Any]]:
     """name -> (point, counts per layer of its stage)."""
     found: dict[str, tuple[OperatingPoint, Any]] = {}
-    for name in METHODS:
+    for name in METHODS if mean > 1 else METHODS[:1]:  # a token keeps its first expert: at a mean of 1 all are one
         point = skip_method(name).point(subject, mean).point
         (stage,) = point.routing
         found[name] = point, stage.layers
-        if name in SCALED:
+        if name in SCALED and mean > 1:
             other = replace(stage, keep_mass=not stage.keep_mass)
             found[f"{name}, keep_mass {other.keep_mass}"] = OperatingPoint(routing=(other,)), stage.layers
-    room = mean * subject.n_sub - selection_overhead(subject.elastic.layers[0], subject.k)
-    found["product"] = OperatingPoint(slots=slot_rule("product", int(room), subject.slots)), None
-    found["threshold"] = OperatingPoint(slots=slot_rule("threshold", room, subject.slots)), None
-    point = skip_method("sensitivity:alone").point(subject, mean + (subject.k - mean) / 2).point
-    found["sensitivity:alone and threshold"] = both(subject, point, room), point.routing[0].layers
+    found["product"] = OperatingPoint(slots=SlotRule(budget=mean / subject.k, rule="product", of="bytes")), None
+    found["threshold"] = FULL.with_budget(mean / subject.k, "threshold"), None
+    if mean == 1:
+        return found
+    half = mean + (subject.k - mean) / 2  # half of the cut by skipping, the rest by sub-experts of what is left
+    point = skip_method("sensitivity:alone").point(subject, half).point
+    found["sensitivity:alone and threshold"] = point.with_budget(mean / half, "threshold"), point.routing[0].layers
     return found
 
 
-def both(subject: Subject, point: OperatingPoint, room: float) -> OperatingPoint:
-    """Half of the cut by skipping, the rest by sub-experts of what is left: its bytes are near uniform's, see the column."""
-    layers = point.routing[0].layers
-    left = sum(layers) / len(layers) * subject.n_sub
-    return replace(point, slots=SlotRule(budget=min(1.0, room / left)))
-
-
 def rows(opened: Opened, args: argparse.Namespace) -> list[dict[str, Any]]:
-    options = FrontierOptions(text="stdlib", tokens=args.tokens, length=args.length)
+    options = FrontierOptions(text=args.text, tokens=args.tokens, length=args.length)
     evaluation = evaluation_windows(opened.tokenizer, opened.documents, options).ids
     wanted = args.calibration_tokens
-    calibration = token_windows(opened.tokenizer, "stdlib", "calibration", length=args.length, tokens=wanted).ids
+    calibration = token_windows(opened.tokenizer, args.text, "calibration", length=args.length, tokens=wanted).ids
     found = []
     for seed in range(args.seeds):
         found += one_seed(opened, options, calibration[seed :: args.seeds], evaluation[seed :: args.seeds], args.means, seed)
@@ -137,7 +134,9 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", help="an elastic model, instead of refactoring prism-nano")
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--text", default="stdlib")
+    parser.add_argument("--folder", help="an elastic model, instead of refactoring --model")
     parser.add_argument("--means", default="3,2,1", type=lambda text: [float(part) for part in text.split(",")])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=12_288)
@@ -148,7 +147,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.folder or temporary) / ("" if args.folder else "elastic")
         if not args.folder:
-            refactor("nano", folder)
+            refactor(args.model, folder, RefactorOptions(calibration=CalibrateOptions(text=args.text)))
         found = rows(open_model(folder), args)
     lines = summary(found)
     if args.json:

@@ -33,6 +33,10 @@ def test_windows_alone_are_the_whole_text(domains, elastic_nano):
     assert len(run.kl) == len(ids) == 4
     assert run.kl.mean() == pytest.approx(whole.quality.kl, rel=1e-4)
     assert run.share == pytest.approx(whole.cost.active_expert_bytes / full.cost.active_expert_bytes, rel=1e-4)
-    (row, *_) = domains.compare(opened.model, ids, 4, seed=0)
-    assert row["plain_share"] == pytest.approx(0.75) and row["interval"][0] <= row["kl"] <= row["interval"][1]
+    known = domains.standards(opened)
+    assert list(known) == domains.AGAINST
+    others = domains.run_points(opened.model, ids, [known["top-3"], known["int8"]])
+    row, eight = domains.compare(opened.model, ids, others, seed=0)
+    assert row["share"] == pytest.approx(0.75) and row["interval"][0] <= row["kl"] <= row["interval"][1]
     assert abs(row["second_share"] - 0.75) < 0.06 and row["ratio"] < 1
+    assert 0.5 < eight["share"] < 0.6 and eight["other_kl"] < row["other_kl"]

@@ -40,7 +40,7 @@ def test_no_choice_within_the_bits_costs_less(experts, total, seed, each):
 def seen():
     model = build("olmoe")
     layers = find_layers(model)
-    work = Pass(model, layers, Settings(collectors=("counts", "tokens", "turns")))
+    work = Pass(model, layers, Settings(collectors=("counts", "tokens", "rotation")))
     work.run(torch.randint(0, 64, (8, 32), generator=torch.Generator().manual_seed(0)))
     return layers, work.statistics()
 

@@ -15,7 +15,7 @@ collectors: Registry[type[Collector]] = Registry(
         ),
         "means": ("moe_prism.calibrate.means:Means", "mean output of each expert and the spread around it, for constant experts"),
         "scores": ("moe_prism.calibrate.scores:Scores", "router probabilities over all tokens, for pruning"),
-        "turns": ("moe_prism.calibrate.turns:Turns", "how much the layer turns the residual stream, for quantmoe"),
+        "rotation": ("moe_prism.calibrate.rotation:Rotation", "how much the layer turns the residual stream, for quantmoe"),
     },
 )
 

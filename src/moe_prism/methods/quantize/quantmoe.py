@@ -50,8 +50,8 @@ def outliers(subject: Subject) -> Scores:
 def turning_layers(subject: Subject) -> Scores:
     """Layers that turn the residual stream most: its score of a block, measured and not predicted. UsageError where it is not seen."""
     found = []
-    for own, layer in zip(statistics_of(subject, ("turns",)).layers, subject.elastic.layers, strict=True):
-        values, parts = own.values["turns"], layer.parts.layer
+    for own, layer in zip(statistics_of(subject, ("rotation",)).layers, subject.elastic.layers, strict=True):
+        values, parts = own.values["rotation"], layer.parts.layer
         if not int(values["tokens"]):
             raise UsageError(f"the residual stream of '{parts.name}' was not seen", "use quantmoe:rule=frequency")
         found.append((values["turned"] / values["tokens"]).expand(parts.num_experts))

@@ -13,7 +13,7 @@ from .base import Collector, Kept, RoutedBatch
 from .outputs import each_output
 
 
-class Turns(Collector):
+class Rotation(Collector):
     """turned [1]: the sum over tokens (float64); tokens [1] whose residual stream was seen (int64)."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"residual"})

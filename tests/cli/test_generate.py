@@ -46,7 +46,7 @@ def test_the_text_arrives_in_pieces_and_is_that_of_json(run, elastic_tiny, monke
     whole = json.loads(run(elastic_tiny, "--prompt", "import", *FEW, "--json")[1])
     monkeypatch.setattr("moe_prism.cli.generate._write", pieces.append)
     assert run(elastic_tiny, "--prompt", "import", *FEW)[0] == 0
-    assert pieces[0] == "import" and "".join(pieces) == whole["prompt"] + whole["text"] + "\n" and len(pieces) > 3
+    assert pieces[0].startswith("import") and "".join(pieces) == whole["prompt"] + whole["text"] + "\n" and len(pieces) > 3
 
 
 def test_a_prompt_may_be_piped_in(run, elastic_tiny):

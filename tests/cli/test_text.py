@@ -48,7 +48,7 @@ def test_counts_are_a_line_and_in_json(tiny_source, rows, tmp_path, capfd):
 def test_fields_and_domains_that_are_not_there_are_refused_before_any_work(tiny_source, tmp_path, capfd):
     out = ["-o", str(tmp_path / "out"), *SMALL]
     assert main(["calibrate", str(tiny_source), "--text-field", "body", *out]) == 2
-    assert "'stdlib' has no fields" in capfd.readouterr().err
+    assert "'domains' has no fields" in capfd.readouterr().err
     assert main(["prune", str(tiny_source), "--for-domain", "code", *out]) == 2
     assert "--domain code=PATH" in capfd.readouterr().err
 

@@ -24,6 +24,7 @@ from moe_prism.jobs.verify import verify
 from moe_prism.methods.find import method
 from moe_prism.methods.prune import select
 from moe_prism.methods.prune.select import PruneOptions, measured_counts
+from moe_prism.methods.statistics import statistics_of
 from moe_prism.model import find_layers, load_model
 from moe_prism.options.frontier import FrontierOptions
 from tests.tiny_sources import digests, save_tiny
@@ -216,7 +217,7 @@ def test_all_fractions_of_a_measured_method_share_one_profile(tmp_path, text_fil
     made = method("prune:gate-norm-measured")
     found = [change_of(named.point.weights).kept for named in made.points(subject)]
     assert len(profiles) == 1 and len(found) > 3
-    statistics = made._statistics(subject, ("counts", "outputs"))
+    statistics = statistics_of(subject, ("counts", "outputs"))
     for choices in found:
         kept = sum(len(choice.kept) for choice in choices)
         options = PruneOptions(criterion="gate-norm", keep=kept / 16, allocation="measured")

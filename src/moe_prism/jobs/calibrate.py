@@ -27,8 +27,8 @@ from ..options.calibrate import CalibrateOptions
 from ..progress import Report, silent
 from ..schema.read import one_line
 from .demonstrations import Answering, plan
-from .rehearsal import begin
-from .resources import check_resources, needed_by_pass
+from .rehearsal import begin, check_early
+from .resources import needed_by_pass
 from .which_text import with_text
 
 SNAPSHOT = "calibration-snapshot.safetensors"
@@ -56,7 +56,7 @@ def calibrate_model(
     check_apart(where, out)
     weights = Weights(where)
     needed = needed_by_pass(weights, options)
-    check_resources(needed, out, resume)  # before the text is read, which takes longer
+    check_early(needed, out, resume)  # before the text is read, which takes longer
     asked = plan(load_tokenizer(where), options, _longest(where)) if options.tasks else None
     windows = None if asked else calibration_windows(where, options)
     check_fit(weights, options)

@@ -70,8 +70,15 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     named = [point for path in options.given for point in read_points(path)]
     if options.low_memory:
         _check_streamable(asked)
-    windows = evaluation_windows(load_tokenizer(folder), known_documents(resolve(folder)), options)
-    _rehearse(resolve(folder), asked, options, windows)
+    where = resolve(folder)
+    tree, cut, tokenizer = model_tree(where), sub_experts(where), load_tokenizer(where)
+    windows = evaluation_windows(tokenizer, known_documents(where), options)
+    for each in asked:
+        _check_cut(each, cut)
+    fits = any(each.needs for each in asked)
+    if fits:
+        calibration_ids(tokenizer, options)
+    begin(needed_by_running(tree, rows=BATCH * windows.ids.shape[1], cut=cut, fits=fits, low_memory=options.low_memory))
     if options.low_memory:
         with open_streamed(folder) as opened:
             return _measure(opened, asked, named, windows, options, report)
@@ -122,17 +129,6 @@ def _measure(
         _provenance(opened, options, windows),
         points[bits_from:],
     )
-
-
-def _rehearse(folder: Path, asked: Sequence[Method], options: FrontierOptions, windows: Windows) -> None:
-    """What else is checked before the weights are read, and what the measurement needs."""
-    tree, cut = model_tree(folder), sub_experts(folder)
-    for each in asked:
-        _check_cut(each, cut)
-    if any(each.needs for each in asked):
-        calibration_ids(load_tokenizer(folder), options)
-    fits = any(each.needs for each in asked)
-    begin(needed_by_running(tree, rows=BATCH * windows.ids.shape[1], cut=cut, fits=fits, low_memory=options.low_memory))
 
 
 def calibration_ids(tokenizer: Any, options: FrontierOptions) -> Tensor:

@@ -33,8 +33,8 @@ from .calibrate import SNAPSHOT, calibration_windows, check_fit, check_fits, rea
 from .distance import TOKENS, distance_between, evaluation_windows
 from .profile_layers import Profiler, budget_tensors, profile_runs, unit_cost
 from .refactor_card import model_card
-from .rehearsal import begin
-from .resources import check_resources, check_width, needed_by
+from .rehearsal import begin, check_early
+from .resources import check_width, needed_by
 from .solve_layer import IMPORTANCE, PERM, WORKING, solve
 from .which_text import with_text
 
@@ -99,7 +99,7 @@ def refactor(
     for layer in weights.layers:
         check_width(layer, options)
     needed = needed_by(weights, options, given)
-    check_resources(needed, out, resume)  # before the text is read, which takes longer
+    check_early(needed, out, resume)  # before the text is read, which takes longer
     weights.check_rewritable()
     windows = None if given else calibration_windows(where, options.calibration)
     if windows:

@@ -61,6 +61,12 @@ def begin(needed: Mapping[str, Any], out: str | Path | None = None, *, resume: b
     check_resources(needed, out or Path.cwd(), resume)
 
 
+def check_early(needed: Mapping[str, Any], out: str | Path, resume: bool) -> None:
+    """DoesNotFit where this machine has too little, before steps that take longer than to say so. A rehearsal says what is needed first."""
+    if not _is_rehearsal.get():
+        check_resources(needed, out, resume)
+
+
 @contextmanager
 def _rehearsing() -> Iterator[None]:
     token = _is_rehearsal.set(True)

@@ -47,12 +47,12 @@ def make_skip_plan(folder: str | Path, options: SkipOptions | None = None, *, re
         calibration_tokens=options.tokens,
     )
     where = resolve(folder)
-    tokenizer, cut = load_tokenizer(where), sub_experts(where)
+    tree, tokenizer, cut = model_tree(where), load_tokenizer(where), sub_experts(where)
     windows = evaluation_windows(tokenizer, known_documents(where), frontier)
     if chosen.needs:
         calibration_ids(tokenizer, frontier)
     rows, fits = BATCH * windows.ids.shape[1], bool(chosen.needs)
-    begin(needed_by_running(model_tree(where), rows=rows, cut=cut, fits=fits, low_memory=options.low_memory))
+    begin(needed_by_running(tree, rows=rows, cut=cut, fits=fits, low_memory=options.low_memory))
     if options.low_memory:
         with open_streamed(folder) as opened:
             return _plan(opened, chosen, windows, options, report, frontier)

@@ -90,7 +90,7 @@ def inspect_routing(model: str | Path, trace: str | Path | None = None, *, repor
 
     >>> import moe_prism
     >>> sorted(moe_prism.inspect_routing("nano", trace="nano"))[:3]
-    ['hit_rates', 'k', 'load']
+    ['experts', 'hit_rates', 'k']
     """
     if trace is None:
         return Findings(routing_report(record_trace(model, None, TraceOptions(tokens=4096), report=report)), "hit_rates")

@@ -160,7 +160,7 @@ def load_trace(path: str | Path) -> Trace:
 
     >>> import moe_prism
     >>> moe_prism.load_trace("nano").to_json()["layers"]
-    4
+    6
     """
     path = SHIPPED if str(path) == "nano" else Path(path)
     if not path.is_file():

@@ -44,6 +44,7 @@ class Paced(H11Protocol):  # type: ignore[misc]
         self._look(came=True)
 
     def on_response_complete(self) -> None:
+        """The response is sent: what is left of the body has its own time."""
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY:
             self._expect("rest", LINGER)

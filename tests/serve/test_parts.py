@@ -21,7 +21,7 @@ from moe_prism.point import FULL
 from moe_prism.schedule.base import Level
 from moe_prism.serve.config import Config, load_config, read_config
 from moe_prism.serve.engine.ladder import climb, find_ladder, measure_ladder
-from moe_prism.serve.engine.paged_attention import Segment, attention, plan
+from moe_prism.serve.engine.paged_attention import CACHE, Segment, attention, plan
 from moe_prism.serve.engine.sampling import Sampler, draw, logprobs
 from moe_prism.serve.engine.start import compute_threads
 from moe_prism.serve.http.admission import Door
@@ -107,7 +107,9 @@ def test_paged_attention_is_attention_request_by_request(threads, shapes, heads)
         mock.patch("torch.get_num_threads", return_value=threads),
         mock.patch("moe_prism.serve.engine.paged_attention.WORTH_A_THREAD", 0),
     ):
-        out, _ = attention(SimpleNamespace(layer_idx=0), q, k, v, None, scaling=0.3, cache=cache, write=torch.tensor(write))
+        out, _ = attention(
+            SimpleNamespace(layer_idx=0), q, k, v, None, scaling=0.3, cache=cache, write=torch.tensor(write), **{CACHE: cache}
+        )
     for s in segments:
         rows = [s.blocks[j // page] * page + j % page for j in range(s.total)]
         keys, values = (c[rows].repeat_interleave(heads_q // heads_k, 1).transpose(0, 1) for c in (cache.k, cache.v))

@@ -218,7 +218,7 @@ def test_a_start_crosses_the_border_without_the_key():
     assert found.read() == (Path("/m"), replace(options, api_key=None), config) and found.cost == {"version": 1}
 
 
-def test_a_server_whose_engine_ended_fails_at_the_end(monkeypatch):
+def test_a_server_whose_engine_ended_fails_at_the_end(monkeypatch, tmp_path):
     """Whoever supervises it learns by the exit code."""
     stopped = []
     engine = SimpleNamespace(ended=lambda: "the engine's process was killed by signal 9", policy_name="Fifo", pid=0)
@@ -229,7 +229,7 @@ def test_a_server_whose_engine_ended_fails_at_the_end(monkeypatch):
     monkeypatch.setattr("moe_prism.serve.server.make_server", lambda *a: SimpleNamespace(run=lambda sockets: None))
     with socket.socket() as listening, pytest.raises(PrismError, match="signal 9"):
         listening.bind(("127.0.0.1", 0))
-        run(None, ServeOptions(), Config(), listening)
+        run(tmp_path, ServeOptions(), Config(), listening)
     assert stopped == [1]
 
 

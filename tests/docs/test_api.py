@@ -120,6 +120,7 @@ def test_every_name_has_an_example(name):
     assert any(line.want for line in example(name).examples) or name in HEAVY
 
 
+@pytest.mark.slow
 def test_quick_examples_run(folder, capsys):
     run_examples(name for name in NAMES if name not in HEAVY)
     written = capsys.readouterr()

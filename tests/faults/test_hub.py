@@ -99,6 +99,7 @@ def fetch(endpoint, home, *names):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_f12_a_hub_that_cuts_moves_or_fails(hub, tmp_path):
     endpoint, asked = hub
     cut, moved, again, away = fetch(endpoint, tmp_path, "o/cut", "o/moved", "o/moved", "o/away")
@@ -111,6 +112,7 @@ def test_f12_a_hub_that_cuts_moves_or_fails(hub, tmp_path):
     assert sum("/away/" in path for path, _ in asked) <= 12
 
 
+@pytest.mark.slow
 def test_f12_a_hub_that_is_not_there_is_one_line(tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

@@ -11,6 +11,8 @@ from .read import one_line
 
 LARGEST = 1 << 20
 """Bytes of a file."""
+DEEPEST = 32
+"""Levels of a value."""
 
 
 def read_yaml(path: Path) -> Any:
@@ -23,7 +25,12 @@ def read_yaml(path: Path) -> Any:
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not taken")
-            return super().compose_node(parent, index)
+            self.depth = getattr(self, "depth", 0) + 1
+            if self.depth > DEEPEST:  # the scanner takes longer with every open bracket
+                raise RecursionError
+            found = super().compose_node(parent, index)
+            self.depth -= 1
+            return found
 
     try:
         return yaml.load(read_bounded(path, LARGEST).decode("utf-8"), Plain)  # noqa: S506 - a SafeLoader

@@ -7,12 +7,12 @@ from ..calibrate.statistics import Statistics
 from .base import Subject
 
 
-def statistics_of(subject: Subject, names: tuple[str, ...]) -> Statistics:
-    """The statistics of some collectors over the subject's calibration text."""
-    key = f"statistics {' '.join(names)}"
+def statistics_of(subject: Subject, names: tuple[str, ...], capacity: int = Settings.capacity) -> Statistics:
+    """The statistics of some collectors over the subject's calibration text. capacity: tokens per expert that a reservoir keeps."""
+    key = f"statistics {' '.join(names)} {capacity}"
     if key not in subject.cache:
         elastic = subject.elastic
-        work = Pass(subject.model, [layer.parts.layer for layer in elastic.layers], Settings(collectors=names))
+        work = Pass(subject.model, [layer.parts.layer for layer in elastic.layers], Settings(collectors=names, capacity=capacity))
         try:
             with subject.report("calibrate") as update:
                 work.run(subject.calibration, update)

@@ -78,7 +78,7 @@ class MoELayer(ABC):
 
     @property
     def input_dtype(self) -> torch.dtype:
-        """The type of x: that of the weights, but where `widen.keep_narrow` left the experts alone as they are stored."""
+        """The type of x: that of the weights, but where `widen.widen` left the experts alone as they are stored."""
         found: torch.dtype = getattr(self.module, INPUT_DTYPE, self.up.dtype)
         return found
 

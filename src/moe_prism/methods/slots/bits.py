@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...calibrate.run import Pass, Settings
 from ...elastic.coded import codec_of
 from ...elastic.compensate.base import outputs
 from ...elastic.dial import affordable
@@ -16,6 +15,7 @@ from ...elastic.layer import ElasticLayer
 from ...errors import UsageError
 from ...point import NamedPoint, OperatingPoint, SlotBits, SlotRule
 from ..base import Method, Subject
+from ..statistics import statistics_of
 
 BUDGETS = (0.45, 0.33, 0.25, 0.2, 0.16, 0.13, 0.11)
 """Shares of the bytes of the model as it is stored; half of them is what 8 bits take."""
@@ -81,20 +81,8 @@ def even(values: Sequence[float], count: int) -> list[float]:
 
 def sampled(subject: Subject) -> tuple[list[ElasticLayer], list[dict[str, Tensor]]]:
     """Layers and, of each, inputs of every expert with their routing weights: one pass over the calibration text."""
-    key = "slot-inputs"
-    elastic = subject.elastic
-    if key not in subject.cache:
-        settings = Settings(collectors=("tokens",), capacity=SAMPLE)
-        work = Pass(subject.model, [layer.parts.layer for layer in elastic.layers], settings)
-        try:
-            with subject.report("calibrate") as update:
-                work.run(subject.calibration, update)
-        finally:
-            for layer in elastic.layers:  # the pass took the hooks for itself
-                layer.parts.layer.install(layer)
-        subject.cache[key] = [dict(layer.values["tokens"]) for layer in work.statistics().layers]
-    found: list[dict[str, Tensor]] = subject.cache[key]
-    return list(elastic.layers), found
+    found = statistics_of(subject, ("tokens",), SAMPLE).layers
+    return list(subject.elastic.layers), [layer.values["tokens"] for layer in found]
 
 
 @torch.no_grad()

@@ -100,6 +100,11 @@ def test_low_rank_that_was_not_fitted_says_how_to(layer):
 
 
 @torch.no_grad()
+def test_gate_scores_without_gate_neurons_are_refused(layer):
+    with pytest.raises(UsageError, match="refactor with --gates 4"):
+        scorers.get("gates")(LayerParts(layer, 4, 0))
+
+
 def test_every_layer_uses_its_own_predictor():
     """A shared closure once gave every layer the last layer's gates, with plausible numbers."""
     layers = find_layers(build("olmoe"))

@@ -15,6 +15,7 @@ from moe_prism.elastic.base import Slots
 from moe_prism.elastic.execute.plain import grouped
 from moe_prism.elastic.rules.top_slots import TopSlots
 from moe_prism.elastic.runtime import slots_per_token
+from moe_prism.errors import UsageError
 from moe_prism.elastic.scorers.oracle import Oracle
 from moe_prism.frontier import Frontier
 from moe_prism.frontier.measure import measure
@@ -127,6 +128,13 @@ def tiny_frontier(elastic_tiny, text_file):
     return measure_frontier(
         elastic_tiny, FrontierOptions(text=str(text_file), tokens=256, length=32, rules=("product", "pattern"))
     )
+
+
+def test_the_rule_made_for_gate_scores_ranks_by_the_predictor_where_there_are_no_gate_neurons(tiny_frontier, elastic_tiny):
+    assert {p.point.slots.scorer for p in tiny_frontier.points if p.rule == "pattern"} == {"ridge"}
+    model = moe_prism.load(elastic_tiny)[0]
+    with pytest.raises(UsageError, match="gate neurons"), moe_prism.operating_point(model, 0.5, rule="pattern"):
+        pass
 
 
 def test_frontier_json_has_the_agreed_keys(tiny_frontier, tmp_path):

@@ -174,7 +174,7 @@ def test_prism_json_states_the_facts(elastic_nano):
     manifest = json.loads((elastic_nano / "prism.json").read_text())
     config = json.loads((elastic_nano / "config.json").read_text())
     assert manifest["kind"] == "elastic" and manifest["source"]["name"] == "nano"
-    assert manifest["n_sub"] == 4 and manifest["gates"] == 1 and manifest["bytes_per_weight"] == 2
+    assert manifest["n_sub"] == 4 and manifest["gates"] == 0 and manifest["bytes_per_weight"] == 2
     assert len(manifest["layers"]) == config["num_hidden_layers"]
     for layer in manifest["layers"]:
         assert (layer["experts"], layer["width"]) == (config["num_experts"], config["intermediate_size"])

@@ -279,6 +279,8 @@ def _settled(elastic: Host, point: OperatingPoint) -> OperatingPoint:
         raise UsageError(
             f"rule '{point.slots.rule}' needs sub-experts, and this model has none", "refactor it first, or leave slots out"
         )
+    if not point.slots.is_full and rule.needs_norms:
+        elastic.layers[0].scorer(point.slots.scorer)  # refuses what the model's side tensors do not hold
     for stage in point.routing:
         stage.check(len(elastic.layers), elastic.k)
         stage_class(stage.stage)

@@ -20,7 +20,7 @@ class RefactorOptions(Options):
     """
 
     n_sub: int = option(4, "Sub-experts per expert (must divide the expert's neurons).", least=2)
-    gates: int = option(1, "Gate neurons per sub-expert, computed for every candidate block.")
+    gates: int = option(0, "Gate neurons per sub-expert, which predictors read beside the input; all of them are computed.")
     solver: str = option("alt", "Partition solver; see `moe-prism ls solvers`.", names="moe_prism.partition:solvers")
     objective: str = option(
         "paper", "What the solver keeps together; see `moe-prism ls objectives`.", names="moe_prism.partition:objectives"

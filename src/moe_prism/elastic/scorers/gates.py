@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..base import Scorer, gate_activations, gate_activations_all, per_expert
+from ...errors import UsageError
+from ..base import LayerParts, Scorer, gate_activations, gate_activations_all, per_expert
 
 
 class GateScores(Scorer):
     """s[e, n](x) = (1/r) sum over gate neurons of |SiLU(W_gate x) * (W_up x)|; no weights of its own."""
+
+    def __init__(self, parts: LayerParts) -> None:
+        if not parts.gates:
+            raise UsageError(
+                "the scorer 'gates' reads gate neurons, and this model has none", "refactor with --gates 4, or take another scorer"
+            )
+        super().__init__(parts)
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
         if x.device.type != "cpu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ...catalogue import methods
 from ...elastic.layer import ElasticLayer
@@ -32,10 +33,10 @@ class RuleMethod(Method):
         points = subject.points if rule.is_continuous else None
         overhead = selection_overhead(subject.elastic.layers[0], subject.k) if points is not None else 0.0
         own = methods.own_name(self.name)
-        return [
-            NamedPoint(name=f"{self.name}-{count:.4g}", point=OperatingPoint(slots=slot_rule(own, count, subject.slots)))
-            for count in grid(counts, points, overhead)
-        ]
+        rows = [(count, slot_rule(own, count, subject.slots)) for count in grid(counts, points, overhead)]
+        if not subject.elastic.layers[0].parts.gates:  # a rule made for gate scores then ranks by what is predicted
+            rows = [(count, replace(rule, scorer=SlotRule.scorer)) for count, rule in rows]
+        return [NamedPoint(name=f"{self.name}-{count:.4g}", point=OperatingPoint(slots=rule)) for count, rule in rows]
 
 
 def slot_rule(rule: str, count: float, slots: int) -> SlotRule:

@@ -40,7 +40,7 @@ SHAPES = {  # E, k, d, f
     "qwen3": (128, 8, 2048, 768),
 }
 BUDGETS = (1.0, 0.75, 0.5, 0.25)
-N_SUB, GATES = 4, 1
+N_SUB, GATES = 4, 0
 ENOUGH = 1.0  # seconds of measuring: fast runs get more turns
 
 

@@ -29,7 +29,7 @@ from moe_prism.elastic.runtime import Elastic
 SHAPES = {"olmoe": (64, 8, 2048, 1024), "deepseek": (64, 6, 2048, 1408), "qwen3": (128, 8, 2048, 768)}  # E, k, d, f
 BUDGETS = (0.25, 0.5, 0.75)
 WAYS = ("triton", "triton-atomic")
-N_SUB, GATES = 4, 1
+N_SUB, GATES = 4, 0
 
 
 def build(shape: tuple[int, int, int, int]) -> tuple[Any, Elastic]:

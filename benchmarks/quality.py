@@ -73,7 +73,7 @@ def variants(base: RefactorOptions) -> Variants:
         "centrality gates": (replace(four, gate_choice="centrality"), paper),
         "centrality-expert gates": (replace(four, gate_choice="centrality-expert"), paper),
         "energy gates": (four, [*paper, *default]),
-        "no gate neurons": (replace(base, gates=0, extra_scorers=["low-rank"]), [*default, ("threshold", "low-rank")]),
+        "one gate neuron": (replace(base, gates=1, extra_scorers=["low-rank"]), [*default, ("threshold", "low-rank")]),
         "every layer alike": (replace(base, profile_tokens=0), default[1:]),
         "3 profile points": (replace(base, profile_points=3), [("layer-budgets", "ridge")]),
         "random partition": (replace(base, solver="random"), default),
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--eval-text", default="stdlib", help="its evaluation side is used")
     parser.add_argument("--only", help="comma-separated variants")
     parser.add_argument("--n-sub", type=int, default=4)
-    parser.add_argument("--gates", type=int, default=1)
+    parser.add_argument("--gates", type=int, default=0)
     parser.add_argument("--dropped", type=int)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--calibration-tokens", type=int, default=65_536)

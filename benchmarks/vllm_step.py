@@ -29,7 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-E, K, HIDDEN, WIDTH, N_SUB, GATES = 64, 8, 1024, 512, 4, 1
+E, K, HIDDEN, WIDTH, N_SUB, GATES = 64, 8, 1024, 512, 4, 0
 BUDGETS = {"most": 0.75, "half": 0.5, "quarter": 0.25}
 PROMPT = 16
 

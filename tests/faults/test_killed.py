@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TRIALS = (4, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]))
+TRIALS = (3, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]))
 
 
 @pytest.fixture(scope="session", params=TRIALS)
@@ -34,7 +34,7 @@ def test_f01_what_a_kill_leaves_is_whole_or_is_continued_to_the_same_bytes(outco
     assert {row["command"] for row in outcomes} >= {"calibrate", "refactor", "prune", "recover", "frontier", "skip", "serve"}
     for row in outcomes:
         assert not row["bad"], row  # each row holds its seed
-        assert row["killed"] >= 3, row
+        assert row["killed"] >= 2, row
 
 
 def test_f02_a_finished_folder_is_as_it_was_or_as_it_was_to_become(outcomes):

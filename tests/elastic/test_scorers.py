@@ -99,12 +99,12 @@ def test_low_rank_that_was_not_fitted_says_how_to(layer):
         scorers.get("low-rank")(LayerParts(layer, 4, 0))
 
 
-@torch.no_grad()
 def test_gate_scores_without_gate_neurons_are_refused(layer):
     with pytest.raises(UsageError, match="refactor with --gates 4"):
         scorers.get("gates")(LayerParts(layer, 4, 0))
 
 
+@torch.no_grad()
 def test_every_layer_uses_its_own_predictor():
     """A shared closure once gave every layer the last layer's gates, with plausible numbers."""
     layers = find_layers(build("olmoe"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -13,12 +14,15 @@ from safetensors.torch import load_file
 from moe_prism import cli
 from moe_prism.artefact.open import open_model
 from moe_prism.artefact.streamed import open_streamed
+from moe_prism.calibrate.options import CalibrateOptions
+from moe_prism.checkpoint import LayerStream
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
+from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.model.place import placed
 from moe_prism.options.place import Placement
 from moe_prism.point import FULL
-from tests.tiny_sources import save_tiny
+from tests.tiny_sources import digests, save_tiny
 
 IDS = torch.randint(0, 500, (2, 32), generator=torch.Generator().manual_seed(0))
 POINTS = [FULL, FULL.with_budget(0.5), FULL.with_slots(0.25, "product")]
@@ -118,3 +122,37 @@ def test_what_needs_all_weights_is_refused(elastic_tiny, tmp_path, capsys, text)
     with pytest.raises(UsageError, match="needs a folder of safetensors"), open_streamed(tmp_path / "file.gguf"):
         pass
     shutil.rmtree(tmp_path)
+
+
+def test_a_refactoring_by_layers_is_that_of_the_whole_model_and_reads_every_weight_once(
+    tiny_source, tmp_path, text_file, monkeypatch
+):
+    reads = Counter()
+    load = LayerStream.materialise
+
+    def counted(self, prefix, **how):
+        reads[prefix] += not how.get("disk_dtype", False)
+        return load(self, prefix, **how)
+
+    monkeypatch.setattr(LayerStream, "materialise", counted)
+    for low in (False, True):
+        calibration = CalibrateOptions(text=str(text_file), tokens=1024, length=32, reservoir=256, low_memory=low)
+        asked = RefactorOptions(calibration=calibration, profile_tokens=256, profile_points=1)
+        reads.clear()
+        refactor(tiny_source, tmp_path / str(low), asked)
+    assert [reads[f"model.layers.{i}"] for i in range(2)] == [1, 1]
+    whole, layers = (digests(tmp_path / str(low)) for low in (False, True))
+    differ = {name for name in whole if whole[name] != layers[name]}
+    assert differ == {"prism.json"}  # which says how it was asked
+    facts = [json.loads((tmp_path / str(low) / "prism.json").read_text()) for low in (False, True)]
+    assert facts[0]["layers"] == facts[1]["layers"] and facts[0]["calibration"] == facts[1]["calibration"]
+
+
+def test_a_sample_is_bounded_by_the_memory_of_one_layer(tiny_source, tmp_path, text_file):
+    """Statistics of all layers at once would leave room for half as many tokens."""
+    kept = {}
+    for low in (False, True):
+        asked = CalibrateOptions(text=str(text_file), tokens=2048, length=32, reservoir=8192, memory_mib=1, low_memory=low)
+        done = refactor(tiny_source, tmp_path / str(low), RefactorOptions(calibration=asked, profile_tokens=0))
+        kept[low] = done.manifest["calibration"]["capacity"]
+    assert kept[True] > 1.7 * kept[False]

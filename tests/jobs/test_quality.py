@@ -15,8 +15,8 @@ from moe_prism.elastic.base import Slots
 from moe_prism.elastic.execute.plain import grouped
 from moe_prism.elastic.rules.top_slots import TopSlots
 from moe_prism.elastic.runtime import slots_per_token
-from moe_prism.errors import UsageError
 from moe_prism.elastic.scorers.oracle import Oracle
+from moe_prism.errors import UsageError
 from moe_prism.frontier import Frontier
 from moe_prism.frontier.measure import measure
 from moe_prism.jobs.frontier import measure_frontier

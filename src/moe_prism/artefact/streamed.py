@@ -16,7 +16,6 @@ from ..elastic import Elastic
 from ..elastic.base import LayerParts
 from ..elastic.execute.base import Executor
 from ..elastic.execute.memory import InMemory
-from ..elastic.layer import ElasticLayer
 from ..errors import UsageError
 from ..model import find_layers, load_tokenizer, resolve
 from ..model.place import compute_type, stays_on_cpu
@@ -91,13 +90,6 @@ def _forget_around(module: Any, elastic: Elastic, name: str) -> tuple[Any, Any]:
 
     def hook(*_: Any) -> None:
         for layer in inside:
-            _forget(layer)
+            layer.forget_weights()
 
     return module.register_forward_pre_hook(hook), module.register_forward_hook(hook, always_call=True)
-
-
-def _forget(layer: ElasticLayer) -> None:
-    layer.forget_scorers()
-    layer.__dict__.pop("compensator", None)
-    parts = layer.parts
-    parts.stored = parts.few = parts.whole = None

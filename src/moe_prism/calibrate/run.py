@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,29 @@ from .statistics import LayerStatistics, Statistics
 PROFILE_TOKENS = 8192  # of the windows that are kept
 Progress = Callable[[int, int], None]
 """(windows done, windows in all)."""
+
+
+class Batch(NamedTuple):
+    """Windows that run together: ids [n, length], the number of the first, and their domain."""
+
+    ids: Tensor
+    first: int
+    domain: str
+
+
+def batches(ids: Tensor, size: int, parts: Sequence[tuple[str, int]] = (), done: int = 0) -> Iterator[Batch]:
+    """Windows ids [n, length] after the first `done`, at most `size` at a time and never of two domains; parts: (domain, windows)."""
+    ends = list(accumulate(rows for _, rows in parts)) or [len(ids)]
+    while done < len(ids):
+        place = bisect_right(ends, done)
+        batch = ids[done : min(done + size, ends[place])]
+        yield Batch(batch, done, parts[place][0] if parts else "")
+        done += len(batch)
+
+
+def profile_windows(ids: Tensor) -> Tensor:
+    """Some of the windows, evenly spaced, for later runs of the whole model."""
+    return ids[:: max(1, -(-ids.numel() // PROFILE_TOKENS))].contiguous()
 
 
 @dataclass(frozen=True)
@@ -94,27 +117,25 @@ class Pass:
         parts: (domain, windows) in their order; a batch never holds two, so that each is summed as if it were alone.
         """
         backbone = backbone_of(self.model)
-        length = ids.shape[1]
-        stack = ExitStack()
-        self.profile = ids[:: -(-ids.numel() // PROFILE_TOKENS)].contiguous()
-        try:
-            for layer, mine in zip(self.layers, self.collectors, strict=True):
-                layer.install(self._observer(layer, mine, length, self._views(layer, stack)))
-            ends = list(accumulate(rows for _, rows in parts)) or [len(ids)]
-            while self.done < len(ids):
-                place = bisect_right(ends, self.done)
-                self.domain = parts[place][0] if parts else ""
-                batch = ids[self.done : min(self.done + self.settings.batch, ends[place])]
-                backbone(input_ids=batch.to(input_device(self.model)), use_cache=False)
-                self.done += len(batch)
+        self.profile = profile_windows(ids)
+        with self.watched(range(len(self.layers)), ids.shape[1]):
+            for batch in batches(ids, self.settings.batch, parts, self.done):
+                self.done, self.domain = batch.first, batch.domain
+                backbone(input_ids=batch.ids.to(input_device(self.model)), use_cache=False)
+                self.done += len(batch.ids)
                 if progress:
                     progress(self.done, len(ids))
                 if after_batch:
                     after_batch()
-        finally:
-            stack.close()
-            for layer in self.layers:
-                layer.uninstall()
+
+    @contextmanager
+    def watched(self, numbers: Sequence[int], length: int) -> Iterator[None]:
+        """Have the collectors of these layers see what runs inside the block, in windows of this length."""
+        with ExitStack() as stack:
+            for layer, mine in ((self.layers[i], self.collectors[i]) for i in numbers):
+                layer.install(self._observer(layer, mine, length, self._views(layer, stack)))
+                stack.callback(layer.uninstall)
+            yield
 
     def _views(self, layer: MoELayer, stack: ExitStack) -> dict[str, Callable[[Tensor], Tensor | None]]:
         """What the collectors need to see beside the layer's call: field of `RoutedBatch` -> its value for the layer's input."""
@@ -146,10 +167,12 @@ class Pass:
 
     def statistics(self, facts: dict[str, Any] | None = None) -> Statistics:
         """What the collectors have gathered so far."""
-        layers = [self._gathered(layer, mine) for layer, mine in zip(self.layers, self.collectors, strict=True)]
+        layers = [self.gathered(i) for i in range(len(self.layers))]
         return Statistics(layers, self.profile, {"capacity": self.capacity, "windows": self.done, **(facts or {})})
 
-    def _gathered(self, layer: MoELayer, mine: dict[str, Collector]) -> LayerStatistics:
+    def gathered(self, number: int) -> LayerStatistics:
+        """What the collectors of one layer have gathered so far."""
+        layer, mine = self.layers[number], self.collectors[number]
         found = LayerStatistics(layer.name, {})
         for name in self.settings.collectors:
             if name in mine:

@@ -115,20 +115,27 @@ class LayerStream:
 
         Call it under `torch.no_grad()`. Parameters resident never exceed the non-layer ones plus one decoder layer.
         """
-        layers = set(self.layer_names())
-        inside = tuple(f"{name}." for name in layers)
-        outside = [name for name in self._empty if not name.startswith(inside)]
         handles: list[Any] = []
+        with self.resident() as model:
+            try:
+                for name in self.layer_names():
+                    layer = model.get_submodule(name)
+                    handles.append(layer.register_forward_pre_hook(self._enter(name)))
+                    handles.append(layer.register_forward_hook(self._leave(name), always_call=True))
+                yield model
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    @contextmanager
+    def resident(self) -> Iterator[Any]:
+        """Yield the model with everything but its decoder layers in memory, which `materialise` brings in; afterwards it is empty again."""
+        inside = tuple(f"{name}." for name in self.layer_names())
+        outside = [name for name in self._empty if not name.startswith(inside)]
         try:
             self._load(outside, [n for n, target in self._conversion.owner.items() if not target.startswith(inside)], False)
-            for name in layers:
-                layer = self.model.get_submodule(name)
-                handles.append(layer.register_forward_pre_hook(self._enter(name)))
-                handles.append(layer.register_forward_hook(self._leave(name), always_call=True))
             yield self.model
         finally:
-            for handle in handles:
-                handle.remove()
             for name, empty in self._empty.items():
                 place(self.model, name, empty)
 

@@ -35,7 +35,7 @@ def refactor(
     model: Folder with config.json and safetensors, a .gguf file, 'nano' or 'nano-mix'.
     out: Folder to write. It appears only when it is complete.
     memory_mib: Limit for all statistics together.
-    low_memory: Keep one decoder layer in memory at a time. No profile then: a budget is spent alike in all layers.
+    low_memory: Keep one decoder layer in memory at a time, with the hidden states of all text. The result is the same.
     calibration: Folder written by `moe-prism calibrate`, instead of --text, --tokens, --length, --reservoir and --memory-mib.
     dry_run: Print what it needs and exit; 3 if this machine cannot do it.
     """

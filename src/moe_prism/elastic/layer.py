@@ -300,6 +300,12 @@ class ElasticLayer:
         self.__dict__.pop("compensator", None)
         self.executor = self.elastic.executor_of(self.parts)
 
+    def forget_weights(self) -> None:
+        """Everything that was prepared from the layer's weights, which leave or have come."""
+        self.forget_scorers()
+        self.__dict__.pop("compensator", None)
+        self.parts.stored = self.parts.few = self.parts.whole = None
+
     def forget_scorers(self) -> None:
         """Make them, and what is encoded, again at the next call: they know the weights, which have changed."""
         self._scorers.clear()

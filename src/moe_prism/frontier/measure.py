@@ -94,10 +94,10 @@ def measure(
         rows = ids[start:stop].to(model.device)
         target = rows[:, 1:].reshape(-1)
         with elastic.at(elastic.full_step, counting=False):
-            source = _logits(model, rows).log_softmax(-1)
+            source = logits_of(model, rows).log_softmax(-1)
         for step, quality, cost in zip(steps, qualities, costs, strict=True):
             with elastic.at(step), elastic.count():
-                quality[parts[place][0]].add(source, _logits(model, rows), target)
+                quality[parts[place][0]].add(source, logits_of(model, rows), target)
                 cost.add(measured_cost(elastic, step), rows.numel())
         if progress:
             progress(stop, len(ids))
@@ -109,7 +109,7 @@ def measure(
     ]
 
 
-def _logits(model: Any, rows: Tensor) -> Tensor:
+def logits_of(model: Any, rows: Tensor) -> Tensor:
     """[T, V] float32: predictions of tokens 1.. of every row."""
     return model(input_ids=rows, use_cache=False).logits[:, :-1].float().flatten(0, 1)  # type: ignore[no-any-return]
 

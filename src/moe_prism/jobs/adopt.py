@@ -43,7 +43,7 @@ from ..options.text import other_source
 from ..point import OperatingPoint, SlotRule
 from ..progress import peak_rss_bytes, silent
 from ..result import Result
-from .calibrate import SNAPSHOT, run_pass
+from .calibrate import discard_snapshots, run_pass
 from .distance import TOKENS, distance_between, evaluation_windows
 from .refactor import single_index
 from .refactor_card import adopted_card
@@ -132,7 +132,7 @@ def adopt(
                 parts = LayerParts(layer, manifest["n_sub"], manifest["gates"], dict(tensors))
                 own.append(measured_cutoffs(parts, mine))
         side = [{**tensors, **cutoffs} for tensors, cutoffs in zip(side, _pooled(own, manifest), strict=True)]
-        folder.discard(SNAPSHOT)
+        discard_snapshots(folder)
         facts = _facts(manifest, weights, alike, inputs) | {"companions": _beside(where, Path(elastic))}
         facts["adopted"] |= _price(work, Path(elastic), windows, side, manifest, options)
         folder.save_tensors(SIDE_FILE, flat_side_tensors(side), {"format": "pt"})

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from ..artefact.load import read_tensors
 from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
+from ..calibrate.layerwise import LayerwisePass
 from ..calibrate.options import settings
 from ..calibrate.run import Pass, bounded_capacity
 from ..calibrate.statistics import LayerStatistics, Statistics
@@ -21,7 +20,7 @@ from ..checkpoint import Journal, LayerStream, OutputFolder, check_listed, read_
 from ..checkpoint.config import read_config
 from ..data import Windows, token_windows
 from ..errors import CorruptError, UsageError
-from ..model import find_layers, load_to_run, load_tokenizer, resolve
+from ..model import MoELayer, find_layers, load_to_run, load_tokenizer, resolve
 from ..model.place import recorded
 from ..options.calibrate import CalibrateOptions
 from ..progress import Report, silent
@@ -80,7 +79,7 @@ def calibrate_model(
         for i, layer in enumerate(statistics.layers):
             folder.save_tensors(f"layer-{i:03d}.safetensors", layer.flat(), {"name": layer.name})
         folder.save_tensors(PROFILE, {"ids": statistics.profile})
-        folder.discard(SNAPSHOT)
+        discard_snapshots(folder)
         write_manifest(folder, {"kind": "calibration", **inputs, "facts": statistics.facts})
         folder.finish()
     return statistics
@@ -129,9 +128,11 @@ def run_pass(
     where: Path, windows: Windows, options: CalibrateOptions, folder: OutputFolder, journal: Journal, report: Report
 ) -> Statistics:
     """The pass with snapshots in the work folder, so that a killed run goes on from the last one."""
-    with _model(where, options) as model:
-        layers = find_layers(model)
-        work = Pass(model, layers, settings(options))
+    if options.low_memory:
+        return _run_layers(where, windows, options, folder, journal, report)
+    with torch.no_grad():
+        model = load_to_run(where)
+        work = Pass(model, find_layers(model), settings(options))
         if journal.done(SNAPSHOT):
             work.load(_snapshot(folder.work / SNAPSHOT, work, len(windows.ids)))
         last = time.monotonic()
@@ -144,14 +145,53 @@ def run_pass(
 
         with report("calibrate") as update:
             work.run(windows.ids, update, after_batch, windows.parts)
-        facts = {
-            "layers": [layer.name for layer in layers],
-            "tokens": windows.tokens,
-            "length": windows.ids.shape[1],
-            "documents": list(windows.documents),
-            **windows.facts(),
-        }
-        return work.statistics(facts)
+        return work.statistics(pass_facts(work, windows))
+
+
+def pass_facts(work: Pass, windows: Windows) -> dict[str, Any]:
+    """What the facts of a pass say of its text and layers."""
+    return {
+        "layers": [layer.name for layer in work.layers],
+        "tokens": windows.tokens,
+        "length": windows.ids.shape[1],
+        "documents": list(windows.documents),
+        **windows.facts(),
+    }
+
+
+def _run_layers(
+    where: Path, windows: Windows, options: CalibrateOptions, folder: OutputFolder, journal: Journal, report: Report
+) -> Statistics:
+    """A decoder layer at a time; what a layer gave is a unit of the journal."""
+    stream = LayerStream(where, torch.float32)
+    work = LayerwisePass(stream, find_layers(stream.model), settings(options), together=True)
+    found: dict[int, LayerStatistics] = {}
+
+    def finish(i: int) -> None:
+        name = layer_snapshot(i)
+        if journal.done(name):
+            found[i] = LayerStatistics.unflat(work.layers[i].name, read_tensors(folder.work / name))
+            _check_snapshot(str(folder.work / name), found[i], work, work.layers[i])
+        else:
+            found[i] = work.gathered(i)
+            journal.finish(name, folder.save_tensors(name, found[i].flat()))
+
+    known = [journal.done(layer_snapshot(i)) for i in range(len(work.layers))]
+    with report("calibrate") as update:
+        work.run_layers(windows.ids, finish, parts=windows.parts, known=known.__getitem__, progress=update)
+    facts = {"capacity": work.capacity, "windows": work.done, **pass_facts(work, windows)}
+    return Statistics([found[i] for i in range(len(work.layers))], work.profile, facts)
+
+
+def layer_snapshot(layer: int) -> str:
+    """Of a pass that takes one layer at a time."""
+    return f"calibration-{layer:03d}.safetensors"
+
+
+def discard_snapshots(folder: OutputFolder) -> None:
+    """Take what a pass left for its continuation out of the work folder."""
+    for path in sorted(folder.work.glob("calibration-*.safetensors")):
+        folder.discard(path.name)
 
 
 def _snapshot(path: Path, work: Pass, windows: int) -> dict[str, Tensor]:
@@ -161,16 +201,24 @@ def _snapshot(path: Path, work: Pass, windows: int) -> dict[str, Tensor]:
     if done is None or done.dtype != torch.int64 or done.shape != (1,) or not 0 <= int(done) <= windows:
         raise CorruptError(f"{path}: 'done' must be a number of windows up to {windows}", again)
     known = {"done"}
-    for i, (layer, mine) in enumerate(zip(work.layers, work.collectors, strict=True)):
+    for i, layer in enumerate(work.layers):
         own = {key.partition("/")[2]: tensor for key, tensor in state.items() if key.startswith(f"{i}/")}
         known |= {f"{i}/{key}" for key in own}
-        found = LayerStatistics.unflat(layer.name, own)
-        found.check(str(path), work.capacity, {"E": layer.num_experts, "d": layer.hidden})
-        if {*found.values, *(f"{d}/{n}" for d, values in found.domains.items() for n in values)} != set(mine):
-            raise CorruptError(f"{path}: layer {i} holds other statistics than this pass gathers", again)
+        _check_snapshot(str(path), LayerStatistics.unflat(layer.name, own), work, layer)
     if set(state) - known:
         raise CorruptError(f"{path}: '{one_line(min(set(state) - known))}' is not known", again)
     return state
+
+
+def _check_snapshot(path: str, found: LayerStatistics, work: Pass, layer: MoELayer) -> None:
+    """CorruptError for statistics of a layer that this pass could not have gathered."""
+    found.check(path, work.capacity, {"E": layer.num_experts, "d": layer.hidden})
+    gathered = {*found.values, *(f"{d}/{n}" for d, values in found.domains.items() for n in values)}
+    expected = set(work.settings.gathered())
+    if gathered not in (expected, expected | set(work.settings.collectors)):
+        raise CorruptError(
+            f"{path}: layer {layer.index} holds other statistics than this pass gathers", "use --force to start again"
+        )
 
 
 def check_fits(given: Statistics, weights: Weights) -> None:
@@ -179,17 +227,6 @@ def check_fits(given: Statistics, weights: Weights) -> None:
     vocabulary = weights.model.get_input_embeddings().weight.shape[0]
     if int(given.profile.max()) >= vocabulary:
         raise UsageError(f"the calibration has token ids beyond the model's {vocabulary}", "calibrate this model")
-
-
-@contextmanager
-def _model(where: Path, options: CalibrateOptions) -> Iterator[Any]:
-    """The model to calibrate, whole or layer by layer; that is done on the CPU."""
-    with torch.no_grad():
-        if not options.low_memory:
-            yield load_to_run(where)
-            return
-        with LayerStream(where, torch.float32).streaming() as model:
-            yield model
 
 
 def calibration_windows(where: Path, options: CalibrateOptions) -> Windows:

@@ -27,6 +27,18 @@ def profile_runs(points: int) -> list[tuple[str, float]]:
     return [("threshold", TYPICAL), *(("product", (i + 1) / (points + 1)) for i in range(points))]
 
 
+def alone_points(rule: str, budget: float, layers: int) -> list[OperatingPoint]:
+    """Of every layer the point with it alone at a budget of slots, and the others full."""
+    alone = [tuple(budget if i == j else 1.0 for j in range(layers)) for i in range(layers)]
+    return [OperatingPoint(slots=SlotRule(rule=rule, layers=own, of="slots", control="none")) for own in alone]
+
+
+def spaced(ids: Tensor, tokens: int) -> Tensor:
+    """About so many tokens of windows ids [n, length], evenly spaced."""
+    wanted = max(1, tokens // ids.shape[1])
+    return ids[:: max(1, len(ids) // wanted)][:wanted]
+
+
 class Profiler:
     """The whole model with its new neuron order, made elastic by what was fitted per layer (`units`)."""
 
@@ -40,9 +52,7 @@ class Profiler:
 
     def alone(self, rule: str, budget: float, ids: Tensor, update: Update) -> tuple[Tensor, int]:
         """(KL [L] to the full model in nats per token with that layer alone at `budget`, slots per token); ids: windows [n, length]."""
-        count = len(self.elastic.layers)
-        alone = [tuple(budget if i == j else 1.0 for j in range(count)) for i in range(count)]
-        points = [OperatingPoint(slots=SlotRule(rule=rule, layers=own, of="slots", control="none")) for own in alone]
+        points = alone_points(rule, budget, len(self.elastic.layers))
         measured = measure(self.model, ids, points, batch=max(1, LOGIT_ROWS // ids.shape[1]), progress=update)
         counter = self.elastic.layers[0].counter
         slots = counter.chosen // counter.tokens * self.elastic.layers[0].parts.n_sub

@@ -41,7 +41,7 @@ from ..model.place import recorded
 from ..options.prune import PruneOptions
 from ..progress import Report, peak_rss_bytes, silent
 from ..result import Result
-from .calibrate import SNAPSHOT, calibration_windows, check_fit, check_fits, read_statistics, run_pass
+from .calibrate import calibration_windows, check_fit, check_fits, discard_snapshots, read_statistics, run_pass
 from .prune_card import pruned_card
 from .recover import FILLED_IN
 from .rehearsal import begin
@@ -149,8 +149,8 @@ def prune_model(
         folder.write_bytes(KEPT, json.dumps(selection.to_json(), indent=1).encode() + b"\n")
         facts = _facts(manifest, selection, {**inputs, **statistics}, job, kind)
         folder.write_bytes("README.md", pruned_card(facts, selection.to_json(), job.weights.model.config.model_type).encode())
-        for name in (SNAPSHOT, COUNTS):
-            folder.discard(name)
+        discard_snapshots(folder)
+        folder.discard(COUNTS)
         written = write_manifest(folder, facts)
         folder.finish()
     return Pruned(selection, Path(out), written, peak_rss_bytes())

@@ -15,8 +15,9 @@ from torch import Tensor
 from ..artefact.load import SIDE_FILE, read_tensors
 from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
-from ..calibrate.statistics import Statistics
+from ..calibrate.statistics import LayerStatistics, Statistics
 from ..checkpoint import Journal, OutputFolder, check_finite, read_header, source_facts, write_manifest
+from ..data import Windows
 from ..elastic.rules.threshold import kept_shares, pool_cutoffs
 from ..elastic.side_tensors import CUTOFFS, LAYER_BUDGETS, SHARES, check_values
 from ..errors import CorruptError, UsageError
@@ -29,10 +30,11 @@ from ..result import Result, plain
 from ..schema import check, decode
 from ..schema.manifest import LayerForm
 from .align import align
-from .calibrate import SNAPSHOT, calibration_windows, check_fit, check_fits, read_statistics, run_pass
+from .calibrate import calibration_windows, check_fit, check_fits, discard_snapshots, read_statistics, run_pass
 from .distance import TOKENS, distance_between, evaluation_windows
-from .profile_layers import Profiler, budget_tensors, profile_runs, unit_cost
+from .profile_layers import Profiler, budget_tensors, profile_runs, spaced, unit_cost
 from .refactor_card import model_card
+from .refactor_layers import Units, solve_layers
 from .rehearsal import begin, check_early
 from .resources import check_width, needed_by
 from .solve_layer import IMPORTANCE, PERM, WORKING, solve
@@ -122,7 +124,9 @@ def refactor(
     begin(needed, out, resume=resume, force=how.get("force", False))
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         work = _Work(folder, Journal(folder.work, fingerprint), how.get("report", silent))
-        if windows is not None:
+        if weights.stream and options.calibration.low_memory:
+            given = _by_layers(work, weights, windows or given, options, together)
+        elif windows is not None:
             given = run_pass(where, windows, options.calibration, folder, work.journal, work.report)
         assert given is not None
         rows = _solve_layers(work, weights, given, options, together)
@@ -160,6 +164,30 @@ def _distance(weights: Weights, folder: OutputFolder, statistics: Statistics, op
     return {"kl": round(quality.kl, 8), "kl_tokens": quality.tokens, "kl_text": "evaluation" if windows else "calibration"}
 
 
+def _by_layers(
+    work: _Work, weights: Weights, text: Windows | Statistics | None, options: RefactorOptions, together: int
+) -> Statistics:
+    """Calibrate, solve and profile one decoder layer after the other; what `_solve_layers` and `_profile` look for is then there."""
+    folder, journal, report = work
+    assert text is not None
+
+    def solve_one(layer: MoELayer, statistics: LayerStatistics) -> None:
+        _solve_layer(work, layer, statistics, options, together)
+
+    units = Units(lambda layer: journal.done(_unit_name(layer)), partial(_unit, folder), solve_one)
+    statistics, found = solve_layers(weights, text, options, units, report)
+    for i, run in enumerate(found):
+        journal.finish(_profile_name(i), folder.save_tensors(_profile_name(i), run))
+    return statistics
+
+
+def _solve_layer(work: _Work, layer: MoELayer, statistics: LayerStatistics, options: RefactorOptions, together: int) -> None:
+    """A layer whose weights are in memory: its tensors, with its facts in the file's metadata."""
+    tensors, facts = solve(layer, statistics, options, together)
+    digest = work.folder.save_tensors(_unit_name(layer), tensors, {"facts": json.dumps(facts)})
+    work.journal.finish(_unit_name(layer), digest)
+
+
 def _solve_layers(
     work: _Work, weights: Weights, statistics: Statistics, options: RefactorOptions, together: int
 ) -> list[dict[str, Any]]:
@@ -171,12 +199,9 @@ def _solve_layers(
     rows = []
     with report("partition") as update:
         for layer, mine in zip(weights.layers, statistics.layers, strict=True):
-            unit = _unit_name(layer)
-            if not journal.done(unit):
+            if not journal.done(_unit_name(layer)):
                 with weights.loaded(layer):
-                    tensors, facts = solve(layer, mine, options, together)
-                digest = folder.save_tensors(unit, tensors, {"facts": json.dumps(facts)})
-                journal.finish(unit, digest)
+                    _solve_layer(work, layer, mine, options, together)
             rows.append(_unit_facts(folder, layer))
             update(layer.index + 1, len(weights.layers))
     return rows
@@ -185,14 +210,13 @@ def _solve_layers(
 def _pool_cutoffs(
     work: _Work, weights: Weights, statistics: Statistics, options: RefactorOptions, rows: list[dict[str, Any]]
 ) -> None:
-    """Cutoffs and layer budgets that spend a budget where it matters most. Needs the model in memory, so not with low_memory."""
-    if options.calibration.low_memory or not options.profile_tokens:
+    """Cutoffs and layer budgets that spend a budget where it matters most."""
+    if not options.profile_tokens:
         return
     folder, journal, _ = work
-    units = [_unit(folder, layer) for layer in weights.layers]
     runs = profile_runs(options.profile_points)
-    wanted = max(1, options.profile_tokens // statistics.profile.shape[1])
-    ids = statistics.profile[:: max(1, len(statistics.profile) // wanted)][:wanted]
+    units = [_unit(folder, layer) for layer in weights.layers]
+    ids = spaced(statistics.profile, options.profile_tokens)
     found = _profile(work, lambda: Profiler(weights.path, units, options.n_sub, options.gates), runs, ids)
     own = [unit[CUTOFFS] for unit in units]
     profiles = [[(budget, float(run["kl"][i])) for (_, budget), run in zip(runs, found, strict=True)] for i in range(len(units))]
@@ -312,7 +336,7 @@ def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str
         folder.write_bytes(index.name, single_index(single))
     for layer in weights.layers:
         folder.discard(_unit_name(layer))
-    folder.discard(SNAPSHOT)
+    discard_snapshots(folder)
     folder.discard(CUTOFFS_FILE)
     for i in range(1 + facts["options"]["profile_points"]):
         folder.discard(_profile_name(i))

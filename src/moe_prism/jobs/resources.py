@@ -37,8 +37,10 @@ RUNNING = ("weights_bytes", "side_bytes", "activations_bytes", "logits_bytes")
 
 def needed_by(weights: Weights, options: RefactorOptions, given: Statistics | None = None) -> dict[str, Any]:
     """Declared peak memory and disk of `refactor` in bytes, by part, for options that fit the source. given: of an earlier pass."""
+    if options.calibration.low_memory and not given:
+        return _needed_by_layers(weights, options)
     parts, declared, capacity = pass_parts(weights, options.calibration)
-    layer, length, vocabulary = largest_layer(weights), options.calibration.length, text_config(weights).vocab_size
+    layer, length = largest_layer(weights), options.calibration.length
     gathered = sum(v.nbytes for one in given.layers for v in one.flat().values()) if given else parts["statistics_bytes"]
     experts = 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32
     solver = 4 * layer.num_experts * capacity * layer.width * FLOAT32
@@ -49,10 +51,39 @@ def needed_by(weights: Weights, options: RefactorOptions, given: Statistics | No
         again = needed_by_running(weights.model, rows=length, cut=options.n_sub)
         phases.append({name: again[name] for name in RUNNING} | {"statistics_bytes": gathered})
         phases = [{**phase, "kernels_bytes": KERNELS} for phase in phases]
-    if options.keep:
-        phases.append({"weights_bytes": experts, "logits_bytes": 3 * max(LOGITS, length * vocabulary) * FLOAT32})
+    phases.append(_comparison(weights, options))
     # a new snapshot of the statistics is complete before the one before it goes
     return told(largest(phases), written_bytes(weights) + 2 * declared) | {"reservoir_tokens": capacity}
+
+
+def _needed_by_layers(weights: Weights, options: RefactorOptions) -> dict[str, Any]:
+    """The same for a refactoring that takes one decoder layer after the other: statistics are of one layer, hidden states of all text."""
+    run, layer, length = settings(options.calibration), largest_layer(weights), options.calibration.length
+    capacity = bounded_capacity([layer], run)
+    vocabulary = text_config(weights).vocab_size
+    profiled = min(options.profile_tokens, options.calibration.tokens) * (1 + len(weights.layers) * (1 + options.profile_points))
+    parts = {
+        "weights_bytes": 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32,
+        "statistics_bytes": declared_bytes([layer], run, capacity),
+        "solver_bytes": 4 * layer.num_experts * capacity * layer.width * FLOAT32,
+        "hidden_bytes": held_bytes(weights, options.calibration) + 2 * profiled * layer.hidden * FLOAT32,
+        "activations_bytes": run.batch * length * row_bytes(text_config(weights), layer.hidden, layer.width, length),
+        "logits_bytes": LOGITS_HELD * length * vocabulary * FLOAT32 if options.profile_tokens else 0,
+    }
+    comparison = _comparison(weights, options)
+    return told(largest([parts, comparison]), written_bytes(weights)) | {"reservoir_tokens": capacity}
+
+
+def _comparison(weights: Weights, options: RefactorOptions) -> dict[str, int]:
+    """Of a source in its own format, whose logits and those of what was written are compared."""
+    layer, rows = largest_layer(weights), options.calibration.length * text_config(weights).vocab_size
+    experts = 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32
+    return {"weights_bytes": experts, "logits_bytes": 3 * max(LOGITS, rows) * FLOAT32} if options.keep else {}
+
+
+def held_bytes(weights: Weights, calibration: CalibrateOptions) -> int:
+    """Hidden states of all text that waits before a decoder layer, and what the model keeps beside them."""
+    return 2 * calibration.tokens * largest_layer(weights).hidden * FLOAT32
 
 
 def needed_by_pass(weights: Weights, options: CalibrateOptions, written: int = 0) -> dict[str, Any]:
@@ -151,6 +182,7 @@ def pass_parts(weights: Weights, calibration: CalibrateOptions) -> tuple[dict[st
         "statistics_bytes": declared,
         "activations_bytes": tokens * row_bytes(text_config(weights), layer.hidden, layer.width, calibration.length),
         "logits_bytes": 0 if calibration.low_memory else 6 * calibration.length * text_config(weights).vocab_size * FLOAT32,
+        "hidden_bytes": held_bytes(weights, calibration) if calibration.low_memory else 0,
     }
     return parts, declared, capacity
 

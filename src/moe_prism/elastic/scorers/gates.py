@@ -14,7 +14,8 @@ class GateScores(Scorer):
     def __init__(self, parts: LayerParts) -> None:
         if not parts.gates:
             raise UsageError(
-                "the scorer 'gates' reads gate neurons, and this model has none", "refactor with --gates 4, or take another scorer"
+                "the scorer 'gates' reads gate neurons, and this model has none",
+                "refactor with --gates 4, or take another scorer",
             )
         super().__init__(parts)
 

@@ -94,38 +94,66 @@ def _ridge(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         constant = torch.zeros(z.shape[1], y.shape[1], dtype=z.dtype, device=z.device)
         constant[-1] = y.mean(0)
         return constant, y.mean(0).expand(len(out), -1)
-    others = torch.ones(len(z), dtype=torch.bool, device=z.device)
-    others[out] = False
-    train = _Centred.of(z[others], y[others])
+    whole = _Rows.of(z[:, :-1], y)
+    train = whole.without(out)
     tried = [z[out] @ train.solve(s) for s in STRENGTHS]
     best = int(torch.stack([((found - y[out]) ** 2).sum() for found in tried]).argmin())
-    return _Centred.of(z, y).solve(STRENGTHS[best]), tried[best]
+    return whole.solve(STRENGTHS[best]), tried[best]
 
 
-class _Centred(NamedTuple):
-    """Centred rows [S, D - 1] and targets [S, N], their means, and the Gram matrix of the shorter side. The constant is not penalised."""
+class _Rows(NamedTuple):
+    """Rows [S, D - 1] and targets [S, N], and the products of the shorter side, not centred. The constant is not penalised.
+
+    The products are most of the work. So those of a part of the rows are taken from those of all.
+    """
 
     rows: Tensor
     targets: Tensor
-    mean_rows: Tensor
-    mean_targets: Tensor
-    gram: Tensor
+    products: Tensor
 
     @classmethod
-    def of(cls, z: Tensor, y: Tensor) -> _Centred:
-        mz, my = z[:, :-1].mean(0), y.mean(0)
-        rows = z[:, :-1] - mz
-        return cls(rows, y - my, mz, my, rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows)
+    def of(cls, rows: Tensor, targets: Tensor) -> _Rows:
+        return cls(rows, targets, rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows)
+
+    @property
+    def is_dual(self) -> bool:
+        return len(self.rows) <= self.rows.shape[1]
+
+    def without(self, out: Tensor) -> _Rows:
+        """Of all rows but these."""
+        stay = torch.ones(len(self.rows), dtype=torch.bool, device=self.rows.device)
+        stay[out] = False
+        rows, gone = self.rows[stay], self.rows[out]
+        if self.is_dual:
+            return _Rows(rows, self.targets[stay], self.products[stay][:, stay])
+        if len(rows) <= rows.shape[1]:
+            return _Rows.of(rows, self.targets[stay])
+        return _Rows(rows, self.targets[stay], self.products - gone.T @ gone)
+
+    def centred(self) -> Tensor:
+        """The products of rows less their mean."""
+        if self.is_dual:
+            mean = self.products.mean(0)
+            return self.products - mean - mean[:, None] + mean.mean()
+        mean = self.rows.mean(0)
+        return self.products - len(self.rows) * torch.outer(mean, mean)
 
     def solve(self, strength: float) -> Tensor:
-        """[D, N]. With fewer rows than features the dual form: the same solution from a system of S unknowns instead of D - 1."""
-        dual = len(self.rows) < self.rows.shape[1]
-        diagonal = strength * float(self.gram.diagonal().sum()) / self.rows.shape[1] + 1e-12
-        system = self.gram + diagonal * torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
-        slope = torch.linalg.solve(system, self.targets if dual else self.rows.T @ self.targets)
-        if dual:
-            slope = self.rows.T @ slope
-        return torch.cat([slope, (self.mean_targets - self.mean_rows @ slope)[None]], 0)
+        """[D, N]. With no more rows than features the dual form: the same solution from a system of S unknowns instead of D - 1."""
+        mean_rows, mean_targets = self.rows.mean(0), self.targets.mean(0)
+        targets, system = self.targets - mean_targets, self.centred()
+        diagonal = system.diagonal()
+        diagonal += strength * float(diagonal.sum()) / self.rows.shape[1] + 1e-12
+        slope = _solve_positive(system, targets if self.is_dual else self.rows.T @ targets)
+        if self.is_dual:
+            slope = self.rows.T @ (slope - slope.mean(0))
+        return torch.cat([slope, (mean_targets - mean_rows @ slope)[None]], 0)
+
+
+def _solve_positive(system: Tensor, targets: Tensor) -> Tensor:
+    """The solution of a symmetric system that rounding may have made less than positive."""
+    factor, failed = torch.linalg.cholesky_ex(system)
+    return torch.linalg.solve(system, targets) if bool(failed) else torch.cholesky_solve(targets, factor)
 
 
 @cache

@@ -220,7 +220,8 @@ def _variant(
 def point_of(rule: str, scorer: str, budget: float, elastic: Elastic) -> OperatingPoint:
     """A rule at a budget; of whole experts as many as the budget has, at least one, as `num_experts_per_tok` would choose them."""
     if rule != PLAIN:
-        return OperatingPoint(slots=SlotRule(budget=budget, rule=rule, scorer=scorer))
+        unit, control = ("slots", "none") if scorer == "oracle" else ("", "")  # true norms read more than all bytes
+        return OperatingPoint(slots=SlotRule(budget=budget, rule=rule, scorer=scorer, of=unit, control=control))
     k = slots_per_token(elastic) // elastic.layers[0].parts.n_sub
     return OperatingPoint(routing=(uniform(len(elastic.layers), k, max(1, round(budget * k))),))
 

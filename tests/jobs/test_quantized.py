@@ -176,7 +176,7 @@ def test_an_interrupted_run_tells_the_same_of_what_it_moved(sources, tiny_calibr
     assert digests(tmp_path / "once") == digests(tmp_path / "twice")
 
 
-@pytest.mark.parametrize(("form", "bound"), [("fp8", 1e-5), ("int4", 2e-3)])  # compressed-tensors gives bfloat16
+@pytest.mark.parametrize(("form", "bound"), [("fp8", 1e-5), ("int4", 2e-2)])  # compressed-tensors gives bfloat16 weights
 def test_unmodified_transformers_reads_what_keeps_its_format(sources, form, bound, tiny_calibration, tmp_path):
     if form == "int4":
         pytest.importorskip("compressed_tensors")

@@ -1,10 +1,11 @@
 """Peak memory of `refactor --low-memory` on a quantized checkpoint several times larger: forecast, limit, and what was used.
 
     python benchmarks/quantized_memory.py [--forms fp8,mxfp4] [--layers 52]
+    python benchmarks/quantized_memory.py --forms fp8 --layers 165 --low-only --solver contiguous   # 4 times the limit on disk too
 
 Random weights. The command runs under RLIMIT_DATA = its own forecast (`--dry-run`); a MemoryError would end it. Baseline in the same
 run: the same command without --low-memory and without a limit, which holds the weights in float32. Both must write the same bytes.
-All windows are one batch in both, so that sums have one order.
+All windows are one batch in both, so that sums have one order. --low-only leaves the baseline out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.tiny_sources import save_tiny
 
 EXPERTS, HIDDEN, WIDTH, BLOCK = 4, 1024, 2048, 128
-FLAGS = ["--tokens", "128", "--length", "64", "--reservoir", "64", "--solver", "greedy", "--profile-tokens", "0", "--json"]
+FLAGS = ["--tokens", "128", "--length", "64", "--reservoir", "64", "--profile-tokens", "0", "--json"]
 MIB = 1 << 20
 
 
@@ -35,26 +37,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forms", default="fp8,mxfp4")
     parser.add_argument("--layers", type=int, default=52)
+    parser.add_argument("--solver", default="greedy")
+    parser.add_argument("--low-only", action="store_true")
     given = parser.parse_args()
     for form in given.forms.split(","):
         with tempfile.TemporaryDirectory() as work:
-            print("\n".join(measure(Path(work), form, given.layers)), flush=True)
+            for line in measure(Path(work), form, given):
+                print(line, flush=True)
 
 
-def measure(root: Path, form: str, layers: int) -> list[str]:
+def measure(root: Path, form: str, given: argparse.Namespace) -> Iterator[str]:
     """Lines of figures for one format."""
-    held = build(root / "q", form, layers) * 4
+    held = build(root / "q", form, given.layers) * 4
     stored = sum(file.stat().st_size for file in (root / "q").glob("*.safetensors"))
-    needed = run(root, "low", "--low-memory", "--dry-run")["peak_memory_bytes"]
-    used = run(root, "low", "--low-memory", limit=needed)["peak_rss_bytes"]
+    flags = ["--solver", given.solver]
+    needed = run(root, "low", *flags, "--low-memory", "--dry-run")["peak_memory_bytes"]
+    yield f"{form}: {stored // MIB} MiB on disk, {stored / needed:.1f} times the limit"
+    yield f"{held // MIB} MiB of float32 weights, {held / needed:.1f} times"
+    used = run(root, "low", *flags, "--low-memory", limit=needed)["peak_rss_bytes"]
+    yield f"forecast and limit {needed // MIB} MiB, peak {used // MIB} MiB, {used / needed:.2f} of the forecast"
+    if given.low_only:
+        return
     low = hashes(root / "low")
-    whole = run(root, "whole")["peak_rss_bytes"]
+    whole = run(root, "whole", *flags)["peak_rss_bytes"]
     same = sum(low[name] == found for name, found in hashes(root / "whole").items())
-    return [
-        f"{form}: {stored // MIB} MiB on disk, {held // MIB} MiB of float32 weights, {held / needed:.1f} times the limit",
-        f"forecast and limit {needed // MIB} MiB, peak {used // MIB} MiB, {used / needed:.2f} of the forecast",
-        f"in memory: peak {whole // MIB} MiB, {used / whole:.2f} times that; {same} of {len(low)} files of weights are equal to the bit",
-    ]
+    yield f"in memory: peak {whole // MIB} MiB, {used / whole:.2f} times that; {same} of {len(low)} files of weights are equal to the bit"
 
 
 def hashes(folder: Path) -> dict[str, str]:

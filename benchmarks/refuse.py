@@ -3,6 +3,7 @@
     python benchmarks/refuse.py [--json]
 
 On copies of prism-nano, one tensor or file spoiled in each. The look is timed in turns with `from_pretrained` of the same folder.
+Commands are processes of their own, from their start to their end, on a folder without one tensor.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import argparse
 import json
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -40,6 +43,38 @@ EDITS: dict[str, Edit] = {
     "whole numbers": lambda tensors, name: tensors.update({name: tensors[name].to(torch.int8)}),
     "not a number": _nan,
 }
+
+
+def _cut(folder: Path) -> None:
+    (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-9])
+
+
+def _no_json(folder: Path) -> None:
+    data = (folder / FILE).read_bytes()
+    (folder / FILE).write_bytes(data[:8] + b"\xff" + data[9:])
+
+
+def _number(key: str, change: int) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, key: config[key] + change}))
+
+    return damage
+
+
+FOLDERS: dict[str, Callable[[Path], None]] = {
+    "a file cut short": _cut,
+    "a header that is no JSON": _no_json,
+    "a layer more in config.json": _number("num_hidden_layers", 1),
+    "an expert less in config.json": _number("num_experts", -1),
+}
+COMMANDS = {
+    "inspect": ["inspect", "."],
+    "refactor": ["refactor", ".", "-o", "../out"],
+    "refactor --dry-run": ["refactor", ".", "-o", "../out", "--dry-run"],
+    "prune": ["prune", ".", "-o", "../out", "--keep", "0.5"],
+    "serve": ["serve", "."],
+}
 PLACES = ("self_attn.q_proj.weight", "experts.0.down_proj.weight", "mlp.gate.weight", "input_layernorm.weight")
 
 
@@ -62,6 +97,28 @@ def refusals(folder: Path) -> list[dict[str, Any]]:
             save_file(tensors, folder / FILE, {"format": "pt"})
             rows.append({"damage": f"{name} {kind}", "seconds": seconds(lambda: refused(folder))})
     save_file(whole, folder / FILE, {"format": "pt"})
+    for kind, damage in FOLDERS.items():
+        spoiled = Path(shutil.copytree(folder, folder.with_name("spoiled")))
+        damage(spoiled)
+        rows.append({"damage": kind, "seconds": seconds(lambda there=spoiled: refused(there))})
+        shutil.rmtree(spoiled)
+    return rows
+
+
+def commands(folder: Path) -> list[dict[str, Any]]:
+    """Seconds until each command has ended, of a folder without the last tensor."""
+    tensors = load_file(folder / FILE)
+    name = max(tensors)
+    save_file({n: t for n, t in tensors.items() if n != name}, folder / FILE, {"format": "pt"})
+    rows = []
+    for kind, words in COMMANDS.items():
+        begin = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "moe_prism", *words], cwd=folder, capture_output=True, text=True, check=False
+        )
+        rows.append({"command": kind, "seconds": time.perf_counter() - begin})
+        if not done.returncode or name not in done.stderr or FILE not in done.stderr:
+            raise SystemExit(f"{kind}: {done.returncode} {done.stderr[-300:]}")
     return rows
 
 
@@ -81,9 +138,10 @@ def measure() -> dict[str, Any]:
         for _ in range(ROUNDS):
             looks.append(seconds(lambda: open_whole(folder)))
             loads.append(seconds(lambda: AutoModelForCausalLM.from_pretrained(folder)))
-        rows = refusals(folder)
+        rows, ran = refusals(folder), commands(folder)
     look, load = statistics.median(looks), statistics.median(loads)
-    return {"look": look, "load": load, "ratio": look / load, "worst_refusal": max(row["seconds"] for row in rows), "rows": rows}
+    worst = max(row["seconds"] for row in rows)
+    return {"look": look, "load": load, "ratio": look / load, "worst_refusal": worst, "rows": rows, "commands": ran}
 
 
 def main() -> None:
@@ -95,6 +153,7 @@ def main() -> None:
         return
     print(f"look {found['look']:.3f} s, load {found['load']:.3f} s, ratio {found['ratio']:.2f}")
     print(f"{len(found['rows'])} kinds of damage, worst refusal {found['worst_refusal']:.2f} s")
+    print("; ".join(f"{row['command']} {row['seconds']:.2f} s" for row in found["commands"]))
 
 
 if __name__ == "__main__":

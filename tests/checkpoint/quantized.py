@@ -207,18 +207,27 @@ def gptq(w: np.ndarray, bits: int = 4, less: int = 1) -> Made:
     }, out  # fmt: skip
 
 
-CT = {"quant_method": "compressed-tensors", "config_groups": {}}
+def ct(form: str, bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
+    """Settings as llm-compressor writes them: what it names, transformers looks for."""
+    weights = {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": False, **more}
+    group = {"targets": ["Linear"], "format": form, "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors", "quantization_status": "compressed", "format": form, "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
+    }  # fmt: skip
+
+
 FORMS: dict[str, tuple[dict[str, Any], Callable[[np.ndarray], Made]]] = {
     "fp8": ({"quant_method": "fp8", "weight_block_size": [16, GROUP], "activation_scheme": "dynamic"}, fp8),
     "fp8-powers": ({"quant_method": "fp8", "weight_block_size": [16, GROUP], "scale_fmt": "ue8m0"}, fp8_powers),
     "fp8-tensor": ({"quant_method": "fp8", "activation_scheme": "static"}, fp8_tensor),
     "mxfp4": ({"quant_method": "mxfp4"}, mxfp4),
-    "ct-mxfp4": ({**CT, "format": "mxfp4-pack-quantized"}, ct_mxfp4),
-    "int8": ({**CT, "format": "int-quantized"}, int8_channel),
-    "fp8-channel": ({**CT, "format": "float-quantized"}, fp8_channel),
-    "int4": ({**CT, "format": "pack-quantized"}, ct_int4),
-    "int4-zeros": ({**CT, "format": "pack-quantized"}, ct_int4_zeros),
-    "nvfp4": ({**CT, "format": "nvfp4-pack-quantized"}, nvfp4),
+    "ct-mxfp4": (ct("mxfp4-pack-quantized", 4, "float", "group", group_size=GROUP, scale_dtype="torch.uint8"), ct_mxfp4),
+    "int8": (ct("int-quantized", 8, "int", "channel"), int8_channel),
+    "fp8-channel": (ct("float-quantized", 8, "float", "channel"), fp8_channel),
+    "int4": (ct("pack-quantized", 4, "int", "group", group_size=GROUP), ct_int4),
+    "int4-zeros": (ct("pack-quantized", 4, "int", "group", group_size=GROUP, symmetric=False), ct_int4_zeros),
+    "nvfp4": (ct("nvfp4-pack-quantized", 4, "float", "tensor_group", group_size=16, scale_dtype="torch.float8_e4m3fn"), nvfp4),
     "modelopt-nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, modelopt_nvfp4),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}, awq),
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False}, gptq),

@@ -149,7 +149,7 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line(copy, text):
 def test_what_is_written_names_no_code_at_any_depth():
     given = {
         "a": [{"auto_map": 1}],
-        "vision_config": {"_attn_implementation": "evil/kernel", "x": 1},
+        "vision_config": {"_attn_implementation": "evil/kernel", "_attn_implementation_internal": "evil/kernel", "x": 1},
         "attn_implementation": "sdpa",
     }
     written = json.loads(without_code("config.json", json.dumps(given).encode()))

@@ -10,9 +10,11 @@ from moe_prism.elastic.execute.base import Settled
 from moe_prism.elastic.execute.memory import InMemory
 from moe_prism.elastic.execute.plain import reference, whole_experts
 from moe_prism.elastic.scorers.ridge import Ridge
-from moe_prism.model import find_layers
+from moe_prism.jobs.refactor import RefactorOptions, refactor
+from moe_prism.model import find_layers, load_model
 from moe_prism.model.widen import stays_narrow, widen
 from tests.parity.families import build
+from tests.tiny_sources import save_tiny
 
 from .test_execute import batch, close
 
@@ -95,3 +97,19 @@ def test_a_loaded_model_keeps_its_experts_as_they_are_stored_and_says_the_same(e
         with operating_point(wide, budget=budget), operating_point(model, budget=budget):
             expected, found = wide(ids).logits, model(ids).logits
         assert (found - expected).norm() < 1e-6 * expected.norm()
+
+
+@torch.no_grad()
+def test_float16_that_cannot_hold_what_experts_put_out_computes_in_float32(tmp_path, tiny_calibration):
+    source = save_tiny("olmoe", tmp_path / "source", dtype=torch.float16)
+    for name, weight in source.named_parameters():
+        if ".experts." in name:
+            weight.mul_(1500)
+    source.save_pretrained(tmp_path / "source")
+    ids = torch.arange(4, 36)[None]
+    assert not source(ids).logits.isfinite().all()
+    refactor(tmp_path / "source", tmp_path / "elastic", RefactorOptions(calibration=tiny_calibration))
+    model, _ = load(tmp_path / "elastic")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    expected = load_model(tmp_path / "source", torch.float32)(ids).logits
+    assert expected.isfinite().all() and (model(ids).logits - expected).norm() < 1e-5 * expected.norm()

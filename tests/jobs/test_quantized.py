@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import moe_prism
 from moe_prism.artefact import keep_format
@@ -173,3 +174,15 @@ def test_an_interrupted_run_tells_the_same_of_what_it_moved(sources, tiny_calibr
     monkeypatch.undo()
     refactor(folder, tmp_path / "twice", wanted, resume=True)
     assert digests(tmp_path / "once") == digests(tmp_path / "twice")
+
+
+@pytest.mark.parametrize(("form", "bound"), [("fp8", 1e-5), ("int4", 2e-2)])  # compressed-tensors gives bfloat16 weights
+def test_unmodified_transformers_reads_what_keeps_its_format(sources, form, bound, tiny_calibration, tmp_path):
+    if form == "int4":
+        pytest.importorskip("compressed_tensors")
+    folder, _ = sources[form]
+    refactor(folder, tmp_path / "moved", options(tiny_calibration, keep_format=True))
+    prune_model(folder, tmp_path / "pruned", PruneOptions(criterion="first-half", keep=0.5, keep_format=True))
+    for out in (folder, tmp_path / "moved", tmp_path / "pruned"):
+        theirs = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval())
+        assert (theirs - logits(load_to_run(out))).norm() < bound * theirs.norm(), out.name

@@ -46,7 +46,7 @@ RELEASE_HEADER = """
 
 The same families as their releases are saved: by their own class, with vision and audio towers in the file, in a tiny random model.
 `inspect` reads it and knows every tensor. `refactor` gives the same text logits to 1e-05, leaves every tensor but the experts as it is,
-passes `verify` and generates at half of the budget. `prune` halves the experts, and transformers loads the result. {passed} of {total}
+passes `verify` and generates with half of its slots. `prune` halves the experts, and transformers loads the result. {passed} of {total}
 pass all of it; of the others stands what they pass, and why not the rest. `pytest -m '' tests/parity/test_release.py` checks every row.
 
 """

@@ -65,6 +65,8 @@ def load(
     on_cpu = place.device == "cpu" or (place.device is None and place.device_map is None and not torch.cuda.is_available())
     narrow = on_cpu and not wide and dtype is None and place.dtype is None
     model = load_model(where) if narrow else load_to_run(where, dtype)
+    if narrow and model.dtype != torch.bfloat16:
+        widen(model, [])  # before anything is computed: float16 may not hold what experts put out
     layers = find_layers(model)
     check_layers(folder, manifest, layers)
     if narrow:

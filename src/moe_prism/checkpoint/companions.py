@@ -87,7 +87,7 @@ def _without(value: Any) -> Any:
 
 def _names_code(key: str, value: Any) -> bool:
     """A hub kernel is named owner/name; a plain implementation is one of transformers' own."""
-    return key in ("auto_map", "custom_generate") or (key.endswith("_implementation") and "/" in json.dumps(value))
+    return key in ("auto_map", "custom_generate") or ("_implementation" in key and "/" in json.dumps(value))
 
 
 def licence(folder: str | Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UsageError
+from ..heap import return_large_buffers
 from .config import WRONG
 from .constant import VALUE, refuse_to_write
 from .convert import ADVICE, Read, place, stored
@@ -53,7 +54,9 @@ class LayerStream:
 
         disk_dtype: keep the dtype of the files instead of the compute dtype, so that `disk_tensors` gives their bytes back.
         read: what to load by a tensor's name instead of what is on disk. UsageError names a tensor that is missing on disk.
+        From then on this process gives large buffers back to the system (`heap.py`).
         """
+        return_large_buffers()
         targets = [name for name in self._empty if name.startswith(f"{prefix}.")]
         self._load(targets, self.disk_names(prefix), disk_dtype, read)
         return self.model.get_submodule(prefix)  # type: ignore[no-any-return]

@@ -179,9 +179,13 @@ def server(folder: Path, *arguments: str, template: str = "") -> Iterator[Server
         for line in child.stderr:
             if line.startswith("{") and (ready := json.loads(line)).get("event") == "ready":
                 break
-        threading.Thread(target=child.stderr.read, daemon=True).start()
+        said = list[str]()
+        threading.Thread(target=said.extend, args=(child.stderr,), daemon=True).start()
         try:
             yield Server(ready["url"].removesuffix("/v1"), child.pid, ready["engine"])
+        except OSError:
+            sys.stderr.writelines(said[-40:])  # it is no longer there: its last words
+            raise
         finally:
             child.send_signal(signal.SIGTERM)
             child.wait(60)

@@ -22,8 +22,10 @@ from tests.serve.house import open_house
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "60"))
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+PATIENCE = 300.0  # seconds for an answer, on a machine that may stop all of us for a while
 SLOPE = 1 << 20  # bytes an hour
 NOISE = 8 << 20  # bytes that an allocator may keep, whatever the time
+REST = 0.3  # seconds of a client between two requests, so that an hour of it leaves room for other work
 
 
 def resident() -> int:
@@ -39,11 +41,15 @@ class Client:
 
     def __init__(self, house, seed):
         self.house, self.draw, self.statuses = house, random.Random(seed), dict[int, int]()
+        self.error: Exception | None = None
 
     def run(self, stop):
-        with httpx2.Client(base_url=self.house.root, timeout=120) as web:
-            while not stop.is_set():
-                getattr(self, self.draw.choice(("whole", "stream", "leave", "wrong", "slow", "long")))(web)
+        try:
+            with httpx2.Client(base_url=self.house.root, timeout=PATIENCE) as web:
+                while not stop.wait(REST * self.draw.random() * 2):
+                    getattr(self, self.draw.choice(("whole", "stream", "leave", "wrong", "slow", "long")))(web)
+        except Exception as error:  # noqa: BLE001 - whatever ends a client early is a fault of the server's
+            self.error = error
 
     def note(self, status):
         self.statuses[status] = self.statuses.get(status, 0) + 1
@@ -108,7 +114,8 @@ def test_s20_a_long_run_with_faults_leaves_nothing_behind(tiny_levels):
                 files = files or (open_files() if now > SECONDS / 5 else 0)
             stop.set()
             for thread in threads:
-                thread.join(120)
+                thread.join(PATIENCE)
+        assert [client.error for client in clients if client.error] == []
         assert not any(thread.is_alive() for thread in threads) and house.idle() == []
         assert httpx2.post(house.root + "/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=60).status_code == 200
         statuses = {k: sum(c.statuses.get(k, 0) for c in clients) for c in clients for k in c.statuses}

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -17,6 +19,8 @@ import pytest
 
 pytest.importorskip("fastapi")
 
+from moe_prism.serve import server
+from moe_prism.serve.text.workers import ENDED
 from tests.faults.test_engine_process import gone
 from tests.faults.test_server import raw
 from tests.serve.house import open_house
@@ -130,6 +134,31 @@ def test_the_processes_for_texts_end_with_the_server(tiny_levels):
         pids = [*house.built.house.workers.pids(), house.built.house.workers._nursery._pid]
         assert len(pids) == 2 and not any(Path(f"/proc/{pid}/cmdline").read_bytes() == b"" for pid in pids)
     assert all(gone(pid) for pid in pids)
+
+
+def test_s12_a_process_for_texts_that_is_killed_is_replaced(tiny_levels):
+    with open_house(tiny_levels) as house:
+        assert served(house)
+        (before,) = house.built.house.workers.pids()
+        os.kill(before, signal.SIGKILL)
+        assert gone(before) and served(house) and house.built.house.workers.pids() != [before]
+
+
+def test_s12_a_server_that_can_read_no_text_says_so_and_ends(tiny_levels, monkeypatch):
+    """Who forks the processes for texts is not to be replaced: a process with threads cannot fork."""
+    monkeypatch.setattr(server, "FAREWELL", 5.0)
+    with open_house(tiny_levels) as house:
+        assert served(house)
+        nursery = house.built.house.workers._nursery._pid
+        os.kill(nursery, signal.SIGKILL)
+        assert gone(nursery)
+        refused = httpx2.post(house.root + "/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=60)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine")
+        until = time.monotonic() + 30
+        with pytest.raises(httpx2.HTTPError):
+            while time.monotonic() < until:
+                httpx2.get(house.root + "/health", timeout=1)
+        assert house.built.ended() == ENDED
 
 
 def test_a_worker_holds_no_socket_of_ours(tiny_levels):

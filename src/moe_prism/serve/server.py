@@ -22,9 +22,8 @@ from .keys import keep_private, keys
 from .requests import Event
 
 if TYPE_CHECKING:
-    from .backend import Backend
+    from .build import Built
     from .config import Config
-    from .http.admission import Door
     from .http.guard import Guard
 
 logger = logging.getLogger(__name__)
@@ -156,9 +155,9 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
     gc.freeze()  # the model's objects live as long as the process: no pause to look at them again, here or on the way out
     logger.info("ready", extra={"fields": fields})
     try:
-        make_server(app, built.door, config, engine).run(sockets=[listening])
+        make_server(app, built, config).run(sockets=[listening])
     finally:
-        ended = engine.ended()
+        ended = built.ended()
         built.stop()
         logger.info("stopped")
     if ended:
@@ -176,11 +175,14 @@ def _allow_files(connections: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
-def make_server(app: Guard, door: Door, config: Config, engine: Backend) -> Any:
-    """A uvicorn server with our deadlines; `run(sockets=[...])` returns after the drain, or when the engine has ended by itself."""
+def make_server(app: Guard, built: Built, config: Config) -> Any:
+    """A uvicorn server with our deadlines; `run(sockets=[...])` returns after the drain, or when what it needs has ended by itself."""
     import uvicorn
 
     from .http.connection import paced_protocol
+    from .process.supervisor import Watch
+
+    engine, door, watch = built.service.engine, built.door, Watch()
 
     class Server(uvicorn.Server):  # type: ignore[misc]
         """Drains on the first signal, ends on the second."""
@@ -190,10 +192,10 @@ def make_server(app: Guard, door: Door, config: Config, engine: Backend) -> Any:
         _ending: asyncio.Task[None] | None = None
 
         async def on_tick(self, counter: int) -> bool:
-            """Whether to end now. uvicorn asks ten times a second. Without its engine a server can only be restarted, so it ends too."""
-            if self._until == math.inf and engine.ended():
+            """Whether to end now. uvicorn asks ten times a second. A server without what it needs ends too."""
+            if self._until == math.inf and built.ended():
                 self._until = time.monotonic() + FAREWELL
-            elif engine.alive and engine.clock() - engine.last_turn > config.bounds.step_seconds:
+            elif engine.alive and watch.still(engine.last_turn, engine.clock()) > config.bounds.step_seconds:
                 engine.give_up(config.bounds.step_seconds)
             return await super().on_tick(counter) or time.monotonic() >= self._until
 

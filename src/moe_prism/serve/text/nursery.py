@@ -31,6 +31,7 @@ class Nursery:
         """seconds: of a processor, for one job; memory: bytes that a process may come to need beside what it begins with."""
         self._ours, theirs = socket.socketpair()
         self._lock = threading.Lock()
+        self._gone = False
         self._pid = os.fork()
         if self._pid == 0:
             try:
@@ -50,6 +51,13 @@ class Nursery:
             raise OSError("no process can be forked")
         ours.setblocking(False)
         return ours, _SIZE.unpack(answer)[0]
+
+    def ended(self) -> bool:
+        """Whether it has, though nobody asked it to: somebody killed it, or the system did for its memory."""
+        if not self._gone:
+            with contextlib.suppress(ChildProcessError):
+                self._gone = os.waitpid(self._pid, os.WNOHANG)[0] != 0
+        return self._gone
 
     def close(self) -> None:
         """End it; its children end with their sockets, or after their time."""

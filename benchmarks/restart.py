@@ -77,6 +77,7 @@ def main() -> None:
                 began = time.monotonic()
                 with server(given.folder, "--config", str(config)) as there:
                     first = time.monotonic() - began
+                    ask(there.url, [], stream=False)  # what a fresh machine compiles in the middle of a step is no hanging
                     found = once(there.url, there.engine, how, given.clients)
                     known = {"fault": how.name, "round": number, "first start s": first, **found}
                     if how is signal.SIGSTOP:

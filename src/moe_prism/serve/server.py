@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PrismError, UsageError
 from ..options.serve import ServeOptions
+from .http.crowd import Doorway
 from .keys import keep_private, keys
 from .requests import Event
 
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 SEND_BUFFER = 128 << 10
 """Bytes the kernel may hold for a client that does not read; by default it would be megabytes."""
+RECEIVE_BUFFER = 32 << 10
+"""Bytes the kernel may hold of a client whose request we do not read yet, and so the most that comes in at once. The kernel doubles it."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LAST_WORDS = 0.5
 """Seconds for answers to requests that are cut off."""
@@ -98,9 +101,10 @@ def listen(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65_535:
         raise UsageError(f"--port {port} is no port", "give one from 1 to 65535, or 0 for any free one")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
+    made = Doorway(family, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
     try:
         made.bind((host, port))
         made.listen(1024)
@@ -182,6 +186,8 @@ def make_server(app: Guard, built: Built, config: Config) -> Any:
     from .http.connection import paced_protocol
     from .process.supervisor import Watch
 
+    bounds = config.bounds
+    protocol = paced_protocol(bounds)
     engine, door, watch = built.service.engine, built.door, Watch()
 
     class Server(uvicorn.Server):  # type: ignore[misc]
@@ -208,6 +214,12 @@ def make_server(app: Guard, built: Built, config: Config) -> Any:
             logger.info("draining", extra={"fields": {"signal": signal.Signals(sig).name, "requests": door.requests}})
             self._draining = loop.create_task(self._drain())
 
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            for listening in sockets or ():
+                if isinstance(listening, Doorway):
+                    listening.crowd = protocol.crowd
+            await super().startup(sockets)
+
         async def _drain(self) -> None:
             until = time.monotonic() + config.bounds.drain_seconds
             while door.requests and time.monotonic() < until:  # noqa: ASYNC110 - places are counted, there is no event to wait for
@@ -224,14 +236,14 @@ def make_server(app: Guard, built: Built, config: Config) -> Any:
             await app.end_all(LAST_WORDS)
             self.should_exit = True
 
-    bounds = config.bounds
     settings = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         server_header=False,
         lifespan="on",
-        http=paced_protocol(bounds),
+        http=protocol,
+        loop="asyncio",  # others accept connections without our doorway
         h11_max_incomplete_event_size=bounds.header_bytes,
         timeout_keep_alive=int(max(1, bounds.header_seconds)),
         timeout_graceful_shutdown=1,

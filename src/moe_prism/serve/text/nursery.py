@@ -15,13 +15,15 @@ from pathlib import Path
 import msgspec
 
 from .desk import Desk
-from .jobs import Job
+from .jobs import Compile, Job
 
 _SIZE = struct.Struct("!Q")
 _job = msgspec.msgpack.Decoder(Job)
 _encode = msgspec.msgpack.Encoder().encode
 _NICE = 5
 """Below the engine and the HTTP loop, where there is not enough for all."""
+_SOON = 0.1
+"""Seconds of a processor after which a job gets only what nobody else wants. Its process ends with it: one cannot take that back."""
 
 
 class Nursery:
@@ -98,11 +100,22 @@ def _work(link: socket.socket, desk: Desk, seconds: float, memory: int) -> None:
     with contextlib.suppress(OSError, ValueError):
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + memory, held + memory))
-    while head := _exactly(link, _SIZE.size):
+    costly = False
+
+    def yield_to_others(*_: object) -> None:
+        nonlocal costly
+        costly = True
+        os.nice(19)
+
+    signal.signal(signal.SIGVTALRM, yield_to_others)
+    while not costly and (head := _exactly(link, _SIZE.size)):
         job = _job.decode(_exactly(link, _SIZE.unpack(head)[0]))
+        if not isinstance(job, Compile):  # the first of those learns the vocabulary, for all that follow
+            signal.setitimer(signal.ITIMER_VIRTUAL, _SOON)
         signal.setitimer(signal.ITIMER_PROF, seconds)
         result = desk.do(job)
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         body = _encode(result)
         link.sendall(_SIZE.pack(len(body)) + body)
 

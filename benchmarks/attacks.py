@@ -3,7 +3,8 @@ and 2,000 connections that say almost nothing, of each kind.
 
     python benchmarks/attacks.py ELASTIC --seconds 20
 
-Both phases run on one server, in turns. Figures are ratios, but for health.
+Both phases run on one server, in turns. Figures are ratios, but for health. Attackers are a process of their own, with addresses of their
+own and the lowest priority: on a network they would have machines of their own.
 """
 
 from __future__ import annotations

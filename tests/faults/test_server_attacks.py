@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import pytest
@@ -20,6 +21,8 @@ import pytest
 pytest.importorskip("fastapi")
 
 from moe_prism.serve import server
+from moe_prism.serve.config import Bounds
+from moe_prism.serve.http.crowd import BURST, PACE, Crowd, Doorway
 from moe_prism.serve.text.workers import ENDED
 from tests.faults.test_engine_process import gone
 from tests.faults.test_server import raw
@@ -105,11 +108,14 @@ def test_x01_a_template_without_end_is_ended(hostile):
     threads = [threading.Thread(target=chat) for _ in range(4)]
     for thread in threads:
         thread.start()
-    served_meanwhile = 0
+    served_meanwhile, priorities = 0, set[int]()
     while any(thread.is_alive() for thread in threads):
         served_meanwhile += served(hostile)
+        for pid in set(hostile.built.house.workers.pids()) - text:
+            with contextlib.suppress(ProcessLookupError):
+                priorities.add(os.getpriority(os.PRIO_PROCESS, pid))
         assert httpx2.get(hostile.root + "/health").status_code == 200
-    assert served_meanwhile >= 2
+    assert served_meanwhile >= 2 and 19 in priorities  # it gets only what nobody else wants
     assert [(a.status_code, a.json()["error"]["code"], a.json()["error"]["param"]) for a in answers] == [
         (400, "too_costly", "messages")
     ] * 4
@@ -234,6 +240,63 @@ def test_s06_a_new_connection_is_let_in_while_others_wait(tiny_levels):
         assert served(house) and httpx2.get(house.root + "/health").status_code == 200
         for link in held:
             link.close()
+
+
+def test_s06_an_address_opens_so_many_connections_a_second_where_there_are_many():
+    now = 100.0
+    crowd = Crowd(Bounds(connections=20, connections_per_client=12), lambda: now)
+    clients = [SimpleNamespace(drop=lambda: None) for _ in range(13)]
+    for i, client in enumerate(clients[:12]):
+        assert crowd.hears("a") and crowd.enter(client, "b" if i % 2 else "a")
+    assert [crowd.hears("a") for _ in range(20)] == [True] * int(BURST) + [False] * (20 - int(BURST))
+    assert crowd.hears("b")  # another address has its own
+    crowd.work(clients[0])
+    assert crowd.hears("a") and not crowd.hears("a")  # a request that was complete gave one back
+    now += 3 / PACE
+    assert [crowd.hears("a") for _ in range(4)] == [True] * 3 + [False]
+    crowd.leave(clients[0], "a")
+    assert all(crowd.hears("a") for _ in range(100))  # few again
+
+
+def test_s06_who_is_not_heard_is_closed_and_costs_nothing():
+    with Doorway() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.setblocking(False)
+        listening.crowd = SimpleNamespace(hears=lambda address: False)
+        with socket.create_connection(listening.getsockname(), timeout=10) as link:
+            with pytest.raises(BlockingIOError):
+                listening.accept()
+            with pytest.raises(ConnectionResetError):
+                link.recv(1)
+        listening.crowd = None
+        with socket.create_connection(listening.getsockname(), timeout=10) as link:
+            assert listening.accept()[1] == link.getsockname()
+
+
+def test_s06_a_newcomer_takes_the_place_of_its_own_address_first():
+    crowd, gone = Crowd(Bounds(connections=4, connections_per_client=3)), list[str]()
+    for name in ("other", "a", "b", "c"):
+        crowd.enter(SimpleNamespace(drop=lambda name=name: gone.append(name)), "other" if name == "other" else "many")
+    for name in ("d", "e"):
+        assert crowd.enter(SimpleNamespace(drop=lambda name=name: gone.append(name)), "many")
+    assert gone == ["a", "b"] and crowd.count == 4
+
+
+@pytest.mark.parametrize("cut", [1, 7, 1000])
+def test_a_head_that_comes_in_pieces_is_read_once_it_ends(tiny_levels, cut):
+    body = json.dumps(BODY).encode()
+    sent = (
+        b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n" + HEAD + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    )
+    with open_house(tiny_levels) as house, socket.create_connection(("127.0.0.1", house.port), timeout=20) as link:
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for i in range(0, len(sent), cut):
+            link.sendall(sent[i : i + cut])
+        said = b""
+        while data := link.recv(65_536):
+            said += data
+    assert said.count(b"HTTP/1.1 200") == 2
 
 
 def test_s06_where_all_work_a_new_connection_is_told_in_json(tiny_levels):

@@ -84,7 +84,10 @@ class Client:
     def stream(self, web):
         with web.stream("POST", "/v1/completions", json=self.body(stream=True)) as answer:
             self.note(answer.status_code)
-            assert [line for line in answer.iter_lines() if line][-1] == "data: [DONE]" or answer.status_code != 200
+            last = [line for line in answer.iter_lines() if line][-1]
+            assert last == "data: [DONE]" or "error" in json.loads(
+                last.removeprefix("data: ")
+            )  # every answer ends, in one of two ways
 
     def leave(self, web):
         body = json.dumps(self.body(max_tokens=60, stream=True)).encode()

@@ -3,14 +3,17 @@ and 2,000 connections that say almost nothing, of each kind.
 
     python benchmarks/attacks.py ELASTIC --seconds 20
 
-Both phases run on one server, in turns. Figures are ratios, but for health.
+Both phases run on one server, in turns. Figures are ratios, but for health. Attackers are a process of their own, with addresses of their
+own and the lowest priority: on a network they would have machines of their own.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -22,7 +25,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,9 +98,13 @@ def ask_health(url: str, seen: Seen, stop: threading.Event) -> None:
 
 def keep_sending(url: str, path: str, body: bytes, stop: threading.Event) -> None:
     """One attacker, again and again."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
     while not stop.is_set():
-        with contextlib.suppress(OSError):
-            b"".join(post(url + path, body, 60))
+        link = http.client.HTTPConnection(host, int(port), timeout=60, source_address=("127.0.0.10", 0))
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            link.request("POST", path, body, {"content-type": "application/json"})
+            link.getresponse().read()
+        link.close()
 
 
 def hold_connections(port: int, count: int, stop: threading.Event) -> None:
@@ -130,22 +137,54 @@ def hold_connections(port: int, count: int, stop: threading.Event) -> None:
         link.close()
 
 
-def measure(url: str, seconds: float, clients: int, attackers: list[Callable[[threading.Event], None]]) -> Seen:
+@dataclass(frozen=True)
+class Attack:
+    """How many of each kind."""
+
+    prompts: int
+    chats: int
+    connections: int
+
+    def run(self, url: str) -> None:
+        """Until killed. Nice: attackers have machines of their own, and ours has work to do."""
+        os.nice(19)
+        never, port = threading.Event(), int(url.rpartition(":")[2])
+        large = json.dumps({"prompt": "7" * 1_000_000}).encode()
+        chat = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
+        sent = [("/v1/completions", large)] * self.prompts + [("/v1/chat/completions", chat)] * self.chats
+        for path, body in sent:
+            threading.Thread(target=keep_sending, args=(url, path, body, never), daemon=True).start()
+        hold_connections(port, self.connections, never)
+
+
+@contextlib.contextmanager
+def attacked(url: str, attack: Attack | None) -> Iterator[None]:
+    """In another process, so that those who measure do not wait for its interpreter."""
+    if attack is None:
+        yield
+        return
+    process = multiprocessing.get_context("spawn").Process(target=attack.run, args=(url,), daemon=True)
+    process.start()
+    time.sleep(3)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
+def measure(url: str, seconds: float, clients: int, attack: Attack | None = None) -> Seen:
     """One phase."""
-    seen, stop, calm = Seen(), threading.Event(), threading.Event()
-    attack = [threading.Thread(target=attacker, args=(stop,), daemon=True) for attacker in attackers]
-    for thread in attack:
-        thread.start()
-    time.sleep(2 if attack else 0.2)
-    own = [threading.Thread(target=normal, args=(url, seen, calm), daemon=True) for _ in range(clients)]
-    own.append(threading.Thread(target=ask_health, args=(url, seen, calm), daemon=True))
-    for thread in own:
-        thread.start()
-    time.sleep(seconds)
-    calm.set()
-    stop.set()
-    for thread in [*own, *attack]:
-        thread.join(65)
+    seen, calm = Seen(), threading.Event()
+    with attacked(url, attack):
+        own = [threading.Thread(target=normal, args=(url, seen, calm), daemon=True) for _ in range(clients)]
+        own.append(threading.Thread(target=ask_health, args=(url, seen, calm), daemon=True))
+        for thread in own:
+            thread.start()
+        time.sleep(seconds)
+        calm.set()
+        for thread in own:
+            thread.join(65)
     return seen
 
 
@@ -179,9 +218,13 @@ def server(folder: Path, *arguments: str, template: str = "") -> Iterator[Server
         for line in child.stderr:
             if line.startswith("{") and (ready := json.loads(line)).get("event") == "ready":
                 break
-        threading.Thread(target=child.stderr.read, daemon=True).start()
+        said = list[str]()
+        threading.Thread(target=said.extend, args=(child.stderr,), daemon=True).start()
         try:
             yield Server(ready["url"].removesuffix("/v1"), child.pid, ready["engine"])
+        except OSError:
+            sys.stderr.writelines(said[-40:])  # it is no longer there: its last words
+            raise
         finally:
             child.send_signal(signal.SIGTERM)
             child.wait(60)
@@ -200,26 +243,20 @@ def main() -> None:
     given = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    large = json.dumps({"prompt": "7" * 1_000_000}).encode()
-    chat = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
+    attack = Attack(given.prompts, given.chats, given.connections)
     with server(given.folder, template=LOOPS) as there:
-        url, pid, port = there.url, there.pid, int(there.url.rpartition(":")[2])
-        attackers: list[Callable[[threading.Event], None]] = [
-            *[lambda stop: keep_sending(url, "/v1/completions", large, stop)] * given.prompts,
-            *[lambda stop: keep_sending(url, "/v1/chat/completions", chat, stop)] * given.chats,
-            lambda stop: hold_connections(port, given.connections, stop),
-        ]
-        measure(url, 2, given.clients, [])  # warm
+        url = there.url
+        measure(url, 2, given.clients)  # warm
         for number in range(given.rounds):
-            before = resident(pid)
-            alone = measure(url, given.seconds, given.clients, []).figures(given.seconds)
-            attacked = measure(url, given.seconds, given.clients, attackers).figures(given.seconds)
+            before = resident(there.pid)
+            alone = measure(url, given.seconds, given.clients).figures(given.seconds)
+            beside = measure(url, given.seconds, given.clients, attack).figures(given.seconds)
             ratios = {
-                "goodput": attacked["per second"] / alone["per second"],
-                "p99 ttft": attacked["p99 ttft ms"] / alone["p99 ttft ms"],
-                "server grew MB": (resident(pid) - before) / 1e6,
+                "goodput": beside["per second"] / alone["per second"],
+                "p99 ttft": beside["p99 ttft ms"] / alone["p99 ttft ms"],
+                "server grew MB": (resident(there.pid) - before) / 1e6,
             }
-            print(json.dumps({"round": number, "alone": alone, "attacked": attacked, "ratios": ratios}), flush=True)
+            print(json.dumps({"round": number, "alone": alone, "attacked": beside, "ratios": ratios}), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ folder=$1
 install() { "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@" || echo "could not be had: $*"; }
 install openai langchain-openai
 install 'torch==2.13.0' guidellm  # any other torch may be one for CUDA, of several GB
-install 'torch==2.13.0' 'lm_eval[api]' transformers
+install 'torch==2.13.0' 'lm_eval[api]' transformers accelerate  # accelerate: its model "hf" imports it
 if command -v npm >/dev/null; then
     (cd "$folder" && npm install --silent --no-fund --no-audit openai) || echo "could not be had: openai of JavaScript"
 else

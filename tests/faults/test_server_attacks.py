@@ -6,17 +6,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import signal
 import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import pytest
 
 pytest.importorskip("fastapi")
 
+from moe_prism.serve import server
+from moe_prism.serve.config import Bounds
+from moe_prism.serve.http.crowd import BURST, PACE, Crowd, Doorway
+from moe_prism.serve.text.workers import ENDED
 from tests.faults.test_engine_process import gone
 from tests.faults.test_server import raw
 from tests.serve.house import open_house
@@ -101,11 +108,14 @@ def test_x01_a_template_without_end_is_ended(hostile):
     threads = [threading.Thread(target=chat) for _ in range(4)]
     for thread in threads:
         thread.start()
-    served_meanwhile = 0
+    served_meanwhile, priorities = 0, set[int]()
     while any(thread.is_alive() for thread in threads):
         served_meanwhile += served(hostile)
+        for pid in set(hostile.built.house.workers.pids()) - text:
+            with contextlib.suppress(ProcessLookupError):
+                priorities.add(os.getpriority(os.PRIO_PROCESS, pid))
         assert httpx2.get(hostile.root + "/health").status_code == 200
-    assert served_meanwhile >= 2
+    assert served_meanwhile >= 2 and 19 in priorities  # it gets only what nobody else wants
     assert [(a.status_code, a.json()["error"]["code"], a.json()["error"]["param"]) for a in answers] == [
         (400, "too_costly", "messages")
     ] * 4
@@ -130,6 +140,31 @@ def test_the_processes_for_texts_end_with_the_server(tiny_levels):
         pids = [*house.built.house.workers.pids(), house.built.house.workers._nursery._pid]
         assert len(pids) == 2 and not any(Path(f"/proc/{pid}/cmdline").read_bytes() == b"" for pid in pids)
     assert all(gone(pid) for pid in pids)
+
+
+def test_s12_a_process_for_texts_that_is_killed_is_replaced(tiny_levels):
+    with open_house(tiny_levels) as house:
+        assert served(house)
+        (before,) = house.built.house.workers.pids()
+        os.kill(before, signal.SIGKILL)
+        assert gone(before) and served(house) and house.built.house.workers.pids() != [before]
+
+
+def test_s12_a_server_that_can_read_no_text_says_so_and_ends(tiny_levels, monkeypatch):
+    """Who forks the processes for texts is not to be replaced: a process with threads cannot fork."""
+    monkeypatch.setattr(server, "FAREWELL", 5.0)
+    with open_house(tiny_levels) as house:
+        assert served(house)
+        nursery = house.built.house.workers._nursery._pid
+        os.kill(nursery, signal.SIGKILL)
+        assert gone(nursery)
+        refused = httpx2.post(house.root + "/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=60)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine")
+        until = time.monotonic() + 30
+        with pytest.raises(httpx2.HTTPError):
+            while time.monotonic() < until:
+                httpx2.get(house.root + "/health", timeout=1)
+        assert house.built.ended() == ENDED
 
 
 def test_a_worker_holds_no_socket_of_ours(tiny_levels):
@@ -205,6 +240,63 @@ def test_s06_a_new_connection_is_let_in_while_others_wait(tiny_levels):
         assert served(house) and httpx2.get(house.root + "/health").status_code == 200
         for link in held:
             link.close()
+
+
+def test_s06_an_address_opens_so_many_connections_a_second_where_there_are_many():
+    now = 100.0
+    crowd = Crowd(Bounds(connections=20, connections_per_client=12), lambda: now)
+    clients = [SimpleNamespace(drop=lambda: None) for _ in range(13)]
+    for i, client in enumerate(clients[:12]):
+        assert crowd.hears("a") and crowd.enter(client, "b" if i % 2 else "a")
+    assert [crowd.hears("a") for _ in range(20)] == [True] * int(BURST) + [False] * (20 - int(BURST))
+    assert crowd.hears("b")  # another address has its own
+    crowd.work(clients[0])
+    assert crowd.hears("a") and not crowd.hears("a")  # a request that was complete gave one back
+    now += 3 / PACE
+    assert [crowd.hears("a") for _ in range(4)] == [True] * 3 + [False]
+    crowd.leave(clients[0], "a")
+    assert all(crowd.hears("a") for _ in range(100))  # few again
+
+
+def test_s06_who_is_not_heard_is_closed_and_costs_nothing():
+    with Doorway() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.setblocking(False)
+        listening.crowd = SimpleNamespace(hears=lambda address: False)
+        with socket.create_connection(listening.getsockname(), timeout=10) as link:
+            with pytest.raises(BlockingIOError):
+                listening.accept()
+            with pytest.raises(ConnectionResetError):
+                link.recv(1)
+        listening.crowd = None
+        with socket.create_connection(listening.getsockname(), timeout=10) as link:
+            assert listening.accept()[1] == link.getsockname()
+
+
+def test_s06_a_newcomer_takes_the_place_of_its_own_address_first():
+    crowd, gone = Crowd(Bounds(connections=4, connections_per_client=3)), list[str]()
+    for name in ("other", "a", "b", "c"):
+        crowd.enter(SimpleNamespace(drop=lambda name=name: gone.append(name)), "other" if name == "other" else "many")
+    for name in ("d", "e"):
+        assert crowd.enter(SimpleNamespace(drop=lambda name=name: gone.append(name)), "many")
+    assert gone == ["a", "b"] and crowd.count == 4
+
+
+@pytest.mark.parametrize("cut", [1, 7, 1000])
+def test_a_head_that_comes_in_pieces_is_read_once_it_ends(tiny_levels, cut):
+    body = json.dumps(BODY).encode()
+    sent = (
+        b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n" + HEAD + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    )
+    with open_house(tiny_levels) as house, socket.create_connection(("127.0.0.1", house.port), timeout=20) as link:
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for i in range(0, len(sent), cut):
+            link.sendall(sent[i : i + cut])
+        said = b""
+        while data := link.recv(65_536):
+            said += data
+    assert said.count(b"HTTP/1.1 200") == 2
 
 
 def test_s06_where_all_work_a_new_connection_is_told_in_json(tiny_levels):

@@ -84,7 +84,7 @@ def open_house(folder: Path, config: Mapping[str, Any] | None = None, **options:
     port = listening.getsockname()[1]
     key = options.get("api_key")
     app = create_app(built.house, built.history, key.split() if key else (), options.get("allowed_origins", ()))
-    server = make_server(app, built.door, settings, built.service.engine)
+    server = make_server(app, built, settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:

@@ -221,9 +221,10 @@ def test_a_start_crosses_the_border_without_the_key():
 def test_a_server_whose_engine_ended_fails_at_the_end(monkeypatch, tmp_path):
     """Whoever supervises it learns by the exit code."""
     stopped = []
-    engine = SimpleNamespace(ended=lambda: "the engine's process was killed by signal 9", policy_name="Fifo", pid=0)
+    engine = SimpleNamespace(policy_name="Fifo", pid=0)
     service = SimpleNamespace(engine=engine, name="m", ladder=LADDER)
     built = SimpleNamespace(service=service, house=None, door=None, history=None, facts=FACTS, stop=lambda: stopped.append(1))
+    built.ended = lambda: "the engine's process was killed by signal 9"
     monkeypatch.setattr("moe_prism.serve.build.build", lambda *a: built)
     monkeypatch.setattr("moe_prism.serve.http.app.create_app", lambda *a: None)
     monkeypatch.setattr("moe_prism.serve.server.make_server", lambda *a: SimpleNamespace(run=lambda sockets: None))

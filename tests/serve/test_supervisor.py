@@ -12,7 +12,7 @@ from moe_prism.errors import PrismError
 from moe_prism.serve.backend import Gauges
 from moe_prism.serve.process import supervisor
 from moe_prism.serve.process.messages import Link, News, Start
-from moe_prism.serve.process.supervisor import Supervisor
+from moe_prism.serve.process.supervisor import Supervisor, Watch
 from tests.serve.test_remote import FACTS, request, until
 
 START = Start("model", {}, None, "{}", None)
@@ -129,3 +129,11 @@ def test_a_folder_that_has_changed_is_not_served(monkeypatch):
 
     engine, spawned = play(scene, *changed, monkeypatch=monkeypatch)
     assert len(spawned) == 5 and "5 times" in engine.ended()
+
+
+def test_time_in_which_nobody_looked_is_no_hanging():
+    """A machine that was suspended stops the one who looks and the engine alike."""
+    watch = Watch()
+    assert [watch.still(5.0, now) for now in (5.0, 5.5, 6.0)] == [0.0, 0.5, 1.0]
+    assert watch.still(5.0, 1000.0) == 1.0 + supervisor.LOOKS
+    assert watch.still(1000.1, 1000.2) == 0.0 and watch.still(1000.1, 1000.7) == pytest.approx(0.5)

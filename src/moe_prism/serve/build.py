@@ -44,6 +44,10 @@ class Built:
     def door(self) -> Door:
         return self.house.door
 
+    def ended(self) -> str | None:
+        """Why nothing can be served any more, though nobody asked it to end."""
+        return self.service.engine.ended() or self.house.workers.ended()
+
 
 def build(folder: Path, options: ServeOptions, config: Config) -> Built:
     """Load and start. Raises PrismError with a cause; nothing is left running then."""

@@ -18,19 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PrismError, UsageError
 from ..options.serve import ServeOptions
+from .http.crowd import Doorway
 from .keys import keep_private, keys
 from .requests import Event
 
 if TYPE_CHECKING:
-    from .backend import Backend
+    from .build import Built
     from .config import Config
-    from .http.admission import Door
     from .http.guard import Guard
 
 logger = logging.getLogger(__name__)
 
 SEND_BUFFER = 128 << 10
 """Bytes the kernel may hold for a client that does not read; by default it would be megabytes."""
+RECEIVE_BUFFER = 32 << 10
+"""Bytes the kernel may hold of a client whose request we do not read yet, and so the most that comes in at once. The kernel doubles it."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LAST_WORDS = 0.5
 """Seconds for answers to requests that are cut off."""
@@ -99,9 +101,10 @@ def listen(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65_535:
         raise UsageError(f"--port {port} is no port", "give one from 1 to 65535, or 0 for any free one")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
+    made = Doorway(family, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
     try:
         made.bind((host, port))
         made.listen(1024)
@@ -156,9 +159,9 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
     gc.freeze()  # the model's objects live as long as the process: no pause to look at them again, here or on the way out
     logger.info("ready", extra={"fields": fields})
     try:
-        make_server(app, built.door, config, engine).run(sockets=[listening])
+        make_server(app, built, config).run(sockets=[listening])
     finally:
-        ended = engine.ended()
+        ended = built.ended()
         built.stop()
         logger.info("stopped")
     if ended:
@@ -176,11 +179,16 @@ def _allow_files(connections: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
-def make_server(app: Guard, door: Door, config: Config, engine: Backend) -> Any:
-    """A uvicorn server with our deadlines; `run(sockets=[...])` returns after the drain, or when the engine has ended by itself."""
+def make_server(app: Guard, built: Built, config: Config) -> Any:
+    """A uvicorn server with our deadlines; `run(sockets=[...])` returns after the drain, or when what it needs has ended by itself."""
     import uvicorn
 
     from .http.connection import paced_protocol
+    from .process.supervisor import Watch
+
+    bounds = config.bounds
+    protocol = paced_protocol(bounds)
+    engine, door, watch = built.service.engine, built.door, Watch()
 
     class Server(uvicorn.Server):  # type: ignore[misc]
         """Drains on the first signal, ends on the second."""
@@ -190,10 +198,10 @@ def make_server(app: Guard, door: Door, config: Config, engine: Backend) -> Any:
         _ending: asyncio.Task[None] | None = None
 
         async def on_tick(self, counter: int) -> bool:
-            """Whether to end now. uvicorn asks ten times a second. Without its engine a server can only be restarted, so it ends too."""
-            if self._until == math.inf and engine.ended():
+            """Whether to end now. uvicorn asks ten times a second. A server without what it needs ends too."""
+            if self._until == math.inf and built.ended():
                 self._until = time.monotonic() + FAREWELL
-            elif engine.alive and engine.clock() - engine.last_turn > config.bounds.step_seconds:
+            elif engine.alive and watch.still(engine.last_turn, engine.clock()) > config.bounds.step_seconds:
                 engine.give_up(config.bounds.step_seconds)
             return await super().on_tick(counter) or time.monotonic() >= self._until
 
@@ -205,6 +213,12 @@ def make_server(app: Guard, door: Door, config: Config, engine: Backend) -> Any:
             door.draining = True
             logger.info("draining", extra={"fields": {"signal": signal.Signals(sig).name, "requests": door.requests}})
             self._draining = loop.create_task(self._drain())
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            for listening in sockets or ():
+                if isinstance(listening, Doorway):
+                    listening.crowd = protocol.crowd
+            await super().startup(sockets)
 
         async def _drain(self) -> None:
             until = time.monotonic() + config.bounds.drain_seconds
@@ -222,14 +236,14 @@ def make_server(app: Guard, door: Door, config: Config, engine: Backend) -> Any:
             await app.end_all(LAST_WORDS)
             self.should_exit = True
 
-    bounds = config.bounds
     settings = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         server_header=False,
         lifespan="on",
-        http=paced_protocol(bounds),
+        http=protocol,
+        loop="asyncio",  # others accept connections without our doorway
         h11_max_incomplete_event_size=bounds.header_bytes,
         timeout_keep_alive=int(max(1, bounds.header_seconds)),
         timeout_graceful_shutdown=1,

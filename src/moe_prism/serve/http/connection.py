@@ -31,6 +31,7 @@ class Paced(H11Protocol):  # type: ignore[misc]
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._head = bytearray()
         self._address = self.client[0] if self.client else ""
         if self.crowd.enter(self, self._address):
             self._expect("header", self.bounds.header_seconds)
@@ -40,8 +41,22 @@ class Paced(H11Protocol):  # type: ignore[misc]
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        super().data_received(data)
+        whole = self._whole_head(data)
+        if whole:
+            super().data_received(whole)
         self._look(came=True)
+
+    def _whole_head(self, data: bytes) -> bytes:
+        """What the parser is to see of what came: a head once it ends, for that takes it long, and attackers send theirs byte by byte."""
+        if self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]:
+            return data
+        seen = max(0, len(self._head) - 2)
+        self._head += data
+        ends = self._head.find(b"\n\r\n", seen) >= 0 or self._head.find(b"\n\n", seen) >= 0
+        if not ends and self._head[0] > 0x20 and len(self._head) <= self.bounds.header_bytes:
+            return b""
+        whole, self._head = bytes(self._head), bytearray()
+        return whole
 
     def on_response_complete(self) -> None:
         """The response is sent: what is left of the body has its own time."""
@@ -103,6 +118,6 @@ class Paced(H11Protocol):  # type: ignore[misc]
         self.transport.close()
 
 
-def paced_protocol(bounds: Bounds) -> type[H11Protocol]:
+def paced_protocol(bounds: Bounds) -> type[Paced]:
     """uvicorn's HTTP protocol within `bounds`: headers and body of every request have an absolute deadline, whoever reads them."""
     return type("PacedHere", (Paced,), {"bounds": bounds, "crowd": Crowd(bounds)})

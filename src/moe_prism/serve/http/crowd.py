@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import socket
+import struct
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..config import Bounds
+if TYPE_CHECKING:
+    from ..config import Bounds
+
+
+PACE, BURST = 10.0, 16.0
+"""New connections of one address, a second and at once, where there are many already; a request that is complete gives its own back. One
+costs a third of a millisecond, and attackers open thousands."""
+TURN, LET_IN = 0.01, 16
+"""Seconds of one turn of the event loop for new connections that are closed unheard, and how many are let in."""
+AWAY = struct.pack("ii", 1, 0)
+"""For SO_LINGER: a connection that is closed is forgotten at once."""
 
 
 class Client(Protocol):
@@ -17,23 +31,43 @@ class Client(Protocol):
 class Crowd:
     """Connections by the address of their client. Those that wait for bytes of a request are known in the order in which they began to.
 
-    A new connection is always let in while somebody waits: who has been sending one request for longest goes. A client that sends what it
-    has to say at once is never the one.
+    While somebody waits there is room for a new one: who has been sending one request for longest goes, of the newcomer's own address first
+    where that has its share of all places. A client that sends what it has to say at once is never the one. Where there are many, an
+    address opens only so many a second.
     """
 
-    def __init__(self, bounds: Bounds) -> None:
+    def __init__(self, bounds: Bounds, clock: Callable[[], float] = time.monotonic) -> None:
         self.most = bounds.connections
         self.most_of_one = min(self.most, bounds.connections_per_client or max(1, self.most * 3 // 4))
         self._of: dict[str, dict[Client, bool]] = {}  # address -> connection -> whether it waits
         self._waiting: dict[Client, str] = {}  # oldest first
         self.count = 0
+        self._clock = clock
+        self._paces: dict[str, tuple[float, float]] = {}  # address -> connections it may still open now, since when
+
+    def hears(self, address: str) -> bool:
+        """Whether a new connection is worth the work of making it one. Cheap: asked before anything else is done for it."""
+        if self.count < self.most_of_one:
+            self._paces.clear()
+            return True
+        now = self._clock()
+        left, then = self._paces.get(address, (BURST, now))
+        left = min(BURST, left + (now - then) * PACE)
+        self._paces[address] = (left - (left >= 1), now)
+        return left >= 1
+
+    def _share(self, address: str) -> int:
+        return min(self.most_of_one, self.most // (len(self._of) + (address not in self._of)))
 
     def enter(self, connection: Client, address: str) -> bool:
         """Whether it may stay; another one may have to go for it."""
-        if len(self._of.get(address, ())) >= self.most_of_one and not self._make_room(address):
+        held = len(self._of.get(address, ()))
+        if held >= self.most_of_one and not self._make_room(address):
             return False
-        if self.count >= self.most and not self._make_room(None):
-            return False
+        if self.count >= self.most:
+            own = held >= self._share(address) and self._make_room(address)
+            if not own and not self._make_room(None):
+                return False
         self._of.setdefault(address, {})[connection] = True
         self._waiting[connection] = address
         self.count += 1
@@ -47,7 +81,10 @@ class Crowd:
 
     def work(self, connection: Client) -> None:
         """Its request is complete."""
-        self._waiting.pop(connection, None)
+        address = self._waiting.pop(connection, None)
+        if address in self._paces:
+            left, then = self._paces[address]
+            self._paces[address] = (left + 1, then)
 
     def leave(self, connection: Client, address: str) -> None:
         """It is closed; harmless if it was not in."""
@@ -66,3 +103,25 @@ class Crowd:
                 connection.drop()
                 return True
         return False
+
+
+class Doorway(socket.socket):
+    """A listening socket that closes, unheard, what a crowd does not hear, and lets the event loop go on after some of them."""
+
+    crowd: Crowd | None = None
+    _until, _left = 0.0, LET_IN
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        self._until = self._until or time.monotonic() + TURN
+        while self._left and time.monotonic() < self._until:
+            try:
+                link, address = super().accept()
+            except BlockingIOError:  # nobody is there
+                break
+            if self.crowd is None or self.crowd.hears(address[0]):
+                self._left -= 1
+                return link, address
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AWAY)
+            link.close()
+        self._until, self._left = 0.0, LET_IN
+        raise BlockingIOError

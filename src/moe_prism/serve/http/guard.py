@@ -21,7 +21,7 @@ LARGE = 128 << 10
 """Bytes of a body that is large. Large ones come in one at a time: reading JSON of a megabyte keeps the event loop for milliseconds, and
 fifty of them at once would keep it from everybody else.
 """
-PAUSE = 0.02
+PAUSE = 0.1
 """Seconds between two large bodies, for everybody else."""
 
 OPEN = frozenset({"/", "/health", "/status"})

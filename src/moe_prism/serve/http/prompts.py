@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ...errors import PrismError
 from ..text.desk import too_long
 from ..text.jobs import Compile, Compiled, Encode, Job, RenderChat, Result, Tokens, Unfit
 from ..text.workers import Workers
@@ -15,7 +16,10 @@ from .service import Service
 
 async def do(workers: Workers, job: Job) -> Result:
     """What comes of work on a text; Refusal if it cannot be done."""
-    result = await workers.do(job)
+    try:
+        result = await workers.do(job)
+    except PrismError as error:
+        raise Refusal(503, error.cause, code="engine", retry=5) from error
     if isinstance(result, Unfit):
         raise Refusal(400, result.message, param=result.param, code=result.code)
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -23,6 +24,28 @@ HEALTHY = 60.0
 """Seconds after which an engine that ends has not ended because of how it was started, and the tries count from the first again."""
 START = 60.0
 """Seconds that a start may always take; a start may take four times as long as the first one did."""
+
+
+LOOKS = 1.0
+"""Seconds between two looks at an engine after which whoever looks was stopped too, and knows nothing of the time between."""
+
+
+class Watch:
+    """How long an engine has been seen not to turn. A machine that was suspended, or a container that was paused, stops the one who looks
+    as well: that time is nobody's hanging.
+    """
+
+    def __init__(self) -> None:
+        self._turn, self._looked, self._seen = -math.inf, math.inf, 0.0
+
+    def still(self, turn: float, now: float) -> float:
+        """Seconds since the last turn in which somebody looked. turn: of the engine's clock, as it has told."""
+        if turn != self._turn:
+            self._turn, self._seen = turn, 0.0
+        else:
+            self._seen += min(now - self._looked, LOOKS)
+        self._looked = now
+        return self._seen
 
 
 class Supervisor:

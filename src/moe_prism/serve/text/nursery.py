@@ -15,13 +15,15 @@ from pathlib import Path
 import msgspec
 
 from .desk import Desk
-from .jobs import Job
+from .jobs import Compile, Job
 
 _SIZE = struct.Struct("!Q")
 _job = msgspec.msgpack.Decoder(Job)
 _encode = msgspec.msgpack.Encoder().encode
 _NICE = 5
 """Below the engine and the HTTP loop, where there is not enough for all."""
+_SOON = 0.1
+"""Seconds of a processor after which a job gets only what nobody else wants. Its process ends with it: one cannot take that back."""
 
 
 class Nursery:
@@ -31,6 +33,7 @@ class Nursery:
         """seconds: of a processor, for one job; memory: bytes that a process may come to need beside what it begins with."""
         self._ours, theirs = socket.socketpair()
         self._lock = threading.Lock()
+        self._gone = False
         self._pid = os.fork()
         if self._pid == 0:
             try:
@@ -50,6 +53,13 @@ class Nursery:
             raise OSError("no process can be forked")
         ours.setblocking(False)
         return ours, _SIZE.unpack(answer)[0]
+
+    def ended(self) -> bool:
+        """Whether it has, though nobody asked it to: somebody killed it, or the system did for its memory."""
+        if not self._gone:
+            with contextlib.suppress(ChildProcessError):
+                self._gone = os.waitpid(self._pid, os.WNOHANG)[0] != 0
+        return self._gone
 
     def close(self) -> None:
         """End it; its children end with their sockets, or after their time."""
@@ -90,11 +100,22 @@ def _work(link: socket.socket, desk: Desk, seconds: float, memory: int) -> None:
     with contextlib.suppress(OSError, ValueError):
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + memory, held + memory))
-    while head := _exactly(link, _SIZE.size):
+    costly = False
+
+    def yield_to_others(*_: object) -> None:
+        nonlocal costly
+        costly = True
+        os.nice(19)
+
+    signal.signal(signal.SIGVTALRM, yield_to_others)
+    while not costly and (head := _exactly(link, _SIZE.size)):
         job = _job.decode(_exactly(link, _SIZE.unpack(head)[0]))
+        if not isinstance(job, Compile):  # the first of those learns the vocabulary, for all that follow
+            signal.setitimer(signal.ITIMER_VIRTUAL, _SOON)
         signal.setitimer(signal.ITIMER_PROF, seconds)
         result = desk.do(job)
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         body = _encode(result)
         link.sendall(_SIZE.pack(len(body)) + body)
 

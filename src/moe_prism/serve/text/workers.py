@@ -18,10 +18,13 @@ from typing import Any
 
 import msgspec
 
+from ...errors import PrismError
 from ..config import Bounds
 from .desk import Desk
 from .jobs import Compile, Encode, Job, RenderChat, Result, Unfit
 from .nursery import Nursery
+
+ENDED = "the process that forks those which read clients' texts has ended"
 
 SHORT = 16 << 10
 """Bytes of a text that is short."""
@@ -60,9 +63,11 @@ class Workers:
         self._lanes: dict[str, Lane] = {}
 
     async def do(self, job: Job) -> Result:
-        """What comes of a job; an Unfit where it took too long."""
+        """What comes of a job; an Unfit where it took too long. PrismError once nothing can be done any more."""
         if self._nursery is None:
             return await asyncio.to_thread(self.desk.do, job)
+        if self._nursery.ended():
+            raise PrismError(ENDED, "start the server again; the log says more")
         size = _size(job)
         kind = "long" if size > SHORT or isinstance(job, Compile) else "chat" if isinstance(job, RenderChat) else "text"
         lane = self._lanes.setdefault(kind, Lane())
@@ -81,6 +86,8 @@ class Workers:
             return result
 
     async def _ask(self, nursery: Nursery, lane: Lane, job: Job) -> Result:
+        if lane.link is not None and _gone(lane.link):  # killed while it had nothing to do
+            self._end(lane)
         if lane.link is None:
             lane.link, lane.pid = await asyncio.to_thread(nursery.worker)
         link: Any = lane.link
@@ -96,6 +103,10 @@ class Workers:
                 os.kill(lane.pid, signal.SIGKILL)
         lane.link = None
 
+    def ended(self) -> str | None:
+        """Why no text can be read any more. A process with threads cannot fork another nursery, so the server has to start again."""
+        return ENDED if self._nursery is not None and self._nursery.ended() else None
+
     def pids(self) -> list[int]:
         """Of the processes that work now."""
         return [lane.pid for lane in self._lanes.values() if lane.link is not None]
@@ -106,6 +117,13 @@ class Workers:
             self._end(lane)
         if self._nursery is not None:
             self._nursery.close()
+
+
+def _gone(link: socket.socket) -> bool:
+    """Whether the other side has closed: nothing else comes unasked."""
+    with contextlib.suppress(BlockingIOError):
+        return not link.recv(1, socket.MSG_PEEK)
+    return False
 
 
 async def _exactly(link: socket.socket, size: int) -> bytes:

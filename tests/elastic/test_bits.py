@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moe_prism.artefact.load import load
 from moe_prism.elastic.base import Slots
@@ -60,6 +62,23 @@ def test_widths_that_gain_less_than_the_next_are_never_taken(model):
 
 
 @torch.no_grad()
+@given(seed=st.integers(0, 999), tokens=st.integers(1, 9))
+@settings(max_examples=30, deadline=None)
+def test_compiled_widths_are_those_of_the_tensor_form(model, seed, tokens):
+    rule, g = Bits(model._moe_prism.layers[0].parts, bits_of(2)), torch.Generator().manual_seed(seed)
+    values = torch.rand(tokens, 3, 4, generator=g) * float(rule.cutoffs[10])
+    valid = torch.rand(tokens, 3, generator=g) < 0.8
+    values[~valid] = -1
+    values[0, 0, 1] = values[0, 0, 0]  # equal ones
+    slots = Slots(torch.zeros(tokens, 4), torch.zeros(tokens, 3, dtype=torch.long), values[:, :, 0], valid, 4, lambda: values)
+    slots.__dict__["_values"] = values
+    budget = torch.rand(tokens, generator=g)
+    fast = rule.widths(slots, budget)
+    rule._known = None
+    assert torch.equal(fast, rule.widths(slots, budget))
+
+
+@torch.no_grad()
 def test_every_slot_is_computed_at_its_own_width(model):
     layer = model._moe_prism.layers[0]
     coded, parts = CodedLayer(layer.parts, bits_of(2)), layer.parts
@@ -68,7 +87,7 @@ def test_every_slot_is_computed_at_its_own_width(model):
     index = torch.stack([torch.randperm(parts.layer.num_experts, generator=generator)[:2] for _ in range(5)])
     weight = torch.rand(5, 2, generator=generator)
     widths = torch.tensor([0.0, 2.0, 3.0, 4.0, 8.0, 16.0])[torch.randint(0, 6, (5, 2, parts.n_sub), generator=generator)]
-    found = coded.run(reference, x, index, weight, widths)
+    found = coded.run(lambda layer, bits, *slots: reference(layer.at(bits), *slots), x, index, weight, widths)
     wanted = torch.zeros_like(x)
     for bits in (2.0, 3.0, 4.0, 8.0):
         wanted += reference(coded.at(bits), x, index, weight, widths == bits)

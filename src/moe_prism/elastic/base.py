@@ -98,6 +98,9 @@ def is_compiled(*tensors: Tensor) -> bool:
 class Scorer(ABC):
     """Estimates the output norm of every candidate block without computing it."""
 
+    reads_all: ClassVar[bool] = False
+    """Whether it computes the blocks after all, and not their gate neurons alone."""
+
     def __init__(self, parts: LayerParts) -> None:
         self.parts = parts
 

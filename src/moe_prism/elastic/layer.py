@@ -316,7 +316,11 @@ class ElasticLayer:
         """bits: with gate neurons as they are read then."""
         key = (name, bits and (bits.widths, bits.group, bits.choosing))
         if key not in self._scorers:
-            self._scorers[key] = scorers.get(name)(self.parts if bits is None else self.coded(bits).at(bits.choosing))
+            kind, parts = scorers.get(name), self.parts
+            if bits is not None:
+                coded = self.coded(bits)
+                parts = coded.at(bits.choosing) if kind.reads_all else coded.choosing(bits.choosing)
+            self._scorers[key] = kind(parts)
         return self._scorers[key]
 
     def rule(self, name: str, bits: SlotBits | None = None) -> Rule:

@@ -17,7 +17,7 @@ class OtherWeights(MoELayer):
     def __init__(self, layer: MoELayer, gate: Tensor | None, up: Tensor, down: Tensor, *, bias: bool = False) -> None:
         self.layer, self._gate, self._up, self._down, self._bias = layer, gate, up, down, bias
         self.name, self.module, self.index = layer.name, layer.module, layer.index
-        self.num_experts, self.hidden, self.width = layer.num_experts, layer.hidden, layer.width
+        self.num_experts, self.hidden, self.width = layer.num_experts, layer.hidden, up.shape[1]
 
     @property
     def gate(self) -> Tensor | None:

@@ -144,6 +144,27 @@ def mark_above(values: Floats, cutoffs: Floats, budget: Floats, valid: Flags, ke
 
 
 @njit(nogil=True, cache=True)
+def mark_widths(values: Floats, cutoffs: Floats, budget: Floats, valid: Flags, steps: Floats, out: Floats) -> None:
+    """out [T, k, N]: the bits of the last of the steps [W, 2] = (bits, multiple of the cutoff) that a slot's value reaches, 0 for none.
+
+    cutoffs: as in `mark_above`. A token's first largest slot has the bits of the first step at least.
+    """
+    tokens, k, n_sub = values.shape
+    for t in range(tokens):
+        cutoff, best, at = cutoff_of(cutoffs, budget[t]), np.float32(-np.inf), 0
+        for c in range(k):
+            for n in range(n_sub):
+                value, out[t, c, n] = values[t, c, n], np.float32(0)
+                for w in range(len(steps)):
+                    if valid[t, c] and value >= cutoff * steps[w, 1]:
+                        out[t, c, n] = steps[w, 0]
+                if value > best:
+                    best, at = value, c * n_sub + n
+        if valid[t, at // n_sub] and out[t, at // n_sub, at % n_sub] == 0:
+            out[t, at // n_sub, at % n_sub] = steps[0, 0]
+
+
+@njit(nogil=True, cache=True)
 def at_position(table: Floats, position: float) -> float:
     """A table at evenly spaced positions from 0 to 1, linear in between."""
     steps = len(table) - 1

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...errors import UsageError
 from ...model.base import is_expert
 from ..base import LayerParts
+from ..coded import SOURCE
 from ..compensate import Compensator
 from ..repair import Repaired
 from ..side_tensors import REPAIR
@@ -190,9 +191,21 @@ class InMemory(Executor):
         return self.repaired(execute, x, index, weight, settled.keep)
 
     def run_at(self, coded: CodedLayer, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
-        execute = partial(auto, tally=self.tally) if self.way == "auto" else WAYS[self.way]
         assert settled.widths is not None
-        return coded.run(execute, x, index, weight, settled.widths)
+        return coded.run(self._at_width, x, index, weight, settled.widths)
+
+    def _at_width(self, coded: CodedLayer, bits: float, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
+        """Slots at one width: from planes as they lie, or of weights that are written out."""
+        if self.way != "auto":
+            return WAYS[self.way](coded.at(bits), x, index, weight, keep)
+        if coded.packed and bits != SOURCE:
+            from .from_planes import from_planes  # compiles on first use
+
+            out = from_planes(coded.parts.layer, coded.packed, int(bits), (x, index, weight, keep))
+            if out is not None:
+                self.tally.calls += 1
+                return out
+        return auto(coded.at(bits), x, index, weight, keep, self.tally)
 
 
 def check_way(name: str) -> str:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...point import SlotBits
-from ..base import LayerParts, Slots
+from ..base import LayerParts, Slots, is_compiled
 from ..coded import SOURCE, block_bytes
 from ..side_tensors import CUTOFFS
 from .threshold import Threshold
@@ -30,8 +31,9 @@ class Bits(Threshold):
 
     def __init__(self, parts: LayerParts, bits: SlotBits) -> None:
         super().__init__(parts)
-        self.compiled = None
+        self._known, self.compiled = self.compiled, None
         self.steps = hull(parts, bits)
+        self._table = np.array(self.steps, np.float32)
         self.bits = bits
 
     def keep(self, slots: Slots, budget: Tensor) -> Tensor:
@@ -40,6 +42,12 @@ class Bits(Threshold):
     def widths(self, slots: Slots, budget: Tensor) -> Tensor:
         """[T, k, N] float32: the bits of each slot, 0 where it is dropped. A token's best slot has the least bits at least."""
         values = slots.values()
+        if self._known is not None and is_compiled(values, budget) and not bool((budget >= 1).any()):
+            from ...kernels.selection import mark_widths  # compiles on first use
+
+            out = torch.empty(values.shape)
+            mark_widths(values.numpy(), self._known, budget.numpy(), slots.valid.numpy(), self._table, out.numpy())
+            return out
         level = self.level(budget)[:, None, None]
         best = top_slots(values, torch.ones_like(budget, dtype=torch.long))
         found = torch.where(best, float(self.steps[0][0]), 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from ..base import LayerParts, Scorer, per_expert
@@ -11,6 +13,8 @@ from .ridge import block_norms
 
 class Oracle(Scorer):
     """For analysis: what a perfect norm predictor would reach. With compensation the norm is that of the remaining error."""
+
+    reads_all: ClassVar[bool] = True
 
     def __init__(self, parts: LayerParts) -> None:
         super().__init__(parts)

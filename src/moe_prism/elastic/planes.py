@@ -1,0 +1,107 @@
+"""A layer's matrices in planes of four bits, block by block, as compiled products read them (`kernels/plane_tiles.py` says how).
+
+Nothing is written out: a layer in 8 bits takes half of the memory that bfloat16 does, and a slot that is read at 4 bits or fewer touches
+half of that. `decoded` is the reference to read. Shapes: E experts, N blocks, o outputs and i inputs of a block, G = i / g groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..compress.codec import Planes
+from ..compress.codec.nested import Nested
+from ..compress.codec.rtn import Rtn
+
+OUTPUTS = 16  # that lie side by side
+QUAD = 4  # inputs of an output that do
+UPPER = 4  # bits of the first plane
+
+
+@dataclass(frozen=True, eq=False)
+class PackedPlanes:
+    """tiles uint8 [E, N, o / 16, scales | upper plane | lower plane]. bits: that are stored, above four with a lower plane.
+
+    centred: codes are of cells, and a weight is the middle of its cell.
+    """
+
+    tiles: Tensor
+    inputs: int
+    group: int
+    bits: int
+    centred: bool
+
+    @classmethod
+    def encoded(cls, codec: Nested | Rtn, matrix: Tensor, bits: float, group: int) -> PackedPlanes | None:
+        """A matrix [E, N, o, i] stored by a codec; None for what the products do not read."""
+        plain = codec.symmetric and not getattr(codec, "own_sizes", False)
+        if not plain or matrix.shape[-1] % group or matrix.shape[-2] % OUTPUTS:
+            return None
+        tiles = [_tiles(codec, codec.encode(own, bits, group)) for own in matrix]  # the search takes many times a matrix's memory
+        return cls(torch.stack(tiles), matrix.shape[-1], group, int(bits), isinstance(codec, Nested))
+
+    @property
+    def plane(self) -> int:
+        """Bytes of a plane of a tile."""
+        return self.inputs * OUTPUTS // 2
+
+    @property
+    def scales(self) -> int:
+        """Bytes of a tile's scales."""
+        return 2 * OUTPUTS * self.inputs // self.group
+
+    def offset(self, bits: int) -> float:
+        """What is added to a code of which `bits` are read, in steps of the upper plane."""
+        if self.centred:
+            return 2.0 ** (UPPER - 1 - bits) - 2.0 ** (UPPER - 1)
+        return -(2.0 ** (UPPER - 1)) if bits > 1 else -(2.0 ** (UPPER - 2))
+
+    def form(self, bits: int) -> list[int]:
+        """What the jobs want to know: bytes of a tile, groups, lines of a group, where the lower plane begins, mask, whether it is read."""
+        both = bits > UPPER
+        unread = (8 if both else UPPER) - bits
+        mask = 0x01010101 * ((0xF << unread) & 0xF)
+        lines = self.group // (2 * QUAD)
+        return [self.tiles.shape[-1], self.inputs // self.group, lines, self.scales + self.plane, mask, int(both)]
+
+    def of(self, expert: int) -> PackedPlanes:
+        """Of one expert."""
+        return replace(self, tiles=self.tiles[expert : expert + 1])
+
+    def decoded(self, bits: int) -> Tensor:
+        """float32 [E, N, o, i] at a width."""
+        scale = self.tiles[..., : self.scales].contiguous().view(torch.bfloat16).float()
+        scale = torch.unflatten(scale, -1, (-1, OUTPUTS)).transpose(-1, -2).flatten(-3, -2)  # [E, N, o, G]
+        planes = torch.split(self.tiles[..., self.scales :], self.plane, -1)
+        codes = 16 * _unpacked(planes[0]) + (_unpacked(planes[1]) if bits > UPPER else 0)
+        steps = (codes & (256 - (1 << (8 - bits)))).float() / 16 + self.offset(bits)
+        return (torch.unflatten(steps, -1, (-1, self.group)) * scale[..., None]).flatten(-2)
+
+
+def _tiles(codec: Nested | Rtn, planes: Planes) -> Tensor:
+    """[..., o / 16, bytes] of a stored matrix [..., o, i]."""
+    bits = int(planes.widths[-1])
+    codes, numbers = codec.unpacked(planes, bits)
+    scale = (
+        numbers["cell"] * 2.0 ** (codec.base - UPPER) if isinstance(codec, Nested) else numbers["scale"] * 2.0 ** (bits - UPPER)
+    )
+    scale = torch.unflatten(scale, -2, (-1, OUTPUTS)).transpose(-1, -2).flatten(-2).bfloat16()
+    codes = codes << (8 - bits)
+    parts = [scale.contiguous().view(torch.uint8), _packed(codes >> UPPER)]
+    return torch.cat([*parts, _packed(codes & 15)] if bits > UPPER else parts, -1)
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """Codes of four bits [..., o, i] -> [..., o / 16, lines of 64 bytes]."""
+    cut = torch.unflatten(torch.unflatten(codes, -1, (-1, 2, QUAD)), -4, (-1, OUTPUTS))  # [..., o / 16, 16, i / 8, 2, 4]
+    first, second = cut.transpose(-4, -3).unbind(-2)
+    return (first | second << UPPER).flatten(-3)
+
+
+def _unpacked(lines: Tensor) -> Tensor:
+    """The reverse, int32."""
+    octets = torch.unflatten(lines.int(), -1, (-1, OUTPUTS, QUAD))
+    both = torch.stack([octets & 15, octets >> UPPER], -2)  # [..., o / 16, i / 8, 16, 2, 4]
+    return both.transpose(-4, -3).flatten(-3).flatten(-3, -2)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .jobs.generate import generate
     from .jobs.inspect import inspect_model
     from .jobs.listing import list_choices
+    from .jobs.place import place_experts
     from .jobs.prune import prune_model, select_experts
     from .jobs.recover import recover_model
     from .jobs.refactor import refactor
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .options.frontier import FrontierOptions
     from .options.generate import GenerateOptions
     from .options.offload import OffloadOptions
+    from .options.placement import PlaceOptions
     from .options.prune import PruneOptions
     from .options.recover import RecoverOptions
     from .options.refactor import RefactorOptions
@@ -96,6 +98,7 @@ _HOME = {
     "record_trace": "jobs.trace",
     "load_trace": "offload.trace",
     "forecast_offload": "jobs.forecast_offload",
+    "place_experts": "jobs.place",
     "verify": "jobs.verify",
     "list_choices": "jobs.listing",
     "load": "artefact.load",
@@ -116,6 +119,7 @@ _HOME = {
     "FrontierOptions": "options.frontier",
     "GenerateOptions": "options.generate",
     "OffloadOptions": "options.offload",
+    "PlaceOptions": "options.placement",
     "PruneOptions": "options.prune",
     "RecoverOptions": "options.recover",
     "RefactorOptions": "options.refactor",
@@ -139,6 +143,7 @@ __all__ = [
     "Offer",
     "OffloadOptions",
     "OperatingPoint",
+    "PlaceOptions",
     "PrismError",
     "PruneOptions",
     "RecoverOptions",
@@ -174,6 +179,7 @@ __all__ = [
     "measure_compression",
     "measure_frontier",
     "operating_point",
+    "place_experts",
     "plan_compression",
     "prune_model",
     "read_statistics",

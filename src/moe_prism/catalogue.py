@@ -90,6 +90,7 @@ REGISTRIES = {
     ),
     "source-formats": Home("checkpoint.formats", "source_formats", "sources of any command: how quantized weights are stored"),
     "cache-policies": Home("offload", "cache_policies", "`generate --expert-policy`: who leaves when an expert needs room"),
+    "placements": Home("placement", "placements", "`place --policy`: which device holds which expert"),
     "predictors": Home("offload", "predictors", "replays of a trace, from Python: which experts the next layer will want"),
 }
 """Kind, as `moe-prism ls` takes it -> where it is."""

@@ -79,7 +79,7 @@ SYSTEMS = (
     System("32", "Rewiring", "2510.14853", "routing", "router biases tuned on the prompt while it runs"),
     System("33", "AdaMoE", "2406.13233", "architecture", "experts that do nothing beside the real ones, and a larger k"),
     System("34", "Read-ME", "2410.19123", "weights", "a dense model as domain experts, one router ahead of all layers, batches by expert", "in part", "moe_prism.offload.lookahead:fill_batches", ("cache-policies/belady",), "the split into domain experts, the router ahead, and a scheduler that takes these batches"),
-    System("35", "MoETuner", "2502.06643", "placement", "places experts by two integer programs: load, then traffic"),
+    System("35", "MoETuner", "2502.06643", "placement", "places experts by two integer programs: load, then traffic", "works", "moe-prism place nano --out placement.json --devices 8", ("placements/moetuner", "placements/eplb")),
     System("36", "EAQuant", "2506.13329", "weights", "one smoothing vector for all experts and the router before quantization"),
     System("37", "MoE++", "2410.07348", "architecture", "experts that give nothing, a copy or a constant, and gates that see the layer before", "in part", "moe_prism.model.extra:ExtraExperts", ("families/longcat_flash",), "the gates, constants that depend on the token, and a model of this kind beside LongCat-Flash, whose copies run"),
     System("38", "Compressor", "2208.07120", "outside", "a genetic search for a tiny architecture, then distillation"),

@@ -46,6 +46,7 @@ COMMANDS = {
     "bench": "bench_server",
     "trace": "record_trace",
     "offload": "forecast_offload",
+    "place": "place_experts",
     "verify": "verify",
     "ls": "list_choices",
 }

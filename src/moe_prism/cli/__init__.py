@@ -28,6 +28,7 @@ from . import (
     inspect,
     listing,
     offload,
+    place,
     prune,
     recipe,
     recover,
@@ -79,13 +80,14 @@ def build() -> cyclopts.App:
         (bench.bench, "bench"),
         (trace.trace, "trace"),
         (offload.offload, "offload"),
+        (place.place, "place"),
         (verify.verify, "verify"),
         (recipe.run, "run"),
         (recipe.recipe, "recipe"),
         (listing.ls, "ls"),
     )
-    for place, (command, name) in enumerate(every):  # --help lists them as they are used, not by the alphabet
-        app.command(with_flags(opening(_described(command))), name=name, sort_key=place)
+    for nth, (command, name) in enumerate(every):  # --help lists them as they are used, not by the alphabet
+        app.command(with_flags(opening(_described(command))), name=name, sort_key=nth)
     app.command(with_flags(opening(_described(forecast.forecast))), name="plan", show=False)  # its name in 0.1
     return app
 

@@ -22,6 +22,7 @@ Kind = Literal[
     "codecs",
     "source-formats",
     "cache-policies",
+    "placements",
     "predictors",
     "systems",
 ]
@@ -42,7 +43,7 @@ def ls(kind: Kind, /, *, json: bool = False) -> None:
     kind: methods (of frontier --methods: rules, expert skipping, pruning criteria), families (MoE model types of the installed
         transformers), solvers, objectives, gates, scorers, compensators, recoveries, collectors, policies (scheduling), routing-stages,
         protections (of prune), source-formats (of quantized
-        checkpoints), cache-policies, predictors (of experts), or systems (of the literature, and which of them work here).
+        checkpoints), cache-policies, placements, predictors (of experts), or systems (of the literature, and which of them work here).
     json: One JSON object on stdout.
     """
     from ..jobs.listing import list_choices

@@ -1,0 +1,14 @@
+"""Experts in the order of their numbers, and the first ones once more in the spare slots: how vLLM starts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .base import Demand, ExpertPlacement, Room
+
+
+def contiguous(demand: Demand, room: Room) -> ExpertPlacement:
+    """Looks at nothing."""
+    layers, experts, _ = demand.blocks.shape
+    row = np.arange(experts + room.spare) % experts
+    return ExpertPlacement(np.tile(row, (layers, 1)), room.devices)

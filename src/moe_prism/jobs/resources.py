@@ -17,6 +17,7 @@ from ..calibrate.run import bounded_capacity, declared_bytes
 from ..calibrate.statistics import Statistics
 from ..checkpoint import LayerStream, read_manifest
 from ..checkpoint.manifest import MANIFEST, WEIGHTS_FILE
+from ..elastic.runtime import experts_per_token
 from ..errors import DoesNotFit, UsageError
 from ..frontier.measure import BATCH
 from ..model import MoELayer, find_layers, load_model
@@ -24,14 +25,15 @@ from ..options.calibrate import CalibrateOptions
 from ..options.recover import RecoverOptions
 from ..options.refactor import RefactorOptions
 from ..partition.base import check_blocks
+from ..recover.repair import Normal
 from .distance import LOGITS
 from .model_shape import config_tree
 
 LOADED = 560 << 20  # Python with torch, transformers and numba loaded
-KEPT = 32 << 20  # threads, text, and what the allocator keeps
+KEPT = 80 << 20  # threads, text, and what the allocator keeps
 FLOAT32 = 4
 LOGITS_HELD = 5  # of the source and of a point, as logits, as log-probabilities, and what their difference is computed in
-KERNELS = 32 << 20  # compiled for sub-experts
+KERNELS = 72 << 20  # compiled for sub-experts
 RUNNING = ("weights_bytes", "side_bytes", "activations_bytes", "logits_bytes")
 
 
@@ -43,7 +45,7 @@ def needed_by(weights: Weights, options: RefactorOptions, given: Statistics | No
     layer, length = largest_layer(weights), options.calibration.length
     gathered = sum(v.nbytes for one in given.layers for v in one.flat().values()) if given else parts["statistics_bytes"]
     experts = 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32
-    solver = 4 * layer.num_experts * capacity * layer.width * FLOAT32
+    solver = 4 * sampled_rows(weights, options.calibration, capacity) * layer.width * FLOAT32
     phases = [{"weights_bytes": experts, "statistics_bytes": gathered, "solver_bytes": solver}]
     if not given:
         phases.append(parts)
@@ -64,10 +66,11 @@ def _needed_by_layers(weights: Weights, options: RefactorOptions) -> dict[str, A
     profiled = min(options.profile_tokens, options.calibration.tokens) * (1 + len(weights.layers) * (1 + options.profile_points))
     parts = {
         "weights_bytes": 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32,
-        "statistics_bytes": declared_bytes([layer], run, capacity),
-        "solver_bytes": 4 * layer.num_experts * capacity * layer.width * FLOAT32,
+        "statistics_bytes": filled(declared_bytes([layer], run, capacity), weights, options.calibration, capacity),
+        "solver_bytes": 4 * sampled_rows(weights, options.calibration, capacity) * layer.width * FLOAT32,
+        "kernels_bytes": KERNELS if options.profile_tokens else 0,
         "hidden_bytes": held_bytes(weights, options.calibration) + 2 * profiled * layer.hidden * FLOAT32,
-        "activations_bytes": run.batch * length * row_bytes(text_config(weights), layer.hidden, layer.width, length),
+        "activations_bytes": run.batch * length * row_bytes(weights.model, layer, length),
         "logits_bytes": LOGITS_HELD * length * vocabulary * FLOAT32 if options.profile_tokens else 0,
     }
     comparison = _comparison(weights, options)
@@ -100,18 +103,25 @@ def needed_by_rewriting(weights: Weights, written: int) -> dict[str, Any]:
 
 
 def needed_by_adoption(weights: Weights, options: CalibrateOptions, written: int) -> dict[str, Any]:
-    """A calibration of the quantized model, whose weights and those of the elastic one are compared a layer at a time."""
-    return needed_by_pass(weights, options, written)
+    """A calibration of the quantized model; its weights and the elastic one's are compared a layer at a time, and it is measured."""
+    parts, declared, _ = pass_parts(weights, options)
+    layer = largest_layer(weights)
+    again = needed_by_running(weights.model, rows=BATCH * options.length, cut=2, low_memory=options.low_memory)
+    measured = {name: again[name] for name in RUNNING} | {"statistics_bytes": parts["statistics_bytes"], "kernels_bytes": KERNELS}
+    measured["weights_bytes"] += 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32
+    return told(largest([parts, measured]), 2 * declared + written)
 
 
 def needed_by_recovery(model: Any, ids: Tensor, options: RecoverOptions, written: int) -> dict[str, Any]:
     """What a recovery needs of a model that is loaded: its side tensors and equations come on top."""
     needed = needed_by_running(model, rows=BATCH * ids.shape[1], cut=2, low_memory=options.low_memory)
-    return told(
-        {name: needed[name] for name in RUNNING}
-        | {"equations_bytes": options.memory_mib << 20 if options.method == "repair" else 0},
-        written,
-    )
+    parts = {name: needed[name] for name in RUNNING} | {"kernels_bytes": KERNELS}
+    if options.method == "repair":  # the logits are not needed
+        layers = [layer.parts for layer in model._moe_prism.layers]
+        bands = min(options.bands, layers[0].n_sub - 1)
+        equations = min(options.memory_mib << 20, sum(Normal.bytes(own, bands) for own in layers))
+        parts |= {"logits_bytes": 0, "equations_bytes": equations}
+    return told(parts, written)
 
 
 def model_tree(where: Path | str) -> Any:
@@ -137,8 +147,9 @@ def needed_by_running(model: Any, *, rows: int, cut: int, fits: bool = False, lo
     parts = {
         "weights_bytes": 3 * experts if low_memory else everything + experts,
         "side_bytes": side,
-        "activations_bytes": rows * row_bytes(config, largest.hidden, largest.width, rows) * (2 if fits else 1),
+        "activations_bytes": rows * row_bytes(model, largest, rows) * (2 if fits else 1),
         "logits_bytes": LOGITS_HELD * rows * config.vocab_size * FLOAT32,
+        "kernels_bytes": KERNELS if cut > 1 else 0,
     }
     return told(parts, 0)
 
@@ -179,8 +190,8 @@ def pass_parts(weights: Weights, calibration: CalibrateOptions) -> tuple[dict[st
     tokens = min(calibration.tokens, run.batch * calibration.length)
     parts = {
         "weights_bytes": 3 * experts if calibration.low_memory else everything + experts,
-        "statistics_bytes": declared,
-        "activations_bytes": tokens * row_bytes(text_config(weights), layer.hidden, layer.width, calibration.length),
+        "statistics_bytes": filled(declared, weights, calibration, capacity),
+        "activations_bytes": tokens * row_bytes(weights.model, layer, calibration.length),
         "logits_bytes": 0 if calibration.low_memory else 6 * calibration.length * text_config(weights).vocab_size * FLOAT32,
         "hidden_bytes": held_bytes(weights, calibration) if calibration.low_memory else 0,
     }
@@ -198,10 +209,24 @@ def check_width(layer: MoELayer, options: RefactorOptions) -> None:
         )
 
 
-def row_bytes(config: Any, hidden: int, width: int, length: int) -> int:
-    """Live activations per token of one decoder layer: about 16 hidden vectors, the chosen experts' neurons, attention scores."""
-    heads = getattr(config, "num_attention_heads", 1)
-    return FLOAT32 * (16 * hidden + 4 * 8 * width + 2 * heads * length)
+def row_bytes(model: Any, layer: MoELayer, length: int) -> int:
+    """Live activations per token of a decoder layer: about 16 hidden vectors, chosen neurons, scores of attention where they are written."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 1) if getattr(config, "_attn_implementation", "eager") == "eager" else 0
+    return FLOAT32 * (16 * layer.hidden + 4 * experts_per_token(model, layer) * layer.width + 2 * heads * length)
+
+
+def sampled_rows(weights: Weights, calibration: CalibrateOptions, capacity: int) -> int:
+    """Rows of the samples of all experts of a layer: no more than there are places, or choices."""
+    layer = largest_layer(weights)
+    return min(layer.num_experts * capacity, calibration.tokens * experts_per_token(weights.model, layer))
+
+
+def filled(declared: int, weights: Weights, calibration: CalibrateOptions, capacity: int) -> int:
+    """Of what collectors may hold, the share that so much text fills: places that nothing is written to take no memory."""
+    if not {"counts", "tokens"}.issuperset(calibration.collectors):
+        return declared  # the others are as large from the first token on
+    return declared * sampled_rows(weights, calibration, capacity) // (largest_layer(weights).num_experts * capacity)
 
 
 def check_resources(needed: Mapping[str, Any], out: str | Path, resume: bool = False) -> None:

@@ -210,7 +210,7 @@ def check_width(layer: MoELayer, options: RefactorOptions) -> None:
 
 
 def row_bytes(model: Any, layer: MoELayer, length: int) -> int:
-    """Live activations per token of a decoder layer: about 16 hidden vectors, chosen neurons, scores of attention where they are written."""
+    """Live activations per token of a decoder layer: 16 hidden vectors, chosen neurons, scores of attention where they are written."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1) if getattr(config, "_attn_implementation", "eager") == "eager" else 0
     return FLOAT32 * (16 * layer.hidden + 4 * experts_per_token(model, layer) * layer.width + 2 * heads * length)

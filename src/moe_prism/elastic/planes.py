@@ -66,6 +66,14 @@ class PackedPlanes:
         lines = self.group // (2 * QUAD)
         return [self.tiles.shape[-1], self.inputs // self.group, lines, self.scales + self.plane, mask, int(both)]
 
+    def constants(self, bits: int) -> dict[str, int | float | bool]:
+        """The same for Triton's kernels."""
+        both = bits > UPPER
+        mask = 256 - (1 << (8 - bits)) if both else 16 - (1 << (UPPER - bits))
+        unit = 1 / 16 if both else 1.0
+        known = {"GROUP": self.group, "BYTES": self.tiles.shape[-1], "MASK": mask}
+        return {**known, "BOTH": both, "UNIT": unit, "OFFSET": self.offset(bits)}
+
     def of(self, expert: int) -> PackedPlanes:
         """Of one expert."""
         return replace(self, tiles=self.tiles[expert : expert + 1])

@@ -1,6 +1,6 @@
 """A layer's matrices in planes of four bits, block by block, as compiled products read them (`kernels/plane_tiles.py` says how).
 
-Nothing is written out: a layer in 8 bits takes half of the memory that bfloat16 does, and a slot that is read at 4 bits or fewer touches
+Nothing is written out: planes of 8 bits take half of the memory that bfloat16 does, and a slot that is read at 4 bits or fewer touches
 half of that. `decoded` is the reference to read. Shapes: E experts, N blocks, o outputs and i inputs of a block, G = i / g groups.
 """
 

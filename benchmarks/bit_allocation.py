@@ -1,12 +1,14 @@
-"""Bits per expert by PMQ and by QuantMoE-Bench's rules, against their "works when" lines, on text that nothing was fitted on.
+"""Bits per expert (PMQ, QuantMoE-Bench) and per neuron (CAMERA-Q) against their "works when" lines, on text that nothing was fitted on.
 
-    python benchmarks/bit_allocation.py [--models nano,nano-mix] [--domains python,prose,headers,web] [--tokens 1024] [--json]
+    python benchmarks/bit_allocation.py [--models nano,nano-mix] [--domains python,prose,headers,web] [--tokens 1024] [--camera] [--json]
 
 KL to the source, all experts rounded to nearest in groups of 32. Statistics come from the calibration sides of the four domains.
 
 - 2.5 bits: PMQ, with one choice for the whole model, and with experts that may be dropped. Against the same widths at random experts of
   their layer (five draws), widths by frequency alone (every expert's error taken for its layer's mean), and 2 bits for all.
 - 3 bits: the rules, of 4 bits and 2. Against their own ranking reversed, a random one (five draws), and 3 bits for all.
+- CAMERA-Q at 2 and 2.5 bits, and at 3 of 2, 3 and 4. Against one width for all, and against each matrix of a layer banded by itself, by the
+  norms of its own rows (of down: columns), with as many neurons at each width.
 
 bytes: that a token reads of experts, as a share of the source's. Frequent experts in more bits are read more often.
 """
@@ -22,9 +24,12 @@ import torch
 from printed import domain_arguments, printed
 
 from moe_prism.artefact.open import open_model
+from moe_prism.compress.changes import change_of
 from moe_prism.compress.codec.rtn import Rtn
 from moe_prism.compress.quantize import QuantizeChange
 from moe_prism.compress.quantize.allocate import cheapest
+from moe_prism.compress.quantize.bands import BandChange, bands
+from moe_prism.compress.quantize.decoded import matrices, replaced
 from moe_prism.data import token_windows
 from moe_prism.data.bundled import DOMAINS
 from moe_prism.frontier.measure import measure
@@ -84,16 +89,56 @@ def rule_points(subject: Subject) -> dict[str, list[OperatingPoint]]:
     return found
 
 
+CAMERA = {
+    "camera-q, 2 bits": "camera-q:2",
+    "camera-q, 2.5 bits": "camera-q:2.5",
+    "camera-q, 3 bits": "camera-q:bits=3:widths=2-3-4",
+}
+
+
+@torch.no_grad()
+def each_matrix_alone(subject: Subject, ids: torch.Tensor, point: OperatingPoint) -> float:
+    """KL where every matrix ranks its neurons by itself, with as many at each width as a point of CAMERA-Q has."""
+    change, layers = change_of(point.weights), [layer.parts.layer for layer in subject.elastic.layers]
+    assert isinstance(change, BandChange)
+
+    def encode() -> tuple[Any, ...]:
+        found = []
+        for layer, row in zip(layers, change.neurons, strict=True):
+            widths = torch.tensor([[float(digit) for digit in expert] for expert in row]).flatten().sort(descending=True).values
+            *first, down = matrices(layer)
+            own = []
+            for norms in [w.float().norm(dim=2) for w in first] + [down.float().norm(dim=1)]:
+                bits = torch.empty(norms.numel())
+                bits[norms.flatten().argsort(descending=True)] = widths
+                own.append(bits.view_as(norms))
+            found.append(bands([*first, down], own, Rtn(), GROUP))
+        return tuple(found)
+
+    def logs() -> list[torch.Tensor]:
+        return [subject.model(input_ids=part).logits.log_softmax(-1) for part in ids.split(8)]
+
+    source = logs()
+    with replaced(subject.model, layers, Rtn(), ("each matrix alone", change.neurons), encode):
+        found = [float((p.exp() * (p - q)).sum(-1).mean()) * len(p) for p, q in zip(source, logs(), strict=True)]
+    return sum(found) / len(ids)
+
+
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name in args.models:
         opened = open_model(name)
         subject = subject_of(opened, FrontierOptions(text=args.text, calibration_tokens=8192, length=args.length))
-        points = pmq_points(subject) | rule_points(subject)
+        camera = {title: [method(name).points(subject)[0].point] for title, name in CAMERA.items()}
+        points = camera if args.camera else pmq_points(subject) | rule_points(subject) | camera
         flat = [point for own in points.values() for point in own]
         texts = [f"domains/{domain}" for domain in args.domains]
         windows = [token_windows(opened.tokenizer, t, "evaluation", length=args.length, tokens=args.tokens).ids for t in texts]
-        full, *rest = measure(opened.model, torch.cat(windows), [FULL, *flat], batch=8)
+        ids = torch.cat(windows)
+        full, *rest = measure(opened.model, ids, [FULL, *flat], batch=8)
         measured = iter(rest)
+        for title, (point,) in camera.items():
+            kl = each_matrix_alone(subject, ids, point)
+            yield {"model": name, "way": f"{title}, each alone", "kl": kl, "least": kl, "largest": kl, "bytes": float("nan")}
         for title, own in points.items():
             found = [next(measured) for _ in own]
             losses = [m.quality.kl for m in found]
@@ -113,7 +158,9 @@ def show(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    args = domain_arguments(__doc__, MODELS, list(DOMAINS), 1024).parse_args()
+    parser = domain_arguments(__doc__, MODELS, list(DOMAINS), 1024)
+    parser.add_argument("--camera", action="store_true", help="CAMERA-Q alone")
+    args = parser.parse_args()
     found = printed(rows(args), show, quiet=args.json)
     if args.json:
         print(json.dumps(found))

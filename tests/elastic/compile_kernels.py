@@ -42,6 +42,8 @@ def main(capabilities, types, rows, neurons, columns, warps, stages):
         for kind in types.split(","):
             w = "*" + kind
             common = {"D": 2048, "BLOCK": 352, "N_SUB": 4, "PER_TOKEN": 24, "ROWS": rows, "DEPTH": STEP[kind]}
+            plain = {"GROUP": 0, "BYTES": 0, "BOTH": False, "MASK": 0, "UNIT": 1.0, "OFFSET": 0.0}
+            common |= plain
             up = LISTS | {"x": w, "gate": w, "up": w, "a": w, "x_row": "i32", "w_expert": "i32", "w_row": "i32"}
             down = LISTS | {"a": w, "weight": w, "routing": w, "out": "*fp32", "w_expert": "i32", "w_col": "i32"}
             sums = {"rows": "*fp32", "keep": "*u8", "out": w}

@@ -1,6 +1,7 @@
 """Products from planes of four bits against the reference over weights that are written out: every width, any mixture of slots."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from moe_prism.compress.codec.rtn import Rtn
 from moe_prism.elastic import attach
 from moe_prism.elastic.bind import Step, bind
 from moe_prism.elastic.coded import CodedLayer
+from moe_prism.elastic.execute import triton_run
 from moe_prism.elastic.execute.from_planes import from_planes
 from moe_prism.elastic.execute.plain import reference
 from moe_prism.elastic.planes import PackedPlanes
@@ -21,7 +23,7 @@ from moe_prism.kernels.plane_tiles import AVAILABLE
 from moe_prism.model import find_layers
 from moe_prism.point import FULL, SlotBits, SlotRule
 from tests.elastic.common import computed
-from tests.elastic.test_triton import batch, make
+from tests.elastic.test_triton import batch, make, needs_triton
 
 WIDTHS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 CLOSE = 2e-4  # of the output's size: inputs are rounded to 16 bits, before both products
@@ -139,5 +141,16 @@ def test_an_elastic_layer_runs_from_planes():
     elastic.step = Step(bind(elastic, [replace(FULL, slots=SlotRule(rule="bits", budget=0.4, bits=bits))]))
     found, layer = holder.experts(x, index, weight), elastic.layers[0]
     assert layer.coded(bits).packed and not layer.coded(bits)._at
-    with computed(elastic, "reference"):
-        assert apart(found, holder.experts(x, index, weight)) < CLOSE
+    for way in ("reference", *(["triton"] if find_spec("triton") else [])):
+        with computed(elastic, way):
+            assert apart(found, holder.experts(x, index, weight)) < CLOSE
+
+
+@needs_triton
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [2, 4, 5, 8])
+def test_tritons_kernels_read_planes(coded, bits):
+    x, index, weight, keep = batch(coded.parts, 9, 2, 0.6, bits)
+    gate, up, down = coded.packed
+    found = triton_run.from_planes(coded.parts, (gate, up, down, bits), x, index, weight, keep)
+    torch.testing.assert_close(found, reference(coded.at(bits), x, index, weight, keep), rtol=1e-4, atol=1e-5)

@@ -60,6 +60,7 @@ weight_changes: Registry[type[Change]] = Registry(
     "weight change",
     {
         "prune": ("moe_prism.compress.prune.change:PruneChange", "experts that are not there any more"),
+        "bands": ("moe_prism.compress.quantize.bands:BandChange", "neurons in fewer bits, each at a width of its own"),
         "quantize": ("moe_prism.compress.quantize.change:QuantizeChange", "experts in fewer bits, by a codec"),
     },
 )

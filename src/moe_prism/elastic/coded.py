@@ -57,7 +57,7 @@ class CodedLayer:
         down = layer.down.detach()
         self.packed: list[PackedPlanes] = []
         """Of gate, where there is one, up and down; none where compiled products do not take them."""
-        if layer.up.device.type == "cpu" and layer.up_bias is None and not self.parts.block % group:
+        if layer.up_bias is None and not self.parts.block % group:
             blocks = [torch.unflatten(w, 1, (self.parts.n_sub, -1)) for w in first]
             blocks.append(torch.unflatten(down, 2, (self.parts.n_sub, -1)).transpose(1, 2))
             found = [PackedPlanes.encoded(self._codec, w, last, group) for w in blocks]

@@ -1,6 +1,6 @@
 """A layer's matrices in planes of four bits, block by block, as compiled products read them (`kernels/plane_tiles.py` says how).
 
-Nothing is written out: a layer in 8 bits takes half of the memory that bfloat16 does, and a slot that is read at 4 bits or fewer touches
+Nothing is written out: planes of 8 bits take half of the memory that bfloat16 does, and a slot that is read at 4 bits or fewer touches
 half of that. `decoded` is the reference to read. Shapes: E experts, N blocks, o outputs and i inputs of a block, G = i / g groups.
 """
 
@@ -65,6 +65,14 @@ class PackedPlanes:
         mask = 0x01010101 * ((0xF << unread) & 0xF)
         lines = self.group // (2 * QUAD)
         return [self.tiles.shape[-1], self.inputs // self.group, lines, self.scales + self.plane, mask, int(both)]
+
+    def constants(self, bits: int) -> dict[str, int | float | bool]:
+        """The same for Triton's kernels."""
+        both = bits > UPPER
+        mask = 256 - (1 << (8 - bits)) if both else 16 - (1 << (UPPER - bits))
+        unit = 1 / 16 if both else 1.0
+        known = {"GROUP": self.group, "BYTES": self.tiles.shape[-1], "MASK": mask}
+        return {**known, "BOTH": both, "UNIT": unit, "OFFSET": self.offset(bits)}
 
     def of(self, expert: int) -> PackedPlanes:
         """Of one expert."""

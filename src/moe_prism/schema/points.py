@@ -135,6 +135,19 @@ class QuantizeForm(Form):
     group: Annotated[int, Field(ge=0, le=1 << 20)]
 
 
+class BandsForm(Form):
+    """Settings of the weight change `bands`: per layer and expert a digit for each neuron, its bits."""
+
+    codec: Name
+    options: Plain = {}
+    neurons: Annotated[
+        list[Annotated[list[Annotated[str, MinLen(1), MaxLen(1 << 16)]], MinLen(1), MaxLen(MOST_EXPERTS)]],
+        MinLen(1),
+        MaxLen(MOST_LAYERS),
+    ]
+    group: Annotated[int, Field(ge=1, le=1 << 20)]
+
+
 class DomainForm(Form):
     """`DomainQuality` of `frontier.json`."""
 

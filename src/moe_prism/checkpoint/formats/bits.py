@@ -23,7 +23,7 @@ def unpack_octets(octets: Tensor, bits: int) -> Tensor:
     """uint8 [..., n] -> codes 0..2^bits - 1 as uint8 [..., n * 8 / bits]."""
     if bits == 8:
         return octets
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=octets.device)
     return ((octets[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import CorruptError, UsageError
 from ...model import MoELayer
 from ...schema import check
-from ...schema.points import REMAKE, QuantizeForm
+from ...schema.points import REMAKE, BandsForm, QuantizeForm
 from ..changes import Change
 from ..codec import Codec, codecs
 from .decoded import GONE, SOURCE, decoded, matrices
@@ -47,8 +47,8 @@ class QuantizeChange(Change):
         bits = form.bits
         if isinstance(bits, list):
             rows = tuple(tuple(own) if isinstance(own, list) else (own,) for own in bits)
-            return cls(_codec(form), rows, form.group)
-        return cls(_codec(form), bits, form.group)
+            return cls(codec_of(form), rows, form.group)
+        return cls(codec_of(form), bits, form.group)
 
     def settings(self) -> dict[str, Any]:
         bits = [list(row) for row in self.bits] if isinstance(self.bits, tuple) else self.bits
@@ -89,7 +89,7 @@ class QuantizeChange(Change):
         return self.bits if isinstance(self.bits, tuple) else ((self.bits,),) * layers
 
 
-def _codec(form: QuantizeForm) -> Codec:
+def codec_of(form: QuantizeForm | BandsForm) -> Codec:
     """The codec that settings name. CorruptError for options that it does not have."""
     kind = codecs.get(form.codec)
     known = {f.name: type(f.default) for f in fields(kind)}

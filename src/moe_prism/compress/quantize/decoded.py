@@ -6,9 +6,9 @@ What was encoded is kept beside the model, so that entering again decodes and do
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,11 +23,33 @@ KEPT_BYTES = 1 << 30
 _NAME = "_moe_prism_encoded"
 
 
-class Part(NamedTuple):
+class Part(Protocol):
+    """Weights of a layer that were encoded together."""
+
+    @property
+    def bytes(self) -> int: ...
+
+    def write(self, matrices: Sequence[Tensor], codec: Codec) -> None:
+        """Put what decoding gives in the place of the weights."""
+
+
+class ExpertPart(NamedTuple):
     """The experts of a layer that have one width: planes of every matrix, none where there are no bits."""
 
     experts: Tensor
     planes: tuple[Planes, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(planes.bytes(planes.widths[-1]) for planes in self.planes)
+
+    def write(self, matrices: Sequence[Tensor], codec: Codec) -> None:
+        for number, matrix in enumerate(matrices):
+            if not self.planes:
+                matrix[self.experts] = 0
+                continue
+            planes = self.planes[number]
+            matrix[self.experts] = codec.decode(planes, planes.widths[-1]).to(matrix)
 
 
 class Encoded(NamedTuple):
@@ -38,7 +60,7 @@ class Encoded(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return sum(planes.bytes(planes.widths[-1]) for parts in self.layers for part in parts for planes in part.planes)
+        return sum(part.bytes for parts in self.layers for part in parts)
 
 
 def matrices(layer: MoELayer) -> list[Tensor]:
@@ -46,23 +68,30 @@ def matrices(layer: MoELayer) -> list[Tensor]:
     return [w.detach() for w in (layer.gate, layer.up, layer.down) if w is not None]
 
 
-@contextmanager
-@torch.no_grad()
 def decoded(
     model: Any, layers: Sequence[MoELayer], codec: Codec, group: int, widths: Sequence[Sequence[float]]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Inside the block every expert is what decoding gives. widths [L][E]: bits, GONE and SOURCE as said there."""
-    found = _encoded(model, layers, codec, group, widths)
+
+    def encode() -> Layers:
+        return tuple(_parts(layer, codec, group, row) for layer, row in zip(layers, widths, strict=True))
+
+    return replaced(model, layers, codec, (codec, group, tuple(map(tuple, widths))), encode)
+
+
+Layers = tuple[tuple[Part, ...], ...]
+
+
+@contextmanager
+@torch.no_grad()
+def replaced(model: Any, layers: Sequence[MoELayer], codec: Codec, key: Hashable, encode: Callable[[], Layers]) -> Iterator[None]:
+    """Inside the block the weights are what decoding gives of `encode`, which is called once per key while the weights stay."""
+    found = _encoded(model, layers, key, encode)
     saved = [[matrix.clone() for matrix in matrices(layer)] for layer in layers]
     try:
         for layer, parts in zip(layers, found.layers, strict=True):
             for part in parts:
-                for number, matrix in enumerate(matrices(layer)):
-                    if not part.planes:
-                        matrix[part.experts] = 0
-                        continue
-                    planes = part.planes[number]
-                    matrix[part.experts] = codec.decode(planes, planes.widths[-1]).to(matrix)
+                part.write(matrices(layer), codec)
         yield
     finally:
         for layer, own in zip(layers, saved, strict=True):
@@ -71,12 +100,12 @@ def decoded(
         _renew(model, layers, found.state)
 
 
-def _encoded(model: Any, layers: Sequence[MoELayer], codec: Codec, group: int, widths: Sequence[Sequence[float]]) -> Encoded:
+def _encoded(model: Any, layers: Sequence[MoELayer], key: Hashable, encode: Callable[[], Layers]) -> Encoded:
     """From what is kept beside the model, where its weights have not changed since."""
     kept: OrderedDict[Any, Encoded] = model.__dict__.setdefault(_NAME, OrderedDict())
-    state, key = _state(layers), (codec, group, tuple(map(tuple, widths)))
+    state = _state(layers)
     if key not in kept or kept[key].state != state:
-        kept[key] = Encoded(state, tuple(_parts(layer, codec, group, row) for layer, row in zip(layers, widths, strict=True)))
+        kept[key] = Encoded(state, encode())
         kept.move_to_end(key)
         limit = max(KEPT_BYTES, sum(w.numel() * w.element_size() for layer in layers for w in matrices(layer)))
         while len(kept) > 1 and sum(encoded.bytes for encoded in kept.values()) > limit:
@@ -89,7 +118,7 @@ def _parts(layer: MoELayer, codec: Codec, group: int, widths: Sequence[float]) -
     for bits in sorted(set(widths) - {SOURCE}):
         experts = torch.tensor([e for e, own in enumerate(widths) if own == bits], device=layer.up.device)
         planes = [] if bits == GONE else [codec.encode(matrix[experts], bits, group) for matrix in matrices(layer)]
-        found.append(Part(experts, tuple(planes)))
+        found.append(ExpertPart(experts, tuple(planes)))
     return tuple(found)
 
 

@@ -196,16 +196,25 @@ class InMemory(Executor):
 
     def _at_width(self, coded: CodedLayer, bits: float, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
         """Slots at one width: from planes as they lie, or of weights that are written out."""
-        if self.way != "auto":
-            return WAYS[self.way](coded.at(bits), x, index, weight, keep)
-        if coded.packed and bits != SOURCE:
-            from .from_planes import from_planes  # compiles on first use
+        slots = x, index, weight, keep
+        out = self._from_planes(coded, int(bits), slots) if coded.packed and bits != SOURCE else None
+        if out is not None:
+            self.tally.calls += 1
+            return out
+        parts = coded.at(bits)
+        return auto(parts, *slots, self.tally) if self.way == "auto" else WAYS[self.way](parts, *slots)
 
-            out = from_planes(coded.parts.layer, coded.packed, int(bits), (x, index, weight, keep))
-            if out is not None:
-                self.tally.calls += 1
-                return out
-        return auto(coded.at(bits), x, index, weight, keep, self.tally)
+    def _from_planes(self, coded: CodedLayer, bits: int, slots: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor | None:
+        if self.way not in ("auto", "triton"):
+            return None
+        if slots[0].is_cuda or self.way == "triton":
+            if len(coded.packed) < len(("gate", "up", "down")):
+                return None
+            gate, up, down = coded.packed
+            return triton_run.from_planes(coded.parts, (gate, up, down, bits), *slots)
+        from .from_planes import from_planes  # compiles on first use
+
+        return from_planes(coded.parts.layer, coded.packed, bits, slots)
 
 
 def check_way(name: str) -> str:

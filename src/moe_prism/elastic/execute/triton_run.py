@@ -29,6 +29,7 @@ from torch.nn.functional import gelu, silu
 
 from ...model import MoELayer
 from ..base import LayerParts
+from ..planes import PackedPlanes
 from .plain import grouped
 from .triton_align import Tiles, align
 
@@ -76,8 +77,15 @@ def atomic(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Te
     return _run(parts, x, index, weight, keep, replace(tile, atomic=True))
 
 
-def refusal(parts: LayerParts, x: Tensor) -> str | None:
-    """Why the kernels cannot compute this layer and `grouped` does instead; None if they can."""
+def from_planes(parts: LayerParts, planes: Planes, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor) -> Tensor | None:
+    """The sum of `execute.reference` over what planes decode to, without writing it out; None where the kernels cannot."""
+    if refusal(parts, x, stored=False):
+        return None
+    return _run(parts, x, index, weight, keep, FIXED, planes)
+
+
+def refusal(parts: LayerParts, x: Tensor, *, stored: bool = True) -> str | None:
+    """Why the kernels cannot compute this layer and `grouped` does instead; None if they can. stored: by the weights as they are."""
     layer = parts.layer
     if not _installed():
         return "Triton is not installed"
@@ -85,11 +93,11 @@ def refusal(parts: LayerParts, x: Tensor) -> str | None:
         return f"the tensors are on {x.device.type}"
     if _kernels().INTERPRETED and x.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 as integers"
-    if layer.gate is None or layer.gate.stride() != layer.up.stride():
+    if layer.gate is None or (stored and layer.gate.stride() != layer.up.stride()):
         return "there is no gate matrix of the up matrix's shape"
     if any(bias is not None for bias in (layer.gate_bias, layer.up_bias, layer.down_bias)):
         return "the experts have biases"
-    if x.dtype not in DTYPES or x.dtype != layer.up.dtype:
+    if x.dtype not in DTYPES or (stored and x.dtype != layer.up.dtype):
         return f"inputs are {x.dtype}, weights {layer.up.dtype}"
     if torch.is_grad_enabled() and (x.requires_grad or layer.up.requires_grad):
         return "gradients are wanted"
@@ -125,13 +133,20 @@ def _kernels() -> Any:
     return triton_kernels
 
 
-def _run(parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor, tile: Tile) -> Tensor:
+Planes = tuple[PackedPlanes, PackedPlanes, PackedPlanes, int]
+"""Of gate, up and down, and the bits that are read."""
+
+
+# Keeps more than six parameters: the five of every way to compute slots, and how.
+def _run(
+    parts: LayerParts, x: Tensor, index: Tensor, weight: Tensor, keep: Tensor, tile: Tile, planes: Planes | None = None
+) -> Tensor:
     tokens, hidden = x.shape
     slots = keep.numel()
     if not slots:
         return torch.zeros_like(x)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        launch = Launch(parts, keep, align(index, keep, parts.layer.num_experts, tile.rows), tile)
+        launch = Launch(parts, keep, align(index, keep, parts.layer.num_experts, tile.rows), tile, planes)
         a = x.new_empty(slots, parts.block)
         _gate_up(launch, x, a)
         if tile.atomic:
@@ -150,6 +165,7 @@ class Launch(NamedTuple):
     keep: Tensor
     tiles: Tiles
     tile: Tile
+    planes: Planes | None
 
     @property
     def list(self) -> tuple[Tensor, ...]:
@@ -161,25 +177,33 @@ class Launch(NamedTuple):
             "ROWS": self.tile.rows, "num_warps": self.tile.warps, "num_stages": self.tile.stages,
         }  # fmt: skip
 
+    def matrices(self, *names: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """Of gate, up and down those that a kernel reads, and how they are stored."""
+        if self.planes is None:
+            return tuple(getattr(self.parts.layer, name) for name in names), {}
+        *each, bits = self.planes
+        found = dict(zip(("gate", "up", "down"), each, strict=True))
+        return tuple(found[name].tiles for name in names), found[names[0]].constants(bits)
+
 
 def _gate_up(launch: Launch, x: Tensor, a: Tensor) -> None:
-    parts, layer = launch.parts, launch.parts.layer
-    gate, columns = layer.gate, _side(launch.tile.neurons, parts.block)
-    assert gate is not None
+    parts, layer, columns = launch.parts, launch.parts.layer, _side(launch.tile.neurons, launch.parts.block)
+    (gate, up), stored = launch.matrices("gate", "up")
     _kernels().gate_up[len(launch.tiles.group) * -(-parts.block // columns),](
-        x, gate, layer.up, a, *launch.list, *x.stride(), *gate.stride(),
+        x, gate, up, a, *launch.list, *x.stride(), *gate.stride()[:3],
         D=layer.hidden, ACT=activation(layer), COLUMNS=columns, DEPTH=_side(LINE // x.element_size(), layer.hidden),
-        **launch.constants(),
+        **launch.constants(), **stored,
     )  # fmt: skip
 
 
 def _down(launch: Launch, a: Tensor, weight: Tensor, out: Tensor) -> None:
     parts, layer = launch.parts, launch.parts.layer
     columns = _side(launch.tile.columns, layer.hidden)
+    (down,), stored = launch.matrices("down")
     _kernels().down[len(launch.tiles.group) * -(-layer.hidden // columns),](
-        a, layer.down, weight.reshape(-1), out, *launch.list, *layer.down.stride(),
+        a, down, weight.reshape(-1), out, *launch.list, *down.stride()[:3],
         D=layer.hidden, ATOMIC=launch.tile.atomic, COLUMNS=columns, DEPTH=_side(LINE // a.element_size(), parts.block),
-        **launch.constants(),
+        **launch.constants(), **stored,
     )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ COMMANDS = (
     "bench",
     "trace",
     "offload",
+    "place",
     "verify",
     "run",
     "recipe",

@@ -21,6 +21,7 @@ from moe_prism.compress.changes import change_of
 from moe_prism.compress.codec.nested import Nested
 from moe_prism.compress.prune import Criterion
 from moe_prism.compress.quantize import QuantizeChange
+from moe_prism.compress.quantize.bands import BandChange, bands
 from moe_prism.elastic import Rule
 from moe_prism.elastic.bind import Step, bind
 from moe_prism.frontier.cost import measured_cost
@@ -236,10 +237,12 @@ def costs_what_its_codec_stores(bench: Bench, asked: str) -> None:
                 layer.on_kept = None
 
 
-def _stored_bytes(layer: MoELayer, expert: int, change: QuantizeChange, bits: float, stored: float) -> float:
-    """Of one expert, by encoding it; biases stay as they are."""
+def _stored_bytes(layer: MoELayer, expert: int, change: QuantizeChange | BandChange, bits: Any, stored: float) -> float:
+    """Of one expert, by encoding it; biases stay as they are. bits: of the expert, or of each of its neurons."""
     own = [w[expert : expert + 1].detach() for w in (layer.gate, layer.up, layer.down) if w is not None]
     biases = layer.parameters_per_expert() - sum(w.numel() for w in own)
+    if isinstance(change, BandChange):
+        return sum(band.bytes for band in bands(own, [bits[None]] * len(own), change.codec, change.group)) + biases * stored
     return sum(change.codec.encode(w, bits, change.group).bytes(bits) for w in own) + biases * stored
 
 

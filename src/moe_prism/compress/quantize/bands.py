@@ -100,7 +100,7 @@ class BandChange(Change):
         return {"codec": self.codec.name, "options": asdict(self.codec), "neurons": neurons, "group": self.group}
 
     def installed(self, model: Any, layers: Sequence[MoELayer]) -> AbstractContextManager[object]:
-        each = self._widths(layers)
+        each = self.widths(layers)
 
         def encode() -> tuple[tuple[Band, ...], ...]:
             found = []
@@ -118,7 +118,7 @@ class BandChange(Change):
         return sum(digits) / len(digits) / SOURCE
 
     def bytes_per_weight(self, layers: Sequence[MoELayer], layer: int, stored: float) -> Tensor:
-        found, own = self._widths(layers)[layer], layers[layer]
+        found, own = self.widths(layers)[layer], layers[layer]
         rows = 2 if own.gate is not None else 1
         sizes = torch.zeros(len(found), dtype=torch.float64)
         for bits in torch.unique(found).tolist():
@@ -128,8 +128,8 @@ class BandChange(Change):
                     sizes[e] += rows * self.codec.bytes((count, own.hidden), bits, self.group) + down
         return sizes / ((rows + 1) * own.hidden * own.width)
 
-    def _widths(self, layers: Sequence[MoELayer]) -> list[Tensor]:
-        """[E, f] of every layer. UsageError for another model's."""
+    def widths(self, layers: Sequence[MoELayer]) -> list[Tensor]:
+        """[E, f]: the bits of every neuron of every layer. UsageError for another model's."""
         shapes = [(len(row), {len(expert) for expert in row}) for row in self.neurons]
         if shapes != [(layer.num_experts, {layer.width}) for layer in layers]:
             raise UsageError("the bits of the neurons are not those of this model", REMAKE)

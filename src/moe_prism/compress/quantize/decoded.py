@@ -44,6 +44,7 @@ class ExpertPart(NamedTuple):
         return sum(planes.bytes(planes.widths[-1]) for planes in self.planes)
 
     def write(self, matrices: Sequence[Tensor], codec: Codec) -> None:
+        """Of every matrix the experts of this width."""
         for number, matrix in enumerate(matrices):
             if not self.planes:
                 matrix[self.experts] = 0

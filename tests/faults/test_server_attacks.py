@@ -22,6 +22,7 @@ pytest.importorskip("fastapi")
 
 from moe_prism.serve import server
 from moe_prism.serve.config import Bounds
+from moe_prism.serve.http import guard
 from moe_prism.serve.http.crowd import BURST, PACE, Crowd, Doorway
 from moe_prism.serve.text.workers import ENDED
 from tests.faults.test_engine_process import gone
@@ -281,6 +282,22 @@ def test_s06_a_newcomer_takes_the_place_of_its_own_address_first():
     for name in ("d", "e"):
         assert crowd.enter(SimpleNamespace(drop=lambda name=name: gone.append(name)), "many")
     assert gone == ["a", "b"] and crowd.count == 4
+
+
+def test_s03_large_bodies_come_one_at_a_time_however_soon_they_are_refused(tiny_levels, monkeypatch):
+    monkeypatch.setattr(guard, "PAUSE", 0.5)
+    answers: list[int] = []
+    with open_house(tiny_levels) as house:
+
+        def send():
+            answers.append(httpx2.post(house.root + "/v1/completions", json={"prompt": "7" * 400_000}, timeout=60).status_code)
+
+        began, threads = time.monotonic(), [threading.Thread(target=send) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert time.monotonic() - began >= 3 * 0.5 and set(answers) <= {400, 503} and len(answers) == 4
 
 
 @pytest.mark.parametrize("cut", [1, 7, 1000])

@@ -178,17 +178,17 @@ class _Body:
         if message["type"] == "http.request":
             self._seen += len(message.get("body", b""))
             self._done = not message.get("more_body", False)
-            if self._done and self._has_turn:
-                loop.call_later(PAUSE, self.let_go)
+            if self._done:
+                self.let_go()
             if self._seen > self._bounds.body_bytes:
                 raise self._fail(413, f"the body is larger than {self._bounds.body_bytes} bytes", "too_large")
         return message
 
     def let_go(self) -> None:
-        """The next large body may come in."""
+        """The next large body may come in after a pause, however soon this one was refused."""
         if self._has_turn:
             self._has_turn = False
-            self._turns.release()
+            asyncio.get_running_loop().call_later(PAUSE, self._turns.release)
 
     def _fail(self, status: int, message: str, code: str) -> Refusal:
         self.failure = Refusal(status, message, code=code)

@@ -53,7 +53,7 @@ def test_the_predictor_for_all_experts_at_once(family, gates):
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [1, FEW])
 @pytest.mark.parametrize("scorer", ["ridge", "gates"])
-@pytest.mark.parametrize("rule", ["product", "threshold", "batch-blocks", "mass", "pattern", "whole-experts"])
+@pytest.mark.parametrize("rule", ["product", "threshold", "batch-blocks", "first-slot", "mass", "pattern", "whole-experts"])
 def test_selection_asks_the_device_nothing(rule, scorer, tokens):
     elastic = on_meta()
     layer = elastic.layers[0]

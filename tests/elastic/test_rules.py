@@ -1,5 +1,7 @@
 """Selection rules against brute force."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +40,9 @@ def slots(seed, tokens=6, invalid=False):
     return Slots(torch.zeros(tokens, 2), index, weight, valid, N, lambda: norms), weight, norms
 
 
-@pytest.mark.parametrize("rule", ["product", "threshold", "batch-blocks", "layer-budgets", "mass", "pattern", "whole-experts"])
+@pytest.mark.parametrize(
+    "rule", ["product", "threshold", "batch-blocks", "first-slot", "layer-budgets", "mass", "pattern", "whole-experts"]
+)
 @given(seed=st.integers(0, 500), budget=st.floats(0.01, 1), invalid=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_every_rule_keeps_one_and_all_at_full(plan, rule, seed, budget, invalid):
@@ -152,6 +156,26 @@ def test_mass_keeps_the_fewest_slots_that_cover_the_share(plan, seed, share):
         assert kept.sum() >= share * total * (1 - 1e-9)
         if len(kept) > 1:
             assert kept.sum() - kept.min() < share * total * (1 + 1e-9)
+
+
+@given(seed=st.integers(0, 300), budget=st.floats(0.2, 0.9), toll=st.sampled_from([0.0, 0.5, 8.0]))
+@settings(max_examples=20, deadline=None)
+def test_first_slot_is_the_cheapest_choice_by_brute_force(plan, seed, budget, toll):
+    """Of every subset of an expert's slots: u for each one left out, 1 for each one kept, and the toll once."""
+    s, weight, norms = slots(seed)
+    made = rules.get("first-slot")(plan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe_prism.elastic.rules.first_slot.TOLL", toll)
+        keep = made.keep(s, torch.full((6,), budget))
+    level = made.level(torch.tensor([budget])).item()
+    for t, j in product(range(6), range(K)):
+        u = (weight[t, j] * norms[t, j] / level).double().square()
+        costs = {m: float(u[~torch.tensor(m)].sum()) + sum(m) + toll * any(m) for m in product((False, True), repeat=N)}
+        chosen = tuple(keep[t, j].tolist())
+        if chosen not in ((False,) * N, min(costs, key=costs.get)):
+            assert sum(chosen) == 1, "only the token's best slot may be kept against the sum"
+        elif not any(chosen):
+            assert min(costs.values()) >= costs[chosen] - 1e-6
 
 
 @given(data=st.data(), layers=st.integers(1, 4))

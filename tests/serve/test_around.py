@@ -122,3 +122,29 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, caplog):
     ):
         with pytest.raises(UsageError, match=cause):
             keys(options, {})
+
+
+def test_models_are_listed_at_every_quality(web):
+    names = [card["id"] for card in web.get("/v1/models").json()["data"]]
+    assert names[0] == "tiny" and all(web.get(f"/v1/models/{name}").status_code == 200 for name in names)
+    assert names[1:] == [f"tiny@{point['name']}" for point in web.get("/v1/models").json()["data"][0]["operating_points"]]
+
+
+def test_metrics_have_vllms_names_too(web):
+    lines = [line for line in web.get("/metrics").text.splitlines() if line.startswith("vllm:")]
+    ours = [line for line in web.get("/metrics").text.splitlines() if line.startswith("moe_prism:num_requests_running{")]
+    assert 'vllm:num_requests_waiting{engine="0",model_name="tiny"} 0.0' in lines and ours
+    assert any(line.startswith("vllm:time_to_first_token_seconds_bucket{") for line in lines)
+    assert {"vllm:kv_cache_usage_perc", "vllm:generation_tokens_total"} <= {line.split("{")[0] for line in lines}
+
+
+def test_a_request_keeps_the_name_that_its_client_gave_it(web, caplog):
+    trace = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
+    with caplog.at_level("INFO", logger="moe_prism.requests"):
+        named = {"x-request-id": "mine-1", "traceparent": trace}
+        done = web.post("/v1/completions", json={"prompt": "import", "max_tokens": 1}, headers=named)
+    assert done.headers["x-request-id"] == "mine-1"
+    assert any(r.fields.get("request_id") == "mine-1" and r.fields["traceparent"] == trace for r in caplog.records)
+    refused = web.post("/v1/completions", json={"prompt": 1.5}, headers={"x-request-id": "mine-2"})
+    assert refused.status_code == 400 and refused.headers["x-request-id"] == "mine-2"
+    assert "x-request-id" not in web.get("/health", headers={"x-request-id": "two words"}).headers

@@ -46,6 +46,8 @@ class Bounds(_Strict):
     """Seconds without a turn of an engine in a process of its own, after which it is taken to hang and is killed."""
     write_seconds: float = Field(default=30.0, gt=0, le=600)
     drain_seconds: float = Field(default=30.0, ge=0, le=3600)
+    drain_delay: float = Field(default=0.0, ge=0, le=600)
+    """Seconds after a signal in which requests are still taken, while `/ready` tells routers to look elsewhere."""
     connections: int = Field(default=1024, ge=2, le=65_536)
     connections_per_client: int | None = Field(default=None, ge=1, le=65_536)
     """Of one address; default: three quarters of all."""

@@ -207,10 +207,11 @@ def make_server(app: Guard, built: Built, config: Config) -> Any:
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             loop = asyncio.get_event_loop()
-            if door.draining:
+            if door.leaving:
                 self._ending = loop.create_task(self._end())
                 return
-            door.draining = True
+            door.leaving = True
+            door.draining = not config.bounds.drain_delay
             logger.info("draining", extra={"fields": {"signal": signal.Signals(sig).name, "requests": door.requests}})
             self._draining = loop.create_task(self._drain())
 
@@ -221,6 +222,8 @@ def make_server(app: Guard, built: Built, config: Config) -> Any:
             await super().startup(sockets)
 
         async def _drain(self) -> None:
+            await asyncio.sleep(config.bounds.drain_delay)
+            door.draining = True
             until = time.monotonic() + config.bounds.drain_seconds
             while door.requests and time.monotonic() < until:  # noqa: ASYNC110 - places are counted, there is no event to wait for
                 await asyncio.sleep(0.02)

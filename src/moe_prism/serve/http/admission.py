@@ -42,7 +42,8 @@ class Door:
         """rate: prompt tokens per second that this machine can prefill; refused: told the reason of every refusal."""
         self.config, self.rate, self._refused = config, rate, refused
         self.requests = self.tokens = 0
-        self.draining = False
+        self.leaving = False  # routers shall look elsewhere
+        self.draining = False  # nobody new comes in
         shortest = min((c.ttft for c in config.classes.values() if c.ttft), default=None)
         self.bound_requests = config.engine.requests + config.queue_requests
         self.bound_tokens = config.bounds.queue_tokens or self._prefilled_in_time(shortest, rate)

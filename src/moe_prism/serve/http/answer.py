@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ class Answer:
     place: Place
     strands: list[Strand]
     began: float
+    passed_on: Mapping[str, str]  # request_id and traceparent of its client
     closed: bool = False
 
     def __post_init__(self) -> None:
@@ -95,6 +96,7 @@ class Answer:
         served = self.service.served(self.strands)
         fields = {
             "id": self.id,
+            **self.passed_on,
             "class": self.wish.kind.name,
             "end": reason,
             "prompt_tokens": sum(len(p) for p in self.prompts),

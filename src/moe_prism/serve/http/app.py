@@ -75,7 +75,7 @@ def _watching(app: FastAPI, house: House, history: status.History) -> None:
     async def ready() -> Response:
         """New requests are taken."""
         engine = service.engine
-        status = "draining" if door.draining else "ready" if engine.state == "ready" else f"engine {engine.state}"
+        status = "draining" if door.leaving else "ready" if engine.state == "ready" else f"engine {engine.state}"
         if status == "ready" and engine.clock() - engine.last_turn > HUNG:
             status = "engine hung"
         content = {"status": status, "policy": engine.policy_name, "requests": door.requests}
@@ -114,7 +114,9 @@ def _around(app: FastAPI, house: House) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card(service.name)]}
+        """Its plain name, and its names at the quality of every level, for clients that choose from this list."""
+        at = [f"{service.name}@{level.name}" for level in service.ladder.levels]
+        return {"object": "list", "data": [card(name) for name in (service.name, *at)]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from ..config import Bounds
+from .passed_on import passed_on
 from .refusal import Refusal
 
 Message = MutableMapping[str, Any]
@@ -69,7 +70,8 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        reply = _Reply(send, self.bounds.write_seconds)
+        known = scope["moe_prism_passed_on"] = passed_on(scope["headers"])
+        reply = _Reply(send, self.bounds.write_seconds, known.get("request_id"))
         task = asyncio.current_task()
         assert task is not None
         self.active.add(task)
@@ -117,10 +119,16 @@ def _asks_first(method: str, headers: dict[bytes, bytes]) -> bool:
 class _Reply:
     """Times the client's reading. Frameworks turn any error while reading a body into one of theirs; ours goes out instead."""
 
-    def __init__(self, send: Send, seconds: float) -> None:
-        self._send, self._seconds = send, seconds
+    def __init__(self, send: Send, seconds: float, request_id: str | None) -> None:
+        self._plain, self._seconds, self._request_id = send, seconds, request_id
         self.started = self.replaced = self.stalled = False
         self.body: _Body | None = None
+
+    async def _send(self, message: Message) -> None:
+        """The client finds its own name for the request in the answer."""
+        if self._request_id and message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self._request_id.encode())]}
+        await self._plain(message)
 
     async def send(self, message: Message) -> None:
         if not self.started and self.body is not None and self.body.failure is not None:
@@ -144,7 +152,7 @@ class _Reply:
 
     def drop(self) -> None:
         """Close the connection without waiting for the client. The server's `send` is a method of its request cycle."""
-        transport = getattr(getattr(self._send, "__self__", None), "transport", None)
+        transport = getattr(getattr(self._plain, "__self__", None), "transport", None)
         if transport is not None:
             transport.abort()
 

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from ...schedule.base import Ladder
 from ..backend import Gauges, Tally
+from .vllm_names import VllmNames
 
 PREFIX = "moe_prism:"
 RECENT = 512
@@ -25,6 +26,8 @@ class Metrics:
 
     def __init__(self, model: str, classes: Iterable[str], ladder: Ladder) -> None:
         self.registry = CollectorRegistry()
+        self.theirs = CollectorRegistry()
+        self.theirs.register(VllmNames(self.registry, PREFIX))
         self.ladder = ladder
         self._model = {"model_name": model}
 
@@ -127,4 +130,4 @@ class Metrics:
         self.slo.labels(**self._model, **{"class": kind}, target=target, met="true" if met else "false").inc()
 
     def text(self) -> bytes:
-        return generate_latest(self.registry)
+        return generate_latest(self.registry) + generate_latest(self.theirs)

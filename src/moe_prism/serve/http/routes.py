@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ async def _run(house: House, http: Request, body: Any, prompts: int) -> Response
     asked = _asked(service, body)
     place = house.door.enter(body.n * prompts, body.least_tokens(service.words.longest) * body.n, asked.wish.kind)
     try:
-        answer = await _launch(house, body, asked, place, http.scope.get("moe_prism_salt", ""))
+        answer = await _launch(house, body, asked, place, http.scope)
     except BaseException:
         place.leave()
         raise
@@ -91,15 +91,16 @@ def _asked(service: Service, body: Any) -> Understood:
     return Understood(service.wish(body), Ends.read(body, service.eos, service.words), service.form(body))
 
 
-async def _launch(house: House, body: Any, asked: Understood, place: Place, salt: str) -> Answer:
+async def _launch(house: House, body: Any, asked: Understood, place: Place, scope: MutableMapping[str, Any]) -> Answer:
     """Tokens, then sequences in the engine. Gives nothing back where it fails, but what it has launched."""
-    service, is_chat = house.service, isinstance(body, ChatRequest)
+    service, is_chat, salt = house.service, isinstance(body, ChatRequest), scope.get("moe_prism_salt", "")
     prompts = await (chat_prompts if is_chat else completion_prompts)(service, house.workers, body)
     compiled = await grammar(house.workers, asked.form)
     outputs = [service.output_tokens(len(p), body.most) for p in prompts]
     place.settle(sum(len(p) for p in prompts) * body.n, asked.wish.kind)
     name = ("chatcmpl-" if is_chat else "cmpl-") + uuid.uuid4().hex
-    answer = Answer(service, body, name, int(time.time()), prompts, asked.wish, place, [], service.engine.clock())
+    known, began = scope.get("moe_prism_passed_on", {}), service.engine.clock()
+    answer = Answer(service, body, name, int(time.time()), prompts, asked.wish, place, [], began, known)
     try:
         for i in range(body.n * len(prompts)):
             prompt = i // body.n

@@ -85,7 +85,7 @@ def snapshot(service: Service, door: Door, history: History) -> dict[str, Any]:
         "model": service.name,
         "chat": getattr(service.tokenizer, "chat_template", None) is not None,
         "policy": service.engine.policy_name,
-        "draining": door.draining,
+        "draining": door.leaving,
         "now": round(history.now, 3),
         "span": SECONDS,
         "levels": [asdict(level) for level in service.ladder.levels],

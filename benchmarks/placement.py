@@ -17,7 +17,7 @@ from typing import Any
 from moe_prism.cli.output import table
 from moe_prism.offload import load_trace
 from moe_prism.offload.replay import interleave
-from moe_prism.placement import Room, demand_of, mixed, placements, simulate
+from moe_prism.placement import Cluster, demand_of, mixed, placements, simulate
 
 
 def measured(trace: Any, devices: int, spare: int, batch: int, full_share: float) -> list[dict[str, Any]]:
@@ -27,7 +27,7 @@ def measured(trace: Any, devices: int, spare: int, batch: int, full_share: float
     demand, found = demand_of(fitting), []
     for name in placements.names():
         start = perf_counter()
-        placement = placements.get(name)(demand, Room(devices=devices, spare=spare))
+        placement = placements.get(name)(demand, Cluster(devices=devices, spare=spare))
         seconds = perf_counter() - start
         own, cost = placement.loads(demand), simulate(rows, placement)
         found.append(

@@ -11,7 +11,7 @@ import pytest
 from moe_prism import PlaceOptions, UsageError, place_experts
 from moe_prism.cli import main
 from moe_prism.offload import load_trace
-from moe_prism.placement import Demand, ExpertPlacement, Room, demand_of, mixed, placements, simulate
+from moe_prism.placement import Cluster, Demand, ExpertPlacement, demand_of, mixed, placements, simulate
 from moe_prism.placement.demand import wanted
 from moe_prism.placement.devices import _between, assign, traffic
 from moe_prism.placement.eplb import eplb
@@ -32,12 +32,12 @@ def demand(load, parts=1, flow=None):
 
 
 def test_eplb_is_the_published_example():
-    assert eplb(demand(LOADS), Room(devices=8, spare=4, nodes=2), groups=4).slots.tolist() == PUBLISHED
+    assert eplb(demand(LOADS), Cluster(devices=8, spare=4, nodes=2), groups=4).slots.tolist() == PUBLISHED
 
 
 def test_eplb_by_hand():
     """Loads 8 4 2 2, two spare slots: both go to expert 0, 8/3 each; then 4, 8/3, 8/3, 8/3, 2, 2 on two devices of three slots."""
-    found = eplb(demand([[8, 4, 2, 2]]), Room(devices=2, spare=2))
+    found = eplb(demand([[8, 4, 2, 2]]), Cluster(devices=2, spare=2))
     assert found.slots.tolist() == [[1, 0, 3, 0, 0, 2]]
     assert found.loads(demand([[8, 4, 2, 2]])).tolist() == [[4 + 8 / 3 + 2, 16 / 3 + 2]]
 
@@ -78,7 +78,7 @@ def test_clusters_are_as_even_as_brute_force(items, devices, seed):
 @pytest.mark.parametrize("seed", range(10))
 def test_devices_of_three_by_four_layers_are_brute_force(seed):
     flow = np.random.default_rng(seed).exponential(10, (3, 3, 3))
-    slots, room = np.tile(np.arange(3), (4, 1)), Room(devices=3)
+    slots, room = np.tile(np.arange(3), (4, 1)), Cluster(devices=3)
     found = assign(slots, flow, room)
     best = min(
         traffic(list(flow), [np.arange(3), *map(np.array, orders)], room) for orders in product(permutations(range(3)), repeat=3)
@@ -90,7 +90,7 @@ def test_devices_of_three_by_four_layers_are_brute_force(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_devices_on_two_nodes_are_brute_force(seed):
     flow = np.random.default_rng(seed).exponential(10, (2, 4, 4))
-    room = Room(devices=4, nodes=2, link=4)
+    room = Cluster(devices=4, nodes=2, link=4)
     orders = [np.array(o) for o in permutations(range(4))]
     best = min(traffic(list(flow), list(chosen), room) for chosen in product(orders, repeat=3) if chosen[0][0] == 0)
     assert traffic(list(flow), list(assign(np.tile(np.arange(4), (3, 1)), flow, room)), room) == pytest.approx(best)
@@ -98,13 +98,13 @@ def test_devices_on_two_nodes_are_brute_force(seed):
 
 def test_swaps_beyond_the_exact_program_never_lose_to_the_order_of_numbers():
     flow = np.random.default_rng(0).exponential(10, (3, 8, 8))
-    room, slots = Room(devices=8, nodes=2, link=4), np.tile(np.arange(8), (4, 1))
+    room, slots = Cluster(devices=8, nodes=2, link=4), np.tile(np.arange(8), (4, 1))
     assert traffic(list(flow), list(assign(slots, flow, room)), room) < traffic(list(flow), list(slots), room)
 
 
 def joint(load, flow, devices):
     """The least traffic of all placements whose every layer is as even as brute force; and the least unevenness."""
-    room, layers = Room(devices=devices), []
+    room, layers = Cluster(devices=devices), []
     for row in load:
         orders = [np.array(o) for o in permutations(range(len(row)))]
         costs = [np.abs(row[o].reshape(devices, -1).sum(1) - row.sum() / devices).sum() for o in orders]
@@ -123,7 +123,7 @@ def test_two_stages_are_not_the_joint_optimum_but_near_it():
     for seed in range(6):
         draw = np.random.default_rng(seed)
         load, flow = draw.integers(1, 5, (2, 4)).astype(float), draw.exponential(10, (1, 4, 4))
-        asked, room = demand(load, flow=flow), Room(devices=2)
+        asked, room = demand(load, flow=flow), Cluster(devices=2)
         found = placements.get("moetuner")(asked, room)
         between = _between(*found.slots.reshape(2, 2, 2), flow[0])
         ratios.append(traffic([between], [np.arange(2)] * 2, room) / joint(load, flow, 2))
@@ -134,7 +134,7 @@ def test_two_stages_are_not_the_joint_optimum_but_near_it():
 @pytest.mark.parametrize(("devices", "spare", "nodes"), [(4, 0, 1), (4, 4, 2), (3, 1, 1), (8, 8, 2)])
 def test_everything_is_somewhere_and_devices_hold_as_much(name, devices, spare, nodes):
     trace = make(sticky(200, 3, 8, 2), experts=8, n_sub=4)
-    room = Room(devices=devices, spare=spare, nodes=nodes, link=2)
+    room = Cluster(devices=devices, spare=spare, nodes=nodes, link=2)
     found = placements.get(name)(demand_of(trace), room)
     parts = 4 if found.grain == "blocks" else 1
     assert found.slots.shape == (3, (8 + spare) * parts) and found.devices == devices
@@ -146,10 +146,10 @@ def test_everything_is_somewhere_and_devices_hold_as_much(name, devices, spare, 
 
 def test_bounds_hold_and_even_loads_stay_even():
     asked = demand_of(make(uniform(400, 2, 16, 4), experts=16))
-    found = placements.get("moetuner")(asked, Room(devices=4))
+    found = placements.get("moetuner")(asked, Cluster(devices=4))
     assert (found.loads(asked).max(1) >= found.bounds - 1e-9).all()
     even = demand(np.ones((2, 8)), flow=np.ones((1, 8, 8)))
-    assert placements.get("moetuner")(even, Room(devices=4)).loads(even).max() == 2
+    assert placements.get("moetuner")(even, Cluster(devices=4)).loads(even).max() == 2
 
 
 def by_hand(trace, placement):
@@ -176,7 +176,7 @@ def test_the_simulator_is_a_loop_over_slots(name):
     draw = np.random.default_rng(0)
     kept = draw.integers(0, 16, (60, 2, 2)).astype(np.uint8)
     trace = make(uniform(60, 2, 8, 2), experts=8, n_sub=4, kept=kept, request=np.arange(60) // 6, step=np.arange(60) // 4)
-    found = placements.get(name)(demand_of(trace), Room(devices=4, spare=4))
+    found = placements.get(name)(demand_of(trace), Cluster(devices=4, spare=4))
     cost = simulate(trace, found)
     straggler, sends = by_hand(trace, found)
     assert cost.straggler == pytest.approx(straggler) and cost.sends == pytest.approx(sends)
@@ -199,7 +199,7 @@ def nano():
 @pytest.mark.parametrize("spare", [0, 8])
 def test_on_nano_moetuner_is_no_worse_than_contiguous_and_eplb(nano, spare):
     asked, rows = nano
-    room = Room(devices=8, spare=spare)
+    room = Cluster(devices=8, spare=spare)
     found = {name: placements.get(name)(asked, room) for name in ("contiguous", "eplb", "moetuner", "hot-blocks")}
     most = {name: each.loads(asked).max(1).sum() for name, each in found.items()}
     assert most["moetuner"] <= most["eplb"] <= most["contiguous"] and most["hot-blocks"] <= most["eplb"]
@@ -216,7 +216,7 @@ def test_the_command_writes_what_engines_take(tmp_path, capsys):
 
 
 def test_rooms_that_cannot_be():
-    for room in (Room(devices=5), Room(devices=4, nodes=3), Room(devices=0)):
+    for room in (Cluster(devices=5), Cluster(devices=4, nodes=3), Cluster(devices=0)):
         with pytest.raises(UsageError):
             room.check(32)
     with pytest.raises(UsageError, match="--spare 3 does"):
@@ -229,6 +229,6 @@ def test_it_is_vllms_own_answer(nano):
 
     load = nano[0].experts
     theirs = policy.DefaultEplbPolicy.rebalance_experts(torch.tensor(load), 40, 1, 1, 8)
-    assert eplb(nano[0], Room(devices=8, spare=8)).loads(nano[0]).max(1).tolist() == pytest.approx(
+    assert eplb(nano[0], Cluster(devices=8, spare=8)).loads(nano[0]).max(1).tolist() == pytest.approx(
         ExpertPlacement(theirs.numpy(), 8).loads(nano[0]).max(1).tolist()
     )

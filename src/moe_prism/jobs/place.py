@@ -12,7 +12,7 @@ from ..files import replace_file
 from ..offload.replay import interleave
 from ..offload.trace import Trace, load_trace
 from ..options.placement import PlaceOptions
-from ..placement import Cost, ExpertPlacement, Room, demand_of, mixed, placements, simulate
+from ..placement import Cluster, ExpertPlacement, PlacementCost, demand_of, mixed, placements, simulate
 from ..result import Result
 
 
@@ -22,7 +22,7 @@ class PlacementFound(Result):
 
     placement: ExpertPlacement
     options: PlaceOptions
-    costs: dict[str, Cost]
+    costs: dict[str, PlacementCost]
     """policy -> cost; the chosen one, and `contiguous`."""
 
     def to_json(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def place_experts(
     if out is not None and Path(out).exists() and not force:
         raise UsageError(f"'{out}' exists", "choose another path, or --force")
     found = trace if isinstance(trace, Trace) else load_trace(trace)
-    room = Room(devices=options.devices, spare=options.spare, nodes=options.nodes, link=options.link)
+    room = Cluster(devices=options.devices, spare=options.spare, nodes=options.nodes, link=options.link)
     room.check(found.experts)
     demand = demand_of(mixed(found.part("calibration"), options.full_share))
     rows = interleave(mixed(found.part("evaluation").decode(), options.full_share), options.batch)

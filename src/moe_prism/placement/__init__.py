@@ -1,11 +1,11 @@
 """Which device holds which expert, or which of its blocks: policies, one file each, and what a placement costs on a trace."""
 
 from ..registry import Registry
-from .base import Demand, ExpertPlacement, Policy, Room
+from .base import Cluster, Demand, ExpertPlacement, Policy
 from .demand import demand_of, mixed
-from .simulate import Cost, simulate
+from .simulate import PlacementCost, simulate
 
-__all__ = ["Cost", "Demand", "ExpertPlacement", "Policy", "Room", "demand_of", "mixed", "placements", "simulate"]
+__all__ = ["Cluster", "Demand", "ExpertPlacement", "PlacementCost", "Policy", "demand_of", "mixed", "placements", "simulate"]
 
 placements: Registry[Policy] = Registry(
     "placement",

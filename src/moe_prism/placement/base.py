@@ -41,7 +41,7 @@ class Demand:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
+class Cluster:
     """What there is room for. spare: slots of a whole expert beyond one for each, in every layer.
 
     nodes: machines that the devices are on. link: how many times faster devices of one machine reach each other.
@@ -98,4 +98,4 @@ class ExpertPlacement:
             assert set(row.tolist()) == set(range(units)), "something has no device"
 
 
-Policy = Callable[[Demand, Room], ExpertPlacement]
+Policy = Callable[[Demand, Cluster], ExpertPlacement]

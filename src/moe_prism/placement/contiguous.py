@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .base import Demand, ExpertPlacement, Room
+from .base import Cluster, Demand, ExpertPlacement
 
 
-def contiguous(demand: Demand, room: Room) -> ExpertPlacement:
+def contiguous(demand: Demand, room: Cluster) -> ExpertPlacement:
     """Looks at nothing."""
     layers, experts, _ = demand.blocks.shape
     row = np.arange(experts + room.spare) % experts

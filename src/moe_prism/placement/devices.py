@@ -13,13 +13,13 @@ from itertools import combinations, permutations
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from .base import Floats, Ints, Room
+from .base import Cluster, Floats, Ints
 
 MOST_EXACT = 5
 SWEEPS = 20
 
 
-def assign(slots: Ints, flow: Floats, room: Room) -> Ints:
+def assign(slots: Ints, flow: Floats, room: Cluster) -> Ints:
     """[L, S] the same clusters on other devices."""
     held = slots.reshape(len(slots), room.devices, -1)
     between = [_between(held[i], held[i + 1], flow[i]) for i in range(len(held) - 1)]
@@ -32,7 +32,7 @@ def assign(slots: Ints, flow: Floats, room: Room) -> Ints:
     return np.stack([held[i][order].ravel() for i, order in enumerate(orders)])
 
 
-def slowness(room: Room) -> Floats:
+def slowness(room: Cluster) -> Floats:
     """[D, D] of the link between two devices; 0 on the diagonal, where nothing is sent."""
     node = np.arange(room.devices) // (room.devices // room.nodes)
     found = np.where(node[:, None] == node[None], 1.0 / room.link, 1.0)
@@ -40,7 +40,7 @@ def slowness(room: Room) -> Floats:
     return found
 
 
-def traffic(between: list[Floats], orders: list[Ints], room: Room) -> float:
+def traffic(between: list[Floats], orders: list[Ints], room: Cluster) -> float:
     """What is made small: for every two layers the largest flow between two devices, in the time of a slow link."""
     slow = slowness(room)
     return float(sum((f[np.ix_(a, b)] * slow).max() for f, a, b in zip(between, orders, orders[1:], strict=False)))
@@ -72,7 +72,7 @@ def _at_home(flow: Floats) -> Ints:
     return np.asarray(linear_sum_assignment(worth + flow, maximize=True)[1], np.int64)
 
 
-def _chained(between: list[Floats], room: Room) -> list[Ints]:
+def _chained(between: list[Floats], room: Cluster) -> list[Ints]:
     """The shortest way through the layers, over all orders of each."""
     orders = np.array(list(permutations(range(room.devices))), np.int64)
     slow = slowness(room)
@@ -88,7 +88,7 @@ def _chained(between: list[Floats], room: Room) -> list[Ints]:
     return [orders[i] for i in reversed(chosen)]
 
 
-def _swapped(between: list[Floats], room: Room) -> list[Ints]:
+def _swapped(between: list[Floats], room: Cluster) -> list[Ints]:
     """From what is best where links are alike, two clusters of a layer change places while that is better."""
     orders = [order.copy() for order in _matched(between, room.devices)]
     for _ in range(SWEEPS):

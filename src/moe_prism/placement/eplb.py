@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from .base import Demand, ExpertPlacement, Floats, Ints, Room
+from .base import Cluster, Demand, ExpertPlacement, Floats, Ints
 from .packing import pack, replicate, shares
 
 
-def eplb(demand: Demand, room: Room, groups: int | None = None) -> ExpertPlacement:
+def eplb(demand: Demand, room: Cluster, groups: int | None = None) -> ExpertPlacement:
     """groups: of neighbouring experts that stay on one node; as many as experts where nothing is said."""
     load = demand.experts
     return ExpertPlacement(np.stack([balanced(row, room, groups or len(row)) for row in load]), room.devices)
 
 
-def balanced(load: Floats, room: Room, groups: int) -> Ints:
+def balanced(load: Floats, room: Cluster, groups: int) -> Ints:
     """[S] the unit of every slot of one layer, from the load of its units."""
     room.check(len(load))
     slots, nodes = len(load) + room.spare, room.nodes

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from .base import Demand, ExpertPlacement, Floats, Ints, Room
+from .base import Cluster, Demand, ExpertPlacement, Floats, Ints
 from .eplb import balanced
 from .moetuner import clusters
 
 
-def even_blocks(demand: Demand, room: Room) -> ExpertPlacement:
+def even_blocks(demand: Demand, room: Cluster) -> ExpertPlacement:
     """EPLB on blocks. An expert is then on many devices, and a token is sent to all of them."""
     parts = demand.blocks.shape[2]
-    finer = Room(devices=room.devices, spare=room.spare * parts, nodes=room.nodes, link=room.link)
+    finer = Cluster(devices=room.devices, spare=room.spare * parts, nodes=room.nodes, link=room.link)
     load = demand.at("blocks")
     return ExpertPlacement(np.stack([balanced(row, finer, len(row)) for row in load]), room.devices, "blocks")
 
 
-def hot_blocks(demand: Demand, room: Room) -> ExpertPlacement:
+def hot_blocks(demand: Demand, room: Cluster) -> ExpertPlacement:
     """Experts whole on devices of even load; the spare slots for the blocks whose replicas lower the most loaded device most."""
     parts, experts = demand.blocks.shape[2], demand.experts
     room.check(experts.shape[1])
@@ -29,7 +29,7 @@ def hot_blocks(demand: Demand, room: Room) -> ExpertPlacement:
     return ExpertPlacement(np.stack(rows), room.devices, "blocks")
 
 
-def _one_layer(load: Floats, blocks: Floats, room: Room, parts: int) -> Ints:
+def _one_layer(load: Floats, blocks: Floats, room: Cluster, parts: int) -> Ints:
     """[S N] the block of every slot of a block."""
     homes = _homes(load, room)
     held = [[e * parts + n for e in row for n in range(parts)] for row in homes]
@@ -46,7 +46,7 @@ def _one_layer(load: Floats, blocks: Floats, room: Room, parts: int) -> Ints:
     return np.array([block for row in held for block in row], np.int64)
 
 
-def _homes(load: Floats, room: Room) -> list[list[int]]:
+def _homes(load: Floats, room: Cluster) -> list[list[int]]:
     """The experts of every device, as even as they can be, the same number on each but for one."""
     gaps = -len(load) % room.devices
     padded = np.r_[load, np.zeros(gaps)]

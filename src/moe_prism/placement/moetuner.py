@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from .base import Demand, ExpertPlacement, Floats, Ints, Room
+from .base import Cluster, Demand, ExpertPlacement, Floats, Ints
 from .devices import assign
 from .packing import pack, replicate, shares, swap, unevenness
 
@@ -20,7 +20,7 @@ GAP = 0.025  # the paper's
 NODES = 500  # of the solver's tree: a limit in seconds would make the answer depend on the machine
 
 
-def moetuner(demand: Demand, room: Room) -> ExpertPlacement:
+def moetuner(demand: Demand, room: Cluster) -> ExpertPlacement:
     """The same replicas as EPLB's where there is spare room."""
     load = demand.experts
     room.check(load.shape[1])

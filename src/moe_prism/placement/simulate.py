@@ -18,7 +18,7 @@ from .demand import wanted
 
 
 @dataclass(frozen=True)
-class Cost:
+class PlacementCost:
     """straggler: mean over steps of the slowest device's time, summed over layers; even: what it were if all were equally loaded.
 
     largest: over all steps together, the load of the most loaded device, summed over layers, per step. sends: hidden vectors that leave
@@ -37,7 +37,7 @@ class Cost:
         return asdict(self)
 
 
-def simulate(trace: Trace, placement: ExpertPlacement) -> Cost:
+def simulate(trace: Trace, placement: ExpertPlacement) -> PlacementCost:
     """Rows of one step of the trace are computed together."""
     steps = np.cumsum(np.r_[0, np.diff(trace.step) != 0])
     home = trace.request % placement.devices
@@ -60,7 +60,7 @@ def simulate(trace: Trace, placement: ExpertPlacement) -> Cost:
         slots += len(rows)
     count = int(steps[-1]) + 1
     even = pairs.sum() / max(1, placement.devices * (placement.devices - 1))
-    return Cost(
+    return PlacementCost(
         straggler=waits / count,
         even=slots / trace.n_sub / placement.devices / count,
         largest=largest / count,

@@ -24,7 +24,9 @@ def test_requests_are_taken_until_the_delay_is_over(delay):
     door, engine = Door(config, 100.0, lambda reason: None), SimpleNamespace(book={})
 
     async def leaves():
-        server = make_server(App(), door, config, engine)
+        server = make_server(
+            App(), SimpleNamespace(service=SimpleNamespace(engine=engine), door=door, ended=lambda: False), config
+        )
         server.handle_exit(signal.SIGTERM, None)
         seen = [(door.leaving, door.draining)]
         while not server.should_exit:
@@ -39,7 +41,9 @@ def test_a_second_signal_does_not_wait():
     door, engine = Door(config, 100.0, lambda reason: None), SimpleNamespace(book={})
 
     async def leaves():
-        server = make_server(App(), door, config, engine)
+        server = make_server(
+            App(), SimpleNamespace(service=SimpleNamespace(engine=engine), door=door, ended=lambda: False), config
+        )
         server.handle_exit(signal.SIGTERM, None)
         server.handle_exit(signal.SIGTERM, None)
         while not server.should_exit:

@@ -42,9 +42,9 @@ class Process:
     stop = kill
 
 
-def play(scene, *following, monkeypatch):
+def play(scene, *following, monkeypatch, pause=0.0):
     """Run `scene(engine, processes)`; processes are those that are spawned, `following` what each does."""
-    monkeypatch.setattr(supervisor, "PAUSES", (0.0,) * 5)
+    monkeypatch.setattr(supervisor, "PAUSES", (pause,) * 5)
     plan, spawned = list(following), []
 
     def spawn(start):
@@ -86,7 +86,7 @@ def test_the_next_engine_takes_over(monkeypatch):
         assert processes[1].other.receive().job.id == "b"
         assert engine.gauges() == Gauges(failed_steps=2, restarts=1)
 
-    engine, spawned = play(scene, Process(), monkeypatch=monkeypatch)
+    engine, spawned = play(scene, Process(), monkeypatch=monkeypatch, pause=0.3)  # else it may be ready before it is looked at
     assert len(spawned) == 1 and engine.ended() is None
 
 

@@ -45,9 +45,13 @@ class Nursery:
     def worker(self) -> tuple[socket.socket, int]:
         """A new process: our end of a socket to it, which does not block, and its id. OSError if there is no nursery any more."""
         ours, theirs = socket.socketpair()
-        with theirs, self._lock:
-            socket.send_fds(self._ours, [b"f"], [theirs.fileno()])
-            answer = self._ours.recv(_SIZE.size)
+        try:
+            with theirs, self._lock:
+                socket.send_fds(self._ours, [b"f"], [theirs.fileno()])
+                answer = self._ours.recv(_SIZE.size)
+        except OSError:
+            ours.close()
+            raise
         if len(answer) < _SIZE.size:
             ours.close()
             raise OSError("no process can be forked")

@@ -36,8 +36,9 @@ def post(web, **body):
 
 
 def test_models_name_the_operating_points(client):
-    (model,) = client.models.list().data
+    model, *qualities = client.models.list().data
     assert model.id == "tiny" and [p["name"] for p in model.operating_points] == ["low", "half", "full"]
+    assert {card.id for card in qualities} == {"tiny@low", "tiny@half", "tiny@full"}
 
 
 def test_completion(client, house):

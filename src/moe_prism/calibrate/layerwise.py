@@ -35,12 +35,13 @@ class LayerwisePass(Pass):
         parts: Sequence[tuple[str, int]] = (),
         known: Callable[[int], bool] = lambda _: False,
         others: Sequence[Forward] = (),
-        after: Callable[[str, Callable[[int], None]], None] | None = None,
+        after: Callable[[str, Sequence[int], Callable[[int], None]], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """ids [n, length], parts as `run` has them. finish(i): MoE layer i has seen all text; its weights are there, `gathered(i)` too.
 
-        known(i): nothing is to be gathered for it. others: forwards that pass every layer after that, under after(layer, pass_through).
+        known(i): nothing is to be gathered for it. others: forwards that pass every layer after that, under after(layer, its MoE layers,
+        pass_through).
         """
         texts = list(batches(ids, self.settings.batch, parts))
         self.profile = profile_windows(ids)
@@ -49,7 +50,7 @@ class LayerwisePass(Pass):
         def visit(name: str, go: Callable[[int], None]) -> None:
             wanted = [i for i in inside[name] if not known(i)]
             for i in wanted:
-                self.collectors[i] = {key: self._new(self.layers[i], key.rpartition("/")[2]) for key in self.settings.gathered()}
+                self.collectors[i] = self.fresh(self.layers[i])
             with self.watched(wanted, ids.shape[1]):
                 for number, batch in enumerate(texts):
                     self.done, self.domain = batch.first, batch.domain
@@ -59,7 +60,7 @@ class LayerwisePass(Pass):
                 finish(i)
                 self.collectors[i] = {}
             if after:
-                after(name, lambda number: go(len(texts) + number))
+                after(name, inside[name], lambda number: go(len(texts) + number))
             if progress:
                 progress(names.index(name) + 1, len(names))
 

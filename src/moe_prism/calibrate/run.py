@@ -94,12 +94,14 @@ class Pass:
     def __init__(self, model: nn.Module, layers: Sequence[MoELayer], settings: Settings) -> None:
         self.model, self.layers, self.settings = model, layers, settings
         self.capacity = bounded_capacity(layers, settings)
-        self.collectors: list[dict[str, Collector]] = [
-            {key: self._new(layer, _collector(key)) for key in settings.gathered()} for layer in layers
-        ]
+        self.collectors: list[dict[str, Collector]] = [self.fresh(layer) for layer in layers]
         self.done = 0  # windows
         self.domain = ""  # that of the batch which runs
         self.profile = torch.zeros(0, 1, dtype=torch.long)
+
+    def fresh(self, layer: MoELayer) -> dict[str, Collector]:
+        """A layer's collectors, which have seen nothing."""
+        return {key: self._new(layer, _collector(key)) for key in self.settings.gathered()}
 
     def _new(self, layer: MoELayer, name: str) -> Collector:
         return registry.get(name)(layer, capacity=self.capacity, seed=self.settings.seed)

@@ -6,7 +6,7 @@ layers before it are not computed again: they hand on what the full run gave.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -71,10 +71,9 @@ class LayerwiseProfile:
         assert self._source is not None
         self.kl[run][layer].add(self._source, logits, rows[:, 1:].reshape(-1))
 
-    def through(self, name: str, go: Callable[[int], None]) -> None:
-        """Pass a decoder layer whose experts are solved."""
+    def through(self, name: str, here: Sequence[int], go: Callable[[int], None]) -> None:
+        """Pass a decoder layer whose experts are solved. here: the MoE layers in it."""
         module = self.model.get_submodule(name)
-        here = [i for i, layer in enumerate(self.layers) if layer.name.startswith(f"{name}.")]
         self._passed += len(here)
         for part in range(len(self.rows)):
             at = part * (1 + len(self._keys))

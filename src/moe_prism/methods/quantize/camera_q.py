@@ -16,10 +16,10 @@ from ...compress.quantize.decoded import matrices
 from ...errors import UsageError
 from ...model import MoELayer
 from ...point import NamedPoint, OperatingPoint
-from ..base import Method, Subject
+from ..base import Subject
 from ..statistics import statistics_of
+from .averaged import AveragedBits
 
-AVERAGES = 2.75, 2.5, 2.25, 2.0, 1.75
 BANDS = 16
 """Shares of a layer's neurons that may differ in width."""
 
@@ -35,29 +35,17 @@ class CameraQParameters:
     group: int = 32
 
 
-class CameraQ(Method):
+class CameraQ(AveragedBits):
     """`camera-q:2.5`, or `camera-q:bits=2.5:widths=1-2-3-4`. All of a layer's neurons are ranked together, rounded to nearest."""
 
-    acts = "weights"
     needs = ("how often each expert is chosen", "a sample of its inputs")
     paper = "arXiv 2508.02322"
     Parameters = CameraQParameters
     parameters: CameraQParameters
 
-    @classmethod
-    def set_by(cls, name: str, parameter: str) -> str:
-        return f"{name}:{parameter}={parameter.upper()}"
-
-    @classmethod
-    def example(cls) -> str | None:
-        return "2.5"
-
     def points(self, subject: Subject) -> Sequence[NamedPoint]:
         asked, widths = self.parameters, self._widths()
-        averages = (asked.bits,) if asked.bits else AVERAGES
-        for mean in averages:
-            if not min(widths) <= mean <= max(widths):
-                raise UsageError(f"{mean:g} bits are outside {min(widths)} to {max(widths)}", "write camera-q:2.5")
+        averages = self.averages(asked.bits, widths)
         found, more = energies(subject), "" if asked.widths == CameraQParameters.widths else f"-of-{asked.widths}"
         layers = [layer.parts.layer for layer in subject.elastic.layers]
         losses = [rounding_losses(layer, asked.group, widths) for layer in layers]

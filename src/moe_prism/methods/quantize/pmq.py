@@ -15,10 +15,10 @@ from ...compress.quantize.allocate import Importance, cheapest, width_costs
 from ...errors import UsageError
 from ...frontier.allocation import exact
 from ...point import NamedPoint, OperatingPoint
-from ..base import Method, Subject
+from ..base import Subject
 from ..statistics import statistics_of
+from .averaged import AveragedBits
 
-AVERAGES = 2.75, 2.5, 2.25, 2.0, 1.75
 WIDTHS = 1, 2, 3
 WEIGHED = {"error": Importance(0, 0, 2), "paper": Importance(1, 1, 2)}
 """An expert's squared error is a sum over its tokens, so it grows with how often it is chosen and with its weight: the paper counts both
@@ -41,33 +41,21 @@ class PmqParameters:
     group: int = 32
 
 
-class Pmq(Method):
+class Pmq(AveragedBits):
     """`pmq:2.5`, or `pmq:bits=2.5:scope=model:drop=true`. Widths of 1 to 3 bits, rounded to nearest."""
 
-    acts = "weights"
     needs = ("how often and how strongly each expert is chosen", "a sample of its inputs")
     paper = "arXiv 2410.06270"
     Parameters = PmqParameters
     parameters: PmqParameters
-
-    @classmethod
-    def set_by(cls, name: str, parameter: str) -> str:
-        return f"{name}:{parameter}={parameter.upper()}"
-
-    @classmethod
-    def example(cls) -> str | None:
-        return "2.5"
 
     def points(self, subject: Subject) -> Sequence[NamedPoint]:
         asked, codec = self.parameters, Rtn()
         for field, value, legal in (("scope", asked.scope, ("layer", "model")), ("by", asked.by, tuple(WEIGHED))):
             if value not in legal:
                 raise UsageError(f"'{self.name}' has no {field}={value}", f"write {field}={legal[0]} or {field}={legal[1]}")
-        averages = (asked.bits,) if asked.bits else AVERAGES
         widths = (0, *WIDTHS) if asked.drop else WIDTHS
-        for mean in averages:
-            if not min(widths) <= mean <= max(widths):
-                raise UsageError(f"{mean:g} bits are outside {min(widths)} to {max(widths)}", "write pmq:2.5")
+        averages = self.averages(asked.bits, widths)
         costs = costs_of(subject, codec, asked.group, widths, WEIGHED[asked.by])
         return [
             NamedPoint(

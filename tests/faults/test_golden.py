@@ -9,6 +9,7 @@ import json
 import platform
 import sys
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,21 @@ TOLERANCE = 1e-3
 TEXT = "".join(f"def function_{i}(a, b={i}):\n    return [a * {i} + x for x in range(b)]\n\n\n" for i in range(400))
 
 
+def processor() -> str:
+    """The kind of processor. Libraries choose their loops by it: two kinds with AVX-512 gave other last bits."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+    except OSError:
+        return platform.processor()
+    facts = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
+    kind = "/".join(facts.get(key, "").strip() for key in ("vendor_id", "cpu family", "model", "stepping", "cache size"))
+    return f"{kind}, flags {sha256(facts.get('flags', '').encode()).hexdigest()[:8]}"
+
+
 def here() -> dict[str, Any]:
     """What decides bytes beside the code."""
     return {
+        "processor": processor(),
         "versions": {k: v for k, v in versions().items() if k != "moe-prism"},
         "device": device(),
         "machine": platform.machine(),

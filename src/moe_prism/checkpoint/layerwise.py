@@ -18,6 +18,8 @@ import torch
 
 from .stream import LayerStream
 
+THREAD = "forward by layers"
+"""The name of every forward's thread."""
 Forward = Callable[[Any], object]
 """Gets the model, and runs it once."""
 Visit = Callable[[str, Callable[[int], None]], None]
@@ -62,7 +64,7 @@ class _Run:
         self.error: BaseException | None = None
         self.turn, self.back = threading.Semaphore(0), threading.Semaphore(0)
         context = copy_context()  # a thread has none of its caller's settings by itself
-        self.thread = threading.Thread(target=lambda: context.run(self._work, forward, model), daemon=True)
+        self.thread = threading.Thread(target=lambda: context.run(self._work, forward, model), name=THREAD, daemon=True)
 
     def _work(self, forward: Forward, model: Any) -> None:
         self.turn.acquire()

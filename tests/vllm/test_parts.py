@@ -11,7 +11,7 @@ import pytest
 from moe_prism.cli import main
 from moe_prism.errors import UsageError
 from moe_prism.point import FULL
-from moe_prism.serve.vllm import compat, launch, wiring
+from moe_prism.serve.vllm import compat, launch, whole, wiring
 from moe_prism.serve.vllm.levels import Menu, full_slots, is_elastic
 from tests.vllm.prompts import LEVELS
 
@@ -93,7 +93,9 @@ def configuration(folder, **changes):
     """The parts of a VllmConfig that `configure` looks at."""
     config = SimpleNamespace(
         model_config=SimpleNamespace(model=str(folder), quantization=None, logits_processors=None),
-        parallel_config=SimpleNamespace(worker_cls="auto", world_size=1, data_parallel_size=1),
+        parallel_config=SimpleNamespace(
+            worker_cls="auto", pipeline_parallel_size=1, data_parallel_size=1, enable_expert_parallel=False
+        ),
         scheduler_config=SimpleNamespace(scheduler_cls=None),
         speculative_config=None,
         additional_config={},
@@ -112,6 +114,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(compat, "name", lambda what: SimpleNamespace(is_cpu=lambda: True))
     monkeypatch.setenv(wiring.FOLDER, "")
     monkeypatch.setenv(wiring.POINTS, "[]")
+    monkeypatch.setenv(whole.REASON, "")
 
 
 def test_an_elastic_folder_is_wired(tiny_levels, on_cpu):
@@ -123,24 +126,48 @@ def test_an_elastic_folder_is_wired(tiny_levels, on_cpu):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "words"),
     [
-        {"parallel_config__world_size": 2},
-        {"parallel_config__data_parallel_size": 2},
-        {"model_config__quantization": "fp8"},
-        {"speculative_config": object()},
-        {"scheduler_config__scheduler_cls": "mine.Scheduler"},
-        {"parallel_config__worker_cls": "mine.Worker"},
+        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"parallel_config__data_parallel_size": 2}, "data parallelism"),
+        ({"parallel_config__enable_expert_parallel": True}, "expert parallelism"),
+        ({"model_config__quantization": "fp8"}, "fp8"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"scheduler_config__scheduler_cls": "mine.Scheduler"}, "class of your own"),
+        ({"parallel_config__worker_cls": "mine.Worker"}, "class of your own"),
     ],
 )
-def test_what_cannot_be_split_is_served_whole(tiny_levels, on_cpu, caplog, changes):
-    config, before = configuration(tiny_levels, **changes), configuration(tiny_levels, **changes)
+def test_what_cannot_be_split_is_served_whole_and_says_so(tiny_levels, on_cpu, caplog, changes, words):
+    config = configuration(tiny_levels, **changes)
     wiring.configure(config)
-    assert vars(config.parallel_config) == vars(before.parallel_config)
-    assert config.model_config.logits_processors is None and "served at full budget" in caplog.text
+    assert config.scheduler_config.scheduler_cls in (None, "mine.Scheduler")
+    assert config.parallel_config.worker_cls != wiring.WORKER and config.model_config.logits_processors == [wiring.CHECK]
+    assert "requests for less are refused" in caplog.text
+    for fields in ({}, {"quality": 1}, {"quality": "full"}, {"something": 1}):
+        whole.check(fields)
+    for fields in ({"quality": 0.7}, {"min_quality": "half"}):
+        with pytest.raises(ValueError, match=f"full quality only: .*{words}"):
+            whole.check(fields)
     config.additional_config = {"moe_prism": {"quality": 0.7}}
     with pytest.raises(UsageError, match="cannot serve a quality below 1"):
         wiring.configure(config)
+
+
+def test_an_engine_that_can_forgets_what_another_could_not(tiny_levels, on_cpu):
+    wiring.configure(configuration(tiny_levels, model_config__quantization="fp8"))
+    with pytest.raises(ValueError, match="full quality only"):
+        whole.check({"quality": 0.7})
+    wiring.configure(configuration(tiny_levels))
+    whole.check({"quality": 0.7})
+
+
+def test_drafts_take_a_worker_that_leaves_the_check_out(tiny_levels, on_cpu, monkeypatch):
+    config = configuration(tiny_levels, speculative_config=object())
+    wiring.configure(config)
+    assert config.parallel_config.worker_cls == wiring.UNCHECKED
+    monkeypatch.setattr(compat, "name", lambda what: SimpleNamespace(is_cpu=lambda: False))
+    with pytest.raises(UsageError, match="VLLM_PLUGINS=none"):
+        wiring.configure(configuration(tiny_levels, speculative_config=object()))
 
 
 def test_other_models_are_left_alone(tiny_source, on_cpu):

@@ -40,7 +40,8 @@ Candidates = Selection | Whole | Mixed
 class ElasticLayer:
     """One layer: its parts, the executor of its blocks, scorers and rules made on first use, and its counter.
 
-    on_kept: is told (index [T, k'], keep [T, k', N], None: everything) of every batch.
+    on_kept: is told (index [T, k'], keep [T, k', N], None: everything) of every batch. adds: whether what comes beside kept blocks
+    (compensation, experts that are no weights) is added here; of several workers with a part of every block each, one adds it.
     """
 
     parts: LayerParts
@@ -48,6 +49,7 @@ class ElasticLayer:
     executor: Executor
     counter: Counter = field(init=False)
     on_kept: Callable[[Tensor, Tensor | None], None] | None = None
+    adds: bool = True
     _scorers: dict[Any, Scorer] = field(default_factory=dict)
     _rules: dict[Any, Rule] = field(default_factory=dict)
     _coded: dict[Any, CodedLayer] = field(default_factory=dict)
@@ -96,7 +98,7 @@ class ElasticLayer:
             self._count(found.index, settled, selects=not isinstance(found, Whole))
             out = self._computed(x, found, settled, extra)
         added = found.added()
-        if added is not None:
+        if added is not None and self.adds:
             out = out + added
         return out if out.dtype == x.dtype else out.to(x.dtype)
 
@@ -230,13 +232,13 @@ class ElasticLayer:
 
     def _at_once(self, found: Candidates, extra: Tensor | bool) -> tuple[Tensor, Tensor] | None:
         """(output, keep) where one call does everything; None where the parts are called one after the other."""
-        if not isinstance(found, Selection) or isinstance(extra, Tensor):
+        if not isinstance(found, Selection) or isinstance(extra, Tensor) or not self.adds:
             return None
         return self.executor.at_once(found, self.compensator if extra else None)
 
     def _remember(self, step: Step, selection: Selection | None, extra: Compensator | None) -> None:
         """Have the next rows at a step's one point, which no stage routes, computed without asking all of this again."""
-        if not step.is_one or any(group.stages for group in step.bound.groups):
+        if not (self.adds and step.is_one) or any(group.stages for group in step.bound.groups):
             return
         again = self.executor.again(selection, extra)
         if again is not None:
@@ -252,11 +254,11 @@ class ElasticLayer:
         assert fix is not None
         if extra is True:
             out = self._executed(x, index, fix.weights(index, weight, keep), settled)
-            return out + fix(x, index, weight, keep).to(out.dtype)
+            return out + fix(x, index, weight, keep).to(out.dtype) if self.adds else out
         assert isinstance(extra, Tensor)
         scaled = torch.where(extra[:, None], fix.weights(index, weight, keep), weight)
         out = self._executed(x, index, scaled, settled)
-        return out + fix(x, index, weight, keep | ~extra[:, None, None]).to(out.dtype)
+        return out + fix(x, index, weight, keep | ~extra[:, None, None]).to(out.dtype) if self.adds else out
 
     def _executed(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
         if settled.widths is None:

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from ...errors import PrismError
 from . import compat
-from .levels import Menu
-from .wiring import FOLDER, POINTS
-
-
-@cache
-def menu_of(folder: str, points: str) -> Menu:
-    """The levels that names are checked against, of the points that are named in a JSON list; defaults do not matter here."""
-    return Menu.of(Path(folder), {"points": json.loads(points)})
+from .whole import check
 
 
 class FieldCheck(compat.name("LogitsProcessor")):  # type: ignore[misc]
@@ -26,12 +14,7 @@ class FieldCheck(compat.name("LogitsProcessor")):  # type: ignore[misc]
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
         """Raises ValueError, which vLLM answers with 400."""
-        folder = os.environ.get(FOLDER)
-        if folder and sampling_params.extra_args:
-            try:
-                menu_of(folder, os.environ.get(POINTS, "[]")).read(sampling_params.extra_args)
-            except PrismError as error:
-                raise ValueError(str(error)) from error
+        check(sampling_params.extra_args or {})
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
         """Nothing is kept."""

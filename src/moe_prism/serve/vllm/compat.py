@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -23,6 +23,7 @@ _PLACES = {
     "VerifyAndUpdateConfig": "vllm.model_executor.models.config",
     "cpu_prepack_moe_weight": "vllm._custom_ops",
     "current_platform": "vllm.platforms",
+    "get_tp_group": "vllm.distributed",
 }
 
 # what we override or call, beyond that the names exist
@@ -73,6 +74,24 @@ def version_problem(version: str) -> str | None:
 
 def _advice() -> str:
     return f"use vLLM >= {LOWEST[0]}.{LOWEST[1]} and < {BELOW[0]}.{BELOW[1]}"
+
+
+def share() -> Any:
+    """Which worker this process is of those that share every expert's neurons, a `stripe.Share`."""
+    from .stripe import Share  # numba: see worker.py
+
+    group = name("get_tp_group")()
+    return Share(group.rank_in_group, group.world_size, partial(_gather, group))
+
+
+def _gather(group: Any, own: Any) -> list[Any]:
+    """A CPU tensor of every worker of a group, by rank. All of them must call it."""
+    import torch
+
+    raw = own.contiguous().view(torch.uint8)
+    found = [torch.empty_like(raw) for _ in range(group.world_size)]
+    torch.distributed.all_gather(found, raw, group=group.cpu_group)
+    return [each.view(own.dtype) for each in found]
 
 
 def opaque_forward(runner: Any) -> Any:

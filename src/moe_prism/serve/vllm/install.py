@@ -18,8 +18,10 @@ from ...kernels.packed_tiles import WIDTH
 from ...schedule.base import Ladder
 from . import compat
 from .layer import PackedElastic, PackedWeights, pack, unknown_side
-from .levels import SECTION, Menu, full_slots
+from .levels import Menu, full_slots
 from .state import STEP
+from .stripe import Share
+from .whole import full_only, own_options
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +66,12 @@ def install(model: Any, config: Any) -> tuple[Ladder, Bound | None]:
     """Make a loaded model elastic, its expert weights being in the order of vLLM's CPU kernel; returns the levels it will be asked for,
     and how they run.
 
-    A kernel that cannot be split is left as it is, with a warning: quality is then above what is asked. Raises PrismError if
-    prism.json or prism.safetensors do not belong to the model.
+    Experts that cannot be split are left as they are, and requests for less than full quality are then refused. Raises PrismError if
+    prism.json or prism.safetensors do not belong to the model, and where the operator asked for less.
     """
     folder = Path(config.model_config.model)
     manifest = whole_manifest(folder)
-    options = config.additional_config.get(SECTION, {})
-    ladder = Menu.of(folder, {key: value for key, value in options.items() if key != "wired"}).ladder
+    menu = Menu.of(folder, own_options(config))
     runners = [(name, module) for name, module in model.named_modules() if isinstance(module, compat.name("MoERunner"))]
     if len(runners) != len(manifest["layers"]):
         raise CorruptError(
@@ -78,38 +79,44 @@ def install(model: Any, config: Any) -> tuple[Ladder, Bound | None]:
         )
     sides = side_tensors(folder, len(runners))
     check_complete(folder, sides)
-    first = runners[0][1].routed_experts
-    problem = _problem(first, manifest["layers"][0]["width"]) or unknown_side(sides[0])
+    width, n_sub, gates = manifest["layers"][0]["width"], manifest["n_sub"], manifest["gates"]
+    share = compat.share()
+    problem = (
+        _problem(runners[0][1].routed_experts, width, share.size) or unknown_side(sides[0]) or share.problem(width, n_sub, gates)
+    )
     if problem:
-        logger.warning("moe-prism: %s; every request is served at full budget", problem)
-        return ladder, None
-    weights = [(name, _weights(runner.routed_experts)) for name, runner in runners]
-    k = full_slots(folder) // manifest["n_sub"]
-    elastic = PackedElastic(model, weights, sides, n_sub=manifest["n_sub"], gates=manifest["gates"], k=k)
-    bound = bind(elastic, [level.point for level in ladder.levels])
+        full_only(problem, menu, own_options(config))
+        return menu.ladder, None
+    weights = [(name, _weights(runner.routed_experts, share, n_sub)) for name, runner in runners]
+    elastic = PackedElastic(model, weights, sides, n_sub=n_sub, gates=gates, k=full_slots(folder) // n_sub)
+    bound = bind(elastic, [level.point for level in menu.ladder.levels])
     for number, (_, runner) in enumerate(runners):
         experts = runner.routed_experts
         experts.elastic, experts.number, experts.bound = elastic, number, bound
         experts.__class__ = ElasticExperts
         if config.compilation_config.mode:
             runner._forward_entry = compat.opaque_forward(runner)
-    logger.info("moe-prism: %d MoE layers, %d sub-experts per expert, %d levels", len(runners), manifest["n_sub"], len(ladder))
-    return ladder, bound
+    logger.info("moe-prism: %d MoE layers, %d sub-experts per expert, %d levels", len(runners), n_sub, len(menu.ladder))
+    return menu.ladder, bound
 
 
-def _weights(experts: Any) -> PackedWeights:
-    return PackedWeights(w13=experts.w13_weight.data, w2=experts.w2_weight.data, activation=experts.activation.value)
+def _weights(experts: Any, share: Share, n_sub: int) -> PackedWeights:
+    """The weights of a layer; with several workers, after they have exchanged their stripes."""
+    w13, w2 = experts.w13_weight.data, experts.w2_weight.data
+    if share.size > 1:
+        share.stripe(w13, w2, n_sub)
+    return PackedWeights(w13=w13, w2=w2, activation=experts.activation.value, share=share)
 
 
-def _problem(experts: Any, width: int) -> str | None:
-    """Why the kernel that vLLM chose for these experts cannot be split; None if it can."""
+def _problem(experts: Any, width: int, workers: int) -> str | None:
+    """Why the kernel that vLLM chose for these experts of f neurons cannot be split; None if it can."""
     order = compat.kernel_order(experts)
     if order is None or type(experts) is not compat.name("RoutedExperts") or experts.quant_method.is_monolithic:
         return f"vLLM chose experts ({type(experts).__name__}) that moe-prism does not know"
     if experts.apply_router_weight_on_input or hasattr(experts, "w13_bias"):
         return "experts with biases, or with weights on the input, run at full budget only"
-    if experts.w2_weight.shape[2] != width:
-        return f"vLLM fills {width} neurons up to {experts.w2_weight.shape[2]}"
+    if experts.w2_weight.shape[2] * workers != width:
+        return f"vLLM fills {width} neurons up to {experts.w2_weight.shape[2] * workers}"
     dtype = experts.w13_weight.dtype
     probe = torch.arange(2 * WIDTH * 2 * WIDTH, dtype=torch.float32).view(1, 2 * WIDTH, 2 * WIDTH).remainder(251).to(dtype)
     packed = compat.name("cpu_prepack_moe_weight")(probe, order)

@@ -24,6 +24,7 @@ from ...model.gate_neurons import GateNeurons
 from ...point import OperatingPoint
 from .packed_products import PackedGroups, add, dot
 from .refusal import refusal
+from .stripe import ALONE, Share
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -45,11 +46,15 @@ def pack(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedWeights:
-    """w13 [E, 2f, d] and w2 [E, d, f] as vLLM holds them: packed, float32 or bfloat16. activation: vLLM's name of it."""
+    """w13 [E, 2f, d] and w2 [E, d, f] as vLLM holds them: packed, float32 or bfloat16. activation: vLLM's name of it.
+
+    share: which worker this is of those that hold stripes of the blocks (f is then what one holds).
+    """
 
     w13: Tensor
     w2: Tensor
     activation: str
+    share: Share = ALONE
 
     def check(self, n_sub: int) -> None:
         """UsageError if the kept blocks could not be multiplied where they lie."""
@@ -67,7 +72,7 @@ class PackedWeights:
             raise UsageError(f"experts in {self.w13.dtype} run at full budget only", "use --dtype bfloat16 or float32")
 
     def gate_neurons(self, name: str, index: int, n_sub: int, gates: int) -> GateNeurons:
-        """A float32 copy of what selection reads, the first `gates` neurons of every block."""
+        """A float32 copy of what selection reads, the first `gates` neurons of every block: with more workers, the first one's."""
         experts, hidden, width = self.w2.shape
         ids = (torch.arange(n_sub)[:, None] * (width // n_sub) + torch.arange(gates)).flatten()
         first = self.w13.detach().view(experts, -1, hidden, WIDTH).transpose(2, 3)
@@ -78,7 +83,8 @@ class PackedWeights:
             "down": down[:, :, ids].permute(0, 2, 1, 3).flatten(2),
         }
         act = ACTIVATIONS[self.activation]
-        return GateNeurons(name, index, width, {k: t.contiguous() for k, t in tensors.items()}, partial(_gated, act))
+        shared = {k: self.share.first(t.contiguous()) if gates else t.contiguous() for k, t in tensors.items()}
+        return GateNeurons(name, index, width * self.share.size, shared, partial(_gated, act))
 
 
 def _gated(act: Callable[[Tensor], Tensor], gate: Tensor | None, up: Tensor) -> Tensor:
@@ -119,7 +125,10 @@ class PackedElastic(Elastic):
         gates: int,
         k: int,
     ) -> None:
-        """weights: name and weights of every layer; sides: its side tensors. UsageError if the shapes do not fit together."""
+        """weights: name and weights of every layer; sides: its side tensors. UsageError if the shapes do not fit together.
+
+        Where several workers hold stripes, all choose the same slots, since they see the same inputs.
+        """
         self.executors: dict[int, Packed] = {}
         self._k = k
         layer_parts = []
@@ -131,6 +140,8 @@ class PackedElastic(Elastic):
             layer_parts.append(LayerParts(own.gate_neurons(name, i, n_sub, gates), n_sub, gates, side))
             self.executors[i] = Packed(own)
         super().__init__(model, layer_parts)
+        for layer, (_, own) in zip(self.layers, weights, strict=True):
+            layer.adds = own.share.rank == 0
 
     def executor_of(self, parts: LayerParts) -> Executor:
         return self.executors[parts.layer.index]

@@ -12,16 +12,14 @@ from ...checkpoint.constant import CONFIG_KEY
 from ...errors import UsageError
 from . import compat
 from .levels import SECTION, Menu, is_elastic
+from .whole import FOLDER, POINTS, full_only, own_options, prepare
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "MOE_PRISM_VLLM_FOLDER"
-POINTS = "MOE_PRISM_VLLM_POINTS"
-"""Environment variables that tell API server processes, which vLLM spawns, whose levels to check names against: those of named points."""
-
-SCHEDULER, WORKER, CHECK = (
+SCHEDULER, WORKER, UNCHECKED, CHECK = (
     f"{__package__}.scheduler.PrismScheduler",
     f"{__package__}.worker.PrismWorker",
+    f"{__package__}.unchecked.UncheckedWorker",
     f"{__package__}.check:FieldCheck",
 )
 ARCHITECTURES = (
@@ -68,24 +66,35 @@ def configure(config: Any) -> None:
         )
     if not is_elastic(folder):
         return
-    options = config.additional_config.get(SECTION, {})
-    menu = Menu.of(folder, {key: value for key, value in options.items() if key != "wired"})
+    options = own_options(config)
+    menu = Menu.of(folder, options)
     problem = unsupported(config)
+    prepare()
+    os.environ[FOLDER], os.environ[POINTS] = str(folder), json.dumps(options.get("points", []))
     if problem:
-        if menu.default.floor < menu.ladder.top:
-            raise UsageError(
-                f"moe-prism cannot serve a quality below 1: {problem}", f"leave {SECTION} out of --additional-config"
-            )
-        logger.warning("moe-prism: %s; every request is served at full budget", problem)
+        full_only(problem, menu, options)
+    if config.speculative_config is not None:
+        _check_beside_drafts(config)
+    if CHECK not in (config.model_config.logits_processors or []):
+        config.model_config.logits_processors = [*(config.model_config.logits_processors or []), CHECK]
+    if problem:
         return
     if len(menu.ladder) == 1:
         logger.warning("moe-prism: %s has no measured levels; run `moe-prism frontier %s --compare threshold`", folder, folder)
     config.scheduler_config.scheduler_cls = SCHEDULER
     config.parallel_config.worker_cls = WORKER
-    config.model_config.logits_processors = [*(config.model_config.logits_processors or []), CHECK]
     # part of the key of vLLM's compile cache: a graph that was traced for the stock model must not be used
     config.additional_config = {**config.additional_config, SECTION: {**options, "wired": 1}}
-    os.environ[FOLDER], os.environ[POINTS] = str(folder), json.dumps(options.get("points", []))
+
+
+def _check_beside_drafts(config: Any) -> None:
+    """vLLM refuses processors of logits beside speculative decoding, ours too, which only looks at requests: the worker takes it out."""
+    if not compat.name("current_platform").is_cpu() or config.parallel_config.worker_cls not in ("auto", UNCHECKED):
+        raise UsageError(
+            "with speculative decoding nobody could refuse a request for less than full quality here",
+            "leave it out, or start with VLLM_PLUGINS=none, which serves the full model",
+        )
+    config.parallel_config.worker_cls = UNCHECKED
 
 
 def unsupported(config: Any) -> str | None:
@@ -93,12 +102,15 @@ def unsupported(config: Any) -> str | None:
     parallel, worker = config.parallel_config, config.parallel_config.worker_cls
     if not compat.name("current_platform").is_cpu():
         return "budgets below 1 run on vLLM's CPU backend only"
-    if parallel.world_size > 1 or parallel.data_parallel_size > 1:
-        return "budgets below 1 need one worker, without tensor, pipeline, expert or data parallelism"
+    for size, kind in ((parallel.pipeline_parallel_size, "pipeline"), (parallel.data_parallel_size, "data")):
+        if size > 1:
+            return f"budgets below 1 do not run under {kind} parallelism"
+    if parallel.enable_expert_parallel:
+        return "budgets below 1 do not run under expert parallelism"
     if config.model_config.quantization:
         return f"the experts are quantized ({config.model_config.quantization})"
     if config.speculative_config is not None:
         return "budgets below 1 do not go together with speculative decoding"
-    if config.scheduler_config.scheduler_cls is not None or worker not in ("auto", WORKER):
+    if config.scheduler_config.scheduler_cls not in (None, SCHEDULER) or worker not in ("auto", WORKER):
         return "a scheduler or worker class of your own is set"
     return None

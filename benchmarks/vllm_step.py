@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -226,7 +227,8 @@ def main() -> None:
         stock.mkdir()
         for file in elastic.iterdir():
             if not file.name.startswith("prism"):
-                (stock / file.name).symlink_to(file.resolve())
+                copy = shutil.copyfile if file.suffix == ".json" else os.symlink  # we follow no links out of a folder; vLLM does
+                copy(file.resolve(), stock / file.name)
         names = ("stock", "elastic") if arguments.alone else ("stock", "elastic", "same")
         children = {name: Child(elastic if name == "elastic" else stock, arguments) for name in names}
         children |= {

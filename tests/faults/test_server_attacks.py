@@ -334,10 +334,13 @@ def test_s06_where_all_work_a_new_connection_is_told_in_json(tiny_levels):
             link.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
             link.recv(100)
             held.append(link)
-        said = raw(house.port, b"")
+        probes = [raw(house.port, b"%s /health HTTP/1.1\r\nhost: x\r\n\r\n" % method) for method in (b"GET", b"HEAD")]
+        refused = [raw(house.port, sent) for sent in (b"", b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")]
+        working = house.built.door.requests
         for link in held:
             link.close()
-        if said:  # else one of them had ended
+        assert all(said.startswith(b"HTTP/1.1 200 ") for said in probes)
+        for said in refused * (working == 2):  # else one of them had ended
             assert (
                 said.startswith(b"HTTP/1.1 503 ") and json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == "connections"
             )

@@ -47,7 +47,10 @@ def test_a_mixed_batch_is_every_request_alone(two, one):
     [
         ({"enable_expert_parallel": True}, "expert parallelism"),
         (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}, "async_scheduling": False},
+            {
+                "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3},
+                "async_scheduling": False,
+            },
             "speculative decoding",
         ),
     ],

@@ -20,6 +20,13 @@ GRACE = 1.0
 """Seconds after the deadline of a body in which its route may still answer 408 by itself."""
 
 
+PROBES = frozenset({b"/health", b"/ready", b"/metrics"})
+"""What is answered beyond the bound of connections, once on a connection: balancers and whoever looks after the server ask these."""
+ASK = 1.0
+"""Seconds in which such a question must be complete."""
+FULL = Refusal(503, "too many connections (bounds.connections)", code="connections", retry=1)
+
+
 class Paced(H11Protocol):  # type: ignore[misc]
     """One connection within `bounds`, among those of `crowd`."""
 
@@ -28,6 +35,7 @@ class Paced(H11Protocol):  # type: ignore[misc]
     _alarm: asyncio.TimerHandle | None = None
     _part = ""  # of a request, that the alarm is for
     _address = ""
+    _guest = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -35,8 +43,11 @@ class Paced(H11Protocol):  # type: ignore[misc]
         self._address = self.client[0] if self.client else ""
         if self.crowd.enter(self, self._address):
             self._expect("header", self.bounds.header_seconds)
+        elif self.crowd.take_guest():
+            self._guest = True
+            self._expect("header", ASK)
         else:
-            self._say(Refusal(503, "too many connections (bounds.connections)", code="connections", retry=1))
+            self._say(FULL)
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -56,18 +67,25 @@ class Paced(H11Protocol):  # type: ignore[misc]
         if not ends and self._head[0] > 0x20 and len(self._head) <= self.bounds.header_bytes:
             return b""
         whole, self._head = bytes(self._head), bytearray()
+        if self._guest and not _is_probe(whole):
+            self._say(FULL)
+            return b""
         return whole
 
     def on_response_complete(self) -> None:
         """The response is sent: what is left of the body has its own time."""
         super().on_response_complete()
-        if self.conn.their_state is h11.SEND_BODY:
+        if self._guest:
+            self.transport.close()
+        elif self.conn.their_state is h11.SEND_BODY:
             self._expect("rest", LINGER)
         else:
             self._look(came=False)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        if self._guest:
+            self.crowd.part()
         self.crowd.leave(self, self._address)
         super().connection_lost(exc)
 
@@ -98,7 +116,9 @@ class Paced(H11Protocol):  # type: ignore[misc]
             self._alarm = None
 
     def _late(self) -> None:
-        if not self.transport.is_closing():
+        if self._guest and self._part == "header":
+            self._say(FULL)
+        elif not self.transport.is_closing():
             self.transport.abort()
 
     def drop(self) -> None:
@@ -116,6 +136,12 @@ class Paced(H11Protocol):  # type: ignore[misc]
         head += [f"{name}: {value}" for name, value in refusal.headers().items()]
         self.transport.write("\r\n".join([*head, "connection: close", "", ""]).encode() + body)
         self.transport.close()
+
+
+def _is_probe(head: bytes) -> bool:
+    """Whether a request's head asks one of `PROBES`, with or without a query."""
+    method, _, rest = head.lstrip().partition(b" ")
+    return method in (b"GET", b"HEAD") and rest.split(b" ", 1)[0].split(b"?", 1)[0] in PROBES
 
 
 def paced_protocol(bounds: Bounds) -> type[Paced]:

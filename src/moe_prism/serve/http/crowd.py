@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 PACE, BURST = 10.0, 16.0
 """New connections of one address, a second and at once, where there are many already; a request that is complete gives its own back. One
 costs a third of a millisecond, and attackers open thousands."""
+GUESTS = 16
+"""Connections beyond the bound that are heard all the same, of those who ask how the server is: it is asked most when it is full."""
 TURN, LET_IN = 0.01, 16
 """Seconds of one turn of the event loop for new connections that are closed unheard, and how many are let in."""
 AWAY = struct.pack("ii", 1, 0)
@@ -41,7 +43,7 @@ class Crowd:
         self.most_of_one = min(self.most, bounds.connections_per_client or max(1, self.most * 3 // 4))
         self._of: dict[str, dict[Client, bool]] = {}  # address -> connection -> whether it waits
         self._waiting: dict[Client, str] = {}  # oldest first
-        self.count = 0
+        self.count = self.guests = 0
         self._clock = clock
         self._paces: dict[str, tuple[float, float]] = {}  # address -> connections it may still open now, since when
 
@@ -72,6 +74,17 @@ class Crowd:
         self._waiting[connection] = address
         self.count += 1
         return True
+
+    def take_guest(self) -> bool:
+        """Whether one that may not stay is heard for one question. Who was taken has to `part`."""
+        if self.guests >= GUESTS:
+            return False
+        self.guests += 1
+        return True
+
+    def part(self) -> None:
+        """A guest is gone."""
+        self.guests -= 1
 
     def wait(self, connection: Client, address: str) -> None:
         """It waits for the next request of its client from now on."""

@@ -15,6 +15,7 @@ from ..checkpoint import DequantizedSource, Journal, LayerStream, OutputFolder, 
 from ..checkpoint.dequantized import WRITTEN
 from ..checkpoint.gguf_file import expert_bytes
 from ..errors import UsageError
+from ..heap import return_large_buffers
 from ..model import MoELayer, find_layers, load_model
 from ..progress import Update
 from .keep_format import QuantizedWriter, neuron_group, quantized, rewrite_quantized, stored_bytes
@@ -109,6 +110,7 @@ class Weights:
     def check_finite(self) -> None:
         """CorruptError naming the first tensor with NaN or infinity. A GGUF file is checked when it is written."""
         if self.stream:
+            return_large_buffers()  # all of the source passes here, dequantized
             for name in self.stream.source.names():
                 check_finite(name, self.stream.source.tensor(name), self.stream.source.info(name).shard)
 

@@ -85,10 +85,10 @@ class DequantizedSource(Source):
         if weight is None:
             return self.raw.tensor(name)
         try:
-            values = self.form.matrix({role: self.raw.tensor(part) for role, part in weight.parts.items()}).values()
+            matrix = self.form.matrix({role: self.raw.tensor(part) for role, part in weight.parts.items()})
+            return matrix.values(weight.transposed)
         except UsageError as error:
             raise UsageError(f"tensor '{name}': {error.cause}", error.next_step) from error
-        return values.transpose(-1, -2).contiguous() if weight.transposed else values
 
     def blocks(self, info: TensorInfo) -> Iterator[bytes]:
         return self.raw.blocks(self.raw.info(info.name))

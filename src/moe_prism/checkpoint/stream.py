@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UsageError
-from ..heap import return_large_buffers
+from ..heap import return_freed_pages, return_large_buffers
 from .config import WRONG
 from .constant import VALUE, refuse_to_write
 from .convert import ADVICE, Read, place, stored
@@ -62,10 +62,11 @@ class LayerStream:
         return self.model.get_submodule(prefix)  # type: ignore[no-any-return]
 
     def release(self, prefix: str) -> None:
-        """Drop the parameters of one module; it is on the meta device again."""
+        """Drop the parameters of one module; it is on the meta device again, and the system has the memory."""
         for name, empty in self._empty.items():
             if name.startswith(f"{prefix}."):
                 place(self.model, name, empty)
+        return_freed_pages()
 
     @contextmanager
     def module(self, prefix: str, *, disk_dtype: bool = False, read: Read | None = None) -> Iterator[nn.Module]:

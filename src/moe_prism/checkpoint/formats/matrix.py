@@ -30,17 +30,20 @@ class CodedMatrix:
     zeros: Tensor | None = None
     zero_range: tuple[int, int] | None = None
 
-    def values(self) -> Tensor:
-        """Dequantized, float32 [..., o, i]. Memory: the result and two copies of one matrix [o, i]."""
+    def values(self, transposed: bool = False) -> Tensor:
+        """Dequantized, float32 [..., o, i], or [..., i, o]. Memory: the result and three copies of one matrix."""
         if self.codes.ndim > 2:
-            found = torch.empty(self.codes.shape, dtype=torch.float32)
+            *outer, rows, columns = self.codes.shape
+            found = torch.empty((*outer, columns, rows) if transposed else self.codes.shape, dtype=torch.float32)
             for at, each in enumerate(self.each()):
-                found[at] = each.values()
+                whole = each.values()
+                found[at] = whole.mT if transposed else whole
             return found
         values = self.grid.decode(self.codes)
         if self.zeros is not None:
             values = values - spread(self.zeros, self.group, self.codes.shape)
-        return values * spread(self.scales, self.group, self.codes.shape)
+        values = values * spread(self.scales, self.group, self.codes.shape)
+        return values.mT.contiguous() if transposed else values
 
     def each(self) -> Iterator[CodedMatrix]:
         """The matrices [.., o, i] along the first dimension."""

@@ -31,7 +31,7 @@ OUT = ("-o", "out")
 
 
 class Case(NamedTuple):
-    """code: that the command ends with; said: what stderr must hold; bar: seconds of the whole process on a free machine, if there is one."""
+    """code: that the command ends with; said: what stderr must hold; bar: seconds of the process on a free machine, if there is one."""
 
     words: tuple[str, ...]
     code: int

@@ -78,7 +78,9 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     fits = any(each.needs for each in asked)
     if fits:
         calibration_ids(tokenizer, options)
-    begin(needed_by_running(tree, rows=BATCH * windows.ids.shape[1], cut=cut, fits=fits, low_memory=options.low_memory))
+    encodes = None if options.low_memory else any(each.acts == "weights" for each in asked)
+    rows = BATCH * windows.ids.shape[1]
+    begin(needed_by_running(tree, rows=rows, cut=cut, fits=fits, low_memory=options.low_memory, encodes=encodes))
     if options.low_memory:
         with open_streamed(folder) as opened:
             return _measure(opened, asked, named, windows, options, report)

@@ -1,4 +1,4 @@
-"""Check a folder against its own manifest, and the model in it against its parts. The model's libraries come in when its files are right."""
+"""Check a folder against its own manifest, then the model in it against its parts, for which alone libraries are imported."""
 
 from __future__ import annotations
 

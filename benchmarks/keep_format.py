@@ -21,7 +21,7 @@ from moe_prism.calibrate.options import CalibrateOptions
 from moe_prism.checkpoint.formats import grids, requantize
 from moe_prism.jobs.calibrate import calibrate_model
 from moe_prism.jobs.refactor import RefactorOptions, refactor
-from moe_prism.model.load import NANO
+from moe_prism.model.named import NANO
 from tests.checkpoint import quantized
 
 CALIBRATION = CalibrateOptions(text="stdlib", tokens=8192, length=512)

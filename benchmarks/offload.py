@@ -286,7 +286,7 @@ def random_model(folder: Path) -> None:
 
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from moe_prism.model.load import NANO
+    from moe_prism.model.named import NANO
 
     nano = json.loads((NANO / "config.json").read_text())
     special = {key: nano[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from moe_prism.checkpoint import open_whole
 from moe_prism.errors import PrismError
-from moe_prism.model.load import NANO
+from moe_prism.model.named import NANO
 
 ROUNDS = 5
 FILE = "model.safetensors"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+from functools import cache
 from pathlib import Path
 
 GROUPS = Path("/sys/fs/cgroup")
@@ -28,6 +30,16 @@ def settle_threads() -> None:
         os.environ["GOMP_SPINCOUNT"] = SPINS
     if "OMP_NUM_THREADS" not in os.environ and _quota() is not None:
         os.environ["OMP_NUM_THREADS"] = str(cores())
+
+
+@cache
+def processor() -> str:
+    """The name of this machine's processor: what is measured on one holds on no other."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _quota() -> float | None:

@@ -19,7 +19,7 @@ from moe_prism.bench.stream import Stream
 from moe_prism.bench.target import find_target
 from moe_prism.bench.workload import Workload, fingerprint
 from moe_prism.errors import PrismError, UsageError
-from moe_prism.model.load import NANO
+from moe_prism.model.named import NANO
 from moe_prism.options.bench import Offer
 from moe_prism.schedule.classes import default_classes
 from moe_prism.schedule.simulate import simulate

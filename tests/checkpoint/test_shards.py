@@ -234,7 +234,7 @@ def test_first_non_finite(dtype):
 
 
 def test_first_non_finite_looks_at_every_chunk(monkeypatch):
-    monkeypatch.setattr("moe_prism.checkpoint.shards.CHUNK", 4)
+    monkeypatch.setattr("moe_prism.checkpoint.tensors.CHUNK", 4)
     tensor = torch.ones(11)
     tensor[9] = float("inf")
     assert first_non_finite(tensor) == 9

@@ -92,6 +92,40 @@ print(sorted({"torch", "transformers", "numba"} & set(sys.modules)))
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
+def test_what_needs_no_torch_is_refused_without_it(tiny_source, tmp_path):
+    """Wrong options, models that are not there, files that are not whole: a command imports what it works with after that."""
+    short = shutil.copytree(tiny_source, tmp_path / "short")
+    shard = min(short.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-9])
+    (tmp_path / "frontier.json").write_text("{")
+    out = ["-o", str(tmp_path / "out")]
+    cases = {
+        2: [
+            ["refactor", "nano", *out, "--n-sub", "1"],
+            ["refactor", "nano", *out, "--solver", "best"],
+            ["refactor", "nano", *out, "--compensate", "best"],
+            ["refactor", "nano", *out, "--extra-scorers", "best"],
+            ["calibrate", "nano", *out, "--collectors", "best"],
+            ["prune", "nano", *out, "--criterion", "best"],
+            ["recover", "nano", *out, "--method", "best"],
+            *([command, "nowhere", *out] for command in ("refactor", "calibrate", "prune", "trace", "recover")),
+            *([command, "nowhere"] for command in ("inspect", "frontier", "generate", "verify")),
+        ],
+        4: [["refactor", str(short), *out], ["inspect", str(short)], ["report", str(tmp_path / "frontier.json")]],
+        0: [["ls", "solvers"], ["ls", "collectors"], ["ls", "families"]],
+    }
+    script = """
+import json, sys
+from moe_prism.cli import main
+for code, commands in json.loads(sys.argv[1]).items():
+    for words in commands:
+        assert main(words) == int(code), words
+        assert not {"torch", "transformers", "numba"} & set(sys.modules), words
+"""
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(cases)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_describes_every_parameter():
     app = cli.build()
     for name in COMMANDS:

@@ -14,7 +14,7 @@ from moe_prism.checkpoint import Journal, Source
 from moe_prism.checkpoint.manifest import parse_manifest
 from moe_prism.errors import PrismError
 from moe_prism.forecast.step_cost import CostModel
-from moe_prism.model.load import NANO
+from moe_prism.model.named import NANO
 from moe_prism.offload.trace import SHIPPED, load_trace
 from moe_prism.point import read_points
 from moe_prism.serve.config import load_config

@@ -10,7 +10,7 @@ from moe_prism.data import token_windows
 from moe_prism.data.bundled import DOMAINS
 from moe_prism.errors import UsageError
 from moe_prism.model import find_layers, load_model, load_tokenizer
-from moe_prism.model.load import SHIPPED, resolve
+from moe_prism.model.named import SHIPPED, resolve
 
 
 @pytest.fixture(scope="module")

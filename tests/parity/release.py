@@ -26,7 +26,7 @@ from moe_prism.jobs.prune import prune_model
 from moe_prism.jobs.refactor import refactor
 from moe_prism.jobs.verify import verify
 from moe_prism.model import load_model
-from moe_prism.model.load import NANO
+from moe_prism.model.named import NANO
 from moe_prism.options.prune import PruneOptions
 from moe_prism.options.refactor import RefactorOptions
 from moe_prism.point import FULL

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from moe_prism.model import load_tokenizer
-from moe_prism.model.load import NANO
+from moe_prism.model.named import NANO
 from moe_prism.serve.http.detokenize import detokenizer
 from moe_prism.serve.http.prompts import _begin
 from moe_prism.serve.http.refusal import Refusal

@@ -12,7 +12,7 @@ import torch
 from ..checkpoint import check_listed, elastic_manifest, read_header
 from ..checkpoint.links import inside
 from ..checkpoint.manifest import WEIGHTS_FILE, check_layers
-from ..checkpoint.shards import read_tensor
+from ..checkpoint.tensors import read_tensor
 from ..elastic import attach
 from ..elastic.side_tensors import AGAIN, CUTOFFS, RIDGE, check_values, of_today
 from ..errors import CorruptError, UsageError

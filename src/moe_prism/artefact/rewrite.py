@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checkpoint import Journal, LayerStream, OutputFolder, TensorInfo, check_finite, copy_companions, first_non_finite
 from ..checkpoint.atomic import raw_bytes
 from ..checkpoint.convert import ADVICE, disk_state, quiet
-from ..checkpoint.header import TORCH
+from ..checkpoint.dtypes import TORCH
 from ..checkpoint.shards import SINGLE
 from ..errors import UsageError
 from ..model import MoELayer, find_layers, load_model, load_tokenizer

@@ -1,7 +1,16 @@
 """One streaming pass over calibration text; collectors are plug-ins."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lazy import on_use
 from ..registry import Registry
-from .base import Collector, RoutedBatch
+
+if TYPE_CHECKING:
+    from .base import Collector, RoutedBatch
+
+__getattr__ = on_use(__name__, {"base": "Collector RoutedBatch"})
 
 collectors: Registry[type[Collector]] = Registry(
     "collector",

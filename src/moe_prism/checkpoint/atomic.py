@@ -12,16 +12,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import DoesNotFit, UsageError
 from ..files import sync_folder
 from ..schema import is_file_name, is_inner_name
-from .header import NAMES
-from .shards import check_finite
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 JOURNAL = "journal.json"
 
@@ -137,6 +135,9 @@ class OutputFolder:
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
         """Write a safetensors file; returns its sha256. Same tensors, same bytes. CorruptError if a value is not finite."""
+        from .dtypes import NAMES  # folders are looked at without torch
+        from .tensors import check_finite
+
         # widest elements first, as the reference writer does, so that every tensor is aligned in the file
         order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
         header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -193,6 +194,8 @@ class OutputFolder:
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The tensor's elements in row order, as the safetensors payload stores them."""
+    import torch
+
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 

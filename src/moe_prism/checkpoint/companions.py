@@ -14,7 +14,6 @@ from ..schema import decode, is_file_name
 from ..schema.common import DEPTH
 from ..schema.config import CONFIG_BOUNDS
 from .atomic import JOURNAL, OutputFolder
-from .dequantized import DequantizedSource
 from .links import follows_links, leads_out
 from .shards import INDEX, Source
 
@@ -42,6 +41,8 @@ def companions(folder: str | Path, source: Source | None = None) -> tuple[list[s
 
     source: whose shards are neither. What is written of a dequantized one has no format, and no file that names one.
     """
+    from .dequantized import DequantizedSource  # which needs torch, as nothing else here does
+
     carried, left = [], {}
     weights = source.raw if isinstance(source, DequantizedSource) else source
     known = {INDEX, *(weights.shards() if weights else ())}

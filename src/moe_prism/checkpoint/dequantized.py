@@ -13,8 +13,9 @@ from torch import Tensor
 from ..errors import CorruptError, UsageError
 from ..registry import choices
 from .constant import CompactSource, constant_experts
+from .dtypes import NAMES
 from .formats import SourceFormat, StoredWeight, source_formats
-from .header import NAMES, RESTORE, Header, TensorInfo, header_text
+from .header import RESTORE, Header, TensorInfo, header_text
 from .shards import Source, read_json
 
 WRITTEN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -11,9 +11,9 @@ from ..errors import CorruptError, UsageError
 from ..schema.manifest import NEXT
 from .atomic import sha256_file
 from .change import settle
-from .header import TORCH, read_header
+from .header import read_header
 from .manifest import MANIFEST, UPDATE, parse_manifest, present
-from .shards import INDEX, SINGLE, Source, check_finite, read_tensor
+from .shards import INDEX, SINGLE, Source
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,9 @@ def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _check_values(path: Path) -> int:
+    from .dtypes import TORCH  # all else is looked at without torch
+    from .tensors import check_finite, read_tensor
+
     header = read_header(path)
     known = [info for info in header.tensors if info.dtype in TORCH]
     for info in known:

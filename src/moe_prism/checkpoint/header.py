@@ -7,11 +7,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CorruptError, UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_HEADER = 100_000_000  # the format's own limit, in bytes
 LIMIT = 2**63  # sizes and offsets are unsigned 64-bit in the format, signed in most readers
@@ -20,14 +21,6 @@ BITS = {
     "I64": 64, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4,
     "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
-TORCH = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16,
-    "BF16": torch.bfloat16, "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32, "U64": torch.uint64,
-    "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}  # fmt: skip
-NAMES = {dtype: name for name, dtype in TORCH.items()}
 RESTORE = "restore the file from its source"
 
 
@@ -49,6 +42,8 @@ class TensorInfo:
     @property
     def torch_dtype(self) -> torch.dtype:
         """Raises UsageError for formats torch has no element type for (sub-byte floats)."""
+        from .dtypes import TORCH  # a header is checked without torch
+
         if self.dtype not in TORCH:
             raise UsageError(
                 f"tensor '{self.name}' has dtype {self.dtype}, which torch cannot hold", "use an unquantized checkpoint"

@@ -5,10 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CorruptError, UsageError
 from ..schema import check, is_file_name
@@ -17,13 +14,15 @@ from ..schema.config import CONFIG_BOUNDS, INDEX_BOUNDS, IndexForm
 from .header import RESTORE, Header, TensorInfo, corrupt, read_header
 from .links import inside
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
 LEGACY = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 Bytes = bytes  # `Source.bytes` is a number
 BLOCK = 1 << 24  # bytes copied at a time where no value is looked at
-CHUNK = 1 << 22  # elements looked at together: bounds the scan's scratch memory
 
 
 class Source:
@@ -77,6 +76,8 @@ class Source:
 
     def tensor(self, name: str) -> Tensor:
         """A fresh CPU tensor with the dtype and shape on disk. Writing to it never reaches the file."""
+        from .tensors import read_tensor  # headers are checked without torch
+
         info = self.info(name)
         return read_tensor(self.folder / info.shard, info)
 
@@ -89,6 +90,8 @@ class Source:
 
     def stored(self, info: TensorInfo) -> Tensor:
         """This copy of a tensor, in the dtype of `info`: what is written of it."""
+        from .tensors import read_tensor
+
         return read_tensor(self.folder / info.shard, info)
 
     def header_bytes(self, shard: str) -> Bytes:
@@ -159,38 +162,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptError(f"{path} is not a JSON object", RESTORE)
     return value
-
-
-def read_tensor(path: Path, info: TensorInfo) -> Tensor:
-    """The tensor `info` describes in the file `path`, in fresh memory."""
-    dtype = info.torch_dtype
-    if not info.bytes:
-        return torch.empty(info.shape, dtype=dtype)
-    buffer = bytearray(info.bytes)
-    with path.open("rb") as file:
-        file.seek(info.begin)
-        if file.readinto(buffer) != info.bytes:
-            raise corrupt(path, f"byte {info.begin}: tensor '{info.name}' is cut short")
-    return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).reshape(info.shape)
-
-
-def first_non_finite(tensor: Tensor) -> int | None:
-    """Flat position of the first NaN or infinity, None if all values are finite. Scratch memory is bounded by CHUNK elements."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return None
-    flat = tensor.detach().reshape(-1)
-    for start in range(0, flat.numel(), CHUNK):
-        part = flat[start : start + CHUNK]
-        finite = torch.isfinite(part.float() if part.element_size() == 1 else part)
-        if not bool(finite.all()):
-            return start + int((~finite).int().argmax())
-    return None
-
-
-def check_finite(name: str, tensor: Tensor, where: str) -> None:
-    """CorruptError naming the tensor, its place and `where` if it holds a NaN or infinity."""
-    position = first_non_finite(tensor)
-    if position is not None:
-        place = [int(i) for i in torch.unravel_index(torch.tensor(position), tensor.shape)] if tensor.ndim else []
-        value = float(tensor.reshape(-1)[position].real)
-        raise CorruptError(f"{where}: tensor '{name}' holds {value} at {place}", "restore the weights from their source")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import version
 
-import torch
-
 LIBRARIES = ("moe-prism", "torch", "transformers", "safetensors", "numpy", "scipy", "numba")
 
 
@@ -22,6 +20,8 @@ def _found() -> dict[str, str]:
 
 def device() -> str:
     """What computes here: the GPU's name, else the vector instructions of the CPU that torch uses."""
+    import torch
+
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     return f"CPU, {torch.backends.cpu.get_cpu_capability()}"

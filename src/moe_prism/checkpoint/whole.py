@@ -18,8 +18,9 @@ from .config import WRONG, empty_model, read_config
 from .constant import CompactSource, substitute
 from .convert import Conversion
 from .dequantized import open_source
-from .header import TORCH
-from .shards import INDEX, SINGLE, Source, check_finite
+from .dtypes import TORCH
+from .shards import INDEX, SINGLE, Source
+from .tensors import check_finite
 
 SMALL = 1 << 16  # bytes; norms, biases and the routers of small models: their values are looked at
 SMALL_IN_ALL = 1 << 26

@@ -32,7 +32,6 @@ def evaluate(
     from ..jobs.evaluate import check_target, evaluate_model, keep
     from ..jobs.frontier_files import add_tasks
 
-    options.check()
     check_writable_folder(out)
     target = check_target(folder, out)
     result = evaluate_model(folder, options, report=progress)

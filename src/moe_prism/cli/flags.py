@@ -28,7 +28,7 @@ class Run(Options):
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with flags in the place of its parameters that are option classes, which it gets filled in.
+    """The command with flags in the place of its parameters that are option classes, which it gets filled in and checked.
 
     Words for a flag in the command's own docstring go before those of the field.
     """
@@ -46,7 +46,10 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
 
     def run(*given: Any, **named: Any) -> None:
         plain = {name: value for name, value in named.items() if name in hints and name not in classes}
-        return command(*given, **plain, **{name: _filled(kind, named, None) for name, kind in classes.items()})
+        options = {name: _filled(kind, named, None) for name, kind in classes.items()}
+        for each in options.values():
+            each.check()  # before the command imports what it works with, which takes seconds
+        return command(*given, **plain, **options)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}

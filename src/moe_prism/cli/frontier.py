@@ -39,12 +39,8 @@ def frontier(
     json: One JSON object on stdout.
     """
     from ..files import check_writable_folder
-    from ..jobs.frontier import measure_frontier as run
-    from ..jobs.frontier_files import keep_frontier, write_frontier
-    from ..jobs.which_text import texts_of
     from ..model.hub import lies_in_cache
 
-    timing.check()
     if timing.time and options.low_memory:
         raise UsageError("--time decodes with the model in memory", "leave it or --low-memory out")
     check_writable_folder(out)
@@ -52,7 +48,10 @@ def frontier(
         raise UsageError(f"'{folder}' has no prism.json", "give a folder that moe-prism wrote, or --out FOLDER for the report")
     if out is None and lies_in_cache(folder):
         raise UsageError(f"'{folder.name}' lies in the hub's cache, where nothing is written", "give --out FOLDER")
-    options.check()
+    from ..jobs.frontier import measure_frontier as run
+    from ..jobs.frontier_files import keep_frontier, write_frontier
+    from ..jobs.which_text import texts_of
+
     options, report = told_text(folder, options, "evaluation text", f"; calibrated on: {texts_of(folder)['calibrated_on']}")
     if dry_run:
         return show_rehearsal(run, folder, options, as_json=json)

@@ -46,7 +46,6 @@ def generate(
     """
     from ..jobs.generate import check_prompt
 
-    options.check()
     prompts = _prompts(prompt, json)
     if isinstance(prompts, str):
         check_prompt(prompts)

@@ -22,7 +22,6 @@ def offload(folder: Path, /, *, memory: str, options: OffloadOptions, json: bool
     from ..jobs.forecast_offload import forecast_offload
     from ..store import parse_bytes
 
-    options.check()
     forecast = forecast_offload(folder, parse_bytes(memory), options, report=progress)
     best = forecast.best
     if not forecast.met:

@@ -16,6 +16,8 @@ from .flags import flag_classes
 
 RUNS = ("calibrate", "refactor", "adopt", "prune", "recover", "skip", "frontier", "evaluate", "generate", "serve", "trace")
 """Commands that run a model themselves."""
+ANY_MODEL = ("skip", "generate")
+"""Commands that call it a folder and take every model."""
 CONFIG_ALONE = ("forecast", "doctor")
 """Commands for which config.json may be enough: they look for it by themselves."""
 
@@ -65,6 +67,8 @@ def opening(command: Callable[..., None]) -> Callable[..., None]:
             found = [_located(given[0], source, name), *given[1:]] if given else []
             if "elastic" in named:  # the folder that `adopt` compares with
                 named["elastic"] = _located(named["elastic"], Opening(), name)
+            if found and name not in CONFIG_ALONE:
+                _look(found[0], first != "folder" or name in ANY_MODEL)
             return command(*found, **named)
 
     own = [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=kind) for key, kind in added.items()]
@@ -77,6 +81,29 @@ def opening(command: Callable[..., None]) -> Callable[..., None]:
 def type_flag(command: Callable[..., None]) -> str:
     """How the command calls the type that a model computes in: --dtype is another one where a model is written."""
     return "--compute-dtype" if any("dtype" in get_type_hints(kind) for kind in flag_classes(command)) else "--dtype"
+
+
+def _look(given: Any, is_any: bool) -> None:
+    """Refuse a model that is not there, or a plain folder that is not whole, before the command imports what it works with.
+
+    The command looks again; that takes a tenth of a second, its imports take several. Only headers are read, and small tensors.
+    is_any: whether the command takes every model, and says nothing else of one that is not there.
+    """
+    if is_any:
+        from ..model.named import resolve
+
+        folder = resolve(given)
+    elif (Path(given) / "config.json").is_file():
+        folder = Path(given)
+    else:
+        return
+    if folder.is_dir() and not (folder / "prism.json").exists():  # what has a manifest is held against that first
+        from ..checkpoint.shards import Source
+
+        Source(folder)
+        from ..checkpoint.whole import open_whole
+
+        open_whole(folder)
 
 
 def _located(given: Any, source: Opening, command: str) -> Any:

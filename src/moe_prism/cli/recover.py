@@ -31,6 +31,9 @@ def recover(
     resume: Continue an interrupted repair; ends in the same bytes. Training starts again.
     dry_run: Check everything, print what it needs and exit; 3 if this machine cannot do it.
     """
+    from ..checkpoint import elastic_manifest
+
+    elastic_manifest(folder)  # or another folder is refused, before the work is imported
     from ..jobs.recover import recover_model
 
     if dry_run:

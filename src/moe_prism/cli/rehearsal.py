@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ def show_rehearsal(
     job: Callable[..., object], *given: Any, target: Path | None = None, as_json: bool = False, **named: Any
 ) -> None:
     """Check all that the run would check, and show what it needs; then DoesNotFit where this machine has less."""
+    started = time.process_time()  # what the real run spends before it, too: imports, above all
     from ..jobs.rehearsal import rehearse
     from ..jobs.resources import check_resources
 
     needed = rehearse(job, *given, **named).to_json()
+    if needed.get("seconds") is not None:
+        needed |= {name: round(needed[name] + started, 1) for name in ("seconds", "cpu_seconds")}
     if not as_json:  # shown even where it does not fit; stdout of --json holds one object, then that of the error
         emit(needed, _sizes(needed), as_json)
     check_resources(needed, target or Path.cwd())
@@ -28,7 +32,16 @@ def show_rehearsal(
 
 
 def _sizes(needed: dict[str, Any]) -> str:
-    """Memory, its parts, then disk."""
+    """Memory, its parts, disk, then time."""
     sizes = {key: value / GIB for key, value in needed.items() if key.endswith("bytes")}
     memory, disk = (f"{key:22} {sizes.pop(key):8.2f} GiB" for key in ("peak_memory_bytes", "disk_bytes"))
-    return "\n".join([memory, *(f"  {key:20} {size:8.2f} GiB" for key, size in sizes.items()), disk])
+    return "\n".join(
+        [memory, *(f"  {key:20} {size:8.2f} GiB" for key, size in sizes.items()), disk, _duration(needed.get("seconds"))]
+    )
+
+
+def _duration(seconds: float | None) -> str:
+    """About N min, or s."""
+    if seconds is None:
+        return "time: not known before it runs"
+    return f"time: about {seconds / 60:.0f} min" if seconds >= 90 else f"time: about {seconds:.0f} s"

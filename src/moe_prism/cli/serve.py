@@ -28,11 +28,10 @@ def serve(
         any folder that transformers loads, plain or pruned, whose points are fewer experts per token.
     engine: embedded, or vllm: hand over to vLLM's own server, which takes --host, --port, keys, --name, --points and --verify only.
     """
-    from ..model.load import SHIPPED
+    from ..model.named import SHIPPED
     from ..serve import logs
     from ..serve.server import serve_model
 
-    options.check()
     if engine == "vllm":
         given = {f"--{name.replace('_', '-')}": getattr(options, name) for name in ("policy", "config", "cost", "save_cost")}
         given |= {"--expert-memory": experts.expert_memory, "--allowed-origins": options.allowed_origins or None}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -20,6 +22,7 @@ from ..checkpoint import Journal, LayerStream, OutputFolder, check_listed, read_
 from ..checkpoint.config import read_config
 from ..data import Windows, token_windows
 from ..errors import CorruptError, UsageError
+from ..forecast.work_time import Seconds
 from ..model import MoELayer, find_layers, load_to_run, load_tokenizer, resolve
 from ..model.place import recorded
 from ..options.calibrate import CalibrateOptions
@@ -64,7 +67,8 @@ def calibrate_model(
     inputs = {"source": source, "options": recorded(options)}
     if resume and finished(out, {"kind": "calibration", **inputs}):
         return read_statistics(out)
-    begin(needed, out, resume=resume, force=how.get("force", False))
+    forecast = partial(lasts, where, windows, options, needed) if windows else None
+    begin(needed, out, resume=resume, force=how.get("force", False), lasts=forecast)
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         journal = Journal(folder.work, inputs)
         report = how.get("report", silent)
@@ -83,6 +87,13 @@ def calibrate_model(
         write_manifest(folder, {"kind": "calibration", **inputs, "facts": statistics.facts})
         folder.finish()
     return statistics
+
+
+def lasts(where: Path, windows: Windows, options: CalibrateOptions, needed: Mapping[str, Any]) -> Seconds | None:
+    """How long a pass takes that needs so much."""
+    from .job_times import pass_time  # a real run wants none of it
+
+    return pass_time(where, windows, options, needed["disk_bytes"])
 
 
 def demonstrate(where: Path, answers: Answering, report: Report) -> tuple[Windows, dict[str, Any]]:

@@ -18,6 +18,7 @@ from ..compress.changes import change_of
 from ..data import Windows, token_windows
 from ..elastic.runtime import slots_per_token
 from ..errors import UsageError
+from ..forecast.work_time import Seconds
 from ..frontier import DomainQuality, Frontier, MeasuredPoint, pareto
 from ..frontier.measure import BATCH, Measurement, measure
 from ..methods.base import Method, Subject
@@ -78,11 +79,20 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     fits = any(each.needs for each in asked)
     if fits:
         calibration_ids(tokenizer, options)
-    begin(needed_by_running(tree, rows=BATCH * windows.ids.shape[1], cut=cut, fits=fits, low_memory=options.low_memory))
+    encodes = None if options.low_memory else any(each.acts == "weights" for each in asked)
+    rows = BATCH * windows.ids.shape[1]
+    needed = needed_by_running(tree, rows=rows, cut=cut, fits=fits, low_memory=options.low_memory, encodes=encodes)
+    begin(needed, lasts=partial(_lasts, where, asked, windows, options, cut))
     if options.low_memory:
         with open_streamed(folder) as opened:
             return _measure(opened, asked, named, windows, options, report)
     return _measure(open_model(folder), asked, named, windows, options, report)
+
+
+def _lasts(where: Path, asked: Sequence[Method], windows: Windows, options: FrontierOptions, cut: int) -> Seconds | None:
+    from .job_times import frontier_time  # a real run wants none of it
+
+    return frontier_time(where, asked, windows, options, cut)
 
 
 def _check_streamable(asked: Sequence[Method]) -> None:

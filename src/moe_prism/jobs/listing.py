@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from ..catalogue import registry
-from ..methods.find import described
-from ..model.families import installed_families
 from ..result import Findings
 from ..systems import SYSTEMS
 
@@ -21,8 +19,12 @@ def list_choices(kind: str) -> Findings:
     ['energy']
     """
     if kind == "families":
+        from ..model.families import installed_families
+
         entries = [{"name": family} for family in installed_families()]
     elif kind == "methods":
+        from ..methods.find import described  # this list asks the classes
+
         entries = [asdict(line) for line in described()]
     elif kind == "systems":
         entries = [asdict(system) for system in SYSTEMS]

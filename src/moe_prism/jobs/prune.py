@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -41,7 +42,7 @@ from ..model.place import recorded
 from ..options.prune import PruneOptions
 from ..progress import Report, peak_rss_bytes, silent
 from ..result import Result
-from .calibrate import calibration_windows, check_fit, check_fits, discard_snapshots, read_statistics, run_pass
+from .calibrate import calibration_windows, check_fit, check_fits, discard_snapshots, lasts, read_statistics, run_pass
 from .prune_card import pruned_card
 from .recover import FILLED_IN
 from .rehearsal import begin
@@ -136,7 +137,9 @@ def prune_model(
         return Pruned(selection, Path(out), done, peak_rss_bytes())
     size, runs = written_bytes(job.weights), job.windows and (form == "constant" or not given)
     needed = needed_by_pass(job.weights, job.settings, size) if runs else needed_by_rewriting(job.weights, size)
-    begin(needed, out, resume=resume, force=how.get("force", False))
+    simple = runs and options.allocation != "measured"
+    forecast = partial(lasts, job.weights.path, job.windows, job.settings, needed) if simple and job.windows else None
+    begin(needed, out, resume=resume, force=how.get("force", False), lasts=forecast)
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         report = how.get("report", silent)
         journal = Journal(folder.work, {**inputs, **statistics})

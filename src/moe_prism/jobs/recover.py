@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -21,6 +22,7 @@ from ..data import Windows, token_windows
 from ..elastic.layer import ElasticLayer
 from ..elastic.side_tensors import check_values
 from ..errors import CorruptError, UsageError
+from ..forecast.work_time import Seconds
 from ..model.place import recorded
 from ..options.recover import RecoverOptions
 from ..options.text import other_source
@@ -82,8 +84,14 @@ def recover_model(
         windows = _windows(opened.tokenizer, model, manifest, options)
         _check_repair(model._moe_prism.layers, windows, options)
         needed = needed_by_recovery(model, windows.ids, options, _written_bytes(model, manifest, options))
-        begin(needed, out, resume=resume, force=how.get("force", False))
+        begin(needed, out, resume=resume, force=how.get("force", False), lasts=partial(_lasts, model, windows, options, needed))
         return _write(Path(folder), out, _Task(model, windows, manifest, options, inputs), how)
+
+
+def _lasts(model: Any, windows: Windows, options: RecoverOptions, needed: Mapping[str, Any]) -> Seconds | None:
+    from .job_times import repair_time  # a real run wants none of it
+
+    return repair_time(model, windows, options, needed["disk_bytes"])
 
 
 class _Task(NamedTuple):

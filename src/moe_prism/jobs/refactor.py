@@ -21,6 +21,7 @@ from ..data import Windows
 from ..elastic.rules.threshold import kept_shares, pool_cutoffs
 from ..elastic.side_tensors import CUTOFFS, LAYER_BUDGETS, SHARES, check_values
 from ..errors import CorruptError, UsageError
+from ..forecast.work_time import Seconds
 from ..model import MoELayer, resolve
 from ..model.place import recorded
 from ..options.refactor import RefactorOptions
@@ -121,7 +122,13 @@ def refactor(
     fingerprint = {**inputs, "calibration": given.facts if given else None}
     if resume and (done := finished(out, {"kind": "elastic", **inputs, **({"calibration": _summary(given)} if given else {})})):
         return Refactored(Path(out), done, peak_rss_bytes())
-    begin(needed, out, resume=resume, force=how.get("force", False))
+    begin(
+        needed,
+        out,
+        resume=resume,
+        force=how.get("force", False),
+        lasts=partial(_lasts, weights, windows or given, options, together),
+    )
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         work = _Work(folder, Journal(folder.work, fingerprint), how.get("report", silent))
         if weights.stream and options.calibration.low_memory:
@@ -145,6 +152,12 @@ def refactor(
         manifest = write_manifest(folder, facts)
         folder.finish()
     return Refactored(Path(out), manifest, peak_rss_bytes())
+
+
+def _lasts(weights: Weights, text: Windows | Statistics | None, options: RefactorOptions, together: int) -> Seconds | None:
+    from .job_times import refactor_time  # a real run wants none of it
+
+    return None if text is None else refactor_time(weights, text, options, together)
 
 
 class _Work(NamedTuple):

@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.atomic import check_output
+from ..checkpoint.config import WRONG
+from ..forecast.work_time import Seconds
 from ..result import Result
 from .resources import check_resources
 
-_is_rehearsal: ContextVar[bool] = ContextVar("_is_rehearsal", default=False)
+Lasts = Callable[[], Seconds | None]
+_is_rehearsal: ContextVar[Seconds | None] = ContextVar("_is_rehearsal", default=None)
+"""Since when, in a rehearsal."""
 
 
 class _Stop(Exception):
@@ -29,7 +33,10 @@ class _Stop(Exception):
 
 @dataclass(frozen=True)
 class JobForecast(Result):
-    """What a job needs. needed: peak_memory_bytes and its parts, disk_bytes, and other facts of the run."""
+    """What a job needs. needed: peak_memory_bytes and its parts, disk_bytes, and other facts of the run.
+
+    seconds on the clock and cpu_seconds of processors, with the checks before the work; None where no batch of it can be run by itself.
+    """
 
     needed: Mapping[str, Any]
 
@@ -41,6 +48,11 @@ class JobForecast(Result):
     def disk_bytes(self) -> int:
         return int(self.needed["disk_bytes"])
 
+    @property
+    def seconds(self) -> float | None:
+        found: float | None = self.needed.get("seconds")
+        return found
+
     def to_json(self) -> dict[str, Any]:
         return dict(self.needed)
 
@@ -49,27 +61,49 @@ class JobForecast(Result):
         return [{"what": name, "bytes": value} for name, value in self.needed.items() if name.endswith("_bytes")]
 
 
-def begin(needed: Mapping[str, Any], out: str | Path | None = None, *, resume: bool = False, force: bool = False) -> None:
+def begin(
+    needed: Mapping[str, Any],
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    lasts: Lasts | None = None,
+) -> None:
     """The last line of a job before its work. In a rehearsal the job ends here; else DoesNotFit where this machine has too little.
 
-    out: the folder it writes, if it writes one; a rehearsal also says where that is taken. UsageError.
+    out: the folder it writes, if it writes one; a rehearsal also says where that is taken. lasts: says how long the work will take.
+    UsageError.
     """
-    if _is_rehearsal.get():
+    began = _is_rehearsal.get()
+    if began is not None:
         if out is not None:
             check_output(out, force=force, resume=resume)
-        raise _Stop(needed)
+        checked = Seconds.now() - began
+        raise _Stop({**needed, **_time(checked, lasts)})
     check_resources(needed, out or Path.cwd(), resume)
 
 
 def check_early(needed: Mapping[str, Any], out: str | Path, resume: bool) -> None:
     """DoesNotFit where this machine has too little, before steps that take longer than to say so. A rehearsal says what is needed first."""
-    if not _is_rehearsal.get():
+    if _is_rehearsal.get() is None:
         check_resources(needed, out, resume)
+
+
+def _time(checked: Seconds, lasts: Lasts | None) -> dict[str, float | None]:
+    """Of a job whose checks took so long: seconds on the clock and of processors, None where they are not known."""
+    try:
+        work = lasts() if lasts else None
+    except WRONG:  # a layer of this family cannot be run by itself; what the job needs is known all the same
+        work = None
+    if work is None:
+        return {"seconds": None, "cpu_seconds": None}
+    total = checked + work
+    return {"seconds": round(total.wall, 1), "cpu_seconds": round(total.cpu, 1)}
 
 
 @contextmanager
 def _rehearsing() -> Iterator[None]:
-    token = _is_rehearsal.set(True)
+    token = _is_rehearsal.set(Seconds.now())
     try:
         yield
     finally:

@@ -17,9 +17,12 @@ from ..calibrate.run import bounded_capacity, declared_bytes
 from ..calibrate.statistics import Statistics
 from ..checkpoint import LayerStream, read_manifest
 from ..checkpoint.manifest import MANIFEST, WEIGHTS_FILE
+from ..compress.codec import codecs
+from ..compress.quantize.decoded import KEPT_BYTES, matrices
 from ..elastic.runtime import experts_per_token
 from ..errors import DoesNotFit, UsageError
 from ..frontier.measure import BATCH
+from ..methods.quantize.uniform_bits import STANDING
 from ..model import MoELayer, find_layers, load_model
 from ..options.calibrate import CalibrateOptions
 from ..options.recover import RecoverOptions
@@ -39,42 +42,47 @@ RUNNING = ("weights_bytes", "side_bytes", "activations_bytes", "logits_bytes")
 
 def needed_by(weights: Weights, options: RefactorOptions, given: Statistics | None = None) -> dict[str, Any]:
     """Declared peak memory and disk of `refactor` in bytes, by part, for options that fit the source. given: of an earlier pass."""
-    if options.calibration.low_memory and not given:
-        return _needed_by_layers(weights, options)
+    if options.calibration.low_memory and weights.stream:
+        return _needed_by_layers(weights, options, given)
     parts, declared, capacity = pass_parts(weights, options.calibration)
     layer, length = largest_layer(weights), options.calibration.length
-    gathered = sum(v.nbytes for one in given.layers for v in one.flat().values()) if given else parts["statistics_bytes"]
+    gathered = given_bytes(given) if given else parts["statistics_bytes"]
     experts = 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32
     solver = 4 * sampled_rows(weights, options.calibration, capacity) * layer.width * FLOAT32
     phases = [{"weights_bytes": experts, "statistics_bytes": gathered, "solver_bytes": solver}]
     if not given:
         phases.append(parts)
-    if options.profile_tokens and not options.calibration.low_memory:
+    if options.profile_tokens:
         again = needed_by_running(weights.model, rows=length, cut=options.n_sub)
         phases.append({name: again[name] for name in RUNNING} | {"statistics_bytes": gathered})
         phases = [{**phase, "kernels_bytes": KERNELS} for phase in phases]
     phases.append(_comparison(weights, options))
     # a new snapshot of the statistics is complete before the one before it goes
-    return told(largest(phases), written_bytes(weights) + 2 * declared) | {"reservoir_tokens": capacity}
+    disk = written_bytes(weights) + 2 * declared
+    return told(largest(phases), disk, held=gathered if given else 0) | {"reservoir_tokens": capacity}
 
 
-def _needed_by_layers(weights: Weights, options: RefactorOptions) -> dict[str, Any]:
-    """The same for a refactoring that takes one decoder layer after the other: statistics are of one layer, hidden states of all text."""
+def _needed_by_layers(weights: Weights, options: RefactorOptions, given: Statistics | None) -> dict[str, Any]:
+    """The same for a refactoring that takes one decoder layer after the other: statistics are of one layer, hidden states of all text.
+
+    given: then no text passes, the profile's alone.
+    """
     run, layer, length = settings(options.calibration), largest_layer(weights), options.calibration.length
     capacity = bounded_capacity([layer], run)
     vocabulary = text_config(weights).vocab_size
     profiled = min(options.profile_tokens, options.calibration.tokens) * (1 + len(weights.layers) * (1 + options.profile_points))
     parts = {
         "weights_bytes": 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32,
-        "statistics_bytes": filled(declared_bytes([layer], run, capacity), weights, options.calibration, capacity),
+        "statistics_bytes": given_bytes(given) if given else declared_bytes([layer], run, capacity),
         "solver_bytes": 4 * sampled_rows(weights, options.calibration, capacity) * layer.width * FLOAT32,
         "kernels_bytes": KERNELS if options.profile_tokens else 0,
-        "hidden_bytes": held_bytes(weights, options.calibration) + 2 * profiled * layer.hidden * FLOAT32,
+        "hidden_bytes": (0 if given else held_bytes(weights, options.calibration)) + 2 * profiled * layer.hidden * FLOAT32,
         "activations_bytes": run.batch * length * row_bytes(weights.model, layer, length),
         "logits_bytes": LOGITS_HELD * length * vocabulary * FLOAT32 if options.profile_tokens else 0,
     }
     comparison = _comparison(weights, options)
-    return told(largest([parts, comparison]), written_bytes(weights)) | {"reservoir_tokens": capacity}
+    held = given_bytes(given) if given else 0
+    return told(largest([parts, comparison]), written_bytes(weights), held=held) | {"reservoir_tokens": capacity}
 
 
 def _comparison(weights: Weights, options: RefactorOptions) -> dict[str, int]:
@@ -82,6 +90,11 @@ def _comparison(weights: Weights, options: RefactorOptions) -> dict[str, int]:
     layer, rows = largest_layer(weights), options.calibration.length * text_config(weights).vocab_size
     experts = 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32
     return {"weights_bytes": experts, "logits_bytes": 3 * max(LOGITS, rows) * FLOAT32} if options.keep else {}
+
+
+def given_bytes(given: Statistics) -> int:
+    """Of statistics in memory."""
+    return sum(v.nbytes for one in given.layers for v in one.flat().values())
 
 
 def held_bytes(weights: Weights, calibration: CalibrateOptions) -> int:
@@ -113,7 +126,7 @@ def needed_by_adoption(weights: Weights, options: CalibrateOptions, written: int
 
 
 def needed_by_recovery(model: Any, ids: Tensor, options: RecoverOptions, written: int) -> dict[str, Any]:
-    """What a recovery needs of a model that is loaded: its side tensors and equations come on top."""
+    """What a recovery needs of a model that is loaded already: its side tensors and equations come on top."""
     needed = needed_by_running(model, rows=BATCH * ids.shape[1], cut=2, low_memory=options.low_memory)
     parts = {name: needed[name] for name in RUNNING} | {"kernels_bytes": KERNELS}
     if options.method == "repair":  # the logits are not needed
@@ -121,7 +134,7 @@ def needed_by_recovery(model: Any, ids: Tensor, options: RecoverOptions, written
         bands = min(options.bands, layers[0].n_sub - 1)
         equations = min(options.memory_mib << 20, sum(Normal.bytes(own, bands) for own in layers))
         parts |= {"logits_bytes": 0, "equations_bytes": equations}
-    return told(parts, written)
+    return told(parts, written, held=sum(p.nbytes for p in model.parameters() if not p.is_meta))
 
 
 def model_tree(where: Path | str) -> Any:
@@ -132,11 +145,14 @@ def model_tree(where: Path | str) -> Any:
     return LayerStream(path, torch.float32).model if path.is_dir() else load_model(path, torch.float32)
 
 
-def needed_by_running(model: Any, *, rows: int, cut: int, fits: bool = False, low_memory: bool = False) -> dict[str, Any]:
+def needed_by_running(
+    model: Any, *, rows: int, cut: int, fits: bool = False, low_memory: bool = False, encodes: bool | None = None
+) -> dict[str, Any]:
     """What a command needs that loads the model and runs text through it.
 
     rows: tokens that run together; cut: sub-experts per expert (1: whole experts, without side tensors); fits: whether methods gather
-    statistics of their own; low_memory: whether one decoder layer is in memory at a time.
+    statistics of their own; low_memory: whether one decoder layer is in memory at a time; encodes: of a model that runs with its experts
+    in fewer bits, whether methods encode more than int8 and int4.
     """
     layers = find_layers(model)
     config = model.config.get_text_config()
@@ -151,12 +167,28 @@ def needed_by_running(model: Any, *, rows: int, cut: int, fits: bool = False, lo
         "logits_bytes": LOGITS_HELD * rows * config.vocab_size * FLOAT32,
         "kernels_bytes": KERNELS if cut > 1 else 0,
     }
+    if encodes is not None:
+        parts["encoded_bytes"] = encoded_bytes(layers, encodes)
     return told(parts, 0)
 
 
-def told(parts: dict[str, int], disk: int) -> dict[str, Any]:
-    """As `--dry-run` shows it: the parts of the largest phase, and the process that holds them."""
-    parts = {"process_bytes": max(resident_memory(), LOADED) + KEPT, **parts}
+def encoded_bytes(layers: Sequence[MoELayer], methods: bool) -> int:
+    """What a frontier holds beside the model while that runs in fewer bits: its own experts, and those of int8 and int4.
+
+    methods: whether methods encode more; what is kept of all then has a limit.
+    """
+    own = sum(w.numel() for layer in layers for w in matrices(layer)) * FLOAT32
+    limit = max(KEPT_BYTES, own)
+    if methods:
+        return own + limit
+    codec = codecs.get("rtn")()
+    shapes = [tuple(w.shape) for layer in layers for w in matrices(layer)]
+    return own + min(limit, sum(codec.bytes(shape, bits, codec.groups[0]) for _, bits in STANDING for shape in shapes))
+
+
+def told(parts: dict[str, int], disk: int, held: int = 0) -> dict[str, Any]:
+    """As `--dry-run` shows it: the parts of the largest phase, and the process that holds them. held: bytes of them that it has by now."""
+    parts = {"process_bytes": max(resident_memory() - held, LOADED) + KEPT, **parts}
     return {"peak_memory_bytes": sum(parts.values()), "disk_bytes": disk, **parts}
 
 
@@ -190,9 +222,8 @@ def pass_parts(weights: Weights, calibration: CalibrateOptions) -> tuple[dict[st
     tokens = min(calibration.tokens, run.batch * calibration.length)
     parts = {
         "weights_bytes": 3 * experts if calibration.low_memory else everything + experts,
-        "statistics_bytes": filled(declared, weights, calibration, capacity),
+        "statistics_bytes": declared,
         "activations_bytes": tokens * row_bytes(weights.model, layer, calibration.length),
-        "logits_bytes": 0 if calibration.low_memory else 6 * calibration.length * text_config(weights).vocab_size * FLOAT32,
         "hidden_bytes": held_bytes(weights, calibration) if calibration.low_memory else 0,
     }
     return parts, declared, capacity
@@ -220,13 +251,6 @@ def sampled_rows(weights: Weights, calibration: CalibrateOptions, capacity: int)
     """Rows of the samples of all experts of a layer: no more than there are places, or choices."""
     layer = largest_layer(weights)
     return min(layer.num_experts * capacity, calibration.tokens * experts_per_token(weights.model, layer))
-
-
-def filled(declared: int, weights: Weights, calibration: CalibrateOptions, capacity: int) -> int:
-    """Of what collectors may hold, the share that so much text fills: places that nothing is written to take no memory."""
-    if not {"counts", "tokens"}.issuperset(calibration.collectors):
-        return declared  # the others are as large from the first token on
-    return declared * sampled_rows(weights, calibration, capacity) // (largest_layer(weights).num_experts * capacity)
 
 
 def check_resources(needed: Mapping[str, Any], out: str | Path, resume: bool = False) -> None:

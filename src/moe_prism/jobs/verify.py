@@ -1,4 +1,4 @@
-"""Check a folder against its own manifest, and the model in it against its parts."""
+"""Check a folder against its own manifest, then the model in it against its parts, for which alone libraries are imported."""
 
 from __future__ import annotations
 
@@ -8,14 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import checkpoint
-from ..artefact.load import SIDE_FILE, check_complete, side_tensors
-from ..checkpoint import Check, LayerStream
+from ..checkpoint import Check
 from ..checkpoint.manifest import WEIGHTS_FILE, check_layers
-from ..checkpoint.mtp import check_mtp
-from ..compress.prune.remove import block_tensors
-from ..elastic.runtime import experts_per_token
-from ..elastic.side_tensors import LayerShape, check_shapes
-from ..model import find_layers
 from ..result import Result
 
 
@@ -52,6 +46,11 @@ def verify(folder: str | Path) -> Checks:
 
 
 def _check_architecture(folder: str | Path, manifest: Mapping[str, Any]) -> Check:
+    from ..checkpoint import LayerStream
+    from ..checkpoint.mtp import check_mtp
+    from ..compress.prune.remove import block_tensors
+    from ..model import find_layers
+
     stream = LayerStream(folder)
     last = find_layers(stream.model)[-1]
     whole = manifest.get("pruning", {}).get("options", {}).get("mtp") == "keep"
@@ -64,6 +63,12 @@ def _check_architecture(folder: str | Path, manifest: Mapping[str, Any]) -> Chec
 
 def _check_side_tensors(folder: str | Path, manifest: Mapping[str, Any]) -> Check:
     """Against the model of config.json, whose weights stay on disk; of a GGUF file against prism.json."""
+    from ..artefact.load import SIDE_FILE, check_complete, side_tensors
+    from ..checkpoint import LayerStream
+    from ..elastic.runtime import experts_per_token
+    from ..elastic.side_tensors import LayerShape, check_shapes
+    from ..model import find_layers
+
     rows, n_sub, gates = manifest["layers"], manifest["n_sub"], manifest["gates"]
     sides = side_tensors(folder, len(rows))
     check_complete(folder, sides)

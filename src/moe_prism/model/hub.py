@@ -8,11 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
 from ..errors import UsageError
-from ..schema.read import one_line
 
 VARIABLE = "MOE_PRISM_REVISION"  # in the environment, like those of `model/place.py`
 WEIGHTS = "*.safetensors"
@@ -52,6 +48,11 @@ def fetched(name: str, *, weights: bool = True) -> Path:
 
     Offline (HF_HUB_OFFLINE=1) only the cache is looked at. Never runs code, and fetches files that are data only.
     """
+    from huggingface_hub import constants, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    from ..schema.read import one_line
+
     patterns = [p for p in (*DATA, *WORDS) if weights or p != WEIGHTS]
     file, revision, offline = _FILE.fullmatch(name), os.environ.get(VARIABLE) or None, constants.is_offline_mode()
     try:

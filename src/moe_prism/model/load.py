@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer from a folder, a GGUF file or a hub name. `nano` and `nano-mix` are shipped in this package."""
+"""Load a model and its tokenizer from a folder, a GGUF file or a hub name."""
 
 from __future__ import annotations
 
@@ -19,41 +19,8 @@ from ..checkpoint.view import as_data, settings
 from ..checkpoint.whole import open_whole
 from ..errors import CorruptError, PrismError, UsageError
 from ..schema.read import one_line
-from .hub import fetched, is_hub_name
+from .named import resolve
 from .place import compute_type, placement
-
-_PACKAGE = Path(__file__).parent.parent
-NANO = _PACKAGE / "nano"
-SHIPPED = {"nano": NANO, "nano-mix": _PACKAGE / "nano_mix"}
-_NAMES = " or ".join(f"'{name}'" for name in SHIPPED)
-
-
-def resolve(source: str | Path, *, weights: bool = True) -> Path:
-    """A local path, checked. The names of `SHIPPED` stand for the shipped models, OWNER/MODEL for a snapshot in the hub's cache.
-
-    weights: whether a snapshot must hold them, or what describes the model is enough.
-    """
-    text = str(source)
-    if text in SHIPPED:
-        return SHIPPED[text]
-    if is_hub_name(text):
-        found = fetched(text, weights=weights)
-        if found.is_dir() and not (found / "config.json").is_file():
-            raise UsageError(f"'{text}' has no config.json on its hub", "of GGUF files name one: OWNER/MODEL/FILE.gguf")
-        return found
-    path = Path(text).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UsageError(f"'{text}' has no config.json", f"give a folder written by save_pretrained, or {_NAMES}")
-        read_json(path / "config.json")
-        return path
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return path
-        raise UsageError(f"'{text}' is a file, not a model folder", "give the folder that holds config.json, or a .gguf file")
-    raise UsageError(
-        f"model path '{text}' does not exist", f"give a folder with config.json, a .gguf file, OWNER/MODEL, or {_NAMES}"
-    )
 
 
 def load_model(source: str | Path, dtype: torch.dtype | None = None, config: Any = None, *, device_map: str | None = None) -> Any:

@@ -1,7 +1,16 @@
 """Win back quality below full budget from calibration text, in tensors beside the weights."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lazy import on_use
 from ..registry import Registry
-from .base import Method, RecoverJob
+
+if TYPE_CHECKING:
+    from .base import Method, RecoverJob
+
+__getattr__ = on_use(__name__, {"base": "Method RecoverJob"})
 
 __all__ = ["Method", "RecoverJob", "methods"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any
 
-import torch
 from annotated_types import MaxLen, MinLen
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
@@ -23,7 +22,7 @@ BANNED = (
 """Keys that name code, an implementation that a library would fetch, or a file elsewhere."""
 SPECIAL = ("__float__", "__type")
 """Keys with an underscore that say what a value is: a special float, an added token."""
-DTYPES = frozenset(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))
+USUAL = ("bfloat16", "float16", "float32")
 MOST_COUNT = 1 << 53
 
 
@@ -83,7 +82,7 @@ class ConfigForm(Form):
         """A type that there is, no more chosen experts than there are, and numbers that fit a register."""
         types = [t for given in (self.dtype, self.torch_dtype) for t in (given.values() if isinstance(given, dict) else [given])]
         for name in types:
-            if name is not None and name.removeprefix("torch.") not in DTYPES and name != "auto":
+            if name is not None and name != "auto" and not _is_type(name.removeprefix("torch.")):
                 raise ValueError(f"says dtype {name[:40]!r}, which is no type of numbers")
         if len(self.model_extra or {}) > MOST_KEYS:
             raise ValueError(f"has more than {MOST_KEYS} keys")
@@ -96,6 +95,15 @@ class ConfigForm(Form):
             if wide or (isinstance(value, float) and math.isnan(value)):
                 raise ValueError(f"says {name[:60]!r} is a number that nothing can be")
         return self
+
+
+def _is_type(name: str) -> bool:
+    """Whether torch has a type of numbers of this name; of the usual ones it need not be asked."""
+    if name in USUAL:
+        return True
+    import torch
+
+    return isinstance(vars(torch).get(name), torch.dtype)
 
 
 def parts(value: dict[str, Any]) -> list[dict[str, Any]]:

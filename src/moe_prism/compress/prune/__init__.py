@@ -1,11 +1,28 @@
 """Remove whole experts: the contract of criteria that rank them, the choice under a budget, mask mode and physical removal."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from ...catalogue import methods
+from ...lazy import on_use
 from ...registry import Registry, View
-from .base import Criterion, LayerSubject
-from .choose import KeptExperts, PruneRequest, choose
-from .mask import pruned
-from .protect import Protection
+
+if TYPE_CHECKING:
+    from .base import Criterion, LayerSubject
+    from .choice import KeptExperts, PruneRequest, choose
+    from .mask import pruned
+    from .protect import Protection
+
+__getattr__ = on_use(
+    __name__,
+    {
+        "base": "Criterion LayerSubject",
+        "choice": "KeptExperts PruneRequest choose",
+        "mask": "pruned",
+        "protect": "Protection",
+    },
+)
 
 __all__ = ["Criterion", "KeptExperts", "LayerSubject", "PruneRequest", "choose", "criteria", "protections", "pruned"]
 

@@ -13,7 +13,7 @@ from ...model.router import RoutingGroups
 from ...schema import check
 from ...schema.points import REMAKE, KeptForm, PruneForm
 from ..changes import Change
-from .choose import KeptExperts
+from .choice import KeptExperts
 from .constants import Constants
 from .mask import pruned
 

@@ -15,7 +15,7 @@ from ...checkpoint.mtp import block_tails, moved
 from ...errors import UsageError
 from ...model import MoELayer
 from ...model.router import Router
-from .choose import KeptExperts
+from .choice import KeptExperts
 from .remove import BlockWriter, Removal, check_removable, config_of
 from .write import Planned, write_checkpoint
 

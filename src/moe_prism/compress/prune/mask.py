@@ -8,7 +8,7 @@ from typing import Any
 
 from ...model import MoELayer, find_layers
 from ...model.router import find_routers
-from .choose import KeptExperts
+from .choice import KeptExperts
 from .constants import substituted
 
 

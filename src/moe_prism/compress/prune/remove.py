@@ -12,13 +12,13 @@ from torch import Tensor
 from ...checkpoint import Journal, LayerStream, OutputFolder, check_finite
 from ...checkpoint.atomic import raw_bytes
 from ...checkpoint.convert import ADVICE
-from ...checkpoint.header import NAMES
+from ...checkpoint.dtypes import NAMES
 from ...checkpoint.mtp import CHOICE, MTPEdit, mtp_layers
 from ...errors import UsageError
 from ...model import MoELayer, find_layers
 from ...model.router import COUNT_NAMES, GROUP_LIMIT_NAMES, GROUP_NAMES, Router
 from ...options.prune import MTPMode
-from .choose import KeptExperts
+from .choice import KeptExperts
 from .write import Planned, Progress, ShardWriter, config_text, text_section, write_checkpoint
 
 

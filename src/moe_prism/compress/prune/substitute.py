@@ -15,7 +15,7 @@ from ...checkpoint.mtp import mtp_layers
 from ...errors import UsageError
 from ...model import MoELayer, find_layers
 from ...options.prune import MTPMode
-from .choose import KeptExperts
+from .choice import KeptExperts
 from .remove import Removal, block_tensors
 from .write import Planned, ShardWriter, config_text, text_section, write_checkpoint
 

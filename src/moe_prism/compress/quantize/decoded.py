@@ -20,6 +20,8 @@ GONE, SOURCE = 0.0, 16.0
 """Bits of an expert that is not stored, and of one that stays as it is."""
 KEPT_BYTES = 1 << 30
 """Of encoded models that are kept, or what the model's experts take if that is more: a frontier goes round them once per batch."""
+TOGETHER = 1 << 24
+"""Bytes of a matrix's experts that are encoded at a time: the search for a scale takes five times what it looks at."""
 _NAME = "_moe_prism_encoded"
 
 
@@ -34,7 +36,7 @@ class Part(Protocol):
 
 
 class ExpertPart(NamedTuple):
-    """The experts of a layer that have one width: planes of every matrix, none where there are no bits."""
+    """Experts of a layer that have one width: planes of every matrix, none where there are no bits."""
 
     experts: Tensor
     planes: tuple[Planes, ...]
@@ -115,11 +117,12 @@ def _encoded(model: Any, layers: Sequence[MoELayer], key: Hashable, encode: Call
 
 
 def _parts(layer: MoELayer, codec: Codec, group: int, widths: Sequence[float]) -> tuple[Part, ...]:
-    found = []
+    found, few = [], max(1, TOGETHER // (4 * layer.hidden * layer.width))
     for bits in sorted(set(widths) - {SOURCE}):
-        experts = torch.tensor([e for e, own in enumerate(widths) if own == bits], device=layer.up.device)
-        planes = [] if bits == GONE else [codec.encode(matrix[experts], bits, group) for matrix in matrices(layer)]
-        found.append(ExpertPart(experts, tuple(planes)))
+        every = torch.tensor([e for e, own in enumerate(widths) if own == bits], device=layer.up.device)
+        for experts in torch.split(every, few):
+            planes = [] if bits == GONE else [codec.encode(matrix[experts], bits, group) for matrix in matrices(layer)]
+            found.append(ExpertPart(experts, tuple(planes)))
     return tuple(found)
 
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...cores import processor
 from ...errors import PrismError, UsageError
 from ...files import replace_file
 from ...kernels.target import TARGET
@@ -175,16 +174,7 @@ def _name(parts: LayerParts, k: int, tokens: int) -> str:
     )
     rows = "" if layer.input_dtype == layer.up.dtype else f" {str(layer.input_dtype).removeprefix('torch.')} rows"
     kind = f"{type(layer).__name__}{'' if layer.gate is None else ' gated'}{'' if layer.up_bias is None else ' biased'}"
-    return f"{_processor()} {TARGET.name} torch{torch.__version__} one-call {kind} {shape}{rows} T{tokens}"
-
-
-@cache
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{processor()} {TARGET.name} torch{torch.__version__} one-call {kind} {shape}{rows} T{tokens}"
 
 
 def _file() -> Path:

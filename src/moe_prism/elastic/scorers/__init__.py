@@ -1,7 +1,13 @@
 """Scorers: estimates of the output norm of every candidate block, without computing it."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from ...registry import Registry
-from ..base import Scorer
+
+if TYPE_CHECKING:
+    from ..base import Scorer
 
 scorers: Registry[type[Scorer]] = Registry(
     "scorer",

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...calibrate.statistics import Statistics
 from ...compress.prune import KeptExperts, choose, criteria
 from ...compress.prune.change import PruneChange
-from ...compress.prune.choose import keep_counts
+from ...compress.prune.choice import keep_counts
 from ...errors import UsageError
 from ...model.router import find_routers
 from ...options.prune import Allocation, ExpertForm, PruneOptions

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...calibrate.statistics import Statistics
 from ...compress.prune import KeptExperts, LayerSubject, PruneRequest, choose, criteria, protections
 from ...compress.prune.change import PruneChange, kept_experts
-from ...compress.prune.choose import keep_counts
+from ...compress.prune.choice import keep_counts
 from ...compress.prune.constants import mean_outputs
 from ...elastic.runtime import Elastic, experts_per_token
 from ...errors import UsageError

@@ -1,0 +1,214 @@
+"""How long jobs take on this machine, from batches of them that are run on one decoder layer (`pilot.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..artefact.load import side_tensors
+from ..artefact.source import Weights
+from ..calibrate.options import settings
+from ..calibrate.run import Pass, batches
+from ..calibrate.statistics import LayerStatistics, Statistics
+from ..data import Windows
+from ..elastic import Elastic, attach
+from ..forecast.work_time import Seconds, Split, remembered, timed
+from ..frontier.measure import BATCH, LOGIT_ROWS, measure
+from ..methods.base import Method, Subject
+from ..methods.quantize.uniform_bits import standing_rows
+from ..methods.skip.base import skip_method
+from ..options.calibrate import CalibrateOptions
+from ..options.frontier import FrontierOptions
+from ..options.recover import RecoverOptions
+from ..options.refactor import RefactorOptions
+from ..point import NamedPoint, OperatingPoint
+from ..recover.repair import Normal
+from ..recover.run import BATCH as REPAIRED
+from ..recover.run import equations, groups
+from .pilot import Pilot, few_experts, for_all, spread, written
+from .profile_layers import alone_points, profile_runs
+from .resources import pass_parts, written_bytes
+from .solve_layer import WORKING, solve
+
+FEW = 4  # experts that are solved to see how long one takes
+TRIED = 5  # points of a frontier that are run
+
+
+def pass_time(where: Path, windows: Windows, options: CalibrateOptions, written_: int) -> Seconds | None:
+    """Of a calibration pass over these windows, and of writing so many bytes. None where no layer can be run by itself."""
+    if where.is_file() or options.low_memory:
+        return None
+    pilot = Pilot(where)
+    ids, run = windows.ids, settings(options)
+    name = pilot.name("pass", run.collectors, run.capacity, run.batch, ids.shape[1], len(run.domains))
+    known = remembered(name, lambda: _pass_pieces(pilot, ids, options)[0])
+    return _pass_total(known, pilot.layers, ids, windows.parts, run.batch) + written(written_)
+
+
+def refactor_time(weights: Weights, text: Windows | Statistics, options: RefactorOptions, unit: int) -> Seconds | None:
+    """Of a refactoring, with its calibration unless there are statistics. unit: neurons that move together."""
+    if weights.stream is None or options.calibration.low_memory or options.keep:
+        return None
+    pilot = Pilot(weights.path)
+    run, given = settings(options.calibration), isinstance(text, Statistics)
+    ids = text.profile if isinstance(text, Statistics) else text.ids
+    layer = weights.layers[0]
+    _, declared, capacity = pass_parts(weights, options.calibration)
+    rows = max(1, min(capacity, options.calibration.tokens * _k(pilot) // layer.num_experts))
+    name = pilot.name(
+        "refactor", options.n_sub, options.gates, options.solver, options.objective, options.compensate, options.rank,
+        options.extra_scorers, unit, rows, capacity, run.batch, ids.shape[1], len(run.domains), options.profile_tokens > 0,
+    )  # fmt: skip
+    known = remembered(name, lambda: _refactor_pieces(pilot, ids, options, rows, unit))
+    total = known["solve"] * (len(weights.layers) * layer.num_experts / min(FEW, layer.num_experts))
+    if not given:
+        total += _pass_total(known, pilot.layers, ids, text.parts, run.batch) + written(2 * declared)
+    if options.profile_tokens:
+        total += _profile_total(known, pilot, options, ids.shape[1])
+    return total + known["load"] + written(written_bytes(weights))
+
+
+def frontier_time(
+    folder: Path, asked: Sequence[Method], windows: Windows, options: FrontierOptions, n_sub: int
+) -> Seconds | None:
+    """Of measuring the points of methods that need no fitting; None for others, and where no layer can be run by itself."""
+    fixed = all(each.acts != "weights" and not each.needs for each in asked)
+    if options.low_memory or options.given or not fixed or not folder.is_dir():
+        return None
+    pilot = Pilot(folder)
+    ids = windows.ids
+    tensors = side_tensors(folder, len(Weights(folder).layers))[0] if n_sub > 1 else {}
+    name = pilot.name("frontier", [each.name for each in asked], options.per_method, n_sub, sorted(tensors), ids.shape[1])
+    known = remembered(name, lambda: _frontier_pieces(pilot, ids, asked, options, (n_sub, tensors)))
+    rounds = -(-len(ids) // BATCH)
+    full, points = (Split(known[f"{what} inside"], known[f"{what} outside"]).of(pilot.layers) for what in ("full", "points"))
+    return known["load"] + (full + points + known["decode"] * pilot.layers) * rounds + known["encode"] * pilot.layers
+
+
+def repair_time(model: Any, windows: Windows, options: RecoverOptions, written_: int) -> Seconds | None:
+    """Of a repair of a model that is loaded; None of other methods and of streamed models."""
+    if options.method != "repair" or options.low_memory:
+        return None
+    elastic: Elastic = model._moe_prism
+    bands = min(options.bands, elastic.layers[0].parts.n_sub - 1)
+    parts = groups(elastic.layers, bands, options.memory_mib << 20)
+    ids = windows.ids
+    total = Seconds()
+    for group in parts:
+        found: list[Normal] = []
+        once = timed(lambda group=group, found=found: found.extend(equations(model, elastic, group, ids[:REPAIRED], bands)))
+        few = _few_equations(found[0])
+        solved = timed(few.solve) * (found[0].parts.layer.num_experts / len(few.gram[0, 0]))
+        total += once * (len(ids) / REPAIRED) + solved * len(group)
+    return total + written(written_)
+
+
+def _few_equations(normal: Normal) -> Normal:
+    """The equations of a few experts."""
+    found = Normal.__new__(Normal)
+    found.parts, found.bands = normal.parts, normal.bands
+    found.gram, found.cross = normal.gram[:, :, :FEW], normal.cross[:, :, :FEW]
+    return found
+
+
+def _pass_pieces(pilot: Pilot, ids: Tensor, options: CalibrateOptions) -> tuple[dict[str, Seconds], LayerStatistics]:
+    """The first batch of a pass and a later one, inside the layer and outside; and what the layer's collectors then hold."""
+    run = settings(options)
+    text = ids[: 2 * run.batch]
+    with pilot.there():
+        work = Pass(pilot.model, [pilot.layer], run)
+        parts = [(run.domains[0], len(text))] if run.domains else []
+        first = pilot.split(lambda: work.run(text[: run.batch], parts=parts))
+        later = pilot.split(lambda: work.run(text, parts=parts)) if len(text) > run.batch else first
+        found = work.gathered(0)
+    pieces = {
+        "first inside": first.inside, "first outside": first.outside, "later inside": later.inside, "later outside": later.outside,
+    }  # fmt: skip
+    return {**pieces, "load": pilot.load()}, found
+
+
+def _pass_total(known: Mapping[str, Seconds], layers: int, ids: Tensor, parts: Sequence[tuple[str, int]], size: int) -> Seconds:
+    first, later = (Split(known[f"{when} inside"], known[f"{when} outside"]).of(layers) for when in ("first", "later"))
+    full = [len(batch.ids) / size for batch in batches(ids, size, parts)]
+    return known["load"] + first * min(1.0, full[0]) + later * sum(full[1:])
+
+
+def _refactor_pieces(pilot: Pilot, ids: Tensor, options: RefactorOptions, rows: int, unit: int) -> dict[str, Seconds]:
+    """What a pass takes, a few experts' solution, and a row of the profile at full budget and with the layer at its own."""
+    pieces, found = _pass_pieces(pilot, ids, options.calibration)
+    count = min(FEW, pilot.layer.num_experts)
+    with pilot.there():
+        layer, sample = few_experts(pilot.layer, found, count, rows)
+        solved: list[dict[str, Tensor]] = []
+        pieces["solve"] = timed(lambda: solved.append(solve(layer, sample, options, unit)[0]))
+        if not options.profile_tokens:
+            return pieces
+        tensors = for_all({k: v for k, v in solved[0].items() if k not in WORKING}, pilot.layer.num_experts)
+        attach(pilot.model, options.n_sub, gates=options.gates, tensors=[tensors], layers=[pilot.layer])
+        [point] = alone_points(*profile_runs(0)[0], 1)
+        full, own = _runs(pilot, ids[: _profile_batch(ids)], [[], [point]])
+    return pieces | {
+        "full inside": full.inside, "full outside": full.outside,
+        "own inside": own.inside - full.inside, "own outside": own.outside - full.outside,
+    }  # fmt: skip
+
+
+def _profile_batch(ids: Tensor) -> int:
+    return max(1, LOGIT_ROWS // ids.shape[1])
+
+
+def _profile_total(known: Mapping[str, Seconds], pilot: Pilot, options: RefactorOptions, length: int) -> Seconds:
+    """Every layer alone below full budget, once per run, beside the full model."""
+    windows = max(1, options.profile_tokens // length)
+    rounds = windows / max(1, LOGIT_ROWS // length)
+    runs = pilot.layers * (1 + options.profile_points)
+    full = known["full inside"] * pilot.layers + known["full outside"]
+    alone = known["own inside"] + known["full inside"] * (pilot.layers - 1) + known["own outside"]
+    return known["load"] + (full + alone * runs) * rounds
+
+
+def _runs(pilot: Pilot, ids: Tensor, points: Sequence[Sequence[OperatingPoint]]) -> list[Split]:
+    """What measuring each list of points takes on one batch, after a turn that compiles and prepares."""
+    size = max(1, len(ids))
+    measure(pilot.model, ids, points[-1], batch=size)
+    return [pilot.split(lambda own=own: measure(pilot.model, ids, own, batch=size)) for own in points]
+
+
+def _frontier_pieces(
+    pilot: Pilot, ids: Tensor, asked: Sequence[Method], options: FrontierOptions, cut: tuple[int, dict[str, Tensor]]
+) -> dict[str, Seconds]:
+    """A batch at full budget and at all points, of which some are run, and what int8 and int4 take to encode and to decode, per layer."""
+    load, batch = pilot.load(), ids[:BATCH]
+    n_sub, tensors = cut
+    with pilot.there():
+        attach(pilot.model, n_sub, tensors=[tensors] if tensors else None, layers=[pilot.layer])
+        subject = Subject(
+            model=pilot.model, tokenizer=None, elastic=pilot.model._moe_prism, n_sub=n_sub, k=_k(pilot),
+            read_calibration=lambda: ids, points=options.per_method,
+        )  # fmt: skip
+        named: list[NamedPoint] = [point for each in asked for point in each.points(subject)]
+        uniform = skip_method("uniform")
+        named += [uniform.point(subject, n) for n in range(1, subject.k)]
+        tried = [each.point for each in spread(named, TRIED)]
+        full, points = _runs(pilot, batch, [[], tried])
+        rows = [each.point for each in standing_rows(subject)]
+        first = pilot.split(lambda: measure(pilot.model, batch, rows, batch=BATCH))
+        again = pilot.split(lambda: measure(pilot.model, batch, rows, batch=BATCH))
+    one, whole = (points.outside - full.outside) * (1 / len(tried)), BATCH / len(batch)  # a text may be shorter than a batch
+    every = (len(named) + len(rows)) / len(tried)
+    return {
+        "load": load,
+        "full inside": full.inside * whole, "full outside": full.outside * whole,
+        "points inside": (points.inside - full.inside) * (every * whole), "points outside": one * ((len(named) + len(rows)) * whole),
+        "decode": again.outside - full.outside - one * len(rows),
+        "encode": first.outside - again.outside,
+    }  # fmt: skip
+
+
+def _k(pilot: Pilot) -> int:
+    from ..elastic.runtime import experts_per_token
+
+    return experts_per_token(pilot.model, pilot.layer)

@@ -49,7 +49,7 @@ def resident_bytes(elastic: Elastic, step: Step) -> float:
     group, point = _group(step), step.bound.points[0]
     change = None if point.weights is None else change_of(point.weights)
     share = 1.0
-    if change is not None and group.matrix_bytes is None:  # the prices know nothing of experts that are not there
+    if change is not None and group.stored is None:  # the prices know nothing of experts that are not there
         share = change.resident_share
     total = 0.0 if change is None else change.resident_values * elastic.stored_bytes_per_weight
     for layer in elastic.layers:

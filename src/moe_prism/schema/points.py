@@ -148,6 +148,20 @@ class BandsForm(Form):
     group: Annotated[int, Field(ge=1, le=1 << 20)]
 
 
+class NeuronsForm(Form):
+    """The neurons of a layer that stay: a bit for each, as base64."""
+
+    experts: Experts
+    neurons: Annotated[int, Field(ge=1, le=1 << 24)]
+    kept: Annotated[str, MaxLen(1 << 28)]
+
+
+class SliceForm(Form):
+    """Settings of the weight change `slice`."""
+
+    layers: Annotated[list[NeuronsForm], MinLen(1), MaxLen(MOST_LAYERS)]
+
+
 class DomainForm(Form):
     """`DomainQuality` of `frontier.json`."""
 

@@ -51,7 +51,7 @@ class Change(ABC):
         """[E] (float64): bytes that a weight of each expert's matrices takes, scales included; None: what it is `stored` in."""
         return None
 
-    def neurons(self, layers: Sequence[MoELayer], layer: int) -> Tensor | None:
+    def neurons_there(self, layers: Sequence[MoELayer], layer: int) -> Tensor | None:
         """[E, f] (bool): the neurons of each expert that are there; None: all of them."""
         return None
 

@@ -248,7 +248,7 @@ def _stored(elastic: Host, point: OperatingPoint) -> tuple[Stored, ...] | None:
         return None
     change, layers = change_of(point.weights), [layer.parts.layer for layer in elastic.layers]
     size = elastic.stored_bytes_per_weight
-    found = [Stored(change.bytes_per_weight(layers, i, size), change.neurons(layers, i)) for i in range(len(layers))]
+    found = [Stored(change.bytes_per_weight(layers, i, size), change.neurons_there(layers, i)) for i in range(len(layers))]
     return tuple(found) if any(value is not None for own in found for value in own) else None
 
 

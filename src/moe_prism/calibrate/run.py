@@ -178,7 +178,7 @@ class Pass:
             out = layer.stock(x, index, weight)
             later = [collector for collector in wanted if SLOPE in collector.needs]
             if later:
-                out.register_hook(lambda slope: told(replace(routed, slope=slope), later))
+                out.register_hook(lambda slope: told(replace(routed, slope=slope), later))  # type: ignore[no-untyped-call]
             return out
 
         @torch.no_grad()

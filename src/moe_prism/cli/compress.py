@@ -53,8 +53,8 @@ def compress(
     elif out is None:
         raise UsageError("there is no output folder", "give --out FOLDER, --dry-run or --report-only")
     else:
-        how = {"resume": run.resume, "force": run.force, "report": progress}
-        result = compress_model(model, out, options, calibration=trial.calibration, **how)
+        given = trial.calibration
+        result = compress_model(model, out, options, calibration=given, resume=run.resume, force=run.force, report=progress)
         note(f"next: moe-prism verify {out}")
     facts = result.to_json()
     note_left_out(facts.get("left_out", {}))

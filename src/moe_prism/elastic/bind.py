@@ -27,7 +27,7 @@ from .control import Holding, Past, holdings
 from .dial import Dial, dials, spending
 from .execute.base import Again
 from .host import Host
-from .prices import Stored
+from .prices import StoredAs
 from .rules import rules
 from .scorers import scorers
 
@@ -50,7 +50,7 @@ class PointGroup:
     budgets: tuple[tuple[float, ...], ...]
     holding: tuple[Holding, ...] | None = None
     dials: tuple[Dial, ...] = ()
-    stored: tuple[Stored, ...] | None = None
+    stored: tuple[StoredAs, ...] | None = None
     bits: SlotBits | None = None
 
     @property
@@ -242,13 +242,13 @@ def _group(elastic: Host, key: Key, points: Sequence[OperatingPoint]) -> PointGr
     return PointGroup(stages, rule, scorer, compensate, budgets, holding, tuple(next(iter(turned.values()))), stored, bits)
 
 
-def _stored(elastic: Host, point: OperatingPoint) -> tuple[Stored, ...] | None:
+def _stored(elastic: Host, point: OperatingPoint) -> tuple[StoredAs, ...] | None:
     """What a change of weights makes of every layer's experts; None: nothing that prices know. Such a point shares no batch."""
     if point.weights is None:
         return None
     change, layers = change_of(point.weights), [layer.parts.layer for layer in elastic.layers]
     size = elastic.stored_bytes_per_weight
-    found = [Stored(change.bytes_per_weight(layers, i, size), change.neurons_there(layers, i)) for i in range(len(layers))]
+    found = [StoredAs(change.bytes_per_weight(layers, i, size), change.neurons_there(layers, i)) for i in range(len(layers))]
     return tuple(found) if any(value is not None for own in found for value in own) else None
 
 

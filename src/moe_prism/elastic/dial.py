@@ -19,7 +19,7 @@ from ..errors import UsageError
 from ..point import SlotBits, SlotRule
 from .base import LayerParts, Rule
 from .counter import at_width
-from .prices import AS_IT_IS, Stored, prices_of, with_bits
+from .prices import AS_IT_IS, StoredAs, prices_of, with_bits
 from .rules import rules
 from .rules.bits import hull, spent
 from .side_tensors import POSITIONS
@@ -77,7 +77,7 @@ class Spending:
     share: Tensor
 
 
-def spending(layer: Any, slots: SlotRule, rule: type[Rule], elastic: Host, stored: Sequence[Stored] | None = None) -> Spending:
+def spending(layer: Any, slots: SlotRule, rule: type[Rule], elastic: Host, stored: Sequence[StoredAs] | None = None) -> Spending:
     """Of one layer (`ElasticLayer`), from the prices of its blocks; the mean over its experts. stored: of `prices_of`, per layer."""
     k = elastic.k
     scorer = layer.scorer(slots.scorer) if rule.needs_norms else None

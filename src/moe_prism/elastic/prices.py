@@ -16,7 +16,7 @@ from .compensate import Compensator
 from .counter import at_width
 
 
-class Stored(NamedTuple):
+class StoredAs(NamedTuple):
     """What a change of weights makes of a layer's experts. matrix_bytes [E]: bytes of a weight of each one's matrices; neurons [E, f]
     (bool): those that are there; None: as without the change.
     """
@@ -25,7 +25,7 @@ class Stored(NamedTuple):
     neurons: Tensor | None = None
 
 
-AS_IT_IS = Stored()
+AS_IT_IS = StoredAs()
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def prices_of(
     scorer: Scorer | None,
     extra: Compensator | None,
     bytes_per_weight: float,
-    stored: Stored = AS_IT_IS,
+    stored: StoredAs = AS_IT_IS,
 ) -> Prices:
     """Prices of a layer whose weights are stored alike within an expert.
 

@@ -22,7 +22,7 @@ from ..compress.slice.protect import shields
 from ..compress.slice.write import SlicedCheckpoint
 from ..data import Windows
 from ..errors import UsageError
-from ..methods.neurons.base import LayerSeen, NeuronMethod
+from ..methods.neurons.base import OWN, LayerSeen, NeuronMethod
 from ..model import resolve
 from ..model.place import recorded
 from ..options.compress import CompressOptions, pinned
@@ -234,7 +234,7 @@ def asked_share(method: NeuronMethod, options: CompressOptions) -> float:
     share = options.keep or asked.keep
     if not share:
         raise UsageError(f"'{method.name}' does not say how many neurons stay", "add --keep 0.75")
-    if options.widths == "equal" and (asked.scope or asked.multiple != 1):
+    if options.widths == "equal" and (asked.scope != OWN or asked.multiple != 1):
         raise UsageError(f"'{method.name}' says how wide experts are", f"add --widths own, or write {plain} and --multiple")
     return share
 

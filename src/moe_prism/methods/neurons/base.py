@@ -20,18 +20,19 @@ from ..base import Method, Subject
 from ..statistics import statistics_of
 
 KEEPS = 0.9, 0.75, 0.5
+OWN = "own"
 FLOOR = 64
 """Tokens below which what an expert's own say is filled up with its layer's mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronParameters:
-    """keep: share of the neurons that stays, 0: each of KEEPS. scope: which neurons are ranked together, those of the `model`, of a `layer`
-    or of an `expert`, so that all are equally wide; empty: the method's own. multiple: widths of experts are multiples of it.
+    """keep: share of the neurons that stays, 0: .9, .75 and .5. scope: which neurons are ranked together, those of the `model`, of a
+    `layer`, or of an `expert`, so that all are equally wide; `own`: as published. multiple: widths of experts are multiples of it.
     """
 
     keep: float = 0
-    scope: str = ""
+    scope: str = OWN
     multiple: int = 1
 
 
@@ -80,7 +81,7 @@ class NeuronMethod(Method):
     @classmethod
     def read_argument(cls, name: str, text: str | None) -> Any:
         found = super().read_argument(name, text)
-        if found.scope not in ("", *get_args(NeuronScope)):
+        if found.scope not in (OWN, *get_args(NeuronScope)):
             raise UsageError(f"'{name}' has no scope '{found.scope}'", f"choose one of: {', '.join(get_args(NeuronScope))}")
         if found.keep and not 0 < found.keep <= 1:
             raise UsageError(f"'{name}' keeps no share between 0 and 1", "write such as keep=0.75")
@@ -114,7 +115,7 @@ class NeuronMethod(Method):
     def request(self, keep: float, evidence: Sequence[float]) -> SliceRequest:
         """The budget as the parameters say it."""
         asked = self.parameters
-        scope: Any = asked.scope or self.scope
+        scope: Any = self.scope if asked.scope == OWN else asked.scope
         shares = self.shares(evidence, keep) if scope == "layer" else None
         return SliceRequest(keep, scope, asked.multiple, shares)
 

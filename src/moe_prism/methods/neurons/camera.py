@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ...errors import UsageError
@@ -45,4 +46,4 @@ class CameraP(NeuronMethod):
 
 def column_norms(seen: LayerSeen) -> Tensor:
     """[E, f] (float64): ‖d‖ of every neuron."""
-    return seen.layer.down.detach().double().norm(dim=1).cpu()
+    return torch.linalg.vector_norm(seen.layer.down.detach().double(), dim=1).cpu()

@@ -42,7 +42,9 @@ PUBLISHED = ("heapr", "camera", "slim", "wanda", "magnitude", "random-neurons")
 VARIANTS = (
     "heapr:by=tokens", "heapr:total=true", "heapr:scope=layer", "heapr:scope=expert", "heapr:scope=expert:multiple=16",
     "heapr:multiple=16", "heapr:total=true:scope=expert:multiple=16", "camera:alpha=0", "camera:scope=expert:multiple=16",
-    "slim:scope=model", "slim:signed=false", "wanda:owl=false", "magnitude:scope=expert:multiple=16",
+    "slim:scope=model",
+    "slim:signed=false:scope=model",
+    "heapr:total=true:by=tokens", "slim:signed=false", "wanda:owl=false", "magnitude:scope=expert:multiple=16",
 )  # fmt: skip
 SINGLE = (
     "heapr",
@@ -95,7 +97,7 @@ class NeuronBench(Bench):
 def point_rows(bench: NeuronBench) -> Iterator[dict[str, Any]]:
     """KL of every draw, and the share of the experts' bytes that stays."""
     for keep in bench.args.keeps:
-        for name in (*PUBLISHED, *(() if bench.args.published else VARIANTS)):
+        for name in bench.args.methods:
             changes = bench.changes(name, keep)
             points = [OperatingPoint(weights=change.part()) for change in changes]
             found = measure(bench.model, bench.ids, points, batch=2)
@@ -201,7 +203,7 @@ def main() -> None:
     parser.add_argument("--models", default=["nano", "nano-mix"], **names)
     parser.add_argument("--criteria", default=CRITERIA.split(","), **names)
     parser.add_argument("--only", choices=("points", "neurons"))
-    parser.add_argument("--published", action="store_true", help="of points: without variants")
+    parser.add_argument("--methods", default=[*PUBLISHED, *VARIANTS], **names)
     parser.add_argument("--keeps", default=[0.9, 0.75, 0.5], type=lambda text: [float(x) for x in text.split(",")])
     parser.add_argument("--seeds", type=int, default=3, help="calibration draws")
     parser.add_argument("--tokens", type=int, default=4096, help="held out")

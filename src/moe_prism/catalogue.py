@@ -53,6 +53,8 @@ methods: Registry[type[Any]] = Registry(
         "wanda": Entry("moe_prism.methods.neurons.wanda:Wanda", "neurons go by weight x activation, with a budget per layer from outliers (Wanda, OWL); :KEEP", acts="weights"),
         "magnitude": Entry("moe_prism.methods.neurons.magnitude:Magnitude", "neurons go by the size of their weights; :KEEP", acts="weights"),
         "random-neurons": Entry("moe_prism.methods.neurons.random_neurons:RandomNeurons", "neurons go by a uniform draw; :KEEP", acts="weights"),
+        # weights: several experts share one set of weights
+        "m-smoe": Entry("moe_prism.methods.merge.m_smoe:MSmoe", "experts become one with a more used one that the router scores alike (M-SMoE); :KEEP", acts="weights"),
         # weights: criteria of expert pruning, measured in mask mode as prune:CRITERION
         "random": Entry("moe_prism.methods.prune.random_draw:RandomDraw", "a uniform draw, by --seed", acts="weights"),
         "odd": Entry("moe_prism.methods.prune.position:Odd", "experts with odd ids, counted from 0", acts="weights"),

@@ -27,6 +27,7 @@ from moe_prism.elastic.bind import Step, bind
 from moe_prism.frontier.cost import measured_cost, resident_bytes
 from moe_prism.jobs.frontier import evaluation_windows, measure_frontier, subject_of
 from moe_prism.methods.find import PRUNE, method
+from moe_prism.methods.merge.m_smoe import MSmoe
 from moe_prism.methods.neurons.base import NeuronMethod
 from moe_prism.model import MoELayer
 from moe_prism.options.frontier import FrontierOptions
@@ -91,6 +92,8 @@ def checks_of(name: str) -> list[Check]:
             removes_nothing_where_all_stay,
         ]  # they share the change: tried with one of them
         return [*checks, *(alike if name == "heapr" else [])]
+    if found is MSmoe:
+        return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_shared_weights_read]
     if found.acts == "weights":
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_its_codec_stores]
     checks: list[Check] = [has_points_that_survive_json, changes_the_output]
@@ -280,6 +283,27 @@ def costs_what_its_neurons_read(bench: Bench, asked: str) -> None:
         assert cost.flops_per_token == pytest.approx(2 * per_token / elastic.stored_bytes_per_weight, rel=1e-12)
         full, held = (resident_bytes(elastic, Step(bind(elastic, [p]))) for p in (FULL, named.point))
         assert held == pytest.approx(full * change_of(named.point.weights).resident_share, rel=1e-12)
+
+
+@torch.no_grad()
+def costs_what_shared_weights_read(bench: Bench, asked: str) -> None:
+    """Of a change that lets experts share weights: a token reads as much as before, a batch reads what is shared once."""
+    elastic, tokens = bench.opened.elastic, 48
+    for point in (
+        bench.points(asked)[0].point,
+        replace(bench.points(asked)[0].point, slots=FULL.with_budget(0.5, "product").slots),
+    ):
+        change, step = change_of(point.weights), Step(bind(elastic, [point]))
+        with elastic.at(step), elastic.count(), counted(elastic) as found:
+            bench.opened.model(input_ids=distinct_rows(bench.opened.model, tokens))
+            cost = measured_cost(elastic, step)
+        assert cost.active_expert_bytes == pytest.approx(expected(elastic, tokens, found)[0], rel=1e-12)
+        for reads, own in zip(found, change.layers, strict=True):
+            for name in ("up", "down", "bias"):
+                setattr(reads, name, {(t, own.groups[e], *more) for t, e, *more in getattr(reads, name)})
+        assert cost.distinct_expert_bytes == pytest.approx(expected(elastic, tokens, found)[1], rel=1e-12)
+    full, held = (resident_bytes(elastic, Step(bind(elastic, [p]))) for p in (FULL, bench.points(asked)[0].point))
+    assert held == pytest.approx(full * change.resident_share, rel=1e-12)
 
 
 @torch.no_grad()

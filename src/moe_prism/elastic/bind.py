@@ -248,7 +248,10 @@ def _stored(elastic: Host, point: OperatingPoint) -> tuple[StoredAs, ...] | None
         return None
     change, layers = change_of(point.weights), [layer.parts.layer for layer in elastic.layers]
     size = elastic.stored_bytes_per_weight
-    found = [StoredAs(change.bytes_per_weight(layers, i, size), change.neurons_there(layers, i)) for i in range(len(layers))]
+    found = [
+        StoredAs(change.bytes_per_weight(layers, i, size), change.neurons_there(layers, i), change.same_weights(layers, i))
+        for i in range(len(layers))
+    ]
     return tuple(found) if any(value is not None for own in found for value in own) else None
 
 

@@ -281,7 +281,9 @@ class ElasticLayer:
 
     def _count(self, index: Tensor, settled: Settled, *, selects: bool) -> None:
         if self.elastic.counting:
-            self.counter.add(index, settled.keep, selects=selects, low=settled.low, widths=settled.widths)
+            stored = self.elastic.step.bound.groups[0].stored  # a point that has it shares no batch
+            same = None if stored is None else stored[self.index].same
+            self.counter.add(index, settled.keep, selects=selects, low=settled.low, widths=settled.widths, same=same)
         if self.on_kept is not None:
             self.on_kept(index, settled.keep)
 

@@ -18,11 +18,12 @@ from .counter import at_width
 
 class StoredAs(NamedTuple):
     """What a change of weights makes of a layer's experts. matrix_bytes [E]: bytes of a weight of each one's matrices; neurons [E, f]
-    (bool): those that are there; None: as without the change.
+    (bool): those that are there; same [E]: the expert whose weights each one shares; None: as without the change.
     """
 
     matrix_bytes: Tensor | None = None
     neurons: Tensor | None = None
+    same: Tensor | None = None
 
 
 AS_IT_IS = StoredAs()

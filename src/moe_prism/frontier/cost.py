@@ -56,7 +56,9 @@ def resident_bytes(elastic: Elastic, step: Step) -> float:
         parts, prices = layer.parts, layer.prices(group).bytes
         if change is None and parts.layer.extra is not None:
             total += sum(parts.layer.extra.parameters) * elastic.stored_bytes_per_weight
-        total += share * float(prices["blocks"].sum() + prices["experts"].sum())
+        own = prices["blocks"].sum(1) + prices["experts"]
+        same = None if group.stored is None else group.stored[layer.index].same
+        total += share * float((own if same is None else own[same.unique()]).sum())
         if group.is_full(layer.index, 0):
             continue
         total += sum(float(prices[name].sum()) for name in ("predictors", "tokens") if name in prices)

@@ -162,6 +162,21 @@ class SliceForm(Form):
     layers: Annotated[list[NeuronsForm], MinLen(1), MaxLen(MOST_LAYERS)]
 
 
+class MergedForm(Form):
+    """The experts of a layer that share weights."""
+
+    neurons: Annotated[int, Field(ge=1, le=1 << 24)]
+    groups: Annotated[list[Annotated[int, Field(ge=0, lt=MOST_EXPERTS)]], MinLen(1), MaxLen(MOST_EXPERTS)]
+    weights: Annotated[list[Amount], MinLen(1), MaxLen(MOST_EXPERTS)]
+    orders: Annotated[str, MaxLen(1 << 30)]
+
+
+class MergeForm(Form):
+    """Settings of the weight change `merge`."""
+
+    layers: Annotated[list[MergedForm], MinLen(1), MaxLen(MOST_LAYERS)]
+
+
 class DomainForm(Form):
     """`DomainQuality` of `frontier.json`."""
 

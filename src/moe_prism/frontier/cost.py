@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ..compress.changes import change_of
 from ..elastic import Elastic
 from ..elastic.bind import PointGroup, Step
@@ -58,7 +60,7 @@ def resident_bytes(elastic: Elastic, step: Step) -> float:
             total += sum(parts.layer.extra.parameters) * elastic.stored_bytes_per_weight
         own = prices["blocks"].sum(1) + prices["experts"]
         same = None if group.stored is None else group.stored[layer.index].same
-        total += share * float((own if same is None else own[same.unique()]).sum())
+        total += share * float((own if same is None else own[torch.unique(same)]).sum())
         if group.is_full(layer.index, 0):
             continue
         total += sum(float(prices[name].sum()) for name in ("predictors", "tokens") if name in prices)

@@ -81,7 +81,7 @@ class MSmoe(Method):
             groups = self._groups(own["pairs"], stay, layer.index)
             orders = orders_bytes(aligned(layer, groups)) if self.parameters.align else b""
             weights = count + (count.sum() == 0)
-            for members in (groups == g for g in groups.unique()):  # a group that nobody chose: all alike
+            for members in (groups == g for g in torch.unique(groups)):  # a group that nobody chose: all alike
                 weights[members] += weights[members].sum() == 0
             found.append(MergedExperts(layer.width, tuple(groups.tolist()), tuple(weights.tolist()), orders))
         return MergeChange(tuple(found))

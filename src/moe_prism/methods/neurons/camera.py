@@ -46,4 +46,5 @@ class CameraP(NeuronMethod):
 
 def column_norms(seen: LayerSeen) -> Tensor:
     """[E, f] (float64): ‖d‖ of every neuron."""
-    return torch.linalg.vector_norm(seen.layer.down.detach().double(), dim=1).cpu()
+    found: Tensor = torch.linalg.vector_norm(seen.layer.down.detach().double(), dim=1)
+    return found.cpu()

@@ -44,8 +44,8 @@ ALLOCATIONS = ("layer", "global", "measured")
 class Bench:
     """The model, its held-out text, and every point measured so far."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, args: argparse.Namespace, collectors: tuple[str, ...] = COLLECTORS) -> None:
+        self.args, self.collectors = args, collectors
         self.model = load_model(args.model, torch.float32)
         tokenizer = load_tokenizer(args.model)
         self.elastic = attach(self.model, 1)
@@ -59,7 +59,7 @@ class Bench:
     def calibrate(self, seed: int) -> Statistics:
         """One pass over windows drawn by the seed: everything all criteria read."""
         order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(seed))
-        work = Pass(self.model, self.layers, Settings(COLLECTORS, capacity=self.args.sample, seed=seed))
+        work = Pass(self.model, self.layers, Settings(self.collectors, capacity=self.args.sample, seed=seed))
         work.run(self.pool[order[: max(1, self.args.calibration_tokens // self.args.length)]])
         for layer in self.elastic.layers:
             layer.parts.layer.install(layer)

@@ -46,6 +46,15 @@ methods: Registry[type[Any]] = Registry(
         "pmq": Entry("moe_prism.methods.quantize.pmq:Pmq", "1 to 3 bits per expert, by what a width does to its layer (MC-MoE); :BITS", acts="weights"),
         "quantmoe": Entry("moe_prism.methods.quantize.quantmoe:QuantMoe", "4 bits for experts that a rule favours, 2 for the rest; :frequency (default), :first, :outliers, :turns", acts="weights"),
         "camera-q": Entry("moe_prism.methods.quantize.camera_q:CameraQ", "1 to 3 bits per neuron, by the energy that it puts into its layer's output (CAMERA-Q); :BITS", acts="weights"),
+        # weights: experts without some of their neurons
+        "heapr": Entry("moe_prism.methods.neurons.heapr:Heapr", "neurons go by what the loss feels of them to second order, one ranking of the model (HEAPr); :KEEP", acts="weights"),
+        "camera": Entry("moe_prism.methods.neurons.camera:CameraP", "neurons go by the energy that they put into their layer's output (CAMERA-P); :KEEP", acts="weights"),
+        "slim": Entry("moe_prism.methods.neurons.slim:Slim", "equally narrow experts, neurons go by the slope of the loss (SlimMoE); :KEEP", acts="weights"),
+        "wanda": Entry("moe_prism.methods.neurons.wanda:Wanda", "neurons go by weight x activation, with a budget per layer from outliers (Wanda, OWL); :KEEP", acts="weights"),
+        "magnitude": Entry("moe_prism.methods.neurons.magnitude:Magnitude", "neurons go by the size of their weights; :KEEP", acts="weights"),
+        "random-neurons": Entry("moe_prism.methods.neurons.random_neurons:RandomNeurons", "neurons go by a uniform draw; :KEEP", acts="weights"),
+        # weights: several experts share one set of weights
+        "m-smoe": Entry("moe_prism.methods.merge.m_smoe:MSmoe", "experts become one with a more used one that the router scores alike (M-SMoE); :KEEP", acts="weights"),
         # weights: criteria of expert pruning, measured in mask mode as prune:CRITERION
         "random": Entry("moe_prism.methods.prune.random_draw:RandomDraw", "a uniform draw, by --seed", acts="weights"),
         "odd": Entry("moe_prism.methods.prune.position:Odd", "experts with odd ids, counted from 0", acts="weights"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,9 +24,11 @@ from moe_prism.compress.quantize import QuantizeChange
 from moe_prism.compress.quantize.bands import BandChange, bands
 from moe_prism.elastic import Rule
 from moe_prism.elastic.bind import Step, bind
-from moe_prism.frontier.cost import measured_cost
+from moe_prism.frontier.cost import measured_cost, resident_bytes
 from moe_prism.jobs.frontier import evaluation_windows, measure_frontier, subject_of
 from moe_prism.methods.find import PRUNE, method
+from moe_prism.methods.merge.m_smoe import MSmoe
+from moe_prism.methods.neurons.base import NeuronMethod
 from moe_prism.model import MoELayer
 from moe_prism.options.frontier import FrontierOptions
 from moe_prism.point import FULL, NamedPoint, OperatingPoint, RoutingStage, SlotRule
@@ -83,6 +85,15 @@ def checks_of(name: str) -> list[Check]:
     found = methods.get(name)
     if issubclass(found, Criterion):
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were]
+    if issubclass(found, NeuronMethod):
+        checks = [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_its_neurons_read]
+        alike = [
+            composes_with_slots_and_skipping,
+            removes_nothing_where_all_stay,
+        ]  # they share the change: tried with one of them
+        return [*checks, *(alike if name == "heapr" else [])]
+    if found is MSmoe:
+        return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_shared_weights_read]
     if found.acts == "weights":
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_its_codec_stores]
     checks: list[Check] = [has_points_that_survive_json, changes_the_output]
@@ -235,6 +246,89 @@ def costs_what_its_codec_stores(bench: Bench, asked: str) -> None:
         finally:
             for layer in elastic.layers:
                 layer.on_kept = None
+
+
+def _read(bench: Bench, point: OperatingPoint) -> tuple[Any, tuple[float, float]]:
+    """(cost that is told, bytes per token and of the batch that were read), without neurons that are not there.
+
+    The readable scorer asks expert 0 in the place of those that are skipped: only what a token was given counts.
+    """
+    elastic, tokens = bench.opened.elastic, 48
+    step, given = Step(bind(elastic, [point])), []
+    masks = change_of(point.weights).masks([layer.parts.layer for layer in elastic.layers])
+    for layer in elastic.layers:
+        layer.on_kept = lambda index, _: given.append({(t, e) for t, row in enumerate(index.tolist()) for e in row})
+    try:
+        with elastic.at(step), elastic.count(), counted(elastic) as found:
+            bench.opened.model(input_ids=distinct_rows(bench.opened.model, tokens))
+            cost = measured_cost(elastic, step)
+    finally:
+        for layer in elastic.layers:
+            layer.on_kept = None
+    for reads, mask, own in zip(found, masks, given, strict=True):
+        reads.up = {entry for entry in reads.up if mask[entry[1], entry[2]] and entry[:2] in own}
+        reads.down = {entry for entry in reads.down if mask[entry[1], entry[2]]}
+        reads.predictor &= own
+    return cost, expected(elastic, tokens, found)
+
+
+@torch.no_grad()
+def costs_what_its_neurons_read(bench: Bench, asked: str) -> None:
+    """Of a change that removes neurons: those that are there are read, by every token and by the batch together; and held in memory."""
+    elastic = bench.opened.elastic
+    for named in bench.points(asked):
+        cost, (per_token, distinct) = _read(bench, named.point)
+        assert cost.active_expert_bytes == pytest.approx(per_token, rel=1e-12)
+        assert cost.distinct_expert_bytes == pytest.approx(distinct, rel=1e-12)
+        assert cost.flops_per_token == pytest.approx(2 * per_token / elastic.stored_bytes_per_weight, rel=1e-12)
+        full, held = (resident_bytes(elastic, Step(bind(elastic, [p]))) for p in (FULL, named.point))
+        assert held == pytest.approx(full * change_of(named.point.weights).resident_share, rel=1e-12)
+
+
+@torch.no_grad()
+def costs_what_shared_weights_read(bench: Bench, asked: str) -> None:
+    """Of a change that lets experts share weights: a token reads as much as before, a batch reads what is shared once."""
+    elastic, tokens = bench.opened.elastic, 48
+    for point in (
+        bench.points(asked)[0].point,
+        replace(bench.points(asked)[0].point, slots=FULL.with_budget(0.5, "product").slots),
+    ):
+        change, step = change_of(point.weights), Step(bind(elastic, [point]))
+        with elastic.at(step), elastic.count(), counted(elastic) as found:
+            bench.opened.model(input_ids=distinct_rows(bench.opened.model, tokens))
+            cost = measured_cost(elastic, step)
+        assert cost.active_expert_bytes == pytest.approx(expected(elastic, tokens, found)[0], rel=1e-12)
+        for reads, own in zip(found, change.layers, strict=True):
+            for name in ("up", "down", "bias"):
+                setattr(reads, name, {(t, own.groups[e], *more) for t, e, *more in getattr(reads, name)})
+        assert cost.distinct_expert_bytes == pytest.approx(expected(elastic, tokens, found)[1], rel=1e-12)
+    full, held = (resident_bytes(elastic, Step(bind(elastic, [p]))) for p in (FULL, bench.points(asked)[0].point))
+    assert held == pytest.approx(full * change.resident_share, rel=1e-12)
+
+
+@torch.no_grad()
+def composes_with_slots_and_skipping(bench: Bench, asked: str) -> None:
+    """Fewer neurons with fewer slots, fewer experts, or both: the price is what is read, and both cost less than each."""
+    fewer = bench.points(asked)[-1].point
+    slots, routing = FULL.with_budget(0.5, "product").slots, bench.points("uniform")[0].point.routing
+    told = []
+    for parts in ({"slots": slots}, {"routing": routing}, {"slots": slots, "routing": routing}):
+        cost, (per_token, distinct) = _read(bench, replace(fewer, **parts))
+        assert cost.active_expert_bytes == pytest.approx(per_token, rel=1e-12)
+        assert cost.distinct_expert_bytes == pytest.approx(distinct, rel=1e-12)
+        told.append(cost.active_expert_bytes)
+    assert told[2] < min(told[:2])
+
+
+@torch.no_grad()
+def removes_nothing_where_all_stay(bench: Bench, asked: str) -> None:
+    """The neutral share is exact, under sub-experts and skipping too."""
+    (full,) = bench.points(f"{asked.partition(':')[0]}:1")
+    assert change_of(full.point.weights).resident_share == 1
+    ids = distinct_rows(bench.opened.model, 24)
+    for beside in (FULL, FULL.with_budget(0.5, "threshold"), bench.points("uniform")[0].point):
+        there = OperatingPoint(weights=full.point.weights, slots=beside.slots, routing=beside.routing)
+        assert torch.equal(bench.logits(ids, [there]), bench.logits(ids, [beside]))
 
 
 def _stored_bytes(layer: MoELayer, expert: int, change: QuantizeChange | BandChange, bits: Any, stored: float) -> float:

@@ -13,15 +13,19 @@ import torch
 
 pytest.importorskip("vllm")
 
+from moe_prism.jobs.compress import compress_model
 from moe_prism.jobs.prune import prune_model
 from moe_prism.model import load_model, load_tokenizer
 from moe_prism.options.calibrate import CalibrateOptions
+from moe_prism.options.compress import CompressOptions
 from moe_prism.options.prune import PruneOptions
 from moe_prism.serve.vllm import compat
 from tests.vllm.prompts import NEW_TOKENS, SHORT
 
 CALIBRATION = CalibrateOptions(tokens=4096)
-WAYS = {
+WAYS: dict[str, tuple[str, PruneOptions | CompressOptions]] = {
+    "narrower": ("nano", CompressOptions(method="heapr", keep=0.75, calibration=CALIBRATION)),
+    "zeros in place": ("nano", CompressOptions(method="heapr", keep=0.75, widths="own", calibration=CALIBRATION)),
     "removed": ("nano", PruneOptions(criterion="easy-ep", keep=0.75, calibration=CALIBRATION)),
     "constant": ("nano", PruneOptions(criterion="mone", keep=0.75, allocation="global", calibration=CALIBRATION)),
     "constant of an elastic folder": ("elastic", PruneOptions(criterion="mone", keep=0.75, calibration=CALIBRATION)),
@@ -45,7 +49,10 @@ def ours(folder: Path) -> list[list[int]]:
 def written(request, elastic_nano, tmp_path_factory) -> Path:
     source, options = WAYS[request.param]
     out = tmp_path_factory.mktemp("written") / "out"
-    prune_model(elastic_nano if source == "elastic" else source, out, options)
+    if isinstance(options, CompressOptions):
+        compress_model(source, out, options)
+    else:
+        prune_model(elastic_nano if source == "elastic" else source, out, options)
     return out
 
 

@@ -23,6 +23,15 @@ collectors: Registry[type[Collector]] = Registry(
             "inner products of all experts' outputs for a sample of tokens, for output-error",
         ),
         "means": ("moe_prism.calibrate.means:Means", "mean output of each expert and the spread around it, for constant experts"),
+        "neurons": (
+            "moe_prism.calibrate.neurons:Neurons",
+            "squares, sizes and peaks of each neuron's activations, for removing neurons",
+        ),
+        "gradients": (
+            "moe_prism.calibrate.gradients:Gradients",
+            "what the loss feels of each neuron, from a backward pass, for heapr and slim",
+        ),
+        "pairs": ("moe_prism.calibrate.pairs:Pairs", "experts chosen together and scored alike, for merging"),
         "scores": ("moe_prism.calibrate.scores:Scores", "router probabilities over all tokens, for pruning"),
         "rotation": ("moe_prism.calibrate.rotation:Rotation", "how much the layer turns the residual stream, for quantmoe"),
     },

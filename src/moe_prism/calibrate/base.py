@@ -24,10 +24,15 @@ class RoutedBatch:
     window: int
     scores: Tensor | None = None  # [T, E] what the router gave every expert; only for collectors that need it
     residual: Tensor | None = None  # [T, d] the residual stream the layer adds to; likewise
+    slope: Tensor | None = (
+        None  # [T, d] gradient of the loss at the layer's output: with it comes the batch again, on the way back
+    )
 
 
 Kept = tuple[tuple[str | int, ...], torch.dtype]
-"""Shape and kind of a statistic: E experts, d hidden, C tokens of a reservoir, S <= C of a sample, k experts per token, or a number."""
+"""Shape and kind of a statistic: E experts, d hidden, f neurons per expert, C tokens of a reservoir, S <= C of a sample, k experts per
+token, or a number.
+"""
 
 
 class Collector(ABC):

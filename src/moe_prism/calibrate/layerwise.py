@@ -10,8 +10,11 @@ from torch import Tensor
 
 from ..checkpoint import LayerStream
 from ..checkpoint.layerwise import Forward, run_layerwise
+from ..errors import UsageError
 from ..model import MoELayer
 from .run import Batch, Pass, Settings, backbone_of, batches, bounded_capacity, profile_windows
+
+WHOLE = "'gradients' come from a backward pass through the whole model"
 
 
 class LayerwisePass(Pass):
@@ -21,6 +24,8 @@ class LayerwisePass(Pass):
     """
 
     def __init__(self, stream: LayerStream, layers: Sequence[MoELayer], settings: Settings, *, together: bool) -> None:
+        if settings.goes_back:
+            raise UsageError(WHOLE, "leave --low-memory out, or choose what reads no gradients")
         self.stream, self.model, self.layers, self.settings = stream, stream.model, layers, settings
         largest = max(layers, key=lambda layer: layer.num_experts * layer.hidden)
         self.capacity = bounded_capacity(layers if together else [largest], settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from ..model import MoELayer
 from ..model.router import Router
 from . import collectors as registry
 from .base import Collector, RoutedBatch
+from .gradients import SLOPE, next_token_loss, slopes_flow
 from .residual import watch_residual
 from .statistics import LayerStatistics, Statistics
 
@@ -66,6 +67,11 @@ class Settings:
         """What is gathered: the name of a collector, or domain/name where each domain has its own."""
         keyed = [n for n in self.collectors if self.domains and registry.get(n).has_domains]
         return [*(f"{d}/{n}" for d in self.domains for n in keyed), *(n for n in self.collectors if n not in keyed)]
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether some collector needs a backward pass."""
+        return any(SLOPE in registry.get(name).needs for name in self.collectors)
 
 
 def declared_bytes(layers: Sequence[MoELayer], settings: Settings, capacity: int) -> int:
@@ -118,17 +124,24 @@ class Pass:
 
         parts: (domain, windows) in their order; a batch never holds two, so that each is summed as if it were alone.
         """
-        backbone = backbone_of(self.model)
-        self.profile = profile_windows(ids)
+        self.profile, size = profile_windows(ids), 1 if self.settings.goes_back else self.settings.batch
         with self.watched(range(len(self.layers)), ids.shape[1]):
-            for batch in batches(ids, self.settings.batch, parts, self.done):
+            for batch in batches(ids, size, parts, self.done):
                 self.done, self.domain = batch.first, batch.domain
-                backbone(input_ids=batch.ids.to(input_device(self.model)), use_cache=False)
+                self._through(batch.ids.to(input_device(self.model)))
                 self.done += len(batch.ids)
                 if progress:
                     progress(self.done, len(ids))
                 if after_batch:
                     after_batch()
+
+    def _through(self, ids: Tensor) -> None:
+        """Forward, and back again where somebody needs that: a window at a time, because its logits are there as well then."""
+        if not self.settings.goes_back:
+            backbone_of(self.model)(input_ids=ids, use_cache=False)
+            return
+        with slopes_flow(self.model):
+            next_token_loss(self.model, ids).backward()  # type: ignore[no-untyped-call]
 
     @contextmanager
     def watched(self, numbers: Sequence[int], length: int) -> Iterator[None]:
@@ -159,11 +172,19 @@ class Pass:
                     f"non-finite input at '{layer.name}'", "the weights or the text are damaged; run `moe-prism verify`"
                 )
             more = {name: view(x) for name, view in views.items()}
-            routed = RoutedBatch(x, index, weight, self.done * window, window, **more)
-            for key, collector in mine.items():
-                if key.rpartition("/")[0] in ("", self.domain):
-                    collector.update(routed)
-            return layer.stock(x, index, weight)
+            routed = RoutedBatch(x.detach(), index, weight.detach(), self.done * window, window, **more)
+            wanted = [collector for key, collector in mine.items() if key.rpartition("/")[0] in ("", self.domain)]
+            told(routed, [collector for collector in wanted if SLOPE not in collector.needs])
+            out = layer.stock(x, index, weight)
+            later = [collector for collector in wanted if SLOPE in collector.needs]
+            if later:
+                out.register_hook(lambda slope: told(replace(routed, slope=slope), later))  # type: ignore[no-untyped-call]
+            return out
+
+        @torch.no_grad()
+        def told(routed: RoutedBatch, those: Sequence[Collector]) -> None:
+            for collector in those:
+                collector.update(routed)
 
         return observe
 

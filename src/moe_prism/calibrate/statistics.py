@@ -126,7 +126,8 @@ class Statistics(Result):
                 for name, (shape, _) in collectors.get(collector).keeps.items()
                 for end, size in zip(shape, state[name].shape, strict=True)
             }
-            if found.get("E", layer.num_experts) != layer.num_experts or found.get("d", layer.hidden) != layer.hidden:
+            sizes = {"E": layer.num_experts, "d": layer.hidden, "f": layer.width}
+            if any(found.get(end, size) != size for end, size in sizes.items()):
                 raise UsageError(f"the calibration does not fit '{layer.name}'", "calibrate this model")
 
     def starved(self, minimum: int) -> list[tuple[int, int, int]]:

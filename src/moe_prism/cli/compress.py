@@ -20,7 +20,10 @@ class Trial(Options):
     """Whether anything is written."""
 
     dry_run: bool = option(False, "Say what would be written, and read no weights.")
-    report_only: bool = option(False, "Say how far the weights would move, and write nothing.")
+    report_only: bool = option(False, "Say how far the weights would move, or which neurons would go, and write nothing.")
+    calibration: Path | None = option(
+        None, "Of neurons: folder written by `moe-prism calibrate --collectors ...`, instead of the text options."
+    )
 
 
 def compress(
@@ -32,7 +35,7 @@ def compress(
     trial: Trial,
     run: Run,
 ) -> None:
-    """Write a checkpoint whose experts take fewer bits, which unmodified transformers and vLLM load.
+    """Write a checkpoint whose experts take fewer bits, or have fewer neurons, which unmodified transformers and vLLM load.
 
     Parameters
     ----------
@@ -44,13 +47,14 @@ def compress(
     if trial.dry_run and trial.report_only:
         raise UsageError("--dry-run and --report-only exclude each other", "give one of them")
     if trial.dry_run:
-        result = plan_compression(model, options)
+        result = plan_compression(model, options, calibration=trial.calibration)
     elif trial.report_only:
-        result = measure_compression(model, options, report=progress)
+        result = measure_compression(model, options, calibration=trial.calibration, report=progress)
     elif out is None:
         raise UsageError("there is no output folder", "give --out FOLDER, --dry-run or --report-only")
     else:
-        result = compress_model(model, out, options, resume=run.resume, force=run.force, report=progress)
+        given = trial.calibration
+        result = compress_model(model, out, options, calibration=given, resume=run.resume, force=run.force, report=progress)
         note(f"next: moe-prism verify {out}")
     facts = result.to_json()
     note_left_out(facts.get("left_out", {}))
@@ -59,8 +63,36 @@ def compress(
 
 def _show(facts: dict[str, Any]) -> str:
     before, after = facts["expert_bytes"]["before"], facts["expert_bytes"]["after"]
+    where = f"{facts['folder']}: " if "folder" in facts else ""
+    size = f"{before / 1e6:.3f} MB -> {after / 1e6:.3f} MB ({after / before:.1%})"
+    if "neurons" in facts:
+        return f"{where}experts {size}, {facts['method']}\n{_neurons(facts['neurons'])}{_needed(facts)}"
     error = facts["relative_error"]
     moved = "" if error is None else f"\nsquared error of the weights: {error:.2e} of their squares"
-    where = f"{facts['folder']}: " if "folder" in facts else ""
-    words = f"{facts['matrices']} matrices of experts, {before / 1e6:.3f} MB -> {after / 1e6:.3f} MB ({after / before:.1%})"
-    return f"{where}{words}, {facts['method']}{moved}"
+    return f"{where}{facts['matrices']} matrices of experts, {size}, {facts['method']}{moved}"
+
+
+def _neurons(found: dict[str, Any]) -> str:
+    """What stays, and what the form of the files takes more than the method alone would."""
+    if found["width"] is None:
+        width = f", {found['narrowest']} to {found['widest']} of {found['of']} per expert" if "widest" in found else ""
+        words = (
+            f"{found['share']:.1%} of the neurons stay{width}, the others become zeros: stored without those {found['share']:.1%}"
+        )
+    else:
+        words = f"every expert keeps {found['width']} of {found['of']} neurons ({found['share']:.1%}, asked {found['asked']:.1%})"
+    if "score_lost" in found:
+        lost, alone = found["score_lost"], found["score_lost_by_the_method_alone"]
+        words += f"\nof the sum of scores {lost:.2%} goes" + (
+            "" if lost == alone else f", in the widths of the method's own {alone:.2%}"
+        )
+    return words
+
+
+def _needed(facts: dict[str, Any]) -> str:
+    needed = facts.get("needed")
+    return (
+        f"\nneeds {needed['peak_memory_bytes'] / 1e9:.2f} GB of memory and {needed['disk_bytes'] / 1e9:.2f} GB of disk"
+        if needed
+        else ""
+    )

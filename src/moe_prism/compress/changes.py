@@ -51,6 +51,14 @@ class Change(ABC):
         """[E] (float64): bytes that a weight of each expert's matrices takes, scales included; None: what it is `stored` in."""
         return None
 
+    def neurons_there(self, layers: Sequence[MoELayer], layer: int) -> Tensor | None:
+        """[E, f] (bool): the neurons of each expert that are there; None: all of them."""
+        return None
+
+    def same_weights(self, layers: Sequence[MoELayer], layer: int) -> Tensor | None:
+        """[E]: for every expert the one whose weights it shares; None: each has its own."""
+        return None
+
     def part(self) -> WeightChange:
         """The part of an operating point that says this change."""
         return WeightChange(change=self.name, settings=self.settings())
@@ -60,6 +68,8 @@ weight_changes: Registry[type[Change]] = Registry(
     "weight change",
     {
         "prune": ("moe_prism.compress.prune.change:PruneChange", "experts that are not there any more"),
+        "merge": ("moe_prism.compress.merge.change:MergeChange", "experts that share one set of weights"),
+        "slice": ("moe_prism.compress.slice.change:SliceChange", "neurons that are not there any more"),
         "bands": ("moe_prism.compress.quantize.bands:BandChange", "neurons in fewer bits, each at a width of its own"),
         "quantize": ("moe_prism.compress.quantize.change:QuantizeChange", "experts in fewer bits, by a codec"),
     },

@@ -27,6 +27,7 @@ from .control import Holding, Past, holdings
 from .dial import Dial, dials, spending
 from .execute.base import Again
 from .host import Host
+from .prices import StoredAs
 from .rules import rules
 from .scorers import scorers
 
@@ -38,8 +39,8 @@ class PointGroup:
     """Points that one pass serves: the same stages, rule, scorer, compensation and control.
 
     budgets[p][l]: the position of the rule's dial for its point p at layer l. holding: what each layer holds them with, where they are
-    held. dials: how a budget of the first point becomes a position, for budgets that are given per token. matrix_bytes: per layer what a
-    weight of each expert takes [E], where the point changes that.
+    held. dials: how a budget of the first point becomes a position, for budgets that are given per token. stored: per layer what a change
+    of weights makes of its experts, where the point has one that says so.
     """
 
     stages: tuple[Stage, ...]
@@ -49,7 +50,7 @@ class PointGroup:
     budgets: tuple[tuple[float, ...], ...]
     holding: tuple[Holding, ...] | None = None
     dials: tuple[Dial, ...] = ()
-    matrix_bytes: tuple[Tensor, ...] | None = None
+    stored: tuple[StoredAs, ...] | None = None
     bits: SlotBits | None = None
 
     @property
@@ -228,27 +229,30 @@ def _group(elastic: Host, key: Key, points: Sequence[OperatingPoint]) -> PointGr
     if sum(stage.extra is not None for stage in stages) > 1:
         raise UsageError("two routing stages bring experts of their own", "chain at most one of them")
     chosen = [point for point in points if not point.slots.is_full]
-    sizes = _matrix_bytes(elastic, points[0])
+    stored = _stored(elastic, points[0])
     if not chosen:
         whole = tuple((1.0,) * len(elastic.layers) for _ in points)
-        return PointGroup(stages, rule, scorer, compensate, whole, matrix_bytes=sizes, bits=bits)
+        return PointGroup(stages, rule, scorer, compensate, whole, stored=stored, bits=bits)
     counts = rules.get(rule)
     plain = control == "none" and all(point.slots.of != "bytes" for point in chosen)
-    found = [] if plain else [spending(layer, chosen[0].slots, counts, elastic, sizes) for layer in elastic.layers]
+    found = [] if plain else [spending(layer, chosen[0].slots, counts, elastic, stored) for layer in elastic.layers]
     turned = {p: dials(elastic, point.slots, counts, found) for p, point in enumerate(points) if not point.slots.is_full}
     budgets = tuple(_positions(point.slots, turned.get(p), len(elastic.layers)) for p, point in enumerate(points))
     holding = None if control == "none" else holdings(found, control == "strict")
-    return PointGroup(stages, rule, scorer, compensate, budgets, holding, tuple(next(iter(turned.values()))), sizes, bits)
+    return PointGroup(stages, rule, scorer, compensate, budgets, holding, tuple(next(iter(turned.values()))), stored, bits)
 
 
-def _matrix_bytes(elastic: Host, point: OperatingPoint) -> tuple[Tensor, ...] | None:
-    """What a change of weights makes of the bytes of a weight, per layer [E]; None: nothing. Such a point shares no batch."""
+def _stored(elastic: Host, point: OperatingPoint) -> tuple[StoredAs, ...] | None:
+    """What a change of weights makes of every layer's experts; None: nothing that prices know. Such a point shares no batch."""
     if point.weights is None:
         return None
     change, layers = change_of(point.weights), [layer.parts.layer for layer in elastic.layers]
-    found = [change.bytes_per_weight(layers, number, elastic.stored_bytes_per_weight) for number in range(len(layers))]
-    sizes = [own for own in found if own is not None]
-    return tuple(sizes) if len(sizes) == len(layers) else None
+    size = elastic.stored_bytes_per_weight
+    found = [
+        StoredAs(change.bytes_per_weight(layers, i, size), change.neurons_there(layers, i), change.same_weights(layers, i))
+        for i in range(len(layers))
+    ]
+    return tuple(found) if any(value is not None for own in found for value in own) else None
 
 
 def _positions(slots: SlotRule, own: Sequence[Dial] | None, layers: int) -> tuple[float, ...]:

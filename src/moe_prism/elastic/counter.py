@@ -12,6 +12,8 @@ Tallies = dict[str, Tensor]
 """Sums by what is read: the keys of `prices.Prices`."""
 WITHIN = {"gates": "blocks", "lost": "experts"}
 """What is part of something larger that another token of the batch may read."""
+OF_EXPERTS = ("blocks", "low", "experts", "gates", "lost")
+"""What is read of an expert's own weights, which several experts may share."""
 SOURCE = 16.0  # bits of what is read as it is stored
 
 
@@ -49,11 +51,13 @@ class Counter:
         selects: bool = False,
         low: Tensor | None = None,
         widths: Tensor | None = None,
+        same: Tensor | None = None,
     ) -> None:
         """index [T, k] (ids outside [0, E) mean none), keep [T, k, N] or None for everything.
 
         selects: whether predictor and gate neurons of the chosen experts were read, and dropped blocks were made up for; low [E, N]:
-        blocks that were taken in their smaller form; widths [T, k, N]: bits of every slot, None where all are as they are stored.
+        blocks that were taken in their smaller form; widths [T, k, N]: bits of every slot, None where all are as they are stored;
+        same [E]: the expert whose weights each one shares, so that a batch reads them once.
         """
         if index.is_cuda and torch.cuda.is_current_stream_capturing():
             return
@@ -77,12 +81,14 @@ class Counter:
         if low is not None:
             rows["low"] = rows["blocks"] * low
             rows["blocks"] = rows["blocks"] * ~low
-        within = dict(rows)
+        within = {name: _together(row, same) for name, row in rows.items()}
         if widths is not None:
             rows |= self._at_widths(flat, kept, widths.flatten(0, 1), rows.pop("blocks"))
         more = torch.zeros_like(blocks)  # what somebody reads at more bits contains what others read at fewer
         for name, row in sorted(rows.items(), key=lambda item: -bits_of(item[0])):
             _add(self.per_token, name, row)
+            if name in OF_EXPERTS or bits_of(name):
+                row = _together(row, same)
             once = (row > 0).double()
             if name in WITHIN:  # who keeps the block, or one of the expert's, reads this as a part of it
                 once = once * (within[WITHIN[name]] == 0)
@@ -125,6 +131,11 @@ class Counter:
 def _count(flat: Tensor, marked: Tensor, experts: int) -> Tensor:
     """How often each id [E] occurs among the marked entries."""
     return torch.zeros(experts, dtype=torch.float64, device=flat.device).index_add(0, flat, marked.double())
+
+
+def _together(row: Tensor, same: Tensor | None) -> Tensor:
+    """Counts [E, ...] of experts that share weights, added up at the one that stands for them."""
+    return row if same is None else torch.zeros_like(row).index_add(0, same.to(row.device), row)
 
 
 def _add(sums: Tallies, name: str, row: Tensor) -> None:

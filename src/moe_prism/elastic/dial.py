@@ -19,7 +19,7 @@ from ..errors import UsageError
 from ..point import SlotBits, SlotRule
 from .base import LayerParts, Rule
 from .counter import at_width
-from .prices import prices_of, with_bits
+from .prices import AS_IT_IS, StoredAs, prices_of, with_bits
 from .rules import rules
 from .rules.bits import hull, spent
 from .side_tensors import POSITIONS
@@ -77,14 +77,12 @@ class Spending:
     share: Tensor
 
 
-def spending(
-    layer: Any, slots: SlotRule, rule: type[Rule], elastic: Host, matrix_bytes: Sequence[Tensor] | None = None
-) -> Spending:
-    """Of one layer (`ElasticLayer`), from the prices of its blocks; the mean over its experts. matrix_bytes: of `prices_of`, per layer."""
+def spending(layer: Any, slots: SlotRule, rule: type[Rule], elastic: Host, stored: Sequence[StoredAs] | None = None) -> Spending:
+    """Of one layer (`ElasticLayer`), from the prices of its blocks; the mean over its experts. stored: of `prices_of`, per layer."""
     k = elastic.k
     scorer = layer.scorer(slots.scorer) if rule.needs_norms else None
     extra = layer.compensator if slots.compensate else None
-    own = None if matrix_bytes is None else matrix_bytes[layer.index]
+    own = AS_IT_IS if stored is None else stored[layer.index]
     prices = prices_of(layer.parts, scorer, extra, elastic.stored_bytes_per_weight, own)
     price = (prices if slots.bits is None else with_bits(prices, layer.parts, slots.bits)).bytes
     of_dropped = float((price["gates"] + price["dropped"]).sum(1).mean())

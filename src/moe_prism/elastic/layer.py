@@ -28,7 +28,7 @@ from .control import HeldRows, Past
 from .counter import Counter
 from .execute.base import Executor, Settled
 from .host import Host
-from .prices import Prices, prices_of, with_bits
+from .prices import AS_IT_IS, Prices, prices_of, with_bits
 from .rules import rules
 from .scorers import scorers
 from .select import Mixed, Selection, Whole, nothing, put
@@ -283,7 +283,9 @@ class ElasticLayer:
 
     def _count(self, index: Tensor, settled: Settled, *, selects: bool) -> None:
         if self.elastic.counting:
-            self.counter.add(index, settled.keep, selects=selects, low=settled.low, widths=settled.widths)
+            stored = self.elastic.step.bound.groups[0].stored  # a point that has it shares no batch
+            same = None if stored is None else stored[self.index].same
+            self.counter.add(index, settled.keep, selects=selects, low=settled.low, widths=settled.widths, same=same)
         if self.on_kept is not None:
             self.on_kept(index, settled.keep)
 
@@ -313,6 +315,7 @@ class ElasticLayer:
         self._scorers.clear()
         self._coded.clear()
         self.parts.ready = None
+        self.executor.forget()
 
     def scorer(self, name: str, bits: SlotBits | None = None) -> Scorer:
         """bits: with gate neurons as they are read then."""
@@ -344,8 +347,8 @@ class ElasticLayer:
         selects = self.executor.always_selects or not all(group.is_full(self.index, p) for p in range(len(group.budgets)))
         scorer = self.scorer(group.scorer) if selects and rules.get(group.rule).needs_norms else None
         extra = self.compensator if selects and group.compensate else None
-        matrix_bytes = None if group.matrix_bytes is None else group.matrix_bytes[self.index]
-        prices = prices_of(self.parts, scorer, extra, self.elastic.stored_bytes_per_weight, matrix_bytes)
+        stored = AS_IT_IS if group.stored is None else group.stored[self.index]
+        prices = prices_of(self.parts, scorer, extra, self.elastic.stored_bytes_per_weight, stored)
         if group.bits is not None:
             prices = with_bits(prices, self.parts, group.bits)
         low = self.executor.low_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,19 @@ from .base import LayerParts, Scorer
 from .coded import row_bytes
 from .compensate import Compensator
 from .counter import at_width
+
+
+class StoredAs(NamedTuple):
+    """What a change of weights makes of a layer's experts. matrix_bytes [E]: bytes of a weight of each one's matrices; neurons [E, f]
+    (bool): those that are there; same [E]: the expert whose weights each one shares; None: as without the change.
+    """
+
+    matrix_bytes: Tensor | None = None
+    neurons: Tensor | None = None
+    same: Tensor | None = None
+
+
+AS_IT_IS = StoredAs()
 
 
 @dataclass(frozen=True)
@@ -62,13 +76,20 @@ def with_bits(prices: Prices, parts: LayerParts, bits: SlotBits) -> Prices:
     return Prices(weights, sizes)
 
 
-def block_weights(parts: LayerParts) -> tuple[Tensor, Tensor]:
-    """(weights of every block [E, N], weights of an expert's output bias [E])."""
+def block_weights(parts: LayerParts, neurons: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(weights of every block [E, N], weights of an expert's output bias [E]). neurons [E, f]: those that are there, default all."""
     layer = parts.layer
     bias = 0 if layer.down_bias is None else layer.hidden
-    whole = layer.parameters_per_expert() - bias
-    blocks = torch.full((layer.num_experts, parts.n_sub), whole / parts.n_sub, dtype=torch.float64)
-    return blocks, torch.full((layer.num_experts,), float(bias), dtype=torch.float64)
+    of_neuron = (layer.parameters_per_expert() - bias) / layer.width
+    return of_neuron * _in_blocks(parts, neurons), torch.full((layer.num_experts,), float(bias), dtype=torch.float64)
+
+
+def _in_blocks(parts: LayerParts, neurons: Tensor | None, first: int | None = None) -> Tensor:
+    """[E, N] (float64): neurons of every block that are there, of all or of its first ones."""
+    size = parts.block if first is None else first
+    if neurons is None:
+        return torch.full((parts.layer.num_experts, parts.n_sub), float(size), dtype=torch.float64)
+    return torch.unflatten(neurons, 1, (parts.n_sub, parts.block))[:, :, :size].sum(2).double()
 
 
 def prices_of(
@@ -76,17 +97,17 @@ def prices_of(
     scorer: Scorer | None,
     extra: Compensator | None,
     bytes_per_weight: float,
-    matrix_bytes: Tensor | None = None,
+    stored: StoredAs = AS_IT_IS,
 ) -> Prices:
-    """Prices of a layer whose blocks are stored alike within an expert.
+    """Prices of a layer whose weights are stored alike within an expert.
 
-    scorer, extra: what selection and compensation read, None where there is none. matrix_bytes [E]: bytes of a weight of each expert's
-    matrices, default those of any other weight.
+    scorer, extra: what selection and compensation read, None where there is none. bytes_per_weight: of what `stored` does not say.
     """
     layer = parts.layer
-    blocks, bias = block_weights(parts)
+    blocks, bias = block_weights(parts, stored.neurons)
     matrices = 2 if layer.gate is not None else 1
     biases = sum(b is not None for b in (layer.gate_bias, layer.up_bias))
+    gates = _in_blocks(parts, stored.neurons, parts.gates)
     weights = {
         "blocks": blocks,
         "experts": bias.clone(),
@@ -99,15 +120,15 @@ def prices_of(
         weights["predictors"] = torch.full_like(bias, float(scorer.parameters_per_expert()))
         weights["tokens"] = torch.tensor([float(scorer.parameters_per_token())], dtype=torch.float64)
         if scorer.reads_gates:
-            weights["gates"] += parts.gates * (matrices * layer.hidden + biases)
+            weights["gates"] += gates * (matrices * layer.hidden + biases)
     if extra is not None:
         per_slot, per_expert = extra.parameters()
         weights["dropped"] += per_slot
         weights["scaled"] = torch.full_like(bias, float(per_expert))
         weights["lost"] += bias
     sizes = {name: value * bytes_per_weight for name, value in weights.items()}
-    if matrix_bytes is not None:
-        saved = (bytes_per_weight - matrix_bytes)[:, None]
-        for name, neurons in (("blocks", parts.block), ("gates", parts.gates)):
+    if stored.matrix_bytes is not None:
+        saved = (bytes_per_weight - stored.matrix_bytes)[:, None]
+        for name, neurons in (("blocks", _in_blocks(parts, stored.neurons)), ("gates", gates)):
             sizes[name] -= saved * (weights[name] - neurons * biases).clamp(min=0)
     return Prices(weights, sizes)

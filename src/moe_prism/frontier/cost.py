@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ..compress.changes import change_of
 from ..elastic import Elastic
 from ..elastic.bind import PointGroup, Step
@@ -49,14 +51,16 @@ def resident_bytes(elastic: Elastic, step: Step) -> float:
     group, point = _group(step), step.bound.points[0]
     change = None if point.weights is None else change_of(point.weights)
     share = 1.0
-    if change is not None and group.matrix_bytes is None:  # the prices know nothing of experts that are not there
+    if change is not None and group.stored is None:  # the prices know nothing of experts that are not there
         share = change.resident_share
     total = 0.0 if change is None else change.resident_values * elastic.stored_bytes_per_weight
     for layer in elastic.layers:
         parts, prices = layer.parts, layer.prices(group).bytes
         if change is None and parts.layer.extra is not None:
             total += sum(parts.layer.extra.parameters) * elastic.stored_bytes_per_weight
-        total += share * float(prices["blocks"].sum() + prices["experts"].sum())
+        own = prices["blocks"].sum(1) + prices["experts"]
+        same = None if group.stored is None else group.stored[layer.index].same
+        total += share * float((own if same is None else own[torch.unique(same)]).sum())
         if group.is_full(layer.index, 0):
             continue
         total += sum(float(prices[name].sum()) for name in ("predictors", "tokens") if name in prices)

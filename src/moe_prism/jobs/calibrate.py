@@ -14,7 +14,7 @@ from torch import Tensor
 from ..artefact.load import read_tensors
 from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
-from ..calibrate.layerwise import LayerwisePass
+from ..calibrate.layerwise import WHOLE, LayerwisePass
 from ..calibrate.options import settings
 from ..calibrate.run import Pass, bounded_capacity
 from ..calibrate.statistics import LayerStatistics, Statistics
@@ -107,6 +107,8 @@ def check_fit(weights: Weights, options: CalibrateOptions) -> None:
     """What would stop the pass, found before anything is written: CorruptError, UsageError or DoesNotFit."""
     if options.low_memory and weights.stream is None:
         raise UsageError(f"--low-memory needs a folder of safetensors files, not '{weights.path}'", "leave it out")
+    if options.low_memory and settings(options).goes_back:
+        raise UsageError(WHOLE, "leave --low-memory out, or choose what reads no gradients")
     bounded_capacity(weights.layers, settings(options))
     weights.check_finite()
 

@@ -1,9 +1,9 @@
-"""Write a checkpoint whose experts take fewer bits, or only say what that would save and lose."""
+"""Write a checkpoint whose experts take fewer bits or have fewer neurons, or only say what that would save and lose."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,6 +14,7 @@ from ..compress.codec.rtn import Rtn
 from ..compress.quantize.write import PackedCheckpoint, Packing
 from ..errors import UsageError
 from ..methods.find import method
+from ..methods.neurons.base import NeuronMethod
 from ..methods.quantize.uniform_bits import UniformBits
 from ..model import resolve
 from ..options.compress import CompressOptions
@@ -21,6 +22,7 @@ from ..progress import Report, peak_rss_bytes, silent
 from ..result import Result
 from .rehearsal import begin
 from .resources import needed_by_rewriting, written_bytes
+from .slice import Sliced, measure_slice, plan_slice, write_slice
 
 KIND = "quantized"
 
@@ -51,8 +53,10 @@ class Compressed(Result):
         }
 
 
-def plan_compression(model: str | Path, options: CompressOptions | None = None) -> Compressed:
-    """What would be written; no weight is read.
+def plan_compression(
+    model: str | Path, options: CompressOptions | None = None, *, calibration: str | Path | None = None
+) -> Compressed | Sliced:
+    """What would be written; no weight is read. calibration: see `compress_model`.
 
     >>> import moe_prism
     >>> found = moe_prism.plan_compression("nano", moe_prism.CompressOptions(method="rtn:bits=8"))
@@ -60,12 +64,20 @@ def plan_compression(model: str | Path, options: CompressOptions | None = None) 
     True
     """
     options = options or CompressOptions()
+    if neurons := _neurons(options, calibration):
+        return plan_slice(model, neurons, options, calibration)
     found, _ = _packed(model, options)
     return Compressed(options.method, len(found.experts), found.bytes())
 
 
-def measure_compression(model: str | Path, options: CompressOptions | None = None, *, report: Report = silent) -> Compressed:
-    """The same, and how far the weights would move; nothing is written.
+def measure_compression(
+    model: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    calibration: str | Path | None = None,
+    report: Report = silent,
+) -> Compressed | Sliced:
+    """The same, and how far the weights would move, or which neurons would go; nothing is written.
 
     >>> import moe_prism
     >>> asked = moe_prism.CompressOptions(method="rtn:bits=8")
@@ -73,6 +85,8 @@ def measure_compression(model: str | Path, options: CompressOptions | None = Non
     True
     """
     options = options or CompressOptions()
+    if neurons := _neurons(options, calibration):
+        return measure_slice(model, neurons, options, calibration, report)
     found, _ = _packed(model, options)
     error = size = 0.0
     with report("encode") as update:
@@ -83,9 +97,16 @@ def measure_compression(model: str | Path, options: CompressOptions | None = Non
 
 
 def compress_model(
-    model: str | Path, out: str | Path, options: CompressOptions | None = None, **how: Unpack[Writing]
-) -> Compressed:
+    model: str | Path,
+    out: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    calibration: str | Path | None = None,
+    **how: Unpack[Writing],
+) -> Compressed | Sliced:
     """Write the checkpoint at `out`; how: see `Writing`. Raises UsageError, DoesNotFit or CorruptError before anything is visible there.
+
+    calibration: a folder written by `calibrate` with the collectors that a ranking of neurons needs, instead of the text of the options.
 
     >>> import moe_prism
     >>> done = moe_prism.compress_model("nano", "int8", moe_prism.CompressOptions(method="rtn:bits=8"))
@@ -93,9 +114,13 @@ def compress_model(
     'rtn:bits=8'
     """
     options = options or CompressOptions()
+    if neurons := _neurons(options, calibration):
+        how.setdefault("report", silent)
+        return write_slice(model, out, neurons, options, calibration, **how)
     found, weights = _packed(model, options)
     check_apart(weights.path, out)
-    inputs = {"source": source_facts(weights.path), "compression": asdict(options)}
+    asked = {"method": options.method, "format": options.format}
+    inputs = {"source": source_facts(weights.path), "compression": asked}
     result = Compressed(options.method, len(found.experts), found.bytes(), folder=Path(out))
     if (resume := how.get("resume", False)) and (done := finished(out, {"kind": KIND, **inputs})):
         return Compressed(**{**result.__dict__, "manifest": done})
@@ -112,14 +137,27 @@ def compress_model(
     return Compressed(**{**result.__dict__, "manifest": manifest})
 
 
-def _packed(model: str | Path, options: CompressOptions) -> tuple[PackedCheckpoint, Weights]:
+def _neurons(options: CompressOptions, calibration: str | Path | None) -> NeuronMethod | None:
+    """The method that ranks neurons, if it is one. UsageError for options that mean nothing to it."""
     options.check()
+    found = method(options.method)
+    if isinstance(found, NeuronMethod):
+        return found
+    options.check_codec()
+    if calibration:
+        raise UsageError(
+            f"--calibration means nothing to '{options.method}'", "leave it out, or give a method that ranks neurons"
+        )
+    return None
+
+
+def _packed(model: str | Path, options: CompressOptions) -> tuple[PackedCheckpoint, Weights]:
     chosen = method(options.method)
     codec = chosen.codec() if isinstance(chosen, UniformBits) else None
     if not isinstance(codec, Rtn):
         raise UsageError(
             f"'{options.method}' has no form in {options.format}",
-            "give rtn:bits=4 or rtn:bits=8; `frontier --methods` measures any",
+            "give rtn:bits=4 or rtn:bits=8, or what ranks neurons, such as heapr; `frontier --methods` measures any",
         )
     weights = Weights(resolve(model))
     if weights.stream is None:

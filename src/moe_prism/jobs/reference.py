@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -119,12 +119,21 @@ def parameters(row: Described) -> list[ParameterLine]:
 
 
 def meanings(made: type[Any]) -> dict[str, str]:
-    """Field -> meaning out of a docstring of the form "first: its meaning. second, third: theirs"."""
+    """Field -> meaning out of a docstring of the form "first: its meaning. second, third: theirs", those of its bases included."""
+    found: dict[str, str] = {}
+    for base in reversed(made.__mro__):
+        if is_dataclass(base):
+            found |= _said(base)
+    return found
+
+
+def _said(made: type[Any]) -> dict[str, str]:
+    """What one class says."""
     text = " ".join((made.__doc__ or "").split())
     names = "|".join(field.name for field in fields(made)) or "$^"
     starts = list(re.finditer(rf"(?:^|(?<=[.;] ))((?:{names})(?:, (?:{names}))*): ", text))
     ends = [*(start.start() for start in starts[1:]), len(text)]
-    found = {}
+    found: dict[str, str] = {}
     for start, end in zip(starts, ends, strict=False):
         found.update(dict.fromkeys(start[1].split(", "), text[start.end() : end].strip().rstrip(".;")))
     return found

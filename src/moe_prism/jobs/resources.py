@@ -220,6 +220,8 @@ def pass_parts(weights: Weights, calibration: CalibrateOptions) -> tuple[dict[st
     experts = layer.num_experts * layer.parameters_per_expert() * FLOAT32
     everything = sum(p.numel() for p in weights.model.parameters()) * FLOAT32
     tokens = min(calibration.tokens, run.batch * calibration.length)
+    if run.goes_back:  # a window at a time, and what every decoder layer computed of it waits for the way back
+        tokens = calibration.length * (1 + text_config(weights).num_hidden_layers)
     parts = {
         "weights_bytes": 3 * experts if calibration.low_memory else everything + experts,
         "statistics_bytes": declared,

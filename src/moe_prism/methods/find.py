@@ -76,5 +76,5 @@ def described() -> list[Described]:
 def served_by(acts: str, depends_on_batch: bool) -> str:
     """Who runs the points of a method beside `frontier`, which measures all."""
     if acts == "weights":
-        return "generate; any engine once `prune` has written it"
+        return "generate; any engine once `prune` or `compress` has written it"
     return "generate; serve where it is named" if depends_on_batch else "generate, serve, vLLM"

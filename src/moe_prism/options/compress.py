@@ -1,13 +1,17 @@
-"""What storing a model in fewer bits is asked for."""
+"""What storing a model's experts in less is asked for: in fewer bits, or without some of their neurons."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from .base import Options, option
+from ..errors import UsageError
+from .base import Options, WrittenType, nested, option
+from .calibrate import CalibrateOptions
 
 OutputFormat = Literal["compressed-tensors"]
+NeuronScope = Literal["model", "layer", "expert"]
+Widths = Literal["equal", "own"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +23,55 @@ class CompressOptions(Options):
     'compressed-tensors'
     """
 
-    method: str = option("rtn:bits=4:group=128", "Codec and its settings, such as rtn:bits=8 or rtn:bits=4:group=32.")
+    method: str = option(
+        "rtn:bits=4:group=128",
+        "A codec and its settings, such as rtn:bits=8 or rtn:bits=4:group=32; or what ranks neurons, such as heapr, with --keep.",
+    )
     format: OutputFormat = option(
         "compressed-tensors",
-        "What is written: compressed-tensors, which unmodified transformers and vLLM load (rtn of 4 and 8 bits).",
+        "Of codecs: compressed-tensors, which unmodified transformers and vLLM load (rtn of 4 and 8 bits).",
     )
+    keep: float | None = option(None, "Of neurons: the share that stays, 0 to 1.", above=0, most=1)
+    widths: Widths = option(
+        "equal",
+        "Of neurons. equal: every expert has one width, which config.json says, and the files become smaller. own: experts differ as "
+        "the method wants, with zeros for neurons that go, and the files stay as large.",
+    )
+    multiple: int = option(16, "Of --widths equal: the width is a multiple of it.", least=1)
+    protect: list[str] = option(
+        [],
+        "Comma-separated protections, e.g. super-experts: experts that keep all neurons whatever the method says. With --widths own.",
+        names="moe_prism.compress.prune:protections",
+    )
+    pin: list[str] = option([], "Comma-separated LAYER:EXPERT that keep all neurons, counted from 0. With --widths own.")
+    dtype: WrittenType | None = option(
+        None, "Of neurons: type that a quantized source's weights are written in. Default its own."
+    )
+    calibration: CalibrateOptions = nested(CalibrateOptions, "text", "text_field", "domains", "tokens", "length")
+
+    def check(self) -> None:
+        super().check()
+        for text in self.pin:
+            pinned(text)
+        if self.widths == "equal" and (self.protect or self.pin):
+            raise UsageError(
+                "with --widths equal all experts lose as many neurons", "add --widths own, or leave --protect and --pin out"
+            )
+        if self.widths == "own" and self.multiple != CompressOptions.multiple:
+            raise UsageError("--multiple belongs to --widths equal", "leave one of them out")
+        self.calibration.check()
+
+    def check_codec(self) -> None:
+        """UsageError for what a codec does not know."""
+        for name in ("keep", "widths", "multiple", "protect", "pin", "dtype", "calibration"):
+            if getattr(self, name) != getattr(CompressOptions(), name):
+                flag = "--text, --tokens or --length" if name == "calibration" else f"--{name}"
+                raise UsageError(f"{flag} means nothing to '{self.method}'", "leave it out, or give a method that ranks neurons")
+
+
+def pinned(text: str) -> tuple[int, int]:
+    """(layer, expert) of "3:12". UsageError for anything else."""
+    layer, colon, expert = text.partition(":")
+    if not colon or not (layer.isdigit() and expert.isdigit()):
+        raise UsageError(f"--pin '{text}' names no expert", "write LAYER:EXPERT, such as 3:12")
+    return int(layer), int(expert)

@@ -221,6 +221,18 @@ class QuantizedForm(ManifestForm):
     compression: Plain
 
 
+class SlicedForm(ManifestForm):
+    """A checkpoint without some of its neurons. result: how many stayed, and where."""
+
+    kind: Literal["sliced"]
+    companions: CompanionsForm
+    dequantized: DequantizedForm | None = None
+    compression: Plain
+    statistics: Plain | None
+    result: Plain
+    documents: Annotated[list[Sha256], MaxLen(MOST_DOCUMENTS)]
+
+
 class StatisticsForm(ManifestForm):
     """A calibration."""
 
@@ -233,5 +245,6 @@ KINDS: dict[str, type[ManifestForm]] = {
     "elastic": ElasticForm,
     "pruned": PrunedForm,
     "quantized": QuantizedForm,
+    "sliced": SlicedForm,
     "calibration": StatisticsForm,
 }

@@ -148,6 +148,35 @@ class BandsForm(Form):
     group: Annotated[int, Field(ge=1, le=1 << 20)]
 
 
+class NeuronsForm(Form):
+    """The neurons of a layer that stay: a bit for each, as base64."""
+
+    experts: Experts
+    neurons: Annotated[int, Field(ge=1, le=1 << 24)]
+    kept: Annotated[str, MaxLen(1 << 28)]
+
+
+class SliceForm(Form):
+    """Settings of the weight change `slice`."""
+
+    layers: Annotated[list[NeuronsForm], MinLen(1), MaxLen(MOST_LAYERS)]
+
+
+class MergedForm(Form):
+    """The experts of a layer that share weights."""
+
+    neurons: Annotated[int, Field(ge=1, le=1 << 24)]
+    groups: Annotated[list[Annotated[int, Field(ge=0, lt=MOST_EXPERTS)]], MinLen(1), MaxLen(MOST_EXPERTS)]
+    weights: Annotated[list[Amount], MinLen(1), MaxLen(MOST_EXPERTS)]
+    orders: Annotated[str, MaxLen(1 << 30)]
+
+
+class MergeForm(Form):
+    """Settings of the weight change `merge`."""
+
+    layers: Annotated[list[MergedForm], MinLen(1), MaxLen(MOST_LAYERS)]
+
+
 class DomainForm(Form):
     """`DomainQuality` of `frontier.json`."""
 

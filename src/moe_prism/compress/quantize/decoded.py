@@ -90,17 +90,30 @@ Layers = tuple[tuple[Part, ...], ...]
 def replaced(model: Any, layers: Sequence[MoELayer], codec: Codec, key: Hashable, encode: Callable[[], Layers]) -> Iterator[None]:
     """Inside the block the weights are what decoding gives of `encode`, which is called once per key while the weights stay."""
     found = _encoded(model, layers, key, encode)
-    saved = [[matrix.clone() for matrix in matrices(layer)] for layer in layers]
+    with encodings_hold(model, layers):
+        saved = [[matrix.clone() for matrix in matrices(layer)] for layer in layers]
+        try:
+            for layer, parts in zip(layers, found.layers, strict=True):
+                for part in parts:
+                    part.write(matrices(layer), codec)
+            yield
+        finally:
+            for layer, own in zip(layers, saved, strict=True):
+                for matrix, before in zip(matrices(layer), own, strict=True):
+                    matrix.copy_(before)
+
+
+@contextmanager
+def encodings_hold(model: Any, layers: Sequence[MoELayer]) -> Iterator[None]:
+    """What was encoded of the weights holds on after the block, which leaves them as they were."""
+    before = _state(layers)
     try:
-        for layer, parts in zip(layers, found.layers, strict=True):
-            for part in parts:
-                part.write(matrices(layer), codec)
         yield
     finally:
-        for layer, own in zip(layers, saved, strict=True):
-            for matrix, before in zip(matrices(layer), own, strict=True):
-                matrix.copy_(before)
-        _renew(model, layers, found.state)
+        now, kept = _state(layers), model.__dict__.get(_NAME, {})
+        for key, encoded in kept.items():
+            if encoded.state == before:
+                kept[key] = encoded._replace(state=now)
 
 
 def _encoded(model: Any, layers: Sequence[MoELayer], key: Hashable, encode: Callable[[], Layers]) -> Encoded:
@@ -130,11 +143,3 @@ def _state(layers: Sequence[MoELayer]) -> tuple[int, ...]:
     """Another one as soon as anybody has written to the weights or moved them."""
     weights = [matrix for layer in layers for matrix in matrices(layer)]
     return tuple(number for w in weights for number in (w.data_ptr(), 0 if w.is_inference() else w._version))
-
-
-def _renew(model: Any, layers: Sequence[MoELayer], before: tuple[int, ...]) -> None:
-    """What was encoded of the weights holds on: they are what they were."""
-    now, kept = _state(layers), model.__dict__[_NAME]
-    for key, encoded in kept.items():
-        if encoded.state == before:
-            kept[key] = encoded._replace(state=now)

@@ -81,6 +81,9 @@ class Executor(ABC):
         """Bytes of a block in its smaller form; None where there is none."""
         return None
 
+    def forget(self) -> None:  # noqa: B027 - most hold nothing
+        """Give up what was made of the weights, which have changed."""
+
     def widened(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, d] and weight [T, k] in the type that slots are chosen and computed in: float32 where that is faster than their own."""
         return x, weight

@@ -89,8 +89,11 @@ class InMemory(Executor):
     def __init__(self, parts: LayerParts) -> None:
         self.parts = parts
         self._way = "auto"
-        self.repaired = Repaired(parts) if REPAIR in parts.tensors else None
         self._decided: dict[tuple[int, int], LayerTimes | str] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        self.repaired = Repaired(self.parts) if REPAIR in self.parts.tensors else None
 
     @property
     def way(self) -> str:

@@ -1,0 +1,224 @@
+"""What removing neurons costs in quality, beside removing whole experts: mean KL to the full model on text that nothing was fitted on.
+
+    python benchmarks/compress.py                                  # prism-nano and prism-nano-mix
+    python benchmarks/compress.py --models nano --only points --tokens 8192
+    python benchmarks/compress.py --models nano --only neurons     # single neurons: rank correlations
+
+points: every method at every share, over calibration draws; `random-neurons` over as many draws of its own, `magnitude` once, since it
+reads no text. Experts are removed by the criteria named with --criteria, with as many bytes left; the best of them is what neurons are held
+against. Points run in memory, which gives the logits of what is written (tests/jobs/test_slice.py).
+
+neurons: --sample-neurons of them are removed one at a time, on held-out text and on the first draw's calibration text. Spearman's rank
+correlation of each score with the KL and with the rise of the loss of the next token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from printed import printed
+from pruning import COLLECTORS, Bench
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from moe_prism.calibrate.statistics import Statistics
+from moe_prism.compress.slice.change import SliceChange
+from moe_prism.errors import UsageError
+from moe_prism.frontier.measure import measure
+from moe_prism.methods.find import method
+from moe_prism.methods.neurons.base import LayerSeen, NeuronMethod
+from moe_prism.options.prune import PruneOptions
+from moe_prism.point import OperatingPoint
+
+TEXTS = {"nano": "stdlib"}
+OTHER_TEXT = "domains"
+PUBLISHED = ("heapr", "camera", "slim", "wanda", "magnitude", "random-neurons")
+VARIANTS = (
+    "heapr:by=tokens", "heapr:total=true", "heapr:scope=layer", "heapr:scope=expert", "heapr:scope=expert:multiple=16",
+    "heapr:multiple=16", "heapr:total=true:scope=expert:multiple=16", "camera:alpha=0", "camera:scope=expert:multiple=16",
+    "slim:scope=model",
+    "slim:signed=false:scope=model",
+    "heapr:total=true:by=tokens", "slim:signed=false", "wanda:owl=false", "magnitude:scope=expert:multiple=16",
+)  # fmt: skip
+SINGLE = (
+    "heapr",
+    "heapr:by=tokens",
+    "heapr:total=true",
+    "camera",
+    "camera:alpha=0",
+    "slim",
+    "slim:signed=false",
+    "wanda",
+    "magnitude",
+)
+BLIND = ("magnitude", "random-neurons")
+CRITERIA = "soft-selected-layer,easy-ep-layer,easy-ep-global,output-error-layer,output-error-global"
+
+
+class NeuronBench(Bench):
+    """The model, its held-out text, and what every draw of calibration text says."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args, (*COLLECTORS, "neurons", "gradients"))
+        self.passes = [self.calibrate(seed) for seed in range(args.seeds)]
+        self.free = [torch.zeros(layer.num_experts, layer.width, dtype=torch.bool) for layer in self.layers]
+
+    def judged(self, name: str, found: Statistics) -> tuple[NeuronMethod, list[tuple[Tensor, float]]]:
+        """A method and what it says of every layer."""
+        chosen: Any = method(name)
+        return chosen, [chosen.judge(LayerSeen(layer, own.values)) for layer, own in zip(self.layers, found.layers, strict=True)]
+
+    def changes(self, name: str, keep: float) -> list[SliceChange]:
+        """A change for every draw."""
+        if name.startswith("random"):
+            names, draws = [f"{name}:seed={seed}" for seed in range(self.args.seeds)], [0] * self.args.seeds
+        else:
+            draws = [0] if name.partition(":")[0] in BLIND else list(range(self.args.seeds))
+            names = [name] * len(draws)
+        found = []
+        for each, draw in zip(names, draws, strict=True):
+            chosen, judged = self.judged(each, self.passes[draw])
+            found.append(chosen.change(judged, keep, self.free))
+        return found
+
+    def pruned(self, name: str, keep: float) -> list[Any]:
+        """The experts that stay of every draw, by CRITERION-ALLOCATION."""
+        criterion, _, allocation = name.rpartition("-")
+        options = PruneOptions(criterion=criterion, keep=keep, allocation=allocation)  # type: ignore[arg-type]
+        return [self.plan(options, found) for found in self.passes]
+
+
+def point_rows(bench: NeuronBench) -> Iterator[dict[str, Any]]:
+    """KL of every draw, and the share of the experts' bytes that stays."""
+    for keep in bench.args.keeps:
+        for name in bench.args.methods:
+            changes = bench.changes(name, keep)
+            points = [OperatingPoint(weights=change.part()) for change in changes]
+            found = measure(bench.model, bench.ids, points, batch=2)
+            kl = [m.quality.kl for m in found]
+            yield {"keep": keep, "way": name, "kl": kl, "resident": statistics.fmean(c.resident_share for c in changes)}
+        for name in bench.args.criteria:
+            try:
+                plans = bench.pruned(name, keep)
+            except UsageError as error:
+                yield {"keep": keep, "way": f"experts, {name}", "refused": str(error)}
+                continue
+            share = sum(len(c.kept) for c in plans[0]) / sum(c.experts for c in plans[0])
+            yield {"keep": keep, "way": f"experts, {name}", "kl": bench.kl(plans), "resident": share}
+
+
+@torch.no_grad()
+def losses_of_one(bench: NeuronBench, ids: Tensor, sample: Sequence[tuple[int, int, int]]) -> tuple[list[float], list[float]]:
+    """(KL, rise of the mean loss) without each neuron (layer, expert, neuron) alone."""
+
+    def logs() -> Tensor:
+        return bench.model(input_ids=ids, use_cache=False).logits[:, :-1].double().log_softmax(-1).flatten(0, 1)
+
+    def loss(found: Tensor) -> float:
+        return float(nn.functional.nll_loss(found, ids[:, 1:].flatten()))
+
+    divergence, rise, source = [], [], logs()
+    for layer, expert, neuron in sample:
+        column = bench.layers[layer].down[expert, :, neuron]
+        before = column.clone()
+        column.zero_()
+        found = logs()
+        column.copy_(before)
+        divergence.append(float((source.exp() * (source - found)).sum(-1).mean()))
+        rise.append(loss(found) - loss(source))
+    return divergence, rise
+
+
+def neuron_rows(bench: NeuronBench) -> Iterator[dict[str, Any]]:
+    """Rank correlations of scores with what removing one neuron does."""
+    g = torch.Generator().manual_seed(0)
+    sizes = [len(bench.layers), bench.layers[0].num_experts, bench.layers[0].width]
+    sample = [tuple(int(torch.randint(n, (), generator=g)) for n in sizes) for _ in range(bench.args.sample_neurons)]
+    texts = {"held out": bench.ids, "calibration": bench.passes[0].profile}
+    rows = max(1, bench.args.neuron_tokens // bench.args.length)
+    measured = {name: losses_of_one(bench, ids[:rows], sample) for name, ids in texts.items()}  # type: ignore[arg-type]
+    for name in SINGLE:
+        _, judged = bench.judged(name, bench.passes[0])
+        scores = [float(judged[layer][0][expert, neuron]) for layer, expert, neuron in sample]
+        found = {
+            f"{what}, {text}": float(spearmanr(scores, values).statistic)
+            for text, both in measured.items()
+            for what, values in zip(("kl", "loss"), both, strict=True)
+        }
+        yield {"way": name, "spearman": found}
+
+
+def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for name in args.models:
+        own = argparse.Namespace(**vars(args), model=name, text=TEXTS.get(name, OTHER_TEXT))
+        bench = NeuronBench(own)
+        for kind, made in (("points", point_rows), ("neurons", neuron_rows)):
+            if args.only in (None, kind):
+                yield from ({"model": name, **row} for row in made(bench))
+
+
+def bars(found: list[dict[str, Any]]) -> Iterator[str]:
+    """The comparisons that issue 20 asks for, from means over draws."""
+    for model in dict.fromkeys(row["model"] for row in found):
+        own = [row for row in found if row["model"] == model and "kl" in row]
+        for keep in dict.fromkeys(row["keep"] for row in own):
+            kl = {row["way"]: statistics.fmean(row["kl"]) for row in own if row["keep"] == keep}
+            order = ("heapr", "camera", "magnitude", "random-neurons")
+            said = " <= ".join(f"{name} {kl[name]:.4f}" for name in order)
+            holds = all(kl[a] <= kl[b] for a, b in itertools.pairwise(order))
+            yield f"{model} at {keep:g}: {said}: {holds}"
+            experts = {way: value for way, value in kl.items() if way.startswith("experts")}
+            neurons = {way: value for way, value in kl.items() if not way.startswith("experts")}
+            if experts:
+                best, least = min(experts, key=experts.__getitem__), min(neurons, key=neurons.__getitem__)
+                against = f"the best of experts ({best.partition(', ')[2]} {experts[best]:.4f})"
+                ratios = (kl[name] / experts[best] for name in ("heapr", least))
+                yield f"{model} at {keep:g}: heapr {next(ratios):.2f}x, {least} {next(ratios):.2f}x {against}"
+        correlations = {row["way"]: row["spearman"] for row in found if row["model"] == model and "spearman" in row}
+        for what in correlations.get("heapr", {}):
+            a, b = (correlations[name][what] for name in ("heapr", "magnitude"))
+            yield f"{model}: Spearman with {what}: heapr {a:.3f} (bar .5: {a >= 0.5}), magnitude {b:.3f}"
+
+
+def show(row: dict[str, Any]) -> str:
+    where = f"{row['model']:>8} {row.get('keep', 1):.2f} {row['way']:42}"
+    if "refused" in row:
+        return f"{where} refused: {row['refused']}"
+    if "spearman" in row:
+        return f"{where} " + "  ".join(f"{name} {value:.3f}" for name, value in row["spearman"].items())
+    values = row["kl"]
+    spread = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
+    return f"{where} resident {row['resident']:.3f}  KL {statistics.fmean(values):.4f}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names: dict[str, Any] = {"type": lambda text: text.split(","), "help": "comma-separated"}
+    parser.add_argument("--models", default=["nano", "nano-mix"], **names)
+    parser.add_argument("--criteria", default=CRITERIA.split(","), **names)
+    parser.add_argument("--only", choices=("points", "neurons"))
+    parser.add_argument("--methods", default=[*PUBLISHED, *VARIANTS], **names)
+    parser.add_argument("--keeps", default=[0.9, 0.75, 0.5], type=lambda text: [float(x) for x in text.split(",")])
+    parser.add_argument("--seeds", type=int, default=3, help="calibration draws")
+    parser.add_argument("--tokens", type=int, default=4096, help="held out")
+    parser.add_argument("--calibration-tokens", type=int, default=16_384)
+    parser.add_argument("--profile-tokens", type=int, default=1024)
+    parser.add_argument("--sample", type=int, default=1024, help="sampled tokens per layer, of output-error")
+    parser.add_argument("--sample-neurons", type=int, default=200)
+    parser.add_argument("--neuron-tokens", type=int, default=1024)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    found = printed(rows(args), show, args.json)
+    lines = list(bars(found))
+    print(json.dumps({"benchmark": "compress", "rows": found, "bars": lines}) if args.json else "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Remove neurons of experts: which, in memory and in files."""

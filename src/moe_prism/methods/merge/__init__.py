@@ -1,0 +1,1 @@
+"""Methods that let several experts share one set of weights."""

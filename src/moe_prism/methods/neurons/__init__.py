@@ -1,0 +1,1 @@
+"""Methods that remove neurons of experts: one file ranks them, `base` does the rest."""

@@ -46,6 +46,7 @@ methods: Registry[type[Any]] = Registry(
         "pmq": Entry("moe_prism.methods.quantize.pmq:Pmq", "1 to 3 bits per expert, by what a width does to its layer (MC-MoE); :BITS", acts="weights"),
         "quantmoe": Entry("moe_prism.methods.quantize.quantmoe:QuantMoe", "4 bits for experts that a rule favours, 2 for the rest; :frequency (default), :first, :outliers, :turns", acts="weights"),
         "camera-q": Entry("moe_prism.methods.quantize.camera_q:CameraQ", "1 to 3 bits per neuron, by the energy that it puts into its layer's output (CAMERA-Q); :BITS", acts="weights"),
+        "eaquant": Entry("moe_prism.methods.quantize.eaquant:EaQuant", "inputs evened out by one vector per layer, then rounded to nearest (EAQuant); :BITS", acts="weights"),
         # weights: criteria of expert pruning, measured in mask mode as prune:CRITERION
         "random": Entry("moe_prism.methods.prune.random_draw:RandomDraw", "a uniform draw, by --seed", acts="weights"),
         "odd": Entry("moe_prism.methods.prune.position:Odd", "experts with odd ids, counted from 0", acts="weights"),

@@ -61,6 +61,7 @@ weight_changes: Registry[type[Change]] = Registry(
     {
         "prune": ("moe_prism.compress.prune.change:PruneChange", "experts that are not there any more"),
         "bands": ("moe_prism.compress.quantize.bands:BandChange", "neurons in fewer bits, each at a width of its own"),
+        "smooth": ("moe_prism.compress.quantize.smoothed:SmoothChange", "experts in fewer bits behind evened-out inputs"),
         "quantize": ("moe_prism.compress.quantize.change:QuantizeChange", "experts in fewer bits, by a codec"),
     },
 )

@@ -135,6 +135,16 @@ class QuantizeForm(Form):
     group: Annotated[int, Field(ge=0, le=1 << 20)]
 
 
+class SmoothForm(QuantizeForm):
+    """Settings of the weight change `smooth`."""
+
+    exponents: Annotated[
+        list[Annotated[list[Annotated[int, Field(ge=-64, le=64)]], MinLen(1), MaxLen(1 << 20)]], MinLen(1), MaxLen(MOST_LAYERS)
+    ]
+    router: Annotated[int, Field(ge=0, le=8)] = 0
+    clips: Annotated[list[Annotated[float, Field(gt=0, le=1)]], MaxLen(MOST_LAYERS)] = []
+
+
 class BandsForm(Form):
     """Settings of the weight change `bands`: per layer and expert a digit for each neuron, its bits."""
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .base import Options, option
+from .base import Options, nested, option
+from .calibrate import CalibrateOptions
 
 OutputFormat = Literal["compressed-tensors"]
 
@@ -19,8 +20,20 @@ class CompressOptions(Options):
     'compressed-tensors'
     """
 
-    method: str = option("rtn:bits=4:group=128", "Codec and its settings, such as rtn:bits=8 or rtn:bits=4:group=32.")
+    method: str = option(
+        "rtn:bits=4:group=128",
+        "Codec and its settings, such as rtn:bits=8 or rtn:bits=4:group=32; eaquant:bits=4:group=128 evens out inputs first.",
+    )
     format: OutputFormat = option(
         "compressed-tensors",
         "What is written: compressed-tensors, which unmodified transformers and vLLM load (rtn of 4 and 8 bits).",
     )
+    error_feedback: bool = option(
+        False,
+        "Round column after column, and make up for what is lost in the columns that follow, as calibration text uses them (GPTQ).",
+    )
+    calibration: CalibrateOptions = nested(CalibrateOptions, "text", "text_field", "domains", "tokens", "length", "low_memory")
+
+    def check(self) -> None:
+        super().check()
+        self.calibration.check()

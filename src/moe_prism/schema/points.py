@@ -141,6 +141,7 @@ class SmoothForm(QuantizeForm):
     exponents: Annotated[
         list[Annotated[list[Annotated[int, Field(ge=-64, le=64)]], MinLen(1), MaxLen(1 << 20)]], MinLen(1), MaxLen(MOST_LAYERS)
     ]
+    steps: Annotated[int, Field(ge=1, le=16)] = 1
     router: Annotated[int, Field(ge=0, le=8)] = 0
     clips: Annotated[list[Annotated[float, Field(gt=0, le=1)]], MaxLen(MOST_LAYERS)] = []
 

@@ -16,17 +16,17 @@ from ...model import MoELayer
 from ...model.norm_readers import NormReaders
 from ...model.scores import router_weight
 
-LARGEST = 8  # of an exponent: a channel that is never used would have none
+LARGEST = 8  # doublings: a channel that is never used would have none
 CLIPS = tuple(1 - step / 20 for step in range(11))
 """Shares of a row's largest weight that the range of a rounded router may reach to."""
 
 
 @torch.no_grad()
-def exponents(readers: NormReaders, inputs: Sequence[Tensor], alpha: float) -> Tensor:
-    """[d] int64: the powers of two that a layer's input is divided by, channel by channel.
+def exponents(readers: NormReaders, inputs: Sequence[Tensor], alpha: float, steps: int) -> Tensor:
+    """[d] int64: what a layer's input is divided by, channel by channel, as powers of 2^(1 / steps).
 
     s_j is the largest over who reads it of max|x_j|^alpha / max|W_j|^(1 - alpha); inputs [S, d] of each expert, and those of all for
-    the matrices beside them. Powers of two, because those can be folded into any type of weight without rounding it.
+    the matrices beside them. Whole powers of two can be folded into any type of weight without rounding it.
     """
     layer = readers.layer
     whole = torch.stack([x.abs().amax(0) if len(x) else torch.zeros(layer.hidden) for x in inputs])
@@ -36,7 +36,7 @@ def exponents(readers: NormReaders, inputs: Sequence[Tensor], alpha: float) -> T
     s = torch.stack([x**alpha / w.clamp(min=1e-8) ** (1 - alpha) for x, w in every]).amax(0)
     logs = s.clamp(min=1e-30).log2()
     used = s > 0
-    return torch.where(used, (logs - logs[used].mean()).round().clamp(-LARGEST, LARGEST), 0.0).long()
+    return torch.where(used, ((logs - logs[used].mean()).clamp(-LARGEST, LARGEST) * steps).round(), 0.0).long()
 
 
 @torch.no_grad()
@@ -65,6 +65,11 @@ def with_floor(
         more = torch.full((len(nearest),), float(weight.mean()) if len(weight) else mean)
         found[e] = torch.cat([own, x[nearest]]), torch.cat([weight, more])
     return found
+
+
+def factors(exponents: Tensor | Sequence[int], steps: int) -> Tensor:
+    """[d] float32: what exponents stand for."""
+    return 2.0 ** (torch.as_tensor(exponents, dtype=torch.float32) / steps)
 
 
 def _pool(tokens: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

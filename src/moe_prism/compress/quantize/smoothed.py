@@ -1,6 +1,6 @@
 """Experts in fewer bits behind evened-out inputs: what divides a layer's input is folded into the norm, the router and the experts.
 
-At 16 bits nothing changes, not even a last bit: all factors are powers of two. Shapes: E experts, d hidden.
+At 16 bits nothing changes; where all factors are powers of two, not even a last bit. Shapes: E experts, d hidden.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from ..changes import Change
 from ..codec import Codec
 from .change import QuantizeChange, Widths, codec_of, widths_of
 from .decoded import decoded
-from .smooth import rounded_router
+from .smooth import factors, rounded_router
 
 WHERE = "settings of the weight change 'smooth'"
 
 
 @dataclass(frozen=True)
 class SmoothChange(Change):
-    """stored: how experts are kept. exponents: per layer and channel the power of two that inputs are divided by. router: bits of its
+    """stored: how experts are kept. exponents: per layer and channel the power of 2^(1 / steps) that inputs are divided by. router: bits of its
     weights, 0: they stay; clips: of each layer, how far their range reaches.
     """
 
     stored: QuantizeChange
     exponents: tuple[tuple[int, ...], ...]
+    steps: int = 1
     router: int = 0
     clips: tuple[float, ...] = ()
     name: ClassVar[str] = "smooth"
@@ -45,11 +46,11 @@ class SmoothChange(Change):
     def from_settings(cls, settings: Mapping[str, Any]) -> SmoothChange:
         form = check(SmoothForm, settings, WHERE, REMAKE)
         stored = QuantizeChange(codec_of(form), widths_of(form), form.group)
-        return cls(stored, tuple(map(tuple, form.exponents)), form.router, tuple(form.clips))
+        return cls(stored, tuple(map(tuple, form.exponents)), form.steps, form.router, tuple(form.clips))
 
     def settings(self) -> dict[str, Any]:
-        more = {"exponents": [list(row) for row in self.exponents], "router": self.router, "clips": list(self.clips)}
-        return self.stored.settings() | more
+        rows = [list(row) for row in self.exponents]
+        return self.stored.settings() | {"exponents": rows, "steps": self.steps, "router": self.router, "clips": list(self.clips)}
 
     @property
     def codec(self) -> Codec:
@@ -78,7 +79,7 @@ class SmoothChange(Change):
 
     @contextmanager
     def _installed(self, model: Any, layers: Sequence[MoELayer]) -> Iterator[None]:
-        scales = [2.0 ** torch.tensor(row, dtype=torch.float32) for row in self.exponents]
+        scales = [factors(row, self.steps) for row in self.exponents]
         with ExitStack() as stack:
             for readers, s in zip(norm_readers(model, layers), scales, strict=True):
                 stack.enter_context(readers.scaled(s, experts=False))

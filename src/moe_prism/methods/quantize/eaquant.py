@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...compress.codec.rtn import Rtn
 from ...compress.quantize import QuantizeChange
-from ...compress.quantize.smooth import aligned_clip, exponents, with_floor
+from ...compress.quantize.smooth import aligned_clip, exponents, factors, with_floor
 from ...compress.quantize.smoothed import SmoothChange
 from ...errors import UsageError
 from ...model.norm_readers import NormReaders, norm_readers
@@ -21,24 +21,26 @@ from ..statistics import statistics_of
 
 WIDTHS = 4.0, 3.0, 2.0
 ROUTER_WIDTHS = 2, 8
+MOST_STEPS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class EaQuantParameters:
     """bits: of all experts, 0: each of WIDTHS. alpha: how much of the inputs' range goes to the weights, 0 to 1. floor: share of the mean
     number of tokens that every expert is judged by at least. router: bits of the router, whose bytes are not counted among those of
-    experts; 0: it stays. group: inputs that share a scale.
+    experts; 0: it stays. steps: per doubling of a factor; 1 is exact in any type of weight. group: inputs that share a scale.
     """
 
     bits: float = 0
     alpha: float = 0.6
     floor: float = 2.0
     router: int = 0
+    steps: int = 1
     group: int = 32
 
 
 class EaQuant(Method):
-    """`eaquant:4`, or `eaquant:bits=4:alpha=0.5`. One vector per layer, rounded to powers of two, then rounding to nearest."""
+    """`eaquant:4`, or `eaquant:bits=4:alpha=0.5`. One vector per layer, then rounding to nearest."""
 
     acts = "weights"
     needs = ("how often each expert is chosen", "a sample of its inputs")
@@ -64,6 +66,8 @@ class EaQuant(Method):
             raise UsageError(
                 f"router={found.router} of '{name}' is outside {low} to {high} bits", "write router=8, or leave it out"
             )
+        if not 1 <= found.steps <= MOST_STEPS:
+            raise UsageError(f"steps={found.steps} of '{name}' is outside 1 to {MOST_STEPS}", "write steps=1, or leave it out")
         for bits in (found.bits,) if found.bits else ():
             Rtn().check(bits, found.group)
         return found
@@ -80,7 +84,9 @@ class EaQuant(Method):
     def _name(self, bits: float) -> str:
         """eaquant-4, or with what was set beside the bits eaquant-4-alpha-0.5."""
         asked, default = self.parameters, EaQuantParameters()
-        names = [name for name in ("alpha", "floor", "router", "group") if getattr(asked, name) != getattr(default, name)]
+        names = [
+            name for name in ("alpha", "floor", "router", "steps", "group") if getattr(asked, name) != getattr(default, name)
+        ]
         return "-".join([f"eaquant-{bits:g}", *(f"{name}-{getattr(asked, name):g}" for name in names)])
 
 
@@ -101,9 +107,9 @@ def smoothed(
     """The same from inputs [S, d] of every layer's experts. k: experts per token."""
     vectors, clips = [], []
     for own, inputs in zip(readers, samples, strict=True):
-        found = exponents(own, inputs, asked.alpha)
+        found = exponents(own, inputs, asked.alpha, asked.steps)
         vectors.append(tuple(found.tolist()))
         if asked.router:
-            s, weight = 2.0 ** found.float(), router_weight(own.model, own.layer).float().cpu()
+            s, weight = factors(found, asked.steps), router_weight(own.model, own.layer).float().cpu()
             clips.append(aligned_clip(weight * s, torch.cat(list(inputs)) / s, asked.router, k))
-    return SmoothChange(QuantizeChange(Rtn(), asked.bits, asked.group), tuple(vectors), asked.router, tuple(clips))
+    return SmoothChange(QuantizeChange(Rtn(), asked.bits, asked.group), tuple(vectors), asked.steps, asked.router, tuple(clips))

@@ -37,7 +37,7 @@ def change_for(layers, bits=4.0, seed=0, **more):
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_folding_changes_nothing_before_rounding(kind, steps):
-    """Whole powers of two no bit. A softmax router, a sigmoid one, shared experts, biases: the same logits, and the same weights afterwards."""
+    """Whole powers of two no bit. A softmax router, a sigmoid one, shared experts, biases; the weights are the same afterwards."""
     model, layers = routed(kind)
     before, weights = logits(model), {name: p.clone() for name, p in model.named_parameters()}
     up = layers[0].up.clone()

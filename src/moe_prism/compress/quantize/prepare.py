@@ -120,8 +120,8 @@ def factors_of(stream: LayerStream, readers: NormReaders, s: Tensor) -> dict[str
     norm, offset, beside = readers.names
     found: dict[str, tuple[Tensor, float | None]] = {}
     for leaf, own in (("weight", offset), ("bias", 0.0)):
-        found |= {name: (s, own) for name in stream.feeds({f"{norm}.{leaf}"})}
-    found |= {name: (s, None) for name in stream.feeds(set(beside))}
+        found |= dict.fromkeys(stream.feeds({f"{norm}.{leaf}"}), (s, own))
+    found |= dict.fromkeys(stream.feeds(set(beside)), (s, None))
     for name in found:
         if stream.source.info(name).shape[-1] != len(s):
             raise UsageError(f"'{name}' does not lie on disk as the model has it", "use a method that scales no inputs")

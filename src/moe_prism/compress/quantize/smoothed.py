@@ -30,8 +30,9 @@ WHERE = "settings of the weight change 'smooth'"
 
 @dataclass(frozen=True)
 class SmoothChange(Change):
-    """stored: how experts are kept. exponents: per layer and channel the power of 2^(1 / steps) that inputs are divided by. router: bits of its
-    weights, 0: they stay; clips: of each layer, how far their range reaches.
+    """stored: how experts are kept. exponents: per layer and channel the power of 2^(1 / steps) that inputs are divided by.
+
+    router: bits of its weights, 0: they stay; clips: of each layer, how far their range reaches.
     """
 
     stored: QuantizeChange

@@ -1,6 +1,7 @@
 """A checkpoint whose experts are packed as compressed-tensors has them: `X.weight_packed`, `X.weight_scale`, `X.weight_shape`.
 
-Everything else is copied, but what a preparation changes. Shard by shard; a finished shard is a unit of the journal. Peak memory: one shard.
+Everything else is copied, but what a preparation changes. Shard by shard; a finished shard is a unit of the journal.
+Peak memory: one shard.
 """
 
 from __future__ import annotations

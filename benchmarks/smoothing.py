@@ -201,8 +201,8 @@ def floor_rows(subject: Subject, ids: Tensor, seed: int, tokens: int = 2048) -> 
             count = own.values["counts"]["count"]
             least = count.argsort()[: len(count) // 4].tolist()
             samples = with_floor(subject.model, layer, own, floor, subject.k)
-            for e in (e for e in least if len(inputs[e]) > 3):
-                found.append(expert_error(layer, e, samples[e], inputs[e]))
+            few = [e for e in least if len(inputs[e]) > 3]
+            found += [expert_error(layer, e, samples[e], inputs[e]) for e in few]
         yield {"what": "floor, least-used quarter", "way": title, "value": sum(found) / len(found), "seed": seed}
 
 

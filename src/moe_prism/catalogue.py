@@ -47,6 +47,7 @@ methods: Registry[type[Any]] = Registry(
         "quantmoe": Entry("moe_prism.methods.quantize.quantmoe:QuantMoe", "4 bits for experts that a rule favours, 2 for the rest; :frequency (default), :first, :outliers, :turns", acts="weights"),
         "camera-q": Entry("moe_prism.methods.quantize.camera_q:CameraQ", "1 to 3 bits per neuron, by the energy that it puts into its layer's output (CAMERA-Q); :BITS", acts="weights"),
         "eaquant": Entry("moe_prism.methods.quantize.eaquant:EaQuant", "inputs evened out by one vector per layer, then rounded to nearest (EAQuant); :BITS", acts="weights"),
+        "edge-moe": Entry("moe_prism.methods.quantize.edge_moe:EdgeMoe", "2 to 8 bits per expert by what the model loses with it alone, within a bound of KL (EdgeMoE); :BOUND", acts="weights"),
         # weights: criteria of expert pruning, measured in mask mode as prune:CRITERION
         "random": Entry("moe_prism.methods.prune.random_draw:RandomDraw", "a uniform draw, by --seed", acts="weights"),
         "odd": Entry("moe_prism.methods.prune.position:Odd", "experts with odd ids, counted from 0", acts="weights"),

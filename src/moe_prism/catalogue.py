@@ -20,6 +20,7 @@ methods: Registry[type[Any]] = Registry(
         "product": Entry("moe_prism.elastic.rules.top_slots:TopSlots", "best K slots of a token by routing weight x predicted output norm (default for a count)", acts="slots"),
         "threshold": Entry("moe_prism.elastic.rules.threshold:Threshold", "every slot whose value passes a calibrated cutoff: a continuous dial (default for a budget)", acts="slots"),
         "bits": Entry("moe_prism.elastic.rules.bits:Bits", "a slot is read at 2 to 8 bits or not at all, by its value per byte", acts="slots"),
+        "d2moe": Entry("moe_prism.elastic.rules.d2moe:D2Moe", "a width per token and expert, by the rounding error that is predicted (D2MoE)", acts="slots"),
         "first-slot": Entry("moe_prism.elastic.rules.first_slot:FirstSlot", "threshold, and an expert must be worth sending the token there: fewer experts, less traffic", acts="slots"),
         "batch-blocks": Entry("moe_prism.elastic.rules.batch_blocks:BatchBlocks", "threshold for the rows of a step together: blocks that several of them want are read first", acts="slots"),
         "layer-budgets": Entry("moe_prism.elastic.rules.layer_budgets:LayerBudgets", "the product rule with budgets per layer, allocated from each layer's profile", acts="slots"),

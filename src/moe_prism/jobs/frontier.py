@@ -28,6 +28,7 @@ from ..model import load_tokenizer, resolve
 from ..model.place import recorded
 from ..options.frontier import FrontierOptions
 from ..point import FULL, NamedPoint, read_points
+from ..point.base import OF_WIDTHS
 from ..progress import Report, peak_rss_bytes, silent
 from .rehearsal import begin
 from .resources import model_tree, needed_by_running
@@ -87,7 +88,7 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
 
 def _check_streamable(asked: Sequence[Method]) -> None:
     """UsageError for a method whose points no streamed model can run, before hours of work."""
-    wrong = next((m for m in asked if m.acts == "weights" or m.name.partition(":")[0] == "bits"), None)
+    wrong = next((m for m in asked if m.acts == "weights" or m.name.partition(":")[0] in OF_WIDTHS), None)
     if wrong is not None:
         raise UsageError(f"method '{wrong.name}' works on all weights in memory", "leave it or --low-memory out")
 

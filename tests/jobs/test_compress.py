@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from moe_prism.artefact.load import elastic_manifest
 from moe_prism.artefact.open import open_model
 from moe_prism.checkpoint import LayerStream, verify
+from moe_prism.cli import main
 from moe_prism.compress.codec.rtn import Rtn
 from moe_prism.compress.quantize import QuantizeChange
 from moe_prism.compress.quantize.prepare import origins
@@ -20,6 +22,7 @@ from moe_prism.jobs.compress import compress_model, measure_compression, plan_co
 from moe_prism.model import find_layers
 from moe_prism.options.calibrate import CalibrateOptions
 from moe_prism.options.compress import CompressOptions
+from moe_prism.store import open_pack
 from tests.compress.tiny import save
 
 
@@ -203,3 +206,62 @@ def test_every_matrix_on_disk_is_known_by_its_expert(kind, tmp_path):
         with stream.module(layer.owners[0] if len(layer.owners) == 1 else layer.block_name):
             view = (layer.gate, layer.up, layer.down)[origin.matrix][origin.expert]
             assert torch.equal(stream.source.tensor(name).float(), view)
+
+
+EDITS = """edits:
+  - prune:
+      criterion: random
+      keep: 0.5
+  - quantize:
+      method: rtn:bits=4:group=32
+"""
+
+
+def test_a_chain_of_edits_runs_each_on_the_one_before_and_is_on_record(source, tmp_path, capsys):
+    file, out = tmp_path / "edits.yaml", tmp_path / "out"
+    file.write_text(EDITS)
+    words = ["compress", str(source), "--recipe", str(file), "-o", str(out)]
+    assert main([*words, "--dry-run"]) == 0 and not out.exists()
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in said] == ["prune", "compress"] and f"{out}.edit-1" in said[1]
+    assert main(words) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["edits.yaml", "out"]
+    manifest = json.loads((out / "prism.json").read_text())
+    assert manifest["kind"] == "quantized" and [next(iter(step)) for step in manifest["recipe"]["steps"]] == ["prune", "compress"]
+    assert manifest["recipe"]["steps"][0]["prune"]["keep"] == 0.5
+    assert json.loads((out / "config.json").read_text())["num_experts"] == 2 and all(check.detail for check in verify(out))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("keep: 0.5", "keeep: 0.5", "edits.yaml:4: prune has no 'keeep'; did you mean 'keep'?"),
+        ("keep: 0.5", "keep: 5", "edits.yaml:4: prune keep: "),
+        ("quantize:", "quantise:", "edits.yaml:5: no step 'quantise'; did you mean 'quantize'?"),
+        ("criterion: random", "out: elsewhere", "edits.yaml:3: prune has no 'out' in a chain"),
+        ("edits:", "steps:", "edits.yaml:1: a recipe of edits has no 'steps'"),
+    ],
+)
+def test_what_is_wrong_in_a_chain_is_named_with_its_line(source, tmp_path, capsys, old, new, said):
+    file = tmp_path / "edits.yaml"
+    file.write_text(EDITS.replace(old, new))
+    assert main(["compress", str(source), "--recipe", str(file), "-o", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["edits.yaml"]
+
+
+def test_records_are_what_the_store_reads(elastic_tiny, tmp_path):
+    file, asked = tmp_path / "experts.pack", CompressOptions(method="int8-rows", format="records")
+    done = compress_model(elastic_tiny, file, asked)
+    assert plan_compression(elastic_tiny, asked).expert_bytes == done.expert_bytes and done.expert_bytes[0] > 0
+    pack = open_pack(file, elastic_manifest(elastic_tiny))
+    assert pack.has_low and len(pack.space) == done.experts
+    with pytest.raises(UsageError, match="exists already"):
+        compress_model(elastic_tiny, file, asked)
+    compress_model(elastic_tiny, file, asked, force=True)
+    for wrong, words in (
+        (CompressOptions(format="records"), "has no form in records"),
+        (asked, "has no prism.json"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            compress_model(elastic_tiny if wrong is not asked else tmp_path, tmp_path / "other", wrong)

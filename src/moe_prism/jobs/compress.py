@@ -32,6 +32,7 @@ from ..options.compress import CompressOptions
 from ..progress import Report, Update, peak_rss_bytes, silent
 from ..result import Result
 from .calibrate import calibration_windows, check_fit, discard_snapshots, run_pass
+from .pack_records import records, write_records
 from .rehearsal import begin
 from .resources import needed_by_pass, needed_by_rewriting, written_bytes
 from .which_text import with_text
@@ -75,8 +76,10 @@ def plan_compression(model: str | Path, options: CompressOptions | None = None) 
     >>> found.expert_bytes[1] < found.expert_bytes[0]
     True
     """
-    job = _Job(model, options or CompressOptions())
-    return job.result()
+    options = options or CompressOptions()
+    if options.format == "records":
+        return Compressed(options.method, *records(model, options))
+    return _Job(model, options).result()
 
 
 def measure_compression(model: str | Path, options: CompressOptions | None = None, *, report: Report = silent) -> Compressed:
@@ -87,7 +90,10 @@ def measure_compression(model: str | Path, options: CompressOptions | None = Non
     >>> moe_prism.measure_compression("nano", asked).relative_error < 1e-3  # squared, as a share of the weights' squares
     True
     """
-    job = _Job(model, options or CompressOptions())
+    options = options or CompressOptions()
+    if options.format == "records":
+        raise UsageError("how far records move weights is not measured", "write them, or see what they take with --dry-run")
+    job = _Job(model, options)
     error = size = 0.0
     with tempfile.TemporaryDirectory() as scratch, OutputFolder(Path(scratch) / "measured") as folder:
         found = job.prepared(folder, Journal(folder.work, {}), report)
@@ -101,14 +107,21 @@ def measure_compression(model: str | Path, options: CompressOptions | None = Non
 def compress_model(
     model: str | Path, out: str | Path, options: CompressOptions | None = None, **how: Unpack[Writing]
 ) -> Compressed:
-    """Write the checkpoint at `out`; how: see `Writing`. Raises UsageError, DoesNotFit or CorruptError before anything is visible there.
+    """Write the checkpoint, or the file of records, at `out`; how: see `Writing`.
+
+    Raises UsageError, DoesNotFit or CorruptError before anything is visible there.
 
     >>> import moe_prism
     >>> done = moe_prism.compress_model("nano", "int8", moe_prism.CompressOptions(method="rtn:bits=8"))
     >>> done.to_json()["method"]
     'rtn:bits=8'
     """
-    job = _Job(model, options or CompressOptions())
+    options = options or CompressOptions()
+    if options.format == "records":
+        found = Compressed(options.method, *records(model, options), folder=Path(out))
+        write_records(model, out, how.get("report", silent), force=how.get("force", False))
+        return found
+    job = _Job(model, options)
     weights = job.weights
     check_apart(weights.path, out)
     inputs = {"source": source_facts(weights.path), "compression": recorded(job.options)}

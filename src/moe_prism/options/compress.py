@@ -8,7 +8,7 @@ from typing import Literal
 from .base import Options, nested, option
 from .calibrate import CalibrateOptions
 
-OutputFormat = Literal["compressed-tensors"]
+OutputFormat = Literal["compressed-tensors", "records"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,8 @@ class CompressOptions(Options):
     )
     format: OutputFormat = option(
         "compressed-tensors",
-        "What is written: compressed-tensors, which unmodified transformers and vLLM load (rtn of 4 and 8 bits).",
+        "What is written: compressed-tensors, which unmodified transformers and vLLM load (rtn of 4 and 8 bits); or records, "
+        "one file of sub-experts that --expert-file reads (--method int8-rows, of a folder that refactor wrote).",
     )
     error_feedback: bool = option(
         False,

@@ -81,19 +81,28 @@ def fit_layer(
     Of every expert a ridge of the log errors on its inputs.
     """
     own, coded = layer.parts.layer, CodedLayer(layer.parts, bits)
-    inputs = [tuple(t[:ROWS] for t in statistics.inputs(e)) for e in range(own.num_experts)]
+    inputs = sampled_rows(statistics, own.num_experts)
     errors = [slot_errors(own, [coded.at(w).layer for w in bits.widths], e, x) for e, (x, _) in enumerate(inputs)]
     logs = [lost[:, 0].clamp(min=1e-20).log() for lost in errors]
     mean = float(torch.cat(logs).mean())
     rows = torch.stack([ridge(x, y, mean) for (x, _), y in zip(inputs, logs, strict=True)])
     squared = [weight.double().square() for _, weight in inputs]
     share = torch.stack([(lost * w[:, None]).sum(0) for lost, w in zip(errors, squared, strict=True)]).sum(0)
-    weighed = [w.clamp(min=1e-24).log().float() for w in squared]
-    predicted = [x @ row[:-1] + row[-1] + w for row, (x, _), w in zip(rows, inputs, weighed, strict=True)]
-    count = statistics.values["counts"]["count"]
-    importance = [torch.full((len(p),), float(count[e]) / max(len(p), 1)) for e, p in enumerate(predicted)]
-    levels = fit_cutoffs(torch.cat(predicted), torch.cat(importance))
-    return _plain(share / share[0].clamp(min=1e-30)), written_rows(rows), _plain(levels)
+    levels = predicted_levels(rows, inputs, statistics.values["counts"]["count"])
+    return _plain(share / share[0].clamp(min=1e-30)), written_rows(rows), levels
+
+
+def sampled_rows(statistics: LayerStatistics, experts: int) -> list[tuple[Tensor, Tensor]]:
+    """Of every expert some inputs [S, d] and routing weights [S]."""
+    every = [statistics.inputs(e) for e in range(experts)]
+    return [(x[:ROWS], weight[:ROWS]) for x, weight in every]
+
+
+def predicted_levels(rows: Tensor, inputs: Sequence[tuple[Tensor, Tensor]], count: Tensor) -> tuple[float, ...]:
+    """Quantiles, falling, of what rows [E, d + 1] predict for each expert's inputs and routing weights, as often as count [E] says."""
+    found = [x @ row[:-1] + row[-1] + 2 * w.clamp(min=1e-12).log() for row, (x, w) in zip(rows, inputs, strict=True)]
+    importance = [torch.full((len(p),), float(count[e]) / max(len(p), 1)) for e, p in enumerate(found)]
+    return _plain(fit_cutoffs(torch.cat(found), torch.cat(importance)))
 
 
 def ridge(x: Tensor, y: Tensor, otherwise: float) -> Tensor:

@@ -1,6 +1,7 @@
 """Bits per expert (PMQ, QuantMoE-Bench) and per neuron (CAMERA-Q) against their "works when" lines, on text that nothing was fitted on.
 
-    python benchmarks/bit_allocation.py [--models nano,nano-mix] [--domains python,prose,headers,web] [--tokens 1024] [--camera] [--json]
+    python benchmarks/bit_allocation.py [--models nano,nano-mix] [--domains python,prose,headers,web] [--tokens 1024]
+        [--camera] [--edge] [--json]
 
 KL to the source, all experts rounded to nearest in groups of 32. Statistics come from the calibration sides of the four domains.
 
@@ -9,6 +10,8 @@ KL to the source, all experts rounded to nearest in groups of 32. Statistics com
 - 3 bits: the rules, of 4 bits and 2. Against their own ranking reversed, a random one (five draws), and 3 bits for all.
 - CAMERA-Q at 2 and 2.5 bits, and at 3 of 2, 3 and 4. Against one width for all, and against each matrix of a layer banded by itself, by the
   norms of its own rows (of down: columns), with as many neurons at each width.
+- EdgeMoE: the fewest bits of 2, 3, 4 and 8 within a bound of KL on calibration text, measured there. Against as many bits by the error of
+  each layer's output, and the same widths at random experts (three draws).
 
 bytes: that a token reads of experts, as a share of the source's. Frequent experts in more bits are read more often.
 """
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +39,8 @@ from moe_prism.frontier.measure import measure
 from moe_prism.jobs.frontier import subject_of
 from moe_prism.methods.base import Subject
 from moe_prism.methods.find import method
+from moe_prism.methods.quantize.averaged import one_choice, written_widths
+from moe_prism.methods.quantize.edge_moe import BOUNDS, EdgeMoeParameters
 from moe_prism.methods.quantize.pmq import WEIGHED, WIDTHS, costs_of
 from moe_prism.methods.quantize.quantmoe import BY_LAYER, RULES, two_widths
 from moe_prism.methods.quantize.uniform_bits import stored_at
@@ -57,12 +62,8 @@ def pmq_points(subject: Subject) -> dict[str, list[OperatingPoint]]:
     }
     found = {title: [method(name).points(subject)[0].point] for title, name in names.items()}
     own = found["pmq"][0].weights.settings["bits"]
-    draws = []
-    for seed in range(DRAWS):
-        g = torch.Generator().manual_seed(seed)
-        rows = tuple(tuple(row[i] for i in torch.randperm(len(row), generator=g).tolist()) for row in own)
-        draws.append(OperatingPoint(weights=QuantizeChange(Rtn(), rows, GROUP).part()))
-    found["pmq's widths at random"] = draws
+    draws = [QuantizeChange(Rtn(), shuffled(own, seed), GROUP) for seed in range(DRAWS)]
+    found["pmq's widths at random"] = [OperatingPoint(weights=change.part()) for change in draws]
     rows = []
     for costs, layer in zip(
         costs_of(subject, Rtn(), GROUP, WIDTHS, WEIGHED["error"]),
@@ -87,6 +88,31 @@ def rule_points(subject: Subject) -> dict[str, list[OperatingPoint]]:
     generators = [torch.Generator().manual_seed(seed) for seed in range(DRAWS)]
     found["a random ranking"] = [two_widths([torch.rand(n, generator=g) for n in sizes], 3.0, GROUP, True) for g in generators]
     return found
+
+
+def edge_points(subject: Subject) -> dict[str, list[OperatingPoint]]:
+    """For every bound."""
+    widths = written_widths(EdgeMoeParameters.widths, GROUP)
+    costs = costs_of(subject, Rtn(), GROUP, widths, WEIGHED["error"])
+    found = {}
+    for bound in BOUNDS:
+        point = method(f"edge-moe:{bound}").points(subject)[0].point
+        rows = point.weights.settings["bits"]
+        total, experts = sum(map(sum, rows)), sum(map(len, rows))
+        found[f"edge-moe {bound:g}, {total / experts:.2f} bits"] = [point]
+        by_layer = QuantizeChange(Rtn(), one_choice(costs, widths, int(total)), GROUP)
+        found[f"by the layer's error, {bound:g}"] = [OperatingPoint(weights=by_layer.part())]
+        draws = [shuffled(rows, seed) for seed in range(3)]
+        found[f"its widths at random, {bound:g}"] = [
+            OperatingPoint(weights=QuantizeChange(Rtn(), own, GROUP).part()) for own in draws
+        ]
+    return found
+
+
+def shuffled(rows: Sequence[Sequence[float]], seed: int) -> tuple[tuple[float, ...], ...]:
+    """Every layer's widths at random experts of it."""
+    g = torch.Generator().manual_seed(seed)
+    return tuple(tuple(row[i] for i in torch.randperm(len(row), generator=g).tolist()) for row in rows)
 
 
 CAMERA = {
@@ -127,9 +153,13 @@ def each_matrix_alone(subject: Subject, ids: torch.Tensor, point: OperatingPoint
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name in args.models:
         opened = open_model(name)
-        subject = subject_of(opened, FrontierOptions(text=args.text, calibration_tokens=8192, length=args.length))
-        camera = {title: [method(name).points(subject)[0].point] for title, name in CAMERA.items()}
-        points = camera if args.camera else pmq_points(subject) | rule_points(subject) | camera
+        subject = subject_of(
+            opened, FrontierOptions(text=args.text, calibration_tokens=args.calibration_tokens, length=args.length)
+        )
+        camera = {} if args.edge else {title: [method(asked).points(subject)[0].point] for title, asked in CAMERA.items()}
+        points = edge_points(subject) if args.edge else camera
+        if not (args.edge or args.camera):
+            points = pmq_points(subject) | rule_points(subject) | camera
         flat = [point for own in points.values() for point in own]
         texts = [f"domains/{domain}" for domain in args.domains]
         windows = [token_windows(opened.tokenizer, t, "evaluation", length=args.length, tokens=args.tokens).ids for t in texts]
@@ -154,12 +184,14 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def show(row: dict[str, Any]) -> str:
     spread = "" if row["least"] == row["largest"] else f"  ({row['least']:.4f} to {row['largest']:.4f})"
-    return f"{row['model']:>9}  {row['way']:<26} KL {row['kl']:.4f}  bytes {row['bytes']:.3f}{spread}"
+    return f"{row['model']:>9}  {row['way']:<28} KL {row['kl']:.4f}  bytes {row['bytes']:.3f}{spread}"
 
 
 def main() -> None:
     parser = domain_arguments(__doc__, MODELS, list(DOMAINS), 1024)
     parser.add_argument("--camera", action="store_true", help="CAMERA-Q alone")
+    parser.add_argument("--edge", action="store_true", help="EdgeMoE alone")
+    parser.add_argument("--calibration-tokens", type=int, default=8192)
     args = parser.parse_args()
     found = printed(rows(args), show, quiet=args.json)
     if args.json:

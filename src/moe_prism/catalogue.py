@@ -20,6 +20,7 @@ methods: Registry[type[Any]] = Registry(
         "product": Entry("moe_prism.elastic.rules.top_slots:TopSlots", "best K slots of a token by routing weight x predicted output norm (default for a count)", acts="slots"),
         "threshold": Entry("moe_prism.elastic.rules.threshold:Threshold", "every slot whose value passes a calibrated cutoff: a continuous dial (default for a budget)", acts="slots"),
         "bits": Entry("moe_prism.elastic.rules.bits:Bits", "a slot is read at 2 to 8 bits or not at all, by its value per byte", acts="slots"),
+        "d2moe": Entry("moe_prism.elastic.rules.d2moe:D2Moe", "a width per token and expert, by the rounding error that is predicted (D2MoE)", acts="slots"),
         "first-slot": Entry("moe_prism.elastic.rules.first_slot:FirstSlot", "threshold, and an expert must be worth sending the token there: fewer experts, less traffic", acts="slots"),
         "batch-blocks": Entry("moe_prism.elastic.rules.batch_blocks:BatchBlocks", "threshold for the rows of a step together: blocks that several of them want are read first", acts="slots"),
         "layer-budgets": Entry("moe_prism.elastic.rules.layer_budgets:LayerBudgets", "the product rule with budgets per layer, allocated from each layer's profile", acts="slots"),
@@ -46,6 +47,8 @@ methods: Registry[type[Any]] = Registry(
         "pmq": Entry("moe_prism.methods.quantize.pmq:Pmq", "1 to 3 bits per expert, by what a width does to its layer (MC-MoE); :BITS", acts="weights"),
         "quantmoe": Entry("moe_prism.methods.quantize.quantmoe:QuantMoe", "4 bits for experts that a rule favours, 2 for the rest; :frequency (default), :first, :outliers, :turns", acts="weights"),
         "camera-q": Entry("moe_prism.methods.quantize.camera_q:CameraQ", "1 to 3 bits per neuron, by the energy that it puts into its layer's output (CAMERA-Q); :BITS", acts="weights"),
+        "eaquant": Entry("moe_prism.methods.quantize.eaquant:EaQuant", "inputs evened out by one vector per layer, then rounded to nearest (EAQuant); :BITS", acts="weights"),
+        "edge-moe": Entry("moe_prism.methods.quantize.edge_moe:EdgeMoe", "2 to 8 bits per expert by what the model loses with it alone, within a bound of KL (EdgeMoE); :BOUND", acts="weights"),
         # weights: experts without some of their neurons
         "heapr": Entry("moe_prism.methods.neurons.heapr:Heapr", "neurons go by what the loss feels of them to second order, one ranking of the model (HEAPr); :KEEP", acts="weights"),
         "camera": Entry("moe_prism.methods.neurons.camera:CameraP", "neurons go by the energy that they put into their layer's output (CAMERA-P); :KEEP", acts="weights"),

@@ -214,6 +214,10 @@ def costs_what_its_widths_read(bench: Bench, asked: str) -> None:
             total += sum(
                 n * (parts.block * matrices * row[w] + gates * max(0, row[bits.choosing] - row[w])) for w, n in kept.items()
             )
+            if bits.router is not None:  # a row of float16 per choice; nothing is dropped
+                total += 2 * found[:, :, 0].numel() * (parts.layer.hidden + 1)
+                assert found.numel() == sum(kept.values())
+                continue
             dropped = found.numel() - sum(kept.values())
             total += dropped * (
                 gates * row[bits.choosing] + (layer.compensator.parameters()[0] * size if layer.compensator else 0)

@@ -17,6 +17,7 @@ from moe_prism.errors import UsageError
 from moe_prism.jobs.frontier import measure_frontier
 from moe_prism.options.frontier import FrontierOptions
 from moe_prism.options.generate import GenerateOptions
+from moe_prism.options.serve import ServeOptions
 from moe_prism.point import FULL, OperatingPoint, RoutingStage, SlotRule, WeightChange
 from moe_prism.schedule.base import Level
 from moe_prism.serve.engine.ladder import climb, find_ladder
@@ -187,3 +188,19 @@ def test_a_point_that_this_model_cannot_run_is_refused_at_the_start(tiny_levels,
         open_house(copy, points=("nine",)),
     ):
         pass
+
+
+def test_a_server_within_bytes_per_token_serves_that_point_to_who_says_no_quality(tiny_levels, tmp_path):
+    """Points that change the weights read less and share no batch; a request that says a quality gets that."""
+    copy = tmp_path / "elastic"
+    shutil.copytree(tiny_levels, copy)
+    rows_ = [row("quarter", FULL.with_budget(0.25, "product"), 2.0, 0.3), row("half", FULL.with_budget(0.75), 6.0, 0.1)]
+    write(copy, *rows_, row("pruned", PRUNED, 3.0, 0.05))
+    with open_house(copy, bytes_per_token=4.0) as house, httpx2.Client(base_url=house.root, timeout=60) as web:
+        body = {"prompt": "import os\n", "max_tokens": 2, "temperature": 0}
+        said = [web.post("/v1/completions", json=body | more).json()["moe_prism"]["point"] for more in ({}, {"quality": "full"})]
+        assert said == ["quarter", "full"]
+    with pytest.raises(UsageError, match="no measured point reads 1 bytes"), open_house(copy, bytes_per_token=1.0):
+        pass
+    with pytest.raises(UsageError, match="both choose points"):
+        ServeOptions(points=("half",), bytes_per_token=4.0).check()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..model import MoELayer
+from ..model.norms import is_norm
 
 
 @contextmanager
@@ -30,15 +31,10 @@ def watch_residual(model: nn.Module, layer: MoELayer) -> Iterator[Callable[[Tens
         seen.clear()  # the tensors of a layer must not outlive it
         return found[-1].reshape(x.shape) if found else None
 
-    norms = [m for m in decoder.modules() if _is_norm(m, layer.hidden)]
+    norms = [m for m in decoder.modules() if is_norm(m, layer.hidden)]
     handles = [module.register_forward_hook(note) for module in norms]
     try:
         yield residual
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _is_norm(module: nn.Module, hidden: int) -> bool:
-    own = list(module.parameters(recurse=False))
-    return not list(module.children()) and len(own) in (1, 2) and all(tuple(p.shape) == (hidden,) for p in own)

@@ -40,7 +40,7 @@ def compress(
     Parameters
     ----------
     model: Folder with config.json and safetensors, 'nano' or 'nano-mix'.
-    out: Folder to write. It appears only when it is complete.
+    out: Folder to write, or the file of --format records. It appears only when it is complete.
     """
     from ..jobs.compress import compress_model, measure_compression, plan_compression
 
@@ -55,7 +55,8 @@ def compress(
     else:
         given = trial.calibration
         result = compress_model(model, out, options, calibration=given, resume=run.resume, force=run.force, report=progress)
-        note(f"next: moe-prism verify {out}")
+        if options.format != "records":
+            note(f"next: moe-prism verify {out}")
     facts = result.to_json()
     note_left_out(facts.get("left_out", {}))
     emit(facts, _show(facts), run.json)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..errors import UsageError
 from ..options import Options, option
+from .flags import Run
 from .output import emit, note
 
 
@@ -41,24 +42,33 @@ def run(recipe: Path, /, *, changes: Changes, dry_run: bool = False, again: Agai
     dry_run: Print the commands that it stands for, and run none.
     """
     from .recipe_file import read_recipe
-    from .recipe_form import check_options
 
     read = read_recipe(recipe, changes.set, changes.model)
     resolved = read.model_dump(mode="json", exclude_none=True)
-    lines = command_lines(resolved)
     if dry_run:
-        return emit({"commands": lines}, "\n".join(shlex.join(["moe-prism", *words]) for words in lines), again.json)
+        return show_steps(resolved, again.json)
+    return run_steps(resolved, again)
+
+
+def show_steps(resolved: dict[str, Any], as_json: bool) -> None:
+    """The commands that a recipe stands for."""
+    lines = command_lines(resolved)
+    emit({"commands": lines}, "\n".join(shlex.join(["moe-prism", *words]) for words in lines), as_json)
+
+
+def run_steps(resolved: dict[str, Any], again: Again | Run) -> None:
+    """One after the other; what each writes says which recipe it is of."""
+    from ..checkpoint.recipe import recorded_recipe
+    from .recipe_form import check_options
+
     for step in resolved["steps"]:
         ((command, options),) = step.items()
         check_options(command, options)
-    from ..checkpoint.recipe import recorded_recipe
-
-    app = _app()
+    app, lines = _app(), command_lines(resolved)
     with recorded_recipe(resolved):
         for number, words in enumerate(lines, 1):
             note(f"step {number} of {len(lines)}: moe-prism {shlex.join(words)}")
             app([*words, *_run_flags(words[0], again)], exit_on_error=False, print_error=False)
-    return None
 
 
 def recipe(
@@ -120,7 +130,7 @@ def _opening(command: str, given: str, resolved: dict[str, Any], source: dict[st
     return words
 
 
-def _run_flags(command: str, again: Again) -> list[str]:
+def _run_flags(command: str, again: Again | Run) -> list[str]:
     import inspect
 
     from .recipe_form import COMMANDS

@@ -16,11 +16,25 @@ from .recipe_form import COMMANDS, recipe_form, step_form
 MOST_BYTES = 1 << 20
 MOST_DEPTH = 16
 Place = tuple[str | int, ...]
+Lines = dict[Place, int]
 NEXT = "see `moe-prism recipe schema`"
 
 
 def read_recipe(path: str | Path, changes: Sequence[str] = (), model: str | None = None) -> BaseModel:
     """The recipe of a file with --set changes and --model in it, checked. UsageError names the file and the line of what is wrong."""
+    data, lines = mapping_in(path, "a mapping with 'model' and 'steps'")
+    if model is not None:
+        data["model"] = model
+    for change in changes:
+        _apply(data, change, str(path))
+    steps = data.get("steps")
+    for number, step in enumerate(steps if isinstance(steps, list) else ()):
+        check_step(step, lines.get(("steps", number), 1), str(path))
+    return checked(data, lines, str(path))
+
+
+def mapping_in(path: str | Path, what: str) -> tuple[dict[str, Any], Lines]:
+    """(what the file says, line of every key and entry by its place). UsageError for anything but a mapping; what: it should hold."""
     try:
         text = Path(path).read_bytes()
     except OSError as error:
@@ -29,18 +43,16 @@ def read_recipe(path: str | Path, changes: Sequence[str] = (), model: str | None
         raise UsageError(f"{path} is larger than {MOST_BYTES >> 20} MiB", "give the .yaml file of a recipe")
     data, lines = parsed(text, str(path))
     if not isinstance(data, dict):
-        raise UsageError(f"{path}:1: a recipe is a mapping with 'model' and 'steps'", NEXT)
-    if model is not None:
-        data["model"] = model
-    for change in changes:
-        _apply(data, change, str(path))
-    steps = data.get("steps")
-    for number, step in enumerate(steps if isinstance(steps, list) else ()):
-        _check_step(step, lines.get(("steps", number), 1), str(path))
+        raise UsageError(f"{path}:1: a recipe is {what}", NEXT)
+    return data, lines
+
+
+def checked(data: dict[str, Any], lines: Lines, name: str) -> BaseModel:
+    """A whole recipe. UsageError names the file and the line of what is wrong."""
     try:
         return recipe_form().model_validate(data)
     except ValidationError as error:
-        raise _told(error, lines, str(path)) from error
+        raise _told(error, lines, name) from error
 
 
 def parsed(text: bytes, name: str) -> tuple[Any, dict[Place, int]]:
@@ -84,13 +96,13 @@ def _walk(node: Any, place: Place, lines: dict[Place, int], name: str, seen: set
             _walk(value, (*place, number), lines, name, seen)
 
 
-def _check_step(step: Any, line: int, name: str) -> None:
-    """UsageError for a step that is not one known command."""
+def check_step(step: Any, line: int, name: str, known: Sequence[str] = tuple(COMMANDS)) -> None:
+    """UsageError for a step that is not one known word with its flags."""
     if not isinstance(step, dict) or len(step) != 1:
-        raise UsageError(f"{name}:{line}: a step is one command with its flags below", f"choose from: {', '.join(COMMANDS)}")
+        raise UsageError(f"{name}:{line}: a step is one command with its flags below", f"choose from: {', '.join(known)}")
     (command,) = step
-    if command not in COMMANDS:
-        raise UsageError(f"{name}:{line}: no step '{command}'", _nearest(str(command), list(COMMANDS)))
+    if command not in known:
+        raise UsageError(f"{name}:{line}: no step '{command}'", _nearest(str(command), known))
     if step[command] is None:
         step[command] = {}  # a command with no flags
 

@@ -33,7 +33,10 @@ def serve(
     from ..serve.server import serve_model
 
     if engine == "vllm":
-        given = {f"--{name.replace('_', '-')}": getattr(options, name) for name in ("policy", "config", "cost", "save_cost")}
+        given = {
+            f"--{name.replace('_', '-')}": getattr(options, name)
+            for name in ("policy", "config", "cost", "save_cost", "bytes_per_token")
+        }
         given |= {"--expert-memory": experts.expert_memory, "--allowed-origins": options.allowed_origins or None}
         wrong = next((option for option, value in given.items() if value is not None), None)
         if wrong:

@@ -71,6 +71,7 @@ weight_changes: Registry[type[Change]] = Registry(
         "merge": ("moe_prism.compress.merge.change:MergeChange", "experts that share one set of weights"),
         "slice": ("moe_prism.compress.slice.change:SliceChange", "neurons that are not there any more"),
         "bands": ("moe_prism.compress.quantize.bands:BandChange", "neurons in fewer bits, each at a width of its own"),
+        "smooth": ("moe_prism.compress.quantize.smoothed:SmoothChange", "experts in fewer bits behind evened-out inputs"),
         "quantize": ("moe_prism.compress.quantize.change:QuantizeChange", "experts in fewer bits, by a codec"),
     },
 )

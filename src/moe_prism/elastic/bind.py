@@ -29,6 +29,7 @@ from .execute.base import Again
 from .host import Host
 from .prices import StoredAs
 from .rules import rules
+from .rules.d2moe import read_rows
 from .scorers import scorers
 
 MOST_POINTS = 256
@@ -301,6 +302,9 @@ def _check_bits(elastic: Host, point: OperatingPoint) -> None:
             f"the bits of the slots are for {len(bits.errors)} MoE layers, the model has {len(elastic.layers)}",
             "make a point for it",
         )
+    if bits.router is not None:
+        for own, text in zip(elastic.layers, bits.router.rows, strict=True):
+            read_rows(text, own.parts.layer)
     if point.weights is not None and change_of(point.weights).touches_weights:
         raise UsageError("both the weights and the slots of a point have their own bits", "leave one of them out")
 

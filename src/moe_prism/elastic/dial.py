@@ -21,7 +21,7 @@ from .base import LayerParts, Rule
 from .counter import at_width
 from .prices import AS_IT_IS, StoredAs, prices_of, with_bits
 from .rules import rules
-from .rules.bits import hull, spent
+from .rules.widths import WidthRule
 from .side_tensors import POSITIONS
 
 if TYPE_CHECKING:
@@ -94,18 +94,21 @@ def spending(layer: Any, slots: SlotRule, rule: type[Rule], elastic: Host, store
     least = 1 / (layer.parts.n_sub * (k or 1))
     room = blocks - of_dropped
     if slots.bits is not None:
-        share = _share_of_bits(layer.parts, slots.bits, price, room, least)
+        assert issubclass(rule, WidthRule)  # no other has bits
+        share = _share_of_bits(rule, layer.parts, slots.bits, price, room, least)
     else:
         share = rule.share_kept(layer.parts).clamp(min=least if k else 0.0)
     return Spending(fixed + per_token / (k or 1), room, blocks + bias, share)
 
 
-def _share_of_bits(parts: LayerParts, bits: SlotBits, price: Mapping[str, Tensor], room: float, least: float) -> Tensor:
+def _share_of_bits(
+    rule: type[WidthRule], parts: LayerParts, bits: SlotBits, price: Mapping[str, Tensor], room: float, least: float
+) -> Tensor:
     """[Q]: what kept slots take more than dropped ones, of `room`, what all slots as they are stored would; a token keeps one slot."""
     dropped = float((price["gates"] + price["dropped"]).mean())
     sizes = {0.0: 0.0} | {width: float(price[at_width(width)].mean()) - dropped for width in bits.widths}
-    first = hull(parts, bits)[0][0]
-    return (spent(parts, bits, sizes) * parts.n_sub / room).clamp(min=least * parts.n_sub * sizes[first] / room)
+    first = rule.least(parts, bits)
+    return (rule.spent(parts, bits, sizes) * parts.n_sub / room).clamp(min=least * parts.n_sub * sizes[first] / room)
 
 
 def affordable(elastic: Host, budgets: Sequence[float], slots: SlotRule | None = None) -> tuple[float, ...]:

@@ -73,6 +73,9 @@ def with_bits(prices: Prices, parts: LayerParts, bits: SlotBits) -> Prices:
         more = gates * max(0, chosen - row)
         sizes[at_width(width)] = parts.block * ((matrices + 1) * row + biases * stored) + more
         weights[at_width(width)] = prices.weights["blocks"]
+    if bits.router is not None:
+        weights["predictors"] = torch.full((layer.num_experts,), layer.hidden + 1.0, dtype=torch.float64)
+        sizes["predictors"] = 2 * weights["predictors"]
     return Prices(weights, sizes)
 
 

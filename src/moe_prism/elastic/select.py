@@ -21,8 +21,8 @@ from .base import Rule, Scorer, Slots, are_few
 from .coded import SOURCE
 from .control import HeldRows, keep_held
 from .fused_select import budgets_of, prepared, run, select_few
-from .rules.bits import Bits
 from .rules.threshold import Threshold
+from .rules.widths import WidthRule
 
 if TYPE_CHECKING:
     from ..kernels.selection import Held
@@ -77,7 +77,7 @@ class Selection:
 
     def widths(self) -> Tensor | None:
         """[T, k, N]: bits of every slot, 0 where it is dropped; None where the rule knows no bits."""
-        return self.rule.widths(self.slots, _per_token(self.budget, self.x)) if isinstance(self.rule, Bits) else None
+        return self.rule.widths(self.slots, _per_token(self.budget, self.x)) if isinstance(self.rule, WidthRule) else None
 
     def keep(self, most: float = 1.0) -> Tensor:
         """keep [T, k, N] bool; most: a budget that no token may pass, whatever its own."""

@@ -2,55 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
-from ..artefact.output import Writing, check_apart, finished
-from ..artefact.source import Weights
-from ..checkpoint import Journal, OutputFolder, source_facts, write_manifest
-from ..compress.codec.rtn import Rtn
-from ..compress.quantize.write import PackedCheckpoint, Packing
+from ..artefact.output import Writing
 from ..errors import UsageError
 from ..methods.find import method
 from ..methods.neurons.base import NeuronMethod
-from ..methods.quantize.uniform_bits import UniformBits
-from ..model import resolve
 from ..options.compress import CompressOptions
-from ..progress import Report, peak_rss_bytes, silent
-from ..result import Result
-from .rehearsal import begin
-from .resources import needed_by_rewriting, written_bytes
+from ..progress import Report, silent
+from .encode import Compressed, measure_codec, plan_codec, write_codec
 from .slice import Sliced, measure_slice, plan_slice, write_slice
-
-KIND = "quantized"
-
-
-@dataclass(frozen=True)
-class Compressed(Result):
-    """method: as it was asked; expert_bytes: before and after; relative_error: of the weights, squared, where it was measured."""
-
-    method: str
-    experts: int
-    expert_bytes: tuple[int, int]
-    relative_error: float | None = None
-    folder: Path | None = None
-    manifest: Mapping[str, Any] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """What `compress --json` prints."""
-        before, after = self.expert_bytes
-        left = {"left_out": self.manifest["companions"]["left_out"]} if self.manifest else {}
-        return {
-            **({"folder": str(self.folder)} if self.folder else {}),
-            "method": self.method,
-            "matrices": self.experts,
-            "expert_bytes": {"before": before, "after": after},
-            "relative_error": self.relative_error,
-            **left,
-            "peak_rss_bytes": peak_rss_bytes(),
-        }
 
 
 def plan_compression(
@@ -66,8 +28,7 @@ def plan_compression(
     options = options or CompressOptions()
     if neurons := _neurons(options, calibration):
         return plan_slice(model, neurons, options, calibration)
-    found, _ = _packed(model, options)
-    return Compressed(options.method, len(found.experts), found.bytes())
+    return plan_codec(model, options)
 
 
 def measure_compression(
@@ -87,13 +48,7 @@ def measure_compression(
     options = options or CompressOptions()
     if neurons := _neurons(options, calibration):
         return measure_slice(model, neurons, options, calibration, report)
-    found, _ = _packed(model, options)
-    error = size = 0.0
-    with report("encode") as update:
-        for number, (_, lost, own) in enumerate(found.errors(), 1):
-            error, size = error + lost, size + own
-            update(number, len(found.experts))
-    return Compressed(options.method, len(found.experts), found.bytes(), error / max(size, 1e-30))
+    return measure_codec(model, options, report)
 
 
 def compress_model(
@@ -104,9 +59,10 @@ def compress_model(
     calibration: str | Path | None = None,
     **how: Unpack[Writing],
 ) -> Compressed | Sliced:
-    """Write the checkpoint at `out`; how: see `Writing`. Raises UsageError, DoesNotFit or CorruptError before anything is visible there.
+    """Write the checkpoint, or the file of records, at `out`; how: see `Writing`.
 
-    calibration: a folder written by `calibrate` with the collectors that a ranking of neurons needs, instead of the text of the options.
+    Raises UsageError, DoesNotFit or CorruptError before anything is visible there. calibration: a folder written by `calibrate` with the
+    collectors that a ranking of neurons needs, instead of the text of the options.
 
     >>> import moe_prism
     >>> done = moe_prism.compress_model("nano", "int8", moe_prism.CompressOptions(method="rtn:bits=8"))
@@ -117,24 +73,7 @@ def compress_model(
     if neurons := _neurons(options, calibration):
         how.setdefault("report", silent)
         return write_slice(model, out, neurons, options, calibration, **how)
-    found, weights = _packed(model, options)
-    check_apart(weights.path, out)
-    asked = {"method": options.method, "format": options.format}
-    inputs = {"source": source_facts(weights.path), "compression": asked}
-    result = Compressed(options.method, len(found.experts), found.bytes(), folder=Path(out))
-    if (resume := how.get("resume", False)) and (done := finished(out, {"kind": KIND, **inputs})):
-        return Compressed(**{**result.__dict__, "manifest": done})
-    before, after = found.bytes()
-    size = max(after, written_bytes(weights) - before + after)
-    begin(needed_by_rewriting(weights, size), out, resume=resume, force=how.get("force", False))
-    with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
-        journal = Journal(folder.work, inputs)
-        with how.get("report", silent)("write") as update:
-            found.write(folder, journal, update)
-        plain = {"dequantized": weights.dequantized} if weights.dequantized else {}
-        manifest = write_manifest(folder, {"kind": KIND, **inputs, "companions": weights.companions, **plain})
-        folder.finish()
-    return Compressed(**{**result.__dict__, "manifest": manifest})
+    return write_codec(model, out, options, **how)
 
 
 def _neurons(options: CompressOptions, calibration: str | Path | None) -> NeuronMethod | None:
@@ -142,29 +81,10 @@ def _neurons(options: CompressOptions, calibration: str | Path | None) -> Neuron
     options.check()
     found = method(options.method)
     if isinstance(found, NeuronMethod):
+        options.check_neurons()
         return found
-    options.check_codec()
     if calibration:
         raise UsageError(
             f"--calibration means nothing to '{options.method}'", "leave it out, or give a method that ranks neurons"
         )
     return None
-
-
-def _packed(model: str | Path, options: CompressOptions) -> tuple[PackedCheckpoint, Weights]:
-    chosen = method(options.method)
-    codec = chosen.codec() if isinstance(chosen, UniformBits) else None
-    if not isinstance(codec, Rtn):
-        raise UsageError(
-            f"'{options.method}' has no form in {options.format}",
-            "give rtn:bits=4 or rtn:bits=8, or what ranks neurons, such as heapr; `frontier --methods` measures any",
-        )
-    weights = Weights(resolve(model))
-    if weights.stream is None:
-        raise UsageError("a GGUF file is not written again", "quantize it with the tool that wrote it")
-    asked = chosen.parameters
-    if not asked.bits:
-        raise UsageError(f"'{options.method}' does not say how many bits", "give rtn:bits=4 or rtn:bits=8")
-    packing = Packing(codec, int(asked.bits), asked.group or codec.groups[0])
-    codec.check(packing.bits, packing.group)
-    return PackedCheckpoint(weights.stream, weights.layers, packing), weights

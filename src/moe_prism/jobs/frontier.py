@@ -29,6 +29,7 @@ from ..model import load_tokenizer, resolve
 from ..model.place import recorded
 from ..options.frontier import FrontierOptions
 from ..point import FULL, NamedPoint, read_points
+from ..point.base import OF_WIDTHS
 from ..progress import Report, peak_rss_bytes, silent
 from .rehearsal import begin
 from .resources import model_tree, needed_by_running
@@ -97,7 +98,7 @@ def _lasts(where: Path, asked: Sequence[Method], windows: Windows, options: Fron
 
 def _check_streamable(asked: Sequence[Method]) -> None:
     """UsageError for a method whose points no streamed model can run, before hours of work."""
-    wrong = next((m for m in asked if m.acts == "weights" or m.name.partition(":")[0] == "bits"), None)
+    wrong = next((m for m in asked if m.acts == "weights" or m.name.partition(":")[0] in OF_WIDTHS), None)
     if wrong is not None:
         raise UsageError(f"method '{wrong.name}' works on all weights in memory", "leave it or --low-memory out")
 

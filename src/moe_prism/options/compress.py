@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ from ..errors import UsageError
 from .base import Options, WrittenType, nested, option
 from .calibrate import CalibrateOptions
 
-OutputFormat = Literal["compressed-tensors"]
+OutputFormat = Literal["compressed-tensors", "records"]
 NeuronScope = Literal["model", "layer", "expert"]
 Widths = Literal["equal", "own"]
 
@@ -25,11 +26,18 @@ class CompressOptions(Options):
 
     method: str = option(
         "rtn:bits=4:group=128",
-        "A codec and its settings, such as rtn:bits=8 or rtn:bits=4:group=32; or what ranks neurons, such as heapr, with --keep.",
+        "A codec and its settings, such as rtn:bits=8 or rtn:bits=4:group=32; eaquant:bits=4:group=128 evens out inputs first; or what "
+        "ranks neurons, such as heapr, with --keep.",
     )
     format: OutputFormat = option(
         "compressed-tensors",
-        "Of codecs: compressed-tensors, which unmodified transformers and vLLM load (rtn of 4 and 8 bits).",
+        "Of codecs: compressed-tensors, which unmodified transformers and vLLM load (rtn and eaquant of 4 and 8 bits); or records, "
+        "one file of sub-experts that --expert-file reads (--method int8-rows, of a folder that refactor wrote).",
+    )
+    error_feedback: bool = option(
+        False,
+        "Of codecs: round column after column, and make up for what is lost in the columns that follow, as calibration text uses them "
+        "(GPTQ).",
     )
     keep: float | None = option(None, "Of neurons: the share that stays, 0 to 1.", above=0, most=1)
     widths: Widths = option(
@@ -47,7 +55,7 @@ class CompressOptions(Options):
     dtype: WrittenType | None = option(
         None, "Of neurons: type that a quantized source's weights are written in. Default its own."
     )
-    calibration: CalibrateOptions = nested(CalibrateOptions, "text", "text_field", "domains", "tokens", "length")
+    calibration: CalibrateOptions = nested(CalibrateOptions, "text", "text_field", "domains", "tokens", "length", "low_memory")
 
     def check(self) -> None:
         super().check()
@@ -61,12 +69,21 @@ class CompressOptions(Options):
             raise UsageError("--multiple belongs to --widths equal", "leave one of them out")
         self.calibration.check()
 
-    def check_codec(self) -> None:
-        """UsageError for what a codec does not know."""
-        for name in ("keep", "widths", "multiple", "protect", "pin", "dtype", "calibration"):
+    def check_codec(self, *, fitted: bool) -> None:
+        """UsageError for what a codec does not know. fitted: whether calibration text decides anything."""
+        self._check_default(("keep", "widths", "multiple", "protect", "pin", "dtype"), "give a method that ranks neurons")
+        if not fitted:
+            self._check_default(("calibration",), "add --error-feedback")
+
+    def check_neurons(self) -> None:
+        """UsageError for what a ranking of neurons does not know."""
+        self._check_default(("format", "error_feedback"), "give a codec, such as rtn:bits=4")
+
+    def _check_default(self, names: Sequence[str], advice: str) -> None:
+        for name in names:
             if getattr(self, name) != getattr(CompressOptions(), name):
-                flag = "--text, --tokens or --length" if name == "calibration" else f"--{name}"
-                raise UsageError(f"{flag} means nothing to '{self.method}'", "leave it out, or give a method that ranks neurons")
+                flag = "--text, --tokens or --length" if name == "calibration" else f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} means nothing to '{self.method}'", f"leave it out, or {advice}")
 
 
 def pinned(text: str) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import UsageError
 from .base import Options, option
 
 
@@ -33,6 +34,13 @@ class ServeOptions(Options):
         "Comma-separated names of measured operating points to serve, or another frontier.json; "
         "default: the best of all that can share a batch.",
     )
+    bytes_per_token: float | None = option(
+        None,
+        "Bytes of expert weights that a token may read, such as 300kB, where a request says no quality: it gets the measured point that is "
+        "closest to the model within them.",
+        unit=("B",),
+        above=0,
+    )
     policy: str | None = option(None, "Scheduling policy; see `moe-prism ls policies`. Default elastic.")
     config: Path | None = option(None, "qos.yaml with request classes, limits and policy options.")
     cost: Path | None = option(None, "Cost model to load instead of measuring one.")
@@ -45,3 +53,8 @@ class ServeOptions(Options):
     )
     debug: bool = option(False, "Plain logs with stack traces.")
     store: Any = None
+
+    def check(self) -> None:
+        super().check()
+        if self.points and self.bytes_per_token is not None:
+            raise UsageError("--points and --bytes-per-token both choose points", "give one of them")

@@ -12,11 +12,13 @@ from typing import Any
 
 from ..errors import UsageError
 from ..schema import check
-from ..schema.points import REMAKE, DecodingForm, PointForm, SlotBitsForm, SlotsForm, StageForm, WeightsForm
+from ..schema.points import REMAKE, BitRouterForm, DecodingForm, PointForm, SlotBitsForm, SlotsForm, StageForm, WeightsForm
 
 SCHEMA = 1
 UNITS = ("bytes", "slots", "value")
 """What a budget may be a share of."""
+OF_WIDTHS = ("bits", "d2moe")
+"""Rules that give each slot a width; what they need to know for that stands in the point."""
 CONTROLS = ("mean", "strict", "none")
 """Who a budget may be held for."""
 Numbers = tuple[tuple[float, ...], ...]
@@ -24,8 +26,8 @@ Numbers = tuple[tuple[float, ...], ...]
 
 
 def own_unit(rule: str) -> str:
-    """What a rule's budget is a share of unless it is said: `threshold` and `bits` have dials fine enough for bytes, others count slots."""
-    return "bytes" if rule in ("threshold", "bits") else slots_unit(rule)
+    """What a rule's budget is a share of unless it is said: dials that are fine enough for it count bytes, others slots."""
+    return "bytes" if rule in ("threshold", *OF_WIDTHS) else slots_unit(rule)
 
 
 def slots_unit(rule: str) -> str:
@@ -117,19 +119,53 @@ class RoutingStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BitRouter:
+    """What a slot's error at the least width is predicted by: log error = slope . x + offset + 2 log routing weight.
+
+    rows: per MoE layer slope and offset of every expert, [E, d + 1] as little-endian float16 in base64. levels: per MoE layer evenly spaced
+    quantiles of the prediction on calibration text, falling.
+    """
+
+    rows: tuple[str, ...]
+    levels: Numbers
+
+    def __post_init__(self) -> None:
+        if len(self.rows) != len(self.levels) or any(
+            len(row) < 2 or list(row) != sorted(row, reverse=True) for row in self.levels
+        ):
+            raise UsageError("the levels of a bit router do not fall, or are not of its layers", REMAKE)
+
+    def __hash__(self) -> int:
+        return hash(self.levels[0])  # it is looked up in every layer
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists of text and numbers."""
+        return {"rows": list(self.rows), "levels": [list(row) for row in self.levels]}
+
+    @classmethod
+    def of_form(cls, form: BitRouterForm) -> BitRouter:
+        """What a checked file says."""
+        return cls(rows=tuple(form.rows), levels=tuple(tuple(map(float, row)) for row in form.levels))
+
+
+@dataclass(frozen=True, kw_only=True)
 class SlotBits:
     """At how many bits a kept slot may be read: widths of one nested encoding, rising.
 
-    errors: per MoE layer, for each width, the expected squared error of a slot as a share of what dropping it loses. group: weights that
-    share a scale. choosing: the width at which gate neurons are read to choose slots.
+    errors: per MoE layer, for each width, the expected squared error of a slot as a share of what dropping it loses; of `d2moe`, as a
+    share of the error at the least width. group: weights that share a scale. choosing: the width at which gate neurons are read to choose
+    slots. router: what `d2moe` chooses by.
     """
 
     widths: tuple[float, ...]
     errors: Numbers
     group: int
     choosing: float
+    router: BitRouter | None = None
 
     def __post_init__(self) -> None:
+        if self.router is not None and len(self.router.rows) != len(self.errors):
+            raise UsageError("the bit router is of a model with other layers", REMAKE)
         if not self.widths or sorted(set(self.widths)) != list(self.widths):
             raise UsageError(f"widths {list(self.widths)} of slots do not rise", "give such as 2, 3, 4, 8")
         if self.choosing not in self.widths:
@@ -139,13 +175,17 @@ class SlotBits:
 
     def to_json(self) -> dict[str, Any]:
         errors = [list(row) for row in self.errors]
-        return {"widths": list(self.widths), "errors": errors, "group": self.group, "choosing": self.choosing}
+        found = {"widths": list(self.widths), "errors": errors, "group": self.group, "choosing": self.choosing}
+        return found if self.router is None else found | {"router": self.router.to_json()}
 
     @classmethod
     def of_form(cls, form: SlotBitsForm) -> SlotBits:
         """What a checked file says."""
         errors = tuple(tuple(map(float, row)) for row in form.errors)
-        return cls(widths=tuple(map(float, form.widths)), errors=errors, group=form.group, choosing=float(form.choosing))
+        router = None if form.router is None else BitRouter.of_form(form.router)
+        return cls(
+            widths=tuple(map(float, form.widths)), errors=errors, group=form.group, choosing=float(form.choosing), router=router
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,12 +218,15 @@ class SlotRule:
             if getattr(self, name) not in legal:
                 raise UsageError(f"'{name}' of slots is '{getattr(self, name)}'", f"choose one of: {', '.join(legal)}")
 
-        if self.bits is not None and self.rule != "bits":
-            raise UsageError(f"rule '{self.rule}' knows no bits of slots", "use the rule 'bits'")
-        if self.bits is None and self.rule == "bits" and not self.is_full:
+        if self.bits is not None and self.rule not in OF_WIDTHS:
+            raise UsageError(f"rule '{self.rule}' knows no bits of slots", f"use one of: {', '.join(OF_WIDTHS)}")
+        if self.bits is None and self.rule in OF_WIDTHS and not self.is_full:
             raise UsageError(
-                "the rule 'bits' needs to know what each width loses", "measure points with `frontier --methods bits` and use one"
+                f"the rule '{self.rule}' needs to know what each width loses",
+                f"measure points with `frontier --methods {self.rule}` and use one",
             )
+        if self.bits is not None and (self.bits.router is not None) != (self.rule == "d2moe"):
+            raise UsageError(f"the bits of the slots are of another rule than '{self.rule}'", REMAKE)
 
     @property
     def is_full(self) -> bool:

@@ -109,13 +109,17 @@ def find_point(asked: str, folder: str | Path | None = None) -> NamedPoint:
     raise UsageError(f"no operating point '{asked}'", choices(asked, [point.name for point in known]))
 
 
-def name_within(bytes_per_token: float, folder: str | Path) -> str:
-    """The name of the point in the folder's `frontier.json` with the least KL that reads no more. UsageError where none does."""
+def name_within(bytes_per_token: float, folder: str | Path, *, per_token: bool = False) -> str:
+    """The name of the point in the folder's `frontier.json` with the least KL that reads no more. UsageError where none does.
+
+    per_token: only of those that can share a batch.
+    """
     path = Path(folder) / FRONTIER
     if not path.is_file():
         raise UsageError(f"there is no {path}", "measure points with `moe-prism frontier`")
     form = check(FrontierForm, read_json(path, REMAKE), str(path), REMAKE)
-    rows = [row for row in (*form.points, *form.baseline_topk, *form.baseline_bits) if measured_point(row) is not None]
+    every = [(row, measured_point(row)) for row in (*form.points, *form.baseline_topk, *form.baseline_bits)]
+    rows = [row for row, point in every if point is not None and (point.is_per_token or not per_token)]
     fits = [row for row in rows if row.active_expert_bytes <= bytes_per_token]
     if not fits:
         least = min((row.active_expert_bytes for row in rows), default=0.0)

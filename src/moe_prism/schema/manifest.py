@@ -219,6 +219,7 @@ class QuantizedForm(ManifestForm):
     companions: CompanionsForm
     dequantized: DequantizedForm | None = None
     compression: Plain
+    documents: Annotated[list[Sha256], MaxLen(MOST_DOCUMENTS)] = []
 
 
 class SlicedForm(ManifestForm):

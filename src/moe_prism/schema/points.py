@@ -52,6 +52,13 @@ class StageForm(Form):
 Width = Annotated[float, Field(gt=0, le=64)]
 
 
+class BitRouterForm(Form):
+    """What chooses the bits of a slot before it is read: per layer numbers of every expert in base64, and quantiles."""
+
+    rows: Annotated[list[Annotated[str, MinLen(1), MaxLen(1 << 28)]], MinLen(1), MaxLen(MOST_LAYERS)]
+    levels: Rows
+
+
 class SlotBitsForm(Form):
     """At how many bits a slot may be read."""
 
@@ -59,6 +66,7 @@ class SlotBitsForm(Form):
     errors: Rows
     group: Annotated[int, Field(ge=1, le=1 << 20)]
     choosing: Width
+    router: BitRouterForm | None = None
 
 
 class SlotsForm(Form):
@@ -133,6 +141,17 @@ class QuantizeForm(Form):
     options: Plain = {}
     bits: Bits | Annotated[list[Bits | Annotated[list[Bits], MinLen(1), MaxLen(MOST_EXPERTS)]], MinLen(1), MaxLen(MOST_LAYERS)]
     group: Annotated[int, Field(ge=0, le=1 << 20)]
+
+
+class SmoothForm(QuantizeForm):
+    """Settings of the weight change `smooth`."""
+
+    exponents: Annotated[
+        list[Annotated[list[Annotated[int, Field(ge=-64, le=64)]], MinLen(1), MaxLen(1 << 20)]], MinLen(1), MaxLen(MOST_LAYERS)
+    ]
+    steps: Annotated[int, Field(ge=1, le=16)] = 1
+    router: Annotated[int, Field(ge=0, le=8)] = 0
+    clips: Annotated[list[Annotated[float, Field(gt=0, le=1)]], MaxLen(MOST_LAYERS)] = []
 
 
 class BandsForm(Form):

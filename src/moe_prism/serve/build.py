@@ -7,13 +7,14 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoint.companions import origin
 from ..errors import UsageError
 from ..options.serve import ServeOptions
+from ..point import name_within
 from ..schedule import CostModel, policies
 from .backend import Backend, Tally
 from .config import Config
@@ -51,11 +52,14 @@ class Built:
 
 def build(folder: Path, options: ServeOptions, config: Config) -> Built:
     """Load and start. Raises PrismError with a cause; nothing is left running then."""
-    chosen = options.policy or config.policy
+    chosen, usual = options.policy or config.policy, None
     _check_options(policies.get(chosen), config.policy_options, chosen)  # found before anything is loaded
     if options.cost:
         CostModel.load(options.cost)
-    return (_in_a_process if config.engine.process else _in_a_thread)(folder, options, config)
+    if options.bytes_per_token is not None:
+        usual = name_within(options.bytes_per_token, folder, per_token=True)
+        options = replace(options, points=(usual,))
+    return (_in_a_process if config.engine.process else _in_a_thread)(ToServe(folder, options, config, usual))
 
 
 def _workers(folder: Path, config: Config) -> Workers:
@@ -66,20 +70,22 @@ def _workers(folder: Path, config: Config) -> Workers:
     return Workers(Desk(load_tokenizer(folder), bounds.template_bytes, bounds.grammar_bytes), bounds)
 
 
-def _in_a_thread(folder: Path, options: ServeOptions, config: Config) -> Built:
+def _in_a_thread(asked: ToServe) -> Built:
     from .engine.start import start_engine
 
+    folder, options, config, _ = asked
     with ExitStack() as undo:
         workers = _workers(folder, config)
         undo.callback(workers.close)
         running = start_engine(folder, options, config)
         undo.callback(running.stop)
-        house, history, heard = _http(running.engine, workers, running.facts, ToServe(folder, options, config))
+        house, history, heard = _http(running.engine, workers, running.facts, asked)
         running.watch(lambda step, seconds: heard(step.tally(seconds)))
         return Built(house, history, running.facts, undo.pop_all().close)
 
 
-def _in_a_process(folder: Path, options: ServeOptions, config: Config) -> Built:
+def _in_a_process(asked: ToServe) -> Built:
+    folder, options, config, _ = asked
     if os.name != "posix":
         raise UsageError("engine.process needs a POSIX system", "set it to false")
     from .process.messages import Start
@@ -95,7 +101,7 @@ def _in_a_process(folder: Path, options: ServeOptions, config: Config) -> Built:
         undo.callback(workers.close)
         facts = process.ready()
         engine = Supervisor(start, process, facts, time.monotonic() - began)
-        house, history, engine.observer = _http(engine, workers, facts, ToServe(folder, options, config))
+        house, history, engine.observer = _http(engine, workers, facts, asked)
         undo.pop_all()
         end = ExitStack()
         end.callback(workers.close)
@@ -104,11 +110,12 @@ def _in_a_process(folder: Path, options: ServeOptions, config: Config) -> Built:
 
 
 class ToServe(NamedTuple):
-    """What the operator asked for."""
+    """What the operator asked for. usual: the point of requests that say no quality; None: their class decides."""
 
     folder: Path
     options: ServeOptions
     config: Config
+    usual: str | None
 
 
 def _http(engine: Backend, workers: Workers, facts: Facts, asked: ToServe) -> tuple[House, History, Callable[[Tally], None]]:
@@ -122,7 +129,7 @@ def _http(engine: Backend, workers: Workers, facts: Facts, asked: ToServe) -> tu
         metrics.observe_step(tally)
         history.observe(tally)
 
-    service = Service(engine, workers.desk.tokenizer, config, metrics, name)
+    service = Service(engine, workers.desk.tokenizer, config, metrics, name, asked.usual)
     return House(service, Door(config, facts.rate, metrics.refuse), workers), history, heard
 
 

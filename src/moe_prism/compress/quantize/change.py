@@ -44,11 +44,7 @@ class QuantizeChange(Change):
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> QuantizeChange:
         form = check(QuantizeForm, settings, WHERE, REMAKE)
-        bits = form.bits
-        if isinstance(bits, list):
-            rows = tuple(tuple(own) if isinstance(own, list) else (own,) for own in bits)
-            return cls(codec_of(form), rows, form.group)
-        return cls(codec_of(form), bits, form.group)
+        return cls(codec_of(form), widths_of(form), form.group)
 
     def settings(self) -> dict[str, Any]:
         bits = [list(row) for row in self.bits] if isinstance(self.bits, tuple) else self.bits
@@ -87,6 +83,13 @@ class QuantizeChange(Change):
 
     def _rows(self, layers: int) -> Widths:
         return self.bits if isinstance(self.bits, tuple) else ((self.bits,),) * layers
+
+
+def widths_of(form: QuantizeForm) -> float | Widths:
+    """The bits that settings say: of all experts, or per layer of all its experts or of each."""
+    if not isinstance(form.bits, list):
+        return form.bits
+    return tuple(tuple(own) if isinstance(own, list) else (own,) for own in form.bits)
 
 
 def codec_of(form: QuantizeForm | BandsForm) -> Codec:

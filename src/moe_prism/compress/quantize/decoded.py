@@ -55,6 +55,22 @@ class ExpertPart(NamedTuple):
             matrix[self.experts] = codec.decode(planes, planes.widths[-1]).to(matrix)
 
 
+class ScaledPart(NamedTuple):
+    """The experts of a layer that stay in their own type, with their inputs' factors [d] on gate and up."""
+
+    experts: Tensor
+    scale: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return self.scale.nbytes
+
+    def write(self, matrices: Sequence[Tensor], codec: Codec) -> None:
+        """On the matrices that read the layer's input."""
+        for matrix in matrices[:-1]:
+            matrix[self.experts] *= self.scale.to(matrix)
+
+
 class Encoded(NamedTuple):
     """state: of the weights that were encoded; layers: the parts of each."""
 
@@ -72,14 +88,24 @@ def matrices(layer: MoELayer) -> list[Tensor]:
 
 
 def decoded(
-    model: Any, layers: Sequence[MoELayer], codec: Codec, group: int, widths: Sequence[Sequence[float]]
+    model: Any,
+    layers: Sequence[MoELayer],
+    codec: Codec,
+    group: int,
+    widths: Sequence[Sequence[float]],
+    scales: Sequence[Tensor] = (),
 ) -> AbstractContextManager[None]:
-    """Inside the block every expert is what decoding gives. widths [L][E]: bits, GONE and SOURCE as said there."""
+    """Inside the block every expert is what decoding gives. widths [L][E]: bits, GONE and SOURCE as said there.
+
+    scales: per layer what gate and up are multiplied by [d] before they are encoded, where they are.
+    """
 
     def encode() -> Layers:
-        return tuple(_parts(layer, codec, group, row) for layer, row in zip(layers, widths, strict=True))
+        factors: Sequence[Tensor | None] = scales or [None] * len(layers)
+        return tuple(_parts(layer, codec, group, own, scale) for layer, own, scale in zip(layers, widths, factors, strict=True))
 
-    return replaced(model, layers, codec, (codec, group, tuple(map(tuple, widths))), encode)
+    key = codec, group, tuple(map(tuple, widths)), tuple(tuple(own.tolist()) for own in scales)
+    return replaced(model, layers, codec, key, encode)
 
 
 Layers = tuple[tuple[Part, ...], ...]
@@ -129,12 +155,18 @@ def _encoded(model: Any, layers: Sequence[MoELayer], key: Hashable, encode: Call
     return kept[key]
 
 
-def _parts(layer: MoELayer, codec: Codec, group: int, widths: Sequence[float]) -> tuple[Part, ...]:
-    found, few = [], max(1, TOGETHER // (4 * layer.hidden * layer.width))
-    for bits in sorted(set(widths) - {SOURCE}):
+def _parts(layer: MoELayer, codec: Codec, group: int, widths: Sequence[float], scale: Tensor | None) -> tuple[Part, ...]:
+    *first, down = matrices(layer)
+    found: list[Part] = []
+    few = max(1, TOGETHER // (4 * layer.hidden * layer.width))
+    for bits in sorted(set(widths)):
         every = torch.tensor([e for e, own in enumerate(widths) if own == bits], device=layer.up.device)
+        if bits == SOURCE:
+            found += [] if scale is None else [ScaledPart(every, scale)]
+            continue
         for experts in torch.split(every, few):
-            planes = [] if bits == GONE else [codec.encode(matrix[experts], bits, group) for matrix in matrices(layer)]
+            own = [w[experts] if scale is None else w[experts] * scale.to(w) for w in first]
+            planes = [] if bits == GONE else [codec.encode(matrix, bits, group) for matrix in (*own, down[experts])]
             found.append(ExpertPart(experts, tuple(planes)))
     return tuple(found)
 

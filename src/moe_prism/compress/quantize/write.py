@@ -1,6 +1,7 @@
 """A checkpoint whose experts are packed as compressed-tensors has them: `X.weight_packed`, `X.weight_scale`, `X.weight_shape`.
 
-Everything else is copied as it is. Shard by shard; a finished shard is a unit of the journal. Peak memory: one shard.
+Everything else is copied, but what a preparation changes. Shard by shard; a finished shard is a unit of the journal.
+Peak memory: one shard.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ...checkpoint.shards import INDEX
 from ...errors import UsageError
 from ...model import MoELayer
 from ..codec.rtn import Rtn
+from .prepare import Preparation
 
 PACKED_WIDTHS = (4, 8)
 """What the readers of this format take."""
@@ -51,9 +53,9 @@ class Packing:
             if shape[1] % self.group:
                 raise UsageError(f"{shape[1]} inputs of '{name}' are no groups of {self.group}", "give a group that divides them")
 
-    def packed(self, name: str, matrix: Tensor) -> dict[str, Tensor]:
-        """The tensors that stand for one matrix [o, i]."""
-        planes = self.codec.encode(matrix, self.bits, self.group)
+    def packed(self, name: str, matrix: Tensor, gram: Tensor | None) -> dict[str, Tensor]:
+        """The tensors that stand for one matrix [o, i]. gram [i, i]: of its inputs, where errors are fed back."""
+        planes = self.codec.encode(matrix, self.bits, self.group, gram)
         codes, numbers = self.codec.unpacked(planes, self.bits)
         return {
             f"{name}_packed": pack_words(codes, self.bits),
@@ -87,10 +89,14 @@ class Packing:
 
 
 class PackedCheckpoint:
-    """What becomes of every tensor of a source. UsageError where its experts are not stored one by one."""
+    """What becomes of every tensor of a source. UsageError where its experts are not stored one by one.
+
+    prepared: what happens to them before, nothing unless it is set.
+    """
 
     def __init__(self, stream: LayerStream, layers: Sequence[MoELayer], packing: Packing) -> None:
         self.stream, self.packing, self.source = stream, packing, stream.source
+        self.prepared = Preparation()
         owned = [name for layer in layers for owner in layer.owners for name in stream.disk_names(owner)]
         self.infos = {name: self.source.info(name) for name in self.source.names()}
         self.experts = [name for name in owned if len(self.infos[name].shape) > 1]
@@ -103,8 +109,8 @@ class PackedCheckpoint:
     def errors(self) -> Iterator[tuple[str, float, float]]:
         """(name, squared error, squared size) of every matrix."""
         for name in self.experts:
-            matrix, codec = self.source.tensor(name).float(), self.packing.codec
-            planes = codec.encode(matrix, self.packing.bits, self.packing.group)
+            matrix, codec = self.prepared.changed(name, self.source.tensor(name).float()), self.packing.codec
+            planes = codec.encode(matrix, self.packing.bits, self.packing.group, self.prepared.gram(name))
             found = codec.decode(planes, self.packing.bits)
             yield name, float((found - matrix).double().square().sum()), float(matrix.double().square().sum())
 
@@ -131,7 +137,8 @@ class PackedCheckpoint:
         for name in names:
             tensor = self.source.tensor(name)
             check_finite(name, tensor, shard)
-            tensors |= self.packing.packed(name, tensor) if name in experts else {name: tensor}
+            tensor = self.prepared.changed(name, tensor)
+            tensors |= self.packing.packed(name, tensor, self.prepared.gram(name)) if name in experts else {name: tensor}
         return out.save_tensors(shard, tensors, {"format": "pt"})
 
     def _ignored(self) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...checkpoint import Journal, LayerStream, OutputFolder, check_finite
 from ...checkpoint.atomic import raw_bytes
 from ...checkpoint.convert import ADVICE, place
-from ...checkpoint.header import NAMES
+from ...checkpoint.dtypes import NAMES
 from ...checkpoint.mtp import mtp_layers
 from ...errors import UsageError
 from ...model import MoELayer, find_layers

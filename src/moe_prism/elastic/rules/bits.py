@@ -20,14 +20,13 @@ from ..coded import SOURCE, block_bytes
 from ..side_tensors import CUTOFFS
 from .threshold import Threshold
 from .top_slots import top_slots
+from .widths import WidthRule, share_above
 
 
-class Bits(Threshold):
+class Bits(WidthRule, Threshold):
     """Reads `cutoffs` and `shares` of the parts, as `threshold` does."""
 
     maker: ClassVar[str] = "moe_prism.methods.slots.bits:BitsMethod"
-    units: ClassVar[tuple[str, ...]] = ("bytes",)
-    controls: ClassVar[tuple[str, ...]] = ("none",)
 
     def __init__(self, parts: LayerParts, bits: SlotBits) -> None:
         super().__init__(parts)
@@ -36,11 +35,21 @@ class Bits(Threshold):
         self._table = np.array(self.steps, np.float32)
         self.bits = bits
 
-    def keep(self, slots: Slots, budget: Tensor) -> Tensor:
-        return self.widths(slots, budget) > 0
+    @classmethod
+    def least(cls, parts: LayerParts, bits: SlotBits) -> float:
+        return hull(parts, bits)[0][0]
+
+    @classmethod
+    def spent(cls, parts: LayerParts, bits: SlotBits, sizes: dict[float, float]) -> Tensor:
+        cutoffs, shares = parts.tensors[CUTOFFS].cpu().double(), Threshold.share_kept(parts)
+        found, before = torch.full_like(cutoffs, sizes[0.0]), sizes[0.0]
+        for width, ratio in hull(parts, bits):
+            found += (sizes[width] - before) * share_above(cutoffs, shares, cutoffs * ratio)
+            before = sizes[width]
+        return found
 
     def widths(self, slots: Slots, budget: Tensor) -> Tensor:
-        """[T, k, N] float32: the bits of each slot, 0 where it is dropped. A token's best slot has the least bits at least."""
+        """A token's best slot has the least bits at least."""
         values = slots.values()
         if self._known is not None and is_compiled(values, budget) and not bool((budget >= 1).any()):
             from ...kernels.selection import mark_widths  # compiles on first use
@@ -74,25 +83,3 @@ def hull(parts: LayerParts, bits: SlotBits) -> list[tuple[float, float]]:
             steps.append((width, size, error, gain))
     steps = steps or [(bits.widths[0], 0.0, 0.0, 1 / whole)]
     return [(width, (1 / (gain * whole)) ** 0.5) for width, _, _, gain in steps]
-
-
-def spent(parts: LayerParts, bits: SlotBits, sizes: dict[float, float]) -> Tensor:
-    """[129] (float64): bytes that a slot takes in the mean at evenly spaced positions of the dial, on the calibration text.
-
-    sizes: of a block at every width, 0 for a dropped one.
-    """
-    cutoffs, shares = parts.tensors[CUTOFFS].cpu().double(), Threshold.share_kept(parts)
-    found, before = torch.full_like(cutoffs, sizes[0.0]), sizes[0.0]
-    for width, ratio in hull(parts, bits):
-        found += (sizes[width] - before) * share_above(cutoffs, shares, cutoffs * ratio)
-        before = sizes[width]
-    return found
-
-
-def share_above(cutoffs: Tensor, shares: Tensor, values: Tensor) -> Tensor:
-    """The share of a layer's slots whose value reaches each of `values`, between the known ones in proportion to the value."""
-    rising, above = cutoffs.flip(0), shares.flip(0)
-    place = torch.searchsorted(rising, values.contiguous()).clamp(1, len(rising) - 1)
-    low, high = rising[place - 1], rising[place]
-    part = ((values - low) / (high - low).clamp(min=1e-30)).clamp(0, 1)
-    return torch.lerp(above[place - 1], above[place], part)

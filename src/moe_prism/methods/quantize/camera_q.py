@@ -13,12 +13,11 @@ from ...compress.codec.rtn import Rtn
 from ...compress.quantize.allocate import cheapest
 from ...compress.quantize.bands import BandChange
 from ...compress.quantize.decoded import matrices
-from ...errors import UsageError
 from ...model import MoELayer
 from ...point import NamedPoint, OperatingPoint
 from ..base import Subject
 from ..statistics import statistics_of
-from .averaged import AveragedBits
+from .averaged import AveragedBits, written_widths
 
 BANDS = 16
 """Shares of a layer's neurons that may differ in width."""
@@ -44,7 +43,8 @@ class CameraQ(AveragedBits):
     parameters: CameraQParameters
 
     def points(self, subject: Subject) -> Sequence[NamedPoint]:
-        asked, widths = self.parameters, self._widths()
+        asked = self.parameters
+        widths = written_widths(asked.widths, asked.group)
         averages = self.averages(asked.bits, widths)
         found, more = energies(subject), "" if asked.widths == CameraQParameters.widths else f"-of-{asked.widths}"
         layers = [layer.parts.layer for layer in subject.elastic.layers]
@@ -56,15 +56,6 @@ class CameraQ(AveragedBits):
             point = OperatingPoint(weights=BandChange(Rtn(), neurons, asked.group).part())
             named.append(NamedPoint(name=f"camera-q-{mean:g}{more}", point=point))
         return named
-
-    def _widths(self) -> tuple[int, ...]:
-        try:
-            found = tuple(sorted({int(part) for part in self.parameters.widths.split("-")}))
-        except ValueError as error:
-            raise UsageError(f"widths '{self.parameters.widths}' are no numbers", "write such as 1-2-3") from error
-        for bits in found:
-            Rtn().check(bits, self.parameters.group)
-        return found
 
 
 def energies(subject: Subject) -> list[Tensor]:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ...compress.codec.rtn import Rtn
 from ...compress.quantize import QuantizeChange
 from ...compress.quantize.allocate import Importance, cheapest, width_costs
 from ...errors import UsageError
-from ...frontier.allocation import exact
 from ...point import NamedPoint, OperatingPoint
 from ..base import Subject
 from ..statistics import statistics_of
-from .averaged import AveragedBits
+from .averaged import AveragedBits, one_choice
 
 WIDTHS = 1, 2, 3
 WEIGHED = {"error": Importance(0, 0, 2), "paper": Importance(1, 1, 2)}
@@ -74,11 +71,7 @@ class Pmq(AveragedBits):
         if self.parameters.scope == "layer":
             rows = [_row(own, widths, round(mean * len(own))) for own in costs]
             return tuple(tuple(map(float, row)) for row in rows)
-        every = torch.cat(list(costs))
-        curves = [[(float(w), cost) for w, cost in zip(widths, row, strict=True)] for row in every.tolist()]
-        choices = [float(widths[c]) for c in exact(curves, round(mean * len(every))).choices]
-        ends = torch.tensor([0, *map(len, costs)]).cumsum(0).tolist()
-        return tuple(tuple(choices[a:b]) for a, b in itertools.pairwise(ends))
+        return one_choice(costs, widths, round(mean * sum(map(len, costs))))
 
 
 def _row(costs: Tensor, widths: Sequence[int], total: int) -> list[int]:

@@ -23,9 +23,13 @@ from .vocabulary import Vocabulary
 class Service:
     """Everything the routes need. Lives on the event loop."""
 
-    def __init__(self, engine: Backend, tokenizer: Any, config: Config, metrics: Metrics, name: str) -> None:
+    def __init__(
+        self, engine: Backend, tokenizer: Any, config: Config, metrics: Metrics, name: str, usual: str | None = None
+    ) -> None:
+        """usual: the operating point of requests that say no quality."""
         self.engine, self.tokenizer, self.config, self.metrics, self.name = engine, tokenizer, config, metrics, name
         self.ladder: Ladder = engine.ladder
+        self.usual = None if usual is None else self._level_of(usual)
         self.context, self.eos, self.vocabulary = engine.context, engine.eos, engine.vocabulary
         self.words = Vocabulary(tokenizer, engine.vocabulary)
         self.most_bytes = engine.context * self.words.longest * (1 if self.words.plain else 4)
@@ -43,6 +47,8 @@ class Service:
             raise Refusal(400, f"no class '{body.kind}'; choose one of: {', '.join(self.config.classes)}", param="class")
         floor, ceiling = self.ladder.at_least(kind.min_quality), self.ladder.at_least(kind.max_quality)
         quality, source = self._quality(body)
+        if quality is None and body.min_quality is None and self.usual is not None:
+            floor = ceiling = self.usual
         if quality is not None:
             ceiling = self.level(quality, source)
             floor = ceiling
@@ -54,6 +60,11 @@ class Service:
         ttft = body.ttft_ms / 1000 if body.ttft_ms is not None else kind.ttft
         tpot = body.tpot_ms / 1000 if body.tpot_ms is not None else kind.tpot
         return Wish(kind, floor, ceiling, ttft, tpot, kind.priority if body.priority is None else body.priority)
+
+    def _level_of(self, name: str) -> int:
+        """The level of a point that the server was started with; one that keeps everything is the model itself."""
+        names = [level.name for level in self.ladder.levels]
+        return names.index(name) if name in names else self.ladder.top
 
     def _quality(self, body: Common) -> tuple[float | str | None, str]:
         """What fixes the level, and in which field: `quality`, or behind the model's name for clients that can add no field."""

@@ -1,14 +1,12 @@
 """Time of a decode step of vLLM with the plug-in: full budget against stock vLLM, and lower budgets against full.
 
-    python benchmarks/vllm_step.py [--batches 1,8,32] [--steps 16] [--rounds 3] [--dtype bfloat16] [--layers 8] [--mixed] [--top 4] [--cpu]
-                                    [--together .4,.3] [--json]
+    python benchmarks/vllm_step.py FOLDER/elastic [--batches 1,8,32] [--steps 16] [--rounds 3] [--dtype bfloat16] [--mixed] [--top 4]
+                                    [--together .4,.3] [--cpu] [--json]
 
-Needs vLLM's CPU build (docs/how-to/vllm.md).
-Whole engine steps on a random-weight OLMoE in which experts dominate (hidden 1024, 64 experts of
-512, top-8). Both engines are up at the same time, each in a process of its own, and are asked in turns. A figure is the ratio of the
+Needs vLLM's CPU build (docs/how-to/vllm.md), and FOLDER, which `wide_nano.py` builds: OLMoE's shape, where experts dominate, with nano's
+routing. Both engines are up at the same time, each in a process of its own, and are asked in turns. A figure is the ratio of the
 fastest steps of a round, which other load disturbs least; median over the rounds. `kept` is the share of slots that was really kept.
-`--keep FOLDER/elastic` takes what `wide_nano.py` has built instead, whose routing is nano's; `--top 4,2` adds stock engines with fewer
-experts per token, and the speed of the budget of equal bytes beside each.
+`--top 4,2` adds stock engines with fewer experts per token, and the speed of the budget of equal bytes beside each.
 `--together` adds rows that choose their blocks together (rule `batch-blocks`) at these budgets, to full and to rows alone at half.
 `--cpu` counts the processor time of one thread, which a busy machine disturbs less than the clock on the wall.
 `same/stock` is a second stock engine, asked in the same turns: how far two equal engines are apart is what the other ratios can show.
@@ -19,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -30,7 +27,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-E, K, HIDDEN, WIDTH, N_SUB, GATES = 64, 8, 1024, 512, 4, 0
+K, N_SUB = 8, 4  # of the models of `wide_nano.py`
 BUDGETS = {"most": 0.75, "half": 0.5, "quarter": 0.25}
 PROMPT = 16
 
@@ -40,76 +37,34 @@ def together(budget: float) -> str:
     return f"together-{budget:g}"
 
 
-def build(folder: Path, layers: int, shared: list[float]) -> None:
-    """A random model, a random predictor, and levels that fit both; as `moe-prism refactor` lays them out. shared: of `batch-blocks`."""
-    import torch
-    from transformers import OlmoeConfig, OlmoeForCausalLM
-
-    from moe_prism.checkpoint import OutputFolder, write_manifest
-    from moe_prism.elastic import attach
+def lay_out(source: Path, scratch: Path, shared: list[float]) -> tuple[Path, Path]:
+    """(the model as vLLM alone sees it, the elastic one with our levels), without a copy of the weights. shared: of `batch-blocks`."""
     from moe_prism.point import FULL
 
-    torch.manual_seed(0)
-    config = OlmoeConfig(
-        hidden_size=HIDDEN, intermediate_size=WIDTH, num_experts=E, num_experts_per_tok=K, num_hidden_layers=layers,
-        num_attention_heads=16, num_key_value_heads=16, vocab_size=4096, max_position_embeddings=1024,
-        eos_token_id=0, bos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    model = OlmoeForCausalLM(config).to(torch.bfloat16).eval()
-    ridges = [torch.randn(E, N_SUB, HIDDEN + N_SUB * GATES + 1) * 0.5 / HIDDEN**0.5 for _ in range(layers)]
-    elastic = attach(model, N_SUB, gates=GATES, tensors=[{"ridge": ridge} for ridge in ridges])
-    levels = _levels(model, elastic)
-    side = {f"layers.{i}.ridge": ridge for i, ridge in enumerate(ridges)} | {
-        f"layers.{i}.cutoffs": v for i, v in enumerate(levels)
-    }
-    with OutputFolder(folder) as out:
-        model.save_pretrained(
-            out.work, max_shard_size="400MB"
-        )  # with an index: vLLM reads every *.safetensors where there is none
-        out.save_tensors("prism.safetensors", side)
-        # qualities of a random model mean nothing; they only have to rise
-        ladder = [{"name": n, "budget": b, "slots": b * K * N_SUB, "quality": b} for n, b in BUDGETS.items()]
-        for b in shared:
-            point = FULL.with_budget(b, "batch-blocks").to_json()
-            ladder.append({"name": together(b), "point": point, "slots": b * K * N_SUB + 0.01, "quality": b + 0.001})
-        ladder.sort(key=lambda level: level["slots"])
-        out.write_bytes("ladder.json", json.dumps({"levels": ladder}).encode())
-        facts = [{"name": f"model.layers.{i}.mlp.experts", "experts": E, "width": WIDTH} for i in range(layers)]
-        write_manifest(out, {"kind": "elastic", "n_sub": N_SUB, "gates": GATES, "layers": facts})
-        out.finish()
-
-
-def _levels(model: Any, elastic: Any) -> list[Any]:
-    """Quantiles of every layer's slot values on random tokens."""
-    import torch
-
-    from moe_prism.elastic.rules.threshold import fit_cutoffs
-
-    levels = []
-
-    def hook(layer: Any) -> Any:
-        def run(x: Any, index: Any, weight: Any) -> Any:
-            values = (weight.float().abs()[:, :, None] * layer.scorer("ridge")(x, index)).flatten()
-            levels.append(fit_cutoffs(values, torch.ones_like(values)))
-            return layer.parts.layer.stock(x, index, weight)
-
-        return run
-
-    for layer in elastic.layers:
-        layer.parts.layer.install(hook(layer))
-    with torch.no_grad():
-        model(torch.randint(0, 4096, (8, 32)))
-    elastic.detach()
-    return levels
+    slots = K * N_SUB
+    # the levels are timed: their qualities only have to rise
+    ladder = [{"name": n, "budget": b, "slots": b * slots, "quality": b} for n, b in BUDGETS.items()]
+    for b in shared:
+        point = FULL.with_budget(b, "batch-blocks").to_json()
+        ladder.append({"name": together(b), "point": point, "slots": b * slots + 0.01, "quality": b + 0.001})
+    ladder.sort(key=lambda level: level["slots"])
+    stock, elastic = scratch / "stock", scratch / "elastic"
+    for folder in (stock, elastic):
+        folder.mkdir()
+        for file in source.iterdir():
+            if (
+                file.is_file()
+                and file.name not in ("ladder.json", "frontier.json")
+                and (folder is elastic or "prism" not in file.name)
+            ):
+                os.link(file, folder / file.name)
+    (elastic / "ladder.json").write_text(json.dumps({"levels": ladder}))
+    return stock, elastic
 
 
 @cache
 def _prompts(folder: str, batch: int) -> list[list[int]]:
-    """Held-out text where the model has a tokenizer, else random tokens."""
-    import torch
-
-    if not (Path(folder) / "tokenizer.json").exists():
-        return torch.randint(0, 4096, (batch, PROMPT), generator=torch.Generator().manual_seed(1)).tolist()
+    """Held-out text."""
     from moe_prism.data import token_windows
     from moe_prism.model import load_tokenizer
 
@@ -201,7 +156,6 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument(
@@ -211,7 +165,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="no second stock engine")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--together", type=lambda text: [float(b) for b in text.split(",")], default=[])
-    parser.add_argument("--keep", type=Path, help="build the model here, or use what is there")
+    parser.add_argument("folder", type=Path, nargs="?", help="the elastic folder that wide_nano.py has built")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -219,16 +173,10 @@ def main() -> None:
         return print("skipped: vLLM is not installed here; see docs/how-to/vllm.md", file=sys.stderr)
     if arguments.serve:
         return serve(arguments.serve, arguments.dtype, not arguments.compiled, int(arguments.top), arguments.cpu)
-    with tempfile.TemporaryDirectory() as scratch:
-        elastic = arguments.keep or Path(scratch) / "elastic"
-        if not elastic.exists():
-            build(elastic, arguments.layers, arguments.together)
-        stock = Path(scratch) / "stock"  # the same files without prism.json: the plug-in leaves it alone
-        stock.mkdir()
-        for file in elastic.iterdir():
-            if not file.name.startswith("prism"):
-                copy = shutil.copyfile if file.suffix == ".json" else os.symlink  # we follow no links out of a folder; vLLM does
-                copy(file.resolve(), stock / file.name)
+    if arguments.folder is None:
+        parser.error("give the elastic folder that wide_nano.py has built")
+    with tempfile.TemporaryDirectory(dir=arguments.folder.parent) as scratch:  # beside it, for links
+        stock, elastic = lay_out(arguments.folder, Path(scratch), arguments.together)
         names = ("stock", "elastic") if arguments.alone else ("stock", "elastic", "same")
         children = {name: Child(elastic if name == "elastic" else stock, arguments) for name in names}
         children |= {

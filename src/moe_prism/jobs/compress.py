@@ -79,7 +79,7 @@ def compress_model(
 def _neurons(options: CompressOptions, calibration: str | Path | None) -> NeuronMethod | None:
     """The method that ranks neurons, if it is one. UsageError for options that mean nothing to it."""
     options.check()
-    found = method(options.method)
+    found = None if options.format == "records" else method(options.method)
     if isinstance(found, NeuronMethod):
         options.check_neurons()
         return found

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .jobs.place import place_experts
     from .jobs.prune import prune_model, select_experts
     from .jobs.recover import recover_model
-    from .jobs.refactor import refactor
+    from .jobs.refactor import refactor, refactor_shard
     from .jobs.rehearsal import rehearse
     from .jobs.skip import make_skip_plan
     from .jobs.time_points import Timing, time_frontier
@@ -70,6 +70,7 @@ _HOME = {
     "calibrate_model": "jobs.calibrate",
     "read_statistics": "jobs.calibrate",
     "refactor": "jobs.refactor",
+    "refactor_shard": "jobs.refactor",
     "adopt": "jobs.adopt",
     "prune_model": "jobs.prune",
     "select_experts": "jobs.prune",
@@ -186,6 +187,7 @@ __all__ = [
     "record_trace",
     "recover_model",
     "refactor",
+    "refactor_shard",
     "rehearse",
     "run_demo",
     "run_recipe",

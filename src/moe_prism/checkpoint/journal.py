@@ -64,13 +64,13 @@ class Journal:
 
     def _read(self) -> None:
         form = read_form(JournalForm, self.path, "use --force to start again")
-        old = form.fingerprint
-        for key in sorted({*old, *self.fingerprint}):
-            then, now = old.get(key), self.fingerprint.get(key)
+        self.check(form.fingerprint, "the unfinished work", "repeat the command as it was, or use --force to start again")
+        self._units = dict(form.units)
+
+    def check(self, other: Mapping[str, Any], who: str, advice: str) -> None:
+        """UsageError where another fingerprint is not this one; names the first key that differs."""
+        for key in sorted({*other, *self.fingerprint}):
+            then, now = other.get(key), self.fingerprint.get(key)
             if then != now:
                 then, now = (one_line(repr(value), SHOWN) for value in (then, now))
-                raise UsageError(
-                    f"the unfinished work was started with another {key}: {then} then, {now} now",
-                    "repeat the command as it was, or use --force to start again",
-                )
-        self._units = dict(form.units)
+                raise UsageError(f"{who} was started with another {key}: {then} then, {now} now", advice)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from ..errors import UsageError
+from ..options import Options, option
 from ..options.refactor import RefactorOptions
 from ..progress import Report
 from .flags import Run
@@ -15,7 +17,28 @@ from .output import emit, note, note_left_out, progress
 from .rehearsal import show_rehearsal
 from .texts import told_text
 
+if TYPE_CHECKING:
+    from ..artefact.output import Writing
+    from ..jobs.refactor import Refactored
+
 GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts(Options):
+    """How the work is divided among processes or machines."""
+
+    shard: str | None = option(
+        None,
+        "I/N: solve only the I-th of N parts of the layers, and write them beside --out for --join. Needs --calibration. All parts and "
+        "--join take the same model and options.",
+    )
+    join: list[str] = option([], "Comma-separated --out of the parts: take their layers instead of solving them.")
+
+    def check(self) -> None:
+        super().check()
+        if self.shard and self.join:
+            raise UsageError("--shard and --join exclude each other", "join when all parts are there")
 
 
 def refactor(
@@ -25,6 +48,7 @@ def refactor(
     out: Annotated[Path, Parameter(name=("--out", "-o"))],
     options: RefactorOptions,
     calibration: Path | None = None,
+    parts: Parts,
     dry_run: bool = False,
     run: Run,
 ) -> None:
@@ -42,13 +66,22 @@ def refactor(
     from ..jobs.refactor import refactor as write
 
     report: Report = progress
+    if parts.shard and calibration is None:
+        raise UsageError(
+            "--shard needs statistics that all parts share", "make them with `moe-prism calibrate`, give --calibration"
+        )
     if calibration is None:
         told, report = told_text(model, options.calibration, "calibration text", "; its other files are left for evaluation")
         options = replace(options, calibration=told)
     if dry_run:
         given = {"calibration": calibration, "resume": run.resume, "force": run.force}
         return show_rehearsal(write, model, out, options, target=out, **given, as_json=run.json)
-    done = write(model, out, options, calibration=calibration, resume=run.resume, force=run.force, report=report)
+    how: Writing = {"resume": run.resume, "force": run.force, "report": report}
+    if parts.shard and calibration:
+        return _one_part(model, out, options, parts.shard, calibration, how, as_json=run.json)
+    done = _written(model, out, options, calibration, parts.join, how)
+    if done is None:  # the first process says what was done
+        return None
     facts = done.to_json()
     note_left_out(facts["left_out"])
     if kept := facts["kept_format"]:
@@ -65,3 +98,24 @@ def refactor(
         run.json,
     )
     return None
+
+
+def _written(
+    model: str, out: Path, options: RefactorOptions, calibration: Path | None, join: list[str], how: Writing
+) -> Refactored | None:
+    from ..jobs.refactor import refactor as write
+    from ..jobs.refactor_ranks import ranks, refactor_ranks
+
+    if ranks() > 1 and not join:
+        return refactor_ranks(model, out, options, calibration=calibration, **how)
+    return write(model, out, options, calibration=calibration, shards=join, **how)
+
+
+def _one_part(
+    model: str, out: Path, options: RefactorOptions, shard: str, calibration: Path, how: Writing, *, as_json: bool
+) -> None:
+    from ..jobs.refactor import refactor_shard
+
+    facts = refactor_shard(model, out, shard, options, calibration=calibration, **how).to_json()
+    note(f"next: moe-prism refactor {model} --join {out},... with the same options, when all parts are there")
+    emit(facts, f"{facts['folder']}: layers {', '.join(map(str, facts['layers']))}", as_json)

@@ -45,8 +45,8 @@ from ..progress import peak_rss_bytes, silent
 from ..result import Result
 from .calibrate import discard_snapshots, run_pass
 from .distance import TOKENS, distance_between, evaluation_windows
-from .refactor import single_index
 from .refactor_card import adopted_card
+from .refactor_files import single_index
 from .rehearsal import begin
 from .resources import needed_by_adoption
 from .same_order import Likeness, same_order

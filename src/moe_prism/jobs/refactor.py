@@ -12,15 +12,14 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from ..artefact.load import SIDE_FILE, read_tensors
 from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
 from ..calibrate.statistics import LayerStatistics, Statistics
-from ..checkpoint import Journal, OutputFolder, check_finite, read_header, source_facts, write_manifest
+from ..checkpoint import Journal, OutputFolder, source_facts, write_manifest
 from ..data import Windows
 from ..elastic.rules.threshold import kept_shares, pool_cutoffs
-from ..elastic.side_tensors import CUTOFFS, LAYER_BUDGETS, SHARES, check_values
-from ..errors import CorruptError, UsageError
+from ..elastic.side_tensors import CUTOFFS, LAYER_BUDGETS, SHARES
+from ..errors import UsageError
 from ..forecast.work_time import Seconds
 from ..model import MoELayer, resolve
 from ..model.place import recorded
@@ -28,21 +27,17 @@ from ..options.refactor import RefactorOptions
 from ..options.text import source_in
 from ..progress import Report, Update, peak_rss_bytes, silent
 from ..result import Result, plain
-from ..schema import check, decode
-from ..schema.manifest import LayerForm
 from .align import align
-from .calibrate import calibration_windows, check_fit, check_fits, discard_snapshots, read_statistics, run_pass
+from .calibrate import calibration_windows, check_fit, check_fits, read_statistics, run_pass
 from .distance import TOKENS, distance_between, evaluation_windows
 from .profile_layers import Profiler, budget_tensors, profile_runs, spaced, unit_cost
-from .refactor_card import model_card
+from .refactor_files import CUTOFFS_FILE, write_side_files
 from .refactor_layers import Units, solve_layers
+from .refactor_units import Shard, Solved, join, profile_name, profile_run, read_unit, unit_facts, unit_name
 from .rehearsal import begin, check_early
 from .resources import check_width, needed_by
-from .solve_layer import IMPORTANCE, PERM, WORKING, solve
+from .solve_layer import IMPORTANCE, PERM, solve
 from .which_text import with_text
-
-CUTOFFS_FILE = "cutoffs.safetensors"
-AGAIN = "use --force to start again"
 
 
 @dataclass(frozen=True)
@@ -78,11 +73,13 @@ def refactor(
     options: RefactorOptions | None = None,
     *,
     calibration: str | Path | None = None,
+    shards: Sequence[str | Path] = (),
     **how: Unpack[Writing],
 ) -> Refactored:
     """Write an elastic copy of a checkpoint to `out`: same files, names and shapes, plus prism.json and prism.safetensors.
 
-    calibration: a folder written by `calibrate`; without it the pass runs here. how: see `Writing`.
+    calibration: a folder written by `calibrate`; without it the pass runs here. shards: of `refactor_shard`, whose layers are taken
+    instead of solved. how: see `Writing`.
     Raises UsageError or CorruptError before anything is written if the model, text or options cannot work.
 
     >>> import moe_prism
@@ -91,67 +88,127 @@ def refactor(
     >>> done.to_json()["n_sub"], len(done.to_records())
     (4, 6)
     """
-    options, resume = options or RefactorOptions(), how.get("resume", False)
-    options.check()
-    where = resolve(model)
-    options = replace(options, calibration=with_text(options.calibration, where))
-    check_apart(where, out)
-    given = read_statistics(calibration) if calibration else None
-    weights = Weights(where, options.dtype, options.keep)
-    options, together, aligned = align(weights, options)
-    for layer in weights.layers:
-        check_width(layer, options)
-    needed = needed_by(weights, options, given)
-    check_early(needed, out, resume)  # before the text is read, which takes longer
-    weights.check_rewritable()
-    windows = None if given else calibration_windows(where, options.calibration)
-    if windows:
-        check_fit(weights, options.calibration)
-    else:
-        weights.check_finite()
-    source = source_facts(where)
-    if given and given.facts["source"] != source:
-        raise UsageError(
-            f"'{calibration}' was calibrated on another checkpoint", "calibrate this one, or leave --calibration out"
-        )
-    if given:
-        check_fits(given, weights)
-    if given and not {"counts", "tokens"} <= set(given.layers[0].values):
-        raise UsageError(f"'{calibration}' holds no sample of tokens", "calibrate with --collectors counts,tokens")
-    inputs = {"source": source, "options": recorded(options)}
-    fingerprint = {**inputs, "calibration": given.facts if given else None}
-    if resume and (done := finished(out, {"kind": "elastic", **inputs, **({"calibration": _summary(given)} if given else {})})):
+    job = _Job(model, out, options, calibration, how)
+    weights, given, options, windows = job.weights, job.given, job.options, job.windows
+    if job.resume and (done := finished(out, job.wanted())):
         return Refactored(Path(out), done, peak_rss_bytes())
-    begin(
-        needed,
-        out,
-        resume=resume,
-        force=how.get("force", False),
-        lasts=partial(_lasts, weights, windows or given, options, together),
-    )
-    with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
-        work = _Work(folder, Journal(folder.work, fingerprint), how.get("report", silent))
+    job.begin()
+    with OutputFolder(out, resume=job.resume, force=job.force) as folder:
+        work = _Work(folder, Journal(folder.work, job.fingerprint()), how.get("report", silent))
+        join(shards, folder, work.journal)
         if weights.stream and options.calibration.low_memory:
-            given = _by_layers(work, weights, windows or given, options, together)
+            given = _by_layers(work, weights, windows or given, options, job.together)
         elif windows is not None:
-            given = run_pass(where, windows, options.calibration, folder, work.journal, work.report)
+            given = run_pass(weights.path, windows, options.calibration, folder, work.journal, work.report)
         assert given is not None
-        rows = _solve_layers(work, weights, given, options, together)
+        rows = _solve_layers(work, job, given, weights.layers)
         _pool_cutoffs(work, weights, given, options, rows)
         with work.report("write") as update:
-            units = partial(_unit, folder)
+            units = partial(read_unit, folder)
             kept = weights.rewrite(
                 folder, work.journal, lambda layer: units(layer)[PERM], update, lambda layer: units(layer)[IMPORTANCE]
             )
-        facts = _facts(weights, source, options, rows, given)
-        if aligned:
-            facts["align"] = aligned
+        facts = _facts(weights, job.source, options, rows, given)
+        if job.aligned:
+            facts["align"] = job.aligned
         if kept:
             facts["kept_format"] = kept | _distance(weights, folder, given, options)
-        _write_side_files(folder, weights, facts)
+        write_side_files(folder, weights, facts)
         manifest = write_manifest(folder, facts)
         folder.finish()
     return Refactored(Path(out), manifest, peak_rss_bytes())
+
+
+def refactor_shard(
+    model: str | Path,
+    out: str | Path,
+    shard: str,
+    options: RefactorOptions | None = None,
+    *,
+    calibration: str | Path,
+    **how: Unpack[Writing],
+) -> Solved:
+    """Solve some layers only, for `refactor(shards=...)`, which writes the checkpoint. shard: "2/4" is the second of four parts.
+
+    All parts, and what joins them, need the same model, options and calibration. Nothing is shared while they run.
+
+    >>> import moe_prism
+    >>> few = moe_prism.CalibrateOptions(tokens=1024, length=256, collectors=["counts", "tokens"])
+    >>> _ = moe_prism.calibrate_model("nano", "statistics", few)
+    >>> asked = moe_prism.RefactorOptions(calibration=few, profile_tokens=0)
+    >>> moe_prism.refactor_shard("nano", "first", "1/2", asked, calibration="statistics").layers
+    [0, 2, 4]
+    """
+    part = Shard.of(shard)
+    job = _Job(model, out, options, calibration, how)
+    assert job.given is not None
+    layers = part.of_layers(job.weights.layers)
+    job.begin()
+    with OutputFolder(out, resume=job.resume, force=job.force) as folder:
+        work = _Work(folder, Journal(folder.work, job.fingerprint()), how.get("report", silent))
+        _solve_layers(work, job, job.given, layers)
+    return Solved(folder.work, [layer.index for layer in layers])
+
+
+class _Job:
+    """What is looked at before anything is written. UsageError or CorruptError for what cannot work."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        out: str | Path,
+        options: RefactorOptions | None,
+        calibration: str | Path | None,
+        how: Writing,
+    ) -> None:
+        options, self.out = options or RefactorOptions(), out
+        self.resume, self.force = how.get("resume", False), how.get("force", False)
+        options.check()
+        where = resolve(model)
+        options = replace(options, calibration=with_text(options.calibration, where))
+        check_apart(where, out)
+        self.given = given = read_statistics(calibration) if calibration else None
+        self.weights = weights = Weights(where, options.dtype, options.keep)
+        self.options, self.together, self.aligned = align(weights, options)
+        for layer in weights.layers:
+            check_width(layer, self.options)
+        self.needed = needed_by(weights, self.options, given)
+        check_early(self.needed, out, self.resume)  # before the text is read, which takes longer
+        weights.check_rewritable()
+        self.windows = None if given else calibration_windows(where, self.options.calibration)
+        if self.windows:
+            check_fit(weights, self.options.calibration)
+        else:
+            weights.check_finite()
+        self.source = source_facts(where)
+        if given:
+            self._check(given, calibration)
+
+    def _check(self, given: Statistics, calibration: str | Path | None) -> None:
+        """That statistics are of this model, and enough."""
+        if given.facts["source"] != self.source:
+            raise UsageError(
+                f"'{calibration}' was calibrated on another checkpoint", "calibrate this one, or leave --calibration out"
+            )
+        check_fits(given, self.weights)
+        if not {"counts", "tokens"} <= set(given.layers[0].values):
+            raise UsageError(f"'{calibration}' holds no sample of tokens", "calibrate with --collectors counts,tokens")
+
+    def _inputs(self) -> dict[str, Any]:
+        return {"source": self.source, "options": recorded(self.options)}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the result."""
+        return {**self._inputs(), "calibration": self.given.facts if self.given else None}
+
+    def wanted(self) -> dict[str, Any]:
+        """What the manifest of a finished run like this one has."""
+        return {"kind": "elastic", **self._inputs(), **({"calibration": _summary(self.given)} if self.given else {})}
+
+    def begin(self) -> None:
+        """Whether it fits, told before it is tried."""
+        lasts = partial(_lasts, self.weights, self.windows or self.given, self.options, self.together)
+        begin(self.needed, self.out, resume=self.resume, force=self.force, lasts=lasts)
 
 
 def _lasts(weights: Weights, text: Windows | Statistics | None, options: RefactorOptions, together: int) -> Seconds | None:
@@ -187,36 +244,31 @@ def _by_layers(
     def solve_one(layer: MoELayer, statistics: LayerStatistics) -> None:
         _solve_layer(work, layer, statistics, options, together)
 
-    units = Units(lambda layer: journal.done(_unit_name(layer)), partial(_unit, folder), solve_one)
+    units = Units(lambda layer: journal.done(unit_name(layer)), partial(read_unit, folder), solve_one)
     statistics, found = solve_layers(weights, text, options, units, report)
     for i, run in enumerate(found):
-        journal.finish(_profile_name(i), folder.save_tensors(_profile_name(i), run))
+        journal.finish(profile_name(i), folder.save_tensors(profile_name(i), run))
     return statistics
 
 
 def _solve_layer(work: _Work, layer: MoELayer, statistics: LayerStatistics, options: RefactorOptions, together: int) -> None:
     """A layer whose weights are in memory: its tensors, with its facts in the file's metadata."""
     tensors, facts = solve(layer, statistics, options, together)
-    digest = work.folder.save_tensors(_unit_name(layer), tensors, {"facts": json.dumps(facts)})
-    work.journal.finish(_unit_name(layer), digest)
+    digest = work.folder.save_tensors(unit_name(layer), tensors, {"facts": json.dumps(facts)})
+    work.journal.finish(unit_name(layer), digest)
 
 
-def _solve_layers(
-    work: _Work, weights: Weights, statistics: Statistics, options: RefactorOptions, together: int
-) -> list[dict[str, Any]]:
-    """One journal unit per layer: its tensors, with its facts in the file's metadata. Returns the facts.
-
-    together: neighbouring neurons that move as one.
-    """
+def _solve_layers(work: _Work, job: _Job, statistics: Statistics, layers: Sequence[MoELayer]) -> list[dict[str, Any]]:
+    """One journal unit per layer: its tensors, with its facts in the file's metadata. Returns the facts."""
     folder, journal, report = work
     rows = []
     with report("partition") as update:
-        for layer, mine in zip(weights.layers, statistics.layers, strict=True):
-            if not journal.done(_unit_name(layer)):
-                with weights.loaded(layer):
-                    _solve_layer(work, layer, mine, options, together)
-            rows.append(_unit_facts(folder, layer))
-            update(layer.index + 1, len(weights.layers))
+        for number, layer in enumerate(layers, 1):
+            if not journal.done(unit_name(layer)):
+                with job.weights.loaded(layer):
+                    _solve_layer(work, layer, statistics.layers[layer.index], job.options, job.together)
+            rows.append(unit_facts(folder, layer))
+            update(number, len(layers))
     return rows
 
 
@@ -228,7 +280,7 @@ def _pool_cutoffs(
         return
     folder, journal, _ = work
     runs = profile_runs(options.profile_points)
-    units = [_unit(folder, layer) for layer in weights.layers]
+    units = [read_unit(folder, layer) for layer in weights.layers]
     ids = spaced(statistics.profile, options.profile_tokens)
     found = _profile(work, lambda: Profiler(weights.path, units, options.n_sub, options.gates), runs, ids)
     own = [unit[CUTOFFS] for unit in units]
@@ -255,7 +307,7 @@ def _profile(
 ) -> list[dict[str, Tensor]]:
     """{kl [L], slots} per run, each a journal unit: an interruption loses at most the run in flight."""
     folder, journal, report = work
-    names = [_profile_name(i) for i in range(len(runs))]
+    names = [profile_name(i) for i in range(len(runs))]
     todo = [(name, *run) for name, run in zip(names, runs, strict=True) if not journal.done(name)]
     if todo:
         with report("sensitivity") as update:
@@ -263,45 +315,12 @@ def _profile(
             for i, (name, rule, budget) in enumerate(todo):
                 kl, slots = profiler.alone(rule, budget, ids, _part(update, i, len(todo)))
                 journal.finish(name, folder.save_tensors(name, {"kl": kl, "slots": torch.tensor(slots)}))
-    return [_run(folder.work / name) for name in names]
-
-
-def _run(path: Path) -> dict[str, Tensor]:
-    found = read_tensors(path)
-    if {name: t.ndim for name, t in found.items()} != {"kl": 1, "slots": 0} or found["slots"].dtype != torch.int64:
-        raise CorruptError(f"{path} is no profile of layers", AGAIN)
-    check_finite("kl", found["kl"], path.name)
-    return found
+    return [profile_run(folder.work / name) for name in names]
 
 
 def _part(update: Update, i: int, parts: int) -> Update:
     """Progress of the i-th of several equal parts as progress of the whole."""
     return lambda done, total: update(i * total + done, parts * total)
-
-
-def _profile_name(point: int) -> str:
-    return f"profile-{point:02d}.safetensors"
-
-
-def _unit_name(layer: MoELayer) -> str:
-    return f"unit-{layer.index:03d}.safetensors"
-
-
-def _unit(folder: OutputFolder, layer: MoELayer) -> dict[str, Tensor]:
-    path = folder.work / _unit_name(layer)
-    tensors, shape = read_tensors(path), (layer.num_experts, layer.width)
-    for name, dtype in ((PERM, torch.int32), (IMPORTANCE, torch.float32)):
-        if name not in tensors or (tensors[name].dtype, tuple(tensors[name].shape)) != (dtype, shape):
-            raise CorruptError(f"{path}: '{name}' must be {list(shape)} for '{layer.name}'", AGAIN)
-    check_values(str(path), {name: tensor for name, tensor in tensors.items() if name not in WORKING})
-    return tensors
-
-
-def _unit_facts(folder: OutputFolder, layer: MoELayer) -> dict[str, Any]:
-    path = folder.work / _unit_name(layer)
-    text = read_header(path).metadata.get("facts", "")
-    facts = check(LayerForm, decode(text.encode(), str(path), AGAIN), str(path), AGAIN)
-    return facts.model_dump(exclude_unset=True)
 
 
 def _facts(
@@ -329,35 +348,3 @@ def _facts(
 def _summary(statistics: Statistics) -> dict[str, Any]:
     wanted = ("text", "text_source", "domains", "read", "tokens", "documents", "capacity")
     return {key: statistics.facts[key] for key in wanted if key in statistics.facts}
-
-
-def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str, Any]) -> None:
-    """prism.safetensors and the model card; work files leave, so that what is renamed is only the result."""
-    side = {
-        f"layers.{layer.index}.{name}": tensor
-        for layer in weights.layers
-        for name, tensor in _unit(folder, layer).items()
-        if name not in WORKING
-    }
-    if (folder.work / CUTOFFS_FILE).exists():
-        side |= read_tensors(folder.work / CUTOFFS_FILE)
-    folder.save_tensors(SIDE_FILE, side, {"format": "pt"})
-    folder.write_bytes("README.md", model_card(facts, weights.model.config.model_type).encode())
-    # vLLM loads every *.safetensors of a folder that has no index: name the weights, so that the side file is not taken for them
-    index, single = folder.work / "model.safetensors.index.json", folder.work / "model.safetensors"
-    if single.exists() and not index.exists():
-        folder.write_bytes(index.name, single_index(single))
-    for layer in weights.layers:
-        folder.discard(_unit_name(layer))
-    discard_snapshots(folder)
-    folder.discard(CUTOFFS_FILE)
-    for i in range(1 + facts["options"]["profile_points"]):
-        folder.discard(_profile_name(i))
-
-
-def single_index(single: Path) -> bytes:
-    """An index that names one file of weights, for tools that would else take every safetensors file of a folder for weights."""
-    names = sorted(info.name for info in read_header(single).tensors)
-    return json.dumps(
-        {"metadata": {"total_size": single.stat().st_size}, "weight_map": dict.fromkeys(names, single.name)}, indent=1
-    ).encode()

@@ -17,6 +17,7 @@ from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
 from ..calibrate.statistics import LayerStatistics, Statistics
 from ..checkpoint import Journal, OutputFolder, check_finite, read_header, source_facts, write_manifest
+from ..checkpoint.formats.requantize import TOGETHER, Counts
 from ..data import Windows
 from ..elastic.rules.threshold import kept_shares, pool_cutoffs
 from ..elastic.side_tensors import CUTOFFS, LAYER_BUDGETS, SHARES, check_values
@@ -37,7 +38,7 @@ from .refactor_card import model_card
 from .refactor_layers import Units, solve_layers
 from .rehearsal import begin, check_early
 from .resources import check_width, needed_by
-from .solve_layer import IMPORTANCE, PERM, WORKING, solve
+from .solve_layer import IMPORTANCE, PERM, PRODUCTS, WORKING, solve
 from .which_text import with_text
 
 CUTOFFS_FILE = "cutoffs.safetensors"
@@ -134,7 +135,7 @@ def refactor(
         with work.report("write") as update:
             units = partial(_unit, folder)
             kept = weights.rewrite(
-                folder, work.journal, lambda layer: units(layer)[PERM], update, lambda layer: units(layer)[IMPORTANCE]
+                folder, work.journal, lambda layer: units(layer)[PERM], update, lambda layer: _counts(units(layer))
             )
         facts = _facts(weights, source, options, rows, given)
         if aligned:
@@ -277,11 +278,19 @@ def _unit_name(layer: MoELayer) -> str:
 def _unit(folder: OutputFolder, layer: MoELayer) -> dict[str, Tensor]:
     path = folder.work / _unit_name(layer)
     tensors, shape = read_tensors(path), (layer.num_experts, layer.width)
-    for name, dtype in ((PERM, torch.int32), (IMPORTANCE, torch.float32)):
-        if name not in tensors or (tensors[name].dtype, tuple(tensors[name].shape)) != (dtype, shape):
-            raise CorruptError(f"{path}: '{name}' must be {list(shape)} for '{layer.name}'", AGAIN)
+    wanted = {PERM: (torch.int32, shape), IMPORTANCE: (torch.float32, shape)}
+    if PRODUCTS in tensors:
+        wanted[PRODUCTS] = (torch.float32, (layer.num_experts, -(-layer.width // TOGETHER), TOGETHER, TOGETHER))
+        check_finite(PRODUCTS, tensors[PRODUCTS], path.name)
+    for name, form in wanted.items():
+        if name not in tensors or (tensors[name].dtype, tuple(tensors[name].shape)) != form:
+            raise CorruptError(f"{path}: '{name}' must be {list(form[1])} for '{layer.name}'", AGAIN)
     check_values(str(path), {name: tensor for name, tensor in tensors.items() if name not in WORKING})
     return tensors
+
+
+def _counts(unit: Mapping[str, Tensor]) -> Counts:
+    return Counts(unit[IMPORTANCE], unit.get(PRODUCTS))
 
 
 def _unit_facts(folder: OutputFolder, layer: MoELayer) -> dict[str, Any]:

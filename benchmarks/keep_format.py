@@ -1,9 +1,10 @@
-"""What keeping a quantized source's format costs: KL of `refactor --keep-format` and `--keep-codes` against the quantized nano.
+"""What keeping a quantized source's format costs: KL of `refactor --keep-format` against the quantized nano, on held-out text.
 
-    python benchmarks/keep_format.py [--forms fp8,ct-mxfp4,nvfp4,int4,awq] [--plain-scales]
+    python benchmarks/keep_format.py [--forms fp8,ct-mxfp4,nvfp4,int4,awq] [--against nearest,plain,codes]
 
-Baseline in the same run, with --plain-scales: scales that reach each group's largest value, not searched and every neuron alike.
-Nano's experts are 128 wide, so FP8 has blocks of 32 x 32 here to have four of them. Forms: tests/checkpoint/quantized.py.
+Baselines in the same run: `nearest`, every code the nearest one to its weight, in the same scales; `plain`, also scales that reach each
+group's largest value, not searched and every neuron alike; `codes`, what --keep-codes gives. Nano's experts are 128 wide, so FP8 has
+blocks of 32 x 32 here to have four of them. Forms: tests/checkpoint/quantized.py.
 """
 
 from __future__ import annotations
@@ -31,44 +32,53 @@ BLOCK = (32, 32)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forms", default="fp8,ct-mxfp4,nvfp4,int4,awq")
-    parser.add_argument("--plain-scales", action="store_true")
+    parser.add_argument("--against", default="nearest")
     given = parser.parse_args()
+    against = given.against.split(",") if given.against else []
     settings = {**quantized.FORMS["fp8"][0], "weight_block_size": list(BLOCK)}
     quantized.FORMS["fp8"] = (settings, lambda w: quantized.fp8(w, BLOCK))
-    print(f"{'form':12} {'searched KL':>12} {'error':>8} {'plain KL':>9} {'ratio':>6} {'codes KL':>10}")
+    print(f"{'form':12} {'KL':>9} {'error':>8} " + " ".join(f"{name:>9}" for name in against))
     for form in given.forms.split(","):
         with tempfile.TemporaryDirectory() as work:
             root = Path(work)
             quantized.quantize(NANO, root / "q", form)
             calibrate_model(root / "q", root / "calibration", CALIBRATION)
-            searched = kept(root, "format")
-            plain = with_plain_scales(root) if given.plain_scales else None
-            codes = kept(root, "codes")
-            ratio = f"{searched['kl'] / plain['kl']:.2f}" if plain else "-"
-            shown = f"{plain['kl']:.5f}" if plain else "-"
-            row = f"{searched['kl']:12.5f} {searched['relative_error']:8.4f} {shown:>9} {ratio:>6} {codes['kl']:10.2e}"
-            print(f"{form:12} {row}", flush=True)
+            own = kept(root)
+            others = " ".join(f"{BASELINES[name](root)['kl']:9.2e}" for name in against)
+            print(f"{form:12} {own['kl']:9.5f} {own['relative_error']:8.4f} {others}", flush=True)
 
 
-def kept(root: Path, keep: str) -> dict[str, Any]:
+def kept(root: Path, keep: str = "format") -> dict[str, Any]:
     options = RefactorOptions(profile_tokens=0, keep_format=keep == "format", keep_codes=keep == "codes", calibration=CALIBRATION)
     done = refactor(root / "q", root / "out", options, calibration=root / "calibration", force=True)
     facts: dict[str, Any] = done.manifest["kept_format"]
     return facts
 
 
-def with_plain_scales(root: Path) -> dict[str, Any]:
+def nearest(root: Path) -> dict[str, Any]:
+    before = keep_format._neighbours
+    try:
+        keep_format._neighbours = lambda *_: None
+        return kept(root)
+    finally:
+        keep_format._neighbours = before
+
+
+def plain(root: Path) -> dict[str, Any]:
     kinds = (grids.Integers, grids.Float4, grids.Float8)
-    before = [kind.ratios for kind in kinds], requantize.REFITS, keep_format.importances
+    before = [kind.ratios for kind in kinds], requantize.REFITS, keep_format.column_counts
     try:
         for kind in kinds:
             kind.ratios = (1.0,)
-        requantize.REFITS, keep_format.importances = 0, lambda *_: {}
-        return kept(root, "format")
+        requantize.REFITS, keep_format.column_counts = 0, lambda *_: {}
+        return kept(root)
     finally:
         for kind, ratios in zip(kinds, before[0], strict=True):
             kind.ratios = ratios
-        requantize.REFITS, keep_format.importances = before[1:]
+        requantize.REFITS, keep_format.column_counts = before[1:]
+
+
+BASELINES = {"nearest": nearest, "plain": plain, "codes": lambda root: kept(root, "codes")}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_prism.checkpoint.formats import source_formats
-from moe_prism.checkpoint.formats.requantize import move, quantize
+from moe_prism.checkpoint.formats.requantize import TOGETHER, Counts, move, quantize
 
 from . import quantized
 
@@ -96,4 +96,35 @@ def test_important_columns_keep_more(stored):
     def lost(found):
         return float(((found.values() - wanted).square() * importance).sum())
 
-    assert lost(quantize(wanted, matrix, importance)) <= lost(quantize(wanted, matrix)) * (1 + 1e-6)
+    assert lost(quantize(wanted, matrix, Counts(importance))) <= lost(quantize(wanted, matrix)) * (1 + 1e-6)
+
+
+def test_neighbours_take_up_what_rounding_leaves(stored):
+    """Inputs of few directions: the same scales, and a smaller error of the output on rows that the codes were not chosen on."""
+    matrix = one(stored[2])
+    if matrix.group[1] in (1, COLUMNS):
+        pytest.skip("its columns move exactly")
+    wanted = matrix.values()[:, torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(1))]
+    inputs = torch.randn(1024, 12, generator=torch.Generator().manual_seed(2)) @ torch.randn(
+        12, COLUMNS, generator=torch.Generator().manual_seed(3)
+    )
+    seen, other = inputs[:512].unflatten(1, (-1, TOGETHER)).movedim(0, 1), inputs[512:]
+    alone = inputs[:512].square().mean(0).sqrt()
+    apart, together = quantize(wanted, matrix, Counts(alone)), quantize(wanted, matrix, Counts(alone, seen.mT @ seen / 512))
+    assert torch.equal(apart.scales, together.scales)
+
+    def lost(found):
+        return float((other @ (found.values() - wanted).T).square().sum())
+
+    assert lost(together) <= 0.8 * lost(apart)
+
+
+def test_a_last_block_that_is_not_full_is_fed_back_alone():
+    like = source_formats.get("compressed-tensors")(quantized.FORMS["int4"][0])
+    w = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
+    made, _ = quantized.ct_int4(torch.nn.functional.pad(w, (0, 24)).numpy())
+    matrix = one(like.matrix({ROLES[end]: t for end, t in made.items() if end in ROLES}))
+    inputs = torch.randn(256, 40)
+    blocks = torch.nn.functional.pad(inputs, (0, 24)).unflatten(1, (-1, TOGETHER)).movedim(0, 1)
+    found = quantize(w, matrix, Counts(torch.ones(40), blocks.mT @ blocks / 256))
+    assert found.codes.shape == (16, 40) and (found.values() - w).abs().max() < 0.5

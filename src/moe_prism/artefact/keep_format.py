@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..checkpoint import DequantizedSource, Journal, LayerStream, OutputFolder, 
 from ..checkpoint.atomic import raw_bytes
 from ..checkpoint.convert import ADVICE
 from ..checkpoint.formats import CodedMatrix, StoredWeight
-from ..checkpoint.formats.requantize import Moved, move
+from ..checkpoint.formats.requantize import TOGETHER, Counts, Moved, move
 from ..errors import CorruptError, UsageError
 from ..model import MoELayer
 from .load import read_tensors
@@ -83,17 +83,30 @@ def orders(stream: LayerStream, layer: MoELayer, perm: Tensor) -> dict[str, Orde
     return {name: Order(*(reversed(pair) if swap[name] else pair)) for name, pair in found.items()}
 
 
-def importances(stream: LayerStream, layer: MoELayer, importance: Tensor) -> dict[str, Tensor]:
-    """importance [E, f], one number per neuron, as one per column [.., i] of the matrices on disk that read those neurons."""
-    source, found = quantized(stream), dict[str, Tensor]()
+def column_counts(stream: LayerStream, layer: MoELayer, counts: Counts) -> dict[str, Counts]:
+    """`counts` of neurons [E, f] (and of neighbours [E, ceil(f / 32), 32, 32]) as those of the columns [.., i] that read them on disk."""
+    source, found = quantized(stream), dict[str, Counts]()
+    numbers = torch.arange(1.0, layer.num_experts * layer.width + 1).reshape(layer.num_experts, 1, layer.width)
     with stream.module(layer.name, read=lambda name: torch.zeros(source.info(name).shape)), torch.no_grad():
-        layer.down.copy_(importance[:, None].expand(layer.down.shape))
+        layer.down.copy_(numbers.expand(layer.down.shape))
         spread = stream.disk_form(stream.state(layer.name))
     for name in stream.disk_names(layer.name):
         weight = source.stored_weights.get(name)
         if weight and spread[name].any():
-            found[name] = spread[name][..., 0] if weight.transposed else spread[name][..., 0, :]
+            neurons = (spread[name][..., 0] if weight.transposed else spread[name][..., 0, :]).long() - 1
+            together = None if counts.together is None else _neighbours(counts.together, neurons, layer.width)
+            found[name] = Counts(counts.alone.flatten()[neurons], together)
     return found
+
+
+def _neighbours(together: Tensor, neurons: Tensor, width: int) -> Tensor | None:
+    """Of the blocks of all experts, those of columns that read these neurons; None where they do not lie side by side."""
+    first, inside = neurons[..., ::TOGETHER], torch.arange(neurons.shape[-1]) % TOGETHER
+    if bool((first % width % TOGETHER).any()) or not torch.equal(
+        first.repeat_interleave(TOGETHER, -1)[..., : len(inside)] + inside, neurons
+    ):
+        return None
+    return together.flatten(0, 1)[first // width * together.shape[1] + first % width // TOGETHER]
 
 
 def neuron_group(stream: LayerStream, layer: MoELayer) -> int:
@@ -126,12 +139,14 @@ def stored_bytes(stream: LayerStream, layer: MoELayer) -> float:
 class QuantizedWriter:
     """Writes one output shard at a time in the format of the source.
 
-    importance: [E, f] of a layer, in its new order: what an error at each neuron's output weights counts. None where no code may change,
+    counts: of a layer's neurons [E, f], in its new order: what errors in their output weights count. None where no code may change,
     which is a UsageError then.
     """
 
-    def __init__(self, stream: LayerStream, perms: Permute, layers: Sequence[MoELayer], importance: Permute | None) -> None:
-        self.stream, self.source, self._perms, self._importance = stream, quantized(stream), perms, importance
+    def __init__(
+        self, stream: LayerStream, perms: Permute, layers: Sequence[MoELayer], counts: Callable[[MoELayer], Counts] | None
+    ) -> None:
+        self.stream, self.source, self._perms, self._counts = stream, quantized(stream), perms, counts
         self._layers = {layer.name: layer for layer in layers}
         self._owned = {layer.name: stream.disk_names(layer.name) for layer in layers}
 
@@ -152,7 +167,7 @@ class QuantizedWriter:
 
     def _layer(self, layer: MoELayer, inside: Mapping[str, TensorInfo], file: BinaryIO, sums: Sums) -> Sums:
         perm = self._perms(layer)
-        counts = importances(self.stream, layer, self._importance(layer)) if self._importance else {}
+        counts = column_counts(self.stream, layer, self._counts(layer)) if self._counts else {}
         for name, order in orders(self.stream, layer, perm).items():
             weight = self.source.stored_weights[name]
             if not any(part in inside for part in weight.parts.values()):
@@ -174,16 +189,16 @@ class QuantizedWriter:
         return sums
 
     def _moved(
-        self, name: str, weight: StoredWeight, order: Order, counts: Tensor | None
+        self, name: str, weight: StoredWeight, order: Order, counts: Counts | None
     ) -> tuple[dict[str, Tensor], list[Moved]]:
         parts = {role: self.source.raw.tensor(part) for role, part in weight.parts.items()}
         matrix = self.source.form.matrix(parts)
         if matrix.codes.ndim == 2:
             moves = [move(matrix, order.rows, order.columns, counts)]
         else:
-            each = counts if counts is not None else [None] * len(matrix.codes)
+            each = [None if counts is None else _of(counts, i) for i in range(len(matrix.codes))]
             moves = [move(m, rows, columns, c) for m, rows, columns, c in zip(matrix.each(), *order, each, strict=True)]
-        if self._importance is None and any(m.again for m in moves):
+        if self._counts is None and any(m.again for m in moves):
             raise UsageError(f"the partition cuts groups of '{name}'", "leave --keep-codes out, or build the partition again")
         return self.source.form.tensors(_joined(moves, matrix), parts), moves
 
@@ -231,6 +246,10 @@ def _read_sums(path: Path) -> Tensor:
 
 def _sums_of(shard: str) -> str:
     return f"moved-{shard}"
+
+
+def _of(counts: Counts, expert: int) -> Counts:
+    return Counts(counts.alone[expert], None if counts.together is None else counts.together[expert])
 
 
 def _joined(moves: Sequence[Moved], like: CodedMatrix) -> CodedMatrix:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checkpoint import DequantizedSource, Journal, LayerStream, OutputFolder, check_finite, companion_facts
 from ..checkpoint.dequantized import WRITTEN
+from ..checkpoint.formats.requantize import Counts
 from ..checkpoint.gguf_file import expert_bytes
 from ..errors import UsageError
 from ..heap import return_large_buffers
@@ -136,14 +137,14 @@ class Weights:
         journal: Journal,
         permute: Callable[[MoELayer], Tensor],
         update: Update,
-        importance: Callable[[MoELayer], Tensor] | None = None,
+        counts: Callable[[MoELayer], Counts] | None = None,
     ) -> dict[str, Any] | None:
         """Write the checkpoint again with these orders of neurons. Returns what moving cost where the source's format is kept.
 
-        importance: what an error in a neuron's output weights counts, [E, f] of a layer in its new order; needed where codes may change.
+        counts: what errors in the output weights of a layer's neurons count, in its new order; needed where codes may change.
         """
         if self.stream and self.keep:
-            writer = QuantizedWriter(self.stream, permute, self.layers, None if self.keep == "codes" else importance)
+            writer = QuantizedWriter(self.stream, permute, self.layers, None if self.keep == "codes" else counts)
             return {"format": writer.source.form.name, "moved": self.keep, **rewrite_quantized(writer, folder, journal, update)}
         if self.stream:
             rewrite_shards(self.stream, permute, folder, journal, self.layers, update)

@@ -33,10 +33,10 @@ from .distance import TOKENS, distance_between, evaluation_windows
 from .profile_layers import Profiler, budget_tensors, profile_runs, spaced, unit_cost
 from .refactor_files import CUTOFFS_FILE, write_side_files
 from .refactor_layers import Units, solve_layers
-from .refactor_units import Shard, Solved, join, profile_name, profile_run, read_unit, unit_facts, unit_name
+from .refactor_units import Shard, Solved, counts, join, profile_name, profile_run, read_unit, unit_facts, unit_name
 from .rehearsal import begin, check_early
 from .resources import check_width, needed_by
-from .solve_layer import IMPORTANCE, PERM, solve
+from .solve_layer import PERM, solve
 from .which_text import with_text
 
 
@@ -106,7 +106,7 @@ def refactor(
         with work.report("write") as update:
             units = partial(read_unit, folder)
             kept = weights.rewrite(
-                folder, work.journal, lambda layer: units(layer)[PERM], update, lambda layer: units(layer)[IMPORTANCE]
+                folder, work.journal, lambda layer: units(layer)[PERM], update, lambda layer: counts(units(layer))
             )
         facts = _facts(weights, job.source, options, rows, given)
         if job.aligned:

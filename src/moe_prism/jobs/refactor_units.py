@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..artefact.load import read_tensors
 from ..checkpoint import Journal, OutputFolder, check_finite, read_header
 from ..checkpoint.atomic import JOURNAL, sha256_file
+from ..checkpoint.formats.requantize import TOGETHER, Counts
 from ..elastic.side_tensors import check_values
 from ..errors import CorruptError, UsageError
 from ..model import MoELayer
@@ -21,7 +22,7 @@ from ..result import Result
 from ..schema import check, decode, read_form
 from ..schema.journal import JournalForm
 from ..schema.manifest import LayerForm
-from .solve_layer import IMPORTANCE, PERM, WORKING
+from .solve_layer import IMPORTANCE, PERM, PRODUCTS, WORKING
 
 AGAIN = "use --force to start again"
 
@@ -108,11 +109,20 @@ def read_unit(folder: OutputFolder, layer: MoELayer) -> dict[str, Tensor]:
     """The tensors of a solved layer. CorruptError where they are not of its shape."""
     path = folder.work / unit_name(layer)
     tensors, shape = read_tensors(path), (layer.num_experts, layer.width)
-    for name, dtype in ((PERM, torch.int32), (IMPORTANCE, torch.float32)):
-        if name not in tensors or (tensors[name].dtype, tuple(tensors[name].shape)) != (dtype, shape):
-            raise CorruptError(f"{path}: '{name}' must be {list(shape)} for '{layer.name}'", AGAIN)
+    wanted = {PERM: (torch.int32, shape), IMPORTANCE: (torch.float32, shape)}
+    if PRODUCTS in tensors:
+        wanted[PRODUCTS] = (torch.float32, (layer.num_experts, -(-layer.width // TOGETHER), TOGETHER, TOGETHER))
+        check_finite(PRODUCTS, tensors[PRODUCTS], path.name)
+    for name, form in wanted.items():
+        if name not in tensors or (tensors[name].dtype, tuple(tensors[name].shape)) != form:
+            raise CorruptError(f"{path}: '{name}' must be {list(form[1])} for '{layer.name}'", AGAIN)
     check_values(str(path), {name: tensor for name, tensor in tensors.items() if name not in WORKING})
     return tensors
+
+
+def counts(unit: Mapping[str, Tensor]) -> Counts:
+    """What an error in a solved layer's output weights counts."""
+    return Counts(unit[IMPORTANCE], unit.get(PRODUCTS))
 
 
 def unit_facts(folder: OutputFolder, layer: MoELayer) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..calibrate.statistics import STARVED, LayerStatistics
+from ..checkpoint.formats.requantize import TOGETHER
 from ..elastic import LayerParts, compensate
 from ..elastic.compensate import Compensator
 from ..elastic.rules.threshold import QUANTILES, fit_cutoffs
@@ -24,8 +25,8 @@ from ..partition.base import Floats, Ints
 from ..partition.parallel import solve_layer
 from ..partition.weights import weight_fallback
 
-PERM, IMPORTANCE = "perm", "importance"
-WORKING = (PERM, IMPORTANCE)
+PERM, IMPORTANCE, PRODUCTS = "perm", "importance", "products"
+WORKING = (PERM, IMPORTANCE, PRODUCTS)
 """Tensors of a solved layer that the artefact does not hold."""
 
 
@@ -35,8 +36,8 @@ def solve(
     """(tensors, facts) of one layer whose weights are loaded; the weights are left in the new order.
 
     unit: so many neighbouring neurons move together; the best unit of a sub-expert comes first, and its first neurons are the gates.
-    tensors: perm [E, f] int32, importance [E, f] (see `_importance`), ridge, cutoffs, what compensation reads. facts: experts, width,
-    cost_share (mean), starved experts.
+    tensors: perm [E, f] int32, importance [E, f] (see `_importance`), products (see `_products`) where codes are rounded again, ridge,
+    cutoffs, what compensation reads. facts: experts, width, cost_share (mean), starved experts.
     """
     samples, weights, starved = _samples(statistics, layer)
     mass = [layer.activations(e, x).abs().float().numpy() for e, x in enumerate(samples)]
@@ -80,9 +81,11 @@ def solve(
         "cost_share": round(float(np.mean(shares)), 6),
         "starved": starved,
     }
+    again = {PRODUCTS: _products(layer, samples, weights)} if options.keep == "format" else {}
     return {
         PERM: torch.from_numpy(perm.astype(np.int32)),
         IMPORTANCE: torch.from_numpy(np.stack([_importance(*each) for each in zip(mass, weights, perm, strict=True)])),
+        **again,
         **parts.tensors,
     }, facts
 
@@ -101,6 +104,16 @@ def _importance(mass: Floats, weight: Tensor, order: Ints) -> Floats:
     """
     rms = np.sqrt(np.square(mass * weight.abs().numpy()[:, None]).mean(0))[order]
     return np.maximum(rms, 0.01 * rms.mean() + 1e-12).astype(np.float32)  # type: ignore[no-any-return]
+
+
+def _products(layer: MoELayer, samples: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """Means of h_i h_j, h = activation x routing weight, of TOGETHER neighbours in the layer's order: [E, ceil(f / 32), 32, 32]."""
+    found = []
+    for e, (x, weight) in enumerate(zip(samples, weights, strict=True)):
+        used = layer.activations(e, x).float() * weight[:, None]
+        blocks = torch.nn.functional.pad(used, (0, -layer.width % TOGETHER)).unflatten(1, (-1, TOGETHER)).movedim(0, 1)
+        found.append(blocks.mT @ blocks / max(1, len(x)))
+    return torch.stack(found)
 
 
 def _united(mass: Floats, unit: int) -> Floats:

@@ -22,6 +22,7 @@ from ..compress.quantize.decoded import KEPT_BYTES, matrices
 from ..elastic.runtime import experts_per_token
 from ..errors import DoesNotFit, UsageError
 from ..frontier.measure import BATCH
+from ..heap import return_free_memory
 from ..methods.quantize.uniform_bits import STANDING
 from ..model import MoELayer, find_layers, load_model
 from ..options.calibrate import CalibrateOptions
@@ -48,7 +49,8 @@ def needed_by(weights: Weights, options: RefactorOptions, given: Statistics | No
     layer, length = largest_layer(weights), options.calibration.length
     gathered = given_bytes(given) if given else parts["statistics_bytes"]
     experts = 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32
-    solver = 4 * sampled_rows(weights, options.calibration, capacity) * layer.width * FLOAT32
+    rows = max(sum(one.kept()) for one in given.layers) if given else sampled_rows(weights, options.calibration, capacity)
+    solver = 4 * rows * layer.width * FLOAT32
     phases = [{"weights_bytes": experts, "statistics_bytes": gathered, "solver_bytes": solver}]
     if not given:
         phases.append(parts)
@@ -188,6 +190,7 @@ def encoded_bytes(layers: Sequence[MoELayer], methods: bool) -> int:
 
 def told(parts: dict[str, int], disk: int, held: int = 0) -> dict[str, Any]:
     """As `--dry-run` shows it: the parts of the largest phase, and the process that holds them. held: bytes of them that it has by now."""
+    return_free_memory()  # what the checks have freed is there for the work: it must not count beside that
     parts = {"process_bytes": max(resident_memory() - held, LOADED) + KEPT, **parts}
     return {"peak_memory_bytes": sum(parts.values()), "disk_bytes": disk, **parts}
 

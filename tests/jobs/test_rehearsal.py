@@ -22,6 +22,8 @@ COMMANDS = {
     "frontier": ("frontier", "{elastic}", "-o", "out", "--text", "{text}", *SMALL, "--calibration-tokens", "256"),
     "trace": ("trace", "{source}", "-o", "out.npz", "--text", "{text}", *SMALL, "--prompt", "8"),
 }
+UNTIMED = ("adopt", "skip", "trace")
+"""Commands of whose work no batch is tried before."""
 
 
 @pytest.fixture
@@ -47,6 +49,7 @@ def test_every_long_command_can_be_rehearsed(name, ask, tmp_path):
     needed = json.loads(out)
     parts = [v for k, v in needed.items() if k.endswith("_bytes") and k not in ("peak_memory_bytes", "disk_bytes")]
     assert needed["peak_memory_bytes"] == sum(parts) > 2**20 and not list(tmp_path.iterdir())
+    assert (needed["seconds"] is None) == (name in UNTIMED) and (needed["seconds"] or 1) > 0
 
 
 @pytest.mark.parametrize("name", COMMANDS)

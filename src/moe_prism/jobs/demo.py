@@ -8,8 +8,10 @@ from typing import Any
 
 from ..artefact.load import load
 from ..frontier import Frontier
+from ..options.calibrate import CalibrateOptions
 from ..options.frontier import FrontierOptions
 from ..options.generate import GenerateOptions
+from ..options.refactor import RefactorOptions
 from ..progress import Report, silent
 from ..result import Result
 from .frontier import measure_frontier
@@ -19,9 +21,13 @@ from .refactor import refactor
 
 PROMPT = "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):"
 MODEL = "elastic-nano"
-RULES = ("product", "threshold")
 BUDGETS = (1.0, 0.5, 0.25)
-QUICK_TOKENS = 3072
+FULL = RefactorOptions(), FrontierOptions(rules=("product", "threshold"))
+QUICK = (
+    RefactorOptions(calibration=CalibrateOptions(tokens=16_384)),
+    FrontierOptions(rules=("threshold",), per_method=8, tokens=3072),
+)
+"""What is fitted and measured where a minute is all there is: less text, one rule, fewer points of it."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +54,16 @@ class Demo(Result):
 def run_demo(out: str | Path = "demo", *, full: bool = False, force: bool = False, report: Report = silent) -> Demo:
     """Cut prism-nano into sub-experts, measure its frontier, generate at three budgets; writes a report. A minute on two cores.
 
-    out: folder for elastic-nano/, frontier.json, report.html and frontier.png. full: measure on four times as much text.
+    out: folder for elastic-nano/, frontier.json, report.html and frontier.png. full: fit and measure on four times as much text, and
+    compare two rules.
 
     >>> import moe_prism
     >>> demo = moe_prism.run_demo("demo")
     >>> demo.in_words().startswith("In words: the model can read")
     True
     """
-    folder = Path(out)
-    refactor("nano", folder / MODEL, force=force, report=report)
-    options = FrontierOptions(rules=RULES) if full else FrontierOptions(rules=RULES, tokens=QUICK_TOKENS)
+    folder, (cut, options) = Path(out), FULL if full else QUICK
+    refactor("nano", folder / MODEL, cut, force=force, report=report)
     result = measure_frontier(folder / MODEL, options, report=report)
     model, tokenizer = load(folder / MODEL)
     generate(model, tokenizer, PROMPT, 0.5, sampling=GenerateOptions(max_tokens=4))  # the first call pays for set-up

@@ -32,7 +32,7 @@ from ..point import FULL, NamedPoint, read_points
 from ..point.base import OF_WIDTHS
 from ..progress import Report, peak_rss_bytes, silent
 from .rehearsal import begin
-from .resources import model_tree, needed_by_running
+from .resources import model_tree, needed_by_frontier
 from .which_text import with_text
 
 GIVEN = "given point"
@@ -80,9 +80,8 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     fits = any(each.needs for each in asked)
     if fits:
         calibration_ids(tokenizer, options)
-    encodes = None if options.low_memory else any(each.acts == "weights" for each in asked)
-    rows = BATCH * windows.ids.shape[1]
-    needed = needed_by_running(tree, rows=rows, cut=cut, fits=fits, low_memory=options.low_memory, encodes=encodes)
+    rows, encodes = BATCH * windows.ids.shape[1], any(each.acts == "weights" for each in asked)
+    needed = needed_by_frontier(tree, rows=rows, cut=cut, fits=fits, low_memory=options.low_memory, encodes=encodes)
     begin(needed, lasts=partial(_lasts, where, asked, windows, options, cut))
     if options.low_memory:
         with open_streamed(folder) as opened:

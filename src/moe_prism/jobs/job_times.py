@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..calibrate.run import Pass, batches
 from ..calibrate.statistics import LayerStatistics, Statistics
 from ..data import Windows
 from ..elastic import Elastic, attach
+from ..elastic.runtime import experts_per_token
 from ..forecast.work_time import Seconds, Split, remembered, timed
 from ..frontier.measure import BATCH, LOGIT_ROWS, measure
 from ..methods.base import Method, Subject
@@ -35,6 +37,7 @@ from .solve_layer import WORKING, solve
 
 FEW = 4  # experts that are solved to see how long one takes
 TRIED = 5  # points of a frontier that are run
+WARMING = 64  # rows of an expert that is solved before
 
 
 def pass_time(where: Path, windows: Windows, options: CalibrateOptions, written_: int) -> Seconds | None:
@@ -43,7 +46,7 @@ def pass_time(where: Path, windows: Windows, options: CalibrateOptions, written_
         return None
     pilot = Pilot(where)
     ids, run = windows.ids, settings(options)
-    name = pilot.name("pass", run.collectors, run.capacity, run.batch, ids.shape[1], len(run.domains))
+    name = pilot.name("pass", run.collectors, run.capacity, min(run.batch, len(ids)), ids.shape[1], len(run.domains))
     known = remembered(name, lambda: _pass_pieces(pilot, ids, options)[0])
     return _pass_total(known, pilot.layers, ids, windows.parts, run.batch) + written(written_)
 
@@ -53,18 +56,18 @@ def refactor_time(weights: Weights, text: Windows | Statistics, options: Refacto
     if weights.stream is None or options.calibration.low_memory or options.keep:
         return None
     pilot = Pilot(weights.path)
-    run, given = settings(options.calibration), isinstance(text, Statistics)
-    ids = text.profile if isinstance(text, Statistics) else text.ids
-    layer = weights.layers[0]
+    run, layer = settings(options.calibration), weights.layers[0]
     _, declared, capacity = pass_parts(weights, options.calibration)
-    rows = max(1, min(capacity, options.calibration.tokens * _k(pilot) // layer.num_experts))
+    ids = text.profile if isinstance(text, Statistics) else text.ids
+    sampled = sum(text.layers[0].kept()) if isinstance(text, Statistics) else text.tokens * _k(pilot)
+    rows = max(1, min(capacity, sampled // layer.num_experts))
     name = pilot.name(
         "refactor", options.n_sub, options.gates, options.solver, options.objective, options.compensate, options.rank,
-        options.extra_scorers, unit, rows, capacity, run.batch, ids.shape[1], len(run.domains), options.profile_tokens > 0,
+        options.extra_scorers, unit, rows, capacity, min(run.batch, len(ids)), ids.shape[1], len(run.domains), options.profile_tokens > 0,
     )  # fmt: skip
     known = remembered(name, lambda: _refactor_pieces(pilot, ids, options, rows, unit))
     total = known["solve"] * (len(weights.layers) * layer.num_experts / min(FEW, layer.num_experts))
-    if not given:
+    if not isinstance(text, Statistics):
         total += _pass_total(known, pilot.layers, ids, text.parts, run.batch) + written(2 * declared)
     if options.profile_tokens:
         total += _profile_total(known, pilot, options, ids.shape[1])
@@ -97,13 +100,18 @@ def repair_time(model: Any, windows: Windows, options: RecoverOptions, written_:
     parts = groups(elastic.layers, bands, options.memory_mib << 20)
     ids = windows.ids
     total = Seconds()
+    equations(model, elastic, parts[0][:1], ids[:1], bands)  # compiles
     for group in parts:
         found: list[Normal] = []
-        once = timed(lambda group=group, found=found: found.extend(equations(model, elastic, group, ids[:REPAIRED], bands)))
+        once = timed(partial(_sum, found, partial(equations, model, elastic, group, ids[:REPAIRED], bands)))
         few = _few_equations(found[0])
         solved = timed(few.solve) * (found[0].parts.layer.num_experts / len(few.gram[0, 0]))
         total += once * (len(ids) / REPAIRED) + solved * len(group)
     return total + written(written_)
+
+
+def _sum(found: list[Normal], sums: Callable[[], list[Normal]]) -> None:
+    found.extend(sums())
 
 
 def _few_equations(normal: Normal) -> Normal:
@@ -115,12 +123,16 @@ def _few_equations(normal: Normal) -> Normal:
 
 
 def _pass_pieces(pilot: Pilot, ids: Tensor, options: CalibrateOptions) -> tuple[dict[str, Seconds], LayerStatistics]:
-    """The first batch of a pass and a later one, inside the layer and outside; and what the layer's collectors then hold."""
+    """The first batch of a pass and a later one, inside the layer and outside; and what the layer's collectors then hold.
+
+    A window goes before them: what is only done once must not count per layer.
+    """
     run = settings(options)
     text = ids[: 2 * run.batch]
     with pilot.there():
         work = Pass(pilot.model, [pilot.layer], run)
         parts = [(run.domains[0], len(text))] if run.domains else []
+        Pass(pilot.model, [pilot.layer], run).run(text[:1], parts=parts)
         first = pilot.split(lambda: work.run(text[: run.batch], parts=parts))
         later = pilot.split(lambda: work.run(text, parts=parts)) if len(text) > run.batch else first
         found = work.gathered(0)
@@ -133,7 +145,7 @@ def _pass_pieces(pilot: Pilot, ids: Tensor, options: CalibrateOptions) -> tuple[
 def _pass_total(known: Mapping[str, Seconds], layers: int, ids: Tensor, parts: Sequence[tuple[str, int]], size: int) -> Seconds:
     first, later = (Split(known[f"{when} inside"], known[f"{when} outside"]).of(layers) for when in ("first", "later"))
     full = [len(batch.ids) / size for batch in batches(ids, size, parts)]
-    return known["load"] + first * min(1.0, full[0]) + later * sum(full[1:])
+    return known["load"] + first + later * sum(full[1:])
 
 
 def _refactor_pieces(pilot: Pilot, ids: Tensor, options: RefactorOptions, rows: int, unit: int) -> dict[str, Seconds]:
@@ -141,12 +153,12 @@ def _refactor_pieces(pilot: Pilot, ids: Tensor, options: RefactorOptions, rows: 
     pieces, found = _pass_pieces(pilot, ids, options.calibration)
     count = min(FEW, pilot.layer.num_experts)
     with pilot.there():
-        layer, sample = few_experts(pilot.layer, found, count, rows)
-        solved: list[dict[str, Tensor]] = []
-        pieces["solve"] = timed(lambda: solved.append(solve(layer, sample, options, unit)[0]))
+        solve(*few_experts(pilot.layer, found, 1, min(rows, WARMING)), options, unit)  # compiles
+        few, solved = few_experts(pilot.layer, found, count, rows), dict[str, Tensor]()
+        pieces["solve"] = timed(lambda: solved.update(solve(*few, options, unit)[0]))
         if not options.profile_tokens:
             return pieces
-        tensors = for_all({k: v for k, v in solved[0].items() if k not in WORKING}, pilot.layer.num_experts)
+        tensors = for_all({k: v for k, v in solved.items() if k not in WORKING}, pilot.layer.num_experts)
         attach(pilot.model, options.n_sub, gates=options.gates, tensors=[tensors], layers=[pilot.layer])
         [point] = alone_points(*profile_runs(0)[0], 1)
         full, own = _runs(pilot, ids[: _profile_batch(ids)], [[], [point]])
@@ -174,7 +186,7 @@ def _runs(pilot: Pilot, ids: Tensor, points: Sequence[Sequence[OperatingPoint]])
     """What measuring each list of points takes on one batch, after a turn that compiles and prepares."""
     size = max(1, len(ids))
     measure(pilot.model, ids, points[-1], batch=size)
-    return [pilot.split(lambda own=own: measure(pilot.model, ids, own, batch=size)) for own in points]
+    return [pilot.split(partial(measure, pilot.model, ids, own, batch=size)) for own in points]
 
 
 def _frontier_pieces(
@@ -209,6 +221,4 @@ def _frontier_pieces(
 
 
 def _k(pilot: Pilot) -> int:
-    from ..elastic.runtime import experts_per_token
-
     return experts_per_token(pilot.model, pilot.layer)

@@ -41,7 +41,8 @@ class Pilot:
     @property
     def bytes(self) -> int:
         """Of all parameters in float32."""
-        return sum(p.numel() for p in self.model.parameters()) * torch.float32.itemsize
+        count: int = sum(p.numel() for p in self.model.parameters())
+        return count * torch.float32.itemsize
 
     @contextmanager
     def there(self) -> Iterator[None]:
@@ -67,7 +68,7 @@ class Pilot:
 
     def load(self) -> Seconds:
         """Of reading the whole model, by reading the layer once."""
-        here = sum(p.numel() for p in self.model.get_submodule(self._name).parameters()) * torch.float32.itemsize
+        here: int = sum(p.numel() for p in self.model.get_submodule(self._name).parameters()) * torch.float32.itemsize
 
         def read() -> None:
             with self.stream.module(self._name):

@@ -22,6 +22,7 @@ from ..compress.quantize.decoded import KEPT_BYTES, matrices
 from ..elastic.runtime import experts_per_token
 from ..errors import DoesNotFit, UsageError
 from ..frontier.measure import BATCH
+from ..heap import return_free_memory
 from ..methods.quantize.uniform_bits import STANDING
 from ..model import MoELayer, find_layers, load_model
 from ..options.calibrate import CalibrateOptions
@@ -37,6 +38,7 @@ KEPT = 80 << 20  # threads, text, and what the allocator keeps
 FLOAT32 = 4
 LOGITS_HELD = 5  # of the source and of a point, as logits, as log-probabilities, and what their difference is computed in
 KERNELS = 72 << 20  # compiled for sub-experts
+REPORT = 330 << 20  # altair, and what draws a page's charts: a browser's engine
 RUNNING = ("weights_bytes", "side_bytes", "activations_bytes", "logits_bytes")
 
 
@@ -48,7 +50,8 @@ def needed_by(weights: Weights, options: RefactorOptions, given: Statistics | No
     layer, length = largest_layer(weights), options.calibration.length
     gathered = given_bytes(given) if given else parts["statistics_bytes"]
     experts = 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32
-    solver = 4 * sampled_rows(weights, options.calibration, capacity) * layer.width * FLOAT32
+    rows = max(sum(one.kept()) for one in given.layers) if given else sampled_rows(weights, options.calibration, capacity)
+    solver = 4 * rows * layer.width * FLOAT32
     phases = [{"weights_bytes": experts, "statistics_bytes": gathered, "solver_bytes": solver}]
     if not given:
         phases.append(parts)
@@ -145,14 +148,11 @@ def model_tree(where: Path | str) -> Any:
     return LayerStream(path, torch.float32).model if path.is_dir() else load_model(path, torch.float32)
 
 
-def needed_by_running(
-    model: Any, *, rows: int, cut: int, fits: bool = False, low_memory: bool = False, encodes: bool | None = None
-) -> dict[str, Any]:
+def needed_by_running(model: Any, *, rows: int, cut: int, fits: bool = False, low_memory: bool = False) -> dict[str, Any]:
     """What a command needs that loads the model and runs text through it.
 
     rows: tokens that run together; cut: sub-experts per expert (1: whole experts, without side tensors); fits: whether methods gather
-    statistics of their own; low_memory: whether one decoder layer is in memory at a time; encodes: of a model that runs with its experts
-    in fewer bits, whether methods encode more than int8 and int4.
+    statistics of their own; low_memory: whether one decoder layer is in memory at a time.
     """
     layers = find_layers(model)
     config = model.config.get_text_config()
@@ -167,9 +167,19 @@ def needed_by_running(
         "logits_bytes": LOGITS_HELD * rows * config.vocab_size * FLOAT32,
         "kernels_bytes": KERNELS if cut > 1 else 0,
     }
-    if encodes is not None:
-        parts["encoded_bytes"] = encoded_bytes(layers, encodes)
     return told(parts, 0)
+
+
+def needed_by_frontier(model: Any, *, rows: int, cut: int, fits: bool, low_memory: bool, encodes: bool) -> dict[str, Any]:
+    """What measuring operating points needs, and the report that is written after that, when the model is still there.
+
+    encodes: whether methods run the model with its experts in fewer bits, beside int8 and int4. The rest as `needed_by_running`.
+    """
+    needed = needed_by_running(model, rows=rows, cut=cut, fits=fits, low_memory=low_memory)
+    measured = {name: needed[name] for name in (*RUNNING, "kernels_bytes")}
+    measured["encoded_bytes"] = 0 if low_memory else encoded_bytes(find_layers(model), encodes)
+    kept = {name: measured[name] for name in ("weights_bytes", "side_bytes", "kernels_bytes", "encoded_bytes")}
+    return told(largest([measured, {**kept, "report_bytes": REPORT}]), 0)
 
 
 def encoded_bytes(layers: Sequence[MoELayer], methods: bool) -> int:
@@ -188,6 +198,7 @@ def encoded_bytes(layers: Sequence[MoELayer], methods: bool) -> int:
 
 def told(parts: dict[str, int], disk: int, held: int = 0) -> dict[str, Any]:
     """As `--dry-run` shows it: the parts of the largest phase, and the process that holds them. held: bytes of them that it has by now."""
+    return_free_memory()  # what the checks have freed is there for the work: it must not count beside that
     parts = {"process_bytes": max(resident_memory() - held, LOADED) + KEPT, **parts}
     return {"peak_memory_bytes": sum(parts.values()), "disk_bytes": disk, **parts}
 

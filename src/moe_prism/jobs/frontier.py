@@ -78,7 +78,9 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     fits = any(each.needs for each in asked)
     if fits:
         calibration_ids(tokenizer, options)
-    begin(needed_by_running(tree, rows=BATCH * windows.ids.shape[1], cut=cut, fits=fits, low_memory=options.low_memory))
+    length = windows.ids.shape[1]
+    back = length if any("gradients" in getattr(each, "collectors", ()) for each in asked) else 0
+    begin(needed_by_running(tree, rows=BATCH * length, cut=cut, fits=fits, back=back, low_memory=options.low_memory))
     if options.low_memory:
         with open_streamed(folder) as opened:
             return _measure(opened, asked, named, windows, options, report)

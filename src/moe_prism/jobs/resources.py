@@ -132,11 +132,13 @@ def model_tree(where: Path | str) -> Any:
     return LayerStream(path, torch.float32).model if path.is_dir() else load_model(path, torch.float32)
 
 
-def needed_by_running(model: Any, *, rows: int, cut: int, fits: bool = False, low_memory: bool = False) -> dict[str, Any]:
+def needed_by_running(
+    model: Any, *, rows: int, cut: int, fits: bool = False, back: int = 0, low_memory: bool = False
+) -> dict[str, Any]:
     """What a command needs that loads the model and runs text through it.
 
     rows: tokens that run together; cut: sub-experts per expert (1: whole experts, without side tensors); fits: whether methods gather
-    statistics of their own; low_memory: whether one decoder layer is in memory at a time.
+    statistics of their own; back: tokens that go backward together; low_memory: whether one decoder layer is in memory at a time.
     """
     layers = find_layers(model)
     config = model.config.get_text_config()
@@ -147,7 +149,8 @@ def needed_by_running(model: Any, *, rows: int, cut: int, fits: bool = False, lo
     parts = {
         "weights_bytes": 3 * experts if low_memory else everything + experts,
         "side_bytes": side,
-        "activations_bytes": rows * row_bytes(model, largest, rows) * (2 if fits else 1),
+        "activations_bytes": max(rows * (2 if fits else 1), back * (1 + config.num_hidden_layers))
+        * row_bytes(model, largest, rows),
         "logits_bytes": LOGITS_HELD * rows * config.vocab_size * FLOAT32,
         "kernels_bytes": KERNELS if cut > 1 else 0,
     }

@@ -4,9 +4,10 @@
     python benchmarks/compress.py --models nano --only points --tokens 8192
     python benchmarks/compress.py --models nano --only neurons     # single neurons: rank correlations
 
-points: every method at every share, over calibration draws; `random-neurons` over as many draws of its own, `magnitude` once, since it
-reads no text. Experts are removed by the criteria named with --criteria, with as many bytes left; the best of them is what neurons are held
-against. Points run in memory, which gives the logits of what is written (tests/jobs/test_slice.py).
+points: every method at every share, and experts that share weights (`m-smoe`), over calibration draws. `random-neurons` has draws of its
+own; `magnitude` runs once, since it reads no text. Experts are removed by the criteria named with --criteria, with as many bytes left, and
+the best of them is what neurons are held against. Points run in memory, which gives the logits of what is written
+(tests/jobs/test_slice.py).
 
 neurons: --sample-neurons of them are removed one at a time, on held-out text and on the first draw's calibration text. Spearman's rank
 correlation of each score with the KL and with the rise of the loss of the next token.
@@ -28,6 +29,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from moe_prism.calibrate.statistics import Statistics
+from moe_prism.compress.merge.change import MergeChange
 from moe_prism.compress.slice.change import SliceChange
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
@@ -57,6 +59,7 @@ SINGLE = (
     "wanda",
     "magnitude",
 )
+MERGING = ("m-smoe", "m-smoe:align=false", "m-smoe:groups=random")
 BLIND = ("magnitude", "random-neurons")
 CRITERIA = "soft-selected-layer,easy-ep-layer,easy-ep-global,output-error-layer,output-error-global"
 
@@ -65,7 +68,7 @@ class NeuronBench(Bench):
     """The model, its held-out text, and what every draw of calibration text says."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__(args, (*COLLECTORS, "neurons", "gradients"))
+        super().__init__(args, (*COLLECTORS, "neurons", "gradients", "pairs"))
         self.passes = [self.calibrate(seed) for seed in range(args.seeds)]
         self.free = [torch.zeros(layer.num_experts, layer.width, dtype=torch.bool) for layer in self.layers]
 
@@ -74,14 +77,17 @@ class NeuronBench(Bench):
         chosen: Any = method(name)
         return chosen, [chosen.judge(LayerSeen(layer, own.values)) for layer, own in zip(self.layers, found.layers, strict=True)]
 
-    def changes(self, name: str, keep: float) -> list[SliceChange]:
+    def changes(self, name: str, keep: float) -> list[SliceChange | MergeChange]:
         """A change for every draw."""
+        if name in MERGING:
+            merging: Any = method(name)
+            return [merging.change(self.layers, [own.values for own in found.layers], keep) for found in self.passes]
         if name.startswith("random"):
             names, draws = [f"{name}:seed={seed}" for seed in range(self.args.seeds)], [0] * self.args.seeds
         else:
             draws = [0] if name.partition(":")[0] in BLIND else list(range(self.args.seeds))
             names = [name] * len(draws)
-        found = []
+        found: list[SliceChange | MergeChange] = []
         for each, draw in zip(names, draws, strict=True):
             chosen, judged = self.judged(each, self.passes[draw])
             found.append(chosen.change(judged, keep, self.free))
@@ -174,7 +180,7 @@ def bars(found: list[dict[str, Any]]) -> Iterator[str]:
             holds = all(kl[a] <= kl[b] for a, b in itertools.pairwise(order))
             yield f"{model} at {keep:g}: {said}: {holds}"
             experts = {way: value for way, value in kl.items() if way.startswith("experts")}
-            neurons = {way: value for way, value in kl.items() if not way.startswith("experts")}
+            neurons = {way: value for way, value in kl.items() if not way.startswith(("experts", "m-smoe"))}
             if experts:
                 best, least = min(experts, key=experts.__getitem__), min(neurons, key=neurons.__getitem__)
                 against = f"the best of experts ({best.partition(', ')[2]} {experts[best]:.4f})"
@@ -203,7 +209,7 @@ def main() -> None:
     parser.add_argument("--models", default=["nano", "nano-mix"], **names)
     parser.add_argument("--criteria", default=CRITERIA.split(","), **names)
     parser.add_argument("--only", choices=("points", "neurons"))
-    parser.add_argument("--methods", default=[*PUBLISHED, *VARIANTS], **names)
+    parser.add_argument("--methods", default=[*PUBLISHED, *VARIANTS, *MERGING], **names)
     parser.add_argument("--keeps", default=[0.9, 0.75, 0.5], type=lambda text: [float(x) for x in text.split(",")])
     parser.add_argument("--seeds", type=int, default=3, help="calibration draws")
     parser.add_argument("--tokens", type=int, default=4096, help="held out")

@@ -1,10 +1,14 @@
 """The repair: its fit against a plain least-squares solver, its use against a loop, and full budget untouched."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_prism.compress.codec.rtn import Rtn
+from moe_prism.compress.quantize import QuantizeChange
 from moe_prism.elastic import LayerParts, attach, operating_point
 from moe_prism.elastic.compensate import compensator
 from moe_prism.elastic.execute.plain import grouped, reference
@@ -12,6 +16,7 @@ from moe_prism.elastic.repair import Repaired, band_of
 from moe_prism.elastic.side_tensors import REPAIR
 from moe_prism.errors import DoesNotFit
 from moe_prism.model import find_layers
+from moe_prism.point import OperatingPoint, SlotRule
 from moe_prism.recover.repair import PRIOR, STRENGTHS, Normal
 from moe_prism.recover.run import groups
 from tests.parity.families import build
@@ -204,3 +209,23 @@ def test_layers_share_a_pass_as_far_as_memory_goes():
     assert [len(g) for g in groups(layers, 3, 2 * size)][:1] == [2]
     with pytest.raises(DoesNotFit, match="--memory-mib"):
         groups(layers, 3, size - 1)
+
+
+@torch.no_grad()
+def test_a_change_of_weights_reaches_the_repair_and_leaves_none_behind():
+    """The repaired projections are made of the weights: others while a point changes those, and the old ones afterwards."""
+    half = OperatingPoint(slots=SlotRule(budget=0.5, rule="product", scorer="oracle"))
+    found = []
+    for order in ((0, 1), (1, 0)):
+        model = build("olmoe")
+        layers = find_layers(model, dense=False)
+        elastic = attach(model, N, tensors=[plan_with(own, 1, seed=own.index).tensors for own in layers], layers=layers)
+        coarse = QuantizeChange(Rtn(), 2.0, 32).part()
+        points = half, replace(half, weights=coarse)
+        logits = {}
+        for number in order:
+            with elastic.at([points[number]]):
+                logits[number] = model(input_ids=IDS).logits
+        found.append([logits[0], logits[1]])
+    assert not torch.equal(*found[0])
+    assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))

@@ -32,7 +32,7 @@ from ..point import FULL, NamedPoint, read_points
 from ..point.base import OF_WIDTHS
 from ..progress import Report, peak_rss_bytes, silent
 from .rehearsal import begin
-from .resources import model_tree, needed_by_frontier
+from .resources import model_tree, needed_by_frontier, needed_by_running
 from .which_text import with_text
 
 GIVEN = "given point"
@@ -80,8 +80,10 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
     fits = any(each.needs for each in asked)
     if fits:
         calibration_ids(tokenizer, options)
-    rows, encodes = BATCH * windows.ids.shape[1], any(each.acts == "weights" for each in asked)
-    needed = needed_by_frontier(tree, rows=rows, cut=cut, fits=fits, low_memory=options.low_memory, encodes=encodes)
+    length, low_memory = windows.ids.shape[1], options.low_memory
+    back = length if any("gradients" in getattr(each, "collectors", ()) for each in asked) else 0
+    running = needed_by_running(tree, rows=BATCH * length, cut=cut, fits=fits, back=back, low_memory=low_memory)
+    needed = needed_by_frontier(tree, running, low_memory=low_memory, encodes=any(each.acts == "weights" for each in asked))
     begin(needed, lasts=partial(_lasts, where, asked, windows, options, cut))
     if options.low_memory:
         with open_streamed(folder) as opened:

@@ -109,7 +109,7 @@ def read_unit(folder: OutputFolder, layer: MoELayer) -> dict[str, Tensor]:
     """The tensors of a solved layer. CorruptError where they are not of its shape."""
     path = folder.work / unit_name(layer)
     tensors, shape = read_tensors(path), (layer.num_experts, layer.width)
-    wanted = {PERM: (torch.int32, shape), IMPORTANCE: (torch.float32, shape)}
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {PERM: (torch.int32, shape), IMPORTANCE: (torch.float32, shape)}
     if PRODUCTS in tensors:
         wanted[PRODUCTS] = (torch.float32, (layer.num_experts, -(-layer.width // TOGETHER), TOGETHER, TOGETHER))
         check_finite(PRODUCTS, tensors[PRODUCTS], path.name)

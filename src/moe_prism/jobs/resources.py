@@ -148,11 +148,13 @@ def model_tree(where: Path | str) -> Any:
     return LayerStream(path, torch.float32).model if path.is_dir() else load_model(path, torch.float32)
 
 
-def needed_by_running(model: Any, *, rows: int, cut: int, fits: bool = False, low_memory: bool = False) -> dict[str, Any]:
+def needed_by_running(
+    model: Any, *, rows: int, cut: int, fits: bool = False, back: int = 0, low_memory: bool = False
+) -> dict[str, Any]:
     """What a command needs that loads the model and runs text through it.
 
     rows: tokens that run together; cut: sub-experts per expert (1: whole experts, without side tensors); fits: whether methods gather
-    statistics of their own; low_memory: whether one decoder layer is in memory at a time.
+    statistics of their own; back: tokens that go backward together; low_memory: whether one decoder layer is in memory at a time.
     """
     layers = find_layers(model)
     config = model.config.get_text_config()
@@ -163,20 +165,20 @@ def needed_by_running(model: Any, *, rows: int, cut: int, fits: bool = False, lo
     parts = {
         "weights_bytes": 3 * experts if low_memory else everything + experts,
         "side_bytes": side,
-        "activations_bytes": rows * row_bytes(model, largest, rows) * (2 if fits else 1),
+        "activations_bytes": max(rows * (2 if fits else 1), back * (1 + config.num_hidden_layers))
+        * row_bytes(model, largest, rows),
         "logits_bytes": LOGITS_HELD * rows * config.vocab_size * FLOAT32,
         "kernels_bytes": KERNELS if cut > 1 else 0,
     }
     return told(parts, 0)
 
 
-def needed_by_frontier(model: Any, *, rows: int, cut: int, fits: bool, low_memory: bool, encodes: bool) -> dict[str, Any]:
+def needed_by_frontier(model: Any, running: Mapping[str, int], *, low_memory: bool, encodes: bool) -> dict[str, Any]:
     """What measuring operating points needs, and the report that is written after that, when the model is still there.
 
-    encodes: whether methods run the model with its experts in fewer bits, beside int8 and int4. The rest as `needed_by_running`.
+    running: of `needed_by_running`; encodes: whether methods run the model with its experts in fewer bits, beside int8 and int4.
     """
-    needed = needed_by_running(model, rows=rows, cut=cut, fits=fits, low_memory=low_memory)
-    measured = {name: needed[name] for name in (*RUNNING, "kernels_bytes")}
+    measured = {name: running[name] for name in (*RUNNING, "kernels_bytes")}
     measured["encoded_bytes"] = 0 if low_memory else encoded_bytes(find_layers(model), encodes)
     kept = {name: measured[name] for name in ("weights_bytes", "side_bytes", "kernels_bytes", "encoded_bytes")}
     return told(largest([measured, {**kept, "report_bytes": REPORT}]), 0)

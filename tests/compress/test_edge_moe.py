@@ -12,7 +12,7 @@ from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
 from moe_prism.jobs.frontier import subject_of
 from moe_prism.methods.find import method
-from moe_prism.methods.quantize.edge_moe import STEPS, alone
+from moe_prism.methods.quantize.edge_moe import STEPS, Trials
 from moe_prism.options.frontier import FrontierOptions
 from moe_prism.point import OperatingPoint
 
@@ -29,7 +29,7 @@ def measured(subject, widths):
 
 
 def test_an_expert_alone_is_the_point_with_that_expert_alone(subject):
-    found, experts = alone(subject, 2, 32), [layer.parts.layer.num_experts for layer in subject.elastic.layers]
+    found, experts = Trials(subject, (2, 4), 32).alone(), [layer.parts.layer.num_experts for layer in subject.elastic.layers]
     for layer, e in ((0, 1), (1, 3)):
         widths = tuple(tuple(2.0 if (i, j) == (layer, e) else SOURCE for j in range(n)) for i, n in enumerate(experts))
         assert float(found[layer][e]) == pytest.approx(measured(subject, widths), rel=1e-4, abs=1e-9)
@@ -43,7 +43,7 @@ def test_a_point_is_within_its_bound_and_takes_no_more_bits_than_that(subject):
     change = change_of(named.point.weights)
     bits = torch.tensor(change.bits)
     assert measured(subject, change.bits) <= bound and 2 < float(bits.mean()) < 8
-    losses = next(value for key, value in subject.cache.items() if key.startswith("loss of each expert"))
+    losses = next(value for key, value in subject.cache.items() if key.startswith("experts at widths")).losses
     assert all(bool((own.diff(dim=1) <= 1e-12).all()) for own in losses)  # more bits lose less
     (wider,) = method(f"edge-moe:{bound * 1.3}").points(subject)
     assert float(torch.tensor(change_of(wider.point.weights).bits).mean()) <= float(bits.mean()) + 6 / STEPS

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_prism.calibrate.run import Pass, Settings
 from moe_prism.compress.changes import change_of
@@ -83,6 +84,12 @@ def test_what_is_no_smoothing_of_this_model_is_refused():
     for text in ("alpha=1.5", "steps=0", "router=9", "bits=9", "bits=4:group=5"):
         with pytest.raises(UsageError):
             method(f"eaquant:{text}")
+
+
+def test_a_dense_model_is_refused():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **BASE))
+    with pytest.raises(UsageError, match="is a dense MLP"):
+        norm_readers(model, find_layers(model))
 
 
 def test_a_norm_with_a_reader_nobody_knows_is_refused():

@@ -116,5 +116,5 @@ class CodedLayer:
 
     def _of_expert(self, expert: int, bits: float) -> list[Tensor]:
         """gate, where there is one, up and down of one expert [1, f, d], a row per neuron."""
-        *first, down = (planes.of(expert).decoded(int(bits)).to(self.parts.layer.up.dtype) for planes in self.packed)
+        *first, down = (planes.of_expert(expert).decoded(int(bits)).to(self.parts.layer.up.dtype) for planes in self.packed)
         return [*(w.flatten(1, 2) for w in first), down.transpose(2, 3).flatten(1, 2)]

@@ -36,11 +36,19 @@ class PackedPlanes:
     @classmethod
     def encoded(cls, codec: Nested | Rtn, matrix: Tensor, bits: float, group: int) -> PackedPlanes | None:
         """A matrix [E, N, o, i] stored by a codec; None for what the products do not read."""
-        plain = codec.symmetric and not getattr(codec, "own_sizes", False)
-        if not plain or matrix.shape[-1] % group or matrix.shape[-2] % OUTPUTS:
+        if not _is_plain(codec) or matrix.shape[-1] % group or matrix.shape[-2] % OUTPUTS:
             return None
         tiles = [_tiles(codec, codec.encode(own, bits, group)) for own in matrix]  # the search takes many times a matrix's memory
         return cls(torch.stack(tiles), matrix.shape[-1], group, int(bits), isinstance(codec, Nested))
+
+    @classmethod
+    def of(cls, codec: Nested | Rtn, planes: Planes) -> PackedPlanes | None:
+        """Stored matrices [E, o, i] as those of one block; None for what the products do not read."""
+        _, outputs, inputs = planes.shape
+        if not _is_plain(codec) or inputs % planes.group or outputs % OUTPUTS:
+            return None
+        bits = int(planes.widths[-1])
+        return cls(_tiles(codec, planes)[:, None].contiguous(), inputs, planes.group, bits, isinstance(codec, Nested))
 
     @property
     def plane(self) -> int:
@@ -74,7 +82,7 @@ class PackedPlanes:
         known = {"GROUP": self.group, "BYTES": self.tiles.shape[-1], "MASK": mask}
         return {**known, "BOTH": both, "UNIT": unit, "OFFSET": self.offset(bits)}
 
-    def of(self, expert: int) -> PackedPlanes:
+    def of_expert(self, expert: int) -> PackedPlanes:
         """Of one expert."""
         return replace(self, tiles=self.tiles[expert : expert + 1])
 
@@ -86,6 +94,10 @@ class PackedPlanes:
         codes = 16 * _unpacked(planes[0]) + (_unpacked(planes[1]) if bits > UPPER else 0)
         steps = (codes & (256 - (1 << (8 - bits)))).float() / 16 + self.offset(bits)
         return (torch.unflatten(steps, -1, (-1, self.group)) * scale[..., None]).flatten(-2)
+
+
+def _is_plain(codec: Nested | Rtn) -> bool:
+    return codec.symmetric and not getattr(codec, "own_sizes", False)
 
 
 def _tiles(codec: Nested | Rtn, planes: Planes) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..calibrate.residual import watch_residual
 from ..calibrate.run import backbone_of
 from ..compress.changes import change_of
+from ..compress.quantize.decoded import Encoded
 from ..errors import UsageError
 from ..model import MoELayer, find_layers
 from ..partition.base import check_blocks
@@ -111,7 +112,11 @@ class Elastic:
         change = change_of(part)
         if change.touches_weights:
             stack.callback(self._forget_scorers)
-        stack.enter_context(change.installed(self.model, [layer.parts.layer for layer in self.layers]))
+        entered = stack.enter_context(change.installed(self.model, [layer.parts.layer for layer in self.layers]))
+        if isinstance(entered, Encoded):
+            for layer, parts in zip(self.layers, entered.layers, strict=True):
+                layer.executor.take(entered.codec, parts)
+                stack.callback(layer.executor.take, None, ())
         if change.touches_weights:
             self._forget_scorers()
 

@@ -82,6 +82,9 @@ def unscaled(weight: Tensor, s: Tensor, offset: float) -> Tensor:
 
 def norm_readers(model: nn.Module, layers: Sequence[MoELayer]) -> list[NormReaders]:
     """Of every layer, found once per model by one short pass. UsageError where the norm, or one of its readers, cannot be told."""
+    dense = next((layer for layer in layers if layer.is_dense), None)
+    if dense is not None:
+        raise UsageError(f"'{dense.name}' is a dense MLP: no router reads what it reads", ADVICE)
     if _KNOWN not in model.__dict__:
         found: dict[int, Names] = {}
         handles = [_watch(model, layer, found) for layer in layers]

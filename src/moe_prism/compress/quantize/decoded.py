@@ -72,9 +72,10 @@ class ScaledPart(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """state: of the weights that were encoded; layers: the parts of each."""
+    """state: of the weights that were encoded; layers: the parts of each, stored by a codec."""
 
     state: tuple[int, ...]
+    codec: Codec
     layers: tuple[tuple[Part, ...], ...]
 
     @property
@@ -94,7 +95,7 @@ def decoded(
     group: int,
     widths: Sequence[Sequence[float]],
     scales: Sequence[Tensor] = (),
-) -> AbstractContextManager[None]:
+) -> AbstractContextManager[Encoded]:
     """Inside the block every expert is what decoding gives. widths [L][E]: bits, GONE and SOURCE as said there.
 
     scales: per layer what gate and up are multiplied by [d] before they are encoded, where they are.
@@ -113,16 +114,21 @@ Layers = tuple[tuple[Part, ...], ...]
 
 @contextmanager
 @torch.no_grad()
-def replaced(model: Any, layers: Sequence[MoELayer], codec: Codec, key: Hashable, encode: Callable[[], Layers]) -> Iterator[None]:
-    """Inside the block the weights are what decoding gives of `encode`, which is called once per key while the weights stay."""
-    found = _encoded(model, layers, key, encode)
+def replaced(
+    model: Any, layers: Sequence[MoELayer], codec: Codec, key: Hashable, encode: Callable[[], Layers]
+) -> Iterator[Encoded]:
+    """Inside the block the weights are what decoding gives of `encode`, which is called once per key while the weights stay.
+
+    Yields what was encoded.
+    """
+    found = _encoded(model, layers, codec, key, encode)
     with encodings_hold(model, layers):
         saved = [[matrix.clone() for matrix in matrices(layer)] for layer in layers]
         try:
             for layer, parts in zip(layers, found.layers, strict=True):
                 for part in parts:
                     part.write(matrices(layer), codec)
-            yield
+            yield found
         finally:
             for layer, own in zip(layers, saved, strict=True):
                 for matrix, before in zip(matrices(layer), own, strict=True):
@@ -142,12 +148,12 @@ def encodings_hold(model: Any, layers: Sequence[MoELayer]) -> Iterator[None]:
                 kept[key] = encoded._replace(state=now)
 
 
-def _encoded(model: Any, layers: Sequence[MoELayer], key: Hashable, encode: Callable[[], Layers]) -> Encoded:
+def _encoded(model: Any, layers: Sequence[MoELayer], codec: Codec, key: Hashable, encode: Callable[[], Layers]) -> Encoded:
     """From what is kept beside the model, where its weights have not changed since."""
     kept: OrderedDict[Any, Encoded] = model.__dict__.setdefault(_NAME, OrderedDict())
     state = _state(layers)
     if key not in kept or kept[key].state != state:
-        kept[key] = Encoded(state, encode())
+        kept[key] = Encoded(state, codec, encode())
         kept.move_to_end(key)
         limit = max(KEPT_BYTES, sum(w.numel() * w.element_size() for layer in layers for w in matrices(layer)))
         while len(kept) > 1 and sum(encoded.bytes for encoded in kept.values()) > limit:

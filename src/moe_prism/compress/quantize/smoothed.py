@@ -22,7 +22,7 @@ from ...schema.points import REMAKE, SmoothForm
 from ..changes import Change
 from ..codec import Codec
 from .change import QuantizeChange, Widths, codec_of, widths_of
-from .decoded import decoded
+from .decoded import Encoded, decoded
 from .smooth import factors, rounded_router
 
 WHERE = "settings of the weight change 'smooth'"
@@ -79,7 +79,7 @@ class SmoothChange(Change):
         return self._installed(model, layers)
 
     @contextmanager
-    def _installed(self, model: Any, layers: Sequence[MoELayer]) -> Iterator[None]:
+    def _installed(self, model: Any, layers: Sequence[MoELayer]) -> Iterator[Encoded]:
         scales = [factors(row, self.steps) for row in self.exponents]
         with ExitStack() as stack:
             for readers, s in zip(norm_readers(model, layers), scales, strict=True):
@@ -88,8 +88,7 @@ class SmoothChange(Change):
                 for layer, clip in zip(layers, self.clips, strict=True):
                     stack.enter_context(_rounded(model, layer, self.router, clip))
             widths = self.widths(layers)
-            stack.enter_context(decoded(model, layers, self.codec, self.group, widths, scales))
-            yield
+            yield stack.enter_context(decoded(model, layers, self.codec, self.group, widths, scales))
 
 
 @contextmanager

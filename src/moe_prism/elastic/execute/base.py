@@ -6,7 +6,7 @@ Shapes: T tokens, k experts per token, N sub-experts per expert, d hidden.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -91,6 +91,9 @@ class Executor(ABC):
     def whole(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor | None:
         """All experts of the router's own choice [T, d]; None where that is no different from keeping every slot."""
         return None
+
+    def take(self, codec: Any, parts: Sequence[Any]) -> None:  # noqa: B027 - most executors have no use for it
+        """Hear that the layer's weights are those that a codec decodes from these parts, until it hears of none."""
 
     def at_once(self, selection: Any, extra: Compensator | None) -> tuple[Tensor, Tensor] | None:
         """(output [T, d] with what makes up for dropped slots, keep [T, k, N]) of a `select.Selection`; None: call the parts instead."""

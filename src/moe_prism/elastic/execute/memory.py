@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..side_tensors import REPAIR
 from . import triton_run
 from .base import Again, Executor, Settled, WholeCalls
 from .plain import grouped, reference, whole_experts
+from .stored import FEW_ROWS, StoredExperts
 
 if TYPE_CHECKING:
     from ..coded import CodedLayer
@@ -90,6 +91,8 @@ class InMemory(Executor):
         self.parts = parts
         self._way = "auto"
         self._decided: dict[tuple[int, int], LayerTimes | str] = {}
+        self._stored: tuple[Any, Sequence[Any]] = (None, ())
+        self._built: tuple[Sequence[Any], StoredExperts | None] = ((), None)
         self.forget()
 
     def forget(self) -> None:
@@ -116,10 +119,27 @@ class InMemory(Executor):
         return (x, weight) if _compiled()[0].batch_products.usable(self.parts, wide) is None else (wide, weight.float())
 
     def whole(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """By the tiles where they are faster (`times.py`), else by the model's own function."""
+        """From planes for few rows, where weights are stored so; by the tiles where they are faster (`times.py`), else by the model's own
+        function.
+        """
         rows, factors = self.widened(x, weight)
+        out = self._from_stored(rows, index, factors)
+        if out is not None:
+            return out.to(x.dtype)
         out = self._whole_by_tiles(rows, index, factors) if x.is_cpu and rows.dtype == torch.float32 else None
         return self.parts.layer.native(x, index, weight) if out is None else out.to(x.dtype)
+
+    def take(self, codec: Any, parts: Sequence[Any]) -> None:
+        self._stored = codec, parts
+
+    def _from_stored(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor | None:
+        codec, parts = self._stored
+        if codec is None or not 0 < len(x) <= FEW_ROWS or self.way != "auto" or _compiled()[2].forced() == "stock":
+            return None
+        if self._built[0] is not parts:
+            self._built = parts, StoredExperts.of(self.parts.layer, codec, parts)
+        built = self._built[1]
+        return None if built is None else built(x, index, weight)
 
     def _whole_by_tiles(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor | None:
         if self.way != "auto":
@@ -178,6 +198,8 @@ class InMemory(Executor):
     def again(self, selection: Selection | None, extra: Compensator | None) -> Again | None:
         """By `one_call`."""
         one_call, _, measured = _compiled()
+        if selection is None and self._stored[0] is not None:
+            return None
         if selection is None:
             whole = measured.whole_parts(self.parts).ready
             return None if whole is None else one_call.AtFull(whole, self._whole_fits)

@@ -23,8 +23,8 @@ from .bits import even
 
 PLACES = 0.75, 0.5, 0.25
 """Of the way from the least width to the largest."""
-ROWS = 256  # sampled inputs of an expert
-DAMPING = 0.01  # of the inputs' variance, summed over channels
+ROWS = 512  # sampled inputs of an expert
+DAMPING = 0.005  # of the inputs' variance, summed over channels
 
 
 @dataclass(frozen=True, kw_only=True)

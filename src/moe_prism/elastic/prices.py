@@ -83,8 +83,12 @@ def block_weights(parts: LayerParts, neurons: Tensor | None = None) -> tuple[Ten
     """(weights of every block [E, N], weights of an expert's output bias [E]). neurons [E, f]: those that are there, default all."""
     layer = parts.layer
     bias = 0 if layer.down_bias is None else layer.hidden
-    of_neuron = (layer.parameters_per_expert() - bias) / layer.width
-    return of_neuron * _in_blocks(parts, neurons), torch.full((layer.num_experts,), float(bias), dtype=torch.float64)
+    whole = layer.parameters_per_expert() - bias
+    if neurons is None:  # of a layer of which no neuron is in memory, too
+        blocks = torch.full((layer.num_experts, parts.n_sub), whole / parts.n_sub, dtype=torch.float64)
+    else:
+        blocks = whole / layer.width * _in_blocks(parts, neurons)
+    return blocks, torch.full((layer.num_experts,), float(bias), dtype=torch.float64)
 
 
 def _in_blocks(parts: LayerParts, neurons: Tensor | None, first: int | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
+from ..artefact.keep_format import discard_sums
 from ..artefact.load import SIDE_FILE, read_tensors
 from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
@@ -278,7 +279,7 @@ def _unit_name(layer: MoELayer) -> str:
 def _unit(folder: OutputFolder, layer: MoELayer) -> dict[str, Tensor]:
     path = folder.work / _unit_name(layer)
     tensors, shape = read_tensors(path), (layer.num_experts, layer.width)
-    wanted = {PERM: (torch.int32, shape), IMPORTANCE: (torch.float32, shape)}
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {PERM: (torch.int32, shape), IMPORTANCE: (torch.float32, shape)}
     if PRODUCTS in tensors:
         wanted[PRODUCTS] = (torch.float32, (layer.num_experts, -(-layer.width // TOGETHER), TOGETHER, TOGETHER))
         check_finite(PRODUCTS, tensors[PRODUCTS], path.name)
@@ -346,6 +347,7 @@ def _write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str
     for layer in weights.layers:
         folder.discard(_unit_name(layer))
     discard_snapshots(folder)
+    discard_sums(folder)
     folder.discard(CUTOFFS_FILE)
     for i in range(1 + facts["options"]["profile_points"]):
         folder.discard(_profile_name(i))

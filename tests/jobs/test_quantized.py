@@ -13,6 +13,7 @@ import moe_prism
 from moe_prism.artefact import keep_format
 from moe_prism.checkpoint import Source
 from moe_prism.errors import UsageError
+from moe_prism.jobs import refactor as job
 from moe_prism.jobs.prune import prune_model
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.jobs.rehearsal import rehearse
@@ -156,19 +157,25 @@ def test_it_is_aligned_to_the_format_or_to_a_number(sources, tiny_calibration, t
             refactor(twin, tmp_path / "no", replace(wanted, **change))
 
 
-def test_an_interrupted_run_tells_the_same_of_what_it_moved(sources, tiny_calibration, tmp_path, monkeypatch):
+@pytest.mark.parametrize("when", ["between shards", "at the comparison", "before the last rename"])
+def test_an_interrupted_run_tells_the_same_of_what_it_moved(sources, when, tiny_calibration, tmp_path, monkeypatch):
     folder, _ = sources["int4"]
     wanted = options(tiny_calibration, keep_format=True)
     refactor(folder, tmp_path / "once", wanted)
     write, seen = keep_format.QuantizedWriter.write, []
 
-    def stop(self, shard, file):
-        if seen:
+    def stop(*given):
+        if when != "between shards" or seen:
             raise KeyboardInterrupt
-        seen.append(shard)
-        return write(self, shard, file)
+        seen.append(given)
+        return write(*given)
 
-    monkeypatch.setattr(keep_format.QuantizedWriter, "write", stop)
+    place = {
+        "between shards": (keep_format.QuantizedWriter, "write"),
+        "at the comparison": (job, "distance_between"),
+        "before the last rename": (job, "write_manifest"),
+    }
+    monkeypatch.setattr(*place[when], stop)
     with pytest.raises(KeyboardInterrupt):
         refactor(folder, tmp_path / "twice", wanted)
     monkeypatch.undo()

@@ -212,11 +212,11 @@ def rewrite_quantized(
 ) -> dict[str, Any]:
     """As `rewrite_shards`, in the source's own format; returns what it cost, for the manifest.
 
-    A finished shard is a unit of `journal`, and what its weights cost is a file beside it until all are written.
+    A finished shard is a unit of `journal`, and so is what its weights cost, a file that stays until `discard_sums`.
     """
     raw = writer.source.raw
     refuse_nested(raw.folder, out)
-    pending = [shard for shard in raw.shards() if not journal.done(shard)]
+    pending = [shard for shard in raw.shards() if not (journal.done(shard) and journal.done(_sums_of(shard)))]
     out.hashes.update({shard: journal.sha256(shard) for shard in raw.shards() if shard not in pending})
     out.require_space(sum(raw.header(shard).size for shard in pending))
     copy_companions(raw.folder, out, raw)
@@ -226,14 +226,12 @@ def rewrite_quantized(
     for shard in pending:
         with out.stage(shard) as file:
             sums = writer.write(shard, file)
-        out.save_tensors(_sums_of(shard), {"sums": torch.tensor(sums, dtype=torch.float64)})
+        journal.finish(_sums_of(shard), out.save_tensors(_sums_of(shard), {"sums": torch.tensor(sums, dtype=torch.float64)}))
         journal.finish(shard, out.hashes[shard])
         done += raw.header(shard).size
         if progress:
             progress(done, raw.bytes)
     rows = torch.stack([_read_sums(out.work / _sums_of(shard)) for shard in raw.shards()])
-    for shard in raw.shards():
-        out.discard(_sums_of(shard))
     return Sums(*rows.sum(0).tolist()).facts()
 
 
@@ -242,6 +240,12 @@ def _read_sums(path: Path) -> Tensor:
     if sums is None or sums.dtype != torch.float64 or sums.shape != (len(Sums._fields),):
         raise CorruptError(f"{path} holds no sums of what moved", "use --force to start again")
     return sums
+
+
+def discard_sums(out: OutputFolder) -> None:
+    """Take what shards cost out of the work folder."""
+    for path in sorted(out.work.glob(_sums_of("*"))):
+        out.discard(path.name)
 
 
 def _sums_of(shard: str) -> str:

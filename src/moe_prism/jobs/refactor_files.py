@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..artefact.keep_format import discard_sums
 from ..artefact.load import SIDE_FILE, read_tensors
 from ..artefact.source import Weights
 from ..checkpoint import OutputFolder, read_header
@@ -37,6 +38,7 @@ def write_side_files(folder: OutputFolder, weights: Weights, facts: Mapping[str,
     for layer in weights.layers:
         folder.discard(unit_name(layer))
     discard_snapshots(folder)
+    discard_sums(folder)
     folder.discard(CUTOFFS_FILE)
     for i in range(1 + facts["options"]["profile_points"]):
         folder.discard(profile_name(i))

@@ -111,7 +111,8 @@ def _products(layer: MoELayer, samples: list[Tensor], weights: list[Tensor]) -> 
     found = []
     for e, (x, weight) in enumerate(zip(samples, weights, strict=True)):
         used = layer.activations(e, x).float() * weight[:, None]
-        blocks = torch.nn.functional.pad(used, (0, -layer.width % TOGETHER)).unflatten(1, (-1, TOGETHER)).movedim(0, 1)
+        padded = torch.nn.functional.pad(used, (0, -layer.width % TOGETHER))
+        blocks = padded.reshape(len(used), -1, TOGETHER).movedim(0, 1)
         found.append(blocks.mT @ blocks / max(1, len(x)))
     return torch.stack(found)
 

@@ -5,6 +5,8 @@ The other decoder layers hand on what they are given. What a batch spends inside
 
 from __future__ import annotations
 
+import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..calibrate.statistics import LayerStatistics
-from ..checkpoint import LayerStream, OutputFolder
+from ..checkpoint import LayerStream
 from ..cores import processor
 from ..elastic.other_weights import OtherWeights
 from ..elastic.runtime import experts_per_token
@@ -129,11 +131,17 @@ def for_all(tensors: dict[str, Tensor], experts: int) -> dict[str, Tensor]:
 
 
 def written(bytes_: int) -> Seconds:
-    """Of so many bytes into an output folder, by writing a few."""
-    tensor = torch.zeros(WRITTEN // 2, dtype=torch.bfloat16)
-    with tempfile.TemporaryDirectory() as place, OutputFolder(Path(place) / "out") as folder:
-        spent = timed(lambda: folder.save_tensors("tensor.safetensors", {"tensor": tensor}))
-    return spent * (bytes_ / WRITTEN)
+    """Of so many bytes that are hashed, written and on the disk, by doing that with a few."""
+    data = bytes(WRITTEN)
+    with tempfile.TemporaryFile() as file:
+
+        def write() -> None:
+            hashlib.sha256(data)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+        return timed(write) * (bytes_ / WRITTEN)
 
 
 def spread(values: Sequence[Any], most: int) -> list[Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..checkpoint.atomic import check_output
 from ..checkpoint.config import WRONG
+from ..errors import PrismError
 from ..forecast.work_time import Seconds
 from ..result import Result
 from .resources import check_resources
@@ -93,7 +94,11 @@ def _time(checked: Seconds, lasts: Lasts | None) -> dict[str, float | None]:
     """Of a job whose checks took so long: seconds on the clock and of processors, None where they are not known."""
     try:
         work = lasts() if lasts else None
-    except WRONG:  # a layer of this family cannot be run by itself; what the job needs is known all the same
+    except (
+        *WRONG,
+        OSError,
+        PrismError,
+    ):  # a layer that cannot be run by itself, a full disk: what the job needs is known all the same
         work = None
     if work is None:
         return {"seconds": None, "cpu_seconds": None}

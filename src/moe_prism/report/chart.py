@@ -202,11 +202,11 @@ def _layers(frontier: Frontier, data: list[dict[str, Any]], across: _Horizontal,
     kept = base.transform_filter("datum.pareto").mark_point(filled=True, **marks).encode(**said)
     beaten = base.transform_filter("!datum.pareto").mark_point(fill="white", **marks).encode(**said)
     label = {"fontSize": 13, "align": "left", "dx": 9}
-    above = base.transform_filter("datum.above != ''").mark_text(baseline="bottom", dy=-5, color=VERMILLION, **label)
+    above = base.transform_filter("datum.above != ''").mark_text(baseline="bottom", dy=-5, **label)
     below = base.transform_filter("datum.below != ''").mark_text(
         baseline="top", dy=6, color=BLUE, **{**label, "align": "right", "dx": -7}
     )
-    chart = alt.layer(*lines, beaten, kept, above.encode(text="above:N"), below.encode(text="below:N"))
+    chart = alt.layer(*lines, beaten, kept, above.encode(text="above:N", color=color), below.encode(text="below:N"))
     return dressed(chart, across.title, figure.subtitle, width)
 
 

@@ -100,8 +100,9 @@ def decoded(
     """
 
     def encode() -> Layers:
-        factors = scales or [None] * len(layers)
-        return tuple(_parts(layer, codec, group, *own) for layer, *own in zip(layers, widths, factors, strict=True))
+        factors: Sequence[Tensor | None] = scales or [None] * len(layers)
+        every = zip(layers, widths, factors, strict=True)
+        return tuple(_parts(layer, codec, group, row, s) for layer, row, s in every)
 
     key = codec, group, tuple(map(tuple, widths)), tuple(tuple(own.tolist()) for own in scales)
     return replaced(model, layers, codec, key, encode)

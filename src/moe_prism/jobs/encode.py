@@ -26,7 +26,7 @@ from ..methods.find import method
 from ..methods.quantize.eaquant import EaQuant, EaQuantParameters
 from ..methods.quantize.uniform_bits import UniformBits
 from ..model import resolve
-from ..model.norm_readers import norm_readers
+from ..model.norm_readers import NormReaders, norm_readers
 from ..model.place import recorded
 from ..options.compress import CompressOptions
 from ..progress import Report, Update, peak_rss_bytes, silent
@@ -168,7 +168,7 @@ class _Job:
     def _calibrated(self, statistics: Statistics, update: Update) -> Calibrated:
         """A layer in memory at a time."""
         stream, layers, asked = self.stream, self.weights.layers, self.smoothing
-        readers = []
+        readers: list[NormReaders] = []
         if asked is not None:
             with stream.streaming() as model:
                 readers = norm_readers(model, layers)

@@ -177,7 +177,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _offset(norm: nn.Module, x: Tensor) -> float:
+def _offset(norm: Any, x: Tensor) -> float:
     """What the norm adds to its weight: 1 in families that learn the difference to 1, else 0."""
     weight = norm.weight.detach().clone()
     try:

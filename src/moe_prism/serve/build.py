@@ -52,7 +52,8 @@ class Built:
 
 def build(folder: Path, options: ServeOptions, config: Config) -> Built:
     """Load and start. Raises PrismError with a cause; nothing is left running then."""
-    chosen, usual = options.policy or config.policy, None
+    chosen = options.policy or config.policy
+    usual: str | None = None
     _check_options(policies.get(chosen), config.policy_options, chosen)  # found before anything is loaded
     if options.cost:
         CostModel.load(options.cost)

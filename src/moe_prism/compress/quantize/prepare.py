@@ -120,8 +120,10 @@ def factors_of(stream: LayerStream, readers: NormReaders, s: Tensor) -> dict[str
     norm, offset, beside = readers.names
     found: dict[str, tuple[Tensor, float | None]] = {}
     for leaf, own in (("weight", offset), ("bias", 0.0)):
-        found |= dict.fromkeys(stream.feeds({f"{norm}.{leaf}"}), (s, own))
-    found |= dict.fromkeys(stream.feeds(set(beside)), (s, None))
+        divided: tuple[Tensor, float | None] = (s, own)
+        found.update(dict.fromkeys(stream.feeds({f"{norm}.{leaf}"}), divided))
+    multiplied: tuple[Tensor, float | None] = (s, None)
+    found.update(dict.fromkeys(stream.feeds(set(beside)), multiplied))
     for name in found:
         if stream.source.info(name).shape[-1] != len(s):
             raise UsageError(f"'{name}' does not lie on disk as the model has it", "use a method that scales no inputs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -25,9 +25,12 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts(Options):
-    """How the work is divided among processes or machines."""
+class Division(Options):
+    """How the work is divided among processes or machines, and what they share."""
 
+    calibration: Path | None = option(
+        None, "Folder written by `moe-prism calibrate`, instead of --text, --tokens, --length, --reservoir and --memory-mib."
+    )
     shard: str | None = option(
         None,
         "I/N: solve only the I-th of N parts of the layers, and write them beside --out for --join. Needs --calibration. All parts and "
@@ -39,6 +42,10 @@ class Parts(Options):
         super().check()
         if self.shard and self.join:
             raise UsageError("--shard and --join exclude each other", "join when all parts are there")
+        if self.shard and self.calibration is None:
+            raise UsageError(
+                "--shard needs statistics that all parts share", "make them with `moe-prism calibrate`, give --calibration"
+            )
 
 
 def refactor(
@@ -47,8 +54,7 @@ def refactor(
     *,
     out: Annotated[Path, Parameter(name=("--out", "-o"))],
     options: RefactorOptions,
-    calibration: Path | None = None,
-    parts: Parts,
+    division: Division,
     dry_run: bool = False,
     run: Run,
 ) -> None:
@@ -60,16 +66,12 @@ def refactor(
     out: Folder to write. It appears only when it is complete.
     memory_mib: Limit for all statistics together.
     low_memory: Keep one decoder layer in memory at a time, with the hidden states of all text. The result is the same.
-    calibration: Folder written by `moe-prism calibrate`, instead of --text, --tokens, --length, --reservoir and --memory-mib.
     dry_run: Print what it needs and exit; 3 if this machine cannot do it.
     """
     from ..jobs.refactor import refactor as write
 
     report: Report = progress
-    if parts.shard and calibration is None:
-        raise UsageError(
-            "--shard needs statistics that all parts share", "make them with `moe-prism calibrate`, give --calibration"
-        )
+    calibration = division.calibration
     if calibration is None:
         told, report = told_text(model, options.calibration, "calibration text", "; its other files are left for evaluation")
         options = replace(options, calibration=told)
@@ -77,9 +79,9 @@ def refactor(
         given = {"calibration": calibration, "resume": run.resume, "force": run.force}
         return show_rehearsal(write, model, out, options, target=out, **given, as_json=run.json)
     how: Writing = {"resume": run.resume, "force": run.force, "report": report}
-    if parts.shard and calibration:
-        return _one_part(model, out, options, parts.shard, calibration, how, as_json=run.json)
-    done = _written(model, out, options, calibration, parts.join, how)
+    if division.shard:
+        return emit(*_one_part(model, out, options, division, how), run.json)
+    done = _written(model, out, options, division, how)
     if done is None:  # the first process says what was done
         return None
     facts = done.to_json()
@@ -100,22 +102,20 @@ def refactor(
     return None
 
 
-def _written(
-    model: str, out: Path, options: RefactorOptions, calibration: Path | None, join: list[str], how: Writing
-) -> Refactored | None:
+def _written(model: str, out: Path, options: RefactorOptions, division: Division, how: Writing) -> Refactored | None:
     from ..jobs.refactor import refactor as write
     from ..jobs.refactor_ranks import ranks, refactor_ranks
 
-    if ranks() > 1 and not join:
-        return refactor_ranks(model, out, options, calibration=calibration, **how)
-    return write(model, out, options, calibration=calibration, shards=join, **how)
+    if ranks() > 1 and not division.join:
+        return refactor_ranks(model, out, options, calibration=division.calibration, **how)
+    return write(model, out, options, calibration=division.calibration, shards=division.join, **how)
 
 
-def _one_part(
-    model: str, out: Path, options: RefactorOptions, shard: str, calibration: Path, how: Writing, *, as_json: bool
-) -> None:
+def _one_part(model: str, out: Path, options: RefactorOptions, division: Division, how: Writing) -> tuple[dict[str, Any], str]:
+    """Solve it; what `emit` prints of it."""
     from ..jobs.refactor import refactor_shard
 
-    facts = refactor_shard(model, out, shard, options, calibration=calibration, **how).to_json()
+    assert division.shard is not None and division.calibration is not None
+    facts = refactor_shard(model, out, division.shard, options, calibration=division.calibration, **how).to_json()
     note(f"next: moe-prism refactor {model} --join {out},... with the same options, when all parts are there")
-    emit(facts, f"{facts['folder']}: layers {', '.join(map(str, facts['layers']))}", as_json)
+    return facts, f"{facts['folder']}: layers {', '.join(map(str, facts['layers']))}"

@@ -86,7 +86,8 @@ def rounded_router(weight: Tensor, bits: int, clip: float) -> Tensor:
     """Rows [E, d] rounded to nearest, each to its own scale: its largest weight times clip over the largest code."""
     most = 2 ** (bits - 1) - 1
     scale = (weight.abs().amax(1, keepdim=True) * clip / most).clamp(min=1e-30)
-    return (weight / scale).round().clamp(-most - 1, most) * scale
+    rounded: Tensor = (weight / scale).round().clamp(-most - 1, most) * scale
+    return rounded
 
 
 @torch.no_grad()

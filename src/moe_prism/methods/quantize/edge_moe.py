@@ -155,7 +155,7 @@ class Trials:
         """(predictions in all, log-probabilities of the model itself, token ids) of batches of calibration text."""
         ids, elastic = self.subject.calibration, self.subject.elastic
         ids = ids[: max(1, most // ids.shape[1])]
-        for rows in ids.to(self.subject.model.device).split(BATCH):
+        for rows in torch.split(ids.to(self.subject.model.device), BATCH):
             with elastic.at(elastic.full_step, counting=False):
                 yield len(ids) * (ids.shape[1] - 1), logits_of(self.subject.model, rows).log_softmax(-1), rows
 

@@ -68,7 +68,7 @@ def bare(elastic_nano, tmp_path_factory):
 
 
 def test_plain_transformers_loads_it_where_moe_prism_cannot_be_imported(elastic_nano, bare):
-    arguments = json.dumps([PROMPT, NEW_TOKENS, str(moe_prism.model.load.NANO), str(elastic_nano), str(bare)])
+    arguments = json.dumps([PROMPT, NEW_TOKENS, str(moe_prism.model.named.NANO), str(elastic_nano), str(bare)])
     done = subprocess.run([sys.executable, "-I", "-c", ALONE, arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout)

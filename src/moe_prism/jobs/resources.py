@@ -179,23 +179,24 @@ def needed_by_frontier(model: Any, running: Mapping[str, int], *, low_memory: bo
     running: of `needed_by_running`; encodes: whether methods run the model with its experts in fewer bits, beside int8 and int4.
     """
     measured = {name: running[name] for name in (*RUNNING, "kernels_bytes")}
-    measured["encoded_bytes"] = 0 if low_memory else encoded_bytes(find_layers(model), encodes)
-    kept = {name: measured[name] for name in ("weights_bytes", "side_bytes", "kernels_bytes", "encoded_bytes")}
+    own, more = (0, 0) if low_memory else encoded_bytes(find_layers(model), encodes)
+    kept = {name: measured[name] for name in ("weights_bytes", "side_bytes", "kernels_bytes")} | {"encoded_bytes": more}
+    measured["encoded_bytes"] = own + more  # its own experts wait only while it runs in fewer bits
     return told(largest([measured, {**kept, "report_bytes": REPORT}]), 0)
 
 
-def encoded_bytes(layers: Sequence[MoELayer], methods: bool) -> int:
-    """What a frontier holds beside the model while that runs in fewer bits: its own experts, and those of int8 and int4.
+def encoded_bytes(layers: Sequence[MoELayer], methods: bool) -> tuple[int, int]:
+    """What a frontier holds beside a model that runs in fewer bits: the model's own experts, and those of int8 and int4.
 
     methods: whether methods encode more; what is kept of all then has a limit.
     """
     own = sum(w.numel() for layer in layers for w in matrices(layer)) * FLOAT32
     limit = max(KEPT_BYTES, own)
     if methods:
-        return own + limit
+        return own, limit
     codec = codecs.get("rtn")()
     shapes = [tuple(w.shape) for layer in layers for w in matrices(layer)]
-    return own + min(limit, sum(codec.bytes(shape, bits, codec.groups[0]) for _, bits in STANDING for shape in shapes))
+    return own, min(limit, sum(codec.bytes(shape, bits, codec.groups[0]) for _, bits in STANDING for shape in shapes))
 
 
 def told(parts: dict[str, int], disk: int, held: int = 0) -> dict[str, Any]:

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..model import MoELayer
-from .base import Collector, Kept, RoutedBatch
-from .neurons import PER_NEURON, each_activation, zeros
+from .base import Kept, RoutedBatch
+from .neurons import PER_NEURON, each_activation
+from .sums import Sums
 
 SUMS = ("slope_sq", "product_sq", "product", "product_abs")
 SLOPE = "slope"
 """What the backward pass adds to a batch, see `RoutedBatch`."""
 
 
-class Gradients(Collector):
+class Gradients(Sums):
     """Per neuron, over its expert's routed tokens, with a its activation and L the loss of a window (sum over its next tokens).
 
     slope_sq Σ(∂L/∂a)², product_sq Σ(a ∂L/∂a)², product Σ a ∂L/∂a, product_abs Σ|a ∂L/∂a| [E, f] (float64). count [E], tokens [1] (int64).
@@ -33,10 +34,6 @@ class Gradients(Collector):
         "tokens": ((1,), torch.int64),
     }
 
-    def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
-        super().__init__(layer, capacity=capacity, seed=seed)
-        self.values = zeros(self.keeps, layer)
-
     def update(self, batch: RoutedBatch) -> None:
         assert batch.slope is not None
         for e, token, choice, a in each_activation(self.layer, batch):
@@ -46,16 +43,6 @@ class Gradients(Collector):
                 self.values[name][e] += found.sum(0).cpu()
             self.values["count"][e] += len(token)
         self.values["tokens"] += len(batch.x)
-
-    def state(self) -> dict[str, Tensor]:
-        return dict(self.values)
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        self.values = {name: state[name].clone() for name in self.values}
-
-    def merge(self, state: dict[str, Tensor]) -> None:
-        """Add what another pass over other tokens found."""
-        self.values = {name: mine + state[name] for name, mine in self.values.items()}
 
     @staticmethod
     def bytes_per_layer(layer: MoELayer, capacity: int) -> int:

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from ..model import MoELayer
-from .base import Collector, Kept, RoutedBatch
+from .base import Kept, RoutedBatch
 from .outputs import each_output
+from .sums import Sums
 
 
-class Means(Collector):
+class Means(Sums):
     """Per expert, over its routed tokens, with o its output before the routing weight g (float64 unless said otherwise).
 
     count [E] (int64); sum [E, d] Σ o; square [E] Σ‖o‖²; weight [E] Σ g. Per layer: tokens [1] (int64), of all.
@@ -28,13 +28,6 @@ class Means(Collector):
         "tokens": ((1,), torch.int64),
     }
 
-    def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
-        super().__init__(layer, capacity=capacity, seed=seed)
-        e = layer.num_experts
-        self.values = {name: torch.zeros(e, dtype=torch.float64) for name in ("square", "weight")}
-        self.values["sum"] = torch.zeros(e, layer.hidden, dtype=torch.float64)
-        self.values |= {"count": torch.zeros(e, dtype=torch.int64), "tokens": torch.zeros(1, dtype=torch.int64)}
-
     def update(self, batch: RoutedBatch) -> None:
         found = self.values
         for e, token, choice, out in each_output(self.layer, batch):
@@ -44,15 +37,6 @@ class Means(Collector):
             found["square"][e] += out.square().sum().cpu()
             found["weight"][e] += batch.weight[token, choice].double().sum().cpu()
         found["tokens"] += len(batch.x)
-
-    def state(self) -> dict[str, Tensor]:
-        return dict(self.values)
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        self.values = {name: state[name].clone() for name in self.values}
-
-    def merge(self, state: dict[str, Tensor]) -> None:
-        self.values = {name: mine + state[name] for name, mine in self.values.items()}
 
     @staticmethod
     def bytes_per_layer(layer: MoELayer, capacity: int) -> int:

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from ..model import MoELayer
-from .base import Collector, Kept, RoutedBatch
-from .neurons import zeros
+from .base import Kept, RoutedBatch
+from .sums import Sums
 
 PER_PAIR = ("E", "E")
 
 
-class Pairs(Collector):
+class Pairs(Sums):
     """together [E, E] (int64): tokens that chose both, on the diagonal those that chose the one. score_gram [E, E] (float64): Σ z zᵀ
     over all tokens, z what the router gave every expert before any normalisation. tokens [1] (int64) of all, scored_tokens [1] of those in
     that sum.
@@ -30,10 +29,6 @@ class Pairs(Collector):
         "scored_tokens": ((1,), torch.int64),
     }
 
-    def __init__(self, layer: MoELayer, *, capacity: int, seed: int) -> None:
-        super().__init__(layer, capacity=capacity, seed=seed)
-        self.values = zeros(self.keeps, layer)
-
     def update(self, batch: RoutedBatch) -> None:
         experts = self.layer.num_experts
         chosen = torch.zeros(len(batch.x), experts + 1, device=batch.x.device)
@@ -46,16 +41,6 @@ class Pairs(Collector):
             z = batch.scores[:, :experts].double()
             self.values["score_gram"] += (z.T @ z).cpu()
             self.values["scored_tokens"] += len(z)
-
-    def state(self) -> dict[str, Tensor]:
-        return dict(self.values)
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        self.values = {name: state[name].clone() for name in self.values}
-
-    def merge(self, state: dict[str, Tensor]) -> None:
-        """Add what another pass over other tokens found."""
-        self.values = {name: mine + state[name] for name, mine in self.values.items()}
 
     @staticmethod
     def bytes_per_layer(layer: MoELayer, capacity: int) -> int:

@@ -111,6 +111,8 @@ class Method(ABC):
     @classmethod
     def set_by(cls, name: str, parameter: str) -> str:
         """How a user writes a parameter that does not stand in the name."""
+        if cls.acts == "weights":
+            return f"{name}:{parameter}={parameter.upper()}"
         return f"moe-prism skip --{parameter.replace('_', '-')}"
 
     @classmethod

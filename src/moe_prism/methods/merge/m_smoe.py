@@ -54,10 +54,6 @@ class MSmoe(Method):
         return found
 
     @classmethod
-    def set_by(cls, name: str, parameter: str) -> str:
-        return f"{name}:{parameter}={parameter.upper()}"
-
-    @classmethod
     def example(cls) -> str | None:
         return "0.5"
 

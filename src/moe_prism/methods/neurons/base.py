@@ -88,10 +88,6 @@ class NeuronMethod(Method):
         return found
 
     @classmethod
-    def set_by(cls, name: str, parameter: str) -> str:
-        return f"{name}:{parameter}={parameter.upper()}"
-
-    @classmethod
     def example(cls) -> str | None:
         return "0.75"
 

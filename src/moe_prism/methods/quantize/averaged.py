@@ -23,10 +23,6 @@ class AveragedBits(Method):
     acts: ClassVar[str] = "weights"
 
     @classmethod
-    def set_by(cls, name: str, parameter: str) -> str:
-        return f"{name}:{parameter}={parameter.upper()}"
-
-    @classmethod
     def example(cls) -> str | None:
         return "2.5"
 

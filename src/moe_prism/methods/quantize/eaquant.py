@@ -49,10 +49,6 @@ class EaQuant(Method):
     parameters: EaQuantParameters
 
     @classmethod
-    def set_by(cls, name: str, parameter: str) -> str:
-        return f"{name}:{parameter}={parameter.upper()}"
-
-    @classmethod
     def example(cls) -> str | None:
         return "4"
 

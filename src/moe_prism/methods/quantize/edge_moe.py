@@ -50,10 +50,6 @@ class EdgeMoe(Method):
     parameters: EdgeMoeParameters
 
     @classmethod
-    def set_by(cls, name: str, parameter: str) -> str:
-        return f"{name}:{parameter}={parameter.upper()}"
-
-    @classmethod
     def example(cls) -> str | None:
         return "0.02"
 

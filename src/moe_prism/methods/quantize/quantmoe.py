@@ -95,10 +95,6 @@ class QuantMoe(Method):
             raise UsageError(f"{found.bits:g} bits are outside {LOW:g} to {HIGH:g}", "write bits=3")
         return found
 
-    @classmethod
-    def set_by(cls, name: str, parameter: str) -> str:
-        return f"{name}:{parameter}={parameter.upper()}"
-
     def points(self, subject: Subject) -> Sequence[NamedPoint]:
         asked = self.parameters
         scores = RULES[asked.rule](subject)

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..model import MoELayer
+from .added_up import AddedUp
 from .base import Kept, RoutedBatch
 from .neurons import PER_NEURON, each_activation
-from .sums import Sums
 
 SUMS = ("slope_sq", "product_sq", "product", "product_abs")
 SLOPE = "slope"
 """What the backward pass adds to a batch, see `RoutedBatch`."""
 
 
-class Gradients(Sums):
+class Gradients(AddedUp):
     """Per neuron, over its expert's routed tokens, with a its activation and L the loss of a window (sum over its next tokens).
 
     slope_sq Σ(∂L/∂a)², product_sq Σ(a ∂L/∂a)², product Σ a ∂L/∂a, product_abs Σ|a ∂L/∂a| [E, f] (float64). count [E], tokens [1] (int64).

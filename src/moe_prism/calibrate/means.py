@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 
 from ..model import MoELayer
+from .added_up import AddedUp
 from .base import Kept, RoutedBatch
 from .outputs import each_output
-from .sums import Sums
 
 
-class Means(Sums):
+class Means(AddedUp):
     """Per expert, over its routed tokens, with o its output before the routing weight g (float64 unless said otherwise).
 
     count [E] (int64); sum [E, d] Σ o; square [E] Σ‖o‖²; weight [E] Σ g. Per layer: tokens [1] (int64), of all.

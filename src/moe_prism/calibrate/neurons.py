@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ..model import MoELayer
+from .added_up import AddedUp
 from .base import Kept, RoutedBatch
-from .sums import Sums
 
 PER_NEURON = ("E", "f")
 PEAKS = ("max", "gated_max")
 
 
-class Neurons(Sums):
+class Neurons(AddedUp):
     """Per neuron, over its expert's routed tokens, with a its activation before W_down and g the routing weight.
 
     sq Σa², gated_sq Σ(ga)², abs Σ|a| [E, f] (float64); max and gated_max: the largest |a| and |ga| [E, f] (float32). Per expert: count [E]

@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 
 from ..model import MoELayer
+from .added_up import AddedUp
 from .base import Kept, RoutedBatch
-from .sums import Sums
 
 PER_PAIR = ("E", "E")
 
 
-class Pairs(Sums):
+class Pairs(AddedUp):
     """together [E, E] (int64): tokens that chose both, on the diagonal those that chose the one. score_gram [E, E] (float64): Σ z zᵀ
     over all tokens, z what the router gave every expert before any normalisation. tokens [1] (int64) of all, scored_tokens [1] of those in
     that sum.

@@ -12,7 +12,7 @@ from ..model import MoELayer
 from .base import Collector, Kept
 
 
-class Sums(Collector):
+class AddedUp(Collector):
     """Holds what `keeps` says, from zero on; two passes are the sum of both, and the larger of both for `peaks`."""
 
     peaks: ClassVar[tuple[str, ...]] = ()

@@ -180,9 +180,7 @@ class _Job:
             with stream.module(layer.block_name.rpartition(".")[0]):
                 found = with_floor(stream.model, layer, own, floor, experts_per_token(stream.model, layer))
                 if asked is not None:
-                    scales.append(
-                        factors(exponents(readers[number], [x for x, _ in found], asked.alpha, asked.steps), asked.steps)
-                    )
+                    scales.append(factors(exponents(layer, [x for x, _ in found], asked.alpha, asked.steps), asked.steps))
                     scaled |= factors_of(stream, readers[number], scales[-1])
             if self.options.error_feedback:
                 samples.append(found)

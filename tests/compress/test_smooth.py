@@ -103,7 +103,7 @@ def test_a_norm_with_a_reader_nobody_knows_is_refused():
 
 @torch.no_grad()
 def test_inputs_of_a_loud_channel_come_down():
-    model, layers = routed("softmax-normalised")
+    _, layers = routed("softmax-normalised")
     x = torch.randn(64, HIDDEN, generator=torch.Generator().manual_seed(0))
     x[:, 3] *= 50
     found = exponents(layers[0], [x] * layers[0].num_experts, 0.6, 1)

@@ -14,7 +14,11 @@ from moe_prism.compress.codec.nested import Nested
 from moe_prism.compress.quantize import QuantizeChange
 from moe_prism.elastic import operating_point
 from moe_prism.errors import CorruptError, DoesNotFit, UsageError
+from moe_prism.jobs.compress import compress_model, plan_compression
+from moe_prism.jobs.forecast_offload import forecast_offload
 from moe_prism.jobs.refactor import RefactorOptions, refactor
+from moe_prism.options.compress import CompressOptions
+from moe_prism.options.offload import OffloadOptions
 from moe_prism.point import FULL, OperatingPoint, SlotBits, SlotRule
 from moe_prism.store import StoreError, open_pack, write_pack
 from moe_prism.store.choose_misses import Misses
@@ -67,6 +71,16 @@ def test_records_hold_what_the_codec_encodes(folder, file):
     lower = records[1::2]
     for matrix in (*layout.first, layout.down):  # the gap of the lower plane is empty, where the upper one has scales
         assert not lower[:, matrix.at : matrix.at + matrix.scales].any()
+
+
+def test_the_command_writes_the_same_file_and_the_forecast_says_that_it_has_none(folder, file, tmp_path):
+    asked, out = CompressOptions(method="nested:bits=8:group=32", format="records"), tmp_path / "planes.pack"
+    planned = plan_compression(folder, asked)
+    done = compress_model(folder, out, asked)
+    assert out.read_bytes() == file.read_bytes() and done.expert_bytes == planned.expert_bytes
+    assert done.expert_bytes[1] == 2 * 2 * 6 * 4 * open_pack(out, read_manifest(folder)).layout.bytes
+    with pytest.raises(UsageError, match="holds planes"):
+        forecast_offload(folder, 1 << 24, OffloadOptions(expert_file=out))
 
 
 @pytest.mark.parametrize("slots", [2, 9, 40, 1000])
@@ -156,10 +170,14 @@ def test_a_floor_takes_planes_that_are_there_and_reads_the_others_less(folder, f
 
 def test_what_records_do_not_hold_is_refused(folder, file, tmp_path):
     stored, _ = opened(folder, file)
-    with pytest.raises(UsageError, match="the records have 2 to 8 in groups of 32"), operating_point(stored, point=at(0.2, group=64)):
+    with (
+        pytest.raises(UsageError, match="the records have 2 to 8 in groups of 32"),
+        operating_point(stored, point=at(0.2, group=64)),
+    ):
         pass
-    with pytest.raises(UsageError, match="needs the experts in memory"), operating_point(
-        stored, point=OperatingPoint(weights=QuantizeChange(Nested(), 8.0, 32).part())
+    with (
+        pytest.raises(UsageError, match="needs the experts in memory"),
+        operating_point(stored, point=OperatingPoint(weights=QuantizeChange(Nested(), 8.0, 32).part())),
     ):
         pass
     with pytest.raises(UsageError, match="no int8 form"):

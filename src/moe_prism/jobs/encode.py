@@ -94,7 +94,7 @@ def write_codec(model: str | Path, out: str | Path, options: CompressOptions, **
     """Write the checkpoint, or the file of records, at `out`; how: see `Writing`."""
     if options.format == "records":
         done = Compressed(options.method, *records(model, options), folder=Path(out))
-        write_records(model, out, how.get("report", silent), force=how.get("force", False))
+        write_records(model, out, options, how.get("report", silent), force=how.get("force", False))
         return done
     job = _Job(model, options)
     weights = job.weights

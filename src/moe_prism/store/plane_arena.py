@@ -12,10 +12,10 @@ from ..elastic.execute.from_planes import from_planes
 from ..elastic.planes import PlanePlaces, offset_of, read_of
 from ..errors import UsageError
 from ..kernels import threads
-from ..kernels.plane_rows import PlaneSlots, RecordForm, plane_outputs
+from ..kernels.plane_rows import PlaneForm, PlaneSlots, Records, plane_outputs
 from ..kernels.plane_tiles import AVAILABLE
 from ..model import MoELayer
-from .plane_layout import Matrix, PlaneLayout
+from .plane_layout import PlaneLayout, PlaneMatrix
 from .plane_wanted import PlaneWanted
 from .wanted import Floats, Ints
 
@@ -26,7 +26,7 @@ FEW_WORK = 1 << 22
 class ArenaPlanes:
     """A matrix of all blocks of a layer, its planes wherever they lie: what `from_planes` reads of `planes.PackedPlanes`."""
 
-    def __init__(self, layout: PlaneLayout, matrix: Matrix, inputs: int, places: PlanePlaces) -> None:
+    def __init__(self, layout: PlaneLayout, matrix: PlaneMatrix, inputs: int, places: PlanePlaces) -> None:
         self.inputs, self.group = inputs, layout.group
         self._tile = matrix.tile
         self.places = PlanePlaces(places.upper + matrix.at, places.lower + matrix.scales)
@@ -47,11 +47,12 @@ class PlaneArena:
         self._map = mmap.mmap(-1, slots * layout.bytes)
         self.memory = torch.frombuffer(self._map, dtype=torch.uint8).view(slots, layout.bytes)
         self.layout, self.like = layout, like
+        self._address, self._size, self._weights = self.memory.data_ptr(), layout.bytes, layout.weights
         first, down = layout.first, layout.down
-        self._form = RecordForm(
-            layout.block, layout.group, first[-1].at, first[0].tile, first[0].scales, down.at, down.tile, down.scales
+        offsets = np.array([0.0, *(offset_of(bits, centred=True) for bits in range(1, 9))], np.float32)
+        self._form = PlaneForm(
+            layout.block, layout.group, first[-1].at, first[0].tile, first[0].scales, down.at, down.tile, down.scales, offsets
         )
-        self._offsets = np.array([0.0, *(offset_of(bits, centred=True) for bits in range(1, 9))], np.float32)
         self._is_gated = bool(like.is_silu) and layout.has_gate
 
     @property
@@ -60,23 +61,19 @@ class PlaneArena:
 
     def is_few(self, wanted: PlaneWanted) -> bool:
         """Whether slot by slot is the way."""
-        return self._is_gated and len(wanted.row) * self.layout.weights <= FEW_WORK
+        return self._is_gated and len(wanted.row) * self._weights <= FEW_WORK
 
-    def outputs(self, x: Tensor, wanted: PlaneWanted, which: Ints, places: Ints) -> Floats:
-        """[len(which), d]: weight x output of the slots `which`. places [E N, 2]: where both planes of every block lie."""
-        out = np.empty((len(which), x.shape[1]), np.float32)
+    def outputs(self, x: Tensor, wanted: PlaneWanted, which: Ints, places: Ints, out: Floats) -> None:
+        """out[s] [S, d] = weight x output of the slots `which`. places [E N, 2]: where both planes of every block lie."""
         if len(which):
-            block = np.repeat(wanted.block, wanted.end - wanted.begin)[which]
-            upper, lower = (self.memory.data_ptr() + places[block, plane] * self.layout.bytes for plane in range(2))
-            slots = PlaneSlots(wanted.row[which], wanted.weight[which], wanted.bits[which], upper, lower - upper)
-            plane_outputs(x.contiguous().detach().numpy(), slots, self._offsets, self._form, out)
-        return out
+            memory = Records(self._address, self._size, places)
+            slots = PlaneSlots(wanted.block, wanted.end, wanted.row, wanted.weight, wanted.bits)
+            plane_outputs(x.contiguous().detach().numpy(), slots, which, memory, self._form, out)
 
     def add(self, x: Tensor, wanted: PlaneWanted, part: tuple[int, int], places: Ints, out: Tensor) -> None:
         """out [T, d] += the outputs of sub-experts part[0]..part[1] - 1."""
         layout, parts = self.layout, wanted.widths.shape[2]
-        upper = self.memory.data_ptr() + torch.from_numpy(places[:, 0]) * layout.bytes
-        lower = self.memory.data_ptr() + torch.from_numpy(places[:, 1]) * layout.bytes
+        upper, lower = (self._address + torch.from_numpy(places[:, plane]) * self._size for plane in range(2))
         where = PlanePlaces(upper, lower - upper)
         matrices = [ArenaPlanes(layout, m, layout.hidden, where) for m in layout.first]
         matrices.append(ArenaPlanes(layout, layout.down, layout.block, where))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -31,7 +32,7 @@ class PlaneStorage(NamedTuple):
     group: int = 64
 
 
-class Matrix(NamedTuple):
+class PlaneMatrix(NamedTuple):
     """One matrix of a block within a record. at: its first byte; tile: bytes of a tile; scales: of them scales."""
 
     at: int
@@ -65,18 +66,18 @@ class PlaneLayout:
         return (3 if self.has_gate else 2) * self.block * self.hidden
 
     @property
-    def first(self) -> Sequence[Matrix]:
+    def first(self) -> Sequence[PlaneMatrix]:
         """Gate, where there is one, and up."""
         size, scales = _tile(self.hidden, self.group)
         bytes_ = self.block // OUTPUTS * size
-        return [Matrix(i * bytes_, size, scales) for i in range(2 if self.has_gate else 1)]
+        return [PlaneMatrix(i * bytes_, size, scales) for i in range(2 if self.has_gate else 1)]
 
     @property
-    def down(self) -> Matrix:
+    def down(self) -> PlaneMatrix:
         before = self.first[-1]
-        return Matrix(before.at + self.block // OUTPUTS * before.tile, *_tile(self.block, self.group))
+        return PlaneMatrix(before.at + self.block // OUTPUTS * before.tile, *_tile(self.block, self.group))
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Of a record, padding included."""
         return padded(self.down.at + self.hidden // OUTPUTS * self.down.tile)

@@ -22,7 +22,7 @@ from .plane_wanted import PlaneWanted
 from .pools import Eviction
 from .reader import ReadJob
 from .record_store import Open, RecordStore
-from .wanted import Flags, Ints, add_rows
+from .wanted import Ints, add_rows
 
 
 class PlaneStore(RecordStore):
@@ -48,13 +48,14 @@ class PlaneStore(RecordStore):
             self.fetcher.step += 1
         under_way, base = self.fetcher.under_way, self.space.of_layer(layer).start
         under_way.note_arrivals()
-        keys, capacity = wanted.records(base).keys, self.capacity(layer)
         if under_way:
-            under_way.take_back(self.space.of_layer(layer), set(keys.tolist()))
+            under_way.take_back(self.space.of_layer(layer), set((base + wanted.record).tolist()))
         out = np.zeros(x.shape, np.float32)
         few = self.arena.is_few(wanted) and len(wanted.row) * x.shape[1] <= PARTIAL_NUMBERS
-        if few and len(keys) + len(under_way) <= capacity:
-            self._in_one(layer, x, wanted, out, self._beside(keys.tolist(), meanwhile))
+        if few and len(wanted.record) + len(under_way) <= self.capacity(layer):
+            if meanwhile is not None:
+                meanwhile = self._beside((base + wanted.record).tolist(), meanwhile)
+            self._in_one(layer, x, wanted, out, meanwhile)
             return torch.from_numpy(out)
         self.settle()  # its pins would take room from the pieces
         whole = torch.from_numpy(out)
@@ -67,23 +68,14 @@ class PlaneStore(RecordStore):
         """Everything fits: slots whose planes are there are computed while the others' are read."""
         base = self.space.of_layer(layer).start
         jobs, loads = self.fetcher.request(layer, wanted.records(base), None)
-        missing = np.zeros(len(self.space.of_layer(layer)), bool)
-        missing[loads - base] = True
-        late = self._late(wanted, missing)
+        late = wanted.late(loads - base)
         places, parts = self.places_of(layer), np.empty((len(wanted.row), x.shape[1]), np.float32)
-        ready, rest = np.flatnonzero(~late), np.flatnonzero(late)
-        parts[ready] = self.arena.outputs(x, wanted, ready, places)
+        self.arena.outputs(x, wanted, np.flatnonzero(~late), places, parts)
         if meanwhile is not None:
             meanwhile()
         self.fetcher.wait(jobs)
-        parts[rest] = self.arena.outputs(x, wanted, rest, places)
+        self.arena.outputs(x, wanted, np.flatnonzero(late), places, parts)
         add_rows(parts, wanted.row, out)
-
-    @staticmethod
-    def _late(wanted: PlaneWanted, missing: Flags) -> Flags:
-        """[S]: slots of which a plane is being read that they ask for. missing [2 E N]."""
-        either = missing[2 * wanted.block] | (missing[2 * wanted.block + 1] & wanted.both)
-        return np.repeat(either, wanted.end - wanted.begin)
 
     def _piece_by_piece(self, layer: int, x: Tensor, wanted: PlaneWanted, out: Tensor) -> None:
         """More than fits, or than one thread should compute: in order, the next piece being read while one is computed.

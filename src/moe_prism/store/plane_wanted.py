@@ -16,14 +16,16 @@ from ..elastic.planes import UPPER
 from .wanted import Flags, Floats, Ints, Wanted
 
 NONE: Ints = np.empty(0, np.int64)
+NO_WEIGHTS: Floats = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True)
 class PlaneWanted:
     """Slots [S] in order of their sub-expert, then token: those of sub-expert block[g] are begin[g]..end[g] - 1.
 
-    bits [S]: the width of each; both [G]: whether anybody reads the lower plane; importance [G, 2]: the largest |routing weight| that
-    asks for either plane. Record numbers within the layer are 2 block and 2 block + 1.
+    bits [S]: the width of each; both [G]: whether anybody reads the lower plane. record [K]: numbers within the layer of the records that
+    are wanted, ascending, 2 block for the upper plane and 2 block + 1 for the lower one; those of sub-expert g end at ends[g];
+    importance [K]: the largest |routing weight| that asks for each.
     """
 
     index: Tensor  # [T, k], weight [T, k] and widths [T, k, N]: as they were asked
@@ -36,6 +38,8 @@ class PlaneWanted:
     weight: Floats
     bits: Ints
     both: Flags
+    record: Ints
+    ends: Ints
     importance: Floats
 
     @classmethod
@@ -46,25 +50,28 @@ class PlaneWanted:
 
     def records(self, base: int, first: int = 0, last: int | None = None) -> Wanted:
         """The records of sub-experts first..last - 1, as a fetcher is asked for them. base: the layer's first key."""
-        part = slice(first, len(self.block) if last is None else last)
-        asked = np.stack([np.ones_like(self.both[part]), self.both[part]], 1)
-        keys = base + (2 * self.block[part, None] + np.arange(2))[asked]
-        return Wanted(keys, NONE, NONE, NONE, np.empty(0, np.float32), self.importance[part][asked])
+        part = slice(int(self.ends[first - 1]) if first else 0, len(self.record) if last is None else int(self.ends[last - 1]))
+        return Wanted(base + self.record[part], NONE, NONE, NONE, NO_WEIGHTS, self.importance[part])
+
+    def late(self, loads: Ints) -> Flags:
+        """[S]: slots of a sub-expert of which a record is still to come. loads: numbers of those records, ascending."""
+        either = np.zeros(len(self.block), bool)
+        either[np.searchsorted(self.block, loads // 2)] = True
+        return np.repeat(either, self.end - self.begin)
 
     def pieces(self, most: int) -> Iterator[tuple[int, int]]:
         """Runs of sub-experts first..last - 1 of at most `most` records, in order. most: 2 or more."""
-        ends = np.cumsum(1 + self.both)
         first, done = 0, 0
-        while first < len(ends):
-            last = int(np.searchsorted(ends, done + most, side="right"))
+        while first < len(self.ends):
+            last = int(np.searchsorted(self.ends, done + most, side="right"))
             yield first, last
-            first, done = last, int(ends[last - 1])
+            first, done = last, int(self.ends[last - 1])
 
 
 @njit(nogil=True, cache=True)
 def sort_slots(
     index: Ints, weight: Floats, widths: Floats, experts: int
-) -> tuple[Ints, Ints, Ints, Ints, Floats, Ints, Flags, Floats]:
+) -> tuple[Ints, Ints, Ints, Ints, Floats, Ints, Flags, Ints, Ints, Floats]:
     """The fields of `PlaneWanted` from `block` on."""
     tokens, k, parts = widths.shape
     start = np.zeros(experts * parts + 1, np.int64)
@@ -86,11 +93,19 @@ def sort_slots(
                     row[place[g]], chosen[place[g]], bits[place[g]] = t, weight[t, c], int(widths[t, c, n])
                     place[g] += 1
     begin, end = start[active], start[active + 1]
-    both, importance = np.zeros(len(active), np.bool_), np.zeros((len(active), 2), np.float32)
+    both, ends = np.zeros(len(active), np.bool_), np.empty(len(active), np.int64)
+    record, importance = np.empty(2 * len(active), np.int64), np.zeros(2 * len(active), np.float32)
+    count = 0
     for g in range(len(active)):
+        record[count] = 2 * active[g]
+        lower = np.float32(0)
         for s in range(begin[g], end[g]):
-            size = abs(chosen[s])
-            importance[g, 0] = max(importance[g, 0], size)
+            importance[count] = max(importance[count], abs(chosen[s]))
             if bits[s] > UPPER:
-                both[g], importance[g, 1] = True, max(importance[g, 1], size)
-    return active, begin, end, row, chosen, bits, both, importance
+                both[g], lower = True, max(lower, abs(chosen[s]))
+        count += 1
+        if both[g]:
+            record[count], importance[count] = 2 * active[g] + 1, lower
+            count += 1
+        ends[g] = count
+    return active, begin, end, row, chosen, bits, both, record[:count], ends, importance[:count]

@@ -91,8 +91,12 @@ def ablation(args: argparse.Namespace) -> list[Config]:
     ]
 
 
-def fitted(folder: Path, group: int) -> SlotBits:
-    """What a width loses, measured on calibration text."""
+def fitted(folder: Path, group: int, layers: int | None) -> SlotBits:
+    """What a width loses, measured on calibration text; layers: of a random model, whose time does not depend on it: a quarter per bit."""
+    if layers is not None:
+        widths = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+        errors = (tuple(0.15 * 4.0 ** (2 - w) for w in widths),) * layers
+        return SlotBits(widths=widths, errors=errors, group=group, choosing=4.0)
     whole = open_model(folder)
     options = FrontierOptions(text="domains", calibration_tokens=4096, length=256)
     found = method(f"bits:group={group}")
@@ -207,7 +211,8 @@ def ours(args: argparse.Namespace, folder: Path, work: Path, quality: bool) -> l
     in_memory = statistics.fmean(s for seconds, _ in reference for s in seconds) * 1e3 if reference else None
     del whole
     configs = [c for c in ablation(args) if not args.only or any(c.name.startswith(name) for name in args.only.split(","))]
-    bits = fitted(folder, args.group) if any(c.planes and c.budget < 1 for c in configs) else None
+    random = LARGE["num_hidden_layers"] if args.large else None
+    bits = fitted(folder, args.group, random) if any(c.planes and c.budget < 1 for c in configs) else None
     runs = [Run(config, stored(folder, work, memory, config, args), config.point(bits)) for config in configs]
     for run in runs:  # compile, fill the cache
         decode(run.model, windows[-1:], run.point, 16)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .jobs.prune import prune_model, select_experts
     from .jobs.recover import recover_model
     from .jobs.refactor import refactor, refactor_shard
+    from .jobs.reslice import reslice
     from .jobs.rehearsal import rehearse
     from .jobs.skip import make_skip_plan
     from .jobs.time_points import Timing, time_frontier
@@ -71,6 +72,7 @@ _HOME = {
     "read_statistics": "jobs.calibrate",
     "refactor": "jobs.refactor",
     "refactor_shard": "jobs.refactor",
+    "reslice": "jobs.reslice",
     "adopt": "jobs.adopt",
     "prune_model": "jobs.prune",
     "select_experts": "jobs.prune",
@@ -188,6 +190,7 @@ __all__ = [
     "recover_model",
     "refactor",
     "refactor_shard",
+    "reslice",
     "rehearse",
     "run_demo",
     "run_recipe",

@@ -60,8 +60,9 @@ def recover_model(
 ) -> Recovered:
     """Write a copy of an elastic model that loses less below full budget, with the same weights and the same function at full budget.
 
-    Of two methods, `predictor` goes first: a repair is fitted to what is kept. how: see `Writing`; an interrupted `repair`
-    continues, `predictor` starts again. Raises UsageError, DoesNotFit or CorruptError before OUT is visible.
+    Of two methods, `predictor` goes first: a repair is fitted to what is kept. `router` takes a folder of `reslice` instead, and writes
+    another model (see `recover_router`). how: see `Writing`; an interrupted `repair` or `router` continues, `predictor` starts again.
+    Raises UsageError, DoesNotFit or CorruptError before OUT is visible.
 
     >>> import moe_prism
     >>> asked = moe_prism.RecoverOptions(method="repair", tokens=2048, length=128)
@@ -70,6 +71,10 @@ def recover_model(
     """
     options, resume = options or RecoverOptions(), how.get("resume", False)
     options.check()
+    if options.method == "router":
+        from .recover_router import recover_router  # which takes its result from here
+
+        return recover_router(folder, out, options, **how)
     manifest = elastic_manifest(folder)
     _check(folder, manifest, options)
     check_apart(folder, out)

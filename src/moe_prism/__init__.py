@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from .jobs.prune import prune_model, select_experts
     from .jobs.recover import recover_model
     from .jobs.refactor import refactor, refactor_shard
-    from .jobs.reslice import reslice
     from .jobs.rehearsal import rehearse
+    from .jobs.reslice import reslice
     from .jobs.skip import make_skip_plan
     from .jobs.time_points import Timing, time_frontier
     from .jobs.trace import inspect_routing, record_trace
@@ -190,8 +190,8 @@ __all__ = [
     "recover_model",
     "refactor",
     "refactor_shard",
-    "reslice",
     "rehearse",
+    "reslice",
     "run_demo",
     "run_recipe",
     "select_experts",

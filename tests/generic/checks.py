@@ -99,7 +99,7 @@ def checks_of(name: str) -> list[Check]:
     checks: list[Check] = [has_points_that_survive_json, changes_the_output]
     checks.append(costs_what_its_widths_read if getattr(found, "maker", "") else costs_what_it_reads)
     if not getattr(found, "depends_on_batch", False):
-        checks.append(is_the_same_alone_and_beside_any_other)
+        checks += [is_the_same_alone_and_beside_any_other, looks_at_no_later_token]
     if issubclass(found, Rule):
         checks.append(is_exact_when_it_keeps_all)
     elif found.stage is not None:
@@ -137,8 +137,8 @@ def is_exact_when_it_keeps_all(bench: Bench, asked: str) -> None:
 
 def is_exact_at_its_neutral_values(bench: Bench, asked: str) -> None:
     """Of a routing stage, by its name."""
-    elastic = bench.opened.elastic
-    neutral = stage_class(asked).neutral(asked, len(elastic.layers), elastic.k)
+    elastic, name = bench.opened.elastic, asked.partition(":")[0]
+    neutral = stage_class(name).neutral(name, len(elastic.layers), elastic.k)
     assert RoutingStage.from_json(neutral.to_json()) == neutral
     ids = distinct_rows(bench.opened.model, 24)
     assert torch.equal(bench.logits(ids, [OperatingPoint(routing=(neutral,))]), bench.logits(ids, [FULL]))
@@ -156,6 +156,15 @@ def is_the_same_alone_and_beside_any_other(bench: Bench, asked: str) -> None:
         alone = bench.logits(ids[row : row + 1], [point])[0]
         torch.testing.assert_close(mixed[row], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()))
         assert torch.equal(mixed[row].argmax(-1), alone.argmax(-1))
+
+
+def looks_at_no_later_token(bench: Bench, asked: str) -> None:
+    """Other tokens at the end of a text change nothing before them."""
+    ids = distinct_rows(bench.opened.model, 36)
+    one, other = ids[:, :24], torch.cat([ids[:, :16], ids[:, 24:32]], 1)
+    for named in (bench.points(asked)[0], bench.points(asked)[-1]):
+        first, second = (bench.logits(rows, [named.point])[:, :16] for rows in (one, other))
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5 * float(first.abs().max()))
 
 
 @torch.no_grad()

@@ -287,8 +287,8 @@ def _settled(elastic: Host, point: OperatingPoint) -> OperatingPoint:
     if not point.slots.is_full and rule.needs_norms:
         elastic.layers[0].scorer(point.slots.scorer)  # refuses what the model's side tensors do not hold
     for stage in point.routing:
-        stage.check(len(elastic.layers), elastic.k)
-        stage_class(stage.stage)
+        kind = stage_class(stage.stage)
+        stage.check(len(elastic.layers), elastic.layers[0].parts.layer.num_experts if kind.adds else elastic.k)
     stages = tuple(_with_weights(elastic, stage) for stage in point.routing)
     return replace(point, routing=stages)
 

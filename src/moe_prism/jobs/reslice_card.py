@@ -21,8 +21,8 @@ def resliced_card(facts: Mapping[str, Any], model_type: str) -> str:
     return f"""{front_matter(facts, model_type)}
 # {shown(source)}, sub-experts as experts
 
-Every expert of `{code(source)}` as {found["n_sub"]} experts of {found["width"]} neurons: {found["experts"]} in a layer, of which a token takes
-{found["experts_per_token"]}. Router rows stand {found["n_sub"]} times, and output weights are multiplied by {found["factor"]}.
+Every expert of `{code(source)}` as {found["n_sub"]} experts of {found["width"]} neurons: {found["experts"]} in a layer, and
+{found["experts_per_token"]} per token. Router rows stand {found["n_sub"]} times, and output weights are multiplied by {found["factor"]}.
 {what}
 transformers, vLLM and other tools load this folder as a model of the same family.
 

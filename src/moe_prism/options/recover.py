@@ -9,7 +9,6 @@ from ..errors import UsageError
 from .base import LOW_MEMORY_WORDS, Options, option
 from .text import FIELDS, SOURCES
 
-
 RATE = 1e-3
 OF_ROUTER = ("loss", "curriculum", "rate")
 

@@ -137,10 +137,7 @@ def _step(
         with torch.no_grad(), _values(parameters, first):
             wanted = _log_probabilities(job, few, rows, job.highest)
     found = _log_probabilities(job, few, rows, k_of(job, step))
-    if wanted is None:
-        loss = nn.functional.nll_loss(found, rows[:, 1:].reshape(-1))
-    else:
-        loss = (wanted.exp() * (wanted - found)).sum(-1).mean()
+    loss = nn.functional.nll_loss(found, rows[:, 1:].reshape(-1)) if wanted is None else _kl(wanted, found)
     optimizer.zero_grad()
     torch.autograd.backward(loss)
     nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -152,6 +149,10 @@ def _log_probabilities(job: RouterJob, few: Sequence[Fewer], rows: Tensor, count
         one.count = count
     logits: Tensor = job.model(input_ids=rows, use_cache=False).logits
     return logits[:, :-1].float().flatten(0, 1).log_softmax(-1)
+
+
+def _kl(wanted: Tensor, found: Tensor) -> Tensor:
+    return (wanted.exp() * (wanted - found)).sum(-1).mean()
 
 
 @contextmanager

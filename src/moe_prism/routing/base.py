@@ -107,6 +107,8 @@ class Stage(ABC):
     """What it asks of `Routed` beside the choice: "scores", "residual", "state"."""
     extra: ExtraExperts | None = None
     """Experts that are not weights, which the stage may choose: their ids begin at `Routed.first_extra`."""
+    adds: ClassVar[bool] = False
+    """Whether it may choose experts that the router did not, and so more of them than k."""
     depends_on_batch: ClassVar[bool] = False
     """Whether a token's experts depend on the other tokens of the batch."""
 

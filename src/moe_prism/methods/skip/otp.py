@@ -98,10 +98,10 @@ class OtpStage(SkipStage):
 
 @dataclass(frozen=True, kw_only=True)
 class OtpParameters:
-    """steps: of training, of two windows each; price: of the kept share in nats, fixed; 0: it follows the mean that is asked for."""
+    """steps: of training, of two windows each; price: of the kept share in nats, fixed; below 0: it follows the mean that is asked for."""
 
     steps: int = STEPS
-    price: float = 0.0
+    price: float = -1.0
 
 
 class Otp(SkipMethod):
@@ -118,14 +118,16 @@ class Otp(SkipMethod):
         return "2"
 
     def fit(self, subject: Subject, mean: float | None) -> Fitted:
-        mean = given(self.name, mean)
         if self.parameters.steps < 1:
             raise UsageError(f"'{self.name}' trains for no step", "give 1 or more, or leave it out for 120")
+        if self.is_priced and mean is not None:
+            raise UsageError(f"the price of '{self.name}' says how many experts stay", "leave the mean out, or the price")
+        mean = subject.k if self.is_priced else given(self.name, mean)
         nets, price = train(subject, mean, self.parameters)
         inputs = views(subject, "input", lambda routed: routed.x)
         weights = views(subject, "weights", lambda routed: routed.weight.float().abs())
         scores = [net.scores(x, w.sort(dim=1, descending=True).values) for net, x, w in zip(nets, inputs, weights, strict=True)]
-        shift = 0.0 if self.parameters.price else settled(scores, mean)
+        shift = 0.0 if self.is_priced else settled(scores, mean)
         nets = [net._replace(b=net.b + shift * torch.arange(subject.k)) for net in nets]
         kept = [float((own + shift * torch.arange(subject.k)).argmax(1).double().mean()) + 1 for own in scores]
         parameters = {
@@ -136,7 +138,14 @@ class Otp(SkipMethod):
         facts = {"price": price, "shift": shift, "layer_means": [round(m, 4) for m in kept], "steps": self.parameters.steps}
         return Fitted(stage, sum(kept) / len(kept), {**facts, **calibration_facts(subject)})
 
+    @property
+    def is_priced(self) -> bool:
+        """Whether the price is fixed."""
+        return self.parameters.price >= 0
+
     def means(self, subject: Subject) -> Sequence[float | None]:
+        if self.is_priced:
+            return [None]
         return [mean for mean in super().means(subject) if mean is not None and mean > 1]
 
 
@@ -207,7 +216,7 @@ def _steps(
 ) -> float:
     weights = [p for layer in layers for p in (layer.w1, layer.w2, layer.b)]
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
-    price, wanted, steps = parameters.price, mean / subject.k, parameters.steps
+    price, wanted, steps = max(0.0, parameters.price), mean / subject.k, parameters.steps
     order = torch.zeros(0, dtype=torch.long)
     with subject.report("train masks") as update:
         for step in range(steps):
@@ -224,7 +233,7 @@ def _steps(
             torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(weights, CLIP)
             optimizer.step()
-            if not parameters.price:
+            if parameters.price < 0:
                 price = max(0.0, price + PACE * (float(share.detach()) - wanted))
             update(step + 1, steps)
     return price

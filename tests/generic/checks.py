@@ -34,7 +34,7 @@ from moe_prism.options.frontier import FrontierOptions
 from moe_prism.point import FULL, NamedPoint, OperatingPoint, RoutingStage, SlotRule
 from moe_prism.routing import stage_class
 
-from .operations import counted, distinct_rows, expected
+from .operations import counted, distinct_rows, expected, passing
 
 OPTIONS: dict[str, Any] = {"tokens": 256, "length": 32, "calibration_tokens": 256, "per_method": 3}
 
@@ -97,7 +97,10 @@ def checks_of(name: str) -> list[Check]:
     if found.acts == "weights":
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_its_codec_stores]
     checks: list[Check] = [has_points_that_survive_json, changes_the_output]
-    checks.append(costs_what_its_widths_read if getattr(found, "maker", "") else costs_what_it_reads)
+    if "neurons" in getattr(getattr(found, "stage", None), "needs", ()):
+        checks.append(costs_what_passes_its_cutoff)
+    else:
+        checks.append(costs_what_its_widths_read if getattr(found, "maker", "") else costs_what_it_reads)
     if not getattr(found, "depends_on_batch", False):
         checks += [is_the_same_alone_and_beside_any_other, looks_at_no_later_token]
     if issubclass(found, Rule):
@@ -234,6 +237,29 @@ def costs_what_its_widths_read(bench: Bench, asked: str) -> None:
             total += found[:, :, 0].numel() * layer.scorer(named.point.slots.scorer).parameters_per_expert() * size
         assert cost.active_expert_bytes == pytest.approx(total / tokens, rel=1e-12)
         assert cost.distinct_expert_bytes < cost.active_expert_bytes * tokens
+
+
+@torch.no_grad()
+def costs_what_passes_its_cutoff(bench: Bench, asked: str) -> None:
+    """Of a stage that leaves out neurons: every gate, and two rows more where |silu(gate)| reaches the cutoff; and what is computed so."""
+    elastic, tokens, point = bench.opened.elastic, 24, bench.points(asked)[-1].point
+    step = Step(bind(elastic, [point]))
+    with elastic.at(step), elastic.count(), ExitStack() as stack:
+        seen: list[tuple[Any, ...]] = []
+        for layer in elastic.layers:
+            run = layer.executor.run_above
+
+            def watched(x, index, weight, settled, run=run, layer=layer, seen=seen):
+                seen.append((layer.parts.layer, x, index, weight, settled.cutoff, run(x, index, weight, settled)))
+                return seen[-1][-1]
+
+            stack.enter_context(mock.patch.object(layer.executor, "run_above", watched))
+        bench.opened.model(input_ids=distinct_rows(bench.opened.model, tokens))
+        cost = measured_cost(elastic, step)
+    per_token, distinct = passing(seen)
+    size = elastic.stored_bytes_per_weight
+    assert cost.active_expert_bytes == pytest.approx(per_token * size / tokens, rel=1e-12)
+    assert cost.distinct_expert_bytes == pytest.approx(distinct * size, rel=1e-12)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from moe_prism.methods.skip.otp import OtpParameters, settled, train
 from moe_prism.methods.skip.profile import samples, scores, views
 from moe_prism.methods.skip.top_p import TopP, fit_top_p, mean_of
 from moe_prism.options.frontier import FrontierOptions
-from moe_prism.point import FULL, RoutingStage
+from moe_prism.point import FULL, OperatingPoint, RoutingStage
 from moe_prism.routing import Routed, stage_class
 
 T, E, K = 40, 8, 3
@@ -235,3 +235,39 @@ def test_odp_computes_a_spared_token_as_the_model_does(subject):
     assert 0 < int(kept.sum()) < len(kept)
     torch.testing.assert_close(found[kept], whole[kept], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(found[~kept], whole[~kept])
+
+
+@torch.no_grad()
+def test_gate_threshold_is_refused_where_neurons_cannot_be_left_out(subject, elastic_tiny, tmp_path):
+    from moe_prism.artefact.load import load
+    from moe_prism.elastic.bind import bind
+    from moe_prism.methods.find import method
+    from moe_prism.point import SlotRule
+    from moe_prism.serve.vllm.refusal import refusal
+    from moe_prism.store import StoreOptions
+
+    point = skip_method("gate-threshold").point(subject, 1.5).point
+    assert "single neurons" in str(refusal(point))
+    pruned = method("prune:soft-count").points(subject)[0].point
+    with pytest.raises(UsageError, match="stores the experts otherwise"):
+        bind(subject.elastic, [replace(point, weights=pruned.weights)])
+    stored, _ = load(elastic_tiny, store=StoreOptions(1 << 30, tmp_path / "experts.pack"))
+    with pytest.raises(UsageError, match="not computed where this model's experts are"):
+        bind(stored._moe_prism, [point])
+    ids = subject.calibration[:1]
+    both = OperatingPoint(routing=point.routing, slots=SlotRule(budget=0.5, rule="product"))
+    with subject.elastic.at([both]):  # blocks and neurons together
+        assert torch.isfinite(subject.model(input_ids=ids).logits).all()
+    with pytest.raises(UsageError, match="reads every gate"):
+        skip_method("gate-threshold").fit(subject, 0.5)
+
+
+def test_gate_threshold_keeps_its_share_of_neurons(subject):
+    from moe_prism.elastic.execute.above import gate_sizes
+
+    stage = skip_method("gate-threshold").fit(subject, 1.5).stage
+    layer, x = subject.elastic.layers[0].parts.layer, views(subject, "input", lambda r: r.x)[0]
+    index = views(subject, "index", lambda r: r.index)[0]
+    sizes = torch.cat([gate_sizes(layer, e, x[(index == e).any(1)])[1] for e in range(layer.num_experts)])
+    share = float((sizes >= stage.parameters["cutoff"][0][0]).double().mean())
+    assert share == pytest.approx((1.5 / 2 - 1 / 3) * 1.5, abs=0.02)

@@ -63,6 +63,16 @@ def test_all_sub_experts_are_the_source_whatever_the_router_does(kind, tmp_path)
     assert (new.num_experts, new.width) == (2 * old.num_experts, old.width // 2)
 
 
+def test_a_sigmoid_that_nobody_divides_needs_no_factor(tmp_path, monkeypatch):
+    from tests.compress import tiny
+
+    family, config = tiny.FAMILIES["sigmoid-bias"]
+    monkeypatch.setitem(tiny.FAMILIES, "sigmoid-alone", (family, {**config, "norm_topk_prob": False}))
+    writer, source, found = written("sigmoid-alone", tmp_path)
+    assert writer.factor == 1
+    assert relative(logits(found), logits(source)) < 1e-5
+
+
 def test_a_router_that_scores_groups_by_their_two_best_is_refused(tmp_path):
     with pytest.raises(UsageError, match="would not choose the 2 sub-experts of the experts that it chooses"):
         written("group-sigmoid", tmp_path)

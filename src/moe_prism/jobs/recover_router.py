@@ -23,7 +23,7 @@ from ..options.recover import RecoverOptions
 from ..options.text import other_source
 from ..progress import peak_rss_bytes, silent
 from ..recover.router import BATCH, RouterJob, train
-from .recover import FILLED_IN, Recovered
+from .recovered import FILLED_IN, Recovered
 from .rehearsal import begin
 from .reslice import KIND
 from .reslice_card import resliced_card

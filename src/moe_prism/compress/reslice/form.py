@@ -35,7 +35,7 @@ class Sizes:
     n_sub: int
 
 
-class ReslicedForm:
+class ReslicedConfig:
     """raw: config.json with the new numbers. model: what it describes, empty; layers: its MoE layers, in the order of the source's."""
 
     def __init__(self, stream: LayerStream, layers: Sequence[MoELayer], sizes: Sizes) -> None:

@@ -23,7 +23,7 @@ from ...model.router import Router
 from ..prune.remove import block_tensors, row_tensors
 from ..prune.write import Planned, Progress, ShardWriter, config_text, write_checkpoint
 from ..slice.mask import per_neuron
-from .form import ReslicedForm, Sizes
+from .form import ReslicedConfig, Sizes
 from .proof import factor_of, fill, repeated
 
 ELASTIC = "keep the elastic form, which runs every family"
@@ -36,7 +36,7 @@ class ReslicedCheckpoint(ShardWriter):
         self.stream, self.layers, self.sizes = stream, layers, sizes
         self.routers = [Router(stream.model, layer) for layer in layers]
         self._check()
-        self.form = ReslicedForm(stream, layers, sizes)
+        self.form = ReslicedConfig(stream, layers, sizes)
         self.targets = [Router(self.form.model, layer) for layer in self.form.layers]
         self._owned = [set(block_tensors(stream, layer)) for layer in layers]
         self._home = [stream.source.info(min(names)).shard for names in self._owned]

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .batch_redistribution import BatchMethod
+from .weight_cutoff import CountsParameters
 
 
 @dataclass(frozen=True, kw_only=True)
-class AllocParameters:
+class AllocParameters(CountsParameters):
     """counts: the method that says how many experts every layer keeps on average."""
 
     counts: str = "sensitivity:isolated"

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .jobs.recover import recover_model
     from .jobs.refactor import refactor, refactor_shard
     from .jobs.rehearsal import rehearse
+    from .jobs.reslice import reslice
     from .jobs.skip import make_skip_plan
     from .jobs.time_points import Timing, time_frontier
     from .jobs.trace import inspect_routing, record_trace
@@ -71,6 +72,7 @@ _HOME = {
     "read_statistics": "jobs.calibrate",
     "refactor": "jobs.refactor",
     "refactor_shard": "jobs.refactor",
+    "reslice": "jobs.reslice",
     "adopt": "jobs.adopt",
     "prune_model": "jobs.prune",
     "select_experts": "jobs.prune",
@@ -189,6 +191,7 @@ __all__ = [
     "refactor",
     "refactor_shard",
     "rehearse",
+    "reslice",
     "run_demo",
     "run_recipe",
     "select_experts",

@@ -138,3 +138,23 @@ def expected(elastic, tokens: int, found: list[Reads]) -> tuple[float, float]:
 def distinct_rows(model, tokens: int) -> torch.Tensor:
     """[1, tokens] token ids, all different."""
     return torch.randperm(model.config.vocab_size, generator=torch.Generator().manual_seed(0))[None, :tokens]
+
+
+def passing(seen) -> tuple[int, int]:
+    """(weights read by all tokens, by the batch together) where neurons with a small gate are left out; and that this was computed.
+
+    seen: (layer, x, index, weight, cutoff, (output, ...)) of every layer.
+    """
+    per_token = distinct = 0
+    for own, x, index, weight, cutoff, (out, *_) in seen:
+        wanted, read = torch.zeros_like(x), set()
+        for t, c in ((t, c) for t in range(len(x)) for c in range(index.shape[1])):
+            e = int(index[t, c])
+            gate = torch.nn.functional.silu(own.gate[e] @ x[t])
+            passes = gate.abs() >= cutoff[t]
+            wanted[t] += weight[t, c] * (own.down[e] @ (gate * (own.up[e] @ x[t]) * passes))
+            per_token += own.hidden * (own.width + 2 * int(passes.sum()))
+            read |= {(e, n) for n in passes.nonzero().flatten().tolist()} | {(e, -1)}
+        distinct += own.hidden * sum(own.width if n < 0 else 2 for _, n in read)
+        torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+    return per_token, distinct

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .jobs.refactor import refactor, refactor_shard
     from .jobs.rehearsal import rehearse
     from .jobs.skip import make_skip_plan
+    from .jobs.split import split_model
     from .jobs.time_points import Timing, time_frontier
     from .jobs.trace import inspect_routing, record_trace
     from .jobs.verify import verify
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from .options.serve import ServeOptions
     from .options.skip import SkipOptions
     from .options.speed import SpeedOptions
+    from .options.split import SplitOptions
     from .options.trace import TraceOptions
     from .point import OperatingPoint
     from .result import Result
@@ -77,6 +79,7 @@ _HOME = {
     "compress_model": "jobs.compress",
     "measure_compression": "jobs.compress",
     "plan_compression": "jobs.compress",
+    "split_model": "jobs.split",
     "recover_model": "jobs.recover",
     "rehearse": "jobs.rehearsal",
     "evaluate_model": "jobs.evaluate",
@@ -127,6 +130,7 @@ _HOME = {
     "ServeOptions": "options.serve",
     "SkipOptions": "options.skip",
     "SpeedOptions": "options.speed",
+    "SplitOptions": "options.split",
     "TraceOptions": "options.trace",
 }
 
@@ -154,6 +158,7 @@ __all__ = [
     "SingleOptions",
     "SkipOptions",
     "SpeedOptions",
+    "SplitOptions",
     "Timing",
     "TraceOptions",
     "UsageError",
@@ -193,6 +198,7 @@ __all__ = [
     "run_recipe",
     "select_experts",
     "serve_model",
+    "split_model",
     "time_frontier",
     "verify",
     "write_frontier",

@@ -234,6 +234,17 @@ class SlicedForm(ManifestForm):
     documents: Annotated[list[Sha256], MaxLen(MOST_DOCUMENTS)]
 
 
+class SplitForm(ManifestForm):
+    """A dense model that was split into experts. result: which way, and what every layer lost."""
+
+    kind: Literal["split"]
+    companions: CompanionsForm
+    dequantized: DequantizedForm | None = None
+    splitting: Plain
+    result: Plain
+    documents: Annotated[list[Sha256], MaxLen(MOST_DOCUMENTS)]
+
+
 class StatisticsForm(ManifestForm):
     """A calibration."""
 
@@ -247,5 +258,6 @@ KINDS: dict[str, type[ManifestForm]] = {
     "pruned": PrunedForm,
     "quantized": QuantizedForm,
     "sliced": SlicedForm,
+    "split": SplitForm,
     "calibration": StatisticsForm,
 }

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .jobs.rehearsal import rehearse
     from .jobs.reslice import reslice
     from .jobs.skip import make_skip_plan
+    from .jobs.split import split_model
     from .jobs.time_points import Timing, time_frontier
     from .jobs.trace import inspect_routing, record_trace
     from .jobs.verify import verify
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from .options.serve import ServeOptions
     from .options.skip import SkipOptions
     from .options.speed import SpeedOptions
+    from .options.split import SplitOptions
     from .options.trace import TraceOptions
     from .point import OperatingPoint
     from .result import Result
@@ -79,6 +81,7 @@ _HOME = {
     "compress_model": "jobs.compress",
     "measure_compression": "jobs.compress",
     "plan_compression": "jobs.compress",
+    "split_model": "jobs.split",
     "recover_model": "jobs.recover",
     "rehearse": "jobs.rehearsal",
     "evaluate_model": "jobs.evaluate",
@@ -129,6 +132,7 @@ _HOME = {
     "ServeOptions": "options.serve",
     "SkipOptions": "options.skip",
     "SpeedOptions": "options.speed",
+    "SplitOptions": "options.split",
     "TraceOptions": "options.trace",
 }
 
@@ -156,6 +160,7 @@ __all__ = [
     "SingleOptions",
     "SkipOptions",
     "SpeedOptions",
+    "SplitOptions",
     "Timing",
     "TraceOptions",
     "UsageError",
@@ -196,6 +201,7 @@ __all__ = [
     "run_recipe",
     "select_experts",
     "serve_model",
+    "split_model",
     "time_frontier",
     "verify",
     "write_frontier",

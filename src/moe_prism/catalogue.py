@@ -106,6 +106,8 @@ REGISTRIES = {
     "routing-stages": Home(
         "routing", "routing_stages", "`routing` of an operating point: what routing methods fit and a layer runs"
     ),
+    "splits": Home("methods.split", "splits", "`split --method`: which neurons of a dense layer become which expert"),
+    "slices": Home("frontier.judge", "slices", "`frontier --judge`: what held-out text is asked beside perplexity"),
     "protections": Home("compress.prune", "protections", "`prune --protect`: experts that stay whatever a criterion says"),
     "codecs": Home(
         "compress.codec", "codecs", "`weights` and `slots` of an operating point: how experts are stored in fewer bits"

@@ -92,7 +92,7 @@ SYSTEMS = (
     System("45", "EMS", "2412.08521", "outside", "evicts, then merges, entries of the attention cache"),
     System("46", "DiT-MoE", "2407.11633", "architecture", "a sparse diffusion transformer for images"),
     System("47", "EdgeMoE", "2308.14352", "offload", "experts on storage, bits for each, loaded ahead by what came before", "in part", "moe-prism generate elastic --prompt TEXT --expert-memory 5MB --expert-policy edge-moe", ("cache-policies/edge-moe", "predictors/dictionary"), "bits for each expert, and loading ahead from the dictionary"),
-    System("48", "LLM-KICK", "2310.01382", "metrics", "questions of knowledge that show what perplexity hides"),
+    System("48", "LLM-KICK", "2310.01382", "metrics", "questions of knowledge that show what perplexity hides", "in part", "moe-prism frontier nano --out report --judge all", ("slices/cloze", "slices/copy"), "questions of its data sets, summaries, and a model as a judge"),
     System("49", "RMoE", "2408.06793", "architecture", "a recurrent state runs through the routers of all layers"),
     System("50", "ConCISE", "2505.04881", "outside", "shorter reasoning through confidence and early stops"),
     System("51", "EControl", "2311.05645", "outside", "compressed communication with a controlled error, for training"),

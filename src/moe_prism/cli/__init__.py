@@ -36,6 +36,7 @@ from . import (
     report,
     serve,
     skip,
+    split,
     trace,
     verify,
 )
@@ -44,7 +45,7 @@ from .opening import opening
 from .output import Unwritten, noted_reading, plain_line
 
 INTERRUPTED = 130
-RESUMABLE = ("run", "calibrate", "refactor", "adopt", "recover", "prune", "compress")
+RESUMABLE = ("run", "calibrate", "refactor", "adopt", "recover", "prune", "compress", "split")
 
 
 def build() -> cyclopts.App:
@@ -69,6 +70,7 @@ def build() -> cyclopts.App:
         (adopt.adopt, "adopt"),
         (prune.prune, "prune"),
         (edits.compress, "compress"),
+        (split.split, "split"),
         (recover.recover, "recover"),
         (skip.skip, "skip"),
         (frontier.frontier, "frontier"),

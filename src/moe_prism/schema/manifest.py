@@ -248,6 +248,17 @@ class ReslicedForm(ManifestForm):
     recovery: Annotated[list[RecoveryForm], MaxLen(64)] = []
 
 
+class SplitForm(ManifestForm):
+    """A dense model that was split into experts. result: which way, and what every layer lost."""
+
+    kind: Literal["split"]
+    companions: CompanionsForm
+    dequantized: DequantizedForm | None = None
+    splitting: Plain
+    result: Plain
+    documents: Annotated[list[Sha256], MaxLen(MOST_DOCUMENTS)]
+
+
 class StatisticsForm(ManifestForm):
     """A calibration."""
 
@@ -262,5 +273,6 @@ KINDS: dict[str, type[ManifestForm]] = {
     "quantized": QuantizedForm,
     "sliced": SlicedForm,
     "resliced": ReslicedForm,
+    "split": SplitForm,
     "calibration": StatisticsForm,
 }

@@ -207,6 +207,18 @@ class DomainForm(Form):
     top1_agreement: Share
 
 
+class SliceScoreForm(Form):
+    """`SliceScore` of `frontier.json`."""
+
+    kept: Share
+    stderr: Amount
+    right: Share
+    full: Share
+    flips: Share
+    items: Positive
+    is_ability: bool = True
+
+
 class MeasuredForm(Form):
     """One entry of `frontier.json`; what has a default is missing in older files."""
 
@@ -226,6 +238,7 @@ class MeasuredForm(Form):
     point: PointForm | None = None
     time: TimeForm | None = None
     domains: Annotated[dict[Name, DomainForm], MaxLen(256)] = {}
+    slices: Annotated[dict[Name, SliceScoreForm], MaxLen(256)] = {}
 
 
 Measured = Annotated[list[MeasuredForm], MaxLen(MOST_POINTS)]

@@ -29,11 +29,11 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from moe_prism.calibrate.statistics import Statistics
-from moe_prism.compress.merge.change import MergeChange
-from moe_prism.compress.slice.change import SliceChange
+from moe_prism.compress.changes import Change
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
 from moe_prism.methods.find import method
+from moe_prism.methods.merge.base import MergeMethod, seen
 from moe_prism.methods.neurons.base import LayerSeen, NeuronMethod
 from moe_prism.options.prune import PruneOptions
 from moe_prism.point import OperatingPoint
@@ -59,7 +59,11 @@ SINGLE = (
     "wanda",
     "magnitude",
 )
-MERGING = ("m-smoe", "m-smoe:align=false", "m-smoe:groups=random")
+MERGING = (
+    "m-smoe", "m-smoe:align=false", "m-smoe:groups=random",
+    "dern", "dern:threshold=0", "dern:threshold=0.2", "dern:threshold=0.4", "dern:threshold=0.6", "dern:threshold=0.8", "dern:threshold=1",
+    "dern:seeds=own", "dern:seeds=random", "dern:gate=true", "dern:weighted=false",
+)  # fmt: skip
 BLIND = ("magnitude", "random-neurons")
 CRITERIA = "soft-selected-layer,easy-ep-layer,easy-ep-global,output-error-layer,output-error-global"
 
@@ -77,17 +81,18 @@ class NeuronBench(Bench):
         chosen: Any = method(name)
         return chosen, [chosen.judge(LayerSeen(layer, own.values)) for layer, own in zip(self.layers, found.layers, strict=True)]
 
-    def changes(self, name: str, keep: float) -> list[SliceChange | MergeChange]:
+    def changes(self, name: str, keep: float) -> list[Change]:
         """A change for every draw."""
-        if name in MERGING:
-            merging: Any = method(name)
-            return [merging.change(self.layers, [own.values for own in found.layers], keep) for found in self.passes]
+        merging: Any = method(name)
+        if isinstance(merging, MergeMethod):
+            every = [seen(self.model, self.layers, [own.values for own in found.layers]) for found in self.passes]
+            return [merging.change(layers, keep) for layers in every]
         if name.startswith("random"):
             names, draws = [f"{name}:seed={seed}" for seed in range(self.args.seeds)], [0] * self.args.seeds
         else:
             draws = [0] if name.partition(":")[0] in BLIND else list(range(self.args.seeds))
             names = [name] * len(draws)
-        found: list[SliceChange | MergeChange] = []
+        found: list[Change] = []
         for each, draw in zip(names, draws, strict=True):
             chosen, judged = self.judged(each, self.passes[draw])
             found.append(chosen.change(judged, keep, self.free))
@@ -176,11 +181,13 @@ def bars(found: list[dict[str, Any]]) -> Iterator[str]:
         for keep in dict.fromkeys(row["keep"] for row in own):
             kl = {row["way"]: statistics.fmean(row["kl"]) for row in own if row["keep"] == keep}
             order = ("heapr", "camera", "magnitude", "random-neurons")
+            if not set(order) <= set(kl):
+                continue
             said = " <= ".join(f"{name} {kl[name]:.4f}" for name in order)
             holds = all(kl[a] <= kl[b] for a, b in itertools.pairwise(order))
             yield f"{model} at {keep:g}: {said}: {holds}"
             experts = {way: value for way, value in kl.items() if way.startswith("experts")}
-            neurons = {way: value for way, value in kl.items() if not way.startswith(("experts", "m-smoe"))}
+            neurons = {way: value for way, value in kl.items() if not way.startswith("experts") and way not in MERGING}
             if experts:
                 best, least = min(experts, key=experts.__getitem__), min(neurons, key=neurons.__getitem__)
                 against = f"the best of experts ({best.partition(', ')[2]} {experts[best]:.4f})"

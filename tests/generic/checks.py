@@ -27,6 +27,7 @@ from moe_prism.elastic.bind import Step, bind
 from moe_prism.frontier.cost import measured_cost, resident_bytes
 from moe_prism.jobs.frontier import evaluation_windows, measure_frontier, subject_of
 from moe_prism.methods.find import PRUNE, method
+from moe_prism.methods.merge.base import MergeMethod
 from moe_prism.methods.merge.m_smoe import MSmoe
 from moe_prism.methods.neurons.base import NeuronMethod
 from moe_prism.model import MoELayer
@@ -92,8 +93,9 @@ def checks_of(name: str) -> list[Check]:
             removes_nothing_where_all_stay,
         ]  # they share the change: tried with one of them
         return [*checks, *(alike if name == "heapr" else [])]
-    if found is MSmoe:
-        return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_shared_weights_read]
+    if issubclass(found, MergeMethod):
+        shared = [costs_what_shared_weights_read] if found is MSmoe else []
+        return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, *shared]
     if found.acts == "weights":
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_its_codec_stores]
     checks: list[Check] = [has_points_that_survive_json, changes_the_output]

@@ -69,6 +69,10 @@ weight_changes: Registry[type[Change]] = Registry(
     {
         "prune": ("moe_prism.compress.prune.change:PruneChange", "experts that are not there any more"),
         "merge": ("moe_prism.compress.merge.change:MergeChange", "experts that share one set of weights"),
+        "rehome": (
+            "moe_prism.compress.merge.rehome:RehomeChange",
+            "experts that are not there any more, with their neurons in others",
+        ),
         "slice": ("moe_prism.compress.slice.change:SliceChange", "neurons that are not there any more"),
         "bands": ("moe_prism.compress.quantize.bands:BandChange", "neurons in fewer bits, each at a width of its own"),
         "smooth": ("moe_prism.compress.quantize.smoothed:SmoothChange", "experts in fewer bits behind evened-out inputs"),

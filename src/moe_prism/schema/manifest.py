@@ -234,6 +234,18 @@ class SlicedForm(ManifestForm):
     documents: Annotated[list[Sha256], MaxLen(MOST_DOCUMENTS)]
 
 
+class MergedModelForm(ManifestForm):
+    """A checkpoint whose experts were merged. result: how many stayed."""
+
+    kind: Literal["merged"]
+    companions: CompanionsForm
+    dequantized: DequantizedForm | None = None
+    compression: Plain
+    statistics: Plain | None
+    result: Plain
+    documents: Annotated[list[Sha256], MaxLen(MOST_DOCUMENTS)]
+
+
 class StatisticsForm(ManifestForm):
     """A calibration."""
 
@@ -247,5 +259,6 @@ KINDS: dict[str, type[ManifestForm]] = {
     "pruned": PrunedForm,
     "quantized": QuantizedForm,
     "sliced": SlicedForm,
+    "merged": MergedModelForm,
     "calibration": StatisticsForm,
 }

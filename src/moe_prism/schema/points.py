@@ -280,3 +280,19 @@ class PruneForm(Form):
     """Settings of the weight change `prune`."""
 
     layers: Annotated[list[KeptForm], MinLen(1), MaxLen(MOST_LAYERS)]
+
+
+class RehomedForm(KeptForm):
+    """The experts of a layer that stay, and where every neuron of the layer went."""
+
+    masked: Literal[False] = False
+    constants: None = None
+    neurons: Annotated[int, Field(ge=1, le=1 << 24)]
+    weights: Annotated[list[Amount], MinLen(1), MaxLen(MOST_EXPERTS)]
+    places: Annotated[str, MaxLen(1 << 30)]
+
+
+class RehomeForm(Form):
+    """Settings of the weight change `rehome`."""
+
+    layers: Annotated[list[RehomedForm], MinLen(1), MaxLen(MOST_LAYERS)]

@@ -20,6 +20,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from torch import Tensor, nn
 
 from moe_prism.calibrate.statistics import Statistics
 from moe_prism.compress.changes import Change
+from moe_prism.compress.codec.low_rank_sparse import LowRankSparse
+from moe_prism.compress.quantize import QuantizeChange
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
 from moe_prism.methods.find import method
@@ -61,9 +64,14 @@ SINGLE = (
 )
 MERGING = (
     "m-smoe", "m-smoe:align=false", "m-smoe:groups=random",
+    "sub-moe", "sub-moe:joint=1", "sub-moe:align=false", "sub-moe:clusters=scores", "sub-moe:clusters=random",
+    "sub-moe:thin=0.5", "sub-moe:thin=0.5:white=false", "svd of each expert, bits=4",
     "dern", "dern:threshold=0", "dern:threshold=0.2", "dern:threshold=0.4", "dern:threshold=0.6", "dern:threshold=0.8", "dern:threshold=1",
     "dern:seeds=own", "dern:seeds=random", "dern:gate=true", "dern:weighted=false",
 )  # fmt: skip
+PLAIN_SVD = "svd of each expert, bits="
+"""Each expert's own singular vectors, as many bytes as so many bits of 16 say."""
+ERROR_ROWS = 2
 BLIND = ("magnitude", "random-neurons")
 CRITERIA = "soft-selected-layer,easy-ep-layer,easy-ep-global,output-error-layer,output-error-global"
 
@@ -72,7 +80,7 @@ class NeuronBench(Bench):
     """The model, its held-out text, and what every draw of calibration text says."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__(args, (*COLLECTORS, "neurons", "gradients", "pairs"))
+        super().__init__(args, (*COLLECTORS, "neurons", "gradients", "pairs", "inputs"))
         self.passes = [self.calibrate(seed) for seed in range(args.seeds)]
         self.free = [torch.zeros(layer.num_experts, layer.width, dtype=torch.bool) for layer in self.layers]
 
@@ -83,6 +91,8 @@ class NeuronBench(Bench):
 
     def changes(self, name: str, keep: float) -> list[Change]:
         """A change for every draw."""
+        if name.startswith(PLAIN_SVD):
+            return [QuantizeChange(LowRankSparse(sparse=0.0), float(name.removeprefix(PLAIN_SVD)), 32)]
         merging: Any = method(name)
         if isinstance(merging, MergeMethod):
             every = [seen(self.model, self.layers, [own.values for own in found.layers]) for found in self.passes]
@@ -97,6 +107,35 @@ class NeuronBench(Bench):
             chosen, judged = self.judged(each, self.passes[draw])
             found.append(chosen.change(judged, keep, self.free))
         return found
+
+    @cached_property
+    def seen(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Of every layer of the full model, on held-out text: inputs, choices, weights, outputs of the experts."""
+        found: list[Any] = []
+        for layer in self.layers:
+
+            def note(x: Tensor, index: Tensor, weight: Tensor, layer: Any = layer) -> Tensor:
+                y = layer.stock(x, index, weight)
+                found.append((layer.index, x.clone(), index.clone(), weight.clone(), y.clone()))
+                return y
+
+            layer.install(note)
+        with torch.no_grad():
+            self.model(input_ids=self.ids[:ERROR_ROWS], use_cache=False)
+        for layer in self.elastic.layers:
+            layer.parts.layer.install(layer)
+        return [rest for _, *rest in sorted(found, key=lambda row: row[0])]
+
+    @torch.no_grad()
+    def error(self, change: Change) -> float | None:
+        """Mean over layers of ‖y - y'‖² / ‖y‖², y' with the change and the same choices; None where experts are not there any more."""
+        if getattr(change, "kept", None) is not None:
+            return None
+        full = self.seen
+        with change.installed(self.model, self.layers):
+            outputs = [layer.by_expert(x, i, w) for layer, (x, i, w, _) in zip(self.layers, full, strict=True)]
+        each = [float((a - b).square().sum() / b.square().sum()) for a, (*_, b) in zip(outputs, full, strict=True)]
+        return statistics.fmean(each)
 
     def pruned(self, name: str, keep: float) -> list[Any]:
         """The experts that stay of every draw, by CRITERION-ALLOCATION."""
@@ -113,7 +152,9 @@ def point_rows(bench: NeuronBench) -> Iterator[dict[str, Any]]:
             points = [OperatingPoint(weights=change.part()) for change in changes]
             found = measure(bench.model, bench.ids, points, batch=2)
             kl = [m.quality.kl for m in found]
-            yield {"keep": keep, "way": name, "kl": kl, "resident": statistics.fmean(c.resident_share for c in changes)}
+            errors = [e for change in changes if name in MERGING and (e := bench.error(change)) is not None]
+            share = statistics.fmean(c.resident_share for c in changes)
+            yield {"keep": keep, "way": name, "kl": kl, "resident": share, "error": errors}
         for name in bench.args.criteria:
             try:
                 plans = bench.pruned(name, keep)
@@ -207,7 +248,8 @@ def show(row: dict[str, Any]) -> str:
         return f"{where} " + "  ".join(f"{name} {value:.3f}" for name, value in row["spearman"].items())
     values = row["kl"]
     spread = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
-    return f"{where} resident {row['resident']:.3f}  KL {statistics.fmean(values):.4f}{spread}"
+    error = f"  layer error {statistics.fmean(row['error']):.3f}" if row.get("error") else ""
+    return f"{where} resident {row['resident']:.3f}  KL {statistics.fmean(values):.4f}{spread}{error}"
 
 
 def main() -> None:

@@ -28,7 +28,6 @@ from moe_prism.frontier.cost import measured_cost, resident_bytes
 from moe_prism.jobs.frontier import evaluation_windows, measure_frontier, subject_of
 from moe_prism.methods.find import PRUNE, method
 from moe_prism.methods.merge.base import MergeMethod
-from moe_prism.methods.merge.m_smoe import MSmoe
 from moe_prism.methods.neurons.base import NeuronMethod
 from moe_prism.model import MoELayer
 from moe_prism.options.frontier import FrontierOptions
@@ -94,7 +93,7 @@ def checks_of(name: str) -> list[Check]:
         ]  # they share the change: tried with one of them
         return [*checks, *(alike if name == "heapr" else [])]
     if issubclass(found, MergeMethod):
-        shared = [costs_what_shared_weights_read] if found is MSmoe else []
+        shared = [costs_what_shared_weights_read] if not found.removes else []
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, *shared]
     if found.acts == "weights":
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_its_codec_stores]

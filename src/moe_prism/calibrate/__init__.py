@@ -31,6 +31,7 @@ collectors: Registry[type[Collector]] = Registry(
             "moe_prism.calibrate.gradients:Gradients",
             "what the loss feels of each neuron, from a backward pass, for heapr and slim",
         ),
+        "inputs": ("moe_prism.calibrate.inputs:Inputs", "squares of the channels that each expert reads, for sub-moe and stun"),
         "pairs": ("moe_prism.calibrate.pairs:Pairs", "experts chosen together and scored alike, for merging"),
         "scores": ("moe_prism.calibrate.scores:Scores", "router probabilities over all tokens, for pruning"),
         "rotation": ("moe_prism.calibrate.rotation:Rotation", "how much the layer turns the residual stream, for quantmoe"),

@@ -69,6 +69,10 @@ weight_changes: Registry[type[Change]] = Registry(
     {
         "prune": ("moe_prism.compress.prune.change:PruneChange", "experts that are not there any more"),
         "merge": ("moe_prism.compress.merge.change:MergeChange", "experts that share one set of weights"),
+        "subspace": (
+            "moe_prism.compress.merge.subspace:SubspaceChange",
+            "experts that share one set of weights, as thin matrices",
+        ),
         "rehome": (
             "moe_prism.compress.merge.rehome:RehomeChange",
             "experts that are not there any more, with their neurons in others",

@@ -196,6 +196,17 @@ class MergeForm(Form):
     layers: Annotated[list[MergedForm], MinLen(1), MaxLen(MOST_LAYERS)]
 
 
+class SubspaceForm(MergeForm):
+    """Settings of the weight change `subspace`."""
+
+    hidden: Annotated[int, Field(ge=1, le=1 << 20)]
+    rank: Annotated[int, Field(ge=1, le=1 << 20)]
+    scales: Annotated[list[Annotated[list[Annotated[float, Field(gt=0)]], MinLen(1), MaxLen(1 << 20)]], MaxLen(MOST_LAYERS)] = []
+    whole: Annotated[
+        list[Annotated[list[Annotated[int, Field(ge=0, lt=MOST_EXPERTS)]], MaxLen(MOST_EXPERTS)]], MaxLen(MOST_LAYERS)
+    ] = []
+
+
 class DomainForm(Form):
     """`DomainQuality` of `frontier.json`."""
 

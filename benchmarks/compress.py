@@ -63,11 +63,12 @@ SINGLE = (
     "magnitude",
 )
 MERGING = (
-    "m-smoe", "m-smoe:align=false", "m-smoe:groups=random",
+    "m-smoe", "m-smoe:align=false", "m-smoe:groups=random", "mc-smoe", "mc-smoe:sparse=0",
     "sub-moe", "sub-moe:joint=1", "sub-moe:align=false", "sub-moe:clusters=scores", "sub-moe:clusters=random",
-    "sub-moe:thin=0.5", "sub-moe:thin=0.5:white=false", "svd of each expert, bits=4",
-    "dern", "dern:threshold=0", "dern:threshold=0.2", "dern:threshold=0.4", "dern:threshold=0.6", "dern:threshold=0.8", "dern:threshold=1",
-    "dern:seeds=own", "dern:seeds=random", "dern:gate=true", "dern:weighted=false",
+    "sub-moe:thin=0.5", "sub-moe:thin=0.5:white=false", "svd of each expert, bits=4", "svd of each expert, bits=6",
+    "dern", "dern:threshold=0.2", "dern:threshold=0.25", "dern:threshold=0.3", "dern:threshold=0.35", "dern:threshold=0.4",
+    "dern:threshold=0.25:seeds=own", "dern:threshold=0.25:seeds=random", "dern:threshold=0.3:seeds=own", "dern:threshold=0.3:seeds=random",
+    "dern:threshold=0.3:gate=true", "dern:threshold=0.3:weighted=false",
 )  # fmt: skip
 PLAIN_SVD = "svd of each expert, bits="
 """Each expert's own singular vectors, as many bytes as so many bits of 16 say."""

@@ -36,9 +36,12 @@ class Edit(Change):
         """Write the new weights into a layer that is in memory. What they are is a function of the old ones alone."""
 
     @property
-    def kept(self) -> tuple[KeptExperts, ...] | None:
+    def staying(self) -> tuple[KeptExperts, ...] | None:
         """Which experts of every layer are there afterwards; None: all."""
         return None
+
+    def experts_there(self, layers: Sequence[MoELayer], layer: int) -> Tensor | None:
+        return None if self.staying is None else self.staying[layer].mask()
 
     def installed(self, model: Any, layers: Sequence[MoELayer]) -> AbstractContextManager[object]:
         self.check_fits(layers)
@@ -51,7 +54,7 @@ def edited(model: Any, layers: Sequence[MoELayer], edit: Edit) -> Iterator[None]
     """Run a model edited inside the block; the weights are as they were after it, to the bit. Layers that change are copied meanwhile."""
     changed = [number for number in range(len(layers)) if edit.changes(number)]
     whole = [KeptExperts(x.num_experts, tuple(range(x.num_experts))) for x in layers]
-    with pruned(model, edit.kept or whole, layers), encodings_hold(model, layers):
+    with pruned(model, edit.staying or whole, layers), encodings_hold(model, layers):
         saved = {number: [view.clone() for view in expert_views(layers[number])] for number in changed}
         try:
             for number in changed:

@@ -107,12 +107,12 @@ class Merging(Fitting):
     def write(self, edit: Edit, folder: OutputFolder, journal: Journal, report: Report) -> None:
         """The shards, with fewer experts where the edit says so."""
         with report("write") as update:
-            if edit.kept is None:
+            if edit.staying is None:
                 self.output.write(edit, folder, journal, update)
                 return
-            check_removable(edit.kept)
+            check_removable(edit.staying)
             removal = Removal(None, update, lambda number, layer: edit.edit(number, layer))
-            remove_experts(self.stream, self.weights.layers, edit.kept, folder, journal, removal)
+            remove_experts(self.stream, self.weights.layers, edit.staying, folder, journal, removal)
 
 
 def plan_merge(model: str | Path, method: MergeMethod, options: CompressOptions, calibration: str | Path | None) -> Merged:

@@ -207,6 +207,12 @@ class SubspaceForm(MergeForm):
     ] = []
 
 
+class ChainForm(Form):
+    """Settings of the weight change `chain`."""
+
+    edits: Annotated[list[WeightsForm], MinLen(1), MaxLen(16)]
+
+
 class DomainForm(Form):
     """`DomainQuality` of `frontier.json`."""
 

@@ -94,12 +94,12 @@ class RehomeChange(Edit):
         }
 
     @property
-    def kept(self) -> tuple[KeptExperts, ...]:
+    def staying(self) -> tuple[KeptExperts, ...]:
         return tuple(own.choice for own in self.layers)
 
     @property
     def resident_share(self) -> float:
-        return sum(len(c.kept) for c in self.kept) / sum(c.experts for c in self.kept)
+        return sum(len(c.kept) for c in self.staying) / sum(c.experts for c in self.staying)
 
     def check_fits(self, layers: Sequence[MoELayer]) -> None:
         mine = [(own.choice.experts, own.neurons) for own in self.layers]

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ...errors import CorruptError, UsageError
 from ...model import MoELayer
 from ...model.router import RoutingGroups
@@ -50,6 +52,9 @@ class PruneChange(Change):
         if wanted != there:
             raise UsageError(f"the pruned experts are of a model with {wanted} experts per layer, this one has {there}", REMAKE)
         return pruned(model, self.kept, layers)
+
+    def experts_there(self, layers: Sequence[MoELayer], layer: int) -> Tensor | None:
+        return self.kept[layer].mask()
 
     @property
     def resident_values(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...compress.edit import Edit
 from ...compress.merge.change import MergeChange
 from ...compress.merge.groups import MergedExperts, aligned, orders_bytes
 from ...errors import UsageError
@@ -48,21 +49,21 @@ class MSmoe(MergeMethod):
     def collectors(self) -> tuple[str, ...]:
         return ("counts", "pairs")
 
-    def plans(self, layers: Sequence[Seen], keep: float, protected: Sequence[Tensor]) -> Sequence[tuple[Tensor, Tensor]]:
+    def plans(self, layers: Sequence[Seen], keep: float, protected: Sequence[Tensor]) -> Sequence[tuple[Tensor, Tensor, Tensor]]:
         counts = [own.of("counts")["count"].double() for own in layers]
         found = []
         for own, count, stay, shield in zip(layers, counts, dominant(counts, keep, protected), protected, strict=True):
             groups = self._groups(own.of("pairs"), stay, shield, own.layer.index)
-            found.append((groups, group_weights(count, groups)))
+            found.append((groups, group_weights(count, groups), shield))
         return found
 
-    def settled(self, plan: Any, layer: Seen) -> MergedExperts:
-        groups, weights = plan
+    def settled(self, plan: Any, layer: Seen) -> tuple[MergedExperts, Tensor]:
+        groups, weights, shield = plan
         orders = orders_bytes(aligned(layer.layer, groups)) if self.parameters.align else b""
-        return MergedExperts(layer.layer.width, tuple(groups.tolist()), tuple(weights.tolist()), orders)
+        return MergedExperts(layer.layer.width, tuple(groups.tolist()), tuple(weights.tolist()), orders), shield
 
-    def edit(self, settled: Sequence[MergedExperts]) -> MergeChange:
-        return MergeChange(tuple(settled))
+    def edit(self, settled: Sequence[tuple[MergedExperts, Tensor]]) -> Edit:
+        return MergeChange(tuple(own for own, _ in settled))
 
     def _groups(self, pairs: Mapping[str, Tensor], stay: Tensor, shield: Tensor, layer: int) -> Tensor:
         """[E]: for every expert the one whose group it is in. stay [E] (bool); shield [E] (bool): those that nobody joins."""

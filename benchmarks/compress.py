@@ -25,13 +25,14 @@ from typing import Any
 
 import torch
 from printed import printed
-from pruning import COLLECTORS, Bench
+from pruning import Bench
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from moe_prism.calibrate.statistics import Statistics
 from moe_prism.compress.changes import Change
 from moe_prism.compress.codec.low_rank_sparse import LowRankSparse
+from moe_prism.compress.prune import criteria
 from moe_prism.compress.quantize import QuantizeChange
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
@@ -65,23 +66,37 @@ SINGLE = (
 MERGING = (
     "m-smoe", "m-smoe:align=false", "m-smoe:groups=random", "mc-smoe", "mc-smoe:sparse=0",
     "sub-moe", "sub-moe:joint=1", "sub-moe:align=false", "sub-moe:clusters=scores", "sub-moe:clusters=random",
-    "sub-moe:thin=0.5", "sub-moe:thin=0.5:white=false", "svd of each expert, bits=4", "svd of each expert, bits=6",
+    "sub-moe:thin=0.5", "sub-moe:thin=0.5:white=false", "svd of each expert: bits=4", "svd of each expert: bits=6",
+    "stun:drop=0", "stun", "stun:drop=0.25", "stun:drop=0.25:by=scores", "stun:drop=0.25:by=random", "stun:drop=0.25:scope=model",
+    "stun:drop=0.25:owl=false",
     "dern", "dern:threshold=0.2", "dern:threshold=0.25", "dern:threshold=0.3", "dern:threshold=0.35", "dern:threshold=0.4",
     "dern:threshold=0.25:seeds=own", "dern:threshold=0.25:seeds=random", "dern:threshold=0.3:seeds=own", "dern:threshold=0.3:seeds=random",
     "dern:threshold=0.3:gate=true", "dern:threshold=0.3:weighted=false",
 )  # fmt: skip
-PLAIN_SVD = "svd of each expert, bits="
+PLAIN_SVD = "svd of each expert: bits="
 """Each expert's own singular vectors, as many bytes as so many bits of 16 say."""
 ERROR_ROWS = 2
 BLIND = ("magnitude", "random-neurons")
 CRITERIA = "soft-selected-layer,easy-ep-layer,easy-ep-global,output-error-layer,output-error-global"
 
 
+def needed(args: argparse.Namespace) -> set[str]:
+    """Collectors that the methods and criteria of a run read."""
+    found = {"counts"}
+    if args.only in (None, "neurons"):
+        found |= {"neurons", "gradients"}
+    for name in args.methods if args.only in (None, "points") else ():
+        found |= set() if name.startswith(PLAIN_SVD) else {*getattr(method(name), "collectors", ())}
+    for name in args.criteria:
+        found |= {*criteria.get(name.rpartition("-")[0]).needs}
+    return found
+
+
 class NeuronBench(Bench):
     """The model, its held-out text, and what every draw of calibration text says."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__(args, (*COLLECTORS, "neurons", "gradients", "pairs", "inputs"))
+        super().__init__(args, tuple(sorted(needed(args))))
         self.passes = [self.calibrate(seed) for seed in range(args.seeds)]
         self.free = [torch.zeros(layer.num_experts, layer.width, dtype=torch.bool) for layer in self.layers]
 

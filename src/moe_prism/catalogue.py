@@ -60,6 +60,7 @@ methods: Registry[type[Any]] = Registry(
         "m-smoe": Entry("moe_prism.methods.merge.m_smoe:MSmoe", "experts become one with a more used one that the router scores alike (M-SMoE); :KEEP", acts="weights"),
         "mc-smoe": Entry("moe_prism.methods.merge.mc_smoe:McSmoe", "m-smoe, then two thin matrices and the rows that they miss most (MC-SMoE); :KEEP", acts="weights"),
         "sub-moe": Entry("moe_prism.methods.merge.sub_moe:SubMoe", "experts of alike outputs become one, whole or in thin matrices (Sub-MoE); :KEEP", acts="weights"),
+        "stun": Entry("moe_prism.methods.merge.stun:Stun", "of experts chosen together one stays, then single weights go (STUN, Wanda); :KEEP", acts="weights"),
         "dern": Entry("moe_prism.methods.merge.dern:Dern", "experts go, and their neurons join similar ones in those that stay (DERN); :KEEP", acts="weights"),
         # weights: criteria of expert pruning, measured in mask mode as prune:CRITERION
         "random": Entry("moe_prism.methods.prune.random_draw:RandomDraw", "a uniform draw, by --seed", acts="weights"),

@@ -93,7 +93,7 @@ def checks_of(name: str) -> list[Check]:
         ]  # they share the change: tried with one of them
         return [*checks, *(alike if name == "heapr" else [])]
     if issubclass(found, MergeMethod):
-        shared = [] if found.removes else [costs_what_is_left_of_experts]
+        shared = [] if name == "dern" else [costs_what_is_left_of_experts]
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, *shared]
     if found.acts == "weights":
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_its_codec_stores]

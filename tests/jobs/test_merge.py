@@ -18,7 +18,7 @@ from moe_prism.point import find_point
 from tests.compress.tiny import load, logits, relative
 
 COLLECTORS = ["counts", "pairs", "grams", "outputs", "neurons", "inputs"]
-REMOVING = ("dern:threshold=0",)
+REMOVING = ("dern:threshold=0", "stun:drop=0.5")
 IN_PLACE = ("m-smoe", "mc-smoe", "sub-moe", "sub-moe:thin=0.5")
 
 
@@ -70,7 +70,7 @@ def test_what_is_pinned_stays_as_it_is(tiny_source, statistics, tmp_path, method
     assert found.facts["protected"] >= 2
     for layer, expert in ((0, 2), (1, 3)):
         if method in REMOVING:
-            assert expert in change.layers[layer].choice.kept
+            assert expert in change.staying[layer].kept
         else:
             merged = change.parts[0] if method == "mc-smoe" else getattr(change, "merged", change)
             assert merged.layers[layer].groups.count(expert) == 1

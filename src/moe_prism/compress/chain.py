@@ -37,7 +37,7 @@ class ChainChange(Edit):
 
     def __post_init__(self) -> None:
         kinds = [change.name for change in self.parts]
-        if sum(kind in ("quantize", "bands", "smooth", "subspace") for kind in kinds) > 1:
+        if sum(kind in ("quantize", "bands", "smooth", "subspace", "sparse") for kind in kinds) > 1:
             raise UsageError("two edits of a chain say how experts are stored", "leave one of them out")
         if sum(kind in ("merge", "rehome", "subspace") for kind in kinds) > 1:
             raise UsageError("two edits of a chain merge experts", "leave one of them out")

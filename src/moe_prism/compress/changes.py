@@ -73,6 +73,7 @@ weight_changes: Registry[type[Change]] = Registry(
     {
         "prune": ("moe_prism.compress.prune.change:PruneChange", "experts that are not there any more"),
         "merge": ("moe_prism.compress.merge.change:MergeChange", "experts that share one set of weights"),
+        "sparse": ("moe_prism.compress.sparse:SparseChange", "single weights that are zeros"),
         "chain": ("moe_prism.compress.chain:ChainChange", "several of these, one after the other"),
         "subspace": (
             "moe_prism.compress.merge.subspace:SubspaceChange",

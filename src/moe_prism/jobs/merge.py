@@ -85,7 +85,8 @@ class Merging(Fitting):
     def planned(self) -> dict[str, Any]:
         """What is known before anything was measured."""
         experts = [own.layer.num_experts for own in self.layers]
-        written = [round(self.keep * n) for n in experts] if self.method.removes else experts
+        stay = self.method.experts_share(self.keep) if self.method.removes else 1
+        written = [round(stay * n) for n in experts]
         return {"asked": self.keep, "share": self.keep, "of": max(experts), "written": max(written)}
 
     def select(self, folder: OutputFolder, journal: Journal, report: Report) -> tuple[Edit, dict[str, Any]]:

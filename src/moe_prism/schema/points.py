@@ -207,6 +207,21 @@ class SubspaceForm(MergeForm):
     ] = []
 
 
+class SparseRowForm(Form):
+    """The weights of a layer that stay."""
+
+    experts: Experts
+    density: Annotated[float, Field(gt=0, le=1)]
+    inputs: Annotated[str, MaxLen(1 << 30)]
+    middle: Annotated[str, MaxLen(1 << 30)]
+
+
+class SparseForm(Form):
+    """Settings of the weight change `sparse`."""
+
+    layers: Annotated[list[SparseRowForm], MinLen(1), MaxLen(MOST_LAYERS)]
+
+
 class ChainForm(Form):
     """Settings of the weight change `chain`."""
 

@@ -86,6 +86,10 @@ class MergeMethod(Method):
     def collectors(self) -> tuple[str, ...]:
         """What it reads of a calibration."""
 
+    def experts_share(self, keep: float) -> float:
+        """The share of the experts that stays, where experts go."""
+        return keep
+
     def check(self, layers: Sequence[Seen], keep: float) -> None:
         """UsageError for a share that these layers cannot have, before anything is measured."""
 

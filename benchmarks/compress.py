@@ -145,7 +145,7 @@ class NeuronBench(Bench):
     @torch.no_grad()
     def error(self, change: Change) -> float | None:
         """Mean over layers of ‖y - y'‖² / ‖y‖², y' with the change and the same choices; None where experts are not there any more."""
-        if getattr(change, "kept", None) is not None:
+        if getattr(change, "staying", None) is not None:
             return None
         full = self.seen
         with change.installed(self.model, self.layers):

@@ -74,6 +74,7 @@ methods: Registry[type[Any]] = Registry(
         "gate-norm": Entry("moe_prism.methods.prune.norm:GateNorm", "mean routing weight x output norm over routed tokens (REAP)", acts="weights"),
         "activation-norm": Entry("moe_prism.methods.prune.norm:ActivationNorm", "mean output norm over routed tokens (MAN)", acts="weights"),
         "easy-ep": Entry("moe_prism.methods.prune.norm:EasyEp", "routing weight x output norm x how far the layer turns the token", acts="weights"),
+        "premoe": Entry("moe_prism.methods.prune.premoe:PreMoe", "how sure the router is of an expert where it is surest (PreMoE)", acts="weights"),
         "output-error": Entry("moe_prism.methods.prune.output_error:OutputError", "greedy removal by the layer's output error with tokens routed again", acts="weights"),
         "energy": Entry("moe_prism.methods.prune.norm:Energy", "sum of squared routing weight x output norm", acts="weights"),
         "mone": Entry("moe_prism.methods.prune.mone:Mone", "routing weight x spread of the outputs, with the mean output in the place of what goes (MoNE)", acts="weights"),

@@ -33,6 +33,7 @@ collectors: Registry[type[Collector]] = Registry(
         ),
         "inputs": ("moe_prism.calibrate.inputs:Inputs", "squares of the channels that each expert reads, for sub-moe and stun"),
         "pairs": ("moe_prism.calibrate.pairs:Pairs", "experts chosen together and scored alike, for merging"),
+        "confidence": ("moe_prism.calibrate.confidence:Confidence", "how sure the router is of each expert, for premoe"),
         "scores": ("moe_prism.calibrate.scores:Scores", "router probabilities over all tokens, for pruning"),
         "rotation": ("moe_prism.calibrate.rotation:Rotation", "how much the layer turns the residual stream, for quantmoe"),
     },

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .jobs.generate import generate
     from .jobs.inspect import inspect_model
     from .jobs.listing import list_choices
+    from .jobs.patterns import write_patterns
     from .jobs.place import place_experts
     from .jobs.prune import prune_model, select_experts
     from .jobs.recover import recover_model
@@ -104,6 +105,7 @@ _HOME = {
     "record_trace": "jobs.trace",
     "load_trace": "offload.trace",
     "forecast_offload": "jobs.forecast_offload",
+    "write_patterns": "jobs.patterns",
     "place_experts": "jobs.place",
     "verify": "jobs.verify",
     "list_choices": "jobs.listing",
@@ -205,6 +207,7 @@ __all__ = [
     "time_frontier",
     "verify",
     "write_frontier",
+    "write_patterns",
 ]
 
 

@@ -66,6 +66,10 @@ methods: Registry[type[Any]] = Registry(
         "random-neurons": Entry("moe_prism.methods.neurons.random_neurons:RandomNeurons", "neurons go by a uniform draw; :KEEP", acts="weights"),
         # weights: several experts share one set of weights
         "m-smoe": Entry("moe_prism.methods.merge.m_smoe:MSmoe", "experts become one with a more used one that the router scores alike (M-SMoE); :KEEP", acts="weights"),
+        "mc-smoe": Entry("moe_prism.methods.merge.mc_smoe:McSmoe", "m-smoe, then two thin matrices and the rows that they miss most (MC-SMoE); :KEEP", acts="weights"),
+        "sub-moe": Entry("moe_prism.methods.merge.sub_moe:SubMoe", "experts of alike outputs become one, whole or in thin matrices (Sub-MoE); :KEEP", acts="weights"),
+        "stun": Entry("moe_prism.methods.merge.stun:Stun", "of experts chosen together one stays, then single weights go (STUN, Wanda); :KEEP", acts="weights"),
+        "dern": Entry("moe_prism.methods.merge.dern:Dern", "experts go, and their neurons join similar ones in those that stay (DERN); :KEEP", acts="weights"),
         # weights: criteria of expert pruning, measured in mask mode as prune:CRITERION
         "random": Entry("moe_prism.methods.prune.random_draw:RandomDraw", "a uniform draw, by --seed", acts="weights"),
         "odd": Entry("moe_prism.methods.prune.position:Odd", "experts with odd ids, counted from 0", acts="weights"),
@@ -78,6 +82,7 @@ methods: Registry[type[Any]] = Registry(
         "gate-norm": Entry("moe_prism.methods.prune.norm:GateNorm", "mean routing weight x output norm over routed tokens (REAP)", acts="weights"),
         "activation-norm": Entry("moe_prism.methods.prune.norm:ActivationNorm", "mean output norm over routed tokens (MAN)", acts="weights"),
         "easy-ep": Entry("moe_prism.methods.prune.norm:EasyEp", "routing weight x output norm x how far the layer turns the token", acts="weights"),
+        "premoe": Entry("moe_prism.methods.prune.premoe:PreMoe", "how sure the router is of an expert where it is surest (PreMoE)", acts="weights"),
         "output-error": Entry("moe_prism.methods.prune.output_error:OutputError", "greedy removal by the layer's output error with tokens routed again", acts="weights"),
         "energy": Entry("moe_prism.methods.prune.norm:Energy", "sum of squared routing weight x output norm", acts="weights"),
         "mone": Entry("moe_prism.methods.prune.mone:Mone", "routing weight x spread of the outputs, with the mean output in the place of what goes (MoNE)", acts="weights"),

@@ -30,6 +30,7 @@ COMMANDS = (
     "adopt",
     "prune",
     "compress",
+    "patterns",
     "recover",
     "skip",
     "frontier",

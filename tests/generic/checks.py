@@ -27,7 +27,7 @@ from moe_prism.elastic.bind import Step, bind
 from moe_prism.frontier.cost import measured_cost, resident_bytes
 from moe_prism.jobs.frontier import evaluation_windows, measure_frontier, subject_of
 from moe_prism.methods.find import PRUNE, method
-from moe_prism.methods.merge.m_smoe import MSmoe
+from moe_prism.methods.merge.base import MergeMethod
 from moe_prism.methods.neurons.base import NeuronMethod
 from moe_prism.model import MoELayer
 from moe_prism.options.frontier import FrontierOptions
@@ -92,8 +92,9 @@ def checks_of(name: str) -> list[Check]:
             removes_nothing_where_all_stay,
         ]  # they share the change: tried with one of them
         return [*checks, *(alike if name == "heapr" else [])]
-    if found is MSmoe:
-        return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_shared_weights_read]
+    if issubclass(found, MergeMethod):
+        shared = [] if name == "dern" else [costs_what_is_left_of_experts]
+        return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, *shared]
     if found.acts == "weights":
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_its_codec_stores]
     checks: list[Check] = [has_points_that_survive_json, changes_the_output]
@@ -325,24 +326,55 @@ def costs_what_its_neurons_read(bench: Bench, asked: str) -> None:
 
 
 @torch.no_grad()
-def costs_what_shared_weights_read(bench: Bench, asked: str) -> None:
-    """Of a change that lets experts share weights: a token reads as much as before, a batch reads what is shared once."""
+def costs_what_is_left_of_experts(bench: Bench, asked: str) -> None:
+    """Of a change that shares weights, stores them otherwise, removes neurons, or all of it: bytes of a token, of a batch, which
+    reads what is shared once, and of memory.
+    """
     elastic, tokens = bench.opened.elastic, 48
-    for point in (
-        bench.points(asked)[0].point,
-        replace(bench.points(asked)[0].point, slots=FULL.with_budget(0.5, "product").slots),
-    ):
-        change, step = change_of(point.weights), Step(bind(elastic, [point]))
-        with elastic.at(step), elastic.count(), counted(elastic) as found:
-            bench.opened.model(input_ids=distinct_rows(bench.opened.model, tokens))
-            cost = measured_cost(elastic, step)
-        assert cost.active_expert_bytes == pytest.approx(expected(elastic, tokens, found)[0], rel=1e-12)
-        for reads, own in zip(found, change.layers, strict=True):
-            for name in ("up", "down", "bias"):
-                setattr(reads, name, {(t, own.groups[e], *more) for t, e, *more in getattr(reads, name)})
-        assert cost.distinct_expert_bytes == pytest.approx(expected(elastic, tokens, found)[1], rel=1e-12)
-    full, held = (resident_bytes(elastic, Step(bind(elastic, [p]))) for p in (FULL, bench.points(asked)[0].point))
-    assert held == pytest.approx(full * change.resident_share, rel=1e-12)
+    for named in bench.points(asked)[:3]:
+        plain = named.point.slots == FULL.slots
+        for point in (named.point, replace(named.point, slots=FULL.with_budget(0.5, "product").slots))[: 2 if plain else 1]:
+            change, step = change_of(point.weights), Step(bind(elastic, [point]))
+            with elastic.at(step), elastic.count(), counted(elastic) as found:
+                bench.opened.model(input_ids=distinct_rows(bench.opened.model, tokens))
+                cost = measured_cost(elastic, step)
+            each = [_left(elastic, change, number, reads) for number, reads in enumerate(found)]
+            assert cost.active_expert_bytes == pytest.approx(sum(own for own, _, _ in each) / tokens, rel=1e-9)
+            assert cost.distinct_expert_bytes == pytest.approx(sum(own for _, own, _ in each), rel=1e-9)
+        held = resident_bytes(elastic, Step(bind(elastic, [replace(named.point, slots=FULL.slots)])))
+        assert held == pytest.approx(sum(own for _, _, own in each), rel=1e-9)
+
+
+def _left(elastic: Any, change: Any, number: int, reads: Any) -> tuple[float, float, float]:
+    """(bytes that all tokens read, that the batch reads, that are in memory) of a layer under a change."""
+    layers, stored = [layer.parts.layer for layer in elastic.layers], elastic.stored_bytes_per_weight
+    own = layers[number]
+    size = change.bytes_per_weight(layers, number, stored)
+    size = [stored] * own.num_experts if size is None else size.tolist()
+    there, same = change.neurons_there(layers, number), change.same_weights(layers, number)
+    mask = torch.ones(own.num_experts, own.width, dtype=torch.bool) if there is None else there
+    one = list(range(own.num_experts)) if same is None else same.tolist()
+    rows, biases = (2 if own.gate is not None else 1) * own.hidden, sum(b is not None for b in (own.gate_bias, own.up_bias))
+
+    def price(kind: str, e: int) -> float:
+        if kind == "up":
+            return rows * size[e] + biases * stored
+        return own.hidden * size[e] if kind == "down" else reads.sizes.get(kind, 0) * stored
+
+    def both(kind: str) -> tuple[set[Any], set[Any]]:
+        entries = {row for row in getattr(reads, kind) if kind not in ("up", "down") or mask[row[1], row[2]]}
+        if kind in ("predictor", "means"):
+            return entries, {row[1:] for row in entries}
+        return entries, {(one[row[1]], *row[2:]) for row in entries}
+
+    kinds = [(kind, *both(kind)) for kind in ("up", "down", "bias", "predictor", "means")]
+    of_tokens = sum(price(kind, row[1]) for kind, every, _ in kinds for row in every)
+    of_batch = sum(price(kind, row[0]) for kind, _, every in kinds for row in every)
+    gone = change.experts_there(layers, number)
+    held = [e for e in sorted(set(one)) if gone is None or gone[e]]
+    bias = 0 if own.down_bias is None else own.hidden * stored
+    memory = sum(int(mask[e].sum()) * (price("up", e) + price("down", e)) + bias for e in held)
+    return of_tokens, of_batch, memory
 
 
 @torch.no_grad()

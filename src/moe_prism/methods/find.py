@@ -12,6 +12,7 @@ from ..elastic import Rule
 from ..errors import UsageError
 from ..registry import choices
 from .base import Method
+from .chain import JOIN, Chain
 from .prune.masked import Prune
 from .slots.rules import RuleMethod
 
@@ -19,7 +20,11 @@ PRUNE = "prune"
 
 
 def method(name: str) -> Method:
-    """The method of a name as `--methods` takes it: NAME or NAME:ARGUMENT of the catalogue; prune:CRITERION for a pruning criterion."""
+    """The method of a name as `--methods` takes it: NAME or NAME:ARGUMENT of the catalogue; prune:CRITERION for a pruning criterion;
+    several with + between them for a chain.
+    """
+    if JOIN in name:
+        return Chain(name, [method(part) for part in name.split(JOIN)])
     plain, colon, argument = name.partition(":")
     text = argument if colon else None
     if plain == PRUNE:

@@ -259,6 +259,18 @@ class SplitForm(ManifestForm):
     documents: Annotated[list[Sha256], MaxLen(MOST_DOCUMENTS)]
 
 
+class MergedModelForm(ManifestForm):
+    """A checkpoint whose experts were merged. result: how many stayed."""
+
+    kind: Literal["merged"]
+    companions: CompanionsForm
+    dequantized: DequantizedForm | None = None
+    compression: Plain
+    statistics: Plain | None
+    result: Plain
+    documents: Annotated[list[Sha256], MaxLen(MOST_DOCUMENTS)]
+
+
 class StatisticsForm(ManifestForm):
     """A calibration."""
 
@@ -274,5 +286,6 @@ KINDS: dict[str, type[ManifestForm]] = {
     "sliced": SlicedForm,
     "resliced": ReslicedForm,
     "split": SplitForm,
+    "merged": MergedModelForm,
     "calibration": StatisticsForm,
 }

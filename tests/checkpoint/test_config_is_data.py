@@ -15,7 +15,7 @@ import yaml
 from moe_prism.checkpoint.companions import without_code
 from moe_prism.checkpoint.config import read_config
 from moe_prism.checkpoint.view import as_data
-from moe_prism.errors import CorruptError, PrismError, UsageError
+from moe_prism.errors import PrismError, UsageError
 from moe_prism.jobs.card_text import code, shown
 from moe_prism.jobs.refactor_card import front_matter
 from moe_prism.model import load_model, load_tokenizer

@@ -6,12 +6,21 @@ import difflib
 import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from .errors import UsageError
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
 T = TypeVar("T")
+
+
+def entry_points(group: str) -> Iterable[EntryPoint]:
+    """What other packages offer under this name. Looking for them is the one thing here that needs mail headers and archives read."""
+    from importlib.metadata import entry_points as found
+
+    return found(group=group)
 
 
 OWN = "moe-prism"

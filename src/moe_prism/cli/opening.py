@@ -99,8 +99,9 @@ def _look(given: Any, is_any: bool) -> None:
         return
     if folder.is_dir() and not (folder / "prism.json").exists():  # what has a manifest is held against that first
         from ..checkpoint.shards import Source
+        from ..schema.config import check_config
 
-        Source(folder)
+        check_config(Source(folder).config(), str(folder / "config.json"))
         from ..checkpoint.whole import open_whole
 
         open_whole(folder)

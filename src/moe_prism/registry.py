@@ -6,21 +6,28 @@ import difflib
 import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from .errors import UsageError
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
+    from importlib.metadata import EntryPoint, EntryPoints
 
 T = TypeVar("T")
 
 
-def entry_points(group: str) -> Iterable[EntryPoint]:
-    """What other packages offer under this name. Looking for them is the one thing here that needs mail headers and archives read."""
+@cache
+def _every() -> EntryPoints:
+    """What all installed packages offer: their files are read once. What reads them knows mail headers and archives, so it is late too."""
     from importlib.metadata import entry_points as found
 
-    return found(group=group)
+    return found()
+
+
+def entry_points(group: str) -> Iterable[EntryPoint]:
+    """What other packages offer under this name."""
+    return _every().select(group=group)
 
 
 OWN = "moe-prism"

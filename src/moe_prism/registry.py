@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from .errors import UsageError
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint, EntryPoints
+    from importlib.metadata import EntryPoint
 
 T = TypeVar("T")
 
 
 @cache
-def _every() -> EntryPoints:
+def _every() -> Any:  # of another class in Python 3.11
     """What all installed packages offer: their files are read once. What reads them knows mail headers and archives, so it is late too."""
     from importlib.metadata import entry_points as found
 
@@ -27,7 +27,7 @@ def _every() -> EntryPoints:
 
 def entry_points(group: str) -> Iterable[EntryPoint]:
     """What other packages offer under this name."""
-    return _every().select(group=group)
+    return _every().select(group=group)  # type: ignore[no-any-return]
 
 
 OWN = "moe-prism"

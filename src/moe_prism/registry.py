@@ -6,6 +6,7 @@ import difflib
 import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from .errors import UsageError
@@ -16,11 +17,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def entry_points(group: str) -> Iterable[EntryPoint]:
-    """What other packages offer under this name. Looking for them is the one thing here that needs mail headers and archives read."""
+@cache
+def _every() -> Any:  # of another class in Python 3.11
+    """What all installed packages offer: their files are read once. What reads them knows mail headers and archives, so it is late too."""
     from importlib.metadata import entry_points as found
 
-    return found(group=group)
+    return found()
+
+
+def entry_points(group: str) -> Iterable[EntryPoint]:
+    """What other packages offer under this name."""
+    return _every().select(group=group)  # type: ignore[no-any-return]
 
 
 OWN = "moe-prism"

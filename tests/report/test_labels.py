@@ -7,7 +7,7 @@ import random
 import pytest
 
 from moe_prism.report import chart
-from moe_prism.report.labels import ABOVE, BELOW, SPOTS, Box, Wanted, place, position
+from moe_prism.report.labels import ABOVE, BELOW, SPOTS, Box, Label, place, position
 
 FRAME = Box(0, 300, 0, 320)
 
@@ -17,11 +17,11 @@ def boxes(wanted, spots):
 
 
 def test_alone_a_label_stands_where_it_is_wanted():
-    assert place([Wanted(100, 100, "int4"), Wanted(200, 200, "K=8", BELOW)], FRAME, [], []) == [ABOVE, BELOW]
+    assert place([Label(100, 100, "int4"), Label(200, 200, "K=8", BELOW)], FRAME, [], []) == [ABOVE, BELOW]
 
 
 def test_a_label_that_would_touch_another_one_is_moved_or_left_out():
-    first, second = Wanted(100, 100, "int4"), Wanted(140, 84, "K=8", BELOW)
+    first, second = Label(100, 100, "int4"), Label(140, 84, "K=8", BELOW)
     assert boxes([first], [ABOVE])[0].meets(boxes([second], [BELOW])[0])
     spots = place([first, second], FRAME, [], [])
     assert spots[0] == ABOVE and spots[1] not in (None, BELOW)
@@ -30,8 +30,8 @@ def test_a_label_that_would_touch_another_one_is_moved_or_left_out():
 
 
 def test_a_label_stays_in_the_frame_and_off_markers_where_it_can():
-    assert place([Wanted(295, 100, "int4")], FRAME, [], [])[0].align == "right"
-    assert place([Wanted(100, 100, "int4")], FRAME, [(100, 100), (115, 90)], []) == [BELOW]
+    assert place([Label(295, 100, "int4")], FRAME, [], [])[0].align == "right"
+    assert place([Label(100, 100, "int4")], FRAME, [(100, 100), (115, 90)], []) == [BELOW]
 
 
 def test_no_two_of_many_overlap():
@@ -39,7 +39,7 @@ def test_no_two_of_many_overlap():
     left_out = 0
     for _ in range(200):
         wanted = [
-            Wanted(draw.uniform(0, 300), draw.uniform(0, 320), draw.choice(["top-2", "int4", "K=12.5"]), draw.choice(SPOTS))
+            Label(draw.uniform(0, 300), draw.uniform(0, 320), draw.choice(["top-2", "int4", "K=12.5"]), draw.choice(SPOTS))
             for _ in range(9)
         ]
         spots = place(wanted, FRAME, [(w.x, w.y) for w in wanted], [])

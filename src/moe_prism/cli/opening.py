@@ -102,9 +102,9 @@ def _look(given: Any, is_any: bool) -> None:
         from ..schema.config import check_config
 
         check_config(Source(folder).config(), str(folder / "config.json"))
-        from ..checkpoint.whole import open_whole
+        from ..checkpoint.whole import look
 
-        open_whole(folder)
+        look(folder)
 
 
 def _located(given: Any, source: Opening, command: str) -> Any:

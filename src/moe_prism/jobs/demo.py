@@ -24,11 +24,12 @@ MODEL = "elastic-nano"
 BUDGETS = (1.0, 0.5, 0.25)
 FULL = RefactorOptions(), FrontierOptions(rules=("product", "threshold"))
 QUICK = (
-    RefactorOptions(calibration=CalibrateOptions(tokens=16_384, reservoir=1024)),
+    RefactorOptions(calibration=CalibrateOptions(tokens=16_384, reservoir=1024), profile_tokens=2048),
     FrontierOptions(rules=("threshold",), per_method=10, tokens=3072),
 )
-"""What is fitted and measured where a minute is all there is: less text, half of the inputs per expert, one rule, fewer points of it. Of ten points one lies just below
-each price of plain top-k; of eight, one just above half, and the report compared with a point at 40 %."""
+"""What is fitted and measured where a minute is all there is: less text, half of the inputs per expert, a shorter profile, one rule, fewer
+points of it. Of ten points one lies just below each price of plain top-k; of eight, one just above half, and the report compared with a
+point at 40 %."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import UsageError
 from ..frontier.pareto import pareto
 from ..frontier.record import Frontier, MeasuredPoint
-from .labels import ABOVE, BELOW, LINE, SIZE, SPOTS, Box, Spot, Wanted, place, position
+from .labels import ABOVE, BELOW, LINE, SIZE, SPOTS, Box, Label, Spot, place, position
 from .png import deflated
 from .summary import KL_ZERO, full_bytes, main_rule, perplexity, series
 
@@ -233,7 +233,7 @@ def _placed(
     at = [(position(row[across[0]], across[1], width), height - position(row[figure.y], figure.scale, height)) for row in data]
     note = next((figure.note.spot.box(*at[i], figure.note.text) for i in reversed(range(len(data))) if data[i]["zero"]), None)
     named = sorted((i for i, row in enumerate(data) if row["above"] or row["below"]), key=lambda i: not data[i]["above"])
-    wanted = [Wanted(*at[i], data[i]["above"] or data[i]["below"], ABOVE if data[i]["above"] else BELOW) for i in named]
+    wanted = [Label(*at[i], data[i]["above"] or data[i]["below"], ABOVE if data[i]["above"] else BELOW) for i in named]
     spots = dict(zip(named, place(wanted, Box(0, width, -LINE, height), at, [note] if note else []), strict=True))
     found = [SPOTS.index(spot) if (spot := spots.get(i)) else -1 for i in range(len(data))]
     return [row | {"label": row["above"] or row["below"], "spot": number} for row, number in zip(data, found, strict=True)]

@@ -54,7 +54,7 @@ SPOTS = (ABOVE, BELOW, Spot("left", "top", 9, 6), Spot("right", "bottom", -7, -5
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Label:
     """A label: the place of its point, its text, and where it would best stand."""
 
     x: float
@@ -63,9 +63,7 @@ class Wanted:
     spot: Spot = ABOVE
 
 
-def place(
-    wanted: Sequence[Wanted], frame: Box, markers: Sequence[tuple[float, float]], taken: Sequence[Box]
-) -> list[Spot | None]:
+def place(wanted: Sequence[Label], frame: Box, markers: Sequence[tuple[float, float]], taken: Sequence[Box]) -> list[Spot | None]:
     """A spot of each label in turn, None for one that has none which leaves `taken` and all labels before it free.
 
     Of the free ones it is the first that also stays in the frame and off the markers of other points, else the first one.

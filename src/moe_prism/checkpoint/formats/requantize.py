@@ -7,7 +7,6 @@ are used together, what rounding one of them leaves goes to the next ones of its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -82,8 +81,8 @@ def quantize(values: Tensor, like: CodedMatrix, counts: Counts | None = None) ->
     if counts is not None:
         weight = _grouped(counts.alone.expand(values.shape), like.group)
     few = max(1, IN_CACHE // max(1, x[0].numel()))
-    pieces = zip(*(_cut(whole, few, len(x)) for whole in (x, weight, like.zeros)), strict=True)
-    found = [_searched(*piece, like) for piece in pieces]  # type: ignore[arg-type]
+    cuts = [slice(start, start + few) for start in range(0, len(x), few)]
+    found = [_searched(x[cut], _part(weight, cut), _part(like.zeros, cut), like) for cut in cuts]
     codes, scales, zeros = (torch.cat(parts) for parts in zip(*found, strict=True))
     coded = replace(
         like, codes=_flat(codes, like.group, values.shape), scales=scales, zeros=None if like.zeros is None else zeros
@@ -93,9 +92,8 @@ def quantize(values: Tensor, like: CodedMatrix, counts: Counts | None = None) ->
     return replace(coded, codes=_fed_back(values, coded, counts.together))
 
 
-def _cut(whole: Tensor | None, few: int, count: int) -> Sequence[Tensor | None]:
-    """Pieces of `few` rows; of what is not there as many as of `count` rows."""
-    return [None] * -(-count // few) if whole is None else whole.split(few)
+def _part(whole: Tensor | None, rows: slice) -> Tensor | None:
+    return None if whole is None else whole[rows]
 
 
 def _searched(x: Tensor, weight: Tensor | None, fixed: Tensor | None, like: CodedMatrix) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from ..compress.in_place import EditedCheckpoint
 from ..compress.prune.remove import Removal, check_mtp_choice, check_removable, remove_experts
 from ..compress.slice.protect import shields
 from ..errors import UsageError
-from ..methods.merge.base import MergeMethod, seen
+from ..methods.merge.base import MergeMethod, routed_layers
 from ..options.compress import CompressOptions
 from ..point import NamedPoint, OperatingPoint
 from ..progress import Report, peak_rss_bytes
@@ -67,7 +67,7 @@ class Merging(Fitting):
         if method.removes:
             check_mtp_choice(self.stream, layers, None)
         shields(layers, [], [], self.pins)
-        self.layers = seen(self.weights.model, layers, [{} for _ in layers])
+        self.layers = routed_layers(self.weights.model, layers, [{} for _ in layers])
         method.check(self.layers, self.keep)
         self.output = EditedCheckpoint(self.stream, layers)
         self.read_text()

@@ -26,6 +26,7 @@ from .calibrate import discard_snapshots
 from .fitting import Fitting, least_tokens
 from .merge_card import merged_card
 from .rehearsal import begin
+from .resources import needed_by_merging
 
 KIND = "merged"
 POINT = "point.json"
@@ -80,7 +81,9 @@ class Merging(Fitting):
 
     def needed(self) -> dict[str, Any]:
         """Memory and disk of the run."""
-        return self.needed_for(*self.bytes())
+        before, after = self.bytes()
+        size = (self.weights.written_bytes or 0) - before + after
+        return needed_by_merging(self.weights, self.options.calibration if self.windows else None, size)
 
     def planned(self) -> dict[str, Any]:
         """What is known before anything was measured."""

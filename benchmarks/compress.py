@@ -125,7 +125,7 @@ class NeuronBench(Bench):
         return found
 
     @cached_property
-    def routed_layers(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def seen(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Of every layer of the full model, on held-out text: inputs, choices, weights, outputs of the experts."""
         found: list[Any] = []
         for layer in self.layers:

@@ -37,7 +37,7 @@ from moe_prism.compress.quantize import QuantizeChange
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
 from moe_prism.methods.find import method
-from moe_prism.methods.merge.base import MergeMethod, seen
+from moe_prism.methods.merge.base import MergeMethod, routed_layers
 from moe_prism.methods.neurons.base import LayerSeen, NeuronMethod
 from moe_prism.options.prune import PruneOptions
 from moe_prism.point import OperatingPoint
@@ -111,7 +111,7 @@ class NeuronBench(Bench):
             return [QuantizeChange(LowRankSparse(sparse=0.0), float(name.removeprefix(PLAIN_SVD)), 32)]
         merging: Any = method(name)
         if isinstance(merging, MergeMethod):
-            every = [seen(self.model, self.layers, [own.values for own in found.layers]) for found in self.passes]
+            every = [routed_layers(self.model, self.layers, [own.values for own in found.layers]) for found in self.passes]
             return [merging.change(layers, keep) for layers in every]
         if name.startswith("random"):
             names, draws = [f"{name}:seed={seed}" for seed in range(self.args.seeds)], [0] * self.args.seeds

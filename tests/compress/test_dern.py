@@ -14,7 +14,7 @@ from moe_prism.compress.merge.rehome import RehomeChange, RehomedNeurons
 from moe_prism.compress.prune import KeptExperts, pruned
 from moe_prism.errors import CorruptError, UsageError
 from moe_prism.methods.find import method
-from moe_prism.methods.merge.base import seen
+from moe_prism.methods.merge.base import routed_layers
 from moe_prism.model import find_layers
 from moe_prism.point import WeightChange
 from tests.compress.test_merge import values_of
@@ -30,7 +30,7 @@ def change(model, name, shields=()):
     layers = find_layers(model)
     values = [own.values for own in values_of(model).statistics().layers]
     found = method(name)
-    return found.change(seen(model, layers, values), found.parameters.keep, shields)
+    return found.change(routed_layers(model, layers, values), found.parameters.keep, shields)
 
 
 def without(expert: int) -> KeptExperts:
@@ -123,7 +123,7 @@ def test_the_model_comes_back_and_so_does_the_plain_form(model):
 def test_nothing_moves_where_nothing_is_alike(model):
     """A cosine of 1: plain removal, to the bit."""
     layers, found = find_layers(model), change(model, "dern:keep=0.5:threshold=1")
-    with pruned(model, found.kept):
+    with pruned(model, found.staying):
         dropped = logits(model)
     with found.installed(model, layers):
         assert torch.equal(logits(model), dropped)

@@ -12,8 +12,8 @@ from moe_prism.compress.prune import LayerSubject, criteria
 from moe_prism.errors import CorruptError, UsageError
 from moe_prism.jobs.calibrate import calibrate_model, read_statistics
 from moe_prism.jobs.generate import generate
-from moe_prism.jobs.patterns import Asked, wear_pattern, write_patterns
-from moe_prism.methods.merge.base import seen
+from moe_prism.jobs.patterns import TaskAsked, wear_pattern, write_patterns
+from moe_prism.methods.merge.base import routed_layers
 from moe_prism.methods.prune.patterns import Patterns
 from moe_prism.model import find_layers
 from moe_prism.model.router import Router
@@ -91,17 +91,17 @@ def _without_domains(statistics):
 def test_a_prompt_finds_its_task_and_the_model_keeps_to_it(tiny_source, text_file, written, tmp_path):
     model, tokenizer = load_plain(tiny_source)
     (tmp_path / "prompts.txt").write_text(" ".join(f"{n} {n * n}" for n in range(500, 560)))
-    named = wear_pattern(model, tokenizer, written / "patterns.json", Asked(None, tmp_path / "prompts.txt", 0.5))
+    named = wear_pattern(model, tokenizer, written / "patterns.json", TaskAsked(None, tmp_path / "prompts.txt", 0.5))
     assert named.name == "premoe-digits-0.5"
     other, _ = load_plain(tiny_source)
     layers = find_layers(other)
-    point = Patterns.read(written / "patterns.json").point("digits", seen(other, layers, [{}] * len(layers)), 0.5)
+    point = Patterns.read(written / "patterns.json").point("digits", routed_layers(other, layers, [{}] * len(layers)), 0.5)
     assert point == named
     for name, words in (("love", "no pattern of 'love'"),):
         with pytest.raises(UsageError, match=words):
-            wear_pattern(other, tokenizer, written / "patterns.json", Asked(name, None, 0.5))
+            wear_pattern(other, tokenizer, written / "patterns.json", TaskAsked(name, None, 0.5))
     with pytest.raises(UsageError, match="no file with text"):
-        wear_pattern(other, tokenizer, written / "patterns.json", Asked(None, tmp_path / "missing.txt", 0.5))
+        wear_pattern(other, tokenizer, written / "patterns.json", TaskAsked(None, tmp_path / "missing.txt", 0.5))
 
 
 def load_plain(folder):
@@ -114,7 +114,7 @@ def test_a_server_keeps_to_a_task(tiny_source, written):
     """Greedy tokens are those of the model at the pattern's point."""
     model, tokenizer = load_plain(tiny_source)
     layers = [layer.parts.layer for layer in model._moe_prism.layers]
-    point = Patterns.read(written / "patterns.json").point("digits", seen(model, layers, [{}] * len(layers)), 0.5).point
+    point = Patterns.read(written / "patterns.json").point("digits", routed_layers(model, layers, [{}] * len(layers)), 0.5).point
     wanted = generate(model, tokenizer, "one two three", point=point, sampling=GenerateOptions(max_tokens=8)).text
     with open_house(tiny_source, patterns=written / "patterns.json", task="digits") as house:
         body = {"model": "tiny", "prompt": "one two three", "max_tokens": 8, "temperature": 0, "ignore_eos": True}

@@ -13,7 +13,7 @@ from moe_prism.compress.quantize.decoded import matrices
 from moe_prism.compress.sparse import SparseChange
 from moe_prism.errors import CorruptError, UsageError
 from moe_prism.methods.find import method
-from moe_prism.methods.merge.base import seen
+from moe_prism.methods.merge.base import routed_layers
 from moe_prism.methods.merge.stun import _outliers, _owl
 from moe_prism.model import find_layers
 from moe_prism.point import WeightChange
@@ -29,7 +29,7 @@ def gathered(model):
     layers = find_layers(model)
     work = Pass(model, layers, Settings(collectors=("pairs", "inputs", "neurons"), batch=2))
     work.run(IDS)
-    return seen(model, layers, [own.values for own in work.statistics().layers])
+    return routed_layers(model, layers, [own.values for own in work.statistics().layers])
 
 
 def change(model, name, shields=()):

@@ -15,7 +15,7 @@ from moe_prism.compress.merge.subspace import SubspaceChange
 from moe_prism.compress.quantize.decoded import matrices
 from moe_prism.errors import CorruptError, UsageError
 from moe_prism.methods.find import method
-from moe_prism.methods.merge.base import seen
+from moe_prism.methods.merge.base import routed_layers
 from moe_prism.model import find_layers
 from moe_prism.point import WeightChange
 from tests.compress.tiny import EXPERTS, IDS, build, logits, relative
@@ -31,7 +31,7 @@ def change(model, name, shields=()):
     work = Pass(model, layers, Settings(collectors=("counts", "pairs", "grams", "inputs"), batch=2))
     work.run(IDS)
     values = [own.values for own in work.statistics().layers]
-    return found.change(seen(model, layers, values), found.parameters.keep, shields)
+    return found.change(routed_layers(model, layers, values), found.parameters.keep, shields)
 
 
 def inertia(likeness, labels):

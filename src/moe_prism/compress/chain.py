@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from .quantize.decoded import encodings_move, weights_state
 
 WHERE = "settings of the weight change 'chain'"
 _NAME = "_moe_prism_chains"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,17 @@ class ChainChange(Edit):
         """What was encoded inside before is there again, where the weights outside are those of then."""
         known: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = model.__dict__.setdefault(_NAME, {})
         outside, inside = weights_state(layers), dict[str, tuple[int, ...]]()
+
+        def remember(key: str) -> None:
+            inside[key] = weights_state(layers)
+
         try:
             with ExitStack() as stack:
                 for key, change in zip(self._key, self.parts, strict=True):
                     stack.enter_context(change.installed(model, layers))
                     if key in known and known[key][0] == outside:
                         encodings_move(model, known[key][1], weights_state(layers))
-                    stack.callback(lambda key=key: inside.update({key: weights_state(layers)}))
+                    stack.callback(remember, key)
                 yield
         finally:
             now = weights_state(layers)
@@ -94,21 +99,18 @@ class ChainChange(Edit):
         return sum(change.resident_values for change in self.parts)
 
     def bytes_per_weight(self, layers: Sequence[MoELayer], layer: int, stored: float) -> Tensor | None:
-        return self._only(lambda change: change.bytes_per_weight(layers, layer, stored))
+        return _first(change.bytes_per_weight(layers, layer, stored) for change in self.parts)
 
     def neurons_there(self, layers: Sequence[MoELayer], layer: int) -> Tensor | None:
         found = [own for change in self.parts if (own := change.neurons_there(layers, layer)) is not None]
         return torch.stack(found).all(0) if found else None
 
     def same_weights(self, layers: Sequence[MoELayer], layer: int) -> Tensor | None:
-        return self._only(lambda change: change.same_weights(layers, layer))
+        return _first(change.same_weights(layers, layer) for change in self.parts)
 
     def experts_there(self, layers: Sequence[MoELayer], layer: int) -> Tensor | None:
         found = [own for change in self.parts if (own := change.experts_there(layers, layer)) is not None]
         return torch.stack(found).all(0) if found else None
-
-    def _only(self, ask: Any) -> Any:
-        return next((found for change in self.parts if (found := ask(change)) is not None), None)
 
     # as one edit, where every change is one
 
@@ -126,10 +128,15 @@ class ChainChange(Edit):
 
     @property
     def staying(self) -> tuple[KeptExperts, ...] | None:
-        return self._only(lambda change: change.staying if isinstance(change, Edit) else None)
+        return _first(change.staying for change in self.parts if isinstance(change, Edit))
 
     def _edits(self) -> list[Edit]:
         found = [change for change in self.parts if isinstance(change, Edit)]
         if len(found) < len(self.parts):
             raise UsageError("an edit of the chain has no form in files of its own", "write them one after the other (--recipe)")
         return found
+
+
+def _first(found: Iterable[_T | None]) -> _T | None:
+    """The first that is anything."""
+    return next((one for one in found if one is not None), None)

@@ -17,7 +17,7 @@ from ..compress.in_place import EditedCheckpoint
 from ..compress.prune.remove import Removal, check_mtp_choice, check_removable, remove_experts
 from ..compress.slice.protect import shields
 from ..errors import UsageError
-from ..methods.merge.base import MergeMethod, seen
+from ..methods.merge.base import MergeMethod, routed_layers
 from ..options.compress import CompressOptions
 from ..point import NamedPoint, OperatingPoint
 from ..progress import Report, peak_rss_bytes
@@ -26,6 +26,7 @@ from .calibrate import discard_snapshots
 from .fitting import Fitting, least_tokens
 from .merge_card import merged_card
 from .rehearsal import begin
+from .resources import needed_by_merging
 
 KIND = "merged"
 POINT = "point.json"
@@ -67,7 +68,7 @@ class Merging(Fitting):
         if method.removes:
             check_mtp_choice(self.stream, layers, None)
         shields(layers, [], [], self.pins)
-        self.layers = seen(self.weights.model, layers, [{} for _ in layers])
+        self.layers = routed_layers(self.weights.model, layers, [{} for _ in layers])
         method.check(self.layers, self.keep)
         self.output = EditedCheckpoint(self.stream, layers)
         self.read_text()
@@ -80,7 +81,9 @@ class Merging(Fitting):
 
     def needed(self) -> dict[str, Any]:
         """Memory and disk of the run."""
-        return self.needed_for(*self.bytes())
+        before, after = self.bytes()
+        size = (self.weights.written_bytes or 0) - before + after
+        return needed_by_merging(self.weights, self.options.calibration if self.windows else None, size)
 
     def planned(self) -> dict[str, Any]:
         """What is known before anything was measured."""

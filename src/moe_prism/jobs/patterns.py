@@ -11,7 +11,7 @@ from ..compress.changes import change_of
 from ..elastic import Elastic
 from ..errors import UsageError
 from ..files import replace_file
-from ..methods.merge.base import seen
+from ..methods.merge.base import routed_layers
 from ..methods.prune.patterns import Patterns
 from ..point import NamedPoint
 from ..result import Result
@@ -48,7 +48,7 @@ def write_patterns(calibration: str | Path, out: str | Path) -> WrittenPatterns:
     return WrittenPatterns(Path(out), tuple(found.scores), len(data))
 
 
-class Asked(NamedTuple):
+class TaskAsked(NamedTuple):
     """task: its name, None: the one that a file of prompts is nearest to. keep: share of the experts."""
 
     task: str | None
@@ -56,14 +56,14 @@ class Asked(NamedTuple):
     keep: float
 
 
-def wear_pattern(model: Any, tokenizer: Any, path: Path, asked: Asked) -> NamedPoint:
+def wear_pattern(model: Any, tokenizer: Any, path: Path, asked: TaskAsked) -> NamedPoint:
     """From now on a model that is loaded routes among the experts of one task. Returns what that is as an operating point.
 
     UsageError for another model's patterns, for a task that there is not, and for prompts of no text.
     """
     patterns, elastic = Patterns.read(path), _elastic(model)
     own = [layer.parts.layer for layer in elastic.layers]
-    layers = seen(model, own, [dict[str, Mapping[str, Any]]() for _ in own])
+    layers = routed_layers(model, own, [dict[str, Mapping[str, Any]]() for _ in own])
     task = asked.task
     if task is None:
         assert asked.prompts is not None

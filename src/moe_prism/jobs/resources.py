@@ -18,6 +18,7 @@ from ..calibrate.statistics import Statistics
 from ..checkpoint import LayerStream, read_manifest
 from ..checkpoint.manifest import MANIFEST, WEIGHTS_FILE
 from ..compress.codec import codecs
+from ..compress.merge.cluster import TOGETHER
 from ..compress.quantize.decoded import KEPT_BYTES, matrices
 from ..elastic.runtime import experts_per_token
 from ..errors import DoesNotFit, UsageError
@@ -116,6 +117,16 @@ def needed_by_rewriting(weights: Weights, written: int) -> dict[str, Any]:
     layer = largest_layer(weights)
     experts = layer.num_experts * layer.parameters_per_expert() * FLOAT32
     return told({"weights_bytes": 3 * experts}, written)
+
+
+def needed_by_merging(weights: Weights, options: CalibrateOptions | None, written: int) -> dict[str, Any]:
+    """What merging a layer's experts needs, after a pass where there is one: the layer, its neurons in a form to compare, new ones."""
+    layer = largest_layer(weights)
+    merging = {"weights_bytes": 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32, "likeness_bytes": 4 * TOGETHER}
+    if options is None:
+        return told(merging, written)
+    parts, declared, _ = pass_parts(weights, options)
+    return told(largest([parts, merging]), 2 * declared + written)
 
 
 def needed_by_adoption(weights: Weights, options: CalibrateOptions, written: int) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def complete_linkage(distances: Tensor, count: int) -> Tensor:
     labels = fcluster(_tree(distances), count, "maxclust")
     if len(set(labels.tolist())) != count:  # joins at one height: as many of them as are wanted
         labels = fcluster(_tree(distances, ties=True), count, "maxclust")
-    return torch.unique(torch.from_numpy(labels), return_inverse=True)[1]
+    found: Tensor = torch.unique(torch.from_numpy(labels), return_inverse=True)[1]
+    return found
 
 
 def _tree(distances: Tensor, ties: bool = False) -> np.ndarray:

@@ -111,4 +111,5 @@ class SubspaceChange(Edit):
 def joint_basis(several: Tensor, outputs: bool, rank: int) -> Tensor:
     """[i, r]: the right singular vectors of matrices [n, o, i] one below the other; outputs: [o, r], the left ones side by side."""
     gram = torch.einsum("noi,npi->op", several, several) if outputs else torch.einsum("noi,noj->ij", several, several)
-    return torch.linalg.eigh(gram).eigenvectors[:, -rank:]
+    found: Tensor = torch.linalg.eigh(gram).eigenvectors[:, -rank:]
+    return found

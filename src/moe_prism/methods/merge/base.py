@@ -30,7 +30,7 @@ class MergeParameters:
     keep: float = 0
 
 
-class Seen(NamedTuple):
+class RoutedLayer(NamedTuple):
     """A layer, whose weights need not be in memory: what calibration says of it, and its router."""
 
     layer: MoELayer
@@ -48,14 +48,14 @@ class Seen(NamedTuple):
         return self.values[collector]
 
 
-def seen(model: Any, layers: Sequence[MoELayer], values: Sequence[Mapping[str, Any]]) -> list[Seen]:
+def routed_layers(model: Any, layers: Sequence[MoELayer], values: Sequence[Mapping[str, Any]]) -> list[RoutedLayer]:
     """Every layer of a model. UsageError where no router chooses."""
     found = []
     for layer, own in zip(layers, values, strict=True):
         router = Router(model, layer)
         if refusal := router.refusal():
             raise UsageError(refusal, "give a model with experts that a router chooses")
-        found.append(Seen(layer, own, experts_per_token(model, layer), router.groups))
+        found.append(RoutedLayer(layer, own, experts_per_token(model, layer), router.groups))
     return found
 
 
@@ -90,25 +90,25 @@ class MergeMethod(Method):
         """The share of the experts that stays, where experts go."""
         return keep
 
-    def check(self, layers: Sequence[Seen], keep: float) -> None:
+    def check(self, layers: Sequence[RoutedLayer], keep: float) -> None:
         """UsageError for a share that these layers cannot have, before anything is measured."""
 
     @abstractmethod
-    def plans(self, layers: Sequence[Seen], keep: float, protected: Sequence[Tensor]) -> Sequence[Any]:
+    def plans(self, layers: Sequence[RoutedLayer], keep: float, protected: Sequence[Tensor]) -> Sequence[Any]:
         """Of every layer who stays and who joins whom, without a look at the weights. protected [E] (bool): experts that stay as they are.
 
         UsageError for a share that cannot be met.
         """
 
     @abstractmethod
-    def settled(self, plan: Any, layer: Seen) -> Any:
+    def settled(self, plan: Any, layer: RoutedLayer) -> Any:
         """What the edit says of a layer, which is in memory."""
 
     @abstractmethod
     def edit(self, settled: Sequence[Any]) -> Edit:
         """The change, from what `settled` says of every layer."""
 
-    def change(self, layers: Sequence[Seen], keep: float, protected: Sequence[Tensor] = ()) -> Edit:
+    def change(self, layers: Sequence[RoutedLayer], keep: float, protected: Sequence[Tensor] = ()) -> Edit:
         """Of a model in memory."""
         shields = protected or [torch.zeros(own.layer.num_experts, dtype=torch.bool) for own in layers]
         plans = self.plans(layers, keep, shields)
@@ -119,7 +119,7 @@ class MergeMethod(Method):
         gathered: Sequence[Mapping[str, Any]] = [{} for _ in every]
         if self.collectors:
             gathered = [own.values for own in statistics_of(subject, self.collectors, self.capacity).layers]
-        layers = seen(subject.model, every, gathered)
+        layers = routed_layers(subject.model, every, gathered)
         shares = (self.parameters.keep,) if self.parameters.keep else KEEPS
         return [
             NamedPoint(name=self.point_name(keep), point=OperatingPoint(weights=self.change(layers, keep).part()))

@@ -13,7 +13,7 @@ from ...compress.merge.cluster import Clustering, Seeds, homes
 from ...compress.merge.rehome import RehomeChange, RehomedNeurons
 from ...compress.prune import KeptExperts, LayerSubject, PruneRequest, choose, criteria
 from ...errors import UsageError
-from .base import MergeMethod, MergeParameters, Seen
+from .base import MergeMethod, MergeParameters, RoutedLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +56,13 @@ class Dern(MergeMethod):
     def collectors(self) -> tuple[str, ...]:
         return criteria.get(self.parameters.by).needs
 
-    def check(self, layers: Sequence[Seen], keep: float) -> None:
+    def check(self, layers: Sequence[RoutedLayer], keep: float) -> None:
         nothing = [torch.zeros(own.layer.num_experts) for own in layers]
         chosen(layers, keep, nothing, [scores.bool() for scores in nothing])
 
-    def plans(self, layers: Sequence[Seen], keep: float, protected: Sequence[Tensor]) -> Sequence[tuple[KeptExperts, Tensor]]:
+    def plans(
+        self, layers: Sequence[RoutedLayer], keep: float, protected: Sequence[Tensor]
+    ) -> Sequence[tuple[KeptExperts, Tensor]]:
         criterion = criteria.get(self.parameters.by)()
         scores = []
         for (layer, values, per_token, _), shield in zip(layers, protected, strict=True):
@@ -68,7 +70,7 @@ class Dern(MergeMethod):
             scores.append(criterion.scores(subject).double())
         return list(zip(chosen(layers, keep, scores, protected), scores, strict=True))
 
-    def settled(self, plan: Any, layer: Seen) -> RehomedNeurons:
+    def settled(self, plan: Any, layer: RoutedLayer) -> RehomedNeurons:
         choice, scores = plan
         asked = self.parameters
         weights = scores.clamp(min=0) if asked.weighted else torch.ones_like(scores)
@@ -79,6 +81,8 @@ class Dern(MergeMethod):
         return RehomeChange(tuple(settled))
 
 
-def chosen(layers: Sequence[Seen], keep: float, scores: Sequence[Tensor], protected: Sequence[Tensor]) -> list[KeptExperts]:
+def chosen(
+    layers: Sequence[RoutedLayer], keep: float, scores: Sequence[Tensor], protected: Sequence[Tensor]
+) -> list[KeptExperts]:
     """Who stays, as many in every layer. UsageError where that leaves too few."""
     return choose(scores, PruneRequest(keep), layers[0].per_token, protected, [own.groups for own in layers])

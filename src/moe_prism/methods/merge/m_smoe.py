@@ -13,7 +13,7 @@ from ...compress.edit import Edit
 from ...compress.merge.change import MergeChange
 from ...compress.merge.groups import MergedExperts, aligned, orders_bytes
 from ...errors import UsageError
-from .base import MergeMethod, MergeParameters, Seen
+from .base import MergeMethod, MergeParameters, RoutedLayer
 
 GROUPINGS = ("scores", "random")
 
@@ -49,7 +49,9 @@ class MSmoe(MergeMethod):
     def collectors(self) -> tuple[str, ...]:
         return ("counts", "pairs")
 
-    def plans(self, layers: Sequence[Seen], keep: float, protected: Sequence[Tensor]) -> Sequence[tuple[Tensor, Tensor, Tensor]]:
+    def plans(
+        self, layers: Sequence[RoutedLayer], keep: float, protected: Sequence[Tensor]
+    ) -> Sequence[tuple[Tensor, Tensor, Tensor]]:
         counts = [own.of("counts")["count"].double() for own in layers]
         found = []
         for own, count, stay, shield in zip(layers, counts, dominant(counts, keep, protected), protected, strict=True):
@@ -57,7 +59,7 @@ class MSmoe(MergeMethod):
             found.append((groups, group_weights(count, groups), shield))
         return found
 
-    def settled(self, plan: Any, layer: Seen) -> tuple[MergedExperts, Tensor]:
+    def settled(self, plan: Any, layer: RoutedLayer) -> tuple[MergedExperts, Tensor]:
         groups, weights, shield = plan
         orders = orders_bytes(aligned(layer.layer, groups)) if self.parameters.align else b""
         return MergedExperts(layer.layer.width, tuple(groups.tolist()), tuple(weights.tolist()), orders), shield

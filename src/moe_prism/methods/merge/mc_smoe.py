@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from ...compress.chain import ChainChange
 from ...compress.codec.low_rank_sparse import LowRankSparse
@@ -33,7 +33,7 @@ class McSmoe(MSmoe):
 
     @classmethod
     def read_argument(cls, name: str, text: str | None) -> McSmoeParameters:
-        found: McSmoeParameters = super().read_argument(name, text)
+        found = cast(McSmoeParameters, super().read_argument(name, text))
         if not 0 <= found.sparse < 1:
             raise UsageError(f"sparse={found.sparse:g} of '{name}' is no share of bytes", "write sparse=0.25")
         codec = LowRankSparse(found.sparse)

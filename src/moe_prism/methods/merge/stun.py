@@ -20,7 +20,7 @@ from ...compress.sparse import SparseChange, SparseLayer
 from ...errors import UsageError
 from ..neurons.base import FLOOR
 from ..neurons.wanda import BAND, OUTLIER
-from .base import MergeMethod, MergeParameters, Seen
+from .base import MergeMethod, MergeParameters, RoutedLayer
 
 BY = ("together", "scores", "random")
 SCOPES = ("layer", "model")
@@ -78,7 +78,7 @@ class Stun(MergeMethod):
     def experts_share(self, keep: float) -> float:
         return 1 - self.parameters.drop
 
-    def check(self, layers: Sequence[Seen], keep: float) -> None:
+    def check(self, layers: Sequence[RoutedLayer], keep: float) -> None:
         if keep > 1 - self.parameters.drop + NEARLY:
             raise UsageError(f"'{self.name}' drops more than it may", "keep at most what drop leaves")
         if self.parameters.drop and any(own.groups for own in layers):
@@ -89,7 +89,7 @@ class Stun(MergeMethod):
                     f"drop={self.parameters.drop:g} leaves fewer experts than a token uses, {own.per_token}", "drop less"
                 )
 
-    def plans(self, layers: Sequence[Seen], keep: float, protected: Sequence[Tensor]) -> Sequence[tuple[Tensor, float]]:
+    def plans(self, layers: Sequence[RoutedLayer], keep: float, protected: Sequence[Tensor]) -> Sequence[tuple[Tensor, float]]:
         self.check(layers, keep)
         distances = [self._distances(own, shield) for own, shield in zip(layers, protected, strict=True)]
         counts = [round((1 - self.parameters.drop) * len(own)) for own in distances]
@@ -101,7 +101,7 @@ class Stun(MergeMethod):
         density = min(1.0, keep / (1 - self.parameters.drop))
         return [(complete_linkage(own, n), density) for own, n in zip(distances, counts, strict=True)]
 
-    def _distances(self, own: Seen, shield: Tensor) -> Tensor:
+    def _distances(self, own: RoutedLayer, shield: Tensor) -> Tensor:
         """[E, E], in the layer's mean; those of protected experts are FAR."""
         pairs, experts = own.of("pairs"), own.layer.num_experts
         if self.parameters.by == "random":
@@ -120,7 +120,7 @@ class Stun(MergeMethod):
         found[shield] = found[:, shield] = FAR
         return found
 
-    def settled(self, plan: Any, layer: Seen) -> _Settled:
+    def settled(self, plan: Any, layer: RoutedLayer) -> _Settled:
         labels, density = plan
         kept = tuple(sorted(_nearest(layer, (labels == c).nonzero().flatten()) for c in torch.unique(labels)))
         inputs, middle = _norms(layer, "inputs"), _norms(layer, "neurons")
@@ -135,7 +135,7 @@ class Stun(MergeMethod):
         return sparse if all(own.is_full for own in kept) else ChainChange((PruneChange(kept), sparse))
 
 
-def _nearest(layer: Seen, members: Tensor) -> int:
+def _nearest(layer: RoutedLayer, members: Tensor) -> int:
     """The member whose weights are nearest to the mean of all."""
     if len(members) == 1:
         return int(members[0])
@@ -146,7 +146,7 @@ def _nearest(layer: Seen, members: Tensor) -> int:
     return int(members[total.argmin()])
 
 
-def _norms(layer: Seen, collector: str) -> Tensor:
+def _norms(layer: RoutedLayer, collector: str) -> Tensor:
     """[E, d] or [E, f]: root mean squares; of an expert with fewer than FLOOR tokens filled up with the layer's mean."""
     found = layer.of(collector)
     total, count = found["sq"].double(), found["count"].double()[:, None]
@@ -154,7 +154,7 @@ def _norms(layer: Seen, collector: str) -> Tensor:
     return ((total + lacking * total.sum(0) / count.sum().clamp(min=1)) / count.clamp(min=FLOOR)).sqrt()
 
 
-def _outliers(layer: Seen, inputs: Tensor, middle: Tensor) -> float:
+def _outliers(layer: RoutedLayer, inputs: Tensor, middle: Tensor) -> float:
     """The share of a layer's weights whose score is more than OUTLIER times the mean of their matrix."""
     above = count = 0.0
     last = len(matrices(layer.layer)) - 1

@@ -16,7 +16,7 @@ from ...compress.merge.kernel import k_means
 from ...compress.merge.subspace import SubspaceChange
 from ...errors import UsageError
 from ...model import MoELayer
-from .base import MergeMethod, MergeParameters, Seen
+from .base import MergeMethod, MergeParameters, RoutedLayer
 from .m_smoe import group_weights
 
 BY = ("outputs", "scores", "random")
@@ -75,11 +75,11 @@ class SubMoe(MergeMethod):
         by = {"outputs": ("grams",), "scores": ("pairs",), "random": ()}[asked.clusters]
         return ("counts", *by, *(("inputs",) if asked.thin and asked.white else ()))
 
-    def check(self, layers: Sequence[Seen], keep: float) -> None:
+    def check(self, layers: Sequence[RoutedLayer], keep: float) -> None:
         if self.parameters.thin:
             _rank([own.layer for own in layers], self.parameters.thin)
 
-    def plans(self, layers: Sequence[Seen], keep: float, protected: Sequence[Tensor]) -> Sequence[_Plan]:
+    def plans(self, layers: Sequence[RoutedLayer], keep: float, protected: Sequence[Tensor]) -> Sequence[_Plan]:
         every = [self._likeness(own) for own in layers]
         found: list[_Plan] = []
         for first in range(0, len(layers), self.parameters.joint):
@@ -119,7 +119,7 @@ class SubMoe(MergeMethod):
             groups[-1][ids] = labels
         return groups
 
-    def _likeness(self, own: Seen) -> Tensor:
+    def _likeness(self, own: RoutedLayer) -> Tensor:
         """[E, E] (float64), 1 on the diagonal."""
         experts = own.layer.num_experts
         if self.parameters.clusters == "random":
@@ -136,7 +136,7 @@ class SubMoe(MergeMethod):
         size = gram.diagonal().clamp(min=1e-30).sqrt()
         return gram / size[:, None] / size
 
-    def _scale(self, own: Seen) -> tuple[float, ...]:
+    def _scale(self, own: RoutedLayer) -> tuple[float, ...]:
         """[d]: the root mean square of every channel over all choices."""
         if not (self.parameters.thin and self.parameters.white):
             return ()
@@ -144,7 +144,7 @@ class SubMoe(MergeMethod):
         size = (found["sq"].sum(0) / found["count"].sum().clamp(min=1)).sqrt()
         return tuple(size.clamp(min=1e-6 * max(float(size.max()), 1e-30)).tolist())
 
-    def settled(self, plan: Any, layer: Seen) -> tuple[MergedExperts, MoELayer, _Plan]:
+    def settled(self, plan: Any, layer: RoutedLayer) -> tuple[MergedExperts, MoELayer, _Plan]:
         orders = orders_bytes(aligned(layer.layer, plan.groups)) if self.parameters.align else b""
         merged = MergedExperts(layer.layer.width, tuple(plan.groups.tolist()), tuple(plan.weights.tolist()), orders)
         return merged, layer.layer, plan

@@ -25,7 +25,7 @@ from ...model.router import Router
 from ...point import NamedPoint, OperatingPoint
 from ...schema import read_form
 from ...schema.patterns import AGAIN, PatternsForm
-from ..merge.base import Seen
+from ..merge.base import RoutedLayer
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Patterns:
         return min(self.scores, key=lambda name: (float((self.scores[name][0] - query).norm()), name))
 
     @torch.no_grad()
-    def query(self, model: Any, layer: Seen, ids: Tensor) -> Tensor:
+    def query(self, model: Any, layer: RoutedLayer, ids: Tensor) -> Tensor:
         """[E] (float64): the scores of a prompt, ids [n, length], in the first layer. It runs through the model as it is now.
 
         UsageError for a model whose router's scores are not seen.
@@ -100,7 +100,7 @@ class Patterns:
             0, best.indices.flatten(), value.flatten()
         ) / len(z)
 
-    def point(self, task: str, layers: Sequence[Seen], keep: float) -> NamedPoint:
+    def point(self, task: str, layers: Sequence[RoutedLayer], keep: float) -> NamedPoint:
         """The model with the experts that a task needs most, as many in every layer. UsageError for a task that there is not."""
         if task not in self.scores:
             raise UsageError(f"there is no pattern of '{task}'", f"choose one of: {', '.join(self.scores)}")

@@ -30,6 +30,7 @@ COMMANDS = (
     "adopt",
     "prune",
     "compress",
+    "split",
     "recover",
     "skip",
     "frontier",

@@ -63,7 +63,9 @@ def relative(found, expected) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "equal"}, {"method": "random", "shared": 0.5}, {"dtype": None, "shared": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "equal"}, {"method": "random", "shared": 0.5}, {"dtype": None, "shared": 0.0}], ids=str
+)
 def test_all_experts_on_is_the_dense_model(tiny_dense, text, tmp_path, options):
     found = split_model(tiny_dense, tmp_path / "out", asked(text, **options))
     assert relative(logits(tmp_path / "out"), logits(tiny_dense)) < 1e-5
@@ -170,6 +172,8 @@ def test_a_model_with_experts_and_one_of_another_kind_are_refused(tiny_source, t
         split_model(tiny_source, tmp_path / "out", asked(text))
     shutil.copytree(tiny_dense, tmp_path / "biased")
     config = json.loads((tmp_path / "biased" / "config.json").read_text())
-    (tmp_path / "biased" / "config.json").write_text(json.dumps({**config, "sliding_window": 8, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}))
+    (tmp_path / "biased" / "config.json").write_text(
+        json.dumps({**config, "sliding_window": 8, "model_type": "mistral", "architectures": ["MistralForCausalLM"]})
+    )
     with pytest.raises(UsageError, match="attends to 8 tokens"):
         split_model(tmp_path / "biased", tmp_path / "out", asked(text))

@@ -66,7 +66,7 @@ class Slice(ABC):
 
 
 @dataclass(frozen=True)
-class Asked:
+class Spans:
     """Tokens that are asked of a model that reads what really stands before them.
 
     rows: ids [n, L]; spans [Q, 3]: (row, first, stop), the answer is rows[row, first:stop], all of it most likely each.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import SEED, Asked, Material, NoQuestionsError, Slice
+from .base import SEED, Material, NoQuestionsError, Slice, Spans
 
 KEYS = 192
 LENGTH = 8  # tokens of a key, of which the second half is asked
@@ -37,7 +37,7 @@ class Copy(Slice):
             rows.append(torch.cat([before, key, after, key]))
         half = len(rows[0]) - LENGTH // 2
         spans = [(n, place, place + 1) for n in range(KEYS) for place in range(half, half + LENGTH // 2)]
-        self.asked = Asked(torch.stack(rows), torch.tensor(spans))
+        self.asked = Spans(torch.stack(rows), torch.tensor(spans))
         self.groups = self.asked.spans[:, 0]
 
     def verdicts(self, model: Any) -> Tensor:

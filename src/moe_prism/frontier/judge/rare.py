@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Asked, Material, NoQuestionsError, Slice, spread
+from .base import Material, NoQuestionsError, Slice, Spans, spread
 
 SHARE = 0.1
 TOKENS = 8_192  # of the text that are read
@@ -30,7 +30,7 @@ class Rare(Slice):
         if limit == counts[-1]:
             raise NoQuestionsError("all tokens of the text are equally rare")
         row, place = torch.where(often <= limit)
-        self.asked, self.groups = Asked(rows, torch.stack([row, place + 1, place + 2], 1)), row
+        self.asked, self.groups = Spans(rows, torch.stack([row, place + 1, place + 2], 1)), row
 
     def verdicts(self, model: Any) -> Tensor:
         return self.asked.verdicts(model)

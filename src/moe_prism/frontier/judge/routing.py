@@ -16,7 +16,7 @@ from .base import Material, NoQuestionsError, Slice, batch_of, spread
 TOKENS = 8_192
 
 
-class Routing(Slice):
+class RoutingAgreement(Slice):
     """For every token of held-out windows the Jaccard index of the experts that a router chooses and that it chooses in the full model.
 
     Mean over layers. What a stage or a rule drops afterwards does not count: only what reaches the router has changed. A group is a window.

@@ -60,6 +60,8 @@ class Bench:
         self.ids, self.bytes = held, sum(len(tokenizer.decode(row[1:]).encode()) for row in held)
         source = TextSource(tuple((name, f"domains/{name}") for name in DOMAINS))
         text = token_windows(tokenizer, source, "calibration", length=args.length, tokens=3 * args.calibration_tokens)
+        with torch.no_grad():
+            self.source = [logits_of(self.model, rows).log_softmax(-1) for rows in held.split(4)]
         self.passes = [self._calibrate(text.ids, text.parts, seed) for seed in range(args.seeds)]
 
     def _calibrate(self, ids: Tensor, parts: Any, seed: int) -> Statistics:
@@ -90,8 +92,7 @@ class Bench:
     def quality(self, masks: list[tuple[Deal, Tensor]], active: int) -> Quality:
         """Beside the dense model."""
         found = Quality()
-        for rows in self.ids.split(4):
-            source = logits_of(self.model, rows).log_softmax(-1)
+        for rows, source in zip(self.ids.split(4), self.source, strict=True):
             with ExitStack() as stack:
                 for layer, (deal, router) in zip(self.layers, masks, strict=True):
                     stack.enter_context(_masked(layer, deal, router, active))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from moe_prism.checkpoint import read_manifest
 from moe_prism.errors import UsageError
 from moe_prism.jobs.frontier import measure_frontier
+from moe_prism.jobs.frontier_files import keep_frontier
 from moe_prism.jobs.inspect import inspect_model
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.jobs.rehearsal import rehearse
@@ -19,7 +21,10 @@ from moe_prism.jobs.split import split_model
 from moe_prism.jobs.verify import verify
 from moe_prism.options.calibrate import CalibrateOptions
 from moe_prism.options.frontier import FrontierOptions
+from moe_prism.options.serve import ServeOptions
 from moe_prism.options.split import SplitOptions
+from moe_prism.serve.config import Config
+from moe_prism.serve.engine.start import start_engine
 
 IDS = torch.arange(3, 43).reshape(2, 20) * 7
 
@@ -99,8 +104,6 @@ def test_domains_have_masks(tiny_dense, tmp_path):
 
 
 def test_a_layer_at_a_time_gives_the_same_model(tiny_dense, text, split, tmp_path):
-    from dataclasses import replace
-
     split_model(tiny_dense, tmp_path / "out", asked(replace(text, low_memory=True)))
     assert relative(logits(tmp_path / "out"), logits(split.folder)) < 1e-5
 
@@ -177,3 +180,16 @@ def test_a_model_with_experts_and_one_of_another_kind_are_refused(tiny_source, t
     )
     with pytest.raises(UsageError, match="attends to 8 tokens"):
         split_model(tmp_path / "biased", tmp_path / "out", asked(text))
+
+
+def test_it_is_served_at_measured_points(split, text, tmp_path):
+    folder = tmp_path / "served"
+    shutil.copytree(split.folder, folder)
+    options = FrontierOptions(text=text.text, methods=("uniform",), tokens=128, length=32, calibration_tokens=128)
+    keep_frontier(measure_frontier(folder, options), folder)
+    assert all(check.detail for check in verify(folder))
+    running = start_engine(folder, ServeOptions(probe_seconds=0.1), Config())
+    try:
+        assert {level.name for level in running.facts.ladder.levels} > {"full", "uniform-1"}
+    finally:
+        running.stop()

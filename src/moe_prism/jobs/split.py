@@ -113,9 +113,8 @@ class _Job:
                 f"'{options.method}' compares domains", "name two or more: --domain code=FOLDER --domain prose=FOLDER"
             )
         share = self.method.shared if options.shared is None else options.shared
-        self.options = replace(
-            options, calibration=with_text(calibration, where), shared=share, active=options.active or options.experts
-        )
+        self.active = options.active or options.experts
+        self.options = replace(options, calibration=with_text(calibration, where), shared=share, active=self.active)
         self.weights = Weights(where, options.dtype)
         layers, config = self.weights.layers, self.weights.model.config
         if not all(layer.is_dense for layer in layers):
@@ -127,7 +126,7 @@ class _Job:
                          domains={name: torch.ones(options.experts) for name in calibration.named_domains})  # fmt: skip
         self.method.deal(seen)  # what it refuses it refuses now
         self.config = target_config(
-            config, experts=options.experts, active=self.options.active, shared=self.shared, bias=has_bias(self.weights.model)
+            config, experts=options.experts, active=self.active, shared=self.shared, bias=has_bias(self.weights.model)
         )
         if self.weights.stream is None:
             self.config.dtype = self.weights.written
@@ -208,15 +207,14 @@ class _Job:
     @property
     def _judged_at(self) -> int:
         """Experts per token at which errors are told: those that are active, or half where all are."""
-        active = self.options.active or self.options.experts
-        return active if active < self.options.experts else self.options.experts // 2
+        return self.active if self.active < self.options.experts else self.options.experts // 2
 
     def _facts(self, rows: list[dict[str, Any]], statistics: Statistics, folder: OutputFolder) -> dict[str, Any]:
         difference = dense_difference(self.weights, folder.work, statistics.profile, self.options.experts)
         return {
             "method": self.options.method,
             "experts": self.options.experts,
-            "active": self.options.active,
+            "active": self.active,
             "neurons": self.weights.layers[0].width,
             "shared_neurons": self.shared,
             "expert_neurons": int(self.config.moe_intermediate_size),

@@ -22,7 +22,7 @@ class Rare(Slice):
     name = "rare"
 
     def __init__(self, material: Material) -> None:
-        rows = torch.stack(spread(material.ids, max(1, TOKENS // material.ids.shape[1])))
+        rows = torch.stack(spread(list(material.ids), max(1, TOKENS // material.ids.shape[1])))
         asked = rows[:, 1:]
         often = torch.bincount(asked.reshape(-1))[asked]
         counts, _ = often.reshape(-1).sort()

@@ -26,17 +26,24 @@ import numpy as np
 import torch
 
 from moe_prism.artefact.load import load, side_tensors
+from moe_prism.artefact.open import open_model
 from moe_prism.calibrate.options import CalibrateOptions
 from moe_prism.checkpoint import LayerStream, read_manifest
 from moe_prism.cli.output import note
 from moe_prism.data import token_windows
 from moe_prism.elastic import operating_point
+from moe_prism.jobs.frontier import subject_of
 from moe_prism.jobs.refactor import RefactorOptions, refactor
+from moe_prism.methods.find import method
+from moe_prism.methods.slots.bits import BitsMethod
 from moe_prism.model import find_layers
 from moe_prism.offload.cache import cache_policies
+from moe_prism.options.frontier import FrontierOptions
+from moe_prism.point import FULL, OperatingPoint, SlotBits, SlotRule
 from moe_prism.store import ExpertStore, StoreOptions, open_pack
 from moe_prism.store.aio_reader import open_reader
 from moe_prism.store.choose_misses import Misses
+from moe_prism.store.plane_layout import PlaneStorage
 from moe_prism.store.pools import Eviction
 
 PROMPT = 32
@@ -48,12 +55,19 @@ LARGE = {
 
 @dataclass(frozen=True)
 class Config:
-    """One line of the ablation. budget: operating point; the rest goes to the store."""
+    """One line of the ablation. budget: operating point, of the rule `bits` where records are planes; the rest goes to the store."""
 
     name: str
     budget: float = 1.0
     parts: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    planes: bool = False
+
+    def point(self, bits: SlotBits | None) -> OperatingPoint:
+        if not self.planes or self.budget >= 1:
+            return FULL.with_budget(self.budget)
+        assert bits is not None
+        return OperatingPoint(slots=SlotRule(rule="bits", budget=self.budget, bits=bits))
 
 
 def ablation(args: argparse.Namespace) -> list[Config]:
@@ -71,7 +85,23 @@ def ablation(args: argparse.Namespace) -> list[Config]:
         Config("aware+prefetch", args.wide, options={**ahead, "misses": floor}),
         Config("mixed", args.wide, options={**policy, "misses": Misses(args.exact, low=args.floor)}),
         Config("mixed+prefetch", args.wide, options={**ahead, "misses": Misses(args.exact, low=args.floor)}),
+        Config("planes, all bits", options=policy, planes=True),
+        *(Config(f"planes, {bits:g}", bits, options=policy, planes=True) for bits in args.bits),
+        Config(f"planes, {args.bits[0]:g}, ahead", args.bits[0], options=ahead, planes=True),
     ]
+
+
+def fitted(folder: Path, group: int, layers: int | None) -> SlotBits:
+    """What a width loses, measured on calibration text; layers: of a random model, whose time does not depend on it: a quarter per bit."""
+    if layers is not None:
+        widths = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+        errors = (tuple(0.15 * 4.0 ** (2 - w) for w in widths),) * layers
+        return SlotBits(widths=widths, errors=errors, group=group, choosing=4.0)
+    whole = open_model(folder)
+    options = FrontierOptions(text="domains", calibration_tokens=4096, length=256)
+    found = method(f"bits:group={group}")
+    assert isinstance(found, BitsMethod)
+    return found.fitted(subject_of(whole, options))
 
 
 @dataclass
@@ -121,6 +151,7 @@ class Run:
 
     config: Config
     model: Any
+    point: OperatingPoint
     seconds: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     bytes: int = 0
@@ -143,10 +174,10 @@ class Run:
 
 
 @torch.no_grad()
-def decode(model: Any, ids: torch.Tensor, budget: float, count: int) -> tuple[list[float], torch.Tensor]:
+def decode(model: Any, ids: torch.Tensor, point: OperatingPoint, count: int) -> tuple[list[float], torch.Tensor]:
     """Prefill PROMPT tokens, then `count` steps: their seconds, and the log-probabilities [count, V]."""
     seconds, found = [], []
-    with operating_point(model, budget):
+    with operating_point(model, point=point):
         out = model(input_ids=ids[:, :PROMPT], use_cache=True)
         for i in range(PROMPT, PROMPT + count):
             began = time.perf_counter()
@@ -161,7 +192,7 @@ def turn(run: Run, ids: torch.Tensor, count: int, reference: torch.Tensor | None
     store = run.model._moe_prism.store
     store.times.reset()
     before = store.cache.counts + type(store.cache.counts)()
-    seconds, found = decode(run.model, ids, run.config.budget, count)
+    seconds, found = decode(run.model, ids, run.point, count)
     after = store.cache.counts
     run.seconds += seconds
     run.bytes += store.times.bytes
@@ -176,13 +207,15 @@ def ours(args: argparse.Namespace, folder: Path, work: Path, quality: bool) -> l
     whole, tokenizer = load(folder)
     windows = held_out(folder, tokenizer, args)
     memory = int(args.share * expert_bytes(folder, whole))
-    reference = [decode(whole, row[None], 1.0, args.tokens) for row in windows] if quality else None
+    reference = [decode(whole, row[None], FULL, args.tokens) for row in windows] if quality else None
     in_memory = statistics.fmean(s for seconds, _ in reference for s in seconds) * 1e3 if reference else None
     del whole
-    configs = [c for c in ablation(args) if not args.only or c.name in args.only.split(",")]
-    runs = [Run(config, stored(folder, work, memory, config, args)) for config in configs]
+    configs = [c for c in ablation(args) if not args.only or any(c.name.startswith(name) for name in args.only.split(","))]
+    random = LARGE["num_hidden_layers"] if args.large else None
+    bits = fitted(folder, args.group, random) if any(c.planes and c.budget < 1 for c in configs) else None
+    runs = [Run(config, stored(folder, work, memory, config, args), config.point(bits)) for config in configs]
     for run in runs:  # compile, fill the cache
-        decode(run.model, windows[-1:], run.config.budget, 16)
+        decode(run.model, windows[-1:], run.point, 16)
         note(f"{run.config.name}: warm")
     for number, row in enumerate(windows):
         order = runs if number % 2 == 0 else runs[::-1]
@@ -231,9 +264,11 @@ class Reading(ExpertStore):
 
 def stored(folder: Path, work: Path, memory: int, config: Config, args: argparse.Namespace) -> Any:
     """The model over a store of `memory` bytes, its packed file in `work`."""
-    name = "experts" if config.parts == 1 else "parts"
+    name = "experts" if config.parts == 1 else "planes" if config.planes else "parts"
     options = dict(config.options)
-    if config.parts is None:
+    if config.planes:
+        pack_for(folder, work / name, planes=PlaneStorage(group=args.group))
+    elif config.parts is None:
         options.setdefault("misses", Misses())
         pack_for(folder, work / name, low=not args.large or args.low)
     else:
@@ -248,11 +283,11 @@ def predictors(folder: Path) -> int:
     return sum(4 * t.numel() for own in side_tensors(folder, len(read_manifest(folder)["layers"])) for t in own.values())
 
 
-def pack_for(folder: Path, path: Path, low: bool) -> None:
+def pack_for(folder: Path, path: Path, **form: Any) -> None:
     from moe_prism.store import write_pack
 
     if not path.exists():
-        write_pack(folder, path, read_manifest(folder), low=low)
+        write_pack(folder, path, read_manifest(folder), **form)
 
 
 def expert_bytes(folder: Path, model: Any) -> int:
@@ -332,6 +367,10 @@ def main() -> None:
     parser.add_argument(
         "--exact", type=float, default=0.05, help="budget for missing slots that are read as they are, the others int8"
     )
+    parser.add_argument(
+        "--bits", type=float, nargs="+", default=[0.27, 0.2], help="budgets of the rule `bits`, from records of planes"
+    )
+    parser.add_argument("--group", type=int, default=32, help="weights of planes that share a scale")
     parser.add_argument("--only", help="comma-separated configurations")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

@@ -39,7 +39,6 @@ from moe_prism.data.bundled import DOMAINS
 from moe_prism.jobs.frontier import subject_of
 from moe_prism.methods.base import Subject
 from moe_prism.model import MoELayer
-from moe_prism.model.norm_readers import norm_readers
 from moe_prism.model.scores import router_weight
 from moe_prism.options.frontier import FrontierOptions
 
@@ -129,8 +128,7 @@ def model_rows(subject: Subject, ids: Tensor) -> Iterator[Row]:
     samples = [
         [x for x, _ in with_floor(model, layer, own, FLOOR, subject.k)] for layer, own in zip(layers, statistics, strict=True)
     ]
-    readers = norm_readers(model, layers)
-    rows = [tuple(exponents(own, x, ALPHA, STEPS).tolist()) for own, x in zip(readers, samples, strict=True)]
+    rows = [tuple(exponents(layer, x, ALPHA, STEPS).tolist()) for layer, x in zip(layers, samples, strict=True)]
     scales = [factors(row, STEPS) for row in rows]
     for title, own in (("as it is", [torch.ones(len(s)) for s in scales]), ("evened out", scales)):
         ratios = [torch.cat(x).abs().amax(0) / s for x, s in zip(samples, own, strict=True)]

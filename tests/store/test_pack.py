@@ -160,6 +160,6 @@ def test_what_is_no_amount_of_memory(text):
 
 def test_too_little_memory_says_how_much_is_needed():
     layout = RecordLayout(32, 4, True, False, "float32")
-    assert slots_in(100 + layout.bytes, 100, layout, 9) == 1
+    assert slots_in(100 + layout.bytes, 100, layout.bytes, 9) == 1
     with pytest.raises(DoesNotFit, match=f"give at least {100 + layout.bytes}"):
-        slots_in(99 + layout.bytes, 100, layout, 9)
+        slots_in(99 + layout.bytes, 100, layout.bytes, 9)

@@ -35,7 +35,7 @@ class LayerParts:
     def check(self, k: int | None) -> None:
         """CorruptError for side tensors that are not those of this layer: compiled code trusts their shapes. k: experts per token."""
         layer, where = self.layer, f"side tensors of '{self.layer.name}'"
-        width = getattr(layer, "full_width", layer.width)  # of a layer whose gate neurons alone are in memory
+        width = self.stored_block * self.n_sub
         check_shapes(where, self.tensors, LayerShape(layer.num_experts, layer.hidden, width, self.n_sub, self.gates, k))
         check_values(where, {name: tensor for name, tensor in self.tensors.items() if name in TENSORS})
 
@@ -43,6 +43,11 @@ class LayerParts:
     def block(self) -> int:
         """Neurons per sub-expert."""
         return self.layer.width // self.n_sub
+
+    @property
+    def stored_block(self) -> int:
+        """The same of a layer whose gate neurons alone are in memory: those of a sub-expert wherever it lies."""
+        return int(getattr(self.layer, "full_width", self.layer.width)) // self.n_sub
 
     def neurons(self, n: int) -> slice:
         return slice(n * self.block, (n + 1) * self.block)

@@ -38,7 +38,7 @@ def row_bytes(hidden: int, bits: float, group: int) -> int:
 def block_bytes(parts: LayerParts, bits: float, group: int) -> float:
     """Of the matrices of one block."""
     matrices = 3 if parts.layer.gate is not None else 2
-    return float(parts.block * matrices * row_bytes(parts.layer.hidden, bits, group))
+    return float(parts.stored_block * matrices * row_bytes(parts.layer.hidden, bits, group))
 
 
 @dataclass

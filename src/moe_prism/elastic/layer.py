@@ -339,7 +339,7 @@ class ElasticLayer:
         """The layer's experts in planes, encoded when they are first asked for."""
         key = (bits.widths, bits.group)
         if key not in self._coded:
-            self._coded[key] = CodedLayer(self.parts, bits)
+            self._coded[key] = self.executor.coded(bits) or CodedLayer(self.parts, bits)
         return self._coded[key]
 
     def prices(self, group: PointGroup) -> Prices:

@@ -7,6 +7,8 @@ half of that. `decoded` is the reference to read. Shapes: E experts, N blocks, o
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +20,30 @@ from ..compress.codec.rtn import Rtn
 OUTPUTS = 16  # that lie side by side
 QUAD = 4  # inputs of an output that do
 UPPER = 4  # bits of the first plane
+
+
+class PlanePlaces(NamedTuple):
+    """Where planes lie. upper [G] int64: the address of the first tile of every block; lower [G]: bytes from a tile to its lower plane."""
+
+    upper: Tensor
+    lower: Tensor
+
+
+class PlacedPlanes(Protocol):
+    """What compiled products want to know of a matrix: inputs of an output, inputs that share a scale, and where its planes lie."""
+
+    @property
+    def inputs(self) -> int: ...
+
+    @property
+    def group(self) -> int: ...
+
+    @property
+    def places(self) -> PlanePlaces: ...
+
+    def offset(self, bits: int) -> float: ...
+
+    def form(self, bits: int) -> list[int]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,17 +88,18 @@ class PackedPlanes:
 
     def offset(self, bits: int) -> float:
         """What is added to a code of which `bits` are read, in steps of the upper plane."""
-        if self.centred:
-            return 2.0 ** (UPPER - 1 - bits) - 2.0 ** (UPPER - 1)
-        return -(2.0 ** (UPPER - 1)) if bits > 1 else -(2.0 ** (UPPER - 2))
+        return offset_of(bits, self.centred)
+
+    @cached_property
+    def places(self) -> PlanePlaces:
+        """Of all blocks of the layer [E N], in order."""
+        blocks, size = self.tiles.shape[0] * self.tiles.shape[1], self.tiles[0, 0].numel()
+        upper = self.tiles.data_ptr() + size * torch.arange(blocks)
+        return PlanePlaces(upper, torch.full((blocks,), self.scales + self.plane))
 
     def form(self, bits: int) -> list[int]:
-        """What the jobs want to know: bytes of a tile, groups, lines of a group, where the lower plane begins, mask, whether it is read."""
-        both = bits > UPPER
-        unread = (8 if both else UPPER) - bits
-        mask = 0x01010101 * ((0xF << unread) & 0xF)
-        lines = self.group // (2 * QUAD)
-        return [self.tiles.shape[-1], self.inputs // self.group, lines, self.scales + self.plane, mask, int(both)]
+        """What the jobs want to know: bytes of a tile, groups, lines of a group, mask, whether the lower plane is read."""
+        return [self.tiles.shape[-1], self.inputs // self.group, self.group // (2 * QUAD), *read_of(bits)]
 
     def constants(self, bits: int) -> dict[str, int | float | bool]:
         """The same for Triton's kernels."""
@@ -94,6 +121,19 @@ class PackedPlanes:
         codes = 16 * _unpacked(planes[0]) + (_unpacked(planes[1]) if bits > UPPER else 0)
         steps = (codes & (256 - (1 << (8 - bits)))).float() / 16 + self.offset(bits)
         return (torch.unflatten(steps, -1, (-1, self.group)) * scale[..., None]).flatten(-2)
+
+
+def offset_of(bits: int, centred: bool) -> float:
+    """`PackedPlanes.offset`."""
+    if centred:
+        return 2.0 ** (UPPER - 1 - bits) - 2.0 ** (UPPER - 1)
+    return -(2.0 ** (UPPER - 1)) if bits > 1 else -(2.0 ** (UPPER - 2))
+
+
+def read_of(bits: int) -> tuple[int, int]:
+    """(mask: which bits count in every four of the last plane that is read, whether the lower plane is read) at a width."""
+    both = bits > UPPER
+    return 0x01010101 * ((0xF << ((8 if both else UPPER) - bits)) & 0xF), int(both)
 
 
 def _is_plain(codec: Nested | Rtn) -> bool:

@@ -71,7 +71,7 @@ def with_bits(prices: Prices, parts: LayerParts, bits: SlotBits) -> Prices:
     for width in bits.widths:
         row = row_bytes(layer.hidden, width, bits.group)
         more = gates * max(0, chosen - row)
-        sizes[at_width(width)] = parts.block * ((matrices + 1) * row + biases * stored) + more
+        sizes[at_width(width)] = parts.stored_block * ((matrices + 1) * row + biases * stored) + more
         weights[at_width(width)] = prices.weights["blocks"]
     if bits.router is not None:
         weights["predictors"] = torch.full((layer.num_experts,), layer.hidden + 1.0, dtype=torch.float64)
@@ -93,7 +93,7 @@ def block_weights(parts: LayerParts, neurons: Tensor | None = None) -> tuple[Ten
 
 def _in_blocks(parts: LayerParts, neurons: Tensor | None, first: int | None = None) -> Tensor:
     """[E, N] (float64): neurons of every block that are there, of all or of its first ones."""
-    size = parts.block if first is None else first
+    size = parts.stored_block if first is None else first
     if neurons is None:
         return torch.full((parts.layer.num_experts, parts.n_sub), float(size), dtype=torch.float64)
     return torch.unflatten(neurons, 1, (parts.n_sub, parts.block))[:, :, :size].sum(2).double()

@@ -75,9 +75,11 @@ class Selection:
             )
         return self.slots.values()
 
-    def widths(self) -> Tensor | None:
-        """[T, k, N]: bits of every slot, 0 where it is dropped; None where the rule knows no bits."""
-        return self.rule.widths(self.slots, _per_token(self.budget, self.x)) if isinstance(self.rule, WidthRule) else None
+    def widths(self, most: float = 1.0) -> Tensor | None:
+        """[T, k, N]: bits of every slot, 0 where it is dropped; None where the rule knows no bits. most: as of `keep`."""
+        if not isinstance(self.rule, WidthRule):
+            return None
+        return self.rule.widths(self.slots, _per_token(self.budget if most >= 1 else _least(self.budget, most), self.x))
 
     def keep(self, most: float = 1.0) -> Tensor:
         """keep [T, k, N] bool; most: a budget that no token may pass, whatever its own."""
@@ -136,7 +138,7 @@ class Whole:
         size = self.weight.float().abs()[:, :, None].expand(-1, -1, self.n_sub)
         return size.masked_fill(~self.valid[:, :, None], -1.0)
 
-    def widths(self) -> None:
+    def widths(self, most: float = 1.0) -> None:
         return None
 
     def keep(self, most: float = 1.0) -> Tensor:
@@ -158,13 +160,13 @@ class Mixed:
     def values(self) -> Tensor:
         return self._joined([part.values() for _, part in self.parts], -1.0)
 
-    def widths(self) -> Tensor | None:
+    def widths(self, most: float = 1.0) -> Tensor | None:
         """Parts whose rule knows no bits are read as they are stored."""
-        found = [part.widths() for _, part in self.parts]
+        found = [part.widths(most) for _, part in self.parts]
         if all(own is None for own in found):
             return None
         every = zip(found, self.parts, strict=True)
-        return self._joined([part.keep().float() * SOURCE if own is None else own for own, (_, part) in every], 0.0)
+        return self._joined([part.keep(most).float() * SOURCE if own is None else own for own, (_, part) in every], 0.0)
 
     def keep(self, most: float = 1.0) -> Tensor:
         return self._joined([part.keep(most) for _, part in self.parts], False)

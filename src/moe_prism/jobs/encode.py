@@ -94,7 +94,7 @@ def write_codec(model: str | Path, out: str | Path, options: CompressOptions, **
     """Write the checkpoint, or the file of records, at `out`; how: see `Writing`."""
     if options.format == "records":
         done = Compressed(options.method, *records(model, options), folder=Path(out))
-        write_records(model, out, how.get("report", silent), force=how.get("force", False))
+        write_records(model, out, options, how.get("report", silent), force=how.get("force", False))
         return done
     job = _Job(model, options)
     weights = job.weights
@@ -180,9 +180,7 @@ class _Job:
             with stream.module(layer.block_name.rpartition(".")[0]):
                 found = with_floor(stream.model, layer, own, floor, experts_per_token(stream.model, layer))
                 if asked is not None:
-                    scales.append(
-                        factors(exponents(readers[number], [x for x, _ in found], asked.alpha, asked.steps), asked.steps)
-                    )
+                    scales.append(factors(exponents(layer, [x for x, _ in found], asked.alpha, asked.steps), asked.steps))
                     scaled |= factors_of(stream, readers[number], scales[-1])
             if self.options.error_feedback:
                 samples.append(found)

@@ -20,7 +20,7 @@ from ..options.offload import OffloadOptions
 from ..options.text import source_in
 from ..progress import Report, silent
 from ..result import Result
-from ..store import StoreOptions, parse_bytes
+from ..store import ExpertStore, StoreOptions, parse_bytes
 from ..store.choose_misses import Misses
 from ..store.price_reads import at_budget, measure_prices, measure_step, replayed
 
@@ -83,6 +83,10 @@ def forecast_offload(
         raise UsageError("budgets lie in (0, 1]", "1 keeps every slot")
     model, tokenizer = load(folder, store=StoreOptions(memory, options.expert_file, misses=Misses(low=None)))
     elastic, store = model._moe_prism, model._moe_prism.store
+    if not isinstance(store, ExpertStore):
+        raise UsageError(
+            f"'{options.expert_file}' holds planes, which are not forecast", "run a point with `generate`, or leave it out"
+        )
     budgets = options.budgets or (1.0, *affordable(elastic, BUDGETS))
     text = source_in(read_manifest(folder)["calibration"])
     windows = token_windows(tokenizer, text, "calibration", length=LENGTH, tokens=max(options.tokens, LENGTH)).ids

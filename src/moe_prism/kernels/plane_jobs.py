@@ -46,7 +46,7 @@ def in_bytes(
 
 # Keeps more than six parameters, as `multiply` does.
 @njit(nogil=True, inline="always")
-def _tiles(
+def tiles_of(
     form: tuple[int, int, int, int, int, int],
     begin: int,
     end: int,
@@ -61,7 +61,10 @@ def _tiles(
     ldo: int,
     adds: int,
 ) -> None:
-    """All rows begin..end - 1 and tiles first..last - 1. form: of `planes.PackedPlanes.form`; w, out: of the first tile of all."""
+    """All rows begin..end - 1 and tiles first..last - 1. w, out: of the first tile of all.
+
+    form: bytes of a tile, groups, lines of a group, bytes from a tile to its lower plane, mask, whether that plane is read.
+    """
     ldw, groups, lines, lower, mask, both = form
     t = first
     while t < last:
@@ -87,8 +90,8 @@ def _tiles(
 
 
 @njit(nogil=True, inline="always")
-def _form(job: int) -> tuple[int, int, int, int, int, int]:
-    return read(job, 1), read(job, 2), read(job, 3), read(job, 4), read(job, 5), read(job, 6)
+def _form(job: int, group: int) -> tuple[int, int, int, int, int, int]:
+    return read(job, 1), read(job, 2), read(job, 3), read(read(job, 6), group), read(job, 4), read(job, 5)
 
 
 @cfunc(JOB, cache=True)
@@ -97,7 +100,6 @@ def dot_job(job: int) -> None:
 
     A unit is CHUNK tiles of one part of one group.
     """
-    form = _form(job)
     x, scales, out, ldo, rows, o = read(job, 7), read(job, 8), read(job, 9), read(job, 10), read(job, 11), read(job, 12)
     offsets, active, first, last = read(job, 13), read(job, 14), read(job, 15), read(job, 16)
     tiles, parts = read(job, 17), read(job, 18)
@@ -106,10 +108,10 @@ def dot_job(job: int) -> None:
     while unit < (last - first) * parts * chunks:
         group = read(active, first + unit // (parts * chunks))
         part, t = unit // chunks % parts, unit % chunks * CHUNK
-        w = read(job, 19 + part) + (group * tiles) * form[0]
+        w, form = read(read(job, 19 + part), group), _form(job, group)
         begin, end = read(offsets, group), read(offsets, group + 1)
         target = out + 4 * OUTPUTS * tiles * part
-        _tiles(form, begin, end, t, min(tiles, t + CHUNK), x, scales, rows, w, target, o, ldo, 0)
+        tiles_of(form, begin, end, t, min(tiles, t + CHUNK), x, scales, rows, w, target, o, ldo, 0)
         unit = take(job)
 
 
@@ -119,7 +121,6 @@ def add_job(job: int) -> None:
 
     A unit is a strip of tiles through all groups: no two threads write to the same place.
     """
-    form = _form(job)
     x, scales, out, ldo, rows, own = read(job, 7), read(job, 8), read(job, 9), read(job, 10), read(job, 11), read(job, 12)
     offsets, active, first, last = read(job, 13), read(job, 14), read(job, 15), read(job, 16)
     tiles, strip = read(job, 17), read(job, 18)
@@ -128,6 +129,6 @@ def add_job(job: int) -> None:
         left, right = unit * strip, min(tiles, unit * strip + strip)
         for at in range(first, last):
             group = read(active, at)
-            w = read(job, 19) + (group * tiles) * form[0]
-            _tiles(form, read(offsets, group), read(offsets, group + 1), left, right, x, scales, own, w, out, rows, ldo, 1)
+            w, form = read(read(job, 19), group), _form(job, group)
+            tiles_of(form, read(offsets, group), read(offsets, group + 1), left, right, x, scales, own, w, out, rows, ldo, 1)
         unit = take(job)

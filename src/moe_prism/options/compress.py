@@ -32,7 +32,8 @@ class CompressOptions(Options):
     format: OutputFormat = option(
         "compressed-tensors",
         "Of codecs: compressed-tensors, which unmodified transformers and vLLM load (rtn and eaquant of 4 and 8 bits); or records, "
-        "one file of sub-experts that --expert-file reads (--method int8-rows, of a folder that refactor wrote).",
+        "one file of sub-experts that --expert-file reads, of a folder that refactor wrote: --method int8-rows, or nested:bits=8:group=32, "
+        "of whose planes a slot reads what it needs.",
     )
     error_feedback: bool = option(
         False,

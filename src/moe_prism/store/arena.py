@@ -35,13 +35,16 @@ def parse_bytes(text: str, what: str = "memory") -> int:
     return int(float(found[1]) * UNITS[found[2].lower()])
 
 
-def slots_in(memory: int, resident: int, layout: RecordLayout, keys: int) -> int:
-    """How many records `memory` bytes hold beside `resident` ones; never more than there are keys. DoesNotFit below one."""
-    slots = min(keys, (memory - resident) // layout.bytes)
-    if slots < 1:
+def slots_in(memory: int, resident: int, size: int, keys: int, least: int = 1) -> int:
+    """How many records of `size` bytes `memory` bytes hold beside `resident` ones; never more than there are keys.
+
+    DoesNotFit below `least`, the records of one sub-expert.
+    """
+    slots = min(keys, (memory - resident) // size)
+    if slots < least:
         raise DoesNotFit(
-            f"{memory} bytes of expert memory hold no sub-expert: predictors take {resident}, one sub-expert {layout.bytes}",
-            f"give at least {resident + layout.bytes}",
+            f"{memory} bytes of expert memory hold no sub-expert: predictors take {resident}, one sub-expert {least * size}",
+            f"give at least {resident + least * size}",
         )
     return slots
 

@@ -21,6 +21,7 @@ from ..point import OperatingPoint
 from .choose_misses import Misses, Prepared, choose
 from .pack import Pack
 from .read_ahead import ReadAhead
+from .record_store import RecordStore
 from .store import ExpertStore
 
 
@@ -50,6 +51,7 @@ class FromStore(Executor):
     """Has the store compute what is kept, and a say in what that is: a slot whose record is missing may be skipped (`Misses`)."""
 
     def __init__(self, parts: LayerParts, elastic: StoredElastic) -> None:
+        assert isinstance(elastic.store, ExpertStore)
         self.parts, self.elastic, self.store = parts, elastic, elastic.store
         self.number = parts.layer.index
 
@@ -83,7 +85,7 @@ class FromStore(Executor):
 class StoredElastic(Elastic):
     """`Elastic` over a store: the same points and rules. misses: what happens to slots that would have to be read."""
 
-    def __init__(self, model: Any, layer_parts: Sequence[LayerParts], store: ExpertStore, *, misses: Misses, ahead: int) -> None:
+    def __init__(self, model: Any, layer_parts: Sequence[LayerParts], store: RecordStore, *, misses: Misses, ahead: int) -> None:
         """ahead: records to read ahead of a layer at most."""
         self.store, self.misses = store, misses
         super().__init__(model, layer_parts)
@@ -96,12 +98,18 @@ class StoredElastic(Elastic):
         if point.slots.scorer == "oracle":
             raise UsageError("the scorer 'oracle' computes every sub-expert", "load the model without --expert-memory")
         if point.slots.bits is not None:
-            raise UsageError("records hold no slots of several widths", "load the model without --expert-memory")
+            self.check_bits(point)
         if point.weights is not None and change_of(point.weights).touches_weights:
             raise UsageError(
                 f"the change of weights '{point.weights.change}' needs the experts in memory",
                 "load the model without --expert-memory",
             )
+
+    def check_bits(self, point: OperatingPoint) -> None:
+        """UsageError for slots of several widths that these records do not hold."""
+        raise UsageError(
+            "these records hold no slots of several widths", "pack planes: compress --method nested:bits=8 --format records"
+        )
 
 
 def stored_parts(

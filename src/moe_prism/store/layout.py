@@ -6,7 +6,7 @@ Shapes: d hidden, m neurons of a sub-expert.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class RecordLayout:
     has_gate: bool
     has_bias: bool
     dtype: str
+    planes: ClassVar[int] = 1
+    """Records of a sub-expert."""
 
     @property
     def torch_dtype(self) -> torch.dtype:

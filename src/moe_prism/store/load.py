@@ -21,6 +21,9 @@ from .arena import slots_in
 from .choose_misses import Misses
 from .layer import StoredElastic, resident_bytes, stored_parts
 from .pack import Pack, check_fits, open_pack, write_pack
+from .plane_layer import PlaneElastic
+from .plane_layout import PlaneLayout
+from .plane_store import PlaneStore
 from .pools import Eviction, policy_for
 from .reader import RecordReader
 from .store import ExpertStore
@@ -57,7 +60,9 @@ def ready_pack(
         else:
             write_pack(folder, path, manifest, parts=options.parts, low=low, progress=progress)
     pack = open_pack(path, manifest)
-    wanted = manifest["n_sub"] if options.parts is None else options.parts
+    wanted = (manifest["n_sub"] if options.parts is None else options.parts) * pack.layout.planes
+    if low and isinstance(pack.layout, PlaneLayout):
+        raise UsageError("planes have no int8 form beside them", "leave --int8-budget out; --miss-floor works")
     if pack.space.parts != wanted or (low and not pack.has_low):
         what = f"{pack.space.parts} parts per expert instead of {wanted}" if pack.space.parts != wanted else "no int8 records"
         raise CorruptError(f"'{path}' has {what}", "remove it, or give another place with --expert-file")
@@ -94,12 +99,19 @@ def load_stored(
     check_layers(folder, manifest, layers)
     check_fits(pack, layers, manifest["n_sub"], manifest["gates"])
     layer_parts = stored_parts(layers, pack, manifest["n_sub"], manifest["gates"], tensors)
-    slots = slots_in(options.memory, resident_bytes(layer_parts), pack.layout, len(pack.space))
+    slots = slots_in(options.memory, resident_bytes(layer_parts), pack.layout.bytes, len(pack.space), pack.layout.planes)
     model = stream.keep_outside([name for layer in layers for name in layer.owners])
     group = experts_per_token(model, layer_parts[0].layer) * pack.space.parts
+    if isinstance(pack.layout, PlaneLayout):
+        group = max(group, 2 * pack.layout.planes)  # a pool of one layer then holds both planes of a block
     policy = cache_policies.get(options.policy or policy_for(pack.space, slots, group))
-    store = ExpertStore(pack, slots, layer_parts[0].layer, Eviction(policy, options.settings, group), reader=options.reader)
-    model._moe_prism = StoredElastic(model, layer_parts, store, misses=options.misses, ahead=options.ahead)
+    like, eviction = layer_parts[0].layer, Eviction(policy, options.settings, group)
+    if isinstance(pack.layout, PlaneLayout):
+        planes = PlaneStore(pack, slots, like, eviction, reader=options.reader)
+        model._moe_prism = PlaneElastic(model, layer_parts, planes, misses=options.misses, ahead=options.ahead)
+    else:
+        store = ExpertStore(pack, slots, like, eviction, reader=options.reader)
+        model._moe_prism = StoredElastic(model, layer_parts, store, misses=options.misses, ahead=options.ahead)
     model._moe_prism.stored_bytes_per_weight = manifest["bytes_per_weight"]
     read_generation_config(model, folder)
     return model

@@ -36,11 +36,13 @@ from ..schema.pack import PackForm
 from ..schema.read import one_line
 from .checksum import checksum
 from .layout import ALIGN, DTYPES, RecordLayout, padded
+from .plane_layout import PlaneLayout, PlaneStorage
 
 MAGIC = b"PRISMPK1"
 HEAD = len(MAGIC) + 32 + 8
 AGAIN = "remove it and it is written again on first use"
 Progress = Callable[[int, int], None]
+Layout = RecordLayout | PlaneLayout
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Pack:
     """An opened packed file: where every record lies. `resident[layer]`: gate neuron rows and biases of the layer."""
 
     path: Path
-    layout: RecordLayout
+    layout: Layout
     space: KeySpace
     source: dict[str, str]  # sha256 of the weight files it was made of
     sums: NDArray[np.uint64]  # [records], then [int8 records] if there are any
@@ -82,21 +84,23 @@ def write_pack(
     *,
     parts: int | None = None,
     low: bool = False,
+    planes: PlaneStorage | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write the packed file of an artefact, complete or not at all, one layer in memory at a time.
 
-    parts: records per expert, default the artefact's sub-experts; 1 for whole experts. low: int8 records as well. Raises UsageError for
-    layers of different shapes or a dtype that cannot be packed, DoesNotFit if the disk is full.
+    parts: records per expert, default the artefact's sub-experts; 1 for whole experts. low: int8 records as well. planes: nested planes
+    in the place of weights, two records per sub-expert. Raises UsageError for layers of different shapes or a dtype that cannot be
+    packed, DoesNotFit if the disk is full.
     """
     stream = LayerStream(folder)
     layers = find_layers(stream.model)
-    parts = manifest["n_sub"] if parts is None else parts
+    parts = (manifest["n_sub"] if parts is None else parts) * (1 if planes is None else PlaneLayout.planes)
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
         with temporary.open("w+b") as file:
-            _write(file, stream, layers, _outline(stream, layers, manifest, parts, low), progress)
+            _write(file, stream, layers, _outline(stream, layers, manifest, parts, low, planes), progress)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
@@ -111,7 +115,7 @@ def write_pack(
 class _Outline:
     """Where everything of a packed file goes, before any record is made."""
 
-    layout: RecordLayout
+    layout: Layout
     parts: int
     count: int  # records of a layer
     layers: int
@@ -145,9 +149,16 @@ class _Outline:
         return max(self.start + self.total * self.layout.bytes, self.low_start + self.total * self.layout.low_bytes * self.low)
 
 
-def _outline(stream: LayerStream, layers: list[MoELayer], manifest: Mapping[str, Any], parts: int, low: bool) -> _Outline:
+def _outline(
+    stream: LayerStream,
+    layers: list[MoELayer],
+    manifest: Mapping[str, Any],
+    parts: int,
+    low: bool,
+    planes: PlaneStorage | None,
+) -> _Outline:
     """UsageError if the layers cannot be packed."""
-    layout, resident = _survey(stream, layers, manifest, parts)
+    layout, resident = _survey(stream, layers, manifest, parts, planes)
     if low and layout.low_bytes > layout.bytes:
         raise UsageError("these sub-experts are too small for int8 records to save anything", "leave --int8-budget out")
     blob = save_tensors({f"{i}.{name}": t.contiguous() for i, own in enumerate(resident) for name, t in own.items()})
@@ -171,6 +182,7 @@ def _write(file: BinaryIO, stream: LayerStream, layers: list[MoELayer], outline:
             records = layout.records(layer, outline.parts)
         forms = [(records, outline.start, layout.bytes, 0)]
         if outline.low:
+            assert isinstance(layout, RecordLayout)
             forms.append((layout.lowered(records), outline.low_start, layout.low_bytes, outline.total))
         for rows, base, size, offset in forms:
             for i, row in enumerate(rows.numpy()):
@@ -193,15 +205,20 @@ def _write(file: BinaryIO, stream: LayerStream, layers: list[MoELayer], outline:
 
 
 def _survey(
-    stream: LayerStream, layers: list[MoELayer], manifest: Mapping[str, Any], parts: int
-) -> tuple[RecordLayout, list[dict[str, Tensor]]]:
+    stream: LayerStream,
+    layers: list[MoELayer],
+    manifest: Mapping[str, Any],
+    parts: int,
+    planes: PlaneStorage | None,
+) -> tuple[Layout, list[dict[str, Tensor]]]:
     """The layout all layers share, and their resident tensors; layers come into memory one by one."""
-    layouts, resident = [], []
+    layouts: list[Layout] = []
+    resident = []
     for layer in layers:
-        if layer.width % parts:
+        if planes is None and layer.width % parts:
             raise UsageError(f"{layer.width} neurons of '{layer.name}' do not split into {parts} parts", "choose another number")
         with stream.module(layer.name, disk_dtype=True):
-            layouts.append(RecordLayout.of(layer, parts))
+            layouts.append(RecordLayout.of(layer, parts) if planes is None else PlaneLayout.of(layer, parts, planes))
             resident.append(gate_rows(layer, manifest["n_sub"], manifest["gates"]))
     if len(set(layouts)) > 1 or len({layer.num_experts for layer in layers}) > 1:
         raise UsageError("the MoE layers of this model have different shapes", "it cannot run from a packed file")
@@ -235,15 +252,17 @@ def open_pack(path: str | Path, manifest: Mapping[str, Any]) -> Pack:
     space = KeySpace(facts["layers"], facts["experts"], facts["parts"])
     resident = _resident(path, blob, space.layers)
     words = np.frombuffer(sums, np.uint64)
-    pack = Pack(
-        path, RecordLayout(**facts["layout"]), space, facts["source"], words, facts["start"], facts["low_start"], resident
-    )
+    pack = Pack(path, _layout(facts["layout"]), space, facts["source"], words, facts["start"], facts["low_start"], resident)
     if size != pack.bytes:
         raise CorruptError(f"{path} has {size} bytes instead of {pack.bytes}", AGAIN)
     ends = facts["blob_at"] + facts["blob"], facts["start"] + len(space) * pack.layout.bytes
     if facts["start"] % ALIGN or facts["low_start"] % ALIGN or facts["start"] < ends[0] or 0 < facts["low_start"] < ends[1]:
         raise CorruptError(f"{path}: its parts do not lie behind each other", AGAIN)
     return pack
+
+
+def _layout(facts: Mapping[str, Any]) -> Layout:
+    return PlaneLayout(**facts) if "group" in facts else RecordLayout(**facts)
 
 
 def check_fits(pack: Pack, layers: Sequence[MoELayer], n_sub: int, gates: int) -> None:
@@ -256,7 +275,13 @@ def check_fits(pack: Pack, layers: Sequence[MoELayer], n_sub: int, gates: int) -
         wanted: dict[str, tuple[int, ...]] = {name: (*wide, layer.hidden) for name, there in rows.items() if there}
         wanted |= {name: wide for name in ("gate_bias", "up_bias") if getattr(layer, name) is not None}
         wanted |= {"down_bias": (layer.num_experts, layer.hidden)} if layer.down_bias is not None else {}
-        fits = kind == (layout.hidden, layout.block * parts, layout.has_gate, layout.has_bias, pack.space.experts)
+        fits = kind == (
+            layout.hidden,
+            layout.block * parts // layout.planes,
+            layout.has_gate,
+            layout.has_bias,
+            pack.space.experts,
+        )
         right = {name: tuple(t.shape) for name, t in resident.items()} == wanted
         if len(layers) != pack.space.layers or not fits or not right:
             raise CorruptError(f"{pack.path} does not fit '{layer.name}'", AGAIN)

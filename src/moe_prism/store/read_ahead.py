@@ -21,7 +21,7 @@ from ..kernels.selection import Choosing, select
 from ..model.scores import router_weight
 from ..offload.base import Key
 from .choose_misses import Misses
-from .store import ExpertStore
+from .record_store import RecordStore
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -32,7 +32,7 @@ MOST_TOKENS = 8  # up to which there is something to gain: a long prompt wants n
 class ReadAhead:
     """Guesses for every layer but the first. width: records to read ahead at most; 0 = never."""
 
-    def __init__(self, layers: Sequence[ElasticLayer], store: ExpertStore, width: int) -> None:
+    def __init__(self, layers: Sequence[ElasticLayer], store: RecordStore, width: int) -> None:
         self.layers, self.store, self.width = layers, store, width
         self.k = experts_per_token(layers[0].elastic.model, layers[0].parts.layer)
         self.routers = [self._router(layer) for layer in layers] if width else []

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import PrismError, UsageError
 from .checksum import checksum
+from .layout import RecordLayout
 from .native import OK, REASONS, RUN, Ints, read_records, widen_bfloat16
 from .pack import Pack
 
@@ -194,6 +195,7 @@ class RecordReader:
         if layout.dtype == "bfloat16" and not layout.has_bias:
             widen_bfloat16(self._bytes[item.slot], layout.rows, layout.hidden, layout.bytes - layout.low_bytes)
         else:
+            assert isinstance(layout, RecordLayout)  # planes have no other form
             layout.raise_(self._arena[item.slot])
 
     def _attempt(self, items: Sequence[Item], read: ReadFn) -> dict[int, str]:

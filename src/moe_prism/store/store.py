@@ -5,7 +5,7 @@ Shapes: T tokens, k experts per token, E experts, N parts per expert, d hidden. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from ..model import MoELayer
-from ..offload.base import Key
-from ..offload.cache.pool import LayerPools
 from .aio_reader import SMALL_RECORD, open_reader
 from .arena import Arena
-from .fetch import Fetcher, Times
+from .layout import RecordLayout
 from .outputs import SlotOutputs
 from .pack import Pack
 from .pools import Eviction
-from .reader import ReadJob, RecordReader
+from .reader import ReadJob
+from .record_store import Open, RecordStore
 from .wanted import Floats, Ints, Wanted, add_rows
 
 OVERLAP_WORK = 1 << 14  # multiplications below which computing while reads are under way is not worth a call of its own
@@ -38,62 +37,22 @@ class LayerBatch(NamedTuple):
     low: np.ndarray | None
 
 
-class ExpertStore:
+class ExpertStore(RecordStore):
     """`run` gives what an in-memory executor would, from records that are read when they are missing.
 
     The result does not depend on what was resident: every sub-expert's output is computed alone and they are added in key order.
     """
 
-    def __init__(
-        self,
-        pack: Pack,
-        slots: int,
-        like: MoELayer,
-        eviction: Eviction,
-        *,
-        reader: Callable[[Pack, Tensor], RecordReader] = open_reader,
-    ) -> None:
+    def __init__(self, pack: Pack, slots: int, like: MoELayer, eviction: Eviction, *, reader: Open = open_reader) -> None:
         """slots: records that fit; like: a layer of the model (its activation); eviction: who leaves; reader: what reads."""
-        self.pack, self.slots, self.space, self.group = pack, slots, pack.space, eviction.group
-        self.arena, self.times = Arena(slots, pack.layout, like), Times()
-        self.reader = reader(pack, self.arena.memory)
-        self.fetcher = Fetcher(pack, slots, eviction, self.reader, self.times)
-        self.cache, self.places = self.fetcher.cache, self.fetcher.places
+        assert isinstance(pack.layout, RecordLayout)
+        self.arena = Arena(slots, pack.layout, like)
+        super().__init__(pack, self.arena.memory, eviction, reader=reader)
         self._outputs = SlotOutputs(self.arena, self.places, self.times)
-
-    def close(self) -> None:
-        self.settle()
-        self.reader.close()
-
-    @property
-    def price(self) -> float:
-        """Seconds a record has cost so far that was waited for; 0 while nothing is known."""
-        return self.fetcher.price
-
-    def capacity(self, layer: int) -> int:
-        """Slots of the pool that a layer uses."""
-        return self.fetcher.capacity(layer)
-
-    def slots_of(self, layer: int) -> np.ndarray:
-        """Slot of each record of a layer that is resident or on its way, else -1: [E, N]."""
-        keys = self.space.of_layer(layer)
-        return self.places.of[keys.start : keys.stop].reshape(self.space.experts, self.space.parts)
-
-    def resident(self, layer: int) -> np.ndarray:
-        """Whether each record of a layer is resident or on its way, bool [E, N]."""
-        return self.slots_of(layer) >= 0
 
     def wanted(self, layer: int, index: Tensor, weight: Tensor, keep: Tensor) -> Wanted:
         """What a batch asks of a layer: index, weight [T, k], keep [T, k, N] bool."""
         return Wanted.of(index, weight, keep, self.space.experts, self.space.of_layer(layer).start)
-
-    def prefetch(self, layer: int, keys: Sequence[Key]) -> None:
-        """Begin to read keys of a layer that will run next, as far as there is room; never waited for unless they are asked for."""
-        self.fetcher.prefetch(layer, keys)
-
-    def settle(self) -> None:
-        """Wait for everything that was begun ahead of its use."""
-        self.fetcher.under_way.wait()
 
     def run(
         self,
@@ -118,7 +77,7 @@ class ExpertStore:
             under_way.take_back(self.space.of_layer(layer), set(wanted.keys.tolist()))
         capacity = self.capacity(layer)
         if len(wanted) + len(under_way) <= capacity:
-            self._at_once(batch, out, self._beside(wanted, meanwhile))
+            self._at_once(batch, out, self._beside(wanted.keys.tolist(), meanwhile))
         else:
             self.settle()  # its pins would take room from the pieces
             if len(wanted) < PINNING_LIMIT * capacity and self._outputs.can_hold(x, wanted):
@@ -128,21 +87,6 @@ class ExpertStore:
             if meanwhile is not None:
                 meanwhile()
         return torch.from_numpy(out)
-
-    def _beside(self, wanted: Wanted, meanwhile: Callable[[], None] | None) -> Callable[[], None] | None:
-        """`meanwhile`, unable to push out what is about to be used. From a pool of its own no other layer pushes it out."""
-        if meanwhile is None or isinstance(self.cache, LayerPools):
-            return meanwhile
-
-        def kept() -> None:
-            keys = wanted.keys.tolist()
-            self.cache.pin(keys)
-            try:
-                meanwhile()
-            finally:
-                self.cache.unpin(keys)
-
-        return kept
 
     def _at_once(self, batch: LayerBatch, out: Floats, meanwhile: Callable[[], None] | None) -> None:
         """Everything fits."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ...calibrate.statistics import LayerStatistics
 from ...model import MoELayer
-from ...model.norm_readers import NormReaders
 from ...model.scores import router_weight
 
 LARGEST = 8  # doublings: a channel that is never used would have none
@@ -22,16 +21,17 @@ CLIPS = tuple(1 - step / 20 for step in range(11))
 
 
 @torch.no_grad()
-def exponents(readers: NormReaders, inputs: Sequence[Tensor], alpha: float, steps: int) -> Tensor:
+def exponents(layer: MoELayer, inputs: Sequence[Tensor], alpha: float, steps: int, router: Tensor | None = None) -> Tensor:
     """[d] int64: what a layer's input is divided by, channel by channel, as powers of 2^(1 / steps).
 
-    s_j is the largest over who reads it of max|x_j|^alpha / max|W_j|^(1 - alpha); inputs [S, d] of each expert, and those of all for
-    the matrices beside them. Whole powers of two can be folded into any type of weight without rounding it.
+    s_j is the largest over who is rounded of max|x_j|^alpha / max|W_j|^(1 - alpha); inputs [S, d] of each expert, and those of all for
+    a router [E, d] that is rounded too. Who reads the input and stays as it is has no say: the one row of a shared expert's gate has
+    weights near zero, which would make its channels loud for all. Whole powers of two can be folded into any type of weight without
+    rounding it.
     """
-    layer = readers.layer
     whole = torch.stack([x.abs().amax(0) if len(x) else torch.zeros(layer.hidden) for x in inputs])
     own = [w.detach().float().abs().amax(1).cpu() for w in (layer.gate, layer.up) if w is not None]
-    beside = [(whole.amax(0), w.detach().float().abs().amax(0).cpu()) for w in readers.beside]
+    beside = [] if router is None else [(whole.amax(0), router.detach().float().abs().amax(0).cpu())]
     every = [*zip(whole, torch.stack(own).amax(0), strict=True), *beside]
     s = torch.stack([x**alpha / w.clamp(min=1e-8) ** (1 - alpha) for x, w in every]).amax(0)
     logs = s.clamp(min=1e-30).log2()

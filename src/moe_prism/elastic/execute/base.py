@@ -25,8 +25,8 @@ class Candidates(Protocol):
     @property
     def weight(self) -> Tensor: ...
 
-    def widths(self) -> Tensor | None:
-        """[T, k, N]: bits of every slot, 0 where it is dropped; None where all are read as they are stored."""
+    def widths(self, most: float = 1.0) -> Tensor | None:
+        """[T, k, N]: bits of every slot, 0 where it is dropped; None where all are read as they are stored. most: as of `keep`."""
 
     def keep(self, most: float = 1.0) -> Tensor:
         """keep [T, k, N]; most: a budget that no token may pass."""
@@ -111,6 +111,10 @@ class Executor(ABC):
     @abstractmethod
     def run(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
         """[T, d]: the sum over kept slots of weight x output, with the output bias of experts that keep any. weight [T, k]."""
+
+    def coded(self, bits: Any) -> Any:
+        """The layer in planes as a point's `SlotBits` have it, where that is no encoding of weights in memory; None where it is."""
+        return None
 
     def run_at(self, coded: Any, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
         """The same with slots of several widths (`settled.widths`) of a `coded.CodedLayer`."""

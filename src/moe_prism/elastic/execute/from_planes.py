@@ -12,7 +12,7 @@ from ...kernels import threads
 from ...kernels.plane_jobs import add_job, dot_job, in_bytes
 from ...kernels.plane_tiles import AVAILABLE, OUTPUTS
 from ...model import MoELayer
-from ..planes import UPPER, PackedPlanes
+from ..planes import UPPER, PlacedPlanes
 from .batch_products import SlotGroups, Span, activated
 from .tiled import PIECE
 
@@ -20,7 +20,7 @@ STRIP = 4  # tiles: strips of an output row end on a cache line
 
 
 def from_planes(
-    layer: MoELayer, planes: Sequence[PackedPlanes], bits: int, slots: tuple[Tensor, Tensor, Tensor, Tensor]
+    layer: MoELayer, planes: Sequence[PlacedPlanes], bits: int, slots: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> Tensor | None:
     """As `execute.reference` over what `planes` decode to at a width, biases aside; inputs are rounded to 16 bits in groups.
 
@@ -41,12 +41,12 @@ def from_planes(
         pre = torch.empty(span.end - span.begin, len(first) * down.inputs)
         order = torch.arange(len(pre))
         values = [*_values(first[0], bits, Product(inputs, pre, order), groups, span), down.inputs // OUTPUTS, len(first)]
-        threads.run(dot_job, [*values, *(p.tiles.data_ptr() for p in first)], pre.numel() * x.shape[1])
+        threads.run(dot_job, [*values, *(p.places.upper.data_ptr() for p in first)], pre.numel() * x.shape[1])
         a = activated(layer, pre, factor, groups.choice[span.begin : span.end])
         tiles, work = x.shape[1] // OUTPUTS, a.numel() * x.shape[1]
         strip = tiles if work < threads.ONE_THREAD_WORK else -(-tiles // (STRIP * torch.get_num_threads())) * STRIP
         product = Product(_in_bytes(a, down, bits), out, order)
-        threads.run(add_job, [*_values(down, bits, product, groups, span), tiles, strip, down.tiles.data_ptr()], work)
+        threads.run(add_job, [*_values(down, bits, product, groups, span), tiles, strip, down.places.upper.data_ptr()], work)
     return out
 
 
@@ -62,7 +62,7 @@ class Product(NamedTuple):
     order: Tensor
 
 
-def _in_bytes(x: Tensor, planes: PackedPlanes, bits: int) -> Inputs:
+def _in_bytes(x: Tensor, planes: PlacedPlanes, bits: int) -> Inputs:
     groups = x.shape[1] // planes.group
     whole, scales = torch.empty(len(x), groups, 2, planes.group, dtype=torch.int8), torch.empty(len(x), groups, 2)
     unit = 1 / 16 if bits > UPPER else 1.0
@@ -70,9 +70,16 @@ def _in_bytes(x: Tensor, planes: PackedPlanes, bits: int) -> Inputs:
     return whole, scales
 
 
-def _values(planes: PackedPlanes, bits: int, of: Product, groups: SlotGroups, span: Span) -> list[int]:
+def _values(planes: PlacedPlanes, bits: int, of: Product, groups: SlotGroups, span: Span) -> list[int]:
     """What both jobs read."""
     whole, scales = of.inputs
-    values = [*planes.form(bits), whole.data_ptr(), scales.data_ptr(), of.out.data_ptr(), of.out.stride(0)]
+    values = [
+        *planes.form(bits),
+        planes.places.lower.data_ptr(),
+        whole.data_ptr(),
+        scales.data_ptr(),
+        of.out.data_ptr(),
+        of.out.stride(0),
+    ]
     values += [groups.row.data_ptr(), of.order.data_ptr() - 8 * span.begin]
     return [*values, groups.offset.data_ptr(), groups.active.data_ptr(), span.first, span.last]

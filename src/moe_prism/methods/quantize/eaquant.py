@@ -103,9 +103,10 @@ def smoothed(
     """The same from inputs [S, d] of every layer's experts. k: experts per token."""
     vectors, clips = [], []
     for own, inputs in zip(readers, samples, strict=True):
-        found = exponents(own, inputs, asked.alpha, asked.steps)
+        weight = router_weight(own.model, own.layer).float().cpu() if asked.router else None
+        found = exponents(own.layer, inputs, asked.alpha, asked.steps, weight)
         vectors.append(tuple(found.tolist()))
-        if asked.router:
-            s, weight = factors(found, asked.steps), router_weight(own.model, own.layer).float().cpu()
+        if weight is not None:
+            s = factors(found, asked.steps)
             clips.append(aligned_clip(weight * s, torch.cat(list(inputs)) / s, asked.router, k))
     return SmoothChange(QuantizeChange(Rtn(), asked.bits, asked.group), tuple(vectors), asked.steps, asked.router, tuple(clips))

@@ -1,0 +1,149 @@
+"""A model whose experts are planes in a store: a slot's width says which of them it reads.
+
+Everything runs on the experts as they were encoded: what reads a slot as the model has it gets all bits of the file.
+Shapes: T tokens, k experts per token, E experts, N sub-experts per expert, d hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..elastic.base import LayerParts
+from ..elastic.coded import SOURCE, codec_of
+from ..elastic.execute.base import Candidates, Executor, Settled
+from ..elastic.planes import UPPER
+from ..errors import UsageError
+from ..offload.base import Key
+from ..point import OperatingPoint, SlotBits
+from .choose_misses import Misses
+from .layer import StoredElastic, StoredNeurons
+from .plane_layout import PlaneLayout
+from .plane_store import PlaneStore
+from .plane_wanted import PlaneWanted
+from .read_ahead import ReadAhead
+
+
+class GatesInPlanes:
+    """What slots are chosen by: the gate neurons, which lie in memory, as they would be read at a width (`coded.CodedLayer`)."""
+
+    def __init__(self, parts: LayerParts, bits: SlotBits) -> None:
+        self.parts, self.bits = parts, bits
+        self._at: dict[float, LayerParts] = {}
+
+    def choosing(self, bits: float) -> LayerParts:
+        """Parts with gate neurons at a width. A group of weights lies within a row, so rows are encoded as those of whole experts are."""
+        layer = self.parts.layer
+        if bits == SOURCE or not self.parts.gates or not isinstance(layer, StoredNeurons):
+            return self.parts
+        if bits not in self._at:
+            codec, own = codec_of(self.bits.widths), dict(layer.tensors)
+            for name in own.keys() & {"gate", "up"}:
+                planes = codec.encode(own[name], self.bits.widths[-1], self.bits.group)
+                own[name] = codec.decode(planes, bits).to(own[name].dtype)
+            self._at[bits] = replace(self.parts, layer=StoredNeurons(layer.layer, own))
+        return self._at[bits]
+
+    def at(self, bits: float) -> LayerParts:
+        raise NotImplementedError("points that compute all experts to choose are refused")
+
+
+class FromPlanes(Executor):
+    """Has the store compute what is kept, at the width that the rule says. A plane that is missing may be left out (`Misses`)."""
+
+    def __init__(self, parts: LayerParts, elastic: PlaneElastic) -> None:
+        self.parts, self.elastic, self.store = parts, elastic, elastic.planes
+        self.number = parts.layer.index
+        layout = self.store.pack.layout
+        assert isinstance(layout, PlaneLayout)
+        self.bits = float(layout.bits)
+
+    @property
+    def always_selects(self) -> bool:
+        return not self.elastic.misses.is_exact
+
+    def coded(self, bits: SlotBits) -> GatesInPlanes:
+        return GatesInPlanes(self.parts, bits)
+
+    def settle(self, candidates: Candidates) -> Settled:
+        asked, floor = candidates.widths(), self.elastic.misses.floor
+        widths = self._at(asked, candidates, 1.0)
+        if floor < 1:
+            widths = self._affordable(candidates.index, widths, self._at(candidates.widths(floor), candidates, floor))
+        return Settled(widths > 0, prepared=widths, widths=None if asked is None else widths)
+
+    def run(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
+        layer = self.parts.layer
+        wanted = PlaneWanted.of(index, weight, settled.prepared, layer.num_experts)
+        out = self.store.run(
+            self.number, x, wanted, meanwhile=lambda: self.elastic.ahead(self.number + 1, x)
+        ).to(x.dtype)  # fmt: skip
+        if layer.down_bias is not None:
+            bias = layer.down_bias[index.clamp(0, layer.num_experts - 1)]
+            out += (bias * (weight * settled.keep.any(2))[:, :, None]).sum(1)
+        return out
+
+    def run_at(self, coded: object, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
+        return self.run(x, index, weight, settled)
+
+    def widths(self, candidates: Candidates, most: float) -> Tensor:
+        """[T, k, N] float32: what the rule says at a budget of at most `most`."""
+        return self._at(candidates.widths(most), candidates, most)
+
+    def _at(self, asked: Tensor | None, candidates: Candidates, most: float) -> Tensor:
+        """The same, of what it said; all bits where it knows none."""
+        return candidates.keep(most) * self.bits if asked is None else asked.clamp(max=self.bits)
+
+    def _affordable(self, index: Tensor, wide: Tensor, sure: Tensor) -> Tensor:
+        """The wider of both that needs no read; `sure` where that is wider still."""
+        there = torch.from_numpy(self.store.resident(self.number).reshape(self.parts.layer.num_experts, -1, 2))
+        upper, lower = there[index.clamp(0, len(there) - 1)].unbind(-1)
+        free = torch.where(lower, wide, wide.clamp(max=float(UPPER)))
+        return torch.where(upper, torch.maximum(free, sure), sure)
+
+
+class PlaneElastic(StoredElastic):
+    """`StoredElastic` over planes."""
+
+    def __init__(
+        self, model: object, layer_parts: Sequence[LayerParts], store: PlaneStore, *, misses: Misses, ahead: int
+    ) -> None:
+        if misses.low is not None:
+            raise UsageError("planes have no int8 form beside them", "leave --int8-budget out; --miss-floor works")
+        self.planes = store
+        super().__init__(model, layer_parts, store, misses=misses, ahead=0)
+        self.ahead = PlanesAhead(self.layers, store, ahead)
+
+    def executor_of(self, parts: LayerParts) -> Executor:
+        return FromPlanes(parts, self)
+
+    def check_bits(self, point: OperatingPoint) -> None:
+        bits, layout = point.slots.bits, self.planes.pack.layout
+        assert isinstance(layout, PlaneLayout) and bits is not None
+        own = (int(bits.widths[0]), int(bits.widths[-1]), bits.group)
+        if own != (layout.base, layout.bits, layout.group):
+            raise UsageError(
+                f"slots of {own[0]} to {own[1]} bits in groups of {own[2]}; the records have {layout.base} to {layout.bits} in "
+                f"groups of {layout.group}",
+                "write records for this point, or choose one for these records",
+            )
+
+
+class PlanesAhead(ReadAhead):
+    """Guesses planes, not only sub-experts."""
+
+    def keys(self, number: int, x: Tensor, misses: Misses) -> Sequence[Key]:
+        layer, first = self.layers[number], self.store.space.of_layer(number).start
+        weight, index = (x @ self.routers[number].T).float().softmax(-1).topk(self.k, -1)
+        found = layer.candidates(layer.elastic.step, x, index, weight, state={})
+        executor = layer.executor
+        assert isinstance(executor, FromPlanes)
+        if found is None:
+            widths = torch.full((*index.shape, layer.parts.n_sub), executor.bits)
+        else:
+            index, weight, widths = found.index, found.weight, executor.widths(found, misses.floor)
+        records = PlaneWanted.of(index, weight, widths, layer.parts.layer.num_experts).records(first)
+        return records.by_importance(0, len(records))[0][: self.width]

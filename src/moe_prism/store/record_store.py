@@ -1,0 +1,78 @@
+"""What every store is made of: a packed file, memory for some of its records, who leaves it, and the reads that fill it.
+
+Shapes: E experts, N parts per expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from ..offload.base import Key
+from ..offload.cache.pool import LayerPools
+from .aio_reader import open_reader
+from .fetch import Fetcher, Times
+from .pack import Pack
+from .pools import Eviction
+from .reader import RecordReader
+
+Open = Callable[[Pack, Tensor], RecordReader]
+"""What reads records of a file into memory [slots, bytes]."""
+
+
+class RecordStore:
+    """Records of a packed file in memory, and who of them leaves for others."""
+
+    def __init__(self, pack: Pack, memory: Tensor, eviction: Eviction, *, reader: Open = open_reader) -> None:
+        """memory: uint8 [slots, bytes of a record]; eviction: who leaves; reader: what reads."""
+        self.pack, self.slots, self.space, self.group = pack, len(memory), pack.space, eviction.group
+        self.times = Times()
+        self.reader = reader(pack, memory)
+        self.fetcher = Fetcher(pack, self.slots, eviction, self.reader, self.times)
+        self.cache, self.places = self.fetcher.cache, self.fetcher.places
+
+    def close(self) -> None:
+        self.settle()
+        self.reader.close()
+
+    @property
+    def price(self) -> float:
+        """Seconds a record has cost so far that was waited for; 0 while nothing is known."""
+        return self.fetcher.price
+
+    def capacity(self, layer: int) -> int:
+        """Slots of the pool that a layer uses."""
+        return self.fetcher.capacity(layer)
+
+    def slots_of(self, layer: int) -> np.ndarray:
+        """Slot of each record of a layer that is resident or on its way, else -1: [E, N]."""
+        keys = self.space.of_layer(layer)
+        return self.places.of[keys.start : keys.stop].reshape(self.space.experts, self.space.parts)
+
+    def resident(self, layer: int) -> np.ndarray:
+        """Whether each record of a layer is resident or on its way, bool [E, N]."""
+        return self.slots_of(layer) >= 0
+
+    def prefetch(self, layer: int, keys: Sequence[Key]) -> None:
+        """Begin to read keys of a layer that will run next, as far as there is room; never waited for unless they are asked for."""
+        self.fetcher.prefetch(layer, keys)
+
+    def settle(self) -> None:
+        """Wait for everything that was begun ahead of its use."""
+        self.fetcher.under_way.wait()
+
+    def _beside(self, keys: list[Key], meanwhile: Callable[[], None] | None) -> Callable[[], None] | None:
+        """`meanwhile`, unable to push out what is about to be used. From a pool of its own no other layer pushes it out."""
+        if meanwhile is None or isinstance(self.cache, LayerPools):
+            return meanwhile
+
+        def kept() -> None:
+            self.cache.pin(keys)
+            try:
+                meanwhile()
+            finally:
+                self.cache.unpin(keys)
+
+        return kept

@@ -1,0 +1,207 @@
+"""Records of planes: what the model in memory computes, whatever is resident; no plane is read that no slot asks for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from moe_prism.artefact.load import load
+from moe_prism.checkpoint import read_manifest
+from moe_prism.compress.codec.nested import Nested
+from moe_prism.compress.quantize import QuantizeChange
+from moe_prism.elastic import operating_point
+from moe_prism.errors import CorruptError, DoesNotFit, UsageError
+from moe_prism.jobs.compress import compress_model, plan_compression
+from moe_prism.jobs.forecast_offload import forecast_offload
+from moe_prism.jobs.refactor import RefactorOptions, refactor
+from moe_prism.options.compress import CompressOptions
+from moe_prism.options.offload import OffloadOptions
+from moe_prism.point import FULL, OperatingPoint, SlotBits, SlotRule
+from moe_prism.store import StoreError, open_pack, write_pack
+from moe_prism.store.choose_misses import Misses
+from moe_prism.store.plane_layout import PlaneLayout, PlaneStorage
+from tests.store.common import PROMPT, Faults, flaky, logits, opened, smallest, store_of
+from tests.tiny_sources import save_tiny
+
+pytest.importorskip("numba")
+from moe_prism.kernels.plane_tiles import AVAILABLE
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this processor has no products of bytes")
+
+STORAGE = PlaneStorage(group=32)
+BITS = SlotBits(widths=(2.0, 3.0, 4.0, 6.0, 8.0), errors=((0.15, 0.04, 0.01, 0.001, 0.0001),) * 2, group=32, choosing=4.0)
+CLOSE = {"rtol": 2e-3, "atol": 2e-3}  # of logits about 4: inputs and activations are rounded to 16 bits, in either place
+
+
+def at(budget: float, **bits) -> OperatingPoint:
+    return OperatingPoint(slots=SlotRule(rule="bits", budget=budget, bits=replace(BITS, **bits)))
+
+
+@pytest.fixture(scope="module", params=[0, 4], ids=["no gates", "gates"])
+def folder(request, shared, tmp_path_factory, tiny_calibration):
+    source = tmp_path_factory.mktemp("wide") / "m"
+    save_tiny("olmoe", source, hidden_size=64, intermediate_size=128, num_experts=6)
+    options = RefactorOptions(calibration=tiny_calibration, gates=request.param, n_sub=4)
+    return shared(f"elastic-wide-{request.param}", lambda out: refactor(source, out, options))
+
+
+@pytest.fixture(scope="module")
+def file(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("planes") / "planes.pack"
+    write_pack(folder, path, read_manifest(folder), planes=STORAGE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ids(folder):
+    return load(folder)[1](PROMPT, return_tensors="pt").input_ids
+
+
+def test_records_hold_what_the_codec_encodes(folder, file):
+    pack, model = open_pack(file, read_manifest(folder)), load(folder, torch.float32)[0]
+    layout, layer = pack.layout, model._moe_prism.layers[1].parts.layer
+    assert isinstance(layout, PlaneLayout) and pack.space.parts == 8 and layout.planes == 2
+    records = layout.records(layer, 8)
+    assert records.shape == (6 * 8, layout.bytes)
+    raw = np.fromfile(file, np.uint8, offset=pack.place(6 * 8, False), count=records.numel())
+    assert np.array_equal(raw.reshape(records.shape), records.numpy())
+    lower = records[1::2]
+    for matrix in (*layout.first, layout.down):  # the gap of the lower plane is empty, where the upper one has scales
+        assert not lower[:, matrix.at : matrix.at + matrix.scales].any()
+
+
+def test_the_command_writes_the_same_file_and_the_forecast_says_that_it_has_none(folder, file, tmp_path):
+    asked, out = CompressOptions(method="nested:bits=8:group=32", format="records"), tmp_path / "planes.pack"
+    planned = plan_compression(folder, asked)
+    done = compress_model(folder, out, asked)
+    assert out.read_bytes() == file.read_bytes() and done.expert_bytes == planned.expert_bytes
+    assert done.expert_bytes[1] == 2 * 2 * 6 * 4 * open_pack(out, read_manifest(folder)).layout.bytes
+    with pytest.raises(UsageError, match="holds planes"):
+        forecast_offload(folder, 1 << 24, OffloadOptions(expert_file=out))
+
+
+@pytest.mark.parametrize("slots", [2, 9, 40, 1000])
+@torch.no_grad()
+def test_widths_per_slot_are_those_of_memory_at_every_size(folder, file, ids, slots):
+    model, _ = load(folder, torch.float32)
+    whole, _ = opened(folder, file)
+    stored, _ = opened(folder, file, smallest(whole, slots))
+    assert store_of(stored).slots == min(slots, 2 * 6 * 8)
+    for budget in (0.12, 0.25, 0.4):
+        want, found = (logits(m, ids, point=at(budget)) for m in (model, stored))
+        torch.testing.assert_close(found, want, **CLOSE)
+        again, bits = logits(stored, ids, point=at(budget)), logits(whole, ids, point=at(budget))
+        assert torch.equal(again, found)  # whatever was resident
+        one = ids[:, :1]
+        assert torch.equal(logits(stored, one, point=at(budget)), logits(stored, one, point=at(budget)))
+        torch.testing.assert_close(bits, found, **CLOSE)  # activations are rounded again, never other slots
+
+
+@torch.no_grad()
+def test_what_knows_no_bits_reads_all_of_them(folder, file, ids):
+    model, _ = load(folder, torch.float32, wide=True)
+    stored, _ = opened(folder, file)
+    eight = OperatingPoint(weights=QuantizeChange(Nested(), 8.0, 32).part())
+    torch.testing.assert_close(logits(stored, ids), logits(model, ids, point=eight), **CLOSE)
+    half = replace(FULL, slots=SlotRule(rule="product", budget=0.5))  # of the slots, whatever they weigh
+    both = replace(half, weights=eight.weights)
+    torch.testing.assert_close(logits(stored, ids, point=half), logits(model, ids, point=both), **CLOSE)
+    rows = ids.repeat(2, 1)
+    which = torch.arange(2).repeat_interleave(ids.shape[1])
+    with operating_point(stored, point=[at(0.2), FULL], which=which), torch.no_grad():
+        mixed = stored(input_ids=rows).logits
+    torch.testing.assert_close(mixed[:1], logits(stored, ids, point=at(0.2)), **CLOSE)
+    torch.testing.assert_close(mixed[1:], logits(stored, ids), **CLOSE)
+
+
+@torch.no_grad()
+def test_a_plane_is_read_for_slots_that_ask_for_it_alone(folder, file, ids):
+    """Slots of four bits read no lower plane; more of them later read only what is new."""
+    stored, _ = opened(folder, file)
+    store = store_of(stored)
+    narrow = at(0.2, errors=((0.15, 0.04, 0.0, 1.0, 1.0),) * 2)  # more than four bits gain nothing
+    logits(stored, ids, point=narrow)
+    upper = {layer: store.resident(layer).reshape(-1, 2).copy() for layer in range(2)}
+    assert all(found[:, 0].any() and not found[:, 1].any() for found in upper.values())
+    read = store.times.bytes
+    assert read == sum(int(found.sum()) for found in upper.values()) * store.pack.layout.bytes
+    logits(stored, ids, point=at(0.95, errors=((0.9, 0.8, 0.7, 0.6, 0.0),) * 2))
+    now = {layer: store.resident(layer).reshape(-1, 2) for layer in range(2)}
+    fresh = sum(int((now[layer] & ~upper[layer]).sum()) for layer in range(2))
+    assert store.times.bytes - read == fresh * store.pack.layout.bytes and any(now[layer][:, 1].any() for layer in range(2))
+
+
+@torch.no_grad()
+def test_reading_ahead_changes_nothing_but_time(folder, file, ids):
+    plain, ahead = opened(folder, file)[0], opened(folder, file, ahead=4)[0]
+    with torch.no_grad():
+        for model in (plain, ahead):
+            model.past = None
+        for i in range(6):
+            found = []
+            for model in (plain, ahead):
+                with operating_point(model, point=at(0.25)):
+                    out = model(input_ids=ids[:, i : i + 1], past_key_values=model.past, use_cache=True)
+                model.past = out.past_key_values
+                found.append(out.logits)
+            assert torch.equal(*found)
+    counts = [pool.counts for pool in store_of(ahead).cache.pools]
+    assert sum(c.prefetched for c in counts) > 0
+
+
+@torch.no_grad()
+def test_a_floor_takes_planes_that_are_there_and_reads_the_others_less(folder, file, ids):
+    point, one = at(0.5), ids[:, :1]
+    cold, _ = opened(folder, file, misses=Misses(floor=0.05))
+    low = logits(cold, one, point=point)
+    read = store_of(cold).times.bytes
+    plain, _ = opened(folder, file)
+    logits(plain, one, point=point)
+    assert read < store_of(plain).times.bytes
+    warm, _ = opened(folder, file)
+    logits(warm, ids)  # everything that is asked for arrives
+    warm._moe_prism.misses = Misses(floor=0.05)
+    torch.testing.assert_close(logits(warm, one, point=point), logits(plain, one, point=point), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(low, logits(plain, one, point=point))
+
+
+def test_what_records_do_not_hold_is_refused(folder, file, tmp_path):
+    stored, _ = opened(folder, file)
+    with (
+        pytest.raises(UsageError, match="the records have 2 to 8 in groups of 32"),
+        operating_point(stored, point=at(0.2, group=64)),
+    ):
+        pass
+    with (
+        pytest.raises(UsageError, match="needs the experts in memory"),
+        operating_point(stored, point=OperatingPoint(weights=QuantizeChange(Nested(), 8.0, 32).part())),
+    ):
+        pass
+    with pytest.raises(UsageError, match="no int8 form"):
+        opened(folder, file, misses=Misses(0.1, low=0.5))
+    with pytest.raises(DoesNotFit, match="hold no sub-expert"):
+        opened(folder, file, smallest(stored, 1))
+    plain, _ = opened(folder, tmp_path / "plain")
+    with pytest.raises(UsageError, match="hold no slots of several widths"), operating_point(plain, point=at(0.2)):
+        pass
+    manifest = read_manifest(folder)
+    for storage, why in ((PlaneStorage(group=48), "no whole groups"), (PlaneStorage(bits=4, group=32), "two planes")):
+        with pytest.raises(UsageError, match=why):
+            write_pack(folder, tmp_path / "other", manifest, planes=storage)
+
+
+def test_a_damaged_plane_is_an_error_that_names_it(folder, file, ids):
+    stored, _ = opened(folder, file, reader=flaky(Faults(failing=1.0)))
+    with pytest.raises(StoreError, match="cannot be read"):
+        logits(stored, ids, point=at(0.2))
+    store = store_of(stored)
+    assert not any(store.resident(layer).any() for layer in range(2))
+    text = file.read_bytes()
+    where = text.index(b'"group": 32')
+    damaged = file.with_name("damaged.pack")
+    damaged.write_bytes(text[:where] + b'"group": 48' + text[where + 11 :])
+    with pytest.raises(CorruptError, match="damaged header"):
+        open_pack(damaged, read_manifest(folder))

@@ -193,3 +193,26 @@ def test_it_is_served_at_measured_points(split, text, tmp_path):
         assert {level.name for level in running.facts.ladder.levels} > {"full", "uniform-1"}
     finally:
         running.stop()
+
+
+@torch.no_grad()
+def test_two_active_experts_are_the_dense_model_with_a_mask_over_its_neurons(tiny_dense, split):
+    """Which neuron went where is read from the files, and the router's choice is made by hand."""
+    dense = AutoModelForCausalLM.from_pretrained(tiny_dense, dtype=torch.float32)
+    moe = AutoModelForCausalLM.from_pretrained(split.folder, dtype=torch.float32, num_experts_per_tok=2)
+    for mine, theirs in zip(dense.model.layers, moe.model.layers, strict=True):
+        rows = mine.mlp.up_proj.weight
+        inside = theirs.mlp.experts.gate_up_proj.chunk(2, 1)[1]
+        home = [next((e for e, own in enumerate(inside) if bool((own == row).all(1).any())), -1) for row in rows]
+        assert home.count(-1) == 32 and all(home.count(e) == 24 for e in range(4))
+
+        def run(x, mlp=mine.mlp, home=tuple(home), router=theirs.mlp.gate.weight):
+            a = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+            for b in range(x.shape[0]):
+                for t in range(x.shape[1]):
+                    best = set((router @ x[b, t]).softmax(0).topk(2).indices.tolist())
+                    a[b, t] *= torch.tensor([float(e == -1 or e in best) for e in home])
+            return mlp.down_proj(a)
+
+        mine.mlp.forward = run
+    assert relative(moe(input_ids=IDS).logits, dense(input_ids=IDS).logits) < 1e-5

@@ -32,6 +32,7 @@ COMMANDS = (
     "prune",
     "compress",
     "patterns",
+    "split",
     "recover",
     "skip",
     "frontier",

@@ -140,7 +140,14 @@ def test_families_of_llamas_kind_are_taken(family):
     check_family(config)
 
 
-SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 20, "num_hidden_layers": 2, "vocab_size": 64}
+SMALL = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "vocab_size": 64,
+}
 
 
 @pytest.mark.parametrize("family", ["gemma", "qwen3", "olmo2"])
@@ -159,6 +166,11 @@ def test_the_configuration_carries_what_both_families_know():
     config = AutoConfig.for_model("llama", **SMALL, rms_norm_eps=3e-5, tie_word_embeddings=True)
     made = target_config(config, experts=4, active=2, shared=4, bias=False)
     assert (made.model_type, made.rms_norm_eps, made.tie_word_embeddings) == ("qwen2_moe", 3e-5, True)
-    assert (made.num_experts, made.num_experts_per_tok, made.moe_intermediate_size, made.shared_expert_intermediate_size) == (4, 2, 4, 4)
+    assert (made.num_experts, made.num_experts_per_tok, made.moe_intermediate_size, made.shared_expert_intermediate_size) == (
+        4,
+        2,
+        4,
+        4,
+    )
     assert not made.norm_topk_prob and not made.qkv_bias
     assert AutoModelForCausalLM.from_config(made).config.model_type == "qwen2_moe"

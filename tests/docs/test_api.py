@@ -34,6 +34,7 @@ COMMANDS = {
     "prune": "prune_model",
     "compress": "compress_model",
     "patterns": "write_patterns",
+    "split": "split_model",
     "recover": "recover_model",
     "skip": "make_skip_plan",
     "frontier": "measure_frontier",

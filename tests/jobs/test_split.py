@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from moe_prism.checkpoint import read_manifest
 from moe_prism.errors import UsageError
 from moe_prism.jobs.frontier import measure_frontier
+from moe_prism.jobs.frontier_files import keep_frontier
 from moe_prism.jobs.inspect import inspect_model
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.jobs.rehearsal import rehearse
@@ -19,7 +21,10 @@ from moe_prism.jobs.split import split_model
 from moe_prism.jobs.verify import verify
 from moe_prism.options.calibrate import CalibrateOptions
 from moe_prism.options.frontier import FrontierOptions
+from moe_prism.options.serve import ServeOptions
 from moe_prism.options.split import SplitOptions
+from moe_prism.serve.config import Config
+from moe_prism.serve.engine.start import start_engine
 
 IDS = torch.arange(3, 43).reshape(2, 20) * 7
 
@@ -63,7 +68,9 @@ def relative(found, expected) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "equal"}, {"method": "random", "shared": 0.5}, {"dtype": None, "shared": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "equal"}, {"method": "random", "shared": 0.5}, {"dtype": None, "shared": 0.0}], ids=str
+)
 def test_all_experts_on_is_the_dense_model(tiny_dense, text, tmp_path, options):
     found = split_model(tiny_dense, tmp_path / "out", asked(text, **options))
     assert relative(logits(tmp_path / "out"), logits(tiny_dense)) < 1e-5
@@ -97,8 +104,6 @@ def test_domains_have_masks(tiny_dense, tmp_path):
 
 
 def test_a_layer_at_a_time_gives_the_same_model(tiny_dense, text, split, tmp_path):
-    from dataclasses import replace
-
     split_model(tiny_dense, tmp_path / "out", asked(replace(text, low_memory=True)))
     assert relative(logits(tmp_path / "out"), logits(split.folder)) < 1e-5
 
@@ -170,6 +175,44 @@ def test_a_model_with_experts_and_one_of_another_kind_are_refused(tiny_source, t
         split_model(tiny_source, tmp_path / "out", asked(text))
     shutil.copytree(tiny_dense, tmp_path / "biased")
     config = json.loads((tmp_path / "biased" / "config.json").read_text())
-    (tmp_path / "biased" / "config.json").write_text(json.dumps({**config, "sliding_window": 8, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}))
+    (tmp_path / "biased" / "config.json").write_text(
+        json.dumps({**config, "sliding_window": 8, "model_type": "mistral", "architectures": ["MistralForCausalLM"]})
+    )
     with pytest.raises(UsageError, match="attends to 8 tokens"):
         split_model(tmp_path / "biased", tmp_path / "out", asked(text))
+
+
+def test_it_is_served_at_measured_points(split, text, tmp_path):
+    folder = tmp_path / "served"
+    shutil.copytree(split.folder, folder)
+    options = FrontierOptions(text=text.text, methods=("uniform",), tokens=128, length=32, calibration_tokens=128)
+    keep_frontier(measure_frontier(folder, options), folder)
+    assert all(check.detail for check in verify(folder))
+    running = start_engine(folder, ServeOptions(probe_seconds=0.1), Config())
+    try:
+        assert {level.name for level in running.facts.ladder.levels} > {"full", "uniform-1"}
+    finally:
+        running.stop()
+
+
+@torch.no_grad()
+def test_two_active_experts_are_the_dense_model_with_a_mask_over_its_neurons(tiny_dense, split):
+    """Which neuron went where is read from the files, and the router's choice is made by hand."""
+    dense = AutoModelForCausalLM.from_pretrained(tiny_dense, dtype=torch.float32)
+    moe = AutoModelForCausalLM.from_pretrained(split.folder, dtype=torch.float32, num_experts_per_tok=2)
+    for mine, theirs in zip(dense.model.layers, moe.model.layers, strict=True):
+        rows = mine.mlp.up_proj.weight
+        inside = theirs.mlp.experts.gate_up_proj.chunk(2, 1)[1]
+        home = [next((e for e, own in enumerate(inside) if bool((own == row).all(1).any())), -1) for row in rows]
+        assert home.count(-1) == 32 and all(home.count(e) == 24 for e in range(4))
+
+        def run(x, mlp=mine.mlp, home=tuple(home), router=theirs.mlp.gate.weight):
+            a = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+            for b in range(x.shape[0]):
+                for t in range(x.shape[1]):
+                    best = set((router @ x[b, t]).softmax(0).topk(2).indices.tolist())
+                    a[b, t] *= torch.tensor([float(e == -1 or e in best) for e in home])
+            return mlp.down_proj(a)
+
+        mine.mlp.forward = run
+    assert relative(moe(input_ids=IDS).logits, dense(input_ids=IDS).logits) < 1e-5

@@ -24,7 +24,9 @@ def judged(frontier) -> Frontier:
         replace(p, slices={"cloze": scored(0.97), "copy": scored(0.5 + p.budget / 2), "continuation": scored(0.1, ability=False)})
         for p in frontier.points
     ]
-    return replace(frontier, points=tuple(points), provenance={**frontier.provenance, "judge": {"left_out": {"syntax": "no Python"}}})
+    return replace(
+        frontier, points=tuple(points), provenance={**frontier.provenance, "judge": {"left_out": {"syntax": "no Python"}}}
+    )
 
 
 def test_the_worst_slice_is_an_ability_where_there_is_one(judged):

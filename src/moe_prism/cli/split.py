@@ -48,7 +48,12 @@ def split(
 
 def _show(facts: dict[str, Any]) -> str:
     masks = "jaccard_mean" in facts["layers"][0]
-    head = ("layer", f"error at {facts['errors_at']} of {facts['experts']}", "random router", *(("masks alike",) if masks else ()))
+    head = (
+        "layer",
+        f"error at {facts['errors_at']} of {facts['experts']}",
+        "random router",
+        *(("masks alike",) if masks else ()),
+    )
     rows = [
         (i, f"{row['error']:.4f}", f"{row['error_of_random_router']:.4f}", *((f"{row['jaccard_mean']:.3f}",) if masks else ()))
         for i, row in enumerate(facts["layers"])

@@ -44,7 +44,7 @@ HELD = 4  # of so many sampled tokens one judges the router and does not fit it
 
 
 @dataclass(frozen=True)
-class Split(Result):
+class SplitModel(Result):
     """facts: widths, the error of every layer, and how far all experts together are from the dense model."""
 
     facts: Mapping[str, Any]
@@ -61,7 +61,7 @@ class Split(Result):
         return [{"layer": i, **row} for i, row in enumerate(self.facts["layers"])]
 
 
-def split_model(model: str | Path, out: str | Path, options: SplitOptions | None = None, **how: Unpack[Writing]) -> Split:
+def split_model(model: str | Path, out: str | Path, options: SplitOptions | None = None, **how: Unpack[Writing]) -> SplitModel:
     """Write a dense model of Llama's kind as an ordinary Qwen2-MoE checkpoint, which unmodified transformers loads.
 
     Every MLP becomes a shared expert and routed ones, each a selection of its neurons. With all experts on, the output is the dense
@@ -80,7 +80,7 @@ def split_model(model: str | Path, out: str | Path, options: SplitOptions | None
     inputs = {"source": source_facts(job.weights.path), "splitting": recorded(job.options)}
     resume, force, report = how.get("resume", False), how.get("force", False), how.get("report", silent)
     if resume and (done := finished(out, {"kind": KIND, **inputs})):
-        return Split(done["result"], Path(out), done)
+        return SplitModel(done["result"], Path(out), done)
     needed = needed_by_pass(job.weights, job.options.calibration, written_bytes(job.weights))
     forecast = partial(lasts, job.weights.path, job.windows, job.options.calibration, needed)
     begin(needed, out, resume=resume, force=force, lasts=forecast)
@@ -89,13 +89,14 @@ def split_model(model: str | Path, out: str | Path, options: SplitOptions | None
         facts = job.write(folder, journal, report)
         plain = {"dequantized": job.weights.dequantized} if job.weights.dequantized else {}
         about = {
-            "kind": KIND, **inputs, "companions": job.weights.companions, **plain, "result": facts, "documents": list(job.windows.documents),
+            "kind": KIND, **inputs, "companions": job.weights.companions, **plain, "result": facts,
+            "documents": list(job.windows.documents),
         }  # fmt: skip
         folder.write_bytes("README.md", split_card(about).encode())
         discard_snapshots(folder)
         manifest = write_manifest(folder, about)
         folder.finish()
-    return Split(facts, Path(out), manifest)
+    return SplitModel(facts, Path(out), manifest)
 
 
 class _Job:
@@ -108,11 +109,12 @@ class _Job:
         if self.method.needs_domains and not calibration.domains and calibration.text is None:
             calibration = replace(calibration, domains=[f"{name}=domains/{name}" for name in DOMAINS])
         if self.method.needs_domains and len(calibration.domains) < 2:
-            raise UsageError(f"'{options.method}' compares domains", "name two or more: --domain code=FOLDER --domain prose=FOLDER")
+            raise UsageError(
+                f"'{options.method}' compares domains", "name two or more: --domain code=FOLDER --domain prose=FOLDER"
+            )
         share = self.method.shared if options.shared is None else options.shared
-        self.options = replace(
-            options, calibration=with_text(calibration, where), shared=share, active=options.active or options.experts
-        )
+        self.active = options.active or options.experts
+        self.options = replace(options, calibration=with_text(calibration, where), shared=share, active=self.active)
         self.weights = Weights(where, options.dtype)
         layers, config = self.weights.layers, self.weights.model.config
         if not all(layer.is_dense for layer in layers):
@@ -124,7 +126,7 @@ class _Job:
                          domains={name: torch.ones(options.experts) for name in calibration.named_domains})  # fmt: skip
         self.method.deal(seen)  # what it refuses it refuses now
         self.config = target_config(
-            config, experts=options.experts, active=self.options.active, shared=self.shared, bias=has_bias(self.weights.model)
+            config, experts=options.experts, active=self.active, shared=self.shared, bias=has_bias(self.weights.model)
         )
         if self.weights.stream is None:
             self.config.dtype = self.weights.written
@@ -189,11 +191,13 @@ class _Job:
         )  # fmt: skip
 
     def _router(self, deal: Deal, i: int, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """The fitted router (a draw for the method random), and the layer's squared error at the asked number of experts, or half of them."""
+        """The fitted router (a draw for the method random), and the layer's squared error at the asked number of experts or half of all."""
         layer, experts = self.weights.layers[i], self.options.experts
         judged = torch.arange(len(x)) % HELD == 0
         added = outputs(layer, deal, x)
-        draw = torch.randn(experts, layer.hidden, generator=torch.Generator().manual_seed(1000 * self.options.calibration.seed + i))
+        draw = torch.randn(
+            experts, layer.hidden, generator=torch.Generator().manual_seed(1000 * self.options.calibration.seed + i)
+        )
         router = scaled(draw, x) if self.options.method == "random" else fit_router(x[~judged], added[~judged])
         active = self._judged_at
         held, whole = added[judged], layer.project(0, layer.activations(0, x[judged]))
@@ -203,15 +207,14 @@ class _Job:
     @property
     def _judged_at(self) -> int:
         """Experts per token at which errors are told: those that are active, or half where all are."""
-        active = self.options.active or self.options.experts
-        return active if active < self.options.experts else self.options.experts // 2
+        return self.active if self.active < self.options.experts else self.options.experts // 2
 
     def _facts(self, rows: list[dict[str, Any]], statistics: Statistics, folder: OutputFolder) -> dict[str, Any]:
         difference = dense_difference(self.weights, folder.work, statistics.profile, self.options.experts)
         return {
             "method": self.options.method,
             "experts": self.options.experts,
-            "active": self.options.active,
+            "active": self.active,
             "neurons": self.weights.layers[0].width,
             "shared_neurons": self.shared,
             "expert_neurons": int(self.config.moe_intermediate_size),

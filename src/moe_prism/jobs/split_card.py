@@ -19,8 +19,8 @@ def split_card(facts: Mapping[str, Any]) -> str:
 
 `{code(source)}` with the {found["neurons"]} neurons of every MLP dealt to {always} (`{code(found["method"])}`). transformers and other
 tools load this folder as a Qwen2-MoE model. `num_experts_per_tok` in `config.json` is {found["active"]}: a token runs {share:.0%} of the
-neurons. With {found["experts"]} the outputs are the dense model's; the largest difference of a logit was {found["all_on_difference"]:.1e} of the
-largest logit. The routers were fitted by ridge regression on calibration text. Nothing was trained.
+neurons. With {found["experts"]} the outputs are the dense model's: the largest difference of a logit was
+{found["all_on_difference"]:.1e} of the largest logit. The routers were fitted by ridge regression on calibration text. Nothing was trained.
 
 Fewer experts change the outputs. `moe-prism frontier this-folder` measures how. `moe-prism verify this-folder` checks every file.
 {terms_of(facts)}

@@ -12,12 +12,12 @@ from moe_prism.artefact.open import open_model
 from moe_prism.data import token_windows
 from moe_prism.errors import UsageError
 from moe_prism.frontier.judge import slices
-from moe_prism.frontier.judge.base import Asked, Material, NoQuestionsError, Slice, clustered_error, greedy, score
+from moe_prism.frontier.judge.base import Material, NoQuestionsError, Slice, Spans, clustered_error, greedy, score
 from moe_prism.frontier.judge.cloze import COMMON, CONTEXT, LETTERS, Cloze
 from moe_prism.frontier.judge.continuation import NEW, PROMPT, Continuation
 from moe_prism.frontier.judge.copied import FILLER, LENGTH, Copy
 from moe_prism.frontier.judge.rare import SHARE, Rare
-from moe_prism.frontier.judge.routing import Routing, jaccard
+from moe_prism.frontier.judge.routing import RoutingAgreement, jaccard
 from moe_prism.frontier.judge.run import Judge
 from moe_prism.frontier.judge.syntax import Syntax, reads, whole_lines
 from moe_prism.frontier.judge.words import words
@@ -49,7 +49,7 @@ def best(model, row, place: int) -> int:
 
 def test_an_answer_is_right_where_every_token_of_it_is_the_most_likely_one(nano, material, half):
     spans = torch.tensor([(0, 5, 6), (0, 9, 12), (1, 1, 2), (1, 30, 32), (2, 250, 254), (3, 255, 256)])
-    asked = Asked(material.ids, spans)
+    asked = Spans(material.ids, spans)
     with nano.elastic.at([half]):
         found = asked.verdicts(nano.model)
         rows = material.ids
@@ -154,7 +154,7 @@ def test_syntax_asks_for_functions_that_python_can_read(nano, material):
 
 def test_routing_is_the_jaccard_index_of_what_the_routers_choose(nano, half):
     ids = torch.arange(40).reshape(2, 20) + 100
-    made = Routing(Material(nano.model, nano.tokenizer, ids))
+    made = RoutingAgreement(Material(nano.model, nano.tokenizer, ids))
     layers = find_layers(nano.model)
 
     def chosen() -> list[list[set[int]]]:
@@ -241,4 +241,4 @@ def test_a_text_without_words_or_with_short_windows_has_no_questions(nano):
 def test_a_dense_model_has_no_routers(tiny_dense):
     opened = open_model(tiny_dense)
     with pytest.raises(NoQuestionsError, match="no routers"):
-        Routing(Material(opened.model, opened.tokenizer, torch.ones(2, 80, dtype=torch.long)))
+        RoutingAgreement(Material(opened.model, opened.tokenizer, torch.ones(2, 80, dtype=torch.long)))

@@ -41,7 +41,7 @@ def scaled(router: Tensor, x: Tensor) -> Tensor:
 
 
 def error(added: Tensor, scores: Tensor, active: int, whole: Tensor) -> float:
-    """Squared norm of what experts beyond the `active` best by scores [T, E] would add [T, E, d], over that of the layer's output [T, d]."""
+    """Squared norm of what experts beyond the `active` best by scores [T, E] would add [T, E, d], over that of the output [T, d]."""
     dropped = torch.ones_like(scores, dtype=torch.bool).scatter_(1, scores.topk(active, 1).indices, False)
     missing = (added * dropped[..., None]).sum(1)
     return float(missing.square().sum() / whole.square().sum().clamp(min=1e-30))

@@ -24,7 +24,9 @@ _DECODER = re.compile(r"^(.+\.layers\.\d+)\.")
 class DenseTensors:
     """By their names on disk, in the type they are written in: of a folder, or of a model that came from a GGUF file."""
 
-    def __init__(self, where: Path, stream: LayerStream | None, model: Any, layers: Sequence[MoELayer], written: torch.dtype) -> None:
+    def __init__(
+        self, where: Path, stream: LayerStream | None, model: Any, layers: Sequence[MoELayer], written: torch.dtype
+    ) -> None:
         """where: the folder or file that companions come from. UsageError for names that are not Llama's."""
         self.where, self.stream, self.model, self.written = where, stream, model, written
         state = {} if stream else disk_state(model)

@@ -62,7 +62,11 @@ def layer_tensors(prefix: str, layer: MoELayer, deal: Deal, router: Tensor) -> d
     for name, (own, factor) in parts.items():
         matrices = (gate[0, own], up[0, own], down[0][:, own] * factor)
         if not len(own):  # an expert without neurons is none that every tool loads: one of zeros
-            matrices = (gate.new_zeros(UNIT, layer.hidden), gate.new_zeros(UNIT, layer.hidden), gate.new_zeros(layer.hidden, UNIT))
+            matrices = (
+                gate.new_zeros(UNIT, layer.hidden),
+                gate.new_zeros(UNIT, layer.hidden),
+                gate.new_zeros(layer.hidden, UNIT),
+            )
         for matrix, tensor in zip(("gate", "up", "down"), matrices, strict=True):
             found[f"{name}.{matrix}_proj.weight"] = tensor.contiguous()
     return {f"{prefix}.{name}": tensor for name, tensor in found.items()}
@@ -109,7 +113,8 @@ def check_names(dense: nn.Module, target: nn.Module, blocks: Mapping[str, object
     """UsageError where anything outside the MLP blocks has another name or shape in the result."""
     inside = tuple(f"{name}." for name in blocks)
     here, there = (
-        {name: tuple(p.shape) for name, p in model.state_dict().items() if not name.startswith(inside)} for model in (dense, target)
+        {name: tuple(p.shape) for name, p in model.state_dict().items() if not name.startswith(inside)}
+        for model in (dense, target)
     )
     wrong = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
     if wrong:
@@ -132,7 +137,11 @@ def _fill(split: Any, whole: Any, layers: list[MoELayer]) -> None:
             both = [made[f"{name}.experts.{e}.{matrix}_proj.weight"] for matrix in ("gate", "up")]
             state[f"{name}.experts.gate_up_proj"][e].copy_(torch.cat(both))
             state[f"{name}.experts.down_proj"][e].copy_(made[f"{name}.experts.{e}.down_proj.weight"])
-        for part in ("gate.weight", "shared_expert_gate.weight", *(f"shared_expert.{m}_proj.weight" for m in ("gate", "up", "down"))):
+        for part in (
+            "gate.weight",
+            "shared_expert_gate.weight",
+            *(f"shared_expert.{m}_proj.weight" for m in ("gate", "up", "down")),
+        ):
             state[f"{name}.{part}"].copy_(made[f"{name}.{part}"])
 
 
@@ -141,7 +150,13 @@ def _tiny_config(dense: Any) -> Any:
     config = copy.deepcopy(dense)
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    values = {"num_hidden_layers": 2, "vocab_size": 64, "hidden_size": TINY * size, "num_attention_heads": TINY, "intermediate_size": 20}
+    values = {
+        "num_hidden_layers": 2,
+        "vocab_size": 64,
+        "hidden_size": TINY * size,
+        "num_attention_heads": TINY,
+        "intermediate_size": 20,
+    }
     values["num_key_value_heads"] = TINY if (getattr(config, "num_key_value_heads", None) or heads) == heads else TINY // 2
     values |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     for name, value in values.items():

@@ -66,7 +66,7 @@ class Slice(ABC):
 
 
 @dataclass(frozen=True)
-class Asked:
+class Spans:
     """Tokens that are asked of a model that reads what really stands before them.
 
     rows: ids [n, L]; spans [Q, 3]: (row, first, stop), the answer is rows[row, first:stop], all of it most likely each.
@@ -77,7 +77,7 @@ class Asked:
 
     def verdicts(self, model: Any) -> Tensor:
         """[Q]: 1.0 where every token of the answer is the most likely one."""
-        hits = torch.cat([_hits(model, rows) for rows in self.rows.split(batch_of(self.rows.shape[1]))])
+        hits = torch.cat([_hits(model, rows) for rows in batches(self.rows)])
         before = torch.nn.functional.pad(hits.long().cumsum(1), (1, 0))
         row, first, stop = self.spans.unbind(1)
         return (before[row, stop] - before[row, first] == stop - first).double()
@@ -89,9 +89,10 @@ def _hits(model: Any, rows: Tensor) -> Tensor:
     return torch.nn.functional.pad(best == rows[:, 1:], (1, 0))
 
 
-def batch_of(length: int) -> int:
-    """Rows of this length that run together."""
-    return max(1, ASKED // length)
+def batches(rows: Tensor, more: int = 0) -> list[Tensor]:
+    """Rows [n, L] that run together, where each grows by so many tokens."""
+    size = max(1, ASKED // (rows.shape[1] + more))
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 @torch.no_grad()

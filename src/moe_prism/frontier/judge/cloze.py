@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Asked, Material, NoQuestionsError, Slice, spread
+from .base import Material, NoQuestionsError, Slice, Spans, spread
 
 CONTEXT = 24  # tokens before the word: all that the model sees
 TOKENS = 4  # of a word at most
@@ -42,7 +42,7 @@ class Cloze(Slice):
         chosen = spread(found, MOST)
         rows = torch.stack([material.ids[n, w.first - CONTEXT : w.first + TOKENS] for n, w in chosen])
         spans = [(i, CONTEXT, CONTEXT + w.stop - w.first) for i, (_, w) in enumerate(chosen)]
-        self.asked, self.groups = Asked(rows, torch.tensor(spans)), torch.tensor([n for n, _ in chosen])
+        self.asked, self.groups = Spans(rows, torch.tensor(spans)), torch.tensor([n for n, _ in chosen])
 
     def verdicts(self, model: Any) -> Tensor:
         return self.asked.verdicts(model)

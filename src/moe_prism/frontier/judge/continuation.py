@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Asked, Material, NoQuestionsError, Slice, batch_of, greedy, spread
+from .base import Material, NoQuestionsError, Slice, Spans, batches, greedy, spread
 
 PROMPT = 64
 NEW = 64
@@ -30,9 +30,9 @@ class Continuation(Slice):
         places = [(n, at) for n in range(len(ids)) for at in range(0, ids.shape[1] - PROMPT + 1, PROMPT)]
         chosen = spread(places, MOST)
         prompts = torch.stack([ids[n, at : at + PROMPT] for n, at in chosen])
-        made = [greedy(material.model, rows, NEW) for rows in prompts.split(batch_of(PROMPT + NEW))]
+        made = [greedy(material.model, rows, NEW) for rows in batches(prompts, NEW)]
         spans = [(i, PROMPT, PROMPT + NEW) for i in range(len(prompts))]
-        self.asked = Asked(torch.cat([prompts, torch.cat(made)], 1), torch.tensor(spans))
+        self.asked = Spans(torch.cat([prompts, torch.cat(made)], 1), torch.tensor(spans))
         self.groups = torch.tensor([n for n, _ in chosen])
 
     def verdicts(self, model: Any) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import SEED, Asked, Material, NoQuestionsError, Slice
+from .base import SEED, Material, NoQuestionsError, Slice, Spans
 
 KEYS = 192
 LENGTH = 8  # tokens of a key, of which the second half is asked
@@ -33,11 +33,11 @@ class Copy(Slice):
             key = torch.tensor(begins)[torch.randperm(len(begins), generator=draw)[:LENGTH]]
             window = ids[number % len(ids)]
             start = int(torch.randint(len(window) - 2 * FILLER + 1, (1,), generator=draw))
-            before, after = window[start : start + 2 * FILLER].split(FILLER)
-            rows.append(torch.cat([before, key, after, key]))
+            text = window[start : start + 2 * FILLER]
+            rows.append(torch.cat([text[:FILLER], key, text[FILLER:], key]))
         half = len(rows[0]) - LENGTH // 2
         spans = [(n, place, place + 1) for n in range(KEYS) for place in range(half, half + LENGTH // 2)]
-        self.asked = Asked(torch.stack(rows), torch.tensor(spans))
+        self.asked = Spans(torch.stack(rows), torch.tensor(spans))
         self.groups = self.asked.spans[:, 0]
 
     def verdicts(self, model: Any) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Asked, Material, NoQuestionsError, Slice, spread
+from .base import Material, NoQuestionsError, Slice, Spans, spread
 
 SHARE = 0.1
 TOKENS = 8_192  # of the text that are read
@@ -22,7 +22,7 @@ class Rare(Slice):
     name = "rare"
 
     def __init__(self, material: Material) -> None:
-        rows = torch.stack(spread(material.ids, max(1, TOKENS // material.ids.shape[1])))
+        rows = torch.stack(spread(list(material.ids), max(1, TOKENS // material.ids.shape[1])))
         asked = rows[:, 1:]
         often = torch.bincount(asked.reshape(-1))[asked]
         counts, _ = often.reshape(-1).sort()
@@ -30,7 +30,7 @@ class Rare(Slice):
         if limit == counts[-1]:
             raise NoQuestionsError("all tokens of the text are equally rare")
         row, place = torch.where(often <= limit)
-        self.asked, self.groups = Asked(rows, torch.stack([row, place + 1, place + 2], 1)), row
+        self.asked, self.groups = Spans(rows, torch.stack([row, place + 1, place + 2], 1)), row
 
     def verdicts(self, model: Any) -> Tensor:
         return self.asked.verdicts(model)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ...elastic.layer import ElasticLayer
 from ...model.base import is_expert
-from .base import Material, NoQuestionsError, Slice, batch_of, spread
+from .base import Material, NoQuestionsError, Slice, batches, spread
 
 TOKENS = 8_192
 
 
-class Routing(Slice):
+class RoutingAgreement(Slice):
     """For every token of held-out windows the Jaccard index of the experts that a router chooses and that it chooses in the full model.
 
     Mean over layers. What a stage or a rule drops afterwards does not count: only what reaches the router has changed. A group is a window.
@@ -30,7 +30,7 @@ class Routing(Slice):
         if not layers:
             raise NoQuestionsError("the model has no routers")
         self.layers = layers
-        self.rows = torch.stack(spread(material.ids, max(1, TOKENS // material.ids.shape[1])))
+        self.rows = torch.stack(spread(list(material.ids), max(1, TOKENS // material.ids.shape[1])))
         self.groups = torch.arange(len(self.rows)).repeat_interleave(self.rows.shape[1])
         self.full: list[list[Tensor]] = []
         self.full = [list(found) for found in self._chosen(material.model)]
@@ -43,7 +43,7 @@ class Routing(Slice):
 
     def _chosen(self, model: Any) -> Iterator[list[Tensor]]:
         """Of every batch a [T, E] (bool) per layer."""
-        for rows in self.rows.split(batch_of(self.rows.shape[1])):
+        for rows in batches(self.rows):
             seen: dict[int, Tensor] = {}
             with ExitStack() as stack:
                 for layer in self.layers:

@@ -42,7 +42,9 @@ class Judge:
                     self._make(name, material)
                 except NoQuestionsError as error:
                     if name in names:
-                        raise UsageError(f"slice '{name}' cannot be judged: {error}", "leave it out, or give other text") from None
+                        raise UsageError(
+                            f"slice '{name}' cannot be judged: {error}", "leave it out, or give other text"
+                        ) from None
                     self.left_out[name] = str(error)
 
     def _make(self, name: str, material: Material) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Material, NoQuestionsError, Slice, batch_of, greedy, spread
+from .base import Material, NoQuestionsError, Slice, batches, greedy, spread
 
 PROMPT = 48
 NEW = 64
 MOST = 48
+INCOMPLETE: int = codeop.PyCF_ALLOW_INCOMPLETE_INPUT  # type: ignore[attr-defined]  # what the interactive console asks with
 _BEGINS = re.compile(r"^[ \t]*(?:async )?(?:def|class) \w", re.MULTILINE)
 
 
@@ -36,7 +37,7 @@ class Syntax(Slice):
         self.prompts, self.groups = torch.tensor([ids for _, ids in chosen]), torch.tensor([n for n, _ in chosen])
 
     def verdicts(self, model: Any) -> Tensor:
-        made = [greedy(model, rows, NEW) for rows in self.prompts.split(batch_of(PROMPT + NEW))]
+        made = [greedy(model, rows, NEW) for rows in batches(self.prompts, NEW)]
         every = torch.cat([self.prompts, torch.cat(made)], 1).tolist()
         return torch.tensor([float(self._is_right(row)) for row in every], dtype=torch.float64)
 
@@ -80,7 +81,7 @@ def reads(text: str) -> bool:
 
 def _lacks_an_end(text: str) -> bool:
     try:
-        compile(text, "text", "exec", ast.PyCF_ONLY_AST | codeop.PyCF_ALLOW_INCOMPLETE_INPUT)
+        compile(text, "text", "exec", ast.PyCF_ONLY_AST | INCOMPLETE)
     except SyntaxError as error:
         return "incomplete input" in str(error)
     except (ValueError, MemoryError, RecursionError):

@@ -7,8 +7,10 @@ from .base import DenseSeen, SplitMethod, by_strength, snake
 
 
 class ByImportance(SplitMethod):
-    """The neurons with the largest mean |a| always run. The rest is dealt in snake order. The paper leaves the first and last layer dense;
-    here they are split too."""
+    """The neurons with the largest mean |a| always run, the rest is dealt in snake order.
+
+    The paper leaves the first and the last layer dense. Here they are split too.
+    """
 
     def deal(self, seen: DenseSeen) -> Deal:
         order = by_strength(seen.importance)

@@ -27,7 +27,8 @@ class ReadMe(SplitMethod):
         names = list(seen.domains)
         if seen.experts % len(names):
             raise UsageError(
-                f"{seen.experts} experts cannot be divided among {len(names)} domains", f"give a multiple of {len(names)} with --experts"
+                f"{seen.experts} experts cannot be divided among {len(names)} domains",
+                f"give a multiple of {len(names)} with --experts",
             )
         inside = self.masks(seen).sum(0)
         strength = seen.importance / seen.importance.max().clamp(min=1e-30)

@@ -27,6 +27,7 @@ methods: Registry[type[Any]] = Registry(
         "mass": Entry("moe_prism.elastic.rules.mass:Mass", "slots until they cover a share of the token's estimated output", acts="slots"),
         "pattern": Entry("moe_prism.elastic.rules.pattern:Pattern", "the paper's code: a fixed number of sub-experts per routing rank", acts="slots"),
         "whole-experts": Entry("moe_prism.elastic.rules.whole_experts:WholeExperts", "the paper's linear gate without training: whole experts by rank, ties by order", acts="slots"),
+        "blocks-and-neurons": Entry("moe_prism.methods.slots.blocks_and_neurons:BlocksAndNeurons", "threshold, and of kept blocks only the neurons with a large gate; :SHARE", acts="slots"),
         # routing: which of the router's experts are computed
         "uniform": Entry("moe_prism.methods.skip.uniform:Uniform", "the same number of experts in every layer", acts="routing"),
         "pattern-skip": Entry("moe_prism.methods.skip.pattern_skip:PatternSkip", "counts along straight lines; :b-h-e-p, :descending (default), :ascending, :peak, :valley", acts="routing"),

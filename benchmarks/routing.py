@@ -24,14 +24,12 @@ from printed import printed
 from torch import Tensor
 
 from moe_prism.artefact.open import Opened, open_model
-from moe_prism.catalogue import methods
 from moe_prism.data import token_windows
 from moe_prism.elastic.rules import rules
 from moe_prism.frontier.measure import measure
 from moe_prism.jobs.frontier import evaluation_windows, subject_of
 from moe_prism.jobs.refactor import refactor
 from moe_prism.methods.base import Subject
-from moe_prism.methods.find import method
 from moe_prism.methods.skip.base import skip_method
 from moe_prism.options.calibrate import CalibrateOptions
 from moe_prism.options.frontier import FrontierOptions
@@ -73,9 +71,6 @@ def points(subject: Subject, name: str, means: Sequence[float]) -> list[Operatin
         return [FULL.with_budget(mean / subject.k, name) for mean in means]
     if name == BASE:
         means = range(1, subject.k)
-    plain = name.partition(":")[0]
-    if plain in methods.names("slots"):  # with budgets of its own
-        return [named.point for named in method(name).points(subject)]
     return [skip_method(name).point(subject, float(mean)).point for mean in means]
 
 

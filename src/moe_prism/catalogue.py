@@ -27,7 +27,6 @@ methods: Registry[type[Any]] = Registry(
         "mass": Entry("moe_prism.elastic.rules.mass:Mass", "slots until they cover a share of the token's estimated output", acts="slots"),
         "pattern": Entry("moe_prism.elastic.rules.pattern:Pattern", "the paper's code: a fixed number of sub-experts per routing rank", acts="slots"),
         "whole-experts": Entry("moe_prism.elastic.rules.whole_experts:WholeExperts", "the paper's linear gate without training: whole experts by rank, ties by order", acts="slots"),
-        "blocks-and-neurons": Entry("moe_prism.methods.slots.blocks_and_neurons:BlocksAndNeurons", "threshold, and of kept blocks only the neurons with a large gate; :SHARE", acts="slots"),
         # routing: which of the router's experts are computed
         "uniform": Entry("moe_prism.methods.skip.uniform:Uniform", "the same number of experts in every layer", acts="routing"),
         "pattern-skip": Entry("moe_prism.methods.skip.pattern_skip:PatternSkip", "counts along straight lines; :b-h-e-p, :descending (default), :ascending, :peak, :valley", acts="routing"),
@@ -42,6 +41,7 @@ methods: Registry[type[Any]] = Registry(
         "otp": Entry("moe_prism.methods.skip.otp:Otp", "per token: a small trained network says how many of its experts are computed (MC#); :STEPS", acts="routing"),
         "lexi": Entry("moe_prism.methods.skip.lexi:Lexi", "counts by what fewer experts do to random inputs, from the weights alone (LExI)", acts="routing"),
         "gate-threshold": Entry("moe_prism.methods.skip.gate_threshold:GateThreshold", "per token: neurons of the chosen experts with a small gate are left out (intra-expert sparsity)", acts="routing"),
+        "blocks-and-neurons": Entry("moe_prism.methods.skip.blocks_and_neurons:BlocksAndNeurons", "threshold, and of kept blocks only the neurons with a large gate; :SHARE", acts="routing"),
         "alloc": Entry("moe_prism.methods.skip.alloc:Alloc", "per batch: counts of sensitivity:isolated go to the largest weights (Alloc-MoE); :METHOD", acts="routing"),
         "oea": Entry("moe_prism.methods.skip.oea:Oea", "per batch: a token's first experts, and those of its others that the batch reads anyway (OEA)", acts="routing"),
         "xshare": Entry("moe_prism.methods.skip.xshare:XShare", "per batch: a share of the experts is read, the best for all; tokens choose among them (XShare)", acts="routing"),

@@ -98,7 +98,7 @@ def checks_of(name: str) -> list[Check]:
     if found.acts == "weights":
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_its_codec_stores]
     checks: list[Check] = [has_points_that_survive_json, changes_the_output]
-    if "neurons" in getattr(getattr(found, "stage", None), "needs", ()):
+    if getattr(found, "leaves_out_neurons", False):
         checks.append(costs_what_passes_its_cutoff)
     else:
         checks.append(costs_what_its_widths_read if getattr(found, "maker", "") else costs_what_it_reads)
@@ -106,7 +106,7 @@ def checks_of(name: str) -> list[Check]:
         checks += [is_the_same_alone_and_beside_any_other, looks_at_no_later_token]
     if issubclass(found, Rule):
         checks.append(is_exact_when_it_keeps_all)
-    elif found.stage is not None and found.acts == "routing":
+    elif found.stage is not None:
         checks.append(is_exact_at_its_neutral_values)
     return checks
 

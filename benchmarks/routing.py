@@ -38,7 +38,8 @@ from moe_prism.point import FULL, OperatingPoint
 
 BASE = "uniform"
 METHODS = (
-    "sensitivity", "lexi", "ser", "odp", "odp:layers=1", "score-mass", "top-p", "top-p:4", "weight-cutoff", "alloc", "otp", "threshold",
+    "sensitivity", "lexi", "ser", "odp", "odp:layers=1", "score-mass", "top-p", "top-p:4", "weight-cutoff", "alloc", "otp",
+    "gate-threshold", "threshold", "blocks-and-neurons",
 )  # fmt: skip
 DRAWS = 1000
 

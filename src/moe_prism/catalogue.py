@@ -41,6 +41,7 @@ methods: Registry[type[Any]] = Registry(
         "otp": Entry("moe_prism.methods.skip.otp:Otp", "per token: a small trained network says how many of its experts are computed (MC#); :STEPS", acts="routing"),
         "lexi": Entry("moe_prism.methods.skip.lexi:Lexi", "counts by what fewer experts do to random inputs, from the weights alone (LExI)", acts="routing"),
         "gate-threshold": Entry("moe_prism.methods.skip.gate_threshold:GateThreshold", "per token: neurons of the chosen experts with a small gate are left out (intra-expert sparsity)", acts="routing"),
+        "blocks-and-neurons": Entry("moe_prism.methods.skip.blocks_and_neurons:BlocksAndNeurons", "threshold, and of kept blocks only the neurons with a large gate; :SHARE", acts="routing"),
         "alloc": Entry("moe_prism.methods.skip.alloc:Alloc", "per batch: counts of sensitivity:isolated go to the largest weights (Alloc-MoE); :METHOD", acts="routing"),
         "oea": Entry("moe_prism.methods.skip.oea:Oea", "per batch: a token's first experts, and those of its others that the batch reads anyway (OEA)", acts="routing"),
         "xshare": Entry("moe_prism.methods.skip.xshare:XShare", "per batch: a share of the experts is read, the best for all; tokens choose among them (XShare)", acts="routing"),

@@ -188,6 +188,11 @@ def depends_on_batch(point: OperatingPoint) -> bool:
     return rules.get(point.slots.rule).depends_on_batch or any(stage_class(s.stage).depends_on_batch for s in point.routing)
 
 
+def leaves_out_neurons(point: OperatingPoint) -> bool:
+    """Whether a token gets only a part of the neurons of its blocks."""
+    return any("neurons" in stage_class(stage.stage).needs for stage in point.routing)
+
+
 def bind(elastic: Host, points: Sequence[OperatingPoint]) -> Bound:
     """Check points against a model and group them. UsageError names the part that does not fit, and why."""
     if not 0 < len(points) <= MOST_POINTS:
@@ -290,7 +295,7 @@ def _settled(elastic: Host, point: OperatingPoint) -> OperatingPoint:
     for stage in point.routing:
         kind = stage_class(stage.stage)
         stage.check(len(elastic.layers), elastic.layers[0].parts.layer.num_experts if kind.adds else elastic.k)
-    if any("neurons" in stage_class(stage.stage).needs for stage in point.routing):
+    if leaves_out_neurons(point):
         _check_neurons(elastic, point)
     stages = tuple(_with_weights(elastic, stage) for stage in point.routing)
     return replace(point, routing=stages)

@@ -25,7 +25,7 @@ from ..model.router import Router
 BATCH = 4  # windows of a step
 WARM = 0.1  # of the steps; the rate then falls evenly to 0
 DECAY, CLIP = 0.01, 1.0
-EVERY = 25  # steps between two states on disk
+EVERY = 10  # steps between two states on disk
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

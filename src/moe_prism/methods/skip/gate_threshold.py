@@ -46,6 +46,7 @@ class GateThreshold(SkipMethod):
     needs = ("calibration text",)
     paper = "arXiv 2605.08575"
     stage: ClassVar[type[GateThresholdStage]] = GateThresholdStage
+    leaves_out_neurons = True
 
     def fit(self, subject: Subject, mean: float | None) -> Fitted:
         share = (given(self.name, mean) / subject.k - FLOOR) / (1 - FLOOR)

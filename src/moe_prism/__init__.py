@@ -33,11 +33,13 @@ if TYPE_CHECKING:
     from .jobs.generate import generate
     from .jobs.inspect import inspect_model
     from .jobs.listing import list_choices
+    from .jobs.patterns import write_patterns
     from .jobs.place import place_experts
     from .jobs.prune import prune_model, select_experts
     from .jobs.recover import recover_model
     from .jobs.refactor import refactor, refactor_shard
     from .jobs.rehearsal import rehearse
+    from .jobs.reslice import reslice
     from .jobs.skip import make_skip_plan
     from .jobs.split import split_model
     from .jobs.time_points import Timing, time_frontier
@@ -73,6 +75,7 @@ _HOME = {
     "read_statistics": "jobs.calibrate",
     "refactor": "jobs.refactor",
     "refactor_shard": "jobs.refactor",
+    "reslice": "jobs.reslice",
     "adopt": "jobs.adopt",
     "prune_model": "jobs.prune",
     "select_experts": "jobs.prune",
@@ -102,6 +105,7 @@ _HOME = {
     "record_trace": "jobs.trace",
     "load_trace": "offload.trace",
     "forecast_offload": "jobs.forecast_offload",
+    "write_patterns": "jobs.patterns",
     "place_experts": "jobs.place",
     "verify": "jobs.verify",
     "list_choices": "jobs.listing",
@@ -194,6 +198,7 @@ __all__ = [
     "refactor",
     "refactor_shard",
     "rehearse",
+    "reslice",
     "run_demo",
     "run_recipe",
     "select_experts",
@@ -202,6 +207,7 @@ __all__ = [
     "time_frontier",
     "verify",
     "write_frontier",
+    "write_patterns",
 ]
 
 

@@ -33,6 +33,7 @@ COMMANDS = {
     "adopt": "adopt",
     "prune": "prune_model",
     "compress": "compress_model",
+    "split": "split_model",
     "patterns": "write_patterns",
     "recover": "recover_model",
     "skip": "make_skip_plan",

@@ -5,6 +5,7 @@ Neutral is exact; JSON round trip; the same KL when run again from frontier.json
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -34,7 +35,7 @@ from moe_prism.options.frontier import FrontierOptions
 from moe_prism.point import FULL, NamedPoint, OperatingPoint, RoutingStage, SlotRule
 from moe_prism.routing import stage_class
 
-from .operations import counted, distinct_rows, expected
+from .operations import counted, distinct_rows, expected, passing
 
 OPTIONS: dict[str, Any] = {"tokens": 256, "length": 32, "calibration_tokens": 256, "per_method": 3}
 
@@ -98,9 +99,12 @@ def checks_of(name: str) -> list[Check]:
     if found.acts == "weights":
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_its_codec_stores]
     checks: list[Check] = [has_points_that_survive_json, changes_the_output]
-    checks.append(costs_what_its_widths_read if getattr(found, "maker", "") else costs_what_it_reads)
+    if getattr(found, "leaves_out_neurons", False):
+        checks.append(costs_what_passes_its_cutoff)
+    else:
+        checks.append(costs_what_its_widths_read if getattr(found, "maker", "") else costs_what_it_reads)
     if not getattr(found, "depends_on_batch", False):
-        checks.append(is_the_same_alone_and_beside_any_other)
+        checks += [is_the_same_alone_and_beside_any_other, looks_at_no_later_token]
     if issubclass(found, Rule):
         checks.append(is_exact_when_it_keeps_all)
     elif found.stage is not None:
@@ -138,8 +142,8 @@ def is_exact_when_it_keeps_all(bench: Bench, asked: str) -> None:
 
 def is_exact_at_its_neutral_values(bench: Bench, asked: str) -> None:
     """Of a routing stage, by its name."""
-    elastic = bench.opened.elastic
-    neutral = stage_class(asked).neutral(asked, len(elastic.layers), elastic.k)
+    elastic, name = bench.opened.elastic, asked.partition(":")[0]
+    neutral = stage_class(name).neutral(name, len(elastic.layers), elastic.k)
     assert RoutingStage.from_json(neutral.to_json()) == neutral
     ids = distinct_rows(bench.opened.model, 24)
     assert torch.equal(bench.logits(ids, [OperatingPoint(routing=(neutral,))]), bench.logits(ids, [FULL]))
@@ -157,6 +161,15 @@ def is_the_same_alone_and_beside_any_other(bench: Bench, asked: str) -> None:
         alone = bench.logits(ids[row : row + 1], [point])[0]
         torch.testing.assert_close(mixed[row], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()))
         assert torch.equal(mixed[row].argmax(-1), alone.argmax(-1))
+
+
+def looks_at_no_later_token(bench: Bench, asked: str) -> None:
+    """Other tokens at the end of a text change nothing before them."""
+    ids = distinct_rows(bench.opened.model, 36)
+    one, other = ids[:, :24], torch.cat([ids[:, :16], ids[:, 24:32]], 1)
+    for named in (bench.points(asked)[0], bench.points(asked)[-1]):
+        first, second = (bench.logits(rows, [named.point])[:, :16] for rows in (one, other))
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5 * float(first.abs().max()))
 
 
 @torch.no_grad()
@@ -226,6 +239,29 @@ def costs_what_its_widths_read(bench: Bench, asked: str) -> None:
             total += found[:, :, 0].numel() * layer.scorer(named.point.slots.scorer).parameters_per_expert() * size
         assert cost.active_expert_bytes == pytest.approx(total / tokens, rel=1e-12)
         assert cost.distinct_expert_bytes < cost.active_expert_bytes * tokens
+
+
+@torch.no_grad()
+def costs_what_passes_its_cutoff(bench: Bench, asked: str) -> None:
+    """Of a stage that leaves out neurons: every gate, and two rows more where |silu(gate)| reaches the cutoff; and what is computed so."""
+    elastic, tokens, point = bench.opened.elastic, 24, bench.points(asked)[-1].point
+    step = Step(bind(elastic, [point]))
+    with elastic.at(step), elastic.count(), ExitStack() as stack:
+        seen: list[tuple[Any, ...]] = []
+        for layer in elastic.layers:
+            run = layer.executor.run_above
+
+            def watched(x, index, weight, settled, run=run, layer=layer, seen=seen):
+                seen.append((layer, x, index, weight, settled, run(x, index, weight, settled)))
+                return seen[-1][-1]
+
+            stack.enter_context(mock.patch.object(layer.executor, "run_above", watched))
+        bench.opened.model(input_ids=distinct_rows(bench.opened.model, tokens))
+        cost = measured_cost(elastic, step)
+    per_token, distinct = passing(seen)
+    size = elastic.stored_bytes_per_weight
+    assert cost.active_expert_bytes == pytest.approx(per_token * size / tokens, rel=1e-12)
+    assert math.isnan(distinct) or cost.distinct_expert_bytes == pytest.approx(distinct * size, rel=1e-12)
 
 
 @torch.no_grad()

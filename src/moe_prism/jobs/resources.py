@@ -151,6 +151,12 @@ def needed_by_recovery(model: Any, ids: Tensor, options: RecoverOptions, written
     return told(parts, written, held=sum(p.nbytes for p in model.parameters() if not p.is_meta))
 
 
+def needed_by_training(model: Any, rows: int, written: int) -> dict[str, Any]:
+    """What training a model's routers needs: rows tokens go forward and backward together, through all layers."""
+    needed = needed_by_running(model, rows=rows, cut=1, back=rows)
+    return told({name: needed[name] for name in RUNNING}, written)
+
+
 def model_tree(where: Path | str) -> Any:
     """A model without weights, of a folder that is checked to be whole; of a GGUF file with them."""
     path = Path(where)

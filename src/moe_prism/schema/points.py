@@ -28,6 +28,9 @@ from .common import (
 
 REMAKE = "write it again with `moe-prism frontier` or `moe-prism skip`"
 MEASURE = "delete it; it is measured again at start"
+MOST_NUMBERS = 1 << 22
+Weights = Annotated[list[Annotated[list[Number], MinLen(1), MaxLen(MOST_NUMBERS)]], MinLen(1), MaxLen(MOST_LAYERS)]
+"""Numbers per layer, which for a small network are many."""
 Rows = Annotated[list[Annotated[list[Number], MinLen(1), MaxLen(MOST_RANKS)]], MinLen(1), MaxLen(MOST_LAYERS)]
 """Numbers per layer."""
 Chosen = Annotated[int, Field(ge=1, le=MOST_EXPERTS)]
@@ -45,7 +48,7 @@ class StageForm(Form):
 
     layers: Annotated[list[Chosen], MinLen(1), MaxLen(MOST_LAYERS)]
     stage: Name
-    parameters: dict[Name, Rows] = {}
+    parameters: dict[Name, Weights] = {}
     keep_mass: bool | None = None
 
 
@@ -236,6 +239,18 @@ class DomainForm(Form):
     top1_agreement: Share
 
 
+class SliceScoreForm(Form):
+    """`SliceScore` of `frontier.json`."""
+
+    kept: Share
+    stderr: Amount
+    right: Share
+    full: Share
+    flips: Share
+    items: Positive
+    is_ability: bool = True
+
+
 class MeasuredForm(Form):
     """One entry of `frontier.json`; what has a default is missing in older files."""
 
@@ -255,6 +270,7 @@ class MeasuredForm(Form):
     point: PointForm | None = None
     time: TimeForm | None = None
     domains: Annotated[dict[Name, DomainForm], MaxLen(256)] = {}
+    slices: Annotated[dict[Name, SliceScoreForm], MaxLen(256)] = {}
 
 
 Measured = Annotated[list[MeasuredForm], MaxLen(MOST_POINTS)]

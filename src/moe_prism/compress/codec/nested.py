@@ -78,8 +78,8 @@ class Nested(GroupCodec):
 
         cells = torch.stack([stored((2 * reach * ratio / 2**self.base).clamp_min(1e-30)) for ratio in RATIOS]).flatten(1)
         best = torch.zeros(cells.shape[1], dtype=torch.long)
-        groups = values.flatten(0, -2).contiguous()
-        best_cells(groups.numpy(), cells.contiguous().numpy(), self.base, int(bits) - self.base, best.numpy())
+        groups = values.detach().flatten(0, -2).contiguous()
+        best_cells(groups.numpy(), cells.detach().contiguous().numpy(), self.base, int(bits) - self.base, best.numpy())
         return cells.gather(0, best[None])[0].view(reach.shape)
 
     def code(self, values: Tensor, numbers: Numbers, bits: float) -> Tensor:

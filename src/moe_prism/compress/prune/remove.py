@@ -87,7 +87,7 @@ class BlockWriter(ShardWriter):
             for name, parameter in router.layer.module.named_parameters():
                 if parameter.shape[0] % router.experts:
                     raise UsageError(f"'{router.layer.name}.{name}' is not stored expert by expert", "use mask mode")
-        self._targets = [_parameters(router) for router in routers]
+        self._targets = [row_tensors(router) for router in routers]
         self._owner = {name: i for i, targets in enumerate(self._targets) for name in stream.feeds(targets)}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for i, choice in enumerate(choices):
@@ -192,7 +192,7 @@ class BlockWriter(ShardWriter):
         self._tried = True
 
 
-def _parameters(router: Router) -> dict[str, int]:
+def row_tensors(router: Router) -> dict[str, int]:
     """Full names of the tensors with an entry per expert, and where that entry is."""
     experts = router.layer.module
     found = {f"{router.layer.name}.{name}": 0 for name, _ in experts.named_parameters()}
@@ -201,7 +201,7 @@ def _parameters(router: Router) -> dict[str, int]:
 
 def block_tensors(stream: LayerStream, layer: MoELayer) -> list[str]:
     """Names on disk of a layer's experts and of its router's rows."""
-    return stream.feeds(_parameters(Router(stream.model, layer)))
+    return stream.feeds(row_tensors(Router(stream.model, layer)))
 
 
 def config_of(stream: LayerStream, raw: dict[str, Any], choice: KeptExperts, experts: int, drop_mtp: bool) -> bytes:

@@ -75,7 +75,7 @@ def install() -> None:
     def checked_adds(a: Any, factor: Any, expert: Any, table: Any, order: Any, out: Any, like: Any) -> None:
         tensor = known[table.ctypes.data][1][0].matrix.tensor
         check_rows(a, order[: len(a)], out, order, len(a))
-        assert len(factor) >= len(a) and 0 <= expert.min() <= expert.max() < tensor.shape[0]
+        assert len(factor) >= len(a) and (not len(a) or 0 <= expert.min() <= expert.max() < tensor.shape[0])
         assert a.shape[1] <= tensor.shape[1] and out.shape[1] == tensor.shape[2]
         adds(a, factor, expert, table, order, out, like)
 

@@ -141,8 +141,9 @@ def test_what_a_system_names_exists(system):
     if system.command.startswith(SHELL):
         parsed(system.command)
         for _, option, value in re.findall(r"(?=(--(method|methods|rule|criterion) (\S+)))", system.command):
-            if system.command.startswith("moe-prism split"):
-                registry("splits").get(value)
+            kind = {"split": "splits", "recover": "recoveries"}.get(system.command.split()[1])
+            if kind is not None:
+                registry(kind).get(value)
             else:
                 method(f"prune:{value}" if option == "criterion" else value)
     else:

@@ -17,7 +17,7 @@ def stall(layer: float, ahead: float, missing: float) -> float:
 def step_time(layer: float, ahead: Sequence[float], missing: Sequence[float]) -> float:
     """Time of a step whose layers compute for `layer` each. ahead, missing: see `stall`, per layer.
 
-    Nothing computes before the first layer, so reading ahead for it would hide nothing.
+    Nothing computes before the first layer, so what is read ahead for it is waited for.
     """
     own = (0.0, *[layer] * (len(missing) - 1))
     return len(missing) * layer + sum(map(stall, own, ahead, missing))

@@ -20,6 +20,7 @@ from .pools import Eviction, is_shared
 from .price_reads import Forecast, ReadPrices, replayed
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+PATIENCE = 2  # widths in a row without gain after which no larger ones are tried
 SIZES = 8  # quotas that are tried for a layer
 FADE = 0.5  # weight of an expert beyond the k likeliest, of the one before
 
@@ -113,9 +114,13 @@ class Fit:
             if kind.needs_inputs and self.fitting.rows.inputs is None:
                 continue
             guess = kind.fit(self.fitting.rows, self.space)
-            found = [replace(way, predictor=name, guess=guess, width=width) for width in self.widths()]
-            timed = [(each, self.time(each, self.choosing)) for each in found]
-            yield min(timed, key=lambda pair: pair[1].seconds)
+            found: list[tuple[Way, Forecast]] = []
+            for width in self.widths():
+                each = replace(way, predictor=name, guess=guess, width=width)
+                found.append((each, self.time(each, self.choosing)))
+                if len(found) > PATIENCE and best(found[:-PATIENCE])[1].seconds <= best(found[-PATIENCE:])[1].seconds:
+                    break
+            yield best(found)
 
     def widths(self) -> list[int]:
         """Widths worth a look: up to twice what a token wants of a layer."""
@@ -177,9 +182,10 @@ def best(found: Sequence[tuple[Way, Forecast]]) -> tuple[Way, Forecast]:
 Told = Callable[[], None]
 
 
-def search(
-    fit: Fit, policies: Sequence[str], guesses: Sequence[str], must_guess: bool, told: Told
-) -> tuple[Way, list[tuple[Way, Forecast]]]:
+Tried = list[tuple[Way, Forecast]]
+
+
+def search(fit: Fit, policies: Sequence[str], guesses: Sequence[str], must_guess: bool, told: Told) -> tuple[Way, Tried]:
     """(the way that takes least on the choosing part, all that were tried). must_guess: keep a predictor where none pays, at width 0."""
     tried = []
     for pair in fit.policies(policies):

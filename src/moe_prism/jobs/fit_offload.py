@@ -16,12 +16,12 @@ from ..offload.trace import Trace, load_trace
 from ..options.fit import FitOptions
 from ..progress import Report, silent
 from ..result import Result
-from ..store.fit import Costs, Fit, Way, search
+from ..store.fit import Costs, FitWay, StoreFit, search
 from ..store.price_reads import Forecast
 
 
 @dataclass(frozen=True)
-class Row:
+class FitRow:
     """A way to run. hit_rate: of what layers asked for; reads_per_token: records, on demand and ahead; ms_per_token: forecast."""
 
     policy: str
@@ -33,7 +33,7 @@ class Row:
     ms_per_token: float
 
     @classmethod
-    def of(cls, way: Way, time: Forecast) -> Row:
+    def of(cls, way: FitWay, time: Forecast) -> FitRow:
         predictor = way.predictor if way.predictor is not None and way.width else ""
         return cls(way.policy, way.quotas is not None, predictor, way.width, time.hit_rate, time.reads, 1e3 * time.seconds)
 
@@ -47,8 +47,8 @@ class OffloadFit(Result):
 
     settings: ExpertSettings
     share: float
-    tried: list[Row]
-    held_out: list[Row]
+    tried: list[FitRow]
+    held_out: list[FitRow]
 
     def to_json(self) -> dict[str, Any]:
         """Without the arrays."""
@@ -106,7 +106,7 @@ def fit_offload(
         if predictors.get(name).needs_inputs and rows.inputs is None:
             raise UsageError(f"'{name}' needs router inputs, which the trace lacks", "record it with `moe-prism trace --inputs`")
     slots = max(1, round(options.share * len(space)))
-    fit = Fit(rows, space, slots, Costs(options.layer_ms / 1e3, options.record_ms / 1e3))
+    fit = StoreFit(rows, space, slots, Costs(options.layer_ms / 1e3, options.record_ms / 1e3))
     done, total = 0, len(policies) + len(guesses)
     with report("fit") as update:
 
@@ -126,14 +126,14 @@ def fit_offload(
     settings = ExpertSettings(space, slots, way.policy, way.settings, way.quotas, way.predictor, way.width, arrays, made)
     if out is not None:
         write_settings(Path(out), settings)
-    return OffloadFit(settings, options.share, [Row.of(*pair) for pair in tried], held_out)
+    return OffloadFit(settings, options.share, [FitRow.of(*pair) for pair in tried], held_out)
 
 
-def _judged(fit: Fit, way: Way) -> list[Row]:
+def _judged(fit: StoreFit, way: FitWay) -> list[FitRow]:
     """The evaluation side, which chooses nothing."""
-    bare = Way(way.policy, way.settings, way.quotas)
-    ways = [Way("lru", {}), Way("belady", {}), way, *([bare] if way.width else [])]
-    return [Row.of(each, fit.time(each, fit.judging)) for each in ways]
+    bare = FitWay(way.policy, way.settings, way.quotas)
+    ways = [FitWay("lru", {}), FitWay("belady", {}), way, *([bare] if way.width else [])]
+    return [FitRow.of(each, fit.time(each, fit.judging)) for each in ways]
 
 
 def _space(trace: Trace, options: FitOptions) -> KeySpace:

@@ -34,19 +34,19 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Part:
+class TracePart:
     """Decode rows of a trace, and the groups that a store would be asked for."""
 
     rows: Trace
     groups: list[Group]
 
     @classmethod
-    def of(cls, rows: Trace, space: KeySpace) -> Part:
+    def of(cls, rows: Trace, space: KeySpace) -> TracePart:
         return cls(rows, list(groups(rows, space)))
 
 
 @dataclass(frozen=True)
-class Way:
+class FitWay:
     """One way to run a store; None as predictor: nothing is read ahead, or by none that has been fitted."""
 
     policy: str
@@ -57,26 +57,26 @@ class Way:
     width: int = 0
 
 
-class Fit:
+class StoreFit:
     """The three parts of a trace, for a store of `slots` records of `space`."""
 
     def __init__(self, trace: Trace, space: KeySpace, slots: int, costs: Costs) -> None:
         self.space, self.slots, self.costs = space, slots, costs
         fitting, choosing = halves(trace.part("calibration").decode())
-        self.fitting, self.choosing = Part.of(fitting, space), Part.of(choosing, space)
-        self.judging = Part.of(trace.part("evaluation").decode(), space)
+        self.fitting, self.choosing = TracePart.of(fitting, space), TracePart.of(choosing, space)
+        self.judging = TracePart.of(trace.part("evaluation").decode(), space)
         self.group = trace.k * space.parts
         self._values = key_values(fitting, space)
         self._ahead: dict[tuple[int, int], Prefetch] = {}
 
-    def time(self, way: Way, part: Part) -> Forecast:
+    def time(self, way: FitWay, part: TracePart) -> Forecast:
         """What a step of this part takes. A step is a token here: traces decode one at a time."""
         eviction = Eviction(cache_policies.get(way.policy), way.settings, self.group, way.quotas)
         prefetch = replace(self.ahead(way.guess, part), width=way.width) if way.guess is not None and way.width else None
         found = replayed(part.groups, self.space, self.slots, eviction, prefetch)
         return found.at(ReadPrices([1], [self.costs.record]), self.space.layers * self.costs.layer)
 
-    def ahead(self, guess: Predictor, part: Part) -> Prefetch:
+    def ahead(self, guess: Predictor, part: TracePart) -> Prefetch:
         """What a predictor says of the keys of a part, at width 0."""
         name = id(guess), id(part)  # both live as long as this
         if name not in self._ahead:
@@ -85,13 +85,13 @@ class Fit:
             }  # the last one alone: it is asked for at several widths
         return self._ahead[name]
 
-    def policies(self, names: Sequence[str]) -> Iterator[tuple[Way, Forecast]]:
+    def policies(self, names: Sequence[str]) -> Iterator[tuple[FitWay, Forecast]]:
         """Every policy with what it fits. A store gives no hints, so what is fitted for hints is left out."""
         rows = replace(self.fitting.rows, inputs=None, routers=None, logits=None)
         each = self.slots if self.is_shared else max(1, self.slots // self.space.layers)
         for name in names:
             settings = json.loads(json.dumps(cache_policies.get(name).fit(rows, self.space, each)))
-            way = Way(name, settings)
+            way = FitWay(name, settings)
             yield way, self.time(way, self.choosing)
 
     @property
@@ -99,7 +99,7 @@ class Fit:
         """Whether one pool serves all layers."""
         return is_shared(self.space, self.slots, self.group)
 
-    def with_quotas(self, way: Way) -> Way:
+    def with_quotas(self, way: FitWay) -> FitWay:
         """The same with quotas from the miss curves of the fitting part."""
         keys, equal = self.space.experts * self.space.parts, self.slots // self.space.layers
         least = max(1, min(equal, max(self.group, (equal + 1) // 2)))
@@ -107,14 +107,14 @@ class Fit:
         curves = miss_curves(self.fitting.rows, cache_policies.get(way.policy), sizes, self.space, way.settings)
         return replace(way, quotas=tuple(scaled(quotas(curves, sizes, self.slots), self.slots, keys)))
 
-    def predictors(self, way: Way, names: Sequence[str]) -> Iterator[tuple[Way, Forecast]]:
+    def predictors(self, way: FitWay, names: Sequence[str]) -> Iterator[tuple[FitWay, Forecast]]:
         """The way with every predictor, at its best width, 0 excluded. Those whose inputs the trace lacks are left out."""
         for name in names:
             kind = predictors.get(name)
             if kind.needs_inputs and self.fitting.rows.inputs is None:
                 continue
             guess = kind.fit(self.fitting.rows, self.space)
-            found: list[tuple[Way, Forecast]] = []
+            found: list[tuple[FitWay, Forecast]] = []
             for width in self.widths():
                 each = replace(way, predictor=name, guess=guess, width=width)
                 found.append((each, self.time(each, self.choosing)))
@@ -174,7 +174,7 @@ def of_keys(scores: Array, values: tuple[Array, Array]) -> Array:
     return found
 
 
-def best(found: Sequence[tuple[Way, Forecast]]) -> tuple[Way, Forecast]:
+def best(found: Sequence[tuple[FitWay, Forecast]]) -> tuple[FitWay, Forecast]:
     """The least time per token; of equal ones the first."""
     return min(found, key=lambda pair: pair[1].seconds)
 
@@ -182,10 +182,10 @@ def best(found: Sequence[tuple[Way, Forecast]]) -> tuple[Way, Forecast]:
 Told = Callable[[], None]
 
 
-Tried = list[tuple[Way, Forecast]]
+Tried = list[tuple[FitWay, Forecast]]
 
 
-def search(fit: Fit, policies: Sequence[str], guesses: Sequence[str], must_guess: bool, told: Told) -> tuple[Way, Tried]:
+def search(fit: StoreFit, policies: Sequence[str], guesses: Sequence[str], must_guess: bool, told: Told) -> tuple[FitWay, Tried]:
     """(the way that takes least on the choosing part, all that were tried). must_guess: keep a predictor where none pays, at width 0."""
     tried = []
     for pair in fit.policies(policies):

@@ -2,8 +2,11 @@
 
     python benchmarks/batch_blocks.py [--folder ELASTIC] [--rows 8,16,32] [--windows 64] [--length 128] [--eval-text stdlib] [--json]
     python benchmarks/batch_blocks.py --prompts --length 512 --windows 16      # the tokens of a prompt as the rows of a step
+    python benchmarks/batch_blocks.py --rivals --rows 8,32 --length 64         # whole experts chosen together (oea, xshare) beside it
     python benchmarks/batch_blocks.py --price      # what a further row costs at a block that is read: sets PRICE of the rule
     python benchmarks/batch_blocks.py --time .5,.4,.3 [--cpu]      # a decode step of 32 rows at these budgets, to full and to rows alone
+
+`--rivals` puts `oea`, `xshare`, `uniform` and both rules on one chart: mean KL at shares of the bytes that a full step reads.
 
 Real decode steps: a batch is so many different held-out texts at the same position, token by token through the cache, with the text's own
 next token. `bytes` is what a step reads, what several rows read counted once, predictors and compensation included. The mean KL to the
@@ -37,11 +40,14 @@ from moe_prism.elastic.bind import Step, bind
 from moe_prism.frontier.cost import measured_cost
 from moe_prism.frontier.measure import measure
 from moe_prism.jobs.refactor import refactor
-from moe_prism.point import FULL
+from moe_prism.point import FULL, OperatingPoint, RoutingStage
 
 ALONE, TOGETHER = "threshold", "batch-blocks"
 BUDGETS = (0.5, 0.25)
 GRID = (0.65, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15)
+SHARES_OF_A_STEP = (0.9, 0.8, 0.7, 0.6)
+RIVAL_SHARES = (0.9, 0.75, 0.6, 0.45, 0.3)
+RIVAL_BUDGETS = (0.7, 0.5, 0.4, 0.3, 0.2)
 DRAWS = 1000  # of the bootstrap
 
 
@@ -67,8 +73,13 @@ def decode(model: Any, ids: Tensor, step: Step) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def curve(model: Any, groups: Sequence[Tensor], sources: Sequence[Tensor], rule: str, budget: float) -> Curve:
+    return at_point(model, groups, sources, FULL.with_budget(budget, rule))
+
+
+@torch.no_grad()
+def at_point(model: Any, groups: Sequence[Tensor], sources: Sequence[Tensor], point: OperatingPoint) -> Curve:
     elastic = model._moe_prism
-    step = Step(bind(elastic, [FULL.with_budget(budget, rule)]))
+    step = Step(bind(elastic, [point]))
     kl, costs = [], []
     for ids, source in zip(groups, sources, strict=True):
         with elastic.count():
@@ -132,6 +143,64 @@ def prompts(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
         cost = one.cost
         row = {"prompt": ids.shape[1], "rule": rule, "budget": budget, "kl": one.quality.kl, "slots": cost.k_slots}
         yield row | {"bytes_to_full": cost.distinct_expert_bytes / full.cost.distinct_expert_bytes}
+
+
+def rival_points(model: Any) -> dict[str, list[OperatingPoint]]:
+    """Points of every method that acts on a step, dearest first."""
+    elastic = model._moe_prism
+    layers, k, own = len(elastic.layers), elastic.k, elastic.normalises()
+
+    def stage(name: str, parameters: dict[str, float], n: int = k) -> OperatingPoint:
+        rows = {key: ((value,),) * layers for key, value in parameters.items()}
+        return OperatingPoint(routing=(RoutingStage(layers=(n,) * layers, stage=name, parameters=rows, keep_mass=own),))
+
+    return {
+        "uniform": [stage("top-n", {}, n) for n in range(k - 1, 0, -1)],
+        "oea": [stage("oea", {"base": float(base)}) for base in range(k - 1, 0, -1)],
+        "xshare": [stage("xshare", {"share": share}) for share in RIVAL_SHARES],
+        **{rule: [FULL.with_budget(budget, rule) for budget in RIVAL_BUDGETS] for rule in (ALONE, TOGETHER)},
+    }
+
+
+def rivals(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """KL of every method at shares of a full step's bytes, with intervals over texts, and its ratio to rows that choose alone."""
+    model, ids = texts(args, folder)
+    for rows in args.rows:
+        groups = [ids[i : i + rows] for i in range(0, len(ids) - rows + 1, rows)]
+        with torch.no_grad(), model._moe_prism.at(model._moe_prism.full_step):
+            sources = [model(input_ids=g, use_cache=False).logits.float().log_softmax(-1) for g in groups]
+        full = at_point(model, groups, sources, FULL)
+        found = {name: [at_point(model, groups, sources, p) for p in points] for name, points in rival_points(model).items()}
+        for name, curves in found.items():
+            order = sorted(curves, key=lambda c: c.bytes)
+            row = {"rows": rows, "method": name, "texts": len(full.kl)}
+            row["points"] = [[round(c.bytes / full.bytes, 4), round(float(c.kl.mean()), 5)] for c in order]
+            yield row | {f"at_{share:g}": _at_share(order, found[ALONE], share * full.bytes) for share in SHARES_OF_A_STEP}
+
+
+def _read_off(curves: Sequence[Curve], size: float, pick: Tensor) -> float:
+    """KL at so many bytes, log KL straight between two points; nan where no point is on one of the sides."""
+    order = sorted(curves, key=lambda c: c.bytes)
+    sizes = [c.bytes for c in order]
+    if not sizes[0] <= size <= sizes[-1]:
+        return float("nan")
+    return float(np.exp(np.interp(size, sizes, [float(c.kl[pick].mean().clamp(min=1e-9).log()) for c in order])))
+
+
+def _at_share(curves: Sequence[Curve], alone: Sequence[Curve], size: float) -> list[list[float]] | None:
+    """[[KL, low, high], the same of its ratio to rows alone]; None where the method reads never so few, or never so many, bytes."""
+    n, g = len(curves[0].kl), torch.Generator().manual_seed(0)
+
+    def pair(pick: Tensor) -> tuple[float, float]:
+        own = _read_off(curves, size, pick)
+        return own, own / _read_off(alone, size, pick)
+
+    value = pair(torch.arange(n))
+    if np.isnan(value[0]):
+        return None
+    drawn = np.array([pair(torch.randint(n, (n,), generator=g)) for _ in range(DRAWS)])
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    return [[round(float(v), 4) for v in row] for row in zip(value, low, high, strict=True)]
 
 
 def texts(args: argparse.Namespace, folder: Path) -> tuple[Any, Tensor]:
@@ -229,6 +298,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--prompts", action="store_true")
+    parser.add_argument("--rivals", action="store_true")
     parser.add_argument("--price", action="store_true")
     parser.add_argument("--time", type=numbers(float), metavar="BUDGETS")
     parser.add_argument("--json", action="store_true")
@@ -242,7 +312,8 @@ def main() -> None:
         if not args.price and not args.folder:
             refactor(args.model, folder)
         timed = price(clock) if args.price else times(folder, args.time, clock) if args.time else None
-        found = printed(timed or (prompts if args.prompts else quality)(args, folder), show, args.json)
+        work = rivals if args.rivals else prompts if args.prompts else quality
+        found = printed(timed or work(args, folder), show, args.json)
     if args.json:
         print(json.dumps({"benchmark": "batch_blocks", "model": args.model, "rows": found}))
 

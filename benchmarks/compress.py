@@ -20,20 +20,24 @@ import itertools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from printed import printed
-from pruning import COLLECTORS, Bench
+from pruning import Bench
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from moe_prism.calibrate.statistics import Statistics
-from moe_prism.compress.merge.change import MergeChange
-from moe_prism.compress.slice.change import SliceChange
+from moe_prism.compress.changes import Change
+from moe_prism.compress.codec.low_rank_sparse import LowRankSparse
+from moe_prism.compress.prune import criteria
+from moe_prism.compress.quantize import QuantizeChange
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
 from moe_prism.methods.find import method
+from moe_prism.methods.merge.base import MergeMethod, routed_layers
 from moe_prism.methods.neurons.base import LayerSeen, NeuronMethod
 from moe_prism.options.prune import PruneOptions
 from moe_prism.point import OperatingPoint
@@ -59,16 +63,40 @@ SINGLE = (
     "wanda",
     "magnitude",
 )
-MERGING = ("m-smoe", "m-smoe:align=false", "m-smoe:groups=random")
+MERGING = (
+    "m-smoe", "m-smoe:align=false", "m-smoe:groups=random", "mc-smoe", "mc-smoe:sparse=0",
+    "sub-moe", "sub-moe:joint=1", "sub-moe:align=false", "sub-moe:clusters=scores", "sub-moe:clusters=random",
+    "sub-moe:thin=0.5", "sub-moe:thin=0.5:white=false", "svd of each expert: bits=4", "svd of each expert: bits=6",
+    "stun:drop=0", "stun", "stun:drop=0.25", "stun:drop=0.25:by=scores", "stun:drop=0.25:by=random", "stun:drop=0.25:scope=model",
+    "stun:drop=0.25:owl=false",
+    "dern", "dern:threshold=0.2", "dern:threshold=0.25", "dern:threshold=0.3", "dern:threshold=0.35", "dern:threshold=0.4",
+    "dern:threshold=0.25:seeds=own", "dern:threshold=0.25:seeds=random", "dern:threshold=0.3:seeds=own", "dern:threshold=0.3:seeds=random",
+    "dern:threshold=0.3:gate=true", "dern:threshold=0.3:weighted=false",
+)  # fmt: skip
+PLAIN_SVD = "svd of each expert: bits="
+"""Each expert's own singular vectors, as many bytes as so many bits of 16 say."""
+ERROR_ROWS = 2
 BLIND = ("magnitude", "random-neurons")
 CRITERIA = "soft-selected-layer,easy-ep-layer,easy-ep-global,output-error-layer,output-error-global"
+
+
+def needed(args: argparse.Namespace) -> set[str]:
+    """Collectors that the methods and criteria of a run read."""
+    found = {"counts"}
+    if args.only in (None, "neurons"):
+        found |= {"neurons", "gradients"}
+    for name in args.methods if args.only in (None, "points") else ():
+        found |= set() if name.startswith(PLAIN_SVD) else {*getattr(method(name), "collectors", ())}
+    for name in args.criteria:
+        found |= {*criteria.get(name.rpartition("-")[0]).needs}
+    return found
 
 
 class NeuronBench(Bench):
     """The model, its held-out text, and what every draw of calibration text says."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__(args, (*COLLECTORS, "neurons", "gradients", "pairs"))
+        super().__init__(args, tuple(sorted(needed(args))))
         self.passes = [self.calibrate(seed) for seed in range(args.seeds)]
         self.free = [torch.zeros(layer.num_experts, layer.width, dtype=torch.bool) for layer in self.layers]
 
@@ -77,21 +105,53 @@ class NeuronBench(Bench):
         chosen: Any = method(name)
         return chosen, [chosen.judge(LayerSeen(layer, own.values)) for layer, own in zip(self.layers, found.layers, strict=True)]
 
-    def changes(self, name: str, keep: float) -> list[SliceChange | MergeChange]:
+    def changes(self, name: str, keep: float) -> list[Change]:
         """A change for every draw."""
-        if name in MERGING:
-            merging: Any = method(name)
-            return [merging.change(self.layers, [own.values for own in found.layers], keep) for found in self.passes]
+        if name.startswith(PLAIN_SVD):
+            return [QuantizeChange(LowRankSparse(sparse=0.0), float(name.removeprefix(PLAIN_SVD)), 32)]
+        merging: Any = method(name)
+        if isinstance(merging, MergeMethod):
+            every = [routed_layers(self.model, self.layers, [own.values for own in found.layers]) for found in self.passes]
+            return [merging.change(layers, keep) for layers in every]
         if name.startswith("random"):
             names, draws = [f"{name}:seed={seed}" for seed in range(self.args.seeds)], [0] * self.args.seeds
         else:
             draws = [0] if name.partition(":")[0] in BLIND else list(range(self.args.seeds))
             names = [name] * len(draws)
-        found: list[SliceChange | MergeChange] = []
+        found: list[Change] = []
         for each, draw in zip(names, draws, strict=True):
             chosen, judged = self.judged(each, self.passes[draw])
             found.append(chosen.change(judged, keep, self.free))
         return found
+
+    @cached_property
+    def seen(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Of every layer of the full model, on held-out text: inputs, choices, weights, outputs of the experts."""
+        found: list[Any] = []
+        for layer in self.layers:
+
+            def note(x: Tensor, index: Tensor, weight: Tensor, layer: Any = layer) -> Tensor:
+                y = layer.stock(x, index, weight)
+                found.append((layer.index, x.clone(), index.clone(), weight.clone(), y.clone()))
+                return y
+
+            layer.install(note)
+        with torch.no_grad():
+            self.model(input_ids=self.ids[:ERROR_ROWS], use_cache=False)
+        for layer in self.elastic.layers:
+            layer.parts.layer.install(layer)
+        return [rest for _, *rest in sorted(found, key=lambda row: row[0])]
+
+    @torch.no_grad()
+    def error(self, change: Change) -> float | None:
+        """Mean over layers of ‖y - y'‖² / ‖y‖², y' with the change and the same choices; None where experts are not there any more."""
+        if getattr(change, "staying", None) is not None:
+            return None
+        full = self.seen
+        with change.installed(self.model, self.layers):
+            outputs = [layer.by_expert(x, i, w) for layer, (x, i, w, _) in zip(self.layers, full, strict=True)]
+        each = [float((a - b).square().sum() / b.square().sum()) for a, (*_, b) in zip(outputs, full, strict=True)]
+        return statistics.fmean(each)
 
     def pruned(self, name: str, keep: float) -> list[Any]:
         """The experts that stay of every draw, by CRITERION-ALLOCATION."""
@@ -108,7 +168,9 @@ def point_rows(bench: NeuronBench) -> Iterator[dict[str, Any]]:
             points = [OperatingPoint(weights=change.part()) for change in changes]
             found = measure(bench.model, bench.ids, points, batch=2)
             kl = [m.quality.kl for m in found]
-            yield {"keep": keep, "way": name, "kl": kl, "resident": statistics.fmean(c.resident_share for c in changes)}
+            errors = [e for change in changes if name in MERGING and (e := bench.error(change)) is not None]
+            share = statistics.fmean(c.resident_share for c in changes)
+            yield {"keep": keep, "way": name, "kl": kl, "resident": share, "error": errors}
         for name in bench.args.criteria:
             try:
                 plans = bench.pruned(name, keep)
@@ -176,11 +238,13 @@ def bars(found: list[dict[str, Any]]) -> Iterator[str]:
         for keep in dict.fromkeys(row["keep"] for row in own):
             kl = {row["way"]: statistics.fmean(row["kl"]) for row in own if row["keep"] == keep}
             order = ("heapr", "camera", "magnitude", "random-neurons")
+            if not set(order) <= set(kl):
+                continue
             said = " <= ".join(f"{name} {kl[name]:.4f}" for name in order)
             holds = all(kl[a] <= kl[b] for a, b in itertools.pairwise(order))
             yield f"{model} at {keep:g}: {said}: {holds}"
             experts = {way: value for way, value in kl.items() if way.startswith("experts")}
-            neurons = {way: value for way, value in kl.items() if not way.startswith(("experts", "m-smoe"))}
+            neurons = {way: value for way, value in kl.items() if not way.startswith("experts") and way not in MERGING}
             if experts:
                 best, least = min(experts, key=experts.__getitem__), min(neurons, key=neurons.__getitem__)
                 against = f"the best of experts ({best.partition(', ')[2]} {experts[best]:.4f})"
@@ -200,7 +264,8 @@ def show(row: dict[str, Any]) -> str:
         return f"{where} " + "  ".join(f"{name} {value:.3f}" for name, value in row["spearman"].items())
     values = row["kl"]
     spread = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
-    return f"{where} resident {row['resident']:.3f}  KL {statistics.fmean(values):.4f}{spread}"
+    error = f"  layer error {statistics.fmean(row['error']):.3f}" if row.get("error") else ""
+    return f"{where} resident {row['resident']:.3f}  KL {statistics.fmean(values):.4f}{spread}{error}"
 
 
 def main() -> None:

@@ -34,12 +34,15 @@ if TYPE_CHECKING:
     from .jobs.generate import generate
     from .jobs.inspect import inspect_model
     from .jobs.listing import list_choices
+    from .jobs.patterns import write_patterns
     from .jobs.place import place_experts
     from .jobs.prune import prune_model, select_experts
     from .jobs.recover import recover_model
     from .jobs.refactor import refactor, refactor_shard
     from .jobs.rehearsal import rehearse
+    from .jobs.reslice import reslice
     from .jobs.skip import make_skip_plan
+    from .jobs.split import split_model
     from .jobs.time_points import Timing, time_frontier
     from .jobs.trace import inspect_routing, record_trace
     from .jobs.verify import verify
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from .options.serve import ServeOptions
     from .options.skip import SkipOptions
     from .options.speed import SpeedOptions
+    from .options.split import SplitOptions
     from .options.trace import TraceOptions
     from .point import OperatingPoint
     from .result import Result
@@ -73,12 +77,14 @@ _HOME = {
     "read_statistics": "jobs.calibrate",
     "refactor": "jobs.refactor",
     "refactor_shard": "jobs.refactor",
+    "reslice": "jobs.reslice",
     "adopt": "jobs.adopt",
     "prune_model": "jobs.prune",
     "select_experts": "jobs.prune",
     "compress_model": "jobs.compress",
     "measure_compression": "jobs.compress",
     "plan_compression": "jobs.compress",
+    "split_model": "jobs.split",
     "recover_model": "jobs.recover",
     "rehearse": "jobs.rehearsal",
     "evaluate_model": "jobs.evaluate",
@@ -102,6 +108,7 @@ _HOME = {
     "load_trace": "offload.trace",
     "forecast_offload": "jobs.forecast_offload",
     "fit_offload": "jobs.fit_offload",
+    "write_patterns": "jobs.patterns",
     "place_experts": "jobs.place",
     "verify": "jobs.verify",
     "list_choices": "jobs.listing",
@@ -131,6 +138,7 @@ _HOME = {
     "ServeOptions": "options.serve",
     "SkipOptions": "options.skip",
     "SpeedOptions": "options.speed",
+    "SplitOptions": "options.split",
     "TraceOptions": "options.trace",
 }
 
@@ -159,6 +167,7 @@ __all__ = [
     "SingleOptions",
     "SkipOptions",
     "SpeedOptions",
+    "SplitOptions",
     "Timing",
     "TraceOptions",
     "UsageError",
@@ -195,13 +204,16 @@ __all__ = [
     "refactor",
     "refactor_shard",
     "rehearse",
+    "reslice",
     "run_demo",
     "run_recipe",
     "select_experts",
     "serve_model",
+    "split_model",
     "time_frontier",
     "verify",
     "write_frontier",
+    "write_patterns",
 ]
 
 

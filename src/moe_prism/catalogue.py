@@ -36,6 +36,15 @@ methods: Registry[type[Any]] = Registry(
         "score-mass": Entry("moe_prism.methods.skip.score_mass:ScoreMassMethod", "per token: the fewest experts that hold a share of the routing weight", acts="routing"),
         "weight-cutoff": Entry("moe_prism.methods.skip.weight_cutoff:WeightCutoffMethod", "per token: weights below the layer's calibrated cutoff are skipped; :METHOD gives the counts", acts="routing"),
         "batch-redistribution": Entry("moe_prism.methods.skip.batch_redistribution:BatchMethod", "per batch: a layer's budget goes to the largest weights; :METHOD gives the counts", acts="routing"),
+        "top-p": Entry("moe_prism.methods.skip.top_p:TopPMethod", "per token: the fewest of all experts that hold a layer's share of the probability; :MOST", acts="routing"),
+        "odp": Entry("moe_prism.methods.skip.odp:Odp", "per token: small weights are skipped in a share of the layers, large tokens keep all (MC-MoE); :LAYERS", acts="routing"),
+        "otp": Entry("moe_prism.methods.skip.otp:Otp", "per token: a small trained network says how many of its experts are computed (MC#); :STEPS", acts="routing"),
+        "lexi": Entry("moe_prism.methods.skip.lexi:Lexi", "counts by what fewer experts do to random inputs, from the weights alone (LExI)", acts="routing"),
+        "gate-threshold": Entry("moe_prism.methods.skip.gate_threshold:GateThreshold", "per token: neurons of the chosen experts with a small gate are left out (intra-expert sparsity)", acts="routing"),
+        "blocks-and-neurons": Entry("moe_prism.methods.skip.blocks_and_neurons:BlocksAndNeurons", "threshold, and of kept blocks only the neurons with a large gate; :SHARE", acts="routing"),
+        "alloc": Entry("moe_prism.methods.skip.alloc:Alloc", "per batch: counts of sensitivity:isolated go to the largest weights (Alloc-MoE); :METHOD", acts="routing"),
+        "oea": Entry("moe_prism.methods.skip.oea:Oea", "per batch: a token's first experts, and those of its others that the batch reads anyway (OEA)", acts="routing"),
+        "xshare": Entry("moe_prism.methods.skip.xshare:XShare", "per batch: a share of the experts is read, the best for all; tokens choose among them (XShare)", acts="routing"),
         # weights: experts in fewer bits, by a codec
         "rtn": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "whole numbers of 1 to 8 bits, rounded to nearest; :BITS", acts="weights"),
         "nested": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "2 to 8 bits from one file (MWQ); :BITS", acts="weights"),
@@ -58,6 +67,10 @@ methods: Registry[type[Any]] = Registry(
         "random-neurons": Entry("moe_prism.methods.neurons.random_neurons:RandomNeurons", "neurons go by a uniform draw; :KEEP", acts="weights"),
         # weights: several experts share one set of weights
         "m-smoe": Entry("moe_prism.methods.merge.m_smoe:MSmoe", "experts become one with a more used one that the router scores alike (M-SMoE); :KEEP", acts="weights"),
+        "mc-smoe": Entry("moe_prism.methods.merge.mc_smoe:McSmoe", "m-smoe, then two thin matrices and the rows that they miss most (MC-SMoE); :KEEP", acts="weights"),
+        "sub-moe": Entry("moe_prism.methods.merge.sub_moe:SubMoe", "experts of alike outputs become one, whole or in thin matrices (Sub-MoE); :KEEP", acts="weights"),
+        "stun": Entry("moe_prism.methods.merge.stun:Stun", "of experts chosen together one stays, then single weights go (STUN, Wanda); :KEEP", acts="weights"),
+        "dern": Entry("moe_prism.methods.merge.dern:Dern", "experts go, and their neurons join similar ones in those that stay (DERN); :KEEP", acts="weights"),
         # weights: criteria of expert pruning, measured in mask mode as prune:CRITERION
         "random": Entry("moe_prism.methods.prune.random_draw:RandomDraw", "a uniform draw, by --seed", acts="weights"),
         "odd": Entry("moe_prism.methods.prune.position:Odd", "experts with odd ids, counted from 0", acts="weights"),
@@ -70,6 +83,7 @@ methods: Registry[type[Any]] = Registry(
         "gate-norm": Entry("moe_prism.methods.prune.norm:GateNorm", "mean routing weight x output norm over routed tokens (REAP)", acts="weights"),
         "activation-norm": Entry("moe_prism.methods.prune.norm:ActivationNorm", "mean output norm over routed tokens (MAN)", acts="weights"),
         "easy-ep": Entry("moe_prism.methods.prune.norm:EasyEp", "routing weight x output norm x how far the layer turns the token", acts="weights"),
+        "premoe": Entry("moe_prism.methods.prune.premoe:PreMoe", "how sure the router is of an expert where it is surest (PreMoE)", acts="weights"),
         "output-error": Entry("moe_prism.methods.prune.output_error:OutputError", "greedy removal by the layer's output error with tokens routed again", acts="weights"),
         "energy": Entry("moe_prism.methods.prune.norm:Energy", "sum of squared routing weight x output norm", acts="weights"),
         "mone": Entry("moe_prism.methods.prune.mone:Mone", "routing weight x spread of the outputs, with the mean output in the place of what goes (MoNE)", acts="weights"),
@@ -98,6 +112,8 @@ REGISTRIES = {
     "routing-stages": Home(
         "routing", "routing_stages", "`routing` of an operating point: what routing methods fit and a layer runs"
     ),
+    "splits": Home("methods.split", "splits", "`split --method`: which neurons of a dense layer become which expert"),
+    "slices": Home("frontier.judge", "slices", "`frontier --judge`: what held-out text is asked beside perplexity"),
     "protections": Home("compress.prune", "protections", "`prune --protect`: experts that stay whatever a criterion says"),
     "codecs": Home(
         "compress.codec", "codecs", "`weights` and `slots` of an operating point: how experts are stored in fewer bits"

@@ -15,7 +15,7 @@ import yaml
 from moe_prism.checkpoint.companions import without_code
 from moe_prism.checkpoint.config import read_config
 from moe_prism.checkpoint.view import as_data
-from moe_prism.errors import CorruptError, PrismError, UsageError
+from moe_prism.errors import PrismError, UsageError
 from moe_prism.jobs.card_text import code, shown
 from moe_prism.jobs.refactor_card import front_matter
 from moe_prism.model import load_model, load_tokenizer
@@ -102,11 +102,13 @@ def test_a_library_sees_settings_vocabulary_and_weights_and_nothing_else(copy):
         ({"text_config": {"dtype": "hub"}}, "'hub', which is no type"),
         ({"model_type": "../x"}, "'model_type'"),
         ({f"k{i}": i for i in range(20_000)}, "more than 2000 keys"),
+        ({"id2label": {str(i): "x" for i in range(100_000)}}, "more than 1000000 values or 100000 keys"),
+        ({"id2label": {f"{i:07}": "xxxxx" for i in range(450_000)}}, "8388608"),
     ],
 )
 def test_x01_numbers_that_no_model_has_are_refused_at_once(copy, change, said):
     changed(copy, **change)
-    with pytest.raises(CorruptError) as found:
+    with pytest.raises(PrismError) as found:
         read_config(copy)
     assert said in str(found.value) and "\n" not in str(found.value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -11,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from moe_prism import cli
 from moe_prism.checkpoint import LayerStream, OutputFolder, write_manifest
+from moe_prism.checkpoint import whole as checks
+from moe_prism.checkpoint.whole import look
 from moe_prism.errors import CorruptError, PrismError
 from moe_prism.jobs.inspect import inspect_model
 from moe_prism.jobs.verify import verify
@@ -37,9 +40,9 @@ def source(whole, tmp_path):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_refused_naming_tensor_and_file(damage, source):
     tensor, file = DAMAGES[damage](source)
-    for look in (inspect_model, load_model):
+    for opened in (inspect_model, load_model):
         with pytest.raises(PrismError) as caught:
-            look(source)
+            opened(source)
         line = str(caught.value)
         assert tensor in line and file in line and "\n" not in line and len(line) < 500, line
         assert caught.value.exit_code == 4
@@ -154,3 +157,20 @@ def test_verify_looks_at_the_architecture(whole, tmp_path):
     sign(folder, "config.json")
     with pytest.raises(CorruptError, match=r"gate\.weight' is \[4, 32\], config\.json says \[3, 32\]|experts\.3\."):
         verify(folder)
+
+
+def test_what_passed_is_looked_at_again_once_it_changed(source, monkeypatch):
+    look(source)
+    with monkeypatch.context() as patched:
+        patched.setattr(checks, "open_whole", lambda _: pytest.fail("looked at what is as it was"))
+        look(source)
+    shard = min(source.glob("*.safetensors"))
+    data, then = shard.read_bytes(), shard.stat()
+    shard.write_bytes(data[:-8] + b"\xff" * 8)
+    os.utime(shard, ns=(then.st_atime_ns, then.st_mtime_ns))  # as a tool that restores times leaves it
+    seen = []
+    monkeypatch.setattr(checks, "open_whole", seen.append)
+    look(source)
+    shard.unlink()
+    look(source)
+    assert len(seen) == 2

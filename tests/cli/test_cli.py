@@ -8,10 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from moe_prism import cli
+from moe_prism import cli, load
 from moe_prism.catalogue import REGISTRIES
 from moe_prism.checkpoint import sha256_file
 from moe_prism.errors import CorruptError
@@ -30,6 +31,8 @@ COMMANDS = (
     "adopt",
     "prune",
     "compress",
+    "split",
+    "patterns",
     "recover",
     "skip",
     "frontier",
@@ -94,9 +97,15 @@ print(sorted({"torch", "transformers", "numba"} & set(sys.modules)))
 
 def test_what_needs_no_torch_is_refused_without_it(tiny_source, tmp_path):
     """Wrong options, models that are not there, files that are not whole: a command imports what it works with after that."""
-    short = shutil.copytree(tiny_source, tmp_path / "short")
+    short, gone, unknown, keys = (shutil.copytree(tiny_source, tmp_path / name) for name in ("short", "gone", "unknown", "keys"))
     shard = min(short.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-9])
+    (gone / shard.name).unlink()
+    index = json.loads((unknown / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.unknown.weight"] = shard.name
+    (unknown / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((keys / "config.json").read_text())
+    (keys / "config.json").write_text(json.dumps({**config, **{f"k{i}": i for i in range(3000)}}))
     (tmp_path / "frontier.json").write_text("{")
     out = ["-o", str(tmp_path / "out")]
     cases = {
@@ -111,7 +120,11 @@ def test_what_needs_no_torch_is_refused_without_it(tiny_source, tmp_path):
             *([command, "nowhere", *out] for command in ("refactor", "calibrate", "prune", "trace", "recover")),
             *([command, "nowhere"] for command in ("inspect", "frontier", "generate", "verify")),
         ],
-        4: [["refactor", str(short), *out], ["inspect", str(short)], ["report", str(tmp_path / "frontier.json")]],
+        4: [
+            *(["refactor", str(folder), *out] for folder in (short, gone, unknown, keys)),
+            *(["inspect", str(folder)] for folder in (short, gone, unknown, keys)),
+            ["report", str(tmp_path / "frontier.json")],
+        ],
         0: [["ls", "solvers"], ["ls", "collectors"], ["ls", "families"]],
     }
     script = """
@@ -352,6 +365,19 @@ def test_f07_verify_finds_a_flipped_bit(run, elastic_tiny, tmp_path):
     assert code == 4 and shard.name in err and err.count("\n") == 1 and not out
     with pytest.raises(CorruptError, match=shard.name):
         start_engine(folder, ServeOptions(verify=True), Config())
+
+
+def test_f07_loading_with_verify_looks_at_files_that_are_not_read_too(elastic_tiny, tmp_path):
+    folder = Path(shutil.copytree(elastic_tiny, tmp_path / "copy"))
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "metadata": {"total_size": 1}}))  # as good as it was
+    load(folder)
+    with pytest.raises(CorruptError, match=index.name):
+        load(folder, verify=True)
+    shutil.copyfile(elastic_tiny / index.name, index)
+    (folder / "model-00099-of-00099.bin").write_bytes(b"")
+    with pytest.raises(CorruptError, match="00099"):
+        load(folder, verify=True)
 
 
 @pytest.mark.slow

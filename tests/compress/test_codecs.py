@@ -165,3 +165,19 @@ def test_ternary_lies_between_one_and_two_bits(seed: int) -> None:
     assert error(Nested(), matrix, 2) < error(Ternary(), matrix, 1.6) < error(Binary(), matrix, 1)
     codes = torch.randint(0, 3, (3, 13), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(Ternary._unpack(Ternary._pack(codes), 13), codes)
+
+
+@pytest.mark.parametrize("base", [1, 2, 4])
+@pytest.mark.parametrize("bits", [4.0, 8.0])
+def test_cells_of_nested_planes_are_those_of_the_form_to_read(base, bits):
+    """In compiled code; where two sizes are equally good to a rounding, either will do."""
+    g = torch.Generator().manual_seed(base)
+    values = torch.randn(3, 20, 4, 32, generator=g) * torch.rand(3, 20, 4, 1, generator=g) ** 4
+    values[0, 0] = 0
+    codec = Nested(base=base)
+    low, high = values.amin(-1), values.amax(-1)
+    fast = codec.fit(values, bits)
+    plain = codec.fit_plainly(values, torch.zeros_like(low), torch.maximum(high, -low), bits)
+    assert float((fast["cell"] == plain["cell"]).float().mean()) > 0.99
+    error = [float((codec.value(codec.code(values, n, bits), n, bits) - values).square().mean()) for n in (fast, plain)]
+    assert error[0] == pytest.approx(error[1], rel=1e-3)

@@ -11,6 +11,7 @@ from moe_prism.compress.merge.change import MergeChange
 from moe_prism.compress.merge.groups import MergedExperts, aligned, orders_bytes
 from moe_prism.errors import CorruptError, UsageError
 from moe_prism.methods.find import method
+from moe_prism.methods.merge.base import routed_layers
 from moe_prism.methods.merge.m_smoe import dominant
 from moe_prism.model import find_layers
 from moe_prism.point import WeightChange
@@ -55,7 +56,7 @@ def change(model, name):
     layers = find_layers(model)
     values = [own.values for own in values_of(model).statistics().layers]
     text = name.partition(":")[2]
-    return method(name).change(layers, values, float(text.partition(":")[0].removeprefix("keep=")))
+    return method(name).change(routed_layers(model, layers, values), float(text.partition(":")[0].removeprefix("keep=")))
 
 
 def test_the_model_comes_back_and_so_does_the_plain_form(model):

@@ -33,6 +33,8 @@ COMMANDS = {
     "adopt": "adopt",
     "prune": "prune_model",
     "compress": "compress_model",
+    "split": "split_model",
+    "patterns": "write_patterns",
     "recover": "recover_model",
     "skip": "make_skip_plan",
     "frontier": "measure_frontier",
@@ -72,6 +74,7 @@ HEAVY = {
     "serve_model",
     "time_frontier",
     "write_frontier",
+    "write_patterns",
 }
 """What reads the standard library as text, measures, or starts servers."""
 QUIET = {"jobs/time_points.py", "data/render_chat.py", "serve/logs.py"}

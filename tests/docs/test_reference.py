@@ -141,7 +141,10 @@ def test_what_a_system_names_exists(system):
     if system.command.startswith(SHELL):
         parsed(system.command)
         for _, option, value in re.findall(r"(?=(--(method|methods|rule|criterion) (\S+)))", system.command):
-            method(f"prune:{value}" if option == "criterion" else value)
+            if system.command.startswith("moe-prism split"):
+                registry("splits").get(value)
+            else:
+                method(f"prune:{value}" if option == "criterion" else value)
     else:
         module, _, attribute = system.command.partition(":")
         assert hasattr(import_module(module), attribute)

@@ -25,6 +25,7 @@ SMALL = {
     "prune": {"--tokens": "1024", "--length": "256", "--profile-tokens": "256"},
     "forecast": {"--tokens": "1024", "--seconds": "2"},
     "trace": {"--tokens": "1024"},
+    "recover": {"--tokens": "2048", "--length": "64", "--steps": "2"},
 }
 
 CLIENT = """#!{python} -IS
@@ -38,6 +39,8 @@ sys.exit(int(link.recv(16) or 70))
 
 def smaller(arguments: Sequence[str]) -> list[str]:
     given = list(arguments)
+    if "--reslice" in given:  # which takes no other option
+        return given
     for name, value in SMALL.get(given[0] if given else "", {}).items():
         if name not in given and "--help" not in given:
             given += [name, value]

@@ -145,6 +145,39 @@ def test_f11_memory_that_runs_out_is_one_line_and_what_was_done_is_kept(refactor
         assert again.times == 2 and digests(out) == wanted
 
 
+NO_MORE = """
+import resource, sys
+from moe_prism import cli
+from tests.faults.points import fault
+
+def no_more(*_, **__):
+    held = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (held, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+with fault("layer", no_more, at=2):
+    sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc that says what a process holds")
+def test_f11_a_limit_that_the_kernel_keeps(text_file, tmp_path):
+    """A process may hold no more than it does when its second layer begins: whoever asks the system for memory then is told no."""
+    save_tiny("olmoe", tmp_path / "model", num_hidden_layers=3, hidden_size=256, intermediate_size=1024)
+    root = Path(__file__).parents[2]
+    arguments = ["refactor", str(tmp_path / "model"), "--text", str(text_file), *SMALL, "-o"]
+    own = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "src")]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", NO_MORE, *arguments, str(tmp_path / "out")]
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=250)
+    lines = [line for line in done.stderr.splitlines() if "error" in line]
+    assert done.returncode == 3 and len(lines) == 1 and "memory ran out; use --low-memory" in lines[0], done.stderr[-2000:]
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "unit-000.safetensors").is_file()
+    with fault("layer", lambda *_, **__: None) as again:
+        assert cli.main([*arguments, str(tmp_path / "out"), "--resume"]) == 0
+    assert cli.main([*arguments, str(tmp_path / "whole")]) == 0
+    assert again.times == 2 and digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
 def test_f11_another_error_of_a_run_is_not_taken_for_it(refactor, tmp_path):
     with pytest.raises(RuntimeError, match="a bug"), fault("layer", raising(RuntimeError("a bug"))):
         refactor(tmp_path / "out")

@@ -57,7 +57,9 @@ class Process:
         self.reader.start()
 
     def _read(self) -> None:
-        self.lines += [json.loads(line) for line in self.child.stderr if line.startswith("{")]
+        for line in self.child.stderr:
+            if line.startswith("{"):
+                self.lines.append(json.loads(line))
 
     def close(self) -> None:
         if self.child.poll() is None:
@@ -93,7 +95,53 @@ def ask(url, results):
     results.append(httpx2.post(url + "/v1/completions", json=BODY, timeout=60))
 
 
-def test_s14_sigterm_finishes_what_was_admitted_and_refuses_the_rest(process):
+def tree(pid: int) -> list[int]:
+    """A process and all below it."""
+    children = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    return [pid, *(below for child in children for below in tree(child))]
+
+
+def keeps_to_itself(process):
+    """The tree listens on one address of the loopback and dumps no memory."""
+    assert httpx2.post(process.url + "/v1/completions", json={**BODY, "max_tokens": 2}, timeout=60).status_code == 200
+    pids = tree(process.child.pid)
+    assert process.engine in pids and len(pids) >= 3  # HTTP, the engine, and who turns text into tokens
+    port = f"{int(process.url.rpartition(':')[2]):04X}"
+    assert {address for pid in pids for address in process.listening(pid)} == {("0100007F", port)}
+    inodes = {
+        str(p.readlink())[8:-1] for pid in pids for p in Path(f"/proc/{pid}/fd").iterdir() if str(p.readlink())[:8] == "socket:["
+    }
+    rows = [row.split() for row in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    assert not [row for row in rows if row[6] in inodes and len(row) > 7], "a Unix socket has a name"
+    for pid in (process.child.pid, process.engine):
+        limits = Path(f"/proc/{pid}/limits").read_text()
+        assert next(line for line in limits.splitlines() if "core file" in line).split()[4:6] == ["0", "0"]
+
+
+def serves_again(process):
+    """After its engine is killed; `process.engine` is the new one then."""
+    results: list[httpx2.Response] = []
+    with httpx2.Client(base_url=process.url, timeout=60) as web:
+        os.kill(process.engine, signal.SIGSTOP)  # so that it cannot end an answer first
+        whole = threading.Thread(target=ask, args=(process.url, results))
+        whole.start()
+        end = time.monotonic() + 60
+        while web.get("/ready").json()["requests"] < 1 and time.monotonic() < end:
+            time.sleep(0.01)
+        os.kill(process.engine, signal.SIGKILL)
+        whole.join(60)
+        while (ready := web.get("/ready")).status_code != 200 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert ready.json()["status"] == "ready" and web.post("/v1/completions", json=BODY).status_code == 200
+    assert [(r.status_code, r.json()["error"]["message"]) for r in results] == [(503, "the engine stopped")]
+    while "engine restarted" not in (events := [line["event"] for line in process.lines]) and time.monotonic() < end:
+        time.sleep(0.05)  # another thread reads the lines
+    assert "the engine's process was killed by signal 9" in events and "engine restarted" in events
+    process.engine = next(line["engine"] for line in process.lines if line["event"] == "engine restarted")
+
+
+def ends_in_order(process):
+    """SIGTERM: what was admitted is finished, the rest is refused."""
     results: list[httpx2.Response] = []
     threads = [threading.Thread(target=ask, args=(process.url, results)) for _ in range(6)]
     for thread in threads:
@@ -121,29 +169,14 @@ def test_s14_sigterm_finishes_what_was_admitted_and_refuses_the_rest(process):
         os.kill(process.engine, 0)
 
 
-def tree(pid: int) -> list[int]:
-    """A process and all below it."""
-    children = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
-    return [pid, *(below for child in children for below in tree(child))]
+def test_x03_x04_s12_s14_the_life_of_a_server(process):
+    """One process for all of it: a start takes ten seconds of a processor."""
+    keeps_to_itself(process)
+    serves_again(process)
+    ends_in_order(process)
 
 
-def test_x03_x04_the_tree_listens_on_one_loopback_address_and_dumps_no_memory(process):
-    assert httpx2.post(process.url + "/v1/completions", json={**BODY, "max_tokens": 2}, timeout=60).status_code == 200
-    pids = tree(process.child.pid)
-    assert process.engine in pids and len(pids) >= 3  # HTTP, the engine, and who turns text into tokens
-    port = f"{int(process.url.rpartition(':')[2]):04X}"
-    assert {address for pid in pids for address in process.listening(pid)} == {("0100007F", port)}
-    inodes = {
-        str(p.readlink())[8:-1] for pid in pids for p in Path(f"/proc/{pid}/fd").iterdir() if str(p.readlink())[:8] == "socket:["
-    }
-    rows = [row.split() for row in Path("/proc/net/unix").read_text().splitlines()[1:]]
-    assert not [row for row in rows if row[6] in inodes and len(row) > 7], "a Unix socket has a name"
-    for pid in (process.child.pid, process.engine):
-        limits = Path(f"/proc/{pid}/limits").read_text()
-        assert next(line for line in limits.splitlines() if "core file" in line).split()[4:6] == ["0", "0"]
-
-
-@pytest.mark.parametrize("how", ["second signal", "drain runs out"])
+@pytest.mark.parametrize("how", ["second signal", pytest.param("drain runs out", marks=pytest.mark.slow)])
 def test_s14_whoever_is_cut_off_gets_503_in_json(tiny_levels, tmp_path, how):
     config = tmp_path / "qos.yaml"
     drain = {"drain_seconds": 0.2 if how == "drain runs out" else 60}
@@ -175,28 +208,6 @@ def test_s14_whoever_is_cut_off_gets_503_in_json(tiny_levels, tmp_path, how):
             os.kill(process.engine, 0)
     finally:
         process.close()
-
-
-def test_s12_a_server_whose_engine_is_killed_serves_again(process):
-    results: list[httpx2.Response] = []
-    with httpx2.Client(base_url=process.url, timeout=60) as web:
-        os.kill(process.engine, signal.SIGSTOP)  # so that it cannot end an answer first
-        whole = threading.Thread(target=ask, args=(process.url, results))
-        whole.start()
-        end = time.monotonic() + 60
-        while web.get("/ready").json()["requests"] < 1 and time.monotonic() < end:
-            time.sleep(0.01)
-        os.kill(process.engine, signal.SIGKILL)
-        whole.join(60)
-        while (ready := web.get("/ready")).status_code != 200 and time.monotonic() < end:
-            time.sleep(0.01)
-        assert ready.json()["status"] == "ready" and web.post("/v1/completions", json=BODY).status_code == 200
-    assert [(r.status_code, r.json()["error"]["message"]) for r in results] == [(503, "the engine stopped")]
-    process.child.send_signal(signal.SIGTERM)
-    assert process.child.wait(60) == 0
-    process.reader.join(10)
-    events = [line["event"] for line in process.lines]
-    assert "the engine's process was killed by signal 9" in events and "engine restarted" in events
 
 
 def test_s15_what_is_wrong_at_the_start_is_one_line(tiny_levels, elastic_tiny, tmp_path, capsys):
@@ -233,7 +244,7 @@ def test_s15_what_is_wrong_at_the_start_is_one_line(tiny_levels, elastic_tiny, t
         assert cause in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("process", ["true", "false"])
+@pytest.mark.parametrize("process", [pytest.param("true", marks=pytest.mark.slow), "false"])
 def test_s15_truncated_weights_are_one_line(tiny_levels, tmp_path, capfd, process):
     shutil.copytree(tiny_levels, tmp_path / "elastic")
     file = next((tmp_path / "elastic").glob("model*.safetensors"))

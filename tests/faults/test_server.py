@@ -28,6 +28,12 @@ def web(house):
         assert made.post("/v1/completions", json=BODY).status_code == 200  # whatever happened, it still serves
 
 
+@pytest.fixture(scope="module")
+def locked_house(tiny_levels):
+    with open_house(tiny_levels, api_key="s3cret") as found:
+        yield found
+
+
 def raw(port, request, read=True):
     """Send bytes, return all that comes back."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as link:
@@ -226,10 +232,40 @@ def test_x02_every_route_with_data_needs_the_key(tiny_levels):
             ):
                 for method in ("GET", "POST", "OPTIONS"):
                     status = web.request(method, path, headers=given).status_code
-                    is_open = path in ("/health", "/status")  # the page asks for the key before it shows anything
+                    is_open = path in ("/health", "/ready", "/status")  # the page asks for the key before it shows anything
                     assert status == (401 if not is_open else 200 if method == "GET" else 405), (method, path, given)
         assert web.get("/v1/models", headers={"authorization": "Bearer s3cret"}).status_code == 200
         assert web.get("/v1/models", headers={"x-api-key": "s3cret"}).status_code == 401
+        said = [web.get("/ready", headers=h).json() for h in ({}, {"authorization": "Bearer s3cret"})]
+        assert said == [{"status": "ready"}, {"status": "ready", "policy": "fifo", "requests": 0}]  # probes have no key
+
+
+def test_x02_two_keys_in_one_request_are_refused_on_every_route_that_needs_one(tiny_levels):
+    with open_house(tiny_levels, api_key="s3cret") as house:
+        right, wrong = b"authorization: Bearer s3cret\r\n", b"Authorization: Bearer x\r\n"
+        for path in (b"/v1/models", b"/v1/completions", b"/metrics", b"/status.json", b"/openapi.json", b"/nowhere"):
+            for pair in (right + wrong, wrong + right, right + right):
+                said = raw(house.port, b"GET %s HTTP/1.1\r\nhost: x\r\nconnection: close\r\n%s\r\n" % (path, pair))
+                head, _, body = said.partition(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 400 ") and b"application/json" in head
+                assert b"more than one Authorization" in body and b"\n" not in body
+
+
+@pytest.mark.parametrize(
+    "key", [b"", b"authorization: Bearer s3cret\r\n", b"authorization: Bearer x\r\n"], ids=["none", "right", "wrong"]
+)
+@pytest.mark.parametrize("path", [b"/v1/completions", b"/health", b"/nowhere"])
+def test_s01_a_body_of_two_lengths_is_refused_and_its_connection_ends(locked_house, path, key):
+    """What the next request on the connection is would depend on who reads: nothing after the head is answered."""
+    head = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n%s" % (path, key)
+    for lengths in (
+        b"content-length: 5\r\ntransfer-encoding: chunked\r\n",
+        b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n",
+    ):
+        said = raw(locked_house.port, head + lengths + b"\r\n0\r\n\r\nGET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert said.count(b"HTTP/1.1 ") == 1 and b"HTTP/1.1 400 " in said and b"connection: close" in said.lower()
+        body = said.partition(b"\r\n\r\n")[2]
+        assert "Transfer-Encoding" in json.loads(body)["error"]["message"] and b"\n" not in body
 
 
 @pytest.mark.slow
@@ -250,7 +286,7 @@ def test_x02_how_much_of_a_key_is_right_cannot_be_told_from_the_time():
             for _ in range(50):
                 began = time.perf_counter_ns()
                 try:
-                    keys.check(headers[kind])
+                    keys.check([headers[kind]])
                 except Refusal:
                     taken.append(time.perf_counter_ns() - began)
             times[kind].append(sorted(taken)[len(taken) // 2])

@@ -30,11 +30,11 @@ from moe_prism.jobs.refactor import RefactorOptions, refactor
 from tests.tiny_sources import digests
 
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir")
-ARGUMENTS = ("--tokens", "768", "--length", "32", "--reservoir", "128")
+ARGUMENTS = ("--tokens", "768", "--length", "32", "--reservoir", "128", "--profile-tokens", "64")
 
 
 def options(text: str) -> RefactorOptions:
-    return RefactorOptions(calibration=CalibrateOptions(text=text, tokens=768, length=32, reservoir=128))
+    return RefactorOptions(calibration=CalibrateOptions(text=text, tokens=768, length=32, reservoir=128), profile_tokens=64)
 
 
 class Events:

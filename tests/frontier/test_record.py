@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_prism.errors import CorruptError, UsageError
-from moe_prism.frontier import DecodeTime, DomainQuality, Frontier, MeasuredPoint
+from moe_prism.frontier import DecodeTime, DomainQuality, Frontier, MeasuredPoint, SliceScore
 from moe_prism.point import OperatingPoint, RoutingStage, SlotRule, WeightChange
 
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
@@ -44,6 +44,9 @@ KINDS = {
     "bool": st.booleans(),
     "OperatingPoint | None": OPERATING_POINTS,
     "DecodeTime | None": st.none() | TIMES,
+    "Mapping[str, SliceScore]": st.dictionaries(
+        NAME, st.builds(SliceScore, SHARE, AMOUNT, SHARE, SHARE, SHARE, st.integers(1, 4096), st.booleans()), max_size=2
+    ),
     "Mapping[str, DomainQuality]": st.dictionaries(NAME, st.builds(DomainQuality, AMOUNT, AMOUNT, SHARE), max_size=2),
 }
 SHARES = {"budget": st.floats(0, 1), "top1_agreement": st.floats(0, 1)}

@@ -5,6 +5,7 @@ Neutral is exact; JSON round trip; the same KL when run again from frontier.json
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -27,14 +28,14 @@ from moe_prism.elastic.bind import Step, bind
 from moe_prism.frontier.cost import measured_cost, resident_bytes
 from moe_prism.jobs.frontier import evaluation_windows, measure_frontier, subject_of
 from moe_prism.methods.find import PRUNE, method
-from moe_prism.methods.merge.m_smoe import MSmoe
+from moe_prism.methods.merge.base import MergeMethod
 from moe_prism.methods.neurons.base import NeuronMethod
 from moe_prism.model import MoELayer
 from moe_prism.options.frontier import FrontierOptions
 from moe_prism.point import FULL, NamedPoint, OperatingPoint, RoutingStage, SlotRule
 from moe_prism.routing import stage_class
 
-from .operations import counted, distinct_rows, expected
+from .operations import counted, distinct_rows, expected, passing
 
 OPTIONS: dict[str, Any] = {"tokens": 256, "length": 32, "calibration_tokens": 256, "per_method": 3}
 
@@ -92,14 +93,18 @@ def checks_of(name: str) -> list[Check]:
             removes_nothing_where_all_stay,
         ]  # they share the change: tried with one of them
         return [*checks, *(alike if name == "heapr" else [])]
-    if found is MSmoe:
-        return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_shared_weights_read]
+    if issubclass(found, MergeMethod):
+        shared = [] if name == "dern" else [costs_what_is_left_of_experts]
+        return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, *shared]
     if found.acts == "weights":
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_its_codec_stores]
     checks: list[Check] = [has_points_that_survive_json, changes_the_output]
-    checks.append(costs_what_its_widths_read if getattr(found, "maker", "") else costs_what_it_reads)
+    if getattr(found, "leaves_out_neurons", False):
+        checks.append(costs_what_passes_its_cutoff)
+    else:
+        checks.append(costs_what_its_widths_read if getattr(found, "maker", "") else costs_what_it_reads)
     if not getattr(found, "depends_on_batch", False):
-        checks.append(is_the_same_alone_and_beside_any_other)
+        checks += [is_the_same_alone_and_beside_any_other, looks_at_no_later_token]
     if issubclass(found, Rule):
         checks.append(is_exact_when_it_keeps_all)
     elif found.stage is not None:
@@ -137,8 +142,8 @@ def is_exact_when_it_keeps_all(bench: Bench, asked: str) -> None:
 
 def is_exact_at_its_neutral_values(bench: Bench, asked: str) -> None:
     """Of a routing stage, by its name."""
-    elastic = bench.opened.elastic
-    neutral = stage_class(asked).neutral(asked, len(elastic.layers), elastic.k)
+    elastic, name = bench.opened.elastic, asked.partition(":")[0]
+    neutral = stage_class(name).neutral(name, len(elastic.layers), elastic.k)
     assert RoutingStage.from_json(neutral.to_json()) == neutral
     ids = distinct_rows(bench.opened.model, 24)
     assert torch.equal(bench.logits(ids, [OperatingPoint(routing=(neutral,))]), bench.logits(ids, [FULL]))
@@ -156,6 +161,15 @@ def is_the_same_alone_and_beside_any_other(bench: Bench, asked: str) -> None:
         alone = bench.logits(ids[row : row + 1], [point])[0]
         torch.testing.assert_close(mixed[row], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()))
         assert torch.equal(mixed[row].argmax(-1), alone.argmax(-1))
+
+
+def looks_at_no_later_token(bench: Bench, asked: str) -> None:
+    """Other tokens at the end of a text change nothing before them."""
+    ids = distinct_rows(bench.opened.model, 36)
+    one, other = ids[:, :24], torch.cat([ids[:, :16], ids[:, 24:32]], 1)
+    for named in (bench.points(asked)[0], bench.points(asked)[-1]):
+        first, second = (bench.logits(rows, [named.point])[:, :16] for rows in (one, other))
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5 * float(first.abs().max()))
 
 
 @torch.no_grad()
@@ -228,6 +242,29 @@ def costs_what_its_widths_read(bench: Bench, asked: str) -> None:
 
 
 @torch.no_grad()
+def costs_what_passes_its_cutoff(bench: Bench, asked: str) -> None:
+    """Of a stage that leaves out neurons: every gate, and two rows more where |silu(gate)| reaches the cutoff; and what is computed so."""
+    elastic, tokens, point = bench.opened.elastic, 24, bench.points(asked)[-1].point
+    step = Step(bind(elastic, [point]))
+    with elastic.at(step), elastic.count(), ExitStack() as stack:
+        seen: list[tuple[Any, ...]] = []
+        for layer in elastic.layers:
+            run = layer.executor.run_above
+
+            def watched(x, index, weight, settled, run=run, layer=layer, seen=seen):
+                seen.append((layer, x, index, weight, settled, run(x, index, weight, settled)))
+                return seen[-1][-1]
+
+            stack.enter_context(mock.patch.object(layer.executor, "run_above", watched))
+        bench.opened.model(input_ids=distinct_rows(bench.opened.model, tokens))
+        cost = measured_cost(elastic, step)
+    per_token, distinct = passing(seen)
+    size = elastic.stored_bytes_per_weight
+    assert cost.active_expert_bytes == pytest.approx(per_token * size / tokens, rel=1e-12)
+    assert math.isnan(distinct) or cost.distinct_expert_bytes == pytest.approx(distinct * size, rel=1e-12)
+
+
+@torch.no_grad()
 def costs_what_its_codec_stores(bench: Bench, asked: str) -> None:
     """Of a change that stores experts otherwise: a token reads its k experts, each as many bytes as its planes have."""
     elastic = bench.opened.elastic
@@ -290,24 +327,55 @@ def costs_what_its_neurons_read(bench: Bench, asked: str) -> None:
 
 
 @torch.no_grad()
-def costs_what_shared_weights_read(bench: Bench, asked: str) -> None:
-    """Of a change that lets experts share weights: a token reads as much as before, a batch reads what is shared once."""
+def costs_what_is_left_of_experts(bench: Bench, asked: str) -> None:
+    """Of a change that shares weights, stores them otherwise, removes neurons, or all of it: bytes of a token, of a batch, which
+    reads what is shared once, and of memory.
+    """
     elastic, tokens = bench.opened.elastic, 48
-    for point in (
-        bench.points(asked)[0].point,
-        replace(bench.points(asked)[0].point, slots=FULL.with_budget(0.5, "product").slots),
-    ):
-        change, step = change_of(point.weights), Step(bind(elastic, [point]))
-        with elastic.at(step), elastic.count(), counted(elastic) as found:
-            bench.opened.model(input_ids=distinct_rows(bench.opened.model, tokens))
-            cost = measured_cost(elastic, step)
-        assert cost.active_expert_bytes == pytest.approx(expected(elastic, tokens, found)[0], rel=1e-12)
-        for reads, own in zip(found, change.layers, strict=True):
-            for name in ("up", "down", "bias"):
-                setattr(reads, name, {(t, own.groups[e], *more) for t, e, *more in getattr(reads, name)})
-        assert cost.distinct_expert_bytes == pytest.approx(expected(elastic, tokens, found)[1], rel=1e-12)
-    full, held = (resident_bytes(elastic, Step(bind(elastic, [p]))) for p in (FULL, bench.points(asked)[0].point))
-    assert held == pytest.approx(full * change.resident_share, rel=1e-12)
+    for named in bench.points(asked)[:3]:
+        plain = named.point.slots == FULL.slots
+        for point in (named.point, replace(named.point, slots=FULL.with_budget(0.5, "product").slots))[: 2 if plain else 1]:
+            change, step = change_of(point.weights), Step(bind(elastic, [point]))
+            with elastic.at(step), elastic.count(), counted(elastic) as found:
+                bench.opened.model(input_ids=distinct_rows(bench.opened.model, tokens))
+                cost = measured_cost(elastic, step)
+            each = [_left(elastic, change, number, reads) for number, reads in enumerate(found)]
+            assert cost.active_expert_bytes == pytest.approx(sum(own for own, _, _ in each) / tokens, rel=1e-9)
+            assert cost.distinct_expert_bytes == pytest.approx(sum(own for _, own, _ in each), rel=1e-9)
+        held = resident_bytes(elastic, Step(bind(elastic, [replace(named.point, slots=FULL.slots)])))
+        assert held == pytest.approx(sum(own for _, _, own in each), rel=1e-9)
+
+
+def _left(elastic: Any, change: Any, number: int, reads: Any) -> tuple[float, float, float]:
+    """(bytes that all tokens read, that the batch reads, that are in memory) of a layer under a change."""
+    layers, stored = [layer.parts.layer for layer in elastic.layers], elastic.stored_bytes_per_weight
+    own = layers[number]
+    size = change.bytes_per_weight(layers, number, stored)
+    size = [stored] * own.num_experts if size is None else size.tolist()
+    there, same = change.neurons_there(layers, number), change.same_weights(layers, number)
+    mask = torch.ones(own.num_experts, own.width, dtype=torch.bool) if there is None else there
+    one = list(range(own.num_experts)) if same is None else same.tolist()
+    rows, biases = (2 if own.gate is not None else 1) * own.hidden, sum(b is not None for b in (own.gate_bias, own.up_bias))
+
+    def price(kind: str, e: int) -> float:
+        if kind == "up":
+            return rows * size[e] + biases * stored
+        return own.hidden * size[e] if kind == "down" else reads.sizes.get(kind, 0) * stored
+
+    def both(kind: str) -> tuple[set[Any], set[Any]]:
+        entries = {row for row in getattr(reads, kind) if kind not in ("up", "down") or mask[row[1], row[2]]}
+        if kind in ("predictor", "means"):
+            return entries, {row[1:] for row in entries}
+        return entries, {(one[row[1]], *row[2:]) for row in entries}
+
+    kinds = [(kind, *both(kind)) for kind in ("up", "down", "bias", "predictor", "means")]
+    of_tokens = sum(price(kind, row[1]) for kind, every, _ in kinds for row in every)
+    of_batch = sum(price(kind, row[0]) for kind, _, every in kinds for row in every)
+    gone = change.experts_there(layers, number)
+    held = [e for e in sorted(set(one)) if gone is None or gone[e]]
+    bias = 0 if own.down_bias is None else own.hidden * stored
+    memory = sum(int(mask[e].sum()) * (price("up", e) + price("down", e)) + bias for e in held)
+    return of_tokens, of_batch, memory
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ the ridge predictor through `ridge.features`, compensation through `Blocks.combi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -138,3 +139,30 @@ def expected(elastic, tokens: int, found: list[Reads]) -> tuple[float, float]:
 def distinct_rows(model, tokens: int) -> torch.Tensor:
     """[1, tokens] token ids, all different."""
     return torch.randperm(model.config.vocab_size, generator=torch.Generator().manual_seed(0))[None, :tokens]
+
+
+def passing(seen) -> tuple[int, int]:
+    """(weights read by all tokens, by the batch together) where neurons with a small gate are left out; and that this was computed.
+
+    seen: (layer, x, index, weight, settled, (output, ...)) of every layer. What chooses blocks, and makes up for those that are dropped,
+    is counted where any are.
+    """
+    per_token = distinct = 0
+    for layer, x, index, weight, settled, (out, *_) in seen:
+        own, block = layer.parts.layer, layer.parts.block
+        wanted, read = torch.zeros_like(x), set()
+        for t, c in ((t, c) for t in range(len(x)) for c in range(index.shape[1])):
+            e, kept = int(index[t, c]), settled.keep[t, c].repeat_interleave(block)
+            gate = torch.nn.functional.silu(own.gate[e] @ x[t])
+            passes = (gate.abs() >= settled.cutoff[t]) & kept
+            wanted[t] += weight[t, c] * (own.down[e] @ (gate * (own.up[e] @ x[t]) * passes))
+            per_token += own.hidden * (int(kept.sum()) + 2 * int(passes.sum()))
+            read |= {(e, n, 2) for n in passes.nonzero().flatten().tolist()}
+            read |= {(e, n, 1) for n in kept.nonzero().flatten().tolist()}
+        distinct += own.hidden * sum(matrices for *_, matrices in read)
+        if not bool(settled.keep.all()):
+            per_token += index.numel() * layer.scorer("ridge").parameters_per_expert()
+            per_token += int((~settled.keep).sum()) * layer.compensator.parameters()[0]
+            distinct = math.nan
+        torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+    return per_token, distinct

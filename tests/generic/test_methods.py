@@ -28,3 +28,15 @@ def test_every_shared_stage_is_exact_at_its_neutral_values(bench, name):
 def test_a_measured_point_can_be_run_again_from_its_file(bench, tmp_path):
     """All methods on one frontier."""
     checks.runs_again_from_its_file(bench, [checks.asked_for(name) for name in methods.names()], tmp_path / "frontier.json")
+
+
+@pytest.mark.parametrize(
+    "asked", ["heapr:0.75+rtn:4+threshold", "m-smoe:0.5+magnitude:0.75", "dern:0.5+rtn:4", "prune:hard-count+rtn:8+uniform"]
+)
+def test_a_chain_is_one_point_with_one_price(bench, asked, tmp_path):
+    """Edits, then skipping, then slots: what is told is what is counted, and it runs again from its file."""
+    checks.has_points_that_survive_json(bench, asked)
+    checks.changes_the_output(bench, asked)
+    if "uniform" not in asked:  # the readable way asks for skipped experts too
+        checks.costs_what_is_left_of_experts(bench, asked)
+    checks.runs_again_from_its_file(bench, [asked], tmp_path / "frontier.json")

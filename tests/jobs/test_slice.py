@@ -141,7 +141,7 @@ def test_the_pass_it_runs_is_the_one_that_calibrate_runs(tiny_source, statistics
         ({"keep": 0.0}, "--keep 0 is out of range"),
         ({"method": "rtn:bits=8"}, "--keep means nothing to 'rtn:bits=8'"),
         ({"calibration": CalibrateOptions(tokens=512)}, "'magnitude' reads no text"),
-        ({"method": "m-smoe", "keep": None}, "'m-smoe' has no form in compressed-tensors"),
+        ({"method": "pmq", "keep": None}, "'pmq' has no form in compressed-tensors"),
         ({"method": "camera:alpha=2"}, "alpha=2 of"),
         ({"method": "heapr:by=love"}, "has no by=love"),
         ({"method": "slim:scope=town"}, "has no scope 'town'"),

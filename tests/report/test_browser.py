@@ -11,6 +11,7 @@ from moe_prism.frontier import DecodeTime, DomainQuality
 from moe_prism.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+STANDING = ("top-1", "top-2", "top-3", "int8", "int4")
 VIEWS = {"phone": (390, "light"), "wide": (1280, "light"), "dark": (1280, "dark"), "dark phone": (390, "dark")}
 BOXES = """() => [...document.querySelectorAll('figure svg')].filter((svg) => svg.getBoundingClientRect().width).map((svg) => {
   const box = (e) => { const r = e.getBoundingClientRect(); return [r.left, r.right, r.top, r.bottom]; };
@@ -53,7 +54,11 @@ def test_in_a_browser(frontier, tmp_path):
                 left, right, _, _ = figure["svg"]
                 for text, box in figure["texts"]:
                     assert left - 1 <= box[0] and box[1] <= right + 1, f"{name}: '{text}' is cut"
-                assert figure["labels"] and figure["symbols"]
+                points = [(text, box) for text, box in figure["texts"] if text in STANDING or text.startswith("K=")]
+                for i, (text, box) in enumerate(points):
+                    touched = [other for other, place in points[:i] if overlap(box, place)]
+                    assert not touched, f"{name}: '{text}' is written over {touched}"
+                assert points and figure["labels"] and figure["symbols"]
                 for label in figure["labels"]:
                     assert not any(overlap(label, symbol) for symbol in figure["symbols"]), (
                         f"{name}: the legend runs into a marker"

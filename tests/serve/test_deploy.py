@@ -51,7 +51,7 @@ def test_the_configuration_is_understood_and_pods_live_long_enough_for_it():
     assert min(pod["terminationGracePeriodSeconds"], int(grace)) > config.bounds.drain_delay + config.bounds.drain_seconds
     container = pod["containers"][0]
     assert set(paths([container["startupProbe"], container["livenessProbe"]])) == {"/health"}
-    compile(container["readinessProbe"]["exec"]["command"][2], "probe", "exec")
+    assert container["readinessProbe"]["httpGet"]["path"] == "/ready"
     assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
     probe = container["readinessProbe"]
     assert probe["periodSeconds"] * probe["failureThreshold"] < config.bounds.drain_delay

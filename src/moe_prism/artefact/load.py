@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import check_listed, elastic_manifest, read_header
+from ..checkpoint.finished import check_files
 from ..checkpoint.links import inside
 from ..checkpoint.manifest import WEIGHTS_FILE, check_layers
 from ..checkpoint.tensors import read_tensor
@@ -80,12 +81,15 @@ def load(
 
 
 def whole_manifest(folder: str | Path, every: bool = False) -> dict[str, Any]:
-    """prism.json of an elastic model whose small files, those that decide what it computes, are the ones it lists; every: all files.
+    """prism.json of an elastic model whose small files, those that decide what it computes, are the ones it lists.
 
-    CorruptError names the first that is not.
+    every: all files are, and there are no others, as `verify` has it. CorruptError names what is not so.
     """
     manifest = elastic_manifest(folder)
-    check_listed(folder, manifest, sorted(manifest["files"]) if every else DECIDING)
+    if every:
+        check_files(folder, manifest)
+    else:
+        check_listed(folder, manifest, DECIDING)
     return manifest
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import CorruptError
 from ..schema import decode, is_file_name
 from ..schema.common import DEPTH
-from ..schema.config import CONFIG_BOUNDS
+from ..schema.config import bounds_of
 from .atomic import JOURNAL, OutputFolder
 from .links import follows_links, leads_out
 from .shards import INDEX, Source
@@ -71,7 +71,7 @@ def without_code(name: str, data: bytes) -> bytes:
     if not name.endswith(".json") or not any(word in data for word in (b"auto_map", b"_implementation", b"custom_generate")):
         return data
     try:
-        value = decode(data, name, bounds=CONFIG_BOUNDS)
+        value = decode(data, name, bounds=bounds_of(name))
     except CorruptError:
         return data  # no JSON that a library would read either
     kept = _without(value)

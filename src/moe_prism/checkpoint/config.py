@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gene
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import UsageError
-from ..schema import check
-from ..schema.config import ConfigForm, cleaned, parts
-from ..schema.read import RESTORE, one_line
+from ..schema.config import check_config, cleaned
+from ..schema.read import one_line
 from .shards import read_json
 
 ROW = 16
@@ -31,8 +30,7 @@ def read_config(folder: Path, value: dict[str, Any] | None = None) -> Any:
     """
     path = folder / "config.json"
     raw = read_json(path) if value is None else value
-    for part in parts(raw):
-        check(ConfigForm, part, str(path), RESTORE)
+    check_config(raw, str(path))
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise UsageError(f"{path}: model_type {str(kind)[:60]!r} is not one that transformers knows", "update transformers")

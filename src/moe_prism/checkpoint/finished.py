@@ -51,8 +51,7 @@ def verify(folder: str | Path) -> list[Check]:
     its shards, or the tensor with a value that is not finite.
     """
     path, manifest = Path(folder), read_manifest(folder)
-    files = _kept(path, manifest)
-    _check_files(path, files)
+    files = check_files(path, manifest)
     weights = [name for name in sorted(files) if name.endswith(".safetensors")]
     for name in weights:
         read_header(path / name)
@@ -66,6 +65,13 @@ def verify(folder: str | Path) -> list[Check]:
         Check("headers", f"{len(weights)} safetensors headers agree with their files"),
         Check("values", f"{count} tensors hold finite values only"),
     ]
+
+
+def check_files(folder: str | Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The listed files. CorruptError where one of them is missing or changed, or another one is there."""
+    files = _kept(Path(folder), manifest)
+    _check_files(Path(folder), files)
+    return files
 
 
 def _kept(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:

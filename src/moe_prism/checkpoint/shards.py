@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CorruptError, UsageError
 from ..schema import check, is_file_name
 from ..schema import read_json as read_value
-from ..schema.config import CONFIG_BOUNDS, INDEX_BOUNDS, IndexForm
+from ..schema.config import INDEX_BOUNDS, IndexForm, bounds_of
 from .header import RESTORE, Header, TensorInfo, corrupt, read_header
 from .links import inside
 
@@ -158,7 +158,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a model's folder. UsageError where there is no such file, CorruptError where it is no JSON object."""
     if not path.is_file():
         raise UsageError(f"'{path.parent}' has no readable {path.name}", "give a folder written by save_pretrained")
-    value = read_value(inside(path), RESTORE, CONFIG_BOUNDS)
+    value = read_value(inside(path), RESTORE, bounds_of(path.name))
     if not isinstance(value, dict):
         raise CorruptError(f"{path} is not a JSON object", RESTORE)
     return value

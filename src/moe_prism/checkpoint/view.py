@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..errors import CorruptError, UsageError
 from ..schema import is_file_name, read_json
-from ..schema.config import CONFIG_BOUNDS, ConfigForm, cleaned, parts
-from ..schema.read import RESTORE, check
+from ..schema.config import bounds_of, check_config, cleaned
+from ..schema.read import RESTORE
 from .links import inside
 from .shards import INDEX, Source
 
@@ -67,12 +67,11 @@ def fill(folder: Path, view: Path, weights: bool = False, also: str | None = Non
 
 def settings(path: Path) -> dict[str, object]:
     """A JSON object of a folder, within bounds and without what names code. CorruptError where it is none."""
-    value = read_json(inside(path), RESTORE, CONFIG_BOUNDS)
+    value = read_json(inside(path), RESTORE, bounds_of(path.name))
     if not isinstance(value, dict):
         raise CorruptError(f"{path} is not a JSON object", RESTORE)
     if path.name == CONFIG:
-        for part in parts(value):
-            check(ConfigForm, part, str(path), RESTORE)
+        check_config(value, str(path))
     return cleaned(value)  # type: ignore[no-any-return]
 
 

@@ -19,6 +19,7 @@ from .constant import CompactSource, substitute
 from .convert import Conversion
 from .dequantized import open_source
 from .dtypes import TORCH
+from .links import follows_links
 from .shards import INDEX, SINGLE, Source
 from .tensors import check_finite
 
@@ -34,7 +35,7 @@ def open_whole(folder: str | Path, dtype: torch.dtype | None = None, written: st
 
     UsageError for a model that cannot be taken, CorruptError in one line naming tensor and file for a folder that is not whole.
     """
-    source = open_source(folder, written)
+    seen, source = _seen(Path(folder)), open_source(folder, written)
     config = read_config(source.folder, source.config())
     dtype = dtype or config.dtype or _first_float(source)
     model = empty_model(source.folder, config, dtype)
@@ -42,7 +43,30 @@ def open_whole(folder: str | Path, dtype: torch.dtype | None = None, written: st
         substitute(model, source.constants)
     conversion = Conversion(model, source, dtype)
     check_whole(conversion)
+    if seen is not None:
+        _passed.add(seen)
     return conversion
+
+
+def look(folder: str | Path) -> None:
+    """The errors of `open_whole`, for whoever wants nothing else of it. What passed in this process and is as it was is not read again."""
+    if _seen(Path(folder)) not in _passed:
+        open_whole(folder)
+
+
+Seen = tuple[str, bool, tuple[tuple[str | int, ...], ...]]
+_passed: set[Seen] = set()
+
+
+def _seen(folder: Path) -> Seen | None:
+    """What tells a folder from one that was changed since: its files, their sizes, and when each was last written to, or replaced."""
+    try:
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+        stats = [(path.name, path.stat()) for path in files]
+        facts = tuple((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats)
+        return str(folder.resolve()), follows_links(), facts
+    except OSError:
+        return None
 
 
 def check_whole(conversion: Conversion) -> None:

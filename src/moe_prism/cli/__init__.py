@@ -29,6 +29,7 @@ from . import (
     listing,
     offload,
     offload_fit,
+    patterns,
     place,
     prune,
     recipe,
@@ -37,6 +38,7 @@ from . import (
     report,
     serve,
     skip,
+    split,
     trace,
     verify,
 )
@@ -45,7 +47,7 @@ from .opening import opening
 from .output import Unwritten, noted_reading, plain_line
 
 INTERRUPTED = 130
-RESUMABLE = ("run", "calibrate", "refactor", "adopt", "recover", "prune", "compress")
+RESUMABLE = ("run", "calibrate", "refactor", "adopt", "recover", "prune", "compress", "split")
 
 
 def build() -> cyclopts.App:
@@ -70,6 +72,8 @@ def build() -> cyclopts.App:
         (adopt.adopt, "adopt"),
         (prune.prune, "prune"),
         (edits.compress, "compress"),
+        (split.split, "split"),
+        (patterns.patterns, "patterns"),
         (recover.recover, "recover"),
         (skip.skip, "skip"),
         (frontier.frontier, "frontier"),

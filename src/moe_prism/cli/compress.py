@@ -20,9 +20,9 @@ class Trial(Options):
     """Whether anything is written."""
 
     dry_run: bool = option(False, "Say what would be written, and read no weights.")
-    report_only: bool = option(False, "Say how far the weights would move, or which neurons would go, and write nothing.")
+    report_only: bool = option(False, "Say how far the weights would move, or what would go, and write nothing.")
     calibration: Path | None = option(
-        None, "Of neurons: folder written by `moe-prism calibrate --collectors ...`, instead of the text options."
+        None, "Of neurons and merging: folder written by `moe-prism calibrate --collectors ...`, instead of the text options."
     )
 
 
@@ -35,7 +35,7 @@ def compress(
     trial: Trial,
     run: Run,
 ) -> None:
-    """Write a checkpoint whose experts take fewer bits, or have fewer neurons, which unmodified transformers and vLLM load.
+    """Write a checkpoint whose experts take fewer bits, have fewer neurons or were merged, which unmodified transformers and vLLM load.
 
     Parameters
     ----------
@@ -66,11 +66,21 @@ def _show(facts: dict[str, Any]) -> str:
     before, after = facts["expert_bytes"]["before"], facts["expert_bytes"]["after"]
     where = f"{facts['folder']}: " if "folder" in facts else ""
     size = f"{before / 1e6:.3f} MB -> {after / 1e6:.3f} MB ({after / before:.1%})"
+    if "experts" in facts:
+        return f"{where}experts {size}, {facts['method']}\n{_experts(facts['experts'])}{_needed(facts)}"
     if "neurons" in facts:
         return f"{where}experts {size}, {facts['method']}\n{_neurons(facts['neurons'])}{_needed(facts)}"
     error = facts["relative_error"]
     moved = "" if error is None else f"\nsquared error of the weights: {error:.2e} of their squares"
     return f"{where}{facts['matrices']} matrices of experts, {size}, {facts['method']}{moved}"
+
+
+def _experts(found: dict[str, Any]) -> str:
+    """What stays, and what files cannot say."""
+    if found["written"] < found["of"]:
+        return f"every layer has {found['written']} of {found['of']} experts"
+    share = found.get("stored_once", found["share"])
+    return f"merged experts stand in the places of all their members: stored once each, experts take {share:.1%}"
 
 
 def _neurons(found: dict[str, Any]) -> str:

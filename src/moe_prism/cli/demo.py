@@ -31,7 +31,7 @@ def demo(
     Parameters
     ----------
     out: Folder for elastic-nano/, frontier.json, report.html and frontier.png.
-    full: Calibrate on 65,536 tokens instead of 16,384, and measure two rules instead of one on 16,384 held-out tokens instead of 3,072.
+    full: Fit on 65,536 tokens instead of 16,384 and twice the inputs per expert, and measure two rules instead of one on 16,384 tokens.
     force: Replace what an earlier demo left there.
     json: One JSON object on stdout.
     """

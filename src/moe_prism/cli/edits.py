@@ -16,7 +16,7 @@ from .compress import compress as one_edit
 from .flags import Run
 from .recipe import run_steps, show_steps
 
-EDITS: Mapping[str, str] = {"prune": "prune", "quantize": "compress"}
+EDITS: Mapping[str, str] = {"prune": "prune", "slice": "compress", "merge": "compress", "quantize": "compress"}
 """Words of a recipe of edits, and the commands that they stand for."""
 Lines = dict[tuple[str | int, ...], int]
 OF_THE_CHAIN = ("model", "out")
@@ -32,7 +32,7 @@ def compress(
     trial: Trial,
     run: Run,
 ) -> None:
-    """Write a checkpoint whose experts take fewer bits, which unmodified transformers and vLLM load.
+    """Write a checkpoint whose experts take fewer bits, have fewer neurons or were merged, which unmodified transformers and vLLM load.
 
     With --recipe a chain of edits: the output of each is the model of the next, and the last one's prism.json holds all of them.
 
@@ -40,7 +40,7 @@ def compress(
     ----------
     model: Folder with config.json and safetensors, 'nano' or 'nano-mix'.
     out: Folder to write, or the file of --format records. It appears only when it is complete.
-    recipe: A .yaml file with a list of edits, prune and quantize, each with the flags of `prune` or `compress` below it.
+    recipe: A .yaml file with a list of edits, prune, merge, slice and quantize, each with the flags of `prune` or `compress` below it.
     """
     if recipe is None:
         return one_edit(model, out=out, options=options, trial=trial, run=run)

@@ -14,7 +14,7 @@ from .rehearsal import show_rehearsal
 from .texts import told_text
 
 if TYPE_CHECKING:
-    from ..frontier import Frontier, MeasuredPoint
+    from ..frontier import Frontier, MeasuredPoint, SliceScore
 
 HEADERS = ("point", "slots", "KL", "perplexity", "top-1", "expert MB", "of full", "MFLOPs", "resident MB", "Pareto")
 
@@ -62,7 +62,8 @@ def frontier(
         keep(result, target)  # the quality is not lost if the timing fails
         result = _timed(folder, result, options, timing)
     facts = result.to_json()
-    with written(facts, f"{show(result)}\n\n{show_comparison(result)}", json):
+    judged = f"\n\n{show_slices(result)}" if any(p.slices for p in result.every) else ""
+    with written(facts, f"{show(result)}{judged}\n\n{show_comparison(result)}", json):
         keep(result, target)
     note(f"report: {target / 'report.html'}")
     return None
@@ -78,7 +79,7 @@ def show(result: Frontier) -> str:
     """The frontier as a table, dearest point first; expert MB are read per token, a MB is 10^6 bytes."""
     every = result.every
     full = max(p.active_expert_bytes for p in every if p.budget >= 1)
-    timed, sliced = any(p.time for p in every), any(p.domains for p in every)
+    timed, sliced, judged = any(p.time for p in every), any(p.domains for p in every), any(p.slices for p in every)
     rows = [
         (
             p.name,
@@ -92,11 +93,13 @@ def show(result: Frontier) -> str:
             f"{p.resident_expert_bytes / 1e6:.3f}",
             "yes" if p.pareto else "-",
             *(_worst(p) if sliced else ()),
+            *(_worst_slice(p) if judged else ()),
             *(_time(p) if timed else ()),
         )
         for p in sorted(every, key=lambda p: -p.active_expert_bytes)
     ]
-    more = (*(("worst domain",) if sliced else ()), *(("ms/token", "of stock") if timed else ()))
+    worst = (*(("worst domain",) if sliced else ()), *(("worst slice",) if judged else ()))
+    more = (*worst, *(("ms/token", "of stock") if timed else ()))
     return table((*HEADERS, *more), rows)
 
 
@@ -104,6 +107,30 @@ def _worst(point: MeasuredPoint) -> tuple[str]:
     """The domain with the largest KL, and that."""
     name = point.worst_domain
     return (f"{name} {point.domains[name].kl:.4f}" if name else "-",)
+
+
+def _worst_slice(point: MeasuredPoint) -> tuple[str]:
+    """The slice of which least is kept, and that."""
+    name = point.worst_slice
+    return (f"{name} {point.slices[name].kept:.1%}" if name else "-",)
+
+
+def show_slices(result: Frontier) -> str:
+    """What every point keeps of each slice, with standard errors and flips, and which points keep too little."""
+    from ..report.summary import judged_points, judgement, slice_names
+
+    names = slice_names(result)
+    rows = [
+        (p.name, *(_kept(p.slices[name]) if name in p.slices else "-" for name in names))
+        for p in sorted(judged_points(result), key=lambda p: -p.active_expert_bytes)
+    ]
+    left = [f"not judged: {name}: {why}" for name, why in result.provenance.get("judge", {}).get("left_out", {}).items()]
+    shown = table(("kept of the full model's (flips)", *names), rows)
+    return "\n".join([shown, *filter(None, [judgement(result)]), *left])
+
+
+def _kept(found: SliceScore) -> str:
+    return f"{100 * found.kept:.1f} ± {100 * found.stderr:.1f} ({100 * found.flips:.1f})"
 
 
 def _time(point: MeasuredPoint) -> tuple[str, str]:

@@ -18,6 +18,8 @@ Kind = Literal[
     "policies",
     "routing-stages",
     "methods",
+    "splits",
+    "slices",
     "protections",
     "codecs",
     "source-formats",
@@ -42,7 +44,7 @@ def ls(kind: Kind, /, *, json: bool = False) -> None:
     ----------
     kind: methods (of frontier --methods: rules, expert skipping, pruning criteria), families (MoE model types of the installed
         transformers), solvers, objectives, gates, scorers, compensators, recoveries, collectors, policies (scheduling), routing-stages,
-        protections (of prune), source-formats (of quantized
+        splits (of dense models), slices (of frontier --judge), protections (of prune), source-formats (of quantized
         checkpoints), cache-policies, placements, predictors (of experts), or systems (of the literature, and which of them work here).
     json: One JSON object on stdout.
     """

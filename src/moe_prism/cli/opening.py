@@ -99,11 +99,12 @@ def _look(given: Any, is_any: bool) -> None:
         return
     if folder.is_dir() and not (folder / "prism.json").exists():  # what has a manifest is held against that first
         from ..checkpoint.shards import Source
+        from ..schema.config import check_config
 
-        Source(folder)
-        from ..checkpoint.whole import open_whole
+        check_config(Source(folder).config(), str(folder / "config.json"))
+        from ..checkpoint.whole import look
 
-        open_whole(folder)
+        look(folder)
 
 
 def _located(given: Any, source: Opening, command: str) -> Any:

@@ -22,18 +22,19 @@ def recover(
     dry_run: bool = False,
     run: Run,
 ) -> None:
-    """Write a copy of an elastic model that loses less below full budget. At full budget it is the same model.
+    """Write a copy of an elastic model that loses less below full budget. At full budget it is the same model, but for --method router.
 
     Parameters
     ----------
-    folder: Written by `moe-prism refactor`.
+    folder: Written by `moe-prism refactor`; for --method router by `moe-prism refactor --reslice`.
     out: Folder to write. It appears only when it is complete.
-    resume: Continue an interrupted repair; ends in the same bytes. Training starts again.
+    resume: Continue an interrupted repair, or the training of a router; ends in the same bytes. Training a predictor starts again.
     dry_run: Check everything, print what it needs and exit; 3 if this machine cannot do it.
     """
     from ..checkpoint import elastic_manifest
 
-    elastic_manifest(folder)  # or another folder is refused, before the work is imported
+    if options.method != "router":
+        elastic_manifest(folder)  # or another folder is refused, before the work is imported
     from ..jobs.recover import recover_model
 
     if dry_run:

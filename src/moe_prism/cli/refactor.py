@@ -55,6 +55,7 @@ def refactor(
     out: Annotated[Path, Parameter(name=("--out", "-o"))],
     options: RefactorOptions,
     division: Division,
+    reslice: bool = False,
     dry_run: bool = False,
     run: Run,
 ) -> None:
@@ -66,8 +67,11 @@ def refactor(
     out: Folder to write. It appears only when it is complete.
     memory_mib: Limit for all statistics together.
     low_memory: Keep one decoder layer in memory at a time, with the hidden states of all text. The result is the same.
+    reslice: Write an elastic MODEL's sub-experts as experts of their own: N times as many, an ordinary checkpoint. Takes no other option.
     dry_run: Print what it needs and exit; 3 if this machine cannot do it.
     """
+    if reslice:
+        return _resliced(model, out, options, division, dry_run, run)
     from ..jobs.refactor import refactor as write
 
     report: Report = progress
@@ -97,6 +101,25 @@ def refactor(
         f"{facts['folder']}: {facts['layers']} layers, {facts['n_sub']} sub-experts per expert, "
         f"partition cost {facts['partition_cost_share']:.3f} of the activation mass, "
         f"{facts['starved_experts']} starved experts, peak memory {facts['peak_rss_bytes'] / GIB:.2f} GiB",
+        run.json,
+    )
+    return None
+
+
+def _resliced(model: str, out: Path, options: RefactorOptions, division: Division, dry_run: bool, run: Run) -> None:
+    from ..jobs.reslice import reslice
+
+    if options != RefactorOptions() or division != Division():
+        raise UsageError("--reslice takes MODEL as it was refactored, and no option of that", "give it --out alone")
+    if dry_run:
+        return show_rehearsal(reslice, model, out, target=out, resume=run.resume, force=run.force, as_json=run.json)
+    facts = reslice(model, out, resume=run.resume, force=run.force, report=progress).to_json()
+    note_left_out(facts["left_out"])
+    note(f"next: moe-prism recover {out} --method router -o {out}-trained")
+    emit(
+        facts,
+        f"{facts['folder']}: {facts['experts']} experts of {facts['width']} neurons, {facts['experts_per_token']} per token, "
+        f"output weights times {facts['factor']}",
         run.json,
     )
     return None

@@ -55,6 +55,10 @@ class Change(ABC):
         """[E, f] (bool): the neurons of each expert that are there; None: all of them."""
         return None
 
+    def experts_there(self, layers: Sequence[MoELayer], layer: int) -> Tensor | None:
+        """[E] (bool): the experts that are in memory; None: all of them."""
+        return None
+
     def same_weights(self, layers: Sequence[MoELayer], layer: int) -> Tensor | None:
         """[E]: for every expert the one whose weights it shares; None: each has its own."""
         return None
@@ -69,6 +73,16 @@ weight_changes: Registry[type[Change]] = Registry(
     {
         "prune": ("moe_prism.compress.prune.change:PruneChange", "experts that are not there any more"),
         "merge": ("moe_prism.compress.merge.change:MergeChange", "experts that share one set of weights"),
+        "sparse": ("moe_prism.compress.sparse:SparseChange", "single weights that are zeros"),
+        "chain": ("moe_prism.compress.chain:ChainChange", "several of these, one after the other"),
+        "subspace": (
+            "moe_prism.compress.merge.subspace:SubspaceChange",
+            "experts that share one set of weights, as thin matrices",
+        ),
+        "rehome": (
+            "moe_prism.compress.merge.rehome:RehomeChange",
+            "experts that are not there any more, with their neurons in others",
+        ),
         "slice": ("moe_prism.compress.slice.change:SliceChange", "neurons that are not there any more"),
         "bands": ("moe_prism.compress.quantize.bands:BandChange", "neurons in fewer bits, each at a width of its own"),
         "smooth": ("moe_prism.compress.quantize.smoothed:SmoothChange", "experts in fewer bits behind evened-out inputs"),

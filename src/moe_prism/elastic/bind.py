@@ -31,6 +31,7 @@ from .prices import StoredAs
 from .rules import rules
 from .rules.d2moe import read_rows
 from .scorers import scorers
+from .side_tensors import REPAIR
 
 MOST_POINTS = 256
 
@@ -187,6 +188,11 @@ def depends_on_batch(point: OperatingPoint) -> bool:
     return rules.get(point.slots.rule).depends_on_batch or any(stage_class(s.stage).depends_on_batch for s in point.routing)
 
 
+def leaves_out_neurons(point: OperatingPoint) -> bool:
+    """Whether a token gets only a part of the neurons of its blocks."""
+    return any("neurons" in stage_class(stage.stage).needs for stage in point.routing)
+
+
 def bind(elastic: Host, points: Sequence[OperatingPoint]) -> Bound:
     """Check points against a model and group them. UsageError names the part that does not fit, and why."""
     if not 0 < len(points) <= MOST_POINTS:
@@ -287,10 +293,25 @@ def _settled(elastic: Host, point: OperatingPoint) -> OperatingPoint:
     if not point.slots.is_full and rule.needs_norms:
         elastic.layers[0].scorer(point.slots.scorer)  # refuses what the model's side tensors do not hold
     for stage in point.routing:
-        stage.check(len(elastic.layers), elastic.k)
-        stage_class(stage.stage)
+        kind = stage_class(stage.stage)
+        stage.check(len(elastic.layers), elastic.layers[0].parts.layer.num_experts if kind.adds else elastic.k)
+    if leaves_out_neurons(point):
+        _check_neurons(elastic, point)
     stages = tuple(_with_weights(elastic, stage) for stage in point.routing)
     return replace(point, routing=stages)
+
+
+def _check_neurons(elastic: Host, point: OperatingPoint) -> None:
+    """UsageError where single neurons cannot be left out."""
+    what, first = "the point leaves out single neurons", elastic.layers[0]
+    if not first.executor.skips_neurons:
+        raise UsageError(f"{what}, which is not computed where this model's experts are", "run it on a model in memory")
+    if point.weights is not None or point.slots.bits is not None:
+        raise UsageError(f"{what}, and also stores the experts otherwise", "leave one of them out")
+    if any(layer.parts.layer.gate is None for layer in elastic.layers):
+        raise UsageError(f"{what} by their gates, and the experts of this model have none", "use a skip plan")
+    if any(REPAIR in layer.parts.tensors for layer in elastic.layers):
+        raise UsageError(f"{what}, and this folder is repaired for blocks alone", "use the folder it was recovered from")
 
 
 def _check_bits(elastic: Host, point: OperatingPoint) -> None:

@@ -109,6 +109,11 @@ class Counter:
                 found["blocks" if bits == SOURCE else at_width(bits)] = row
         return found
 
+    def add_skipped(self, skipped: Tensor, unused: Tensor) -> None:
+        """Neurons [E, N] of blocks counted above that were not computed: by tokens, and by no token of the batch."""
+        _add(self.per_token, "skipped", skipped)
+        _add(self.per_batch, "skipped", unused)
+
     def add_extra(self, number: Tensor, parameters: Sequence[int]) -> None:
         """Experts that are not weights: number [T, k] of each choice (outside 0..X - 1: none), and what each of the X reads."""
         sizes = torch.tensor(parameters, dtype=torch.float64, device=number.device)

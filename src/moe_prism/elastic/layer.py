@@ -95,6 +95,7 @@ class ElasticLayer:
             self._count(found.index, Settled(keep), selects=True)
         else:
             settled = self.executor.settle(found)
+            settled.cutoff = found.cutoff
             self._count(found.index, settled, selects=not isinstance(found, Whole))
             out = self._computed(x, found, settled, extra)
         added = found.added()
@@ -182,14 +183,14 @@ class ElasticLayer:
             return None
         added = partial(self._added, group, after) if group.stages else nothing
         if full and not self.executor.always_selects:
-            return Whole(after.index, after.weight, self._valid(after.index), self.parts.n_sub, added)
+            return Whole(after.index, after.weight, self._valid(after.index), self.parts.n_sub, added, after.cutoff)
         rule = self.rule(group.rule, group.bits)
         scorer = self.scorer(group.scorer, group.bits) if rule.needs_norms else None
         own = group.budget(self.index, which) if budget is None else group.position(self.index, budget)
         held = None if full or guess or group.holding is None else self._held(step, number, len(routed.x), rows)
         experts = self.parts.layer.num_experts
         x, weight = self.executor.widened(after.x, after.weight)
-        return Selection(x, after.index, weight, experts, self.parts.n_sub, rule, scorer, own, added, held)
+        return Selection(x, after.index, weight, experts, self.parts.n_sub, rule, scorer, own, added, held, after.cutoff)
 
     def _held(self, step: Step, number: int, tokens: int, rows: Tensor | None) -> HeldRows:
         """What the budgets of a group are held with. UsageError where the layer's rows are not those of the forward."""
@@ -232,7 +233,7 @@ class ElasticLayer:
 
     def _at_once(self, found: Candidates, extra: Tensor | bool) -> tuple[Tensor, Tensor] | None:
         """(output, keep) where one call does everything; None where the parts are called one after the other."""
-        if not isinstance(found, Selection) or isinstance(extra, Tensor) or not self.adds:
+        if not isinstance(found, Selection) or isinstance(extra, Tensor) or not self.adds or found.cutoff is not None:
             return None
         return self.executor.at_once(found, self.compensator if extra else None)
 
@@ -261,6 +262,11 @@ class ElasticLayer:
         return out + fix(x, index, weight, keep | ~extra[:, None, None]).to(out.dtype) if self.adds else out
 
     def _executed(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
+        if settled.cutoff is not None:
+            out, skipped, unused = self.executor.run_above(x, index, weight, settled)
+            if self.elastic.counting:
+                self.counter.add_skipped(skipped, unused)
+            return out
         if settled.widths is None:
             return self.executor.run(x, index, weight, settled)
         bits = self.elastic.step.bound.bits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -20,31 +20,37 @@ CONSTANT = 1e-2  # relative spread of a token's sum of weights up to which the r
 
 RankBy = Callable[[Routed], Tensor]
 """A number [T, k] for every expert that the router chose; see `SkipStage.rank_by`."""
+View = Callable[[Routed], Tensor]
+"""What is looked at of a batch: [T, ...]."""
 
 
-def _observer(layer: ElasticLayer, rank_by: RankBy, found: list[Tensor]) -> ExpertsFn:
+def _observer(layer: ElasticLayer, view: View, found: list[Tensor]) -> ExpertsFn:
     def run(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        valid = is_expert(index, layer.parts.layer.num_experts)
-        found.append(rank_by(layer.routed(x, index, weight, {})).detach().masked_fill(~valid, -1.0).cpu())
+        found.append(view(layer.routed(x, index, weight, {})).detach().cpu())
         return layer(x, index, weight)
 
     return run
 
 
 @contextmanager
-def recorded(elastic: Host, rank_by: RankBy = SkipStage.rank_by) -> Iterator[list[list[Tensor]]]:
-    """Record what experts are ranked by [T, k], in every layer of what runs inside the block; -1 where there is no expert.
-
-    By default that is the |routing weight|.
-    """
+def viewed(elastic: Host, view: View) -> Iterator[list[list[Tensor]]]:
+    """Record a view [T, ...] of the router's choice, in every layer of what runs inside the block."""
     found: list[list[Tensor]] = [[] for _ in elastic.layers]
     try:
         for layer, rows in zip(elastic.layers, found, strict=True):
-            layer.parts.layer.install(_observer(layer, rank_by, rows))
+            layer.parts.layer.install(_observer(layer, view, rows))
         yield found
     finally:
         for layer in elastic.layers:
             layer.parts.layer.install(layer)
+
+
+def recorded(elastic: Host, rank_by: RankBy = SkipStage.rank_by) -> AbstractContextManager[list[list[Tensor]]]:
+    """Record what experts are ranked by [T, k], in every layer of what runs inside the block; -1 where there is no expert.
+
+    By default that is the |routing weight|.
+    """
+    return viewed(elastic, lambda routed: rank_by(routed).masked_fill(~is_expert(routed.index, routed.experts), -1.0))
 
 
 def ranked(weights: Sequence[Sequence[Tensor]]) -> list[Tensor]:

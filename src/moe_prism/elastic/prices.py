@@ -37,6 +37,7 @@ class Prices:
     lost [E]: what an expert without a kept block still reads. predictors [E]: what choosing among an expert's blocks reads. tokens [1]:
     what selection reads once per token. gates [E, N]: gate neurons of a candidate block that is not kept; dropped [E, N]: what makes up
     for it; scaled [E]: what compensation reads for an expert that keeps some. extra [1]: a weight of an expert that is no matrix.
+    skipped [E, N]: what a neuron of a block saves where its gate alone is read, below 0.
     """
 
     weights: Mapping[str, Tensor]
@@ -122,6 +123,7 @@ def prices_of(
         "gates": torch.zeros_like(blocks),
         "lost": torch.zeros_like(bias),
     }
+    weights["skipped"] = torch.full_like(blocks, -(2.0 * layer.hidden + (layer.up_bias is not None)))
     weights["extra"] = torch.ones(1, dtype=torch.float64)
     if scorer is not None:
         weights["predictors"] = torch.full_like(bias, float(scorer.parameters_per_expert()))

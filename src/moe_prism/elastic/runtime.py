@@ -16,6 +16,7 @@ from ..compress.changes import change_of
 from ..compress.quantize.decoded import Encoded
 from ..errors import UsageError
 from ..model import MoELayer, find_layers
+from ..model.router import TOP_K_NAMES
 from ..partition.base import check_blocks
 from ..point import FULL, OperatingPoint, WeightChange
 from ..point.base import slots_unit
@@ -27,9 +28,6 @@ from .layer import ElasticLayer
 from .observe import normalises
 from .rules import rules
 from .sequences import followed
-
-TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token", "moe_k", "top_k")
-"""How configurations name the experts per token."""
 
 
 class Elastic:

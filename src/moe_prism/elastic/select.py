@@ -50,6 +50,7 @@ class Selection:
     budget: float | Tensor
     added: Callable[[], Tensor | None] = nothing  # [T, d]: of experts that are not weights
     held: HeldRows | None = None
+    cutoff: Tensor | None = None  # [T]: of the gates of neurons, as in `Routed`
     _chosen: tuple[Tensor, Tensor] | None = None  # keep, and the budget that each token reached
 
     @cached_property
@@ -132,6 +133,7 @@ class Whole:
     valid: Tensor
     n_sub: int
     added: Callable[[], Tensor | None] = nothing
+    cutoff: Tensor | None = None  # as in `Selection`
 
     def values(self) -> Tensor:
         """[T, k, N]: the routing weight of every slot, -1 where there is no expert."""
@@ -173,6 +175,17 @@ class Mixed:
 
     def fused(self, most: Sequence[float]) -> None:
         return None
+
+    @property
+    def cutoff(self) -> Tensor | None:
+        """[T]: of the parts, 0 where a part has none; None where no part has any."""
+        if all(part.cutoff is None for _, part in self.parts):
+            return None
+        out = torch.zeros(len(self.index), device=self.index.device)
+        for rows, part in self.parts:
+            if part.cutoff is not None:
+                put(out[:, None], rows, part.cutoff[:, None])
+        return out
 
     def added(self) -> Tensor | None:
         """[T, d]: what experts that are not weights add to some of the tokens; None where no part has any."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .allocation import Allocation, GreedyPath, exact, greedy_path, hull_greedy, lp_bound
 from .compare import Comparison, comparison
 from .pareto import distinct_points, hypervolume, largest_cliff, pareto
-from .record import DecodeTime, DomainQuality, Frontier, MeasuredPoint
+from .record import DecodeTime, DomainQuality, Frontier, MeasuredPoint, SliceScore
 
 __all__ = [
     "Allocation",
@@ -15,6 +15,7 @@ __all__ = [
     "Frontier",
     "GreedyPath",
     "MeasuredPoint",
+    "SliceScore",
     "comparison",
     "distinct_points",
     "exact",

@@ -53,6 +53,7 @@ def resident_bytes(elastic: Elastic, step: Step) -> float:
     share = 1.0
     if change is not None and group.stored is None:  # the prices know nothing of experts that are not there
         share = change.resident_share
+    every = [layer.parts.layer for layer in elastic.layers]
     total = 0.0 if change is None else change.resident_values * elastic.stored_bytes_per_weight
     for layer in elastic.layers:
         parts, prices = layer.parts, layer.prices(group).bytes
@@ -60,7 +61,12 @@ def resident_bytes(elastic: Elastic, step: Step) -> float:
             total += sum(parts.layer.extra.parameters) * elastic.stored_bytes_per_weight
         own = prices["blocks"].sum(1) + prices["experts"]
         same = None if group.stored is None else group.stored[layer.index].same
-        total += share * float((own if same is None else own[torch.unique(same)]).sum())
+        held = torch.ones_like(own, dtype=torch.bool)
+        if same is not None:
+            held = torch.zeros_like(held).index_fill(0, torch.unique(same), True)
+        if change is not None and group.stored is not None and (there := change.experts_there(every, layer.index)) is not None:
+            held &= there
+        total += share * float(own[held].sum())
         if group.is_full(layer.index, 0):
             continue
         total += sum(float(prices[name].sum()) for name in ("predictors", "tokens") if name in prices)

@@ -44,6 +44,31 @@ class DomainQuality:
 
 
 @dataclass(frozen=True)
+class SliceScore:
+    """What one slice of the judge says of a point. Shares are 0..1 and of questions; of `routing` they are means over tokens.
+
+    >>> from moe_prism.frontier import SliceScore
+    >>> SliceScore(kept=0.8, stderr=0.02, right=0.4, full=0.45, flips=0.11, items=400).items
+    400
+    """
+
+    kept: float
+    """Of the questions that the full model gets right, the share that the point gets right: 1 for the model itself."""
+    stderr: float
+    """Standard error of `kept`. Questions from one window of text count as drawn together."""
+    right: float
+    """Share of all questions that the point gets right."""
+    full: float
+    """The same of the full model."""
+    flips: float
+    """Share of all questions on which the two differ, either way; of `routing` the tokens with any other expert in any layer."""
+    items: int
+    """Questions."""
+    is_ability: bool = True
+    """Whether right and wrong are about the world. Of `continuation` and `routing` they are about being the same as the full model."""
+
+
+@dataclass(frozen=True)
 class MeasuredPoint:
     """One operating point: what it costs per token and how far it is from the source model on held-out text."""
 
@@ -79,6 +104,14 @@ class MeasuredPoint:
     """How long decoding took on the machine that `provenance` names; None where nobody asked, or where weights are changed in place."""
     domains: Mapping[str, DomainQuality] = field(default_factory=dict)
     """By domain, where the evaluation text has any (`--domain`)."""
+    slices: Mapping[str, SliceScore] = field(default_factory=dict)
+    """By slice of the judge, where it was asked (`--judge`)."""
+
+    @property
+    def worst_slice(self) -> str | None:
+        """The slice of which the point keeps least, of those that are abilities where any is; the first asked of equal ones."""
+        abilities = [name for name, found in self.slices.items() if found.is_ability]
+        return min(abilities or self.slices, key=lambda name: self.slices[name].kept, default=None)
 
     @property
     def worst_domain(self) -> str | None:
@@ -93,12 +126,13 @@ class MeasuredPoint:
     @classmethod
     def of_form(cls, form: MeasuredForm) -> MeasuredPoint:
         """What a checked file says."""
-        row = {name: value for name, value in form.model_dump().items() if name not in ("point", "time", "domains")}
+        row = {name: value for name, value in form.model_dump().items() if name not in ("point", "time", "domains", "slices")}
         return cls(
             **row,
             point=measured_point(form),
             time=None if form.time is None else DecodeTime(**form.time.model_dump()),
             domains={name: DomainQuality(**quality.model_dump()) for name, quality in form.domains.items()},
+            slices={name: SliceScore(**found.model_dump()) for name, found in form.slices.items()},
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -107,8 +141,9 @@ class MeasuredPoint:
             "point": self.point and self.point.to_json(),
             "time": self.time and asdict(self.time),
             "domains": {name: asdict(quality) for name, quality in self.domains.items()},
+            "slices": {name: asdict(found) for name, found in self.slices.items()},
         }
-        return {name: value for name, value in row.items() if value or name not in ("time", "domains")}
+        return {name: value for name, value in row.items() if value or name not in ("time", "domains", "slices")}
 
 
 @dataclass(frozen=True)
@@ -160,14 +195,16 @@ class Frontier(Result):
         return cls(form.model, form.source, form.n_sub, points, baseline, form.provenance, bits)
 
     def to_records(self) -> list[dict[str, Any]]:
-        """A row per point: its numbers, its time where it was measured, and its worst domain."""
+        """A row per point: its numbers, its time where it was measured, its worst domain and its worst slice."""
         rows = []
         for point in self.every:
             row = {n: v for n, v in point.to_json().items() if not isinstance(v, dict)}
             worst = point.worst_domain
             time = {"ms_per_token": point.time.ms_per_token, "of_stock": point.time.of_stock} if point.time else {}
             domain = {"worst_domain": worst, "worst_domain_kl": point.domains[worst].kl} if worst else {}
-            rows.append(row | time | domain)
+            least = point.worst_slice
+            kept = {"worst_slice": least, "worst_slice_kept": point.slices[least].kept} if least else {}
+            rows.append(row | time | domain | kept)
         return rows
 
     def save(self, path: str | Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from ..elastic.runtime import slots_per_token
 from ..errors import UsageError
 from ..forecast.work_time import Seconds
 from ..frontier import DomainQuality, Frontier, MeasuredPoint, pareto
+from ..frontier.judge.base import ASKED
+from ..frontier.judge.run import Judge, Judged
 from ..frontier.measure import BATCH, Measurement, measure
 from ..methods.base import Method, Subject
 from ..methods.find import method
@@ -82,7 +85,8 @@ def measure_frontier(folder: str | Path, options: FrontierOptions | None = None,
         calibration_ids(tokenizer, options)
     length, low_memory = windows.ids.shape[1], options.low_memory
     back = length if any("gradients" in getattr(each, "collectors", ()) for each in asked) else 0
-    running = needed_by_running(tree, rows=BATCH * length, cut=cut, fits=fits, back=back, low_memory=low_memory)
+    rows = max(BATCH * length, ASKED if options.judge else 0)
+    running = needed_by_running(tree, rows=rows, cut=cut, fits=fits, back=back, low_memory=low_memory)
     needed = needed_by_frontier(tree, running, low_memory=low_memory, encodes=any(each.acts == "weights" for each in asked))
     begin(needed, lasts=partial(_lasts, where, asked, windows, options, cut))
     if options.low_memory:
@@ -112,6 +116,7 @@ def _measure(
     options: FrontierOptions,
     report: Report,
 ) -> Frontier:
+    judge = Judge(opened.model, opened.tokenizer, windows.ids, options.judge) if options.judge else None
     subject = subject_of(opened, options, report)
     tagged = [(m.name, point) for m in asked for point in _points(m, subject)]
     made = {point.name: point.point for _, point in tagged}  # what a method makes again is measured once
@@ -127,18 +132,25 @@ def _measure(
     bits_from = len(tagged)
     rows = [] if options.low_memory else standing_rows(subject)
     tagged += [("bits-alone", point) for point in rows if point.name not in known]
+    asked_points = [point.point for _, point in tagged]
     with report("frontier") as update:
-        found = measure(opened.model, windows.ids, [point.point for _, point in tagged], progress=update, parts=windows.parts)
+        found = measure(opened.model, windows.ids, asked_points, progress=update, parts=windows.parts)
+    judged = None
+    if judge is not None:
+        with report("judge") as update:
+            judged = judge.ask(asked_points, update)
     flags = pareto([m.cost.active_expert_bytes for m in found], [m.quality.kl for m in found])
     every = zip(tagged, found, flags, strict=True)
     points = tuple(_measured(label, point, one, subject.slots, flag) for (label, point), one, flag in every)
+    if judged is not None:
+        points = tuple(replace(point, slices=scores) for point, scores in zip(points, judged.points, strict=True))
     return Frontier(
         opened.name,
         opened.manifest["source"]["name"] if opened.manifest else opened.name,
         opened.n_sub,
         points[:split],
         points[split:bits_from],
-        _provenance(opened, options, windows),
+        _provenance(opened, options, windows, judged),
         points[bits_from:],
     )
 
@@ -219,13 +231,14 @@ def _measured(label: str, named: NamedPoint, found: Measurement, slots: int, fla
     )
 
 
-def _provenance(opened: Opened, options: FrontierOptions, windows: Windows) -> dict[str, Any]:
+def _provenance(opened: Opened, options: FrontierOptions, windows: Windows, judged: Judged | None) -> dict[str, Any]:
     manifest: Mapping[str, Any] = opened.manifest or {"calibration": {}}
     return {
         # a file is known by its name: where it lies on this machine is nobody's business
         "options": {k: list(v) if isinstance(v, tuple) else v for k, v in recorded(options).items()}
         | {"given": [Path(p).name for p in options.given]},
         "evaluation": {**windows.facts(), "tokens": windows.tokens, "documents": len(windows.documents)},
+        **({} if judged is None else {"judge": {"left_out": dict(judged.left_out)}}),
         "calibration": {k: v for k, v in manifest["calibration"].items() if k != "documents"},
         "recovery": [{k: v for k, v in step.items() if k != "inputs"} for step in manifest.get("recovery", [])],
         **recipe_facts(),

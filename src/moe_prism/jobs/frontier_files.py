@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import changing
-from ..checkpoint.manifest import MANIFEST
+from ..checkpoint import changing, read_manifest
+from ..checkpoint.manifest import MANIFEST, PLAIN_KINDS
 from ..frontier import Frontier
 from ..frontier.evaluation import FILE, Evaluation
 from ..point.named import FRONTIER
@@ -34,7 +34,7 @@ def write_frontier(result: Frontier, out: str | Path, *, samples: Mapping[str, A
 
 
 def keep_frontier(result: Frontier, folder: str | Path) -> None:
-    """The same in the measured model's own folder, whose prism.json then lists the Pareto points.
+    """The same in the measured model's own folder. The prism.json of an elastic one then lists the Pareto points.
 
     >>> import moe_prism
     >>> found = moe_prism.measure_frontier("elastic", moe_prism.FrontierOptions(tokens=256, length=128))
@@ -44,7 +44,8 @@ def keep_frontier(result: Frontier, folder: str | Path) -> None:
     """
     with changing(Path(folder)) as change:
         _write(result, change.work, None, Path(folder))
-        change.commit({"operating_points": [p.to_json() for p in result.points if p.pareto]})
+        is_elastic = read_manifest(folder).get("kind") not in PLAIN_KINDS
+        change.commit({"operating_points": [p.to_json() for p in result.points if p.pareto]} if is_elastic else {})
 
 
 def add_tasks(folder: str | Path) -> bool:

@@ -77,9 +77,9 @@ def refactor_time(weights: Weights, text: Windows | Statistics, options: Refacto
 def frontier_time(
     folder: Path, asked: Sequence[Method], windows: Windows, options: FrontierOptions, n_sub: int
 ) -> Seconds | None:
-    """Of measuring the points of methods that need no fitting; None for others, and where no layer can be run by itself."""
+    """Of measuring the points of methods that need no fitting; None for others, with a judge, and where no layer can be run by itself."""
     fixed = all(each.acts != "weights" and not each.needs for each in asked)
-    if options.low_memory or options.given or not fixed or not folder.is_dir():
+    if options.low_memory or options.judge or options.given or not fixed or not folder.is_dir():
         return None
     pilot = Pilot(folder)
     ids = windows.ids

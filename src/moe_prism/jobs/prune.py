@@ -44,7 +44,7 @@ from ..progress import Report, peak_rss_bytes, silent
 from ..result import Result
 from .calibrate import calibration_windows, check_fit, check_fits, discard_snapshots, lasts, read_statistics, run_pass
 from .prune_card import pruned_card
-from .recover import FILLED_IN
+from .recovered import FILLED_IN
 from .rehearsal import begin
 from .resources import needed_by_pass, needed_by_rewriting, written_bytes
 from .which_text import with_text

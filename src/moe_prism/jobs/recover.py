@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
@@ -29,30 +28,12 @@ from ..options.text import other_source
 from ..progress import Report, peak_rss_bytes, silent
 from ..recover import RecoverJob, methods
 from ..recover.run import BATCH, groups
-from ..result import Result
+from .recover_router import recover_router
+from .recovered import FILLED_IN, Recovered
 from .rehearsal import begin
 from .resources import needed_by_recovery
 
 MEASURED = REMEASURED  # of the model as it was
-FILLED_IN = ("schema", "versions", "files", "sha256")  # keys of a manifest that its writer sets
-
-
-@dataclass(frozen=True)
-class Recovered(Result):
-    """The folder, its manifest, and the peak memory of this process."""
-
-    folder: Path
-    manifest: dict[str, Any]
-    peak_rss_bytes: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Facts of the run as plain JSON values."""
-        facts = self.manifest["recovery"][-1]
-        return {
-            "folder": str(self.folder),
-            **{key: facts[key] for key in ("method", "tokens", "resident_bytes", "resident_share")},
-            "peak_rss_bytes": self.peak_rss_bytes,
-        }
 
 
 def recover_model(
@@ -60,8 +41,9 @@ def recover_model(
 ) -> Recovered:
     """Write a copy of an elastic model that loses less below full budget, with the same weights and the same function at full budget.
 
-    Of two methods, `predictor` goes first: a repair is fitted to what is kept. how: see `Writing`; an interrupted `repair`
-    continues, `predictor` starts again. Raises UsageError, DoesNotFit or CorruptError before OUT is visible.
+    Of two methods, `predictor` goes first: a repair is fitted to what is kept. `router` takes a folder of `reslice` instead, and writes
+    another model (see `recover_router`). how: see `Writing`; an interrupted `repair` or `router` continues, `predictor` starts again.
+    Raises UsageError, DoesNotFit or CorruptError before OUT is visible.
 
     >>> import moe_prism
     >>> asked = moe_prism.RecoverOptions(method="repair", tokens=2048, length=128)
@@ -70,6 +52,8 @@ def recover_model(
     """
     options, resume = options or RecoverOptions(), how.get("resume", False)
     options.check()
+    if options.method == "router":
+        return recover_router(folder, out, options, **how)
     manifest = elastic_manifest(folder)
     _check(folder, manifest, options)
     check_apart(folder, out)

@@ -18,6 +18,7 @@ from ..calibrate.statistics import Statistics
 from ..checkpoint import LayerStream, read_manifest
 from ..checkpoint.manifest import MANIFEST, WEIGHTS_FILE
 from ..compress.codec import codecs
+from ..compress.merge.cluster import TOGETHER
 from ..compress.quantize.decoded import KEPT_BYTES, matrices
 from ..elastic.runtime import experts_per_token
 from ..errors import DoesNotFit, UsageError
@@ -118,6 +119,16 @@ def needed_by_rewriting(weights: Weights, written: int) -> dict[str, Any]:
     return told({"weights_bytes": 3 * experts}, written)
 
 
+def needed_by_merging(weights: Weights, options: CalibrateOptions | None, written: int) -> dict[str, Any]:
+    """What merging a layer's experts needs, after a pass where there is one: the layer, its neurons in a form to compare, new ones."""
+    layer = largest_layer(weights)
+    merging = {"weights_bytes": 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32, "likeness_bytes": 4 * TOGETHER}
+    if options is None:
+        return told(merging, written)
+    parts, declared, _ = pass_parts(weights, options)
+    return told(largest([parts, merging]), 2 * declared + written)
+
+
 def needed_by_adoption(weights: Weights, options: CalibrateOptions, written: int) -> dict[str, Any]:
     """A calibration of the quantized model; its weights and the elastic one's are compared a layer at a time, and it is measured."""
     parts, declared, _ = pass_parts(weights, options)
@@ -138,6 +149,12 @@ def needed_by_recovery(model: Any, ids: Tensor, options: RecoverOptions, written
         equations = min(options.memory_mib << 20, sum(Normal.bytes(own, bands) for own in layers))
         parts |= {"logits_bytes": 0, "equations_bytes": equations}
     return told(parts, written, held=sum(p.nbytes for p in model.parameters() if not p.is_meta))
+
+
+def needed_by_training(model: Any, rows: int, written: int) -> dict[str, Any]:
+    """What training a model's routers needs: rows tokens go forward and backward together, through all layers."""
+    needed = needed_by_running(model, rows=rows, cut=1, back=rows)
+    return told({name: needed[name] for name in RUNNING}, written)
 
 
 def model_tree(where: Path | str) -> Any:

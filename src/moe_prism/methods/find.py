@@ -12,6 +12,7 @@ from ..elastic import Rule
 from ..errors import UsageError
 from ..registry import choices
 from .base import Method
+from .chain import JOIN, Chain
 from .prune.masked import Prune
 from .slots.rules import RuleMethod
 
@@ -19,7 +20,11 @@ PRUNE = "prune"
 
 
 def method(name: str) -> Method:
-    """The method of a name as `--methods` takes it: NAME or NAME:ARGUMENT of the catalogue; prune:CRITERION for a pruning criterion."""
+    """The method of a name as `--methods` takes it: NAME or NAME:ARGUMENT of the catalogue; prune:CRITERION for a pruning criterion;
+    several with + between them for a chain.
+    """
+    if JOIN in name:
+        return Chain(name, [method(part) for part in name.split(JOIN)])
     plain, colon, argument = name.partition(":")
     text = argument if colon else None
     if plain == PRUNE:
@@ -66,15 +71,15 @@ def described() -> list[Described]:
                 entry.summary,
                 needs or "-",
                 found.paper or "-",
-                served_by(acts, getattr(found, "depends_on_batch", False)),
+                served_by(acts, getattr(found, "depends_on_batch", False) or getattr(found, "leaves_out_neurons", False)),
                 entry.origin,
             )
         )
     return rows
 
 
-def served_by(acts: str, depends_on_batch: bool) -> str:
-    """Who runs the points of a method beside `frontier`, which measures all."""
+def served_by(acts: str, if_named: bool) -> str:
+    """Who runs the points of a method beside `frontier`, which measures all. if_named: whether only who names them gets them."""
     if acts == "weights":
         return "generate; any engine once `prune` or `compress` has written it"
-    return "generate; serve where it is named" if depends_on_batch else "generate, serve, vLLM"
+    return "generate; serve where it is named" if if_named else "generate, serve, vLLM"

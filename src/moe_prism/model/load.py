@@ -16,7 +16,7 @@ from ..checkpoint.dequantized import quantization
 from ..checkpoint.shards import read_json
 from ..checkpoint.stream import LayerStream
 from ..checkpoint.view import as_data, settings
-from ..checkpoint.whole import open_whole
+from ..checkpoint.whole import look
 from ..errors import CorruptError, PrismError, UsageError
 from ..schema.read import one_line
 from .named import resolve
@@ -39,7 +39,7 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None, config: Any
             if device_map:
                 raise UsageError(f"'{where}' is dequantized as it is read, which --device-map cannot spread", "give --device")
             return _streamed(where, dtype)
-        open_whole(where)
+        look(where)
         known = read_config(where)
         kind, given = (
             model_class(known),

@@ -24,6 +24,8 @@ from ..errors import UsageError
 from .base import MoELayer
 
 COUNT_NAMES = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "num_moe_experts", "n_experts")
+TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token", "moe_k", "top_k")
+"""How configurations name the experts per token."""
 GROUP_NAMES = ("num_group", "n_group", "num_groups", "num_expert_group", "num_expert_groups")
 GROUP_LIMIT_NAMES = ("topk_group", "num_limited_groups", "topk_groups")
 ADVICE = "this family's experts cannot be pruned yet"

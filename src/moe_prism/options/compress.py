@@ -26,8 +26,8 @@ class CompressOptions(Options):
 
     method: str = option(
         "rtn:bits=4:group=128",
-        "A codec and its settings, such as rtn:bits=8 or rtn:bits=4:group=32; eaquant:bits=4:group=128 evens out inputs first; or what "
-        "ranks neurons, such as heapr, with --keep.",
+        "A codec and its settings, such as rtn:bits=8 or rtn:bits=4:group=32; eaquant:bits=4:group=128 evens out inputs first; what ranks "
+        "neurons, such as heapr, or merges experts, such as dern, with --keep.",
     )
     format: OutputFormat = option(
         "compressed-tensors",
@@ -40,7 +40,9 @@ class CompressOptions(Options):
         "Of codecs: round column after column, and make up for what is lost in the columns that follow, as calibration text uses them "
         "(GPTQ).",
     )
-    keep: float | None = option(None, "Of neurons: the share that stays, 0 to 1.", above=0, most=1)
+    keep: float | None = option(
+        None, "Of neurons, and of experts that are merged: the share that stays, 0 to 1.", above=0, most=1
+    )
     widths: Widths = option(
         "equal",
         "Of neurons. equal: every expert has one width, which config.json says, and the files become smaller. own: experts differ as "
@@ -49,12 +51,15 @@ class CompressOptions(Options):
     multiple: int = option(16, "Of --widths equal: the width is a multiple of it.", least=1)
     protect: list[str] = option(
         [],
-        "Comma-separated protections, e.g. super-experts: experts that keep all neurons whatever the method says. With --widths own.",
+        "Comma-separated protections, e.g. super-experts: experts that stay as they are whatever the method says. Of neurons with --widths "
+        "own.",
         names="moe_prism.compress.prune:protections",
     )
-    pin: list[str] = option([], "Comma-separated LAYER:EXPERT that keep all neurons, counted from 0. With --widths own.")
+    pin: list[str] = option(
+        [], "Comma-separated LAYER:EXPERT that stay as they are, counted from 0. Of neurons with --widths own."
+    )
     dtype: WrittenType | None = option(
-        None, "Of neurons: type that a quantized source's weights are written in. Default its own."
+        None, "Of neurons and merging: type that a quantized source's weights are written in. Default its own."
     )
     calibration: CalibrateOptions = nested(CalibrateOptions, "text", "text_field", "domains", "tokens", "length", "low_memory")
 
@@ -62,10 +67,6 @@ class CompressOptions(Options):
         super().check()
         for text in self.pin:
             pinned(text)
-        if self.widths == "equal" and (self.protect or self.pin):
-            raise UsageError(
-                "with --widths equal all experts lose as many neurons", "add --widths own, or leave --protect and --pin out"
-            )
         if self.widths == "own" and self.multiple != CompressOptions.multiple:
             raise UsageError("--multiple belongs to --widths equal", "leave one of them out")
         self.calibration.check()
@@ -79,6 +80,15 @@ class CompressOptions(Options):
     def check_neurons(self) -> None:
         """UsageError for what a ranking of neurons does not know."""
         self._check_default(("format", "error_feedback"), "give a codec, such as rtn:bits=4")
+        if self.widths == "equal" and (self.protect or self.pin):
+            raise UsageError(
+                "with --widths equal all experts lose as many neurons", "add --widths own, or leave --protect and --pin out"
+            )
+
+    def check_merging(self) -> None:
+        """UsageError for what merging experts does not know."""
+        self._check_default(("format", "error_feedback"), "give a codec, such as rtn:bits=4")
+        self._check_default(("widths", "multiple"), "give a method that ranks neurons")
 
     def _check_default(self, names: Sequence[str], advice: str) -> None:
         for name in names:

@@ -43,6 +43,13 @@ class FrontierOptions(Options):
     tokens: int = option(16_384, "Evaluation tokens.")
     length: int = option(512, "Tokens per window.")
     calibration_tokens: int = option(8_192, "Tokens that methods fit on, of the calibration side of the text.")
+    judge: tuple[str, ...] = option(
+        (),
+        "Comma-separated slices of the text on which every point is compared with the full model, beside perplexity; "
+        "see `moe-prism ls slices`. all takes every one that the text has questions for. Costs about as much time again.",
+        names="moe_prism.frontier.judge:slices",
+        also=("all",),
+    )
     low_memory: bool = option(False, f"{LOW_MEMORY_WORDS} Without methods that change weights, and without int8 and int4 rows.")
 
     def check(self) -> None:
@@ -51,6 +58,8 @@ class FrontierOptions(Options):
             number = next(given for given in self.given if given.isdigit())
             raise UsageError(f"--points {number} is no file of operating points", f"say --per-method {number} for their number")
         check_windows(self.length, tokens=self.tokens, calibration_tokens=self.calibration_tokens)
+        if self.judge and self.low_memory:
+            raise UsageError("--judge generates text, with the model in memory", "leave it or --low-memory out")
         if self.text is not None or self.domains:
             self.source  # noqa: B018 - raises for what cannot be meant together
 

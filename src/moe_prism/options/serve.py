@@ -51,10 +51,21 @@ class ServeOptions(Options):
     verify: bool = option(
         False, "First compare every file of the folder with its sha256 in prism.json; without, only the small ones."
     )
+    patterns: Path | None = option(
+        None,
+        "File of `moe-prism patterns`: only the experts that a task needs take part, and no others are ever read from a store.",
+    )
+    task: str | None = option(None, "With --patterns: the task. Default: the one that --task-prompts are nearest to.")
+    task_prompts: Path | None = option(None, "With --patterns: text such as it will be asked, which says the task.")
+    task_keep: float = option(0.5, "With --patterns: the share of the experts that takes part.", above=0, most=1)
     debug: bool = option(False, "Plain logs with stack traces.")
     store: Any = None
 
     def check(self) -> None:
         super().check()
+        if self.patterns is None and (self.task or self.task_prompts or self.task_keep != ServeOptions.task_keep):
+            raise UsageError("--task, --task-prompts and --task-keep belong to --patterns", "give a file of `moe-prism patterns`")
+        if self.patterns is not None and (self.task is None) == (self.task_prompts is None):
+            raise UsageError("--patterns wants one of --task and --task-prompts", "name the task, or give a file of prompts")
         if self.points and self.bytes_per_token is not None:
             raise UsageError("--points and --bytes-per-token both choose points", "give one of them")

@@ -52,7 +52,8 @@ def rival(norms: Floats, g: int, h: int, kept: int, top: Floats, u: Floats) -> N
                 carry[t] = min(x, y)
     q = top[kept - 1]
     if kept == 1:
-        u[:] = q
+        for t in range(tokens):  # an array put into another one would have numba compile words for sizes that differ: two seconds
+            u[t] = q[t]
         return
     p, a, b = top[kept - 2], norms[g], norms[h]
     for t in range(tokens):

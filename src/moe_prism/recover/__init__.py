@@ -22,5 +22,10 @@ methods: Registry[Method] = Registry(
             "W_down of experts that dropped blocks, by least squares; more resident bytes",
         ),
         "predictor": ("moe_prism.recover.predictor:train", "the predictor, trained to choose slots by KL; no more bytes"),
+        "router": (
+            "moe_prism.recover.router:train",
+            "the router of a resliced checkpoint, at K that rises or is drawn; another model",
+            "arXiv 2510.19366",
+        ),
     },
 )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import UsageError
 from ..frontier.pareto import pareto
 from ..frontier.record import Frontier, MeasuredPoint
+from .labels import ABOVE, BELOW, LINE, SIZE, SPOTS, Box, Label, Spot, place, position
 from .png import deflated
 from .summary import KL_ZERO, full_bytes, main_rule, perplexity, series
 
@@ -103,8 +104,8 @@ def _kl_chart(frontier: Frontier, data: list[dict[str, Any]], across: _Horizonta
     scale = {"type": "log", "domain": [low / 1.25, max(high, low * 10) * 1.6], "nice": False}
     words = "KL divergence to the full model in nats per token, log scale. Lower is better."
     subtitle = _subtitle(words, across.better, data, width)
-    chart = _layers(frontier, data, across, _Figure("kl", scale, axis, subtitle), width)
-    return chart + _note([row for row in data if row["zero"]], (across.x, "kl"), "full model: KL 0", dx=-10, dy=0)
+    note = _Note("full model: KL 0", Spot("right", "middle", -10, 0))
+    return _layers(frontier, data, across, _Figure("kl", scale, axis, subtitle, note), width)
 
 
 def ppl_chart(frontier: Frontier, width: int = WIDE) -> alt.LayerChart:
@@ -120,9 +121,9 @@ def ppl_chart(frontier: Frontier, width: int = WIDE) -> alt.LayerChart:
     axis = {"values": _decades(low, high), "format": "~g"} if log else {"tickCount": 6}
     across = _Horizontal("cost", COST_AXIS, PPL_TITLE)
     subtitle = _subtitle("Perplexity per token on held-out text. Lower is better.", across.better, data, width)
-    chart = _layers(frontier, data, across, _Figure("ppl", scale, axis, subtitle), width)
     zero = [row for row in data if row["zero"]]
-    return chart + _note(zero, ("cost", "ppl"), f"full model: {perplexity(zero[-1]['ppl'])}" if zero else "", dx=6, dy=dy)
+    note = _Note(f"full model: {perplexity(zero[-1]['ppl'])}" if zero else "", Spot("right", "middle", 6, dy))
+    return _layers(frontier, data, across, _Figure("ppl", scale, axis, subtitle, note), width)
 
 
 def time_chart(frontier: Frontier, width: int = WIDE) -> alt.LayerChart:
@@ -166,6 +167,13 @@ class _Horizontal(NamedTuple):
     spread: tuple[str, ...] = ()  # further columns that have to fit
 
 
+class _Note(NamedTuple):
+    """What is said of the full model, beside its point."""
+
+    text: str
+    spot: Spot
+
+
 class _Figure(NamedTuple):
     """What a chart shows upwards: a column of the data, on which scale and axis, under which words."""
 
@@ -173,6 +181,7 @@ class _Figure(NamedTuple):
     scale: Mapping[str, Any]
     axis: Mapping[str, Any]
     subtitle: list[str]
+    note: _Note
 
 
 def _layers(frontier: Frontier, data: list[dict[str, Any]], across: _Horizontal, figure: _Figure, width: int) -> alt.LayerChart:
@@ -183,7 +192,8 @@ def _layers(frontier: Frontier, data: list[dict[str, Any]], across: _Horizontal,
     left, right = (0.09, 0.05) if width > 500 else (0.27, 0.08)  # room for the label of the cheapest point
     span = max(max(costs) - min(costs), 0.1 * max(costs))
     x = alt.X(f"{across.x}:Q", title=across.words if width > 500 else textwrap.wrap(across.words, 34))
-    x = x.scale(domain=[min(costs) - left * span, max(costs) + right * span], nice=False, zero=False)
+    along = {"domain": [min(costs) - left * span, max(costs) + right * span], "nice": False, "zero": False}
+    x, data = x.scale(**along), _placed(data, (across.x, along), figure, width)
     base = alt.Chart(alt.Data(values=data)).encode(
         x=x.axis(tickCount=8 if width > 500 else 5),
         y=alt.Y(f"{figure.y}:Q", title=None).scale(**figure.scale).axis(**figure.axis),
@@ -201,13 +211,36 @@ def _layers(frontier: Frontier, data: list[dict[str, Any]], across: _Horizontal,
     said = {"color": color, "shape": shape, "description": "name:N"}  # by which the page's script finds a point's marker
     kept = base.transform_filter("datum.pareto").mark_point(filled=True, **marks).encode(**said)
     beaten = base.transform_filter("!datum.pareto").mark_point(fill="white", **marks).encode(**said)
-    label = {"fontSize": 13, "align": "left", "dx": 9}
-    above = base.transform_filter("datum.above != ''").mark_text(baseline="bottom", dy=-5, **label)
-    below = base.transform_filter("datum.below != ''").mark_text(
-        baseline="top", dy=6, color=BLUE, **{**label, "align": "right", "dx": -7}
+    labels = [
+        base.transform_filter(alt.datum.spot == i).mark_text(fontSize=SIZE, **spot._asdict()).encode(text="label:N", color=color)
+        for i, spot in enumerate(SPOTS)
+    ]
+    zero = alt.Chart(alt.Data(values=[row for row in data if row["zero"]][-1:])).mark_text(
+        fontSize=SIZE, color=INK, **figure.note.spot._asdict()
     )
-    chart = alt.layer(*lines, beaten, kept, above.encode(text="above:N", color=color), below.encode(text="below:N"))
-    return dressed(chart, across.title, figure.subtitle, width)
+    note = zero.encode(x=f"{across.x}:Q", y=f"{figure.y}:Q", text=alt.value(figure.note.text))
+    return dressed(alt.layer(*lines, beaten, kept, *labels, note), across.title, figure.subtitle, width)
+
+
+def _placed(
+    data: list[dict[str, Any]], across: tuple[str, Mapping[str, Any]], figure: _Figure, width: int
+) -> list[dict[str, Any]]:
+    """The rows with what is written beside each, and the number of the spot where; -1 for nothing.
+
+    The standing rows are told apart by their names alone, so theirs come first.
+    """
+    height = _height(width)
+    at = [(position(row[across[0]], across[1], width), height - position(row[figure.y], figure.scale, height)) for row in data]
+    note = next((figure.note.spot.box(*at[i], figure.note.text) for i in reversed(range(len(data))) if data[i]["zero"]), None)
+    named = sorted((i for i, row in enumerate(data) if row["above"] or row["below"]), key=lambda i: not data[i]["above"])
+    wanted = [Label(*at[i], data[i]["above"] or data[i]["below"], ABOVE if data[i]["above"] else BELOW) for i in named]
+    spots = dict(zip(named, place(wanted, Box(0, width, -LINE, height), at, [note] if note else []), strict=True))
+    found = [SPOTS.index(spot) if (spot := spots.get(i)) else -1 for i in range(len(data))]
+    return [row | {"label": row["above"] or row["below"], "spot": number} for row, number in zip(data, found, strict=True)]
+
+
+def _height(width: int) -> int:
+    return 380 if width > 500 else 320
 
 
 def _encodings(alt: Any, names: Sequence[str], width: int) -> tuple[Any, Any]:
@@ -226,21 +259,13 @@ def _encodings(alt: Any, names: Sequence[str], width: int) -> tuple[Any, Any]:
     return color, shape
 
 
-def _note(data: list[dict[str, Any]], at: tuple[str, str], text: str, dx: int, dy: int) -> alt.Chart:
-    alt = libraries()
-    one = alt.Chart(alt.Data(values=data[-1:])).mark_text(align="right", baseline="middle", dx=dx, dy=dy, fontSize=13, color=INK)
-    return one.encode(x=f"{at[0]}:Q", y=f"{at[1]}:Q", text=alt.value(text))
-
-
 def dressed(chart: alt.LayerChart, title: str, subtitle: list[str], width: int) -> alt.LayerChart:
     """The chart with its size, title and fonts."""
     alt = libraries()
     lines = textwrap.wrap(title, 60 if width > 500 else 28)  # in the widest font that a phone may have
     heading = alt.TitleParams(lines, subtitle=subtitle, anchor="start", frame="group", offset=14)
     return (
-        chart.properties(
-            width=width, height=380 if width > 500 else 320, title=heading, background="white", padding=16 if width > 500 else 6
-        )
+        chart.properties(width=width, height=_height(width), title=heading, background="white", padding=16 if width > 500 else 6)
         .configure(font="Roboto, Helvetica, Arial, sans-serif")
         .configure_view(strokeWidth=0)
         .configure_title(

@@ -13,11 +13,13 @@ from ..frontier.evaluation import score_rows
 from ..frontier.record import Frontier, MeasuredPoint, write_atomic
 from . import chart
 from .summary import (
+    KEPT,
     Duel,
     distinct,
     duels,
     full_bytes,
     is_timed,
+    judged_points,
     kl,
     main_points,
     main_rule,
@@ -25,6 +27,7 @@ from .summary import (
     perplexity,
     plain_points,
     sentences,
+    slice_names,
 )
 
 EXTRA = {"samples": ("budget", "prompt", "text", "tokens_per_s"), "notes": (), "evaluation": ()}
@@ -66,6 +69,9 @@ def render(frontier: Frontier, extra: Mapping[str, Any] | None = None) -> str:
         timed=is_timed(frontier),
         domains=domain_names(frontier),
         sliced=sorted((p for p in frontier.every if p.domains), key=lambda p: -p.active_expert_bytes),
+        slices=slice_names(frontier),
+        judged=sorted(judged_points(frontier), key=lambda p: -p.active_expert_bytes),
+        least=KEPT,
         script=Markup(files(__package__).joinpath("report.js").read_text(encoding="utf-8")),  # noqa: S704 - ours
         points=sorted(frontier.points, key=lambda p: (p.rule != main_rule(frontier), p.rule, -p.active_expert_bytes)),
         duels=[*duels(frontier), *duels(frontier, frontier.baseline_bits)],

@@ -19,6 +19,8 @@
     if (point.resident_expert_bytes) lines.push((point.resident_expert_bytes / 1e6).toFixed(1) + " MB of experts in memory");
     const worst = Object.entries(point.domains || {}).sort((a, b) => b[1].kl - a[1].kl)[0];
     if (worst) lines.push("worst domain " + worst[0] + ": KL " + worst[1].kl.toPrecision(3));
+    const slice = Object.entries(point.slices || {}).filter(([, found]) => found.is_ability).sort((a, b) => a[1].kept - b[1].kept)[0];
+    if (slice) lines.push("worst slice " + slice[0] + ": keeps " + (100 * slice[1].kept).toFixed(1) + " %");
     return lines;
   }
 

@@ -10,6 +10,7 @@ from functools import cache
 from ..frontier.pareto import distinct_points, largest_cliff
 from ..frontier.record import Frontier, MeasuredPoint
 
+KEPT = 0.9  # of what the full model gets right; a point that keeps less of a slice has lost something
 KL_ZERO = 1e-6  # nats per token; below it float32 logits cannot tell two models apart
 
 
@@ -73,7 +74,7 @@ def _closest_within(points: Sequence[MeasuredPoint], cost: float) -> MeasuredPoi
 
 def sentences(frontier: Frontier) -> list[str]:
     """The plain-language summary of a frontier that has points."""
-    told = (_range, _halfway, _score, _bits, _steps, _quality, _speed)
+    told = (_range, _halfway, _score, _bits, _steps, _quality, judgement, _speed)
     return [sentence for tell in told if (sentence := tell(frontier))]
 
 
@@ -137,6 +138,34 @@ def _quality(frontier: Frontier) -> str:
     return (
         f"Perplexity goes from {perplexity(high.ppl)} at the highest price to {perplexity(low.ppl)} at the lowest, where the "
         f"most likely next token is still the source model's for {percent(low.top1_agreement)} of the tokens."
+    )
+
+
+def judged_points(frontier: Frontier) -> list[MeasuredPoint]:
+    """The points that were asked slices."""
+    return [p for p in frontier.every if p.slices]
+
+
+def slice_names(frontier: Frontier) -> list[str]:
+    """Of the judge, in the order in which they were asked; none where there was no judge."""
+    return list(dict.fromkeys(name for point in frontier.every for name in point.slices))
+
+
+def judgement(frontier: Frontier) -> str:
+    """Which points keep less than 90 % of their worst slice, and the one of them that perplexity shows least."""
+    judged = judged_points(frontier)
+    failing = [(p, name) for p in judged if (name := p.worst_slice) and p.slices[name].kept < KEPT]
+    if not judged:
+        return ""
+    if not failing:
+        return f"Every point keeps at least {percent(KEPT)} of what the full model gets right in each slice of the text."
+    full = next((p.ppl for p in judged if p.budget >= 1 and p.kl < KL_ZERO), min(p.ppl for p in judged))
+    point, name = min(failing, key=lambda found: abs(found[0].ppl / full - 1))
+    change = 100 * (point.ppl / full - 1)
+    return (
+        f"{len(failing)} of {len(judged)} points keep less than {percent(KEPT)} of what the full model gets right in their worst "
+        f"slice; of them {point.name} changes perplexity least, by {change:+.1f}\u00a0%, and keeps {percent(point.slices[name].kept)} "
+        f"of the slice '{name}'."
     )
 
 

@@ -45,7 +45,8 @@ class Routed:
     x [T, d]: the layer's input. index [T, k]: expert ids, -1 for no expert; ids from E on are experts that are not weights
     (`model.extra`): the model's own, then from first_extra on those of the stage. weight [T, k]. k may change from stage to stage.
     scores() gives the router's probabilities [T, E], residual() the residual stream [T, d]: both are computed when asked for. state:
-    what stages carry from layer to layer of one forward, [T, ...] each.
+    what stages carry from layer to layer of one forward, [T, ...] each. cutoff [T]: of a token's experts only neurons whose gate is at
+    least that large are computed; None: all.
     """
 
     x: Tensor
@@ -57,6 +58,7 @@ class Routed:
     scores: Callable[[], Tensor] = _unavailable
     residual: Callable[[], Tensor] = _unavailable
     state: dict[str, Tensor] = field(default_factory=dict)
+    cutoff: Tensor | None = None
 
     def of(self, rows: Tensor) -> Routed:
         """The part of the batch that rows [S] name. What it carries on is its own: `merged` puts it back."""
@@ -67,6 +69,7 @@ class Routed:
             index=self.index[rows],
             weight=self.weight[rows],
             state=state,
+            cutoff=None if self.cutoff is None else self.cutoff[rows],
             scores=lambda: self.scores()[rows],
             residual=lambda: self.residual()[rows],
         )
@@ -104,9 +107,11 @@ class Stage(ABC):
     paper: ClassVar[str] = ""
     """Where it comes from; empty: our own."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What it asks of `Routed` beside the choice: "scores", "residual", "state"."""
+    """What it asks of `Routed` beside the choice: "scores", "residual", "state"; and "neurons" of who executes, where it sets a cutoff."""
     extra: ExtraExperts | None = None
     """Experts that are not weights, which the stage may choose: their ids begin at `Routed.first_extra`."""
+    adds: ClassVar[bool] = False
+    """Whether it may choose experts that the router did not, and so more of them than k."""
     depends_on_batch: ClassVar[bool] = False
     """Whether a token's experts depend on the other tokens of the batch."""
 

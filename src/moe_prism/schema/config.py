@@ -9,9 +9,12 @@ from annotated_types import MaxLen, MinLen
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from .common import Form
-from .read import JsonBounds
+from .read import RESTORE, JsonBounds, check
 
-CONFIG_BOUNDS = JsonBounds(bytes=64 << 20, depth=16, values=4_000_000, keys=1_000_000, infinite=True)
+CONFIG_BOUNDS = JsonBounds(bytes=8 << 20, depth=16, values=1_000_000, keys=100_000, infinite=True)
+"""Of `config.json`: a library copies and compares its keys one by one, so their number is bounded before it sees them."""
+SETTINGS_BOUNDS = JsonBounds(bytes=64 << 20, depth=16, values=4_000_000, keys=1_000_000, infinite=True)
+"""Of a tokenizer's files, which may hold a vocabulary."""
 MOST_KEYS = 2000  # of a configuration or a part of it: a library makes an attribute of each
 INDEX_BOUNDS = JsonBounds(bytes=256 << 20, depth=4, values=8_000_000, keys=2_000_000)
 BANNED = (
@@ -114,3 +117,14 @@ def parts(value: dict[str, Any]) -> list[dict[str, Any]]:
         if isinstance(item, dict) and ("model_type" in item or (key.endswith("_config") and "quant" not in key))
     ]
     return [value, *(part for one in inner for part in parts(one))]
+
+
+def bounds_of(name: str) -> JsonBounds:
+    """What a JSON file of a model's folder may be."""
+    return CONFIG_BOUNDS if name == "config.json" else SETTINGS_BOUNDS
+
+
+def check_config(value: dict[str, Any], where: str) -> None:
+    """CorruptError for a configuration that says what no model has."""
+    for part in parts(value):
+        check(ConfigForm, part, where, RESTORE)

@@ -146,6 +146,9 @@ class RecoveryForm(WindowsForm):
     steps: Count | None = None
     rate: Number | None = None
     seed: int | None = None
+    loss: Name | None = None
+    curriculum: Name | None = None
+    trained: Annotated[list[Text], MaxLen(MOST_LAYERS * 4)] = []
 
 
 class AlignForm(Form):
@@ -234,6 +237,40 @@ class SlicedForm(ManifestForm):
     documents: Annotated[list[Sha256], MaxLen(MOST_DOCUMENTS)]
 
 
+class ReslicedForm(ManifestForm):
+    """A checkpoint whose experts are the sub-experts of an elastic model. reslicing: their number and factor. recovery: of the router."""
+
+    kind: Literal["resliced"]
+    companions: CompanionsForm
+    reslicing: Plain
+    calibration: CalibrationForm
+    documents: Annotated[list[Sha256], MaxLen(MOST_DOCUMENTS)]
+    recovery: Annotated[list[RecoveryForm], MaxLen(64)] = []
+
+
+class SplitForm(ManifestForm):
+    """A dense model that was split into experts. result: which way, and what every layer lost."""
+
+    kind: Literal["split"]
+    companions: CompanionsForm
+    dequantized: DequantizedForm | None = None
+    splitting: Plain
+    result: Plain
+    documents: Annotated[list[Sha256], MaxLen(MOST_DOCUMENTS)]
+
+
+class MergedModelForm(ManifestForm):
+    """A checkpoint whose experts were merged. result: how many stayed."""
+
+    kind: Literal["merged"]
+    companions: CompanionsForm
+    dequantized: DequantizedForm | None = None
+    compression: Plain
+    statistics: Plain | None
+    result: Plain
+    documents: Annotated[list[Sha256], MaxLen(MOST_DOCUMENTS)]
+
+
 class StatisticsForm(ManifestForm):
     """A calibration."""
 
@@ -247,5 +284,8 @@ KINDS: dict[str, type[ManifestForm]] = {
     "pruned": PrunedForm,
     "quantized": QuantizedForm,
     "sliced": SlicedForm,
+    "resliced": ReslicedForm,
+    "split": SplitForm,
+    "merged": MergedModelForm,
     "calibration": StatisticsForm,
 }

@@ -28,6 +28,9 @@ from .common import (
 
 REMAKE = "write it again with `moe-prism frontier` or `moe-prism skip`"
 MEASURE = "delete it; it is measured again at start"
+MOST_NUMBERS = 1 << 22
+Weights = Annotated[list[Annotated[list[Number], MinLen(1), MaxLen(MOST_NUMBERS)]], MinLen(1), MaxLen(MOST_LAYERS)]
+"""Numbers per layer, which for a small network are many."""
 Rows = Annotated[list[Annotated[list[Number], MinLen(1), MaxLen(MOST_RANKS)]], MinLen(1), MaxLen(MOST_LAYERS)]
 """Numbers per layer."""
 Chosen = Annotated[int, Field(ge=1, le=MOST_EXPERTS)]
@@ -45,7 +48,7 @@ class StageForm(Form):
 
     layers: Annotated[list[Chosen], MinLen(1), MaxLen(MOST_LAYERS)]
     stage: Name
-    parameters: dict[Name, Rows] = {}
+    parameters: dict[Name, Weights] = {}
     keep_mass: bool | None = None
 
 
@@ -196,12 +199,56 @@ class MergeForm(Form):
     layers: Annotated[list[MergedForm], MinLen(1), MaxLen(MOST_LAYERS)]
 
 
+class SubspaceForm(MergeForm):
+    """Settings of the weight change `subspace`."""
+
+    hidden: Annotated[int, Field(ge=1, le=1 << 20)]
+    rank: Annotated[int, Field(ge=1, le=1 << 20)]
+    scales: Annotated[list[Annotated[list[Annotated[float, Field(gt=0)]], MinLen(1), MaxLen(1 << 20)]], MaxLen(MOST_LAYERS)] = []
+    whole: Annotated[
+        list[Annotated[list[Annotated[int, Field(ge=0, lt=MOST_EXPERTS)]], MaxLen(MOST_EXPERTS)]], MaxLen(MOST_LAYERS)
+    ] = []
+
+
+class SparseRowForm(Form):
+    """The weights of a layer that stay."""
+
+    experts: Experts
+    density: Annotated[float, Field(gt=0, le=1)]
+    inputs: Annotated[str, MaxLen(1 << 30)]
+    middle: Annotated[str, MaxLen(1 << 30)]
+
+
+class SparseForm(Form):
+    """Settings of the weight change `sparse`."""
+
+    layers: Annotated[list[SparseRowForm], MinLen(1), MaxLen(MOST_LAYERS)]
+
+
+class ChainForm(Form):
+    """Settings of the weight change `chain`."""
+
+    edits: Annotated[list[WeightsForm], MinLen(1), MaxLen(16)]
+
+
 class DomainForm(Form):
     """`DomainQuality` of `frontier.json`."""
 
     ppl: Amount
     kl: Number
     top1_agreement: Share
+
+
+class SliceScoreForm(Form):
+    """`SliceScore` of `frontier.json`."""
+
+    kept: Share
+    stderr: Amount
+    right: Share
+    full: Share
+    flips: Share
+    items: Positive
+    is_ability: bool = True
 
 
 class MeasuredForm(Form):
@@ -223,6 +270,7 @@ class MeasuredForm(Form):
     point: PointForm | None = None
     time: TimeForm | None = None
     domains: Annotated[dict[Name, DomainForm], MaxLen(256)] = {}
+    slices: Annotated[dict[Name, SliceScoreForm], MaxLen(256)] = {}
 
 
 Measured = Annotated[list[MeasuredForm], MaxLen(MOST_POINTS)]
@@ -280,3 +328,19 @@ class PruneForm(Form):
     """Settings of the weight change `prune`."""
 
     layers: Annotated[list[KeptForm], MinLen(1), MaxLen(MOST_LAYERS)]
+
+
+class RehomedForm(KeptForm):
+    """The experts of a layer that stay, and where every neuron of the layer went."""
+
+    masked: Literal[False] = False
+    constants: None = None
+    neurons: Annotated[int, Field(ge=1, le=1 << 24)]
+    weights: Annotated[list[Amount], MinLen(1), MaxLen(MOST_EXPERTS)]
+    places: Annotated[str, MaxLen(1 << 30)]
+
+
+class RehomeForm(Form):
+    """Settings of the weight change `rehome`."""
+
+    layers: Annotated[list[RehomedForm], MinLen(1), MaxLen(MOST_LAYERS)]

@@ -86,14 +86,15 @@ def check_folder(folder: Path) -> None:
         raise UsageError(
             f"there is no folder '{folder}'", "give one with a config.json, best one written by `moe-prism refactor`"
         )
-    from ..checkpoint import open_whole, read_manifest
+    from ..checkpoint import read_manifest
     from ..checkpoint.manifest import MANIFEST, WEIGHTS_FILE
+    from ..checkpoint.whole import look
     from ..model import resolve
 
     if not (folder / MANIFEST).is_file():
-        open_whole(resolve(folder))
+        look(resolve(folder))
     elif WEIGHTS_FILE not in read_manifest(folder):
-        open_whole(folder)
+        look(folder)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -38,6 +38,10 @@ class Grid(ABC):
     def encode(self, values: Tensor) -> Tensor:
         """The codes nearest to float32 values; those beyond the grid get its end."""
 
+    def nearest(self, values: Tensor) -> Tensor:
+        """What `decode` makes of `encode`; may overwrite the values."""
+        return self.decode(self.encode(values))
+
 
 @dataclass(frozen=True)
 class Integers(Grid):
@@ -56,6 +60,9 @@ class Integers(Grid):
 
     def encode(self, values: Tensor) -> Tensor:
         return values.round().clamp(self.low, self.high).to(torch.int8 if self.low < 0 else torch.uint8)
+
+    def nearest(self, values: Tensor) -> Tensor:
+        return values.round_().clamp_(self.low, self.high)
 
 
 @dataclass(frozen=True)

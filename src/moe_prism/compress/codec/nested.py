@@ -46,6 +46,12 @@ class Nested(GroupCodec):
         low, high = values.amin(-1), values.amax(-1)
         middle = torch.zeros_like(low) if self.symmetric else stored((low + high) / 2)
         reach = torch.maximum(high - middle, middle - low)
+        if self.symmetric and not self.own_sizes and values.device.type == "cpu":
+            return {"cell": self._cells(values, reach, bits), "middle": middle}
+        return self.fit_plainly(values, middle, reach, bits)
+
+    def fit_plainly(self, values: Tensor, middle: Tensor, reach: Tensor, bits: float) -> Numbers:
+        """`fit` in the form to read; middle, reach [..., o, G]: of each group."""
         best: tuple[Tensor, Numbers] | None = None
         for ratio in RATIOS:
             cell = stored((2 * reach * ratio / 2**self.base).clamp_min(1e-30))
@@ -66,10 +72,23 @@ class Nested(GroupCodec):
         assert best is not None
         return best[1]
 
+    def _cells(self, values: Tensor, reach: Tensor, bits: float) -> Tensor:
+        """What `fit` chooses for the plain form, by compiled code."""
+        from ...kernels.nested_cells import best_cells  # compiles on first use
+
+        cells = torch.stack([stored((2 * reach * ratio / 2**self.base).clamp_min(1e-30)) for ratio in RATIOS]).flatten(1)
+        best = torch.zeros(cells.shape[1], dtype=torch.long)
+        groups = values.detach().flatten(0, -2).contiguous()
+        best_cells(groups.numpy(), cells.detach().contiguous().numpy(), self.base, int(bits) - self.base, best.numpy())
+        return cells.gather(0, best[None])[0].view(reach.shape)
+
     def code(self, values: Tensor, numbers: Numbers, bits: float) -> Tensor:
         """The base in the highest bits, then a sign per plane."""
         centred = values - numbers["middle"][..., None]
         half = 2.0 ** (self.base - 1)
+        if not self.own_sizes:  # each sign halves a cell: all of them together are finer cells
+            finer = 2.0 ** (int(bits) - self.base)
+            return (centred / numbers["cell"][..., None]).add_(half).mul_(finer).floor_().clamp_(0, 2 * half * finer - 1).byte()
         found = (centred / numbers["cell"][..., None] + half).floor().clamp(0, 2 * half - 1)
         reached = (found + 0.5 - half) * numbers["cell"][..., None]
         for plane in range(1, int(bits) - self.base + 1):

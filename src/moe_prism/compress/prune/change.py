@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from ...errors import CorruptError, UsageError
 from ...model import MoELayer
 from ...model.router import RoutingGroups
 from ...schema import check
 from ...schema.points import REMAKE, KeptForm, PruneForm
-from ..changes import Change
+from ..edit import Edit
 from .choice import KeptExperts
 from .constants import Constants
 from .mask import pruned
@@ -21,11 +23,12 @@ WHERE = "settings of the weight change 'prune'"
 
 
 @dataclass(frozen=True)
-class PruneChange(Change):
+class PruneChange(Edit):
     """Every layer without some of its experts."""
 
     kept: tuple[KeptExperts, ...]
-    name = "prune"
+    name: ClassVar[str] = "prune"
+    touches_weights: ClassVar[bool] = False
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> PruneChange:
@@ -46,10 +49,28 @@ class PruneChange(Change):
         }
 
     def installed(self, model: Any, layers: Sequence[MoELayer]) -> AbstractContextManager[object]:
+        self.check_fits(layers)
+        return pruned(model, self.kept, layers)
+
+    def check_fits(self, layers: Sequence[MoELayer]) -> None:
         wanted, there = [layer.experts for layer in self.kept], [layer.num_experts for layer in layers]
         if wanted != there:
             raise UsageError(f"the pruned experts are of a model with {wanted} experts per layer, this one has {there}", REMAKE)
-        return pruned(model, self.kept, layers)
+
+    def changes(self, number: int) -> bool:
+        return False
+
+    def edit(self, number: int, layer: MoELayer) -> None:
+        """Weights stay; which experts there are, `staying` says."""
+
+    @property
+    def staying(self) -> tuple[KeptExperts, ...]:
+        if any(own.constants for own in self.kept):
+            raise UsageError("constants in the place of experts have no form beside another edit", "write them with `prune`")
+        return self.kept
+
+    def experts_there(self, layers: Sequence[MoELayer], layer: int) -> Tensor | None:
+        return self.kept[layer].mask()
 
     @property
     def resident_values(self) -> int:

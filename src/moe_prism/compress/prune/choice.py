@@ -57,6 +57,10 @@ class KeptExperts:
         stay = set(self.kept)
         return tuple(e for e in range(self.experts) if e not in stay)
 
+    def mask(self) -> Tensor:
+        """[E] (bool): what stays in memory; of a masked layer all."""
+        return torch.tensor([self.masked or e in set(self.kept) for e in range(self.experts)])
+
     @property
     def is_full(self) -> bool:
         return len(self.kept) == self.experts

@@ -53,7 +53,7 @@ class _BytesWriter(BlockWriter):
         choices: Sequence[KeptExperts],
         how: Removal,
     ) -> None:
-        super().__init__(stream, routers, choices, how.mtp)
+        super().__init__(stream, routers, choices, how)
         self.quantized = source
         self.made: dict[str, str] = {}
         self.rows: dict[str, int] = {}

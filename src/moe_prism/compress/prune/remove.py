@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,11 +35,19 @@ def check_removable(choices: Sequence[KeptExperts]) -> int:
     return counts[0]
 
 
+Rewrite = Callable[[int, MoELayer], None]
+"""(number of a layer, the layer in memory): its weights become others."""
+
+
 class Removal(NamedTuple):
-    """mtp: what happens to layers for multi-token prediction with experts; progress: hears of bytes written and in total."""
+    """mtp: what happens to layers for multi-token prediction with experts; progress: hears of bytes written and in total.
+
+    rewrite: what is done to the weights of every layer before experts go.
+    """
 
     mtp: MTPMode | None = None
     progress: Progress | None = None
+    rewrite: Rewrite | None = None
 
 
 def check_mtp_choice(stream: LayerStream, layers: Sequence[MoELayer], mtp: MTPMode | None) -> None:
@@ -64,7 +72,7 @@ def remove_experts(
     whose files or configuration cannot express it: the first layer is read back through transformers before anything is visible.
     """
     experts, how = check_removable(choices), how or Removal()
-    writer = BlockWriter(stream, [Router(stream.model, layer) for layer in layers], choices, how.mtp)
+    writer = BlockWriter(stream, [Router(stream.model, layer) for layer in layers], choices, how)
     config = config_of(stream, stream.source.config(), choices[0], experts, how.mtp == "drop")
     write_checkpoint(stream.source, config, writer, out, journal, how.progress)
 
@@ -72,19 +80,18 @@ def remove_experts(
 class BlockWriter(ShardWriter):
     """Holds the sliced tensors of one block at a time."""
 
-    def __init__(
-        self, stream: LayerStream, routers: Sequence[Router], choices: Sequence[KeptExperts], mtp: MTPMode | None
-    ) -> None:
-        self.stream, self.routers, self.choices = stream, routers, choices
+    def __init__(self, stream: LayerStream, routers: Sequence[Router], choices: Sequence[KeptExperts], how: Removal) -> None:
+        self.stream, self.routers, self.choices, self.rewrite = stream, routers, choices, how.rewrite
+        mtp = how.mtp
         for router in routers:
             for name, parameter in router.layer.module.named_parameters():
                 if parameter.shape[0] % router.experts:
                     raise UsageError(f"'{router.layer.name}.{name}' is not stored expert by expert", "use mask mode")
-        self._targets = [_parameters(router) for router in routers]
+        self._targets = [row_tensors(router) for router in routers]
         self._owner = {name: i for i, targets in enumerate(self._targets) for name in stream.feeds(targets)}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for i, choice in enumerate(choices):
-            if not choice.is_full:
+            if self._changes(choice):
                 self._shapes |= {name: tuple(t.shape) for name, t in self._checked(i, self._sliced(i)).items()}
         self._tried = False
         block, last = block_tensors(stream, routers[-1].layer), choices[-1]
@@ -100,7 +107,7 @@ class BlockWriter(ShardWriter):
             if self._mtp and info.name in self._mtp.names:
                 shape = self._mtp.shape(info.name)
                 found += [] if shape is None else [Planned(info, shape, None)]
-            elif i is None or self.choices[i].is_full:
+            elif i is None or not self._changes(self.choices[i]):
                 found.append(Planned(info, info.shape, None))
             elif info.name in self._shapes:
                 found.append(Planned(info, self._shapes[info.name], i))
@@ -119,13 +126,14 @@ class BlockWriter(ShardWriter):
 
     def read_back(self, folder: Path) -> None:
         """Load the first sliced layer of what was written as transformers would; UsageError if it is not what was sliced."""
-        i = next((i for i, choice in enumerate(self.choices) if not choice.is_full), None)
+        i = next((i for i, choice in enumerate(self.choices) if self._changes(choice)), None)
         if i is None:
             return
         written = LayerStream(folder)
         layer = find_layers(written.model)[i]
         router = Router(written.model, layer)
         with self.stream.module(self.routers[i].name, disk_dtype=True):
+            self._rewrite(i)
             wanted = {name: tensor.clone() for name, tensor in self._sliced(i).items()}
         with written.module(router.name, disk_dtype=True):
             router.check()
@@ -133,6 +141,13 @@ class BlockWriter(ShardWriter):
         for name, tensor in wanted.items():
             if found[name].shape != tensor.shape or not torch.equal(found[name], tensor):
                 raise UsageError(f"'{name}' of the pruned checkpoint does not come back through transformers", ADVICE)
+
+    def _changes(self, choice: KeptExperts) -> bool:
+        return self.rewrite is not None or not choice.is_full
+
+    def _rewrite(self, i: int) -> None:
+        if self.rewrite is not None:
+            self.rewrite(i, self.routers[i].layer)
 
     def _sliced(self, i: int) -> dict[str, Tensor]:
         """Parameters of block i without the experts that go, on whatever device they are."""
@@ -162,6 +177,7 @@ class BlockWriter(ShardWriter):
                 check_finite(name, parameter, source.folder.name)
             if not self._tried:
                 self._try(router)
+            self._rewrite(i)
             found = self._checked(i, self._sliced(i))
         for name, tensor in found.items():
             if NAMES[tensor.dtype] != source.info(name).dtype:
@@ -176,7 +192,7 @@ class BlockWriter(ShardWriter):
         self._tried = True
 
 
-def _parameters(router: Router) -> dict[str, int]:
+def row_tensors(router: Router) -> dict[str, int]:
     """Full names of the tensors with an entry per expert, and where that entry is."""
     experts = router.layer.module
     found = {f"{router.layer.name}.{name}": 0 for name, _ in experts.named_parameters()}
@@ -185,7 +201,7 @@ def _parameters(router: Router) -> dict[str, int]:
 
 def block_tensors(stream: LayerStream, layer: MoELayer) -> list[str]:
     """Names on disk of a layer's experts and of its router's rows."""
-    return stream.feeds(_parameters(Router(stream.model, layer)))
+    return stream.feeds(row_tensors(Router(stream.model, layer)))
 
 
 def config_of(stream: LayerStream, raw: dict[str, Any], choice: KeptExperts, experts: int, drop_mtp: bool) -> bytes:

@@ -14,9 +14,9 @@ from ...errors import CorruptError, UsageError
 from ...model import MoELayer
 from ...schema import check
 from ...schema.points import REMAKE, BandsForm, QuantizeForm
-from ..changes import Change
 from ..codec import Codec, codecs
-from .decoded import GONE, SOURCE, decoded, matrices
+from ..edit import Edit
+from .decoded import GONE, SOURCE, decoded, matrices, parts_of
 
 WHERE = "settings of the weight change 'quantize'"
 Widths = tuple[tuple[float, ...], ...]
@@ -24,7 +24,7 @@ Widths = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
-class QuantizeChange(Change):
+class QuantizeChange(Edit):
     """Every expert as a codec gives it back.
 
     bits: of all, or `Widths`; 0: the expert is not stored and puts out nothing, 16: it stays as it is. group: inputs that share a scale.
@@ -34,7 +34,6 @@ class QuantizeChange(Change):
     bits: float | Widths
     group: int
     name: ClassVar[str] = "quantize"
-    touches_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for bits in {bits for row in self._rows(1) for bits in row}:
@@ -52,6 +51,18 @@ class QuantizeChange(Change):
 
     def installed(self, model: Any, layers: Sequence[MoELayer]) -> AbstractContextManager[object]:
         return decoded(model, layers, self.codec, self.group, self.widths(layers))
+
+    def check_fits(self, layers: Sequence[MoELayer]) -> None:
+        self.widths(layers)
+
+    def changes(self, number: int) -> bool:
+        return any(bits != SOURCE for bits in self._rows(number + 1)[number])
+
+    @torch.no_grad()
+    def edit(self, number: int, layer: MoELayer) -> None:
+        row = self._rows(number + 1)[number]
+        for part in parts_of(layer, self.codec, self.group, row * (layer.num_experts // len(row)), None):
+            part.write(matrices(layer), self.codec)
 
     @property
     def resident_share(self) -> float:

@@ -103,7 +103,7 @@ def decoded(
 
     def encode() -> Layers:
         factors: Sequence[Tensor | None] = scales or [None] * len(layers)
-        return tuple(_parts(layer, codec, group, own, scale) for layer, own, scale in zip(layers, widths, factors, strict=True))
+        return tuple(parts_of(layer, codec, group, own, scale) for layer, own, scale in zip(layers, widths, factors, strict=True))
 
     key = codec, group, tuple(map(tuple, widths)), tuple(tuple(own.tolist()) for own in scales)
     return replaced(model, layers, codec, key, encode)
@@ -138,20 +138,17 @@ def replaced(
 @contextmanager
 def encodings_hold(model: Any, layers: Sequence[MoELayer]) -> Iterator[None]:
     """What was encoded of the weights holds on after the block, which leaves them as they were."""
-    before = _state(layers)
+    before = weights_state(layers)
     try:
         yield
     finally:
-        now, kept = _state(layers), model.__dict__.get(_NAME, {})
-        for key, encoded in kept.items():
-            if encoded.state == before:
-                kept[key] = encoded._replace(state=now)
+        encodings_move(model, before, weights_state(layers))
 
 
 def _encoded(model: Any, layers: Sequence[MoELayer], codec: Codec, key: Hashable, encode: Callable[[], Layers]) -> Encoded:
     """From what is kept beside the model, where its weights have not changed since."""
     kept: OrderedDict[Any, Encoded] = model.__dict__.setdefault(_NAME, OrderedDict())
-    state = _state(layers)
+    state = weights_state(layers)
     if key not in kept or kept[key].state != state:
         kept[key] = Encoded(state, codec, encode())
         kept.move_to_end(key)
@@ -161,7 +158,8 @@ def _encoded(model: Any, layers: Sequence[MoELayer], codec: Codec, key: Hashable
     return kept[key]
 
 
-def _parts(layer: MoELayer, codec: Codec, group: int, widths: Sequence[float], scale: Tensor | None) -> tuple[Part, ...]:
+def parts_of(layer: MoELayer, codec: Codec, group: int, widths: Sequence[float], scale: Tensor | None) -> tuple[Part, ...]:
+    """An expert's planes, by the bits of each; scale: what gate and up are multiplied by before, where they are."""
     *first, down = matrices(layer)
     found: list[Part] = []
     few = max(1, TOGETHER // (4 * layer.hidden * layer.width))
@@ -177,7 +175,15 @@ def _parts(layer: MoELayer, codec: Codec, group: int, widths: Sequence[float], s
     return tuple(found)
 
 
-def _state(layers: Sequence[MoELayer]) -> tuple[int, ...]:
+def encodings_move(model: Any, before: tuple[int, ...], now: tuple[int, ...]) -> None:
+    """What was encoded of the weights in one state holds for those in another: they are the same."""
+    kept = model.__dict__.get(_NAME, {})
+    for key, encoded in kept.items():
+        if encoded.state == before:
+            kept[key] = encoded._replace(state=now)
+
+
+def weights_state(layers: Sequence[MoELayer]) -> tuple[int, ...]:
     """Another one as soon as anybody has written to the weights or moved them."""
     weights = [matrix for layer in layers for matrix in matrices(layer)]
     return tuple(number for w in weights for number in (w.data_ptr(), 0 if w.is_inference() else w._version))

@@ -13,20 +13,19 @@ from ...errors import UsageError
 from ...model import MoELayer
 from ...schema import check
 from ...schema.points import REMAKE, SliceForm
-from ..changes import Change
+from ..edit import Edit
 from .kept import KeptNeurons
-from .mask import sliced
+from .mask import clear, sliced
 
 WHERE = "settings of the weight change 'slice'"
 
 
 @dataclass(frozen=True)
-class SliceChange(Change):
+class SliceChange(Edit):
     """Every layer without some of its experts' neurons. `resident_share` is that of experts stored without them, each in its own width."""
 
     kept: tuple[KeptNeurons, ...]
     name: ClassVar[str] = "slice"
-    touches_weights: ClassVar[bool] = True
 
     @classmethod
     def of(cls, masks: Sequence[Tensor]) -> SliceChange:
@@ -47,6 +46,16 @@ class SliceChange(Change):
     @property
     def resident_share(self) -> float:
         return sum(own.count for own in self.kept) / sum(own.experts * own.neurons for own in self.kept)
+
+    def check_fits(self, layers: Sequence[MoELayer]) -> None:
+        self.masks(layers)
+
+    def changes(self, number: int) -> bool:
+        own = self.kept[number]
+        return own.count < own.experts * own.neurons
+
+    def edit(self, number: int, layer: MoELayer) -> None:
+        clear(layer, self.kept[number].mask())
 
     def neurons_there(self, layers: Sequence[MoELayer], layer: int) -> Tensor:
         return self.masks(layers)[layer]

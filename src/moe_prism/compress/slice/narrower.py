@@ -29,7 +29,7 @@ class Narrower:
         raw = stream.source.config()
         raw.pop("auto_map", None)
         self.raw, why = raw, f"config.json has no number {widths[0]} that is the width of experts"
-        for place in _places(_section(stream, raw), widths[0]):
+        for place in places(_section(stream, raw), widths[0]):
             self.raw = copy.deepcopy(raw)
             section = _section(stream, self.raw)
             for key in place[:-1]:
@@ -63,7 +63,7 @@ def _section(stream: LayerStream, raw: dict[str, Any]) -> dict[str, Any]:
     return text_section(config, config.get_text_config(decoder=True), raw)
 
 
-def _places(section: dict[str, Any], width: int) -> Iterator[tuple[str, ...]]:
+def places(section: dict[str, Any], width: int) -> Iterator[tuple[str, ...]]:
     """Where a section says this number, or a part of it does; what is named after experts first."""
     found = [(key,) for key, value in section.items() if value == width and isinstance(value, int)]
     parts = [(key, part) for key, part in section.items() if isinstance(part, dict)]

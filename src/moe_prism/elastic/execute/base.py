@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -50,13 +50,14 @@ class WholeCalls:
 class Settled:
     """What will be computed. keep [T, k, N]; low [E, N]: blocks taken in their smaller form; prepared: the executor's own.
 
-    widths [T, k, N]: bits of every slot, None where all are as they are stored.
+    widths [T, k, N]: bits of every slot, None where all are as they are stored. cutoff [T]: neurons with a smaller gate are not computed.
     """
 
     keep: Any  # a tensor; None only where everything is computed by the model itself
     low: Any = None
     prepared: Any = None
     widths: Tensor | None = None
+    cutoff: Tensor | None = None
 
 
 Again = Callable[[Tensor, Tensor, Tensor, Any], Tensor | None]
@@ -65,6 +66,9 @@ Again = Callable[[Tensor, Tensor, Tensor, Any], Tensor | None]
 
 class Executor(ABC):
     """Computes the kept slots of one layer."""
+
+    skips_neurons: ClassVar[bool] = False
+    """Whether it can leave out single neurons (`run_above`)."""
 
     @cached_property
     def tally(self) -> WholeCalls:
@@ -107,6 +111,10 @@ class Executor(ABC):
         """What is kept of the candidates: what the rule says, unless where the weights lie has a say."""
         widths = candidates.widths()
         return Settled(candidates.keep()) if widths is None else Settled(widths > 0, widths=widths)
+
+    def run_above(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> tuple[Tensor, Tensor, Tensor]:
+        """`run` without neurons below `settled.cutoff`; and how many that were [E, N], over tokens and over what a batch reads once."""
+        raise NotImplementedError("points that skip neurons are refused where there is no other executor")
 
     @abstractmethod
     def run(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:

@@ -18,6 +18,7 @@ from ..compensate import Compensator
 from ..repair import Repaired
 from ..side_tensors import REPAIR
 from . import triton_run
+from .above import above
 from .base import Again, Executor, Settled, WholeCalls
 from .plain import grouped, reference, whole_experts
 from .stored import FEW_ROWS, StoredExperts
@@ -86,6 +87,8 @@ WAYS: Mapping[str, Way] = {
 
 class InMemory(Executor):
     """The weights are the model's own. way: a name of WAYS."""
+
+    skips_neurons = True
 
     def __init__(self, parts: LayerParts) -> None:
         self.parts = parts
@@ -214,6 +217,9 @@ class InMemory(Executor):
         if self.repaired is None:
             return execute(self.parts, x, index, weight, settled.keep)
         return self.repaired(execute, x, index, weight, settled.keep)
+
+    def run_above(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> tuple[Tensor, Tensor, Tensor]:
+        return above(self.parts, x, index, weight, settled)
 
     def run_at(self, coded: CodedLayer, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
         assert settled.widths is not None

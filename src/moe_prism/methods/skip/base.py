@@ -34,6 +34,8 @@ class SkipMethod(Method):
     acts = "routing"
     stage: ClassVar[type[Stage] | None] = None
     """A stage of the method's own, which then has its name; None: one of `routing.routing_stages`."""
+    leaves_out_neurons: ClassVar[bool] = False
+    """Whether its points compute a part of an expert's neurons."""
 
     @abstractmethod
     def fit(self, subject: Subject, mean: float | None) -> Fitted:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...elastic.observe import ranked, recorded
+from ...elastic.observe import View, ranked, recorded, viewed
 from ...frontier.measure import LOGIT_ROWS, measure
 from ...point import OperatingPoint, RoutingStage
 from ...routing.base import SkipStage
@@ -85,6 +85,22 @@ def _refined(subject: Subject, counts: Counts) -> tuple[Counts, float]:
 
 def _moved(counts: Counts, up: int | None, down: int | None) -> Counts:
     return tuple(n + (layer == up) - (layer == down) for layer, n in enumerate(counts))
+
+
+def scores(subject: Subject) -> list[Tensor]:
+    """The router's probabilities of all experts, [S, E] of every layer over the calibration windows, largest first."""
+    return [rows.sort(dim=1, descending=True).values for rows in views(subject, "scores", lambda routed: routed.scores())]
+
+
+@torch.no_grad()
+def views(subject: Subject, key: str, view: View) -> list[Tensor]:
+    """A view of the router's choice, [S, ...] of every layer over the calibration windows of the full model, in their order."""
+    if f"view {key}" not in subject.cache:
+        with subject.elastic.at(subject.elastic.full_step), viewed(subject.elastic, view) as found:
+            for rows in torch.split(subject.calibration, 4):
+                subject.model(input_ids=rows.to(subject.model.device), use_cache=False, logits_to_keep=1)
+        subject.cache[f"view {key}"] = [torch.cat(rows) for rows in found]
+    return subject.cache[f"view {key}"]  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 from ...checkpoint import check_listed, put_file, read_manifest
 from ...checkpoint.manifest import MANIFEST
 from ...elastic import Elastic
-from ...elastic.bind import depends_on_batch
+from ...elastic.bind import depends_on_batch, leaves_out_neurons
 from ...elastic.dial import affordable
 from ...elastic.paged_past import keeps_every_token
 from ...elastic.runtime import slots_per_token
@@ -83,6 +83,8 @@ def _best(frontier: Frontier, refusal: Refusal) -> list[MeasuredPoint]:
             reason = "what a token gets depends on its batch"
         if reason is None and p.point is not None and p.point.slots.bits is not None:
             reason = "its widths are decoded in memory, which saves nothing there"
+        if reason is None and p.point is not None and leaves_out_neurons(p.point):
+            reason = "whole blocks are multiplied for its neurons, which saves nothing"
         if reason:
             logger.info("operating point %s is not served: %s", p.name, reason)
         elif p.point is not None and not p.point.is_full:

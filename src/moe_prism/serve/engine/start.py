@@ -19,6 +19,7 @@ from ...elastic.bind import bind
 from ...elastic.paged_past import keeps_every_token
 from ...elastic.runtime import slots_per_token
 from ...errors import UsageError
+from ...jobs.patterns import TaskAsked, wear_pattern
 from ...options.serve import ServeOptions
 from ...point import OperatingPoint
 from ...schedule import CostModel, policies
@@ -67,6 +68,9 @@ def start_engine(folder: Path, options: ServeOptions, config: Config, known: dic
     model, tokenizer = _opened(folder, options)
     model.eval()
     elastic: Elastic = model._moe_prism
+    if options.patterns is not None:
+        named = wear_pattern(model, tokenizer, options.patterns, TaskAsked(options.task, options.task_prompts, options.task_keep))
+        _say("only the experts of a task take part", task=named.name)
     ladder, ladder_from = find_ladder(folder, slots_per_token(elastic), _refusal(elastic), options.points)
     if ladder is None:
         _say("measuring operating points: the folder has no measured frontier")

@@ -30,7 +30,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(house: House, history: status.History, keys: Sequence[str] = (), allowed: Sequence[str] = ()) -> Guard:
-    """The application behind its guard. keys: one is needed by every route but /health and the status page, which holds no data.
+    """The application behind its guard. keys: one is needed by every route but probes and the status page, which holds no data.
     allowed: origins of pages that may ask.
     """
     service, door = house.service, house.door
@@ -72,13 +72,15 @@ def _watching(app: FastAPI, house: House, history: status.History) -> None:
         return JSONResponse({"status": said}, 503 if said == "engine stopped" else 200)
 
     @app.get("/ready")
-    async def ready() -> Response:
-        """New requests are taken."""
+    async def ready(request: Request) -> Response:
+        """New requests are taken. Probes carry no key: what the server does is for those who show one."""
         engine = service.engine
         status = "draining" if door.leaving else "ready" if engine.state == "ready" else f"engine {engine.state}"
         if status == "ready" and engine.clock() - engine.last_turn > HUNG:
             status = "engine hung"
-        content = {"status": status, "policy": engine.policy_name, "requests": door.requests}
+        content: dict[str, Any] = {"status": status}
+        if request.scope["moe_prism_known"]:
+            content |= {"policy": engine.policy_name, "requests": door.requests}
         return JSONResponse(content, 200 if status == "ready" else 503)
 
     @app.get("/metrics")

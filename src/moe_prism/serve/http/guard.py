@@ -25,8 +25,8 @@ fifty of them at once would keep it from everybody else.
 PAUSE = 0.1
 """Seconds between two large bodies, for everybody else."""
 
-OPEN = frozenset({"/", "/health", "/status"})
-"""The paths that need no key: a sign of life, and a page that asks for the key before it shows anything."""
+OPEN = frozenset({"/", "/health", "/ready", "/status"})
+"""The paths that need no key: what probes ask, which carry none, and a page that asks for the key before it shows anything."""
 
 
 class Keys:
@@ -36,11 +36,13 @@ class Keys:
         """salted: every key has a prefix cache of its own."""
         self._hashes, self._salted = [hashlib.sha256(key.encode()).digest() for key in keys], salted
 
-    def check(self, header: bytes) -> str:
-        """The salt of whoever shows this header. Refusal for a wrong one."""
+    def check(self, headers: Sequence[bytes]) -> str:
+        """The salt of whoever shows these Authorization headers. Refusal for a wrong one, none, or several."""
         if not self._hashes:
             return ""
-        scheme, _, given = header.partition(b" ")
+        if len(headers) > 1:  # what stands before this server may have looked at another one
+            raise Refusal(400, "more than one Authorization header: send one", code="invalid_request")
+        scheme, _, given = (headers[0] if headers else b"").partition(b" ")
         shown = hashlib.sha256(given).digest()
         matches = [hmac.compare_digest(shown, known) for known in self._hashes]
         if scheme.lower() != b"bearer" or not any(matches):
@@ -98,12 +100,23 @@ class Guard:
     async def _through(self, scope: Message, receive: Receive, reply: _Reply) -> None:
         """Every check that needs no body, then the application."""
         headers = dict(scope["headers"])
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            said = "both Content-Length and Transfer-Encoding: send one of them"
+            refusal = Refusal(400, said, code="invalid_request")
+            refusal.close = True
+            raise refusal
         if sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > self.bounds.header_bytes:
             raise Refusal(
                 431, f"the headers are larger than {self.bounds.header_bytes} bytes (bounds.header_bytes)", code="too_large"
             )
-        if scope["path"] not in OPEN and not _asks_first(scope["method"], headers):
-            scope["moe_prism_salt"] = self.keys.check(headers.get(b"authorization", b""))
+        is_open = (scope["path"].rstrip("/") or "/") in OPEN or _asks_first(scope["method"], headers)
+        try:
+            shown = [value for name, value in scope["headers"] if name == b"authorization"]
+            scope["moe_prism_salt"], scope["moe_prism_known"] = self.keys.check(shown), True
+        except Refusal:
+            if not is_open:
+                raise
+            scope["moe_prism_known"] = False
         body = reply.body = _Body(receive, self.bounds, headers.get(b"content-length"), self._turns)
         try:
             await self.app(scope, body.receive, reply.send)
@@ -204,10 +217,10 @@ class _Body:
 
 
 async def answer(refusal: Refusal, send: Send) -> None:
-    """Send an error as OpenAI's clients expect it. What is left of a body is not read: the connection ends."""
+    """Send an error as OpenAI's clients expect it. Where what is left of a request is not read, the connection ends."""
     headers = [(b"content-type", b"application/json")]
     headers += [(k.encode(), v.encode()) for k, v in refusal.headers().items()]
-    if refusal.status in (408, 413, 431):
+    if refusal.close or refusal.status in (408, 413, 431):
         headers.append((b"connection", b"close"))
     body = json.dumps(refusal.body()).encode()
     headers.append((b"content-length", str(len(body)).encode()))

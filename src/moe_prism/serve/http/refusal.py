@@ -38,6 +38,9 @@ CODES = {
 class Refusal(Exception):
     """A request that is answered with an error. retry: seconds for Retry-After."""
 
+    close = False
+    """Whether the connection ends with the answer, because nobody can tell where the request ends."""
+
     def __init__(
         self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry: int | None = None
     ) -> None:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from ...checkpoint import read_manifest
 from ...checkpoint.shards import read_json
-from ...elastic.runtime import TOP_K_NAMES
 from ...errors import UsageError
+from ...model.router import TOP_K_NAMES
 from ...schedule.base import Ladder
 from ..engine.ladder import TOP, climb, find_ladder
 from .refusal import refusal

@@ -20,6 +20,8 @@ def refusal(point: OperatingPoint) -> str | None:
             found = stage_class(stage.stage)
         except UsageError as error:
             return error.cause
+        if "neurons" in found.needs:
+            return f"the routing stage '{stage.stage}' leaves out single neurons, which vLLM's kernels multiply together"
         if "residual" in found.needs:
             return f"the routing stage '{stage.stage}' asks for the residual stream, which vLLM fuses away"
         if stage.keep_mass is None:

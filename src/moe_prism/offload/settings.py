@@ -55,19 +55,20 @@ def write_settings(path: Path, settings: ExpertSettings) -> None:
             replace_file(beside, data)
             predictor = predictor.model_copy(update={"file": beside.name, "sha256": sha256(data).hexdigest()})
     space = settings.space
-    form = ExpertSettingsForm(
-        schema=1,
-        kind="expert settings",
-        layers=space.layers,
-        experts=space.experts,
-        parts=space.parts,
-        slots=settings.slots,
-        policy=settings.policy,
-        settings=settings.settings,
-        quotas=None if settings.quotas is None else list(settings.quotas),
-        predictor=predictor,
-        made=settings.made,
-    )
+    values = {
+        "schema": 1,
+        "kind": "expert settings",
+        "layers": space.layers,
+        "experts": space.experts,
+        "parts": space.parts,
+        "slots": settings.slots,
+        "policy": settings.policy,
+        "settings": settings.settings,
+        "quotas": None if settings.quotas is None else list(settings.quotas),
+        "predictor": predictor,
+        "made": settings.made,
+    }
+    form = ExpertSettingsForm.model_validate(values)
     replace_file(path, (form.model_dump_json(by_alias=True, indent=1) + "\n").encode())
 
 

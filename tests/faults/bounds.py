@@ -75,7 +75,7 @@ def install() -> None:
     def checked_adds(a: Any, factor: Any, expert: Any, table: Any, order: Any, out: Any, like: Any) -> None:
         tensor = known[table.ctypes.data][1][0].matrix.tensor
         check_rows(a, order[: len(a)], out, order, len(a))
-        assert len(factor) >= len(a) and 0 <= expert.min() <= expert.max() < tensor.shape[0]
+        assert len(factor) >= len(a) and (not len(a) or 0 <= expert.min() <= expert.max() < tensor.shape[0])
         assert a.shape[1] <= tensor.shape[1] and out.shape[1] == tensor.shape[2]
         adds(a, factor, expert, table, order, out, like)
 
@@ -90,6 +90,44 @@ def install() -> None:
         for name, twin in (("dot", checked_dot), ("add", checked_add)):
             if hasattr(module, name):
                 setattr(module, name, twin)
+
+
+def install_planes() -> None:
+    """The same for products from planes."""
+    from moe_prism.elastic.execute import from_planes
+    from moe_prism.store import plane_arena
+
+    outputs, values_of, arena_init = plane_arena.plane_outputs, from_planes._values, plane_arena.PlaneArena.__init__
+    arenas: dict[int, Any] = {}
+
+    def noted_arena(self: Any, *arguments: Any) -> None:
+        arena_init(self, *arguments)
+        arenas[self._address] = self
+
+    def checked_outputs(x: Any, slots: Any, which: Any, memory: Any, form: Any, out: Any) -> None:
+        arena, blocks = arenas[memory.address], slots.block.repeat(slots.end - [0, *slots.end[:-1]])
+        layout, counts = arena.layout, (len(slots.row), len(slots.weight), len(slots.bits))
+        assert memory.size == layout.bytes and x.shape[1] == out.shape[1] == layout.hidden and x.strides[1] == 4
+        assert set(counts) == {len(blocks)} and 0 <= which.min() <= which.max() < min(len(blocks), len(out))
+        assert 0 <= slots.row[which].min() <= slots.row[which].max() < len(x)
+        assert 0 < slots.bits[which].min() <= slots.bits[which].max() <= 8
+        assert blocks.min() >= 0 and blocks.max() < len(memory.places)
+        wide = which[slots.bits[which] > 4]
+        for used in (memory.places[blocks[which], 0], memory.places[blocks[wide], 1]):
+            assert not len(used) or 0 <= used.min() <= used.max() < len(arena.memory)
+        outputs(x, slots, which, memory, form, out)
+
+    def checked_values(planes: Any, bits: int, of: Any, groups: Any, span: Any) -> Any:
+        whole, scales = of.inputs
+        active = groups.active[span.first : span.last]
+        assert whole.is_contiguous() and scales.is_contiguous() and len(whole) == len(scales) and of.out.stride(1) == 1
+        assert whole.shape[1:] == (planes.inputs // planes.group, 2, planes.group)
+        assert not len(active) or int(active.max()) < len(planes.places.upper) == len(planes.places.lower)
+        assert len(of.order) >= span.end - span.begin
+        return values_of(planes, bits, of, groups, span)
+
+    plane_arena.PlaneArena.__init__ = noted_arena  # type: ignore[method-assign]
+    plane_arena.plane_outputs, from_planes._values = checked_outputs, checked_values
 
 
 def check_groups(groups: Any, span: Any, rows: int) -> None:
@@ -111,8 +149,10 @@ def check_matrix(matrix: Any, groups: Any, span: Any, depth: int, last: int) -> 
 
 def check_rows(x: Any, row: Any, out: Any, order: Any, count: int) -> None:
     """Rows that are read and written are there."""
-    assert count <= len(order) and count <= len(out) and x.strides[-1] == x.itemsize and out.strides[-1] == out.itemsize
-    assert not count or 0 <= row.min() <= row.max() < len(x)
+    assert count <= len(order) and count <= len(out)
+    if count:  # nothing of an empty array is touched, and its strides are nothing
+        assert x.strides[-1] == x.itemsize and out.strides[-1] == out.itemsize
+        assert 0 <= row.min() <= row.max() < len(x)
 
 
 def compiled_functions() -> Iterator[tuple[str, Any]]:
@@ -131,6 +171,7 @@ def compiled_functions() -> Iterator[tuple[str, Any]]:
 
 def pytest_configure(config: Any) -> None:
     install()
+    install_planes()
 
 
 def ran(functions: dict[str, Any]) -> set[str]:

@@ -148,6 +148,7 @@ def ask_takes_objects(endpoint, name):
         ("completions", {"response_format": {"type": "json_schema"}}, "response_format.json_schema", "left out"),
         ("completions", {"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
         ("chat", {"messages": [{"role": "user", "content": None}]}, "messages.0", "content is left out"),
+        ("chat", {"chat_template_kwargs": {"enable_thinking": 10**20}}, "chat_template_kwargs", "cannot be passed on"),
         ("chat", {"messages": [{"role": "user", "content": ["hi"]}]}, "messages.0.content.0", "valid dictionary"),
         (
             "chat",

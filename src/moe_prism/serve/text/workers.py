@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from ...errors import PrismError
+from ...schema.read import one_line
 from ..config import Bounds
 from .desk import Desk
 from .jobs import Compile, Encode, Job, RenderChat, Result, Unfit
@@ -68,13 +69,17 @@ class Workers:
             return await asyncio.to_thread(self.desk.do, job)
         if self._nursery.ended():
             raise PrismError(ENDED, "start the server again; the log says more")
+        try:
+            body = _encode(job)
+        except (OverflowError, UnicodeEncodeError) as error:  # JSON has numbers and text that no other process can be told
+            return Unfit(f"it holds what cannot be passed on: {one_line(str(error), 120)}", _field(job), "invalid_value")
         size = _size(job)
         kind = "long" if size > SHORT or isinstance(job, Compile) else "chat" if isinstance(job, RenderChat) else "text"
         lane = self._lanes.setdefault(kind, Lane())
         async with lane.free:
             try:
                 async with asyncio.timeout(WALL * self._seconds):
-                    result = await self._ask(self._nursery, lane, job)
+                    result = await self._ask(self._nursery, lane, body)
             except (TimeoutError, EOFError, OSError, msgspec.DecodeError):
                 self._end(lane)
                 return _too_costly(job, self._seconds)
@@ -85,13 +90,12 @@ class Workers:
                 self._end(lane)
             return result
 
-    async def _ask(self, nursery: Nursery, lane: Lane, job: Job) -> Result:
+    async def _ask(self, nursery: Nursery, lane: Lane, body: bytes) -> Result:
         if lane.link is not None and _gone(lane.link):  # killed while it had nothing to do
             self._end(lane)
         if lane.link is None:
             lane.link, lane.pid = await asyncio.to_thread(nursery.worker)
         link: Any = lane.link
-        body = _encode(job)
         await asyncio.get_running_loop().sock_sendall(link, _SIZE.pack(len(body)) + body)
         (size,) = _SIZE.unpack(await _exactly(link, _SIZE.size))
         return _result.decode(await _exactly(link, size))
@@ -143,6 +147,17 @@ def _size(job: Job) -> int:
     if isinstance(job, RenderChat):
         return sum(len(str(message)) for message in job.messages)
     return len(job.text)
+
+
+def _field(job: Job) -> str:
+    """The field of a request that cannot be passed on."""
+    if isinstance(job, RenderChat):
+        for name, value in (("chat_template_kwargs", job.variables), ("tools", job.tools)):
+            try:
+                _encode(value)
+            except (OverflowError, UnicodeEncodeError):
+                return name
+    return WORK[type(job)][1]
 
 
 def _too_costly(job: Job, seconds: float) -> Unfit:

@@ -164,7 +164,7 @@ def test_ternary_lies_between_one_and_two_bits(seed: int) -> None:
     matrix = weights(seed, 32, 256)
     assert error(Nested(), matrix, 2) < error(Ternary(), matrix, 1.6) < error(Binary(), matrix, 1)
     codes = torch.randint(0, 3, (3, 13), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(Ternary._unpack(Ternary._pack(codes), 13), codes)
+    assert torch.equal(Ternary.unpack(Ternary.pack(codes), 13), codes)
 
 
 @pytest.mark.parametrize("base", [1, 2, 4])

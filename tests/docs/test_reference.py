@@ -66,7 +66,7 @@ def test_a_method_appears_by_being_registered(monkeypatch):
     page = methods_page()
     assert "| `half` | half of it | patience | arXiv 0000.00000 | generate, serve, vLLM |" in page
     assert "| `half:SHARE` | `share` | `float` | `0.5` | what stays, 0 to 1; also for shared: layers |" in page
-    assert "| `moe-prism skip --whole` | `whole` | `bool` | `False` | everywhere |" in page
+    assert "| `half:whole=WHOLE` | `whole` | `bool` | `False` | everywhere |" in page
 
 
 def test_a_parameter_without_a_meaning_is_refused(monkeypatch):
@@ -141,8 +141,9 @@ def test_what_a_system_names_exists(system):
     if system.command.startswith(SHELL):
         parsed(system.command)
         for _, option, value in re.findall(r"(?=(--(method|methods|rule|criterion) (\S+)))", system.command):
-            if system.command.startswith("moe-prism split"):
-                registry("splits").get(value)
+            kind = {"split": "splits", "recover": "recoveries"}.get(system.command.split()[1])
+            if kind is not None:
+                registry(kind).get(value)
             else:
                 method(f"prune:{value}" if option == "criterion" else value)
     else:

@@ -105,7 +105,7 @@ def test_d02_the_server_mixes_points_of_all_methods_in_one_batch(measured, tmp_p
     slots = max(row["k_slots"] for row in rows)  # a point that keeps all of them, in fewer bits, is no level beside the full one
     fit = [r for r in per_token if not (r["point"]["slots"]["bits"] and (stored or r["k_slots"] == slots))]
     neurons = ("gate-threshold", "blocks-and-neurons")  # not computed from a store
-    mine = longest_ladder([r for r in fit if not (stored and r["rule"] in neurons)])
+    mine = longest_ladder([r for r in fit if not (r["rule"] in neurons and (stored or r["k_slots"] == slots))])
     model, tokenizer = load(measured)
     points = {name: find_point(name, measured).point for name in mine}
     assert len(mine) >= 6 and len({row["rule"] for row in rows if row["name"] in mine}) >= 4

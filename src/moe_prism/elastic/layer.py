@@ -262,11 +262,20 @@ class ElasticLayer:
         return out + fix(x, index, weight, keep | ~extra[:, None, None]).to(out.dtype) if self.adds else out
 
     def _executed(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
-        if settled.cutoff is not None:
-            out, skipped, unused = self.executor.run_above(x, index, weight, settled)
-            if self.elastic.counting:
-                self.counter.add_skipped(skipped, unused)
+        cutoff, widths = settled.cutoff, settled.widths
+        if cutoff is None:
+            return self._kept_slots(x, index, weight, settled)
+        mine = (cutoff > 0)[:, None, None]  # the other tokens of the batch are computed as if these were not there
+        out, skipped, unused = self.executor.run_above(x, index, weight, Settled(settled.keep & mine, cutoff=cutoff))
+        if self.elastic.counting:
+            self.counter.add_skipped(skipped, unused)
+        if mine.is_cpu and bool(mine.all()):
             return out
+        rest = Settled(settled.keep & ~mine, widths=None if widths is None else widths.masked_fill(mine, 0))
+        return out + self._kept_slots(x, index, weight, rest)
+
+    def _kept_slots(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
+        """All of the neurons of kept slots."""
         if settled.widths is None:
             return self.executor.run(x, index, weight, settled)
         bits = self.elastic.step.bound.bits

@@ -17,6 +17,7 @@ from ..checkpoint import versions
 from ..checkpoint.recipe import recipe_facts
 from ..compress.changes import change_of
 from ..data import Windows, token_windows
+from ..elastic.bind import leaves_out_neurons
 from ..elastic.runtime import slots_per_token
 from ..errors import UsageError
 from ..forecast.work_time import Seconds
@@ -141,7 +142,8 @@ def _measure(
             judged = judge.ask(asked_points, update)
     flags = pareto([m.cost.active_expert_bytes for m in found], [m.quality.kl for m in found])
     every = zip(tagged, found, flags, strict=True)
-    points = tuple(_measured(label, point, one, subject.slots, flag) for (label, point), one, flag in every)
+    whole = subject.k * sum(layer.parts.layer.parameters_per_expert() for layer in subject.elastic.layers)
+    points = tuple(_measured(label, point, one, subject.slots, whole, flag) for (label, point), one, flag in every)
     if judged is not None:
         points = tuple(replace(point, slices=scores) for point, scores in zip(points, judged.points, strict=True))
     return Frontier(
@@ -208,10 +210,13 @@ def _check_names(names: Sequence[str]) -> None:
         raise UsageError(f"two points are called '{twice[0]}'", "name a method or a point once")
 
 
-def _measured(label: str, named: NamedPoint, found: Measurement, slots: int, flag: bool) -> MeasuredPoint:
+def _measured(label: str, named: NamedPoint, found: Measurement, slots: int, whole: int, flag: bool) -> MeasuredPoint:
+    """slots, whole: of a token at full budget, per layer, and weights of all layers."""
     point, cost, quality = named.point, found.cost, found.quality
     budget = point.slots.budget if not point.routing and point.slots.layers is None else min(cost.k_slots / slots, 1.0)
     share = 1.0 if point.weights is None else change_of(point.weights).resident_share
+    if leaves_out_neurons(point):
+        share = min(share, cost.active_expert_params / whole)
     return MeasuredPoint(
         name=named.name,
         rule=label,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..elastic import Elastic
 from ..errors import UsageError
+from ..options.skip import SkipOptions
 from ..point import NamedPoint
 from ..progress import Report, silent
 from ..registry import choices
@@ -111,7 +112,7 @@ class Method(ABC):
     @classmethod
     def set_by(cls, name: str, parameter: str) -> str:
         """How a user writes a parameter that does not stand in the name."""
-        if cls.acts == "weights":
+        if cls.acts == "weights" or parameter not in {f.name for f in fields(SkipOptions)}:
             return f"{name}:{parameter}={parameter.upper()}"
         return f"moe-prism skip --{parameter.replace('_', '-')}"
 

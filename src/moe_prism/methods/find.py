@@ -71,15 +71,17 @@ def described() -> list[Described]:
                 entry.summary,
                 needs or "-",
                 found.paper or "-",
-                served_by(acts, getattr(found, "depends_on_batch", False) or getattr(found, "leaves_out_neurons", False)),
+                served_by(acts, getattr(found, "depends_on_batch", False), getattr(found, "leaves_out_neurons", False)),
                 entry.origin,
             )
         )
     return rows
 
 
-def served_by(acts: str, if_named: bool) -> str:
-    """Who runs the points of a method beside `frontier`, which measures all. if_named: whether only who names them gets them."""
+def served_by(acts: str, depends_on_batch: bool, leaves_out_neurons: bool = False) -> str:
+    """Who runs the points of a method beside `frontier`, which measures all."""
     if acts == "weights":
         return "generate; any engine once `prune` or `compress` has written it"
-    return "generate; serve where it is named" if if_named else "generate, serve, vLLM"
+    if leaves_out_neurons:
+        return "generate; serve where it is named and drops slots"
+    return "generate; serve where it is named" if depends_on_batch else "generate, serve, vLLM"

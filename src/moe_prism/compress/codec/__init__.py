@@ -21,6 +21,11 @@ codecs: Registry[type[Codec]] = Registry(
             "-1, 0, 1 times one size per group, five to a byte (MoTE)",
             "arXiv 2506.14435",
         ),
+        "compeft": (
+            "moe_prism.compress.codec.largest_signs:LargestSigns",
+            "signs of the largest fifth and one size per matrix: for what fine-tuning changed (ComPEFT)",
+            "arXiv 2311.13171",
+        ),
         "low-rank-sparse": (
             "moe_prism.compress.codec.low_rank_sparse:LowRankSparse",
             "two thin matrices and the rows that they miss most (MC-SMoE)",

@@ -23,24 +23,24 @@ class _OneSize(GroupCodec):
         return {"size": stored(values.abs().mean(-1))}
 
     def packed(self, codes: Tensor, numbers: Numbers, bits: float, group: int) -> Planes:
-        return Planes(tuple(codes.shape), group, [Plane(bits, {"codes": self._pack(codes), **halves(numbers)})])
+        return Planes(tuple(codes.shape), group, [Plane(bits, {"codes": self.pack(codes), **halves(numbers)})])
 
     def unpacked(self, planes: Planes, bits: float) -> tuple[Tensor, Numbers]:
         tensors = planes.upto(bits)[0].tensors
-        return self._unpack(tensors["codes"], planes.shape[-1]), {"size": tensors["size"].float()}
+        return self.unpack(tensors["codes"], planes.shape[-1]), {"size": tensors["size"].float()}
 
     def bytes(self, shape: Sequence[int], bits: float, group: int) -> int:
         *outer, inputs = shape
         return int(torch.Size(outer).numel()) * (
-            self._pack(torch.zeros(inputs, dtype=torch.uint8)).numel() + 2 * -(-inputs // group)
+            self.pack(torch.zeros(inputs, dtype=torch.uint8)).numel() + 2 * -(-inputs // group)
         )
 
     @staticmethod
-    def _pack(codes: Tensor) -> Tensor:
+    def pack(codes: Tensor) -> Tensor:
         raise NotImplementedError
 
     @staticmethod
-    def _unpack(octets: Tensor, inputs: int) -> Tensor:
+    def unpack(octets: Tensor, inputs: int) -> Tensor:
         raise NotImplementedError
 
 
@@ -58,11 +58,11 @@ class Binary(_OneSize):
         return (codes.float() * 2 - 1) * numbers["size"][..., None]
 
     @staticmethod
-    def _pack(codes: Tensor) -> Tensor:
+    def pack(codes: Tensor) -> Tensor:
         return pack_dense(codes, 1)
 
     @staticmethod
-    def _unpack(octets: Tensor, inputs: int) -> Tensor:
+    def unpack(octets: Tensor, inputs: int) -> Tensor:
         return unpack_dense(octets, 1, inputs)
 
 
@@ -81,13 +81,13 @@ class Ternary(_OneSize):
         return (codes.float() - 1) * numbers["size"][..., None]
 
     @staticmethod
-    def _pack(codes: Tensor) -> Tensor:
+    def pack(codes: Tensor) -> Tensor:
         trits = torch.unflatten(torch.nn.functional.pad(codes, (0, -codes.shape[-1] % TRITS)), -1, (-1, TRITS))
         packed: Tensor = (trits * _powers(codes)).sum(-1)
         return packed.to(torch.uint8)
 
     @staticmethod
-    def _unpack(octets: Tensor, inputs: int) -> Tensor:
+    def unpack(octets: Tensor, inputs: int) -> Tensor:
         trits = octets[..., None].int() // _powers(octets) % 3
         return trits.to(torch.uint8).flatten(-2)[..., :inputs]
 

@@ -24,6 +24,7 @@ from moe_prism.elastic import operating_point
 from moe_prism.offload.cache import cache_policies
 from moe_prism.offload.record import TraceRecorder, record
 from moe_prism.offload.trace import Trace
+from moe_prism.store.pools import Eviction
 from moe_prism.store.price_reads import ReadPrices, at_budget, measure_prices, measure_step, replayed
 
 SHARES = (0.4, 0.15, 0.25, 0.6, 0.8)  # of the expert weights; the middle first
@@ -48,7 +49,7 @@ def compare(
     for row in windows:
         turn(run, row[None], tokens, None)
     real, kept = run.row(), at_budget(trace, run.model._moe_prism, run.config.budget)
-    misses = replayed(kept, store.space, store.slots, cache_policies.get(policy))
+    misses = replayed(kept, store.space, store.slots, Eviction(cache_policies.get(policy), group=store.group))
     here, middle = (misses.at(*found) for found in measured)
     return {
         "config": run.config.name,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .jobs.demo import run_demo
     from .jobs.doctor import check_machine
     from .jobs.evaluate import evaluate_model
+    from .jobs.fit_offload import fit_offload
     from .jobs.forecast_offload import forecast_offload
     from .jobs.forecast_speed import forecast_speed
     from .jobs.frontier import measure_frontier
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .options.calibrate import CalibrateOptions
     from .options.compress import CompressOptions
     from .options.evaluate import EvaluateOptions
+    from .options.fit import FitOptions
     from .options.frontier import FrontierOptions
     from .options.generate import GenerateOptions
     from .options.offload import OffloadOptions
@@ -105,6 +107,7 @@ _HOME = {
     "record_trace": "jobs.trace",
     "load_trace": "offload.trace",
     "forecast_offload": "jobs.forecast_offload",
+    "fit_offload": "jobs.fit_offload",
     "write_patterns": "jobs.patterns",
     "place_experts": "jobs.place",
     "verify": "jobs.verify",
@@ -124,6 +127,7 @@ _HOME = {
     "SingleOptions": "options.bench",
     "CalibrateOptions": "options.calibrate",
     "CompressOptions": "options.compress",
+    "FitOptions": "options.fit",
     "FrontierOptions": "options.frontier",
     "GenerateOptions": "options.generate",
     "OffloadOptions": "options.offload",
@@ -146,6 +150,7 @@ __all__ = [
     "CorruptError",
     "DoesNotFit",
     "EvaluateOptions",
+    "FitOptions",
     "Frontier",
     "FrontierOptions",
     "GenerateOptions",
@@ -176,6 +181,7 @@ __all__ = [
     "compare_runs",
     "compress_model",
     "evaluate_model",
+    "fit_offload",
     "forecast_offload",
     "forecast_speed",
     "generate",

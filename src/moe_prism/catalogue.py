@@ -119,9 +119,13 @@ REGISTRIES = {
         "compress.codec", "codecs", "`weights` and `slots` of an operating point: how experts are stored in fewer bits"
     ),
     "source-formats": Home("checkpoint.formats", "source_formats", "sources of any command: how quantized weights are stored"),
-    "cache-policies": Home("offload", "cache_policies", "`generate --expert-policy`: who leaves when an expert needs room"),
+    "cache-policies": Home(
+        "offload", "cache_policies", "`generate --expert-policy` and `offload fit`: who leaves when an expert needs room"
+    ),
     "placements": Home("placement", "placements", "`place --policy`: which device holds which expert"),
-    "predictors": Home("offload", "predictors", "replays of a trace, from Python: which experts the next layer will want"),
+    "predictors": Home(
+        "offload", "predictors", "`generate --expert-predictor` and `offload fit`: which experts the next layer will want"
+    ),
 }
 """Kind, as `moe-prism ls` takes it -> where it is."""
 

@@ -209,7 +209,10 @@ def test_errors_cross_the_border():
 
 def test_a_start_crosses_the_border_without_the_key():
     options = ServeOptions(
-        api_key="s3cret", points=("a", "b"), config=Path("/x"), store=StoreOptions(5, Path("/y"), misses=Misses(0.5))
+        api_key="s3cret",
+        points=("a", "b"),
+        config=Path("/x"),
+        store=StoreOptions(5, Path("/y"), misses=Misses(0.5), fitted=Path("/z")),
     )
     config = read_config({"classes": {"a": {"ttft_ms": 5}}, "engine": {"requests": 3}})
     data = pack(Start.of(Path("/m"), options, config, {"version": 1}))

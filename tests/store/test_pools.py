@@ -15,7 +15,7 @@ from moe_prism.store.checksum import checksum
 from moe_prism.store.fast_pool import SlotTable, TablePool
 from moe_prism.store.layout import RecordLayout
 from moe_prism.store.native import FAILED, OK, RUN, SHORT, WRONG, read_records, widen_bfloat16
-from moe_prism.store.pools import policy_for, pools
+from moe_prism.store.pools import Eviction, policy_for, pools
 from moe_prism.store.reader import Item, runs, shares
 from moe_prism.store.unit_pool import UnitPool
 
@@ -165,7 +165,9 @@ def test_native_widening_is_that_of_the_layout(hidden, block, seed):
 def test_one_pool_serves_all_layers_where_half_a_token_does_not_fit_into_one_of_a_layer():
     """A token wants 4 keys of each layer."""
     layers = SPACE.layers
-    kinds = [type(pools(cache_policies.get("lfu"), SPACE, slots, {}, 4)) for slots in (layers, 2 * layers - 1, 2 * layers)]
+    kinds = [
+        type(pools(Eviction(cache_policies.get("lfu"), group=4), SPACE, slots)) for slots in (layers, 2 * layers - 1, 2 * layers)
+    ]
     assert kinds == [TablePool, TablePool, LayerPools]
     assert [policy_for(SPACE, slots, 4) for slots in (layers, 2 * layers)] == ["edge-moe", "lfu"]
 
@@ -175,7 +177,7 @@ def test_a_sweep_over_all_layers_keeps_something():
     rates = {}
     for name in ("lru", "lfu", "edge-moe"):
         space = KeySpace(6, 1, 4)
-        pool = pools(cache_policies.get(name), space, 8, {}, 4)
+        pool = pools(Eviction(cache_policies.get(name), group=4), space, 8)
         for step in range(20):
             for layer in range(space.layers):
                 pool.request(list(space.of_layer(layer)), Moment(step * space.layers + layer, step, layer))

@@ -11,16 +11,17 @@ from moe_prism.cli import main
 from moe_prism.data import token_windows
 from moe_prism.elastic import operating_point
 from moe_prism.errors import UsageError
-from moe_prism.jobs.forecast_offload import POLICIES, Way, choose_way, forecast_offload
+from moe_prism.jobs.forecast_offload import Way, choose_way, forecast_offload
 from moe_prism.offload.cache import cache_policies
 from moe_prism.offload.record import TraceRecorder, record
 from moe_prism.offload.replay import groups, serve
 from moe_prism.options.offload import OffloadOptions
-from moe_prism.store.pools import pools
+from moe_prism.store.pools import Eviction, pools
 from moe_prism.store.price_reads import ReadPrices, at_budget, measure_step, replayed
 from tests.store.common import opened, smallest, store_of
 
 LENGTH, PROMPT = 24, 8
+POLICIES = [n for n in cache_policies.names() if n not in ("static", "hobbit", "sch", "belady")]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_the_replay_misses_what_the_store_misses(elastic_tiny, text, policy, bud
             past = None
             for i in range(LENGTH):
                 past = stored(input_ids=row[None, i : i + 1], past_key_values=past, use_cache=True).past_key_values
-    cache = pools(cache_policies.get(policy), store.space, store.slots, {}, store.group)
+    cache = pools(Eviction(cache_policies.get(policy), group=store.group), store.space, store.slots)
     for group in groups(trace, store.space):
         serve(cache, group, store.space.layers)
     assert cache.counts == store.cache.counts
@@ -56,10 +57,14 @@ def test_a_forecast_is_the_step_plus_the_prices_of_its_misses(text):
     with operating_point(whole):
         trace = record(TraceRecorder(whole), [("evaluation", ids)], prompt=PROMPT)
     space = store_of(whole).space
-    free = replayed(trace, space, len(space), cache_policies.get("lru")).at(ReadPrices([1, 2], [0.0, 0.0]), 0.5)
+    free = replayed(trace, space, len(space), Eviction(cache_policies.get("lru"), group=trace.k * space.parts)).at(
+        ReadPrices([1, 2], [0.0, 0.0]), 0.5
+    )
     assert free.seconds == 0.5
-    dear = replayed(trace, space, 8, cache_policies.get("lru")).at(ReadPrices([1, 2], [1.0, 2.0]), 0.5)
-    assert dear.seconds == pytest.approx(0.5 + dear.misses)
+    dear = replayed(trace, space, 8, Eviction(cache_policies.get("lru"), group=trace.k * space.parts)).at(
+        ReadPrices([1, 2], [1.0, 2.0]), 0.5
+    )
+    assert dear.seconds == pytest.approx(0.5 + dear.reads)
 
 
 def test_prices_between_and_beyond_what_was_measured():

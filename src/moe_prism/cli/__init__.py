@@ -28,6 +28,7 @@ from . import (
     inspect,
     listing,
     offload,
+    offload_fit,
     patterns,
     place,
     prune,
@@ -91,6 +92,12 @@ def build() -> cyclopts.App:
         (listing.ls, "ls"),
     )
     for nth, (command, name) in enumerate(every):  # --help lists them as they are used, not by the alphabet
+        if name == "offload":  # a command with one below it; a folder of that name is ./fit
+            both = cyclopts.App(name=name, help_format="plaintext", result_action="return_value", sort_key=nth)
+            both.default(with_flags(opening(_described(command))))
+            both.command(with_flags(_described(offload_fit.fit)), name="fit")
+            app.command(both)
+            continue
         app.command(with_flags(opening(_described(command))), name=name, sort_key=nth)
     app.command(with_flags(opening(_described(forecast.forecast))), name="plan", show=False)  # its name in 0.1
     return app

@@ -19,7 +19,12 @@ def store_options(experts: ExpertOptions) -> StoreOptions | None:
     from ..store import StoreOptions, parse_bytes
     from ..store.choose_misses import Misses
 
-    misses = Misses(experts.miss_floor, experts.int8_budget)
     return StoreOptions(
-        parse_bytes(experts.expert_memory), experts.expert_file, experts.expert_policy, misses=misses, ahead=experts.expert_ahead
+        parse_bytes(experts.expert_memory),
+        experts.expert_file,
+        experts.expert_policy,
+        misses=Misses(experts.miss_floor, experts.int8_budget),
+        ahead=experts.expert_ahead,
+        predictor=experts.expert_predictor,
+        fitted=experts.expert_settings,
     )

@@ -27,14 +27,31 @@ def offload(folder: Path, /, *, memory: str, options: OffloadOptions, json: bool
     if not forecast.met:
         note(f"no way meets {options.target_ms:g} ms; this is the fastest")
     rows = [
-        (f"{w.budget:g}", f"{w.slots:.1f}", w.policy, w.precision, f"{w.hit_rate:.3f}", f"{w.reads_per_token:.1f}", f"{w.ms_per_token:.2f}")
+        (
+            f"{w.budget:g}",
+            f"{w.slots:.1f}",
+            w.policy,
+            w.precision,
+            w.ahead,
+            *_figures(w.hit_rate, w.reads_per_token, w.ms_per_token),
+        )
         for w in forecast.ways
-    ]  # fmt: skip
-    text = table(("budget", "slots", "policy", "reads", "hit rate", "reads/token", "ms/token"), rows)
+    ]
+    text = table(("budget", "slots", "policy", "reads", "ahead", "hit rate", "reads/token", "ms/token"), rows)
+    how = f" --expert-policy {best.policy}"
+    if options.expert_settings is not None:
+        how = f" --expert-settings {options.expert_settings}{how} --expert-ahead {best.ahead}"
+    elif best.ahead:
+        how += f" --expert-ahead {best.ahead}"
     text += (
         f"\n{forecast.slots} of {forecast.records} sub-experts fit ({forecast.record_bytes} bytes each), "
         f"reads {forecast.bytes_per_second / 1e6:.0f} MB/s"
-        f"\nuse --expert-memory {memory} --budget {best.budget:g} --expert-policy {best.policy}: {best.slots:.1f} slots, "
+        f"\nfor `moe-prism offload fit`: --layer-ms {forecast.layer_ms:.3g} --record-ms {forecast.record_ms:.3g}"
+        f"\nuse --expert-memory {memory} --budget {best.budget:g}{how}: {best.slots:.1f} slots, "
         f"{best.precision} reads, {best.ms_per_token:.2f} ms/token"
     )
     emit(forecast.to_json(), text, json)
+
+
+def _figures(hit_rate: float, reads: float, ms: float) -> tuple[str, str, str]:
+    return f"{hit_rate:.3f}", f"{reads:.1f}", f"{ms:.2f}"

@@ -41,6 +41,7 @@ def serve(
         wrong = next((option for option, value in given.items() if value is not None), None)
         if wrong:
             raise UsageError(f"{wrong} is not available with --engine vllm", "leave it out; vLLM schedules by itself")
+        experts.check_used()
         from ..serve.vllm.launch import launch
 
         return launch(folder, options)

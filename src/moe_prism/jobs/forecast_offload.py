@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,31 @@ from ..elastic.dial import affordable
 from ..elastic.runtime import slots_per_token
 from ..errors import UsageError
 from ..offload.cache import cache_policies
+from ..offload.keys import KeySpace
+from ..offload.predict.gate import CrossLayerGate
 from ..offload.record import TraceRecorder, record
+from ..offload.replay import Prefetch
+from ..offload.trace import Trace
 from ..options.offload import OffloadOptions
 from ..options.text import source_in
 from ..progress import Report, silent
 from ..result import Result
 from ..store import ExpertStore, StoreOptions, parse_bytes
 from ..store.choose_misses import Misses
+from ..store.fit import key_values, read_ahead
+from ..store.fitted import Chosen, choose
+from ..store.pools import Eviction
 from ..store.price_reads import at_budget, measure_prices, measure_step, replayed
 
-POLICIES = ("lru", "lfu", "edge-moe")
 BUDGETS = (0.75, 0.5, 0.25)  # compared with full budget unless others are named
 LENGTH, PROMPT = 160, 32
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run. precision: of what is read on a miss; slots: kept per token and layer on average; ms_per_token: expected."""
+    """One way to run. precision: of what is read on a miss; slots: kept per token and layer on average; ms_per_token: expected;
+    ahead: records read ahead of a layer at most.
+    """
 
     budget: float
     slots: float
@@ -40,17 +48,24 @@ class Way:
     hit_rate: float
     reads_per_token: float
     ms_per_token: float
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
 class OffloadForecast(Result):
-    """`best`: the largest budget that meets the target (the fastest way where none does, `met` is then false)."""
+    """`best`: the largest budget that meets the target (the fastest way where none does, `met` is then false).
+
+    layer_ms: what a layer computes in a step of `best`; record_ms: what a record takes of many that are read at once. `offload fit` asks
+    for both.
+    """
 
     memory: int
     slots: int
     records: int
     record_bytes: int
     bytes_per_second: float
+    layer_ms: float
+    record_ms: float
     best: Way
     met: bool
     ways: list[Way]
@@ -81,6 +96,7 @@ def forecast_offload(
     link = None if options.link is None else parse_bytes(options.link, "bytes per second")
     if not all(0 < b <= 1 for b in options.budgets or ()):
         raise UsageError("budgets lie in (0, 1]", "1 keeps every slot")
+    chosen = choose(None, {}, options.expert_ahead, options.expert_predictor, options.expert_settings)
     model, tokenizer = load(folder, store=StoreOptions(memory, options.expert_file, misses=Misses(low=None)))
     elastic, store = model._moe_prism, model._moe_prism.store
     if not isinstance(store, ExpertStore):
@@ -91,28 +107,52 @@ def forecast_offload(
     text = source_in(read_manifest(folder)["calibration"])
     windows = token_windows(tokenizer, text, "calibration", length=LENGTH, tokens=max(options.tokens, LENGTH)).ids
     with report("trace") as update, operating_point(model):
-        trace = record(TraceRecorder(model, values=True), [("calibration", windows)], prompt=PROMPT, progress=update)
+        recorder = TraceRecorder(model, values=True, inputs=bool(chosen.width))
+        trace = record(recorder, [("calibration", windows)], prompt=PROMPT, progress=update)
     here = measure_prices(store)
     forms = {"exact": (here, store.pack.layout.bytes)}
     if store.pack.has_low:
         forms["int8"] = measure_prices(store, low=True), store.pack.layout.low_bytes
     prices = {name: price.over(size / link) if link else price for name, (price, size) in forms.items()}
-    ways = []
-    total = slots_per_token(elastic)
-    for budget in budgets:
-        with operating_point(model, budget):
-            step = measure_step(model, windows[:1], PROMPT, here)
-        rows = at_budget(trace, elastic, budget)
-        kept = float(rows.decode().slots().mean()) if budget < 1 else float(total)
-        for policy in POLICIES:
-            misses = replayed(rows, store.space, store.slots, cache_policies.get(policy))
-            for precision, price in prices.items():
-                found = misses.at(price, step)
-                ways.append(Way(budget, kept, policy, precision, found.hit_rate, found.misses, found.seconds * 1e3))
+    ways, steps = [], {}
+    total, names = slots_per_token(elastic), runnable(chosen, store.space)
+    hidden = elastic.layers[0].parts.layer.hidden
+    with report("replay") as update:
+        for number, budget in enumerate(budgets):
+            with operating_point(model, budget):
+                steps[budget] = measure_step(model, windows[:1], PROMPT, here)
+            rows = at_budget(trace, elastic, budget).decode()
+            kept = float(rows.slots().mean()) if budget < 1 else float(total)
+            guess = _prefetch(chosen, rows, store.space, hidden)
+            for name, eviction in names.items():
+                for ahead in (None,) if guess is None else (None, guess):
+                    misses = replayed(rows, store.space, store.slots, replace(eviction, group=store.group), ahead)
+                    for precision, price in prices.items():
+                        found = misses.at(price, steps[budget])
+                        own = found.hit_rate, found.reads, found.seconds * 1e3, 0 if ahead is None else ahead.width
+                        ways.append(Way(budget, kept, name, precision, *own))
+            update(number + 1, len(budgets))
     best, met = choose_way(ways, options.target_ms)
-    rate = prices["exact"].bandwidth * store.pack.layout.bytes if len(store.space) > store.slots else 0.0
+    rate = prices["exact"].bandwidth if len(store.space) > store.slots else 0.0
     store.close()
-    return OffloadForecast(memory, store.slots, len(store.space), store.pack.layout.bytes, rate, best, met, ways)
+    costs = rate * store.pack.layout.bytes, 1e3 * steps[best.budget] / store.space.layers, 1e3 / rate if rate else 0.0
+    return OffloadForecast(memory, store.slots, len(store.space), store.pack.layout.bytes, *costs, best, met, ways)
+
+
+def runnable(chosen: Chosen, space: KeySpace) -> dict[str, Eviction]:
+    """Every policy that a store can run: that need not know the future, and has its fit where it needs one."""
+    fitted = None if chosen.fitted is None else chosen.fitted.policy
+    kinds = {name: cache_policies.get(name) for name in cache_policies.names()}
+    able = {name: kind for name, kind in kinds.items() if not kind.needs_future and (name == fitted or not kind.needs_fit)}
+    return {name: chosen.eviction(space, len(space), 1) if name == fitted else Eviction(kind) for name, kind in able.items()}
+
+
+def _prefetch(chosen: Chosen, rows: Trace, space: KeySpace, hidden: int) -> Prefetch | None:
+    """What is read ahead on a trace, None for nothing."""
+    if not chosen.width:
+        return None
+    guess = chosen.guess(space, hidden).predictor or CrossLayerGate.fit(rows, space)
+    return replace(read_ahead(guess, rows, key_values(rows, space)), width=chosen.width)
 
 
 def choose_way(ways: Sequence[Way], target_ms: float | None) -> tuple[Way, bool]:

@@ -48,6 +48,11 @@ class CachePolicy(ABC):
         """Further arguments of this policy, from the calibration side of a trace; slots of the pool it will run in."""
         return {}
 
+    @classmethod
+    def shapes(cls, space: KeySpace) -> dict[str, tuple[int, ...]]:
+        """Shape of every setting that `fit` may return, as settings from a file are checked; () = a number."""
+        return {}
+
     def used(self, key: Key, weight: float, now: Moment) -> None:  # noqa: B027 - not every policy looks at hits
         """A resident key was requested; weight: the routing weight of its expert (largest of the group's tokens)."""
 

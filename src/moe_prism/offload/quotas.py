@@ -51,3 +51,23 @@ def quotas(curves: Array, sizes: Sequence[int], total: int) -> list[int]:
         found.append(int(sizes[int(picks[layer, left])]))
         left -= found[-1]
     return found[::-1]
+
+
+def scaled(shares: Sequence[int], slots: int, most: int) -> list[int]:
+    """Quotas in the proportion of `shares` that sum to `slots` (to layers x most if that is less), each between 1 and `most`.
+
+    What rounding leaves goes to the largest remainders. UsageError where there is less than one slot per layer.
+    """
+    layers, total = len(shares), sum(shares)
+    if slots < layers:
+        raise UsageError(f"{slots} slots are too few for quotas of {layers} layers", "give the experts more memory")
+    exact = [slots * share / total for share in shares]
+    found = [min(most, max(1, int(e))) for e in exact]
+    by_remainder = sorted(range(layers), key=lambda i: (found[i] - exact[i], i))
+    target = min(slots, layers * most)
+    while sum(found) != target:
+        step = 1 if sum(found) < target else -1
+        for i in by_remainder if step > 0 else reversed(by_remainder):
+            if sum(found) != target and 1 <= found[i] + step <= most:
+                found[i] += step
+    return found

@@ -23,8 +23,16 @@ class ExpertOptions(Options):
         None,
         "Who leaves when room is needed, see `moe-prism ls cache-policies`; default lfu, or edge-moe for few slots per layer.",
     )
-    expert_ahead: int = option(
-        0, "Sub-experts to read ahead of a layer at most, by the next layer's router on this layer's input.", least=0
+    expert_ahead: int | None = option(
+        None, "Sub-experts to read ahead of a layer at most; default what --expert-settings says, else none.", least=0
+    )
+    expert_predictor: str | None = option(
+        None,
+        "What guesses the experts that are read ahead, see `moe-prism ls predictors`; default that of --expert-settings, else gate, the "
+        "next layer's router on this layer's input. All others need their fit.",
+    )
+    expert_settings: Path | None = option(
+        None, "Policy, quotas, predictor and width as `moe-prism offload fit` wrote them; other options go before it."
     )
     miss_floor: float = option(
         1.0,

@@ -28,5 +28,16 @@ class OffloadOptions(Options):
     expert_file: Path | None = option(
         None, "Where the experts are packed, written on first use; default experts.pack in the folder."
     )
+    expert_ahead: int | None = option(
+        None,
+        "Also forecast reading up to so many sub-experts ahead of a layer; default what --expert-settings says, else none.",
+        least=0,
+    )
+    expert_predictor: str | None = option(
+        None, "What guesses the experts that are read ahead; default that of --expert-settings, else gate."
+    )
+    expert_settings: Path | None = option(
+        None, "Settings of `moe-prism offload fit`: its policy is compared as it was fitted, and what it reads ahead."
+    )
     tokens: int = option(1280, "Of the text that is replayed, in whole requests of 160.", least=1)
     budgets: tuple[float, ...] | None = None

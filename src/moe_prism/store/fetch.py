@@ -42,7 +42,7 @@ class Fetcher:
         """slots: records that fit."""
         self.pack, self.space, self.reader, self.times = pack, pack.space, reader, times
         self.places = SlotTable.new(len(self.space), slots)
-        self.cache = pools(eviction.policy, pack.space, slots, eviction.settings, eviction.group, self.places)
+        self.cache = pools(eviction, pack.space, slots, self.places)
         self.under_way = UnderWay(self.cache, reader, self.lose)
         self.low: set[Key] = set()  # resident in int8 form
         self.price = 0.0  # seconds a record has cost so far that was waited for, spread over the threads; 0 = nothing is known

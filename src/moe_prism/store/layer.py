@@ -20,7 +20,7 @@ from ..model.gate_neurons import GateNeurons
 from ..point import OperatingPoint
 from .choose_misses import Misses, Prepared, choose
 from .pack import Pack
-from .read_ahead import ReadAhead
+from .read_ahead import Guess, ReadAhead
 from .record_store import RecordStore
 from .store import ExpertStore
 
@@ -74,7 +74,7 @@ class FromStore(Executor):
             parts = keep if self.store.space.parts == self.parts.n_sub else keep.any(2, keepdim=True)
             wanted = Prepared(self.store.wanted(self.number, index, weight, parts), weight)
         out = self.store.run(
-            self.number, x, wanted.entries, low=settled.low, meanwhile=lambda: self.elastic.ahead(self.number + 1, x)
+            self.number, x, wanted.entries, low=settled.low, meanwhile=lambda: self.elastic.ahead(self.number + 1, x, index)
         ).to(x.dtype)
         if layer.down_bias is not None:
             bias = layer.down_bias[index.clamp(0, layer.num_experts - 1)]
@@ -85,8 +85,9 @@ class FromStore(Executor):
 class StoredElastic(Elastic):
     """`Elastic` over a store: the same points and rules. misses: what happens to slots that would have to be read."""
 
-    def __init__(self, model: Any, layer_parts: Sequence[LayerParts], store: RecordStore, *, misses: Misses, ahead: int) -> None:
-        """ahead: records to read ahead of a layer at most."""
+    def __init__(
+        self, model: Any, layer_parts: Sequence[LayerParts], store: RecordStore, *, misses: Misses, ahead: Guess
+    ) -> None:
         self.store, self.misses = store, misses
         super().__init__(model, layer_parts)
         self.ahead = ReadAhead(self.layers, store, ahead)

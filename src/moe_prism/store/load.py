@@ -15,16 +15,15 @@ from ..checkpoint.manifest import check_layers
 from ..elastic.runtime import experts_per_token
 from ..errors import CorruptError, UsageError
 from ..model import find_layers, read_generation_config
-from ..offload.cache import cache_policies
 from .aio_reader import open_reader
 from .arena import slots_in
 from .choose_misses import Misses
+from .fitted import choose
 from .layer import StoredElastic, resident_bytes, stored_parts
 from .pack import Pack, check_fits, open_pack, write_pack
 from .plane_layer import PlaneElastic
 from .plane_layout import PlaneLayout
 from .plane_store import PlaneStore
-from .pools import Eviction, policy_for
 from .reader import RecordReader
 from .store import ExpertStore
 
@@ -35,8 +34,8 @@ PACK_FILE = "experts.pack"
 class StoreOptions:
     """memory: bytes for experts and what predicts them; file: the packed file, default `experts.pack`
     in the model's folder; policy, settings: who is evicted, default `pools.policy_for`; parts: records per expert (1 = whole experts),
-    default the model's sub-experts; misses: what is not read, or in int8 form; ahead: records to read ahead of a layer; reader: a test's
-    own.
+    default the model's sub-experts; misses: what is not read, or in int8 form; ahead: records to read ahead of a layer; predictor: of
+    its experts; fitted: a file of `moe-prism offload fit`, which says what is not said here; reader: a test's own.
     """
 
     memory: int
@@ -45,7 +44,9 @@ class StoreOptions:
     settings: dict[str, Any] = field(default_factory=dict)
     parts: int | None = None
     misses: Misses = field(default_factory=Misses)
-    ahead: int = 0
+    ahead: int | None = None
+    predictor: str | None = None
+    fitted: Path | None = None
     reader: Callable[[Pack, Tensor], RecordReader] = open_reader
 
 
@@ -92,7 +93,7 @@ def load_stored(
 
     Raises DoesNotFit if the memory holds no sub-expert, CorruptError for a packed file that is damaged or of another model.
     """
-    _check_policy(options)  # before anything is read
+    chosen = choose(options.policy, options.settings, options.ahead, options.predictor, options.fitted)  # before anything is read
     pack = ready_pack(folder, manifest, options, progress)
     stream = LayerStream(folder, torch.float32)
     layers = find_layers(stream.model)
@@ -104,25 +105,14 @@ def load_stored(
     group = experts_per_token(model, layer_parts[0].layer) * pack.space.parts
     if isinstance(pack.layout, PlaneLayout):
         group = max(group, 2 * pack.layout.planes)  # a pool of one layer then holds both planes of a block
-    policy = cache_policies.get(options.policy or policy_for(pack.space, slots, group))
-    like, eviction = layer_parts[0].layer, Eviction(policy, options.settings, group)
+    like, eviction = layer_parts[0].layer, chosen.eviction(pack.space, slots, group)
+    guess = chosen.guess(pack.space, like.hidden)
     if isinstance(pack.layout, PlaneLayout):
         planes = PlaneStore(pack, slots, like, eviction, reader=options.reader)
-        model._moe_prism = PlaneElastic(model, layer_parts, planes, misses=options.misses, ahead=options.ahead)
+        model._moe_prism = PlaneElastic(model, layer_parts, planes, misses=options.misses, ahead=guess)
     else:
         store = ExpertStore(pack, slots, like, eviction, reader=options.reader)
-        model._moe_prism = StoredElastic(model, layer_parts, store, misses=options.misses, ahead=options.ahead)
+        model._moe_prism = StoredElastic(model, layer_parts, store, misses=options.misses, ahead=guess)
     model._moe_prism.stored_bytes_per_weight = manifest["bytes_per_weight"]
     read_generation_config(model, folder)
     return model
-
-
-def _check_policy(options: StoreOptions) -> None:
-    """UsageError for a policy that is not known, or cannot run here."""
-    if options.policy is None:
-        return
-    policy, instead = cache_policies.get(options.policy), "replay it with `moe-prism inspect --routing`, and take lfu here"
-    if policy.needs_future:
-        raise UsageError(f"'{options.policy}' knows the future: it is a bound for replays", instead)
-    if policy.needs_fit and not options.settings:
-        raise UsageError(f"'{options.policy}' is fitted on a trace, which there is none of here", instead)

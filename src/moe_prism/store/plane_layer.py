@@ -24,7 +24,7 @@ from .layer import StoredElastic, StoredNeurons
 from .plane_layout import PlaneLayout
 from .plane_store import PlaneStore
 from .plane_wanted import PlaneWanted
-from .read_ahead import ReadAhead
+from .read_ahead import Guess, ReadAhead
 
 
 class GatesInPlanes:
@@ -79,7 +79,7 @@ class FromPlanes(Executor):
         layer = self.parts.layer
         wanted = PlaneWanted.of(index, weight, settled.prepared, layer.num_experts)
         out = self.store.run(
-            self.number, x, wanted, meanwhile=lambda: self.elastic.ahead(self.number + 1, x)
+            self.number, x, wanted, meanwhile=lambda: self.elastic.ahead(self.number + 1, x, index)
         ).to(x.dtype)  # fmt: skip
         if layer.down_bias is not None:
             bias = layer.down_bias[index.clamp(0, layer.num_experts - 1)]
@@ -109,12 +109,12 @@ class PlaneElastic(StoredElastic):
     """`StoredElastic` over planes."""
 
     def __init__(
-        self, model: object, layer_parts: Sequence[LayerParts], store: PlaneStore, *, misses: Misses, ahead: int
+        self, model: object, layer_parts: Sequence[LayerParts], store: PlaneStore, *, misses: Misses, ahead: Guess
     ) -> None:
         if misses.low is not None:
             raise UsageError("planes have no int8 form beside them", "leave --int8-budget out; --miss-floor works")
         self.planes = store
-        super().__init__(model, layer_parts, store, misses=misses, ahead=0)
+        super().__init__(model, layer_parts, store, misses=misses, ahead=Guess())
         self.ahead = PlanesAhead(self.layers, store, ahead)
 
     def executor_of(self, parts: LayerParts) -> Executor:
@@ -137,7 +137,7 @@ class PlanesAhead(ReadAhead):
 
     def keys(self, number: int, x: Tensor, misses: Misses) -> Sequence[Key]:
         layer, first = self.layers[number], self.store.space.of_layer(number).start
-        weight, index = (x @ self.routers[number].T).float().softmax(-1).topk(self.k, -1)
+        weight, index = self.experts(number, x)
         found = layer.candidates(layer.elastic.step, x, index, weight, state={})
         executor = layer.executor
         assert isinstance(executor, FromPlanes)

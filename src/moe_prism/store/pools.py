@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import UsageError
 from ..offload.base import CachePolicy, ExpertCache, KeySpace
 from ..offload.cache.pool import LayerPools
+from ..offload.quotas import scaled
 from .fast_pool import POLICIES, SlotTable, TablePool
 from .unit_pool import UnitPool
 
 
 @dataclass(frozen=True)
 class Eviction:
-    """Who leaves a store for others: a policy and its settings. group: keys that a token wants of a layer, see `is_shared`."""
+    """Who leaves a store for others: a policy and its settings. group: keys that a token wants of a layer, see `is_shared`.
+
+    quotas: in which proportion the layers share the slots, one number each; None = equal parts.
+    """
 
     policy: type[CachePolicy]
     settings: dict[str, Any] = field(default_factory=dict)
     group: int = 1
+    quotas: Sequence[int] | None = None
 
 
 def is_shared(space: KeySpace, slots: int, group: int) -> bool:
@@ -33,19 +40,27 @@ def policy_for(space: KeySpace, slots: int, group: int) -> str:
     return "edge-moe" if is_shared(space, slots, group) else "lfu"
 
 
-def pools(
-    policy: type[CachePolicy], space: KeySpace, slots: int, settings: dict[str, Any], group: int, places: SlotTable | None = None
-) -> ExpertCache:
-    """One pool per layer of equal size, or one for all of them (`is_shared`). Tables where the policy has one."""
-    layers, places, table = space.layers, places or SlotTable.new(len(space), slots), policy in POLICIES
+def pools(eviction: Eviction, space: KeySpace, slots: int, places: SlotTable | None = None) -> ExpertCache:
+    """One pool per layer, or one for all of them (`is_shared`). Tables where the policy has one.
+
+    UsageError for quotas where one pool serves all layers.
+    """
+    policy, settings = eviction.policy, eviction.settings
+    places, table = places or SlotTable.new(len(space), slots), policy in POLICIES
 
     def pool(capacity: int, of: range) -> ExpertCache:
         own = policy(space, capacity, **settings)
         return TablePool(capacity, space, of, own, places) if table else UnitPool(capacity, own)
 
-    if is_shared(space, slots, group):
+    if is_shared(space, slots, eviction.group):
+        if eviction.quotas is not None:
+            raise UsageError(
+                f"{slots} slots are too few for the quotas of {space.layers} layers",
+                "give the experts more memory, or fit for this share",
+            )
         return pool(slots, range(len(space)))
-    quotas = [slots // layers + (layer < slots % layers) for layer in range(layers)]
+    layers = space.layers
+    quotas = scaled(eviction.quotas or [1] * layers, slots, space.experts * space.parts)
     found = LayerPools(quotas, lambda _, capacity: policy(space, capacity, **settings))
     found.pools = [pool(capacity, space.of_layer(layer)) for layer, capacity in enumerate(quotas)]
     return found

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..elastic.bind import bind
-from ..offload.base import CachePolicy, KeySpace
+from ..offload.base import KeySpace, Moment
 from ..offload.cache.pool import LayerPools
-from ..offload.replay import groups, serve
+from ..offload.replay import Group, Prefetch, clocks, groups, serve
+from ..offload.timeline import step_time
 from ..offload.trace import Trace
 from ..point import FULL
-from .pools import pools
+from .pools import Eviction, pools
 from .store import ExpertStore
 
 if TYPE_CHECKING:
@@ -150,34 +151,50 @@ def at_budget(trace: Trace, elastic: StoredElastic, budget: float) -> Trace:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Means per decode step."""
+    """Means per decode step. reads: records, on demand and ahead."""
 
     seconds: float
-    misses: float
+    reads: float
     hit_rate: float
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a cache has to read. lost: records of every group; steps: how many they belong to."""
+    """What a cache has to read, per step and layer. lost: on demand; ahead: before the layer asks; hit_rate: of what was asked for."""
 
-    lost: Sequence[int]
-    steps: int
+    lost: NDArray[np.int64]  # [S, L]
+    ahead: NDArray[np.int64]  # [S, L]
     hit_rate: float
 
     def at(self, prices: ReadPrices, step_seconds: float) -> Forecast:
-        stalls = sum(map(prices.of, self.lost))
-        return Forecast(step_seconds + stalls / self.steps, sum(self.lost) / self.steps, self.hit_rate)
+        """step_seconds: of a step apart from its reads, of which every layer takes an equal part."""
+        price = np.array([prices.of(n) for n in range(int(max(self.lost.max(), self.ahead.max())) + 1)])
+        layer = step_seconds / self.lost.shape[1]
+        times = [step_time(layer, price[a].tolist(), price[m].tolist()) for a, m in zip(self.ahead, self.lost, strict=True)]
+        reads = float(self.lost.sum() + self.ahead.sum()) / len(self.lost)
+        return Forecast(statistics.fmean(times), reads, self.hit_rate)
 
 
 def replayed(
-    trace: Trace, space: KeySpace, slots: int, policy: type[CachePolicy], *, settings: dict[str, Any] | None = None
+    trace: Trace | Sequence[Group], space: KeySpace, slots: int, eviction: Eviction, prefetch: Prefetch | None = None
 ) -> Replayed:
-    """Replay the decode rows of a trace through the cache that a store of this many slots has."""
-    rows = trace.decode()
-    cache = pools(policy, space, slots, settings or {}, trace.k * space.parts)
-    lost, steps = [], set()
-    for group in groups(rows, space):
-        lost.append(sum(len(access.loads) + len(access.bypassed) for access in serve(cache, group, space.layers)))
-        steps.add(group.step)
-    return Replayed(lost, len(steps), cache.counts.hit_rate)
+    """Replay the decode rows of a trace, or groups of one, through the cache that a store of this many slots has.
+
+    prefetch: what is read ahead of every layer but the first, while the one before computes.
+    """
+    work = list(groups(trace.decode(), space)) if isinstance(trace, Trace) else trace
+    cache = pools(eviction, space, slots)
+    if eviction.policy.needs_future:
+        cache.foresee(clocks(work, space.layers))
+    lost = np.zeros((work[-1].step + 1, space.layers), np.int64)
+    early = np.zeros_like(lost)
+    for group in work:
+        if prefetch is not None and group.layer:
+            guessed = prefetch.keys(group, space)
+            cache.expect(group.layer, guessed)
+            now = Moment(group.step * space.layers + group.layer, group.step, group.layer)
+            early[group.step, group.layer] = len(cache.prefetch(guessed, now).loads)
+        lost[group.step, group.layer] = sum(
+            len(access.loads) + len(access.bypassed) for access in serve(cache, group, space.layers)
+        )
+    return Replayed(lost, early, cache.counts.hit_rate)

@@ -1,12 +1,14 @@
 """Reading ahead: what the next layer will want, guessed from this layer's input while this layer runs.
 
-The guess is the next layer's own selection on this layer's input: its router (the cross-layer gate of Fate, arXiv 2502.12224, training-
-free), then its predictor and rule, so that sub-experts are guessed and not only experts. Shapes: T tokens, E experts, k, d hidden.
+First experts are guessed: by the next layer's router on this layer's input (the cross-layer gate of Fate, arXiv 2502.12224, training-
+free), or by a fitted `Predictor`. Then the next layer's own selection runs on them and this layer's input, so that sub-experts are guessed
+and not only experts. Shapes: T tokens, E experts, k, d hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +22,10 @@ from ..elastic.runtime import experts_per_token
 from ..kernels.selection import Choosing, select
 from ..model.scores import router_weight
 from ..offload.base import Key
+from ..offload.predict import Predictor, Seen
 from .choose_misses import Misses
 from .record_store import RecordStore
+from .token_watch import TokenWatch
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -29,37 +33,62 @@ Ints = NDArray[np.int64]
 MOST_TOKENS = 8  # up to which there is something to gain: a long prompt wants nearly everything
 
 
-class ReadAhead:
-    """Guesses for every layer but the first. width: records to read ahead at most; 0 = never."""
+class Guess(NamedTuple):
+    """width: records to read ahead of a layer at most, 0 = never; predictor: of the experts, None = the layer's own router."""
 
-    def __init__(self, layers: Sequence[ElasticLayer], store: RecordStore, width: int) -> None:
-        self.layers, self.store, self.width = layers, store, width
-        self.k = experts_per_token(layers[0].elastic.model, layers[0].parts.layer)
-        self.routers = [self._router(layer) for layer in layers] if width else []
+    width: int = 0
+    predictor: Predictor | None = None
+
+
+class ReadAhead:
+    """Guesses for every layer but the first."""
+
+    def __init__(self, layers: Sequence[ElasticLayer], store: RecordStore, guess: Guess) -> None:
+        self.layers, self.store, self.width = layers, store, guess.width
+        model, own, parts = layers[0].elastic.model, layers[0].parts.layer, store.space.parts
+        self.k = experts_per_token(model, own)
+        self.guessed = min(store.space.experts, max(self.k, -(-self.width // parts)))  # experts, of every token
+        self.routers = [self._router(layer) for layer in layers] if self.width else []
+        self.seen = _SeenLive(model, guess.predictor, self.k, len(layers)) if self.width and guess.predictor is not None else None
 
     @staticmethod
     def _router(layer: ElasticLayer) -> Tensor:
         own = layer.parts.layer
         return router_weight(layer.elastic.model, own) if own.num_experts > 1 else torch.zeros(1, own.hidden)
 
-    def __call__(self, number: int, x: Tensor) -> None:
-        """Begin to read for layer `number`, from the input x [T, d] of the layer before.
+    def __call__(self, number: int, x: Tensor, index: Tensor) -> None:
+        """Begin to read for layer `number`, from the input x [T, d] of the layer before and the experts [T, k'] that it runs.
 
         Not for routing stages that ask for more than the router's choice: what they ask for is not known yet.
         """
         if self.width and number < len(self.routers) and len(x) <= MOST_TOKENS:
+            if self.seen is not None:
+                self.seen.note(number - 1, index, self.store.space.experts)
+                if number < self.seen.predictor.first_layer:
+                    return
             elastic = self.layers[number].elastic
             if not elastic.step.bound.needs:
                 self.store.prefetch(number, self.keys(number, x, elastic.misses))  # type: ignore[attr-defined]
 
+    def experts(self, number: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(weight, index) [T, guessed] of the experts that layer `number` is guessed to run, likeliest first.
+
+        The weights are its router's, on this input: what the layer's selection weighs its slots by.
+        """
+        logits = x @ self.routers[number].T
+        if self.seen is not None:
+            index = torch.from_numpy(self.seen.scores(number, x)).topk(self.guessed, -1).indices
+            return logits.float().softmax(-1).gather(1, index), index
+        if is_compiled(x):
+            weight, index = map(torch.from_numpy, best_experts(logits.numpy(), self.guessed))
+            return weight, index
+        weight, index = logits.float().softmax(-1).topk(self.guessed, -1)
+        return weight, index
+
     def keys(self, number: int, x: Tensor, misses: Misses) -> Sequence[Key]:
         """The records layer `number` would keep on this input, best first, at most `width`."""
         layer, space = self.layers[number], self.store.space
-        if is_compiled(x):
-            arrays = best_experts((x @ self.routers[number].T).numpy(), self.k)
-            weight, index = map(torch.from_numpy, arrays)
-        else:
-            weight, index = (x @ self.routers[number].T).float().softmax(-1).topk(self.k, -1)
+        weight, index = self.experts(number, x)
         found = layer.candidates(layer.elastic.step, x, index, weight, state={})
         first, whole = space.of_layer(number).start, space.parts == 1
         # what is kept only where it is there is not read: the floor limits the guess
@@ -75,6 +104,30 @@ class ReadAhead:
         number_of = first + index[:, :, None] * space.parts + torch.arange(space.parts)
         order = values[keep].argsort(descending=True)
         return list(dict.fromkeys(number_of[keep][order].tolist()))[: self.width]
+
+
+class _SeenLive:
+    """What a predictor may know of the step that runs."""
+
+    def __init__(self, model: Any, predictor: Predictor, k: int, layers: int) -> None:
+        self.predictor, self.k = predictor, k
+        self.tokens = TokenWatch(model)
+        self.ids: list[Ints] = [np.zeros((0, k), np.int64)] * layers
+
+    def note(self, number: int, index: Tensor, experts: int) -> None:
+        """Layer `number` runs these experts [T, k']; the first k of them are told."""
+        known = index.masked_fill((index < 0) | (index >= experts), -1)[:, : self.k].numpy()
+        own = np.full((len(known), self.k), -1, np.int64)
+        own[:, : known.shape[1]] = known
+        self.ids[number] = own
+
+    def scores(self, number: int, x: Tensor) -> Floats:
+        """[T, E] float32."""
+        token, past = self.tokens.of(len(x))
+        nothing = np.full((len(x), self.k), -1, np.int64)
+        ids = np.stack([own if len(own) == len(x) else nothing for own in self.ids[:number]], axis=1)
+        seen = Seen(token, past, ids, x.float().numpy())
+        return np.ascontiguousarray(self.predictor.at(number, seen), np.float32)
 
 
 @njit(nogil=True, cache=True)

@@ -27,6 +27,8 @@ class Hobbit(Ranked):
     counts requests whose weight reaches the level that gives the same share of them on the calibration trace.
     """
 
+    needs_fit = True
+
     def __init__(
         self, *args: object, mix: Sequence[float] = (0.25, 0.25, 0.25, 0.25), high: float = 0.0, **settings: object
     ) -> None:
@@ -47,6 +49,10 @@ class Hobbit(Ranked):
         settings = [{"mix": mix, "high": high} for mix in mixes()]
         misses = [replay(few, cls, slots, ReplayOptions(space=space, settings=each)).misses for each in settings]
         return settings[int(np.argmin(misses))]
+
+    @classmethod
+    def shapes(cls, space: KeySpace) -> dict[str, tuple[int, ...]]:
+        return {"mix": (4,), "high": ()}
 
     def new_sequence(self) -> None:
         self._begin = self._step + 1

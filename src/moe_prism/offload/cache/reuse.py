@@ -39,6 +39,10 @@ class Reuse(Ranked):
         hints = ReusePredictor.fit(trace, space).scores(trace)
         return {"coefficients": coefficients(trace, space, hints).tolist()}
 
+    @classmethod
+    def shapes(cls, space: KeySpace) -> dict[str, tuple[int, ...]]:
+        return {"coefficients": (space.layers, 4)}
+
     def hint(self, layer: int, scores: Sequence[float], now: Moment) -> None:
         self._hints[layer] = scores
 

@@ -31,5 +31,9 @@ class Static(Ranked):
             counts[group.keys] += 1
         return {"profile": counts.tolist()}
 
+    @classmethod
+    def shapes(cls, space: KeySpace) -> dict[str, tuple[int, ...]]:
+        return {"profile": (len(space),)}
+
     def worth(self, key: Key, now: Moment) -> float:
         return self._profile[key]

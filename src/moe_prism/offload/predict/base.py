@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 
-from ...errors import UsageError
+from ...errors import CorruptError, UsageError
 from ..keys import KeySpace
 from ..trace import Array, Trace
 
 HISTORY = 4  # tokens before the current one
+AGAIN = "fit it again: moe-prism offload fit TRACE"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Predictor(ABC):
     """Scores of a layer's experts before its router has run."""
 
     needs_inputs = False
+    needs_fit = True
+    """Whether it is of no use without the arrays of a fit."""
     first_layer = 0
     """The first layer there is a prediction for."""
 
@@ -36,6 +40,15 @@ class Predictor(ABC):
     @abstractmethod
     def fit(cls, trace: Trace, space: KeySpace) -> Self:
         """Learn from the calibration side of a trace."""
+
+    @abstractmethod
+    def arrays(self) -> dict[str, Array]:
+        """What the fit found, as `from_arrays` takes it: float32 or int64 arrays by name."""
+
+    @classmethod
+    @abstractmethod
+    def from_arrays(cls, arrays: Mapping[str, Array], space: KeySpace, hidden: int) -> Self:
+        """The predictor that gave these arrays, for a model of this hidden size. CorruptError if they do not fit: see `checked`."""
 
     @abstractmethod
     def at(self, layer: int, seen: Seen) -> Array:
@@ -49,6 +62,26 @@ class Predictor(ABC):
             inputs = trace.inputs[:, layer - 1].astype(np.float32) if layer and trace.inputs is not None else None
             out[:, layer] = self.at(layer, Seen(trace.token, past, trace.expert_ids[:, :layer], inputs))
         return out
+
+
+def checked(arrays: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]], whole: tuple[str, ...] = ()) -> dict[str, Array]:
+    """Arrays from a file, once they have these names and shapes (0 = any length) and are finite.
+
+    whole: those of int64, the others are of float32. CorruptError says what is wrong.
+    """
+    if set(arrays) != set(shapes):
+        wrong = sorted(set(arrays) ^ set(shapes))[0]
+        raise CorruptError(f"the predictor's array '{wrong[:60]}' is {'unknown' if wrong in arrays else 'missing'}", AGAIN)
+    for name, shape in shapes.items():
+        array, kind = arrays[name], np.int64 if name in whole else np.float32
+        same = array.ndim == len(shape) and all(want in (0, got) for want, got in zip(shape, array.shape, strict=True))
+        if not same or array.dtype != kind or 0 in array.shape:
+            raise CorruptError(
+                f"the predictor's array '{name}' is {array.dtype} {list(array.shape)}, not {np.dtype(kind)} {list(shape)}", AGAIN
+            )
+        if not np.isfinite(array).all():
+            raise CorruptError(f"the predictor's array '{name}' holds values that are not finite", AGAIN)
+    return dict(arrays)
 
 
 def history(trace: Trace) -> Array:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Self
 
 import numpy as np
 
 from ..keys import KeySpace
 from ..trace import Array, Trace
-from .base import Predictor, Seen, chosen
+from .base import Predictor, Seen, checked, chosen
 
 SMOOTHING = 8.0  # observations the less specific table counts as
 
@@ -38,6 +39,14 @@ class Dictionary(Predictor):
                 pairs = (used[layer - 2][:, :, None] * before[:, None]).reshape(len(now), -1)
                 two[layer] = _smoothed((pairs.T @ now).reshape(e, e, e), pairs.sum(0).reshape(e, e), one[layer])
         return cls(one, two)
+
+    def arrays(self) -> dict[str, Array]:
+        return {"one": self.one, "two": self.two}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array], space: KeySpace, hidden: int) -> Self:
+        e = space.experts
+        return cls(**checked(arrays, {"one": (space.layers, e, e), "two": (space.layers, e, e, e)}))
 
     def at(self, layer: int, seen: Seen) -> Array:
         last = _onehot(seen.expert_ids[:, layer - 1], self.one.shape[1])

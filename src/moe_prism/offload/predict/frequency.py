@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Self
 
 import numpy as np
 
 from ..keys import KeySpace
 from ..trace import Array, Trace
-from .base import Predictor, Seen, chosen
+from .base import Predictor, Seen, checked, chosen
 
 
 class Frequency(Predictor):
@@ -21,6 +22,13 @@ class Frequency(Predictor):
     @classmethod
     def fit(cls, trace: Trace, space: KeySpace) -> Self:
         return cls(np.stack([chosen(trace, layer).mean(0) for layer in range(space.layers)]))
+
+    def arrays(self) -> dict[str, Array]:
+        return {"shares": self.shares}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array], space: KeySpace, hidden: int) -> Self:
+        return cls(**checked(arrays, {"shares": (space.layers, space.experts)}))
 
     def at(self, layer: int, seen: Seen) -> Array:
         return np.tile(self.shares[layer], (len(seen.token), 1))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Self
 
 from ..keys import KeySpace
 from ..trace import Array, Trace
-from .base import Predictor, Seen, need_inputs
+from .base import Predictor, Seen, checked, need_inputs
 
 
 class CrossLayerGate(Predictor):
@@ -16,6 +17,7 @@ class CrossLayerGate(Predictor):
     """
 
     needs_inputs = True
+    needs_fit = False  # a store has the routers
     first_layer = 1
 
     def __init__(self, routers: Array) -> None:
@@ -25,6 +27,13 @@ class CrossLayerGate(Predictor):
     @classmethod
     def fit(cls, trace: Trace, space: KeySpace) -> Self:
         return cls(need_inputs(trace)[1])
+
+    def arrays(self) -> dict[str, Array]:
+        return {"routers": self.routers}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array], space: KeySpace, hidden: int) -> Self:
+        return cls(**checked(arrays, {"routers": (space.layers, space.experts, hidden)}))
 
     def at(self, layer: int, seen: Seen) -> Array:
         assert seen.inputs is not None

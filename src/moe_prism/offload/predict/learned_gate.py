@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Self
 
 import numpy as np
 
 from ..keys import KeySpace
 from ..trace import Array, Trace
-from .base import Predictor, Seen, chosen, need_inputs
+from .base import Predictor, Seen, checked, chosen, need_inputs
 
 RIDGE = 10.0
 
@@ -29,6 +30,13 @@ class LearnedGate(Predictor):
         zero = np.zeros((inputs.shape[2] + 1, space.experts))
         fitted = [zero, *(ridge(inputs[:, layer - 1], chosen(trace, layer), RIDGE) for layer in range(1, space.layers))]
         return cls(np.stack(fitted).astype(np.float32))
+
+    def arrays(self) -> dict[str, Array]:
+        return {"weights": self.weights}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array], space: KeySpace, hidden: int) -> Self:
+        return cls(**checked(arrays, {"weights": (space.layers, hidden + 1, space.experts)}))
 
     def at(self, layer: int, seen: Seen) -> Array:
         assert seen.inputs is not None

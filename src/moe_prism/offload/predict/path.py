@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Self
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..keys import KeySpace
 from ..trace import Array, Trace
-from .base import HISTORY, Predictor, Seen, chosen, history
+from .base import HISTORY, Predictor, Seen, checked, chosen, history
 from .token_table import TokenTable
 
 WIDTH, HIDDEN = 32, 192
@@ -36,6 +37,18 @@ class Path(Predictor):
             x = net.slots(trace.token, history(trace))
             y = torch.from_numpy(np.stack([chosen(trace, layer) for layer in range(space.layers)], axis=1))
             _train(net, x, _held_out(trace, table, space), y)
+        return cls(table, net.eval())
+
+    def arrays(self) -> dict[str, Array]:
+        return {**self.table.arrays(), **{f"net.{name}": t.detach().numpy() for name, t in self.net.state_dict().items()}}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array], space: KeySpace, hidden: int) -> Self:
+        table = TokenTable.from_arrays({n: a for n, a in arrays.items() if not n.startswith("net.")}, space, hidden)
+        net = _Net(table.ids, space)
+        given = {name.removeprefix("net."): a for name, a in arrays.items() if name.startswith("net.")}
+        found = checked(given, {name: tuple(t.shape) for name, t in net.state_dict().items()})
+        net.load_state_dict({name: torch.from_numpy(a) for name, a in found.items()})
         return cls(table, net.eval())
 
     @torch.no_grad()

@@ -59,9 +59,9 @@ class Start(NamedTuple):
         from ...store import StoreOptions
         from ...store.choose_misses import Misses
 
-        file = self.store["file"]
+        paths = {name: Path(self.store[name]) if self.store[name] else None for name in ("file", "fitted")}
         misses = msgspec.convert(self.store["misses"], Misses)
-        return StoreOptions(**{**self.store, "file": Path(file) if file else None, "misses": misses})
+        return StoreOptions(**{**self.store, **paths, "misses": misses})
 
 
 def _made(kind: type, value: Any) -> Any:

@@ -1,0 +1,143 @@
+"""Fit what a store is run with to a trace: `moe-prism offload fit`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..files import check_writable
+from ..offload.cache import cache_policies
+from ..offload.keys import KeySpace
+from ..offload.predict import predictors
+from ..offload.settings import ExpertSettings, write_settings
+from ..offload.trace import Trace, load_trace
+from ..options.fit import FitOptions
+from ..progress import Report, silent
+from ..result import Result
+from ..store.fit import Costs, FitWay, StoreFit, search
+from ..store.price_reads import Forecast
+
+
+@dataclass(frozen=True)
+class FitRow:
+    """A way to run. hit_rate: of what layers asked for; reads_per_token: records, on demand and ahead; ms_per_token: forecast."""
+
+    policy: str
+    quotas: bool
+    predictor: str
+    width: int
+    hit_rate: float
+    reads_per_token: float
+    ms_per_token: float
+
+    @classmethod
+    def of(cls, way: FitWay, time: Forecast) -> FitRow:
+        predictor = way.predictor if way.predictor is not None and way.width else ""
+        return cls(way.policy, way.quotas is not None, predictor, way.width, time.hit_rate, time.reads, 1e3 * time.seconds)
+
+
+@dataclass(frozen=True)
+class OffloadFit(Result):
+    """What was chosen; `tried` on the choosing half of the calibration side, `held_out` on the evaluation side: `lru`, `belady`, chosen.
+
+    Where the chosen way reads ahead, `held_out` has it without that as a fourth row.
+    """
+
+    settings: ExpertSettings
+    share: float
+    tried: list[FitRow]
+    held_out: list[FitRow]
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the arrays."""
+        own = self.settings
+        chosen = {"policy": own.policy, "quotas": own.quotas, "predictor": own.predictor, "width": own.width}
+        return {
+            **asdict(own.space),
+            "slots": own.slots,
+            "share": self.share,
+            **chosen,
+            "tried": [asdict(row) for row in self.tried],
+            "held_out": [asdict(row) for row in self.held_out],
+        }
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """A row per way on the evaluation side."""
+        return [asdict(row) for row in self.held_out]
+
+
+def fit_offload(
+    trace: str | Path | Trace,
+    out: str | Path | None = None,
+    options: FitOptions | None = None,
+    *,
+    force: bool = False,
+    report: Report = silent,
+) -> OffloadFit:
+    """Fit policy, quotas, predictor and its width to a trace; written to `out`, as `--expert-settings` reads it.
+
+    Everything is fitted on half of the requests of the calibration side and chosen on the other half. The evaluation side is for the
+    report alone. Raises UsageError for an unknown name, a policy that knows the future, or a trace that has no such parts.
+
+    >>> import moe_prism
+    >>> asked = moe_prism.FitOptions(policy=["lru", "lfu"], predictor=["frequency"], parts=1)
+    >>> found = moe_prism.fit_offload("nano", "settings.json", asked)
+    >>> [row["policy"] for row in found.to_records()][:2]
+    ['lru', 'belady']
+    """
+    options = options or FitOptions()
+    options.check()
+    if out is not None:
+        check_writable(Path(out))
+        if Path(out).exists() and not force:
+            raise UsageError(f"'{out}' exists", "choose another path, or --force")
+    policies = options.policy or [n for n in cache_policies.names() if not cache_policies.get(n).needs_future]
+    foreseeing = [name for name in policies if cache_policies.get(name).needs_future]
+    if foreseeing:
+        raise UsageError(f"'{foreseeing[0]}' knows the future: it is a bound for replays", "leave it out of --policy")
+    guesses = options.predictor or predictors.names()
+    for name in guesses:
+        predictors.get(name)
+    rows = trace if isinstance(trace, Trace) else load_trace(trace)
+    space = _space(rows, options)
+    for name in options.predictor:
+        if predictors.get(name).needs_inputs and rows.inputs is None:
+            raise UsageError(f"'{name}' needs router inputs, which the trace lacks", "record it with `moe-prism trace --inputs`")
+    slots = max(1, round(options.share * len(space)))
+    fit = StoreFit(rows, space, slots, Costs(options.layer_ms / 1e3, options.record_ms / 1e3))
+    done, total = 0, len(policies) + len(guesses)
+    with report("fit") as update:
+
+        def told() -> None:
+            nonlocal done
+            done += 1
+            update(done, total)
+
+        way, tried = search(fit, policies, guesses, bool(options.predictor), told)
+    held_out = _judged(fit, way)
+    made = {
+        "model": str(rows.header.get("model", "")),
+        "options": asdict(options),
+        "held_out": [asdict(row) for row in held_out],
+    }
+    arrays = way.guess.arrays() if way.guess is not None and way.guess.needs_fit else {}
+    settings = ExpertSettings(space, slots, way.policy, way.settings, way.quotas, way.predictor, way.width, arrays, made)
+    if out is not None:
+        write_settings(Path(out), settings)
+    return OffloadFit(settings, options.share, [FitRow.of(*pair) for pair in tried], held_out)
+
+
+def _judged(fit: StoreFit, way: FitWay) -> list[FitRow]:
+    """The evaluation side, which chooses nothing."""
+    bare = FitWay(way.policy, way.settings, way.quotas)
+    ways = [FitWay("lru", {}), FitWay("belady", {}), way, *([bare] if way.width else [])]
+    return [FitRow.of(each, fit.time(each, fit.judging)) for each in ways]
+
+
+def _space(trace: Trace, options: FitOptions) -> KeySpace:
+    parts = trace.n_sub if options.parts is None else options.parts
+    if parts not in (1, trace.n_sub):
+        raise UsageError(f"the trace has {trace.n_sub} sub-experts per expert, not {parts}", "leave --parts out, or give 1")
+    return KeySpace(trace.layers, trace.experts, parts)

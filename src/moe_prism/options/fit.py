@@ -1,0 +1,38 @@
+"""What a fit of offloading is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions(Options):
+    """How much fits, what a layer and a record take, and among what is chosen.
+
+    >>> import moe_prism
+    >>> moe_prism.FitOptions(share=2).check()
+    Traceback (most recent call last):
+    moe_prism.errors.UsageError: --share 2 is out of range; give more than 0 and at most 1
+    """
+
+    share: float = option(0.25, "Share of the keys (experts, or sub-experts) that fit into memory.", above=0, most=1)
+    layer_ms: float = option(
+        1.0,
+        "Milliseconds that a layer computes in a step, as `moe-prism offload` measures it. The choice depends on its ratio to --record-ms "
+        "alone.",
+        above=0,
+    )
+    record_ms: float = option(
+        1.0, "Milliseconds that one key takes to be read, as `moe-prism offload` measures it. The default is a layer's.", above=0
+    )
+    parts: int | None = option(None, "Keys per expert: 1, or the sub-experts of the trace. Default those of the trace.", least=1)
+    policy: list[str] = option(
+        [], "Only these, see `moe-prism ls cache-policies`. Default all that need not know the future.", is_repeated=True
+    )
+    predictor: list[str] = option(
+        [],
+        "Only these, see `moe-prism ls predictors`; the best is kept, also at width 0. Default all, or none.",
+        is_repeated=True,
+    )

@@ -27,7 +27,7 @@ from moe_prism.serve.engine.start import compute_threads
 from moe_prism.serve.http.admission import Door
 from moe_prism.serve.http.detokenize import Stops
 from moe_prism.serve.http.refusal import Refusal
-from moe_prism.serve.requests import Sampling
+from moe_prism.serve.requests import ErrorKind, Sampling
 
 
 @given(st.lists(st.text("abc", max_size=4), max_size=12), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
@@ -56,15 +56,24 @@ def test_a_draw_does_not_depend_on_its_neighbours(seed, temperature, top_p):
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(seed))
     hot = Sampling(temperature, top_p, seed)
     alone, _ = draw(logits[1:2], [Sampler(hot)])
-    among, usable = draw(logits, [Sampler(Sampling()), Sampler(hot), Sampler(Sampling(1.0, 0.5, 9))])
-    assert among[1] == alone[0] and among[0] == int(logits[0].argmax()) and all(usable)
+    among, failed = draw(logits, [Sampler(Sampling()), Sampler(hot), Sampler(Sampling(1.0, 0.5, 9))])
+    assert among[1] == alone[0] and among[0] == int(logits[0].argmax()) and not any(failed)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_rows_that_are_not_finite_are_found(bad):
     logits = torch.zeros(3, 8)
     logits[1, 5] = bad
-    assert draw(logits, [Sampler(Sampling())] * 3)[1] == [True, False, True]
+    assert draw(logits, [Sampler(Sampling())] * 3)[1] == [None, ErrorKind.NOT_FINITE, None]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_that_rules_out_every_token_harms_nobody(temperature):
+    """Requests made from the schema ended a server: only the end was allowed, and it was not to come yet."""
+    impossible = Sampling(temperature, allowed=(5,), min_tokens=3)
+    samplers = [Sampler(Sampling()), Sampler(impossible, stop_ids=frozenset({5})), Sampler(Sampling(1.0, seed=1))]
+    tokens, failed = draw(torch.randn(3, 8), samplers)
+    assert failed == [None, ErrorKind.RULED_OUT, None] and len(tokens) == 3
 
 
 def test_logprobs_sum_to_one():

@@ -130,3 +130,16 @@ def test_threads_and_kernel_give_the_same_model(setting, policy):
         assert torch.equal(logits(stored, IDS, 0.6), wanted)
         assert torch.equal(logits(stored, IDS[:, :2], 0.6), logits(whole, IDS[:, :2], 0.6))
         store_of(stored).close()
+
+
+def test_threads_give_back_what_nobody_wants_any_more(setting):
+    """Whether a thread has begun a job is chance; either it ends, or it is taken back and its number serves again."""
+    reader, worker = readers(store_of(setting[2]).pack)
+    for _ in range(5):
+        jobs = [worker.read(np.array([key]), np.array([key]), ahead=True)[0] for key in range(16)]
+        back = [job for job in jobs if worker.cancel(job)]
+        assert not wait([job for job in jobs if job not in back]) and all(job.done for job in jobs)
+        assert not any(worker.cancel(job) for job in back)  # not twice
+    assert not wait(worker.read(np.arange(8), np.arange(8)))
+    for own in (reader, worker):
+        own.close()

@@ -45,6 +45,7 @@ class ErrorKind(Enum):
     ENGINE = "engine"  # it stopped, a step failed, or it did not take the request
     DEADLINE = "deadline"
     NOT_FINITE = "not finite"  # the model returned such numbers for this request
+    RULED_OUT = "ruled out"  # what it asked for leaves none that could come next
 
 
 class Event(NamedTuple):

@@ -14,7 +14,10 @@ from .paged_attention import handed_over
 from .sampling import Sampler, draw, logprobs
 from .scheduler import PolicyScheduler, StepPart
 
-NOT_FINITE = "the model returned numbers that are not finite"
+SAID = {
+    ErrorKind.NOT_FINITE: "the model returned numbers that are not finite",
+    ErrorKind.RULED_OUT: "what the request asks for leaves no token that could come next",
+}
 
 
 class Runner(ModelRunner):  # type: ignore[misc]
@@ -65,18 +68,16 @@ class Runner(ModelRunner):  # type: ignore[misc]
 
     def _draw(self, parts: list[StepPart], logits: Tensor) -> list[int]:
         samplers = [self._sampler(part) for part in parts]
-        tokens, usable = draw(logits, samplers)
-        wanted = [i for i, s in enumerate(samplers) if s.sampling.logprobs is not None and usable[i]]
+        tokens, failed = draw(logits, samplers)
+        wanted = [i for i, s in enumerate(samplers) if s.sampling.logprobs is not None and not failed[i]]
         found: dict[int, TokenLogprob] = {}
         if wanted:
             count = max(samplers[i].sampling.logprobs or 0 for i in wanted)
             found = dict(zip(wanted, logprobs(logits[wanted], [tokens[i] for i in wanted], count), strict=True))
         for i, part in enumerate(parts):
-            before = self.results[part.state.request_id]
+            before, why = self.results[part.state.request_id], failed[i]
             self.results[part.state.request_id] = (
-                Event(tokens[i], found.get(i), before.prompt, part.level)
-                if usable[i]
-                else Event(error=NOT_FINITE, kind=ErrorKind.NOT_FINITE)
+                Event(tokens[i], found.get(i), before.prompt, part.level) if why is None else Event(error=SAID[why], kind=why)
             )
         return tokens
 

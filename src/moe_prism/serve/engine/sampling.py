@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..requests import Sampling, TokenLogprob
+from ..requests import ErrorKind, Sampling, TokenLogprob
 from .processors import processors
 
 
@@ -49,25 +49,27 @@ class Sampler:
             self._grammar.accept_token(token)
 
 
-def draw(logits: Tensor, samplers: Sequence[Sampler]) -> tuple[list[int], list[bool]]:
-    """Next token of every row of logits [R, V] (float32), and whether the row was usable (no NaN, no infinity)."""
+def draw(logits: Tensor, samplers: Sequence[Sampler]) -> tuple[list[int], list[ErrorKind | None]]:
+    """Next token of every row of logits [R, V] (float32), and why a row gave none: NaN or infinity of the model's, or all ruled out."""
     best, token = logits.max(dim=-1)
-    usable = torch.isfinite(best).tolist()
+    failed: list[ErrorKind | None] = [None if good else ErrorKind.NOT_FINITE for good in torch.isfinite(best).tolist()]
     tokens: list[int] = token.tolist()
-    shaped = [i for i, s in enumerate(samplers) if s.shapes and usable[i]]
+    shaped = [i for i, s in enumerate(samplers) if s.shapes and not failed[i]]
     if shaped:
         logits = logits.clone()  # log-probabilities are the model's own
         for i in shaped:
             logits[i] = samplers[i].shape(logits[i])
             tokens[i] = int(logits[i].argmax())
-    hot = [i for i, s in enumerate(samplers) if s.sampling.temperature > 0 and usable[i]]
+            if not torch.isfinite(logits[i, tokens[i]]):
+                failed[i] = ErrorKind.RULED_OUT
+    hot = [i for i, s in enumerate(samplers) if s.sampling.temperature > 0 and not failed[i]]
     if hot:
         for i, drawn in zip(hot, _nucleus(logits[hot], [samplers[i] for i in hot]), strict=True):
             tokens[i] = drawn
     for i, sampler in enumerate(samplers):
-        if usable[i]:
+        if not failed[i]:
             sampler.took(tokens[i])
-    return tokens, usable
+    return tokens, failed
 
 
 def _nucleus(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:

@@ -176,6 +176,8 @@ class Service:
             self.metrics.nan.inc()
         if kind is ErrorKind.DEADLINE:
             return Refusal(504, error, code="deadline")
+        if kind is ErrorKind.RULED_OUT:
+            return Refusal(400, error, code="no_token")
         return Refusal(503, error, code="engine", retry=1)
 
     def drop(self, sequence: Strand) -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_prism.calibrate.confidence import BINS
 from moe_prism.compress.prune import LayerSubject, PruneRequest, choose, criteria
 from moe_prism.compress.prune.protect import super_experts
 from moe_prism.errors import UsageError
@@ -28,6 +29,12 @@ def values(seed: int = 0) -> dict:
     return {
         "counts": {"count": count, "weight_sum": rand()},
         "scores": {"prob_sum": rand(), "tokens": torch.ones(1)},
+        "confidence": {
+            "utility": torch.rand(E, BINS, generator=g, dtype=torch.float64),
+            "top": torch.tensor([500.0], dtype=torch.float64),
+            "score_sum": rand(),
+            "tokens": torch.tensor([1000]),
+        },
         "outputs": outputs,
         "means": {name: rand() for name in ("square", "weight")}
         | {"count": count, "sum": torch.rand(E, 3, generator=g, dtype=torch.float64), "tokens": torch.full((1,), 1000)},

@@ -56,7 +56,7 @@ def folder(elastic_tiny, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def top_p(tmp_path_factory):
+def router_share(tmp_path_factory):
     with tutorial.followed(METHOD, tmp_path_factory.mktemp("method"), methods) as name:
         yield name
 
@@ -104,24 +104,24 @@ def test_the_file_works_from_another_package_too(page, acts, tmp_path, monkeypat
         assert (row.acts, row.origin) == (acts, "another-package")
 
 
-def test_a_new_method_passes_the_generic_checks(top_p, bench, tmp_path):
-    asked = checks.asked_for(top_p)
-    wanted = checks.checks_of(top_p)
+def test_a_new_method_passes_the_generic_checks(router_share, bench, tmp_path):
+    asked = checks.asked_for(router_share)
+    wanted = checks.checks_of(router_share)
     assert checks.is_exact_at_its_neutral_values in wanted and checks.is_the_same_alone_and_beside_any_other in wanted
     for check in wanted:
         check(bench, asked)
     checks.runs_again_from_its_file(bench, [asked], tmp_path / "frontier.json")
 
 
-def test_top_p_keeps_the_fewest_experts_whose_probabilities_reach_p(top_p):
+def test_router_share_keeps_the_fewest_experts_whose_probabilities_reach_p(router_share):
     """Against a loop over tokens; p of 1 and a count below k are its limits."""
     draw = torch.Generator().manual_seed(0)
     scores = torch.rand(40, 6, generator=draw).softmax(1)
     weight, index = scores.topk(4)
     for p, most in ((0.3, 4), (0.5, 4), (0.55, 2), (1.0, 4), (1.0, 3), (0.0, 4)):
-        stage = RoutingStage(layers=(most,), stage=top_p, parameters={"p": ((p,),)}, keep_mass=False)
+        stage = RoutingStage(layers=(most,), stage=router_share, parameters={"p": ((p,),)}, keep_mass=False)
         routed = Routed(torch.zeros(40, 1), index, weight, 0, 6, 6, scores=lambda: scores)
-        found = stage_class(top_p)([stage])(routed, 0)
+        found = stage_class(router_share)([stage])(routed, 0)
         for t in range(40):
             total, kept = 0.0, []
             for expert, probability in zip(index[t].tolist(), weight[t].tolist(), strict=True):
@@ -132,18 +132,18 @@ def test_top_p_keeps_the_fewest_experts_whose_probabilities_reach_p(top_p):
         assert (found is routed) == (p == 1 and most == 4)
 
 
-def test_a_new_method_is_listed_measured_generated_and_served(top_p, folder, text_file, capsys):
+def test_a_new_method_is_listed_measured_generated_and_served(router_share, folder, text_file, capsys):
     """The page's commands; then the server, with requests of both methods in one batch, in memory and from the store."""
     listed, skipped, measured, generated, stored, served = tutorial.commands(METHOD)
     rows = {row["name"]: row for row in tutorial.answer(listed, text_file, capsys)["entries"]}
-    assert (rows[top_p]["acts"], rows[top_p]["served_by"]) == ("routing", "generate, serve, vLLM")
+    assert (rows[router_share]["acts"], rows[router_share]["served_by"]) == ("routing", "generate, serve, vLLM")
     tutorial.run(skipped, text_file)
     plan = json.loads((folder / "plan.json").read_text())
     assert refusal(OperatingPoint.from_json(plan["point"])) is None  # vLLM takes it as well
-    assert plan["point"]["routing"][0]["stage"] == top_p and plan["made"]["mean"] == pytest.approx(1.5, abs=0.1)
+    assert plan["point"]["routing"][0]["stage"] == router_share and plan["made"]["mean"] == pytest.approx(1.5, abs=0.1)
     points = {row["name"]: row for row in tutorial.answer(measured, text_file, capsys)["points"]}
     mine, other = served[served.index("--points") + 1].split(",")
-    assert points[mine]["rule"] == top_p and points[other]["rule"] == "threshold" and points[mine]["kl"] > 0
+    assert points[mine]["rule"] == router_share and points[other]["rule"] == "threshold" and points[mine]["kl"] > 0
     text = tutorial.answer(generated, text_file, capsys)["text"]
     assert tutorial.answer(stored, text_file, capsys)["text"] == text
 

@@ -37,10 +37,12 @@ class _OneSize(GroupCodec):
 
     @staticmethod
     def pack(codes: Tensor) -> Tensor:
+        """Codes [..., i] as bytes [..., b]."""
         raise NotImplementedError
 
     @staticmethod
     def unpack(octets: Tensor, inputs: int) -> Tensor:
+        """The reverse."""
         raise NotImplementedError
 
 
@@ -59,10 +61,12 @@ class Binary(_OneSize):
 
     @staticmethod
     def pack(codes: Tensor) -> Tensor:
+        """Eight to a byte."""
         return pack_dense(codes, 1)
 
     @staticmethod
     def unpack(octets: Tensor, inputs: int) -> Tensor:
+        """The reverse."""
         return unpack_dense(octets, 1, inputs)
 
 
@@ -82,12 +86,14 @@ class Ternary(_OneSize):
 
     @staticmethod
     def pack(codes: Tensor) -> Tensor:
+        """Five to a byte."""
         trits = torch.unflatten(torch.nn.functional.pad(codes, (0, -codes.shape[-1] % TRITS)), -1, (-1, TRITS))
         packed: Tensor = (trits * _powers(codes)).sum(-1)
         return packed.to(torch.uint8)
 
     @staticmethod
     def unpack(octets: Tensor, inputs: int) -> Tensor:
+        """The reverse."""
         trits = octets[..., None].int() // _powers(octets) % 3
         return trits.to(torch.uint8).flatten(-2)[..., :inputs]
 

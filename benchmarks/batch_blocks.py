@@ -111,12 +111,17 @@ def interval(alone: Curve, together: Sequence[Curve]) -> list[list[float]]:
     return [[round(float(v), 3) for v in row] for row in zip(value, low, high, strict=True)]
 
 
+def grouped(model: Any, ids: torch.Tensor, rows: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Texts that go together, and the full model's log-probabilities of each group."""
+    groups = [ids[i : i + rows] for i in range(0, len(ids) - rows + 1, rows)]
+    with torch.no_grad(), model._moe_prism.at(model._moe_prism.full_step):
+        return groups, [model(input_ids=g, use_cache=False).logits.float().log_softmax(-1) for g in groups]
+
+
 def quality(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     model, ids = texts(args, folder)
     for rows in args.rows:
-        groups = [ids[i : i + rows] for i in range(0, len(ids) - rows + 1, rows)]
-        with torch.no_grad(), model._moe_prism.at(model._moe_prism.full_step):
-            sources = [model(input_ids=g, use_cache=False).logits.float().log_softmax(-1) for g in groups]
+        groups, sources = grouped(model, ids, rows)
         together = [curve(model, groups, sources, TOGETHER, budget) for budget in GRID]
         full = curve(model, groups, sources, ALONE, 1.0)
         for budget in BUDGETS:
@@ -166,9 +171,7 @@ def rivals(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """KL of every method at shares of a full step's bytes, with intervals over texts, and its ratio to rows that choose alone."""
     model, ids = texts(args, folder)
     for rows in args.rows:
-        groups = [ids[i : i + rows] for i in range(0, len(ids) - rows + 1, rows)]
-        with torch.no_grad(), model._moe_prism.at(model._moe_prism.full_step):
-            sources = [model(input_ids=g, use_cache=False).logits.float().log_softmax(-1) for g in groups]
+        groups, sources = grouped(model, ids, rows)
         full = at_point(model, groups, sources, FULL)
         found = {name: [at_point(model, groups, sources, p) for p in points] for name, points in rival_points(model).items()}
         for name, curves in found.items():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..artefact.source import Weights
 from ..calibrate.statistics import Statistics
@@ -16,10 +16,39 @@ from ..errors import UsageError
 from ..model import resolve
 from ..model.place import recorded
 from ..options.compress import CompressOptions, pinned
-from ..progress import Report
+from ..progress import Report, peak_rss_bytes
+from ..result import Result
 from .calibrate import calibration_windows, check_fit, check_fits, read_statistics, run_pass
 from .resources import needed_by_pass, needed_by_rewriting
 from .which_text import with_text
+
+
+@dataclass(frozen=True)
+class Refitted(Result):
+    """method: as it was asked; expert_bytes: in the files, before and after; facts: what stays; needed: by the run."""
+
+    counted: ClassVar[str]
+    """What the facts are about, and their name in JSON."""
+    method: str
+    expert_bytes: tuple[int, int]
+    facts: Mapping[str, Any]
+    needed: Mapping[str, Any]
+    folder: Path | None = None
+    manifest: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `compress --json` prints."""
+        before, after = self.expert_bytes
+        left = {"left_out": self.manifest["companions"]["left_out"]} if self.manifest else {}
+        return {
+            **({"folder": str(self.folder)} if self.folder else {}),
+            "method": self.method,
+            "expert_bytes": {"before": before, "after": after},
+            self.counted: dict(self.facts),
+            **({} if self.folder else {"needed": dict(self.needed)}),
+            **left,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
 
 
 class Fitting:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -20,10 +19,9 @@ from ..errors import UsageError
 from ..methods.merge.base import MergeMethod, routed_layers
 from ..options.compress import CompressOptions
 from ..point import NamedPoint, OperatingPoint
-from ..progress import Report, peak_rss_bytes
-from ..result import Result
+from ..progress import Report
 from .calibrate import discard_snapshots
-from .fitting import Fitting, least_tokens
+from .fitting import Fitting, Refitted, least_tokens
 from .merge_card import merged_card
 from .rehearsal import begin
 from .resources import needed_by_merging
@@ -33,29 +31,10 @@ POINT = "point.json"
 
 
 @dataclass(frozen=True)
-class Merged(Result):
-    """method: as it was asked; expert_bytes: in the files, before and after; facts: what stays; needed: by the run."""
+class Merged(Refitted):
+    """What became of experts that were merged."""
 
-    method: str
-    expert_bytes: tuple[int, int]
-    facts: Mapping[str, Any]
-    needed: Mapping[str, Any]
-    folder: Path | None = None
-    manifest: Mapping[str, Any] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """What `compress --json` prints."""
-        before, after = self.expert_bytes
-        left = {"left_out": self.manifest["companions"]["left_out"]} if self.manifest else {}
-        return {
-            **({"folder": str(self.folder)} if self.folder else {}),
-            "method": self.method,
-            "expert_bytes": {"before": before, "after": after},
-            "experts": dict(self.facts),
-            **({} if self.folder else {"needed": dict(self.needed)}),
-            **left,
-            "peak_rss_bytes": peak_rss_bytes(),
-        }
+    counted = "experts"
 
 
 class Merging(Fitting):

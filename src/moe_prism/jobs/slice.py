@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -21,10 +21,9 @@ from ..errors import UsageError
 from ..methods.neurons.base import OWN, LayerSeen, NeuronMethod
 from ..options.compress import CompressOptions
 from ..point import NamedPoint, OperatingPoint
-from ..progress import Report, peak_rss_bytes
-from ..result import Result
+from ..progress import Report
 from .calibrate import discard_snapshots
-from .fitting import Fitting, least_tokens
+from .fitting import Fitting, Refitted, least_tokens
 from .rehearsal import begin
 from .slice_card import sliced_card
 
@@ -34,29 +33,10 @@ POINT = "point.json"
 
 
 @dataclass(frozen=True)
-class Sliced(Result):
-    """method: as it was asked; expert_bytes: in the files, before and after; facts: how many neurons stay; needed: by the run."""
+class Sliced(Refitted):
+    """How many neurons stay, and where."""
 
-    method: str
-    expert_bytes: tuple[int, int]
-    facts: Mapping[str, Any]
-    needed: Mapping[str, Any]
-    folder: Path | None = None
-    manifest: Mapping[str, Any] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """What `compress --json` prints."""
-        before, after = self.expert_bytes
-        left = {"left_out": self.manifest["companions"]["left_out"]} if self.manifest else {}
-        return {
-            **({"folder": str(self.folder)} if self.folder else {}),
-            "method": self.method,
-            "expert_bytes": {"before": before, "after": after},
-            "neurons": dict(self.facts),
-            **({} if self.folder else {"needed": dict(self.needed)}),
-            **left,
-            "peak_rss_bytes": peak_rss_bytes(),
-        }
+    counted = "neurons"
 
 
 class Slicing(Fitting):

@@ -17,7 +17,7 @@ from ..checkpoint.dtypes import NAMES
 from ..errors import UsageError
 from ..model import MoELayer, find_layers
 from .edit import Edit, expert_views
-from .prune.write import Planned, Progress, ShardWriter, config_text, write_checkpoint
+from .prune.write import Planned, Progress, ShardWriter, by_owner, config_text, write_checkpoint
 
 
 class InPlace(ShardWriter):
@@ -44,14 +44,7 @@ class InPlace(ShardWriter):
         return [Planned(info, self.shapes.get(info.name, info.shape), self._owner.get(info.name)) for info in infos]
 
     def values(self, shard: str, tensors: Sequence[Planned]) -> Iterator[tuple[Planned, Tensor]]:
-        for t in tensors:
-            if t.owner is None:
-                data = self.stream.source.stored(t.info)
-                check_finite(t.info.name, data, shard)
-                yield t, data
-        for i in sorted({t.owner for t in tensors if t.owner is not None}):
-            made = self._checked(i)
-            yield from ((t, made[t.info.name]) for t in tensors if t.owner == i)
+        return by_owner(shard, tensors, self.stream.source.stored, self._checked)
 
     def made(self, i: int) -> dict[str, Tensor]:
         """The parameters of a layer as they are written, by their full names; the source's are in memory, and may be changed."""

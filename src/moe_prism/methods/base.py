@@ -129,6 +129,12 @@ class Method(ABC):
         """
 
 
+def check_kept(name: str, keep: float) -> None:
+    """UsageError for a share that a method may keep of something; 0: it is not said."""
+    if keep and not 0 < keep <= 1:
+        raise UsageError(f"'{name}' keeps no share between 0 and 1", "write such as keep=0.75")
+
+
 def _value(name: str, text: str, kind: str) -> int | float | bool | str:
     """A parameter as it is written in a method's name."""
     if kind.startswith("int"):

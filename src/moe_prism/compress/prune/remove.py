@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...checkpoint import Journal, LayerStream, OutputFolder, check_finite
+from ...checkpoint import Journal, LayerStream, OutputFolder, TensorInfo, check_finite
 from ...checkpoint.atomic import raw_bytes
 from ...checkpoint.convert import ADVICE
 from ...checkpoint.dtypes import NAMES
@@ -19,7 +19,7 @@ from ...model import MoELayer, find_layers
 from ...model.router import COUNT_NAMES, GROUP_LIMIT_NAMES, GROUP_NAMES, Router
 from ...options.prune import MTPMode
 from .choice import KeptExperts
-from .write import Planned, Progress, ShardWriter, config_text, text_section, write_checkpoint
+from .write import Planned, Progress, ShardWriter, by_owner, config_text, text_section, write_checkpoint
 
 
 def check_removable(choices: Sequence[KeptExperts]) -> int:
@@ -114,15 +114,11 @@ class BlockWriter(ShardWriter):
         return found
 
     def values(self, shard: str, tensors: Sequence[Planned]) -> Iterator[tuple[Planned, Tensor]]:
-        for t in tensors:
-            if t.owner is None:
-                edited = self._mtp and t.info.name in self._mtp.names
-                data = self._mtp.tensor(t.info.name) if self._mtp and edited else self.stream.source.stored(t.info)
-                check_finite(t.info.name, data, shard)
-                yield t, data
-        for i in sorted({t.owner for t in tensors if t.owner is not None}):
-            sliced = self._load(i)
-            yield from ((t, sliced[t.info.name]) for t in tensors if t.owner == i)
+        return by_owner(shard, tensors, self._kept, self._load)
+
+    def _kept(self, info: TensorInfo) -> Tensor:
+        edited = self._mtp and info.name in self._mtp.names
+        return self._mtp.tensor(info.name) if self._mtp and edited else self.stream.source.stored(info)
 
     def read_back(self, folder: Path) -> None:
         """Load the first sliced layer of what was written as transformers would; UsageError if it is not what was sliced."""

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ...checkpoint import Journal, OutputFolder, TensorInfo, copy_companions
+from ...checkpoint import Journal, OutputFolder, TensorInfo, check_finite, copy_companions
 from ...checkpoint.atomic import raw_bytes
 from ...checkpoint.mtp import CONFIG_KEYS as MTP_KEYS
 from ...checkpoint.shards import INDEX, Source
@@ -45,6 +45,23 @@ class ShardWriter(ABC):
     @abstractmethod
     def read_back(self, folder: Path) -> None:
         """UsageError where the first changed layer of what was written is not what it should be."""
+
+
+def by_owner(
+    shard: str,
+    tensors: Sequence[Planned],
+    kept: Callable[[TensorInfo], Tensor],
+    made: Callable[[int], Mapping[str, Tensor]],
+) -> Iterator[tuple[Planned, Tensor]]:
+    """The values of tensors, one layer's edit at a time. kept: of a tensor that no edit makes; made: a layer's, by name."""
+    for t in tensors:
+        if t.owner is None:
+            data = kept(t.info)
+            check_finite(t.info.name, data, shard)
+            yield t, data
+    for i in sorted({t.owner for t in tensors if t.owner is not None}):
+        found = made(i)
+        yield from ((t, found[t.info.name]) for t in tensors if t.owner == i)
 
 
 def write_checkpoint(

@@ -21,7 +21,7 @@ from ...errors import UsageError
 from ...model import MoELayer, find_layers
 from ...model.router import Router
 from ..prune.remove import block_tensors, row_tensors
-from ..prune.write import Planned, Progress, ShardWriter, config_text, write_checkpoint
+from ..prune.write import Planned, Progress, ShardWriter, by_owner, config_text, write_checkpoint
 from ..slice.mask import per_neuron
 from .form import ReslicedConfig, Sizes
 from .proof import factor_of, fill, repeated
@@ -84,14 +84,7 @@ class ReslicedCheckpoint(ShardWriter):
         return self.stream.source.info(experts[0]).dtype
 
     def values(self, shard: str, tensors: Sequence[Planned]) -> Iterator[tuple[Planned, Tensor]]:
-        for t in tensors:
-            if t.owner is None:
-                data = self.stream.source.stored(t.info)
-                check_finite(t.info.name, data, shard)
-                yield t, data
-        for i in sorted({t.owner for t in tensors if t.owner is not None}):
-            made = self._made(i)
-            yield from ((t, made[t.info.name]) for t in tensors if t.owner == i)
+        return by_owner(shard, tensors, self.stream.source.stored, self._made)
 
     def read_back(self, folder: Path) -> None:
         """The first layer of what was written, as transformers loads it, has these experts and routes to all of an expert's."""

@@ -17,7 +17,7 @@ from ...errors import UsageError
 from ...model import MoELayer
 from ...model.router import Router, RoutingGroups
 from ...point import NamedPoint, OperatingPoint
-from ..base import Method, Subject
+from ..base import Method, Subject, check_kept
 from ..statistics import statistics_of
 
 KEEPS = 0.75, 0.5
@@ -73,8 +73,7 @@ class MergeMethod(Method):
     @classmethod
     def read_argument(cls, name: str, text: str | None) -> Any:
         found = super().read_argument(name, text)
-        if found.keep and not 0 < found.keep <= 1:
-            raise UsageError(f"'{name}' keeps no share between 0 and 1", "write such as keep=0.75")
+        check_kept(name, found.keep)
         return found
 
     @classmethod

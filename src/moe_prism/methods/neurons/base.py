@@ -16,7 +16,7 @@ from ...errors import UsageError
 from ...model import MoELayer
 from ...options.compress import NeuronScope
 from ...point import NamedPoint, OperatingPoint
-from ..base import Method, Subject
+from ..base import Method, Subject, check_kept
 from ..statistics import statistics_of
 
 KEEPS = 0.9, 0.75, 0.5
@@ -83,8 +83,7 @@ class NeuronMethod(Method):
         found = super().read_argument(name, text)
         if found.scope not in (OWN, *get_args(NeuronScope)):
             raise UsageError(f"'{name}' has no scope '{found.scope}'", f"choose one of: {', '.join(get_args(NeuronScope))}")
-        if found.keep and not 0 < found.keep <= 1:
-            raise UsageError(f"'{name}' keeps no share between 0 and 1", "write such as keep=0.75")
+        check_kept(name, found.keep)
         return found
 
     @classmethod

@@ -30,6 +30,7 @@ from .costs import (
     costs_what_it_reads,
     costs_what_its_codec_stores,
     costs_what_its_neurons_read,
+    costs_what_its_vectors_read,
     costs_what_its_widths_read,
     costs_what_passes_its_cutoff,
     read_by_hand,
@@ -69,6 +70,8 @@ def checks_of(name: str) -> list[Check]:
     checks: list[Check] = [has_points_that_survive_json, changes_the_output]
     if getattr(found, "leaves_out_neurons", False):
         checks.append(costs_what_passes_its_cutoff)
+    elif getattr(found, "multiplies_inside", False):
+        checks.append(costs_what_its_vectors_read)
     else:
         checks.append(costs_what_its_widths_read if getattr(found, "maker", "") else costs_what_it_reads)
     if not getattr(found, "depends_on_batch", False):

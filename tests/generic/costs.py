@@ -106,6 +106,34 @@ def costs_what_passes_its_cutoff(bench: Bench, asked: str) -> None:
 
 
 @torch.no_grad()
+def costs_what_its_vectors_read(bench: Bench, asked: str) -> None:
+    """Of a stage that multiplies inside experts: the experts that run whole, and the vectors of those that are skipped."""
+    elastic, tokens, point = bench.opened.elastic, 24, bench.points(asked)[-1].point
+    step, size = Step(bind(elastic, [point])), elastic.stored_bytes_per_weight
+    total = distinct = 0.0
+    with elastic.at(step), elastic.count(), ExitStack() as stack:
+        seen: list[tuple[Any, ...]] = []
+        for layer in elastic.layers:
+            run = layer.executor.run_scaled
+
+            def watched(x, index, weight, settled, run=run, layer=layer, seen=seen):
+                seen.append((layer.parts.layer, index))
+                return run(x, index, weight, settled)
+
+            stack.enter_context(mock.patch.object(layer.executor, "run_scaled", watched))
+        bench.opened.model(input_ids=distinct_rows(bench.opened.model, tokens))
+        cost = measured_cost(elastic, step)
+    assert seen
+    for layer, index in seen:
+        runs, skipped = (index >= 0) & (index < layer.num_experts), index >= layer.num_experts
+        vectors = 2 * layer.hidden + layer.width
+        total += int(runs.sum()) * layer.parameters_per_expert() + int(skipped.sum()) * vectors
+        distinct += len(index[runs].unique()) * layer.parameters_per_expert() + len(index[skipped].unique()) * vectors
+    assert cost.active_expert_bytes == pytest.approx(total * size / tokens, rel=1e-12)
+    assert cost.distinct_expert_bytes == pytest.approx(distinct * size, rel=1e-12)
+
+
+@torch.no_grad()
 def costs_what_its_codec_stores(bench: Bench, asked: str) -> None:
     """Of a change that stores experts otherwise: a token reads its k experts, each as many bytes as its planes have."""
     elastic = bench.opened.elastic

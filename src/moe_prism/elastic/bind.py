@@ -193,6 +193,11 @@ def leaves_out_neurons(point: OperatingPoint) -> bool:
     return any("neurons" in stage_class(stage.stage).needs for stage in point.routing)
 
 
+def multiplies_inside(point: OperatingPoint) -> bool:
+    """Whether a token's experts multiply what they read by numbers of the token's own."""
+    return any("factors" in stage_class(stage.stage).needs for stage in point.routing)
+
+
 def bind(elastic: Host, points: Sequence[OperatingPoint]) -> Bound:
     """Check points against a model and group them. UsageError names the part that does not fit, and why."""
     if not 0 < len(points) <= MOST_POINTS:
@@ -295,20 +300,23 @@ def _settled(elastic: Host, point: OperatingPoint) -> OperatingPoint:
     for stage in point.routing:
         kind = stage_class(stage.stage)
         stage.check(len(elastic.layers), elastic.layers[0].parts.layer.num_experts if kind.adds else elastic.k)
-    if leaves_out_neurons(point):
-        _check_neurons(elastic, point)
+    if leaves_out_neurons(point) or multiplies_inside(point):
+        _check_inside(elastic, point)
     stages = tuple(_with_weights(elastic, stage) for stage in point.routing)
     return replace(point, routing=stages)
 
 
-def _check_neurons(elastic: Host, point: OperatingPoint) -> None:
-    """UsageError where single neurons cannot be left out."""
-    what, first = "the point leaves out single neurons", elastic.layers[0]
+def _check_inside(elastic: Host, point: OperatingPoint) -> None:
+    """UsageError where experts cannot compute otherwise inside than they are."""
+    cut, first = leaves_out_neurons(point), elastic.layers[0]
+    what = "the point leaves out single neurons" if cut else "the point multiplies inside its experts"
+    if cut and multiplies_inside(point):
+        raise UsageError(f"{what}, and multiplies inside the others", "chain one of the two stages")
     if not first.executor.skips_neurons:
         raise UsageError(f"{what}, which is not computed where this model's experts are", "run it on a model in memory")
     if point.weights is not None or point.slots.bits is not None:
         raise UsageError(f"{what}, and also stores the experts otherwise", "leave one of them out")
-    if any(layer.parts.layer.gate is None for layer in elastic.layers):
+    if cut and any(layer.parts.layer.gate is None for layer in elastic.layers):
         raise UsageError(f"{what} by their gates, and the experts of this model have none", "use a skip plan")
     if any(REPAIR in layer.parts.tensors for layer in elastic.layers):
         raise UsageError(f"{what}, and this folder is repaired for blocks alone", "use the folder it was recovered from")

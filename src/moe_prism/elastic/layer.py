@@ -95,7 +95,7 @@ class ElasticLayer:
             self._count(found.index, Settled(keep), selects=True)
         else:
             settled = self.executor.settle(found)
-            settled.cutoff = found.cutoff
+            settled.cutoff, settled.factors = found.cutoff, found.factors
             self._count(found.index, settled, selects=not isinstance(found, Whole))
             out = self._computed(x, found, settled, extra)
         added = found.added()
@@ -183,14 +183,18 @@ class ElasticLayer:
             return None
         added = partial(self._added, group, after) if group.stages else nothing
         if full and not self.executor.always_selects:
-            return Whole(after.index, after.weight, self._valid(after.index), self.parts.n_sub, added, after.cutoff)
+            return Whole(
+                after.index, after.weight, self._valid(after.index), self.parts.n_sub, added, after.cutoff, after.factors
+            )
         rule = self.rule(group.rule, group.bits)
         scorer = self.scorer(group.scorer, group.bits) if rule.needs_norms else None
         own = group.budget(self.index, which) if budget is None else group.position(self.index, budget)
         held = None if full or guess or group.holding is None else self._held(step, number, len(routed.x), rows)
         experts = self.parts.layer.num_experts
         x, weight = self.executor.widened(after.x, after.weight)
-        return Selection(x, after.index, weight, experts, self.parts.n_sub, rule, scorer, own, added, held, after.cutoff)
+        return Selection(
+            x, after.index, weight, experts, self.parts.n_sub, rule, scorer, own, added, held, after.cutoff, after.factors
+        )
 
     def _held(self, step: Step, number: int, tokens: int, rows: Tensor | None) -> HeldRows:
         """What the budgets of a group are held with. UsageError where the layer's rows are not those of the forward."""
@@ -233,7 +237,9 @@ class ElasticLayer:
 
     def _at_once(self, found: Candidates, extra: Tensor | bool) -> tuple[Tensor, Tensor] | None:
         """(output, keep) where one call does everything; None where the parts are called one after the other."""
-        if not isinstance(found, Selection) or isinstance(extra, Tensor) or not self.adds or found.cutoff is not None:
+        if not isinstance(found, Selection) or isinstance(extra, Tensor) or not self.adds:
+            return None
+        if found.cutoff is not None or found.factors is not None:
             return None
         return self.executor.at_once(found, self.compensator if extra else None)
 
@@ -262,17 +268,24 @@ class ElasticLayer:
         return out + fix(x, index, weight, keep | ~extra[:, None, None]).to(out.dtype) if self.adds else out
 
     def _executed(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
-        cutoff, widths = settled.cutoff, settled.widths
-        if cutoff is None:
+        """Kept slots. Tokens whose experts compute otherwise go their own way; the rest is computed as if those were not there."""
+        if settled.cutoff is None and settled.factors is None:
             return self._kept_slots(x, index, weight, settled)
-        mine = (cutoff > 0)[:, None, None]  # the other tokens of the batch are computed as if these were not there
-        out, skipped, unused = self.executor.run_above(x, index, weight, Settled(settled.keep & mine, cutoff=cutoff))
-        if self.elastic.counting:
-            self.counter.add_skipped(skipped, unused)
-        if mine.is_cpu and bool(mine.all()):
-            return out
-        rest = Settled(settled.keep & ~mine, widths=None if widths is None else widths.masked_fill(mine, 0))
-        return out + self._kept_slots(x, index, weight, rest)
+        parts, keep = [], settled.keep
+        if settled.cutoff is not None:
+            mine = (settled.cutoff > 0)[:, None, None]
+            out, skipped, unused = self.executor.run_above(x, index, weight, Settled(keep & mine, cutoff=settled.cutoff))
+            if self.elastic.counting:
+                self.counter.add_skipped(skipped, unused)
+            parts, keep = [out], keep & ~mine
+        if settled.factors is not None:
+            mine = settled.factors.rows[:, None, None]
+            parts.append(self.executor.run_scaled(x, index, weight, Settled(keep & mine, factors=settled.factors)))
+            keep = keep & ~mine
+        if not keep.is_cpu or bool(keep.any()):
+            widths = None if settled.widths is None else settled.widths.masked_fill(~keep, 0)
+            parts.append(self._kept_slots(x, index, weight, Settled(keep, widths=widths)))
+        return sum(parts[1:], parts[0])
 
     def _kept_slots(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
         """All of the neurons of kept slots."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..model.base import is_expert
+from ..routing.base import Factors
 from .base import Rule, Scorer, Slots, are_few
 from .coded import SOURCE
 from .control import HeldRows, keep_held
@@ -51,6 +52,7 @@ class Selection:
     added: Callable[[], Tensor | None] = nothing  # [T, d]: of experts that are not weights
     held: HeldRows | None = None
     cutoff: Tensor | None = None  # [T]: of the gates of neurons, as in `Routed`
+    factors: Factors | None = None  # as in `Routed`
     _chosen: tuple[Tensor, Tensor] | None = None  # keep, and the budget that each token reached
 
     @cached_property
@@ -134,6 +136,7 @@ class Whole:
     n_sub: int
     added: Callable[[], Tensor | None] = nothing
     cutoff: Tensor | None = None  # as in `Selection`
+    factors: Factors | None = None
 
     def values(self) -> Tensor:
         """[T, k, N]: the routing weight of every slot, -1 where there is no expert."""
@@ -185,6 +188,19 @@ class Mixed:
         for rows, part in self.parts:
             if part.cutoff is not None:
                 put(out[:, None], rows, part.cutoff[:, None])
+        return out
+
+    @property
+    def factors(self) -> Factors | None:
+        """Of the parts; a token of a part that has none multiplies nothing."""
+        first = next((part.factors for _, part in self.parts if part.factors is not None), None)
+        if first is None:
+            return None
+        out = Factors(*(value.new_zeros(len(self.index), *value.shape[1:]) for value in first.tensors))
+        for rows, part in self.parts:
+            if part.factors is not None:
+                for whole, own in zip(out.tensors, part.factors.tensors, strict=True):
+                    put(whole.view(len(whole), -1), rows, own.view(len(own), -1))
         return out
 
     def added(self) -> Tensor | None:

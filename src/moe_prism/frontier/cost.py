@@ -45,8 +45,8 @@ def measured_cost(elastic: Elastic, step: Step) -> Cost:
 def resident_bytes(elastic: Elastic, step: Step) -> float:
     """Bytes of expert weights in memory at a point: the experts' own, and what its selection, compensation and repair read.
 
-    At full budget only the experts count, since nothing else is read. Experts that the point has removed do not count; of one that is a
-    constant its vector does.
+    At full budget only the experts count, since nothing else is read, and what stages hold. Experts that the point has removed do not
+    count; of one that is a constant its vector does.
     """
     group, point = _group(step), step.bound.points[0]
     change = None if point.weights is None else change_of(point.weights)
@@ -59,6 +59,8 @@ def resident_bytes(elastic: Elastic, step: Step) -> float:
         parts, prices = layer.parts, layer.prices(group).bytes
         if change is None and parts.layer.extra is not None:
             total += sum(parts.layer.extra.parameters) * elastic.stored_bytes_per_weight
+        if group.extra is not None:
+            total += sum(group.extra.parameters) * elastic.stored_bytes_per_weight
         own = prices["blocks"].sum(1) + prices["experts"]
         same = None if group.stored is None else group.stored[layer.index].same
         held = torch.ones_like(own, dtype=torch.bool)

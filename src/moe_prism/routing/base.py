@@ -37,6 +37,28 @@ def _unavailable() -> Tensor:
     raise UsageError("nobody offers what this routing stage asks for", "run it on a model that moe-prism has loaded")
 
 
+@dataclass(slots=True, eq=False)
+class Factors:
+    """What tokens multiply inside their experts: gate, up [T, d] the input of either matrix, neurons [T, f] the activations.
+
+    rows [T] bool: the tokens that multiply anything. The numbers of the others are not read.
+    """
+
+    rows: Tensor
+    gate: Tensor
+    up: Tensor
+    neurons: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In the order of the fields."""
+        return self.rows, self.gate, self.up, self.neurons
+
+    def of(self, rows: Tensor) -> Factors:
+        """Of some of the tokens."""
+        return Factors(*(value[rows] for value in self.tensors))
+
+
 # Made for every layer of every step: freezing would cost as much as routing does.
 @dataclass(slots=True, eq=False)
 class Routed:
@@ -46,7 +68,7 @@ class Routed:
     (`model.extra`): the model's own, then from first_extra on those of the stage. weight [T, k]. k may change from stage to stage.
     scores() gives the router's probabilities [T, E], residual() the residual stream [T, d]: both are computed when asked for. state:
     what stages carry from layer to layer of one forward, [T, ...] each. cutoff [T]: of a token's experts only neurons whose gate is at
-    least that large are computed; None: all.
+    least that large are computed; None: all. factors: of its experts' inputs and activations; None: of no token.
     """
 
     x: Tensor
@@ -59,6 +81,7 @@ class Routed:
     residual: Callable[[], Tensor] = _unavailable
     state: dict[str, Tensor] = field(default_factory=dict)
     cutoff: Tensor | None = None
+    factors: Factors | None = None
 
     def of(self, rows: Tensor) -> Routed:
         """The part of the batch that rows [S] name. What it carries on is its own: `merged` puts it back."""
@@ -70,6 +93,7 @@ class Routed:
             weight=self.weight[rows],
             state=state,
             cutoff=None if self.cutoff is None else self.cutoff[rows],
+            factors=None if self.factors is None else self.factors.of(rows),
             scores=lambda: self.scores()[rows],
             residual=lambda: self.residual()[rows],
         )
@@ -107,7 +131,7 @@ class Stage(ABC):
     paper: ClassVar[str] = ""
     """Where it comes from; empty: our own."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What it asks of `Routed` beside the choice: "scores", "residual", "state"; and "neurons" of who executes, where it sets a cutoff."""
+    """What it asks of `Routed` beside the choice: "scores", "residual", "state"; of executors: "neurons" for a cutoff, "factors"."""
     extra: ExtraExperts | None = None
     """Experts that are not weights, which the stage may choose: their ids begin at `Routed.first_extra`."""
     adds: ClassVar[bool] = False

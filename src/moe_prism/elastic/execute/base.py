@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from ...routing.base import Factors
 from ..compensate import Compensator
 
 
@@ -51,6 +52,7 @@ class Settled:
     """What will be computed. keep [T, k, N]; low [E, N]: blocks taken in their smaller form; prepared: the executor's own.
 
     widths [T, k, N]: bits of every slot, None where all are as they are stored. cutoff [T]: neurons with a smaller gate are not computed.
+    factors: what tokens multiply inside their experts.
     """
 
     keep: Any  # a tensor; None only where everything is computed by the model itself
@@ -58,6 +60,7 @@ class Settled:
     prepared: Any = None
     widths: Tensor | None = None
     cutoff: Tensor | None = None
+    factors: Factors | None = None
 
 
 Again = Callable[[Tensor, Tensor, Tensor, Any], Tensor | None]
@@ -68,7 +71,7 @@ class Executor(ABC):
     """Computes the kept slots of one layer."""
 
     skips_neurons: ClassVar[bool] = False
-    """Whether it can leave out single neurons (`run_above`)."""
+    """Whether it can leave out single neurons (`run_above`), and multiply inside experts (`run_scaled`)."""
 
     @cached_property
     def tally(self) -> WholeCalls:
@@ -115,6 +118,10 @@ class Executor(ABC):
     def run_above(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> tuple[Tensor, Tensor, Tensor]:
         """`run` without neurons below `settled.cutoff`; and how many that were [E, N], over tokens and over what a batch reads once."""
         raise NotImplementedError("points that skip neurons are refused where there is no other executor")
+
+    def run_scaled(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
+        """`run` with `settled.factors`."""
+        raise NotImplementedError("points that multiply inside experts are refused where there is no other executor")
 
     @abstractmethod
     def run(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:

@@ -21,6 +21,7 @@ from . import triton_run
 from .above import above
 from .base import Again, Executor, Settled, WholeCalls
 from .plain import grouped, reference, whole_experts
+from .scaled import scaled
 from .stored import FEW_ROWS, StoredExperts
 
 if TYPE_CHECKING:
@@ -220,6 +221,9 @@ class InMemory(Executor):
 
     def run_above(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> tuple[Tensor, Tensor, Tensor]:
         return above(self.parts, x, index, weight, settled)
+
+    def run_scaled(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
+        return scaled(self.parts, x, index, weight, settled)
 
     def run_at(self, coded: CodedLayer, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
         assert settled.widths is not None

@@ -36,6 +36,8 @@ class SkipMethod(Method):
     """A stage of the method's own, which then has its name; None: one of `routing.routing_stages`."""
     leaves_out_neurons: ClassVar[bool] = False
     """Whether its points compute a part of an expert's neurons."""
+    multiplies_inside: ClassVar[bool] = False
+    """Whether its points multiply what experts read by numbers of the token's own."""
 
     @abstractmethod
     def fit(self, subject: Subject, mean: float | None) -> Fitted:

@@ -1,10 +1,11 @@
 """What `--dry-run` says of long commands, their memory and their time, against what they took.
 
-    python benchmarks/memory.py [--model nano] [--tokens 4096] [--only refactor,frontier] [--json]
+    python benchmarks/memory.py [--model nano] [--tokens 4096] [--only "refactor,compress rtn"] [--json]
 
 Every run is a process of its own. Its peak is the largest resident set that the system saw of it. The bars: never more memory than was
 said, and at least 1/1.15 of it; time within 25 %. On a machine that others use, processor time is what compares. The jobs that need an
-elastic folder take the one that the first job wrote. --model olmoe: two layers in the shape of OLMoE-1B-7B, random, 2 GB on disk.
+elastic folder take the one that the first job wrote. --model olmoe: two layers in the shape of OLMoE-1B-7B, random, 2 GB on disk;
+qwen3-30b:3 and the like: so many layers of a shape of scale.py, with :N of so many experts.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scale import SHAPES, build
+
 ENTRY = "import sys; from moe_prism.cli import main; sys.exit(main(sys.argv[1:]))"
 JOBS: dict[str, tuple[str, ...]] = {
     "refactor": ("refactor", "{model}", "-o", "elastic", "--tokens", "{tokens}"),
@@ -31,6 +34,8 @@ JOBS: dict[str, tuple[str, ...]] = {
     "recover": ("recover", "elastic", "-o", "repaired", "--tokens", "{tokens}"),
     "skip": ("skip", "{model}", "--mean", "2", "--tokens", "{tokens}"),
     "frontier": ("frontier", "elastic", "-o", "report", "--compare", "threshold", "--per-method", "3", "--tokens", "{tokens}"),
+    "compress heapr": ("compress", "{model}", "-o", "narrow", "--method", "heapr", "--keep", "0.75", "--tokens", "{tokens}"),
+    "compress rtn": ("compress", "{model}", "-o", "packed", "--method", "rtn:bits=4:group=128"),
     "trace": ("trace", "{model}", "-o", "trace.npz", "--tokens", "{tokens}"),
 }
 
@@ -64,13 +69,20 @@ def rows(model: str, tokens: int, only: Sequence[str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         model = str(random_olmoe(folder / "olmoe")) if model == "olmoe" else model
+        shape, _, sizes = model.partition(":")
+        if shape in SHAPES:
+            layers, _, experts = sizes.partition(":")
+            build(folder / "cut", shape, int(layers or 3), int(experts) if experts else None)
+            model = str(folder / "cut")
         for name, words in JOBS.items():
-            if only and name not in (*only, "refactor"):
+            first = ("refactor",) if any("elastic" in JOBS[each] for each in only) else ()
+            if only and name not in (*only, *first):
                 continue
             if name == "adopt":
                 copy_weights(folder / "elastic", folder / "quantized")
             arguments = [word.format(model=model, tokens=tokens) for word in words]
             said, _ = run([*arguments, "--dry-run"], folder)
+            said = said.get("needed", said)
             _, used = run(arguments, folder)
             parts = {key: value for key, value in said.items() if key.endswith("_bytes")}
             times = {"said_s": said["seconds"], "wall_s": used.wall, "said_cpu_s": said["cpu_seconds"], "cpu_s": used.cpu}

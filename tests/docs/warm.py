@@ -22,6 +22,7 @@ SMALL = {
     "frontier": {"--tokens": "256", "--length": "128", "--calibration-tokens": "256"},
     "generate": {"--max-tokens": "4"},
     "skip": {"--tokens": "256", "--length": "128"},
+    "compress": {"--tokens": "1024", "--length": "256"},
     "prune": {"--tokens": "1024", "--length": "256", "--profile-tokens": "256"},
     "forecast": {"--tokens": "1024", "--seconds": "2"},
     "trace": {"--tokens": "1024"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +15,7 @@ from ..options import Options, option
 from ..options.compress import CompressOptions
 from .flags import Run
 from .output import emit, note, note_left_out, progress
+from .rehearsal import duration, with_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +45,14 @@ def compress(
     model: Folder with config.json and safetensors, 'nano' or 'nano-mix'.
     out: Folder to write, or the file of --format records. It appears only when it is complete.
     """
-    from ..jobs.compress import compress_model, measure_compression, plan_compression
+    from ..jobs.compress import compress_model, measure_compression
 
     if trial.dry_run and trial.report_only:
         raise UsageError("--dry-run and --report-only exclude each other", "give one of them")
     if trial.dry_run:
-        result = plan_compression(model, options, calibration=trial.calibration)
-    elif trial.report_only:
+        _show_plan(model, out, options, trial.calibration, run)
+        return
+    if trial.report_only:
         result = measure_compression(model, options, calibration=trial.calibration, report=progress)
     elif out is None:
         raise UsageError("there is no output folder", "give --out FOLDER, --dry-run or --report-only")
@@ -62,6 +66,26 @@ def compress(
     emit(facts, _show(facts), run.json)
 
 
+def _show_plan(model: str, out: Path | None, options: CompressOptions, calibration: Path | None, run: Run) -> None:
+    """What would be written, and what writing it needs; then DoesNotFit where this machine has less."""
+    started = time.process_time()  # what the real run spends before it, too
+    from ..jobs.compress import compress_model, plan_compression
+    from ..jobs.rehearsal import rehearse
+    from ..jobs.resources import check_resources
+
+    facts = plan_compression(model, options, calibration=calibration).to_json()
+    needed = {}
+    if options.format != "records":
+        with tempfile.TemporaryDirectory() as scratch:
+            target, own = out or Path(scratch) / "out", {"force": run.force, "resume": run.resume}
+            needed = rehearse(compress_model, model, target, options, calibration=calibration, **own).to_json()
+        needed = with_start(needed, started)
+        facts["needed"] = needed
+    emit(facts, _show(facts), run.json)
+    if needed:
+        check_resources(needed, out or Path.cwd())
+
+
 def _show(facts: dict[str, Any]) -> str:
     before, after = facts["expert_bytes"]["before"], facts["expert_bytes"]["after"]
     where = f"{facts['folder']}: " if "folder" in facts else ""
@@ -72,7 +96,7 @@ def _show(facts: dict[str, Any]) -> str:
         return f"{where}experts {size}, {facts['method']}\n{_neurons(facts['neurons'])}{_needed(facts)}"
     error = facts["relative_error"]
     moved = "" if error is None else f"\nsquared error of the weights: {error:.2e} of their squares"
-    return f"{where}{facts['matrices']} matrices of experts, {size}, {facts['method']}{moved}"
+    return f"{where}{facts['matrices']} matrices of experts, {size}, {facts['method']}{moved}{_needed(facts)}"
 
 
 def _experts(found: dict[str, Any]) -> str:
@@ -102,8 +126,7 @@ def _neurons(found: dict[str, Any]) -> str:
 
 def _needed(facts: dict[str, Any]) -> str:
     needed = facts.get("needed")
-    return (
-        f"\nneeds {needed['peak_memory_bytes'] / 1e9:.2f} GB of memory and {needed['disk_bytes'] / 1e9:.2f} GB of disk"
-        if needed
-        else ""
-    )
+    if not needed:
+        return ""
+    sizes = f"needs {needed['peak_memory_bytes'] / 1e9:.2f} GB of memory and {needed['disk_bytes'] / 1e9:.2f} GB of disk"
+    return f"\n{sizes}\n{duration(needed.get('seconds'))}"

@@ -21,8 +21,7 @@ def show_rehearsal(
     from ..jobs.resources import check_resources
 
     needed = rehearse(job, *given, **named).to_json()
-    if needed.get("seconds") is not None:
-        needed |= {name: round(needed[name] + started, 1) for name in ("seconds", "cpu_seconds")}
+    needed = with_start(needed, started)
     if not as_json:  # shown even where it does not fit; stdout of --json holds one object, then that of the error
         emit(needed, _sizes(needed), as_json)
     check_resources(needed, target or Path.cwd())
@@ -31,16 +30,23 @@ def show_rehearsal(
         emit(needed, "", as_json)
 
 
+def with_start(needed: dict[str, Any], started: float) -> dict[str, Any]:
+    """With the seconds that the command had taken before its checks, on the clock and of processors."""
+    if needed.get("seconds") is None:
+        return needed
+    return needed | {name: round(needed[name] + started, 1) for name in ("seconds", "cpu_seconds")}
+
+
 def _sizes(needed: dict[str, Any]) -> str:
     """Memory, its parts, disk, then time."""
     sizes = {key: value / GIB for key, value in needed.items() if key.endswith("bytes")}
     memory, disk = (f"{key:22} {sizes.pop(key):8.2f} GiB" for key in ("peak_memory_bytes", "disk_bytes"))
     return "\n".join(
-        [memory, *(f"  {key:20} {size:8.2f} GiB" for key, size in sizes.items()), disk, _duration(needed.get("seconds"))]
+        [memory, *(f"  {key:20} {size:8.2f} GiB" for key, size in sizes.items()), disk, duration(needed.get("seconds"))]
     )
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
     """About N min, or s."""
     if seconds is None:
         return "time: not known before it runs"

@@ -22,10 +22,11 @@ from ..compress.quantize.write import PackedCheckpoint, Packing
 from ..data import Windows
 from ..elastic.runtime import experts_per_token
 from ..errors import UsageError
+from ..forecast.work_time import Seconds
 from ..methods.find import method
 from ..methods.quantize.eaquant import EaQuant, EaQuantParameters
 from ..methods.quantize.uniform_bits import UniformBits
-from ..model import resolve
+from ..model import MoELayer, resolve
 from ..model.norm_readers import NormReaders, norm_readers
 from ..model.place import recorded
 from ..options.compress import CompressOptions
@@ -103,7 +104,7 @@ def write_codec(model: str | Path, out: str | Path, options: CompressOptions, **
     result = replace(job.result(), folder=Path(out))
     if (resume := how.get("resume", False)) and (before := finished(out, {"kind": KIND, **inputs})):
         return replace(result, manifest=before)
-    begin(job.needed(), out, resume=resume, force=how.get("force", False))
+    begin(job.needed(), out, resume=resume, force=how.get("force", False), lasts=job.lasts)
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
         journal, report = Journal(folder.work, inputs), how.get("report", silent)
         found = job.prepared(folder, journal, report)
@@ -156,6 +157,19 @@ class _Job:
         if self.windows:
             return needed_by_pass(self.weights, self.options.calibration, size)
         return needed_by_rewriting(self.weights, size)
+
+    def lasts(self) -> Seconds | None:
+        """How long packing takes; None where text decides how, which takes longer by what is not known."""
+        from .job_times import encoding_time  # a real run wants none of it
+
+        if self.windows is not None:
+            return None
+        return encoding_time(self.weights.path, self._pack, int(self.needed()["disk_bytes"]))
+
+    def _pack(self, layer: MoELayer, expert: int) -> None:
+        for view in (layer.gate, layer.up, layer.down):
+            if view is not None:
+                self.packed.packing.packed("", view[expert], None)
 
     def prepared(self, folder: OutputFolder, journal: Journal, report: Report) -> PackedCheckpoint:
         """The checkpoint, with what calibration text says of it."""

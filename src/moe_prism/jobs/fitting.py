@@ -13,6 +13,7 @@ from ..checkpoint import Journal, OutputFolder, read_manifest, source_facts
 from ..checkpoint.manifest import MANIFEST
 from ..data import Windows
 from ..errors import UsageError
+from ..forecast.work_time import Seconds
 from ..model import resolve
 from ..model.place import recorded
 from ..options.compress import CompressOptions, pinned
@@ -101,6 +102,13 @@ class Fitting:
             if self.windows
             else needed_by_rewriting(self.weights, size)
         )
+
+    def lasts(self, written: int) -> Seconds | None:
+        """How long it takes to pass over the text, to read every layer twice, to look and to write, and to write so many bytes."""
+        from .job_times import rewriting_time  # a real run wants none of it
+
+        passed = (self.windows, self.options.calibration) if self.windows else None
+        return rewriting_time(self.weights.path, passed, written, reads=2)
 
     @property
     def documents(self) -> Sequence[str]:

@@ -22,6 +22,7 @@ from ..frontier.measure import BATCH, LOGIT_ROWS, measure
 from ..methods.base import Method, Subject
 from ..methods.quantize.uniform_bits import standing_rows
 from ..methods.skip.base import skip_method
+from ..model import MoELayer, find_layers
 from ..options.calibrate import CalibrateOptions
 from ..options.frontier import FrontierOptions
 from ..options.recover import RecoverOptions
@@ -49,6 +50,31 @@ def pass_time(where: Path, windows: Windows, options: CalibrateOptions, written_
     name = pilot.name("pass", run.collectors, run.capacity, min(run.batch, len(ids)), ids.shape[1], len(run.domains))
     known = remembered(name, lambda: _pass_pieces(pilot, ids, options)[0])
     return _pass_total(known, pilot.layers, ids, windows.parts, run.batch) + written(written_)
+
+
+def rewriting_time(where: Path, calibrated: tuple[Windows, CalibrateOptions] | None, written_: int, reads: int) -> Seconds | None:
+    """Of a pass over text if there is one, of reading all weights so many times layer by layer, and of writing so many bytes."""
+    if not where.is_dir():
+        return None
+    total = written(written_)
+    if calibrated is not None:
+        passed = pass_time(where, *calibrated, written_)
+        if passed is None:
+            return None
+        total = passed
+    pilot = Pilot(where)
+    return total + remembered(pilot.name("read"), lambda: {"read": pilot.load()})["read"] * reads
+
+
+def encoding_time(where: Path, encode: Callable[[MoELayer, int], object], written_: int) -> Seconds:
+    """Of packing every expert, from that of a few; encode: does it for an expert of a layer."""
+    pilot = Pilot(where)
+    layers = find_layers(pilot.model)
+    with pilot.there():
+        encode(pilot.layer, 0)  # compiles
+        count = min(FEW, pilot.layer.num_experts)
+        few = timed(lambda: [encode(pilot.layer, e) for e in range(count)])
+    return few * (sum(layer.num_experts for layer in layers) / count) + pilot.load() + written(written_)
 
 
 def refactor_time(weights: Weights, text: Windows | Statistics, options: RefactorOptions, unit: int) -> Seconds | None:

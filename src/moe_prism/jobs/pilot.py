@@ -51,6 +51,7 @@ class Pilot:
         """Everything but the other decoder layers is in memory. No gradients."""
         own, others = self.model.get_submodule(self._name), [n for n in self.stream.layer_names() if n != self._name]
         handles = [own.register_forward_pre_hook(self._enter), own.register_forward_hook(self._leave)]
+        handles += [own.register_full_backward_pre_hook(self._enter), own.register_full_backward_hook(self._leave)]
         try:
             with torch.no_grad(), self.stream.resident(), self.stream.module(self._name):
                 for name in others:

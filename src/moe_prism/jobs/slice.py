@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -124,7 +125,8 @@ def write_slice(
     result = Sliced(options.method, job.output.bytes(), {}, job.needed(), Path(out))
     if resume and (done := finished(out, {"kind": KIND, **inputs})):
         return replace(result, facts=done["result"], manifest=done)
-    begin(result.needed, out, resume=resume, force=force)
+    lasts = partial(job.lasts, result.needed["disk_bytes"])
+    begin(result.needed, out, resume=resume, force=force, lasts=lasts)
     with OutputFolder(out, resume=resume, force=force) as folder:
         report = how["report"]
         journal = Journal(folder.work, inputs)

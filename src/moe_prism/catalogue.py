@@ -67,6 +67,7 @@ methods: Registry[type[Any]] = Registry(
         "magnitude": Entry("moe_prism.methods.neurons.magnitude:Magnitude", "neurons go by the size of their weights; :KEEP", acts="weights"),
         "random-neurons": Entry("moe_prism.methods.neurons.random_neurons:RandomNeurons", "neurons go by a uniform draw; :KEEP", acts="weights"),
         # weights: several experts share one set of weights
+        "mixed": Entry("moe_prism.methods.mixed:Mixed", "neurons, bits and experts per token of every layer, chosen together under limits on memory and bytes read", acts="weights"),
         "m-smoe": Entry("moe_prism.methods.merge.m_smoe:MSmoe", "experts become one with a more used one that the router scores alike (M-SMoE); :KEEP", acts="weights"),
         "mc-smoe": Entry("moe_prism.methods.merge.mc_smoe:McSmoe", "m-smoe, then two thin matrices and the rows that they miss most (MC-SMoE); :KEEP", acts="weights"),
         "sub-moe": Entry("moe_prism.methods.merge.sub_moe:SubMoe", "experts of alike outputs become one, whole or in thin matrices (Sub-MoE); :KEEP", acts="weights"),

@@ -20,6 +20,7 @@ from moe_prism.elastic.bind import Step, bind
 from moe_prism.jobs.frontier import evaluation_windows, measure_frontier
 from moe_prism.methods.find import PRUNE
 from moe_prism.methods.merge.base import MergeMethod
+from moe_prism.methods.mixed import Mixed
 from moe_prism.methods.neurons.base import NeuronMethod
 from moe_prism.point import FULL, OperatingPoint, RoutingStage, SlotRule
 from moe_prism.routing import stage_class
@@ -62,6 +63,8 @@ def checks_of(name: str) -> list[Check]:
             removes_nothing_where_all_stay,
         ]  # they share the change: tried with one of them
         return [*checks, *(alike if name == "heapr" else [])]
+    if issubclass(found, Mixed):
+        return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_is_left_of_experts]
     if issubclass(found, MergeMethod):
         shared = [] if name == "dern" else [costs_what_is_left_of_experts]
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, *shared]

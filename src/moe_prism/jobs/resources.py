@@ -253,6 +253,7 @@ def pass_parts(weights: Weights, calibration: CalibrateOptions) -> tuple[dict[st
     tokens = min(calibration.tokens, run.batch * calibration.length)
     if run.goes_back:  # a window at a time, and what every decoder layer computed of it waits for the way back
         tokens = calibration.length * (1 + text_config(weights).num_hidden_layers)
+        everything += experts  # products on the way back want a layer's matrices the other way round
     parts = {
         "weights_bytes": 3 * experts if calibration.low_memory else everything + experts,
         "statistics_bytes": declared,

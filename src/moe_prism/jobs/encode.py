@@ -35,7 +35,7 @@ from ..result import Result
 from .calibrate import calibration_windows, check_fit, discard_snapshots, run_pass
 from .pack_records import records, write_records
 from .rehearsal import begin
-from .resources import needed_by_pass, needed_by_rewriting, written_bytes
+from .resources import needed_by_pass, told, written_bytes
 from .which_text import with_text
 
 KIND = "quantized"
@@ -156,7 +156,7 @@ class _Job:
         size = max(after, written_bytes(self.weights) - before + after)
         if self.windows:
             return needed_by_pass(self.weights, self.options.calibration, size)
-        return needed_by_rewriting(self.weights, size)
+        return told(self.packed.working_bytes(), size)
 
     def lasts(self) -> Seconds | None:
         """How long packing takes; None where text decides how, which takes longer by what is not known."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from ..compress.slice.change import SliceChange
 from ..compress.slice.choose import SliceRequest, choose_neurons
 from ..errors import UsageError
 from ..frontier.measure import LOGIT_ROWS, measure
+from ..model import MoELayer
 from ..point import NamedPoint, OperatingPoint, RoutingStage
 from .base import Method, Subject
 from .neurons.base import LayerSeen, gate_neurons
@@ -33,11 +33,11 @@ from .neurons.heapr import Heapr, HeaprParameters
 from .skip.profile import own_rule, profile
 from .statistics import statistics_of
 
-KEEPS = 1.0, 0.75, 0.5
-WIDTHS = float(SOURCE), 8.0, 4.0, 3.0
+KEEPS = 1.0, 0.9, 0.75, 0.5
+WIDTHS = float(SOURCE), 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0
 GROUP = 32
 TOKENS = 4096  # of the calibration text that options are measured on
-LIMITS = (0.5, 0.5), (0.35, 0.25), (0.25, 0.15)
+LIMITS = (0.4, 0.3), (0.3, 0.2), (0.25, 0.12)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Mixed(Method):
             )
         pairs = ((asked.memory or 1.0, asked.read or 1.0),) if asked.memory or asked.read else LIMITS
         options = [Option(*each) for each in itertools.product(KEEPS, WIDTHS, range(1, subject.k + 1))]
-        losses, (held, read) = self._losses(subject, options), sizes(subject, options)
+        losses, (held, read) = self._losses(subject, options), self._sizes(subject, options)
         full = options.index(Option(KEEPS[0], WIDTHS[0], subject.k))
         whole = np.array([held[:, full].sum(), read[:, full].sum()])
         found = []
@@ -115,6 +115,21 @@ class Mixed(Method):
         gathered = statistics_of(subject, ranking.collectors).layers
         every = zip(subject.elastic.layers, gathered, strict=True)
         return [ranking.judge(LayerSeen(layer.parts.layer, own.values))[0] for layer, own in every]
+
+    def _sizes(self, subject: Subject, options: Sequence[Option]) -> tuple[Floats, Floats]:
+        """[L, O]: bytes of all experts of a layer, and of those of a token, as often as calibration text chooses each."""
+        scores = self._scores(subject)
+        kept = {keep: sliced(subject, scores, [keep] * subject.layers).kept for keep in KEEPS}
+        held = np.zeros((subject.layers, len(options)))
+        read = np.zeros_like(held)
+        for number, own in enumerate(statistics_of(subject, Heapr.collectors).layers):
+            layer, chosen = subject.elastic.layers[number].parts.layer, own.values["neurons"]["count"].double()
+            often = chosen / chosen.sum().clamp(min=1)
+            for i, option in enumerate(options):
+                left = kept[option.keep][number].mask().double().mean(1) * expert_bytes(subject, layer, option.bits)
+                held[number, i] = float(left.sum())
+                read[number, i] = option.experts * float((often * left).sum())
+        return held, read
 
     def _point(self, subject: Subject, chosen: Sequence[Option]) -> OperatingPoint:
         parts: list[Change] = [_quantized([option.bits for option in chosen])]
@@ -152,16 +167,9 @@ def _alone(subject: Subject, values: Sequence[float], change: Callable[[Sequence
     return [[0.0, *itertools.islice(losses, len(values) - 1)] for _ in range(subject.layers)]
 
 
-def sizes(subject: Subject, options: Sequence[Option]) -> tuple[Floats, Floats]:
-    """[L, O]: bytes of all experts of a layer, and of those of a token."""
-    codec, stored = Rtn(), subject.elastic.stored_bytes_per_weight
-    held = np.zeros((subject.layers, len(options)))
-    read = np.zeros_like(held)
-    for number, layer in enumerate(own.parts.layer for own in subject.elastic.layers):
-        shapes = [tuple(matrix.shape[1:]) for matrix in matrices(layer)]
-        weights = sum(torch.Size(shape).numel() for shape in shapes)
-        for i, option in enumerate(options):
-            whole = option.bits == SOURCE
-            expert: Any = weights * stored if whole else sum(codec.bytes(shape, option.bits, GROUP) for shape in shapes)
-            held[number, i], read[number, i] = (n * expert * option.keep for n in (layer.num_experts, option.experts))
-    return held, read
+def expert_bytes(subject: Subject, layer: MoELayer, bits: float) -> float:
+    """Of one expert with all of its neurons at a width."""
+    shapes = [tuple(matrix.shape[1:]) for matrix in matrices(layer)]
+    if bits == SOURCE:
+        return sum(torch.Size(shape).numel() for shape in shapes) * subject.elastic.stored_bytes_per_weight
+    return float(sum(Rtn().bytes(shape, bits, GROUP) for shape in shapes))

@@ -88,6 +88,9 @@ class Packing:
         }
 
 
+TRIES = 8  # copies of a matrix while scales are tried
+
+
 class PackedCheckpoint:
     """What becomes of every tensor of a source. UsageError where its experts are not stored one by one.
 
@@ -105,6 +108,20 @@ class PackedCheckpoint:
     def bytes(self) -> tuple[int, int]:
         """Of the experts: as they are, and as they are written."""
         return sum(self.infos[n].bytes for n in self.experts), sum(self.packing.bytes(self.infos[n].shape) for n in self.experts)
+
+    def working_bytes(self) -> dict[str, int]:
+        """What writing holds at once, by part: the largest file as it will be, and a matrix that is packed, in float32 and in tries."""
+        experts = set(self.experts)
+        files = [
+            sum(
+                self.packing.bytes(info.shape) if info.name in experts else info.bytes
+                for info in self.source.header(shard).tensors
+                if self.source.is_read(info)
+            )
+            for shard in self.source.shards()
+        ]
+        matrix = max((torch.Size(self.infos[name].shape).numel() for name in self.experts), default=0)
+        return {"file_bytes": max(files, default=0), "packing_bytes": TRIES * matrix * torch.float32.itemsize}
 
     def errors(self) -> Iterator[tuple[str, float, float]]:
         """(name, squared error, squared size) of every matrix."""

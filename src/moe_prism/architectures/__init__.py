@@ -26,5 +26,6 @@ architectures: Registry[type[Architecture]] = Registry(
             "a router that is never trained, and a k that grows (SMoE-Dropout)",
             "arXiv 2303.01610",
         ),
+        "elastic": ("moe_prism.architectures.elastic:Elastic", "trained at a budget of sub-experts that is drawn per token"),
     },
 )

@@ -18,6 +18,24 @@ from ..schema.common import Form
 from ..schema.training import ShapeForm
 
 
+WEIGHTS = "_moe_prism_trained_as"
+"""The attribute of an experts module that says as what its matrices are computed: a function of a parameter [E, o, i]."""
+FILTER = "_moe_prism_filter"
+"""The attribute of an experts module that changes its activations: (module, a [S, f], pairs) -> a [S, f]."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The chosen pairs in the order of their experts. token, choice [S]: where each stands; weight [S]; spans: rows of every expert."""
+
+    token: Tensor
+    choice: Tensor
+    weight: Tensor
+    spans: Sequence[tuple[int, int]]
+    tokens: int
+    choices: int
+
+
 class Place(NamedTuple):
     """Where a training stands. step: how many are done; steps: of the whole run; seed: what draws follow from, with the step."""
 

@@ -8,11 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import Part, Place, Routing, Seen, routers
-
-WEIGHTS = "_moe_prism_trained_as"
-"""The attribute of an experts module that says as what its matrices are computed: a function of a parameter [E, o, i]."""
-
+from .base import WEIGHTS, Part, Place, Routing, Seen, routers
 
 class RouterLosses(Part):
     """Load balance (Switch, arXiv 2101.03961, eq. 4, over k choices) and z-loss (ST-MoE, arXiv 2202.08906, eq. 5); means over layers."""

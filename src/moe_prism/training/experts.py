@@ -7,30 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ..architectures.parts import WEIGHTS
+from ..architectures.base import FILTER, WEIGHTS, Pairs
 
 NAME = "moe_prism_training"
-FILTER = "_moe_prism_filter"
-"""The attribute of an experts module that changes its activations: (module, a [S, f], pairs) -> a [S, f]."""
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The chosen pairs in the order of their experts. token, choice [S]: where each stands; weight [S]; spans: rows of every expert."""
-
-    token: Tensor
-    choice: Tensor
-    weight: Tensor
-    spans: Sequence[tuple[int, int]]
-    tokens: int
-    choices: int
 
 
 class Grouped(torch.autograd.Function):

@@ -63,9 +63,9 @@ class Routing:
 
     @property
     def chosen(self) -> Tensor:
-        """[T, C] float: 1 where a token chose a column with a weight that is not zero."""
+        """[T, C] float: 1 where a token chose a column."""
         columns = self.logits.shape[1]
-        there = (self.ids >= 0) & (self.ids < columns) & (self.weights != 0)
+        there = (self.ids >= 0) & (self.ids < columns)
         return torch.zeros_like(self.logits).scatter_reduce_(
             1, self.ids.clamp(0, columns - 1), there.to(self.logits.dtype), "amax"
         )
@@ -146,6 +146,14 @@ class Architecture(ABC):
     def example(cls) -> tuple[ShapeForm, dict[str, Any]]:
         """The smallest shape, and settings, with which everything of this architecture happens: for the generic tests."""
         return ShapeForm(hidden=16, layers=2, heads=2, experts=4, width=8, active=2, context=64), {}
+
+
+def register(config: Any, model: Any) -> None:
+    """Have transformers know a class of ours, by its model type. For the end of a file of `architectures`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
 
 
 def routers(model: nn.Module) -> list[nn.Module]:

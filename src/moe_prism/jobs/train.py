@@ -22,6 +22,7 @@ from ..data.training import TokenStreams, token_streams
 from ..errors import CorruptError
 from ..forecast.work_time import Seconds
 from ..model import load_tokenizer
+from ..model.load import without_bars
 from ..progress import Report, silent
 from ..report.curve import curve_svg
 from ..result import Result
@@ -164,7 +165,8 @@ def _write(job: _Job, training: Training, output: OutputFolder, facts: Mapping[s
         raise CorruptError("the model still computes its experts for training", "report this")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    model.save_pretrained(aside)
+    with without_bars():
+        model.save_pretrained(aside)
     job.tokenizer.save_pretrained(aside)
     for path in sorted(aside.iterdir()):
         output.write_bytes(path.name, path.read_bytes())

@@ -39,7 +39,7 @@ class TrainingForm(Form):
     """A recipe: what is trained, on which text, for how long.
 
     settings: of the architecture. rate_matrix: Muon's, for matrices; rate_rest: AdamW's. balance, z: weights of the two usual losses of
-    routers. keep_every: steps between two saved states; judge_every: steps between two looks at held-out text.
+    routers. autocast: multiply in bfloat16, which some processors do faster; weights stay in float32. keep_every: steps between two saved states; judge_every: steps between two looks at held-out text.
     """
 
     version: Literal[1] = 1
@@ -58,6 +58,7 @@ class TrainingForm(Form):
     balance: Amount = 0.01
     z: Amount = 1e-4
     decay: Share = 0.45
+    autocast: bool = False
     keep_every: Positive = 50
     judge_every: Positive = 100
 

@@ -19,10 +19,13 @@ NAME = "moe_prism_training"
 
 
 class Grouped(torch.autograd.Function):
-    """x [S, i], each span of rows times its own matrix of w [E, o, i] -> [S, o]."""
+    """x [S, i], each span of rows times its own matrix of w [E, o, i] -> [S, o]; in bfloat16 under autocast. Gradients are as what they are of."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+        ctx.types = x.dtype, w.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            x, w = (t.to(torch.get_autocast_dtype(t.device.type)) for t in (x, w))
         out = x.new_empty(len(x), w.shape[1])
         for e, (low, high) in enumerate(spans):
             torch.mm(x[low:high], w[e].t(), out=out[low:high])
@@ -33,12 +36,12 @@ class Grouped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
         (dy,), (x, w) = upstream, ctx.saved_tensors
-        dy = dy.contiguous()
+        dy = dy.to(x.dtype).contiguous()
         dx, dw = torch.empty_like(x), torch.empty_like(w)
         for e, (low, high) in enumerate(ctx.spans):
             torch.mm(dy[low:high], w[e], out=dx[low:high])
             torch.mm(dy[low:high].t(), x[low:high], out=dw[e])
-        return dx, dw, None
+        return dx.to(ctx.types[0]), dw.to(ctx.types[1]), None
 
 
 def trained_experts(module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -56,7 +59,7 @@ def trained_experts(module: nn.Module, x: Tensor, index: Tensor, weight: Tensor)
     if change is not None:
         a = change(module, a, pairs)
     y = Grouped.apply(a * pairs.weight[:, None].to(a.dtype), second, spans)
-    return torch.zeros_like(x).index_add(0, pairs.token, y)
+    return torch.zeros_like(x).index_add(0, pairs.token, y.to(x.dtype))
 
 
 def _as_trained(module: nn.Module, name: str) -> Tensor:

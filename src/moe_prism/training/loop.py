@@ -153,18 +153,21 @@ class Training:
         return loss.item()
 
     def _logits(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.recipe.autocast):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
     @torch.no_grad()
     def judge(self) -> float:
         """Nats per token on held-out text: of up to JUDGED windows, spread over it, as the model routes at this step."""
         length = self.recipe.length
+        self.model.eval()
         starts = torch.linspace(0, len(self.held) - length - 1, min(JUDGED, max(1, len(self.held) // length))).long().tolist()
         losses = []
         for start in starts:
             row = self.held[start : start + length + 1].long()[None]
             losses.append(nn.functional.cross_entropy(self._logits(row[:, :-1])[0].float(), row[0, 1:]))
+        self.model.train()
         return float(torch.stack(losses).mean())
 
     def state(self) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .jobs.split import split_model
     from .jobs.time_points import Timing, time_frontier
     from .jobs.trace import inspect_routing, record_trace
+    from .jobs.train import train
     from .jobs.verify import verify
     from .offload.trace import load_trace
     from .options.adopt import AdoptOptions
@@ -85,6 +86,7 @@ _HOME = {
     "measure_compression": "jobs.compress",
     "plan_compression": "jobs.compress",
     "split_model": "jobs.split",
+    "train": "jobs.train",
     "recover_model": "jobs.recover",
     "rehearse": "jobs.rehearsal",
     "evaluate_model": "jobs.evaluate",
@@ -211,6 +213,7 @@ __all__ = [
     "serve_model",
     "split_model",
     "time_frontier",
+    "train",
     "verify",
     "write_frontier",
     "write_patterns",

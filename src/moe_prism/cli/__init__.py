@@ -40,6 +40,7 @@ from . import (
     skip,
     split,
     trace,
+    train,
     verify,
 )
 from .flags import with_flags
@@ -47,7 +48,7 @@ from .opening import opening
 from .output import Unwritten, noted_reading, plain_line
 
 INTERRUPTED = 130
-RESUMABLE = ("run", "calibrate", "refactor", "adopt", "recover", "prune", "compress", "split")
+RESUMABLE = ("run", "calibrate", "refactor", "adopt", "recover", "prune", "compress", "split", "train")
 
 
 def build() -> cyclopts.App:
@@ -73,6 +74,7 @@ def build() -> cyclopts.App:
         (prune.prune, "prune"),
         (edits.compress, "compress"),
         (split.split, "split"),
+        (train.train, "train"),
         (patterns.patterns, "patterns"),
         (recover.recover, "recover"),
         (skip.skip, "skip"),

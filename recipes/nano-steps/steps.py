@@ -51,7 +51,7 @@ class Problem:
     @property
     def is_held_out(self) -> bool:
         """A tenth of all problems, by the hash of the question: no training text has them."""
-        return int(hashlib.md5(self.prompt.encode()).hexdigest(), 16) % 10 == 0
+        return int(hashlib.md5(self.prompt.encode(), usedforsecurity=False).hexdigest(), 16) % 10 == 0
 
     def line(self, i: int) -> str:
         """Step i, worked out."""

@@ -44,8 +44,9 @@ class Plain(Policy):
 class Waves:
     """Runs requests through an engine and gathers what their sinks hear."""
 
-    def __init__(self, model, ladder=LADDER, **size):
-        self.engine = Engine(model, ladder, Plain(), EngineSize(**{"requests": 8, "cache_tokens": 4096, "page": 16, **size}))
+    def __init__(self, model, ladder=LADDER, drafting=None, **size):
+        sizes = EngineSize(**{"requests": 8, "cache_tokens": 4096, "page": 16, **size})
+        self.engine = Engine(model, ladder, Plain(), sizes, drafting=drafting)
         self.engine.start()
         self.count = 0
 

@@ -275,7 +275,10 @@ def _positions(slots: SlotRule, own: Sequence[Dial] | None, layers: int) -> tupl
 def _settled(elastic: Host, point: OperatingPoint) -> OperatingPoint:
     """The point with everything decided that it leaves to the model. UsageError for what the model cannot run."""
     if point.decoding is not None:
-        raise UsageError(f"no decoding method '{point.decoding.method}' is known", "leave decoding out of the operating point")
+        raise UsageError(
+            f"'{point.decoding.method}' decodes a request, and this runs single forwards",
+            "use `moe-prism generate`, or leave decoding out of the operating point",
+        )
     if point.slots.layers is not None and len(point.slots.layers) != len(elastic.layers):
         raise UsageError(
             f"the operating point has budgets for {len(point.slots.layers)} MoE layers, the model has {len(elastic.layers)}",

@@ -28,6 +28,9 @@ class Sampling:
     allowed: tuple[int, ...] = ()  # if any, no others are drawn
     min_tokens: int = 0  # before so many are generated, none of the request's stop_ids is drawn
     grammar: str = ""  # what the answer must follow, as `text.jobs.Compiled` has it
+    self_draft: bool = (
+        False  # whether tokens may be drafted at the engine's low budget and checked together; no token changes by it
+    )
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,12 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from ...elastic.runtime import Elastic, experts_per_token
 from ...errors import PrismError, UsageError
 from ...forecast.step_cost import LayerFacts
+from ...methods.decode.self_draft import SelfDraftParameters
 from ...model import end_tokens
 from ...schedule.base import Ladder, Policy
 from ..backend import Gauges, State
 from ..requests import ErrorKind, Event, Request
+from .drafting import Drafts
 from .grammars import Grammars
 from .paged_attention import NAME as PAGED
 from .runner import Runner
@@ -96,14 +98,16 @@ class Engine:
         size: EngineSize | None = None,
         clock: Callable[[], float] = time.monotonic,
         tokenizer: Any = None,
+        drafting: SelfDraftParameters | None = None,
     ) -> None:
-        """tokenizer: says more end tokens, and is needed for answers that must have a form."""
+        """tokenizer: says more end tokens, and is needed for answers that must have a form. drafting: how those draft that ask."""
         elastic = getattr(model, "_moe_prism", None)
         if elastic is None:
             raise UsageError("the model is not elastic", "load a folder written by `moe-prism refactor`")
         self.model, self.elastic, self.ladder, self.policy, self.clock = model, elastic, ladder, policy, clock
         self.size = size or EngineSize()
         self.observer: Observer | None = None
+        self.drafts = None if drafting is None else Drafts(elastic, drafting)
         self.context = min(context_limit(model) or self.size.cache_tokens, self.size.cache_tokens)
         self.eos = end_tokens(model, tokenizer)
         self.vocabulary = int(model.config.get_text_config().vocab_size)
@@ -261,6 +265,7 @@ class Engine:
                 facts=layer_facts(self.elastic),
                 paged=self._paged,
                 vocabulary=self.vocabulary,
+                drafts=self.drafts,
             )
         )
         processor.model_runner = Runner.over(processor)
@@ -323,7 +328,7 @@ class Engine:
         now = self.clock()
         for part in step.parts:
             request, track = part.request, part.request.track
-            request.levels[part.level] = request.levels.get(part.level, 0) + part.tokens
+            request.levels[part.level] = request.levels.get(part.level, 0) + part.lasting
             first = track.first_token if track.first_token is not None or not part.yields else now
             track.advance(
                 level=part.level,
@@ -336,6 +341,8 @@ class Engine:
             if part.state.status == RequestStatus.FINISHED:
                 finish = "stop" if event.token in request.stop_ids else "length"
             if request.job.id in self.book and not request.cancelled:
+                for earlier in runner.before.get(part.state.request_id, ()):
+                    request.sink(earlier)
                 event = event._replace(finish=finish)
                 if finish or event.error:
                     self._finish(request, event)
@@ -344,12 +351,16 @@ class Engine:
             elif finish:
                 self.book.pop(request.job.id, None)
         self._forget(runner)
+        if self.drafts is not None:
+            self.drafts.observe([(part.draft, part.is_prompt, part.yields) for part in step.parts], now - step.began)
         if self.observer is not None:
             self.observer(step, now - step.began)
 
     def _forget(self, runner: Runner) -> None:
         for request_id in [i for i in runner.samplers if i not in self.book]:
             del runner.samplers[request_id]
+        if self.drafts is not None:
+            self.drafts.forget(self.book)
 
     def _finish(self, request: Request, event: Event) -> None:
         self.book.pop(request.job.id, None)

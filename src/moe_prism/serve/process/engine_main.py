@@ -42,7 +42,7 @@ class Outbox:
 
     def observe(self, step: PackedStep, seconds: float) -> None:
         """In the engine's thread, after every step."""
-        parts = tuple((p.request.job.id, p.level, p.tokens, p.request.cached_tokens) for p in step.parts)
+        parts = tuple((p.request.job.id, p.level, p.lasting, p.request.cached_tokens) for p in step.parts)
         self._send(News(self._engine.last_turn, self._engine.gauges(), step.tally(seconds), parts, self._taken()))
 
     def pulse(self) -> None:

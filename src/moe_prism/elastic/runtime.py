@@ -44,6 +44,7 @@ class Elastic:
         self._normalises: bool | None = None
         # what a weight costs on the machine that serves; compute may use a wider type (float32 on a CPU)
         self.stored_bytes_per_weight: float = layer_parts[0].layer.up.element_size()
+        self.woven = False  # whether adapters may be loaded, see `adapters.py`
         self._watching: dict[int, Any] = {}
         self._following = False
         self._first = layer_parts[0].layer

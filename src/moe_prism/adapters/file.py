@@ -102,7 +102,8 @@ def read_adapter(folder: str | Path) -> Adapter:
     for name, (shape, types) in wanted.items():
         if found[name].shape != shape or found[name].dtype not in types:
             raise CorruptError(
-                f"{file}: tensor '{name}' is {found[name].dtype}{list(found[name].shape)}, not {'/'.join(types)}{list(shape)}", AGAIN
+                f"{file}: tensor '{name}' is {found[name].dtype}{list(found[name].shape)}, not {'/'.join(types)}{list(shape)}",
+                AGAIN,
             )
     if sha256_file(file) != form.tensors:
         raise CorruptError(f"{file} was changed: its sha256 is not that of {FACTS}", AGAIN)

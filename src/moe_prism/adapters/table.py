@@ -44,7 +44,10 @@ class SlotTable:
         return slots
 
     def slots(self, index: Tensor, adapter: int | Tensor) -> Tensor:
-        """[T, k] ids' = Pi[adapter(t), ids]; -1 for ids that name none of the base's experts. adapter: of all tokens, or [T]; BASE: none."""
+        """[T, k]: ids' = Pi[adapter(t), ids]; -1 for ids that name none of the base's experts.
+
+        adapter: of all tokens, or of each [T]; BASE: none.
+        """
         known = index.clamp(0, self.experts - 1)
         if self.pi.device != index.device:
             self.pi = self.pi.to(index.device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..adapters.file import Adapter
 from ..adapters.room import RoomyLayer, reserve
 from ..adapters.table import BASE, SlotTable
 from ..errors import UsageError
-from .bind import Step, refuse_with_adapters
+from .bind import refuse_with_adapters
 from .execute.memory import InMemory
 from .execute.woven import Woven
 from .runtime import Elastic
@@ -142,15 +142,16 @@ class Adapters:
 
     @contextmanager
     def at(self, name: str | None) -> Iterator[None]:
-        """Inside, all tokens of whatever step runs have this adapter; None: none."""
-        step: Step = self.elastic.step
-        for point in step.bound.points:
+        """Inside, all tokens have this adapter, at the operating point of now and at those that are entered; None: none."""
+        elastic, number = self.elastic, BASE if name is None else self.number(name)
+        for point in elastic.step.bound.points:
             refuse_with_adapters(point)
-        before, step.adapter = step.adapter, BASE if name is None else self.number(name)
+        before = elastic.step, elastic.adapter
+        elastic.step, elastic.adapter = replace(elastic.step, adapter=number), number
         try:
             yield
         finally:
-            step.adapter = before
+            elastic.step, elastic.adapter = before
 
 
 def of_tokens(numbers: Mapping[str, Loaded], named: Sequence[tuple[str, int]]) -> int | torch.Tensor:

@@ -144,7 +144,9 @@ class _Pair:
         """Tensors beside experts' weights that are not the same, or are not in both."""
         mine, theirs = (each.stream for each in (self.tuned, self.base))
         assert mine is not None and theirs is not None
-        experts = {n for s, w in ((mine, self.tuned), (theirs, self.base)) for o in w.layers for p in o.owners for n in s.disk_names(p)}
+        experts = {
+            n for s, w in ((mine, self.tuned), (theirs, self.base)) for o in w.layers for p in o.owners for n in s.disk_names(p)
+        }
         found = sorted((set(mine.source.names()) | set(theirs.source.names())) - experts)
         return [n for n in found if not (_has(mine, n) and _has(theirs, n) and torch.equal(_read(mine, n), _read(theirs, n)))]
 
@@ -178,7 +180,9 @@ def _no_other_parts(mine: MoELayer, theirs: MoELayer, name: str) -> None:
     """UsageError where experts' biases differ: an adapter holds matrices."""
     pairs = ((mine.gate_bias, theirs.gate_bias), (mine.up_bias, theirs.up_bias), (mine.down_bias, theirs.down_bias))
     if any(a is not None and b is not None and not torch.equal(a, b) for a, b in pairs):
-        raise UsageError(f"'{name}' changed the biases of experts, and an adapter holds matrices alone", "fine-tune matrices alone")
+        raise UsageError(
+            f"'{name}' changed the biases of experts, and an adapter holds matrices alone", "fine-tune matrices alone"
+        )
 
 
 def _has(stream: Any, name: str) -> bool:
@@ -223,7 +227,9 @@ def add_adapters(model: Any, folder: str | Path, read: Mapping[str, Adapter], ro
     base = base_digest(resolve(folder))
     for name, adapter in read.items():
         if adapter.form.base != base:  # before anything is moved
-            raise UsageError(f"adapter '{name}' was made for other weights than '{folder}'", "make it from a fine-tune of this model")
+            raise UsageError(
+                f"adapter '{name}' was made for other weights than '{folder}'", "make it from a fine-tune of this model"
+            )
     made = Adapters(elastic, base, needed)
     try:
         for name, adapter in read.items():

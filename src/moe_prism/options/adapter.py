@@ -19,7 +19,8 @@ class AdapterOptions(Options):
     """
 
     experts_only: bool = option(
-        False, "Leave out what the fine-tune changed beside experts. Without it such a fine-tune is refused: an adapter cannot hold it."
+        False,
+        "Leave out what the fine-tune changed beside experts. Without it such a fine-tune is refused: an adapter cannot hold it.",
     )
     pack: float | None = option(
         None,

@@ -10,8 +10,6 @@ from pydantic import Field, model_validator
 from .common import MOST_EXPERTS, MOST_LAYERS, Experts, Form, Name, Positive, Sha256
 
 AGAIN = "make it again with `moe-prism adapter`"
-AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-"""Of an adapter that is loaded: it stands behind a model's name, so it has none of the signs that separate names."""
 
 
 class PackedForm(Form):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .errors import CorruptError, DoesNotFit, PrismError, UsageError
     from .frontier import Frontier
     from .frontier.runs import compare_runs
+    from .jobs.adapter import make_adapter, with_adapters
     from .jobs.adopt import adopt
     from .jobs.calibrate import calibrate_model, read_statistics
     from .jobs.compress import compress_model, measure_compression, plan_compression
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from .jobs.train import train
     from .jobs.verify import verify
     from .offload.trace import load_trace
+    from .options.adapter import AdapterOptions
     from .options.adopt import AdoptOptions
     from .options.bench import CompareOptions, Offer, SingleOptions
     from .options.calibrate import CalibrateOptions
@@ -80,6 +82,9 @@ _HOME = {
     "refactor_shard": "jobs.refactor",
     "reslice": "jobs.reslice",
     "adopt": "jobs.adopt",
+    "make_adapter": "jobs.adapter",
+    "with_adapters": "jobs.adapter",
+    "AdapterOptions": "options.adapter",
     "prune_model": "jobs.prune",
     "select_experts": "jobs.prune",
     "compress_model": "jobs.compress",
@@ -145,6 +150,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdapterOptions",
     "AdoptOptions",
     "CalibrateOptions",
     "CompareOptions",
@@ -193,6 +199,7 @@ __all__ = [
     "list_choices",
     "load",
     "load_trace",
+    "make_adapter",
     "make_skip_plan",
     "measure_compression",
     "measure_frontier",
@@ -215,6 +222,7 @@ __all__ = [
     "time_frontier",
     "train",
     "verify",
+    "with_adapters",
     "write_frontier",
     "write_patterns",
 ]

@@ -169,7 +169,7 @@ def test_a_held_budget_knows_nothing_of_chunks_of_others_and_of_the_prefix_cache
 
 def test_stock_attention_gives_the_same_tokens(nano, monkeypatch):
     model, prompts, reference = nano
-    monkeypatch.setattr("moe_prism.serve.engine.engine._full_attention", lambda model: False)
+    monkeypatch.setattr("moe_prism.serve.engine.engine.full_attention", lambda model: False)
     waves = Waves(model)
     try:
         assert model.config._attn_implementation == "sdpa"

@@ -15,6 +15,7 @@ import cyclopts
 from ..cores import settle_threads
 from ..errors import DoesNotFit, PrismError, memory_ran_out
 from . import (
+    adapter,
     adopt,
     bench,
     calibrate,
@@ -77,6 +78,7 @@ def build() -> cyclopts.App:
         (train.train, "train"),
         (patterns.patterns, "patterns"),
         (recover.recover, "recover"),
+        (adapter.adapter, "adapter"),
         (skip.skip, "skip"),
         (frontier.frontier, "frontier"),
         (evaluate.evaluate, "eval"),

@@ -87,6 +87,7 @@ class Request:
     sink: Sink
     deadline: float | None = None  # engine clock; the request is ended with an error then
     salt: str = ""  # prefixes are shared only among requests of the same salt
+    adapter: str = ""  # name of the fine-tune that answers; "": the model itself
     track: Track = field(init=False)
     levels: dict[int, int] = field(default_factory=dict)  # level -> tokens computed at it
     cancelled: bool = False  # set by any thread; the engine's thread takes it out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import struct
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ import torch
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, Scheduler
 
+from ...elastic.adapters import of_tokens
 from ...elastic.bind import Step, bind
 from ...elastic.paged_past import PagedStates, RequestSpan
 from ...elastic.runtime import Elastic
@@ -20,6 +22,7 @@ from ...forecast.step_cost import LayerFacts, Totals, chunk_pairs
 from ...schedule.base import Ladder, Limits, Policy, Work
 from ..backend import Tally
 from ..requests import Request
+from .adapting import Adapting
 from .drafting import Draft, Drafts
 from .paged_attention import PagedLayout, Segment, plan
 
@@ -88,6 +91,7 @@ class Connection:
     clock: Callable[[], float]
     facts: LayerFacts
     paged: bool
+    adapting: Adapting
     vocabulary: int
     drafts: Drafts | None = None
 
@@ -98,7 +102,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
     def connect(self, to: Connection) -> None:
         """Must be called once before the first step. What the points need of the model stays installed for as long as the engine runs."""
         self.policy, self.ladder, self.elastic, self.book, self.clock = to.policy, to.ladder, to.elastic, to.book, to.clock
-        self.paged, self.vocabulary, self.drafts = to.paged, to.vocabulary, to.drafts
+        self.paged, self.vocabulary, self.drafts, self.adapting = to.paged, to.vocabulary, to.drafts, to.adapting
         points, self.slots = [level.point for level in self.ladder.levels], [level.slots for level in self.ladder.levels]
         if to.drafts is not None:  # one more point behind the levels, which no request can ask for
             points.append(to.drafts.point)
@@ -223,6 +227,8 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         else:
             which = torch.tensor(levels).repeat_interleave(torch.tensor([part.tokens for part in parts]))
         step = Step(self.bound, which)
+        if self.adapting.loaded:
+            step.adapter = of_tokens(self.adapting.loaded, [(part.request.adapter, part.tokens) for part in parts])
         if self.bound.holds:
             table = self._of_every_token.block_table
             spans = [RequestSpan(part.state.position_offset, part.tokens, table[part.state.request_id]) for part in parts]
@@ -253,7 +259,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
     def _reuse_prefix(self, request: Request, state: RequestState, level: int) -> None:
         if not self.cache.use_prefix_sharing or request.sampling.prompt_logprobs is not None:
             return
-        salted = with_salt(request.salt, [t + level * self.vocabulary for t in state.remaining_prefill_tokens])
+        salted = self._salted(request, [t + level * self.vocabulary for t in state.remaining_prefill_tokens])
         found = self.cache.search_prefix_match(state.request_id, salted)
         if found:
             self.active_requests[state.request_id] = state
@@ -263,6 +269,9 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             request.track.advance(computed=request.track.computed + found)
             request.cached_tokens = found
             request.computed_at.extend([level] * found)
+
+    def _salted(self, request: Request, tokens: list[int]) -> list[int]:
+        return with_salt(request.salt, tokens, self.adapting.digest(request.adapter))
 
     def remember_prefix(self, part: StepPart) -> None:
         """Offer the blocks a finished forward filled to later requests."""
@@ -274,17 +283,19 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         if filled:
             tokens = [*state.initial_tokens, *state.generated_tokens]
             at_levels = [t + at * self.vocabulary for t, at in zip(tokens, part.request.computed_at, strict=False)]
-            salted = with_salt(part.request.salt, at_levels)
+            salted = self._salted(part.request, at_levels)
             self._allocator.mark_complete_blocks(state.request_id, salted, filled)
 
 
-def with_salt(salt: str, tokens: list[int]) -> list[int]:
+def with_salt(salt: str, tokens: list[int], adapter: str = "") -> list[int]:
     """Tokens as they are hashed for a request of this salt: whoever does not know it finds nothing. The engine hashes 32-bit numbers, of
-    which one would hold too little, so every place of a block has another share of the salt.
+    which one would hold too little, so every place of a block has another share of the salt. adapter: the digest of its fine-tune, whose
+    prefixes no other model's requests find, whatever their salt is.
     """
-    if not salt:
+    if not salt and not adapter:
         return tokens
-    masks = [mask & 0x7FFF_FFFF for mask in struct.unpack("!8I", hashlib.sha256(salt.encode()).digest())]
+    own = hmac.digest(adapter.encode(), salt.encode(), "sha256") if adapter else hashlib.sha256(salt.encode()).digest()
+    masks = [mask & 0x7FFF_FFFF for mask in struct.unpack("!8I", own)]
     return [token ^ masks[i % len(masks)] for i, token in enumerate(tokens)]
 
 

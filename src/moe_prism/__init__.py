@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .errors import CorruptError, DoesNotFit, PrismError, UsageError
     from .frontier import Frontier
     from .frontier.runs import compare_runs
+    from .jobs.adapter import make_adapter, with_adapters
     from .jobs.adopt import adopt
     from .jobs.calibrate import calibrate_model, read_statistics
     from .jobs.compress import compress_model, measure_compression, plan_compression
@@ -45,8 +46,10 @@ if TYPE_CHECKING:
     from .jobs.split import split_model
     from .jobs.time_points import Timing, time_frontier
     from .jobs.trace import inspect_routing, record_trace
+    from .jobs.train import train
     from .jobs.verify import verify
     from .offload.trace import load_trace
+    from .options.adapter import AdapterOptions
     from .options.adopt import AdoptOptions
     from .options.bench import CompareOptions, Offer, SingleOptions
     from .options.calibrate import CalibrateOptions
@@ -79,12 +82,16 @@ _HOME = {
     "refactor_shard": "jobs.refactor",
     "reslice": "jobs.reslice",
     "adopt": "jobs.adopt",
+    "make_adapter": "jobs.adapter",
+    "with_adapters": "jobs.adapter",
+    "AdapterOptions": "options.adapter",
     "prune_model": "jobs.prune",
     "select_experts": "jobs.prune",
     "compress_model": "jobs.compress",
     "measure_compression": "jobs.compress",
     "plan_compression": "jobs.compress",
     "split_model": "jobs.split",
+    "train": "jobs.train",
     "recover_model": "jobs.recover",
     "rehearse": "jobs.rehearsal",
     "evaluate_model": "jobs.evaluate",
@@ -143,6 +150,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdapterOptions",
     "AdoptOptions",
     "CalibrateOptions",
     "CompareOptions",
@@ -191,6 +199,7 @@ __all__ = [
     "list_choices",
     "load",
     "load_trace",
+    "make_adapter",
     "make_skip_plan",
     "measure_compression",
     "measure_frontier",
@@ -211,7 +220,9 @@ __all__ = [
     "serve_model",
     "split_model",
     "time_frontier",
+    "train",
     "verify",
+    "with_adapters",
     "write_frontier",
     "write_patterns",
 ]

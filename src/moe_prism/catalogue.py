@@ -46,6 +46,8 @@ methods: Registry[type[Any]] = Registry(
         "alloc": Entry("moe_prism.methods.skip.alloc:Alloc", "per batch: counts of sensitivity:isolated go to the largest weights (Alloc-MoE); :METHOD", acts="routing"),
         "oea": Entry("moe_prism.methods.skip.oea:Oea", "per batch: a token's first experts, and those of its others that the batch reads anyway (OEA)", acts="routing"),
         "xshare": Entry("moe_prism.methods.skip.xshare:XShare", "per batch: a share of the experts is read, the best for all; tokens choose among them (XShare)", acts="routing"),
+        # decoding: how the next token follows from one or several forwards
+        "self-draft": Entry("moe_prism.methods.decode.self_draft:SelfDraft", "the model drafts tokens at a low budget and checks them together at its own: the same answer; :BUDGET", acts="decoding"),
         # weights: experts in fewer bits, by a codec
         "rtn": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "whole numbers of 1 to 8 bits, rounded to nearest; :BITS", acts="weights"),
         "nested": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "2 to 8 bits from one file (MWQ); :BITS", acts="weights"),
@@ -114,6 +116,7 @@ REGISTRIES = {
     "routing-stages": Home(
         "routing", "routing_stages", "`routing` of an operating point: what routing methods fit and a layer runs"
     ),
+    "architectures": Home("architectures", "architectures", "`architecture` of a recipe of `train`: how experts are chosen and trained"),
     "splits": Home("methods.split", "splits", "`split --method`: which neurons of a dense layer become which expert"),
     "slices": Home("frontier.judge", "slices", "`frontier --judge`: what held-out text is asked beside perplexity"),
     "protections": Home("compress.prune", "protections", "`prune --protect`: experts that stay whatever a criterion says"),

@@ -44,8 +44,9 @@ class Plain(Policy):
 class Waves:
     """Runs requests through an engine and gathers what their sinks hear."""
 
-    def __init__(self, model, ladder=LADDER, **size):
-        self.engine = Engine(model, ladder, Plain(), EngineSize(**{"requests": 8, "cache_tokens": 4096, "page": 16, **size}))
+    def __init__(self, model, ladder=LADDER, drafting=None, **size):
+        sizes = EngineSize(**{"requests": 8, "cache_tokens": 4096, "page": 16, **size})
+        self.engine = Engine(model, ladder, Plain(), sizes, drafting=drafting)
         self.engine.start()
         self.count = 0
 
@@ -168,7 +169,7 @@ def test_a_held_budget_knows_nothing_of_chunks_of_others_and_of_the_prefix_cache
 
 def test_stock_attention_gives_the_same_tokens(nano, monkeypatch):
     model, prompts, reference = nano
-    monkeypatch.setattr("moe_prism.serve.engine.engine._full_attention", lambda model: False)
+    monkeypatch.setattr("moe_prism.serve.engine.engine.full_attention", lambda model: False)
     waves = Waves(model)
     try:
         assert model.config._attn_implementation == "sdpa"

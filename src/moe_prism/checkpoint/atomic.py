@@ -253,4 +253,4 @@ def _replaceable(folder: Path) -> bool:
     """Only a model folder or an empty one is ever removed by force."""
     if folder.is_symlink() or not folder.is_dir():
         return False
-    return (folder / "config.json").is_file() or (folder / "prism.json").is_file() or not any(folder.iterdir())
+    return any((folder / name).is_file() for name in ("config.json", "prism.json", "adapter.json")) or not any(folder.iterdir())

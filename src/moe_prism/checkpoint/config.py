@@ -17,6 +17,8 @@ from ..schema.read import one_line
 from .shards import read_json
 
 ROW = 16
+OWN_TYPES = "prism_"
+"""How the model types of `architectures` begin."""
 WRONG = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError, StrictDataclassError,
 )  # fmt: skip
@@ -32,6 +34,8 @@ def read_config(folder: Path, value: dict[str, Any] | None = None) -> Any:
     raw = read_json(path) if value is None else value
     check_config(raw, str(path))
     kind = raw.get("model_type")
+    if isinstance(kind, str) and kind.startswith(OWN_TYPES):
+        from ..architectures import own  # noqa: F401 - which has transformers know them
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise UsageError(f"{path}: model_type {str(kind)[:60]!r} is not one that transformers knows", "update transformers")
     try:

@@ -29,7 +29,7 @@ WEIGHTS_FILE = "weights_file"
 """The fact that names the GGUF file of a folder that has no safetensors weights."""
 
 
-PLAIN_KINDS = ("pruned", "quantized", "sliced", "merged", "resliced", "split")
+PLAIN_KINDS = ("pruned", "quantized", "sliced", "merged", "resliced", "split", "trained")
 """Outputs with a manifest that are plain checkpoints otherwise."""
 
 

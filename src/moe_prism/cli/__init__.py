@@ -15,6 +15,7 @@ import cyclopts
 from ..cores import settle_threads
 from ..errors import DoesNotFit, PrismError, memory_ran_out
 from . import (
+    adapter,
     adopt,
     bench,
     calibrate,
@@ -40,6 +41,7 @@ from . import (
     skip,
     split,
     trace,
+    train,
     verify,
 )
 from .flags import with_flags
@@ -47,7 +49,7 @@ from .opening import opening
 from .output import Unwritten, noted_reading, plain_line
 
 INTERRUPTED = 130
-RESUMABLE = ("run", "calibrate", "refactor", "adopt", "recover", "prune", "compress", "split")
+RESUMABLE = ("run", "calibrate", "refactor", "adopt", "recover", "prune", "compress", "split", "train")
 
 
 def build() -> cyclopts.App:
@@ -73,8 +75,10 @@ def build() -> cyclopts.App:
         (prune.prune, "prune"),
         (edits.compress, "compress"),
         (split.split, "split"),
+        (train.train, "train"),
         (patterns.patterns, "patterns"),
         (recover.recover, "recover"),
+        (adapter.adapter, "adapter"),
         (skip.skip, "skip"),
         (frontier.frontier, "frontier"),
         (evaluate.evaluate, "eval"),

@@ -62,9 +62,10 @@ def read_edits(path: Path, model: str, out: Path) -> dict[str, Any]:
 
     UsageError names the file and the line of what is wrong.
     """
-    from .recipe_file import NEXT, check_step, checked, mapping_in  # pydantic is slow to import
+    from ..schema.lines import mapping_in
+    from .recipe_file import NEXT, check_step, checked  # pydantic is slow to import
 
-    data, lines = mapping_in(path, "a mapping with 'edits'")
+    data, lines = mapping_in(path, "a mapping with 'edits'", NEXT)
     unknown = next((key for key in data if key != "edits"), None)
     if unknown is not None:
         raise UsageError(f"{path}:{lines.get((unknown,), 1)}: a recipe of edits has no '{unknown}'", "leave it out")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UsageError
 from ..options.experts import ExpertOptions
-from ..options.generate import GenerateOptions, PointOptions
+from ..options.generate import GenerateOptions, PointOptions, TunedOptions
 from .experts import store_options
 from .output import emit, note
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..jobs.generate import Generated
     from ..point import OperatingPoint
 
+ADAPTER = "adapter"
 ENDS = ("/exit", "/quit")
 
 
@@ -31,6 +32,7 @@ def generate(
     at: PointOptions,
     options: GenerateOptions,
     experts: ExpertOptions,
+    tuned: TunedOptions,
     verify: bool = False,
     json: bool = False,
 ) -> None:
@@ -49,9 +51,11 @@ def generate(
     prompts = _prompts(prompt, json)
     if isinstance(prompts, str):
         check_prompt(prompts)
+    if tuned.adapter is not None and experts.expert_memory is not None:
+        raise UsageError("--adapter needs the model's experts in memory", "leave --expert-memory out")
     model, tokenizer, point = _open(folder, at, experts, verify)
     asked = at.point or f"budget {point.slots.budget:g}"
-    with _conversation(tokenizer) if chat else nullcontext() as talk:
+    with _worn(model, folder, tuned.adapter), _conversation(tokenizer) if chat else nullcontext() as talk:
         call = _Call(model, tokenizer, point, options, talk)
         if isinstance(prompts, str):
             result = call(prompts, is_silent=json)
@@ -125,6 +129,21 @@ def _conversation(tokenizer: Any) -> Conversation:
     from ..jobs.conversation import Conversation
 
     return Conversation(tokenizer)
+
+
+@contextmanager
+def _worn(model: Any, folder: Path, adapter: Path | None) -> Iterator[None]:
+    """Inside, whatever the model computes has the adapter of a folder."""
+    if adapter is None:
+        yield
+        return
+    from ..jobs.adapter import with_adapters
+
+    with with_adapters(model, folder, {ADAPTER: adapter}) as adapters:
+        own = adapters.loaded[ADAPTER]
+        note(f"adapter: {own.experts} tuned experts, {own.bytes / 1e6:.1f} MB of memory beside the model")
+        with adapters.at(ADAPTER):
+            yield
 
 
 def _open(folder: Path, at: PointOptions, experts: ExpertOptions, verify: bool) -> tuple[Any, Any, OperatingPoint]:

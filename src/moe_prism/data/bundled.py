@@ -49,7 +49,7 @@ def stdlib() -> list[Document]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     sides: dict[int, list[Document]] = {HELD_OUT: [], CALIBRATION: []}
-    for path in sorted(_python_files(root)):
+    for path in sorted(python_files(root)):
         bucket = bucket_of(path.name)
         if bucket in sides and 200 <= path.stat().st_size <= MAX_FILE_BYTES:
             text = path.read_text("utf-8", errors="replace")
@@ -58,7 +58,7 @@ def stdlib() -> list[Document]:
     return without_near_copies([*sides[HELD_OUT], *sides[CALIBRATION]])
 
 
-def _python_files(root: Path) -> Iterator[Path]:
+def python_files(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIP]  # most files of an installation are in these
         yield from (Path(folder, name) for name in names if name.endswith(".py"))

@@ -161,13 +161,20 @@ class Step:
     """What the next forward runs at. which: the point of all tokens, or of each token of the flattened batch [T].
 
     budget: one per token [T] in place of the points' own; `bound` has one point then. past: what the requests of the forward that runs
-    have had so far, where a budget is held; None: every token is the first of a request of its own.
+    have had so far, where a budget is held; None: every token is the first of a request of its own. adapter: the number of the fine-tune
+    whose experts all tokens have, or each of them [T]; -1: the model's own.
     """
 
     bound: Bound
     which: int | Tensor = 0
     budget: Tensor | None = None
     past: Past | None = None
+    adapter: int | Tensor = -1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no token has an adapter."""
+        return type(self.adapter) is int and self.adapter < 0
 
     @property
     def is_one(self) -> bool:
@@ -196,6 +203,18 @@ def leaves_out_neurons(point: OperatingPoint) -> bool:
 def multiplies_inside(point: OperatingPoint) -> bool:
     """Whether a token's experts multiply what they read by numbers of the token's own."""
     return any("factors" in stage_class(stage.stage).needs for stage in point.routing)
+
+
+def refuse_with_adapters(point: OperatingPoint) -> None:
+    """UsageError for a point that does not go with adapters."""
+    if point.weights is not None and change_of(point.weights).touches_weights:
+        raise UsageError("the point changes the weights, and adapters are changes of their own", "leave one of them out")
+    if point.slots.bits is not None:
+        raise UsageError("the point stores slots otherwise, and adapters are stored as they are", "leave one of them out")
+    if leaves_out_neurons(point):
+        raise UsageError("the point leaves out single neurons, which is not computed with adapters", "use a skip plan")
+    if multiplies_inside(point):
+        raise UsageError("the point multiplies inside its experts, which is not computed with adapters", "use a skip plan")
 
 
 def bind(elastic: Host, points: Sequence[OperatingPoint]) -> Bound:
@@ -275,13 +294,18 @@ def _positions(slots: SlotRule, own: Sequence[Dial] | None, layers: int) -> tupl
 def _settled(elastic: Host, point: OperatingPoint) -> OperatingPoint:
     """The point with everything decided that it leaves to the model. UsageError for what the model cannot run."""
     if point.decoding is not None:
-        raise UsageError(f"no decoding method '{point.decoding.method}' is known", "leave decoding out of the operating point")
+        raise UsageError(
+            f"'{point.decoding.method}' decodes a request, and this runs single forwards",
+            "use `moe-prism generate`, or leave decoding out of the operating point",
+        )
     if point.slots.layers is not None and len(point.slots.layers) != len(elastic.layers):
         raise UsageError(
             f"the operating point has budgets for {len(point.slots.layers)} MoE layers, the model has {len(elastic.layers)}",
             "make one for this model",
         )
     elastic.check(point)
+    if elastic.woven:
+        refuse_with_adapters(point)
     rule = rules.get(point.slots.rule)
     scorers.get(point.slots.scorer)
     for what, asked, legal in (("of", point.slots.of, rule.units), ("control", point.slots.control, rule.controls)):

@@ -20,6 +20,7 @@ class Host(Protocol):
     carried: dict[str, Tensor]
     counting: bool
     always_split: bool
+    woven: bool  # whether tokens may have adapters
     stored_bytes_per_weight: float
 
     @property

@@ -27,6 +27,7 @@ from .compensate import Compensator, compensator
 from .control import HeldRows, Past
 from .counter import Counter
 from .execute.base import Executor, Settled
+from .execute.woven import Woven
 from .host import Host
 from .prices import AS_IT_IS, Prices, prices_of, with_bits
 from .rules import rules
@@ -50,6 +51,7 @@ class ElasticLayer:
     counter: Counter = field(init=False)
     on_kept: Callable[[Tensor, Tensor | None], None] | None = None
     adds: bool = True
+    woven: Woven | None = None  # computes tokens that have an adapter
     _scorers: dict[Any, Scorer] = field(default_factory=dict)
     _rules: dict[Any, Rule] = field(default_factory=dict)
     _coded: dict[Any, CodedLayer] = field(default_factory=dict)
@@ -69,7 +71,8 @@ class ElasticLayer:
         step: Step = elastic.step
         if self._number == 0:
             elastic.carried.clear()
-        unwatched = self.on_kept is None and not (elastic.counting or elastic.always_split)
+        own_weights = step.is_plain
+        unwatched = own_weights and self.on_kept is None and not (elastic.counting or elastic.always_split)
         if unwatched:
             again = step.bound.again.get((self._number, step.which)) if step.is_one else None
             out = None if again is None else again(*self.executor.widened(x, weight), index, step.past)
@@ -80,14 +83,14 @@ class ElasticLayer:
             self.counter.add_extra(index - self.parts.layer.num_experts, own.parameters)
         found = self.candidates(step, x, index, weight)
         if found is None:  # the model's own choice, whole: nothing of ours is in the way
-            whole = None if self.elastic.always_split else self.executor.whole(x, index, weight)
+            whole = self.executor.whole(x, index, weight) if own_weights and not self.elastic.always_split else None
             if whole is not None:
                 self._remember(step, None, None)
                 self._count(index, Settled(None), selects=False)
                 return whole
             found = Whole(index, weight, self._valid(index), self.parts.n_sub)
         extra = False if isinstance(found, Whole) else self._compensated(step)
-        done = self._at_once(found, extra)
+        done = self._at_once(found, extra) if own_weights else None
         if done is not None:
             out, keep = done
             assert isinstance(found, Selection)
@@ -289,9 +292,14 @@ class ElasticLayer:
 
     def _kept_slots(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
         """All of the neurons of kept slots."""
+        step = self.elastic.step
+        if not step.is_plain:
+            if self.woven is None:
+                raise UsageError("a token has an adapter, and none are loaded", "load it first")
+            return self.woven.run(x, index, weight, settled, step.adapter)
         if settled.widths is None:
             return self.executor.run(x, index, weight, settled)
-        bits = self.elastic.step.bound.bits
+        bits = step.bound.bits
         return self.executor.run_at(self.coded(bits), x, index, weight, settled)
 
     def _compensated(self, step: Step) -> Tensor | bool:

@@ -44,6 +44,10 @@ class Elastic:
         self._normalises: bool | None = None
         # what a weight costs on the machine that serves; compute may use a wider type (float32 on a CPU)
         self.stored_bytes_per_weight: float = layer_parts[0].layer.up.element_size()
+        self.woven, self.adapter = (
+            False,
+            -1,
+        )  # whether adapters may be loaded, and whose experts steps have by default: `adapters.py`
         self._watching: dict[int, Any] = {}
         self._following = False
         self._first = layer_parts[0].layer
@@ -88,6 +92,8 @@ class Elastic:
         Of several points, `step.which` says which one each token runs at; a change of weights goes with one point alone.
         """
         step = points if isinstance(points, Step) else Step(points if isinstance(points, Bound) else bind(self, points))
+        if self.adapter >= 0 and step.is_plain:
+            step = replace(step, adapter=self.adapter)
         before, counted = self.step, self.counting
         with ExitStack() as stack:
             for point in step.bound.points:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -13,6 +13,7 @@ from transformers import TextStreamer
 from ..elastic.rules import rules
 from ..elastic.runtime import elastic_of
 from ..errors import UsageError
+from ..methods.decode.run import Through, decoder_of
 from ..model import end_tokens
 from ..options.generate import GenerateOptions
 from ..point import FULL, OperatingPoint
@@ -24,6 +25,7 @@ class Generated(Result):
     """One continuation. seconds: wall clock of the whole call on this machine.
 
     whole_experts: share of the layers' calls with dropped slots that took the time of whole experts, because blocks would take longer here.
+    decoding: what the point's decoding method says of its work; empty without one.
     """
 
     prompt: str
@@ -32,6 +34,7 @@ class Generated(Result):
     tokens: int
     seconds: float
     whole_experts: float = 0.0
+    decoding: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tokens_per_s(self) -> float:
@@ -47,6 +50,7 @@ class Generated(Result):
             "tokens": self.tokens,
             "seconds": self.seconds,
             "whole_experts": self.whole_experts,
+            **({"decoding": self.decoding} if self.point.decoding is not None else {}),
             "tokens_per_s": self.tokens_per_s,
         }
 
@@ -126,16 +130,22 @@ def generate(
     ends = {"eos_token_id": sorted(found)} if (found := end_tokens(model, tokenizer)) else {}
     torch.manual_seed(sampling.seed)
     elastic = elastic_of(model)
+    method = decoder_of(elastic, asked)
+    own = replace(asked, decoding=None)
+    streamer = _Streamer(tokenizer, how["heard"]) if "heard" in how else None
+    through = None if method is None else Through(method, tokenizer, elastic, own, streamer=streamer)
     before, began = elastic.tally(), time.perf_counter()
-    with torch.no_grad(), elastic.at([asked]):
+    with torch.no_grad(), elastic.at([own]):
         ids = model.generate(
             **rows,
             max_new_tokens=sampling.max_tokens,
-            streamer=_Streamer(tokenizer, how["heard"]) if "heard" in how else None,
+            streamer=streamer,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             **ends,
             **drawing,
+            **({} if through is None else {"custom_generate": through}),
         )
     seconds, after, new = time.perf_counter() - began, elastic.tally(), ids[0, length:]
     whole = (after.whole - before.whole) / max(1, after.calls - before.calls)
-    return Generated(prompt, tokenizer.decode(new, skip_special_tokens=True), asked, len(new), seconds, whole)
+    text, facts = tokenizer.decode(new, skip_special_tokens=True), {} if through is None else through.facts
+    return Generated(prompt, text, asked, len(new), seconds, whole, facts)

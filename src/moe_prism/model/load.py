@@ -128,7 +128,7 @@ def _guard(auto: Any, where: Path, weights: bool = False, **kwargs: Any) -> Any:
     if file:
         kwargs["gguf_file"] = file
     try:
-        with as_data(folder, weights and not file, file) as view, _without_bars():
+        with as_data(folder, weights and not file, file) as view, without_bars():
             found = auto.from_pretrained(str(view), trust_remote_code=False, **kwargs)
     except PrismError:
         raise
@@ -146,8 +146,8 @@ def _guard(auto: Any, where: Path, weights: bool = False, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """A library prints nothing: the progress bars of transformers are off while it loads."""
+def without_bars() -> Iterator[None]:
+    """A library prints nothing: the progress bars of transformers are off inside."""
     from transformers.utils import logging
 
     was = logging.is_progress_bar_enabled()

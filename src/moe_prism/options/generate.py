@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from .base import Options, option
@@ -49,4 +50,13 @@ class PointOptions(Options):
         None,
         "Who the budget is held for: the mean of a request's tokens, every token (strict), or nobody (none: it is met on average over "
         "text like the calibration's). Default: mean for threshold, the only rule that can; none for the others.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedOptions(Options):
+    """What of the model is another one for these prompts."""
+
+    adapter: Path | None = option(
+        None, "Folder of a fine-tune of this model that `moe-prism adapter` wrote: its experts answer. Default: the model's own."
     )

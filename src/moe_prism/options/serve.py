@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,22 @@ class ServeOptions(Options):
     task: str | None = option(None, "With --patterns: the task. Default: the one that --task-prompts are nearest to.")
     task_prompts: Path | None = option(None, "With --patterns: text such as it will be asked, which says the task.")
     task_keep: float = option(0.5, "With --patterns: the share of the experts that takes part.", above=0, most=1)
+    adapters: list[str] = option(
+        [],
+        "NAME=FOLDER of a fine-tune of this model that `moe-prism adapter` wrote: requests for MODEL:NAME get it. Repeat it for more.",
+        flag="adapter",
+        is_repeated=True,
+    )
+    adapter_folder: Path | None = option(
+        None, "Folder of adapters that an administrator may load and unload while the server runs. Default: none may."
+    )
+    adapter_room: int | None = option(
+        None,
+        "With --adapter-folder: tuned experts per layer that can be loaded at once. Default: as many as the layer has experts.",
+        least=1,
+        most=65_536,
+    )
+    admin_key_file: Path | None = option(None, "File with keys of administrators, one per line. No other key opens /admin.")
     debug: bool = option(False, "Plain logs with stack traces.")
     store: Any = None
 
@@ -67,5 +84,35 @@ class ServeOptions(Options):
             raise UsageError("--task, --task-prompts and --task-keep belong to --patterns", "give a file of `moe-prism patterns`")
         if self.patterns is not None and (self.task is None) == (self.task_prompts is None):
             raise UsageError("--patterns wants one of --task and --task-prompts", "name the task, or give a file of prompts")
+        self.named_adapters()
+        if self.adapter_room is not None and self.adapter_folder is None:
+            raise UsageError("--adapter-room belongs to --adapter-folder", "give both, or leave it out")
+        if (self.adapter_folder is None) != (self.admin_key_file is None):
+            raise UsageError("--adapter-folder and --admin-key-file go together", "give both: only administrators load adapters")
+        if self.adapters or self.adapter_folder is not None:
+            if self.store is not None:
+                raise UsageError("adapters need the model's experts in memory", "leave --expert-memory out")
+            if self.patterns is not None:
+                raise UsageError("--patterns does not go with adapters", "leave one of them out")
         if self.points and self.bytes_per_token is not None:
             raise UsageError("--points and --bytes-per-token both choose points", "give one of them")
+
+    def named_adapters(self) -> dict[str, str]:
+        """Name -> folder of each. UsageError for an entry that is not of that form."""
+        found: dict[str, str] = {}
+        for entry in self.adapters:
+            name, is_there, folder = entry.partition("=")
+            if not is_there or not folder or not is_adapter_name(name):
+                raise UsageError(f"--adapter '{entry[:80]}' is no NAME=FOLDER", ADAPTER_NAME)
+            if name in found:
+                raise UsageError(f"--adapter names '{name}' twice", "give each a name of its own")
+            found[name] = folder
+        return found
+
+
+ADAPTER_NAME = "a name has 1 to 64 letters, digits, dots, lines and underscores"
+
+
+def is_adapter_name(name: str) -> bool:
+    """Whether it can stand behind a model's name, and is the name of a folder: no sign in it separates anything."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) is not None

@@ -259,6 +259,16 @@ class SplitForm(ManifestForm):
     documents: Annotated[list[Sha256], MaxLen(MOST_DOCUMENTS)]
 
 
+class TrainedForm(ManifestForm):
+    """A checkpoint that was trained here. training: its recipe; result: how long, and to which loss; documents: those it was trained on."""
+
+    kind: Literal["trained"]
+    inputs: Plain
+    training: Plain
+    result: Plain
+    documents: Annotated[list[Sha256], MaxLen(MOST_DOCUMENTS)]
+
+
 class MergedModelForm(ManifestForm):
     """A checkpoint whose experts were merged. result: how many stayed."""
 
@@ -287,5 +297,6 @@ KINDS: dict[str, type[ManifestForm]] = {
     "resliced": ReslicedForm,
     "split": SplitForm,
     "merged": MergedModelForm,
+    "trained": TrainedForm,
     "calibration": StatisticsForm,
 }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, Protocol
 
+from ..errors import PrismError
 from ..schedule.base import Ladder
 from .requests import Request
 
@@ -33,6 +34,17 @@ class Gauges(NamedTuple):
     restarts: int = 0  # of its process
 
 
+class AdapterFacts(NamedTuple):
+    """A fine-tune that requests may name. experts: that it changes, of all layers; bytes: of memory; digest: of what it computes."""
+
+    name: str
+    experts: int
+    bytes: int
+    digest: str
+
+
+Told = Callable[[PrismError | None], None]
+"""Hears of the end of a change: why it was not made, or None."""
 State = Literal["ready", "restarting", "stopped"]
 
 
@@ -59,6 +71,16 @@ class Backend(Protocol):
     @property
     def book(self) -> Mapping[str, Request]:
         """Unfinished requests by id."""
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterFacts]:
+        """By name, those that are loaded."""
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Load a folder under a name, between two steps. PrismError where that cannot be."""
+
+    async def unload_adapter(self, name: str) -> None:
+        """Take one out. PrismError where there is none of that name, or while requests use it."""
 
     @property
     def pid(self) -> int:

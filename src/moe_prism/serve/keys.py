@@ -7,6 +7,7 @@ import logging
 import os
 import stat
 from collections.abc import Mapping
+from pathlib import Path
 
 from ..errors import UsageError
 from ..options.serve import ServeOptions
@@ -26,13 +27,21 @@ def keys(options: ServeOptions, environment: Mapping[str, str] = os.environ) -> 
         logger.warning("--api-key can be seen by everybody on this machine; use --api-key-file, or the variable %s", VARIABLE)
         return (options.api_key,)
     if options.api_key_file:
-        return _read(options)
+        return _read(options.api_key_file)
     return (found,) if (found := environment.get(VARIABLE)) else ()
 
 
-def _read(options: ServeOptions) -> tuple[str, ...]:
-    path = options.api_key_file
-    assert path is not None
+def admin_keys(options: ServeOptions) -> tuple[str, ...]:
+    """Those of administrators; none where nothing is administered. UsageError where one of them is a key of clients too."""
+    if options.admin_key_file is None:
+        return ()
+    found = _read(options.admin_key_file)
+    if set(found) & set(keys(options)):
+        raise UsageError("a key of --admin-key-file is a client's key too", "give administrators keys of their own")
+    return found
+
+
+def _read(path: Path) -> tuple[str, ...]:
     try:
         mode, size = path.stat().st_mode, path.stat().st_size
         if size > LARGEST:

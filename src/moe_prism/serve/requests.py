@@ -28,6 +28,9 @@ class Sampling:
     allowed: tuple[int, ...] = ()  # if any, no others are drawn
     min_tokens: int = 0  # before so many are generated, none of the request's stop_ids is drawn
     grammar: str = ""  # what the answer must follow, as `text.jobs.Compiled` has it
+    self_draft: bool = (
+        False  # whether tokens may be drafted at the engine's low budget and checked together; no token changes by it
+    )
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Request:
     sink: Sink
     deadline: float | None = None  # engine clock; the request is ended with an error then
     salt: str = ""  # prefixes are shared only among requests of the same salt
+    adapter: str = ""  # name of the fine-tune that answers; "": the model itself
     track: Track = field(init=False)
     levels: dict[int, int] = field(default_factory=dict)  # level -> tokens computed at it
     cancelled: bool = False  # set by any thread; the engine's thread takes it out

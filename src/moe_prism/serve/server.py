@@ -14,12 +14,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import PrismError, UsageError
 from ..options.serve import ServeOptions
 from .http.crowd import Doorway
-from .keys import keep_private, keys
+from .keys import admin_keys, keep_private, keys
 from .requests import Event
 
 if TYPE_CHECKING:
@@ -59,15 +59,25 @@ def serve_model(folder: str | Path, options: ServeOptions | None = None) -> None
     keep_private()
     check_folder(folder)
     allowed = check_host(options)
+    administrators = admin_keys(options)
+    if options.adapter_folder is not None and not options.adapter_folder.is_dir():
+        raise UsageError(f"there is no folder '{options.adapter_folder}'", "give --adapter-folder one that holds adapters")
     listening = listen(options.host, options.port)
     try:
         need_packages()
         from .config import load_config
 
         config = load_config(options.config)
-        run(folder, options, config, listening, allowed)
+        run(folder, options, config, listening, Allowed(allowed, administrators))
     finally:
         listening.close()
+
+
+class Allowed(NamedTuple):
+    """Keys of clients, and of administrators."""
+
+    clients: Sequence[str] = ()
+    administrators: Sequence[str] = ()
 
 
 def check_host(options: ServeOptions) -> tuple[str, ...]:
@@ -128,11 +138,12 @@ def need_packages() -> None:
     del fastapi, prometheus_client, psutil, transformers
 
 
-def run(folder: Path, options: ServeOptions, config: Config, listening: socket.socket, allowed: Sequence[str] = ()) -> None:
-    """Load, measure, and serve on a bound socket. allowed: keys."""
+def run(folder: Path, options: ServeOptions, config: Config, listening: socket.socket, allowed: Allowed | None = None) -> None:
+    """Load, measure, and serve on a bound socket."""
+    allowed = allowed or Allowed()
     from ..jobs.which_text import texts_of
     from .build import build
-    from .http.app import create_app
+    from .http.app import Administration, create_app
 
     began = time.monotonic()
     _allow_files(config.bounds.connections)
@@ -142,7 +153,8 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
     logger.info("starting", extra={"fields": {"folder": folder.name, "status": f"{here}/status", **judged}})
     built = build(folder, options, config)
     engine = built.service.engine
-    app = create_app(built.house, built.history, allowed, options.allowed_origins)
+    admin = None if options.adapter_folder is None else Administration(allowed.administrators, options.adapter_folder)
+    app = create_app(built.house, built.history, allowed.clients, options.allowed_origins, admin)
     fields = {
         "url": f"{here}/v1",
         "status": f"{here}/status",

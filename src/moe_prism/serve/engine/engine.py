@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,18 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
 
+from ...elastic.adapters import Adapters
 from ...elastic.runtime import Elastic, experts_per_token
 from ...errors import PrismError, UsageError
 from ...forecast.step_cost import LayerFacts
+from ...methods.decode.self_draft import SelfDraftParameters
 from ...model import end_tokens
 from ...schedule.base import Ladder, Policy
-from ..backend import Gauges, State
+from ..backend import AdapterFacts, Gauges, State
 from ..requests import ErrorKind, Event, Request
+from .adapting import Adapting, told_of
+from .attends import context_limit, full_attention
+from .drafting import Drafts
 from .grammars import Grammars
 from .paged_attention import NAME as PAGED
 from .runner import Runner
@@ -96,26 +101,33 @@ class Engine:
         size: EngineSize | None = None,
         clock: Callable[[], float] = time.monotonic,
         tokenizer: Any = None,
+        drafting: SelfDraftParameters | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
-        """tokenizer: says more end tokens, and is needed for answers that must have a form."""
+        """tokenizer: says more end tokens, and is needed for answers that must have a form. drafting: how those draft that ask.
+
+        adapters: of the model, if it has room.
+        """
         elastic = getattr(model, "_moe_prism", None)
         if elastic is None:
             raise UsageError("the model is not elastic", "load a folder written by `moe-prism refactor`")
         self.model, self.elastic, self.ladder, self.policy, self.clock = model, elastic, ladder, policy, clock
         self.size = size or EngineSize()
         self.observer: Observer | None = None
+        self.drafts = None if drafting is None else Drafts(elastic, drafting)
         self.context = min(context_limit(model) or self.size.cache_tokens, self.size.cache_tokens)
         self.eos = end_tokens(model, tokenizer)
         self.vocabulary = int(model.config.get_text_config().vocab_size)
         self.grammars = Grammars(tokenizer, self.vocabulary, self.eos)
         self.book: dict[str, Request] = {}
+        self.adapting = Adapting(adapters, self.book, lambda: self.manager._wake_up_loop.set())
         self.failed_steps = 0
         self.last_turn = clock()
         self._in_a_row = 0
         self._stopping = False
         self._deadlines: list[tuple[float, str]] = []
         self._lock = threading.Lock()
-        self._paged = model.device.type == "cpu" and model.dtype == torch.float32 and _full_attention(model)
+        self._paged = model.device.type == "cpu" and model.dtype == torch.float32 and full_attention(model)
         self._attention = model.config._attn_implementation
         if self._paged:
             model.config._attn_implementation = PAGED  # `set_attn_implementation` would look for a flash package
@@ -193,15 +205,28 @@ class Engine:
         used = 1.0 - float(processor.cache.compute_free_capacity())
         return Gauges(len(scheduler.active_requests), len(scheduler.waiting_requests), used, self.failed_steps)
 
+    @property
+    def adapters(self) -> Mapping[str, AdapterFacts]:
+        return self.adapting.facts
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """As `Backend` says. Not on the engine's thread."""
+        await told_of(lambda told: self.adapting.load(name, folder, told))
+
+    async def unload_adapter(self, name: str) -> None:
+        """As `Backend` says. Not on the engine's thread."""
+        await told_of(lambda told: self.adapting.unload(name, told))
+
     def submit(self, request: Request) -> None:
         """Queue a request. Its sink gets every event, the last one with `finish` or `error`. PrismError if the engine has stopped."""
         if not self.alive:
             raise PrismError("the engine has stopped", "restart the server; the log says why")
         if request.sampling.grammar:
             request.matcher = self.grammars.matcher(request.sampling.grammar)
-        with self._lock:
+        with self._lock, self.adapting.lock:
             if request.job.id in self.book:
                 raise UsageError(f"request id '{request.job.id}' is in use", "choose another")
+            self.adapting.check(request.adapter)
             self.book[request.job.id] = request
         if request.deadline is not None:
             with self._lock:
@@ -260,7 +285,9 @@ class Engine:
                 clock=self.clock,
                 facts=layer_facts(self.elastic),
                 paged=self._paged,
+                adapting=self.adapting,
                 vocabulary=self.vocabulary,
+                drafts=self.drafts,
             )
         )
         processor.model_runner = Runner.over(processor)
@@ -270,6 +297,7 @@ class Engine:
         status = self.manager.background_thread_status
         self.last_turn = self.clock()
         self._expire(processor)
+        self.adapting.turn()
         try:
             if not processor.prepare_next_batch():
                 if status.tp_status == status.HARD_STOP:
@@ -323,7 +351,7 @@ class Engine:
         now = self.clock()
         for part in step.parts:
             request, track = part.request, part.request.track
-            request.levels[part.level] = request.levels.get(part.level, 0) + part.tokens
+            request.levels[part.level] = request.levels.get(part.level, 0) + part.lasting
             first = track.first_token if track.first_token is not None or not part.yields else now
             track.advance(
                 level=part.level,
@@ -336,6 +364,8 @@ class Engine:
             if part.state.status == RequestStatus.FINISHED:
                 finish = "stop" if event.token in request.stop_ids else "length"
             if request.job.id in self.book and not request.cancelled:
+                for earlier in runner.before.get(part.state.request_id, ()):
+                    request.sink(earlier)
                 event = event._replace(finish=finish)
                 if finish or event.error:
                     self._finish(request, event)
@@ -344,12 +374,16 @@ class Engine:
             elif finish:
                 self.book.pop(request.job.id, None)
         self._forget(runner)
+        if self.drafts is not None:
+            self.drafts.observe([(part.draft, part.is_prompt, part.yields) for part in step.parts], now - step.began)
         if self.observer is not None:
             self.observer(step, now - step.began)
 
     def _forget(self, runner: Runner) -> None:
         for request_id in [i for i in runner.samplers if i not in self.book]:
             del runner.samplers[request_id]
+        if self.drafts is not None:
+            self.drafts.forget(self.book)
 
     def _finish(self, request: Request, event: Event) -> None:
         self.book.pop(request.job.id, None)
@@ -368,17 +402,3 @@ def layer_facts(elastic: Elastic) -> LayerFacts:
     """E, N and k of the model's MoE layers, as a cost model wants them."""
     plan = elastic.layers[0].parts
     return LayerFacts(plan.layer.num_experts, plan.n_sub, experts_per_token(elastic.model, plan.layer))
-
-
-def context_limit(model: Any) -> int | None:
-    """Tokens a sequence may have, if the model says."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def _full_attention(model: Any) -> bool:
-    config = model.config.get_text_config()
-    types: Sequence[str] | None = getattr(config, "layer_types", None)
-    if types is not None:
-        return all(t == "full_attention" for t in types)
-    return getattr(config, "sliding_window", None) is None

@@ -11,7 +11,8 @@ from ...errors import PrismError
 from ...forecast.step_cost import CostModel, StepSample
 from ...schedule.base import Job, Ladder, Limits, Policy, Progress, Work
 from ..requests import Event, Request, Sampling
-from .engine import Engine, context_limit, layer_facts
+from .attends import context_limit
+from .engine import Engine, layer_facts
 from .scheduler import PackedStep
 
 WARM_UP = 6  # first steps, in which buffers are allocated and pages touched

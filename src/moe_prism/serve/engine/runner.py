@@ -11,7 +11,7 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from ..requests import ErrorKind, Event, TokenLogprob
 from .paged_attention import NAME as PAGED
 from .paged_attention import handed_over
-from .sampling import Sampler, draw, logprobs
+from .sampling import Guesser, Sampler, draw, logprobs
 from .scheduler import PolicyScheduler, StepPart
 
 SAID = {
@@ -38,11 +38,13 @@ class Runner(ModelRunner):  # type: ignore[misc]
         )
         runner.scheduler = processor.scheduler
         runner.samplers = {}
-        runner.results = {}
+        runner.results, runner.before = {}, {}
         return runner
 
     samplers: dict[str, Sampler]
     results: dict[str, Event]
+    before: dict[str, list[Event]]
+    """What a check drew before the token of `results`."""
 
     def _forward_process_and_sample(
         self, model: nn.Module, batch_data: dict[str, Any], carry_over_ids: Tensor, prev_output_ids: Tensor, output_ids: Tensor
@@ -56,15 +58,46 @@ class Runner(ModelRunner):  # type: ignore[misc]
             handed_over(batch_data)
         out = model(**batch_data).logits[0]
         logits = (out if sliced else out[rows]).float()
-        self.results = {}
+        self.results, self.before = {}, {}
         self._prompt_logprobs(parts, spans, logits)
-        drawing = [(part, span[1] - 1) for part, span in zip(parts, spans, strict=True) if part.yields]
+        drawing = [(part, span[1] - 1) for part, span in zip(parts, spans, strict=True) if part.yields and part.draft is None]
         if drawing:
-            tokens = self._draw([part for part, _ in drawing], logits[[row for _, row in drawing]])
-            output_ids[0, : len(tokens)] = torch.tensor(tokens, dtype=output_ids.dtype)
+            self._draw([part for part, _ in drawing], logits[[row for _, row in drawing]])
+        for part, span in zip(parts, spans, strict=True):
+            if part.guesses:
+                self._guess(part, logits[span[0] : span[1]])
+            elif part.draft is not None:
+                self._check(part, logits[span[0] : span[1]])
+        tokens = [self.results[part.state.request_id].token or 0 for part in parts if part.yields]
+        output_ids[0, : len(tokens)] = torch.tensor(tokens, dtype=output_ids.dtype)
         for part in parts:
-            if self.results[part.state.request_id].error is None:
+            if self.results[part.state.request_id].error is None and not part.guesses:
                 self.scheduler.remember_prefix(part)
+
+    def _guess(self, part: StepPart, logits: Tensor) -> None:
+        """One more token of a draft, from logits [1, V]. What is not finite is left to the check to say."""
+        draft = part.draft
+        assert draft is not None
+        draft.guesser = draft.guesser or Guesser(self._sampler(part))
+        (token,), _ = draw(logits, [draft.guesser])
+        draft.guesses.append(token)
+        part.state.tokens_to_process = [token]
+
+    def _check(self, part: StepPart, logits: Tensor) -> None:
+        """Draw behind the certain token and behind every guess that is right, from logits [guesses + 1, V]."""
+        draft, drafts, request_id = part.draft, self.scheduler.drafts, part.state.request_id
+        assert draft is not None and drafts is not None
+        events: list[Event] = []
+        for i in range(len(draft.guesses) + 1):
+            self.results[request_id] = Event(level=part.level)
+            (token,) = self._draw([part], logits[i : i + 1])
+            events.append(self.results[request_id])
+            ends = events[-1].error is not None or token in part.request.stop_ids
+            if ends or i == len(draft.guesses) or token != draft.guesses[i]:
+                break
+        self.before[request_id] = events[:-1]
+        part.yields = len(events)
+        drafts.settled(request_id, part.state, [e.token or 0 for e in events])
 
     def _draw(self, parts: list[StepPart], logits: Tensor) -> list[int]:
         samplers = [self._sampler(part) for part in parts]
@@ -110,9 +143,9 @@ def _rows(parts: list[StepPart]) -> tuple[Tensor, list[tuple[int, int]]]:
     for part in parts:
         begin = len(rows)
         end = part.start + part.tokens
-        if part.is_prompt and part.request.sampling.prompt_logprobs is not None:
+        if (part.is_prompt and part.request.sampling.prompt_logprobs is not None) or (part.draft is not None and part.yields):
             rows.extend(range(part.start, end))
-        elif part.yields:
+        elif part.yields or part.guesses:
             rows.append(end - 1)
         spans.append((begin, len(rows)))
     return torch.tensor(rows or [0]), spans

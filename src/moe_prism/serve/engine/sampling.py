@@ -49,6 +49,18 @@ class Sampler:
             self._grammar.accept_token(token)
 
 
+class Guesser(Sampler):
+    """Draws a request's next tokens with the random numbers that its sampler will use, and takes none from it.
+
+    Penalties, biases and grammars are left out: a guess may be wrong.
+    """
+
+    def __init__(self, of: Sampler) -> None:
+        own = of.sampling
+        super().__init__(Sampling(own.temperature, own.top_p, 0, own.top_k, own.min_p))
+        self.generator.set_state(of.generator.get_state())
+
+
 def draw(logits: Tensor, samplers: Sequence[Sampler]) -> tuple[list[int], list[ErrorKind | None]]:
     """Next token of every row of logits [R, V] (float32), and why a row gave none: NaN or infinity of the model's, or all ruled out."""
     best, token = logits.max(dim=-1)

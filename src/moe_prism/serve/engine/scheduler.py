@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import struct
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ import torch
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, Scheduler
 
+from ...elastic.adapters import of_tokens
 from ...elastic.bind import Step, bind
 from ...elastic.paged_past import PagedStates, RequestSpan
 from ...elastic.runtime import Elastic
@@ -20,6 +22,8 @@ from ...forecast.step_cost import LayerFacts, Totals, chunk_pairs
 from ...schedule.base import Ladder, Limits, Policy, Work
 from ..backend import Tally
 from ..requests import Request
+from .adapting import Adapting
+from .drafting import Draft, Drafts
 from .paged_attention import PagedLayout, Segment, plan
 
 NAME = "moe_prism"
@@ -35,7 +39,18 @@ class StepPart:
     tokens: int
     level: int
     is_prompt: bool
-    yields: bool  # whether a token is drawn after it
+    yields: int  # tokens that are drawn after it; of a check, the runner says how many
+    draft: Draft | None = None  # whose guesses it makes or checks
+
+    @property
+    def guesses(self) -> bool:
+        """Whether it makes a guess, at the draft's point."""
+        return self.draft is not None and not self.yields
+
+    @property
+    def lasting(self) -> int:
+        """Tokens whose keys and values stay: of a guess none, of a check those of what was right."""
+        return self.tokens if self.draft is None else self.yields
 
 
 @dataclass
@@ -56,7 +71,7 @@ class PackedStep:
         levels: dict[int, int] = {}
         prompt = generated = 0
         for part in self.parts:
-            levels[part.level] = levels.get(part.level, 0) + part.tokens
+            levels[part.level] = levels.get(part.level, 0) + part.lasting
             prompt += part.tokens if part.is_prompt else 0
             generated += part.yields
         return Tally(seconds, self.asked, levels, prompt, generated)
@@ -64,7 +79,10 @@ class PackedStep:
 
 @dataclass(frozen=True, kw_only=True)
 class Connection:
-    """What a scheduler works with. book: requests by id, kept by the engine; paged: our CPU attention runs, and wants a PagedLayout."""
+    """What a scheduler works with. book: requests by id, kept by the engine; paged: our CPU attention runs, and wants a PagedLayout.
+
+    drafts: of requests that draft for themselves; None: nobody may.
+    """
 
     policy: Policy
     ladder: Ladder
@@ -73,7 +91,9 @@ class Connection:
     clock: Callable[[], float]
     facts: LayerFacts
     paged: bool
+    adapting: Adapting
     vocabulary: int
+    drafts: Drafts | None = None
 
 
 class PolicyScheduler(Scheduler):  # type: ignore[misc]
@@ -82,9 +102,13 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
     def connect(self, to: Connection) -> None:
         """Must be called once before the first step. What the points need of the model stays installed for as long as the engine runs."""
         self.policy, self.ladder, self.elastic, self.book, self.clock = to.policy, to.ladder, to.elastic, to.book, to.clock
-        self.paged, self.vocabulary = to.paged, to.vocabulary
-        self.unread = [to.facts.unread(level.slots) for level in self.ladder.levels]
-        self.bound = bind(self.elastic, [level.point for level in self.ladder.levels])
+        self.paged, self.vocabulary, self.drafts, self.adapting = to.paged, to.vocabulary, to.drafts, to.adapting
+        points, self.slots = [level.point for level in self.ladder.levels], [level.slots for level in self.ladder.levels]
+        if to.drafts is not None:  # one more point behind the levels, which no request can ask for
+            points.append(to.drafts.point)
+            self.slots.append(self.slots[-1] * to.drafts.asked.budget)
+        self.unread = [to.facts.unread(slots) for slots in self.slots]
+        self.bound = bind(self.elastic, points)
         self.installed = ExitStack()
         self.installed.enter_context(self.elastic.at(self.bound))
         self.current = PackedStep()
@@ -139,7 +163,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             left = Limits(left.requests, left.tokens - part.tokens, left.free_cache)
             read += part.state.current_len()
             self.current.parts.append(part)
-            scheduled.append(FutureRequestState(part.state, part.yields, {}, part.tokens))
+            scheduled.append(FutureRequestState(part.state, part.yields > 0, {}, part.tokens))
         self._cleanup_waiting_queue(admitted)
         if scheduled:
             self._set_levels()
@@ -162,14 +186,28 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             if len(self.active_requests) >= limits.requests or self.promised(request) > self.limits(0).free_cache:
                 return None
             self._reuse_prefix(request, state, level)
+        draft = None if is_prompt or self.drafts is None else self._draft(request, state, level, limits)
+        checks = draft is not None and draft.is_ready
         tokens = state.remaining_prefill_tokens if is_prompt else state.tokens_to_process
-        count = min(len(tokens), work.tokens, limits.tokens) if is_prompt else 1
+        count = min(len(tokens), work.tokens, limits.tokens) if is_prompt else len(tokens)
         if count < 1 or limits.tokens < 1 or not self._store(state, count):
             return None
         self._schedule_request(state, tokens, count, admitted)
         if self.waiting_requests.pop(work.id, None) is not None:
             admitted.add(work.id)
-        return StepPart(request, state, self.current.tokens, count, level, is_prompt, not state.remaining_prefill_tokens)
+        yields = int(not state.remaining_prefill_tokens and (draft is None or checks))
+        return StepPart(request, state, self.current.tokens, count, level, is_prompt, yields, draft)
+
+    def _draft(self, request: Request, state: RequestState, level: int, limits: Limits) -> Draft | None:
+        """The draft that a request which decodes works on in this step."""
+        assert self.drafts is not None
+        return self.drafts.turn(
+            request, state, may=level == self.ladder.top, room=limits.tokens, together=len(self.active_requests)
+        )
+
+    def _point(self, part: StepPart) -> int:
+        """Which of the bound points a part runs at."""
+        return len(self.ladder.levels) if part.guesses else part.level
 
     def _store(self, state: RequestState, tokens: int) -> bool:
         """Allocate cache for new tokens, giving up blocks kept only for their prefix if need be."""
@@ -183,12 +221,14 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
     def _set_levels(self) -> None:
         """The operating point of every token of the packed batch; one number where they agree, so that the full model runs undivided."""
         parts = self.current.parts
-        levels = [part.level for part in parts]
+        levels = [self._point(part) for part in parts]
         if len(set(levels)) == 1:
             which: int | torch.Tensor = levels[0]
         else:
             which = torch.tensor(levels).repeat_interleave(torch.tensor([part.tokens for part in parts]))
         step = Step(self.bound, which)
+        if self.adapting.loaded:
+            step.adapter = of_tokens(self.adapting.loaded, [(part.request.adapter, part.tokens) for part in parts])
         if self.bound.holds:
             table = self._of_every_token.block_table
             spans = [RequestSpan(part.state.position_offset, part.tokens, table[part.state.request_id]) for part in parts]
@@ -200,9 +240,9 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         for part in self.current.parts:
             phase, past = (0 if part.is_prompt else 1), part.state.position_offset
             sums[phase] += part.tokens
-            sums[2 + phase] += part.tokens * self.ladder.levels[part.level].slots
+            sums[2 + phase] += part.tokens * self.slots[self._point(part)]
             sums[4 + phase] += chunk_pairs(part.tokens, past)
-            sums[6] += part.tokens * self.unread[part.level]
+            sums[6] += part.tokens * self.unread[self._point(part)]
         return Totals(*sums)
 
     def _layout(self) -> PagedLayout:
@@ -219,7 +259,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
     def _reuse_prefix(self, request: Request, state: RequestState, level: int) -> None:
         if not self.cache.use_prefix_sharing or request.sampling.prompt_logprobs is not None:
             return
-        salted = with_salt(request.salt, [t + level * self.vocabulary for t in state.remaining_prefill_tokens])
+        salted = self._salted(request, [t + level * self.vocabulary for t in state.remaining_prefill_tokens])
         found = self.cache.search_prefix_match(state.request_id, salted)
         if found:
             self.active_requests[state.request_id] = state
@@ -230,27 +270,32 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             request.cached_tokens = found
             request.computed_at.extend([level] * found)
 
+    def _salted(self, request: Request, tokens: list[int]) -> list[int]:
+        return with_salt(request.salt, tokens, self.adapting.digest(request.adapter))
+
     def remember_prefix(self, part: StepPart) -> None:
         """Offer the blocks a finished forward filled to later requests."""
         if not self.cache.use_prefix_sharing:
             return
         state, page = part.state, self._allocator.tokens_per_page
-        part.request.computed_at.extend([part.level] * part.tokens)
-        filled = state.position_offset // page - (state.position_offset - part.tokens) // page
+        part.request.computed_at.extend([part.level] * part.lasting)
+        filled = state.position_offset // page - (state.position_offset - part.lasting) // page
         if filled:
             tokens = [*state.initial_tokens, *state.generated_tokens]
             at_levels = [t + at * self.vocabulary for t, at in zip(tokens, part.request.computed_at, strict=False)]
-            salted = with_salt(part.request.salt, at_levels)
+            salted = self._salted(part.request, at_levels)
             self._allocator.mark_complete_blocks(state.request_id, salted, filled)
 
 
-def with_salt(salt: str, tokens: list[int]) -> list[int]:
+def with_salt(salt: str, tokens: list[int], adapter: str = "") -> list[int]:
     """Tokens as they are hashed for a request of this salt: whoever does not know it finds nothing. The engine hashes 32-bit numbers, of
-    which one would hold too little, so every place of a block has another share of the salt.
+    which one would hold too little, so every place of a block has another share of the salt. adapter: the digest of its fine-tune, whose
+    prefixes no other model's requests find, whatever their salt is.
     """
-    if not salt:
+    if not salt and not adapter:
         return tokens
-    masks = [mask & 0x7FFF_FFFF for mask in struct.unpack("!8I", hashlib.sha256(salt.encode()).digest())]
+    own = hmac.digest(adapter.encode(), salt.encode(), "sha256") if adapter else hashlib.sha256(salt.encode()).digest()
+    masks = [mask & 0x7FFF_FFFF for mask in struct.unpack("!8I", own)]
     return [token ^ masks[i % len(masks)] for i, token in enumerate(tokens)]
 
 

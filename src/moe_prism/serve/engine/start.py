@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 
+from ...adapters.file import read_adapter
 from ...artefact.load import load
 from ...artefact.open import open_to_write
 from ...cores import cores
 from ...elastic import Elastic
+from ...elastic.adapters import Adapters
 from ...elastic.bind import bind
 from ...elastic.paged_past import keeps_every_token
 from ...elastic.runtime import slots_per_token
 from ...errors import UsageError
+from ...jobs.adapter import add_adapters
 from ...jobs.patterns import TaskAsked, wear_pattern
 from ...options.serve import ServeOptions
 from ...point import OperatingPoint
@@ -71,6 +74,7 @@ def start_engine(folder: Path, options: ServeOptions, config: Config, known: dic
     if options.patterns is not None:
         named = wear_pattern(model, tokenizer, options.patterns, TaskAsked(options.task, options.task_prompts, options.task_keep))
         _say("only the experts of a task take part", task=named.name)
+    adapters = _adapters(model, folder, options)
     ladder, ladder_from = find_ladder(folder, slots_per_token(elastic), _refusal(elastic), options.points)
     if ladder is None:
         _say("measuring operating points: the folder has no measured frontier")
@@ -84,6 +88,7 @@ def start_engine(folder: Path, options: ServeOptions, config: Config, known: dic
         Script(ladder),
         EngineSize(size.requests, size.step_tokens, size.cache_tokens, size.page, size.prefix_cache),
         tokenizer=tokenizer,
+        adapters=adapters,
     )
     engine.start()
     try:
@@ -98,6 +103,7 @@ def start_engine(folder: Path, options: ServeOptions, config: Config, known: dic
         levels = [level.to_json() for level in ladder.levels]
         fixed = (levels, engine.context, engine.eos, engine.vocabulary, engine.policy_name)
         facts = Facts(*fixed, rate, ladder_from, cost_from, cost.to_json())
+        facts = facts._replace(adapters=tuple(engine.adapters.values()))
         return RunningEngine(engine, tokenizer, cost, facts, options.save_cost)
     except BaseException:
         engine.stop()
@@ -109,6 +115,18 @@ def _opened(folder: Path, options: ServeOptions) -> tuple[Any, Any]:
     if options.store is not None or options.verify:
         return load(folder, store=options.store, verify=options.verify)
     return open_to_write(folder)
+
+
+def _adapters(model: Any, folder: Path, options: ServeOptions) -> Adapters | None:
+    """The adapters that the server was started with, and room for those that may come; None for neither."""
+    if not options.adapters and options.adapter_folder is None:
+        return None
+    read = {name: read_adapter(where) for name, where in options.named_adapters().items()}
+    elastic: Elastic = model._moe_prism
+    room = 0 if options.adapter_folder is None else options.adapter_room or elastic.layers[0].parts.layer.num_experts
+    made = add_adapters(model, folder, read, room)
+    _say("adapters", loaded=len(read), bytes=made.bytes, reserved=made.reserved)
+    return made
 
 
 def _say(stage: str, **facts: Any) -> None:

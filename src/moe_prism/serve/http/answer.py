@@ -49,7 +49,7 @@ class Answer:
             "id": self.id,
             "object": kind,
             "created": self.created,
-            "model": self.service.name,
+            "model": f"{self.service.name}:{self.wish.adapter}" if self.wish.adapter else self.service.name,
             "system_fingerprint": fingerprint,
         }
 
@@ -98,6 +98,7 @@ class Answer:
             "id": self.id,
             **self.passed_on,
             "class": self.wish.kind.name,
+            **({"adapter": self.wish.adapter} if self.wish.adapter else {}),
             "end": reason,
             "prompt_tokens": sum(len(p) for p in self.prompts),
             "completion_tokens": sum(s.generated for s in self.strands),

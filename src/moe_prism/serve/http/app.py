@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,6 +17,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from . import routes, status, tokens
+from .adapters import SIGN, about_adapter, administer
 from .admission import Door
 from .guard import App, Guard, Keys
 from .manners import Manners, origins
@@ -29,9 +32,23 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(house: House, history: status.History, keys: Sequence[str] = (), allowed: Sequence[str] = ()) -> Guard:
+@dataclass(frozen=True)
+class Administration:
+    """keys: of administrators, at least one; folder: of the adapters that they may load."""
+
+    keys: Sequence[str]
+    folder: Path
+
+
+def create_app(
+    house: House,
+    history: status.History,
+    keys: Sequence[str] = (),
+    allowed: Sequence[str] = (),
+    admin: Administration | None = None,
+) -> Guard:
     """The application behind its guard. keys: one is needed by every route but probes and the status page, which holds no data.
-    allowed: origins of pages that may ask.
+    allowed: origins of pages that may ask. admin: who may load adapters; None: nobody.
     """
     service, door = house.service, house.door
 
@@ -57,8 +74,11 @@ def create_app(house: House, history: status.History, keys: Sequence[str] = (), 
         return await routes.chat(house, request, body)
 
     salted = service.config.engine.prefix_cache_per_key
+    if admin is not None:
+        administer(app, service, admin.folder)
     inner = origins(Manners(_AtTheDoor(app, door), allowed), allowed)
-    return Guard(inner, service.config.bounds, Keys(keys, salted=salted), service.metrics.refuse)
+    administrators = None if admin is None else Keys(admin.keys)
+    return Guard(inner, service.config.bounds, Keys(keys, salted=salted), service.metrics.refuse, administrators)
 
 
 def _watching(app: FastAPI, house: House, history: status.History) -> None:
@@ -109,22 +129,25 @@ def _around(app: FastAPI, house: House) -> None:
     """What the model is, and its tokens."""
     service, started = house.service, int(time.time())
 
-    def card(name: str) -> dict[str, Any]:
+    def card(name: str, adapter: str = "") -> dict[str, Any]:
         points = [level.to_json() for level in service.ladder.levels]
-        said = {"id": name, "object": "model", "created": started, "owned_by": "moe-prism", "root": service.name, "parent": None}
-        return {**said, "max_model_len": service.context, "operating_points": points}
+        said = {"id": name, "object": "model", "created": started, "owned_by": "moe-prism", "root": service.name}
+        parent = (
+            {"parent": service.name, "adapter": about_adapter(service.engine.adapters[adapter])} if adapter else {"parent": None}
+        )
+        return {**said, **parent, "max_model_len": service.context, "operating_points": points}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """Its plain name, and its names at the quality of every level, for clients that choose from this list."""
+        """Its plain name, its names at the quality of every level, and those of its adapters, for clients that choose from this list."""
         at = [f"{service.name}@{level.name}" for level in service.ladder.levels]
-        return {"object": "list", "data": [card(name) for name in (service.name, *at)]}
+        tuned = [card(f"{service.name}{SIGN}{own}", own) for own in service.adapters]
+        return {"object": "list", "data": [*(card(name) for name in (service.name, *at)), *tuned]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         """The model by its name, also with a quality behind it."""
-        service.wish(CompletionRequest(prompt="", model=name))
-        return card(name)
+        return card(name, service.wish(CompletionRequest(prompt="", model=name)).adapter)
 
     @app.get("/version")
     async def about() -> dict[str, str]:

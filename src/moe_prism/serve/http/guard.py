@@ -50,11 +50,19 @@ class Keys:
         return shown.hex() if self._salted else ""
 
 
+ADMIN = "/admin"
+"""What lies below it asks for an administrator's key."""
+
+
 class Guard:
     """Wraps the application; `refused(reason)` is told of every refusal."""
 
-    def __init__(self, app: App, bounds: Bounds, keys: Keys, refused: Callable[[str], None]) -> None:
+    def __init__(
+        self, app: App, bounds: Bounds, keys: Keys, refused: Callable[[str], None], administrators: Keys | None = None
+    ) -> None:
+        """administrators: None: nothing is administered."""
         self.app, self.bounds, self.keys, self.refused = app, bounds, keys, refused
+        self.administrators = administrators
         self.active: set[asyncio.Task[Any]] = set()
         self._turns = asyncio.Semaphore(1)
         self._closing = False
@@ -112,7 +120,9 @@ class Guard:
         is_open = (scope["path"].rstrip("/") or "/") in OPEN or _asks_first(scope["method"], headers)
         try:
             shown = [value for name, value in scope["headers"] if name == b"authorization"]
-            scope["moe_prism_salt"], scope["moe_prism_known"] = self.keys.check(shown), True
+            is_admin = self.administrators is not None and f"{scope['path']}/".startswith(f"{ADMIN}/")
+            keys = self.administrators if is_admin and self.administrators is not None else self.keys
+            scope["moe_prism_salt"], scope["moe_prism_known"], scope["moe_prism_admin"] = keys.check(shown), True, is_admin
         except Refusal:
             if not is_open:
                 raise

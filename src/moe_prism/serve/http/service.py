@@ -35,6 +35,7 @@ class Service:
         self.most_bytes = engine.context * self.words.longest * (1 if self.words.plain else 4)
         """Bytes that a prompt may have: a longer text has too many tokens, whatever they are. A normalizer may shorten it first."""
         self.fingerprint = "prism-" + secrets.token_hex(4)
+        self.leaving: set[str] = set()  # adapters that no new request may name
         self._mail: Mail | None = None
         self._live: dict[str, Strand] = {}
 
@@ -46,7 +47,8 @@ class Service:
         if kind is None:
             raise Refusal(400, f"no class '{body.kind}'; choose one of: {', '.join(self.config.classes)}", param="class")
         floor, ceiling = self.ladder.at_least(kind.min_quality), self.ladder.at_least(kind.max_quality)
-        quality, source = self._quality(body)
+        adapter, behind = self._named(body)
+        quality, source = self._quality(body, behind)
         if quality is None and body.min_quality is None and self.usual is not None:
             floor = ceiling = self.usual
         if quality is not None:
@@ -59,26 +61,40 @@ class Service:
             ceiling = max(ceiling, floor)
         ttft = body.ttft_ms / 1000 if body.ttft_ms is not None else kind.ttft
         tpot = body.tpot_ms / 1000 if body.tpot_ms is not None else kind.tpot
-        return Wish(kind, floor, ceiling, ttft, tpot, kind.priority if body.priority is None else body.priority)
+        return Wish(kind, floor, ceiling, ttft, tpot, kind.priority if body.priority is None else body.priority, adapter)
 
     def _level_of(self, name: str) -> int:
         """The level of a point that the server was started with; one that keeps everything is the model itself."""
         names = [level.name for level in self.ladder.levels]
         return names.index(name) if name in names else self.ladder.top
 
-    def _quality(self, body: Common) -> tuple[float | str | None, str]:
-        """What fixes the level, and in which field: `quality`, or behind the model's name for clients that can add no field."""
+    @property
+    def adapters(self) -> list[str]:
+        """Those that a request may name."""
+        return [name for name in self.engine.adapters if name not in self.leaving]
+
+    def _named(self, body: Common) -> tuple[str, str | None]:
+        """(adapter, quality) in the model's name: NAME[:ADAPTER][@QUALITY]; no adapter: "", no quality: None. Refusal for another model."""
         if body.model in (None, self.name):
+            return "", None
+        for known, adapter in ((self.name, ""), *((f"{self.name}:{own}", own) for own in self.adapters)):
+            if body.model == known:
+                return adapter, None
+            if str(body.model).startswith(f"{known}@"):
+                return adapter, str(body.model)[len(known) + 1 :]
+        message = (
+            f"no model '{str(body.model)[:64]}'; this server has '{self.name}', and '{self.name}@QUALITY' for a fixed quality"
+        )
+        told = f"; '{self.name}:ADAPTER' with one of: {', '.join(self.adapters[:16])}" if self.adapters else ""
+        raise Refusal(404, message + told, code="model_not_found", param="model")
+
+    def _quality(self, body: Common, behind: str | None) -> tuple[float | str | None, str]:
+        """What fixes the level, and in which field: `quality`, or behind the model's name for clients that can add no field."""
+        if behind is None:
             return body.quality, "quality"
-        name, at, wanted = str(body.model).rpartition("@")
-        if not at or name != self.name:
-            message = (
-                f"no model '{str(body.model)[:64]}'; this server has '{self.name}', and '{self.name}@QUALITY' for a fixed quality"
-            )
-            raise Refusal(404, message, code="model_not_found", param="model")
         if body.quality is not None:
             raise Refusal(400, "quality is given twice, in the model's name too", param="quality")
-        return _number(wanted), "model"
+        return _number(behind), "model"
 
     def level(self, wanted: float | str, field_name: str) -> int:
         """A quality 0..1, the name of an operating point, or a name of the configuration."""
@@ -129,7 +145,7 @@ class Service:
         job = Job(asked.id, now, len(prompt), asked.output, *targets)
         deadline = now + self.config.bounds.request_seconds
         request = Request(
-            job, prompt, asked.sampling, asked.ends.ids, lambda event: mail.post(queue, event), deadline, asked.salt
+            job, prompt, asked.sampling, asked.ends.ids, lambda event: mail.post(queue, event), deadline, asked.salt, wish.adapter
         )
         sequence = Strand(asked, request, queue, self.words, now)
         try:

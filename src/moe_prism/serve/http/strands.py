@@ -53,7 +53,7 @@ class Mail:
 
 @dataclass
 class Wish:
-    """A request's share of the serving contract, after its class and its own fields."""
+    """A request's share of the serving contract, after its class and its own fields. adapter: the fine-tune that answers; "": none."""
 
     kind: RequestClass
     floor: int
@@ -61,6 +61,7 @@ class Wish:
     ttft: float | None
     tpot: float | None
     priority: int
+    adapter: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

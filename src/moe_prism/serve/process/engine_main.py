@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import PrismError
 from ..requests import Event, Request
-from .messages import Cancel, Failed, Link, News, Start, Submit
+from .messages import Cancel, Changed, Failed, Link, LoadAdapter, News, Start, Submit, UnloadAdapter
 from .spawn import STOP
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Outbox:
 
     def observe(self, step: PackedStep, seconds: float) -> None:
         """In the engine's thread, after every step."""
-        parts = tuple((p.request.job.id, p.level, p.tokens, p.request.cached_tokens) for p in step.parts)
+        parts = tuple((p.request.job.id, p.level, p.lasting, p.request.cached_tokens) for p in step.parts)
         self._send(News(self._engine.last_turn, self._engine.gauges(), step.tally(seconds), parts, self._taken()))
 
     def pulse(self) -> None:
@@ -52,6 +52,12 @@ class Outbox:
     def refuse(self, request_id: str, error: str) -> None:
         """In any thread: a request that the engine did not take."""
         self._send(News(self._engine.last_turn, self._engine.gauges(), events=((request_id, Event(error=error)),)))
+
+    def changed(self, name: str, error: PrismError | None) -> None:
+        """In any thread: what became of a change of adapters."""
+        failed = None if error is None else told(error)
+        with contextlib.suppress(OSError):
+            self._link.send(Changed(name, failed, tuple(self._engine.adapters.values())))
 
     def _taken(self) -> tuple[tuple[str, Event], ...]:
         events, self._events = tuple(self._events), []
@@ -109,14 +115,18 @@ def _receive(link: Link, engine: Engine, outbox: Outbox) -> None:
             message = link.receive()
             if isinstance(message, Cancel):
                 engine.cancel(message.id)
+            elif isinstance(message, LoadAdapter):
+                engine.adapting.load(message.name, message.folder, partial(outbox.changed, message.name))
+            elif isinstance(message, UnloadAdapter):
+                engine.adapting.unload(message.name, partial(outbox.changed, message.name))
             else:
                 _submit(message, engine, outbox)
 
 
 def _submit(message: Submit, engine: Engine, outbox: Outbox) -> None:
-    job, tokens, sampling, stop_ids, deadline, salt = message
+    job, tokens, sampling, stop_ids, deadline, salt, adapter = message
     try:
-        engine.submit(Request(job, tokens, sampling, stop_ids, partial(outbox.hear, job.id), deadline, salt))
+        engine.submit(Request(job, tokens, sampling, stop_ids, partial(outbox.hear, job.id), deadline, salt, adapter))
     except PrismError as error:
         outbox.refuse(job.id, error.cause)
     except Exception:

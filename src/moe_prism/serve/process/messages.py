@@ -19,7 +19,7 @@ from ...errors import PrismError
 from ...options.serve import ServeOptions
 from ...point import OperatingPoint
 from ...schedule.base import Job, Ladder, Level
-from ..backend import Gauges, Tally
+from ..backend import AdapterFacts, Gauges, Tally
 from ..config import Config
 from ..requests import Event, Sampling
 
@@ -78,12 +78,26 @@ class Submit(NamedTuple):
     stop_ids: frozenset[int]
     deadline: float | None
     salt: str = ""
+    adapter: str = ""
 
 
 class Cancel(NamedTuple):
     """Drop a request."""
 
     id: str
+
+
+class LoadAdapter(NamedTuple):
+    """Load a folder under a name; `Changed` answers."""
+
+    name: str
+    folder: str
+
+
+class UnloadAdapter(NamedTuple):
+    """Take one out; `Changed` answers."""
+
+    name: str
 
 
 # ---- from the engine
@@ -101,6 +115,7 @@ class Facts(NamedTuple):
     ladder_from: str
     cost_from: str
     cost: dict[str, Any]
+    adapters: tuple[AdapterFacts, ...] = ()  # that it was started with
 
     @property
     def ladder(self) -> Ladder:
@@ -125,6 +140,14 @@ class Failed(NamedTuple):
         return RuntimeError(self.cause)
 
 
+class Changed(NamedTuple):
+    """What became of a `LoadAdapter` or an `UnloadAdapter`: the adapters that are loaded now, or why nothing was changed."""
+
+    name: str
+    failed: Failed | None
+    adapters: tuple[AdapterFacts, ...]
+
+
 class News(NamedTuple):
     """One step, or a sign of life between two."""
 
@@ -137,7 +160,9 @@ class News(NamedTuple):
 
 # ---- both
 
-KINDS: tuple[type[Any], ...] = (Start, Submit, Cancel, Facts, Failed, News)
+KINDS: tuple[type[Any], ...] = (
+    Start, Submit, Cancel, LoadAdapter, UnloadAdapter, Facts, Failed, Changed, News,
+)  # fmt: skip
 _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 _encoder = msgspec.msgpack.Encoder()
 _decoders = [msgspec.msgpack.Decoder(kind) for kind in KINDS]

@@ -8,12 +8,12 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ...errors import PrismError, UsageError
-from ..backend import Gauges, Tally
+from ..backend import AdapterFacts, Gauges, Tally
 from ..requests import Event, Request
-from .messages import Cancel, Facts, Frames, News, Submit, pack
+from .messages import Cancel, Changed, Facts, Frames, LoadAdapter, News, Submit, UnloadAdapter, pack
 from .spawn import EngineProcess
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ class RemoteEngine(asyncio.Protocol):
         self.ladder, self.context, self.eos = facts.ladder, facts.context, facts.eos
         self.vocabulary, self.policy_name = facts.vocabulary, facts.policy_name
         self.book: dict[str, Request] = {}
+        self._adapters = {own.name: own for own in facts.adapters}
+        self._changing: dict[str, asyncio.Future[Exception | None]] = {}
         self.observer: Callable[[Tally], None] | None = None
         self.last_turn = self.clock()
         self._gauges = Gauges()
@@ -82,7 +84,35 @@ class RemoteEngine(asyncio.Protocol):
             raise UsageError(f"request id '{request.job.id}' is in use", "choose another")
         self.book[request.job.id] = request
         message = Submit(request.job, list(request.tokens), request.sampling, request.stop_ids, request.deadline, request.salt)
+        message = message._replace(adapter=request.adapter)
         self._transport.write(pack(message))
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterFacts]:
+        """As of the last change."""
+        return self._adapters
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """As Engine.load_adapter."""
+        await self._change(name, LoadAdapter(name, folder))
+
+    async def unload_adapter(self, name: str) -> None:
+        """As Engine.unload_adapter."""
+        await self._change(name, UnloadAdapter(name))
+
+    async def _change(self, name: str, message: LoadAdapter | UnloadAdapter) -> None:
+        if self._lost or self._transport is None:
+            raise PrismError("the engine has stopped", "restart the server; the log says why")
+        if name in self._changing:
+            raise UsageError(f"adapter '{name}' is being changed", "wait for it")
+        ended = self._changing[name] = asyncio.get_running_loop().create_future()
+        try:
+            self._transport.write(pack(message))
+            error = await ended
+        finally:
+            del self._changing[name]
+        if error is not None:
+            raise error
 
     def cancel(self, request_id: str) -> None:
         """As Engine.cancel."""
@@ -117,10 +147,16 @@ class RemoteEngine(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         for news in self._frames.feed(data):
-            self._take(news)
+            if isinstance(news, Changed):
+                self._adapters = {own.name: own for own in news.adapters}
+                self._end_change(news.name, None if news.failed is None else news.failed.error())
+            else:
+                self._take(news)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
+        for name in list(self._changing):
+            self._end_change(name, PrismError("the engine stopped", "ask again"))
         if not self._leaving:
             self._ended = "the engine's process ended"
             self._finish_all("the engine stopped")
@@ -134,6 +170,11 @@ class RemoteEngine(asyncio.Protocol):
         if self._hung:
             self._ended = f"the engine hung: no turn for {self._hung:g} s (bounds.step_seconds); its process was killed"
         logger.error(self._ended)
+
+    def _end_change(self, name: str, error: Exception | None) -> None:
+        waiting = self._changing.get(name)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(error)
 
     def _take(self, news: News) -> None:
         self.last_turn, self._gauges = news.turn, news.gauges

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from ...schedule.base import Ladder
-from ..backend import Gauges, State, Tally
+from ..backend import AdapterFacts, Gauges, State, Tally
 from ..requests import Request
 from .messages import Facts, Start
 from .remote_engine import RemoteEngine
@@ -139,6 +139,23 @@ class Supervisor:
         """As Engine.cancel."""
         self._engine.cancel(request_id)
 
+    @property
+    def adapters(self) -> Mapping[str, AdapterFacts]:
+        return self._engine.adapters
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """As Engine.load_adapter. The next process is started with it too."""
+        await self._engine.load_adapter(name, folder)
+        self._set_adapters([*self._start.options["adapters"], f"{name}={folder}"])
+
+    async def unload_adapter(self, name: str) -> None:
+        """As Engine.unload_adapter. The next process is started without it."""
+        await self._engine.unload_adapter(name)
+        self._set_adapters([entry for entry in self._start.options["adapters"] if entry.partition("=")[0] != name])
+
+    def _set_adapters(self, entries: list[str]) -> None:
+        self._start = self._start._replace(options={**self._start.options, "adapters": entries})
+
     def give_up(self, seconds: float) -> None:
         """Kill a process that hangs; another one follows."""
         self._engine.give_up(seconds)
@@ -210,7 +227,7 @@ class Supervisor:
                 facts = await asyncio.to_thread(process.ready)
             finally:
                 alarm.cancel()
-            if facts._replace(rate=0, cost={}, cost_from="") != self._facts._replace(rate=0, cost={}, cost_from=""):
+            if _lasting(facts) != _lasting(self._facts):
                 raise ValueError("the model's folder has changed")
             engine = RemoteEngine(process, facts)
             engine.observer = self._observer
@@ -221,3 +238,8 @@ class Supervisor:
         finally:
             self._starting = None
         return engine
+
+
+def _lasting(facts: Facts) -> Facts:
+    """What must be the same of every process."""
+    return facts._replace(rate=0, cost={}, cost_from="", adapters=())

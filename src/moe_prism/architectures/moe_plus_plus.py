@@ -1,0 +1,130 @@
+"""MoE++ (arXiv 2410.07348): experts that compute nothing, a copy or a constant beside the usual ones, and routers that see the last one's scores.
+
+Shapes: T tokens, d hidden, F usual experts, Z of the others, C = F + Z, k choices per token.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import OlmoeConfig
+
+from ..schema.common import Amount, Form
+from .base import Architecture, Part, Seen, Vocabulary, olmoe_keys, register
+from .olmoe import Carried, OwnBlock, OwnOlmoe, chosen
+
+
+@strict
+class MoEPlusPlusConfig(OlmoeConfig):
+    """OLMoE's, with counts of zero, copy and constant experts, and whether routers add what the last one said."""
+
+    model_type = "prism_moe_plus_plus"
+
+    zero_experts: int = 1
+    copy_experts: int = 1
+    constant_experts: int = 2
+    gating_residual: bool = True
+
+
+class ResidualRouter(nn.Module):
+    """logits = W x + G (the logits of the layer before), from the second layer on."""
+
+    def __init__(self, config: MoEPlusPlusConfig, index: int, carried: Carried) -> None:
+        super().__init__()
+        columns = config.num_experts + config.zero_experts + config.copy_experts + config.constant_experts
+        self.top_k, self.normalise, self.index = config.num_experts_per_tok, config.norm_topk_prob, index
+        self.__dict__["carried"] = carried
+        self.weight = nn.Parameter(torch.zeros(columns, config.hidden_size))
+        nn.init.normal_(self.weight, std=config.initializer_range)
+        self.residual = nn.Parameter(torch.zeros(columns, columns)) if config.gating_residual and index else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits [T, C], weights [T, k], ids [T, k])."""
+        logits = nn.functional.linear(x, self.weight)
+        before = self.carried.take(self.index)
+        if self.residual is not None and before is not None:
+            logits = logits + nn.functional.linear(before, self.residual)
+        self.carried.value = logits
+        return logits, *chosen(logits, self.top_k, self.normalise)
+
+
+class PlusBlock(OwnBlock):
+    """After the F usual experts come the zero ones, the copies, and the constants a x + b v, (a, b) = softmax(W x), of each its own."""
+
+    def __init__(self, config: MoEPlusPlusConfig, index: int, carried: Carried) -> None:
+        super().__init__(config, ResidualRouter(config, index, carried))
+        self.first_copy = config.num_experts + config.zero_experts
+        self.first_constant = self.first_copy + config.copy_experts
+        self.constants = nn.Parameter(torch.zeros(config.constant_experts, config.hidden_size))
+        self.mix = nn.Parameter(torch.zeros(config.constant_experts, 2, config.hidden_size))
+
+    def beside(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
+        copied = (ids >= self.first_copy) & (ids < self.first_constant)
+        out = (weights * copied).sum(-1, keepdim=True) * x
+        if len(self.constants):
+            shares = torch.einsum("cpd,td->tcp", self.mix, x).softmax(-1)
+            there = torch.zeros(len(x), self.first_constant + len(self.constants), dtype=weights.dtype, device=x.device)
+            own = there.scatter_add(1, ids, weights)[:, self.first_constant :]
+            out = out + (own * shares[:, :, 0]).sum(-1, keepdim=True) * x + (own * shares[:, :, 1]) @ self.constants
+        return out
+
+
+class MoEPlusPlusForCausalLM(OwnOlmoe):
+    """OLMoE with such blocks."""
+
+    config_class = MoEPlusPlusConfig
+
+    def block(self, config: MoEPlusPlusConfig, index: int, carried: Carried) -> nn.Module:
+        return PlusBlock(config, index, carried)
+
+
+class UnevenBalance(Part):
+    """beta C / k x sum of eta f P: eta is 1 for usual experts and tau for the others, which therefore get 1 / tau of the tokens (eq. 9)."""
+
+    def __init__(self, weight: float, tau: float, experts: int) -> None:
+        self.weight, self.tau, self.experts = weight, tau, experts
+
+    def loss(self, seen: Seen) -> Tensor | None:
+        if not self.weight:
+            return None
+        terms = []
+        for routing in seen.routings:
+            eta = torch.full((routing.logits.shape[1],), self.tau)
+            eta[: self.experts] = 1.0
+            share = routing.chosen.float().mean(0) / routing.ids.shape[1]
+            terms.append(len(eta) * (eta * share * routing.logits.float().softmax(-1).mean(0)).sum())
+        return self.weight * torch.stack(terms).mean()
+
+
+class MoEPlusPlusSettings(Form):
+    """zero, copy, constant: how many of each. tau: below 1 more tokens go to them. residual: of the routers. balance: give the recipe's as 0."""
+
+    zero: Annotated[int, Field(ge=0, le=1024)] = 1
+    copy_: Annotated[int, Field(ge=0, le=1024, alias="copy")] = 1
+    constant: Annotated[int, Field(ge=0, le=1024)] = 2
+    tau: Annotated[float, Field(gt=0, le=1)] = 0.75
+    residual: bool = True
+    balance: Amount = 0.01
+
+
+class MoEPlusPlus(Architecture):
+    """`model.experts` counts the usual experts. The paper's capacity limits of a batch are not used: no token is dropped."""
+
+    Settings = MoEPlusPlusSettings
+
+    def config(self, vocabulary: Vocabulary) -> Any:
+        s = self.settings
+        return MoEPlusPlusConfig(
+            **olmoe_keys(self.shape, vocabulary), norm_topk_prob=True,
+            zero_experts=s.zero, copy_experts=s.copy_, constant_experts=s.constant, gating_residual=s.residual,
+        )  # fmt: skip
+
+    def parts(self) -> list[Part]:
+        return [UnevenBalance(self.settings.balance, self.settings.tau, self.shape.experts)]
+
+
+register(MoEPlusPlusConfig, MoEPlusPlusForCausalLM)

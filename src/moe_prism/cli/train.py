@@ -1,0 +1,54 @@
+"""`moe-prism train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from ..options import Options, option
+from .flags import Run
+from .output import emit, note, progress
+from .rehearsal import show_rehearsal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainChanges(Options):
+    """What flags say instead of the file."""
+
+    set: list[str] = option([], "KEY=VALUE in the recipe, like seed=1 or model.active=2.", is_repeated=True)
+
+
+def train(
+    recipe: Path,
+    /,
+    *,
+    out: Annotated[Path, Parameter(name=("--out", "-o"))],
+    changes: TrainChanges,
+    dry_run: bool = False,
+    run: Run,
+) -> None:
+    """Train a small mixture of experts from a recipe: its architecture, sizes, text and steps. Writes an ordinary checkpoint.
+
+    Parameters
+    ----------
+    recipe: A .yaml file; those of recipes/zoo are examples, `moe-prism ls architectures` lists what can be trained.
+    out: Folder to write. It appears only when it is complete.
+    resume: Continue an interrupted training from its last state; ends in the same losses to the bit.
+    dry_run: Check everything, print what it needs and exit; 3 if this machine cannot do it.
+    """
+    from ..jobs.train import train as train_model
+
+    how = {"changes": changes.set, "resume": run.resume, "force": run.force}
+    if dry_run:
+        return show_rehearsal(train_model, recipe, out, target=out, as_json=run.json, **how)
+    facts = train_model(recipe, out, changes=changes.set, resume=run.resume, force=run.force, report=progress).to_json()
+    text = (
+        f"{facts['folder']}: {facts['parameters'] / 1e6:.2f} million parameters, {facts['tokens']:,} tokens, "
+        f"held-out loss {facts['held_out_loss']:.4f} nats per token"
+    )
+    emit(facts, text, run.json)
+    note(f"next: moe-prism frontier {out} -o report --methods uniform")
+    return None

@@ -1,0 +1,207 @@
+"""Train a model from a recipe, and write it as an ordinary checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from ..architectures import architectures
+from ..architectures.base import Architecture, Part, Vocabulary
+from ..architectures.parts import RouterLosses
+from ..artefact.load import read_tensors
+from ..artefact.output import Writing, finished
+from ..checkpoint import Journal, OutputFolder, write_manifest
+from ..data.training import TokenStreams, token_streams
+from ..errors import CorruptError
+from ..forecast.work_time import Seconds
+from ..model import load_tokenizer
+from ..model.load import without_bars
+from ..progress import Report, silent
+from ..report.curve import curve_svg
+from ..result import Result
+from ..schema.training import TrainingForm
+from ..training.experts import NAME
+from ..training.loop import Curve, Training, draw_weights
+from .rehearsal import begin
+from .resources import FLOAT32, told
+from .train_card import train_card
+from .train_recipe import read_training
+
+KIND = "trained"
+STATES = ("state-0.safetensors", "state-1.safetensors")
+"""In turn: one of them is whole whenever the run is killed."""
+CURVE_FILE, CHART_FILE = "training.json", "training.svg"
+TIMED = 2  # steps of a rehearsal
+
+
+@dataclass(frozen=True)
+class Trained(Result):
+    """What a training came to. facts: steps, tokens, parameters, the last losses; curve: of every step."""
+
+    folder: Path
+    facts: Mapping[str, Any]
+    curve: Curve
+
+    def to_json(self) -> dict[str, Any]:
+        return {"folder": str(self.folder), **self.facts}
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """A row per look at held-out text."""
+        return [{"step": step, "held_out_loss": loss} for step, loss in self.curve.held]
+
+
+class _Job:
+    """A recipe with all that it names: text, tokenizer, architecture. UsageError before any long work."""
+
+    def __init__(self, recipe: TrainingForm) -> None:
+        self.recipe = recipe
+        self.architecture: Architecture = architectures.get(recipe.architecture)(recipe.model, recipe.settings)
+        self.tokenizer = load_tokenizer(recipe.tokenizer)
+        t = self.tokenizer
+        ends = t.eos_token_id if t.eos_token_id is not None else t.bos_token_id
+        self.vocabulary = Vocabulary(
+            len(t), ends if t.bos_token_id is None else t.bos_token_id, ends, ends if t.pad_token_id is None else t.pad_token_id
+        )
+        self.config = self.architecture.config(self.vocabulary)
+        self.streams: TokenStreams = token_streams(
+            t, recipe.text, tokens=recipe.tokens, seed=recipe.seed, least=max(2, recipe.batch) * recipe.length + 1
+        )
+
+    def training(self) -> Training:
+        """The model with drawn weights, at its first step."""
+        model = self.architecture.build(self.config)
+        draw_weights(model, self.recipe.seed)
+        usual: Sequence[Part] = (RouterLosses(self.recipe.balance, self.recipe.z),)
+        return Training(
+            self.recipe, model, [*usual, *self.architecture.parts()], self.streams.train, self.streams.held
+        )
+
+    def inputs(self) -> dict[str, Any]:
+        """What decides the result."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "settings": self.architecture.settings.model_dump(mode="json"),
+            "documents": list(self.streams.documents),
+            "threads": torch.get_num_threads(),
+        }
+
+
+def train(recipe: str | Path | Mapping[str, Any], out: str | Path, *, changes: Sequence[str] = (), **how: Unpack[Writing]) -> Trained:
+    """Train the model that a recipe describes, and write a checkpoint that transformers and every command load.
+
+    recipe: a .yaml file, or what it would say; changes: KEY=VALUE, like model.active=2. how: see `Writing`; an interrupted training
+    goes on from its last state, to the same losses to the bit. Raises UsageError, DoesNotFit or CorruptError before OUT is visible.
+
+    >>> import moe_prism
+    >>> shape = {"hidden": 16, "layers": 1, "heads": 1, "experts": 4, "width": 8, "active": 2, "context": 64}
+    >>> recipe = {"architecture": "top-k", "model": shape, "text": ["topics"], "tokens": 4096, "steps": 2, "batch": 2, "length": 64}
+    >>> moe_prism.train(recipe, "small").to_json()["steps"]
+    2
+    """
+    job = _Job(read_training(recipe, changes))
+    inputs = job.inputs()
+    resume, force = how.get("resume", False), how.get("force", False)
+    done = finished(out, {"kind": KIND, "inputs": inputs}) if resume else None
+    if done is not None:
+        return Trained(Path(out), done["result"], _curve(Path(out)))
+    training = job.training()
+    begin(_needed(job, training.model), out, resume=resume, force=force, lasts=lambda: _lasts(job.training()))
+    with OutputFolder(out, resume=resume, force=force) as output:
+        journal = Journal(output.work, inputs)
+        _run(training, output, journal, how.get("report", silent))
+        facts = _facts(job, training)
+        _write(job, training, output, facts)
+        for name in STATES:
+            output.discard(name)
+        about = {
+            "kind": KIND, "source": {"name": job.recipe.architecture, "files": {}}, "inputs": inputs,
+            "training": job.recipe.model_dump(mode="json"), "result": facts, "documents": list(job.streams.documents),
+        }  # fmt: skip
+        output.write_bytes("README.md", train_card(about, job.config.model_type).encode())
+        write_manifest(output, about)
+        output.finish()
+    return Trained(Path(out), facts, training.curve)
+
+
+def _run(training: Training, output: OutputFolder, journal: Journal, report: Report) -> None:
+    """All steps, from the newest state that is whole."""
+    states = [read_tensors(output.work / name) for name in STATES if journal.done(name)]
+    if states:
+        training.restore(max(states, key=lambda state: int(state["step"])))
+
+    def save(state: dict[str, Tensor]) -> None:
+        name = STATES[training.step // training.recipe.keep_every % 2]
+        journal.finish(name, output.save_tensors(name, state))
+
+    with report("train") as update:
+        training.run(save, update)
+
+
+def _facts(job: _Job, training: Training) -> dict[str, Any]:
+    recipe, curve = job.recipe, training.curve
+    last = curve.train[-max(1, len(curve.train) // 20) :]
+    return {
+        "steps": recipe.steps,
+        "tokens": recipe.steps * recipe.batch * recipe.length,
+        "text_tokens": len(job.streams.train),
+        "parameters": sum(p.numel() for p in training.model.parameters()),
+        "trained_parameters": sum(p.numel() for p in training.model.parameters() if p.requires_grad),
+        "train_loss": round(sum(last) / len(last), 6),
+        "held_out_loss": round(curve.held[-1][1], 6),
+    }
+
+
+def _write(job: _Job, training: Training, output: OutputFolder, facts: Mapping[str, Any]) -> None:
+    """The checkpoint, its tokenizer and the curve. transformers writes into a folder of its own, whose files are taken over one by one."""
+    model, aside = training.model, output.work / "saved.tmp"
+    if getattr(model.config, "_experts_implementation", None) == NAME:
+        raise CorruptError("the model still computes its experts for training", "report this")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    with without_bars():
+        model.save_pretrained(aside)
+    job.tokenizer.save_pretrained(aside)
+    for path in sorted(aside.iterdir()):
+        output.write_bytes(path.name, path.read_bytes())
+    shutil.rmtree(aside)
+    output.write_bytes(CURVE_FILE, json.dumps({"schema": 1, **training.curve.to_json()}).encode() + b"\n")
+    chart = curve_svg(training.curve.train, training.curve.held, job.recipe.architecture)
+    if chart is not None:
+        output.write_bytes(CHART_FILE, chart.encode())
+
+
+def _curve(folder: Path) -> Curve:
+    found = json.loads((folder / CURVE_FILE).read_bytes())
+    return Curve(found["train"], [(row["step"], row["loss"]) for row in found["held_out"]])
+
+
+def _needed(job: _Job, model: Any) -> dict[str, Any]:
+    """Weights with gradients and moments; activations that a step holds until it has gone backward; logits; two states and the result."""
+    weights = sum(p.numel() for p in model.parameters()) * FLOAT32
+    shape, tokens = job.recipe.model, job.recipe.batch * job.recipe.length
+    row = 40 * shape.hidden + shape.experts * 8 + shape.active * (6 * shape.width + 4 * shape.hidden)
+    parts = {
+        "weights_bytes": weights,
+        "optimiser_bytes": 4 * weights,
+        "activations_bytes": tokens * shape.layers * row * FLOAT32,
+        "logits_bytes": 5 * tokens * job.vocabulary.size * FLOAT32,
+        "text_bytes": 2 * len(job.streams.train) * FLOAT32,
+    }
+    return told(parts, 8 * weights)
+
+
+def _lasts(training: Training) -> Seconds:
+    """All steps, by the second of the first TIMED."""
+    times: list[Seconds] = []
+    steps = training.recipe.steps
+    stop: Callable[[int, int], None] = lambda _step, _steps: times.append(Seconds.now())  # noqa: E731
+    training.recipe = training.recipe.model_copy(update={"steps": TIMED, "judge_every": TIMED + 1, "keep_every": TIMED + 1})
+    training.run(lambda _state: None, stop)
+    return (times[-1] - times[-2]) * steps

@@ -1,0 +1,70 @@
+"""What a recipe of `moe-prism train` may say."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import MaxLen, MinLen
+from pydantic import Field, model_validator
+
+from .common import Amount, Experts, Form, Name, Plain, Positive, Share
+
+Size = Annotated[int, Field(ge=1, le=1 << 20)]
+Rate = Annotated[float, Field(gt=0, le=10)]
+Few = Annotated[int, Field(ge=1, le=4096)]
+
+
+class ShapeForm(Form):
+    """The sizes of a model. width: neurons of one expert; active: experts per token; context: tokens that it can see."""
+
+    hidden: Size
+    layers: Few
+    heads: Few
+    experts: Experts
+    width: Size
+    active: Experts
+    context: Annotated[int, Field(ge=8, le=1 << 20)] = 512
+
+    @model_validator(mode="after")
+    def fits(self) -> ShapeForm:
+        """Heads that share the hidden size evenly, with an even share for rotation, and no more active experts than there are."""
+        if self.hidden % self.heads or self.hidden // self.heads % 2:
+            raise ValueError(f"hidden {self.hidden} is no even multiple of {self.heads} heads")
+        if self.active > self.experts:
+            raise ValueError(f"active {self.active} of {self.experts} experts")
+        return self
+
+
+class TrainingForm(Form):
+    """A recipe: what is trained, on which text, for how long.
+
+    settings: of the architecture. rate_matrix: Muon's, for matrices; rate_rest: AdamW's. balance, z: weights of the two usual losses of
+    routers. autocast: multiply in bfloat16, which some processors do faster; weights stay in float32. keep_every: steps between two saved states; judge_every: steps between two looks at held-out text.
+    """
+
+    version: Literal[1] = 1
+    architecture: Name
+    settings: Plain = {}
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    tokenizer: Name = "nano"
+    text: Annotated[list[Name], MinLen(1), MaxLen(64)] = ["stdlib"]
+    tokens: Positive | None = None
+    model: ShapeForm
+    steps: Annotated[int, Field(ge=1, le=10_000_000)]
+    batch: Few = 8
+    length: Annotated[int, Field(ge=8, le=1 << 16)] = 512
+    rate_matrix: Rate = 0.02
+    rate_rest: Rate = 0.004
+    balance: Amount = 0.01
+    z: Amount = 1e-4
+    decay: Share = 0.45
+    autocast: bool = False
+    keep_every: Positive = 50
+    judge_every: Positive = 100
+
+    @model_validator(mode="after")
+    def fits(self) -> TrainingForm:
+        """Windows that the model can see."""
+        if self.length > self.model.context:
+            raise ValueError(f"length {self.length} is more than model.context {self.model.context}")
+        return self

@@ -1,0 +1,196 @@
+"""The loop: a step is drawn, run, and its losses added up; the state of a run is plain tensors.
+
+A step's text, draws and rates follow from the seed and its number. So a run that was killed goes on from its last state to the same
+losses, to the bit, with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures.base import Part, Place, Routing, Seen
+from ..errors import CorruptError, PrismError
+from ..schema.training import TrainingForm
+from .batches import Batches
+from .experts import training_experts
+from .muon import Muon, learning_rate
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+WEIGHT_DECAY, DECAY_REST = 0.02, 0.01
+BETAS = (0.9, 0.95)
+NOT_MATRICES = ("embed", "lm_head", ".gate.", "shared_expert_gate")
+"""Of a few rows each, or read a row at a time: AdamW's."""
+JUDGED = 16  # windows of held-out text
+PURPOSE = 0
+
+
+@dataclass
+class Curve:
+    """Losses of a run, in nats per token. train: of every step; held: (steps done, loss) on held-out text."""
+
+    train: list[float] = field(default_factory=list)
+    held: list[tuple[int, float]] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            "curve.train": torch.tensor(self.train, dtype=torch.float64),
+            "curve.held": torch.tensor(self.held, dtype=torch.float64).reshape(-1, 2),
+        }
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Curve:
+        held = [(int(step), loss) for step, loss in tensors["curve.held"].tolist()]
+        return cls(tensors["curve.train"].tolist(), held)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"train": self.train, "held_out": [{"step": step, "loss": loss} for step, loss in self.held]}
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module, seed: int) -> None:
+    """Every matrix anew, by fan-in: half as large where it writes to the residual stream, the embedding with a spread of one half."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.ndim < 2:
+            continue
+        writes = any(word in name for word in ("down", "o_proj", "lm_head"))
+        spread = 0.5 if "embed" in name else p.shape[-1] ** -0.5 * (0.5 if writes else 1.0)
+        p.copy_(torch.randn(p.shape, generator=generator) * spread)
+
+
+class Recorder:
+    """Notes what every router says while it is on: modules called `gate` that give (logits, weights, ids)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.on, self.found = False, list[Routing]()
+        gates = [m for n, m in model.named_modules() if n.endswith(".gate") and hasattr(m, "top_k")]
+        self.handles = [gate.register_forward_hook(self._note) for gate in gates]
+
+    def _note(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if self.on:
+            logits, weights, ids = output[:3]
+            self.found.append(Routing(logits.flatten(0, -2), weights, ids))
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Routing]]:
+        self.on, self.found = True, []
+        try:
+            yield self.found
+        finally:
+            self.on = False
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+class Training:
+    """A model under training: its optimisers, its place and its curve. train, held: token streams [n]."""
+
+    def __init__(self, recipe: TrainingForm, model: Any, parts: Sequence[Part], train: Tensor, held: Tensor) -> None:
+        self.recipe, self.model, self.parts, self.held = recipe, model, list(parts), held
+        for part in self.parts:
+            part.start(model)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.matrices = {n: p for n, p in trained.items() if p.ndim >= 2 and not any(word in n for word in NOT_MATRICES)}
+        self.others = {n: p for n, p in trained.items() if n not in self.matrices}
+        self.muon = Muon(self.matrices)
+        self.rest = torch.optim.AdamW(list(self.others.values()), lr=recipe.rate_rest, betas=BETAS, weight_decay=DECAY_REST)
+        self.batches = Batches(train, recipe.length, recipe.batch, recipe.seed)
+        self.step, self.curve = 0, Curve()
+
+    def run(self, save: Callable[[dict[str, Tensor]], None], update: Callable[[int, int], None]) -> None:
+        """All steps that are left. save: is given the state every so many steps; update: hears of every step."""
+        recorder = Recorder(self.model)
+        self.model.train()
+        try:
+            with training_experts(self.model):
+                while self.step < self.recipe.steps:
+                    self.curve.train.append(self._update(recorder))
+                    self.step += 1
+                    if self.step % self.recipe.judge_every == 0 and self.step < self.recipe.steps:
+                        self.curve.held.append((self.step, self.judge()))
+                    if self.step % self.recipe.keep_every == 0 and self.step < self.recipe.steps:
+                        save(self.state())
+                    update(self.step, self.recipe.steps)
+                for part in self.parts:
+                    part.finish(self.model)
+                self.curve.held.append((self.step, self.judge()))
+        finally:
+            recorder.close()
+            self.model.eval()
+
+    def _update(self, recorder: Recorder) -> float:
+        """One step. Returns the next token's loss."""
+        place = Place(self.step, self.recipe.steps, self.recipe.seed)
+        for part in self.parts:
+            part.begin(self.model, place)
+        batch = self.batches(self.step)
+        ids, wanted = batch[:, :-1], batch[:, 1:]
+        with recorder.recording() as routings:
+            logits = self._logits(ids)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten())
+        seen = Seen(place, ids, logits, routings, again=lambda: self._logits(ids))
+        terms = [term for term in (part.loss(seen) for part in self.parts) if term is not None]
+        total = loss + torch.stack(terms).sum() if terms else loss
+        torch.autograd.backward(total)
+        if not math.isfinite(total.item()):
+            raise PrismError(
+                f"the loss of step {self.step} is not finite", "lower rate_matrix and rate_rest, and start again with --force"
+            )
+        rate = learning_rate(place.share, self.recipe.decay)
+        self.rest.param_groups[0]["lr"] = self.recipe.rate_rest * rate
+        self.muon.step(self.recipe.rate_matrix * rate, WEIGHT_DECAY)
+        self.rest.step()
+        self.model.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.recipe.autocast):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    @torch.no_grad()
+    def judge(self) -> float:
+        """Nats per token on held-out text: of up to JUDGED windows, spread over it, as the model routes at this step."""
+        length = self.recipe.length
+        self.model.eval()
+        starts = torch.linspace(0, len(self.held) - length - 1, min(JUDGED, max(1, len(self.held) // length))).long().tolist()
+        losses = []
+        for start in starts:
+            row = self.held[start : start + length + 1].long()[None]
+            losses.append(nn.functional.cross_entropy(self._logits(row[:, :-1])[0].float(), row[0, 1:]))
+        self.model.train()
+        return float(torch.stack(losses).mean())
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a run goes on from."""
+        found = {f"value.{n}": p.detach().clone() for n, p in self.model.named_parameters()}
+        found |= {f"muon.{n}": buffer.clone() for n, buffer in self.muon.buffers.items()}
+        for name, parameter in self.others.items():
+            own = self.rest.state.get(parameter, {})
+            found |= {f"{moment}.{name}": own[moment].clone() for moment in MOMENTS if moment in own}
+        return found | self.curve.tensors() | {"step": torch.tensor(self.step)}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave. CorruptError where it is of another model."""
+        own = {f"value.{n}": p for n, p in self.model.named_parameters()}
+        own |= {f"muon.{n}": buffer for n, buffer in self.muon.buffers.items()}
+        for name, tensor in own.items():
+            if name not in state or state[name].shape != tensor.shape:
+                raise CorruptError(f"the kept state of the training has no '{name}'", "use --force to start again")
+            tensor.copy_(state[name])
+        step = state["step"].to(torch.float32)
+        for name, parameter in self.others.items():
+            moments = {moment: state[f"{moment}.{name}"].clone() for moment in MOMENTS if f"{moment}.{name}" in state}
+            if moments:
+                self.rest.state[parameter] = {"step": step.clone(), **moments}
+        self.step, self.curve = int(state["step"]), Curve.of(state)

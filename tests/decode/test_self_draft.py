@@ -31,7 +31,9 @@ def test_tokens_are_those_of_plain_decoding(request, which, temperature):
     opened = request.getfixturevalue(which)
     plain, _ = texts(opened, FULL, temperature=temperature, seed=5)
     for budget, length, adapt in ((0.25, 4, False), (0.5, 1, False), (0.5, 3, True)):
-        found, facts = texts(opened, decoded("self-draft", budget=budget, length=length, adapt=adapt), temperature=temperature, seed=5)
+        found, facts = texts(
+            opened, decoded("self-draft", budget=budget, length=length, adapt=adapt), temperature=temperature, seed=5
+        )
         assert found == plain
         assert adapt or sum(f["drafted"] for f in facts) > 0
 

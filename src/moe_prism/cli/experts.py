@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..options.experts import ExpertOptions
+from ..options.experts import AUTO, ExpertOptions
 
 if TYPE_CHECKING:
     from ..store import StoreOptions
@@ -20,7 +20,7 @@ def store_options(experts: ExpertOptions) -> StoreOptions | None:
     from ..store.choose_misses import Misses
 
     return StoreOptions(
-        parse_bytes(experts.expert_memory),
+        None if experts.expert_memory == AUTO else parse_bytes(experts.expert_memory),
         experts.expert_file,
         experts.expert_policy,
         misses=Misses(experts.miss_floor, experts.int8_budget),

@@ -12,10 +12,10 @@ import torch
 
 from ..cores import cores
 from ..kernels.target import TARGET
+from ..memory import available_memory
 from ..model import find_layers, load_model
 from ..result import Findings
 from .half_budget import KNOWN, as_json, half_budget, shape_of_model
-from .resources import available_memory
 
 LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "numba", "pydantic")
 EXTRAS = {

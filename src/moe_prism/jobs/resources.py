@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..elastic.runtime import experts_per_token
 from ..errors import DoesNotFit, UsageError
 from ..frontier.measure import BATCH
 from ..heap import return_free_memory
+from ..memory import available_memory, resident_memory
 from ..methods.quantize.uniform_bits import STANDING
 from ..model import MoELayer, find_layers, load_model
 from ..options.calibrate import CalibrateOptions
@@ -312,20 +312,3 @@ def check_resources(needed: Mapping[str, Any], out: str | Path, resume: bool = F
 
 def _size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def available_memory() -> int:
-    """Bytes the system could give a new process now."""
-    try:
-        line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def resident_memory() -> int:
-    """Bytes of memory that this process holds."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return 0

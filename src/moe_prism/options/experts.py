@@ -8,13 +8,17 @@ from pathlib import Path
 from ..errors import UsageError
 from .base import Options, flag_of, option
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertOptions(Options):
     """Experts on disk."""
 
     expert_memory: str | None = option(
-        None, "Keep the experts on disk and this much of them in memory, for example 200MB; default all of them."
+        None,
+        "Keep the experts on disk and this much of them in memory, for example 200MB, or auto: what is left beside the rest of the "
+        "model, its cache and a reserve; default all of them.",
     )
     expert_file: Path | None = option(
         None, "Where they are packed for that, written on first use; default experts.pack in the folder."

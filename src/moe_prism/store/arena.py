@@ -53,13 +53,13 @@ class Arena:
     """`slots` records in anonymous, page-aligned memory: `memory` uint8 [S, bytes], `parts` the layer of them."""
 
     def __init__(self, slots: int, layout: RecordLayout, like: MoELayer) -> None:
-        self._map = mmap.mmap(-1, slots * layout.bytes)
-        self.memory = torch.frombuffer(self._map, dtype=torch.uint8).view(slots, layout.bytes)
+        self.mapped = mmap.mmap(-1, slots * layout.bytes)
+        self.memory = torch.frombuffer(self.mapped, dtype=torch.uint8).view(slots, layout.bytes)
         self.parts, self.weights = LayerParts(ArenaLayer(self.memory, layout, like), 1, 0), layout.weights
 
     @property
     def bytes(self) -> int:
-        return len(self._map)
+        return len(self.mapped)
 
     def outputs(self, x: Tensor, row: Ints, weight: Floats, slot: Ints) -> Floats:
         """[R, d]: weight [R] x output of slot [R] for the rows row [R] of x."""

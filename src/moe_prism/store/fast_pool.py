@@ -263,6 +263,18 @@ class TablePool(ExpertCache):
         self._pool.counts[WASTED] += self._pool.early[i]
         self._pool.used[i], self._pool.early[i] = -1, False
 
+    def shrink(self, capacity: int) -> list[Key]:
+        """Have fewer slots from now on; the keys that leave for that, used longest ago first. What is pinned stays."""
+        pool = self._pool
+        self.capacity, self._pool = capacity, pool._replace(capacity=capacity)
+        resident = np.flatnonzero(pool.used >= 0)
+        order = resident[np.argsort(pool.used[resident], kind="stable")]
+        leaving = order[pool.pins[order] == 0][: max(0, len(resident) - capacity)]
+        pool.counts[EVICTIONS] += len(leaving)
+        pool.counts[WASTED] += int(pool.early[leaving].sum())
+        pool.used[leaving], pool.early[leaving] = -1, False
+        return [int(i) + self.base for i in leaving]
+
     def new_sequence(self) -> None:
         """Neither policy keeps anything per sequence."""
 

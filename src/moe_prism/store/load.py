@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,20 +26,22 @@ from .plane_layer import PlaneElastic
 from .plane_layout import PlaneLayout
 from .plane_store import PlaneStore
 from .reader import RecordReader
+from .sizing import FirstSteps, cache_bytes, kept_free, memory_for_experts
 from .store import ExpertStore
 
+logger = logging.getLogger(__name__)
 PACK_FILE = "experts.pack"
 
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """memory: bytes for experts and what predicts them; file: the packed file, default `experts.pack`
-    in the model's folder; policy, settings: who is evicted, default `pools.policy_for`; parts: records per expert (1 = whole experts),
-    default the model's sub-experts; misses: what is not read, or in int8 form; ahead: records to read ahead of a layer; predictor: of
-    its experts; fitted: a file of `moe-prism offload fit`, which says what is not said here; reader: a test's own.
+    """memory: bytes for experts and what predicts them, None: what is left beside a KV cache of `cache_tokens`; file: the packed file,
+    default `experts.pack` in the model's folder; policy, settings: who is evicted, default `pools.policy_for`; parts: records per expert
+    (1 = whole experts), default the model's sub-experts; misses: what is not read, or in int8 form; ahead: records to read ahead of a
+    layer; predictor: of its experts; fitted: a file of `moe-prism offload fit`, which says what is not said here; reader: a test's own.
     """
 
-    memory: int
+    memory: int | None
     file: Path | None = None
     policy: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -47,6 +50,7 @@ class StoreOptions:
     ahead: int | None = None
     predictor: str | None = None
     fitted: Path | None = None
+    cache_tokens: int = 4096
     reader: Callable[[Pack, Tensor], RecordReader] = open_reader
 
 
@@ -100,8 +104,9 @@ def load_stored(
     check_layers(folder, manifest, layers)
     check_fits(pack, layers, manifest["n_sub"], manifest["gates"])
     layer_parts = stored_parts(layers, pack, manifest["n_sub"], manifest["gates"], tensors)
-    slots = slots_in(options.memory, resident_bytes(layer_parts), pack.layout.bytes, len(pack.space), pack.layout.planes)
     model = stream.keep_outside([name for layer in layers for name in layer.owners])
+    memory = options.memory or memory_for_experts(cache_bytes(model, options.cache_tokens))
+    slots = slots_in(memory, resident_bytes(layer_parts), pack.layout.bytes, len(pack.space), pack.layout.planes)
     group = experts_per_token(model, layer_parts[0].layer) * pack.space.parts
     if isinstance(pack.layout, PlaneLayout):
         group = max(group, 2 * pack.layout.planes)  # a pool of one layer then holds both planes of a block
@@ -113,6 +118,14 @@ def load_stored(
     else:
         store = ExpertStore(pack, slots, like, eviction, reader=options.reader)
         model._moe_prism = StoredElastic(model, layer_parts, store, misses=options.misses, ahead=guess)
+    if options.memory is None:
+        kept = model._moe_prism.store
+        kept.on_step = FirstSteps(kept)
+        logger.info(
+            "memory: %.2f of %.2f GiB of experts, %.2f GiB for a cache of %d tokens, %.2f GiB stay free",
+            *(n / 2**30 for n in (slots * pack.layout.bytes, len(pack.space) * pack.layout.bytes)),
+            cache_bytes(model, options.cache_tokens) / 2**30, options.cache_tokens, kept_free() / 2**30,
+        )  # fmt: skip
     model._moe_prism.stored_bytes_per_weight = manifest["bytes_per_weight"]
     read_generation_config(model, folder)
     return model

@@ -44,8 +44,8 @@ class PlaneArena:
     def __init__(self, slots: int, layout: PlaneLayout, like: MoELayer) -> None:
         if not (AVAILABLE and threads.can_share()):
             raise UsageError("this processor has no products of bytes, which records of planes need", "pack without planes")
-        self._map = mmap.mmap(-1, slots * layout.bytes)
-        self.memory = torch.frombuffer(self._map, dtype=torch.uint8).view(slots, layout.bytes)
+        self.mapped = mmap.mmap(-1, slots * layout.bytes)
+        self.memory = torch.frombuffer(self.mapped, dtype=torch.uint8).view(slots, layout.bytes)
         self.layout, self.like = layout, like
         self._address, self._size, self._weights = self.memory.data_ptr(), layout.bytes, layout.weights
         first, down = layout.first, layout.down
@@ -57,7 +57,7 @@ class PlaneArena:
 
     @property
     def bytes(self) -> int:
-        return len(self._map)
+        return len(self.mapped)
 
     def is_few(self, wanted: PlaneWanted) -> bool:
         """Whether slot by slot is the way."""

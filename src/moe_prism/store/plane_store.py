@@ -32,7 +32,7 @@ class PlaneStore(RecordStore):
         """As of `ExpertStore`; the file holds planes."""
         assert isinstance(pack.layout, PlaneLayout)
         self.arena = PlaneArena(slots, pack.layout, like)
-        super().__init__(pack, self.arena.memory, eviction, reader=reader)
+        super().__init__(pack, self.arena.memory, self.arena.mapped, eviction, reader=reader)
 
     def places_of(self, layer: int) -> Ints:
         """[E N, 2]: the place of both planes of every block of a layer, negative where they are not there or on their way."""
@@ -45,7 +45,7 @@ class PlaneStore(RecordStore):
         result does not depend on what was resident.
         """
         if layer == 0:
-            self.fetcher.step += 1
+            self.begin_step()
         under_way, base = self.fetcher.under_way, self.space.of_layer(layer).start
         under_way.note_arrivals()
         if under_way:

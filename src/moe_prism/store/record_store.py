@@ -5,7 +5,9 @@ Shapes: E experts, N parts per expert.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from ..offload.base import Key
 from ..offload.cache.pool import LayerPools
 from .aio_reader import open_reader
+from .fast_pool import TablePool
 from .fetch import Fetcher, Times
 from .pack import Pack
 from .pools import Eviction
@@ -25,13 +28,17 @@ Open = Callable[[Pack, Tensor], RecordReader]
 class RecordStore:
     """Records of a packed file in memory, and who of them leaves for others."""
 
-    def __init__(self, pack: Pack, memory: Tensor, eviction: Eviction, *, reader: Open = open_reader) -> None:
-        """memory: uint8 [slots, bytes of a record]; eviction: who leaves; reader: what reads."""
+    def __init__(self, pack: Pack, memory: Tensor, mapped: mmap.mmap, eviction: Eviction, *, reader: Open = open_reader) -> None:
+        """memory: uint8 [slots, bytes of a record] of what is mapped; eviction: who leaves; reader: what reads."""
+        self.mapped = mapped
         self.pack, self.slots, self.space, self.group = pack, len(memory), pack.space, eviction.group
         self.times = Times()
         self.reader = reader(pack, memory)
         self.fetcher = Fetcher(pack, self.slots, eviction, self.reader, self.times)
         self.cache, self.places = self.fetcher.cache, self.fetcher.places
+        self.in_use = self.slots
+        self.on_step: Callable[[], None] | None = None
+        self._memory = memory
 
     def close(self) -> None:
         self.settle()
@@ -58,6 +65,38 @@ class RecordStore:
     def prefetch(self, layer: int, keys: Sequence[Key]) -> None:
         """Begin to read keys of a layer that will run next, as far as there is room; never waited for unless they are asked for."""
         self.fetcher.prefetch(layer, keys)
+
+    def begin_step(self) -> None:
+        """The first layer of a model begins."""
+        self.fetcher.step += 1
+        if self.on_step is not None:
+            self.on_step()
+
+    def shrink(self, slots: int) -> int:
+        """Give the memory of slots back until at most so many are in use, as far as every pool can still hold a layer's choice.
+
+        Who leaves is who was used longest ago. Returns how many slots were given up: none of pools whose policy has no table.
+        """
+        self.settle()
+        every = self.cache.pools if isinstance(self.cache, LayerPools) else [self.cache]
+        tables = [pool for pool in every if isinstance(pool, TablePool)]
+        if len(tables) < len(every) or slots >= self.in_use:
+            return 0
+        least = [min(pool.capacity, self.group) for pool in tables]
+        share = max(0, slots - sum(least)) / max(1, self.in_use - sum(least))
+        for pool, few in zip(tables, least, strict=True):
+            for key in pool.shrink(few + int(share * (pool.capacity - few))):
+                self.places.vacate(key)
+        before, self.in_use = self.in_use, sum(pool.capacity for pool in tables)
+        self._release()
+        return before - self.in_use
+
+    def _release(self) -> None:
+        """Hand the pages of free slots to the system; one that is used again gets new ones."""
+        size = self._memory.shape[1]
+        for slot in sorted(self.places.free[1 : 1 + self.places.free[0]].tolist()):
+            with suppress(OSError, ValueError):  # a system that cannot: the memory stays
+                self.mapped.madvise(mmap.MADV_REMOVE, slot * size, size)
 
     def settle(self) -> None:
         """Wait for everything that was begun ahead of its use."""

@@ -47,7 +47,7 @@ class ExpertStore(RecordStore):
         """slots: records that fit; like: a layer of the model (its activation); eviction: who leaves; reader: what reads."""
         assert isinstance(pack.layout, RecordLayout)
         self.arena = Arena(slots, pack.layout, like)
-        super().__init__(pack, self.arena.memory, eviction, reader=reader)
+        super().__init__(pack, self.arena.memory, self.arena.mapped, eviction, reader=reader)
         self._outputs = SlotOutputs(self.arena, self.places, self.times)
 
     def wanted(self, layer: int, index: Tensor, weight: Tensor, keep: Tensor) -> Wanted:
@@ -69,7 +69,7 @@ class ExpertStore(RecordStore):
         StoreError if a record cannot be read; the store can be used further then.
         """
         if layer == 0:
-            self.fetcher.step += 1
+            self.begin_step()
         under_way, batch = self.fetcher.under_way, LayerBatch(layer, x, wanted, low)
         under_way.note_arrivals()
         out = np.zeros(x.shape, np.float32)

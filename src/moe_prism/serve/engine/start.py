@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def start_engine(folder: Path, options: ServeOptions, config: Config, known: dic
     cost = CostModel.from_json(known) if known else CostModel.load(options.cost) if options.cost else None
     torch.set_num_threads(compute_threads(config.engine.threads))
     _say("loading the model")
-    model, tokenizer = _opened(folder, options)
+    model, tokenizer = _opened(folder, options, config.engine.cache_tokens)
     model.eval()
     elastic: Elastic = model._moe_prism
     if options.patterns is not None:
@@ -110,10 +110,11 @@ def start_engine(folder: Path, options: ServeOptions, config: Config, known: dic
         raise
 
 
-def _opened(folder: Path, options: ServeOptions) -> tuple[Any, Any]:
+def _opened(folder: Path, options: ServeOptions, cache_tokens: int) -> tuple[Any, Any]:
     """(model, tokenizer): elastic, or whole experts of any other checkpoint. UsageError for an option that only an elastic one has."""
     if options.store is not None or options.verify:
-        return load(folder, store=options.store, verify=options.verify)
+        store = None if options.store is None else replace(options.store, cache_tokens=cache_tokens)
+        return load(folder, store=store, verify=options.verify)
     return open_to_write(folder)
 
 

@@ -1,0 +1,79 @@
+"""How much memory a process may still take: what the machine has, within the limits of the process's control groups."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+PROC = Path("/proc")
+GROUPS = Path("/sys/fs/cgroup")
+UNLIMITED = 1 << 60  # version 1 writes a number beside which nothing is a limit
+
+
+def available_memory() -> int:
+    """Bytes that a process could take now without anybody swapping or being killed."""
+    return min([_of_machine("MemAvailable"), *(limit - used for limit, used in _limits())])
+
+
+def total_memory() -> int:
+    """Bytes that there are: of the machine, or of the smallest control group around this process."""
+    return min([_of_machine("MemTotal"), *(limit for limit, _ in _limits())])
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds."""
+    try:
+        return int((PROC / "self" / "statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
+
+
+def _of_machine(name: str) -> int:
+    try:
+        text = (PROC / "meminfo").read_text(encoding="ascii")
+        return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(f"{name}:"))
+    except (OSError, ValueError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """(limit, what is used of it and cannot be dropped) of every control group around this process that has a limit."""
+    try:
+        lines = (PROC / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, _, rest = line.partition(":")
+        kinds, _, path = rest.partition(":")
+        if number == "0":  # version 2
+            yield from _walked(GROUPS, path, ("memory.max", "memory.current", "inactive_file"))
+        elif "memory" in kinds.split(","):
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            yield from _walked(GROUPS / "memory", path, names)
+
+
+def _walked(root: Path, path: str, names: tuple[str, str, str]) -> Iterator[tuple[int, int]]:
+    """From a group to the root; in a container the path may be that of the machine outside, and only the root is there."""
+    own = root / path.lstrip("/")
+    for folder in dict.fromkeys([own, *(parent for parent in own.parents if parent.is_relative_to(root)), root]):
+        limit, used = (_number(folder / name) for name in names[:2])
+        if limit is not None and used is not None and limit < UNLIMITED:
+            yield limit, max(0, used - _reclaimable(folder / "memory.stat", names[2]))
+
+
+def _number(file: Path) -> int | None:
+    """None where there is no such file, or "max" in it."""
+    try:
+        return int(file.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def _reclaimable(file: Path, name: str) -> int:
+    """Pages of files that nobody looked at lately: they count as used, and go when somebody needs the room."""
+    try:
+        rows = (line.split() for line in file.read_text(encoding="ascii").splitlines())
+        return next((int(row[1]) for row in rows if row and row[0] == name), 0)
+    except (OSError, ValueError, IndexError):
+        return 0

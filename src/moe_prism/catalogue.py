@@ -112,7 +112,9 @@ REGISTRIES = {
     "routing-stages": Home(
         "routing", "routing_stages", "`routing` of an operating point: what routing methods fit and a layer runs"
     ),
-    "architectures": Home("architectures", "architectures", "`architecture` of a recipe of `train`: how experts are chosen and trained"),
+    "architectures": Home(
+        "architectures", "architectures", "`architecture` of a recipe of `train`: how experts are chosen and trained"
+    ),
     "splits": Home("methods.split", "splits", "`split --method`: which neurons of a dense layer become which expert"),
     "slices": Home("frontier.judge", "slices", "`frontier --judge`: what held-out text is asked beside perplexity"),
     "protections": Home("compress.prune", "protections", "`prune --protect`: experts that stay whatever a criterion says"),

@@ -74,9 +74,12 @@ class NullBalance(Part):
 
 
 class AdaMoESettings(Form):
-    """null: experts that do nothing; with even use a token has k E / (E + null) true ones. balance: weight of the loss; give the recipe's as 0."""
+    """nulls: experts that do nothing, m; with even use a token has k E / (E + m) true ones.
 
-    null: Annotated[int, Field(ge=0, le=4096)] = 16
+    balance: weight of the loss here; the recipe's is 0 then.
+    """
+
+    nulls: Annotated[int, Field(ge=0, le=4096)] = 16
     balance: Amount = 0.01
 
 
@@ -86,7 +89,7 @@ class AdaMoE(Architecture):
     Settings = AdaMoESettings
 
     def config(self, vocabulary: Vocabulary) -> Any:
-        return AdaMoEConfig(**olmoe_keys(self.shape, vocabulary), norm_topk_prob=True, null_experts=self.settings.null)
+        return AdaMoEConfig(**olmoe_keys(self.shape, vocabulary), norm_topk_prob=True, null_experts=self.settings.nulls)
 
     def parts(self) -> list[Part]:
         return [NullBalance(self.settings.balance, self.shape.experts)]
@@ -94,7 +97,7 @@ class AdaMoE(Architecture):
     @classmethod
     def example(cls) -> tuple[Any, dict[str, Any]]:
         shape, _ = super().example()
-        return shape, {"null": 3}
+        return shape, {"nulls": 3}
 
 
 register(AdaMoEConfig, AdaMoEForCausalLM)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..schema.common import Form
 from ..schema.training import ShapeForm
 
-
 WEIGHTS = "_moe_prism_trained_as"
 """The attribute of an experts module that says as what its matrices are computed: a function of a parameter [E, o, i]."""
 FILTER = "_moe_prism_filter"

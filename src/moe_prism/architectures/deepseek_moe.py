@@ -27,7 +27,9 @@ class DeepSeekMoE(Architecture):
     def config(self, vocabulary: Vocabulary) -> Any:
         shape, width = self.shape, self.shape.hidden // self.shape.heads
         if width % 4:
-            raise UsageError(f"model.hidden {shape.hidden} of {shape.heads} heads gives heads of {width}", "make it a multiple of 4")
+            raise UsageError(
+                f"model.hidden {shape.hidden} of {shape.heads} heads gives heads of {width}", "make it a multiple of 4"
+            )
         return DeepseekV2Config(
             **vocabulary.keys(),
             hidden_size=shape.hidden,

@@ -1,4 +1,4 @@
-"""MoE++ (arXiv 2410.07348): experts that compute nothing, a copy or a constant beside the usual ones, and routers that see the last one's scores.
+"""MoE++ (arXiv 2410.07348): experts that give nothing, a copy or a constant, and routers that see the scores of the layer before.
 
 Shapes: T tokens, d hidden, F usual experts, Z of the others, C = F + Z, k choices per token.
 """
@@ -101,11 +101,14 @@ class UnevenBalance(Part):
 
 
 class MoEPlusPlusSettings(Form):
-    """zero, copy, constant: how many of each. tau: below 1 more tokens go to them. residual: of the routers. balance: give the recipe's as 0."""
+    """zeros, copies, constants: how many of each. tau: below 1 more tokens go to them. residual: whether routers see the last one's scores.
 
-    zero: Annotated[int, Field(ge=0, le=1024)] = 1
-    copy_: Annotated[int, Field(ge=0, le=1024, alias="copy")] = 1
-    constant: Annotated[int, Field(ge=0, le=1024)] = 2
+    balance: weight of the loss here; the recipe's is 0 then.
+    """
+
+    zeros: Annotated[int, Field(ge=0, le=1024)] = 1
+    copies: Annotated[int, Field(ge=0, le=1024)] = 1
+    constants: Annotated[int, Field(ge=0, le=1024)] = 2
     tau: Annotated[float, Field(gt=0, le=1)] = 0.75
     residual: bool = True
     balance: Amount = 0.01
@@ -120,7 +123,7 @@ class MoEPlusPlus(Architecture):
         s = self.settings
         return MoEPlusPlusConfig(
             **olmoe_keys(self.shape, vocabulary), norm_topk_prob=True,
-            zero_experts=s.zero, copy_experts=s.copy_, constant_experts=s.constant, gating_residual=s.residual,
+            zero_experts=s.zeros, copy_experts=s.copies, constant_experts=s.constants, gating_residual=s.residual,
         )  # fmt: skip
 
     def parts(self) -> list[Part]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .base import WEIGHTS, Part, Place, Routing, Seen, routers
 
+
 class RouterLosses(Part):
     """Load balance (Switch, arXiv 2101.03961, eq. 4, over k choices) and z-loss (ST-MoE, arXiv 2202.08906, eq. 5); means over layers."""
 

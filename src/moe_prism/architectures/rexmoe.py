@@ -83,7 +83,7 @@ class ReXMoEForCausalLM(OwnOlmoe):
 
 
 class Progressive(Part):
-    """N_t experts of a group are open: those of one layer until `begin` of the steps, all from `end` on, and a line between (the paper's)."""
+    """N_t experts of a group are open: as many as one layer has until `begin` of the steps, all from `end` on, a line between."""
 
     def __init__(self, experts: int, layers: int, begin: float, end: float) -> None:
         self.experts, self.layers, self.first, self.last = experts, layers, begin, end

@@ -19,7 +19,7 @@ from .parts import CountSchedule
 
 
 class SigmaMoESettings(Form):
-    """first: k of the lowest layers at the beginning. share: of the steps, in which it falls. layers: the share of layers that it is for."""
+    """first: k of the lowest layers at the beginning. share: of the steps, in which it falls. layers: which share of the layers."""
 
     first: Annotated[int, Field(ge=1, le=4096)] = 8
     share: Share = 0.2
@@ -47,7 +47,7 @@ class SigmaMoE(Architecture):
         first, last, until = self.settings.first, self.shape.active, self.settings.share
         if layer >= math.ceil(self.settings.layers * layers) or share >= until:
             return int(last)
-        return int(round(first + (last - first) * share / until))
+        return round(first + (last - first) * share / until)
 
     @classmethod
     def example(cls) -> tuple[Any, dict[str, Any]]:

@@ -62,7 +62,9 @@ class SelectiveSinkhorn(Part):
         self.generator = place.generator(PURPOSE)
         self.balances = bool(torch.rand((), generator=self.generator) < self.settings.share)
 
-    def _route(self, router: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _route(
+        self, router: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
         if not router.training:
             return None
         logits, weights, ids = output

@@ -74,13 +74,15 @@ def token_streams(tokenizer: Any, sources: Sequence[str], *, tokens: int | None,
     judged = [token for d in held for token in _encoded(tokenizer, d, mark)]
     for side, found in (("train on", ids), ("judge by", judged)):
         if len(found) < least:
-            raise UsageError(f"the text has {len(found)} tokens to {side}, less than {least}", f"give more text than {', '.join(sources)}")
+            raise UsageError(
+                f"the text has {len(found)} tokens to {side}, less than {least}", f"give more text than {', '.join(sources)}"
+            )
     size = sum(len(d.text.encode()) for d in used)
-    return TokenStreams(torch.tensor(ids, dtype=torch.int32), torch.tensor(judged, dtype=torch.int32), tuple(d.sha256 for d in used), size)
+    return TokenStreams(
+        torch.tensor(ids, dtype=torch.int32), torch.tensor(judged, dtype=torch.int32), tuple(d.sha256 for d in used), size
+    )
 
 
 def _encoded(tokenizer: Any, document: Document, mark: int | None) -> list[int]:
     found: list[int] = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
     return found if mark is None else [mark, *found]
-
-

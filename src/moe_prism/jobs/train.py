@@ -79,9 +79,7 @@ class _Job:
         model = self.architecture.build(self.config)
         draw_weights(model, self.recipe.seed)
         usual: Sequence[Part] = (RouterLosses(self.recipe.balance, self.recipe.z),)
-        return Training(
-            self.recipe, model, [*usual, *self.architecture.parts()], self.streams.train, self.streams.held
-        )
+        return Training(self.recipe, model, [*usual, *self.architecture.parts()], self.streams.train, self.streams.held)
 
     def inputs(self) -> dict[str, Any]:
         """What decides the result."""
@@ -93,7 +91,9 @@ class _Job:
         }
 
 
-def train(recipe: str | Path | Mapping[str, Any], out: str | Path, *, changes: Sequence[str] = (), **how: Unpack[Writing]) -> Trained:
+def train(
+    recipe: str | Path | Mapping[str, Any], out: str | Path, *, changes: Sequence[str] = (), **how: Unpack[Writing]
+) -> Trained:
     """Train the model that a recipe describes, and write a checkpoint that transformers and every command load.
 
     recipe: a .yaml file, or what it would say; changes: KEY=VALUE, like model.active=2. how: see `Writing`; an interrupted training

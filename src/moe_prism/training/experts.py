@@ -19,7 +19,7 @@ NAME = "moe_prism_training"
 
 
 class Grouped(torch.autograd.Function):
-    """x [S, i], each span of rows times its own matrix of w [E, o, i] -> [S, o]; in bfloat16 under autocast. Gradients are as what they are of."""
+    """x [S, i], each span of rows times its own matrix of w [E, o, i] -> [S, o]; in bfloat16 under autocast, with gradients in the old type."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:

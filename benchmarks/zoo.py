@@ -4,8 +4,8 @@
                              [--tokens 16384] [--quick] [--json]
 
 A model lies in FOLDER/NAME-SEED, and is trained in one thread if it is not there; an interrupted training goes on. Every claim is
-measured on held-out programs of the standard library. Each compares with `top-k` of the same seed, sizes and tokens. Intervals: 95 %, bootstrap over
-windows of 256 tokens, which are the same for all. --set changes every recipe. --no-train measures what is there. --quick trains two
+measured on held-out programs of the standard library. Each compares with `top-k` of the same seed, sizes and tokens. Intervals: 95 %,
+bootstrap over windows of 256 tokens, which are the same for all. --set changes every recipe. --no-train measures what is there. --quick trains two
 steps: it shows that the command works.
 """
 

@@ -47,7 +47,7 @@ def test_a_step_lowers_the_loss_of_its_own_text(name):
     architecture = example(name)
     form = TrainingForm.model_validate(recipe(name, model=architecture.shape.model_dump(), steps=30, length=16, decay=0.0))
     text = torch.randint(0, 64, (33,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
-    training = Training(form, model_of(architecture), [RouterLosses(0.01, 1e-4), *architecture.parts()], text, text)
+    training = Training(form, model_of(architecture), [RouterLosses(0.01, 1e-4), *architecture.parts()], (text, text))
     training.run(lambda _state: None, lambda _step, _steps: None)
     assert training.curve.train[-1] < training.curve.train[0] - 0.5
 

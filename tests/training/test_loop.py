@@ -92,7 +92,7 @@ def test_what_was_started_with_another_recipe_is_not_continued(tmp_path, monkeyp
         patch.setattr(Training, "_update", lambda self, r: (_ for _ in ()).throw(Stopped))
         trained(tmp_path / "cut", "top-k")
     with pytest.raises(UsageError, match="another recipe"):
-        train(recipe("top-k", seed=1), tmp_path / "cut", resume=True)
+        train(recipe("top-k", steps=7), tmp_path / "cut", resume=True)
 
 
 def test_seeds_differ_and_one_seed_does_not(tmp_path):
@@ -163,3 +163,35 @@ def test_k_of_the_lowest_layers_falls_to_one():
     (schedule,) = architecture.parts()
     schedule.begin(model, Place(0, 10, 0))
     assert [router.top_k for router in routers(model)] == [3, 1]
+
+
+@pytest.mark.parametrize("name", ["elastic", "sinkhorn"])
+def test_parts_of_a_batch_are_the_batch_to_rounding(name, tmp_path):
+    whole, parts = (trained(tmp_path / str(n), name, settings={}, parts=n, balance=0.0, z=0.0, batch=4) for n in (1, 2))
+    if name == "elastic":  # budgets are drawn per part
+        assert whole.curve.train[0] == pytest.approx(parts.curve.train[0], abs=1e-5)
+        return
+    assert whole.curve.train[0] == pytest.approx(parts.curve.train[0], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["elastic", "top-k"])
+def test_two_processes_give_what_one_gives_to_the_bit(name, tmp_path):
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(recipe(name, parts=4, batch=4)))
+    one = train(file, tmp_path / "one")
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "moe_prism"]
+    words += ["train", str(file), "-o", str(tmp_path / "two")]
+    done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two" / "training.json").read_text())["train"] == one.curve.train
+    first, second = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_processes_share_parts_evenly_or_not_at_all():
+    from moe_prism.training.processes import Processes
+
+    with pytest.raises(UsageError, match="3 processes cannot share 4 parts"):
+        Processes(0, 3).check(4)
+    assert [list(Processes(rank, 2).own(4)) for rank in (0, 1)] == [[0, 2], [1, 3]]

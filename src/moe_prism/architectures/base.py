@@ -36,20 +36,25 @@ class Pairs:
 
 
 class Place(NamedTuple):
-    """Where a training stands. step: how many are done; steps: of the whole run; seed: what draws follow from, with the step."""
+    """Where a training stands. step: how many are done; steps: of the whole run; seed: what draws follow from; part: of the batch."""
 
     step: int
     steps: int
     seed: int
+    part: int = 0
 
     @property
     def share(self) -> float:
         """Of the steps, 0 at the first one."""
         return self.step / self.steps
 
-    def generator(self, purpose: int) -> torch.Generator:
-        """A stream of draws of this step alone: a run that goes on after a kill draws the same. purpose: one number per user."""
-        return torch.Generator().manual_seed(((self.seed * 1_000_003 + self.step) * 101 + purpose) % (1 << 63))
+    def generator(self, purpose: int, *, whole: bool = False) -> torch.Generator:
+        """A stream of draws of this step alone: a run that goes on after a kill draws the same.
+
+        purpose: one number per user; whole: the same for all parts of the batch.
+        """
+        part = 0 if whole else self.part
+        return torch.Generator().manual_seed((((self.seed * 1_000_003 + self.step) * 4099 + part) * 101 + purpose) % (1 << 63))
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Part:
         """Once, when the weights are in place and before there are optimisers: freeze parameters, keep what is needed."""
 
     def begin(self, model: nn.Module, place: Place) -> None:
-        """Before a step."""
+        """Before a step, or a part of its batch."""
 
     def loss(self, seen: Seen) -> Tensor | None:
         """A term of the step's loss; None for none."""

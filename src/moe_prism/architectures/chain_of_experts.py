@@ -35,6 +35,11 @@ class Pass(nn.Module):
         super().__init__()
         self.gate = OlmoeTopKRouter(config)
 
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits [T, E], weights [T, k], ids [T, k])."""
+        found: tuple[Tensor, Tensor, Tensor] = self.gate(x)
+        return found
+
 
 class ChainBlock(nn.Module):
     """x_t = x_(t-1) + experts(x_(t-1), router t); the output is x_C."""
@@ -47,7 +52,7 @@ class ChainBlock(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         for one in self.passes:
-            _, weights, ids = one.gate(x)
+            _, weights, ids = one(x)
             x = x + self.experts(x, ids, weights)
         found: Tensor = x.reshape(hidden_states.shape)
         return found

@@ -61,9 +61,9 @@ class Budgets(Part):
         """a [S, f] without the blocks that their tokens' budgets drop."""
         if self.budgets is None:
             return a
-        values = pairs.weight.detach().float().abs()[:, None] * block_norms(
-            a.detach(), module.down_proj.detach(), pairs, self.sub_experts
-        )  # type: ignore[operator]
+        down: Any = module.down_proj
+        norms = block_norms(a.detach(), down.detach(), pairs, self.sub_experts)
+        values = pairs.weight.detach().float().abs()[:, None] * norms
         kept = values >= cutoffs(values, self.budgets)[pairs.token, None]
         return a * kept.to(a.dtype).repeat_interleave(a.shape[1] // self.sub_experts, 1)
 

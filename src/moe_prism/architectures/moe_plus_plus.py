@@ -33,6 +33,8 @@ class MoEPlusPlusConfig(OlmoeConfig):
 class ResidualRouter(nn.Module):
     """logits = W x + G (the logits of the layer before), from the second layer on."""
 
+    carried: Carried
+
     def __init__(self, config: MoEPlusPlusConfig, index: int, carried: Carried) -> None:
         super().__init__()
         columns = config.num_experts + config.zero_experts + config.copy_experts + config.constant_experts
@@ -64,7 +66,7 @@ class PlusBlock(OwnBlock):
 
     def beside(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
         copied = (ids >= self.first_copy) & (ids < self.first_constant)
-        out = (weights * copied).sum(-1, keepdim=True) * x
+        out: Tensor = (weights * copied).sum(-1, keepdim=True) * x
         if len(self.constants):
             shares = torch.einsum("cpd,td->tcp", self.mix, x).softmax(-1)
             there = torch.zeros(len(x), self.first_constant + len(self.constants), dtype=weights.dtype, device=x.device)

@@ -97,7 +97,7 @@ class Progressive(Part):
         return int((1 + (self.layers - 1) * (share - self.first) / (self.last - self.first)) * self.experts)
 
     def begin(self, model: nn.Module, place: Place) -> None:
-        generator, every = place.generator(PURPOSE), self.layers * self.experts
+        generator, every = place.generator(PURPOSE, whole=True), self.layers * self.experts
         shut = every - self.count(place.share)
         for router in routers(model):
             closed = torch.zeros(every, dtype=torch.bool)

@@ -30,6 +30,8 @@ class RMoEConfig(OlmoeConfig):
 class RecurrentRouter(nn.Module):
     """logits = R s, with s = GRU(P x, the s of the layer before); the GRU is that of all layers, P and R are the layer's own."""
 
+    carried: Carried
+
     def __init__(self, config: RMoEConfig, index: int, carried: Carried) -> None:
         super().__init__()
         self.top_k, self.normalise, self.index = config.num_experts_per_tok, config.norm_topk_prob, index

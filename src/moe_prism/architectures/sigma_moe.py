@@ -47,7 +47,8 @@ class SigmaMoE(Architecture):
         first, last, until = self.settings.first, self.shape.active, self.settings.share
         if layer >= math.ceil(self.settings.layers * layers) or share >= until:
             return int(last)
-        return round(first + (last - first) * share / until)
+        k: int = round(first + (last - first) * share / until)
+        return k
 
     @classmethod
     def example(cls) -> tuple[Any, dict[str, Any]]:

@@ -17,7 +17,7 @@ from transformers import OlmoeConfig
 from ..schema.common import Amount, Form, Share
 from .base import Architecture, Part, Place, Vocabulary, olmoe_keys, routers
 
-PURPOSE = 2
+PURPOSE, PURPOSE_OF_STEP = 2, 4
 
 
 @torch.no_grad()
@@ -60,7 +60,8 @@ class SelectiveSinkhorn(Part):
 
     def begin(self, model: nn.Module, place: Place) -> None:
         self.generator = place.generator(PURPOSE)
-        self.balances = bool(torch.rand((), generator=self.generator) < self.settings.share)
+        drawn = torch.rand((), generator=place.generator(PURPOSE_OF_STEP, whole=True))
+        self.balances = bool(drawn < self.settings.share)
 
     def _route(
         self, router: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]

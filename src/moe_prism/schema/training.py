@@ -40,7 +40,7 @@ class TrainingForm(Form):
 
     settings: of the architecture. rate_matrix: Muon's, for matrices; rate_rest: AdamW's. balance, z: weights of the two usual losses of
     routers. decay: the share of the steps in which the rate falls. autocast: multiply in bfloat16; weights stay in float32.
-    keep_every: steps between two saved states; judge_every: steps between two looks at held-out text.
+    parts: of a batch, whose gradients are added one after the other, or by several processes. keep_every: steps between two saved states; judge_every: steps between two looks at held-out text.
     """
 
     version: Literal[1] = 1
@@ -60,12 +60,15 @@ class TrainingForm(Form):
     z: Amount = 1e-4
     decay: Share = 0.45
     autocast: bool = False
+    parts: Few = 1
     keep_every: Positive = 50
     judge_every: Positive = 100
 
     @model_validator(mode="after")
     def fits(self) -> TrainingForm:
-        """Windows that the model can see."""
+        """Windows that the model can see, and parts of a batch that are alike."""
         if self.length > self.model.context:
             raise ValueError(f"length {self.length} is more than model.context {self.model.context}")
+        if self.batch % self.parts:
+            raise ValueError(f"batch {self.batch} is no multiple of {self.parts} parts")
         return self

@@ -21,6 +21,7 @@ from ..schema.training import TrainingForm
 from .batches import Batches
 from .experts import training_experts
 from .muon import Muon, learning_rate
+from .processes import Processes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT_DECAY, DECAY_REST = 0.02, 0.01
@@ -92,10 +93,11 @@ class Recorder:
 
 
 class Training:
-    """A model under training: its optimisers, its place and its curve. train, held: token streams [n]."""
+    """A model under training: its optimisers, its place and its curve. streams: ids [n] to train on and to judge by."""
 
-    def __init__(self, recipe: TrainingForm, model: Any, parts: Sequence[Part], train: Tensor, held: Tensor) -> None:
-        self.recipe, self.model, self.parts, self.held = recipe, model, list(parts), held
+    def __init__(self, recipe: TrainingForm, model: Any, parts: Sequence[Part], streams: tuple[Tensor, Tensor]) -> None:
+        self.recipe, self.model, self.parts, self.processes = recipe, model, list(parts), Processes()
+        train, self.held = streams
         for part in self.parts:
             part.start(model)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -129,10 +131,30 @@ class Training:
 
     def _update(self, recorder: Recorder) -> float:
         """One step. Returns the next token's loss."""
-        place = Place(self.step, self.recipe.steps, self.recipe.seed)
+        recipe, place = self.recipe, Place(self.step, self.recipe.steps, self.recipe.seed)
+        rows = self.batches(self.step).chunk(recipe.parts)
+        if len(rows) == 1:
+            loss = self._backward(place, rows[0], recorder)
+        else:
+            vectors = []
+            for number in self.processes.own(len(rows)):
+                found = self._backward(place._replace(part=number), rows[number], recorder)
+                vectors.append(torch.cat([self._gradients(), torch.tensor([found])]))
+                self.model.zero_grad(set_to_none=True)
+            mean = self.processes.added(vectors) / len(rows)
+            self._put(mean[:-1])
+            loss = float(mean[-1])
+        rate = learning_rate(place.share, recipe.decay)
+        self.rest.param_groups[0]["lr"] = recipe.rate_rest * rate
+        self.muon.step(recipe.rate_matrix * rate, WEIGHT_DECAY)
+        self.rest.step()
+        self.model.zero_grad(set_to_none=True)
+        return loss
+
+    def _backward(self, place: Place, batch: Tensor, recorder: Recorder) -> float:
+        """Gradients of one part of a batch [B, L + 1]. Returns the next token's loss; PrismError where it is not finite."""
         for part in self.parts:
             part.begin(self.model, place)
-        batch = self.batches(self.step)
         ids, wanted = batch[:, :-1], batch[:, 1:]
         with recorder.recording() as routings:
             logits = self._logits(ids)
@@ -145,12 +167,18 @@ class Training:
             raise PrismError(
                 f"the loss of step {self.step} is not finite", "lower rate_matrix and rate_rest, and start again with --force"
             )
-        rate = learning_rate(place.share, self.recipe.decay)
-        self.rest.param_groups[0]["lr"] = self.recipe.rate_rest * rate
-        self.muon.step(self.recipe.rate_matrix * rate, WEIGHT_DECAY)
-        self.rest.step()
-        self.model.zero_grad(set_to_none=True)
         return loss.item()
+
+    def _gradients(self) -> Tensor:
+        """Of all trained parameters, as one vector; nothing where a parameter had no part."""
+        every = (*self.matrices.values(), *self.others.values())
+        return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in every])
+
+    def _put(self, vector: Tensor) -> None:
+        start = 0
+        for p in (*self.matrices.values(), *self.others.values()):
+            p.grad = vector[start : start + p.numel()].view_as(p).clone()
+            start += p.numel()
 
     def _logits(self, ids: Tensor) -> Tensor:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.recipe.autocast):

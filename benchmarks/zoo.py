@@ -5,8 +5,8 @@
 
 A model lies in FOLDER/NAME-SEED, and is trained in one thread if it is not there; an interrupted training goes on. Every claim is
 measured on held-out programs of the standard library. Each compares with `top-k` of the same seed, sizes and tokens. Intervals: 95 %,
-bootstrap over windows of 256 tokens, which are the same for all. --set changes every recipe. --no-train measures what is there. --quick trains two
-steps: it shows that the command works.
+bootstrap over windows of 256 tokens, the same for all. --set changes every recipe. --no-train measures what is there. --quick trains
+two steps: it shows that the command works.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from printed import printed
 from torch import Tensor, nn
 
-from moe_prism.architectures.base import Routing, routers
+from moe_prism.architectures.base import LayerRouting, routers
 from moe_prism.artefact.open import open_model
 from moe_prism.data import token_windows
 from moe_prism.frontier.measure import measure
@@ -85,17 +85,17 @@ class Zoo:
         return np.array(found)
 
     @torch.no_grad()
-    def routings(self, model: Any) -> list[Routing]:
+    def routings(self, model: Any) -> list[LayerRouting]:
         """Of every router, over all windows."""
         recorder = Recorder(model)
-        every: list[list[Routing]] = []
+        every: list[list[LayerRouting]] = []
         for row in self.ids:
             with recorder.recording() as found:
                 model(input_ids=row[None], use_cache=False)
             every.append(list(found))
         recorder.close()
         return [
-            Routing(*(torch.cat([getattr(r, part) for r in one]) for part in ("logits", "weights", "ids")))
+            LayerRouting(*(torch.cat([getattr(r, part) for r in one]) for part in ("logits", "weights", "ids")))
             for one in zip(*every, strict=True)
         ]
 
@@ -105,7 +105,7 @@ class Zoo:
         return {"loss": interval(own), "loss_base": interval(plain), "difference": interval(own - plain)}
 
 
-def load_of(routing: Routing, columns: slice = slice(None)) -> float:
+def load_of(routing: LayerRouting, columns: slice = slice(None)) -> float:
     """Largest / mean load of the experts: 1 where all are chosen as often."""
     share = routing.chosen[:, columns].sum(0)
     return round(float(share.max() / share.mean()), 3)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from moe_prism.architectures import architectures
-from moe_prism.architectures.base import Architecture, Vocabulary
+from moe_prism.architectures.base import Architecture, TokenIds
 from moe_prism.jobs.train import Trained, train
 from moe_prism.training.loop import draw_weights
 
-VOCABULARY = Vocabulary(64, 0, 0, 0)
+VOCABULARY = TokenIds(64, 0, 0, 0)
 
 
 def example(name: str, **settings: Any) -> Architecture:
@@ -23,8 +23,9 @@ def example(name: str, **settings: Any) -> Architecture:
 
 
 def model_of(architecture: Architecture, seed: int = 0) -> Any:
-    """A small model with drawn weights."""
+    """A small model with drawn weights, whose experts are computed one after the other in every class."""
     model = architecture.build(architecture.config(VOCABULARY)).eval()
+    model.config._experts_implementation = "eager"
     draw_weights(model, seed)
     return model
 

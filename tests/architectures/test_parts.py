@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from moe_prism.architectures.base import Pairs, Place, Routing, Seen
+from moe_prism.architectures.base import ChosenPairs, LayerRouting, StepPlace, StepSeen
 from moe_prism.architectures.elastic import block_norms, cutoffs
 from moe_prism.architectures.parts import StraightThrough, even, experts_of
 from moe_prism.architectures.sinkhorn import plan
@@ -15,17 +15,17 @@ from tests.architectures.small import example, logits_of, model_of
 def routing(tokens=64, columns=4, k=2, seed=0):
     logits = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
     weights, ids = logits.softmax(-1).topk(k, -1)
-    return Routing(logits, weights, ids)
+    return LayerRouting(logits, weights, ids)
 
 
 def seen(*routings):
-    return Seen(Place(0, 1, 0), torch.zeros(1, 1), torch.zeros(1, 1, 4), routings, again=lambda: torch.zeros(1, 1, 4))
+    return StepSeen(StepPlace(0, 1, 0), torch.zeros(1, 1), torch.zeros(1, 1, 4), routings, again=lambda: torch.zeros(1, 1, 4))
 
 
 def test_even_routing_has_a_balance_of_one_and_skewed_a_larger_one():
-    same = Routing(torch.zeros(4, 4), torch.ones(4, 1), torch.arange(4)[:, None])
+    same = LayerRouting(torch.zeros(4, 4), torch.ones(4, 1), torch.arange(4)[:, None])
     assert even(same).item() == pytest.approx(1.0)
-    skewed = Routing(torch.tensor([[4.0, 0, 0, 0]]).expand(4, 4), torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.long))
+    skewed = LayerRouting(torch.tensor([[4.0, 0, 0, 0]]).expand(4, 4), torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.long))
     assert even(skewed) > 2
 
 
@@ -79,7 +79,7 @@ def test_more_experts_of_a_group_open_along_the_formula():
     (part,) = example("rexmoe", begin=0.1, end=0.6).parts()
     assert [part.count(share) for share in (0.0, 0.1, 0.35, 0.6, 1.0)] == [4, 4, 6, 8, 8]
     model = model_of(example("rexmoe"))
-    part.begin(model, Place(0, 10, 0))
+    part.begin(model, StepPlace(0, 10, 0))
     closed = model.model.layers[0].mlp.gate.closed
     assert int(closed.sum()) == 4
     _, _, ids = model.model.layers[0].mlp.gate(torch.randn(9, 16))
@@ -113,7 +113,7 @@ def test_the_entropy_loss_is_the_mean_entropy():
 def test_block_norms_are_those_of_what_blocks_add():
     generator = torch.Generator().manual_seed(0)
     a, down = torch.randn(6, 8, generator=generator), torch.randn(2, 5, 8, generator=generator)
-    pairs = Pairs(torch.arange(6), torch.zeros(6), torch.ones(6), [(0, 2), (2, 6)], 6, 1)
+    pairs = ChosenPairs(torch.arange(6), torch.zeros(6), torch.ones(6), [(0, 2), (2, 6)], 6, 1)
     found = block_norms(a, down, pairs, 4)
     for row, expert in enumerate([0, 0, 1, 1, 1, 1]):
         for block in range(4):

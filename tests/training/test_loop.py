@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moe_prism.architectures import architectures
-from moe_prism.architectures.base import Place, routers
+from moe_prism.architectures.base import StepPlace, routers
 from moe_prism.checkpoint.shards import Source
 from moe_prism.errors import UsageError
 from moe_prism.jobs.train import train
@@ -147,10 +147,10 @@ def test_a_frozen_router_does_not_change_and_k_grows_to_all(tmp_path):
 
 def model_of_like(architecture):
     """The weights that a training with nano's vocabulary begins with."""
-    from moe_prism.architectures.base import Vocabulary
+    from moe_prism.architectures.base import TokenIds
     from moe_prism.training.loop import draw_weights
 
-    model = architecture.build(architecture.config(Vocabulary(4096, 0, 0, 0)))
+    model = architecture.build(architecture.config(TokenIds(4096, 0, 0, 0)))
     draw_weights(model, 0)
     return dict(model.named_parameters())
 
@@ -161,7 +161,7 @@ def test_k_of_the_lowest_layers_falls_to_one():
     assert [architecture.count(1, 4, share) for share in (0.0, 1.0)] == [1, 1]
     model = model_of(architecture)
     (schedule,) = architecture.parts()
-    schedule.begin(model, Place(0, 10, 0))
+    schedule.begin(model, StepPlace(0, 10, 0))
     assert [router.top_k for router in routers(model)] == [3, 1]
 
 

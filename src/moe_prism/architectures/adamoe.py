@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig
 
 from ..schema.common import Amount, Form
-from .base import Architecture, Part, Seen, Vocabulary, olmoe_keys, register
+from .base import Architecture, StepSeen, TokenIds, TrainingPart, olmoe_keys, register
 from .olmoe import Carried, OwnBlock, OwnOlmoe
 
 
@@ -55,13 +55,13 @@ class AdaMoEForCausalLM(OwnOlmoe):
         return OwnBlock(config, NullRouter(config))
 
 
-class NullBalance(Part):
+class NullBalance(TrainingPart):
     """alpha (E + m) x sum of f P, where every null expert counts as the mean of all of them: they need no balance among each other."""
 
     def __init__(self, weight: float, experts: int) -> None:
         self.weight, self.experts = weight, experts
 
-    def loss(self, seen: Seen) -> Tensor | None:
+    def loss(self, seen: StepSeen) -> Tensor | None:
         if not self.weight:
             return None
         terms = []
@@ -88,10 +88,10 @@ class AdaMoE(Architecture):
 
     Settings = AdaMoESettings
 
-    def config(self, vocabulary: Vocabulary) -> Any:
+    def config(self, vocabulary: TokenIds) -> Any:
         return AdaMoEConfig(**olmoe_keys(self.shape, vocabulary), norm_topk_prob=True, null_experts=self.settings.nulls)
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[TrainingPart]:
         return [NullBalance(self.settings.balance, self.shape.experts)]
 
     @classmethod

@@ -15,7 +15,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts, OlmoeTopKRout
 
 from ..errors import UsageError
 from ..schema.common import Form
-from .base import Architecture, Vocabulary, olmoe_keys, register
+from .base import Architecture, TokenIds, olmoe_keys, register
 from .olmoe import Carried, OwnOlmoe
 
 
@@ -28,7 +28,7 @@ class ChainConfig(OlmoeConfig):
     passes: int = 2
 
 
-class Pass(nn.Module):
+class ChainPass(nn.Module):
     """The router of one pass."""
 
     def __init__(self, config: ChainConfig) -> None:
@@ -46,7 +46,7 @@ class ChainBlock(nn.Module):
 
     def __init__(self, config: ChainConfig) -> None:
         super().__init__()
-        self.passes = nn.ModuleList([Pass(config) for _ in range(config.passes)])
+        self.passes = nn.ModuleList([ChainPass(config) for _ in range(config.passes)])
         self.experts = OlmoeExperts(config)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class ChainOfExperts(Architecture):
 
     Settings = ChainSettings
 
-    def config(self, vocabulary: Vocabulary) -> Any:
+    def config(self, vocabulary: TokenIds) -> Any:
         passes = self.settings.passes
         if self.shape.active % passes:
             raise UsageError(f"model.active {self.shape.active} is no multiple of settings.passes {passes}", "give a multiple")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig
 
 from ..schema.common import Amount, Form
-from .base import Architecture, Part, Seen, Vocabulary, olmoe_keys, register
+from .base import Architecture, StepSeen, TokenIds, TrainingPart, olmoe_keys, register
 from .olmoe import Carried, OwnBlock, OwnOlmoe, chosen
 
 
@@ -84,13 +84,13 @@ class MoEPlusPlusForCausalLM(OwnOlmoe):
         return PlusBlock(config, index, carried)
 
 
-class UnevenBalance(Part):
+class UnevenBalance(TrainingPart):
     """beta C / k x sum of eta f P: eta is 1 for usual experts and tau for the others, which therefore get 1 / tau of the tokens (eq. 9)."""
 
     def __init__(self, weight: float, tau: float, experts: int) -> None:
         self.weight, self.tau, self.experts = weight, tau, experts
 
-    def loss(self, seen: Seen) -> Tensor | None:
+    def loss(self, seen: StepSeen) -> Tensor | None:
         if not self.weight:
             return None
         terms = []
@@ -121,14 +121,14 @@ class MoEPlusPlus(Architecture):
 
     Settings = MoEPlusPlusSettings
 
-    def config(self, vocabulary: Vocabulary) -> Any:
+    def config(self, vocabulary: TokenIds) -> Any:
         s = self.settings
         return MoEPlusPlusConfig(
             **olmoe_keys(self.shape, vocabulary), norm_topk_prob=True,
             zero_experts=s.zeros, copy_experts=s.copies, constant_experts=s.constants, gating_residual=s.residual,
         )  # fmt: skip
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[TrainingPart]:
         return [UnevenBalance(self.settings.balance, self.settings.tau, self.shape.experts)]
 
 

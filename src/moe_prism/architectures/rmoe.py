@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig
 
 from ..schema.common import Form
-from .base import Architecture, Vocabulary, olmoe_keys, register
+from .base import Architecture, TokenIds, olmoe_keys, register
 from .olmoe import Carried, OwnBlock, OwnOlmoe, chosen
 
 
@@ -75,7 +75,7 @@ class RMoE(Architecture):
 
     Settings = RMoESettings
 
-    def config(self, vocabulary: Vocabulary) -> Any:
+    def config(self, vocabulary: TokenIds) -> Any:
         return RMoEConfig(**olmoe_keys(self.shape, vocabulary), norm_topk_prob=True, router_state=self.settings.state)
 
     @classmethod

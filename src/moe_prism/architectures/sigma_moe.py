@@ -14,7 +14,7 @@ from transformers import OlmoeConfig
 
 from ..errors import UsageError
 from ..schema.common import Budget, Form, Share
-from .base import Architecture, Part, Vocabulary, olmoe_keys
+from .base import Architecture, TokenIds, TrainingPart, olmoe_keys
 from .parts import CountSchedule
 
 
@@ -31,7 +31,7 @@ class SigmaMoE(Architecture):
 
     Settings = SigmaMoESettings
 
-    def config(self, vocabulary: Vocabulary) -> Any:
+    def config(self, vocabulary: TokenIds) -> Any:
         if not self.shape.active <= self.settings.first <= self.shape.experts:
             raise UsageError(
                 f"settings.first {self.settings.first} lies outside of {self.shape.active} to {self.shape.experts}",
@@ -39,7 +39,7 @@ class SigmaMoE(Architecture):
             )
         return OlmoeConfig(**olmoe_keys(self.shape, vocabulary), norm_topk_prob=False)
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[TrainingPart]:
         return [CountSchedule(self.count)]
 
     def count(self, layer: int, layers: int, share: float) -> int:

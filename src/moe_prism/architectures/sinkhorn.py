@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig
 
 from ..schema.common import Amount, Form, Share
-from .base import Architecture, Part, Place, Vocabulary, olmoe_keys, routers
+from .base import Architecture, StepPlace, TokenIds, TrainingPart, olmoe_keys, routers
 
 PURPOSE, PURPOSE_OF_STEP = 2, 4
 
@@ -48,7 +48,7 @@ def _kernel(scores: Tensor, temperature: float) -> Tensor:
     return (scaled - scaled.detach().amax(-1, keepdim=True)).exp()
 
 
-class SelectiveSinkhorn(Part):
+class SelectiveSinkhorn(TrainingPart):
     """What routers of OLMoE's class say while they are trained."""
 
     def __init__(self, settings: SinkhornSettings) -> None:
@@ -58,7 +58,7 @@ class SelectiveSinkhorn(Part):
         for router in routers(model):
             router.register_forward_hook(self._route)
 
-    def begin(self, model: nn.Module, place: Place) -> None:
+    def begin(self, model: nn.Module, place: StepPlace) -> None:
         self.generator = place.generator(PURPOSE)
         drawn = torch.rand((), generator=place.generator(PURPOSE_OF_STEP, whole=True))
         self.balances = bool(drawn < self.settings.share)
@@ -93,10 +93,10 @@ class Sinkhorn(Architecture):
 
     Settings = SinkhornSettings
 
-    def config(self, vocabulary: Vocabulary) -> Any:
+    def config(self, vocabulary: TokenIds) -> Any:
         return OlmoeConfig(**olmoe_keys(self.shape, vocabulary), norm_topk_prob=True)
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[TrainingPart]:
         return [SelectiveSinkhorn(self.settings)]
 
     @classmethod

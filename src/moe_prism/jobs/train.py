@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import architectures
-from ..architectures.base import Architecture, Part, Vocabulary
+from ..architectures.base import Architecture, TokenIds, TrainingPart
 from ..architectures.parts import RouterLosses
 from ..artefact.load import read_tensors
 from ..artefact.output import Writing, finished
@@ -68,7 +68,7 @@ class _Job:
         self.tokenizer = load_tokenizer(recipe.tokenizer)
         t = self.tokenizer
         ends = t.eos_token_id if t.eos_token_id is not None else t.bos_token_id
-        self.vocabulary = Vocabulary(
+        self.vocabulary = TokenIds(
             len(t), ends if t.bos_token_id is None else t.bos_token_id, ends, ends if t.pad_token_id is None else t.pad_token_id
         )
         self.config = self.architecture.config(self.vocabulary)
@@ -80,7 +80,7 @@ class _Job:
         """The model with drawn weights, at its first step."""
         model = self.architecture.build(self.config)
         draw_weights(model, self.recipe.seed)
-        usual: Sequence[Part] = (RouterLosses(self.recipe.balance, self.recipe.z),)
+        usual: Sequence[TrainingPart] = (RouterLosses(self.recipe.balance, self.recipe.z),)
         return Training(self.recipe, model, [*usual, *self.architecture.parts()], (self.streams.train, self.streams.held))
 
     def inputs(self) -> dict[str, Any]:

@@ -86,7 +86,10 @@ def nearest(word: str, known: Sequence[str]) -> str:
 def told(
     error: ValidationError, lines: Lines, name: str, owner: Callable[[Place], tuple[str, int, Sequence[str]]], advice: str
 ) -> UsageError:
-    """Pydantic's first error in one line, an unknown key before all others. owner(place): whose key it is, how much of the place says so, and the keys that it knows."""
+    """Pydantic's first error in one line, an unknown key before all others.
+
+    owner(place): whose key it is, how much of the place says so, and the keys that it knows.
+    """
     every = error.errors(include_url=False)
     first = next((each for each in every if each["type"] == "extra_forbidden"), every[0])  # what lacks was misspelt
     place: Place = tuple(first["loc"])

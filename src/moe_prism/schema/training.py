@@ -38,9 +38,10 @@ class ShapeForm(Form):
 class TrainingForm(Form):
     """A recipe: what is trained, on which text, for how long.
 
-    settings: of the architecture. rate_matrix: Muon's, for matrices; rate_rest: AdamW's. balance, z: weights of the two usual losses of
-    routers. decay: the share of the steps in which the rate falls. autocast: multiply in bfloat16; weights stay in float32.
-    parts: of a batch, whose gradients are added one after the other, or by several processes. keep_every: steps between two saved states; judge_every: steps between two looks at held-out text.
+    settings: of the architecture. rate_matrix: Muon's, for matrices; rate_rest: AdamW's. balance, z: weights of the two usual losses
+    of routers. decay: the share of the steps in which the rate falls. autocast: multiply in bfloat16; weights stay in float32. parts: of
+    a batch, whose gradients are added one after the other, or by several processes. keep_every: steps between two saved states;
+    judge_every: steps between two looks at held-out text.
     """
 
     version: Literal[1] = 1

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ..architectures.base import FILTER, WEIGHTS, Pairs
+from ..architectures.base import FILTER, WEIGHTS, ChosenPairs
 
 NAME = "moe_prism_training"
 
@@ -59,7 +59,7 @@ def trained_experts(module: nn.Module, x: Tensor, index: Tensor, weight: Tensor)
     ends = torch.bincount(there, minlength=experts + 1)[:experts].cumsum(0).tolist()
     order = order[: ends[-1]]
     spans = list(zip([0, *ends[:-1]], ends, strict=True))
-    pairs = Pairs(order // k, order % k, weight.reshape(-1)[order], spans, len(x), k)
+    pairs = ChosenPairs(order // k, order % k, weight.reshape(-1)[order], spans, len(x), k)
     a = module._apply_gate(grouped(x[pairs.token], first, spans))  # type: ignore[operator]
     change = module.__dict__.get(FILTER)
     if change is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures.base import Part, Place, Routing, Seen
+from ..architectures.base import LayerRouting, StepPlace, StepSeen, TrainingPart
 from ..errors import CorruptError, PrismError
 from ..schema.training import TrainingForm
 from .batches import Batches
@@ -70,17 +70,17 @@ class Recorder:
     """Notes what every router says while it is on: modules called `gate` that give (logits, weights, ids)."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.on, self.found = False, list[Routing]()
+        self.on, self.found = False, list[LayerRouting]()
         gates = [m for n, m in model.named_modules() if n.endswith(".gate") and hasattr(m, "top_k")]
         self.handles = [gate.register_forward_hook(self._note) for gate in gates]
 
     def _note(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if self.on:
             logits, weights, ids = output[:3]
-            self.found.append(Routing(logits.flatten(0, -2), weights, ids))
+            self.found.append(LayerRouting(logits.flatten(0, -2), weights, ids))
 
     @contextmanager
-    def recording(self) -> Iterator[list[Routing]]:
+    def recording(self) -> Iterator[list[LayerRouting]]:
         self.on, self.found = True, []
         try:
             yield self.found
@@ -95,7 +95,7 @@ class Recorder:
 class Training:
     """A model under training: its optimisers, its place and its curve. streams: ids [n] to train on and to judge by."""
 
-    def __init__(self, recipe: TrainingForm, model: Any, parts: Sequence[Part], streams: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, recipe: TrainingForm, model: Any, parts: Sequence[TrainingPart], streams: tuple[Tensor, Tensor]) -> None:
         self.recipe, self.model, self.parts, self.processes = recipe, model, list(parts), Processes()
         train, self.held = streams
         for part in self.parts:
@@ -131,7 +131,7 @@ class Training:
 
     def _update(self, recorder: Recorder) -> float:
         """One step. Returns the next token's loss."""
-        recipe, place = self.recipe, Place(self.step, self.recipe.steps, self.recipe.seed)
+        recipe, place = self.recipe, StepPlace(self.step, self.recipe.steps, self.recipe.seed)
         rows = self.batches(self.step).chunk(recipe.parts)
         if len(rows) == 1:
             loss = self._backward(place, rows[0], recorder)
@@ -151,7 +151,7 @@ class Training:
         self.model.zero_grad(set_to_none=True)
         return loss
 
-    def _backward(self, place: Place, batch: Tensor, recorder: Recorder) -> float:
+    def _backward(self, place: StepPlace, batch: Tensor, recorder: Recorder) -> float:
         """Gradients of one part of a batch [B, L + 1]. Returns the next token's loss; PrismError where it is not finite."""
         for part in self.parts:
             part.begin(self.model, place)
@@ -159,7 +159,7 @@ class Training:
         with recorder.recording() as routings:
             logits = self._logits(ids)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten())
-        seen = Seen(place, ids, logits, routings, again=lambda: self._logits(ids))
+        seen = StepSeen(place, ids, logits, routings, again=lambda: self._logits(ids))
         terms = [term for term in (part.loss(seen) for part in self.parts) if term is not None]
         total = loss + torch.stack(terms).sum() if terms else loss
         torch.autograd.backward(total)

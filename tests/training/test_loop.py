@@ -180,7 +180,7 @@ def test_two_processes_give_what_one_gives_to_the_bit(name, tmp_path):
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(recipe(name, parts=4, batch=4)))
     one = train(file, tmp_path / "one")
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "moe_prism"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "moe_prism"]
     words += ["train", str(file), "-o", str(tmp_path / "two")]
     done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

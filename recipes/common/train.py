@@ -1,5 +1,7 @@
 """Train a small MoE of a stock transformers architecture: Muon for matrices, AdamW for the rest, on the CPU or a GPU.
 
+`moe-prism train` has the same optimisers by steps, for a model in a few minutes. This script runs by the clock, for hours and compiled.
+
     python recipes/common/train.py --config recipes/nano/config.json --data build/nano --out build/nano/run --minutes 90
 
 The learning rate follows the share of `--minutes` (or of `--steps`) that is gone, by the clock on the wall: a run ends on time on
@@ -24,6 +26,9 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from upcycle import start_from
 
+from moe_prism.training.batches import Batches
+from moe_prism.training.muon import Muon, learning_rate
+
 ALL_EXPERTS_FUNCTIONS.register("sorted", sorted_experts)
 AUX, ZLOSS = 0.01, 1e-4
 START = 32  # windows that a start from another model's weights looks at
@@ -47,50 +52,9 @@ def new_model(recipe: dict[str, Any], vocab: int, seed: int = 0) -> Any:
     return model
 
 
-class Muon:
-    """Momentum, then the nearest (semi-)orthogonal matrix by five Newton-Schulz steps (Jordan et al. 2024). 3-D tensors are stacks."""
-
-    def __init__(self, params: dict[str, nn.Parameter], momentum: float = 0.95) -> None:
-        self.params, self.momentum = params, momentum
-        self.buffers = [torch.zeros_like(p) for p in params.values()]
-
-    @torch.no_grad()
-    def step(self, lr: float, weight_decay: float = 0.0) -> None:
-        for (name, p), buffer in zip(self.params.items(), self.buffers, strict=True):
-            assert p.grad is not None
-            buffer.lerp_(p.grad, 1 - self.momentum)
-            g = p.grad.lerp(buffer, self.momentum)
-            # a fused gate_up stack is two matrices; orthogonalise each on its own
-            parts = g.chunk(2, dim=1) if "gate_up" in name else (g,)
-            for target, part in zip(p.chunk(len(parts), dim=1) if len(parts) > 1 else (p,), parts, strict=True):
-                target.mul_(1 - lr * weight_decay).add_(
-                    orthogonal(part), alpha=-lr * max(1, part.shape[-2] / part.shape[-1]) ** 0.5
-                )
-
-
-def orthogonal(g: Tensor) -> Tensor:
-    x = (g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()  # exact enough: the polynomial leaves 0.7 to 1.2 anyway
-    if tall := x.shape[-2] > x.shape[-1]:
-        x = x.mT
-    for _ in range(5):
-        a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return (x.mT if tall else x).to(g.dtype)
-
-
-class Batches:
-    """Random windows: every stretch of the token file is visited once per epoch, in an order fixed by the seed."""
-
-    def __init__(self, path: Path, length: int, batch: int, seed: int) -> None:
-        self.ids = np.memmap(path, dtype=np.uint16, mode="r")
-        self.length, self.batch, self.seed = length, batch, seed
-        self.windows = (len(self.ids) - 1) // length
-
-    def __call__(self, step: int) -> Tensor:
-        epoch, start = divmod(step * self.batch, self.windows - self.windows % self.batch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.windows)
-        rows = order[start : start + self.batch] * self.length
-        return torch.from_numpy(np.stack([self.ids[r : r + self.length + 1] for r in rows]).astype(np.int64))
+def batches_of(path: Path, length: int, batch: int, seed: int) -> Batches:
+    """Random windows of a token file."""
+    return Batches(torch.from_numpy(np.fromfile(path, dtype=np.uint16).astype(np.int32)), length, batch, seed)
 
 
 def router_losses(logits: tuple[Tensor, ...], k: int) -> tuple[Tensor, Tensor]:
@@ -123,11 +87,6 @@ def held_out_loss(model: Any, path: Path, length: int, windows: int = 16) -> flo
     return total / windows
 
 
-def learning_rate(progress: float) -> float:
-    """Short warm-up, flat, then linear to zero over the last 45 %."""
-    return min(1.0, progress / 0.01 + 0.02, (1 - progress) / 0.45)
-
-
 class Training:
     """Model, optimisers and where they stand; saved and continued as one file."""
 
@@ -137,7 +96,7 @@ class Training:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = new_model(recipe, len(vocab), seed)
         if "start" in recipe and not self.state.exists():
-            start_from(self.model, recipe["start"], Batches(data / "train.bin", recipe["length"], START, seed)(0))
+            start_from(self.model, recipe["start"], batches_of(data / "train.bin", recipe["length"], START, seed)(0))
         self.model.to(self.device)
         self.k = recipe["model"]["num_experts_per_tok"]
         matrices = {
@@ -148,7 +107,7 @@ class Training:
         others = [p for n, p in self.model.named_parameters() if n not in matrices]
         self.rest = torch.optim.AdamW(others, lr=recipe["lr_rest"], betas=(0.9, 0.95), weight_decay=0.01)
         self.muon = Muon(matrices)
-        self.batches = Batches(data / "train.bin", recipe["length"], recipe["batch"], seed)
+        self.batches = batches_of(data / "train.bin", recipe["length"], recipe["batch"], seed)
         self.backbone = torch.compile(self.model.model)
         self.step, self.tokens, self.spent = 0, 0, 0.0
         if self.state.exists():
@@ -158,13 +117,13 @@ class Training:
         saved = torch.load(self.state, weights_only=True, map_location=self.device)
         self.model.load_state_dict(saved["model"])
         self.rest.load_state_dict(saved["adam"])
-        for buffer, value in zip(self.muon.buffers, saved["muon"], strict=True):
+        for buffer, value in zip(self.muon.buffers.values(), saved["muon"], strict=True):
             buffer.copy_(value)
         self.step, self.tokens, self.spent = saved["step"], saved["tokens"], saved["spent"]
 
     def save(self) -> None:
         new = self.state.with_suffix(".new")
-        state = {"model": self.model.state_dict(), "adam": self.rest.state_dict(), "muon": self.muon.buffers}
+        state = {"model": self.model.state_dict(), "adam": self.rest.state_dict(), "muon": list(self.muon.buffers.values())}
         torch.save(state | {"step": self.step, "tokens": self.tokens, "spent": self.spent, "recipe": self.recipe}, new)
         new.replace(self.state)
 

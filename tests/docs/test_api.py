@@ -34,6 +34,7 @@ COMMANDS = {
     "prune": "prune_model",
     "compress": "compress_model",
     "split": "split_model",
+    "train": "train",
     "patterns": "write_patterns",
     "recover": "recover_model",
     "skip": "make_skip_plan",

@@ -11,11 +11,11 @@ from ..lazy import on_use
 from ..registry import Registry
 
 if TYPE_CHECKING:
-    from .base import Architecture, Part, Place, Routing, Seen
+    from .base import Architecture, LayerRouting, StepPlace, StepSeen, TrainingPart
 
-__getattr__ = on_use(__name__, {"base": "Architecture Part Place Routing Seen"})
+__getattr__ = on_use(__name__, {"base": "Architecture TrainingPart StepPlace LayerRouting StepSeen"})
 
-__all__ = ["Architecture", "Part", "Place", "Routing", "Seen", "architectures"]
+__all__ = ["Architecture", "LayerRouting", "StepPlace", "StepSeen", "TrainingPart", "architectures"]
 
 architectures: Registry[type[Architecture]] = Registry(
     "architecture",
@@ -26,7 +26,10 @@ architectures: Registry[type[Architecture]] = Registry(
             "a router that is never trained, and a k that grows (SMoE-Dropout)",
             "arXiv 2303.01610",
         ),
-        "elastic": ("moe_prism.architectures.elastic:Elastic", "trained at a budget of sub-experts that is drawn per token"),
+        "elastic": (
+            "moe_prism.architectures.elastic:ElasticTrained",
+            "trained at a budget of sub-experts that is drawn per token",
+        ),
         "dynamic-moe": (
             "moe_prism.architectures.dynamic_moe:DynamicMoE",
             "as many experts as reach a share of the probability, with an entropy loss (Dynamic-MoE)",

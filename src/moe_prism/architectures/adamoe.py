@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig
 
 from ..schema.common import Amount, Form
-from .base import Architecture, Part, Seen, Vocabulary, olmoe_keys, register
+from .base import Architecture, StepSeen, TokenIds, TrainingPart, olmoe_keys, register
 from .olmoe import Carried, OwnBlock, OwnOlmoe
 
 
@@ -55,13 +55,13 @@ class AdaMoEForCausalLM(OwnOlmoe):
         return OwnBlock(config, NullRouter(config))
 
 
-class NullBalance(Part):
+class NullBalance(TrainingPart):
     """alpha (E + m) x sum of f P, where every null expert counts as the mean of all of them: they need no balance among each other."""
 
     def __init__(self, weight: float, experts: int) -> None:
         self.weight, self.experts = weight, experts
 
-    def loss(self, seen: Seen) -> Tensor | None:
+    def loss(self, seen: StepSeen) -> Tensor | None:
         if not self.weight:
             return None
         terms = []
@@ -74,9 +74,12 @@ class NullBalance(Part):
 
 
 class AdaMoESettings(Form):
-    """null: experts that do nothing; with even use a token has k E / (E + null) true ones. balance: weight of the loss; give the recipe's as 0."""
+    """nulls: experts that do nothing, m; with even use a token has k E / (E + m) true ones.
 
-    null: Annotated[int, Field(ge=0, le=4096)] = 16
+    balance: weight of the loss here; the recipe's is 0 then.
+    """
+
+    nulls: Annotated[int, Field(ge=0, le=4096)] = 16
     balance: Amount = 0.01
 
 
@@ -85,16 +88,16 @@ class AdaMoE(Architecture):
 
     Settings = AdaMoESettings
 
-    def config(self, vocabulary: Vocabulary) -> Any:
-        return AdaMoEConfig(**olmoe_keys(self.shape, vocabulary), norm_topk_prob=True, null_experts=self.settings.null)
+    def config(self, vocabulary: TokenIds) -> Any:
+        return AdaMoEConfig(**olmoe_keys(self.shape, vocabulary), norm_topk_prob=True, null_experts=self.settings.nulls)
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[TrainingPart]:
         return [NullBalance(self.settings.balance, self.shape.experts)]
 
     @classmethod
     def example(cls) -> tuple[Any, dict[str, Any]]:
         shape, _ = super().example()
-        return shape, {"null": 3}
+        return shape, {"nulls": 3}
 
 
 register(AdaMoEConfig, AdaMoEForCausalLM)

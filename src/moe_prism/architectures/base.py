@@ -24,7 +24,7 @@ FILTER = "_moe_prism_filter"
 
 
 @dataclass(frozen=True)
-class Pairs:
+class ChosenPairs:
     """The chosen pairs in the order of their experts. token, choice [S]: where each stands; weight [S]; spans: rows of every expert."""
 
     token: Tensor
@@ -35,25 +35,30 @@ class Pairs:
     choices: int
 
 
-class Place(NamedTuple):
-    """Where a training stands. step: how many are done; steps: of the whole run; seed: what draws follow from, with the step."""
+class StepPlace(NamedTuple):
+    """Where a training stands. step: how many are done; steps: of the whole run; seed: what draws follow from; part: of the batch."""
 
     step: int
     steps: int
     seed: int
+    part: int = 0
 
     @property
     def share(self) -> float:
         """Of the steps, 0 at the first one."""
         return self.step / self.steps
 
-    def generator(self, purpose: int) -> torch.Generator:
-        """A stream of draws of this step alone: a run that goes on after a kill draws the same. purpose: one number per user."""
-        return torch.Generator().manual_seed(((self.seed * 1_000_003 + self.step) * 101 + purpose) % (1 << 63))
+    def generator(self, purpose: int, *, whole: bool = False) -> torch.Generator:
+        """A stream of draws of this step alone: a run that goes on after a kill draws the same.
+
+        purpose: one number per user; whole: the same for all parts of the batch.
+        """
+        part = 0 if whole else self.part
+        return torch.Generator().manual_seed((((self.seed * 1_000_003 + self.step) * 4099 + part) * 101 + purpose) % (1 << 63))
 
 
 @dataclass(frozen=True)
-class Routing:
+class LayerRouting:
     """What the router of one layer said of a batch: logits [T, C], weights [T, k], ids [T, k] (below C; others mean no expert)."""
 
     logits: Tensor
@@ -71,29 +76,29 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Seen:
+class StepSeen:
     """One step as losses see it: token ids [B, L], logits [B, L, V] of the next tokens, and every layer's routing, in their order.
 
     again: runs the model on the same ids once more, without recording.
     """
 
-    place: Place
+    place: StepPlace
     ids: Tensor
     logits: Tensor
-    routings: Sequence[Routing]
+    routings: Sequence[LayerRouting]
     again: Callable[[], Tensor]
 
 
-class Part:
+class TrainingPart:
     """One thing that happens in training beside the next token's loss. What it does not override does nothing."""
 
     def start(self, model: nn.Module) -> None:
         """Once, when the weights are in place and before there are optimisers: freeze parameters, keep what is needed."""
 
-    def begin(self, model: nn.Module, place: Place) -> None:
-        """Before a step."""
+    def begin(self, model: nn.Module, place: StepPlace) -> None:
+        """Before a step, or a part of its batch."""
 
-    def loss(self, seen: Seen) -> Tensor | None:
+    def loss(self, seen: StepSeen) -> Tensor | None:
         """A term of the step's loss; None for none."""
         return None
 
@@ -101,7 +106,7 @@ class Part:
         """After the last step, before the checkpoint is written and whenever held-out text is run: as the model will be used."""
 
 
-class Vocabulary(NamedTuple):
+class TokenIds(NamedTuple):
     """Of the tokenizer: how many tokens, and the ids of those that begin, end and pad a text."""
 
     size: int
@@ -128,7 +133,7 @@ class Architecture(ABC):
         self.settings: Any = settings if isinstance(settings, Form) else self.Settings.model_validate(dict(settings))
 
     @abstractmethod
-    def config(self, vocabulary: Vocabulary) -> Any:
+    def config(self, vocabulary: TokenIds) -> Any:
         """The transformers configuration of the checkpoint. UsageError for a shape that cannot be."""
 
     def build(self, config: Any) -> Any:
@@ -137,7 +142,7 @@ class Architecture(ABC):
 
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
-    def parts(self) -> Sequence[Part]:
+    def parts(self) -> Sequence[TrainingPart]:
         """What a step does beside the next token's loss, in this order."""
         return ()
 
@@ -160,7 +165,7 @@ def routers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(getattr(m, "top_k", None), int) and hasattr(m, "weight")]
 
 
-def olmoe_keys(shape: ShapeForm, vocabulary: Vocabulary) -> dict[str, Any]:
+def olmoe_keys(shape: ShapeForm, vocabulary: TokenIds) -> dict[str, Any]:
     """The keys that a configuration of OLMoE's kind takes."""
     return {
         **vocabulary.keys(),

@@ -15,7 +15,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts, OlmoeTopKRout
 
 from ..errors import UsageError
 from ..schema.common import Form
-from .base import Architecture, Vocabulary, olmoe_keys, register
+from .base import Architecture, TokenIds, olmoe_keys, register
 from .olmoe import Carried, OwnOlmoe
 
 
@@ -28,12 +28,17 @@ class ChainConfig(OlmoeConfig):
     passes: int = 2
 
 
-class Pass(nn.Module):
+class ChainPass(nn.Module):
     """The router of one pass."""
 
     def __init__(self, config: ChainConfig) -> None:
         super().__init__()
         self.gate = OlmoeTopKRouter(config)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits [T, E], weights [T, k], ids [T, k])."""
+        found: tuple[Tensor, Tensor, Tensor] = self.gate(x)
+        return found
 
 
 class ChainBlock(nn.Module):
@@ -41,13 +46,13 @@ class ChainBlock(nn.Module):
 
     def __init__(self, config: ChainConfig) -> None:
         super().__init__()
-        self.passes = nn.ModuleList([Pass(config) for _ in range(config.passes)])
+        self.passes = nn.ModuleList([ChainPass(config) for _ in range(config.passes)])
         self.experts = OlmoeExperts(config)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         for one in self.passes:
-            _, weights, ids = one.gate(x)
+            _, weights, ids = one(x)
             x = x + self.experts(x, ids, weights)
         found: Tensor = x.reshape(hidden_states.shape)
         return found
@@ -73,7 +78,7 @@ class ChainOfExperts(Architecture):
 
     Settings = ChainSettings
 
-    def config(self, vocabulary: Vocabulary) -> Any:
+    def config(self, vocabulary: TokenIds) -> Any:
         passes = self.settings.passes
         if self.shape.active % passes:
             raise UsageError(f"model.active {self.shape.active} is no multiple of settings.passes {passes}", "give a multiple")

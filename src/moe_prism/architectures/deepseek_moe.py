@@ -9,7 +9,7 @@ from transformers import DeepseekV2Config
 
 from ..errors import UsageError
 from ..schema.common import Form
-from .base import Architecture, Vocabulary
+from .base import Architecture, TokenIds
 
 
 class DeepSeekMoESettings(Form):
@@ -24,7 +24,7 @@ class DeepSeekMoE(Architecture):
 
     Settings = DeepSeekMoESettings
 
-    def config(self, vocabulary: Vocabulary) -> Any:
+    def config(self, vocabulary: TokenIds) -> Any:
         shape, width = self.shape, self.shape.hidden // self.shape.heads
         if width % 4:
             raise UsageError(

@@ -15,7 +15,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 
 from ..schema.common import Amount, Budget, Form
 from ..schema.training import ShapeForm
-from .base import Architecture, Part, Seen, Vocabulary, olmoe_keys, register
+from .base import Architecture, StepSeen, TokenIds, TrainingPart, olmoe_keys, register
 from .olmoe import Carried, OwnBlock, OwnOlmoe
 
 
@@ -55,13 +55,13 @@ class DynamicMoEForCausalLM(OwnOlmoe):
         return OwnBlock(config, TopPRouter(config))
 
 
-class EntropyLoss(Part):
+class EntropyLoss(TrainingPart):
     """Mean over layers of the entropy of the router's probabilities, in nats (the paper's eq. 8)."""
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
 
-    def loss(self, seen: Seen) -> Tensor | None:
+    def loss(self, seen: StepSeen) -> Tensor | None:
         if not self.weight:
             return None
         logs = [r.logits.float().log_softmax(-1) for r in seen.routings]
@@ -80,10 +80,10 @@ class DynamicMoE(Architecture):
 
     Settings = DynamicMoESettings
 
-    def config(self, vocabulary: Vocabulary) -> Any:
+    def config(self, vocabulary: TokenIds) -> Any:
         return DynamicMoEConfig(**olmoe_keys(self.shape, vocabulary), norm_topk_prob=False, router_top_p=self.settings.top_p)
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[TrainingPart]:
         return [EntropyLoss(self.settings.entropy)]
 
     @classmethod

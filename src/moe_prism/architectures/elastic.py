@@ -18,7 +18,7 @@ from transformers import OlmoeConfig
 
 from ..errors import UsageError
 from ..schema.common import Amount, Blocks, Budget, Form
-from .base import FILTER, Architecture, Pairs, Part, Seen, Vocabulary, olmoe_keys
+from .base import FILTER, Architecture, ChosenPairs, StepSeen, TokenIds, TrainingPart, olmoe_keys
 from .parts import experts_of
 
 PURPOSE = 1
@@ -33,7 +33,7 @@ class ElasticSettings(Form):
     normalise: bool = True
 
 
-class Budgets(Part):
+class Budgets(TrainingPart):
     """The second pass of a step, below full budget."""
 
     def __init__(self, sub_experts: int, least: float, weight: float) -> None:
@@ -45,7 +45,7 @@ class Budgets(Part):
             for module in experts_of(model):
                 module.__dict__[FILTER] = self._kept
 
-    def loss(self, seen: Seen) -> Tensor | None:
+    def loss(self, seen: StepSeen) -> Tensor | None:
         if not self.weight:
             return None
         drawn = torch.rand(seen.ids.numel(), generator=seen.place.generator(PURPOSE))
@@ -57,18 +57,18 @@ class Budgets(Part):
         full = seen.logits.detach().flatten(0, 1).float().log_softmax(-1)
         return self.weight * nn.functional.kl_div(cut, full, reduction="batchmean", log_target=True)
 
-    def _kept(self, module: nn.Module, a: Tensor, pairs: Pairs) -> Tensor:
+    def _kept(self, module: nn.Module, a: Tensor, pairs: ChosenPairs) -> Tensor:
         """a [S, f] without the blocks that their tokens' budgets drop."""
         if self.budgets is None:
             return a
-        values = pairs.weight.detach().float().abs()[:, None] * block_norms(
-            a.detach(), module.down_proj.detach(), pairs, self.sub_experts
-        )  # type: ignore[operator]
+        down: Any = module.down_proj
+        norms = block_norms(a.detach(), down.detach(), pairs, self.sub_experts)
+        values = pairs.weight.detach().float().abs()[:, None] * norms
         kept = values >= cutoffs(values, self.budgets)[pairs.token, None]
         return a * kept.to(a.dtype).repeat_interleave(a.shape[1] // self.sub_experts, 1)
 
 
-def block_norms(a: Tensor, down: Tensor, pairs: Pairs, blocks: int) -> Tensor:
+def block_norms(a: Tensor, down: Tensor, pairs: ChosenPairs, blocks: int) -> Tensor:
     """Norms [S, N] of what each block of a [S, f] adds to the output through its expert's down [E, d, f]."""
     experts, hidden, width = down.shape
     parts = down.view(experts, hidden, blocks, width // blocks).permute(0, 2, 3, 1)
@@ -86,12 +86,12 @@ def cutoffs(values: Tensor, budgets: Tensor) -> Tensor:
     return ranked[((budgets * len(ranked)).ceil().long() - 1).clamp(0, len(ranked) - 1)]
 
 
-class Elastic(Architecture):
+class ElasticTrained(Architecture):
     """OLMoE's class, trained by the next token and by KL at drawn budgets."""
 
     Settings = ElasticSettings
 
-    def config(self, vocabulary: Vocabulary) -> Any:
+    def config(self, vocabulary: TokenIds) -> Any:
         if self.shape.width % self.settings.sub_experts:
             raise UsageError(
                 f"model.width {self.shape.width} is no multiple of settings.sub_experts {self.settings.sub_experts}",
@@ -99,6 +99,6 @@ class Elastic(Architecture):
             )
         return OlmoeConfig(**olmoe_keys(self.shape, vocabulary), norm_topk_prob=self.settings.normalise)
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[TrainingPart]:
         s = self.settings
         return [Budgets(s.sub_experts, s.least, s.weight)]

@@ -1,4 +1,4 @@
-"""MoE++ (arXiv 2410.07348): experts that compute nothing, a copy or a constant beside the usual ones, and routers that see the last one's scores.
+"""MoE++ (arXiv 2410.07348): experts that give nothing, a copy or a constant, and routers that see the scores of the layer before.
 
 Shapes: T tokens, d hidden, F usual experts, Z of the others, C = F + Z, k choices per token.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig
 
 from ..schema.common import Amount, Form
-from .base import Architecture, Part, Seen, Vocabulary, olmoe_keys, register
+from .base import Architecture, StepSeen, TokenIds, TrainingPart, olmoe_keys, register
 from .olmoe import Carried, OwnBlock, OwnOlmoe, chosen
 
 
@@ -32,6 +32,8 @@ class MoEPlusPlusConfig(OlmoeConfig):
 
 class ResidualRouter(nn.Module):
     """logits = W x + G (the logits of the layer before), from the second layer on."""
+
+    carried: Carried
 
     def __init__(self, config: MoEPlusPlusConfig, index: int, carried: Carried) -> None:
         super().__init__()
@@ -64,7 +66,7 @@ class PlusBlock(OwnBlock):
 
     def beside(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
         copied = (ids >= self.first_copy) & (ids < self.first_constant)
-        out = (weights * copied).sum(-1, keepdim=True) * x
+        out: Tensor = (weights * copied).sum(-1, keepdim=True) * x
         if len(self.constants):
             shares = torch.einsum("cpd,td->tcp", self.mix, x).softmax(-1)
             there = torch.zeros(len(x), self.first_constant + len(self.constants), dtype=weights.dtype, device=x.device)
@@ -82,13 +84,13 @@ class MoEPlusPlusForCausalLM(OwnOlmoe):
         return PlusBlock(config, index, carried)
 
 
-class UnevenBalance(Part):
+class UnevenBalance(TrainingPart):
     """beta C / k x sum of eta f P: eta is 1 for usual experts and tau for the others, which therefore get 1 / tau of the tokens (eq. 9)."""
 
     def __init__(self, weight: float, tau: float, experts: int) -> None:
         self.weight, self.tau, self.experts = weight, tau, experts
 
-    def loss(self, seen: Seen) -> Tensor | None:
+    def loss(self, seen: StepSeen) -> Tensor | None:
         if not self.weight:
             return None
         terms = []
@@ -101,11 +103,14 @@ class UnevenBalance(Part):
 
 
 class MoEPlusPlusSettings(Form):
-    """zero, copy, constant: how many of each. tau: below 1 more tokens go to them. residual: of the routers. balance: give the recipe's as 0."""
+    """zeros, copies, constants: how many of each. tau: below 1 more tokens go to them. residual: whether routers see the last one's scores.
 
-    zero: Annotated[int, Field(ge=0, le=1024)] = 1
-    copy_: Annotated[int, Field(ge=0, le=1024, alias="copy")] = 1
-    constant: Annotated[int, Field(ge=0, le=1024)] = 2
+    balance: weight of the loss here; the recipe's is 0 then.
+    """
+
+    zeros: Annotated[int, Field(ge=0, le=1024)] = 1
+    copies: Annotated[int, Field(ge=0, le=1024)] = 1
+    constants: Annotated[int, Field(ge=0, le=1024)] = 2
     tau: Annotated[float, Field(gt=0, le=1)] = 0.75
     residual: bool = True
     balance: Amount = 0.01
@@ -116,14 +121,14 @@ class MoEPlusPlus(Architecture):
 
     Settings = MoEPlusPlusSettings
 
-    def config(self, vocabulary: Vocabulary) -> Any:
+    def config(self, vocabulary: TokenIds) -> Any:
         s = self.settings
         return MoEPlusPlusConfig(
             **olmoe_keys(self.shape, vocabulary), norm_topk_prob=True,
-            zero_experts=s.zero, copy_experts=s.copy_, constant_experts=s.constant, gating_residual=s.residual,
+            zero_experts=s.zeros, copy_experts=s.copies, constant_experts=s.constants, gating_residual=s.residual,
         )  # fmt: skip
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[TrainingPart]:
         return [UnevenBalance(self.settings.balance, self.settings.tau, self.shape.experts)]
 
 

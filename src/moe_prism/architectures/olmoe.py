@@ -20,6 +20,11 @@ class OwnOlmoe(OlmoeForCausalLM):
         self.join()
         self.post_init()
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Eager alone: the others give no number for the id that means no expert."""
+        return False
+
     def block(self, config: Any, index: int, carried: Carried) -> nn.Module:
         """The block of one layer. carried: what layers hand on within a forward."""
         raise NotImplementedError(type(self).__name__)

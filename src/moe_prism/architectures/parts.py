@@ -8,23 +8,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import WEIGHTS, Part, Place, Routing, Seen, routers
+from .base import WEIGHTS, LayerRouting, StepPlace, StepSeen, TrainingPart, routers
 
 
-class RouterLosses(Part):
+class RouterLosses(TrainingPart):
     """Load balance (Switch, arXiv 2101.03961, eq. 4, over k choices) and z-loss (ST-MoE, arXiv 2202.08906, eq. 5); means over layers."""
 
     def __init__(self, balance: float, z: float) -> None:
         self.balance, self.z = balance, z
 
-    def loss(self, seen: Seen) -> Tensor | None:
+    def loss(self, seen: StepSeen) -> Tensor | None:
         if not seen.routings or not (self.balance or self.z):
             return None
         terms = [self.balance * even(r) + self.z * r.logits.float().logsumexp(-1).square().mean() for r in seen.routings]
         return torch.stack(terms).mean()
 
 
-def even(routing: Routing) -> Tensor:
+def even(routing: LayerRouting) -> Tensor:
     """C x sum of (share of the choices that fall on a column) x (its mean probability): 1 where both are even."""
     chosen = routing.chosen.float()
     share = chosen.mean(0) / chosen.sum(1).mean().clamp(min=1e-9)
@@ -32,13 +32,13 @@ def even(routing: Routing) -> Tensor:
     return found
 
 
-class CountSchedule(Part):
+class CountSchedule(TrainingPart):
     """k of every layer by the share of training that is gone. counts(layer, layers, share) -> k."""
 
     def __init__(self, counts: Callable[[int, int, float], int]) -> None:
         self.counts = counts
 
-    def begin(self, model: nn.Module, place: Place) -> None:
+    def begin(self, model: nn.Module, place: StepPlace) -> None:
         self._set(model, place.share)
 
     def finish(self, model: nn.Module) -> None:
@@ -50,7 +50,7 @@ class CountSchedule(Part):
             router.top_k = self.counts(layer, len(found), share)  # type: ignore[assignment]
 
 
-class Frozen(Part):
+class Frozen(TrainingPart):
     """Parameters whose names match a pattern are not trained."""
 
     def __init__(self, pattern: str) -> None:
@@ -62,7 +62,7 @@ class Frozen(Part):
                 parameter.requires_grad_(False)
 
 
-class StraightThrough(Part):
+class StraightThrough(TrainingPart):
     """Experts compute with `rounded` weights, and the gradient passes as if they were the weights themselves (arXiv 1308.3432).
 
     When training is over, the weights are the rounded ones.

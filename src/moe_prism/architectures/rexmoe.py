@@ -16,7 +16,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from ..errors import UsageError
 from ..schema.common import Form, Share
-from .base import Architecture, Part, Place, Vocabulary, olmoe_keys, register, routers
+from .base import Architecture, StepPlace, TokenIds, TrainingPart, olmoe_keys, register, routers
 from .olmoe import Carried, OwnOlmoe, chosen
 
 PURPOSE = 3
@@ -82,8 +82,8 @@ class ReXMoEForCausalLM(OwnOlmoe):
             block.__dict__["group"] = blocks[start : start + size]
 
 
-class Progressive(Part):
-    """N_t experts of a group are open: those of one layer until `begin` of the steps, all from `end` on, and a line between (the paper's)."""
+class Progressive(TrainingPart):
+    """N_t experts of a group are open: as many as one layer has until `begin` of the steps, all from `end` on, a line between."""
 
     def __init__(self, experts: int, layers: int, begin: float, end: float) -> None:
         self.experts, self.layers, self.first, self.last = experts, layers, begin, end
@@ -96,8 +96,8 @@ class Progressive(Part):
             return self.layers * self.experts
         return int((1 + (self.layers - 1) * (share - self.first) / (self.last - self.first)) * self.experts)
 
-    def begin(self, model: nn.Module, place: Place) -> None:
-        generator, every = place.generator(PURPOSE), self.layers * self.experts
+    def begin(self, model: nn.Module, place: StepPlace) -> None:
+        generator, every = place.generator(PURPOSE, whole=True), self.layers * self.experts
         shut = every - self.count(place.share)
         for router in routers(model):
             closed = torch.zeros(every, dtype=torch.bool)
@@ -122,7 +122,7 @@ class ReXMoE(Architecture):
 
     Settings = ReXMoESettings
 
-    def config(self, vocabulary: Vocabulary) -> Any:
+    def config(self, vocabulary: TokenIds) -> Any:
         s = self.settings
         if self.shape.layers % s.group:
             raise UsageError(f"model.layers {self.shape.layers} is no multiple of settings.group {s.group}", "give a divisor")
@@ -130,7 +130,7 @@ class ReXMoE(Architecture):
             raise UsageError(f"settings.begin {s.begin} comes after settings.end {s.end}", "give the smaller one first")
         return ReXMoEConfig(**olmoe_keys(self.shape, vocabulary), norm_topk_prob=True, group_layers=s.group)
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[TrainingPart]:
         s = self.settings
         return [Progressive(self.shape.experts, s.group, s.begin, s.end)]
 

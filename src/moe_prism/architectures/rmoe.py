@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig
 
 from ..schema.common import Form
-from .base import Architecture, Vocabulary, olmoe_keys, register
+from .base import Architecture, TokenIds, olmoe_keys, register
 from .olmoe import Carried, OwnBlock, OwnOlmoe, chosen
 
 
@@ -29,6 +29,8 @@ class RMoEConfig(OlmoeConfig):
 
 class RecurrentRouter(nn.Module):
     """logits = R s, with s = GRU(P x, the s of the layer before); the GRU is that of all layers, P and R are the layer's own."""
+
+    carried: Carried
 
     def __init__(self, config: RMoEConfig, index: int, carried: Carried) -> None:
         super().__init__()
@@ -73,7 +75,7 @@ class RMoE(Architecture):
 
     Settings = RMoESettings
 
-    def config(self, vocabulary: Vocabulary) -> Any:
+    def config(self, vocabulary: TokenIds) -> Any:
         return RMoEConfig(**olmoe_keys(self.shape, vocabulary), norm_topk_prob=True, router_state=self.settings.state)
 
     @classmethod

@@ -14,12 +14,12 @@ from transformers import OlmoeConfig
 
 from ..errors import UsageError
 from ..schema.common import Budget, Form, Share
-from .base import Architecture, Part, Vocabulary, olmoe_keys
+from .base import Architecture, TokenIds, TrainingPart, olmoe_keys
 from .parts import CountSchedule
 
 
 class SigmaMoESettings(Form):
-    """first: k of the lowest layers at the beginning. share: of the steps, in which it falls. layers: the share of layers that it is for."""
+    """first: k of the lowest layers at the beginning. share: of the steps, in which it falls. layers: which share of the layers."""
 
     first: Annotated[int, Field(ge=1, le=4096)] = 8
     share: Share = 0.2
@@ -31,7 +31,7 @@ class SigmaMoE(Architecture):
 
     Settings = SigmaMoESettings
 
-    def config(self, vocabulary: Vocabulary) -> Any:
+    def config(self, vocabulary: TokenIds) -> Any:
         if not self.shape.active <= self.settings.first <= self.shape.experts:
             raise UsageError(
                 f"settings.first {self.settings.first} lies outside of {self.shape.active} to {self.shape.experts}",
@@ -39,7 +39,7 @@ class SigmaMoE(Architecture):
             )
         return OlmoeConfig(**olmoe_keys(self.shape, vocabulary), norm_topk_prob=False)
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[TrainingPart]:
         return [CountSchedule(self.count)]
 
     def count(self, layer: int, layers: int, share: float) -> int:
@@ -47,7 +47,8 @@ class SigmaMoE(Architecture):
         first, last, until = self.settings.first, self.shape.active, self.settings.share
         if layer >= math.ceil(self.settings.layers * layers) or share >= until:
             return int(last)
-        return int(round(first + (last - first) * share / until))
+        k: int = round(first + (last - first) * share / until)
+        return k
 
     @classmethod
     def example(cls) -> tuple[Any, dict[str, Any]]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig
 
 from ..schema.common import Amount, Form, Share
-from .base import Architecture, Part, Place, Vocabulary, olmoe_keys, routers
+from .base import Architecture, StepPlace, TokenIds, TrainingPart, olmoe_keys, routers
 
-PURPOSE = 2
+PURPOSE, PURPOSE_OF_STEP = 2, 4
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def _kernel(scores: Tensor, temperature: float) -> Tensor:
     return (scaled - scaled.detach().amax(-1, keepdim=True)).exp()
 
 
-class SelectiveSinkhorn(Part):
+class SelectiveSinkhorn(TrainingPart):
     """What routers of OLMoE's class say while they are trained."""
 
     def __init__(self, settings: SinkhornSettings) -> None:
@@ -58,9 +58,10 @@ class SelectiveSinkhorn(Part):
         for router in routers(model):
             router.register_forward_hook(self._route)
 
-    def begin(self, model: nn.Module, place: Place) -> None:
+    def begin(self, model: nn.Module, place: StepPlace) -> None:
         self.generator = place.generator(PURPOSE)
-        self.balances = bool(torch.rand((), generator=self.generator) < self.settings.share)
+        drawn = torch.rand((), generator=place.generator(PURPOSE_OF_STEP, whole=True))
+        self.balances = bool(drawn < self.settings.share)
 
     def _route(
         self, router: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]
@@ -92,10 +93,10 @@ class Sinkhorn(Architecture):
 
     Settings = SinkhornSettings
 
-    def config(self, vocabulary: Vocabulary) -> Any:
+    def config(self, vocabulary: TokenIds) -> Any:
         return OlmoeConfig(**olmoe_keys(self.shape, vocabulary), norm_topk_prob=True)
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[TrainingPart]:
         return [SelectiveSinkhorn(self.settings)]
 
     @classmethod

@@ -13,7 +13,7 @@ from transformers import OlmoeConfig
 from ..errors import UsageError
 from ..schema.common import Form
 from ..schema.training import ShapeForm
-from .base import Architecture, Part, Vocabulary, olmoe_keys
+from .base import Architecture, TokenIds, TrainingPart, olmoe_keys
 from .parts import CountSchedule, Frozen
 
 ROUTER = r"\.gate\.weight$"
@@ -31,14 +31,14 @@ class SMoEDropout(Architecture):
 
     Settings = SMoEDropoutSettings
 
-    def config(self, vocabulary: Vocabulary) -> Any:
+    def config(self, vocabulary: TokenIds) -> Any:
         if self.settings.first > self.shape.active:
             raise UsageError(
                 f"settings.first {self.settings.first} is more than model.active {self.shape.active}", "k must not fall"
             )
         return OlmoeConfig(**olmoe_keys(self.shape, vocabulary), norm_topk_prob=True)
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[TrainingPart]:
         return [Frozen(ROUTER), CountSchedule(lambda _layer, _layers, share: self.count(share))]
 
     def count(self, share: float) -> int:

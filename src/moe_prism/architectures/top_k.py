@@ -7,7 +7,7 @@ from typing import Any
 from transformers import OlmoeConfig
 
 from ..schema.common import Form
-from .base import Architecture, Vocabulary, olmoe_keys
+from .base import Architecture, TokenIds, olmoe_keys
 
 
 class TopKSettings(Form):
@@ -21,5 +21,5 @@ class TopK(Architecture):
 
     Settings = TopKSettings
 
-    def config(self, vocabulary: Vocabulary) -> Any:
+    def config(self, vocabulary: TokenIds) -> Any:
         return OlmoeConfig(**olmoe_keys(self.shape, vocabulary), norm_topk_prob=self.settings.normalise)

@@ -19,6 +19,7 @@ Kind = Literal[
     "routing-stages",
     "methods",
     "splits",
+    "architectures",
     "slices",
     "protections",
     "codecs",
@@ -44,8 +45,9 @@ def ls(kind: Kind, /, *, json: bool = False) -> None:
     ----------
     kind: methods (of frontier --methods: rules, expert skipping, pruning criteria), families (MoE model types of the installed
         transformers), solvers, objectives, gates, scorers, compensators, recoveries, collectors, policies (scheduling), routing-stages,
-        splits (of dense models), slices (of frontier --judge), protections (of prune), source-formats (of quantized
-        checkpoints), cache-policies, placements, predictors (of experts), or systems (of the literature, and which of them work here).
+        splits (of dense models), architectures (of train), slices (of frontier --judge), protections (of prune), source-formats
+        (of quantized checkpoints), cache-policies, placements, predictors (of experts), or systems (of the literature, and which of
+        them work here).
     json: One JSON object on stdout.
     """
     from ..jobs.listing import list_choices

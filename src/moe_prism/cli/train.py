@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -45,6 +46,8 @@ def train(
     if dry_run:
         return show_rehearsal(train_model, recipe, out, target=out, as_json=run.json, **how)
     facts = train_model(recipe, out, changes=changes.set, resume=run.resume, force=run.force, report=progress).to_json()
+    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+        return None
     text = (
         f"{facts['folder']}: {facts['parameters'] / 1e6:.2f} million parameters, {facts['tokens']:,} tokens, "
         f"held-out loss {facts['held_out_loss']:.4f} nats per token"

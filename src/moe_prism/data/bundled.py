@@ -59,6 +59,7 @@ def stdlib() -> list[Document]:
 
 
 def python_files(root: Path) -> Iterator[Path]:
+    """Sources below a folder, without tests and other people's packages."""
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIP]  # most files of an installation are in these
         yield from (Path(folder, name) for name in names if name.endswith(".py"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sysconfig
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ def training_documents(source: str) -> list[Document]:
     return split_documents(read_documents(source), "calibration", source=source)
 
 
+@cache
 def _programs() -> list[Document]:
     """Programs of the standard library without a near-copy among those that calibrate and evaluate."""
     root, found = Path(sysconfig.get_path("stdlib")), []

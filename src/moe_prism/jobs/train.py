@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import architectures
-from ..architectures.base import Architecture, Part, Vocabulary
+from ..architectures.base import Architecture, TokenIds, TrainingPart
 from ..architectures.parts import RouterLosses
 from ..artefact.load import read_tensors
 from ..artefact.output import Writing, finished
@@ -29,6 +29,7 @@ from ..result import Result
 from ..schema.training import TrainingForm
 from ..training.experts import NAME
 from ..training.loop import Curve, Training, draw_weights
+from ..training.processes import Processes, processes
 from .rehearsal import begin
 from .resources import FLOAT32, told
 from .train_card import train_card
@@ -38,6 +39,7 @@ KIND = "trained"
 STATES = ("state-0.safetensors", "state-1.safetensors")
 """In turn: one of them is whole whenever the run is killed."""
 CURVE_FILE, CHART_FILE = "training.json", "training.svg"
+NONE = -1
 TIMED = 2  # steps of a rehearsal
 
 
@@ -66,7 +68,7 @@ class _Job:
         self.tokenizer = load_tokenizer(recipe.tokenizer)
         t = self.tokenizer
         ends = t.eos_token_id if t.eos_token_id is not None else t.bos_token_id
-        self.vocabulary = Vocabulary(
+        self.vocabulary = TokenIds(
             len(t), ends if t.bos_token_id is None else t.bos_token_id, ends, ends if t.pad_token_id is None else t.pad_token_id
         )
         self.config = self.architecture.config(self.vocabulary)
@@ -78,8 +80,8 @@ class _Job:
         """The model with drawn weights, at its first step."""
         model = self.architecture.build(self.config)
         draw_weights(model, self.recipe.seed)
-        usual: Sequence[Part] = (RouterLosses(self.recipe.balance, self.recipe.z),)
-        return Training(self.recipe, model, [*usual, *self.architecture.parts()], self.streams.train, self.streams.held)
+        usual: Sequence[TrainingPart] = (RouterLosses(self.recipe.balance, self.recipe.z),)
+        return Training(self.recipe, model, [*usual, *self.architecture.parts()], (self.streams.train, self.streams.held))
 
     def inputs(self) -> dict[str, Any]:
         """What decides the result."""
@@ -106,12 +108,23 @@ def train(
     2
     """
     job = _Job(read_training(recipe, changes))
+    with processes() as group:
+        group.check(job.recipe.parts)
+        return _trained(job, out, group, how)
+
+
+def _trained(job: _Job, out: str | Path, group: Processes, how: Writing) -> Trained:
+    """The training by this process: the first one writes, the others compute."""
     inputs = job.inputs()
     resume, force = how.get("resume", False), how.get("force", False)
     done = finished(out, {"kind": KIND, "inputs": inputs}) if resume else None
     if done is not None:
         return Trained(Path(out), done["result"], _curve(Path(out)))
     training = job.training()
+    training.processes = group
+    if not group.writes:
+        _follow(training, Path(out).expanduser())
+        return Trained(Path(out), _facts(job, training), training.curve)
     begin(_needed(job, training.model), out, resume=resume, force=force, lasts=lambda: _lasts(job.training()))
     with OutputFolder(out, resume=resume, force=force) as output:
         journal = Journal(output.work, inputs)
@@ -130,11 +143,20 @@ def train(
     return Trained(Path(out), facts, training.curve)
 
 
+def _follow(training: Training, out: Path) -> None:
+    """The steps of a process that writes nothing: from the state that the first one names."""
+    number = training.processes.told(NONE)
+    if number != NONE:
+        training.restore(read_tensors(out.with_name(out.name + ".partial") / STATES[number]))
+    training.run(lambda _state: None, lambda _step, _steps: None)
+
+
 def _run(training: Training, output: OutputFolder, journal: Journal, report: Report) -> None:
     """All steps, from the newest state that is whole."""
-    states = [read_tensors(output.work / name) for name in STATES if journal.done(name)]
-    if states:
-        training.restore(max(states, key=lambda state: int(state["step"])))
+    states = {number: read_tensors(output.work / name) for number, name in enumerate(STATES) if journal.done(name)}
+    newest = max(states, key=lambda number: int(states[number]["step"]), default=NONE)
+    if training.processes.told(newest) != NONE:
+        training.restore(states[newest])
 
     def save(state: dict[str, Tensor]) -> None:
         name = STATES[training.step // training.recipe.keep_every % 2]

@@ -86,8 +86,12 @@ def nearest(word: str, known: Sequence[str]) -> str:
 def told(
     error: ValidationError, lines: Lines, name: str, owner: Callable[[Place], tuple[str, int, Sequence[str]]], advice: str
 ) -> UsageError:
-    """Pydantic's first error in one line. owner(place): whose key it is, how much of the place says so, and the keys that it knows."""
-    first = error.errors(include_url=False)[0]
+    """Pydantic's first error in one line, an unknown key before all others.
+
+    owner(place): whose key it is, how much of the place says so, and the keys that it knows.
+    """
+    every = error.errors(include_url=False)
+    first = next((each for each in every if each["type"] == "extra_forbidden"), every[0])  # what lacks was misspelt
     place: Place = tuple(first["loc"])
     at = next((lines[place[:i]] for i in range(len(place), -1, -1) if place[:i] in lines), 1)
     whose, deep, known = owner(place)

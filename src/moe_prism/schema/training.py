@@ -38,8 +38,10 @@ class ShapeForm(Form):
 class TrainingForm(Form):
     """A recipe: what is trained, on which text, for how long.
 
-    settings: of the architecture. rate_matrix: Muon's, for matrices; rate_rest: AdamW's. balance, z: weights of the two usual losses of
-    routers. autocast: multiply in bfloat16, which some processors do faster; weights stay in float32. keep_every: steps between two saved states; judge_every: steps between two looks at held-out text.
+    settings: of the architecture. rate_matrix: Muon's, for matrices; rate_rest: AdamW's. balance, z: weights of the two usual losses
+    of routers. decay: the share of the steps in which the rate falls. autocast: multiply in bfloat16; weights stay in float32. parts: of
+    a batch, whose gradients are added one after the other, or by several processes. keep_every: steps between two saved states;
+    judge_every: steps between two looks at held-out text.
     """
 
     version: Literal[1] = 1
@@ -59,12 +61,15 @@ class TrainingForm(Form):
     z: Amount = 1e-4
     decay: Share = 0.45
     autocast: bool = False
+    parts: Few = 1
     keep_every: Positive = 50
     judge_every: Positive = 100
 
     @model_validator(mode="after")
     def fits(self) -> TrainingForm:
-        """Windows that the model can see."""
+        """Windows that the model can see, and parts of a batch that are alike."""
         if self.length > self.model.context:
             raise ValueError(f"length {self.length} is more than model.context {self.model.context}")
+        if self.batch % self.parts:
+            raise ValueError(f"batch {self.batch} is no multiple of {self.parts} parts")
         return self

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ..architectures.base import FILTER, WEIGHTS, Pairs
+from ..architectures.base import FILTER, WEIGHTS, ChosenPairs
 
 NAME = "moe_prism_training"
 
 
 class Grouped(torch.autograd.Function):
-    """x [S, i], each span of rows times its own matrix of w [E, o, i] -> [S, o]; in bfloat16 under autocast. Gradients are as what they are of."""
+    """x [S, i], each span of rows times its own matrix of w [E, o, i] -> [S, o]; in bfloat16 under autocast, gradients are not."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
@@ -44,6 +44,12 @@ class Grouped(torch.autograd.Function):
         return dx.to(ctx.types[0]), dw.to(ctx.types[1]), None
 
 
+def grouped(x: Tensor, w: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """`Grouped` of these."""
+    found: Tensor = Grouped.apply(x, w, spans)  # type: ignore[no-untyped-call]
+    return found
+
+
 def trained_experts(module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """The sum [T, d] of what the chosen experts of x [T, d] give, index and weight [T, k]; an id outside 0 .. E - 1 means none."""
     first, second = (_as_trained(module, name) for name in ("gate_up_proj", "down_proj"))
@@ -53,19 +59,20 @@ def trained_experts(module: nn.Module, x: Tensor, index: Tensor, weight: Tensor)
     ends = torch.bincount(there, minlength=experts + 1)[:experts].cumsum(0).tolist()
     order = order[: ends[-1]]
     spans = list(zip([0, *ends[:-1]], ends, strict=True))
-    pairs = Pairs(order // k, order % k, weight.reshape(-1)[order], spans, len(x), k)
-    a = module._apply_gate(Grouped.apply(x[pairs.token], first, spans))  # type: ignore[operator]
+    pairs = ChosenPairs(order // k, order % k, weight.reshape(-1)[order], spans, len(x), k)
+    a = module._apply_gate(grouped(x[pairs.token], first, spans))  # type: ignore[operator]
     change = module.__dict__.get(FILTER)
     if change is not None:
         a = change(module, a, pairs)
-    y = Grouped.apply(a * pairs.weight[:, None].to(a.dtype), second, spans)
+    y = grouped(a * pairs.weight[:, None].to(a.dtype), second, spans)
     return torch.zeros_like(x).index_add(0, pairs.token, y.to(x.dtype))
 
 
 def _as_trained(module: nn.Module, name: str) -> Tensor:
     parameter: Tensor = getattr(module, name)
     through = module.__dict__.get(WEIGHTS)
-    return parameter if through is None else through(parameter)  # type: ignore[no-any-return]
+    found: Tensor = parameter if through is None else through(parameter)
+    return found
 
 
 @contextmanager

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures.base import Part, Place, Routing, Seen
+from ..architectures.base import LayerRouting, StepPlace, StepSeen, TrainingPart
 from ..errors import CorruptError, PrismError
 from ..schema.training import TrainingForm
 from .batches import Batches
 from .experts import training_experts
 from .muon import Muon, learning_rate
+from .processes import Processes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT_DECAY, DECAY_REST = 0.02, 0.01
@@ -69,17 +70,17 @@ class Recorder:
     """Notes what every router says while it is on: modules called `gate` that give (logits, weights, ids)."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.on, self.found = False, list[Routing]()
+        self.on, self.found = False, list[LayerRouting]()
         gates = [m for n, m in model.named_modules() if n.endswith(".gate") and hasattr(m, "top_k")]
         self.handles = [gate.register_forward_hook(self._note) for gate in gates]
 
     def _note(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if self.on:
             logits, weights, ids = output[:3]
-            self.found.append(Routing(logits.flatten(0, -2), weights, ids))
+            self.found.append(LayerRouting(logits.flatten(0, -2), weights, ids))
 
     @contextmanager
-    def recording(self) -> Iterator[list[Routing]]:
+    def recording(self) -> Iterator[list[LayerRouting]]:
         self.on, self.found = True, []
         try:
             yield self.found
@@ -92,10 +93,11 @@ class Recorder:
 
 
 class Training:
-    """A model under training: its optimisers, its place and its curve. train, held: token streams [n]."""
+    """A model under training: its optimisers, its place and its curve. streams: ids [n] to train on and to judge by."""
 
-    def __init__(self, recipe: TrainingForm, model: Any, parts: Sequence[Part], train: Tensor, held: Tensor) -> None:
-        self.recipe, self.model, self.parts, self.held = recipe, model, list(parts), held
+    def __init__(self, recipe: TrainingForm, model: Any, parts: Sequence[TrainingPart], streams: tuple[Tensor, Tensor]) -> None:
+        self.recipe, self.model, self.parts, self.processes = recipe, model, list(parts), Processes()
+        train, self.held = streams
         for part in self.parts:
             part.start(model)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -129,15 +131,35 @@ class Training:
 
     def _update(self, recorder: Recorder) -> float:
         """One step. Returns the next token's loss."""
-        place = Place(self.step, self.recipe.steps, self.recipe.seed)
+        recipe, place = self.recipe, StepPlace(self.step, self.recipe.steps, self.recipe.seed)
+        rows = self.batches(self.step).chunk(recipe.parts)
+        if len(rows) == 1:
+            loss = self._backward(place, rows[0], recorder)
+        else:
+            vectors = []
+            for number in self.processes.own(len(rows)):
+                found = self._backward(place._replace(part=number), rows[number], recorder)
+                vectors.append(torch.cat([self._gradients(), torch.tensor([found])]))
+                self.model.zero_grad(set_to_none=True)
+            mean = self.processes.added(vectors) / len(rows)
+            self._put(mean[:-1])
+            loss = float(mean[-1])
+        rate = learning_rate(place.share, recipe.decay)
+        self.rest.param_groups[0]["lr"] = recipe.rate_rest * rate
+        self.muon.step(recipe.rate_matrix * rate, WEIGHT_DECAY)
+        self.rest.step()
+        self.model.zero_grad(set_to_none=True)
+        return loss
+
+    def _backward(self, place: StepPlace, batch: Tensor, recorder: Recorder) -> float:
+        """Gradients of one part of a batch [B, L + 1]. Returns the next token's loss; PrismError where it is not finite."""
         for part in self.parts:
             part.begin(self.model, place)
-        batch = self.batches(self.step)
         ids, wanted = batch[:, :-1], batch[:, 1:]
         with recorder.recording() as routings:
             logits = self._logits(ids)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten())
-        seen = Seen(place, ids, logits, routings, again=lambda: self._logits(ids))
+        seen = StepSeen(place, ids, logits, routings, again=lambda: self._logits(ids))
         terms = [term for term in (part.loss(seen) for part in self.parts) if term is not None]
         total = loss + torch.stack(terms).sum() if terms else loss
         torch.autograd.backward(total)
@@ -145,12 +167,18 @@ class Training:
             raise PrismError(
                 f"the loss of step {self.step} is not finite", "lower rate_matrix and rate_rest, and start again with --force"
             )
-        rate = learning_rate(place.share, self.recipe.decay)
-        self.rest.param_groups[0]["lr"] = self.recipe.rate_rest * rate
-        self.muon.step(self.recipe.rate_matrix * rate, WEIGHT_DECAY)
-        self.rest.step()
-        self.model.zero_grad(set_to_none=True)
         return loss.item()
+
+    def _gradients(self) -> Tensor:
+        """Of all trained parameters, as one vector; nothing where a parameter had no part."""
+        every = (*self.matrices.values(), *self.others.values())
+        return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in every])
+
+    def _put(self, vector: Tensor) -> None:
+        start = 0
+        for p in (*self.matrices.values(), *self.others.values()):
+            p.grad = vector[start : start + p.numel()].view_as(p).clone()
+            start += p.numel()
 
     def _logits(self, ids: Tensor) -> Tensor:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.recipe.autocast):

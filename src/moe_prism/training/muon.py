@@ -47,7 +47,8 @@ def orthogonal(g: Tensor) -> Tensor:
     for _ in range(5):
         a = x @ x.mT
         x = first * x + (second * a + third * a @ a) @ x
-    return (x.mT if tall else x).to(g.dtype)
+    found: Tensor = (x.mT if tall else x).to(g.dtype)
+    return found
 
 
 def learning_rate(progress: float, decay: float = DECAY) -> float:

@@ -16,5 +16,7 @@ def decoded(method, point=FULL, **settings):
 def texts(opened, point, **sampling):
     """Answers to all prompts, and what the method says of each."""
     model, tokenizer = opened
-    made = [generate(model, tokenizer, p, point=point, sampling=GenerateOptions(**{"max_tokens": 24, **sampling})) for p in PROMPTS]
+    made = [
+        generate(model, tokenizer, p, point=point, sampling=GenerateOptions(**{"max_tokens": 24, **sampling})) for p in PROMPTS
+    ]
     return [one.text for one in made], [one.decoding for one in made]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -132,6 +133,7 @@ def _open(folder: Path, at: PointOptions, experts: ExpertOptions, verify: bool) 
     from ..artefact.load import load, whole_manifest
     from ..artefact.open import open_to_write, own_point
     from ..jobs.generate import asked_point
+    from ..methods.decode.run import asked_decoding
     from ..point import name_within
 
     if verify:
@@ -141,6 +143,8 @@ def _open(folder: Path, at: PointOptions, experts: ExpertOptions, verify: bool) 
     asked = name_within(at.bytes_per_token, folder) if at.bytes_per_token is not None else at.point
     named = None if asked is None else own_point(asked, folder).point
     point = asked_point(named, at.budget, at.rule, at.control)
+    if at.decode is not None:
+        point = replace(point, decoding=asked_decoding(at.decode))
     if experts.miss_floor != 1 and experts.miss_floor >= point.slots.budget:
         raise UsageError(
             f"--miss-floor {experts.miss_floor:g} is not below --budget {point.slots.budget:g}", "lower it, or leave it out"
@@ -153,6 +157,8 @@ def _open(folder: Path, at: PointOptions, experts: ExpertOptions, verify: bool) 
 
 def _note(result: Generated, asked: str) -> None:
     note(f"{asked}: {result.tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
+    if result.decoding:
+        note(", ".join(f"{name} {value}" for name, value in result.decoding.items()))
     if result.whole_experts > 0:
         share = f"{100 * result.whole_experts:.0f} %"
         note(f"in {share} of the layers' calls whole experts took less time than the kept blocks: full price, same result")

@@ -35,7 +35,7 @@ def serve(
     if engine == "vllm":
         given = {
             f"--{name.replace('_', '-')}": getattr(options, name)
-            for name in ("policy", "config", "cost", "save_cost", "bytes_per_token", "patterns")
+            for name in ("policy", "config", "cost", "save_cost", "bytes_per_token", "patterns", "self_draft")
         }
         given |= {"--expert-memory": experts.expert_memory, "--allowed-origins": options.allowed_origins or None}
         wrong = next((option for option, value in given.items() if value is not None), None)

@@ -13,6 +13,7 @@ from transformers import TextStreamer
 from ..elastic.rules import rules
 from ..elastic.runtime import elastic_of
 from ..errors import UsageError
+from ..methods.decode.base import Verifier
 from ..methods.decode.run import Through, decoder_of
 from ..model import end_tokens
 from ..options.generate import GenerateOptions
@@ -56,10 +57,14 @@ class Generated(Result):
 
 
 class Hearing(TypedDict, total=False):
-    """heard: called with every piece of the text as soon as it is certain; is_rendered: the prompt has its special tokens already."""
+    """heard: called with every piece of the text as soon as it is certain; is_rendered: the prompt has its special tokens already.
+
+    verifier: (prompt, text) -> how good the text is, for methods of decoding that ask one.
+    """
 
     heard: Callable[[str], None]
     is_rendered: bool
+    verifier: Verifier
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]
@@ -133,7 +138,9 @@ def generate(
     method = decoder_of(elastic, asked)
     own = replace(asked, decoding=None)
     streamer = _Streamer(tokenizer, how["heard"]) if "heard" in how else None
-    through = None if method is None else Through(method, tokenizer, elastic, own, streamer=streamer)
+    through = (
+        None if method is None else Through(method, tokenizer, elastic, own, streamer=streamer, verifier=how.get("verifier"))
+    )
     before, began = elastic.tally(), time.perf_counter()
     with torch.no_grad(), elastic.at([own]):
         ids = model.generate(

@@ -71,7 +71,8 @@ def described() -> list[Described]:
                 entry.summary,
                 needs or "-",
                 found.paper or "-",
-                served_by(acts, getattr(found, "depends_on_batch", False), getattr(found, "leaves_out_neurons", False)),
+                getattr(found, "served_by", "")
+                or served_by(acts, getattr(found, "depends_on_batch", False), getattr(found, "leaves_out_neurons", False)),
                 entry.origin,
             )
         )

@@ -39,6 +39,11 @@ class PointOptions(Options):
         unit=("B",),
         above=0,
     )
+    decode: str | None = option(
+        None,
+        "How tokens follow from forwards: a method of decoding, such as self-draft or self-draft:budget=0.25:length=4; see `moe-prism ls "
+        "methods`. Default: what --point says, else one forward for each token.",
+    )
     budget: float | None = option(
         None,
         "Share of the bytes that a token reads, selection and compensation included, in (0, 1]; of its slots for other rules than "

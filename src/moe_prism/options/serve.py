@@ -58,6 +58,11 @@ class ServeOptions(Options):
     task: str | None = option(None, "With --patterns: the task. Default: the one that --task-prompts are nearest to.")
     task_prompts: Path | None = option(None, "With --patterns: text such as it will be asked, which says the task.")
     task_keep: float = option(0.5, "With --patterns: the share of the experts that takes part.", above=0, most=1)
+    self_draft: str | None = option(
+        None,
+        "Requests at the full model draft tokens at a low budget and check them together, where that is faster here: BUDGET, or such as "
+        "budget=0.25:length=4. No token changes by it.",
+    )
     debug: bool = option(False, "Plain logs with stack traces.")
     store: Any = None
 

@@ -63,6 +63,17 @@ class Request:
             return int(torch.multinomial(scores.softmax(-1), 1))
         return int(scores.argmax(-1))
 
+    def take(self, sequence: Sequence, logits: Tensor, forced: int | None = None) -> int:
+        """Add the next token to a sequence, drawn from logits [V] or forced, and tell of it."""
+        token = self.draw(sequence.ids, logits) if forced is None else forced
+        sequence.ids.append(token)
+        self.heard(token)
+        return token
+
+    def tokens(self, text: str) -> list[int]:
+        """Of a text by itself."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
     def is_over(self, ids: list[int]) -> bool:
         return self.ended(torch.tensor([ids], device=self.model.device))
 
@@ -84,8 +95,8 @@ class DecodeMethod(Method):
 
     acts = "decoding"
     neutral: ClassVar[Mapping[str, Any]]
-    served: ClassVar[bool] = False
-    """Whether the embedded server decodes so, for requests that ask."""
+    served_by: ClassVar[str] = "generate"
+    """Who decodes so, in words for `moe-prism ls methods`."""
 
     @abstractmethod
     def check(self, elastic: Elastic, point: OperatingPoint) -> None:

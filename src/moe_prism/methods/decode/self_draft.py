@@ -41,7 +41,7 @@ class SelfDraft(DecodeMethod):
 
     needs = ()
     neutral: ClassVar[Mapping[str, Any]] = {}
-    served = True
+    served_by = "generate, serve --self-draft"
     Parameters = SelfDraftParameters
     parameters: SelfDraftParameters
 
@@ -65,8 +65,8 @@ class SelfDraft(DecodeMethod):
         cheap = request.step(at_budget(request.elastic, request.point, asked.budget))
         pace, sequence = Pace(asked.length), request.sequence()
         drafted = kept = rounds = 0
-        token = request.draw(sequence.ids, sequence.forward(own)[-1])
-        over = _take(request, sequence, token)
+        request.take(sequence, sequence.forward(own)[-1])
+        over = request.is_over(sequence.ids)
         while not over:
             wanted = 0 if asked.length == 0 else pace.choose() if asked.adapt else asked.length
             began = time.perf_counter()
@@ -109,16 +109,9 @@ def _check(request: Request, sequence: Sequence, own: Step, guesses: list[int]) 
     rows = sequence.forward(own, len(guesses) + 1)
     del sequence.ids[certain:]
     for i, logits in enumerate(rows):
-        token = request.draw(sequence.ids, logits)
-        if _take(request, sequence, token):
+        token = request.take(sequence, logits)
+        if request.is_over(sequence.ids):
             return i, True
         if i == len(guesses) or token != guesses[i]:
             return i, False
     raise AssertionError("the last row has no guess")
-
-
-def _take(request: Request, sequence: Sequence, token: int) -> bool:
-    """Whether the answer is over with this token."""
-    sequence.ids.append(token)
-    request.heard(token)
-    return request.is_over(sequence.ids)

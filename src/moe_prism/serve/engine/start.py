@@ -20,6 +20,7 @@ from ...elastic.paged_past import keeps_every_token
 from ...elastic.runtime import slots_per_token
 from ...errors import UsageError
 from ...jobs.patterns import TaskAsked, wear_pattern
+from ...methods.decode.self_draft import SelfDraft, SelfDraftParameters
 from ...options.serve import ServeOptions
 from ...point import OperatingPoint
 from ...schedule import CostModel, policies
@@ -62,6 +63,7 @@ class RunningEngine:
 
 def start_engine(folder: Path, options: ServeOptions, config: Config, known: dict[str, Any] | None = None) -> RunningEngine:
     """Load, measure and start. Raises PrismError with a cause; nothing is left running then. known: the cost model of an engine before."""
+    drafting = _drafting(options.self_draft)
     cost = CostModel.from_json(known) if known else CostModel.load(options.cost) if options.cost else None
     torch.set_num_threads(compute_threads(config.engine.threads))
     _say("loading the model")
@@ -84,6 +86,7 @@ def start_engine(folder: Path, options: ServeOptions, config: Config, known: dic
         Script(ladder),
         EngineSize(size.requests, size.step_tokens, size.cache_tokens, size.page, size.prefix_cache),
         tokenizer=tokenizer,
+        drafting=drafting,
     )
     engine.start()
     try:
@@ -102,6 +105,13 @@ def start_engine(folder: Path, options: ServeOptions, config: Config, known: dic
     except BaseException:
         engine.stop()
         raise
+
+
+def _drafting(asked: str | None) -> SelfDraftParameters | None:
+    """How requests draft. UsageError for what says nothing."""
+    if asked is None:
+        return None
+    return SelfDraft("self-draft", SelfDraft.read_argument("self-draft", asked)).parameters
 
 
 def _opened(folder: Path, options: ServeOptions) -> tuple[Any, Any]:

@@ -50,6 +50,7 @@ methods: Registry[type[Any]] = Registry(
         "scmoe": Entry("moe_prism.methods.decode.scmoe:Scmoe", "two forwards per token, strong and weak routing, and their contrast (SCMoE); :BETA", acts="decoding"),
         "des": Entry("moe_prism.methods.decode.des:Des", "beams with different numbers of experts, of which a verifier keeps the best (DES); :BEAMS", acts="decoding"),
         "concise": Entry("moe_prism.methods.decode.concise:Concise", "a probe after every step of reasoning ends it where the model is sure (ConCISE); :THRESHOLD", acts="decoding"),
+        "expert-rag": Entry("moe_prism.methods.decode.expert_rag:ExpertRag", "text is retrieved where the routers are unsure of the prompt (after ExpertRAG); :THRESHOLD", acts="decoding"),
         # weights: experts in fewer bits, by a codec
         "rtn": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "whole numbers of 1 to 8 bits, rounded to nearest; :BITS", acts="weights"),
         "nested": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "2 to 8 bits from one file (MWQ); :BITS", acts="weights"),

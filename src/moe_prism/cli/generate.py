@@ -46,14 +46,16 @@ def generate(
     json: One JSON object on stdout.
     """
     from ..jobs.generate import check_prompt
+    from ..methods.decode.run import function_of
 
     prompts = _prompts(prompt, json)
     if isinstance(prompts, str):
         check_prompt(prompts)
+    asks = {name: function_of(text) for name in ("verifier", "retriever") if (text := getattr(at, name)) is not None}
     model, tokenizer, point = _open(folder, at, experts, verify)
     asked = at.point or f"budget {point.slots.budget:g}"
     with _conversation(tokenizer) if chat else nullcontext() as talk:
-        call = _Call(model, tokenizer, point, options, talk)
+        call = _Call(model, tokenizer, point, options, talk, asks)
         if isinstance(prompts, str):
             result = call(prompts, is_silent=json)
             _note(result, asked)
@@ -71,6 +73,7 @@ class _Call(NamedTuple):
     point: OperatingPoint
     options: GenerateOptions
     talk: Conversation | None
+    asks: dict[str, Any]
 
     def __call__(self, text: str, is_silent: bool = False) -> Generated:
         from ..jobs.generate import generate as run
@@ -82,7 +85,7 @@ class _Call(NamedTuple):
             _write(piece if is_begun else text + piece)  # the prompt only once there is an answer: an error leaves stdout empty
             is_begun = True
 
-        how: dict[str, Any] = {} if is_silent else {"heard": hear}
+        how: dict[str, Any] = {**self.asks, **({} if is_silent else {"heard": hear})}
         prompt = text if self.talk is None else self.talk.ask(text)
         result = run(
             self.model, self.tokenizer, prompt, point=self.point, sampling=self.options, is_rendered=self.talk is not None, **how

@@ -25,14 +25,16 @@ from .sequence import Sequence, Spent
 
 Verifier = Callable[[str, str], float]
 """(prompt, what was written behind it) -> how good that is; larger is better."""
+Retriever = Callable[[str], str]
+"""prompt -> text that is to stand before it."""
 
 
 @dataclass
-class Request:
+class Continuation:
     """What is asked of one continuation, with what transformers makes of it.
 
     point: how a forward of the answer runs, without decoding. shaped(ids [1, t], logits [1, V]) and ended(ids [1, t]) are transformers'
-    processors and conditions. heard: is told of every token that is certain. verifier: for methods that ask one.
+    processors and conditions. heard: is told of every token that is certain. verifier, retriever: for methods that ask one.
     """
 
     model: Any
@@ -46,6 +48,7 @@ class Request:
     heard: Callable[[int], None]
     spent: Spent = field(default_factory=Spent)
     verifier: Verifier | None = None
+    retriever: Retriever | None = None
 
     def step(self, point: OperatingPoint | None = None) -> Step:
         """Ready to run; None: the request's own point."""
@@ -103,7 +106,7 @@ class DecodeMethod(Method):
         """UsageError where this model or the other parts of a point do not go with it."""
 
     @abstractmethod
-    def decode(self, request: Request) -> Decoded:
+    def decode(self, request: Continuation) -> Decoded:
         """Continue the prompt. Runs without gradients."""
 
     def part(self) -> Decoding:

@@ -16,7 +16,7 @@ from ...elastic.bind import Step
 from ...elastic.runtime import Elastic
 from ...errors import UsageError
 from ...point import OperatingPoint, RoutingStage
-from .base import Decoded, DecodeMethod, Request, refuse_held
+from .base import Continuation, Decoded, DecodeMethod, refuse_held
 from .sequence import Sequence
 
 MOST = 256
@@ -88,7 +88,7 @@ class Des(DecodeMethod):
             return [k]
         return [round(low + (high - low) * i / (asked.beams - 1)) for i in range(asked.beams)]
 
-    def decode(self, request: Request) -> Decoded:
+    def decode(self, request: Continuation) -> Decoded:
         asked, elastic = self.parameters, request.elastic
         if request.verifier is None and asked.beams > 1:
             raise UsageError("'des' needs a verifier, which says how good a text is", "give --verifier FILE.py:FUNCTION")
@@ -109,7 +109,7 @@ class Des(DecodeMethod):
         facts = {"experts": best.k, "score": best.score, "written": written, "forwards": request.spent.forwards}
         return Decoded(best.sequence.ids, facts)
 
-    def _extend(self, request: Request, beam: Beam) -> int:
+    def _extend(self, request: Continuation, beam: Beam) -> int:
         """Write one step; how many tokens it has."""
         if beam.is_over:
             return 0

@@ -18,7 +18,7 @@ from ...elastic.bind import Step
 from ...elastic.runtime import Elastic
 from ...errors import UsageError
 from ...point import OperatingPoint
-from .base import Decoded, DecodeMethod, Request, at_budget, refuse_held
+from .base import Continuation, Decoded, DecodeMethod, at_budget, refuse_held
 from .pace import Pace
 from .sequence import Sequence
 
@@ -59,7 +59,7 @@ class SelfDraft(DecodeMethod):
     def check(self, elastic: Elastic, point: OperatingPoint) -> None:
         refuse_held(elastic, point, "self-draft")
 
-    def decode(self, request: Request) -> Decoded:
+    def decode(self, request: Continuation) -> Decoded:
         asked = self.parameters
         own = request.step()
         cheap = request.step(at_budget(request.elastic, request.point, asked.budget))
@@ -86,7 +86,7 @@ class SelfDraft(DecodeMethod):
         return Decoded(sequence.ids, facts)
 
 
-def draft(request: Request, sequence: Sequence, cheap: Step, count: int) -> list[int]:
+def draft(request: Continuation, sequence: Sequence, cheap: Step, count: int) -> list[int]:
     """The next tokens at the low budget; the sequence is as it was then, and so are the random numbers.
 
     A guess is drawn with the numbers that the check will draw with. torch takes the token whose probability is largest beside its own
@@ -102,7 +102,7 @@ def draft(request: Request, sequence: Sequence, cheap: Step, count: int) -> list
     return guesses
 
 
-def _check(request: Request, sequence: Sequence, own: Step, guesses: list[int]) -> tuple[int, bool]:
+def _check(request: Continuation, sequence: Sequence, own: Step, guesses: list[int]) -> tuple[int, bool]:
     """(guesses that agreed, whether the answer is over): the sequence has them, and the token behind them, at its end."""
     certain = len(sequence.ids)
     sequence.ids += guesses

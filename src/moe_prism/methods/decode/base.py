@@ -30,7 +30,7 @@ Retriever = Callable[[str], str]
 
 
 @dataclass
-class Continuation:
+class DecodeRun:
     """What is asked of one continuation, with what transformers makes of it.
 
     point: how a forward of the answer runs, without decoding. shaped(ids [1, t], logits [1, V]) and ended(ids [1, t]) are transformers'
@@ -106,7 +106,7 @@ class DecodeMethod(Method):
         """UsageError where this model or the other parts of a point do not go with it."""
 
     @abstractmethod
-    def decode(self, request: Continuation) -> Decoded:
+    def decode(self, request: DecodeRun) -> Decoded:
         """Continue the prompt. Runs without gradients."""
 
     def part(self) -> Decoding:

@@ -17,7 +17,7 @@ from ...elastic.bind import Step
 from ...elastic.runtime import Elastic
 from ...errors import UsageError
 from ...point import OperatingPoint
-from .base import Continuation, Decoded, DecodeMethod, refuse_held
+from .base import Decoded, DecodeMethod, DecodeRun, refuse_held
 from .sequence import Sequence
 
 NEVER = 2.0
@@ -62,7 +62,7 @@ class Concise(DecodeMethod):
     def check(self, elastic: Elastic, point: OperatingPoint) -> None:
         refuse_held(elastic, point, "concise")
 
-    def decode(self, request: Continuation) -> Decoded:
+    def decode(self, request: DecodeRun) -> Decoded:
         asked, own, sequence = self.parameters, request.step(), request.sequence()
         probe, close = (request.tokens(text) for text in (asked.probe, asked.close))
         sure, unsure = (self._firsts(request, words) for words in (asked.sure, asked.unsure))
@@ -78,7 +78,7 @@ class Concise(DecodeMethod):
                     stopped_at, forced = len(sequence.ids) - len(request.prompt), list(close)
 
     @staticmethod
-    def _firsts(request: Continuation, words: str) -> list[int]:
+    def _firsts(request: DecodeRun, words: str) -> list[int]:
         return [request.tokens(word)[0] for word in words.split(",") if word]
 
 

@@ -16,7 +16,7 @@ from ...elastic.bind import Step
 from ...elastic.runtime import Elastic
 from ...errors import UsageError
 from ...point import OperatingPoint, RoutingStage
-from .base import Continuation, Decoded, DecodeMethod, refuse_held
+from .base import Decoded, DecodeMethod, DecodeRun, refuse_held
 from .sequence import Sequence
 
 MOST = 256
@@ -88,7 +88,7 @@ class Des(DecodeMethod):
             return [k]
         return [round(low + (high - low) * i / (asked.beams - 1)) for i in range(asked.beams)]
 
-    def decode(self, request: Continuation) -> Decoded:
+    def decode(self, request: DecodeRun) -> Decoded:
         asked, elastic = self.parameters, request.elastic
         if request.verifier is None and asked.beams > 1:
             raise UsageError("'des' needs a verifier, which says how good a text is", "give --verifier FILE.py:FUNCTION")
@@ -96,20 +96,27 @@ class Des(DecodeMethod):
         numbers = self.numbers(k, experts)
         steps = {n: request.step(with_experts(elastic, request.point, n)) for n in set(numbers)}
         beams = [Beam(request.sequence(), n, steps[n]) for n in numbers]
-        written = 0
+        written = cost = 0
         for _ in range(asked.steps):
             for beam in beams:
-                written += self._extend(request, beam)
+                tokens = self._extend(request, beam)
+                written, cost = written + tokens, cost + tokens * beam.k
             if all(beam.is_over for beam in beams):
                 break
             beams = self._next(beams)
         best = max(beams, key=lambda beam: (beam.is_over, beam.score))
         for token in best.sequence.ids[len(request.prompt) :]:
             request.heard(token)
-        facts = {"experts": best.k, "score": best.score, "written": written, "forwards": request.spent.forwards}
+        facts = {
+            "experts": best.k,
+            "score": best.score,
+            "written": written,
+            "expert_tokens": cost,
+            "forwards": request.spent.forwards,
+        }
         return Decoded(best.sequence.ids, facts)
 
-    def _extend(self, request: Continuation, beam: Beam) -> int:
+    def _extend(self, request: DecodeRun, beam: Beam) -> int:
         """Write one step; how many tokens it has."""
         if beam.is_over:
             return 0

@@ -16,7 +16,7 @@ from ...elastic.runtime import Elastic
 from ...errors import UsageError
 from ...point import Decoding, OperatingPoint
 from ...registry import View
-from .base import Continuation, DecodeMethod, Retriever, Verifier, read_settings
+from .base import DecodeMethod, DecodeRun, Retriever, Verifier, read_settings
 from .sequence import Spent
 
 decoders: View[type[DecodeMethod]] = methods.only("decoding", "decoding method")
@@ -90,7 +90,7 @@ class Through:
                 self.streamer.put(torch.tensor([token]))
 
         made = self.method.decode(
-            Continuation(
+            DecodeRun(
                 model=model,
                 tokenizer=self.tokenizer,
                 elastic=self.elastic,

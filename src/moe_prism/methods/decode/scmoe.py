@@ -17,7 +17,7 @@ from torch import Tensor
 from ...elastic.runtime import Elastic
 from ...errors import UsageError
 from ...point import OperatingPoint, RoutingStage
-from .base import Continuation, Decoded, DecodeMethod, at_budget, refuse_held
+from .base import Decoded, DecodeMethod, DecodeRun, at_budget, refuse_held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Scmoe(DecodeMethod):
             return at_budget(elastic, point, self.parameters.budget)
         return replace(point, routing=(*point.routing, rank_alone(elastic, self.parameters.rank)))
 
-    def decode(self, request: Continuation) -> Decoded:
+    def decode(self, request: DecodeRun) -> Decoded:
         own, less = request.step(), request.step(self.weak(request.elastic, request.point))
         strong, weak = request.sequence(), request.sequence()
         while True:

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 
 from moe_prism.model import load_model, load_tokenizer
 
-PROBLEMS = 200
+PROBLEMS = 100
 
 
 @torch.no_grad()

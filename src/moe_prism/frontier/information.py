@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..elastic.bind import bind
 from ..elastic.runtime import Elastic
@@ -51,12 +51,14 @@ def log_probabilities(model: Any, contexts: Sequence[Tensor], texts: Sequence[Te
     """[N, N] of every text of token ids [m] behind every context [t], at the model's current operating point."""
     rows = []
     for text in texts:
-        found = []
-        for context in contexts:
-            ids = torch.cat([context, text])[None].to(model.device)
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(text) + 1).logits[0, -len(text) - 1 : -1].float()
-            found.append(-nn.functional.cross_entropy(logits, ids[0, -len(text) :], reduction="sum"))
-        rows.append(torch.stack(found))
+        row = torch.zeros(len(contexts))
+        for length in {len(context) for context in contexts}:  # those of one length run together
+            which = [j for j, context in enumerate(contexts) if len(context) == length]
+            ids = torch.stack([torch.cat([contexts[j], text]) for j in which]).to(model.device)
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(text) + 1).logits[:, -len(text) - 1 : -1].float()
+            log_p = logits.log_softmax(-1).gather(2, ids[:, -len(text) :, None])[..., 0].sum(1)
+            row[which] = log_p.cpu()
+        rows.append(row)
     return torch.stack(rows)
 
 
@@ -77,5 +79,5 @@ def answer_information(model: Any, contexts: Sequence[Tensor], point: OperatingP
             )  # fmt: skip
             texts.append(made[0, len(context) :].cpu())
     with elastic.at(bind(elastic, [FULL])):
-        each = mutual_information(log_probabilities(model, contexts, texts).cpu())
+        each = mutual_information(log_probabilities(model, contexts, texts))
     return Information(float(each.mean()), each, float(each.mean()) / tokens)

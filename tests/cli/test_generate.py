@@ -91,7 +91,9 @@ def test_it_decodes_in_another_way(run, elastic_tiny, tmp_path):
     plain = json.loads(run(*ask)[1])
     found = json.loads(run(*ask, "--decode", "self-draft:budget=0.5:length=2:adapt=false")[1])
     assert found["text"] == plain["text"] and found["decoding"]["drafted"] > 0 and "decoding" not in plain
-    (tmp_path / "point.json").write_text(json.dumps({"kind": "operating point", "name": "mine", "point": found["point"], "made": {}}))
+    (tmp_path / "point.json").write_text(
+        json.dumps({"kind": "operating point", "name": "mine", "point": found["point"], "made": {}})
+    )
     assert json.loads(run(*ask, "--point", tmp_path / "point.json")[1])["decoding"]["drafted"] == found["decoding"]["drafted"]
     (tmp_path / "mine.py").write_text("def best(prompt, text):\n    return len(text)\n")
     hot = ("--temperature", "1", "--decode", "des:beams=3:keep=1", "--verifier", f"{tmp_path / 'mine.py'}:best")

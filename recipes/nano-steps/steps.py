@@ -137,3 +137,8 @@ def right_steps(problem: Problem, text: str) -> float:
         elif done is not None:
             good += int(done[1]) == problem.values[-1]
     return good / len(lines) if lines else 1.0
+
+
+def verifier(prompt: str, text: str) -> float:
+    """`moe-prism generate --verifier recipes/nano-steps/steps.py:verifier`."""
+    return right_steps(read(prompt), text)

@@ -48,6 +48,10 @@ methods: Registry[type[Any]] = Registry(
         "xshare": Entry("moe_prism.methods.skip.xshare:XShare", "per batch: a share of the experts is read, the best for all; tokens choose among them (XShare)", acts="routing"),
         # decoding: how the next token follows from one or several forwards
         "self-draft": Entry("moe_prism.methods.decode.self_draft:SelfDraft", "the model drafts tokens at a low budget and checks them together at its own: the same answer; :BUDGET", acts="decoding"),
+        "scmoe": Entry("moe_prism.methods.decode.scmoe:Scmoe", "two forwards per token, strong and weak routing, and their contrast (SCMoE); :BETA", acts="decoding"),
+        "des": Entry("moe_prism.methods.decode.des:Des", "beams with different numbers of experts, of which a verifier keeps the best (DES); :BEAMS", acts="decoding"),
+        "concise": Entry("moe_prism.methods.decode.concise:Concise", "a probe after every step of reasoning ends it where the model is sure (ConCISE); :THRESHOLD", acts="decoding"),
+        "expert-rag": Entry("moe_prism.methods.decode.expert_rag:ExpertRag", "text is retrieved where the routers are unsure of the prompt (after ExpertRAG); :THRESHOLD", acts="decoding"),
         # weights: experts in fewer bits, by a codec
         "rtn": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "whole numbers of 1 to 8 bits, rounded to nearest; :BITS", acts="weights"),
         "nested": Entry("moe_prism.methods.quantize.uniform_bits:UniformBits", "2 to 8 bits from one file (MWQ); :BITS", acts="weights"),

@@ -196,6 +196,13 @@ def test_bad_budgets(fails, elastic_tiny, budget):
         (("--max-tokens", "0"), "--max-tokens 0"),
         (("--max-tokens", "100000"), "context limit"),
         (("--temperature", "-1"), "temperature -1"),
+        (("--kv-entries", "0"), "--kv-entries 0"),
+        (("--decode", "self-drafts"), "did you mean 'self-draft'?"),
+        (("--decode", "self-draft:2"), "outside (0, 1]"),
+        (("--decode", "des"), "--verifier"),
+        (("--decode", "des", "--verifier", "nobody.py:f"), "there is no file nobody.py"),
+        (("--decode", "scmoe", "--kv-entries", "8"), "bounded cache"),
+        (("--decode", "scmoe", "--budget", "0.5"), "control 'none'"),
     ],
 )
 def test_bad_options_of_generate(fails, elastic_tiny, options, names):

@@ -85,6 +85,22 @@ def test_a_model_without_a_template_has_no_conversation(run, elastic_tiny):
     assert code == 2 and "has no chat template" in err and err.count("\n") == 1
 
 
+def test_it_decodes_in_another_way(run, elastic_tiny, tmp_path):
+    """By the option, and by the file of a point; a verifier is a function of a file."""
+    ask = (elastic_tiny, "--prompt", "import os", "--max-tokens", "6", "--json")
+    plain = json.loads(run(*ask)[1])
+    found = json.loads(run(*ask, "--decode", "self-draft:budget=0.5:length=2:adapt=false")[1])
+    assert found["text"] == plain["text"] and found["decoding"]["drafted"] > 0 and "decoding" not in plain
+    (tmp_path / "point.json").write_text(
+        json.dumps({"kind": "operating point", "name": "mine", "point": found["point"], "made": {}})
+    )
+    assert json.loads(run(*ask, "--point", tmp_path / "point.json")[1])["decoding"]["drafted"] == found["decoding"]["drafted"]
+    (tmp_path / "mine.py").write_text("def best(prompt, text):\n    return len(text)\n")
+    hot = ("--temperature", "1", "--decode", "des:beams=3:keep=1", "--verifier", f"{tmp_path / 'mine.py'}:best")
+    assert json.loads(run(*ask, *hot)[1])["decoding"]["written"] > 6
+    assert json.loads(run(*ask, "--kv-entries", "64")[1])["text"] == plain["text"]
+
+
 def test_any_checkpoint_generates_at_full_price(run, tiny_source):
     found = json.loads(run(tiny_source, "--prompt", "import", *FEW, "--json")[1])
     assert found["budget"] == 1 and found["tokens"] >= 1

@@ -17,12 +17,15 @@ from moe_prism.compress.changes import change_of
 from moe_prism.compress.prune import Criterion
 from moe_prism.elastic import Rule
 from moe_prism.elastic.bind import Step, bind
+from moe_prism.errors import UsageError
 from moe_prism.jobs.frontier import evaluation_windows, measure_frontier
+from moe_prism.jobs.generate import generate
 from moe_prism.methods.find import PRUNE
 from moe_prism.methods.merge.base import MergeMethod
 from moe_prism.methods.mixed import Mixed
 from moe_prism.methods.neurons.base import NeuronMethod
-from moe_prism.point import FULL, OperatingPoint, RoutingStage, SlotRule
+from moe_prism.options.generate import GenerateOptions
+from moe_prism.point import FULL, Decoding, OperatingPoint, RoutingStage, SlotRule
 from moe_prism.routing import stage_class
 
 from .bench import Bench
@@ -68,6 +71,8 @@ def checks_of(name: str) -> list[Check]:
     if issubclass(found, MergeMethod):
         shared = [] if name == "dern" else [costs_what_is_left_of_experts]
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, *shared]
+    if found.acts == "decoding":
+        return [has_points_that_survive_json, decodes_plainly_at_its_neutral_settings, is_refused_where_single_forwards_run]
     if found.acts == "weights":
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_its_codec_stores]
     checks: list[Check] = [has_points_that_survive_json, changes_the_output]
@@ -92,6 +97,23 @@ def has_points_that_survive_json(bench: Bench, asked: str) -> None:
     for named in points:
         assert OperatingPoint.from_json(named.point.to_json()) == named.point
         assert named.point != FULL or named.point.is_full
+
+
+def decodes_plainly_at_its_neutral_settings(bench: Bench, asked: str) -> None:
+    """Of a method of decoding: the tokens of transformers, one forward each."""
+    name, sampling = asked.partition(":")[0], GenerateOptions(max_tokens=12)
+    opened, neutral = bench.opened, methods.get(asked.partition(":")[0]).neutral
+    point = OperatingPoint(decoding=Decoding(method=name, settings=neutral))
+    for prompt in ("import os", "def f(x):\n", "x"):
+        plain = generate(opened.model, opened.tokenizer, prompt, sampling=sampling)
+        assert generate(opened.model, opened.tokenizer, prompt, point=point, sampling=sampling).text == plain.text
+
+
+def is_refused_where_single_forwards_run(bench: Bench, asked: str) -> None:
+    """By its name, and never as if it were not there."""
+    (named,) = bench.points(asked)
+    with pytest.raises(UsageError, match=f"'{asked.partition(':')[0]}' decodes a request"):
+        bind(bench.opened.elastic, [named.point])
 
 
 def changes_the_output(bench: Bench, asked: str) -> None:

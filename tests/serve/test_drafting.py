@@ -3,11 +3,14 @@
 import threading
 import time
 
+import httpx2
 import pytest
 
+from moe_prism.errors import UsageError
 from moe_prism.methods.decode.self_draft import SelfDraftParameters
 from moe_prism.serve.requests import Sampling
 
+from .house import open_house, with_levels
 from .test_engine import Waves, nano  # noqa: F401
 
 ASKS = Sampling(self_draft=True)
@@ -109,3 +112,27 @@ def test_penalties_and_logprobs_go_on(nano, plain, drafting):  # noqa: F811
 def test_a_request_that_does_not_ask_never_drafts(nano, plain, drafting):  # noqa: F811
     assert drafting.tokens(nano[1], [2] * 4, new=LONG) == plain["full"]
     assert drafting.engine.drafts.drafted == 0
+
+
+def test_requests_draft_where_the_server_does_and_may_say_no(elastic_tiny, tmp_path):
+    folder = with_levels(elastic_tiny, tmp_path / "tiny")
+    body = {"model": "tiny", "prompt": "import os", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "quality": 1.0}
+    told = []
+    for drafting in (None, "budget=0.5:length=2:adapt=false"):
+        with open_house(folder, self_draft=drafting) as house:
+            for more in ({}, {"self_draft": False}, {"self_draft": True}):
+                answer = httpx2.post(f"{house.url}/completions", json=body | more, timeout=60)
+                if drafting is None and more.get("self_draft"):
+                    assert answer.status_code == 400 and "--self-draft" in answer.json()["error"]["message"]
+                    continue
+                assert answer.json()["usage"]["completion_tokens"] == 24
+                told.append(answer.json()["choices"][0]["text"])
+            metrics = httpx2.get(f"{house.root}/metrics").text
+            drafted = [line for line in metrics.splitlines() if line.startswith("moe_prism:spec_decode_num_draft_tokens_total")]
+            assert (float(drafted[0].split()[-1]) > 0) == (drafting is not None)
+    assert len(set(told)) == 1
+
+
+def test_a_draft_that_says_nothing_is_refused_before_the_model_is_loaded(elastic_tiny):
+    with pytest.raises(UsageError, match="outside"), open_house(elastic_tiny, self_draft="2"):
+        pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,16 +48,18 @@ def generate(
     json: One JSON object on stdout.
     """
     from ..jobs.generate import check_prompt
+    from ..methods.decode.run import function_of
 
     prompts = _prompts(prompt, json)
     if isinstance(prompts, str):
         check_prompt(prompts)
     if tuned.adapter is not None and experts.expert_memory is not None:
         raise UsageError("--adapter needs the model's experts in memory", "leave --expert-memory out")
+    asks = {name: function_of(text) for name in ("verifier", "retriever") if (text := getattr(at, name)) is not None}
     model, tokenizer, point = _open(folder, at, experts, verify)
     asked = at.point or f"budget {point.slots.budget:g}"
     with _worn(model, folder, tuned.adapter), _conversation(tokenizer) if chat else nullcontext() as talk:
-        call = _Call(model, tokenizer, point, options, talk)
+        call = _Call(model, tokenizer, point, options, talk, asks)
         if isinstance(prompts, str):
             result = call(prompts, is_silent=json)
             _note(result, asked)
@@ -74,6 +77,7 @@ class _Call(NamedTuple):
     point: OperatingPoint
     options: GenerateOptions
     talk: Conversation | None
+    asks: dict[str, Any]
 
     def __call__(self, text: str, is_silent: bool = False) -> Generated:
         from ..jobs.generate import generate as run
@@ -85,7 +89,7 @@ class _Call(NamedTuple):
             _write(piece if is_begun else text + piece)  # the prompt only once there is an answer: an error leaves stdout empty
             is_begun = True
 
-        how: dict[str, Any] = {} if is_silent else {"heard": hear}
+        how: dict[str, Any] = {**self.asks, **({} if is_silent else {"heard": hear})}
         prompt = text if self.talk is None else self.talk.ask(text)
         result = run(
             self.model, self.tokenizer, prompt, point=self.point, sampling=self.options, is_rendered=self.talk is not None, **how
@@ -151,6 +155,7 @@ def _open(folder: Path, at: PointOptions, experts: ExpertOptions, verify: bool) 
     from ..artefact.load import load, whole_manifest
     from ..artefact.open import open_to_write, own_point
     from ..jobs.generate import asked_point
+    from ..methods.decode.run import asked_decoding
     from ..point import name_within
 
     if verify:
@@ -160,6 +165,8 @@ def _open(folder: Path, at: PointOptions, experts: ExpertOptions, verify: bool) 
     asked = name_within(at.bytes_per_token, folder) if at.bytes_per_token is not None else at.point
     named = None if asked is None else own_point(asked, folder).point
     point = asked_point(named, at.budget, at.rule, at.control)
+    if at.decode is not None:
+        point = replace(point, decoding=asked_decoding(at.decode))
     if experts.miss_floor != 1 and experts.miss_floor >= point.slots.budget:
         raise UsageError(
             f"--miss-floor {experts.miss_floor:g} is not below --budget {point.slots.budget:g}", "lower it, or leave it out"
@@ -172,6 +179,8 @@ def _open(folder: Path, at: PointOptions, experts: ExpertOptions, verify: bool) 
 
 def _note(result: Generated, asked: str) -> None:
     note(f"{asked}: {result.tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
+    if result.decoding:
+        note(", ".join(f"{name} {value}" for name, value in result.decoding.items()))
     if result.whole_experts > 0:
         share = f"{100 * result.whole_experts:.0f} %"
         note(f"in {share} of the layers' calls whole experts took less time than the kept blocks: full price, same result")

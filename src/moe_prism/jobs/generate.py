@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, Unpack
 
 import torch
 from transformers import TextStreamer
 
+from ..attention.ems import EmsCache, EmsSettings, attending
 from ..elastic.rules import rules
 from ..elastic.runtime import elastic_of
 from ..errors import UsageError
+from ..methods.decode.base import Retriever, Verifier
 from ..methods.decode.run import Through, decoder_of
 from ..model import end_tokens
 from ..options.generate import GenerateOptions
@@ -56,10 +59,15 @@ class Generated(Result):
 
 
 class Hearing(TypedDict, total=False):
-    """heard: called with every piece of the text as soon as it is certain; is_rendered: the prompt has its special tokens already."""
+    """heard: called with every piece of the text as soon as it is certain; is_rendered: the prompt has its special tokens already.
+
+    verifier: (prompt, text) -> how good the text is; retriever: prompt -> text to stand before it: for methods of decoding that ask.
+    """
 
     heard: Callable[[str], None]
     is_rendered: bool
+    verifier: Verifier
+    retriever: Retriever
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]
@@ -125,27 +133,46 @@ def generate(
         raise UsageError(
             f"{length} prompt tokens + {sampling.max_tokens} new ones pass the context limit of {limit}", "shorten one of them"
         )
-    warm = sampling.temperature > 0
-    drawing: dict[str, Any] = {"do_sample": warm, **({"temperature": sampling.temperature} if warm else {})}
     ends = {"eos_token_id": sorted(found)} if (found := end_tokens(model, tokenizer)) else {}
+    streamer = _Streamer(tokenizer, how["heard"]) if "heard" in how else None
     torch.manual_seed(sampling.seed)
     elastic = elastic_of(model)
-    method = decoder_of(elastic, asked)
-    own = replace(asked, decoding=None)
-    streamer = _Streamer(tokenizer, how["heard"]) if "heard" in how else None
-    through = None if method is None else Through(method, tokenizer, elastic, own, streamer=streamer)
+    method, own = decoder_of(elastic, asked), replace(asked, decoding=None)
+    through = None
+    if method is not None:
+        through = Through(method, tokenizer, elastic, own, streamer=streamer)
+        through.verifier, through.retriever = how.get("verifier"), how.get("retriever")
     before, began = elastic.tally(), time.perf_counter()
-    with torch.no_grad(), elastic.at([own]):
+    with torch.no_grad(), elastic.at([own]), _remembering(model, sampling.kv_entries, through) as cache:
         ids = model.generate(
             **rows,
             max_new_tokens=sampling.max_tokens,
             streamer=streamer,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             **ends,
-            **drawing,
+            **_drawing(sampling),
+            **cache,
             **({} if through is None else {"custom_generate": through}),
         )
     seconds, after, new = time.perf_counter() - began, elastic.tally(), ids[0, length:]
     whole = (after.whole - before.whole) / max(1, after.calls - before.calls)
     text, facts = tokenizer.decode(new, skip_special_tokens=True), {} if through is None else through.facts
     return Generated(prompt, text, asked, len(new), seconds, whole, facts)
+
+
+def _drawing(sampling: GenerateOptions) -> dict[str, Any]:
+    warm = sampling.temperature > 0
+    return {"do_sample": warm, **({"temperature": sampling.temperature} if warm else {})}
+
+
+@contextmanager
+def _remembering(model: Any, entries: int | None, through: Through | None) -> Iterator[dict[str, Any]]:
+    """The cache of attention that was asked for, as an argument of `generate`; None: transformers' own."""
+    if entries is None:
+        yield {}
+        return
+    if through is not None:
+        raise UsageError("a bounded cache and a method of decoding were both asked for", "leave one of them out")
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    with attending(model, EmsCache(layers, EmsSettings(entries=entries))) as cache:
+        yield {"past_key_values": cache}

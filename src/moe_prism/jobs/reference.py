@@ -38,7 +38,11 @@ ACTS = {
         "A criterion ranks the experts of a layer, and the lowest go. Write `moe-prism prune nano --out half --criterion NAME` for a "
         "checkpoint with fewer experts. `moe-prism frontier nano --out report --methods prune:NAME` measures it first.",
     ),
-    "decoding": ("Decoding: how the next token follows from one or several forwards", "It is chosen per request."),
+    "decoding": (
+        "Decoding: how the next token follows from one or several forwards",
+        "It is chosen per request. Write `moe-prism generate elastic --prompt TEXT --decode NAME`, or put it into a point. "
+        "`moe-prism frontier` measures single forwards, and refuses these.",
+    ),
 }
 """acts -> title and how it is written. NAME stands for a name of the table below it."""
 
@@ -101,6 +105,11 @@ PAGES = {"methods.md": methods_page, "systems.md": systems_page}
 """File -> what it should hold."""
 
 
+def _plain(value: object) -> str:
+    """On one line."""
+    return str(value).replace("\n", "\\n")
+
+
 def parameters(row: Described) -> list[ParameterLine]:
     """What a user may set of a method, from its dataclass. ValueError where the docstring does not say what a parameter means."""
     made, name = _method_of(row)
@@ -112,7 +121,7 @@ def parameters(row: Described) -> list[ParameterLine]:
             raise ValueError(
                 f"{made.Parameters.__name__} does not say what '{field.name}' means; write '{field.name}: ...' into its docstring"
             )
-        default = "-" if field.default is MISSING else f"`{field.default}`"
+        default = "-" if field.default is MISSING else f"`{_plain(field.default)}`"
         place = written if field.name.upper() in written else made.set_by(name, field.name)
         lines.append(ParameterLine(f"`{place}`", f"`{field.name}`", _kind(hints[field.name]), default, known[field.name]))
     return lines

@@ -112,7 +112,7 @@ class Method(ABC):
     @classmethod
     def set_by(cls, name: str, parameter: str) -> str:
         """How a user writes a parameter that does not stand in the name."""
-        if cls.acts == "weights" or parameter not in {f.name for f in fields(SkipOptions)}:
+        if cls.acts in ("weights", "decoding") or parameter not in {f.name for f in fields(SkipOptions)}:
             return f"{name}:{parameter}={parameter.upper()}"
         return f"moe-prism skip --{parameter.replace('_', '-')}"
 

@@ -71,17 +71,12 @@ def described() -> list[Described]:
                 entry.summary,
                 needs or "-",
                 found.paper or "-",
-                _served(acts, found),
+                getattr(found, "served_by", "")
+                or served_by(acts, getattr(found, "depends_on_batch", False), getattr(found, "leaves_out_neurons", False)),
                 entry.origin,
             )
         )
     return rows
-
-
-def _served(acts: str, method: Any) -> str:
-    if getattr(method, "multiplies_inside", False):
-        return "generate, serve"
-    return served_by(acts, getattr(method, "depends_on_batch", False), getattr(method, "leaves_out_neurons", False))
 
 
 def served_by(acts: str, depends_on_batch: bool, leaves_out_neurons: bool = False) -> str:

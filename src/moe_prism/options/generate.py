@@ -22,6 +22,11 @@ class GenerateOptions(Options):
     max_tokens: int = option(64, "Tokens to generate.", least=1)
     temperature: float = option(0.0, "0 is greedy.", least=0, below=math.inf)
     seed: int = option(0, "Seed of sampling.", least=0, below=2**63)
+    kv_entries: int | None = option(
+        None,
+        "Tokens that each head of attention remembers: others are evicted, or merged into those that are alike (EMS). Default: all.",
+        least=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,17 @@ class PointOptions(Options):
         "to the model within them.",
         unit=("B",),
         above=0,
+    )
+    decode: str | None = option(
+        None,
+        "How tokens follow from forwards: a method of decoding, such as self-draft or self-draft:budget=0.25:length=4; see `moe-prism ls "
+        "methods`. Default: what --point says, else one forward for each token.",
+    )
+    verifier: str | None = option(
+        None, "FILE.py:FUNCTION for methods of decoding that ask how good a text is: (prompt, text) to a number. The file is run."
+    )
+    retriever: str | None = option(
+        None, "FILE.py:FUNCTION for methods of decoding that retrieve: prompt to text that stands before it. The file is run."
     )
     budget: float | None = option(
         None,

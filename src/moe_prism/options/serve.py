@@ -75,6 +75,11 @@ class ServeOptions(Options):
         most=65_536,
     )
     admin_key_file: Path | None = option(None, "File with keys of administrators, one per line. No other key opens /admin.")
+    self_draft: str | None = option(
+        None,
+        "Requests at the full model draft tokens at a low budget and check them together, where that is faster here: BUDGET, or such as "
+        "budget=0.25:length=4. No token changes by it.",
+    )
     debug: bool = option(False, "Plain logs with stack traces.")
     store: Any = None
 

@@ -13,6 +13,11 @@ routing_stages: Registry[type[Stage]] = Registry(
             "moe_prism.routing.token_threshold:TokenThreshold",
             "experts whose weight reaches a share of the token's largest (SER, NAEE)",
         ),
+        "rank": (
+            "moe_prism.routing.rank:Rank",
+            "the expert of one routing rank alone (the weak routing of SCMoE)",
+            "arXiv 2405.14507",
+        ),
         "score-mass": (
             "moe_prism.routing.score_mass:ScoreMass",
             "the fewest experts that hold a share of the token's routing weight (for sigmoid routers too)",

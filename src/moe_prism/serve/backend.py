@@ -32,6 +32,8 @@ class Gauges(NamedTuple):
     cache: float = 0.0  # used share of the KV cache
     failed_steps: int = 0  # since the start
     restarts: int = 0  # of its process
+    drafted: int = 0  # tokens that requests drafted for themselves, since the engine's start
+    kept: int = 0  # of them, those that were right
 
 
 class AdapterFacts(NamedTuple):

@@ -131,6 +131,7 @@ def _http(engine: Backend, workers: Workers, facts: Facts, asked: ToServe) -> tu
         history.observe(tally)
 
     service = Service(engine, workers.desk.tokenizer, config, metrics, name, asked.usual)
+    service.drafts = asked.options.self_draft is not None
     return House(service, Door(config, facts.rate, metrics.refuse), workers), history, heard
 
 

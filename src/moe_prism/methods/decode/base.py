@@ -25,14 +25,16 @@ from .sequence import Sequence, Spent
 
 Verifier = Callable[[str, str], float]
 """(prompt, what was written behind it) -> how good that is; larger is better."""
+Retriever = Callable[[str], str]
+"""prompt -> text that is to stand before it."""
 
 
 @dataclass
-class Request:
+class DecodeRun:
     """What is asked of one continuation, with what transformers makes of it.
 
     point: how a forward of the answer runs, without decoding. shaped(ids [1, t], logits [1, V]) and ended(ids [1, t]) are transformers'
-    processors and conditions. heard: is told of every token that is certain. verifier: for methods that ask one.
+    processors and conditions. heard: is told of every token that is certain. verifier, retriever: for methods that ask one.
     """
 
     model: Any
@@ -46,6 +48,7 @@ class Request:
     heard: Callable[[int], None]
     spent: Spent = field(default_factory=Spent)
     verifier: Verifier | None = None
+    retriever: Retriever | None = None
 
     def step(self, point: OperatingPoint | None = None) -> Step:
         """Ready to run; None: the request's own point."""
@@ -62,6 +65,17 @@ class Request:
         if self.samples:
             return int(torch.multinomial(scores.softmax(-1), 1))
         return int(scores.argmax(-1))
+
+    def take(self, sequence: Sequence, logits: Tensor, forced: int | None = None) -> int:
+        """Add the next token to a sequence, drawn from logits [V] or forced, and tell of it."""
+        token = self.draw(sequence.ids, logits) if forced is None else forced
+        sequence.ids.append(token)
+        self.heard(token)
+        return token
+
+    def tokens(self, text: str) -> list[int]:
+        """Of a text by itself."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def is_over(self, ids: list[int]) -> bool:
         return self.ended(torch.tensor([ids], device=self.model.device))
@@ -84,15 +98,15 @@ class DecodeMethod(Method):
 
     acts = "decoding"
     neutral: ClassVar[Mapping[str, Any]]
-    served: ClassVar[bool] = False
-    """Whether the embedded server decodes so, for requests that ask."""
+    served_by: ClassVar[str] = "generate"
+    """Who decodes so, in words for `moe-prism ls methods`."""
 
     @abstractmethod
     def check(self, elastic: Elastic, point: OperatingPoint) -> None:
         """UsageError where this model or the other parts of a point do not go with it."""
 
     @abstractmethod
-    def decode(self, request: Request) -> Decoded:
+    def decode(self, request: DecodeRun) -> Decoded:
         """Continue the prompt. Runs without gradients."""
 
     def part(self) -> Decoding:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from ...elastic.runtime import Elastic
 from ...errors import UsageError
 from ...point import Decoding, OperatingPoint
 from ...registry import View
-from .base import DecodeMethod, Request, Verifier, read_settings
+from .base import DecodeMethod, DecodeRun, Retriever, Verifier, read_settings
 from .sequence import Spent
 
 decoders: View[type[DecodeMethod]] = methods.only("decoding", "decoding method")
@@ -25,6 +27,19 @@ def asked_decoding(text: str) -> Decoding:
     plain, colon, argument = text.partition(":")
     kind = decoders.get(plain)
     return kind(plain, kind.read_argument(plain, argument if colon else None)).part()
+
+
+def function_of(asked: str) -> Callable[..., Any]:
+    """The function of a Python file, from FILE.py:FUNCTION, whose code runs. UsageError where there is none."""
+    file, colon, name = asked.rpartition(":")
+    if not colon or not file.endswith(".py"):
+        raise UsageError(f"'{asked}' names no function of a file", "write FILE.py:FUNCTION")
+    if not Path(file).is_file():
+        raise UsageError(f"there is no file {file}", "write FILE.py:FUNCTION")
+    found = runpy.run_path(file).get(name)
+    if not callable(found):
+        raise UsageError(f"{file} has no function '{name}'", "write FILE.py:FUNCTION")
+    return found  # type: ignore[no-any-return]
 
 
 def decoder_of(elastic: Elastic, point: OperatingPoint) -> DecodeMethod | None:
@@ -50,6 +65,7 @@ class Through:
     point: OperatingPoint
     counting: bool = False
     verifier: Verifier | None = None
+    retriever: Retriever | None = None
     streamer: Any = None
     facts: dict[str, Any] = field(default_factory=dict)
     spent: Spent = field(default_factory=Spent)
@@ -74,7 +90,7 @@ class Through:
                 self.streamer.put(torch.tensor([token]))
 
         made = self.method.decode(
-            Request(
+            DecodeRun(
                 model=model,
                 tokenizer=self.tokenizer,
                 elastic=self.elastic,
@@ -86,6 +102,7 @@ class Through:
                 heard=hear,
                 spent=self.spent,
                 verifier=self.verifier,
+                retriever=self.retriever,
             )
         )
         self.facts = made.facts

@@ -18,7 +18,7 @@ from ...elastic.bind import Step
 from ...elastic.runtime import Elastic
 from ...errors import UsageError
 from ...point import OperatingPoint
-from .base import Decoded, DecodeMethod, Request, at_budget, refuse_held
+from .base import Decoded, DecodeMethod, DecodeRun, at_budget, refuse_held
 from .pace import Pace
 from .sequence import Sequence
 
@@ -40,8 +40,8 @@ class SelfDraft(DecodeMethod):
     """`self-draft:BUDGET`, `self-draft:budget=0.25:length=4:adapt=true`."""
 
     needs = ()
-    neutral: ClassVar[Mapping[str, Any]] = {}
-    served = True
+    neutral: ClassVar[Mapping[str, Any]] = {"budget": 0.5}  # any budget is
+    served_by = "generate, serve --self-draft"
     Parameters = SelfDraftParameters
     parameters: SelfDraftParameters
 
@@ -59,34 +59,34 @@ class SelfDraft(DecodeMethod):
     def check(self, elastic: Elastic, point: OperatingPoint) -> None:
         refuse_held(elastic, point, "self-draft")
 
-    def decode(self, request: Request) -> Decoded:
+    def decode(self, request: DecodeRun) -> Decoded:
         asked = self.parameters
         own = request.step()
         cheap = request.step(at_budget(request.elastic, request.point, asked.budget))
         pace, sequence = Pace(asked.length), request.sequence()
-        drafted = kept = rounds = 0
-        token = request.draw(sequence.ids, sequence.forward(own)[-1])
-        over = _take(request, sequence, token)
+        drafted = kept = rounds = tried = 0
+        request.take(sequence, sequence.forward(own)[-1])
+        over = request.is_over(sequence.ids)
         while not over:
             wanted = 0 if asked.length == 0 else pace.choose() if asked.adapt else asked.length
             began = time.perf_counter()
             guesses = draft(request, sequence, cheap, wanted)
             checked = time.perf_counter()
-            agreed, over = _check(request, sequence, own, guesses)
+            agreed, asked_for, over = _check(request, sequence, own, guesses)
             done = time.perf_counter()
             sequence.take_back(len(sequence.ids) - 1)
             if wanted:
-                rounds, drafted, kept = rounds + 1, drafted + wanted, kept + agreed
+                rounds, drafted, kept, tried = rounds + 1, drafted + wanted, kept + agreed, tried + asked_for
                 pace.drafted((checked - began) / wanted)
                 pace.checked(wanted, done - checked)
                 pace.outcome(wanted, agreed)
             else:
                 pace.plain(done - began)
-        facts = {"rounds": rounds, "drafted": drafted, "kept": kept, "forwards": request.spent.forwards}
+        facts = {"rounds": rounds, "drafted": drafted, "tried": tried, "kept": kept, "forwards": request.spent.forwards}
         return Decoded(sequence.ids, facts)
 
 
-def draft(request: Request, sequence: Sequence, cheap: Step, count: int) -> list[int]:
+def draft(request: DecodeRun, sequence: Sequence, cheap: Step, count: int) -> list[int]:
     """The next tokens at the low budget; the sequence is as it was then, and so are the random numbers.
 
     A guess is drawn with the numbers that the check will draw with. torch takes the token whose probability is largest beside its own
@@ -102,23 +102,18 @@ def draft(request: Request, sequence: Sequence, cheap: Step, count: int) -> list
     return guesses
 
 
-def _check(request: Request, sequence: Sequence, own: Step, guesses: list[int]) -> tuple[int, bool]:
-    """(guesses that agreed, whether the answer is over): the sequence has them, and the token behind them, at its end."""
+def _check(request: DecodeRun, sequence: Sequence, own: Step, guesses: list[int]) -> tuple[int, int, bool]:
+    """(guesses that agreed, guesses that were looked at, whether the answer is over): its tokens, and the one behind them, are at the
+    sequence's end.
+    """
     certain = len(sequence.ids)
     sequence.ids += guesses
     rows = sequence.forward(own, len(guesses) + 1)
     del sequence.ids[certain:]
+    agreed, over = 0, False
     for i, logits in enumerate(rows):
-        token = request.draw(sequence.ids, logits)
-        if _take(request, sequence, token):
-            return i, True
-        if i == len(guesses) or token != guesses[i]:
-            return i, False
-    raise AssertionError("the last row has no guess")
-
-
-def _take(request: Request, sequence: Sequence, token: int) -> bool:
-    """Whether the answer is over with this token."""
-    sequence.ids.append(token)
-    request.heard(token)
-    return request.is_over(sequence.ids)
+        right = request.take(sequence, logits) in guesses[i : i + 1]
+        agreed, over = agreed + right, request.is_over(sequence.ids)
+        if over or not right:
+            break
+    return agreed, min(len(sequence.ids) - certain, len(guesses)), over

@@ -135,6 +135,7 @@ class CompressedExperts(SkipMethod):
     paper = "arXiv 2503.00634"
     stage: ClassVar[type[CompressedExpertsStage]] = CompressedExpertsStage
     multiplies_inside = True
+    served_by = "generate, serve"
     Parameters = CompressedExpertsParameters
     parameters: CompressedExpertsParameters
 

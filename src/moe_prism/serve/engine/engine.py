@@ -203,7 +203,9 @@ class Engine:
             return Gauges(failed_steps=self.failed_steps)
         scheduler = processor.scheduler
         used = 1.0 - float(processor.cache.compute_free_capacity())
-        return Gauges(len(scheduler.active_requests), len(scheduler.waiting_requests), used, self.failed_steps)
+        drafts = () if self.drafts is None else (self.drafts.drafted, self.drafts.kept)
+        running, waiting = len(scheduler.active_requests), len(scheduler.waiting_requests)
+        return Gauges(running, waiting, used, self.failed_steps, 0, *drafts)
 
     @property
     def adapters(self) -> Mapping[str, AdapterFacts]:

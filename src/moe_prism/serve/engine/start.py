@@ -23,6 +23,7 @@ from ...elastic.runtime import slots_per_token
 from ...errors import UsageError
 from ...jobs.adapter import add_adapters
 from ...jobs.patterns import TaskAsked, wear_pattern
+from ...methods.decode.self_draft import SelfDraft, SelfDraftParameters
 from ...options.serve import ServeOptions
 from ...point import OperatingPoint
 from ...schedule import CostModel, policies
@@ -65,6 +66,7 @@ class RunningEngine:
 
 def start_engine(folder: Path, options: ServeOptions, config: Config, known: dict[str, Any] | None = None) -> RunningEngine:
     """Load, measure and start. Raises PrismError with a cause; nothing is left running then. known: the cost model of an engine before."""
+    drafting = _drafting(options.self_draft)
     cost = CostModel.from_json(known) if known else CostModel.load(options.cost) if options.cost else None
     torch.set_num_threads(compute_threads(config.engine.threads))
     _say("loading the model")
@@ -89,6 +91,7 @@ def start_engine(folder: Path, options: ServeOptions, config: Config, known: dic
         EngineSize(size.requests, size.step_tokens, size.cache_tokens, size.page, size.prefix_cache),
         tokenizer=tokenizer,
         adapters=adapters,
+        drafting=drafting,
     )
     engine.start()
     try:
@@ -108,6 +111,13 @@ def start_engine(folder: Path, options: ServeOptions, config: Config, known: dic
     except BaseException:
         engine.stop()
         raise
+
+
+def _drafting(asked: str | None) -> SelfDraftParameters | None:
+    """How requests draft. UsageError for what says nothing."""
+    if asked is None:
+        return None
+    return SelfDraft("self-draft", SelfDraft.read_argument("self-draft", asked)).parameters
 
 
 def _opened(folder: Path, options: ServeOptions, cache_tokens: int) -> tuple[Any, Any]:

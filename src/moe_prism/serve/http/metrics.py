@@ -57,6 +57,8 @@ class Metrics:
         self.slo = counter("slo", "Targets met and missed, by class.", "class", "target", "met")
         self.nan = counter("nonfinite_aborts", "Sequences ended because the model returned NaN or infinity.")
         self.failed = counter("failed_steps", "Steps that raised an error.")
+        self.drafted = counter("spec_decode_num_draft_tokens", "Tokens that requests drafted for themselves.")
+        self.kept = counter("spec_decode_num_accepted_tokens", "Drafted tokens that were right.")
         self.restarts = counter("engine_restarts", "Engines that were started again.")
         self.disconnects = counter("client_disconnects", "Requests whose client left.")
         self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", LATENCY)
@@ -72,7 +74,7 @@ class Metrics:
         self._recent: dict[tuple[str, str], deque[float]] = {}
         self._names = [level.name for level in ladder.levels]
         self._slots = 0.0
-        self._failed_steps = self._restarts = 0
+        self._failed_steps = self._restarts = self._drafted = self._kept = 0
         for reason in REASONS:
             self.refused.labels(**self._model, reason=reason)
         for name in self._names:
@@ -104,6 +106,9 @@ class Metrics:
         self.failed.inc(max(0, now.failed_steps - self._failed_steps))
         self.restarts.inc(max(0, now.restarts - self._restarts))
         self._failed_steps, self._restarts = now.failed_steps, now.restarts
+        self.drafted.inc(max(0, now.drafted - self._drafted))
+        self.kept.inc(max(0, now.kept - self._kept))
+        self._drafted, self._kept = now.drafted, now.kept
 
     def refuse(self, reason: str) -> None:
         self.refused.labels(**self._model, reason=reason).inc()

@@ -88,6 +88,9 @@ class Common(BaseModel):
     ttft_ms: Number | None = takes("target: milliseconds to the first token", 500, ge=1, le=3_600_000)
     tpot_ms: Number | None = takes("target: milliseconds per further token", 50, ge=0.1, le=3_600_000)
     priority: StrictInt | None = takes("smaller first", 1, ge=-1000, le=1000)
+    self_draft: StrictBool | None = takes(
+        "false: draft nothing; true: only where the server drafts (`--self-draft`); no token changes by it", False
+    )
     kind: StrictStr | None = takes("request class, which has the defaults of the others", "batch", alias="class", max_length=64)
 
     @model_validator(mode="wrap")

@@ -85,6 +85,8 @@ def _asked(service: Service, body: Any) -> Understood:
         raise Refusal(400, "min_tokens is above max_tokens", param="min_tokens")
     if body.top_logprobs_alone:
         raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    if body.self_draft and not service.drafts:
+        raise Refusal(400, "this server drafts nothing; start it with --self-draft", param="self_draft", code="unsupported")
     check_ids(service, body.stop_token_ids or [], "stop_token_ids")
     check_ids(service, body.allowed_token_ids or [], "allowed_token_ids")
     check_ids(service, [token for token, _ in body.biases], "logit_bias")
@@ -110,7 +112,7 @@ async def _launch(house: House, body: Any, asked: Understood, place: Place, scop
                         id=f"{name}-{i}",
                         index=i,
                         prompt=prompts[prompt],
-                        sampling=_sampling(body, i % body.n, compiled),
+                        sampling=_sampling(body, i % body.n, compiled, service.drafts),
                         wish=asked.wish,
                         output=outputs[prompt],
                         ends=asked.ends,
@@ -127,7 +129,7 @@ async def _launch(house: House, body: Any, asked: Understood, place: Place, scop
     return answer
 
 
-def _sampling(body: Any, i: int, compiled: str) -> Sampling:
+def _sampling(body: Any, i: int, compiled: str, drafts: bool) -> Sampling:
     counts = [body.prompt_logprobs, body.top if body.echo else None]
     return Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
@@ -144,6 +146,7 @@ def _sampling(body: Any, i: int, compiled: str) -> Sampling:
         allowed=tuple(body.allowed_token_ids or ()),
         min_tokens=body.min_tokens,
         grammar=compiled,
+        self_draft=drafts and body.self_draft is not False,
     )
 
 

@@ -21,7 +21,9 @@ from .vocabulary import Vocabulary
 
 
 class Service:
-    """Everything the routes need. Lives on the event loop."""
+    """Everything the routes need. Lives on the event loop. drafts: whether the engine lets requests draft for themselves."""
+
+    drafts = False
 
     def __init__(
         self, engine: Backend, tokenizer: Any, config: Config, metrics: Metrics, name: str, usual: str | None = None

@@ -20,6 +20,8 @@ NAMES = frozenset(
         "prefix_cache_queries",
         "prefix_cache_hits",
         "request_success",
+        "spec_decode_num_draft_tokens",
+        "spec_decode_num_accepted_tokens",
         "time_to_first_token_seconds",
         "inter_token_latency_seconds",
         "e2e_request_latency_seconds",

@@ -1,0 +1,5 @@
+"""The cache of attention, where it is made smaller."""
+
+from .ems import EmsCache, attending
+
+__all__ = ["EmsCache", "attending"]

@@ -35,6 +35,7 @@ COMMANDS = {
     "compress": "compress_model",
     "split": "split_model",
     "patterns": "write_patterns",
+    "adapter": "make_adapter",
     "recover": "recover_model",
     "skip": "make_skip_plan",
     "frontier": "measure_frontier",

@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_prism.adapters.choose import choose_experts
-from moe_prism.adapters.table import BASE, SlotTable, fragmentation
+from moe_prism.adapters.table import BASE, AdapterTable, fragmentation
 from moe_prism.errors import UsageError
 
 
 def test_the_papers_example_maps_three_experts_and_no_other():
-    table = SlotTable(64, 8, 2)
+    table = AdapterTable(64, 8, 2)
     assert table.add(0, [3, 14, 47]) == [64, 65, 66]
     ids = torch.arange(64)[None]
     mapped = table.slots(ids, 0)
@@ -22,7 +22,7 @@ def test_the_papers_example_maps_three_experts_and_no_other():
 
 
 def test_ids_that_are_no_expert_stay_none():
-    table = SlotTable(4, 4, 1)
+    table = AdapterTable(4, 4, 1)
     table.add(0, [0, 3])
     assert table.slots(torch.tensor([[-1, 4, 3]]), 0).tolist() == [[-1, -1, 5]]
     assert table.slots(torch.tensor([[-1, 9, 3]]), BASE).tolist() == [[-1, -1, 3]]
@@ -30,7 +30,7 @@ def test_ids_that_are_no_expert_stay_none():
 
 @given(st.lists(st.sets(st.integers(0, 7), max_size=4), min_size=3, max_size=3), st.integers(0, 2), st.randoms())
 def test_a_batch_is_remapped_token_by_token_and_a_leaving_adapter_moves_nobody(tuned, leaves, random):
-    table = SlotTable(8, 12, 3)
+    table = AdapterTable(8, 12, 3)
     for adapter, own in enumerate(tuned):
         table.add(adapter, sorted(own))
     index = torch.tensor([[random.randrange(8) for _ in range(3)] for _ in range(6)])

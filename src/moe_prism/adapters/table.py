@@ -14,7 +14,7 @@ BASE = -1
 """The adapter of tokens that have none."""
 
 
-class SlotTable:
+class AdapterTable:
     """Pi [A + 1, M]: row 0 is the base model's own ids, row a + 1 those of adapter a. Slots are given out lowest first."""
 
     def __init__(self, experts: int, room: int, most: int) -> None:

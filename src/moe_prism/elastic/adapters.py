@@ -14,7 +14,7 @@ import torch
 
 from ..adapters.file import Adapter
 from ..adapters.room import RoomyLayer, reserve
-from ..adapters.table import BASE, SlotTable
+from ..adapters.table import BASE, AdapterTable
 from ..errors import UsageError
 from .bind import refuse_with_adapters
 from .execute.memory import InMemory
@@ -62,7 +62,7 @@ class Adapters:
                 inner.arrange()  # as compiled code reads it
             roomy = RoomyLayer(inner, reserve(inner, own))
             layer.forget_weights()  # they moved
-            layer.woven = Woven(layer.parts, roomy, SlotTable(inner.num_experts, own, MOST_ADAPTERS))
+            layer.woven = Woven(layer.parts, roomy, AdapterTable(inner.num_experts, own, MOST_ADAPTERS))
         elastic.woven = True
 
     @property

@@ -56,7 +56,7 @@ def generate(
     model, tokenizer, point = _open(folder, at, experts, verify)
     asked = at.point or f"budget {point.slots.budget:g}"
     with _worn(model, folder, tuned.adapter), _conversation(tokenizer) if chat else nullcontext() as talk:
-        call = _Call(model, tokenizer, point, options, talk)
+        call = _Call(model, tokenizer, point, options, talk, tuned)
         if isinstance(prompts, str):
             result = call(prompts, is_silent=json)
             _note(result, asked)
@@ -74,6 +74,7 @@ class _Call(NamedTuple):
     point: OperatingPoint
     options: GenerateOptions
     talk: Conversation | None
+    tuned: TunedOptions
 
     def __call__(self, text: str, is_silent: bool = False) -> Generated:
         from ..jobs.generate import generate as run
@@ -86,6 +87,7 @@ class _Call(NamedTuple):
             is_begun = True
 
         how: dict[str, Any] = {} if is_silent else {"heard": hear}
+        how |= {"tuned": self.tuned} if self.tuned.rewire else {}
         prompt = text if self.talk is None else self.talk.ask(text)
         result = run(
             self.model, self.tokenizer, prompt, point=self.point, sampling=self.options, is_rendered=self.talk is not None, **how
@@ -171,6 +173,13 @@ def _open(folder: Path, at: PointOptions, experts: ExpertOptions, verify: bool) 
 
 
 def _note(result: Generated, asked: str) -> None:
+    if result.rewired is not None:
+        said = result.rewired
+        losses = " to ".join(f"{said[name]:.4f}" for name in ("before", "after"))
+        held = " to ".join(f"{said[name]:.4f}" for name in ("held_before", "held_after"))
+        note(
+            f"rewired {len(said['layers'])} layers in {said['steps']} steps: loss of the prompt {losses}, of its held-out part {held}"
+        )
     note(f"{asked}: {result.tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
     if result.whole_experts > 0:
         share = f"{100 * result.whole_experts:.0f} %"

@@ -14,7 +14,7 @@ from ..elastic.rules import rules
 from ..elastic.runtime import elastic_of
 from ..errors import UsageError
 from ..model import end_tokens
-from ..options.generate import GenerateOptions
+from ..options.generate import GenerateOptions, TunedOptions
 from ..point import FULL, OperatingPoint
 from ..result import Result
 
@@ -23,6 +23,7 @@ from ..result import Result
 class Generated(Result):
     """One continuation. seconds: wall clock of the whole call on this machine.
 
+    rewired: what fitting vectors to the prompt did, see `methods.skip.rewiring.Rewired`; None: it was not asked for. `point` has them.
     whole_experts: share of the layers' calls with dropped slots that took the time of whole experts, because blocks would take longer here.
     """
 
@@ -32,6 +33,7 @@ class Generated(Result):
     tokens: int
     seconds: float
     whole_experts: float = 0.0
+    rewired: dict[str, Any] | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -47,15 +49,19 @@ class Generated(Result):
             "tokens": self.tokens,
             "seconds": self.seconds,
             "whole_experts": self.whole_experts,
+            **({} if self.rewired is None else {"rewired": self.rewired}),
             "tokens_per_s": self.tokens_per_s,
         }
 
 
 class Hearing(TypedDict, total=False):
-    """heard: called with every piece of the text as soon as it is certain; is_rendered: the prompt has its special tokens already."""
+    """heard: called with every piece of the text as soon as it is certain; is_rendered: the prompt has its special tokens already; tuned:
+    whether and how the router is fitted to the prompt first.
+    """
 
     heard: Callable[[str], None]
     is_rendered: bool
+    tuned: TunedOptions
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]
@@ -124,8 +130,9 @@ def generate(
     warm = sampling.temperature > 0
     drawing: dict[str, Any] = {"do_sample": warm, **({"temperature": sampling.temperature} if warm else {})}
     ends = {"eos_token_id": sorted(found)} if (found := end_tokens(model, tokenizer)) else {}
-    torch.manual_seed(sampling.seed)
     elastic = elastic_of(model)
+    asked, fitted = _rewired(model, rows["input_ids"], asked, how.get("tuned"))
+    torch.manual_seed(sampling.seed)
     before, began = elastic.tally(), time.perf_counter()
     with torch.no_grad(), elastic.at([asked]):
         ids = model.generate(
@@ -138,4 +145,19 @@ def generate(
         )
     seconds, after, new = time.perf_counter() - began, elastic.tally(), ids[0, length:]
     whole = (after.whole - before.whole) / max(1, after.calls - before.calls)
-    return Generated(prompt, tokenizer.decode(new, skip_special_tokens=True), asked, len(new), seconds, whole)
+    return Generated(prompt, tokenizer.decode(new, skip_special_tokens=True), asked, len(new), seconds, whole, fitted)
+
+
+def _rewired(
+    model: Any, ids: torch.Tensor, point: OperatingPoint, tuned: TunedOptions | None
+) -> tuple[OperatingPoint, dict[str, Any] | None]:
+    """The point with vectors that were fitted to a prompt ids [1, length] before its other stages, and what fitting did."""
+    if tuned is None or not tuned.rewire:
+        return point, None
+    from ..methods.skip.rewiring import Rewiring, rewire
+
+    if point.weights is not None:
+        raise UsageError("--rewire does not go with a point that changes the weights", "leave one of them out")
+    settings = Rewiring(steps=tuned.rewire, share=tuned.rewire_share, sure=tuned.rewire_sure, rate=tuned.rewire_rate)
+    done = rewire(model, elastic_of(model), ids, settings)
+    return point if done.stage is None else replace(point, routing=(done.stage, *point.routing)), done.to_json()

@@ -39,6 +39,7 @@ methods: Registry[type[Any]] = Registry(
         "top-p": Entry("moe_prism.methods.skip.top_p:TopPMethod", "per token: the fewest of all experts that hold a layer's share of the probability; :MOST", acts="routing"),
         "odp": Entry("moe_prism.methods.skip.odp:Odp", "per token: small weights are skipped in a share of the layers, large tokens keep all (MC-MoE); :LAYERS", acts="routing"),
         "rewiring": Entry("moe_prism.methods.skip.rewiring:RewiringMethod", "vectors on the router's logits, by the loss of the text (Rewiring); per prompt with `generate --rewire`; :STEPS", acts="routing"),
+        "graph": Entry("moe_prism.methods.skip.graph:Graph", "experts by the scores of like tokens before, mixed into a token's own (S-MoE); :A", acts="routing"),
         "otp": Entry("moe_prism.methods.skip.otp:Otp", "per token: a small trained network says how many of its experts are computed (MC#); :STEPS", acts="routing"),
         "lexi": Entry("moe_prism.methods.skip.lexi:Lexi", "counts by what fewer experts do to random inputs, from the weights alone (LExI)", acts="routing"),
         "gate-threshold": Entry("moe_prism.methods.skip.gate_threshold:GateThreshold", "per token: neurons of the chosen experts with a small gate are left out (intra-expert sparsity)", acts="routing"),

@@ -226,8 +226,15 @@ class ElasticLayer:
             x, index, weight, self.index, self.parts.layer.num_experts,
             self.parts.layer.num_experts + len(self.parts.layer.extra or ()),
             scores=lambda: self.router_scores(x, index, weight), residual=lambda: self.elastic.residual(self.index, x),
-            state=state,
+            state=state, past=self._past(len(x)),
         )  # fmt: skip
+
+    def _past(self, tokens: int) -> Past | None:
+        """What came before the rows of the forward, where a stage asks for it and these are all of them."""
+        step: Step = self.elastic.step
+        if step.past is None or "past" not in step.bound.needs or step.past.rows.shape[1] != tokens:
+            return None
+        return step.past
 
     @cached_property
     def router_scores(self) -> RouterScores:

@@ -149,8 +149,9 @@ def _refusal(elastic: Elastic) -> Refusal:
             bound = bind(elastic, [point])
         except UsageError as error:
             return error.cause
-        if bound.holds and not keeps_every_token(elastic.model):
-            return "its budget is held, and every layer's cache is a window: measure it with control 'none'"
+        if bound.follows and not keeps_every_token(elastic.model):
+            what = "its budget is held" if bound.holds else "it looks at earlier tokens"
+            return f"{what}, and every layer's cache is a window: measure it with control 'none', or without such a stage"
         return None
 
     return refusal

@@ -22,6 +22,8 @@ def refusal(point: OperatingPoint) -> str | None:
             return error.cause
         if "neurons" in found.needs:
             return f"the routing stage '{stage.stage}' leaves out single neurons, which vLLM's kernels multiply together"
+        if "past" in found.needs:
+            return f"the routing stage '{stage.stage}' looks at the tokens before, which vLLM's layers are not told"
         if "residual" in found.needs:
             return f"the routing stage '{stage.stage}' asks for the residual stream, which vLLM fuses away"
         if stage.keep_mass is None:

@@ -17,7 +17,8 @@ SHARE = 0.8
 
 
 def point(share=SHARE, layers=2):
-    return OperatingPoint(routing=(RoutingStage(layers=(2,) * layers, stage="graph", parameters={"a": ((share,),) * layers}),))
+    stage = RoutingStage(layers=(2,) * layers, stage="graph", parameters={"a": ((share,),) * layers}, keep_mass=False)
+    return OperatingPoint(routing=(stage,))
 
 
 @pytest.fixture(scope="module")

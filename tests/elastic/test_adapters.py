@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import moe_prism
-from moe_prism.adapters.file import read_adapter
+from moe_prism.adapters.file import Adapter, read_adapter
 from moe_prism.artefact.open import open_to_write
 from moe_prism.elastic.adapters import Adapters
 from moe_prism.errors import UsageError
@@ -114,6 +114,24 @@ def test_a_point_that_changes_the_experts_is_refused(worn):
         moe_prism.operating_point(model, point=OperatingPoint(weights=weights)),
     ):
         pass
+
+
+def test_an_adapter_that_cannot_be_written_leaves_nothing_behind(worn, tuned, monkeypatch):
+    model, adapters = worn
+    prompt = ids()
+    before, free = run(model, adapters, ["a0", "a1", "a2", None], prompt), [own.table.free for own in adapters.layers]
+    whole = Adapter.written
+
+    def fails(self, layer, matrix, base):
+        if layer == 1:
+            raise MemoryError
+        return whole(self, layer, matrix, base)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Adapter, "written", fails)
+        adapters.load("more", read_adapter(tuned / "a0"))
+    assert "more" not in adapters.loaded and [own.table.free for own in adapters.layers] == free
+    assert torch.equal(run(model, adapters, ["a0", "a1", "a2", None], prompt), before)
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_changed(worn, tuned, tiny_source):

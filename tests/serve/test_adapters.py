@@ -16,6 +16,7 @@ from moe_prism.artefact.open import open_to_write
 from moe_prism.errors import UsageError
 from moe_prism.options.serve import ServeOptions
 from moe_prism.serve.engine.scheduler import with_salt
+from moe_prism.serve.engine.start import load_adapters
 from moe_prism.serve.keys import admin_keys
 from tests.adapters.tuned import three
 from tests.serve.house import SMALL, open_house
@@ -239,6 +240,14 @@ def test_an_engine_in_a_process_of_its_own_takes_adapters_and_keeps_them_over_a_
             time.sleep(0.05)
         assert set(house.built.service.engine.adapters) == {"first", "a2"}
         assert tokens(web, "tiny:a2") == want
+
+
+def test_an_adapter_whose_folder_is_gone_is_left_out_of_the_next_engine(tiny_levels, tuned, shelf):
+    model, _ = open_to_write(tiny_levels)
+    asked = ServeOptions(**{**options(tuned, shelf), "adapter_room": 3})
+    made = load_adapters(model, tiny_levels, asked, [f"a1={shelf / 'a1'}", f"gone={shelf / 'none'}", f"more={shelf / 'a2'}"])
+    assert list(made.loaded) == ["first", "a1", "more"]
+    assert [own.table.room for own in made.layers] == [3 + 2, 3 + 1]  # those that came while it ran take of the room for such
 
 
 @pytest.mark.parametrize(

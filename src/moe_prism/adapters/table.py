@@ -37,8 +37,8 @@ class AdapterTable:
         return slots
 
     def remove(self, adapter: int) -> list[int]:
-        """The slots that are free again. The rows of all other adapters stay."""
-        slots = self._held.pop(adapter)
+        """The slots that are free again, none where it holds none. The rows of all other adapters stay."""
+        slots = self._held.pop(adapter, [])
         self._free = sorted([*self._free, *slots])
         self.pi[adapter + 1] = torch.arange(self.experts)
         return slots

@@ -117,6 +117,8 @@ class ElasticLayer:
         bound, which = step.bound, step.which
         guess = state is not None
         routed = self.routed(x, index, weight, self.elastic.carried if state is None else state)
+        if guess:
+            routed.past = None  # nothing is noted of a guess
         if isinstance(which, Tensor) and which.numel() != len(x):
             raise UsageError(f"{which.numel()} operating points for {len(x)} tokens", "give one per token of the flattened batch")
         if isinstance(which, int):

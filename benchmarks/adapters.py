@@ -1,7 +1,7 @@
 """Adapters of one base model, trained, packed and run together in one batch (ExpertWeave, ESFT, ComPEFT).
 
-    python benchmarks/adapters.py [--domains prose,headers,web] [--share 0.5] [--steps 120] [--seeds 2] [--pack 0.2,0.05]
-                                  [--tokens 8192] [--json]
+    python benchmarks/adapters.py [--domains prose,headers,web] [--share 0.5] [--steps 60] [--seeds 1] [--pack 0.2,0.05]
+                                  [--tokens 4096] [--json]
 
 For each domain the experts of `nano` that hold --share of its routing weight in each layer are trained by next-token loss on the domain's
 calibration side; router, attention and every other expert stay. `moe-prism adapter` keeps what changed, whole and packed. Loss: mean NLL
@@ -118,7 +118,7 @@ def rows(args: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
     tokenizer, base = load_tokenizer(NANO), open_model(NANO)
     read = {
         side: {d: token_windows(tokenizer, f"domains/{d}", side, length=LENGTH, tokens=n).ids for d in args.domains}
-        for side, n in (("calibration", 65536), ("evaluation", args.tokens))
+        for side, n in (("calibration", 32768), ("evaluation", args.tokens))
     }
     for seed in range(args.seeds):
         folders: dict[str, Path] = {}
@@ -162,10 +162,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--domains", type=lambda text: text.split(","), default=["prose", "headers", "web"])
     parser.add_argument("--share", type=float, default=0.5, help="of a layer's routing weight that the trained experts hold")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--pack", type=lambda text: [float(part) for part in text.split(",")], default=[0.2, 0.05])
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:

@@ -139,7 +139,8 @@ def engine(model: Any, rows: Any, steps: int, budgets: list[float], clock: Clock
     from moe_prism.elastic.runtime import slots_per_token
     from moe_prism.point import FULL
     from moe_prism.schedule.base import Job, Ladder, Level, Policy, Work
-    from moe_prism.serve.engine.engine import Engine, EngineSize
+    from moe_prism.serve.engine.engine import Engine
+    from moe_prism.serve.engine.size import EngineSize
     from moe_prism.serve.requests import Request, Sampling
 
     slots = slots_per_token(model._moe_prism)

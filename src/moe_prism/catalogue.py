@@ -38,6 +38,8 @@ methods: Registry[type[Any]] = Registry(
         "batch-redistribution": Entry("moe_prism.methods.skip.batch_redistribution:BatchMethod", "per batch: a layer's budget goes to the largest weights; :METHOD gives the counts", acts="routing"),
         "top-p": Entry("moe_prism.methods.skip.top_p:TopPMethod", "per token: the fewest of all experts that hold a layer's share of the probability; :MOST", acts="routing"),
         "odp": Entry("moe_prism.methods.skip.odp:Odp", "per token: small weights are skipped in a share of the layers, large tokens keep all (MC-MoE); :LAYERS", acts="routing"),
+        "rewiring": Entry("moe_prism.methods.skip.rewiring:RewiringMethod", "vectors on the router's logits, by the loss of the text (Rewiring); per prompt with `generate --rewire`; :STEPS", acts="routing"),
+        "graph": Entry("moe_prism.methods.skip.graph:Graph", "experts by the scores of like tokens before, mixed into a token's own (S-MoE); :A", acts="routing"),
         "otp": Entry("moe_prism.methods.skip.otp:Otp", "per token: a small trained network says how many of its experts are computed (MC#); :STEPS", acts="routing"),
         "lexi": Entry("moe_prism.methods.skip.lexi:Lexi", "counts by what fewer experts do to random inputs, from the weights alone (LExI)", acts="routing"),
         "compressed-experts": Entry("moe_prism.methods.skip.compressed_experts:CompressedExperts", "per token: experts that are skipped leave vectors that the others multiply by, fitted (Compressed Experts)", acts="routing"),
@@ -73,7 +75,7 @@ methods: Registry[type[Any]] = Registry(
         "magnitude": Entry("moe_prism.methods.neurons.magnitude:Magnitude", "neurons go by the size of their weights; :KEEP", acts="weights"),
         "random-neurons": Entry("moe_prism.methods.neurons.random_neurons:RandomNeurons", "neurons go by a uniform draw; :KEEP", acts="weights"),
         # weights: several experts share one set of weights
-        "mixed": Entry("moe_prism.methods.mixed:Mixed", "neurons, bits and experts per token of every layer, chosen together under limits on memory and bytes read", acts="weights"),
+        "mixed": Entry("moe_prism.methods.mixed:LayerMix", "neurons, bits and experts per token of every layer, chosen together under limits on memory and bytes read", acts="weights"),
         "m-smoe": Entry("moe_prism.methods.merge.m_smoe:MSmoe", "experts become one with a more used one that the router scores alike (M-SMoE); :KEEP", acts="weights"),
         "mc-smoe": Entry("moe_prism.methods.merge.mc_smoe:McSmoe", "m-smoe, then two thin matrices and the rows that they miss most (MC-SMoE); :KEEP", acts="weights"),
         "sub-moe": Entry("moe_prism.methods.merge.sub_moe:SubMoe", "experts of alike outputs become one, whole or in thin matrices (Sub-MoE); :KEEP", acts="weights"),

@@ -34,6 +34,7 @@ COMMANDS = (
     "split",
     "patterns",
     "recover",
+    "adapter",
     "skip",
     "frontier",
     "eval",

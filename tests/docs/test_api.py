@@ -36,6 +36,7 @@ COMMANDS = {
     "split": "split_model",
     "train": "train",
     "patterns": "write_patterns",
+    "adapter": "make_adapter",
     "recover": "recover_model",
     "skip": "make_skip_plan",
     "frontier": "measure_frontier",

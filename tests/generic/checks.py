@@ -22,7 +22,7 @@ from moe_prism.jobs.frontier import evaluation_windows, measure_frontier
 from moe_prism.jobs.generate import generate
 from moe_prism.methods.find import PRUNE
 from moe_prism.methods.merge.base import MergeMethod
-from moe_prism.methods.mixed import Mixed
+from moe_prism.methods.mixed import LayerMix
 from moe_prism.methods.neurons.base import NeuronMethod
 from moe_prism.options.generate import GenerateOptions
 from moe_prism.point import FULL, Decoding, OperatingPoint, RoutingStage, SlotRule
@@ -66,7 +66,7 @@ def checks_of(name: str) -> list[Check]:
             removes_nothing_where_all_stay,
         ]  # they share the change: tried with one of them
         return [*checks, *(alike if name == "heapr" else [])]
-    if issubclass(found, Mixed):
+    if issubclass(found, LayerMix):
         return [has_points_that_survive_json, changes_weights_and_leaves_them_as_they_were, costs_what_is_left_of_experts]
     if issubclass(found, MergeMethod):
         shared = [] if name == "dern" else [costs_what_is_left_of_experts]

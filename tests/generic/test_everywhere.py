@@ -21,6 +21,8 @@ from tests.serve.house import open_house
 from tests.store.common import PROMPT, smallest
 
 TOKENS = GenerateOptions(max_tokens=10)
+KEEP_ALL = ("rewiring", "graph")
+"""Methods that choose other experts, and as many."""
 ON_THE_BATCH = ("batch-redistribution:uniform", "batch-blocks")
 
 
@@ -43,7 +45,7 @@ def names(measured):
     rows = json.loads((measured / "frontier.json").read_text())["points"]
     found = {}
     for row in rows:
-        if row["budget"] < 1 and row["rule"] in expanded(ALL_PER_TOKEN):
+        if (row["budget"] < 1 or row["rule"] in KEEP_ALL) and row["rule"] in expanded(ALL_PER_TOKEN):
             found.setdefault(row["rule"], row["name"])
     return found
 

@@ -15,7 +15,7 @@ from typing import Any
 from moe_prism.options.serve import ServeOptions
 from moe_prism.serve.build import Built, build
 from moe_prism.serve.config import read_config
-from moe_prism.serve.http.app import create_app
+from moe_prism.serve.http.app import Administration, create_app
 from moe_prism.serve.server import listen, make_server
 
 LEVELS = [
@@ -83,7 +83,9 @@ def open_house(folder: Path, config: Mapping[str, Any] | None = None, **options:
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     key = options.get("api_key")
-    app = create_app(built.house, built.history, key.split() if key else (), options.get("allowed_origins", ()))
+    shelf = options.get("adapter_folder")
+    admin = None if shelf is None else Administration(options["admin_key_file"].read_text().split(), shelf)
+    app = create_app(built.house, built.history, key.split() if key else (), options.get("allowed_origins", ()), admin)
     server = make_server(app, built, settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()

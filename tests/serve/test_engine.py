@@ -12,7 +12,8 @@ import moe_prism
 from moe_prism.model import load_tokenizer
 from moe_prism.point import FULL
 from moe_prism.schedule.base import Job, Ladder, Level, Policy, Work
-from moe_prism.serve.engine.engine import Engine, EngineSize
+from moe_prism.serve.engine.engine import Engine
+from moe_prism.serve.engine.size import EngineSize
 from moe_prism.serve.requests import ErrorKind, Request, Sampling
 from tests.faults.points import fault
 

@@ -14,7 +14,7 @@ BASE = -1
 """The adapter of tokens that have none."""
 
 
-class SlotTable:
+class AdapterTable:
     """Pi [A + 1, M]: row 0 is the base model's own ids, row a + 1 those of adapter a. Slots are given out lowest first."""
 
     def __init__(self, experts: int, room: int, most: int) -> None:
@@ -37,8 +37,8 @@ class SlotTable:
         return slots
 
     def remove(self, adapter: int) -> list[int]:
-        """The slots that are free again. The rows of all other adapters stay."""
-        slots = self._held.pop(adapter)
+        """The slots that are free again, none where it holds none. The rows of all other adapters stay."""
+        slots = self._held.pop(adapter, [])
         self._free = sorted([*self._free, *slots])
         self.pi[adapter + 1] = torch.arange(self.experts)
         return slots

@@ -59,7 +59,7 @@ def generate(
     model, tokenizer, point = _open(folder, at, experts, verify)
     asked = at.point or f"budget {point.slots.budget:g}"
     with _worn(model, folder, tuned.adapter), _conversation(tokenizer) if chat else nullcontext() as talk:
-        call = _Call(model, tokenizer, point, options, talk, asks)
+        call = _Call(model, tokenizer, point, options, talk, {**asks, **({"tuned": tuned} if tuned.rewire else {})})
         if isinstance(prompts, str):
             result = call(prompts, is_silent=json)
             _note(result, asked)
@@ -178,6 +178,13 @@ def _open(folder: Path, at: PointOptions, experts: ExpertOptions, verify: bool) 
 
 
 def _note(result: Generated, asked: str) -> None:
+    if result.rewired is not None:
+        said = result.rewired
+        losses = " to ".join(f"{said[name]:.4f}" for name in ("before", "after"))
+        held = " to ".join(f"{said[name]:.4f}" for name in ("held_before", "held_after"))
+        note(
+            f"rewired {len(said['layers'])} layers in {said['steps']} steps: loss of the prompt {losses}, of its held-out part {held}"
+        )
     note(f"{asked}: {result.tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
     if result.decoding:
         note(", ".join(f"{name} {value}" for name, value in result.decoding.items()))

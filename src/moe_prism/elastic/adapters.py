@@ -14,7 +14,7 @@ import torch
 
 from ..adapters.file import Adapter
 from ..adapters.room import RoomyLayer, reserve
-from ..adapters.table import BASE, SlotTable
+from ..adapters.table import BASE, AdapterTable
 from ..errors import UsageError
 from .bind import refuse_with_adapters
 from .execute.memory import InMemory
@@ -62,7 +62,7 @@ class Adapters:
                 inner.arrange()  # as compiled code reads it
             roomy = RoomyLayer(inner, reserve(inner, own))
             layer.forget_weights()  # they moved
-            layer.woven = Woven(layer.parts, roomy, SlotTable(inner.num_experts, own, MOST_ADAPTERS))
+            layer.woven = Woven(layer.parts, roomy, AdapterTable(inner.num_experts, own, MOST_ADAPTERS))
         elastic.woven = True
 
     @property
@@ -111,26 +111,35 @@ class Adapters:
         self.check(name, adapter)
         taken = {own.number for own in self.loaded.values()}
         number = next(n for n in range(MOST_ADAPTERS) if n not in taken)
-        size = 0
-        for i, (own, tuned) in enumerate(zip(self.layers, adapter.form.layers, strict=True)):
-            slots = own.table.add(number, tuned)
-            size += len(slots) * own.layer.bytes_per_expert
-            for expert, slot in zip(tuned, slots, strict=True):
-                own.layer.copy_expert(expert, slot)
-            if tuned:
-                views = [view for view in (own.layer.gate, own.layer.up, own.layer.down) if view is not None]
-                for matrix, view in enumerate(views):
-                    view[slots] = adapter.written(i, matrix, view[list(tuned)])
+        try:
+            size = sum(self._write(number, i, adapter) for i in range(len(self.layers)))
+        except BaseException:
+            self._free(number)
+            raise
         self.loaded[name] = Loaded(name, number, sum(map(len, adapter.form.layers)), size, adapter.digest)
         return self.loaded[name]
+
+    def _write(self, number: int, layer: int, adapter: Adapter) -> int:
+        """An adapter's experts of one layer; returns the bytes that they take."""
+        own, tuned = self.layers[layer], adapter.form.layers[layer]
+        slots = own.table.add(number, tuned)
+        for expert, slot in zip(tuned, slots, strict=True):
+            own.layer.copy_expert(expert, slot)
+        views = [view for view in (own.layer.gate, own.layer.up, own.layer.down) if view is not None]
+        for matrix, view in enumerate(views if tuned else ()):
+            view[slots] = adapter.written(layer, matrix, view[list(tuned)])
+        return len(slots) * own.layer.bytes_per_expert
+
+    def _free(self, number: int) -> None:
+        for own in self.layers:
+            for slot in own.table.remove(number):
+                own.layer.release(slot)
 
     def unload(self, name: str) -> Loaded:
         """Take an adapter out; the system gets its memory back. No step may name it any more. UsageError for one that is not loaded."""
         self.number(name)
         gone = self.loaded.pop(name)
-        for own in self.layers:
-            for slot in own.table.remove(gone.number):
-                own.layer.release(slot)
+        self._free(gone.number)
         return gone
 
     def detach(self) -> None:

@@ -145,6 +145,11 @@ class Bound:
         return any(self.held)
 
     @cached_property
+    def follows(self) -> bool:
+        """Whether it matters which tokens are of one request: a budget is held, or a stage asks for what came before."""
+        return self.holds or "past" in self.needs
+
+    @cached_property
     def holds_several(self) -> bool:
         """Whether points of several groups are held."""
         return len({number for number in self.held if number}) > 1

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -71,19 +71,49 @@ def holdings(found: Sequence[Spending], strict: bool) -> tuple[Holding, ...]:
 
 
 class States:
-    """What requests are off by, after a token each: one state per place, of which there are as many as whoever runs them needs."""
+    """What requests are off by, after a token each: one state per place, of which there are as many as whoever runs them needs.
+
+    notes: what routing stages know of the token of a place, [places, ...] each, zero where they know nothing.
+    """
 
     def __init__(self, places: int, layers: int) -> None:
         self.sums = np.zeros((places, layers, 2), np.float32)
         self.tokens = np.zeros((places, 2), np.float32)
+        self.notes: dict[str, NDArray[Any]] = {}
+
+    @property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """All that goes with places, in one order for states of the same notes."""
+        return (self.sums, self.tokens, *(self.notes[name] for name in sorted(self.notes)))
+
+    def note(self, name: str, shape: tuple[int, ...], kind: type[np.generic]) -> NDArray[Any]:
+        """The notes of a name, [places, *shape]; zeros at first."""
+        if name not in self.notes:
+            self.notes[name] = np.zeros((len(self.tokens), *shape), kind)
+        return self.notes[name]
+
+    def like(self, places: int) -> States:
+        """As many zeros as it takes for so many places."""
+        made = States(places, self.sums.shape[1])
+        for name, own in self.notes.items():
+            made.note(name, own.shape[1:], own.dtype.type)
+        return made
+
+    def begin(self, rows: Ints) -> None:
+        """Tokens of a forward, rows as `Past` has them, take their places: what was noted there was of others."""
+        if self.notes:
+            places = rows[1][rows[1] >= 0]
+            for own in self.notes.values():
+                own[places] = 0
 
     def grow(self, places: int) -> None:
         """At least so many places; what is there stays."""
         more = places - len(self.tokens)
         if more > 0:
-            self.sums, self.tokens = (
-                np.concatenate([own, np.zeros((more, *own.shape[1:]), np.float32)]) for own in (self.sums, self.tokens)
-            )
+            wider = self.like(places)
+            for new, own in zip(wider.arrays, self.arrays, strict=True):
+                new[: len(own)] = own
+            self.sums, self.tokens, self.notes = wider.sums, wider.tokens, wider.notes
 
 
 @dataclass(eq=False)

@@ -32,7 +32,7 @@ from .host import Host
 from .prices import AS_IT_IS, Prices, prices_of, with_bits
 from .rules import rules
 from .scorers import scorers
-from .select import Mixed, Selection, Whole, nothing, put
+from .select import Mixed, Selection, Whole, joined, nothing
 
 Candidates = Selection | Whole | Mixed
 
@@ -117,6 +117,8 @@ class ElasticLayer:
         bound, which = step.bound, step.which
         guess = state is not None
         routed = self.routed(x, index, weight, self.elastic.carried if state is None else state)
+        if guess:
+            routed.past = None  # nothing is noted of a guess
         if isinstance(which, Tensor) and which.numel() != len(x):
             raise UsageError(f"{which.numel()} operating points for {len(x)} tokens", "give one per token of the flattened batch")
         if isinstance(which, int):
@@ -150,7 +152,7 @@ class ElasticLayer:
             parts.append((rows, found or Whole(part.index, part.weight, self._valid(part.index), self.parts.n_sub)))
         if own_way:
             return None
-        return self._joined(parts, routed)
+        return joined(parts, routed.index, routed.weight, self.parts.n_sub)
 
     @staticmethod
     def _only(group: PointGroup, routed: Routed, rows: Tensor) -> Routed:
@@ -158,15 +160,6 @@ class ElasticLayer:
         if not group.depends_on_batch:
             return routed
         return replace(routed, index=routed.index.masked_fill(~rows[:, None], -1))
-
-    def _joined(self, parts: list[tuple[Tensor, Selection | Whole]], routed: Routed) -> Mixed:
-        width = max(part.index.shape[1] for _, part in parts)
-        index = routed.index.new_full((len(routed.x), width), -1)
-        weight = routed.weight.new_zeros(len(routed.x), width)
-        for rows, part in parts:
-            put(index, rows, part.index)
-            put(weight, rows, part.weight.to(weight.dtype))
-        return Mixed(parts, index, weight, self.parts.n_sub)
 
     def _of_group(
         self, step: Step, number: int, which: int | Tensor, routed: Routed, *, rows: Tensor | None = None, guess: bool
@@ -230,8 +223,15 @@ class ElasticLayer:
             x, index, weight, self.index, self.parts.layer.num_experts,
             self.parts.layer.num_experts + len(self.parts.layer.extra or ()),
             scores=lambda: self.router_scores(x, index, weight), residual=lambda: self.elastic.residual(self.index, x),
-            state=state,
+            state=state, past=self._past(len(x)),
         )  # fmt: skip
+
+    def _past(self, tokens: int) -> Past | None:
+        """What came before the rows of the forward, where a stage asks for it and these are all of them."""
+        step: Step = self.elastic.step
+        if step.past is None or "past" not in step.bound.needs or step.past.rows.shape[1] != tokens:
+            return None
+        return step.past
 
     @cached_property
     def router_scores(self) -> RouterScores:

@@ -49,4 +49,5 @@ class PagedStates:
             self.states.grow(max(most, 2 * len(self.states.tokens)))
         rows = np.array([before, after, step.kinds(len(after))], np.int64)
         compiled().carry(rows, self.states.sums, self.states.tokens)
+        self.states.begin(rows)
         return Past.of(rows, self.states, step.bound.holds_several)

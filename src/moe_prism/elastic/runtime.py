@@ -103,7 +103,7 @@ class Elastic:
                     self._enter_change(stack, point.weights)
             if "residual" in step.bound.needs:
                 stack.enter_context(self._watched())
-            if step.bound.holds and step.past is None:
+            if step.bound.follows and step.past is None:
                 stack.enter_context(self._followed())
             self.step, self.counting = step, counted if counting is None else counting
             try:

@@ -220,6 +220,16 @@ class Mixed:
         return out
 
 
+def joined(parts: Sequence[tuple[Tensor, Selection | Whole]], index: Tensor, weight: Tensor, n_sub: int) -> Mixed:
+    """Parts of a batch as one; index, weight [T, k]: of the whole batch before, for their types and places."""
+    width = max(part.index.shape[1] for _, part in parts)
+    ids, sizes = index.new_full((len(index), width), -1), weight.new_zeros(len(index), width)
+    for rows, part in parts:
+        put(ids, rows, part.index)
+        put(sizes, rows, part.weight.to(sizes.dtype))
+    return Mixed(parts, ids, sizes, n_sub)
+
+
 def put(out: Tensor, rows: Tensor, own: Tensor) -> None:
     """Write the rows of a part into those of the batch; a part may have fewer choices than the batch. rows: ids [S], or a mask [T]."""
     wide = out[:, : own.shape[1]]

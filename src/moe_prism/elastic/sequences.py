@@ -53,8 +53,8 @@ class RequestHistory:
             return
         wider = max(columns, 2 * self.columns, ROOM)
         old, states = self.columns, self.states
-        self.states = States(self.rows * wider, states.sums.shape[1])
-        for new, own in ((self.states.sums, states.sums), (self.states.tokens, states.tokens)):
+        self.states = states.like(self.rows * wider)
+        for new, own in zip(self.states.arrays, states.arrays, strict=True):
             new.reshape(self.rows, wider, *own.shape[1:])[:, :old] = own.reshape(self.rows, old, *own.shape[1:])
         real = np.zeros((self.rows, wider), np.bool_)
         real[:, :old] = self.real
@@ -87,6 +87,7 @@ class RequestHistory:
         masked = (0, 0) if mask is None else (mask.data_ptr(), mask.shape[1])
         placed = (0, 0) if positions is None else (positions.data_ptr(), len(positions))
         _follow_at()(self._known[0], self.length, tokens, self._kinds[1], *masked, *placed, self._rows)
+        self.states.begin(self._past.rows)
         self.length += tokens
         return self._past
 
@@ -95,8 +96,8 @@ class RequestHistory:
         new = RequestHistory(len(index), self.states.sums.shape[1])
         new.columns, new.length = self.columns, self.length
         new.real, new.last = self.real[index], self.last[index]
-        new.states = States(len(index) * self.columns, self.states.sums.shape[1])
-        for to, own in ((new.states.sums, self.states.sums), (new.states.tokens, self.states.tokens)):
+        new.states = self.states.like(len(index) * self.columns)
+        for to, own in zip(new.states.arrays, self.states.arrays, strict=True):
             to[:] = own.reshape(self.rows, self.columns, *own.shape[1:])[index].reshape(to.shape)
         return new
 
@@ -139,13 +140,13 @@ def put_beside(cache: Any, history: RequestHistory) -> None:
 
 @contextmanager
 def followed(elastic: Host, backbone: nn.Module) -> Iterator[None]:
-    """Give every step whose budget is held the past of its rows, for as long as a forward of the backbone runs."""
+    """Give every step that follows its requests (`Bound.follows`) the past of its rows, for as long as a forward of the backbone runs."""
     layers = len(elastic.layers)
     mine: list[tuple[Step, RequestHistory]] = []
 
     def begin(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         step: Step = elastic.step
-        if step.past is not None or not step.bound.holds:
+        if step.past is not None or not step.bound.follows:
             return
         shape = _shape(inputs, named)
         if shape is None:

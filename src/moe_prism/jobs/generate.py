@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..methods.decode.base import Retriever, Verifier
 from ..methods.decode.run import Through, decoder_of
 from ..model import end_tokens
-from ..options.generate import GenerateOptions
+from ..options.generate import GenerateOptions, TunedOptions
 from ..point import FULL, OperatingPoint
 from ..result import Result
 
@@ -27,6 +27,7 @@ from ..result import Result
 class Generated(Result):
     """One continuation. seconds: wall clock of the whole call on this machine.
 
+    rewired: what fitting vectors to the prompt did, see `methods.skip.rewiring.Rewired`; None: it was not asked for. `point` has them.
     whole_experts: share of the layers' calls with dropped slots that took the time of whole experts, because blocks would take longer here.
     decoding: what the point's decoding method says of its work; empty without one.
     """
@@ -38,6 +39,7 @@ class Generated(Result):
     seconds: float
     whole_experts: float = 0.0
     decoding: dict[str, Any] = field(default_factory=dict)
+    rewired: dict[str, Any] | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -54,6 +56,7 @@ class Generated(Result):
             "seconds": self.seconds,
             "whole_experts": self.whole_experts,
             **({"decoding": self.decoding} if self.point.decoding is not None else {}),
+            **({} if self.rewired is None else {"rewired": self.rewired}),
             "tokens_per_s": self.tokens_per_s,
         }
 
@@ -61,13 +64,15 @@ class Generated(Result):
 class Hearing(TypedDict, total=False):
     """heard: called with every piece of the text as soon as it is certain; is_rendered: the prompt has its special tokens already.
 
-    verifier: (prompt, text) -> how good the text is; retriever: prompt -> text to stand before it: for methods of decoding that ask.
+    tuned: whether and how the router is fitted to the prompt first. verifier: (prompt, text) -> how good the text is; retriever: prompt ->
+    text to stand before it: for methods of decoding that ask.
     """
 
     heard: Callable[[str], None]
     is_rendered: bool
     verifier: Verifier
     retriever: Retriever
+    tuned: TunedOptions
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]
@@ -137,6 +142,7 @@ def generate(
     streamer = _Streamer(tokenizer, how["heard"]) if "heard" in how else None
     torch.manual_seed(sampling.seed)
     elastic = elastic_of(model)
+    asked, fitted = _rewired(model, rows["input_ids"], asked, how.get("tuned"))
     method, own = decoder_of(elastic, asked), replace(asked, decoding=None)
     through = None
     if method is not None:
@@ -157,7 +163,7 @@ def generate(
     seconds, after, new = time.perf_counter() - began, elastic.tally(), ids[0, length:]
     whole = (after.whole - before.whole) / max(1, after.calls - before.calls)
     text, facts = tokenizer.decode(new, skip_special_tokens=True), {} if through is None else through.facts
-    return Generated(prompt, text, asked, len(new), seconds, whole, facts)
+    return Generated(prompt, text, asked, len(new), seconds, whole, facts, fitted)
 
 
 def _drawing(sampling: GenerateOptions) -> dict[str, Any]:
@@ -176,3 +182,18 @@ def _remembering(model: Any, entries: int | None, through: Through | None) -> It
     layers = int(model.config.get_text_config().num_hidden_layers)
     with attending(model, EmsCache(layers, EmsSettings(entries=entries))) as cache:
         yield {"past_key_values": cache}
+
+
+def _rewired(
+    model: Any, ids: torch.Tensor, point: OperatingPoint, tuned: TunedOptions | None
+) -> tuple[OperatingPoint, dict[str, Any] | None]:
+    """The point with vectors that were fitted to a prompt ids [1, length] before its other stages, and what fitting did."""
+    if tuned is None or not tuned.rewire:
+        return point, None
+    from ..methods.skip.rewiring import Rewiring, rewire
+
+    if point.weights is not None:
+        raise UsageError("--rewire does not go with a point that changes the weights", "leave one of them out")
+    settings = Rewiring(steps=tuned.rewire, share=tuned.rewire_share, sure=tuned.rewire_sure, rate=tuned.rewire_rate)
+    done = rewire(model, elastic_of(model), ids, settings)
+    return point if done.stage is None else replace(point, routing=(done.stage, *point.routing)), done.to_json()

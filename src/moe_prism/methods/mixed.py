@@ -52,7 +52,7 @@ class MixedParameters:
 
 
 @dataclass(frozen=True)
-class Option:
+class LayerOption:
     """What a layer may be: share of its neurons, bits of its weights, experts per token."""
 
     keep: float
@@ -60,7 +60,7 @@ class Option:
     experts: int
 
 
-class Mixed(Method):
+class LayerMix(Method):
     """`mixed:memory=0.35:read=0.25`: the neurons, the bits and the experts per token of every layer, chosen together."""
 
     acts = "weights"
@@ -79,9 +79,9 @@ class Mixed(Method):
                 f"'{self.name}' is outside what mixed takes", "give shares from 0 to 1, and generations of 1 or more"
             )
         pairs = ((asked.memory or 1.0, asked.read or 1.0),) if asked.memory or asked.read else LIMITS
-        options = [Option(*each) for each in itertools.product(KEEPS, WIDTHS, range(1, subject.k + 1))]
+        options = [LayerOption(*each) for each in itertools.product(KEEPS, WIDTHS, range(1, subject.k + 1))]
         losses, (held, read) = self._losses(subject, options), self._sizes(subject, options)
-        full = options.index(Option(KEEPS[0], WIDTHS[0], subject.k))
+        full = options.index(LayerOption(KEEPS[0], WIDTHS[0], subject.k))
         whole = np.array([held[:, full].sum(), read[:, full].sum()])
         found = []
         for memory, amount in pairs:
@@ -92,7 +92,7 @@ class Mixed(Method):
             found.append(NamedPoint(name=f"mixed-{memory:g}-{amount:g}", point=point))
         return found
 
-    def _losses(self, subject: Subject, options: Sequence[Option]) -> Floats:
+    def _losses(self, subject: Subject, options: Sequence[LayerOption]) -> Floats:
         """[L, O]: of a layer's share, its width and its number of experts, added."""
         scores = self._scores(subject)
         keeps = _alone(subject, KEEPS, lambda values: sliced(subject, scores, values))
@@ -116,7 +116,7 @@ class Mixed(Method):
         every = zip(subject.elastic.layers, gathered, strict=True)
         return [ranking.judge(LayerSeen(layer.parts.layer, own.values))[0] for layer, own in every]
 
-    def _sizes(self, subject: Subject, options: Sequence[Option]) -> tuple[Floats, Floats]:
+    def _sizes(self, subject: Subject, options: Sequence[LayerOption]) -> tuple[Floats, Floats]:
         """[L, O]: bytes of all experts of a layer, and of those of a token, as often as calibration text chooses each."""
         scores = self._scores(subject)
         kept = {keep: sliced(subject, scores, [keep] * subject.layers).kept for keep in KEEPS}
@@ -131,7 +131,7 @@ class Mixed(Method):
                 read[number, i] = option.experts * float((often * left).sum())
         return held, read
 
-    def _point(self, subject: Subject, chosen: Sequence[Option]) -> OperatingPoint:
+    def _point(self, subject: Subject, chosen: Sequence[LayerOption]) -> OperatingPoint:
         parts: list[Change] = [_quantized([option.bits for option in chosen])]
         if any(option.keep < 1 for option in chosen):
             parts.insert(0, sliced(subject, self._scores(subject), [option.keep for option in chosen]))

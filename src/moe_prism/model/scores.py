@@ -49,15 +49,21 @@ class RouterScores:
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         if self._matrix is None:
             return torch.ones(len(x), 1, device=x.device)
-        matrix, bias = self._matrix
-        logits = nn.functional.linear(x.to(matrix.dtype), matrix, bias).float()
-        if self.layer.router_rows is not None:
-            logits = logits[:, self.layer.router_rows.to(logits.device)]
+        matrix, _ = self._matrix
+        logits = self.logits(x)
         if self.activation is None:
             self.activation, chosen = self._prove(logits, index, weight, _tolerance(x, matrix, weight))
         else:
             chosen = self.activation
         return ACTIVATIONS[chosen](logits)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[T, R] float32: before the activation. Gradients flow to x [T, d]."""
+        if self._matrix is None:
+            return torch.zeros(len(x), 1, device=x.device)
+        matrix, bias = self._matrix
+        logits = nn.functional.linear(x.to(matrix.dtype), matrix, bias).float()
+        return logits if self.layer.router_rows is None else logits[:, self.layer.router_rows.to(logits.device)]
 
     def _prove(self, logits: Tensor, index: Tensor, weight: Tensor, tolerance: float) -> tuple[str | None, str]:
         """(the activation that is proved, or None; the one to use)."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..errors import UsageError
 from .base import Options, option
 
 
@@ -76,3 +77,25 @@ class TunedOptions(Options):
     adapter: Path | None = option(
         None, "Folder of a fine-tune of this model that `moe-prism adapter` wrote: its experts answer. Default: the model's own."
     )
+    rewire: int = option(
+        0,
+        "Steps of Adam that fit a vector on the router's logits to each prompt, before it is answered (Rewiring). 0: none, exactly the "
+        "model. 5 is usual. Each takes a forward and a backward pass of the prompt.",
+        least=0,
+        most=1000,
+    )
+    rewire_share: float = option(
+        0.25, "With --rewire: the share of the MoE layers that get a vector, at least one.", above=0, most=1
+    )
+    rewire_sure: bool = option(
+        False,
+        "With --rewire: take the layers whose router is surest. Default: the least sure ones, as the paper's formula has it.",
+    )
+    rewire_rate: float = option(0.05, "With --rewire: the rate of Adam, in logits per step.", above=0, most=10)
+
+    def check(self) -> None:
+        super().check()
+        if not self.rewire and (self.rewire_share, self.rewire_sure, self.rewire_rate) != (0.25, False, 0.05):
+            raise UsageError("--rewire-share, --rewire-sure and --rewire-rate belong to --rewire", "give --rewire 5")
+        if self.rewire and self.adapter is not None:
+            raise UsageError("--rewire does not go with --adapter", "leave one of them out")

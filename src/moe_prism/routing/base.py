@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -67,8 +67,9 @@ class Routed:
     x [T, d]: the layer's input. index [T, k]: expert ids, -1 for no expert; ids from E on are experts that are not weights
     (`model.extra`): the model's own, then from first_extra on those of the stage. weight [T, k]. k may change from stage to stage.
     scores() gives the router's probabilities [T, E], residual() the residual stream [T, d]: both are computed when asked for. state:
-    what stages carry from layer to layer of one forward, [T, ...] each. cutoff [T]: of a token's experts only neurons whose gate is at
-    least that large are computed; None: all. factors: of its experts' inputs and activations; None: of no token.
+    what stages carry from layer to layer of one forward, [T, ...] each. past: which tokens came before (`elastic.control.Past` of these
+    rows); None: nobody knows. cutoff [T]: of a token's experts only neurons whose gate is at least that large are computed; None: all.
+    factors: of its experts' inputs and activations; None: of no token.
     """
 
     x: Tensor
@@ -82,6 +83,7 @@ class Routed:
     state: dict[str, Tensor] = field(default_factory=dict)
     cutoff: Tensor | None = None
     factors: Factors | None = None
+    past: Any = None
 
     def of(self, rows: Tensor) -> Routed:
         """The part of the batch that rows [S] name. What it carries on is its own: `merged` puts it back."""
@@ -94,6 +96,7 @@ class Routed:
             state=state,
             cutoff=None if self.cutoff is None else self.cutoff[rows],
             factors=None if self.factors is None else self.factors.of(rows),
+            past=None if self.past is None else self.past.part(rows.cpu().numpy()),
             scores=lambda: self.scores()[rows],
             residual=lambda: self.residual()[rows],
         )
@@ -131,7 +134,7 @@ class Stage(ABC):
     paper: ClassVar[str] = ""
     """Where it comes from; empty: our own."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What it asks of `Routed` beside the choice: "scores", "residual", "state"; of executors: "neurons" for a cutoff, "factors"."""
+    """What it asks of `Routed` beside the choice: "scores", "residual", "state", "past"; of executors: "neurons", "factors"."""
     extra: ExtraExperts | None = None
     """Experts that are not weights, which the stage may choose: their ids begin at `Routed.first_extra`."""
     adds: ClassVar[bool] = False

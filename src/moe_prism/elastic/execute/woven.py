@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...adapters.room import RoomyLayer
-from ...adapters.table import SlotTable
+from ...adapters.table import AdapterTable
 from ..base import LayerParts
 from . import triton_run
 from .base import Settled
@@ -21,7 +21,7 @@ class Woven:
     of their batch have, where the compiled tiles compute them.
     """
 
-    def __init__(self, parts: LayerParts, layer: RoomyLayer, table: SlotTable) -> None:
+    def __init__(self, parts: LayerParts, layer: RoomyLayer, table: AdapterTable) -> None:
         self.layer, self.table = layer, table
         self.parts = LayerParts(layer, parts.n_sub, parts.gates)
 

@@ -44,29 +44,29 @@ class TopP(Stage):
         keep = reaches(values, self.column("p").at(layer, which, device))
         keep &= torch.arange(most, device=device) < self.counts.at(layer, which, device)
         keep[:, 0] = True
-        weight = self._weights(routed, scores, values, keep)
+        weight = router_weights(routed, scores, values.masked_fill(~keep, 0.0), self.keep_mass)
         after = replace(routed, index=index.masked_fill(~keep, -1), weight=weight.to(routed.weight.dtype))
-        return self._with_off(routed, after, which)
-
-    def _weights(self, routed: Routed, scores: Tensor, values: Tensor, keep: Tensor) -> Tensor:
-        """The router's own weights of these probabilities [T, n]."""
-        chosen = (routed.index >= 0) & (routed.index < routed.experts)
-        size = routed.weight.float().masked_fill(~chosen, 0.0).sum(1, keepdim=True)
-        held = scores.gather(1, routed.index.clamp(0, routed.experts - 1)).masked_fill(~chosen, 0.0).sum(1, keepdim=True)
-        kept = values.masked_fill(~keep, 0.0)
-        base = kept.sum(1, keepdim=True) if self.keep_mass else held
-        return kept * (size / base.clamp(min=torch.finfo(torch.float32).tiny))
-
-    def _with_off(self, routed: Routed, after: Routed, which: VariantIndex) -> Routed:
-        """Tokens whose variant is off keep the router's choice, beside others that do not."""
         if isinstance(which, int):
             return after
-        off = self.column("p").at(routed.layer, which, routed.x.device)[:, :1] <= OFF
-        width = max(routed.index.shape[1], after.index.shape[1])
-        pairs = [(_padded(routed.index, width, -1), _padded(after.index, width, -1))]
-        pairs += [(_padded(routed.weight, width, 0), _padded(after.weight, width, 0))]
-        index, weight = (torch.where(off, own, new) for own, new in pairs)
-        return replace(routed, index=index, weight=weight)
+        return where_off(routed, after, self.column("p").at(layer, which, device)[:, :1] <= OFF)
+
+
+def router_weights(routed: Routed, scores: Tensor, kept: Tensor, keep_mass: bool) -> Tensor:
+    """The router's own weights of these probabilities kept [T, n]. scores [T, E]: what its own choice is of."""
+    chosen = (routed.index >= 0) & (routed.index < routed.experts)
+    size = routed.weight.float().masked_fill(~chosen, 0.0).sum(1, keepdim=True)
+    held = scores.gather(1, routed.index.clamp(0, routed.experts - 1)).masked_fill(~chosen, 0.0).sum(1, keepdim=True)
+    base = kept.sum(1, keepdim=True) if keep_mass else held
+    return kept * (size / base.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def where_off(routed: Routed, after: Routed, off: Tensor) -> Routed:
+    """Tokens whose variant is off [T, 1] keep the router's choice, beside others that do not."""
+    width = max(routed.index.shape[1], after.index.shape[1])
+    pairs = [(_padded(routed.index, width, -1), _padded(after.index, width, -1))]
+    pairs += [(_padded(routed.weight, width, 0), _padded(after.weight, width, 0))]
+    index, weight = (torch.where(off, own, new) for own, new in pairs)
+    return replace(routed, index=index, weight=weight)
 
 
 def reaches(values: Tensor, p: Tensor) -> Tensor:

@@ -9,11 +9,10 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchingManager,
     ContinuousBatchProcessor,
@@ -38,6 +37,7 @@ from .paged_attention import NAME as PAGED
 from .runner import Runner
 from .scheduler import NAME as SCHEDULER
 from .scheduler import Connection, PackedStep, PolicyScheduler
+from .size import EngineSize
 
 logger = logging.getLogger(__name__)
 # transformers logs the first tokens of a prompt it drops, which nobody may read in a log
@@ -45,17 +45,6 @@ logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
 
 IDLE = 0.05  # seconds between looks at an empty queue
 FAILURES = 5  # steps that may fail one after the other before the engine gives up
-
-
-@dataclass(frozen=True)
-class EngineSize:
-    """What the engine may hold. Tokens and requests of one step; cache in tokens."""
-
-    requests: int = 64
-    step_tokens: int = 512
-    cache_tokens: int = 32_768
-    page: int = 32
-    prefix_cache: bool = True
 
 
 Observer = Callable[[PackedStep, float], None]
@@ -131,25 +120,11 @@ class Engine:
         self._attention = model.config._attn_implementation
         if self._paged:
             model.config._attn_implementation = PAGED  # `set_attn_implementation` would look for a flash package
-        self.manager = Manager(model, GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1), self._config())
+        self.manager = Manager(
+            model, GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1), self.size.batching(SCHEDULER)
+        )
         self.manager.engine = self
         self.manager.output_router = Nowhere()
-
-    def _config(self) -> ContinuousBatchingConfig:
-        size = self.size
-        return ContinuousBatchingConfig(
-            page_size=size.page,
-            num_blocks=-(-size.cache_tokens // size.page),
-            max_batch_tokens=size.step_tokens,
-            max_requests_per_batch=min(size.requests, size.step_tokens),
-            max_blocks_per_request=0,
-            allow_block_sharing=size.prefix_cache,
-            use_async_batching=False,
-            use_cuda_graph=False,
-            scheduler_type=SCHEDULER,
-            safety_margin=0.0,
-            auto_switch_to_flash=False,
-        )
 
     # ---- any thread
 

@@ -229,7 +229,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         step = Step(self.bound, which)
         if self.adapting.loaded:
             step.adapter = of_tokens(self.adapting.loaded, [(part.request.adapter, part.tokens) for part in parts])
-        if self.bound.holds:
+        if self.bound.follows:
             table = self._of_every_token.block_table
             spans = [RequestSpan(part.state.position_offset, part.tokens, table[part.state.request_id]) for part in parts]
             step.past = self.states.past(step, spans)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ...elastic.adapters import Adapters
 from ...elastic.bind import bind
 from ...elastic.paged_past import keeps_every_token
 from ...elastic.runtime import slots_per_token
-from ...errors import UsageError
+from ...errors import PrismError, UsageError
 from ...jobs.adapter import add_adapters
 from ...jobs.patterns import TaskAsked, wear_pattern
 from ...methods.decode.self_draft import SelfDraft, SelfDraftParameters
@@ -30,10 +30,11 @@ from ...schedule import CostModel, policies
 from ...schedule.base import Ladder
 from ..config import Config
 from ..process.messages import Facts
-from .engine import Engine, EngineSize
+from .engine import Engine
 from .ladder import Refusal, find_ladder, measure_ladder
 from .probe import Script, probe
 from .scheduler import PackedStep
+from .size import EngineSize
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,13 @@ class RunningEngine:
             self.cost.save(self.save_cost)
 
 
-def start_engine(folder: Path, options: ServeOptions, config: Config, known: dict[str, Any] | None = None) -> RunningEngine:
-    """Load, measure and start. Raises PrismError with a cause; nothing is left running then. known: the cost model of an engine before."""
+def start_engine(
+    folder: Path, options: ServeOptions, config: Config, known: dict[str, Any] | None = None, loaded: Sequence[str] = ()
+) -> RunningEngine:
+    """Load, measure and start. Raises PrismError with a cause; nothing is left running then.
+
+    known: the cost model of an engine before; loaded: NAME=FOLDER of adapters that were loaded into that one.
+    """
     drafting = _drafting(options.self_draft)
     cost = CostModel.from_json(known) if known else CostModel.load(options.cost) if options.cost else None
     torch.set_num_threads(compute_threads(config.engine.threads))
@@ -76,7 +82,7 @@ def start_engine(folder: Path, options: ServeOptions, config: Config, known: dic
     if options.patterns is not None:
         named = wear_pattern(model, tokenizer, options.patterns, TaskAsked(options.task, options.task_prompts, options.task_keep))
         _say("only the experts of a task take part", task=named.name)
-    adapters = _adapters(model, folder, options)
+    adapters = load_adapters(model, folder, options, loaded)
     ladder, ladder_from = find_ladder(folder, slots_per_token(elastic), _refusal(elastic), options.points)
     if ladder is None:
         _say("measuring operating points: the folder has no measured frontier")
@@ -128,15 +134,25 @@ def _opened(folder: Path, options: ServeOptions, cache_tokens: int) -> tuple[Any
     return open_to_write(folder)
 
 
-def _adapters(model: Any, folder: Path, options: ServeOptions) -> Adapters | None:
-    """The adapters that the server was started with, and room for those that may come; None for neither."""
+def load_adapters(model: Any, folder: Path, options: ServeOptions, loaded: Sequence[str] = ()) -> Adapters | None:
+    """The adapters that the server was started with, and room for those that may come; None for neither.
+
+    loaded: those that came to an engine before. One that cannot be loaded any more is left out, with a warning: its folder is an
+    administrator's, and no reason to serve nothing.
+    """
     if not options.adapters and options.adapter_folder is None:
         return None
     read = {name: read_adapter(where) for name, where in options.named_adapters().items()}
     elastic: Elastic = model._moe_prism
     room = 0 if options.adapter_folder is None else options.adapter_room or elastic.layers[0].parts.layer.num_experts
     made = add_adapters(model, folder, read, room)
-    _say("adapters", loaded=len(read), bytes=made.bytes, reserved=made.reserved)
+    for entry in loaded:
+        name, _, where = entry.partition("=")
+        try:
+            made.load(name, read_adapter(where))
+        except PrismError as error:
+            logger.warning("an adapter is left out", extra={"fields": {"adapter": name, "cause": error.cause}})
+    _say("adapters", loaded=len(made.loaded), bytes=made.bytes, reserved=made.reserved)
     return made
 
 
@@ -160,8 +176,9 @@ def _refusal(elastic: Elastic) -> Refusal:
             bound = bind(elastic, [point])
         except UsageError as error:
             return error.cause
-        if bound.holds and not keeps_every_token(elastic.model):
-            return "its budget is held, and every layer's cache is a window: measure it with control 'none'"
+        if bound.follows and not keeps_every_token(elastic.model):
+            what = "its budget is held" if bound.holds else "it looks at earlier tokens"
+            return f"{what}, and every layer's cache is a window: measure it with control 'none', or without such a stage"
         return None
 
     return refusal

@@ -84,7 +84,7 @@ def main(handle: int) -> int:
     try:
         from ..engine.start import start_engine
 
-        running = start_engine(folder, options, config, start.cost)
+        running = start_engine(folder, options, config, start.cost, start.loaded)
     except Exception as error:  # noqa: BLE001 - told where it can be told
         link.send(told(error))
         return 1

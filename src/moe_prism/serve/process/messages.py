@@ -39,6 +39,7 @@ class Start(NamedTuple):
     store: dict[str, Any] | None
     config: str
     cost: dict[str, Any] | None  # what an engine before it has measured
+    loaded: tuple[str, ...] = ()  # NAME=FOLDER of adapters that were loaded into that one while it ran
 
     @classmethod
     def of(cls, folder: Path, options: ServeOptions, config: Config, cost: dict[str, Any] | None = None) -> Start:

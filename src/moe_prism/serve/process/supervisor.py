@@ -146,15 +146,15 @@ class Supervisor:
     async def load_adapter(self, name: str, folder: str) -> None:
         """As Engine.load_adapter. The next process is started with it too."""
         await self._engine.load_adapter(name, folder)
-        self._set_adapters([*self._start.options["adapters"], f"{name}={folder}"])
+        self._start = self._start._replace(loaded=(*self._start.loaded, f"{name}={folder}"))
 
     async def unload_adapter(self, name: str) -> None:
         """As Engine.unload_adapter. The next process is started without it."""
         await self._engine.unload_adapter(name)
-        self._set_adapters([entry for entry in self._start.options["adapters"] if entry.partition("=")[0] != name])
-
-    def _set_adapters(self, entries: list[str]) -> None:
-        self._start = self._start._replace(options={**self._start.options, "adapters": entries})
+        kept = [
+            [e for e in every if e.partition("=")[0] != name] for every in (self._start.options["adapters"], self._start.loaded)
+        ]
+        self._start = self._start._replace(options={**self._start.options, "adapters": kept[0]}, loaded=tuple(kept[1]))
 
     def give_up(self, seconds: float) -> None:
         """Kill a process that hangs; another one follows."""

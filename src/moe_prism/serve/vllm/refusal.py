@@ -24,6 +24,8 @@ def refusal(point: OperatingPoint) -> str | None:
             return f"the routing stage '{stage.stage}' leaves out single neurons, which vLLM's kernels multiply together"
         if "factors" in found.needs:
             return f"the routing stage '{stage.stage}' multiplies inside experts, which vLLM's kernels do not"
+        if "past" in found.needs:
+            return f"the routing stage '{stage.stage}' looks at the tokens before, which vLLM's layers are not told"
         if "residual" in found.needs:
             return f"the routing stage '{stage.stage}' asks for the residual stream, which vLLM fuses away"
         if stage.keep_mass is None:

@@ -89,6 +89,7 @@ class Packing:
 
 
 TRIES = 8  # copies of a matrix while scales are tried
+FREED, MOST_FREED = 32, 192 << 20  # copies that are free again and stay with the allocator, and bytes of them at most
 
 
 class PackedCheckpoint:
@@ -121,7 +122,8 @@ class PackedCheckpoint:
             for shard in self.source.shards()
         ]
         matrix = max((torch.Size(self.infos[name].shape).numel() for name in self.experts), default=0)
-        return {"file_bytes": max(files, default=0), "packing_bytes": TRIES * matrix * torch.float32.itemsize}
+        own = matrix * torch.float32.itemsize
+        return {"file_bytes": max(files, default=0), "packing_bytes": TRIES * own + min(FREED * own, MOST_FREED)}
 
     def errors(self) -> Iterator[tuple[str, float, float]]:
         """(name, squared error, squared size) of every matrix."""

@@ -1,6 +1,6 @@
 """Times that no test asserts: an interrupt, a damaged file, a resumed run, and metrics under load (F01, F03, F06, S22).
 
-    python benchmarks/faults.py [--only interrupt] [--rounds 3]
+    python benchmarks/faults.py [--only interrupt] [--rounds 3] [--tokens 16384]
     python benchmarks/faults.py --only metrics --folder ELASTIC --seconds 20
 
 Every command is a process of its own, on prism-nano. Bars: 1 s from a second interrupt to the end, 1 s until a damaged file is refused,
@@ -33,7 +33,7 @@ from moe_prism.errors import PrismError
 from moe_prism.model.named import NANO
 
 COMMAND = [sys.executable, "-m", "moe_prism"]
-JOB = ["refactor", "nano", "--tokens", "16384", "--length", "256", "--profile-tokens", "1024", "-o"]
+JOB = ["refactor", "nano", "--tokens", "16384", "--length", "256", "--profile-tokens", "1024", "--reservoir", "2048", "-o"]
 UNITS = 6  # layers of nano
 INTERRUPTED = 130
 
@@ -210,12 +210,15 @@ def _span(values: list[float]) -> str:
 def main() -> None:
     """Print the figures of each part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=16384, help="of the run that is interrupted or killed")
+    parser.add_argument("--reservoir", type=int, default=2048, help="of its sample per expert: what solving a layer takes")
     parser.add_argument("--only", choices=["interrupt", "resume", "damage", "metrics"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="an elastic folder, for metrics")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=4)
     given = parser.parse_args()
+    JOB[JOB.index("--tokens") + 1], JOB[JOB.index("--reservoir") + 1] = str(given.tokens), str(given.reservoir)
     signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # a shell may have started us with it ignored, and children inherit that

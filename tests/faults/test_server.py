@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import random
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -132,6 +135,43 @@ def test_s04_a_client_that_leaves_frees_its_slot(house, web, when):
         time.sleep(0.2)
     assert house.idle() == []  # nothing goes on generating
     assert when == "before" or house.built.service.metrics.disconnects._value.get() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_s04_ten_thousand_clients_that_leave_at_any_moment(tiny_levels):
+    """Before, while and after they are answered; sixteen at a time, so that most of them reach the engine."""
+    count, at_once = int(os.environ.get("LEAVING", "10000")), 16
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+
+    def leave(port, seed):
+        draw = random.Random(seed)
+        for _ in range(count // at_once):
+            body = json.dumps({**LONG, "stream": draw.random() < 0.5, "seed": draw.randrange(100)}).encode()
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as link:
+                link.sendall(head % len(body) + body[: draw.choice([None, None, None, len(body) // 2])])
+                time.sleep(draw.random() ** 3 * 0.1)
+
+    def files():
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    with open_house(tiny_levels) as house, httpx2.Client(base_url=house.root, timeout=60) as web:
+        assert web.post("/v1/completions", json=BODY).status_code == 200
+        before = files()
+        threads = [threading.Thread(target=leave, args=(house.port, i)) for i in range(at_once)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        until = time.monotonic() + 60
+        while house.built.service.engine.book and time.monotonic() < until:
+            time.sleep(0.1)
+        assert house.built.service.engine.book == {} and house.idle() == []
+        assert web.post("/v1/completions", json=BODY).status_code == 200  # and somebody who stays is answered
+        while files() > before + 4 and time.monotonic() < until:
+            time.sleep(0.1)
+        assert files() <= before + 4
+        assert house.built.service.metrics.disconnects._value.get() > count // 100  # the others left before anything was begun
 
 
 def test_s05_a_reader_that_stalls_is_dropped(tiny_levels):

@@ -75,7 +75,7 @@ def block_norms(a: Tensor, down: Tensor, pairs: ChosenPairs, blocks: int) -> Ten
     grams = parts @ parts.mT  # [E, N, m, m]: |W a|^2 = a' (W' W) a, and m is smaller than d
     found = a.new_empty(len(a), blocks)
     for e, (low, high) in enumerate(pairs.spans):
-        own = a[low:high].view(high - low, blocks, -1).transpose(0, 1)
+        own = a[low:high].view(high - low, blocks, width // blocks).transpose(0, 1)
         found[low:high] = ((own @ grams[e]) * own).sum(-1).clamp(min=0).sqrt().t()
     return found
 

@@ -40,6 +40,7 @@ class Curve:
     held: list[tuple[int, float]] = field(default_factory=list)
 
     def tensors(self) -> dict[str, Tensor]:
+        """As a state keeps it."""
         return {
             "curve.train": torch.tensor(self.train, dtype=torch.float64),
             "curve.held": torch.tensor(self.held, dtype=torch.float64).reshape(-1, 2),
@@ -47,6 +48,7 @@ class Curve:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Curve:
+        """From a state."""
         held = [(int(step), loss) for step, loss in tensors["curve.held"].tolist()]
         return cls(tensors["curve.train"].tolist(), held)
 
@@ -81,6 +83,7 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[list[LayerRouting]]:
+        """Inside, the list that is yielded gets what every router says, in the order of the layers."""
         self.on, self.found = True, []
         try:
             yield self.found

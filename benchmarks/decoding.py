@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "nano-steps"
-HOT = 1.0
+HOT = 1.75
 BEAMS, KEEP = 4, 1
 
 

@@ -191,6 +191,6 @@ def test_a_probe_leaves_the_cache_to_the_bit(nano):
 
 def test_words_are_asked_for(nano):
     with pytest.raises(UsageError, match="was not told 'sure'"):
-        Concise("concise", ConciseParameters())
+        generate(*nano, "x", point=decoded("concise", unsure="b"))
     with pytest.raises(UsageError, match="threshold"):
         Concise("concise", ConciseParameters(threshold=float("nan"), sure="a", unsure="b"))

@@ -51,9 +51,6 @@ class Concise(DecodeMethod):
         super().__init__(name, parameters)
         if not parameters.threshold >= 0:
             raise UsageError(f"a threshold of {parameters.threshold:g}", "give 0 to 1, or more to stop nowhere")
-        for what in ("end", "sure", "unsure"):
-            if not getattr(parameters, what):
-                raise UsageError(f"'concise' was not told '{what}'", "write such as concise:threshold=0.5:sure=clear:unsure=wait")
 
     @classmethod
     def example(cls) -> str | None:
@@ -61,6 +58,9 @@ class Concise(DecodeMethod):
 
     def check(self, elastic: Elastic, point: OperatingPoint) -> None:
         refuse_held(elastic, point, "concise")
+        for what in ("end", "sure", "unsure"):
+            if not getattr(self.parameters, what):
+                raise UsageError(f"'concise' was not told '{what}'", "write such as concise:threshold=0.5:sure=clear:unsure=wait")
 
     def decode(self, request: DecodeRun) -> Decoded:
         asked, own, sequence = self.parameters, request.step(), request.sequence()

@@ -44,7 +44,8 @@ class Rewire(Stage):
         return not any(self.column("delta").of_variant(variant, layer))
 
     def route(self, routed: Routed, which: VariantIndex) -> Routed:
-        delta = torch.atleast_2d(self.column("delta").at(routed.layer, which, routed.x.device))
+        delta = self.column("delta").at(routed.layer, which, routed.x.device)
+        delta = delta[None] if delta.dim() == 1 else delta
         if delta.shape[1] not in (1, routed.experts):
             raise UsageError(f"the vectors of 'rewiring' are for {delta.shape[1]} experts", "make the point for this model")
         scores = routed.scores()[:, : routed.experts]

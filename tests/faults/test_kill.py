@@ -12,7 +12,7 @@ import pytest
 
 from tests.tiny_sources import save_tiny
 
-TRIALS = (6, pytest.param(48, marks=pytest.mark.slow))  # a multiple of 6: the five phases, and a random time
+TRIALS = (12, pytest.param(48, marks=pytest.mark.slow))  # a multiple of 6: the five phases, and a random time
 ROOT = Path(__file__).parents[2]
 
 

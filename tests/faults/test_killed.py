@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("calibrate", "prune", "recover", "frontier", "skip", "serve", "serve with a store")
-"""Without `refactor`, which test_kill.py kills six times with every commit."""
+"""Without `refactor`, which test_kill.py kills twelve times with every commit."""
 TRIALS = (
     pytest.param((3, COMMANDS), id="3"),
     pytest.param((50, (*COMMANDS, "refactor")), id="50", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),

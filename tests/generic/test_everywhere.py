@@ -9,7 +9,7 @@ import pytest
 
 from moe_prism.artefact.load import load
 from moe_prism.catalogue import methods
-from moe_prism.elastic.bind import leaves_out_neurons
+from moe_prism.elastic.bind import leaves_out_neurons, multiplies_inside
 from moe_prism.errors import UsageError
 from moe_prism.jobs.frontier import ALL_PER_TOKEN, expanded, measure_frontier
 from moe_prism.jobs.generate import generate
@@ -77,7 +77,7 @@ def test_from_the_store_every_point_gives_the_tokens_of_the_model_in_memory(meas
             with pytest.raises(UsageError, match="records hold no slots of several widths"):
                 generate(model, tokenizer, PROMPT, point=point, sampling=TOKENS)
             continue
-        if leaves_out_neurons(point):
+        if leaves_out_neurons(point) or multiplies_inside(point):
             with pytest.raises(UsageError, match="not computed where this model's experts are"):
                 generate(model, tokenizer, PROMPT, point=point, sampling=TOKENS)
             continue

@@ -110,7 +110,7 @@ def test_redistribution_takes_the_largest_weights_of_the_batch(seed, n, base):
 @pytest.mark.parametrize("stage", list(routing_stages.names()))
 def test_neutral_stages_return_the_very_same_batch(stage, keep_mass):
     zero, one = ((0.0,),) * LAYERS, ((1.0,),) * LAYERS
-    parameters = {"t": zero, "least": one, "epsilon": zero, "cutoff": zero, "base": one}
+    parameters = {"t": zero, "least": one, "epsilon": zero, "cutoff": zero, "base": one, "rank": zero}
     plan = RoutingStage(layers=(K, K + 3), stage=stage, parameters=parameters, keep_mass=keep_mass)
     index, weight = choices(0)
     for layer in range(LAYERS):

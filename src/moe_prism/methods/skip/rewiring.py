@@ -45,7 +45,7 @@ class Rewire(Stage):
 
     def route(self, routed: Routed, which: VariantIndex) -> Routed:
         delta = self.column("delta").at(routed.layer, which, routed.x.device)
-        delta = delta.view(-1, delta.shape[-1])
+        delta = delta[None] if delta.dim() == 1 else delta
         if delta.shape[1] not in (1, routed.experts):
             raise UsageError(f"the vectors of 'rewiring' are for {delta.shape[1]} experts", "make the point for this model")
         scores = routed.scores()[:, : routed.experts]

@@ -79,11 +79,12 @@ class Service:
         """(adapter, quality) in the model's name: NAME[:ADAPTER][@QUALITY]; no adapter: "", no quality: None. Refusal for another model."""
         if body.model in (None, self.name):
             return "", None
+        asked, at, quality = str(body.model).rpartition("@")
         for known, adapter in ((self.name, ""), *((f"{self.name}:{own}", own) for own in self.adapters)):
             if body.model == known:
                 return adapter, None
-            if str(body.model).startswith(f"{known}@"):
-                return adapter, str(body.model)[len(known) + 1 :]
+            if at and asked == known:
+                return adapter, quality
         message = (
             f"no model '{str(body.model)[:64]}'; this server has '{self.name}', and '{self.name}@QUALITY' for a fixed quality"
         )

@@ -32,6 +32,7 @@ COMMANDS = (
     "prune",
     "compress",
     "split",
+    "train",
     "patterns",
     "recover",
     "skip",

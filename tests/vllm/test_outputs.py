@@ -32,7 +32,7 @@ WAYS: dict[str, tuple[str, PruneOptions | CompressOptions | SplitOptions]] = {
     "merged in place": ("nano", CompressOptions(method="sub-moe", keep=0.75, calibration=CALIBRATION)),
     "fewer experts, neurons handed on": ("nano", CompressOptions(method="dern", keep=0.75, calibration=CALIBRATION)),
     "sparse": ("nano", CompressOptions(method="stun", keep=0.5, calibration=CALIBRATION)),
-    "split": ("dense", SplitOptions(experts=8, active=4, calibration=CALIBRATION)),
+    "split": ("dense", SplitOptions(experts=8, calibration=CALIBRATION)),
     "removed": ("nano", PruneOptions(criterion="easy-ep", keep=0.75, calibration=CALIBRATION)),
     "constant": ("nano", PruneOptions(criterion="mone", keep=0.75, allocation="global", calibration=CALIBRATION)),
     "constant of an elastic folder": ("elastic", PruneOptions(criterion="mone", keep=0.75, calibration=CALIBRATION)),

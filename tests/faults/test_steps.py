@@ -104,7 +104,10 @@ class Switching(Recorded):
         works = super().choose(now, waiting, running, limits)
         for work in works:
             self.seen.setdefault(work.id, []).append(self.steps)
-        return [Work(w.id, w.tokens, (self.steps + i) % 3) for i, w in enumerate(works)]
+        number = {
+            name: i for i, name in enumerate(self.seen)
+        }  # not the place in the batch: it falls by one as often as others end
+        return [Work(w.id, w.tokens, (self.steps + number[w.id]) % 3) for w in works]
 
 
 def switched(model, prompt, levels):

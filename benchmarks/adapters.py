@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bootstrap import interval
 from printed import printed
 from torch import Tensor
 
@@ -35,7 +36,6 @@ from moe_prism.model.named import NANO
 from moe_prism.options.adapter import AdapterOptions
 
 LENGTH, BATCH, RATE = 128, 8, 3e-4
-DRAWS = 1000
 TOGETHER = 2  # windows of each domain in the mixed batch
 
 
@@ -48,12 +48,6 @@ def losses(model: Any, ids: Tensor) -> np.ndarray:
             flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
             found.append(flat.view(len(part), -1).mean(1).numpy())
     return np.concatenate(found)
-
-
-def interval(values: np.ndarray) -> list[float]:
-    g = np.random.default_rng(0)
-    means = values[g.integers(0, len(values), (DRAWS, len(values)))].mean(1)
-    return [float(v) for v in np.quantile(means, (0.025, 0.975))]
 
 
 def chosen(ids: Tensor, share: float) -> list[list[int]]:

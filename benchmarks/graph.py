@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bootstrap import interval
 from printed import printed
 from torch import Tensor
 
@@ -25,14 +26,6 @@ from moe_prism.data.bundled import DOMAINS
 from moe_prism.elastic.observe import viewed
 from moe_prism.methods.skip.graph import mix, neighbours
 from moe_prism.point import FULL, OperatingPoint, RoutingStage
-
-DRAWS = 1000
-
-
-def interval(values: np.ndarray) -> list[float]:
-    g = np.random.default_rng(0)
-    means = values[g.integers(0, len(values), (DRAWS, len(values)))].mean(1)
-    return [float(v) for v in np.quantile(means, (0.025, 0.975))]
 
 
 def entropy(scores: Tensor) -> Tensor:

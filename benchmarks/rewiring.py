@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bootstrap import interval
 from printed import printed
 from torch import Tensor
 
@@ -26,14 +27,6 @@ from moe_prism.data import token_windows
 from moe_prism.data.bundled import DOMAINS
 from moe_prism.methods.skip.rewiring import Rewiring, rewire
 from moe_prism.point import FULL, OperatingPoint
-
-DRAWS = 1000
-
-
-def interval(values: np.ndarray) -> list[float]:
-    g = np.random.default_rng(0)
-    means = values[g.integers(0, len(values), (DRAWS, len(values)))].mean(1)
-    return [float(v) for v in np.quantile(means, (0.025, 0.975))]
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bootstrap import mean_interval
 from printed import printed
 from torch import Tensor
 
@@ -37,7 +38,6 @@ from moe_prism.model import find_layers, load_model
 from moe_prism.options.recover import RecoverOptions
 from moe_prism.point import FULL, OperatingPoint, RoutingStage
 
-DRAWS = 1000
 TRIES = 10  # halvings of the budget that reads as many bytes
 
 
@@ -128,13 +128,6 @@ def folders(args: argparse.Namespace, work: Path) -> tuple[Path, Path, dict[tupl
     return elastic, resliced, trained
 
 
-def interval(values: np.ndarray) -> list[float]:
-    """[mean, low, high] over windows."""
-    drawn = np.random.default_rng(0).integers(len(values), size=(DRAWS, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
-    return [round(float(v), 4) for v in (values.mean(), low, high)]
-
-
 def rows(args: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
     elastic, resliced, trained = folders(args, work)
     bench = Bench(elastic, args)
@@ -160,7 +153,7 @@ def _row(name: str, k: int, found: Sequence[Found], top: float) -> dict[str, Any
     row: dict[str, Any] = {"router": name, "k": k, "bytes": round(sum(f.bytes for f in found) / len(found) / top, 4)}
     for measure in ("nll", "kl"):
         values = np.stack([getattr(f, measure) for f in found])
-        row[measure] = interval(values.mean(0))
+        row[measure] = mean_interval(values.mean(0))
         row[f"{measure}_of_seeds"] = [round(float(v), 4) for v in values.mean(1)]
     return row
 

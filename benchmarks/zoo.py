@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bootstrap import mean_interval
 from numpy.typing import NDArray
 from printed import printed
 from torch import Tensor, nn
@@ -39,19 +40,12 @@ from moe_prism.point import FULL
 from moe_prism.training.loop import Recorder
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "zoo"
-LENGTH, DRAWS = 256, 1000
+LENGTH = 256
 SLACK = 0.005  # of a loss that must not rise
 BASE = "top-k"
 EXTRA = {"top-k-no-balance": (BASE, ("balance=0.0",)), "sigma-moe-no-schedule": ("sigma-moe", ("settings.first=1",))}
 """Runs that a claim compares with: (recipe, changes)."""
 BUDGETS = (0.5, 0.25)
-
-
-def interval(values: NDArray[np.float64]) -> list[float]:
-    """[mean, low, high] over windows."""
-    drawn = np.random.default_rng(0).integers(len(values), size=(DRAWS, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
-    return [round(float(v), 4) for v in (values.mean(), low, high)]
 
 
 class Zoo:
@@ -102,7 +96,7 @@ class Zoo:
     def against_base(self, name: str, seed: int, base: str = BASE) -> dict[str, Any]:
         """Loss, that of the model it is compared with, and their difference, window by window."""
         own, plain = self.losses(self.model(name, seed)), self.losses(self.model(base, seed))
-        return {"loss": interval(own), "loss_base": interval(plain), "difference": interval(own - plain)}
+        return {"loss": mean_interval(own), "loss_base": mean_interval(plain), "difference": mean_interval(own - plain)}
 
 
 def load_of(routing: LayerRouting, columns: slice = slice(None)) -> float:

@@ -16,6 +16,7 @@ from ..artefact.source import Weights
 from ..calibrate.statistics import Statistics
 from ..checkpoint import Journal, OutputFolder, source_facts, write_manifest
 from ..compress.codec.rtn import Rtn
+from ..compress.quantize.decoded import matrices
 from ..compress.quantize.prepare import Calibrated, Samples, factors_of, origins
 from ..compress.quantize.smooth import exponents, factors, with_floor
 from ..compress.quantize.write import PackedCheckpoint, Packing
@@ -167,9 +168,8 @@ class _Job:
         return encoding_time(self.weights.path, self._pack, int(self.needed()["disk_bytes"]))
 
     def _pack(self, layer: MoELayer, expert: int) -> None:
-        for view in (layer.gate, layer.up, layer.down):
-            if view is not None:
-                self.packed.packing.packed("", view[expert], None)
+        for matrix in matrices(layer):
+            self.packed.packing.packed("", matrix[expert], None)
 
     def prepared(self, folder: OutputFolder, journal: Journal, report: Report) -> PackedCheckpoint:
         """The checkpoint, with what calibration text says of it."""

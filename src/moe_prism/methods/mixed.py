@@ -40,6 +40,9 @@ TOKENS = 4096  # of the calibration text that options are measured on
 LIMITS = (0.4, 0.3), (0.3, 0.2), (0.25, 0.12)
 
 
+Scores = Sequence[torch.Tensor]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MixedParameters:
     """memory, read: limits as shares of the bytes of all experts, and of those of a token's experts; 0: the other alone counts, and without
@@ -80,7 +83,8 @@ class LayerMix(Method):
             )
         pairs = ((asked.memory or 1.0, asked.read or 1.0),) if asked.memory or asked.read else LIMITS
         options = [LayerOption(*each) for each in itertools.product(KEEPS, WIDTHS, range(1, subject.k + 1))]
-        losses, (held, read) = self._losses(subject, options), self._sizes(subject, options)
+        scores = neuron_scores(subject)
+        losses, (held, read) = _losses(subject, scores, options), _sizes(subject, scores, options)
         full = options.index(LayerOption(KEEPS[0], WIDTHS[0], subject.k))
         whole = np.array([held[:, full].sum(), read[:, full].sum()])
         found = []
@@ -88,60 +92,62 @@ class LayerMix(Method):
             chosen = Genetic(generations=asked.generations).search(
                 losses, np.stack([held, read]), (whole * [memory, amount]).tolist()
             )
-            point = self._point(subject, [options[option] for option in chosen])
+            point = _point(subject, scores, [options[option] for option in chosen])
             found.append(NamedPoint(name=f"mixed-{memory:g}-{amount:g}", point=point))
         return found
 
-    def _losses(self, subject: Subject, options: Sequence[LayerOption]) -> Floats:
-        """[L, O]: of a layer's share, its width and its number of experts, added."""
-        scores = self._scores(subject)
-        keeps = _alone(subject, KEEPS, lambda values: sliced(subject, scores, values))
-        widths = _alone(subject, WIDTHS, _quantized)
-        counts = profile(subject)
-        rows = [
-            [
-                keeps[layer][KEEPS.index(option.keep)]
-                + widths[layer][WIDTHS.index(option.bits)]
-                + max(0.0, counts[layer][option.experts - 1])
-                for option in options
-            ]
-            for layer in range(subject.layers)
+
+def _losses(subject: Subject, scores: Scores, options: Sequence[LayerOption]) -> Floats:
+    """[L, O]: of a layer's share, its width and its number of experts, added."""
+    keeps = _alone(subject, KEEPS, lambda values: sliced(subject, scores, values))
+    widths = _alone(subject, WIDTHS, _quantized)
+    counts = profile(subject)
+    rows = [
+        [
+            keeps[layer][KEEPS.index(option.keep)]
+            + widths[layer][WIDTHS.index(option.bits)]
+            + max(0.0, counts[layer][option.experts - 1])
+            for option in options
         ]
-        return np.array(rows, np.float64)
-
-    @staticmethod
-    def _scores(subject: Subject) -> list[torch.Tensor]:
-        ranking = Heapr("heapr:total=true", HeaprParameters(total=True))
-        gathered = statistics_of(subject, ranking.collectors).layers
-        every = zip(subject.elastic.layers, gathered, strict=True)
-        return [ranking.judge(LayerSeen(layer.parts.layer, own.values))[0] for layer, own in every]
-
-    def _sizes(self, subject: Subject, options: Sequence[LayerOption]) -> tuple[Floats, Floats]:
-        """[L, O]: bytes of all experts of a layer, and of those of a token, as often as calibration text chooses each."""
-        scores = self._scores(subject)
-        kept = {keep: sliced(subject, scores, [keep] * subject.layers).kept for keep in KEEPS}
-        held = np.zeros((subject.layers, len(options)))
-        read = np.zeros_like(held)
-        for number, own in enumerate(statistics_of(subject, Heapr.collectors).layers):
-            layer, chosen = subject.elastic.layers[number].parts.layer, own.values["neurons"]["count"].double()
-            often = chosen / chosen.sum().clamp(min=1)
-            for i, option in enumerate(options):
-                left = kept[option.keep][number].mask().double().mean(1) * expert_bytes(subject, layer, option.bits)
-                held[number, i] = float(left.sum())
-                read[number, i] = option.experts * float((often * left).sum())
-        return held, read
-
-    def _point(self, subject: Subject, chosen: Sequence[LayerOption]) -> OperatingPoint:
-        parts: list[Change] = [_quantized([option.bits for option in chosen])]
-        if any(option.keep < 1 for option in chosen):
-            parts.insert(0, sliced(subject, self._scores(subject), [option.keep for option in chosen]))
-        change = parts[0] if len(parts) == 1 else ChainChange(tuple(parts))
-        stage = RoutingStage(layers=tuple(option.experts for option in chosen), keep_mass=own_rule(subject))
-        routing = () if all(option.experts == subject.k for option in chosen) else (stage,)
-        return OperatingPoint(weights=change.part(), routing=routing)
+        for layer in range(subject.layers)
+    ]
+    return np.array(rows, np.float64)
 
 
-def sliced(subject: Subject, scores: Sequence[torch.Tensor], keeps: Sequence[float]) -> SliceChange:
+def neuron_scores(subject: Subject) -> list[torch.Tensor]:
+    """[E, f] of every layer, by HEAPr, times how often experts are chosen."""
+    ranking = Heapr("heapr:total=true", HeaprParameters(total=True))
+    gathered = statistics_of(subject, ranking.collectors).layers
+    every = zip(subject.elastic.layers, gathered, strict=True)
+    return [ranking.judge(LayerSeen(layer.parts.layer, own.values))[0] for layer, own in every]
+
+
+def _sizes(subject: Subject, scores: Scores, options: Sequence[LayerOption]) -> tuple[Floats, Floats]:
+    """[L, O]: bytes of all experts of a layer, and of those of a token, as often as calibration text chooses each."""
+    kept = {keep: sliced(subject, scores, [keep] * subject.layers).kept for keep in KEEPS}
+    held = np.zeros((subject.layers, len(options)))
+    read = np.zeros_like(held)
+    for number, own in enumerate(statistics_of(subject, Heapr.collectors).layers):
+        layer, chosen = subject.elastic.layers[number].parts.layer, own.values["neurons"]["count"].double()
+        often = chosen / chosen.sum().clamp(min=1)
+        for i, option in enumerate(options):
+            left = kept[option.keep][number].mask().double().mean(1) * expert_bytes(subject, layer, option.bits)
+            held[number, i] = float(left.sum())
+            read[number, i] = option.experts * float((often * left).sum())
+    return held, read
+
+
+def _point(subject: Subject, scores: Scores, chosen: Sequence[LayerOption]) -> OperatingPoint:
+    parts: list[Change] = [_quantized([option.bits for option in chosen])]
+    if any(option.keep < 1 for option in chosen):
+        parts.insert(0, sliced(subject, scores, [option.keep for option in chosen]))
+    change = parts[0] if len(parts) == 1 else ChainChange(tuple(parts))
+    stage = RoutingStage(layers=tuple(option.experts for option in chosen), keep_mass=own_rule(subject))
+    routing = () if all(option.experts == subject.k for option in chosen) else (stage,)
+    return OperatingPoint(weights=change.part(), routing=routing)
+
+
+def sliced(subject: Subject, scores: Scores, keeps: Sequence[float]) -> SliceChange:
     """Every layer with its share of the neurons."""
     gates = [gate_neurons(layer.parts) for layer in subject.elastic.layers]
     request = SliceRequest(max(keeps), "layer", shares=tuple(keeps))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..model import MoELayer
-from ..model.base import ExpertsFn
+from ..model.around import LayerAround
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _lies_by_expert(own: Tensor, experts: int) -> bool:
     return own[0].numel() == reach == own.stride(0)
 
 
-class RoomyLayer(MoELayer):
+class RoomyLayer(LayerAround):
     """A layer with the room behind its experts: E + R of them in the same views. It computes nothing by itself but what a layer can."""
 
     def __init__(self, layer: MoELayer, reserved: Sequence[Reserved]) -> None:
@@ -140,18 +140,6 @@ class RoomyLayer(MoELayer):
 
     def storage(self) -> tuple[int, ...]:
         return tuple(each.whole.data_ptr() for each in self.reserved)
-
-    def activate(self, gate: Tensor | None, up: Tensor) -> Tensor:
-        return self.layer.activate(gate, up)
-
-    def activate_joined(self, both: Tensor) -> Tensor:
-        return self.layer.activate_joined(both)
-
-    def install(self, function: ExpertsFn) -> None:
-        self.layer.install(function)
-
-    def uninstall(self) -> None:
-        self.layer.uninstall()
 
     def stock(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Its module knows the layer's own experts alone, so this is computed expert by expert."""

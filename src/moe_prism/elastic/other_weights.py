@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..model import MoELayer
-from ..model.base import ExpertsFn
+from ..model.around import LayerAround
 
 
-class OtherWeights(MoELayer):
+class OtherWeights(LayerAround):
     """gate (None where there is none), up [E, f, d] and down [E, d, f] instead of the layer's. What the module itself computes stays.
 
     bias: whether the output bias is the layer's too; else there is none.
@@ -43,20 +43,8 @@ class OtherWeights(MoELayer):
     def down_bias(self) -> Tensor | None:
         return self.layer.down_bias if self._bias else None
 
-    def activate(self, gate: Tensor | None, up: Tensor) -> Tensor:
-        return self.layer.activate(gate, up)
-
     def storage(self) -> tuple[int, ...]:
         return (*self.layer.storage(), self._up.data_ptr(), self._down.data_ptr())
-
-    def activate_joined(self, both: Tensor) -> Tensor:
-        return self.layer.activate_joined(both)
-
-    def install(self, function: ExpertsFn) -> None:
-        self.layer.install(function)
-
-    def uninstall(self) -> None:
-        self.layer.uninstall()
 
     def stock(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         return self.layer.stock(x, index, weight)

@@ -15,7 +15,7 @@ from ..elastic.execute.base import Candidates, Executor, Settled
 from ..elastic.side_tensors import REPAIR
 from ..errors import UsageError
 from ..model import MoELayer
-from ..model.base import ExpertsFn
+from ..model.around import LayerAround
 from ..model.gate_neurons import GateNeurons
 from ..point import OperatingPoint
 from .choose_misses import Misses, Prepared, choose
@@ -25,7 +25,7 @@ from .record_store import RecordStore
 from .store import ExpertStore
 
 
-class StoredNeurons(GateNeurons):
+class StoredNeurons(LayerAround, GateNeurons):
     """The gate neurons of a layer of a transformers model; its hook is the model's."""
 
     def __init__(self, layer: MoELayer, tensors: dict[str, Tensor]) -> None:
@@ -36,15 +36,6 @@ class StoredNeurons(GateNeurons):
     @property
     def block_name(self) -> str:
         return self.layer.block_name
-
-    def activate_joined(self, both: Tensor) -> Tensor:
-        return self.layer.activate_joined(both)
-
-    def install(self, function: ExpertsFn) -> None:
-        self.layer.install(function)
-
-    def uninstall(self) -> None:
-        self.layer.uninstall()
 
 
 class FromStore(Executor):

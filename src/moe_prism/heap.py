@@ -8,14 +8,6 @@ M_MMAP_THRESHOLD = -3
 LARGE = 1 << 20
 
 
-def return_free_memory() -> None:
-    """Give the system back what was freed and the C library keeps for later. Nothing happens where the C library is not glibc."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):
-        return
-
-
 def return_large_buffers() -> None:
     """From now on the system gets buffers of 1 MiB and more back when they are freed. Nothing happens where the C library is not glibc.
 

@@ -20,7 +20,7 @@ def store_options(experts: ExpertOptions) -> StoreOptions | None:
     from ..store.choose_misses import Misses
 
     return StoreOptions(
-        None if experts.expert_memory == AUTO else parse_bytes(experts.expert_memory),
+        None if experts.expert_memory == AUTO else parse_bytes(experts.expert_memory, instead=AUTO),
         experts.expert_file,
         experts.expert_policy,
         misses=Misses(experts.miss_floor, experts.int8_budget),

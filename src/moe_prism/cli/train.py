@@ -42,11 +42,12 @@ def train(
     """
     from ..jobs.train import train as train_model
 
+    speaks = os.environ.get("RANK", "0") == "0"  # one of several processes
     how = {"changes": changes.set, "resume": run.resume, "force": run.force}
     if dry_run:
-        return show_rehearsal(train_model, recipe, out, target=out, as_json=run.json, **how)
+        return show_rehearsal(train_model, recipe, out, target=out, as_json=run.json, **how) if speaks else None
     facts = train_model(recipe, out, changes=changes.set, resume=run.resume, force=run.force, report=progress).to_json()
-    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+    if not speaks:
         return None
     text = (
         f"{facts['folder']}: {facts['parameters'] / 1e6:.2f} million parameters, {facts['tokens']:,} tokens, "

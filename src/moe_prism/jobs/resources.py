@@ -22,7 +22,7 @@ from ..compress.quantize.decoded import KEPT_BYTES, matrices
 from ..elastic.runtime import experts_per_token
 from ..errors import DoesNotFit, UsageError
 from ..frontier.measure import BATCH
-from ..heap import return_free_memory
+from ..heap import return_freed_pages
 from ..memory import available_memory, resident_memory
 from ..methods.quantize.uniform_bits import STANDING
 from ..model import MoELayer, find_layers, load_model
@@ -218,7 +218,7 @@ def encoded_bytes(layers: Sequence[MoELayer], methods: bool) -> tuple[int, int]:
 
 def told(parts: dict[str, int], disk: int, held: int = 0) -> dict[str, Any]:
     """As `--dry-run` shows it: the parts of the largest phase, and the process that holds them. held: bytes of them that it has by now."""
-    return_free_memory()  # what the checks have freed is there for the work: it must not count beside that
+    return_freed_pages()  # what the checks have freed is there for the work: it must not count beside that
     parts = {"process_bytes": max(resident_memory() - held, LOADED) + KEPT, **parts}
     return {"peak_memory_bytes": sum(parts.values()), "disk_bytes": disk, **parts}
 

@@ -53,7 +53,7 @@ def _check_architecture(recipe: TrainingForm, lines: Lines, name: str) -> None:
 
 
 def _owner(place: Place) -> tuple[str, int, Sequence[str]]:
-    if place[:1] == ("model",):
+    if place[:1] == ("model",) and len(place) > 1:  # that the recipe has no model is the recipe's
         return "model", 1, list(ShapeForm.model_fields)
     return "", 0, list(TrainingForm.model_fields)
 

@@ -27,11 +27,16 @@ UNSHARED_WORK = 1 << 22  # multiplications up to which sharing them out among th
 UNGROUPED_WORK = 1 << 24  # where there is but one thread: up to which grouping the rows does
 
 
-def parse_bytes(text: str, what: str = "memory") -> int:
-    """'200MB', '1.5GiB', '65536' -> bytes. UsageError for anything else, or for none; what: of which they are an amount."""
+def parse_bytes(text: str, what: str = "memory", instead: str = "") -> int:
+    """'200MB', '1.5GiB', '65536' -> bytes. UsageError for anything else, or for none.
+
+    what: of which they are an amount; instead: a word that may be given in its place, told with the error.
+    """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not found or found[2].lower() not in UNITS or not float(found[1]):
-        raise UsageError(f"'{text}' is no amount of {what}", "give for example 200MB, 1.5GiB or a number of bytes")
+        raise UsageError(
+            f"'{text}' is no amount of {what}", f"give for example 200MB, 1.5GiB, a number of bytes{f', or {instead}' if instead else ''}"
+        )
     return int(float(found[1]) * UNITS[found[2].lower()])
 
 

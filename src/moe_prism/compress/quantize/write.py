@@ -18,7 +18,7 @@ from ...checkpoint import Journal, LayerStream, OutputFolder, TensorInfo, check_
 from ...checkpoint.formats.bits import pack_words
 from ...checkpoint.shards import INDEX
 from ...errors import UsageError
-from ...heap import return_free_memory
+from ...heap import return_freed_pages
 from ...model import MoELayer
 from ..codec.rtn import Rtn
 from .prepare import Preparation
@@ -148,7 +148,7 @@ class PackedCheckpoint:
                 out.hashes[shard] = journal.sha256(shard)
             else:
                 journal.finish(shard, self._shard(shard, names, experts, out))
-                return_free_memory()  # half a file of freed tensors would stay beside the next one
+                return_freed_pages()  # half a file of freed tensors would stay beside the next one
             progress(number, len(shards))
         if (self.source.folder / INDEX).is_file():
             out.write_bytes(INDEX, json.dumps({"metadata": {}, "weight_map": dict(sorted(place.items()))}, indent=2).encode())

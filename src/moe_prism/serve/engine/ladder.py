@@ -82,7 +82,7 @@ def _best(frontier: Frontier, refusal: Refusal) -> list[MeasuredPoint]:
         if reason is None and p.point is not None and depends_on_batch(p.point):
             reason = "what a token gets depends on its batch"
         if reason is None and p.point is not None and p.point.slots.bits is not None:
-            reason = "its widths are decoded in memory, which saves nothing there"
+            reason = "planes of its widths would lie beside the model's weights, which the server has not counted"
         if reason is None and p.point is not None and leaves_out_neurons(p.point):
             reason = "whole blocks are multiplied for its neurons, which saves nothing"
         if reason:

@@ -16,7 +16,9 @@ from hypothesis.stateful import run_state_machine_as_test
 from tests.serve.house import open_house
 
 CASES = int(os.environ.get("FUZZ_CASES", "2000"))
-KEPT = httpx2.Limits(keepalive_expiry=1)  # well before the server closes a connection that nobody uses: a request may meet its end
+KEPT = httpx2.Limits(
+    keepalive_expiry=1
+)  # well before the server closes a connection that nobody uses: a request may meet its end
 
 
 @pytest.mark.slow

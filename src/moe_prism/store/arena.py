@@ -35,7 +35,8 @@ def parse_bytes(text: str, what: str = "memory", instead: str = "") -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not found or found[2].lower() not in UNITS or not float(found[1]):
         raise UsageError(
-            f"'{text}' is no amount of {what}", f"give for example 200MB, 1.5GiB, a number of bytes{f', or {instead}' if instead else ''}"
+            f"'{text}' is no amount of {what}",
+            f"give for example 200MB, 1.5GiB, a number of bytes{f', or {instead}' if instead else ''}",
         )
     return int(float(found[1]) * UNITS[found[2].lower()])
 

@@ -25,7 +25,7 @@ KEPT = httpx2.Limits(
 @pytest.mark.timeout(1800)
 def test_s02_no_request_of_the_schema_breaks_the_server(tiny_levels):
     with (
-        open_house(tiny_levels, {"bounds": {"request_seconds": 20}}) as house,
+        open_house(tiny_levels, {"bounds": {"request_seconds": 20, "header_seconds": 60}}) as house,
         httpx2.Client(base_url=house.root, timeout=60, limits=KEPT) as web,
     ):
         schema = schemathesis.openapi.from_dict(web.get("/openapi.json").json())

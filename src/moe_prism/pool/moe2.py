@@ -1,0 +1,62 @@
+"""MoE² (arXiv 2501.09410): a subset of language models under limits on time and energy, then a gate that picks one for each question.
+
+The gate is fitted once, on all options: a ridge regression per option predicts its quality from the text. A subset uses the same
+regressions and takes the largest, so nothing is fitted again for it. The paper proves that of its own gate; here it holds because an
+option's regression does not see the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .base import Chooser, Floats, Limits, Option, Record, recorded, within
+from .subset import select
+from .text import embed, embed_all
+
+
+@dataclass(frozen=True)
+class GateParameters:
+    """ridge: weight of the penalty on the gate's coefficients; a larger one trusts the text of a question less."""
+
+    ridge: float = 1.0
+
+
+class MoE2(Chooser):
+    """Subset, then gate."""
+
+    Parameters = GateParameters
+
+    def __init__(self, used: Sequence[int], weights: Floats, mean: Floats) -> None:
+        """weights: [F, O]; mean: [O] quality over all recorded questions."""
+        self.used, self.weights, self.mean = sorted(used), weights, mean
+
+    @classmethod
+    def fit(cls, options: Sequence[Option], record: Record | None, limits: Limits, settings: Any) -> MoE2:
+        record = recorded(record, "moe2")
+        record.check(len(options))
+        within(options, record, limits)
+        found = select(record.quality, record.seconds.mean(0), record.energy, limits)
+        return cls(found.chosen, *fit_gate(record, settings.ridge))
+
+    def chosen(self) -> list[int]:
+        return list(self.used)
+
+    def expected(self, text: str) -> Floats:
+        """[O] predicted quality of every option."""
+        return np.asarray(self.mean + embed(text) @ self.weights)
+
+    def order(self, text: str, allowed: Sequence[int]) -> list[int]:
+        said = self.expected(text)
+        return sorted((o for o in self.used if o in allowed), key=lambda o: (-said[o], o))
+
+
+def fit_gate(record: Record, ridge: float) -> tuple[Floats, Floats]:
+    """(weights [F, O], mean [O]): ridge regression of every option's quality on the texts, each by itself."""
+    mean = record.quality.mean(0)
+    features = embed_all(record.texts)
+    gram = features @ features.T + ridge * np.eye(len(features))  # fewer questions than features
+    return np.asarray(features.T @ np.linalg.solve(gram, record.quality - mean)), np.asarray(mean)

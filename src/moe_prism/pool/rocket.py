@@ -1,0 +1,95 @@
+"""Rocket, open knowledge for a task (arXiv 2408.15915): a few models or adapters that are good, consistent and unlike each other.
+
+The paper looks at K shots of a task: how many an expert gets right, how sure it is of the right reasoning, and how much it is like the
+others. The weights between the three are not public. Ours: the objective is facility location over the shots, in which an option serves a
+shot by its merit there, so a second option of the same strengths adds nothing. Greedy choice then has at least 1 - 1/e of the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from .base import Chooser, Floats, Limits, Option, Record, recorded, within
+from .gate import Gate
+from .text import embed, embed_all
+
+
+@dataclass(frozen=True)
+class RocketParameters:
+    """size: options that are kept. consistency: weight of an option's support of the known answers beside its quality, 0 to 1.
+
+    ridge: weight of the penalty on the gate's coefficients.
+    """
+
+    size: int = 3
+    consistency: float = 0.5
+    ridge: float = 0.1
+
+
+class Rocket(Chooser):
+    """Selected options, and a gate over them by the text of the question."""
+
+    Parameters = RocketParameters
+
+    def __init__(self, used: Sequence[int], gate: Gate) -> None:
+        """gate: over `used`, in this order."""
+        self.used, self.gate = list(used), gate
+
+    @classmethod
+    def fit(cls, options: Sequence[Option], record: Record | None, limits: Limits, settings: Any) -> Rocket:
+        record = recorded(record, "rocket")
+        record.check(len(options))
+        allowed = within(options, record, limits)
+        worth = merit(record, settings.consistency)
+        used = sorted(allowed[i] for i in greedy(worth[:, allowed], settings.size))
+        likely = np.log(np.clip(worth[:, used], 1e-6, None))
+        return cls(used, Gate.fit(embed_all(record.texts), likely, settings.ridge))
+
+    def chosen(self) -> list[int]:
+        return list(self.used)
+
+    def order(self, text: str, allowed: Sequence[int]) -> list[int]:
+        share = dict(zip(self.used, self.gate.weights(embed(text)[None])[0], strict=True))
+        return sorted((o for o in self.used if o in allowed), key=lambda o: (-share[o], o))
+
+
+def merit(record: Record, consistency: float) -> Floats:
+    """[Q, O], 0..1: quality, with the support of the known answer beside it where the record has one."""
+    if record.support is None:
+        return record.quality
+    return np.asarray((1 - consistency) * record.quality + consistency * record.support)
+
+
+def objective(worth: Floats, chosen: Sequence[int]) -> float:
+    """Facility location: the mean over shots of the best merit among the chosen. worth: [Q, O]."""
+    return float(worth[:, list(chosen)].max(1).mean()) if len(chosen) else 0.0
+
+
+def greedy(worth: Floats, size: int) -> list[int]:
+    """`size` options, each the one that adds most to the objective; the smaller number where two add as much."""
+    best, found = np.zeros(len(worth)), list[int]()
+    for _ in range(min(size, worth.shape[1])):
+        gains = np.maximum(worth, best[:, None]).mean(0)
+        gains[found] = -np.inf
+        found.append(int(gains.argmax()))
+        best = np.maximum(best, worth[:, found[-1]])
+    return found
+
+
+def brute_force(worth: Floats, size: int) -> list[int]:
+    """The best of all subsets of that size."""
+    every = combinations(range(worth.shape[1]), min(size, worth.shape[1]))
+    return list(max(every, key=lambda chosen: objective(worth, chosen)))
+
+
+def select(score: Floats, similarity: Floats, size: int) -> list[int]:
+    """The same from scores [O], 0..1, and similarities [O, O], 0..1: every option is served by the chosen one that is most like it.
+
+    An option's merit at another is its own score times their similarity, so score and diversity are one objective, and it is submodular.
+    """
+    return greedy(np.asarray(similarity) * np.asarray(score)[None, :], size)

@@ -31,10 +31,11 @@ from moe_prism.model import load_model, load_tokenizer
 from moe_prism.model.named import NANO, SHIPPED
 from moe_prism.pool import Limits, Option, Record, choosers
 from moe_prism.pool.gate import Gate, mixture
-from moe_prism.pool.moe2 import fit_gate
+from moe_prism.pool.moe2 import best_ridge, fit_gate
 from moe_prism.pool.rocket import brute_force, greedy, merit, objective
 from moe_prism.pool.subset import branch_and_bound, exhaustive, is_within, subset_quality
 from moe_prism.pool.symbolic import answer_grouped, by_model
+from moe_prism.pool.text import embed_all
 
 Floats = NDArray[np.float64]
 COUNTS = (4, 2, 1)
@@ -135,9 +136,10 @@ def moe2(
         used = chooser.chosen()
         fits = [o for o in range(len(options)) if record.energy[o] <= most]
         best = max(fits, key=lambda o: float(record.quality[:, o].mean()))
-        alone, _ = fit_gate(replace(record, quality=record.quality[:, used]), made.Parameters().ridge)
+        ridge = best_ridge(embed_all(record.texts) @ embed_all(record.texts).T, record.quality)
+        alone, _ = fit_gate(replace(record, quality=record.quality[:, used]), ridge)
         row = {"way": "moe2", "limit": most, "single": options[best].name, "chosen": [options[o].name for o in used]}
-        row |= {"again": float(np.abs(alone - chooser.weights[:, used]).max())}
+        row |= {"ridge": ridge, "again": float(np.abs(alone - chooser.weights[:, used]).max())}
         row |= {"bound": round(subset_quality(held, tuple(used)), 4), "single quality": round(float(held[:, best].mean()), 4)}
         yield {**row, **over(picked(chooser, held, texts), held[:, best])}
 
@@ -212,7 +214,7 @@ def tokens(models: Sequence[tuple[Any, Any]], names: list[str], texts: list[str]
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield searches(args.instances, args.seed)
     texts, _ = pieces(CALIBRATION, args.characters, args.chunks)
-    held, _ = pieces(HELD_OUT, args.characters, args.chunks)
+    held, kinds = pieces(HELD_OUT, args.characters, args.chunks)
     nano = load_tokenizer(NANO)
     tuned = {}
     for name in TUNED if args.steps else ():
@@ -233,10 +235,18 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     quality, _, _ = asked(models, held)
     energy = np.array([o.cost for o in options])
     for o, option in enumerate(options):
-        yield {"way": "option", "name": option.name, "cost": round(option.cost, 3), "quality": mean_interval(quality[:, o])}
+        of = {name: round(float(quality[[k == name for k in kinds], o].mean()), 4) for name in DOMAINS}
+        row = {"way": "option", "name": option.name, "cost": round(option.cost, 3), "quality": mean_interval(quality[:, o])}
+        yield {**row, **of}
     record = Record(texts, own, np.tile(energy, (len(texts), 1)), energy)
     yield from moe2(options, record, quality, held, args.limits)
     yield symbolic(options, record, quality, held)
+    special = [o for o, option in enumerate(options) if option.model != "nano-mix" and option.level == "top-4"]
+    if len(special) > 1:  # models of one size of which each knows another domain
+        few, kept = [options[o] for o in special], quality[:, special]
+        record = Record(texts, own[:, special], np.ones((len(texts), len(few))), np.ones(len(few)))
+        for row in (*moe2(few, record, kept, held, [2.0, 4.0]), symbolic(few, record, kept, held)):
+            yield {**row, "pool": "specialists"}
     if tuned:
         base = (lambda: with_count(shipped["nano"], COUNTS[0]), nano)
         yield from rocket([base, *models[-len(tuned) :]], ["nano", *tuned], texts, held)

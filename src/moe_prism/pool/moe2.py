@@ -17,12 +17,16 @@ from .base import Chooser, Floats, Limits, Option, Record, recorded, within
 from .subset import select
 from .text import embed, embed_all
 
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
+
 
 @dataclass(frozen=True)
 class GateParameters:
-    """ridge: weight of the penalty on the gate's coefficients; a larger one trusts the text of a question less."""
+    """ridge: weight of the penalty on the gate's coefficients; a larger one trusts the text of a question less. None: leaving each recorded
+    question out says which of a few picks the best options.
+    """
 
-    ridge: float = 1.0
+    ridge: float | None = None
 
 
 class MoE2(Chooser):
@@ -54,9 +58,26 @@ class MoE2(Chooser):
         return sorted((o for o in self.used if o in allowed), key=lambda o: (-said[o], o))
 
 
-def fit_gate(record: Record, ridge: float) -> tuple[Floats, Floats]:
-    """(weights [F, O], mean [O]): ridge regression of every option's quality on the texts, each by itself."""
+def fit_gate(record: Record, ridge: float | None) -> tuple[Floats, Floats]:
+    """(weights [F, O], mean [O]): ridge regression of every option's quality on the texts, each by itself, with one ridge for all."""
     mean = record.quality.mean(0)
     features = embed_all(record.texts)
-    gram = features @ features.T + ridge * np.eye(len(features))  # fewer questions than features
-    return np.asarray(features.T @ np.linalg.solve(gram, record.quality - mean)), np.asarray(mean)
+    gram = features @ features.T  # fewer questions than features
+    chosen = best_ridge(gram, record.quality) if ridge is None else ridge
+    shares = np.linalg.solve(gram + chosen * np.eye(len(gram)), record.quality - mean)
+    return np.asarray(features.T @ shares), np.asarray(mean)
+
+
+def best_ridge(gram: Floats, quality: Floats) -> float:
+    """Of `RIDGES` the one whose gate picks the best options for questions that it was not fitted on; the largest of equal ones.
+
+    Each question is left out once. For a ridge regression that has a closed form: what is left of it, over 1 less its leverage.
+    """
+    mean, every = quality.mean(0), np.arange(len(quality))
+    found: list[tuple[float, float]] = []
+    for ridge in RIDGES:
+        smoother = gram @ np.linalg.inv(gram + ridge * np.eye(len(gram)))
+        said = smoother @ (quality - mean)
+        left = quality - mean - (quality - mean - said) / (1 - np.diag(smoother))[:, None]
+        found.append((float(quality[every, (mean + left).argmax(1)].mean()), ridge))
+    return max(found)[1]

@@ -33,7 +33,7 @@ from moe_prism.pool import Limits, Option, Record, choosers
 from moe_prism.pool.gate import Gate, mixture
 from moe_prism.pool.moe2 import best_ridge, fit_gate
 from moe_prism.pool.rocket import brute_force, greedy, merit, objective
-from moe_prism.pool.subset import branch_and_bound, exhaustive, is_within, subset_quality
+from moe_prism.pool.subset import Needs, branch_and_bound, exhaustive, subset_quality
 from moe_prism.pool.symbolic import answer_grouped, by_model
 from moe_prism.pool.text import embed_all
 
@@ -115,9 +115,10 @@ def searches(instances: int, seed: int) -> dict[str, Any]:
         options = int(drawn.integers(4, 11))
         quality, seconds, energy = drawn.random((8, options)), drawn.random(options), drawn.random(options)
         limits = Limits(0.3 + 0.7 * float(drawn.random()), float(drawn.random()) * options / 2)
-        every, found = (search(quality, seconds, energy, limits) for search in (exhaustive, branch_and_bound))
+        needs = Needs.of(seconds, energy, None)
+        every, found = (search(quality, needs, limits) for search in (exhaustive, branch_and_bound))
         same += every.chosen == found.chosen
-        broken += not is_within(seconds, energy, limits, found.chosen)
+        broken += not needs.fit(limits, found.chosen)
         looked = [looked[0] + every.looked, looked[1] + found.looked]
         size = int(drawn.integers(1, 5))
         worth = quality**3

@@ -15,7 +15,7 @@ from moe_prism.pool import Limits, Record, choosers
 from moe_prism.pool.gate import Gate, mixture
 from moe_prism.pool.moe2 import fit_gate
 from moe_prism.pool.rocket import brute_force, greedy, objective, select
-from moe_prism.pool.subset import branch_and_bound, exhaustive, is_within
+from moe_prism.pool.subset import Needs, branch_and_bound, exhaustive
 from moe_prism.pool.symbolic import Symbolic, answer_grouped, by_model, vote
 from moe_prism.pool.text import embed
 
@@ -97,15 +97,22 @@ def test_branch_and_bound_finds_what_all_subsets_have(seed, options):
     quality = np.round(drawn.random((6, options)), 1)  # ties too
     seconds, energy = drawn.random(options), np.round(drawn.random(options), 1)
     limits = Limits(float(drawn.random()) * 1.2, float(drawn.random()) * options / 2)
-    every, found = (search(quality, seconds, energy, limits) for search in (exhaustive, branch_and_bound))
+    owners = drawn.integers(options, size=options).tolist() if seed % 2 else None
+    needs = Needs.of(seconds, energy, owners)
+    every, found = (search(quality, needs, limits) for search in (exhaustive, branch_and_bound))
     assert found.chosen == every.chosen and math.isclose(found.quality, every.quality)
-    assert is_within(seconds, energy, limits, found.chosen)
+    assert needs.fit(limits, found.chosen)
+
+
+def test_options_of_one_model_take_its_energy_once():
+    needs = Needs.of(np.ones(3), np.array([2.0, 3.0, 1.0]), [0, 0, 1])
+    assert needs.total((0, 1)) == 3.0 and needs.total((0, 1, 2)) == 4.0 and needs.total(()) == 0.0
 
 
 def test_branch_and_bound_looks_at_few_of_many_subsets():
     drawn = np.random.default_rng(0)
     quality, energy = drawn.random((40, 16)), drawn.random(16)
-    found = branch_and_bound(quality, drawn.random(16), energy, Limits(0.9, 2.0))
+    found = branch_and_bound(quality, Needs.of(drawn.random(16), energy, None), Limits(0.9, 2.0))
     assert found.chosen and found.looked < 2**16 / 4
 
 

@@ -35,7 +35,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a chosen set may take. seconds: of a question on its slowest option; energy: of all options that are kept ready, summed."""
+    """What a chosen set may take. seconds: of a question on its slowest option; energy: of all models that are kept ready, summed."""
 
     seconds: float = math.inf
     energy: float = math.inf

@@ -43,7 +43,9 @@ class MoE2(Chooser):
         record = recorded(record, "moe2")
         record.check(len(options))
         within(options, record, limits)
-        found = select(record.quality, record.seconds.mean(0), record.energy, limits)
+        models = list(dict.fromkeys(option.model for option in options))
+        owners = [models.index(option.model) for option in options]
+        found = select(record.quality, record.seconds.mean(0), record.energy, limits, owners)
         return cls(found.chosen, *fit_gate(record, settings.ridge))
 
     def chosen(self) -> list[int]:

@@ -1,6 +1,6 @@
 """Whole models as experts, against the "works when" lines of MoE², Symbolic-MoE and Rocket.
 
-    python benchmarks/pool.py [--chunks 24] [--characters 400] [--steps 60] [--limits 1,1.5,2,3] [--seed 0] [--json]
+    python benchmarks/pool.py [--chunks 24] [--characters 400] [--steps 60] [--limits 1,1.5,2.25,3.25] [--seed 0] [--json]
 
 The pool: `nano` and `nano-mix` with 4, 2 and 1 experts per token, and three fine-tunes of nano's experts, one for each domain that it
 was not trained on (`benchmarks/adapters.py` trains them). The questions are pieces of text of four domains. Quality of a piece: exp(-nats
@@ -72,6 +72,15 @@ def with_count(model: Any, count: int) -> Any:
         if hasattr(module, "top_k"):
             module.top_k = count
     return model
+
+
+@torch.no_grad()
+def halfway(base: Any, tuned: Any) -> Any:
+    """A weaker twin of a fine-tune: half of what it changed."""
+    made = load_model(NANO).float().eval()
+    for own, before, after in zip(made.parameters(), base.parameters(), tuned.parameters(), strict=True):
+        own.copy_((before + after) / 2)
+    return made
 
 
 @torch.no_grad()
@@ -185,7 +194,6 @@ def rocket(models: Sequence[tuple[Any, Any]], names: list[str], texts: list[str]
         best = int(worth.mean(0).argmax())
         row["diverse over two best"] = mean_interval(truth[:, chooser.chosen()].max(1) - truth[:, top].max(1))
         yield {**row, **over(picked(chooser, held_right, held), held_right[:, best])}
-    yield tokens(models, names, texts, held)
 
 
 def tokens(models: Sequence[tuple[Any, Any]], names: list[str], texts: list[str], held: list[str]) -> dict[str, Any]:
@@ -249,8 +257,11 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for row in (*moe2(few, record, kept, held, [2.0, 4.0]), symbolic(few, record, kept, held)):
             yield {**row, "pool": "specialists"}
     if tuned:
-        base = (lambda: with_count(shipped["nano"], COUNTS[0]), nano)
-        yield from rocket([base, *models[-len(tuned) :]], ["nano", *tuned], texts, held)
+        base = with_count(shipped["nano"], COUNTS[0])
+        every = {"nano": base, **tuned, **{f"half of {name}": halfway(base, model) for name, model in tuned.items()}}
+        yield from rocket([(lambda model=model: model, nano) for model in every.values()], [*every], texts, held)
+        few = {"nano": base, **tuned}
+        yield tokens([(lambda model=model: model, nano) for model in few.values()], [*few], texts, held)
 
 
 def main() -> None:
@@ -258,7 +269,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=24, help="of each domain and side")
     parser.add_argument("--characters", type=int, default=400)
     parser.add_argument("--steps", type=int, default=60, help="of each fine-tune; 0: none")
-    parser.add_argument("--limits", type=lambda text: [float(part) for part in text.split(",")], default=[1.0, 1.5, 2.0, 3.0])
+    parser.add_argument("--limits", type=lambda text: [float(part) for part in text.split(",")], default=[1.0, 1.5, 2.25, 3.25])
     parser.add_argument("--instances", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
+from dataclasses import fields
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -12,9 +15,18 @@ import pytest
 pytest.importorskip("fastapi")
 
 from moe_prism.errors import CorruptError, PrismError, UsageError
-from moe_prism.serve.route.config import read_pool
+from moe_prism.pool import choosers
+from moe_prism.serve.route.config import PoolBounds, PoolForm, PoolLimitsForm, UpstreamForm, read_pool
 from moe_prism.serve.route.options import Pace, Wanted
-from moe_prism.serve.route.record import measure_pool, read_questions, read_record, write_record
+from moe_prism.serve.route.record import (
+    AnsweredForm,
+    QuestionForm,
+    RecordForm,
+    measure_pool,
+    read_questions,
+    read_record,
+    write_record,
+)
 from moe_prism.serve.route.run import make_router
 from tests.serve.pool_house import LEVELS, Fake, fakes, listed, nowhere, open_pool
 
@@ -344,6 +356,54 @@ def test_what_goes_along_and_what_does_not(pair, tmp_path, monkeypatch):
         pass
 
 
+def test_a_header_of_an_upstream_is_passed_on_where_it_is_plain(pair, tmp_path):
+    with open_pool(tmp_path, two(*pair)) as house:
+        for value, passed in (("low", "low"), ("caf\u00e9", None), ("x" * 2000, None)):
+            pair[0].answer = lambda h, value=value: h.say(200, {"choices": []}, x_moe_prism_point=value, x_secret="1")
+            answer = post(house)
+            assert answer.headers.get("x-moe-prism-point") == passed and "x-secret" not in answer.headers
+
+
+def test_connections_have_the_deadlines_and_bounds_of_a_server(pair, tmp_path):
+    bounds = {"header_seconds": 0.3, "body_seconds": 0.3, "connections": 2}
+    with open_pool(tmp_path, two(*pair), bounds=bounds) as house:
+        port = int(house.url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), 10) as slow:
+            slow.sendall(b"POST /v1/comp")
+            assert slow.recv(100) == b""  # closed, unanswered
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+        with socket.create_connection(("127.0.0.1", port), 10) as slow:
+            slow.sendall(head)
+            assert b"408" in slow.recv(100)
+        twice = b"content-length: 2\r\ntransfer-encoding: chunked\r\n"
+        with socket.create_connection(("127.0.0.1", port), 10) as odd:
+            odd.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + twice + b"\r\n{}")
+            assert b" 400 " in odd.recv(100)
+    assert not pair[0].asked and not pair[1].asked
+
+
+def test_a_drain_ends_what_was_begun_and_takes_nothing_new(pair, tmp_path):
+    gate, inside = threading.Event(), threading.Event()
+
+    def answer(handler):
+        inside.set()
+        gate.wait(10)
+        handler.say(200, {"choices": [{"text": "x"}]})
+
+    pair[0].answer, found = answer, []
+    with open_pool(tmp_path, two(*pair)) as house:
+        thread = threading.Thread(target=lambda: found.append(post(house)))
+        thread.start()
+        assert inside.wait(10)
+        house.router.door.leaving = house.router.door.draining = True
+        late = post(house)
+        assert late.status_code == 503 and late.json()["error"]["code"] == "draining"
+        assert httpx2.get(house.url + "/ready").json() == {"status": "draining"}
+        gate.set()
+        thread.join(10)
+        assert found[0].status_code == 200
+
+
 def test_models_and_metrics_say_what_there_is(pair, tmp_path):
     with open_pool(tmp_path, [*two(*pair), {"name": "dead", "url": nowhere()}], name="mine") as house:
         post(house)
@@ -391,6 +451,14 @@ def test_a_target_sends_requests_to_who_met_it_lately(pair, tmp_path):
         assert said(post(house, ttft_ms=300)) == ("large", "large@full")
         house.router.options.pace(2).note(9.0, None)
         assert said(post(house, ttft_ms=300)) == ("small", "small@low")  # nobody meets it: the least late
+
+
+def test_the_reference_has_every_key():
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "pool.md").read_text("utf-8")
+    forms = (PoolForm, UpstreamForm, PoolLimitsForm, PoolBounds, RecordForm, AnsweredForm, QuestionForm)
+    names = [name for form in forms for name in form.model_fields]
+    names += [field.name for made in map(choosers.get, choosers.names()) for field in fields(made.Parameters)]
+    assert [name for name in names if f"`{name}`" not in page] == []
 
 
 GOOD = "upstreams:\n  - {name: small, url: 'http://127.0.0.1:1/v1'}\n"

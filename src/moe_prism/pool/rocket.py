@@ -18,17 +18,20 @@ from .base import Chooser, Floats, Limits, Option, Record, recorded, within
 from .gate import Gate
 from .text import embed, embed_all
 
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+FOLDS = 4
+
 
 @dataclass(frozen=True)
 class RocketParameters:
     """size: options that are kept. consistency: weight of an option's support of the known answers beside its quality, 0 to 1.
 
-    ridge: weight of the penalty on the gate's coefficients.
+    ridge: weight of the penalty on the gate's coefficients. None: of a few, the one that picks best for recorded questions left out.
     """
 
     size: int = 3
     consistency: float = 0.5
-    ridge: float = 0.1
+    ridge: float | None = None
 
 
 class Rocket(Chooser):
@@ -47,8 +50,9 @@ class Rocket(Chooser):
         allowed = within(options, record, limits)
         worth = merit(record, settings.consistency)
         used = sorted(allowed[i] for i in greedy(worth[:, allowed], settings.size))
-        likely = np.log(np.clip(worth[:, used], 1e-6, None))
-        return cls(used, Gate.fit(embed_all(record.texts), likely, settings.ridge))
+        features, mine = embed_all(record.texts), worth[:, used]
+        ridge = best_ridge(features, mine) if settings.ridge is None else settings.ridge
+        return cls(used, Gate.fit(features, _likely(mine), ridge))
 
     def chosen(self) -> list[int]:
         return list(self.used)
@@ -56,6 +60,25 @@ class Rocket(Chooser):
     def order(self, text: str, allowed: Sequence[int]) -> list[int]:
         share = dict(zip(self.used, self.gate.weights(embed(text)[None])[0], strict=True))
         return sorted((o for o in self.used if o in allowed), key=lambda o: (-share[o], o))
+
+
+def _likely(worth: Floats) -> Floats:
+    """Merit as a gate takes it: the log of a probability."""
+    return np.asarray(np.log(np.clip(worth, 1e-6, None)))
+
+
+def best_ridge(features: Floats, worth: Floats) -> float:
+    """Of `RIDGES` the one whose gate picks the most merit for the questions of a fold that it was not fitted on; the largest of equals."""
+    folds = np.arange(len(worth)) % min(FOLDS, len(worth))
+    found: list[tuple[float, float]] = []
+    for ridge in RIDGES if len(worth) > 1 else RIDGES[-1:]:
+        picked = 0.0
+        for fold in sorted({*folds.tolist()} if len(worth) > 1 else ()):
+            out = folds == fold
+            gate = Gate.fit(features[~out], _likely(worth[~out]), ridge)
+            picked += float(worth[out, :][np.arange(out.sum()), gate.weights(features[out]).argmax(1)].sum())
+        found.append((picked, ridge))
+    return max(found)[1]
 
 
 def merit(record: Record, consistency: float) -> Floats:

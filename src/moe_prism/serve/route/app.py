@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -26,6 +27,8 @@ from .request import RouteRequest
 from .turnstile import Turnstile
 from .upstream import Upstream
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Router:
@@ -42,10 +45,13 @@ class Router:
         self.options.refit()
 
     async def watch(self) -> None:
-        """For ever."""
+        """For ever: whatever goes wrong once, the next look comes."""
         while True:
             await asyncio.sleep(self.options.pool.form.bounds.probe_seconds)
-            await self.look()
+            try:
+                await self.look()
+            except Exception:
+                logger.exception("a look at the upstreams failed")
 
 
 def create_router(router: Router, keys: Sequence[str] = (), allowed: Sequence[str] = ()) -> Guard:

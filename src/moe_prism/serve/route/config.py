@@ -74,7 +74,7 @@ class PoolBounds(HttpBounds):
     idle_seconds: Seconds = 60.0
     probe_seconds: Seconds = 2.0
     tries: int = Field(default=3, ge=1, le=64)
-    answer_bytes: int = Field(default=64 << 20, ge=1024, le=1 << 32)
+    answer_bytes: int = Field(default=16 << 20, ge=1024, le=1 << 32)
 
 
 class PoolForm(Form):

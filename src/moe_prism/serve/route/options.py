@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...errors import UsageError
-from ...pool import Limits, Option, Record
+from ...pool import Chooser, Limits, Option, Record
 from ..http.refusal import Refusal
 from .config import Pool
 from .upstream import Upstream
@@ -60,6 +60,8 @@ class Options:
         self.limits = Limits(found.seconds or math.inf, math.inf if found.energy is None else found.energy)
         self.paces: dict[str, Pace] = {}
         self.known: tuple[tuple[str, ...], ...] = ()
+        self.every: list[Option] = []
+        self.chooser: Chooser | None = None
         self.refit()
 
     def refit(self) -> None:
@@ -68,8 +70,10 @@ class Options:
         if known == self.known and self.known:
             return
         self.known = known
-        self.every = self._recorded() if self.record is not None else self._listed()
-        self.chooser = self.pool.chooser.fit(self.every, self.record, self.limits, self.pool.settings) if self.every else None
+        every = self._recorded() if self.record is not None else self._listed()
+        if every != self.every:
+            self.every = every
+            self.chooser = self.pool.chooser.fit(every, self.record, self.limits, self.pool.settings) if every else None
 
     def _listed(self) -> list[Option]:
         found = []

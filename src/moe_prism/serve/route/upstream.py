@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -29,6 +30,8 @@ FULL = "full"
 """The one level of an upstream that lists none."""
 THEIRS = frozenset({400, 405, 409, 413, 415, 422, 431})
 """Errors of the request itself: no other upstream would take it either."""
+SHOWN = re.compile(r"[\x20-\x7e]{1,1024}")
+"""What a header of theirs may hold to be passed on."""
 PASSED = ("class", "levels", "point", "quality", "ignored")
 
 
@@ -196,7 +199,7 @@ class Upstream:
         if not first:
             raise Failed("an empty answer")
         shown = {f"x-moe-prism-{name}": response.headers.get(f"x-moe-prism-{name}") for name in PASSED}
-        return Arrived(kind, {k: v[:1024] for k, v in shown.items() if v}, first, rest, response)
+        return Arrived(kind, {k: v for k, v in shown.items() if v and SHOWN.fullmatch(v)}, first, rest, response)
 
     async def whole(self, arrived: Arrived, until: float) -> bytes:
         """The rest of an answer that is not streamed, in one piece. Failed for one that ends early, is too large, or is no JSON object."""

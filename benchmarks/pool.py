@@ -1,4 +1,4 @@
-"""Whole models as experts, against the "works when" lines of MoE², Symbolic-MoE and Rocket.
+"""WholeAnswer models as experts, against the "works when" lines of MoE², Symbolic-MoE and Rocket.
 
     python benchmarks/pool.py [--chunks 24] [--characters 400] [--steps 60] [--limits 1,1.5,2.25,3.25] [--seed 0] [--json]
 
@@ -29,7 +29,7 @@ from moe_prism.data.buckets import CALIBRATION, HELD_OUT, bucket_of
 from moe_prism.data.bundled import DOMAINS, domain
 from moe_prism.model import load_model, load_tokenizer
 from moe_prism.model.named import NANO, SHIPPED
-from moe_prism.pool import Limits, Option, Record, choosers
+from moe_prism.pool import ModelOption, Record, SubsetLimits, choosers
 from moe_prism.pool.gate import Gate, mixture
 from moe_prism.pool.moe2 import best_ridge, fit_gate
 from moe_prism.pool.rocket import brute_force, greedy, merit, objective
@@ -123,7 +123,7 @@ def searches(instances: int, seed: int) -> dict[str, Any]:
     for _ in range(instances):
         options = int(drawn.integers(4, 11))
         quality, seconds, energy = drawn.random((8, options)), drawn.random(options), drawn.random(options)
-        limits = Limits(0.3 + 0.7 * float(drawn.random()), float(drawn.random()) * options / 2)
+        limits = SubsetLimits(0.3 + 0.7 * float(drawn.random()), float(drawn.random()) * options / 2)
         needs = Needs.of(seconds, energy, None)
         every, found = (search(quality, needs, limits) for search in (exhaustive, branch_and_bound))
         same += every.chosen == found.chosen
@@ -137,11 +137,11 @@ def searches(instances: int, seed: int) -> dict[str, Any]:
 
 
 def moe2(
-    options: list[Option], record: Record, held: Floats, texts: list[str], limits: Sequence[float]
+    options: list[ModelOption], record: Record, held: Floats, texts: list[str], limits: Sequence[float]
 ) -> Iterator[dict[str, Any]]:
     made = choosers.get("moe2")
     for most in limits:
-        within = Limits(energy=most)
+        within = SubsetLimits(energy=most)
         chooser = made.fit(options, record, within, made.Parameters())
         used = chooser.chosen()
         fits = [o for o in range(len(options)) if record.energy[o] <= most]
@@ -154,9 +154,9 @@ def moe2(
         yield {**row, **over(picked(chooser, held, texts), held[:, best])}
 
 
-def symbolic(options: list[Option], record: Record, held: Floats, texts: list[str]) -> dict[str, Any]:
+def symbolic(options: list[ModelOption], record: Record, held: Floats, texts: list[str]) -> dict[str, Any]:
     made = choosers.get("symbolic")
-    chooser = made.fit(options, record, Limits(), made.Parameters())
+    chooser = made.fit(options, record, SubsetLimits(), made.Parameters())
     recruits = [chooser.recruit(text) for text in texts]
     loads: list[int] = []
 
@@ -177,7 +177,7 @@ def symbolic(options: list[Option], record: Record, held: Floats, texts: list[st
 def rocket(models: Sequence[tuple[Any, Any]], names: list[str], texts: list[str], held: list[str]) -> Iterator[dict[str, Any]]:
     """models: of one tokenizer, the base first."""
     _, right, support = asked(models, texts)
-    options = [Option(name, "full", 0.5, 1.0) for name in names]
+    options = [ModelOption(name, "full", 0.5, 1.0) for name in names]
     record = Record(texts, right, np.ones_like(right), np.ones(len(names)), support)
     _, held_right, held_support = asked(models, held)
     made = choosers.get("rocket")
@@ -185,7 +185,7 @@ def rocket(models: Sequence[tuple[Any, Any]], names: list[str], texts: list[str]
         ("score", made.Parameters(size=2, consistency=0.0)),
         ("score and consistency", made.Parameters(size=2)),
     ):
-        chooser = made.fit(options, record, Limits(), settings)
+        chooser = made.fit(options, record, SubsetLimits(), settings)
         worth = merit(record, settings.consistency)
         top = [int(o) for o in np.argsort(-worth.mean(0), kind="stable")[:2]]
         truth = merit(Record(held, held_right, np.ones_like(held_right), record.energy, held_support), 0.5)
@@ -235,10 +235,10 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name, model in shipped.items():
         tokenizer = load_tokenizer(SHIPPED[name])
         for count in COUNTS:
-            options.append(Option(name, f"top-{count}", 0.5, cost(model.config, count) / unit))
+            options.append(ModelOption(name, f"top-{count}", 0.5, cost(model.config, count) / unit))
             models.append((lambda model=model, count=count: with_count(model, count), tokenizer))
     for name, model in tuned.items():
-        options.append(Option(f"nano:{name}", "top-4", 0.5, 1.0))
+        options.append(ModelOption(f"nano:{name}", "top-4", 0.5, 1.0))
         models.append((lambda model=model: model, nano))
     own, _, _ = asked(models, texts)
     quality, _, _ = asked(models, held)

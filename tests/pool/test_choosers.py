@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_prism.errors import UsageError
-from moe_prism.pool import Limits, Record, choosers
+from moe_prism.pool import Record, SubsetLimits, choosers
 from moe_prism.pool.gate import Gate, mixture
 from moe_prism.pool.moe2 import fit_gate
 from moe_prism.pool.rocket import brute_force, greedy, objective, select
@@ -48,12 +48,12 @@ def test_the_same_record_chooses_the_same(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_no_option_beyond_a_limit_is_ever_used(name):
-    chooser, _ = fitted(name, Limits(seconds=0.15))
+    chooser, _ = fitted(name, SubsetLimits(seconds=0.15))
     assert chooser.chosen() == [3]
-    chooser, _ = fitted(name, Limits(energy=1.5))
+    chooser, _ = fitted(name, SubsetLimits(energy=1.5))
     assert chooser.chosen() == [3]
     with pytest.raises(UsageError, match="within its limits"):
-        fitted(name, Limits(seconds=0.01))
+        fitted(name, SubsetLimits(seconds=0.01))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -96,7 +96,7 @@ def test_branch_and_bound_finds_what_all_subsets_have(seed, options):
     drawn = np.random.default_rng(seed)
     quality = np.round(drawn.random((6, options)), 1)  # ties too
     seconds, energy = drawn.random(options), np.round(drawn.random(options), 1)
-    limits = Limits(float(drawn.random()) * 1.2, float(drawn.random()) * options / 2)
+    limits = SubsetLimits(float(drawn.random()) * 1.2, float(drawn.random()) * options / 2)
     owners = drawn.integers(options, size=options).tolist() if seed % 2 else None
     needs = Needs.of(seconds, energy, owners)
     every, found = (search(quality, needs, limits) for search in (exhaustive, branch_and_bound))
@@ -112,7 +112,7 @@ def test_options_of_one_model_take_its_energy_once():
 def test_branch_and_bound_looks_at_few_of_many_subsets():
     drawn = np.random.default_rng(0)
     quality, energy = drawn.random((40, 16)), drawn.random(16)
-    found = branch_and_bound(quality, Needs.of(drawn.random(16), energy, None), Limits(0.9, 2.0))
+    found = branch_and_bound(quality, Needs.of(drawn.random(16), energy, None), SubsetLimits(0.9, 2.0))
     assert found.chosen and found.looked < 2**16 / 4
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from moe_prism.serve.route.app import Router
+from moe_prism.serve.route.app import PoolRouter
 from moe_prism.serve.route.config import read_pool
 from moe_prism.serve.route.run import make_router, router_server
 from moe_prism.serve.server import listen
@@ -110,7 +110,7 @@ class PoolHouse:
     """url: without /v1."""
 
     url: str
-    router: Router
+    router: PoolRouter
 
     def up(self, *names: str, seconds: float = 10.0) -> None:
         """Wait until exactly these live."""

@@ -17,11 +17,11 @@ pytest.importorskip("fastapi")
 from moe_prism.errors import CorruptError, PrismError, UsageError
 from moe_prism.pool import choosers
 from moe_prism.serve.route.config import PoolBounds, PoolForm, PoolLimitsForm, UpstreamForm, read_pool
-from moe_prism.serve.route.options import Pace, Wanted
+from moe_prism.serve.route.options import AnswerTimes, RequestLimits
 from moe_prism.serve.route.record import (
     AnsweredForm,
+    PoolRecordForm,
     QuestionForm,
-    RecordForm,
     measure_pool,
     read_questions,
     read_record,
@@ -434,8 +434,8 @@ def test_chats_go_the_same_way_and_the_last_message_is_the_question(pair, tmp_pa
 
 
 def test_options_that_were_late_come_after_those_in_time():
-    wanted = Wanted(None, 0.0, None, 0.1, 0.01, False)
-    pace = Pace()
+    wanted = RequestLimits(None, 0.0, None, 0.1, 0.01, False)
+    pace = AnswerTimes()
     assert pace.beyond(wanted) == 1.0
     pace.note(0.05, None)
     assert pace.beyond(wanted) == 1.0
@@ -455,7 +455,7 @@ def test_a_target_sends_requests_to_who_met_it_lately(pair, tmp_path):
 
 def test_the_reference_has_every_key():
     page = (Path(__file__).parents[2] / "docs" / "reference" / "pool.md").read_text("utf-8")
-    forms = (PoolForm, UpstreamForm, PoolLimitsForm, PoolBounds, RecordForm, AnsweredForm, QuestionForm)
+    forms = (PoolForm, UpstreamForm, PoolLimitsForm, PoolBounds, PoolRecordForm, AnsweredForm, QuestionForm)
     names = [name for form in forms for name in form.model_fields]
     names += [field.name for made in map(choosers.get, choosers.names()) for field in fields(made.Parameters)]
     assert [name for name in names if f"`{name}`" not in page] == []
@@ -481,6 +481,8 @@ GOOD = "upstreams:\n  - {name: small, url: 'http://127.0.0.1:1/v1'}\n"
         ),
         ("upstreams:\n  - name: a\n    url: ftp://host\n", "pool.yaml:3: an upstream url: is no plain http address"),
         ("upstreams:\n  - name: a\n    url: http://key@host/v1\n", "is no plain http address"),
+        ("upstreams:\n  - name: a\n    url: http://host:99999\n", "is no plain http address"),
+        ("upstreams:\n  - name: a\n    url: 'http://ho st/v1'\n", "is no plain http address"),
         ("upstreams:\n  - name: a@b\n    url: http://x/v1\n", "pool.yaml:2: an upstream name: "),
         ("upstreams: []\n", "pool.yaml:1: upstreams: "),
         (GOOD + "bounds:\n  probe_secnds: 1\n", "pool.yaml:4: bounds has no 'probe_secnds'; did you mean 'probe_seconds'?"),

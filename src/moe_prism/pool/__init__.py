@@ -1,9 +1,9 @@
-"""Whole models as experts: which of several models answers a question, and at which quality level. Plain data in, plain data out."""
+"""WholeAnswer models as experts: which of several models answers a question, and at which quality level. Plain data in, plain data out."""
 
 from ..registry import Registry
-from .base import Chooser, Limits, Option, Record
+from .base import Chooser, ModelOption, Record, SubsetLimits
 
-__all__ = ["Chooser", "Limits", "Option", "Record", "choosers"]
+__all__ = ["Chooser", "ModelOption", "Record", "SubsetLimits", "choosers"]
 
 choosers: Registry[type[Chooser]] = Registry(
     "chooser",

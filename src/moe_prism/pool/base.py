@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Option:
+class ModelOption:
     """A model at a quality level. quality: 0..1, on the scale of the whole pool; cost: of a token, in the pool's own unit."""
 
     model: str
@@ -34,7 +34,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Limits:
+class SubsetLimits:
     """What a chosen set may take. seconds: of a question on its slowest option; energy: of all models that are kept ready, summed."""
 
     seconds: float = math.inf
@@ -76,7 +76,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class NoParameters:
+class NothingToSet:
     """Nothing can be set."""
 
 
@@ -84,12 +84,12 @@ class Chooser(ABC):
     """A way to choose. It is fitted once, and then asked for every question. Same inputs, same answers."""
 
     needs_record: ClassVar[bool] = True
-    Parameters: ClassVar[type[Any]] = NoParameters
+    Parameters: ClassVar[type[Any]] = NothingToSet
     """A frozen dataclass whose docstring says what each field means."""
 
     @classmethod
     @abstractmethod
-    def fit(cls, options: Sequence[Option], record: Record | None, limits: Limits, settings: Any) -> Self:
+    def fit(cls, options: Sequence[ModelOption], record: Record | None, limits: SubsetLimits, settings: Any) -> Self:
         """settings: an instance of `Parameters`. UsageError where no option is within the limits, or without a record that it needs."""
 
     @abstractmethod
@@ -101,7 +101,7 @@ class Chooser(ABC):
         """Those of `allowed` that it uses, best for this question first. The later ones are for when the earlier ones do not answer."""
 
     @classmethod
-    def example(cls) -> tuple[list[Option], Record, Limits]:
+    def example(cls) -> tuple[list[ModelOption], Record, SubsetLimits]:
         """For the generic tests: three models of which each is best at one kind of question."""
         kinds = ("def parse(line): return line.split()", "the river ran through the old town", "<div class='a'><p>text</p></div>")
         texts = [f"{text} {i}" for i in range(8) for text in kinds]
@@ -110,10 +110,10 @@ class Chooser(ABC):
             quality[row, row % 3] = 0.9
         quality[:, 3] = 0.5
         options = [
-            Option(name, "full", 0.5, cost) for name, cost in (("code", 2.0), ("prose", 2.0), ("web", 2.0), ("small", 1.0))
+            ModelOption(name, "full", 0.5, cost) for name, cost in (("code", 2.0), ("prose", 2.0), ("web", 2.0), ("small", 1.0))
         ]
         seconds = np.tile(np.array([0.2, 0.2, 0.2, 0.1]), (len(texts), 1))
-        return options, Record(texts, quality, seconds, np.array([2.0, 2.0, 2.0, 1.0])), Limits()
+        return options, Record(texts, quality, seconds, np.array([2.0, 2.0, 2.0, 1.0])), SubsetLimits()
 
 
 def recorded(record: Record | None, name: str) -> Record:
@@ -125,8 +125,8 @@ def recorded(record: Record | None, name: str) -> Record:
     return record
 
 
-def within(options: Sequence[Option], record: Record, limits: Limits) -> list[int]:
-    """Options that keep the limits alone. UsageError where none does."""
+def within(options: Sequence[ModelOption], record: Record, limits: SubsetLimits) -> list[int]:
+    """PoolOptions that keep the limits alone. UsageError where none does."""
     seconds = record.seconds.mean(0)
     found = [o for o in range(len(options)) if seconds[o] <= limits.seconds and record.energy[o] <= limits.energy]
     if not found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .base import Chooser, Limits, Option, Record, within
+from .base import Chooser, ModelOption, Record, SubsetLimits, within
 
 
 class Cheapest(Chooser):
@@ -13,11 +13,11 @@ class Cheapest(Chooser):
 
     needs_record = False
 
-    def __init__(self, options: Sequence[Option], used: Sequence[int]) -> None:
+    def __init__(self, options: Sequence[ModelOption], used: Sequence[int]) -> None:
         self.options, self.used = options, sorted(used)
 
     @classmethod
-    def fit(cls, options: Sequence[Option], record: Record | None, limits: Limits, settings: Any) -> Cheapest:
+    def fit(cls, options: Sequence[ModelOption], record: Record | None, limits: SubsetLimits, settings: Any) -> Cheapest:
         return cls(options, range(len(options)) if record is None else within(options, record, limits))
 
     def chosen(self) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Chooser, Floats, Limits, Option, Record, recorded, within
+from .base import Chooser, Floats, ModelOption, Record, SubsetLimits, recorded, within
 from .subset import select
 from .text import embed, embed_all
 
@@ -39,7 +39,7 @@ class MoE2(Chooser):
         self.used, self.weights, self.mean = sorted(used), weights, mean
 
     @classmethod
-    def fit(cls, options: Sequence[Option], record: Record | None, limits: Limits, settings: Any) -> MoE2:
+    def fit(cls, options: Sequence[ModelOption], record: Record | None, limits: SubsetLimits, settings: Any) -> MoE2:
         record = recorded(record, "moe2")
         record.check(len(options))
         within(options, record, limits)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Chooser, Floats, Limits, Option, Record, recorded, within
+from .base import Chooser, Floats, ModelOption, Record, SubsetLimits, recorded, within
 from .gate import Gate
 from .text import embed, embed_all
 
@@ -44,7 +44,7 @@ class Rocket(Chooser):
         self.used, self.gate = list(used), gate
 
     @classmethod
-    def fit(cls, options: Sequence[Option], record: Record | None, limits: Limits, settings: Any) -> Rocket:
+    def fit(cls, options: Sequence[ModelOption], record: Record | None, limits: SubsetLimits, settings: Any) -> Rocket:
         record = recorded(record, "rocket")
         record.check(len(options))
         allowed = within(options, record, limits)

@@ -1,7 +1,7 @@
 """A subset of options under limits on time and energy: exhaustive search, and branch and bound by monotonicity (after MoE²).
 
 The paper's formulae are not public, so the two limits are ours: a subset takes the time of its slowest option, and the energy of all its
-models together. Options that are one model at several levels take its energy once. Both only grow with the subset. So does its quality,
+models together. PoolOptions that are one model at several levels take its energy once. Both only grow with the subset. So does its quality,
 the mean over questions of the best option for each. That is what the paper's search rests on.
 """
 
@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .base import Floats, Limits
+from .base import Floats, SubsetLimits
 
 EXHAUSTIVE = 12
-"""Options up to which all subsets are tried."""
+"""PoolOptions up to which all subsets are tried."""
 
 
 class Subset(NamedTuple):
@@ -52,7 +52,7 @@ class Needs(NamedTuple):
             each[self.owners[o]] = max(each.get(self.owners[o], 0.0), float(self.energy[o]))
         return math.fsum(each.values())
 
-    def fit(self, limits: Limits, chosen: Sequence[int]) -> bool:
+    def fit(self, limits: SubsetLimits, chosen: Sequence[int]) -> bool:
         """Whether a subset keeps both limits."""
         ids = list(chosen)
         return not ids or (float(self.seconds[ids].max()) <= limits.seconds and self.total(ids) <= limits.energy)
@@ -67,7 +67,7 @@ def _key(quality: float, needs: Needs, chosen: tuple[int, ...]) -> tuple[float, 
     return -quality, needs.total(chosen), chosen
 
 
-def exhaustive(quality: Floats, needs: Needs, limits: Limits) -> Subset:
+def exhaustive(quality: Floats, needs: Needs, limits: SubsetLimits) -> Subset:
     """The best of all 2^O subsets."""
     best, looked = NOTHING, 0
     options = range(quality.shape[1])
@@ -79,7 +79,7 @@ def exhaustive(quality: Floats, needs: Needs, limits: Limits) -> Subset:
     return Subset(best[1], subset_quality(quality, best[1]), looked)
 
 
-def branch_and_bound(quality: Floats, needs: Needs, limits: Limits) -> Subset:
+def branch_and_bound(quality: Floats, needs: Needs, limits: SubsetLimits) -> Subset:
     """The same subset as `exhaustive`. A branch is left where even all that could still be added does not reach what was found."""
     fits = [o for o in range(quality.shape[1]) if needs.fit(limits, (o,))]
     order = sorted(fits, key=lambda o: (-float(quality[:, o].mean()), o))
@@ -100,7 +100,7 @@ def branch_and_bound(quality: Floats, needs: Needs, limits: Limits) -> Subset:
     return Subset(best[1], subset_quality(quality, best[1]), looked)
 
 
-def select(quality: Floats, seconds: Floats, energy: Floats, limits: Limits, owners: Sequence[int] | None = None) -> Subset:
+def select(quality: Floats, seconds: Floats, energy: Floats, limits: SubsetLimits, owners: Sequence[int] | None = None) -> Subset:
     """The subset of the highest quality within the limits. quality: [Q, O], 0..1; seconds, energy: [O].
 
     owners: [O] the model of each option, where several options are one model.

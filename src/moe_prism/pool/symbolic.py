@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .base import Chooser, Floats, Limits, Option, Record, recorded, within
+from .base import Chooser, Floats, ModelOption, Record, SubsetLimits, recorded, within
 from .text import embed_all, words
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class Symbolic(Chooser):
         self.used = sorted(used)
 
     @classmethod
-    def fit(cls, options: Sequence[Option], record: Record | None, limits: Limits, settings: Any) -> Symbolic:
+    def fit(cls, options: Sequence[ModelOption], record: Record | None, limits: SubsetLimits, settings: Any) -> Symbolic:
         record = recorded(record, "symbolic")
         record.check(len(options))
         used = within(options, record, limits)

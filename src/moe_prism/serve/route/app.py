@@ -22,7 +22,7 @@ from ..http.manners import Manners, origins
 from ..http.refusal import Refusal
 from . import forward
 from .metrics import RouteMetrics
-from .options import Options
+from .options import PoolOptions
 from .request import RouteRequest
 from .turnstile import Turnstile
 from .upstream import Upstream
@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Router:
+class PoolRouter:
     """What a route needs."""
 
-    options: Options
+    options: PoolOptions
     upstreams: Sequence[Upstream]
     metrics: RouteMetrics
     door: Turnstile
@@ -54,7 +54,7 @@ class Router:
                 logger.exception("a look at the upstreams failed")
 
 
-def create_router(router: Router, keys: Sequence[str] = (), allowed: Sequence[str] = ()) -> Guard:
+def create_router(router: PoolRouter, keys: Sequence[str] = (), allowed: Sequence[str] = ()) -> Guard:
     """The application behind its guard. keys: one is needed by every route but the probes. allowed: origins of pages that may ask."""
 
     @asynccontextmanager
@@ -88,7 +88,7 @@ def create_router(router: Router, keys: Sequence[str] = (), allowed: Sequence[st
     return Guard(inner, router.options.pool.form.bounds, Keys(keys), router.metrics.refuse)
 
 
-async def _route(router: Router, request: Request, path: str) -> Response:
+async def _route(router: PoolRouter, request: Request, path: str) -> Response:
     try:
         data = await request.json()
     except (ValueError, RecursionError):
@@ -99,7 +99,7 @@ async def _route(router: Router, request: Request, path: str) -> Response:
     return await forward.start(router.options, router.metrics, router.door, request, path, asked).run()
 
 
-def _about(app: FastAPI, router: Router) -> None:
+def _about(app: FastAPI, router: PoolRouter) -> None:
     """How the router is, and what it routes to."""
     options, started = router.options, int(time.time())
 

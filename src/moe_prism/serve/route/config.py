@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from annotated_types import MaxLen, MinLen
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, field_validator, model_validator
 
-from ...bench.http import Address
 from ...errors import UsageError
 from ...pool import Chooser, choosers
 from ...schema.common import Amount, Form, Name, Plain
@@ -46,12 +46,15 @@ class UpstreamForm(Form):
     @field_validator("url")
     @classmethod
     def _is_address(cls, url: str) -> str:
-        if "@" in url or "?" in url or "#" in url or not url.startswith(("http://", "https://")):
-            raise ValueError("is no plain http address, such as http://127.0.0.1:8001/v1")
         try:
-            return Address.parse(url).url
-        except UsageError as error:
-            raise ValueError(error.cause) from error
+            parts = urlsplit(url)
+            is_plain = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        except ValueError:
+            is_plain = False
+        if not is_plain or set(url) & {*"@?#\\"} or not url.isascii() or not url.isprintable() or " " in url:
+            raise ValueError("is no plain http address, such as http://127.0.0.1:8001/v1")
+        url = url.rstrip("/")
+        return url if url.endswith("/v1") else f"{url}/v1"
 
 
 class PoolLimitsForm(Form):
@@ -99,7 +102,7 @@ class PoolForm(Form):
 
 
 @dataclass(frozen=True)
-class Pool:
+class PoolFile:
     """What a file says. settings: the chooser's parameters; record: None where there is none."""
 
     form: PoolForm
@@ -108,7 +111,7 @@ class Pool:
     record: Path | None
 
 
-def read_pool(path: Path) -> Pool:
+def read_pool(path: Path) -> PoolFile:
     """UsageError names the file, the line, and the nearest known key of what is wrong."""
     data, lines = mapping_in(path, WHAT, NEXT, "pool")
     name = str(path)
@@ -121,7 +124,7 @@ def read_pool(path: Path) -> Pool:
         raise UsageError(f"{name}:{lines.get(('chooser',), 1)}: no chooser '{form.chooser}'", nearest(form.chooser, known))
     chooser = choosers.get(form.chooser)
     record = None if form.record is None else path.parent / form.record
-    return Pool(form, chooser, _settings(chooser, form, lines, name), record)
+    return PoolFile(form, chooser, _settings(chooser, form, lines, name), record)
 
 
 def _settings(chooser: type[Chooser], form: PoolForm, lines: Lines, name: str) -> Any:

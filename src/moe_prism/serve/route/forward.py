@@ -16,10 +16,10 @@ from fastapi.responses import Response, StreamingResponse
 from ..http.answers import event
 from ..http.refusal import Refusal
 from .metrics import RouteMetrics
-from .options import Options, Wanted
+from .options import PoolOptions, RequestLimits
 from .request import RouteRequest
-from .turnstile import Place, Turnstile
-from .upstream import Arrived, Failed, Refused, error_body
+from .turnstile import Seat, Turnstile
+from .upstream import Arrived, NoAnswer, Refused, error_body
 
 logger = logging.getLogger("moe_prism.requests")
 T = TypeVar("T")
@@ -35,13 +35,13 @@ class Left(Exception):
 class Trip:
     """One request on its way. tried: upstreams that it was sent to, with what came of each that failed. first: seconds to an answer."""
 
-    options: Options
+    options: PoolOptions
     metrics: RouteMetrics
-    place: Place
+    place: Seat
     http: Request
     path: str
     asked: RouteRequest
-    wanted: Wanted
+    wanted: RequestLimits
     until: float
     began: float = field(default_factory=time.monotonic)
     tried: dict[str, str] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Trip:
             headers = {**arrived.headers, "x-moe-prism-upstream": self.options.every[self.option].name}
             if ignored:
                 headers["x-moe-prism-ignored"] = ",".join(filter(None, [headers.get("x-moe-prism-ignored"), *ignored]))
-            if isinstance(arrived, Whole):
+            if isinstance(arrived, WholeAnswer):
                 return Response(arrived.body, media_type="application/json", headers=headers)
             goes_on = True
             return Passed(self, arrived, {**headers, "cache-control": "no-cache"})
@@ -72,7 +72,7 @@ class Trip:
             if not goes_on:
                 self.close("stop" if self.option >= 0 else "error")
 
-    async def _first(self) -> tuple[Arrived | Whole, list[str]]:
+    async def _first(self) -> tuple[Arrived | WholeAnswer, list[str]]:
         options, bounds = self.options, self.options.pool.form.bounds
         order = options.order(self.asked.text(), self.wanted)
         for option in order:
@@ -86,7 +86,7 @@ class Trip:
             body, ignored = self.asked.body(options, option, self.wanted)
             try:
                 return await self._ask(option, body), ignored
-            except Failed as failed:
+            except NoAnswer as failed:
                 self.tried[name] = failed.reason
                 self.retry = failed.retry if self.retry is None else min(self.retry, failed.retry or self.retry)
                 self.metrics.fail(name)
@@ -101,7 +101,7 @@ class Trip:
         """Seconds after which upstreams have been looked at again."""
         return max(1, round(self.options.pool.form.bounds.probe_seconds))
 
-    async def _ask(self, option: int, body: bytes) -> Arrived | Whole:
+    async def _ask(self, option: int, body: bytes) -> Arrived | WholeAnswer:
         """The upstream counts the request until it has answered, or until its stream ends."""
         upstream, passed = self.options.upstream(option), self.http.scope.get("moe_prism_passed_on", {})
         headers = {
@@ -116,7 +116,7 @@ class Trip:
             arrived = await self._beside(upstream.open(self.path, body, headers, self.until))
             first = time.monotonic() - sent
             if not self.asked.stream:
-                whole = Whole(await self._beside(upstream.whole(arrived, self.until)), arrived.headers)
+                whole = WholeAnswer(await self._beside(upstream.whole(arrived, self.until)), arrived.headers)
                 self.option = option
                 self.metrics.answer(upstream.form.name, first)
                 return whole
@@ -157,7 +157,7 @@ class Trip:
 
 
 @dataclass(frozen=True)
-class Whole:
+class WholeAnswer:
     """An answer in one piece."""
 
     body: bytes
@@ -214,7 +214,7 @@ async def _parts(trip: Trip, arrived: Arrived) -> AsyncGenerator[bytes, None]:
     trip.close("stop")
 
 
-def start(options: Options, metrics: RouteMetrics, door: Turnstile, http: Request, path: str, asked: RouteRequest) -> Trip:
+def start(options: PoolOptions, metrics: RouteMetrics, door: Turnstile, http: Request, path: str, asked: RouteRequest) -> Trip:
     """Reserve a place for a request whose limits are understood. Refusal where there is none."""
     wanted = asked.wanted(options.pool.form.name, options.upstreams)
     options.allowed(wanted)

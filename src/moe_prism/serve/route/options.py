@@ -11,16 +11,16 @@ from typing import NamedTuple
 import numpy as np
 
 from ...errors import UsageError
-from ...pool import Chooser, Limits, Option, Record
+from ...pool import Chooser, ModelOption, Record, SubsetLimits
 from ..http.refusal import Refusal
-from .config import Pool
+from .config import PoolFile
 from .upstream import Upstream
 
 FORGET = 0.2
 """Weight of the newest time in what is remembered of an option."""
 
 
-class Wanted(NamedTuple):
+class RequestLimits(NamedTuple):
     """What a request names. model: None: any; floor: least quality; level: a level by its name; ttft, tpot: seconds, soft."""
 
     model: str | None
@@ -32,7 +32,7 @@ class Wanted(NamedTuple):
 
 
 @dataclass
-class Pace:
+class AnswerTimes:
     """Seconds to the first bytes of an answer, and per further part of a stream, as they were lately."""
 
     first: float | None = None
@@ -44,23 +44,23 @@ class Pace:
         if part is not None:
             self.part = part if self.part is None else (1 - FORGET) * self.part + FORGET * part
 
-    def beyond(self, wanted: Wanted) -> float:
+    def beyond(self, wanted: RequestLimits) -> float:
         """How many times the slower of the two is above its target; 1 where both are met, or nothing is known."""
         pairs = ((self.first, wanted.ttft), (self.part, wanted.tpot))
         return max(1.0, *(took / target for took, target in pairs if took is not None and target), 1.0)
 
 
-class Options:
+class PoolOptions:
     """The options of a pool, and the chooser that was fitted on them. Both follow what upstreams list, or what a record says there is."""
 
-    def __init__(self, pool: Pool, upstreams: Sequence[Upstream], record: Record | None, names: Sequence[str]) -> None:
+    def __init__(self, pool: PoolFile, upstreams: Sequence[Upstream], record: Record | None, names: Sequence[str]) -> None:
         """names: of the record's options. UsageError for those of another pool, and where no option is within the pool's limits."""
         self.pool, self.upstreams, self.record, self.names = pool, {u.form.name: u for u in upstreams}, record, list(names)
         found = pool.form.limits
-        self.limits = Limits(found.seconds or math.inf, math.inf if found.energy is None else found.energy)
-        self.paces: dict[str, Pace] = {}
+        self.limits = SubsetLimits(found.seconds or math.inf, math.inf if found.energy is None else found.energy)
+        self.paces: dict[str, AnswerTimes] = {}
         self.known: tuple[tuple[str, ...], ...] = ()
-        self.every: list[Option] = []
+        self.every: list[ModelOption] = []
         self.chooser: Chooser | None = None
         self.refit()
 
@@ -75,17 +75,18 @@ class Options:
             self.every = every
             self.chooser = self.pool.chooser.fit(every, self.record, self.limits, self.pool.settings) if every else None
 
-    def _listed(self) -> list[Option]:
+    def _listed(self) -> list[ModelOption]:
         found = []
         for name, upstream in self.upstreams.items():
             form = upstream.form
             top = max((level.slots for level in upstream.levels), default=1.0) or 1.0
             found += [
-                Option(name, level.name, form.quality * level.quality, form.cost * level.slots / top) for level in upstream.levels
+                ModelOption(name, level.name, form.quality * level.quality, form.cost * level.slots / top)
+                for level in upstream.levels
             ]
         return found
 
-    def _recorded(self) -> list[Option]:
+    def _recorded(self) -> list[ModelOption]:
         """Quality is the mean over the record, as a share of the best option's."""
         assert self.record is not None
         means = self.record.quality.mean(0)
@@ -98,22 +99,22 @@ class Options:
             upstream = self.upstreams[model]
             slots = {each.name: each.slots for each in upstream.levels}
             share = slots.get(level, 1.0) / (max(slots.values(), default=1.0) or 1.0) if slots else 1.0
-            found.append(Option(model, level, float(means[nth]) / best, upstream.form.cost * min(1.0, share)))
+            found.append(ModelOption(model, level, float(means[nth]) / best, upstream.form.cost * min(1.0, share)))
         return found
 
     def upstream(self, option: int) -> Upstream:
         return self.upstreams[self.every[option].model]
 
-    def pace(self, option: int) -> Pace:
-        return self.paces.setdefault(self.every[option].name, Pace())
+    def pace(self, option: int) -> AnswerTimes:
+        return self.paces.setdefault(self.every[option].name, AnswerTimes())
 
     def is_there(self, option: int) -> bool:
         """Its upstream lives and lists this level."""
         upstream = self.upstream(option)
         return upstream.up and any(level.name == self.every[option].level for level in upstream.levels)
 
-    def allowed(self, wanted: Wanted) -> list[int]:
-        """Options that a request may get, whether they are up or not. Refusal where no option of the pool ever meets its limits."""
+    def allowed(self, wanted: RequestLimits) -> list[int]:
+        """PoolOptions that a request may get, whether they are up or not. Refusal where no option of the pool ever meets its limits."""
         mine = [o for o, each in enumerate(self.every) if wanted.model in (None, each.model)]
         if wanted.level is not None:
             found = [o for o in mine if self.every[o].level == wanted.level]
@@ -130,8 +131,8 @@ class Options:
             raise Refusal(400, f"no model has this quality; the highest is {top.quality:.3f} of '{top.name}'", param="quality")
         return found
 
-    def order(self, text: str, wanted: Wanted) -> list[int]:
-        """Options to try, best first: those that met the request's targets lately before those that did not, the least late first."""
+    def order(self, text: str, wanted: RequestLimits) -> list[int]:
+        """PoolOptions to try, best first: those that met the request's targets lately before those that did not, the least late first."""
         allowed = [o for o in self.allowed(wanted) if self.is_there(o)]
         if self.chooser is None or not allowed:
             return []
@@ -139,7 +140,7 @@ class Options:
         late = {o: self.pace(o).beyond(wanted) for o in chosen}
         return sorted(chosen, key=lambda o: late[o])  # stable: among those in time the chooser's order stays
 
-    def lowest(self, option: int, wanted: Wanted) -> str | None:
+    def lowest(self, option: int, wanted: RequestLimits) -> str | None:
         """The lowest level of the same model that a request allows: load may lower its quality to that. None: no lower one."""
         if wanted.fixed or wanted.level is not None:
             return None

@@ -19,10 +19,10 @@ from ...files import read_bounded, replace_file
 from ...pool import Record
 from ...schema.common import Form, Name, Share
 from ...schema.read import RESTORE, JsonBounds, check, read_json
-from .config import Pool
-from .options import Options, Wanted, energies
+from .config import PoolFile
+from .options import PoolOptions, RequestLimits, energies
 from .request import RouteRequest
-from .upstream import Failed, Refused, Upstream
+from .upstream import NoAnswer, Refused, Upstream
 
 MOST_BYTES, MOST_QUESTIONS, MOST_OPTIONS = 64 << 20, 1 << 16, 4096
 NEXT = 'give lines like {"prompt": "The capital of France is", "answer": "Paris"}'
@@ -47,7 +47,7 @@ class AnsweredForm(Form):
     skills: Skills = Field(default_factory=list)
 
 
-class RecordForm(Form):
+class PoolRecordForm(Form):
     """record.json. options: MODEL@LEVEL."""
 
     version: Literal[1] = 1
@@ -55,7 +55,7 @@ class RecordForm(Form):
     questions: Annotated[list[AnsweredForm], MinLen(1), MaxLen(MOST_QUESTIONS)]
 
     @model_validator(mode="after")
-    def _fits(self) -> RecordForm:
+    def _fits(self) -> PoolRecordForm:
         if len(set(self.options)) != len(self.options):
             raise ValueError("names an option twice")
         if any(len(q.quality) != len(self.options) or len(q.seconds) != len(self.options) for q in self.questions):
@@ -70,9 +70,9 @@ class RecordForm(Form):
         return Record(texts, quality, seconds, energies(self.options, upstreams), None, skills)
 
 
-def read_record(path: Path) -> RecordForm:
+def read_record(path: Path) -> PoolRecordForm:
     """UsageError where it cannot be read, CorruptError for one that is not of the form."""
-    return check(RecordForm, read_json(path, RESTORE, JsonBounds(bytes=MOST_BYTES, depth=8)), str(path), RESTORE)
+    return check(PoolRecordForm, read_json(path, RESTORE, JsonBounds(bytes=MOST_BYTES, depth=8)), str(path), RESTORE)
 
 
 def read_questions(path: Path) -> list[QuestionForm]:
@@ -96,8 +96,8 @@ def read_questions(path: Path) -> list[QuestionForm]:
 
 
 def measure_pool(
-    pool: Pool, questions: Sequence[QuestionForm], tokens: int, say: Callable[[str], None] | None = None
-) -> RecordForm:
+    pool: PoolFile, questions: Sequence[QuestionForm], tokens: int, say: Callable[[str], None] | None = None
+) -> PoolRecordForm:
     """Ask every option of every upstream every question, one at a time and one upstream after the other, at temperature 0.
 
     PrismError names the upstream that does not answer.
@@ -105,14 +105,14 @@ def measure_pool(
     return asyncio.run(_measure(pool, questions, tokens, say or (lambda line: None)))
 
 
-async def _measure(pool: Pool, questions: Sequence[QuestionForm], tokens: int, say: Callable[[str], None]) -> RecordForm:
+async def _measure(pool: PoolFile, questions: Sequence[QuestionForm], tokens: int, say: Callable[[str], None]) -> PoolRecordForm:
     upstreams = [Upstream(form, pool.form.bounds) for form in pool.form.upstreams]
     try:
         for upstream in upstreams:
             await upstream.look()
             if not upstream.up:
                 raise PrismError(f"upstream '{upstream.form.name}' does not answer at {upstream.form.url}", "start it first")
-        options = Options(Pool(pool.form, _any(), None, None), upstreams, None, ())
+        options = PoolOptions(PoolFile(pool.form, _any(), None, None), upstreams, None, ())
         answered = [AnsweredForm(text=q.prompt, quality=[], seconds=[], skills=q.skills) for q in questions]
         for option, each in enumerate(options.every):
             right = 0
@@ -123,7 +123,7 @@ async def _measure(pool: Pool, questions: Sequence[QuestionForm], tokens: int, s
                 row.quality.append(float(text.strip().startswith(question.answer.strip())))
                 right += int(row.quality[-1])
             say(f"{each.name}: {right} of {len(questions)} right")
-        return RecordForm(options=[each.name for each in options.every], questions=answered)
+        return PoolRecordForm(options=[each.name for each in options.every], questions=answered)
     finally:
         for upstream in upstreams:
             await upstream.close()
@@ -135,21 +135,21 @@ def _any() -> type:
     return Cheapest
 
 
-async def _answer(options: Options, option: int, question: QuestionForm, tokens: int) -> str:
+async def _answer(options: PoolOptions, option: int, question: QuestionForm, tokens: int) -> str:
     upstream, each = options.upstream(option), options.every[option]
     asked = RouteRequest.of({"prompt": question.prompt, "max_tokens": tokens, "temperature": 0})
-    body, _ = asked.body(options, option, Wanted(each.model, 0.0, each.level, None, None, True))
+    body, _ = asked.body(options, option, RequestLimits(each.model, 0.0, each.level, None, None, True))
     until = asyncio.get_running_loop().time() + options.pool.form.bounds.request_seconds
     try:
         said = json.loads(await upstream.whole(await upstream.open("/completions", body, {}, until), until))
         return str(said["choices"][0]["text"])
-    except (Failed, Refused, httpx2.HTTPError) as error:
-        why = error.reason if isinstance(error, Failed) else f"{type(error).__name__} {getattr(error, 'status', '')}".strip()
+    except (NoAnswer, Refused, httpx2.HTTPError) as error:
+        why = error.reason if isinstance(error, NoAnswer) else f"{type(error).__name__} {getattr(error, 'status', '')}".strip()
         raise PrismError(f"'{each.name}' did not answer: {why}", "look at its log") from error
     except (LookupError, TypeError) as error:
         raise PrismError(f"'{each.name}' gave no completion", "a pool is measured on /v1/completions") from error
 
 
-def write_record(path: Path, record: RecordForm) -> None:
+def write_record(path: Path, record: PoolRecordForm) -> None:
     """Complete or not at all."""
     replace_file(path, (record.model_dump_json(indent=1) + "\n").encode())

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StrictBool, Stri
 
 from ..http.refusal import Refusal
 from ..http.values import Number, Quality, without_nulls
-from .options import Options, Wanted
+from .options import PoolOptions, RequestLimits
 
 OURS = ("quality", "min_quality", "ttft_ms", "tpot_ms", "class", "self_draft")
 """Fields that no upstream but our own server knows."""
@@ -37,7 +37,7 @@ class RouteRequest(BaseModel):
         made._sent = dict(without_nulls(data))  # type: ignore[call-overload]
         return made
 
-    def wanted(self, pool: str, names: Mapping[str, Any]) -> Wanted:
+    def wanted(self, pool: str, names: Mapping[str, Any]) -> RequestLimits:
         """What it names. names: of the models. Refusal for a model that there is not, and for qualities that contradict each other."""
         model, _, behind = (self.model or pool).partition("@")
         if model != pool and model not in names:
@@ -57,7 +57,7 @@ class RouteRequest(BaseModel):
         floor = self.min_quality if self.min_quality is not None else quality if level is None and quality is not None else 0.0
         targets = (None if ms is None else ms / 1e3 for ms in (self.ttft_ms, self.tpot_ms))
         fixed = quality is not None and self.min_quality is None
-        return Wanted(None if model == pool else model, float(floor), level, *targets, fixed)  # type: ignore[arg-type, misc]
+        return RequestLimits(None if model == pool else model, float(floor), level, *targets, fixed)  # type: ignore[arg-type, misc]
 
     def text(self) -> str:
         """What it asks about: the prompt, or the last message."""
@@ -70,7 +70,7 @@ class RouteRequest(BaseModel):
             found = "\n".join(part if isinstance(part, str) else _part(part) for part in found[:64])
         return found if isinstance(found, str) else ""
 
-    def body(self, options: Options, option: int, wanted: Wanted) -> tuple[bytes, list[str]]:
+    def body(self, options: PoolOptions, option: int, wanted: RequestLimits) -> tuple[bytes, list[str]]:
         """(the body for an option's upstream, fields that have no effect there). Refusal for what JSON cannot say."""
         upstream = options.upstream(option)
         sent = {name: value for name, value in self._sent.items() if name not in ROUTED}

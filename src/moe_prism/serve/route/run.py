@@ -14,8 +14,8 @@ from ..keys import keep_private
 from ..server import check_host, listen
 
 if TYPE_CHECKING:
-    from .app import Router
-    from .config import Pool
+    from .app import PoolRouter
+    from .config import PoolFile
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,11 @@ def need_packages() -> None:
     del fastapi, httpx2, prometheus_client
 
 
-def make_router(pool: Pool) -> Router:
+def make_router(pool: PoolFile) -> PoolRouter:
     """Everything that a pool's file says. UsageError, CorruptError for a record that is none."""
-    from .app import Router
+    from .app import PoolRouter
     from .metrics import RouteMetrics
-    from .options import Options
+    from .options import PoolOptions
     from .record import read_record
     from .turnstile import Turnstile
     from .upstream import Upstream
@@ -75,9 +75,9 @@ def make_router(pool: Pool) -> Router:
             "measure one with `moe-prism route POOL --measure QUESTIONS --out FILE`",
         )
     record = None if form is None else form.record(upstreams)
-    options = Options(pool, upstreams, record, () if form is None else form.options)
+    options = PoolOptions(pool, upstreams, record, () if form is None else form.options)
     metrics = RouteMetrics(upstreams)
-    return Router(options, upstreams, metrics, Turnstile(sum(u.form.requests for u in upstreams), metrics.refuse))
+    return PoolRouter(options, upstreams, metrics, Turnstile(sum(u.form.requests for u in upstreams), metrics.refuse))
 
 
 def measure_and_write(path: Path, options: RouteOptions, say: Callable[[str], None]) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def measure_and_write(path: Path, options: RouteOptions, say: Callable[[str], No
     return {"record": str(options.out), "questions": count, "quality": quality}
 
 
-def router_server(router: Router, allowed: Sequence[str] = (), origins: Sequence[str] = ()) -> Any:
+def router_server(router: PoolRouter, allowed: Sequence[str] = (), origins: Sequence[str] = ()) -> Any:
     """A uvicorn server; `run(sockets=[...])` returns after the drain."""
     from ..http.draining import Behind, draining_server
     from .app import create_router
@@ -104,7 +104,7 @@ def router_server(router: Router, allowed: Sequence[str] = (), origins: Sequence
     return draining_server(app, router.options.pool.form.bounds, router.door, Behind(lambda: False, lambda: None))
 
 
-def run_router(pool: Pool, listening: socket.socket, allowed: Sequence[str], origins: Sequence[str]) -> None:
+def run_router(pool: PoolFile, listening: socket.socket, allowed: Sequence[str], origins: Sequence[str]) -> None:
     """Serve on a bound socket."""
     router = make_router(pool)
     host, port = listening.getsockname()[:2]

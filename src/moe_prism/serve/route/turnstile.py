@@ -9,7 +9,7 @@ from ..http.refusal import Refusal
 
 
 @dataclass
-class Place:
+class Seat:
     """A reservation. `leave` may be called any number of times."""
 
     turnstile: Turnstile
@@ -38,7 +38,7 @@ class Turnstile:
         if self.requests >= self.most:
             raise Refusal(503, "all upstreams are full", code="queue_requests", retry=1)
 
-    def enter(self) -> Place:
+    def enter(self) -> Seat:
         """A place, or 503."""
         try:
             self.check_open()
@@ -46,4 +46,4 @@ class Turnstile:
             self._refused(refusal.code)
             raise
         self.requests += 1
-        return Place(self)
+        return Seat(self)

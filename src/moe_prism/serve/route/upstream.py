@@ -35,7 +35,7 @@ SHOWN = re.compile(r"[\x20-\x7e]{1,1024}")
 PASSED = ("class", "levels", "point", "quality", "ignored")
 
 
-class Failed(Exception):
+class NoAnswer(Exception):
     """An upstream gave no answer. retry: seconds that it asked for."""
 
     def __init__(self, reason: str, *, retry: int | None = None) -> None:
@@ -55,7 +55,7 @@ class _Lax(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
 
-class LevelForm(_Lax):
+class ListedLevel(_Lax):
     """A quality level as `/v1/models` of our own server lists it. slots: what a token computes."""
 
     name: Annotated[str, Field(min_length=1, max_length=256)]
@@ -63,17 +63,17 @@ class LevelForm(_Lax):
     slots: Annotated[float, Field(ge=0, le=1e9)]
 
 
-class ModelForm(_Lax):
+class ListedModel(_Lax):
     """A model of `/v1/models`."""
 
     id: Annotated[str, Field(min_length=1, max_length=256)]
-    operating_points: Annotated[list[LevelForm], MaxLen(1024)] = Field(default_factory=list)
+    operating_points: Annotated[list[ListedLevel], MaxLen(1024)] = Field(default_factory=list)
 
 
-class ModelsForm(_Lax):
+class ModelList(_Lax):
     """`/v1/models`."""
 
-    data: Annotated[list[ModelForm], MaxLen(4096)]
+    data: Annotated[list[ListedModel], MaxLen(4096)]
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Upstream:
         """transport: of tests. UsageError where the variable of its key is not set."""
         self.form, self.bounds = form, bounds
         self.model: str | None = form.model
-        self.levels: tuple[LevelForm, ...] = ()
+        self.levels: tuple[ListedLevel, ...] = ()
         self.is_ours = False
         self.up = False
         self.running = 0
@@ -124,8 +124,8 @@ class Upstream:
         """Ask which models it has, which also says whether it lives. Levels that were known stay while it is gone."""
         try:
             async with asyncio.timeout(max(self.bounds.connect_seconds, self.bounds.probe_seconds)):
-                self._learn(ModelsForm.model_validate_json(await self._get("/models")))
-        except (TimeoutError, httpx2.HTTPError, ValidationError, Failed) as error:
+                self._learn(ModelList.model_validate_json(await self._get("/models")))
+        except (TimeoutError, httpx2.HTTPError, ValidationError, NoAnswer) as error:
             if self.up:
                 logger.warning("upstream lost", extra={"fields": {"upstream": self.form.name, "why": type(error).__name__}})
             self.up = False
@@ -137,24 +137,24 @@ class Upstream:
     async def _get(self, path: str) -> bytes:
         async with self._client.stream("GET", self.form.url + path) as response:
             if response.status_code != 200:
-                raise Failed(f"status {response.status_code}")
+                raise NoAnswer(f"status {response.status_code}")
             return await _bounded(response.aiter_bytes(), LIST_BYTES)
 
-    def _learn(self, listed: ModelsForm) -> None:
+    def _learn(self, listed: ModelList) -> None:
         wanted = self.form.model
         found = next((m for m in listed.data if wanted is None or m.id == wanted), None)
         if found is None:
-            raise Failed(f"it lists no model '{wanted}'" if listed.data else "it lists no model")
+            raise NoAnswer(f"it lists no model '{wanted}'" if listed.data else "it lists no model")
         levels = tuple(found.operating_points)
         self.is_ours = bool(levels)
         if self.form.levels is not None:
             levels = tuple(level for level in levels if level.name in self.form.levels)
         if self.is_ours and not levels:
-            raise Failed("it has none of the levels that the pool names")
-        self.model, self.levels = found.id, levels or (LevelForm(name=FULL, quality=1.0, slots=1.0),)
+            raise NoAnswer("it has none of the levels that the pool names")
+        self.model, self.levels = found.id, levels or (ListedLevel(name=FULL, quality=1.0, slots=1.0),)
 
     async def open(self, path: str, body: bytes, passed: Mapping[str, str], until: float) -> Arrived:
-        """Send a request and wait for the first bytes of its answer. Failed where another upstream may do it, Refused where none would.
+        """Send a request and wait for the first bytes of its answer. NoAnswer where another upstream may do it, Refused where none would.
 
         passed: headers that go along; until: on the loop's clock.
         """
@@ -168,11 +168,11 @@ class Upstream:
                 arrived = await self._begun(response)
         except TimeoutError:
             await _close(response)
-            raise Failed("slow") from None
+            raise NoAnswer("slow") from None
         except httpx2.HTTPError as error:
             await _close(response)
             self.up = self.up and response is not None
-            raise Failed(type(error).__name__) from None
+            raise NoAnswer(type(error).__name__) from None
         except BaseException:
             await _close(response)
             raise
@@ -184,32 +184,32 @@ class Upstream:
             raise Refused(status, _object(await _bounded(response.aiter_bytes(), ERROR_BYTES)))
         if status != 200:
             retry = response.headers.get("retry-after", "")
-            raise Failed(f"status {status}", retry=min(int(retry), 3600) if retry.isdecimal() and len(retry) < 6 else None)
+            raise NoAnswer(f"status {status}", retry=min(int(retry), 3600) if retry.isdecimal() and len(retry) < 6 else None)
         kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         if (
             kind not in ("application/json", "text/event-stream")
             or response.headers.get("content-encoding", "identity") != "identity"
         ):
-            raise Failed("an answer of another type")
+            raise NoAnswer("an answer of another type")
         rest = response.aiter_raw()
         first = b""
         async for first in rest:
             if first:
                 break
         if not first:
-            raise Failed("an empty answer")
+            raise NoAnswer("an empty answer")
         shown = {f"x-moe-prism-{name}": response.headers.get(f"x-moe-prism-{name}") for name in PASSED}
         return Arrived(kind, {k: v for k, v in shown.items() if v and SHOWN.fullmatch(v)}, first, rest, response)
 
     async def whole(self, arrived: Arrived, until: float) -> bytes:
-        """The rest of an answer that is not streamed, in one piece. Failed for one that ends early, is too large, or is no JSON object."""
+        """The rest of an answer that is not streamed, in one piece. NoAnswer where it ends early, is too large, or is no JSON object."""
         try:
             async with asyncio.timeout_at(until):
                 body = await _bounded(arrived.rest, self.bounds.answer_bytes, arrived.first)
         except TimeoutError:
-            raise Failed("slow") from None
+            raise NoAnswer("slow") from None
         except httpx2.HTTPError as error:
-            raise Failed(type(error).__name__) from None
+            raise NoAnswer(type(error).__name__) from None
         finally:
             await arrived.close()
         return _object(body)
@@ -222,7 +222,7 @@ async def _bounded(parts: AsyncIterator[bytes], most: int, first: bytes = b"") -
         if len(found) > most:
             break
     if len(found) > most:
-        raise Failed("an answer that is too large")
+        raise NoAnswer("an answer that is too large")
     return bytes(found)
 
 
@@ -233,7 +233,7 @@ def _object(body: bytes) -> bytes:
             return body
     except (ValueError, RecursionError):
         pass
-    raise Failed("an answer that is no JSON object")
+    raise NoAnswer("an answer that is no JSON object")
 
 
 async def _close(response: httpx2.Response | None) -> None:

@@ -216,6 +216,30 @@ def test_a_hostile_list_of_models_leaves_the_others_alone(pair, tmp_path):
             house.up("small", "large")
 
 
+def test_options_that_change_under_a_request_change_nothing_of_it(pair, tmp_path):
+    gate, inside = threading.Event(), threading.Event()
+
+    def answer(handler):
+        inside.set()
+        gate.wait(10)
+        handler.say(200, b"data: [DONE]\n\n", "text/event-stream")
+
+    small, large = pair
+    large.answer, found = answer, []
+    with open_pool(tmp_path, two(*pair)) as house:
+        thread = threading.Thread(target=lambda: found.append(post(house, quality=1.0, stream=True)))
+        thread.start()
+        assert inside.wait(10)
+        small.models = listed("s", LEVELS[:1])  # the numbers of the options move
+        while len(house.router.options.every) != 2:
+            time.sleep(0.02)
+        gate.set()
+        thread.join(10)
+        assert found[0].headers["x-moe-prism-upstream"] == "large@full"
+        house.idle()
+        assert [u.running for u in house.router.upstreams] == [0, 0]
+
+
 def test_a_stream_is_passed_on_as_it_comes(pair, tmp_path):
     gate = threading.Event()
 

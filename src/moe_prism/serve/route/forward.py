@@ -16,7 +16,7 @@ from fastapi.responses import Response, StreamingResponse
 from ..http.answers import event
 from ..http.refusal import Refusal
 from .metrics import RouteMetrics
-from .options import PoolOptions, RequestLimits
+from .options import Choice, PoolOptions, RequestLimits
 from .request import RouteRequest
 from .turnstile import Seat, Turnstile
 from .upstream import Arrived, NoAnswer, Refused, error_body
@@ -33,7 +33,10 @@ class Left(Exception):
 
 @dataclass
 class Trip:
-    """One request on its way. tried: upstreams that it was sent to, with what came of each that failed. first: seconds to an answer."""
+    """One request on its way. tried: upstreams that gave no answer, and why; sent: to how many it was sent; choice: who answers.
+
+    first: seconds to the answer.
+    """
 
     options: PoolOptions
     metrics: RouteMetrics
@@ -45,7 +48,8 @@ class Trip:
     until: float
     began: float = field(default_factory=time.monotonic)
     tried: dict[str, str] = field(default_factory=dict)
-    option: int = -1
+    sent: int = 0
+    choice: Choice | None = None
     first: float = 0.0
     retry: int | None = None
     is_closed: bool = False
@@ -55,7 +59,7 @@ class Trip:
         goes_on = False
         try:
             arrived, ignored = await self._first()
-            headers = {**arrived.headers, "x-moe-prism-upstream": self.options.every[self.option].name}
+            headers = {**arrived.headers, "x-moe-prism-upstream": self.answering.option.name}
             if ignored:
                 headers["x-moe-prism-ignored"] = ",".join(filter(None, [headers.get("x-moe-prism-ignored"), *ignored]))
             if isinstance(arrived, WholeAnswer):
@@ -70,22 +74,28 @@ class Trip:
             return Response(status_code=499)
         finally:
             if not goes_on:
-                self.close("stop" if self.option >= 0 else "error")
+                self.close("error" if self.choice is None else "stop")
+
+    @property
+    def answering(self) -> Choice:
+        """Who answers, once somebody does."""
+        assert self.choice is not None
+        return self.choice
 
     async def _first(self) -> tuple[Arrived | WholeAnswer, list[str]]:
-        options, bounds = self.options, self.options.pool.form.bounds
-        order = options.order(self.asked.text(), self.wanted)
-        for option in order:
-            upstream = options.upstream(option)
-            name = upstream.form.name
-            if name in self.tried or len(self.tried) >= bounds.tries:
+        bounds = self.options.pool.form.bounds
+        order = self.options.order(self.asked.text(), self.wanted)
+        for choice in order:
+            name = choice.option.model
+            if name in self.tried or self.sent >= bounds.tries:
                 continue
-            if upstream.is_full:
+            if choice.upstream.is_full:
                 self.tried[name] = "full"
                 continue
-            body, ignored = self.asked.body(options, option, self.wanted)
+            body, ignored = self.asked.body(choice)
+            self.sent += 1
             try:
-                return await self._ask(option, body), ignored
+                return await self._ask(choice, body), ignored
             except NoAnswer as failed:
                 self.tried[name] = failed.reason
                 self.retry = failed.retry if self.retry is None else min(self.retry, failed.retry or self.retry)
@@ -101,9 +111,9 @@ class Trip:
         """Seconds after which upstreams have been looked at again."""
         return max(1, round(self.options.pool.form.bounds.probe_seconds))
 
-    async def _ask(self, option: int, body: bytes) -> Arrived | WholeAnswer:
+    async def _ask(self, choice: Choice, body: bytes) -> Arrived | WholeAnswer:
         """The upstream counts the request until it has answered, or until its stream ends."""
-        upstream, passed = self.options.upstream(option), self.http.scope.get("moe_prism_passed_on", {})
+        upstream, passed = choice.upstream, self.http.scope.get("moe_prism_passed_on", {})
         headers = {
             wire: passed[name]
             for name, wire in (("request_id", "x-request-id"), ("traceparent", "traceparent"))
@@ -117,10 +127,10 @@ class Trip:
             first = time.monotonic() - sent
             if not self.asked.stream:
                 whole = WholeAnswer(await self._beside(upstream.whole(arrived, self.until)), arrived.headers)
-                self.option = option
+                self.choice = choice
                 self.metrics.answer(upstream.form.name, first)
                 return whole
-            self.option, self.first, goes_on = option, first, True
+            self.choice, self.first, goes_on = choice, first, True
             self.metrics.answer(upstream.form.name, first)
             return arrived
         finally:
@@ -151,8 +161,8 @@ class Trip:
         self.place.leave()
         self.metrics.end(end)
         fields: dict[str, Any] = {**self.http.scope.get("moe_prism_passed_on", {}), "end": end, "tried": self.tried}
-        if self.option >= 0:
-            fields["upstream"] = self.options.every[self.option].name
+        if self.choice is not None:
+            fields["upstream"] = self.choice.option.name
         logger.info("request", extra={"fields": {**fields, "seconds": round(time.monotonic() - self.began, 4)}})
 
 
@@ -178,7 +188,7 @@ class Passed(StreamingResponse):
         finally:
             await self._parts.aclose()
             await self._arrived.close()
-            self._trip.options.upstream(self._trip.option).running -= 1
+            self._trip.answering.upstream.running -= 1
             self._trip.close("disconnect")
 
 
@@ -206,11 +216,11 @@ async def _parts(trip: Trip, arrived: Arrived) -> AsyncGenerator[bytes, None]:
             if not why:
                 yield part
     if why:
-        trip.metrics.fail(trip.options.every[trip.option].model)
+        trip.metrics.fail(trip.answering.option.model)
         yield event(error_body(f"the upstream ended early: {why}"))
         trip.close("error")
         return
-    trip.options.pace(trip.option).note(trip.first, (loop.time() - began) / parts if parts else None)
+    trip.answering.times.note(trip.first, (loop.time() - began) / parts if parts else None)
     trip.close("stop")
 
 

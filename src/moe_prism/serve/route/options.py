@@ -50,6 +50,18 @@ class AnswerTimes:
         return max(1.0, *(took / target for took, target in pairs if took is not None and target), 1.0)
 
 
+class Choice(NamedTuple):
+    """An option of one request, which stays what it is while the options of the pool change.
+
+    lowest: the lowest level of its model that load may choose in its place; None: no lower one.
+    """
+
+    option: ModelOption
+    upstream: Upstream
+    times: AnswerTimes
+    lowest: str | None = None
+
+
 class PoolOptions:
     """The options of a pool, and the chooser that was fitted on them. Both follow what upstreams list, or what a record says there is."""
 
@@ -131,17 +143,22 @@ class PoolOptions:
             raise Refusal(400, f"no model has this quality; the highest is {top.quality:.3f} of '{top.name}'", param="quality")
         return found
 
-    def order(self, text: str, wanted: RequestLimits) -> list[int]:
-        """PoolOptions to try, best first: those that met the request's targets lately before those that did not, the least late first."""
+    def order(self, text: str, wanted: RequestLimits) -> list[Choice]:
+        """What to try, best first: those that met the request's targets lately before those that did not, the least late first."""
         allowed = [o for o in self.allowed(wanted) if self.is_there(o)]
         if self.chooser is None or not allowed:
             return []
         chosen = self.chooser.order(text, allowed)
         late = {o: self.pace(o).beyond(wanted) for o in chosen}
-        return sorted(chosen, key=lambda o: late[o])  # stable: among those in time the chooser's order stays
+        in_time = sorted(chosen, key=lambda o: late[o])  # stable: among those in time the chooser's order stays
+        return [self.choice(o, self._lowest(o, wanted)) for o in in_time]
 
-    def lowest(self, option: int, wanted: RequestLimits) -> str | None:
-        """The lowest level of the same model that a request allows: load may lower its quality to that. None: no lower one."""
+    def choice(self, option: int, lowest: str | None = None) -> Choice:
+        """An option as a request takes it."""
+        return Choice(self.every[option], self.upstream(option), self.pace(option), lowest)
+
+    def _lowest(self, option: int, wanted: RequestLimits) -> str | None:
+        """The lowest level of the same model that a request allows."""
         if wanted.fixed or wanted.level is not None:
             return None
         mine = self.every[option]

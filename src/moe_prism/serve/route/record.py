@@ -20,7 +20,7 @@ from ...pool import Record
 from ...schema.common import Form, Name, Share
 from ...schema.read import RESTORE, JsonBounds, check, read_json
 from .config import PoolFile
-from .options import PoolOptions, RequestLimits, energies
+from .options import PoolOptions, energies
 from .request import RouteRequest
 from .upstream import NoAnswer, Refused, Upstream
 
@@ -136,9 +136,10 @@ def _any() -> type:
 
 
 async def _answer(options: PoolOptions, option: int, question: QuestionForm, tokens: int) -> str:
-    upstream, each = options.upstream(option), options.every[option]
+    choice = options.choice(option)
+    upstream, each = choice.upstream, choice.option
     asked = RouteRequest.of({"prompt": question.prompt, "max_tokens": tokens, "temperature": 0})
-    body, _ = asked.body(options, option, RequestLimits(each.model, 0.0, each.level, None, None, True))
+    body, _ = asked.body(choice)
     until = asyncio.get_running_loop().time() + options.pool.form.bounds.request_seconds
     try:
         said = json.loads(await upstream.whole(await upstream.open("/completions", body, {}, until), until))

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StrictBool, Stri
 
 from ..http.refusal import Refusal
 from ..http.values import Number, Quality, without_nulls
-from .options import PoolOptions, RequestLimits
+from .options import Choice, RequestLimits
 
 OURS = ("quality", "min_quality", "ttft_ms", "tpot_ms", "class", "self_draft")
 """Fields that no upstream but our own server knows."""
@@ -70,17 +70,16 @@ class RouteRequest(BaseModel):
             found = "\n".join(part if isinstance(part, str) else _part(part) for part in found[:64])
         return found if isinstance(found, str) else ""
 
-    def body(self, options: PoolOptions, option: int, wanted: RequestLimits) -> tuple[bytes, list[str]]:
+    def body(self, choice: Choice) -> tuple[bytes, list[str]]:
         """(the body for an option's upstream, fields that have no effect there). Refusal for what JSON cannot say."""
-        upstream = options.upstream(option)
+        upstream = choice.upstream
         sent = {name: value for name, value in self._sent.items() if name not in ROUTED}
         sent["model"] = upstream.model
         ignored: list[str] = []
         if upstream.is_ours:
-            sent["quality"] = options.every[option].level
-            lowest = options.lowest(option, wanted)
-            if lowest is not None:
-                sent["min_quality"] = lowest
+            sent["quality"] = choice.option.level
+            if choice.lowest is not None:
+                sent["min_quality"] = choice.lowest
         else:
             ignored = [name for name in OURS if name in sent and name not in ("ttft_ms", "tpot_ms")]
             sent = {name: value for name, value in sent.items() if name not in OURS}

@@ -1,6 +1,6 @@
-"""WholeAnswer models as experts, against the "works when" lines of MoE², Symbolic-MoE and Rocket.
+"""Whole models as experts, against the "works when" lines of MoE², Symbolic-MoE and Rocket.
 
-    python benchmarks/pool.py [--chunks 24] [--characters 400] [--steps 60] [--limits 1,1.5,2.25,3.25] [--seed 0] [--json]
+    python benchmarks/pool.py [--chunks 24] [--characters 400] [--steps 60] [--limits 1,1.5,2.25,3.25] [--only rocket] [--seed 0] [--json]
 
 The pool: `nano` and `nano-mix` with 4, 2 and 1 experts per token, and three fine-tunes of nano's experts, one for each domain that it
 was not trained on (`benchmarks/adapters.py` trains them). The questions are pieces of text of four domains. Quality of a piece: exp(-nats
@@ -240,6 +240,21 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name, model in tuned.items():
         options.append(ModelOption(f"nano:{name}", "top-4", 0.5, 1.0))
         models.append((lambda model=model: model, nano))
+    if args.only != "rocket":
+        yield from whole_models(args, options, models, (texts, held, kinds))
+    if tuned:
+        base = with_count(shipped["nano"], COUNTS[0])
+        every = {"nano": base, **tuned, **{f"half of {name}": halfway(base, model) for name, model in tuned.items()}}
+        yield from rocket([(lambda model=model: model, nano) for model in every.values()], [*every], texts, held)
+        few = {"nano": base, **tuned}
+        yield tokens([(lambda model=model: model, nano) for model in few.values()], [*few], texts, held)
+
+
+def whole_models(
+    args: argparse.Namespace, options: Any, models: Any, read: tuple[list[str], list[str], list[str]]
+) -> Iterator[dict[str, Any]]:
+    """MoE² and Symbolic-MoE."""
+    texts, held, kinds = read
     own, _, _ = asked(models, texts)
     quality, _, _ = asked(models, held)
     energy = np.array([o.cost for o in options])
@@ -256,12 +271,6 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         record = Record(texts, own[:, special], np.ones((len(texts), len(few))), np.ones(len(few)))
         for row in (*moe2(few, record, kept, held, [2.0, 4.0]), symbolic(few, record, kept, held)):
             yield {**row, "pool": "specialists"}
-    if tuned:
-        base = with_count(shipped["nano"], COUNTS[0])
-        every = {"nano": base, **tuned, **{f"half of {name}": halfway(base, model) for name, model in tuned.items()}}
-        yield from rocket([(lambda model=model: model, nano) for model in every.values()], [*every], texts, held)
-        few = {"nano": base, **tuned}
-        yield tokens([(lambda model=model: model, nano) for model in few.values()], [*few], texts, held)
 
 
 def main() -> None:
@@ -271,6 +280,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="of each fine-tune; 0: none")
     parser.add_argument("--limits", type=lambda text: [float(part) for part in text.split(",")], default=[1.0, 1.5, 2.25, 3.25])
     parser.add_argument("--instances", type=int, default=200)
+    parser.add_argument("--only", choices=("all", "rocket"), default="all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

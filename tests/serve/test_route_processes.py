@@ -148,6 +148,13 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
     assert "an upstream has no 'costs'; did you mean 'cost'?" in capsys.readouterr().err
     assert cli.main(["route", str(path), "--measure", "q.jsonl"]) == 2
     assert "--measure and --out go together" in capsys.readouterr().err
+    for words, said in (
+        (["--tokens", "3"], "--tokens belongs to --measure"),
+        (["--json"], "--json belongs to --measure"),
+        (["--measure", "q", "--out", "r", "--port", "3"], "--port does not go with --measure"),
+    ):
+        assert cli.main(["route", str(path), *words]) == 2
+        assert said in capsys.readouterr().err
     path.write_text("upstreams: [{name: a, url: 'http://127.0.0.1:1'}]\n")
     assert cli.main(["route", str(path), "--host", "0.0.0.0"]) == 2
     assert "needs a key" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import UsageError
 from ..options.route import RouteOptions
 from .output import emit, note
 
@@ -18,6 +19,8 @@ def route(pool: Path, /, *, options: RouteOptions, json: bool = False) -> None:
     """
     options.check()
     if options.measure is None or options.out is None:
+        if json:
+            raise UsageError("--json belongs to --measure", "leave it out: a router answers over HTTP")
         from ..serve import logs
         from ..serve.route.run import route_pool
 

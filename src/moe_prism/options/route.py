@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..errors import UsageError
-from .base import option
+from .base import flag_of, option
 from .serve import ListenOptions
 
 
@@ -32,3 +32,9 @@ class RouteOptions(ListenOptions):
         super().check()
         if (self.measure is None) != (self.out is None):
             raise UsageError("--measure and --out go together", "give a file of questions and where its record goes")
+        usual = {declared.name: declared.default for declared in fields(self)}
+        if self.measure is None and self.tokens != usual["tokens"]:
+            raise UsageError("--tokens belongs to --measure", "leave it out: requests say how many tokens they want")
+        served = next((d for d in fields(ListenOptions) if getattr(self, d.name) != usual[d.name]), None)
+        if self.measure is not None and served is not None:
+            raise UsageError(f"{flag_of(served)} does not go with --measure, which serves nothing", "leave it out")

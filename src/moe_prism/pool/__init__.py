@@ -1,4 +1,4 @@
-"""WholeAnswer models as experts: which of several models answers a question, and at which quality level. Plain data in, plain data out."""
+"""Whole models as experts: which of several models answers a question, and at which quality level. Plain data in, plain data out."""
 
 from ..registry import Registry
 from .base import Chooser, ModelOption, Record, SubsetLimits

@@ -126,7 +126,7 @@ def recorded(record: Record | None, name: str) -> Record:
 
 
 def within(options: Sequence[ModelOption], record: Record, limits: SubsetLimits) -> list[int]:
-    """PoolOptions that keep the limits alone. UsageError where none does."""
+    """Options that keep the limits alone. UsageError where none does."""
     seconds = record.seconds.mean(0)
     found = [o for o in range(len(options)) if seconds[o] <= limits.seconds and record.energy[o] <= limits.energy]
     if not found:

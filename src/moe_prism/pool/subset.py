@@ -1,7 +1,7 @@
 """A subset of options under limits on time and energy: exhaustive search, and branch and bound by monotonicity (after MoE²).
 
 The paper's formulae are not public, so the two limits are ours: a subset takes the time of its slowest option, and the energy of all its
-models together. PoolOptions that are one model at several levels take its energy once. Both only grow with the subset. So does its quality,
+models together. Options that are one model at several levels take its energy once. Both only grow with the subset. So does its quality,
 the mean over questions of the best option for each. That is what the paper's search rests on.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from .base import Floats, SubsetLimits
 
 EXHAUSTIVE = 12
-"""PoolOptions up to which all subsets are tried."""
+"""Options up to which all subsets are tried."""
 
 
 class Subset(NamedTuple):

@@ -126,7 +126,7 @@ class PoolOptions:
         return upstream.up and any(level.name == self.every[option].level for level in upstream.levels)
 
     def allowed(self, wanted: RequestLimits) -> list[int]:
-        """PoolOptions that a request may get, whether they are up or not. Refusal where no option of the pool ever meets its limits."""
+        """Options that a request may get, whether they are up or not. Refusal where no option of the pool ever meets its limits."""
         mine = [o for o, each in enumerate(self.every) if wanted.model in (None, each.model)]
         if wanted.level is not None:
             found = [o for o in mine if self.every[o].level == wanted.level]

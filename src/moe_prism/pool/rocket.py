@@ -107,7 +107,8 @@ def greedy(worth: Floats, size: int) -> list[int]:
 def brute_force(worth: Floats, size: int) -> list[int]:
     """The best of all subsets of that size."""
     every = combinations(range(worth.shape[1]), min(size, worth.shape[1]))
-    return list(max(every, key=lambda chosen: objective(worth, chosen)))
+    best: tuple[int, ...] = max(every, key=lambda chosen: objective(worth, tuple(chosen)))
+    return list(best)
 
 
 def select(score: Floats, similarity: Floats, size: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -171,7 +171,7 @@ class WholeAnswer:
     """An answer in one piece."""
 
     body: bytes
-    headers: dict[str, str]
+    headers: Mapping[str, str]
 
 
 class Passed(StreamingResponse):

@@ -17,17 +17,17 @@ class RouteMetrics:
 
     def __init__(self, upstreams: Iterable[Upstream]) -> None:
         self.registry, self._upstreams = CollectorRegistry(), list(upstreams)
-        by = {"registry": self.registry}
-        self._ends = Counter(PREFIX + "pool_requests", "Requests, by how they ended.", ["end"], **by)
-        self._answers = Counter(PREFIX + "pool_answers", "Answers that began, by upstream.", ["upstream"], **by)
+        own = self.registry
+        self._ends = Counter(PREFIX + "pool_requests", "Requests, by how they ended.", ["end"], registry=own)
+        self._answers = Counter(PREFIX + "pool_answers", "Answers that began, by upstream.", ["upstream"], registry=own)
         self._failures = Counter(
-            PREFIX + "pool_upstream_failures", "Tries without an answer, or with part of one.", ["upstream"], **by
+            PREFIX + "pool_upstream_failures", "Tries without an answer, or with part of one.", ["upstream"], registry=own
         )
-        self._refused = Counter(PREFIX + "requests_refused", "Requests refused at the door, by reason.", ["reason"], **by)
-        self._up = Gauge(PREFIX + "pool_upstream_up", "Whether an upstream lists its models.", ["upstream"], **by)
-        self._running = Gauge(PREFIX + "pool_requests_running", "Requests that an upstream has now.", ["upstream"], **by)
+        self._refused = Counter(PREFIX + "requests_refused", "Requests refused at the door, by reason.", ["reason"], registry=own)
+        self._up = Gauge(PREFIX + "pool_upstream_up", "Whether an upstream lists its models.", ["upstream"], registry=own)
+        self._running = Gauge(PREFIX + "pool_requests_running", "Requests that an upstream has now.", ["upstream"], registry=own)
         text = "From a request to the first bytes of its upstream's answer."
-        self._first = Histogram(PREFIX + "pool_first_byte_seconds", text, ["upstream"], buckets=LATENCY, **by)
+        self._first = Histogram(PREFIX + "pool_first_byte_seconds", text, ["upstream"], buckets=LATENCY, registry=own)
         for end in ENDS:
             self._ends.labels(end=end)
         for reason in REASONS:

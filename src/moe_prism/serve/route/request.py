@@ -55,9 +55,9 @@ class RouteRequest(BaseModel):
             raise Refusal(400, "min_quality is above quality", param="min_quality")
         level = quality if isinstance(quality, str) else None
         floor = self.min_quality if self.min_quality is not None else quality if level is None and quality is not None else 0.0
-        targets = (None if ms is None else ms / 1e3 for ms in (self.ttft_ms, self.tpot_ms))
+        ttft, tpot = (None if ms is None else ms / 1e3 for ms in (self.ttft_ms, self.tpot_ms))
         fixed = quality is not None and self.min_quality is None
-        return RequestLimits(None if model == pool else model, float(floor), level, *targets, fixed)  # type: ignore[arg-type, misc]
+        return RequestLimits(None if model == pool else model, float(floor), level, ttft, tpot, fixed)
 
     def text(self) -> str:
         """What it asks about: the prompt, or the last message."""

@@ -87,6 +87,8 @@ def measure_and_write(path: Path, options: RouteOptions, say: Callable[[str], No
     from .record import measure_pool, read_questions, write_record
 
     assert options.measure is not None and options.out is not None
+    if options.out.exists():
+        raise UsageError(f"'{options.out}' exists", "give another --out, or remove it")
     pool = read_pool(path)
     form = measure_pool(pool, read_questions(options.measure), options.tokens, say)
     write_record(options.out, form)

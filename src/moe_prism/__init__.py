@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from .options.prune import PruneOptions
     from .options.recover import RecoverOptions
     from .options.refactor import RefactorOptions
+    from .options.route import RouteOptions
     from .options.serve import ServeOptions
     from .options.skip import SkipOptions
     from .options.speed import SpeedOptions
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from .options.trace import TraceOptions
     from .point import OperatingPoint
     from .result import Result
+    from .serve.route.run import route_pool
     from .serve.server import serve_model
 
 _HOME = {
@@ -107,6 +109,7 @@ _HOME = {
     "time_frontier": "jobs.time_points",
     "forecast_speed": "jobs.forecast_speed",
     "generate": "jobs.generate",
+    "route_pool": "serve.route.run",
     "serve_model": "serve.server",
     "bench_server": "bench.single",
     "bench_policies": "bench.compare",
@@ -142,6 +145,7 @@ _HOME = {
     "PruneOptions": "options.prune",
     "RecoverOptions": "options.recover",
     "RefactorOptions": "options.refactor",
+    "RouteOptions": "options.route",
     "ServeOptions": "options.serve",
     "SkipOptions": "options.skip",
     "SpeedOptions": "options.speed",
@@ -171,6 +175,7 @@ __all__ = [
     "RecoverOptions",
     "RefactorOptions",
     "Result",
+    "RouteOptions",
     "ServeOptions",
     "SingleOptions",
     "SkipOptions",
@@ -214,6 +219,7 @@ __all__ = [
     "refactor_shard",
     "rehearse",
     "reslice",
+    "route_pool",
     "run_demo",
     "run_recipe",
     "select_experts",

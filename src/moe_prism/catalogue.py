@@ -136,6 +136,7 @@ REGISTRIES = {
         "offload", "cache_policies", "`generate --expert-policy` and `offload fit`: who leaves when an expert needs room"
     ),
     "placements": Home("placement", "placements", "`place --policy`: which device holds which expert"),
+    "choosers": Home("pool", "choosers", "`chooser` of the pool of `route`: which model answers a question"),
     "predictors": Home(
         "offload", "predictors", "`generate --expert-predictor` and `offload fit`: which experts the next layer will want"
     ),

@@ -1,7 +1,8 @@
 """Published systems that this library sets out to hold, and how much of each works here today. One line is one system.
 
 P: the parts of MoE-Prism. 1 to 55: systems for cheaper MoE models. S: the parts of a study of expert skipping. A line that is changed here
-changes docs/reference/systems.md (`make reference`); tests/docs/test_reference.py checks that what a line names exists.
+changes docs/reference/systems.md (`make reference`); tests/docs/test_reference.py checks that what a line names exists. `evidence.py` has
+what each of them claims and what it gave here.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ SYSTEMS = (
     System("13", "CoE", "2506.18945", "architecture", "several routed passes in one layer", "works", "moe-prism train recipes/zoo/chain-of-experts.yaml -o chain-of-experts", ("architectures/chain-of-experts",)),
     System("14", "ExpertFlow", "2410.17954", "offload", "predicts all layers' experts ahead and regroups tokens", "in part", "moe-prism generate elastic --prompt TEXT --expert-memory 5MB --expert-predictor path --expert-settings settings.json", ("predictors/path",), "a cache that follows predicted need, and regrouping of tokens"),
     System("15", "SparseUnified", "2512.02351", "weights", "splits a dense layer into experts by the importance of its neurons", "in part", "moe-prism split FOLDER --out moe --method importance", ("splits/importance",), "training after the split, and dense first and last layers"),
-    System("16", "MoE²", "2501.09410", "outside", "chooses language models on edge devices under limits of time and energy"),
+    System("16", "MoE²", "2501.09410", "outside", "chooses language models on edge devices under limits of time and energy", "works", "moe-prism route pool.yaml --measure questions.jsonl --out record.json", ("choosers/moe2",)),
     System("17", "ComPEFT", "2311.13171", "outside", "fine-tuned changes as sparse signs and one scale", "works", "moe-prism adapter TUNED --base nano --out FOLDER --pack 0.2", ("codecs/compeft",)),
     System("18", "Survey of MoE inference", "2412.14219", "metrics", "orders the literature by model, system and hardware", "in part", "moe-prism ls systems", (), "the survey's own taxonomy, in place of the kinds of this table"),
     System("19", "CAMERA", "2508.02322", "weights", "energy of single neurons: prune them, or give them bits", "in part", "moe-prism compress nano --out narrow --method camera --keep 0.75", ("methods/camera", "methods/camera-q"), "layers scored one after the other on what the edited ones give; GPTQ inside bands"),
@@ -73,7 +74,7 @@ SYSTEMS = (
     System("26", "STUN", "2409.06211", "weights", "prunes experts that behave alike, then single weights", "in part", "moe-prism compress nano --out sparse --method stun --keep 0.5", ("methods/stun", "methods/wanda", "collectors/pairs"), "means of clusters and of their router rows where a layer keeps two of them or fewer"),
     System("27", "Local routing consistency", "2505.16056", "metrics", "how well one set of experts serves a stretch of tokens: SRP and SCH", "works", "moe-prism inspect nano --routing", ("cache-policies/sch",)),
     System("28", "UoE", "2503.02495", "architecture", "an exact split of dense layers and attention into experts, with two routers", "in part", "moe-prism split FOLDER --out moe --method equal", ("splits/equal",), "trained routers, and the split of attention"),
-    System("29", "Rocket", "2408.15915", "outside", "chooses adapters and data for a task, and mixes the adapters"),
+    System("29", "Rocket", "2408.15915", "outside", "chooses adapters and data for a task, and mixes the adapters", "in part", "moe-prism route pool.yaml --measure questions.jsonl --out record.json", ("choosers/rocket", "codecs/compeft"), "the choice of training data near the shots, and training of adapters and gate together"),
     System("30", "QuantMoE-Bench", "2406.08155", "weights", "bits by rules of structure and by outliers", "works", "moe-prism frontier nano --out report --methods quantmoe", ("methods/quantmoe",)),
     System("31", "ReXMoE", "2510.17483", "architecture", "a router may choose experts of neighbouring layers", "in part", "moe-prism train recipes/zoo/rexmoe.yaml -o rexmoe", ("architectures/rexmoe",), "one cached expert for all layers of a group, and serving in vLLM"),
     System("32", "Rewiring", "2510.14853", "routing", "router biases tuned on the prompt while it runs", "in part", "moe-prism generate nano --prompt TEXT --rewire 5", ("methods/rewiring",), "fitting again while it generates, and per request in a server"),
@@ -84,7 +85,7 @@ SYSTEMS = (
     System("37", "MoE++", "2410.07348", "architecture", "experts that give nothing, a copy or a constant, and gates that see the layer before", "in part", "moe-prism train recipes/zoo/moe-plus-plus.yaml -o moe-plus-plus", ("architectures/moe-plus-plus", "families/longcat_flash"), "limits on how many tokens of a batch an expert takes"),
     System("38", "Compressor", "2208.07120", "outside", "a genetic search for a tiny architecture, then distillation", "in part", "moe-prism frontier nano --out report --methods mixed", ("methods/mixed",), "distillation into a new architecture; the search chooses what becomes of every layer of a given one"),
     System("39", "Fate", "2502.12224", "offload", "the next layer's router on this layer's input says what to load", "in part", "moe-prism generate elastic --prompt TEXT --expert-memory 5MB --expert-ahead 8", ("predictors/gate", "cache-policies/arc-fate"), "a width measured at start (`offload fit` takes it from a forecast), pinned shallow layers, and bits by popularity"),
-    System("40", "Symbolic-MoE", "2503.05641", "outside", "whole models chosen for a question by skill, grouped by model"),
+    System("40", "Symbolic-MoE", "2503.05641", "outside", "whole models chosen for a question by skill, grouped by model", "in part", "moe-prism route pool.yaml --measure questions.jsonl --out record.json", ("choosers/symbolic",), "skills that a language model names, an embedding of sentences, and a model that aggregates (here a vote)"),
     System("41", "Hecate", "2502.02581", "placement", "experts sharded over all devices, gathered sparsely each training step"),
     System("42", "ExpertWeave", "2508.17624", "serving", "many fine-tunes of experts served over one base", "in part", "moe-prism serve nano --adapter NAME=FOLDER", ("codecs/compeft",), "a fused look-up in a GPU's kernel; on a GPU the room for experts is taken at once"),
     System("43", "SSR", "2511.08972", "routing", "optimal transport balances the router on some training steps", "works", "moe-prism train recipes/zoo/sinkhorn.yaml -o sinkhorn", ("architectures/sinkhorn",)),

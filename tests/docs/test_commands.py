@@ -13,6 +13,7 @@ import pytest
 from moe_prism.cli import build
 from moe_prism.schedule.classes import read_classes
 from moe_prism.serve.config import read_config
+from moe_prism.serve.route.config import PoolForm
 
 from .pages import BLOCK, ROOT, command_lines, name, pages, spans
 
@@ -83,7 +84,10 @@ def test_configurations_are_accepted():
         for block in BLOCK.finditer(page.read_text("utf-8")):
             if block["language"] == "yaml":
                 data, found = yaml.safe_load(block["body"]), found + 1
-                read_classes(data["classes"], name(page)) if set(data) == {"classes"} else read_config(data, name(page))
+                if "upstreams" in data:
+                    PoolForm.model_validate(data)
+                else:
+                    read_classes(data["classes"], name(page)) if set(data) == {"classes"} else read_config(data, name(page))
     assert found >= 2
 
 

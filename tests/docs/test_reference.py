@@ -14,12 +14,14 @@ import pytest
 from moe_prism.catalogue import REGISTRIES, methods, registry
 from moe_prism.cli import build
 from moe_prism.cli.listing import Kind
-from moe_prism.jobs.reference import COMMAND, PAGES, meanings, methods_page, parameters, write_pages
+from moe_prism.evidence import EVIDENCE
+from moe_prism.jobs.reference import COMMAND, PAGES, meanings, methods_page, parameters, published, write_pages
 from moe_prism.methods.find import described, method
 from moe_prism.methods.skip.uniform import Uniform
 from moe_prism.model.families import installed_families
 from moe_prism.registry import Entry
 from moe_prism.systems import SYSTEMS
+from tests.faults.rows import tier_of
 
 ROOT = Path(__file__).parents[2]
 SHELL = "moe-prism "
@@ -155,6 +157,22 @@ def test_what_a_system_names_exists(system):
             method(name)
         else:
             assert name in (installed_families() if kind == "families" else registry(kind).names()), use
+
+
+def test_57_of_57_systems_have_claims_with_a_verdict():
+    assert published(SYSTEMS) == 57 and list(EVIDENCE) == [system.number for system in SYSTEMS]
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.number)
+def test_a_claim_has_a_figure_from_a_page_and_what_is_built_a_test_of_every_commit(system):
+    found = EVIDENCE[system.number]
+    assert found.findings and all(finding.claim and finding.figure for finding in found.findings)
+    assert (ROOT / "docs" / found.page).is_file()
+    assert bool(found.test) == (system.state != "not yet"), "what is built has a test, and only that"
+    if found.test:
+        assert tier_of(*found.test.partition("[")[0].split("::")) == "commit", found.test
+    else:
+        assert {finding.verdict for finding in found.findings} == {"not measured"}
 
 
 def test_named_choices_of_commands_are_in_the_registry_of_their_option():

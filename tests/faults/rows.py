@@ -59,6 +59,15 @@ def _found() -> Iterator[Found]:
                     yield Found(row.upper(), path.relative_to(ROOT).as_posix(), node.name, _tier(node, module))
 
 
+def tier_of(file: str, name: str) -> Tier:
+    """Of one test, by its file from the repository's root and its function. LookupError where there is none of that name."""
+    module = ast.parse((ROOT / file).read_text("utf-8"))
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return _tier(node, module)
+    raise LookupError(f"no test {name} in {file}")
+
+
 def _tier(node: ast.FunctionDef, module: ast.Module) -> Tier:
     """By its own markers and those of its file. A test of which only some parameters are slow is one of the commit."""
     marks = [ast.unparse(d) for d in node.decorator_list]

@@ -22,9 +22,8 @@ import httpx2
 from moe_prism import cli
 from moe_prism.errors import PrismError
 from moe_prism.options.serve import ServeOptions
-from moe_prism.serve import server
 from moe_prism.serve.config import Config
-from moe_prism.serve.http import app
+from moe_prism.serve.http import app, draining
 from moe_prism.serve.process import supervisor
 from moe_prism.serve.process.messages import Start
 from moe_prism.serve.process.spawn import EngineProcess
@@ -113,7 +112,7 @@ def test_s12_s13_an_engine_that_hangs_or_is_killed_is_started_again(tiny_levels,
 @pytest.mark.slow
 def test_s12_a_crash_loop_ends_after_five_tries(tiny_levels, tmp_path, monkeypatch):
     """The folder is damaged while it is served, so that no engine starts any more."""
-    monkeypatch.setattr(server, "FAREWELL", 60)  # time to look at it
+    monkeypatch.setattr(draining, "FAREWELL", 60)  # time to look at it
     monkeypatch.setattr(supervisor, "PAUSES", (0.0, 0.1, 0.1, 0.1, 0.1))
     folder = tmp_path / "model"
     shutil.copytree(tiny_levels, folder)

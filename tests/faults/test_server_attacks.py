@@ -20,9 +20,8 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from moe_prism.serve import server
 from moe_prism.serve.config import Bounds
-from moe_prism.serve.http import guard
+from moe_prism.serve.http import draining, guard
 from moe_prism.serve.http.crowd import BURST, PACE, Crowd, Doorway
 from moe_prism.serve.text.workers import ENDED
 from tests.faults.test_engine_process import gone
@@ -153,7 +152,7 @@ def test_s12_a_process_for_texts_that_is_killed_is_replaced(tiny_levels):
 
 def test_s12_a_server_that_can_read_no_text_says_so_and_ends(tiny_levels, monkeypatch):
     """Who forks the processes for texts is not to be replaced: a process with threads cannot fork."""
-    monkeypatch.setattr(server, "FAREWELL", 5.0)
+    monkeypatch.setattr(draining, "FAREWELL", 5.0)
     with open_house(tiny_levels) as house:
         assert served(house)
         nursery = house.built.house.workers._nursery._pid

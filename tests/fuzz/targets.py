@@ -20,6 +20,10 @@ from moe_prism.point import read_points
 from moe_prism.serve.config import load_config
 from moe_prism.serve.http.protocol import REQUESTS
 from moe_prism.serve.http.refusal import Refusal
+from moe_prism.serve.route.config import read_pool
+from moe_prism.serve.route.record import read_questions, read_record
+from moe_prism.serve.route.request import RouteRequest
+from moe_prism.serve.route.upstream import ModelList
 
 SHARED = Path("/dev/shm")
 FOLDER = Path(tempfile.mkdtemp(prefix="moe-prism-fuzz-", dir=SHARED if SHARED.is_dir() else None))
@@ -68,6 +72,18 @@ def _request(kind: str) -> Callable[[bytes], object]:
     return run
 
 
+def _routed(data: bytes) -> object:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict):
+        return None  # refused before
+    asked = RouteRequest.of(value)
+    asked.text()
+    return asked.wanted("pool", {"small": None})
+
+
 TARGETS: dict[str, Callable[[bytes], object]] = {
     "header": _header,
     "index": _index,
@@ -79,6 +95,11 @@ TARGETS: dict[str, Callable[[bytes], object]] = {
     "config": _file("qos.yaml", load_config),
     "completions": _request("completions"),
     "chat": _request("chat"),
+    "routed": _routed,
+    "models": ModelList.model_validate_json,
+    "pool": _file("pool.yaml", read_pool),
+    "record": _file("record.json", read_record),
+    "questions": _file("questions.jsonl", read_questions),
 }
 
 SEEDS: dict[str, list[bytes]] = {
@@ -94,6 +115,18 @@ SEEDS: dict[str, list[bytes]] = {
     "chat": [
         b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}], "response_format": {"type": "text"}}'
     ],
+    "routed": [
+        b'{"model": "small@0.5", "messages": [{"content": [{"text": "x"}]}], "min_quality": 0.5, "ttft_ms": 3}',
+        b'{"prompt": ["x"]}',
+    ],
+    "models": [b'{"data": [{"id": "s", "operating_points": [{"name": "low", "quality": 0.5, "slots": 2}]}]}'],
+    "pool": [
+        b"chooser: moe2\nsettings: {ridge: 1}\nupstreams:\n  - {name: a, url: 'http://h/v1', levels: [x], cost: 2}\nbounds: {tries: 2}\n"
+    ],
+    "record": [
+        b'{"version": 1, "options": ["a@b"], "questions": [{"text": "x", "quality": [1.0], "seconds": [0.5], "skills": ["s"]}]}'
+    ],
+    "questions": [b'{"prompt": "x", "answer": "y", "skills": ["s"]}\n'],
 }
 assert NANO.is_dir() and SEEDS.keys() == TARGETS.keys()
 
@@ -105,4 +138,4 @@ def check(name: str, data: bytes) -> None:
     except PrismError as error:
         assert "\n" not in str(error), error
     except (ValidationError, Refusal):
-        assert name in ("completions", "chat")  # answered with 400
+        assert name in ("completions", "chat", "routed", "models")  # answered with 400; an upstream that is not up

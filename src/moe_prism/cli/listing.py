@@ -26,6 +26,7 @@ Kind = Literal[
     "source-formats",
     "cache-policies",
     "placements",
+    "choosers",
     "predictors",
     "systems",
 ]
@@ -46,8 +47,8 @@ def ls(kind: Kind, /, *, json: bool = False) -> None:
     kind: methods (of frontier --methods: rules, expert skipping, pruning criteria), families (MoE model types of the installed
         transformers), solvers, objectives, gates, scorers, compensators, recoveries, collectors, policies (scheduling), routing-stages,
         splits (of dense models), architectures (of train), slices (of frontier --judge), protections (of prune), source-formats
-        (of quantized checkpoints), cache-policies, placements, predictors (of experts), or systems (of the literature, and which of
-        them work here).
+        (of quantized checkpoints), cache-policies, placements, choosers (of models, for route), predictors
+        (of experts), or systems (of the literature, and which of them work here).
     json: One JSON object on stdout.
     """
     from ..jobs.listing import list_choices

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ..catalogue import REGISTRIES, methods, registry
 from ..compress.prune import Criterion
 from ..elastic import Rule
+from ..evidence import EVIDENCE, Evidence
 from ..files import replace_file
 from ..methods.find import PRUNE, Described, described
 from ..methods.prune.masked import Prune
@@ -98,7 +100,35 @@ def systems_page() -> str:
         lines = [_system_line(system) for system in mine]
         heads = ("number", "name", "paper", "kind", "what", "command", "state")
         parts += [f"## {title}", f"{text} {_counted(mine).capitalize()}.", _table(heads, lines)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *_claims()]) + "\n"
+
+
+def _claims() -> list[str]:
+    """What the systems claim, and what came of it: one line for each claim."""
+    found = Counter(finding.verdict for system in SYSTEMS for finding in EVIDENCE[system.number].findings)
+    lines = [line for system in SYSTEMS for line in _claim_lines(system, EVIDENCE[system.number])]
+    told = ", ".join(f"{count} {verdict}" for verdict, count in found.most_common())
+    return [
+        "## What they claim, and what it gave here",
+        f"{published(SYSTEMS)} systems: MoE-Prism, the study of expert skipping, and 55 others. Of their claims {told}. The figures are of "
+        "models with 11 million parameters and fewer, where the page says nothing else. Such a model says little of a large one. "
+        "*Test* is what runs with every change: `python -m pytest TEST`.",
+        _table(("number", "name", "claim", "figure", "verdict", "page", "test"), lines),
+    ]
+
+
+def published(systems: Sequence[System]) -> int:
+    """Of how many systems these are the parts."""
+    return len({system.number if system.number.isdigit() else system.number[0] for system in systems})
+
+
+def _claim_lines(system: System, evidence: Evidence) -> list[tuple[str, ...]]:
+    page = evidence.page.rpartition("/")[2].removesuffix(".md")
+    where = (f"[{page}](../{evidence.page})", f"`{evidence.test}`" if evidence.test else "-")
+    return [
+        (system.number, system.name, finding.claim, finding.figure, finding.verdict, *(("", "") if nth else where))
+        for nth, finding in enumerate(evidence.findings)
+    ]
 
 
 PAGES = {"methods.md": methods_page, "systems.md": systems_page}

@@ -12,14 +12,8 @@ from .base import Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(Options):
-    """Where it listens, what it serves and how. store: experts stay on disk (`store.StoreOptions`); it is no flag.
-
-    >>> import moe_prism
-    >>> moe_prism.ServeOptions(port=70000).check()
-    Traceback (most recent call last):
-    moe_prism.errors.UsageError: --port 70000 is out of range; give at least 0 and at most 65535
-    """
+class ListenOptions(Options):
+    """Where a server listens, and who may use it."""
 
     host: str = option("127.0.0.1", "Address to listen on. Anything but loopback needs a key.")
     port: int = option(8000, "Port to listen on; 0 for any free one.", least=0, most=65_535)
@@ -29,6 +23,18 @@ class ServeOptions(Options):
     )
     api_key_file: Path | None = option(None, "File with keys, one per line: one for each tenant.")
     allowed_origins: tuple[str, ...] = option((), "Comma-separated origins of web pages that may ask; * for all. Default: none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(ListenOptions):
+    """Where it listens, what it serves and how. store: experts stay on disk (`store.StoreOptions`); it is no flag.
+
+    >>> import moe_prism
+    >>> moe_prism.ServeOptions(port=70000).check()
+    Traceback (most recent call last):
+    moe_prism.errors.UsageError: --port 70000 is out of range; give at least 0 and at most 65535
+    """
+
     name: str | None = option(None, "Model name in answers; default: the folder's.")
     points: tuple[str, ...] = option(
         (),

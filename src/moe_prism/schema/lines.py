@@ -18,20 +18,20 @@ Place = tuple[str | int, ...]
 Lines = dict[Place, int]
 
 
-def mapping_in(path: str | Path, what: str, advice: str) -> tuple[dict[str, Any], Lines]:
+def mapping_in(path: str | Path, what: str, advice: str, kind: str = "recipe") -> tuple[dict[str, Any], Lines]:
     """(what the file says, line of every key and entry by its place). UsageError for anything but a mapping.
 
-    what: it should be; advice: where its form is told.
+    what: it should be; advice: where its form is told; kind: what such a file is called.
     """
     try:
         text = Path(path).read_bytes()
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}", "give the .yaml file of a recipe") from error
+        raise UsageError(f"cannot read {path}: {error.strerror}", f"give the .yaml file of a {kind}") from error
     if len(text) > MOST_BYTES:
-        raise UsageError(f"{path} is larger than {MOST_BYTES >> 20} MiB", "give the .yaml file of a recipe")
+        raise UsageError(f"{path} is larger than {MOST_BYTES >> 20} MiB", f"give the .yaml file of a {kind}")
     data, lines = parsed(text, str(path), advice)
     if not isinstance(data, dict):
-        raise UsageError(f"{path}:1: a recipe is {what}", advice)
+        raise UsageError(f"{path}:1: a {kind} is {what}", advice)
     return data, lines
 
 
@@ -57,7 +57,7 @@ def _walk(node: Any, place: Place, lines: Lines, name: str, advice: str, seen: s
     lines.setdefault(place, line)
     seen = set() if seen is None else seen
     if id(node) in seen:
-        raise UsageError(f"{name}:{line}: an alias, which a recipe has none of", "write it out")
+        raise UsageError(f"{name}:{line}: an alias, which no such file has", "write it out")
     seen.add(id(node))
     if len(place) > MOST_DEPTH:
         raise UsageError(f"{name}:{line}: nested too deep", advice)
@@ -84,11 +84,16 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def told(
-    error: ValidationError, lines: Lines, name: str, owner: Callable[[Place], tuple[str, int, Sequence[str]]], advice: str
+    error: ValidationError,
+    lines: Lines,
+    name: str,
+    owner: Callable[[Place], tuple[str, int, Sequence[str]]],
+    advice: str,
+    kind: str = "recipe",
 ) -> UsageError:
     """Pydantic's first error in one line, an unknown key before all others.
 
-    owner(place): whose key it is, how much of the place says so, and the keys that it knows.
+    owner(place): whose key it is, how much of the place says so, and the keys that it knows. kind: what such a file is called.
     """
     every = error.errors(include_url=False)
     first = next((each for each in every if each["type"] == "extra_forbidden"), every[0])  # what lacks was misspelt
@@ -97,9 +102,9 @@ def told(
     whose, deep, known = owner(place)
     where, key = f"{name}:{at}", str(place[-1]) if place else ""
     if first["type"] == "extra_forbidden":
-        return UsageError(f"{where}: {whose or 'a recipe'} has no '{key}'", nearest(key, known))
+        return UsageError(f"{where}: {whose or f'a {kind}'} has no '{key}'", nearest(key, known))
     if first["type"] == "missing":
-        return UsageError(f"{where}: {whose or 'the recipe'} lacks '{key}'", advice)
+        return UsageError(f"{where}: {whose or f'the {kind}'} lacks '{key}'", advice)
     shown = ".".join(str(part) for part in place[deep:])
     said = first["msg"].removeprefix("Value error, ")
     said = said[:1].lower() + said[1:]

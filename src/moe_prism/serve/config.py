@@ -34,16 +34,14 @@ class EngineLimits(_Strict):
     """Cores the model computes with; default: all but one, which is left to the server and its neighbours."""
 
 
-class Bounds(_Strict):
-    """What a client may ask for, and for how long."""
+class HttpBounds(_Strict):
+    """What a client may send, and for how long, whoever serves it."""
 
     body_bytes: int = Field(default=1 << 20, ge=1024, le=1 << 30)
     header_bytes: int = Field(default=16 << 10, ge=1024, le=1 << 20)
     header_seconds: float = Field(default=10.0, gt=0, le=600)
     body_seconds: float = Field(default=30.0, gt=0, le=600)
     request_seconds: float = Field(default=600.0, gt=0, le=86_400)
-    step_seconds: float = Field(default=300.0, gt=0, le=86_400)
-    """Seconds without a turn of an engine in a process of its own, after which it is taken to hang and is killed."""
     write_seconds: float = Field(default=30.0, gt=0, le=600)
     drain_seconds: float = Field(default=30.0, ge=0, le=3600)
     drain_delay: float = Field(default=0.0, ge=0, le=600)
@@ -51,6 +49,13 @@ class Bounds(_Strict):
     connections: int = Field(default=1024, ge=2, le=65_536)
     connections_per_client: int | None = Field(default=None, ge=1, le=65_536)
     """Of one address; default: three quarters of all."""
+
+
+class Bounds(HttpBounds):
+    """What a client may ask of an engine, and for how long."""
+
+    step_seconds: float = Field(default=300.0, gt=0, le=86_400)
+    """Seconds without a turn of an engine in a process of its own, after which it is taken to hang and is killed."""
     queue_requests: int | None = Field(default=None, ge=1, le=65_536)
     """Requests that may wait; default 4 x engine.requests."""
     queue_tokens: int | None = Field(default=None, ge=1, le=1 << 28)

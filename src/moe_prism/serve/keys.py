@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import UsageError
-from ..options.serve import ServeOptions
+from ..options.serve import ListenOptions, ServeOptions
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ LARGEST = 1 << 16
 """Bytes of a file of keys."""
 
 
-def keys(options: ServeOptions, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+def keys(options: ListenOptions, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """The keys of a server: of the command line, with a warning, of a file, or of the environment. None of them: no key is asked for."""
     if options.api_key and options.api_key_file:
         raise UsageError("--api-key and --api-key-file are both given", "leave --api-key out")

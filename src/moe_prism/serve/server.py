@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import logging
-import math
-import signal
 import socket
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import PrismError, UsageError
-from ..options.serve import ServeOptions
+from ..options.serve import ListenOptions, ServeOptions
 from .http.crowd import Doorway
 from .keys import admin_keys, keep_private, keys
 from .requests import Event
@@ -34,10 +30,6 @@ SEND_BUFFER = 128 << 10
 RECEIVE_BUFFER = 32 << 10
 """Bytes the kernel may hold of a client whose request we do not read yet, and so the most that comes in at once. The kernel doubles it."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-LAST_WORDS = 0.5
-"""Seconds for answers to requests that are cut off."""
-FAREWELL = 1.0
-"""Seconds for which a server whose engine has ended says so with 503, before it ends too."""
 TURN = 3e-4
 """Seconds a thread may keep the interpreter while another wants it. An engine in a thread gives it up at every tensor operation, and with
 Python's 5 ms would wait that long for the HTTP loop each time: of the tokens per second under load this was a sixth
@@ -80,7 +72,7 @@ class Allowed(NamedTuple):
     administrators: Sequence[str] = ()
 
 
-def check_host(options: ServeOptions) -> tuple[str, ...]:
+def check_host(options: ListenOptions) -> tuple[str, ...]:
     """The keys; UsageError for an address that others can reach, without one."""
     allowed = keys(options)
     if options.host not in LOOPBACK and not allowed:
@@ -194,74 +186,22 @@ def _allow_files(connections: int) -> None:
 
 def make_server(app: Guard, built: Built, config: Config) -> Any:
     """A uvicorn server with our deadlines; `run(sockets=[...])` returns after the drain, or when what it needs has ended by itself."""
-    import uvicorn
-
-    from .http.connection import paced_protocol
+    from .http.draining import Behind, draining_server
     from .process.supervisor import Watch
 
-    bounds = config.bounds
-    protocol = paced_protocol(bounds)
-    engine, door, watch = built.service.engine, built.door, Watch()
+    engine, watch = built.service.engine, Watch()
 
-    class Server(uvicorn.Server):  # type: ignore[misc]
-        """Drains on the first signal, ends on the second."""
+    def look() -> bool:
+        """A server without what it needs ends too; an engine that hangs is given up."""
+        if built.ended():
+            return True
+        if engine.alive and watch.still(engine.last_turn, engine.clock()) > config.bounds.step_seconds:
+            engine.give_up(config.bounds.step_seconds)
+        return False
 
-        _until = math.inf
-        _draining: asyncio.Task[None] | None = None
-        _ending: asyncio.Task[None] | None = None
+    def cut_off() -> None:
+        for request in list(engine.book.values()):
+            engine.cancel(request.job.id)
+            request.sink(Event(error="the server is shutting down"))
 
-        async def on_tick(self, counter: int) -> bool:
-            """Whether to end now. uvicorn asks ten times a second. A server without what it needs ends too."""
-            if self._until == math.inf and built.ended():
-                self._until = time.monotonic() + FAREWELL
-            elif engine.alive and watch.still(engine.last_turn, engine.clock()) > config.bounds.step_seconds:
-                engine.give_up(config.bounds.step_seconds)
-            return await super().on_tick(counter) or time.monotonic() >= self._until
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            loop = asyncio.get_event_loop()
-            if door.leaving:
-                self._ending = loop.create_task(self._end())
-                return
-            door.leaving = True
-            door.draining = not config.bounds.drain_delay
-            logger.info("draining", extra={"fields": {"signal": signal.Signals(sig).name, "requests": door.requests}})
-            self._draining = loop.create_task(self._drain())
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            for listening in sockets or ():
-                if isinstance(listening, Doorway):
-                    listening.crowd = protocol.crowd
-            await super().startup(sockets)
-
-        async def _drain(self) -> None:
-            await asyncio.sleep(config.bounds.drain_delay)
-            door.draining = True
-            until = time.monotonic() + config.bounds.drain_seconds
-            while door.requests and time.monotonic() < until:  # noqa: ASYNC110 - places are counted, there is no event to wait for
-                await asyncio.sleep(0.02)
-            await asyncio.sleep(0.05)  # the last bytes
-            await self._end()
-
-        async def _end(self) -> None:
-            """Whoever still waits is told so."""
-            for request in list(engine.book.values()):
-                engine.cancel(request.job.id)
-                request.sink(Event(error="the server is shutting down"))
-            await asyncio.sleep(0.02)  # streams say it in an event of their own
-            await app.end_all(LAST_WORDS)
-            self.should_exit = True
-
-    settings = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="on",
-        http=protocol,
-        loop="asyncio",  # others accept connections without our doorway
-        h11_max_incomplete_event_size=bounds.header_bytes,
-        timeout_keep_alive=int(max(1, bounds.header_seconds)),
-        timeout_graceful_shutdown=1,
-    )
-    return Server(settings)
+    return draining_server(app, config.bounds, built.door, Behind(look, cut_off))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from ...schedule.classes import RequestClass
 from ..config import Config
+from .guard import App
 from .refusal import Refusal
 
 
@@ -96,3 +98,22 @@ class Door:
     def _refuse(self, reason: str, message: str, retry: int) -> Refusal:
         self._refused(reason)
         return Refusal(503, message, code=reason, retry=retry)
+
+
+class Openable(Protocol):
+    """What refuses requests before they are looked at."""
+
+    def check_open(self) -> None:
+        """Refusal where nobody new comes in."""
+
+
+class AtTheDoor:
+    """Refuses generating requests before their body is read, while that is cheap."""
+
+    def __init__(self, app: App, door: Openable) -> None:
+        self.app, self.door = app, door
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"].startswith("/v1/"):
+            self.door.check_open()
+        await self.app(scope, receive, send)

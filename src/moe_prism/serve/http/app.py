@@ -11,25 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
-from pydantic import ValidationError
-from starlette.exceptions import HTTPException
 
 from . import routes, status, tokens
 from .adapters import SIGN, about_adapter, administer
-from .admission import Door
-from .guard import App, Guard, Keys
+from .admission import AtTheDoor
+from .errors import ERRORS, answer_errors
+from .guard import Guard, Keys
 from .manners import Manners, origins
 from .protocol import ChatRequest, CompletionRequest
-from .refusal import ErrorAnswer, Refusal
 from .routes import House
 
 HUNG = 60.0  # seconds without a turn of the engine after which the server is not ready
-
-ERRORS: dict[int | str, dict[str, Any]] = {
-    code: {"model": ErrorAnswer} for code in (400, 401, 404, 405, 408, 413, 415, 429, 431, 503, 504)
-}
 
 
 @dataclass(frozen=True)
@@ -61,7 +54,7 @@ def create_app(
             await service.engine.detach()
 
     app = FastAPI(title="moe-prism", docs_url=None, redoc_url=None, responses=ERRORS, lifespan=lifespan, redirect_slashes=False)
-    _answer_errors(app)
+    answer_errors(app)
     _watching(app, house, history)
     _around(app, house)
 
@@ -76,7 +69,7 @@ def create_app(
     salted = service.config.engine.prefix_cache_per_key
     if admin is not None:
         administer(app, service, admin.folder)
-    inner = origins(Manners(_AtTheDoor(app, door), allowed), allowed)
+    inner = origins(Manners(AtTheDoor(app, door), allowed), allowed)
     administrators = None if admin is None else Keys(admin.keys)
     return Guard(inner, service.config.bounds, Keys(keys, salted=salted), service.metrics.refuse, administrators)
 
@@ -160,50 +153,3 @@ def _around(app: FastAPI, house: House) -> None:
     @app.post("/detokenize")
     async def detokenize(body: tokens.DetokenizeRequest) -> dict[str, Any]:
         return tokens.detokenize(house, body)
-
-
-def _answer_errors(app: FastAPI) -> None:
-    """Every error is answered in OpenAI's form, and none says what the request held."""
-
-    @app.exception_handler(Refusal)
-    async def refused(request: Request, error: Refusal) -> Response:
-        return JSONResponse(error.body(), error.status, error.headers())
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        refusal = _refusal(error.errors()[0])
-        return JSONResponse(refusal.body(), refusal.status)
-
-    @app.exception_handler(ValidationError)
-    async def invalid_part(request: Request, error: ValidationError) -> Response:
-        first = error.errors()[0]
-        refusal = _refusal({**first, "loc": ("body", *first["loc"])})
-        return JSONResponse(refusal.body(), refusal.status)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        return JSONResponse(Refusal(error.status_code, str(error.detail)).body(), error.status_code, error.headers)
-
-    @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> Response:
-        return JSONResponse(Refusal(500, "an error inside the server").body(), 500)
-
-
-def _refusal(found: Any) -> Refusal:
-    """From pydantic's first error. Never the value: it is the prompt. Tags of unions are no identifiers, and so are left out."""
-    place = ".".join(str(p) for p in found["loc"][1:] if isinstance(p, int) or p.isidentifier()).replace("kind", "class")
-    code = {"missing": "missing_required_parameter", "json_invalid": "invalid_json"}.get(found["type"], "invalid_value")
-    said = found["msg"].removeprefix("Value error, ")
-    return Refusal(400, f"{place or 'body'}: {said}"[:500], param=place[:100] or None, code=code)
-
-
-class _AtTheDoor:
-    """Refuses generating requests before their body is read, while that is cheap."""
-
-    def __init__(self, app: App, door: Door) -> None:
-        self.app, self.door = app, door
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"].startswith("/v1/"):
-            self.door.check_open()
-        await self.app(scope, receive, send)

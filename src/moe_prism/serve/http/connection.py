@@ -9,7 +9,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..config import Bounds
+from ..config import HttpBounds
 from .crowd import Crowd
 from .refusal import Refusal
 
@@ -30,7 +30,7 @@ FULL = Refusal(503, "too many connections (bounds.connections)", code="connectio
 class Paced(H11Protocol):  # type: ignore[misc]
     """One connection within `bounds`, among those of `crowd`."""
 
-    bounds: Bounds
+    bounds: HttpBounds
     crowd: Crowd
     _alarm: asyncio.TimerHandle | None = None
     _part = ""  # of a request, that the alarm is for
@@ -144,6 +144,6 @@ def _is_probe(head: bytes) -> bool:
     return method in (b"GET", b"HEAD") and rest.split(b" ", 1)[0].split(b"?", 1)[0] in PROBES
 
 
-def paced_protocol(bounds: Bounds) -> type[Paced]:
+def paced_protocol(bounds: HttpBounds) -> type[Paced]:
     """uvicorn's HTTP protocol within `bounds`: headers and body of every request have an absolute deadline, whoever reads them."""
     return type("PacedHere", (Paced,), {"bounds": bounds, "crowd": Crowd(bounds)})

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from ..config import Bounds
+    from ..config import HttpBounds
 
 
 PACE, BURST = 10.0, 16.0
@@ -38,7 +38,7 @@ class Crowd:
     address opens only so many a second.
     """
 
-    def __init__(self, bounds: Bounds, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, bounds: HttpBounds, clock: Callable[[], float] = time.monotonic) -> None:
         self.most = bounds.connections
         self.most_of_one = min(self.most, bounds.connections_per_client or max(1, self.most * 3 // 4))
         self._of: dict[str, dict[Client, bool]] = {}  # address -> connection -> whether it waits

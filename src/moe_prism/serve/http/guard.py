@@ -9,7 +9,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
-from ..config import Bounds
+from ..config import HttpBounds
 from .passed_on import passed_on
 from .refusal import Refusal
 
@@ -58,7 +58,7 @@ class Guard:
     """Wraps the application; `refused(reason)` is told of every refusal."""
 
     def __init__(
-        self, app: App, bounds: Bounds, keys: Keys, refused: Callable[[str], None], administrators: Keys | None = None
+        self, app: App, bounds: HttpBounds, keys: Keys, refused: Callable[[str], None], administrators: Keys | None = None
     ) -> None:
         """administrators: None: nothing is administered."""
         self.app, self.bounds, self.keys, self.refused = app, bounds, keys, refused
@@ -183,7 +183,7 @@ class _Reply:
 class _Body:
     """Counts and times what a client sends."""
 
-    def __init__(self, receive: Receive, bounds: Bounds, length: bytes | None, turns: asyncio.Semaphore) -> None:
+    def __init__(self, receive: Receive, bounds: HttpBounds, length: bytes | None, turns: asyncio.Semaphore) -> None:
         """turns: taken by one large body at a time."""
         self._receive, self._bounds, self._turns = receive, bounds, turns
         self._has_turn = False

@@ -15,6 +15,7 @@ from ..data.splits import Side
 from ..elastic import operating_point
 from ..errors import UsageError
 from ..model import find_layers, load_to_run, load_tokenizer, resolve
+from ..offload.answers import RoutedShape, read_answers
 from ..offload.cache import cache_policies
 from ..offload.consistency import routing_report
 from ..offload.predict.reuse import ReusePredictor
@@ -52,6 +53,11 @@ def record_trace(
     options.check()
     if out is not None and Path(out).exists() and not force:
         raise UsageError(f"'{out}' exists", "choose another path, or --force")
+    if options.answers is not None:
+        answered = answered_trace(model, options.answers)
+        if out is not None:
+            answered.save(out)
+        return answered
     where = resolve(model)
     tree, cut = model_tree(where), sub_experts(where)
     if cut == 1 and options.budget != 1.0:
@@ -78,6 +84,20 @@ def record_trace(
     if out is not None:
         trace.save(out)
     return trace
+
+
+def answered_trace(model: str | Path, answers: Path) -> Trace:
+    """The routing that answers of vLLM or SGLang tell, one answer per line, of a model that is at hand: its weights are not read.
+
+    Raises UsageError or CorruptError for a file that holds no routing of this model.
+    """
+    facts = inspect_model(model)
+    moe = [number for number, row in enumerate(facts["layers"]) if row["kind"] == "moe"]
+    experts = {facts["layers"][number]["experts"] for number in moe}
+    if len(experts) != 1 or not facts["experts_per_token"]:
+        raise UsageError(f"'{model}' has no MoE layers of one size", "give the model that answered")
+    shape = RoutedShape(len(facts["layers"]), moe, experts.pop(), facts["experts_per_token"])
+    return read_answers(answers, shape, origin(resolve(model)))
 
 
 def _record(loaded: Any, windows: Any, options: TraceOptions, header: dict[str, Any], update: Any) -> Trace:

@@ -36,7 +36,10 @@ def vllm(ids, prompt):
 
 def sglang(ids, prompt):
     text = base64.b64encode(ids.astype("<i4").tobytes()).decode()
-    return {"text": "x", "meta_info": {"prompt_tokens": prompt, "routed_experts": text}}
+    return {
+        "text": "x",
+        "meta_info": {"prompt_tokens": prompt, "completion_tokens": len(ids) + 1 - prompt, "routed_experts": text},
+    }
 
 
 def written(tmp_path, *answers):

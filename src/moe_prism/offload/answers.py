@@ -113,7 +113,9 @@ def _of_answer(answer: Any, where: str, shape: RoutedShape) -> Iterator[tuple[Ar
                 raise UsageError(f"{where} has no routed experts", AGAIN)
             if not isinstance(prompt, int) or isinstance(prompt, bool) or prompt < 0:
                 raise UsageError(f"{where} does not say how many tokens its prompt has", "keep the whole answer, usage included")
-            yield _chosen(_array(text, where), where, shape), prompt
+            given = counted.get("completion_tokens")
+            tokens = prompt + given - 1 if isinstance(given, int) and not isinstance(given, bool) else None
+            yield _chosen(_array(text, where), where, shape, tokens), prompt
 
 
 def _array(text: str, where: str) -> Array:
@@ -139,13 +141,13 @@ def _array(text: str, where: str) -> Array:
     return np.frombuffer(rest, kind).reshape(size)
 
 
-def _chosen(array: Array, where: str, shape: RoutedShape) -> Array:
-    """ids [n, MoE layers, k] of what a server gave for all layers, or for the MoE layers."""
+def _chosen(array: Array, where: str, shape: RoutedShape, tokens: int | None) -> Array:
+    """ids [n, MoE layers, k] of what a server gave for all layers, or for the MoE layers. tokens: n, where the answer says it."""
     layers = shape.layers
     if array.ndim == 3:
         layers = array.shape[1]
-    elif array.size % (layers * shape.k):
-        layers = len(shape.moe)
+    elif tokens is not None and tokens > 0:
+        layers = array.size // (tokens * shape.k)
     if layers not in (shape.layers, len(shape.moe)) or array.size % max(1, layers * shape.k) or not array.size:
         said = "x".join(map(str, array.shape))
         raise UsageError(

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 from ..artefact.load import load
 from ..artefact.open import sub_experts
 from ..checkpoint.companions import origin
@@ -190,7 +192,15 @@ def write_miss_curves(trace: str | Path, out: str | Path, *, report: Report = si
         "tokens": len(found.part("evaluation").decode()),
         **{name: getattr(found, name) for name in ("k", "experts", "layers")},
     }
-    write_misses(out, facts, parts)
+    write_misses(out, facts, parts, shares(found))
+
+
+def shares(trace: Trace) -> list[list[float]]:
+    """[L][E]: of a layer's choices, the share of each expert."""
+    counts = np.zeros((trace.layers, trace.experts))
+    for row in trace.to_records():
+        counts[row["layer"], row["expert"]] = row["tokens"]
+    return (counts / np.maximum(1, counts.sum(1, keepdims=True))).tolist()  # type: ignore[no-any-return]
 
 
 def miss_sizes(k: int, keys: int) -> list[int]:

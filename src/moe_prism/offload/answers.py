@@ -54,9 +54,9 @@ def read_answers(file: Path, shape: RoutedShape, model: str) -> Trace:
     ids = np.concatenate([own for own, _ in found])
     length = [len(own) for own, _ in found]
     position = np.concatenate([np.arange(n) for n in length])
-    prompt = np.repeat([p for _, p in found], length)
+    prompts = np.repeat([p for _, p in found], length)
     request = np.repeat(np.arange(len(found)), length)
-    phase = np.where(position < prompt, PREFILL, DECODE).astype(np.int8)
+    phase = np.where(position < prompts, PREFILL, DECODE).astype(np.int8)
     begins = np.r_[True, (request[1:] != request[:-1]) | (phase[1:] == DECODE)]  # a prompt is one step
     header = {
         "format": FORMAT,

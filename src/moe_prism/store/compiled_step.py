@@ -73,13 +73,15 @@ class Entries(NamedTuple):
 
 
 class StepRows(NamedTuple):
-    """Addresses of x [T, d], index and weight [T, k], T and k; of what chooses (a CHOICE, 0: everything is kept), its PAST and its dials
-    [T]; of keep [T, k, N] and of out [T, d]; the number of the step, how many slots reads under way hold, and whether the caller has
-    something to do before the layer computes.
+    """What a step is given, arrays by address.
+
+    x [T, d]; chosen, weight [T, k]: experts and their weights; tokens, k: T and k; choice: a CHOICE, 0 = everything is kept, with its
+    past and its budget, the dials [T]; keep [T, k, N] and out [T, d] are written. step: its number; held: slots that reads under way hold;
+    pauses: whether the caller has something to do before the layer computes.
     """
 
     x: int
-    index: int
+    chosen: int
     weight: int
     tokens: int
     k: int
@@ -96,7 +98,7 @@ class StepRows(NamedTuple):
 @njit(nogil=True, cache=True)
 def kept(layer: StepLayer, rows: StepRows, keep: Flags) -> None:
     """keep [T, k, N] of a step."""
-    index = numbers(rows.index, rows.tokens, rows.k)
+    index = numbers(rows.chosen, rows.tokens, rows.k)
     if rows.choice == 0:
         for t in range(rows.tokens):
             for c in range(rows.k):
@@ -116,7 +118,7 @@ def begin_step(layer: StepLayer, cache: Cache, rows: StepRows, arena: ArenaTable
     """
     keep = flags(rows.keep, rows.tokens, rows.k, layer.parts)
     kept(layer, rows, keep)
-    index, weight = numbers(rows.index, rows.tokens, rows.k), floats(rows.weight, rows.tokens, rows.k)
+    index, weight = numbers(rows.chosen, rows.tokens, rows.k), floats(rows.weight, rows.tokens, rows.k)
     keys, begin, end, row, chosen, importance = sort_entries(index, weight, keep, layer.experts, layer.base)
     late = np.zeros(len(row), np.bool_)
     entries, loads = Entries(keys, begin, end, row, chosen, late), np.empty(0, np.int64)
@@ -185,7 +187,7 @@ def end_step(layer: StepLayer, rows: StepRows, entries: Entries, parts: Floats) 
         return
     choice = carray(pointer(rows.choice), 1, CHOICE)[0]
     if choice.vectors:
-        index, weight = numbers(rows.index, rows.tokens, rows.k), floats(rows.weight, rows.tokens, rows.k)
+        index, weight = numbers(rows.chosen, rows.tokens, rows.k), floats(rows.weight, rows.tokens, rows.k)
         keep, extra = flags(rows.keep, rows.tokens, rows.k, layer.parts), np.zeros_like(out)
         add_dropped(index, weight, keep, floats_3d(choice.vectors, layer.experts, layer.parts, layer.hidden), extra)
         out += extra

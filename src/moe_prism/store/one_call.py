@@ -159,7 +159,7 @@ class StoredCall:
             store.end_layer(own.number)
             return out, keep
         if state == TOO_MANY:
-            wanted = Wanted(*entries[:5], importance)
+            wanted = Wanted(entries.keys, entries.begin, entries.end, entries.row, entries.weight, importance)
             found = store.run_begun(LayerBatch(own.number, x, wanted, None), ahead)
             store.end_layer(own.number)
             fix = self.extra
@@ -168,13 +168,14 @@ class StoredCall:
             raise no_room(len(entries.keys))
         jobs = store.fetcher.read_placed(own.number, loads, entries.keys)
         parts = np.empty((len(entries.row), x.shape[1]), np.float32)
-        if ahead is not None and not jobs:
-            store.beside(entries.keys, ahead)()
-            ahead = None
+        meanwhile = store.beside(entries.keys, ahead)
+        if meanwhile is not None and not jobs:
+            meanwhile()
+            meanwhile = None
         compute(own.layer, own.arena, rows, entries, False, parts)
         times.computed += time.perf_counter() - began
-        if ahead is not None:
-            store.beside(entries.keys, ahead)()
+        if meanwhile is not None:
+            meanwhile()
         store.fetcher.wait(jobs)
         began = time.perf_counter()
         finish(own.layer, own.arena, rows, entries, parts)

@@ -43,6 +43,7 @@ from moe_prism.point import FULL, OperatingPoint, SlotBits, SlotRule
 from moe_prism.store import ExpertStore, StoreOptions, open_pack
 from moe_prism.store.aio_reader import open_reader
 from moe_prism.store.choose_misses import Misses
+from moe_prism.store.outputs import SlotOutputs
 from moe_prism.store.plane_layout import PlaneStorage
 from moe_prism.store.pools import Eviction
 
@@ -233,10 +234,10 @@ def overlap(args: argparse.Namespace, folder: Path, work: Path) -> list[dict[str
     pack = open_pack(work / "parts", manifest)
     layers = find_layers(LayerStream(folder).model)
     count = pack.space.experts * pack.space.parts
-    policy = cache_policies.get("lru")
+    policy = Eviction(cache_policies.get("lru"))
     small = pack.space.layers * max(8, count // 8)
     both, reading = (kind(pack, small, layers[0], policy) for kind in (ExpertStore, Reading))
-    whole = ExpertStore(pack, len(pack.space), layers[0], Eviction(policy))
+    whole = ExpertStore(pack, len(pack.space), layers[0], policy)
     found = []
     for tokens in (1, 16, 64, 128, 256, 512):
         x = torch.randn(tokens, pack.layout.hidden)
@@ -255,11 +256,19 @@ def overlap(args: argparse.Namespace, folder: Path, work: Path) -> list[dict[str
     return found
 
 
+class NoOutputs(SlotOutputs):
+    """Computes nothing."""
+
+    def compute(self, x: torch.Tensor, row: Any, weight: Any, slot: Any) -> Any:
+        return np.zeros((len(row), x.shape[1]), np.float32)
+
+
 class Reading(ExpertStore):
     """Reads and computes nothing."""
 
-    def _outputs(self, x: torch.Tensor, row: Any, weight: Any, slot: Any) -> Any:
-        return np.zeros((len(row), x.shape[1]), np.float32)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._outputs = NoOutputs(self.arena, self.places, self.times)
 
 
 def stored(folder: Path, work: Path, memory: int, config: Config, args: argparse.Namespace) -> Any:

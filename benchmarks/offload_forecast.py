@@ -45,7 +45,7 @@ def compare(
     """Decode the windows, the last one twice: the first time warms up."""
     store = run.model._moe_prism.store
     turn(run, windows[-1:], tokens, None)
-    run = Run(run.config, run.model)
+    run = Run(run.config, run.model, run.point)
     for row in windows:
         turn(run, row[None], tokens, None)
     real, kept = run.row(), at_budget(trace, run.model._moe_prism, run.config.budget)

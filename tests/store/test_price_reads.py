@@ -119,6 +119,33 @@ def test_plan_of_a_tiny_model(elastic_tiny, text):
             forecast_offload(elastic_tiny, 1 << 20, OffloadOptions(expert_file=file, **wrong))
 
 
+def test_whole_experts_by_every_command(elastic_tiny, text, capsys, tmp_path):
+    whole, _, file = text
+    n = whole._moe_prism.layers[0].parts.n_sub
+    memory, own = str(smallest(whole, 12)), ["--expert-file", str(tmp_path / "whole"), "--expert-parts", "1"]
+    assert main(["offload", str(elastic_tiny), "--memory", memory, *own, "--tokens", "160"]) == 0
+    shown = capsys.readouterr().out
+    assert "--expert-parts 1" in shown
+    base = [
+        "generate",
+        str(elastic_tiny),
+        "--prompt",
+        "import os",
+        "--max-tokens",
+        "4",
+        "--expert-memory",
+        memory,
+        "--budget",
+        "0.6",
+    ]
+    assert main([*base, *own, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["text"]
+    assert main([*base, "--expert-file", str(file), "--expert-parts", str(n), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == found
+    assert main([*base, "--expert-file", str(tmp_path / "none"), "--expert-parts", str(n + 1)]) == 2
+    assert f"give 1, or {n}" in capsys.readouterr().err
+
+
 def test_commands(elastic_tiny, text, capsys):
     whole, _, file = text
     memory = str(smallest(whole, 12))

@@ -23,8 +23,10 @@ def store_options(experts: ExpertOptions) -> StoreOptions | None:
         None if experts.expert_memory == AUTO else parse_bytes(experts.expert_memory, instead=AUTO),
         experts.expert_file,
         experts.expert_policy,
+        parts=experts.expert_parts,
         misses=Misses(experts.miss_floor, experts.int8_budget),
         ahead=experts.expert_ahead,
+        tries_ahead=not experts.expert_ahead_always,
         predictor=experts.expert_predictor,
         fitted=experts.expert_settings,
     )

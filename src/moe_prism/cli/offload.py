@@ -39,6 +39,8 @@ def offload(folder: Path, /, *, memory: str, options: OffloadOptions, json: bool
     ]
     text = table(("budget", "slots", "policy", "reads", "ahead", "hit rate", "reads/token", "ms/token"), rows)
     how = f" --expert-policy {best.policy}"
+    if options.expert_parts is not None:
+        how = f" --expert-parts {options.expert_parts}{how}"
     if options.expert_settings is not None:
         how = f" --expert-settings {options.expert_settings}{how} --expert-ahead {best.ahead}"
     elif best.ahead:

@@ -25,7 +25,6 @@ from ..options.text import source_in
 from ..progress import Report, silent
 from ..result import Result
 from ..store import ExpertStore, StoreOptions, parse_bytes
-from ..store.choose_misses import Misses
 from ..store.fit import key_values, read_ahead
 from ..store.fitted import Chosen, choose
 from ..store.pools import Eviction
@@ -97,7 +96,7 @@ def forecast_offload(
     if not all(0 < b <= 1 for b in options.budgets or ()):
         raise UsageError("budgets lie in (0, 1]", "1 keeps every slot")
     chosen = choose(None, {}, options.expert_ahead, options.expert_predictor, options.expert_settings)
-    model, tokenizer = load(folder, store=StoreOptions(memory, options.expert_file, misses=Misses(low=None)))
+    model, tokenizer = load(folder, store=StoreOptions(memory, options.expert_file, parts=options.expert_parts))
     elastic, store = model._moe_prism, model._moe_prism.store
     if not isinstance(store, ExpertStore):
         raise UsageError(

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 from ..artefact.load import load
 from ..artefact.open import sub_experts
 from ..checkpoint.companions import origin
@@ -15,6 +17,7 @@ from ..data.splits import Side
 from ..elastic import operating_point
 from ..errors import UsageError
 from ..model import find_layers, load_to_run, load_tokenizer, resolve
+from ..offload.answers import RoutedShape, read_answers
 from ..offload.cache import cache_policies
 from ..offload.consistency import routing_report
 from ..offload.predict.reuse import ReusePredictor
@@ -52,6 +55,11 @@ def record_trace(
     options.check()
     if out is not None and Path(out).exists() and not force:
         raise UsageError(f"'{out}' exists", "choose another path, or --force")
+    if options.answers is not None:
+        answered = answered_trace(model, options.answers)
+        if out is not None:
+            answered.save(out)
+        return answered
     where = resolve(model)
     tree, cut = model_tree(where), sub_experts(where)
     if cut == 1 and options.budget != 1.0:
@@ -78,6 +86,20 @@ def record_trace(
     if out is not None:
         trace.save(out)
     return trace
+
+
+def answered_trace(model: str | Path, answers: Path) -> Trace:
+    """The routing that answers of vLLM or SGLang tell, one answer per line, of a model that is at hand: its weights are not read.
+
+    Raises UsageError or CorruptError for a file that holds no routing of this model.
+    """
+    facts = inspect_model(model)
+    moe = [number for number, row in enumerate(facts["layers"]) if row["kind"] == "moe"]
+    experts = {facts["layers"][number]["experts"] for number in moe}
+    if len(experts) != 1 or not facts["experts_per_token"]:
+        raise UsageError(f"'{model}' has no MoE layers of one size", "give the model that answered")
+    shape = RoutedShape(len(facts["layers"]), moe, experts.pop(), facts["experts_per_token"])
+    return read_answers(answers, shape, origin(resolve(model)))
 
 
 def _record(loaded: Any, windows: Any, options: TraceOptions, header: dict[str, Any], update: Any) -> Trace:
@@ -170,7 +192,15 @@ def write_miss_curves(trace: str | Path, out: str | Path, *, report: Report = si
         "tokens": len(found.part("evaluation").decode()),
         **{name: getattr(found, name) for name in ("k", "experts", "layers")},
     }
-    write_misses(out, facts, parts)
+    write_misses(out, facts, parts, shares(found))
+
+
+def shares(trace: Trace) -> list[list[float]]:
+    """[L][E]: of a layer's choices, the share of each expert."""
+    counts = np.zeros((trace.layers, trace.experts))
+    for row in trace.to_records():
+        counts[row["layer"], row["expert"]] = row["tokens"]
+    return (counts / np.maximum(1, counts.sum(1, keepdims=True))).tolist()  # type: ignore[no-any-return]
 
 
 def miss_sizes(k: int, keys: int) -> list[int]:

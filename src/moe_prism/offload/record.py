@@ -91,6 +91,15 @@ class TraceRecorder:
             found["logits"] = torch.stack(scores, dim=1).half().numpy()
         return found
 
+    def taken(self) -> dict[str, Any]:
+        """`arrays` of what was seen since the last call; empty where there was nothing, or a forward that did not reach all layers."""
+        whole = all(rows.keys() == self._rows[0].keys() and rows for rows in self._rows)
+        try:
+            return self.arrays() if whole else {}
+        finally:
+            for rows in self._rows:
+                rows.clear()
+
     @property
     def n_sub(self) -> int:
         return self.inner[0].parts.n_sub if self.inner[0] is not None else 1

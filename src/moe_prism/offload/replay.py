@@ -71,6 +71,8 @@ def _needed(trace: Trace, space: KeySpace, layer: int, first: int, last: int) ->
     weights = np.abs(trace.weights[first:last, layer].astype(np.float64))
     valid = ids >= 0
     if space.parts == 1:
+        if trace.kept is not None:  # an expert of which no sub-expert is kept is not read
+            valid &= trace.kept[first:last, layer] != 0
         keys, weights = ids[valid] + layer * space.experts, weights[valid]
     else:
         kept = np.full(ids.shape, (1 << space.parts) - 1) if trace.kept is None else trace.kept[first:last, layer]

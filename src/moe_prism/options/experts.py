@@ -23,12 +23,22 @@ class ExpertOptions(Options):
     expert_file: Path | None = option(
         None, "Where they are packed for that, written on first use; default experts.pack in the folder."
     )
+    expert_parts: int | None = option(
+        None,
+        "Records per expert in that file: 1 for whole experts, else the model's sub-experts, the default.",
+        least=1,
+        most=1024,
+    )
     expert_policy: str | None = option(
         None,
         "Who leaves when room is needed, see `moe-prism ls cache-policies`; default lfu, or edge-moe for few slots per layer.",
     )
     expert_ahead: int | None = option(
         None, "Sub-experts to read ahead of a layer at most; default what --expert-settings says, else none.", least=0
+    )
+    expert_ahead_always: bool = option(
+        False,
+        "Read ahead in any case. By default a few steps with it and a few without take turns, and it stops where steps get no shorter.",
     )
     expert_predictor: str | None = option(
         None,
@@ -49,6 +59,8 @@ class ExpertOptions(Options):
 
     def check_used(self) -> None:
         """UsageError for an option that would do nothing, because all experts are in memory."""
+        if self.expert_ahead_always and not self.expert_ahead and self.expert_settings is None:
+            raise UsageError("--expert-ahead-always is of no use alone", "give --expert-ahead or --expert-settings as well")
         if self.expert_memory is not None:
             return
         for declared in fields(self):

@@ -28,6 +28,12 @@ class OffloadOptions(Options):
     expert_file: Path | None = option(
         None, "Where the experts are packed, written on first use; default experts.pack in the folder."
     )
+    expert_parts: int | None = option(
+        None,
+        "Records per expert in that file: 1 for whole experts, else the model's sub-experts, the default.",
+        least=1,
+        most=1024,
+    )
     expert_ahead: int | None = option(
         None,
         "Also forecast reading up to so many sub-experts ahead of a layer; default what --expert-settings says, else none.",

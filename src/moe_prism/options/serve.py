@@ -86,6 +86,15 @@ class ServeOptions(ListenOptions):
         "Requests at the full model draft tokens at a low budget and check them together, where that is faster here: BUDGET, or such as "
         "budget=0.25:length=4. No token changes by it.",
     )
+    trace_out: Path | None = option(
+        None,
+        "Record which experts the requests' tokens use, for `moe-prism offload fit`, to this .npz file: it is written when --trace-tokens "
+        "are recorded or the server stops. Read docs/how-to/run-what-does-not-fit.md on what it reveals.",
+    )
+    trace_tokens: int = option(16_384, "With --trace-out: tokens to record, then it stops.", least=1, most=1 << 22)
+    trace_ids: bool = option(
+        False, "With --trace-out: keep token ids too, from which the text can be read. Predictors that go by tokens need them."
+    )
     debug: bool = option(False, "Plain logs with stack traces.")
     store: Any = None
 
@@ -95,6 +104,8 @@ class ServeOptions(ListenOptions):
             raise UsageError("--task, --task-prompts and --task-keep belong to --patterns", "give a file of `moe-prism patterns`")
         if self.patterns is not None and (self.task is None) == (self.task_prompts is None):
             raise UsageError("--patterns wants one of --task and --task-prompts", "name the task, or give a file of prompts")
+        if self.trace_out is None and (self.trace_ids or self.trace_tokens != ServeOptions.trace_tokens):
+            raise UsageError("--trace-tokens and --trace-ids belong to --trace-out", "give it too, or leave them out")
         self.named_adapters()
         if self.adapter_room is not None and self.adapter_folder is None:
             raise UsageError("--adapter-room belongs to --adapter-folder", "give both, or leave it out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import UsageError
 from .base import Options, option
@@ -18,6 +19,11 @@ class TraceOptions(Options):
     8192
     """
 
+    answers: Path | None = option(
+        None,
+        "Run nothing: take the routing from answers of vLLM or SGLang with routed_experts, one JSON answer per line. The model says which "
+        "layers and experts those are.",
+    )
     text: str | None = option(None, f"{SOURCES}. Both of its sides are recorded, and marked. {DEFAULT_TEXT}")
     text_field: list[str] = option([], FIELDS)
     tokens: int = option(8192, "Tokens in all.", least=1)
@@ -32,5 +38,8 @@ class TraceOptions(Options):
 
     def check(self) -> None:
         super().check()
+        alone = TraceOptions(answers=self.answers)
+        if self.answers is not None and self != alone:
+            raise UsageError("--answers takes everything from the answers", "leave the other options out")
         if self.prompt >= self.length:
             raise UsageError(f"--prompt {self.prompt} leaves nothing to decode of {self.length} tokens", "give a longer --length")

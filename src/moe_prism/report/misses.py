@@ -9,6 +9,8 @@ from typing import Any
 from ..errors import UsageError
 from ..frontier.record import write_atomic
 from . import chart
+from .heat import Shares, by_layer
+from .heat import draw as draw_heat
 
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -39,23 +41,35 @@ Policies were fitted on other text. Dashed: no policy can be below <code>belady<
 {% for rate in row.rates %}<td>{{ "%.1f"|format(100 * rate) }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {% endfor %}
+<h2>Which experts are used</h2>
+<figure role="img" aria-label="How often each expert of each layer is used">
+<div class="wide" aria-hidden="true">{{ heat.wide }}</div><div class="narrow" aria-hidden="true">{{ heat.narrow }}</div></figure>
+<div class="scroll"><table><caption>Choices of a layer. The last column says how many equally used experts would be as uneven.</caption>
+<thead><tr><th>layer</th><th>busiest expert</th><th>its share, %</th><th>never chosen</th><th>as many as</th></tr></thead><tbody>
+{% for row in heat.rows %}<tr><td>{{ row.layer }}</td><td>{{ row.busiest }}</td><td>{{ "%.1f"|format(100 * row.share) }}</td>
+<td>{{ row.unused }}</td><td>{{ "%.1f"|format(row.as_many_as) }}</td></tr>
+{% endfor %}</tbody></table></div>
 </body></html>
 """
 
 
-def write_misses(path: str | Path, facts: Mapping[str, Any], parts: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> None:
+Parts = Sequence[tuple[str, Sequence[Mapping[str, Any]]]]
+
+
+def write_misses(path: str | Path, facts: Mapping[str, Any], parts: Parts, shares: Shares) -> None:
     """Write the page, at once or not at all.
 
     facts: model, tokens, k, experts, layers. parts: (title, rows), each row {"policy", "slots", "hit_rate", "loads_per_token", "bound"}.
+    shares: of the heat map.
     Raises UsageError where there is nothing to draw or a library is missing.
     """
     chart.libraries()
     if not parts or not all(rows for _, rows in parts):
         raise UsageError("there are no miss curves to draw", "give at least one policy and one size")
-    write_atomic(Path(path), render(facts, parts).encode())
+    write_atomic(Path(path), render(facts, parts, shares).encode())
 
 
-def render(facts: Mapping[str, Any], parts: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
+def render(facts: Mapping[str, Any], parts: Parts, shares: Shares) -> str:
     """The page as text."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -72,8 +86,13 @@ def render(facts: Mapping[str, Any], parts: Sequence[tuple[str, Sequence[Mapping
         }
         for title, rows in parts
     ]
+    heat = {
+        "wide": Markup(chart.svg(draw_heat(shares, chart.WIDE - 60))),  # noqa: S704
+        "narrow": Markup(chart.svg(draw_heat(shares, chart.NARROW))),  # noqa: S704
+        "rows": by_layer(shares),
+    }
     page = environment.from_string(TEMPLATE)
-    return page.render(facts=facts, parts=found)
+    return page.render(facts=facts, parts=found, heat=heat)
 
 
 def _by_policy(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

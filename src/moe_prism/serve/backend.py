@@ -24,6 +24,19 @@ class Tally(NamedTuple):
         return sum(self.levels.values())
 
 
+class ExpertReads(NamedTuple):
+    """Experts on disk, since the engine's start; the last two are of the last requests of layers, as `store.live_figures` says."""
+
+    steps: int = 0
+    tokens: int = 0
+    requested: int = 0  # records that layers asked for, each once per layer and step
+    missed: int = 0
+    bytes: int = 0  # read
+    waited: float = 0.0  # seconds in which nothing could be computed
+    hit_rate: float | None = None
+    bound: float | None = None  # that of Belady's rule, which knows the future
+
+
 class Gauges(NamedTuple):
     """How things stand in the engine."""
 
@@ -34,6 +47,7 @@ class Gauges(NamedTuple):
     restarts: int = 0  # of its process
     drafted: int = 0  # tokens that requests drafted for themselves, since the engine's start
     kept: int = 0  # of them, those that were right
+    reads: ExpertReads | None = None  # None: all experts are in memory
 
 
 class AdapterFacts(NamedTuple):

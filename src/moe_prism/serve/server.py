@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import PrismError, UsageError
+from ..files import check_writable
 from ..options.serve import ListenOptions, ServeOptions
 from .http.crowd import Doorway
 from .keys import admin_keys, keep_private, keys
@@ -54,6 +55,10 @@ def serve_model(folder: str | Path, options: ServeOptions | None = None) -> None
     administrators = admin_keys(options)
     if options.adapter_folder is not None and not options.adapter_folder.is_dir():
         raise UsageError(f"there is no folder '{options.adapter_folder}'", "give --adapter-folder one that holds adapters")
+    if options.trace_out is not None:
+        check_writable(options.trace_out)
+        if options.trace_out.exists():
+            raise UsageError(f"'{options.trace_out}' exists", "give --trace-out another name, or remove it")
     listening = listen(options.host, options.port)
     try:
         need_packages()

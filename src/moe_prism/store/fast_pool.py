@@ -216,6 +216,16 @@ class TablePool(ExpertCache):
         self._ranking = Ranking.of(policy, space)
         self._pool = Residency.new(capacity, of, self._ranking)
 
+    @property
+    def residency(self) -> Residency:
+        """Who is there; another one after `shrink`."""
+        return self._pool
+
+    @property
+    def ranking(self) -> Ranking:
+        """Who leaves."""
+        return self._ranking
+
     def serve(self, keys: Ints, now: Moment, ahead: bool = False) -> tuple[Ints, Ints, Ints]:
         """`serve` on this pool."""
         return serve(AskedKeys(keys, now.step, now.layer, ahead), self._pool, self.slots, self._ranking)  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ import numpy as np
 from ..offload.base import ExpertCache, Key, Load, Moment
 from ..offload.cache.pool import LayerPools, Pool
 from .fast_pool import SlotTable, TablePool
+from .live_figures import LiveFigures
 from .pack import Pack
 from .pools import Eviction, pools
 from .reader import ReadJob, RecordReader, StoreError
@@ -35,6 +36,11 @@ class Times:
         self.bytes = self.reads = 0
 
 
+def no_room(asked: int) -> RuntimeError:
+    """Of a request that was cut too large."""
+    return RuntimeError(f"no room for {asked} sub-experts")
+
+
 class Fetcher:
     """The cache of a store, the slots it has given out, and the reads that fill them."""
 
@@ -43,7 +49,8 @@ class Fetcher:
         self.pack, self.space, self.reader, self.times = pack, pack.space, reader, times
         self.places = SlotTable.new(len(self.space), slots)
         self.cache = pools(eviction, pack.space, slots, self.places)
-        self.under_way = UnderWay(self.cache, reader, self.lose)
+        self.under_way = UnderWay(self.cache, reader, len(self.space), self.lose)
+        self.figures = LiveFigures(self.space, self.capacities())
         self.low: set[Key] = set()  # resident in int8 form
         self.price = 0.0  # seconds a record has cost so far that was waited for, spread over the threads; 0 = nothing is known
         self.step = -1
@@ -60,6 +67,10 @@ class Fetcher:
         pool = self.pool(layer)
         assert isinstance(pool, (Pool, TablePool))
         return pool.capacity
+
+    def capacities(self) -> list[int]:
+        """Slots of every layer's pool, or of the one for all."""
+        return [self.capacity(layer) for layer in range(self.space.layers if isinstance(self.cache, LayerPools) else 1)]
 
     def _table(self, layer: int) -> TablePool | None:
         pool = self.pool(layer)
@@ -84,7 +95,8 @@ class Fetcher:
             access = self.cache.request(names, self.moment(layer), weights)
             found, bypassed = self._placed(access.loads), np.array(access.bypassed)
         if len(bypassed):
-            raise RuntimeError(f"no room for {len(bypassed)} of {last - first} sub-experts")  # a piece was cut too large
+            raise no_room(last - first)
+        self.figures.note(layer, wanted.keys[first:last], len(found))
         jobs = self._read(layer, found, low)
         if self.under_way:
             # To the cache a prefetched key is resident, so it is a hit, but its record may still be on its way.
@@ -92,6 +104,12 @@ class Fetcher:
             jobs = [*jobs, *late]
             found = np.array([*found.tolist(), *(item.key for job in late for item in job.items)], np.int64)
         return jobs, found
+
+    def read_placed(self, layer: int, loads: Ints, keys: Ints) -> list[ReadJob]:
+        """The reads to wait for of a request for keys whose loads, ascending, have their slots."""
+        self.figures.note(layer, keys, len(loads))
+        jobs = self._read(layer, loads, None)
+        return [*jobs, *self.under_way.bringing(keys.tolist())] if self.under_way else jobs
 
     def prefetch(self, layer: int, keys: Sequence[Key]) -> None:
         """Begin to read keys of a layer that will run next, as far as there is room."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from ..compress.changes import change_of
 from ..elastic import Elastic
 from ..elastic.base import LayerParts
-from ..elastic.execute.base import Candidates, Executor, Settled
+from ..elastic.compensate import Compensator
+from ..elastic.execute.base import Again, Candidates, Executor, Settled
+from ..elastic.select import Selection
 from ..elastic.side_tensors import REPAIR
 from ..errors import UsageError
 from ..model import MoELayer
@@ -19,10 +22,12 @@ from ..model.around import LayerAround
 from ..model.gate_neurons import GateNeurons
 from ..point import OperatingPoint
 from .choose_misses import Misses, Prepared, choose
+from .one_call import CompiledLayer, StoredAgain, StoredCall, takes_layer
 from .pack import Pack
 from .read_ahead import Guess, ReadAhead
 from .record_store import RecordStore
 from .store import ExpertStore
+from .token_watch import TokenWatch
 
 
 class StoredNeurons(LayerAround, GateNeurons):
@@ -55,6 +60,41 @@ class FromStore(Executor):
         pack = self.store.pack
         return pack.layout.low_bytes if pack.has_low else None
 
+    @cached_property
+    def _layer(self) -> CompiledLayer | None:
+        return CompiledLayer(self.parts, self.store) if takes_layer(self.parts, self.store) else None
+
+    @cached_property
+    def _everything(self) -> StoredCall | None:
+        return None if self._layer is None else StoredCall(self._layer, None, None, self.elastic.ahead)
+
+    def whole(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor | None:
+        call = self._everything
+        return call(x, index, weight)[0] if call is not None and call.layer.takes(x, index, weight) else None
+
+    def at_once(self, selection: Selection, extra: Compensator | None) -> tuple[Tensor, Tensor] | None:
+        """By `one_call`, where everything that is missing is read."""
+        call, held = self._call(selection, extra), selection.held
+        if call is None or not call.layer.takes(selection.x, selection.index, selection.weight):
+            return None
+        dials = call.dials(selection)
+        if dials is None or (held is not None and held.own is not None):
+            return None
+        return call(selection.x, selection.index, selection.weight, dials, 0 if held is None else held.past.address)
+
+    def again(self, selection: Selection | None, extra: Compensator | None) -> Again | None:
+        """By `one_call`."""
+        if selection is None:
+            return None if self._everything is None else StoredAgain(self._everything, 0, False)
+        call = self._call(selection, extra)
+        dials = None if call is None or isinstance(selection.budget, Tensor) else call.dials(selection)
+        return None if call is None or dials is None else StoredAgain(call, dials, selection.held is not None)
+
+    def _call(self, selection: Selection, extra: Compensator | None) -> StoredCall | None:
+        if self._layer is None or not self.elastic.misses.is_exact:
+            return None
+        return self._layer.choice(selection, extra, self.elastic.ahead)
+
     def settle(self, candidates: Candidates) -> Settled:
         return choose(self.store, self.number, candidates, self.elastic.misses)
 
@@ -82,6 +122,12 @@ class StoredElastic(Elastic):
         self.store, self.misses = store, misses
         super().__init__(model, layer_parts)
         self.ahead = ReadAhead(self.layers, store, ahead)
+        store.reads_ahead = bool(ahead.width)
+
+    @property
+    def watch(self) -> TokenWatch | None:
+        """What shows a predictor the tokens of a step; None where no predictor looks at them."""
+        return None if self.ahead.seen is None else self.ahead.seen.tokens
 
     def executor_of(self, parts: LayerParts) -> Executor:
         return FromStore(parts, self)

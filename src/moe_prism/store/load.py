@@ -15,7 +15,7 @@ from ..checkpoint import LayerStream, changing
 from ..checkpoint.manifest import check_layers
 from ..elastic.runtime import experts_per_token
 from ..errors import CorruptError, UsageError
-from ..model import find_layers, read_generation_config
+from ..model import MoELayer, find_layers, read_generation_config
 from .aio_reader import open_reader
 from .arena import slots_in
 from .choose_misses import Misses
@@ -25,9 +25,11 @@ from .pack import Pack, check_fits, open_pack, write_pack
 from .plane_layer import PlaneElastic
 from .plane_layout import PlaneLayout
 from .plane_store import PlaneStore
+from .pools import Eviction
 from .reader import RecordReader
 from .sizing import FirstSteps, cache_bytes, kept_free, memory_for_experts
 from .store import ExpertStore
+from .tiers import Tier, TieredStore
 
 logger = logging.getLogger(__name__)
 PACK_FILE = "experts.pack"
@@ -38,7 +40,9 @@ class StoreOptions:
     """memory: bytes for experts and what predicts them, None: what is left beside a KV cache of `cache_tokens`; file: the packed file,
     default `experts.pack` in the model's folder; policy, settings: who is evicted, default `pools.policy_for`; parts: records per expert
     (1 = whole experts), default the model's sub-experts; misses: what is not read, or in int8 form; ahead: records to read ahead of a
-    layer; predictor: of its experts; fitted: a file of `moe-prism offload fit`, which says what is not said here; reader: a test's own.
+    layer; tries_ahead: only where steps are shorter with it (`trial.Trial`); predictor: of the experts that are read ahead; fitted: a
+    file of `moe-prism offload fit`, which says what is not said here; reader: a test's own;
+    tier: `memory` is fast memory, behind which host memory holds records too (`tiers.py`).
     """
 
     memory: int | None
@@ -48,10 +52,12 @@ class StoreOptions:
     parts: int | None = None
     misses: Misses = field(default_factory=Misses)
     ahead: int | None = None
+    tries_ahead: bool = False
     predictor: str | None = None
     fitted: Path | None = None
     cache_tokens: int = 4096
     reader: Callable[[Pack, Tensor], RecordReader] = open_reader
+    tier: Tier | None = None
 
 
 def ready_pack(
@@ -59,6 +65,10 @@ def ready_pack(
 ) -> Pack:
     """The packed file of an artefact, written first where there is none."""
     path, low = options.file or folder / PACK_FILE, options.misses.low is not None
+    if options.parts not in (None, 1, manifest["n_sub"]):
+        raise UsageError(
+            f"an expert cannot lie in {options.parts} records", f"give 1, or {manifest['n_sub']}, the model's sub-experts"
+        )
     if not path.exists():
         if path.parent.resolve() == folder.resolve():
             _pack_inside(folder, path.name, manifest, options, progress)
@@ -86,6 +96,14 @@ def _pack_inside(
         change.commit({"caches": sorted({*manifest.get("caches", ()), name})})
 
 
+def _opened(pack: Pack, slots: int, like: MoELayer, eviction: Eviction, options: StoreOptions) -> ExpertStore:
+    if options.tier is None:
+        return ExpertStore(pack, slots, like, eviction, reader=options.reader)
+    if options.misses.low is not None:
+        raise UsageError("host memory behind fast memory holds no int8 forms", "leave the int8 budget out")
+    return TieredStore(pack, slots, like, eviction, tier=options.tier, reader=options.reader)
+
+
 def load_stored(
     folder: Path,
     manifest: Mapping[str, Any],
@@ -111,12 +129,12 @@ def load_stored(
     if isinstance(pack.layout, PlaneLayout):
         group = max(group, 2 * pack.layout.planes)  # a pool of one layer then holds both planes of a block
     like, eviction = layer_parts[0].layer, chosen.eviction(pack.space, slots, group)
-    guess = chosen.guess(pack.space, like.hidden)
+    guess = chosen.guess(pack.space, like.hidden)._replace(tried=options.tries_ahead)
     if isinstance(pack.layout, PlaneLayout):
         planes = PlaneStore(pack, slots, like, eviction, reader=options.reader)
         model._moe_prism = PlaneElastic(model, layer_parts, planes, misses=options.misses, ahead=guess)
     else:
-        store = ExpertStore(pack, slots, like, eviction, reader=options.reader)
+        store = _opened(pack, slots, like, eviction, options)
         model._moe_prism = StoredElastic(model, layer_parts, store, misses=options.misses, ahead=guess)
     if options.memory is None:
         kept = model._moe_prism.store

@@ -44,24 +44,24 @@ class PlaneStore(RecordStore):
         meanwhile: called once while reads are under way. StoreError if a record cannot be read; the store can be used further then. The
         result does not depend on what was resident.
         """
-        if layer == 0:
-            self.begin_step()
+        self.begin_layer(layer, len(x))
         under_way, base = self.fetcher.under_way, self.space.of_layer(layer).start
-        under_way.note_arrivals()
         if under_way:
             under_way.take_back(self.space.of_layer(layer), set((base + wanted.record).tolist()))
         out = np.zeros(x.shape, np.float32)
         few = self.arena.is_few(wanted) and len(wanted.row) * x.shape[1] <= PARTIAL_NUMBERS
         if few and len(wanted.record) + len(under_way) <= self.capacity(layer):
             if meanwhile is not None:
-                meanwhile = self._beside((base + wanted.record).tolist(), meanwhile)
+                meanwhile = self.beside(base + wanted.record, meanwhile)
             self._in_one(layer, x, wanted, out, meanwhile)
+            self.end_layer(layer)
             return torch.from_numpy(out)
         self.settle()  # its pins would take room from the pieces
         whole = torch.from_numpy(out)
         self._piece_by_piece(layer, x, wanted, whole)
         if meanwhile is not None:
             meanwhile()
+        self.end_layer(layer)
         return whole
 
     def _in_one(self, layer: int, x: Tensor, wanted: PlaneWanted, out: np.ndarray, meanwhile: Callable[[], None] | None) -> None:

@@ -26,6 +26,7 @@ from ..offload.predict import Predictor, Seen
 from .choose_misses import Misses
 from .record_store import RecordStore
 from .token_watch import TokenWatch
+from .trial import Trial
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -34,10 +35,14 @@ MOST_TOKENS = 8  # up to which there is something to gain: a long prompt wants n
 
 
 class Guess(NamedTuple):
-    """width: records to read ahead of a layer at most, 0 = never; predictor: of the experts, None = the layer's own router."""
+    """width: records to read ahead of a layer at most, 0 = never; predictor: of the experts, None = the layer's own router.
+
+    tried: stop where steps take longer with it (`Trial`).
+    """
 
     width: int = 0
     predictor: Predictor | None = None
+    tried: bool = False
 
 
 class ReadAhead:
@@ -45,11 +50,17 @@ class ReadAhead:
 
     def __init__(self, layers: Sequence[ElasticLayer], store: RecordStore, guess: Guess) -> None:
         self.layers, self.store, self.width = layers, store, guess.width
+        self._few = True  # whether the step that runs is of few tokens
         model, own, parts = layers[0].elastic.model, layers[0].parts.layer, store.space.parts
         self.k = experts_per_token(model, own)
         self.guessed = min(store.space.experts, max(self.k, -(-self.width // parts)))  # experts, of every token
         self.routers = [self._router(layer) for layer in layers] if self.width else []
+        self.trial = Trial() if guess.tried and self.width else None
+        if self.trial is not None:
+            store.on_end = self._hear
         self.seen = _SeenLive(model, guess.predictor, self.k, len(layers)) if self.width and guess.predictor is not None else None
+        if self.seen is not None and self.seen.predictor.first_layer == 0:
+            self.seen.tokens.told = self._first
 
     @staticmethod
     def _router(layer: ElasticLayer) -> Tensor:
@@ -61,7 +72,11 @@ class ReadAhead:
 
         Not for routing stages that ask for more than the router's choice: what they ask for is not known yet.
         """
+        if number == 1:
+            self._few = len(x) <= MOST_TOKENS
         if self.width and number < len(self.routers) and len(x) <= MOST_TOKENS:
+            if self.trial is not None and not self.trial.reads:
+                return
             if self.seen is not None:
                 self.seen.note(number - 1, index, self.store.space.experts)
                 if number < self.seen.predictor.first_layer:
@@ -69,6 +84,29 @@ class ReadAhead:
             elastic = self.layers[number].elastic
             if not elastic.step.bound.needs:
                 self.store.prefetch(number, self.keys(number, x, elastic.misses))  # type: ignore[attr-defined]
+
+    def _hear(self, seconds: float) -> None:
+        """A step has ended. Long prompts say nothing: nothing is read ahead of them."""
+        assert self.trial is not None
+        if self._few:
+            self.trial.note(seconds)
+
+    def _first(self, tokens: int) -> None:
+        """A step's ids are known, before anything is computed: begin to read for the first layer.
+
+        There is no input yet that its selection could look at, so of the likeliest experts those sub-experts are read that are used most.
+        """
+        elastic = self.layers[0].elastic
+        if tokens > MOST_TOKENS or elastic.step.bound.needs or (self.trial is not None and not self.trial.reads):
+            return
+        assert self.seen is not None
+        scores = self.seen.scores(0, torch.empty(tokens, 0)).max(0)
+        likeliest = np.argsort(-scores, kind="stable")[: self.guessed]
+        uses = self.store.uses[likeliest].astype(np.float64)  # [guessed, N]
+        worth = (uses + 1) / (uses.max() + 1) * np.exp2(-np.arange(len(likeliest)))[:, None]
+        keys = likeliest[:, None] * self.store.space.parts + np.arange(self.store.space.parts)
+        order = np.argsort(-worth.reshape(-1), kind="stable")[: self.width]
+        self.store.prefetch(0, keys.reshape(-1)[order].tolist())
 
     def experts(self, number: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """(weight, index) [T, guessed] of the experts that layer `number` is guessed to run, likeliest first.
@@ -122,11 +160,12 @@ class _SeenLive:
         self.ids[number] = own
 
     def scores(self, number: int, x: Tensor) -> Floats:
-        """[T, E] float32."""
+        """[T, E] float32. x [T, d]: the input of the layer before; of the first layer there is none."""
         token, past = self.tokens.of(len(x))
         nothing = np.full((len(x), self.k), -1, np.int64)
-        ids = np.stack([own if len(own) == len(x) else nothing for own in self.ids[:number]], axis=1)
-        seen = Seen(token, past, ids, x.float().numpy())
+        known = [own if len(own) == len(x) else nothing for own in self.ids[:number]]
+        ids = np.stack(known, axis=1) if known else np.zeros((len(x), 0, self.k), np.int64)
+        seen = Seen(token, past, ids, x.float().numpy() if number else None)
         return np.ascontiguousarray(self.predictor.at(number, seen), np.float32)
 
 

@@ -41,6 +41,7 @@ class ExpertStore(RecordStore):
     """`run` gives what an in-memory executor would, from records that are read when they are missing.
 
     The result does not depend on what was resident: every sub-expert's output is computed alone and they are added in key order.
+    compiled: few tokens may go by the compiled calls of `one_call.py` instead.
     """
 
     def __init__(self, pack: Pack, slots: int, like: MoELayer, eviction: Eviction, *, reader: Open = open_reader) -> None:
@@ -49,6 +50,7 @@ class ExpertStore(RecordStore):
         self.arena = Arena(slots, pack.layout, like)
         super().__init__(pack, self.arena.memory, self.arena.mapped, eviction, reader=reader)
         self._outputs = SlotOutputs(self.arena, self.places, self.times)
+        self.compiled = True
 
     def wanted(self, layer: int, index: Tensor, weight: Tensor, keep: Tensor) -> Wanted:
         """What a batch asks of a layer: index, weight [T, k], keep [T, k, N] bool."""
@@ -68,16 +70,21 @@ class ExpertStore(RecordStore):
         low [E, N] bool: records to take in int8 form if they have to be read; meanwhile: called once while reads are under way.
         StoreError if a record cannot be read; the store can be used further then.
         """
-        if layer == 0:
-            self.begin_step()
-        under_way, batch = self.fetcher.under_way, LayerBatch(layer, x, wanted, low)
-        under_way.note_arrivals()
+        self.begin_layer(layer, len(x))
+        out = self.run_begun(LayerBatch(layer, x, wanted, low), meanwhile)
+        self.end_layer(layer)
+        return out
+
+    def run_begun(self, batch: LayerBatch, meanwhile: Callable[[], None] | None) -> Tensor:
+        """`run` of a layer that has begun."""
+        layer, x, wanted, _ = batch
+        under_way = self.fetcher.under_way
         out = np.zeros(x.shape, np.float32)
         if under_way:
             under_way.take_back(self.space.of_layer(layer), set(wanted.keys.tolist()))
         capacity = self.capacity(layer)
         if len(wanted) + len(under_way) <= capacity:
-            self._at_once(batch, out, self._beside(wanted.keys.tolist(), meanwhile))
+            self._at_once(batch, out, self.beside(wanted.keys, meanwhile))
         else:
             self.settle()  # its pins would take room from the pieces
             if len(wanted) < PINNING_LIMIT * capacity and self._outputs.can_hold(x, wanted):

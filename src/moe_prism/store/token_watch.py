@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ Ints = NDArray[np.int64]
 class TokenWatch:
     """The ids of the newest call of a model, by a hook. Ids before it are known while its cache continues with the same rows.
 
-    A server that forms its batches anew at every step continues no cache as it is meant here: the history is then unknown.
+    A server that forms its batches anew at every step continues no cache as it is meant here: it says what came before (`tell`).
+    told: called with the number of tokens when a step's ids are known.
     """
 
     def __init__(self, model: Any) -> None:
@@ -24,7 +26,13 @@ class TokenWatch:
         self._history: Ints = np.zeros((0, HISTORY), np.int64)
         self._last: Ints = np.zeros((0, HISTORY), np.int64)  # of every row, nearest first
         self._length = 0  # of the cache after the newest call
+        self._given: Ints | None = None
+        self.told: Callable[[int], None] | None = None
         self.handle = model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def tell(self, history: Ints) -> None:
+        """What came before every row of the next call [T, HISTORY], nearest first, -1 where nothing did."""
+        self._given = history
 
     def of(self, tokens: int) -> tuple[Ints, Ints]:
         """(ids [T], history [T, HISTORY]) of the step that runs, -1 where unknown; all of it for a batch of another size."""
@@ -33,6 +41,14 @@ class TokenWatch:
         return self._token, self._history
 
     def _note(self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self._look(inputs, named)
+        given, self._given = self._given, None
+        if given is not None and len(given) == len(self._token):
+            self._history = given
+        if self.told is not None and len(self._token):
+            self.told(len(self._token))
+
+    def _look(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         ids = named.get("input_ids", inputs[0] if inputs else None)
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             self._token, self._last, self._length = np.zeros(0, np.int64), np.zeros((0, HISTORY), np.int64), 0

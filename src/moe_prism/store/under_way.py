@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 
+import numpy as np
+
 from ..offload.base import ExpertCache, Key
 from .reader import ReadJob, RecordReader
 
@@ -15,8 +17,9 @@ class UnderWay:
     to must not be given to another record.
     """
 
-    def __init__(self, cache: ExpertCache, reader: RecordReader, lose: Callable[[Key], None]) -> None:
-        """lose: told of keys that will not come."""
+    def __init__(self, cache: ExpertCache, reader: RecordReader, keys: int, lose: Callable[[Key], None]) -> None:
+        """keys: how many there are; lose: told of keys that will not come."""
+        self.pending = np.zeros(keys, bool)  # [keys] which are under way
         self._cache, self._reader, self._lose = cache, reader, lose
         self._jobs: dict[Key, ReadJob] = {}
 
@@ -28,6 +31,7 @@ class UnderWay:
         self._cache.pin(keys)
         for job in jobs:
             self._jobs.update((item.key, job) for item in job.items)
+        self.pending[list(keys)] = True
 
     def bringing(self, keys: Sequence[Key]) -> list[ReadJob]:
         """The jobs that bring some of these keys, each once."""
@@ -36,6 +40,7 @@ class UnderWay:
     def land(self, key: Key) -> None:
         """The key is not under way any more, if it was."""
         if self._jobs.pop(key, None) is not None:
+            self.pending[key] = False
             self._cache.unpin([key])
 
     def note_arrivals(self) -> None:

@@ -50,7 +50,7 @@ class Ready:
         record |= {"first": self.first.ctypes.data, "fork": threads.fork_address(), "worth": threads.ONE_THREAD_WORK}
         record |= {"down": stored.down.address, "down_expert": stored.down.expert, "down_row": stored.down.row}
         record |= {"dot_job": jobs.dot_job.address, "add_job": jobs.add_job.address}
-        self.record = _filled(WEIGHTS, record)
+        self.record = filled(WEIGHTS, record)
         self.address = self.record.ctypes.data
 
     def takes(self, x: Tensor, index: Tensor, weight: Tensor) -> bool:
@@ -89,13 +89,10 @@ class Ready:
 
     def call(self, selection: Selection, extra: Compensator | None) -> LayerCall | None:
         """What chooses as a selection does, and makes up for what is dropped; None where that is not compiled."""
-        rule, scorer, held = selection.rule, selection.scorer, selection.held
-        if rule.compiled is not None and not len(rule.compiled) and selection.index.shape[1] * self.parts.n_sub > top_slots.FEW:
-            return None
-        key = id(rule), id(scorer), id(extra), None if held is None else (id(held.holding), held.group)
+        key = choice_key(selection, extra)
         found = self.calls.get(key)
         if found is None:
-            if type(scorer) is not Ridge or rule.compiled is None or not (extra is None or type(extra) is Mean):
+            if not is_compiled_choice(selection, extra):
                 return None
             if self.stored.down.tensor.dtype not in (torch.float32, torch.bfloat16):
                 return None
@@ -105,18 +102,21 @@ class Ready:
         return found
 
 
-class LayerCall:
-    """A layer's slots chosen by one scorer and rule, computed and compensated."""
+class ChoiceRecord:
+    """How one scorer, rule and compensation choose a layer's slots, as compiled code reads it.
 
-    def __init__(self, ready: Ready, selection: Selection, extra: Compensator | None) -> None:
+    weights: address of the layer's WEIGHTS; gates: per block; table [P, 6]: of the gate neurons, as `Ridge.gate_parts` names them.
+    """
+
+    def __init__(
+        self, weights: int, gates: int, table: NDArray[np.int64], selection: Selection, extra: Compensator | None
+    ) -> None:
         scorer, levels, held = selection.scorer, selection.rule.compiled, selection.held
         assert isinstance(scorer, Ridge) and levels is not None
-        self.ready = ready
-        self.budgets: dict[float, NDArray[np.float32]] = {}
+        self._budgets: dict[float, NDArray[np.float32]] = {}
         scale, weight = scorer.scale.contiguous(), scorer.weight.contiguous()
-        table = np.array([part.cells(0) for part in scorer.gate_parts(ready.stored)], np.int64)
         vectors = extra.vectors.contiguous() if isinstance(extra, Mean) else None
-        record: dict[str, Any] = {"weights": ready.address, "gates": ready.parts.gates, "first": table.ctypes.data}
+        record: dict[str, Any] = {"weights": weights, "gates": gates, "first": table.ctypes.data}
         record["dot_job"] = block_jobs.dot_job.address
         record |= {"predictor": weight.data_ptr(), "predictor_row": weight.shape[2], "scale": scale.data_ptr()}
         record |= {"cutoffs": levels.ctypes.data, "levels": len(levels), "ceiling": CEILING}
@@ -125,17 +125,47 @@ class LayerCall:
             holding = held.holding
             record |= {"tables": holding.tables.ctypes.data, "part": holding.weight, "strict": int(holding.strict)}
             record |= {"layer": held.layer, "mine": held.group}
-        self.record = _filled(CHOICE, record)
+        self.record = filled(CHOICE, record)
         self.address = self.record.ctypes.data
         self.alive = selection.rule, scorer, extra, held and held.holding, table, scale, weight, levels, vectors
 
-    def budget(self, asked: float | Tensor, tokens: int) -> int | None:
-        """The address of the dials [T]; None for a tensor of another kind. That of a number is kept, for any number of tokens."""
+    def budget(self, asked: float | Tensor, tokens: int, most: int) -> int | None:
+        """The address of the dials [T]; None for a tensor of another kind. That of a number is kept, for up to `most` tokens."""
         if isinstance(asked, Tensor):
             return asked.data_ptr() if is_compiled(asked) and asked.is_contiguous() and asked.numel() == tokens else None
-        if asked not in self.budgets:
-            self.budgets[asked] = np.full(self.ready.most, asked, np.float32)
-        return self.budgets[asked].ctypes.data
+        if asked not in self._budgets:
+            self._budgets[asked] = np.full(most, asked, np.float32)
+        return self._budgets[asked].ctypes.data
+
+
+def choice_key(selection: Selection, extra: Compensator | None) -> tuple[Any, ...]:
+    """What tells ways of choosing apart."""
+    held = selection.held
+    return id(selection.rule), id(selection.scorer), id(extra), None if held is None else (id(held.holding), held.group)
+
+
+def is_compiled_choice(selection: Selection, extra: Compensator | None) -> bool:
+    """Whether compiled code chooses as a selection does, and makes up for what is dropped."""
+    rule = selection.rule
+    if rule.compiled is not None and not len(rule.compiled) and selection.index.shape[1] * selection.n_sub > top_slots.FEW:
+        return False
+    return type(selection.scorer) is Ridge and rule.compiled is not None and (extra is None or type(extra) is Mean)
+
+
+class LayerCall:
+    """A layer's slots chosen by one scorer and rule, computed and compensated."""
+
+    def __init__(self, ready: Ready, selection: Selection, extra: Compensator | None) -> None:
+        scorer = selection.scorer
+        assert isinstance(scorer, Ridge)
+        self.ready = ready
+        table = np.array([part.cells(0) for part in scorer.gate_parts(ready.stored)], np.int64)
+        self.choice = ChoiceRecord(ready.address, ready.parts.gates, table, selection, extra)
+        self.address = self.choice.address
+
+    def budget(self, asked: float | Tensor, tokens: int) -> int | None:
+        """See `ChoiceRecord.budget`."""
+        return self.choice.budget(asked, tokens, self.ready.most)
 
     def __call__(
         self, x: Tensor, index: Tensor, weight: Tensor, budget: int, past: int, keep: Tensor | None = None
@@ -221,7 +251,8 @@ class AtFull:
         return self.ready.output(x, index, weight, None) if self.ready.is_there(x, index, weight) else None
 
 
-def _filled(kind: np.dtype[Any], values: dict[str, Any]) -> Record:
+def filled(kind: np.dtype[Any], values: dict[str, Any]) -> Record:
+    """A record [1] of a kind, as compiled code reads it."""
     record = np.zeros(1, kind)
     for name, value in values.items():
         record[name] = value

@@ -85,11 +85,15 @@ def checked(arrays: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]], 
 
 
 def history(trace: Trace) -> Array:
-    """[T, HISTORY] the token ids before every row, nearest first; rows of a request lie one after the other."""
-    out = np.full((len(trace), HISTORY), -1, np.int64)
+    """[T, HISTORY] the token ids before every row, nearest first, -1 where unknown. Rows of several requests may take turns."""
+    order = np.lexsort((trace.position, trace.request))  # stable: as they are, where each request's rows lie together
+    request, position, token = trace.request[order], trace.position[order], trace.token[order]
+    found = np.full((len(trace), HISTORY), -1, np.int64)
     for back in range(1, HISTORY + 1):
-        same = trace.request[back:] == trace.request[:-back]
-        out[back:, back - 1] = np.where(same & (trace.position[back:] - trace.position[:-back] == back), trace.token[:-back], -1)
+        same = request[back:] == request[:-back]
+        found[back:, back - 1] = np.where(same & (position[back:] - position[:-back] == back), token[:-back], -1)
+    out = np.empty_like(found)
+    out[order] = found
     return out
 
 

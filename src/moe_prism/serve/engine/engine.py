@@ -27,7 +27,7 @@ from ...forecast.step_cost import LayerFacts
 from ...methods.decode.self_draft import SelfDraftParameters
 from ...model import end_tokens
 from ...schedule.base import Ladder, Policy
-from ..backend import AdapterFacts, Gauges, State
+from ..backend import AdapterFacts, ExpertReads, Gauges, State
 from ..requests import ErrorKind, Event, Request
 from .adapting import Adapting, told_of
 from .attends import context_limit, full_attention
@@ -174,13 +174,15 @@ class Engine:
     def gauges(self) -> Gauges:
         """How things stand between two steps."""
         processor = self.manager.batch_processor
+        store = getattr(self.elastic, "store", None)
+        reads = None if store is None else ExpertReads(*store.figures())
         if processor is None:
-            return Gauges(failed_steps=self.failed_steps)
+            return Gauges(failed_steps=self.failed_steps, reads=reads)
         scheduler = processor.scheduler
         used = 1.0 - float(processor.cache.compute_free_capacity())
         drafts = () if self.drafts is None else (self.drafts.drafted, self.drafts.kept)
         running, waiting = len(scheduler.active_requests), len(scheduler.waiting_requests)
-        return Gauges(running, waiting, used, self.failed_steps, 0, *drafts)
+        return Gauges(running, waiting, used, self.failed_steps, 0, *drafts)._replace(reads=reads)
 
     @property
     def adapters(self) -> Mapping[str, AdapterFacts]:

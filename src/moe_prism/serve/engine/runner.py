@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 
+from ...offload.predict.base import HISTORY
 from ..requests import ErrorKind, Event, TokenLogprob
 from .paged_attention import NAME as PAGED
 from .paged_attention import handed_over
@@ -56,6 +59,9 @@ class Runner(ModelRunner):  # type: ignore[misc]
             batch_data["logits_to_keep"] = rows.to(batch_data["input_ids"].device)
         if getattr(model.config, "_attn_implementation", None) == PAGED:
             handed_over(batch_data)
+        watch = getattr(self.scheduler.elastic, "watch", None)
+        if watch is not None:
+            watch.tell(_before(parts))
         out = model(**batch_data).logits[0]
         logits = (out if sliced else out[rows]).float()
         self.results, self.before = {}, {}
@@ -134,6 +140,19 @@ class Runner(ModelRunner):  # type: ignore[misc]
                 targets = list(part.request.tokens[first + 1 : first + part.tokens + 1])
                 entries += logprobs(logits[begin:end][: len(targets)], targets, sampling.prompt_logprobs) if targets else []
             self.results[part.state.request_id] = Event(prompt=tuple(entries), level=part.level)
+
+
+def _before(parts: list[StepPart]) -> NDArray[np.int64]:
+    """[T, HISTORY] the token ids before every row of a step, nearest first, -1 where nothing was."""
+    found = np.full((sum(part.tokens for part in parts), HISTORY), -1, np.int64)
+    for part in parts:
+        state, at = part.state, part.state.position_offset
+        begun = [*state.initial_tokens, *state.generated_tokens][max(0, at - HISTORY) : at]
+        line = [*begun, *(state.initial_tokens[at : at + part.tokens] if part.is_prompt else state.tokens_to_process)]
+        for i in range(part.tokens):
+            nearest = line[max(0, len(begun) + i - HISTORY) : len(begun) + i][::-1]
+            found[part.start + i, : len(nearest)] = nearest
+    return found
 
 
 def _rows(parts: list[StepPart]) -> tuple[Tensor, list[tuple[int, int]]]:

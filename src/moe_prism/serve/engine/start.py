@@ -33,6 +33,7 @@ from ..process.messages import Facts
 from .engine import Engine
 from .ladder import Refusal, find_ladder, measure_ladder
 from .probe import Script, probe
+from .routing_log import RoutingLog
 from .scheduler import PackedStep
 from .size import EngineSize
 
@@ -48,12 +49,15 @@ class RunningEngine:
     cost: CostModel
     facts: Facts
     save_cost: Path | None
+    routing: RoutingLog | None = None
 
     def watch(self, heard: Callable[[PackedStep, float], None]) -> None:
         """From now on the cost model learns from every step, and `heard` is told of it, in the engine's thread."""
 
         def observe(step: PackedStep, seconds: float) -> None:
             self.cost.observe(step.totals, seconds)
+            if self.routing is not None:
+                self.routing.note(step)
             heard(step, seconds)
 
         self.engine.observer = observe
@@ -61,6 +65,8 @@ class RunningEngine:
     def stop(self) -> None:
         """End the engine, and keep what the cost model has learned."""
         self.engine.stop()
+        if self.routing is not None:
+            self.routing.close()
         if self.save_cost:
             self.cost.save(self.save_cost)
 
@@ -113,10 +119,26 @@ def start_engine(
         fixed = (levels, engine.context, engine.eos, engine.vocabulary, engine.policy_name)
         facts = Facts(*fixed, rate, ladder_from, cost_from, cost.to_json())
         facts = facts._replace(adapters=tuple(engine.adapters.values()))
-        return RunningEngine(engine, tokenizer, cost, facts, options.save_cost)
+        _forget_probe(elastic)
+        return RunningEngine(engine, tokenizer, cost, facts, options.save_cost, _routing_log(model, ladder, options))
     except BaseException:
         engine.stop()
         raise
+
+
+def _forget_probe(elastic: Elastic) -> None:
+    """What experts on disk did for the measurement is not what they do for requests."""
+    store = getattr(elastic, "store", None)
+    if store is not None:
+        store.forget_figures()
+
+
+def _routing_log(model: Any, ladder: Ladder, options: ServeOptions) -> RoutingLog | None:
+    """Where --trace-out is given; not a second time where an engine before has written it."""
+    out = options.trace_out
+    if out is None or out.exists():
+        return None
+    return RoutingLog(model, [level.point for level in ladder.levels], out, options.trace_tokens, ids=options.trace_ids)
 
 
 def _drafting(asked: str | None) -> SelfDraftParameters | None:

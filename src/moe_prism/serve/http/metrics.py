@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ...schedule.base import Ladder
-from ..backend import Gauges, Tally
+from ..backend import ExpertReads, Gauges, Tally
 from .vllm_names import VllmNames
 
 PREFIX = "moe_prism:"
@@ -19,6 +20,20 @@ GAPS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1
 REASONS = (
     "queue_requests", "queue_tokens", "draining", "unauthorized", "too_large", "slow_body", "slow_reader", "unsupported_media_type",
 )  # fmt: skip
+
+
+READS = {
+    "steps": ("store_steps", "Steps that experts on disk served."),
+    "tokens": ("store_tokens", "Tokens in them."),
+    "requested": ("records_requested", "Records (sub-experts) that layers asked for, each once per layer and step."),
+    "missed": ("records_missed", "Of them, those that had to be read."),
+    "bytes": ("bytes_read", "Bytes of records read, ahead of their use too."),
+    "waited": ("stall_seconds", "Seconds in which a step waited for records."),
+}
+OF_WINDOW = {
+    "hit_rate": ("hit_rate_of_window", "Of the last records asked for, the share that was in memory, 0..1."),
+    "bound": ("best_hit_rate_of_window", "The share that the best cache of this size would have had, Belady's rule, 0..1."),
+}
 
 
 class Metrics:
@@ -61,6 +76,9 @@ class Metrics:
         self.kept = counter("spec_decode_num_accepted_tokens", "Drafted tokens that were right.")
         self.restarts = counter("engine_restarts", "Engines that were started again.")
         self.disconnects = counter("client_disconnects", "Requests whose client left.")
+        self._reads: ExpertReads | None = None
+        self._of_reads = dict[str, Counter | Gauge]()
+        self._made = counter, gauge
         self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", LATENCY)
         self.gap = histogram("inter_token_latency_seconds", "Between two tokens of a sequence.", GAPS)
         self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", LATENCY)
@@ -109,6 +127,31 @@ class Metrics:
         self.drafted.inc(max(0, now.drafted - self._drafted))
         self.kept.inc(max(0, now.kept - self._kept))
         self._drafted, self._kept = now.drafted, now.kept
+
+        if now.reads is not None:
+            self._set_reads(now.reads)
+
+    def _set_reads(self, now: ExpertReads) -> None:
+        """Experts on disk; there are such metrics from the first time on."""
+        if self._reads is None:
+            counter, gauge = self._made
+            self._of_reads = {name: counter(f"expert_{full}", text) for name, (full, text) in READS.items()}
+            self._of_reads |= {name: gauge(f"expert_{full}", text) for name, (full, text) in OF_WINDOW.items()}
+        before = self._reads or ExpertReads()
+        for name in READS:
+            own = self._of_reads[name]
+            assert isinstance(own, Counter)
+            own.inc(max(0, getattr(now, name) - getattr(before, name)))
+        for name in OF_WINDOW:
+            own, value = self._of_reads[name], getattr(now, name)
+            assert isinstance(own, Gauge)
+            own.set(math.nan if value is None else value)
+        self._reads = now
+
+    @property
+    def reads(self) -> ExpertReads | None:
+        """As `set_gauges` was told last."""
+        return self._reads
 
     def refuse(self, reason: str) -> None:
         self.refused.labels(**self._model, reason=reason).inc()

@@ -92,6 +92,7 @@ def snapshot(service: Service, door: Door, history: History) -> dict[str, Any]:
         "seconds": history.recent(),
         "queues": queues,
         "targets": _targets(service),
+        "experts": _experts(service),
         "latency": {kind: _latency(service, kind) for kind in service.config.classes},
     }
 
@@ -99,6 +100,22 @@ def snapshot(service: Service, door: Door, history: History) -> dict[str, Any]:
 def _latency(service: Service, kind: str) -> dict[str, dict[str, float] | None]:
     """Of the last requests of a class: time to the first token, and mean time of a further one."""
     return {what: service.metrics.percentiles(what, kind) for what in ("ttft", "tpot")}
+
+
+def _experts(service: Service) -> dict[str, float | None] | None:
+    """Of experts on disk, means since the start; None where all are in memory."""
+    now = service.engine.gauges().reads
+    if now is None:
+        return None
+    tokens, steps = max(1, now.tokens), max(1, now.steps)
+    return {
+        "miss_rate": now.missed / max(1, now.requested),
+        "bytes_per_token": now.bytes / tokens,
+        "stall_ms_per_token": 1e3 * now.waited / tokens,
+        "records_per_step": now.requested / steps,
+        "hit_rate": now.hit_rate,
+        "best_hit_rate": now.bound,
+    }
 
 
 def _targets(service: Service) -> dict[str, dict[str, dict[str, int]]]:

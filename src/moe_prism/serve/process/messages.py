@@ -45,7 +45,9 @@ class Start(NamedTuple):
     def of(cls, folder: Path, options: ServeOptions, config: Config, cost: dict[str, Any] | None = None) -> Start:
         """The engine is not told the key: it has no use for it."""
         kept = options.store
-        store = None if kept is None else {f.name: getattr(kept, f.name) for f in fields(kept) if f.name != "reader"}
+        store = (
+            None if kept is None else {f.name: getattr(kept, f.name) for f in fields(kept) if f.name not in ("reader", "tier")}
+        )
         plain = msgspec.to_builtins(replace(options, store=None, api_key=None), enc_hook=str)
         return cls(str(folder), plain, msgspec.to_builtins(store, enc_hook=str), config.model_dump_json(), cost)
 

@@ -35,7 +35,17 @@ def serve(
     if engine == "vllm":
         given = {
             f"--{name.replace('_', '-')}": getattr(options, name)
-            for name in ("policy", "config", "cost", "save_cost", "bytes_per_token", "patterns", "adapter_folder", "self_draft")
+            for name in (
+                "policy",
+                "config",
+                "cost",
+                "save_cost",
+                "bytes_per_token",
+                "patterns",
+                "adapter_folder",
+                "self_draft",
+                "otlp_traces_endpoint",
+            )
         }
         given["--adapter"] = options.adapters or None
         given |= {"--expert-memory": experts.expert_memory, "--allowed-origins": options.allowed_origins or None}

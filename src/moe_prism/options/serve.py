@@ -80,6 +80,11 @@ class ServeOptions(Options):
         "Requests at the full model draft tokens at a low budget and check them together, where that is faster here: BUDGET, or such as "
         "budget=0.25:length=4. No token changes by it.",
     )
+    otlp_traces_endpoint: str | None = option(
+        None,
+        "Where OpenTelemetry spans of requests go: an OTLP collector over HTTP, such as http://127.0.0.1:4318/v1/traces. Needs "
+        "moe-prism[otel]. Default: what the variables OTEL_... say, and without them nowhere.",
+    )
     debug: bool = option(False, "Plain logs with stack traces.")
     store: Any = None
 

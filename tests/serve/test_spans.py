@@ -11,7 +11,7 @@ import pytest
 
 from moe_prism.cli import main
 from moe_prism.errors import UsageError
-from moe_prism.serve.spans import Ended, Spans, Stages, is_asked, need_spans, spans_of
+from moe_prism.serve.spans import Ended, SpanWriter, Stages, is_asked, need_spans, spans_of
 
 MISSING = "opentelemetry-sdk is not installed: pip install 'moe-prism[otel]'"
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -35,7 +35,7 @@ def exporter(house):
 
     found, provider, service = InMemorySpanExporter(), sdk.TracerProvider(), house.built.service
     provider.add_span_processor(export.SimpleSpanProcessor(found))
-    service.spans = Spans(provider, service.engine.clock)
+    service.spans = SpanWriter(provider, service.engine.clock)
     yield found
     service.spans.close()
     service.spans = None

@@ -58,7 +58,7 @@ class Ended:
     failed: bool
 
 
-class Spans:
+class SpanWriter:
     """Writes spans through a provider of `opentelemetry.sdk`."""
 
     def __init__(self, provider: Any, clock: Callable[[], float]) -> None:
@@ -134,7 +134,7 @@ def need_spans(endpoint: str | None) -> None:
         raise UsageError(f"spans need {error.name}", "pip install 'moe-prism[otel]'") from error
 
 
-def spans_of(endpoint: str | None, clock: Callable[[], float]) -> Spans | None:
+def spans_of(endpoint: str | None, clock: Callable[[], float]) -> SpanWriter | None:
     """What the option and the environment ask for; None: nothing."""
     if not is_asked(endpoint, os.environ):
         return None
@@ -146,4 +146,4 @@ def spans_of(endpoint: str | None, clock: Callable[[], float]) -> Spans | None:
     named = "OTEL_SERVICE_NAME" in os.environ or "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
     provider = TracerProvider(resource=Resource.create({} if named else {"service.name": "moe-prism"}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
-    return Spans(provider, clock)
+    return SpanWriter(provider, clock)

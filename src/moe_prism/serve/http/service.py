@@ -12,7 +12,7 @@ from ...schedule.base import Job, Ladder
 from ..backend import Backend
 from ..config import Config
 from ..requests import ErrorKind, Event, Request
-from ..spans import Spans
+from ..spans import SpanWriter
 from ..text.jobs import Compile
 from .metrics import Metrics
 from .protocol import Common
@@ -27,7 +27,7 @@ class Service:
     """
 
     drafts = False
-    spans: Spans | None = None
+    spans: SpanWriter | None = None
 
     def __init__(
         self, engine: Backend, tokenizer: Any, config: Config, metrics: Metrics, name: str, usual: str | None = None

@@ -5,7 +5,7 @@ set -eu
 cd "$(dirname "$0")/.."
 wheel=$(realpath "$1")
 shift
-[ $# -gt 0 ] || set -- "" report text gguf accelerate eval serve structured
+[ $# -gt 0 ] || set -- "" report text gguf accelerate eval serve structured otel
 pins=$(realpath requirements/constraints.txt)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -24,7 +24,7 @@ import moe_prism
 
 extra = os.environ["EXTRA"]
 needs = {"serve": ("serve", "structured"), "report": ("report",), "kernels.triton_kernels": ("gpu",), "checkpoint.gguf_file": ("gguf",)}
-libraries = {"text": ("pyarrow", "datasets"), "gguf": ("gguf", "accelerate"), "accelerate": ("accelerate",), "eval": ("lm_eval",), "structured": ("xgrammar",)}
+libraries = {"text": ("pyarrow", "datasets"), "gguf": ("gguf", "accelerate"), "accelerate": ("accelerate",), "eval": ("lm_eval",), "structured": ("xgrammar",), "otel": ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")}
 count = 0
 for module in pkgutil.walk_packages(moe_prism.__path__, "moe_prism.", onerror=lambda name: None):
     name = module.name.removeprefix("moe_prism.")

@@ -102,3 +102,16 @@ def test_counts_are_read_as_numbers():
     touched = int(counter.per_token["experts"].sum())
     assert (counter.tokens, counter.chosen, touched, counter.kept) == (6, 12, 7, 2 + 6 * N)
     assert isinstance(counter.kept, int)
+
+
+def test_sends_are_devices_that_compute_something_for_a_token():
+    index = torch.tensor([[0, 1], [1, 4], [3, 5], [2, -1]])  # 5 and -1 are no experts
+    keep = torch.ones(4, 2, N, dtype=torch.bool)
+    keep[1, 1] = False
+    for devices, sends in ((0, 2 + 1 + 1 + 1), (5, 5), (2, 1 + 1 + 1 + 1), (1, 4)):  # of two, the first has 0, 1, 2
+        counter = Counter(5, N, devices=devices)
+        counter.add(index, keep)
+        assert counter.sends == sends
+    counter = Counter(5, N, devices=2)
+    counter.add(torch.tensor([[0, 4]]), None)
+    assert counter.sends == 2

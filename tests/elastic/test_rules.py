@@ -1,5 +1,6 @@
 """Selection rules against brute force."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -16,6 +17,7 @@ from moe_prism.elastic.rules.threshold import QUANTILES, dropped_energy, fit_cut
 from moe_prism.elastic.rules.top_slots import top_slots
 from moe_prism.errors import UsageError
 from moe_prism.model import find_layers
+from moe_prism.point import SlotRule, Toll
 from tests.parity.families import build
 
 N, K = 4, 3
@@ -163,10 +165,8 @@ def test_mass_keeps_the_fewest_slots_that_cover_the_share(plan, seed, share):
 def test_first_slot_is_the_cheapest_choice_by_brute_force(plan, seed, budget, toll):
     """Of every subset of an expert's slots: u for each one left out, 1 for each one kept, and the toll once."""
     s, weight, norms = slots(seed)
-    made = rules.get("first-slot")(plan)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moe_prism.elastic.rules.first_slot.TOLL", toll)
-        keep = made.keep(s, torch.full((6,), budget))
+    made = rules.get("first-slot")(plan, Toll(price=toll))
+    keep = made.keep(s, torch.full((6,), budget))
     level = made.level(torch.tensor([budget])).item()
     for t, j in product(range(6), range(K)):
         u = (weight[t, j] * norms[t, j] / level).double().square()
@@ -176,6 +176,47 @@ def test_first_slot_is_the_cheapest_choice_by_brute_force(plan, seed, budget, to
             assert sum(chosen) == 1, "only the token's best slot may be kept against the sum"
         elif not any(chosen):
             assert min(costs.values()) >= costs[chosen] - 1e-6
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@given(seed=st.integers(0, 300), budget=st.floats(0.2, 0.9), toll=st.sampled_from([0.5, 2.0, 8.0]))
+@settings(max_examples=10, deadline=None)
+def test_a_toll_on_devices_is_paid_once_for_all_experts_there_by_brute_force(plan, devices, seed, budget, toll):
+    """Experts 0, 1 and the last: with two devices the first two share one. Every way to visit devices, with the best slots of each."""
+    s, weight, norms = slots(seed)
+    experts = plan.layer.num_experts
+    index = [0, 1, experts - 1]
+    s = replace(s, index=torch.tensor(index).expand(6, K))
+    made = rules.get("first-slot")(plan, Toll(price=toll, devices=devices))
+    keep = made.keep(s, torch.full((6,), budget))
+    level = made.level(torch.tensor([budget])).item()
+    place = [e * devices // experts for e in index]
+    assert place == [0, 0, devices - 1]
+    for t in range(6):
+        u = (weight[t, :, None] * norms[t] / level).double().square()
+        costs = {}
+        for visited in product((False, True), repeat=devices):
+            there = torch.tensor([visited[p] for p in place])[:, None]
+            costs[visited] = float(torch.where(there, u.clamp(max=1), u).sum()) + toll * sum(visited)
+        chosen = keep[t].any(1)
+        visited = tuple(any(bool(chosen[e]) for e in range(K) if place[e] == d) for d in range(devices))
+        spent = float(torch.where(keep[t], 1.0, u).sum()) + toll * sum(visited)
+        alone = int(keep[t].sum()) == 1  # a token's best slot may be kept against the sum
+        assert alone or spent == pytest.approx(min(costs.values()), rel=1e-6)
+
+
+def test_a_toll_that_no_rule_or_layer_knows_is_refused(plan):
+    with pytest.raises(UsageError, match="knows no toll"):
+        SlotRule(rule="threshold", budget=0.5, toll=Toll(price=1))
+    experts = plan.layer.num_experts
+    with pytest.raises(UsageError, match=f"{experts + 1} devices, and a layer has {experts}"):
+        rules.get("first-slot")(plan, Toll(price=1, devices=experts + 1))
+    for price in (-1, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="toll"):
+            Toll(price=price)
+    point = SlotRule(rule="first-slot", budget=0.5, toll=Toll(price=6, devices=8))
+    assert SlotRule.from_json(point.to_json()) == point
+    assert "toll" not in SlotRule(rule="first-slot", budget=0.5).to_json()
 
 
 @given(data=st.data(), layers=st.integers(1, 4))

@@ -79,11 +79,11 @@ def test_keys_are_the_published_ones():
     data = FRONTIER.to_json()
     assert list(data) == ["model", "source", "n_sub", "points", "baseline_topk", "baseline_bits", "provenance"]
     keys = "name rule budget k_slots ppl kl top1_agreement active_expert_params active_expert_bytes flops_per_token pareto"
-    keys += " resident_expert_bytes distinct_expert_bytes point"
+    keys += " resident_expert_bytes distinct_expert_bytes sends point"
     assert list(data["points"][0]) == list(data["baseline_topk"][0]) == keys.split()
 
 
-OLDER = ("distinct_expert_bytes", "point")  # not in files of version 0.1
+OLDER = ("distinct_expert_bytes", "sends", "point")  # not in files of version 0.1
 
 
 @pytest.mark.parametrize(

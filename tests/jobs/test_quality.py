@@ -27,7 +27,7 @@ from moe_prism.point import FULL
 FRONTIER_KEYS = {"baseline_bits", "model", "source", "n_sub", "points", "baseline_topk", "provenance"}
 POINT_KEYS = {
     "name", "rule", "budget", "k_slots", "ppl", "kl", "top1_agreement", "active_expert_params", "active_expert_bytes",
-    "flops_per_token", "pareto", "resident_expert_bytes", "distinct_expert_bytes", "point",
+    "flops_per_token", "pareto", "resident_expert_bytes", "distinct_expert_bytes", "sends", "point",
 }  # fmt: skip
 
 

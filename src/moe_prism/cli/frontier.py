@@ -16,7 +16,7 @@ from .texts import told_text
 if TYPE_CHECKING:
     from ..frontier import Frontier, MeasuredPoint, SliceScore
 
-HEADERS = ("point", "slots", "KL", "perplexity", "top-1", "expert MB", "of full", "MFLOPs", "resident MB", "Pareto")
+HEADERS = ("point", "slots", "KL", "perplexity", "top-1", "expert MB", "of full", "MFLOPs", "sends", "resident MB", "Pareto")
 
 
 def frontier(
@@ -76,7 +76,7 @@ def _timed(folder: Path, result: Frontier, options: FrontierOptions, timing: Tim
 
 
 def show(result: Frontier) -> str:
-    """The frontier as a table, dearest point first; expert MB are read per token, a MB is 10^6 bytes."""
+    """The frontier as a table, dearest point first; expert MB are read per token, a MB is 10^6 bytes; sends are devices per layer."""
     every = result.every
     full = max(p.active_expert_bytes for p in every if p.budget >= 1)
     timed, sliced, judged = any(p.time for p in every), any(p.domains for p in every), any(p.slices for p in every)
@@ -90,6 +90,7 @@ def show(result: Frontier) -> str:
             f"{p.active_expert_bytes / 1e6:.3f}",
             f"{p.active_expert_bytes / full:.1%}",
             f"{p.flops_per_token / 1e6:.3f}",
+            f"{p.sends:.2f}",
             f"{p.resident_expert_bytes / 1e6:.3f}",
             "yes" if p.pareto else "-",
             *(_worst(p) if sliced else ()),
@@ -143,5 +144,7 @@ def show_comparison(result: Frontier) -> str:
     """How the rules compare over the whole range."""
     from ..frontier import comparison
 
-    rows = [(r.rule, r.points, r.distinct, f"{r.hypervolume:.4f}", f"{r.cliff:.1%}") for r in comparison(result)]
-    return table(("rule", "points", "distinct", "hypervolume", "largest cliff"), rows)
+    rows = [
+        (r.rule, r.points, r.distinct, f"{r.hypervolume:.4f}", f"{r.sends:.4f}", f"{r.cliff:.1%}") for r in comparison(result)
+    ]
+    return table(("rule", "points", "distinct", "hypervolume", "by sends", "largest cliff"), rows)

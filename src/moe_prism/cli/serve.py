@@ -45,6 +45,7 @@ def serve(
                 "adapter_folder",
                 "self_draft",
                 "trace_out",
+                "otlp_traces_endpoint",
             )
         }
         given["--adapter"] = options.adapters or None

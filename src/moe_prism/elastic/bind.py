@@ -19,7 +19,7 @@ from torch import Tensor
 from ..compress.changes import change_of
 from ..errors import UsageError
 from ..model.extra import ExtraExperts
-from ..point import OperatingPoint, RoutingStage, SlotBits, SlotRule
+from ..point import OperatingPoint, RoutingStage, SlotBits, SlotRule, Toll
 from ..routing import Stage, stage_class
 from ..routing.base import outside
 from .coded import codec_of
@@ -42,7 +42,7 @@ class PointGroup:
 
     budgets[p][l]: the position of the rule's dial for its point p at layer l. holding: what each layer holds them with, where they are
     held. dials: how a budget of the first point becomes a position, for budgets that are given per token. stored: per layer what a change
-    of weights makes of its experts, where the point has one that says so.
+    of weights makes of its experts, where the point has one that says so. settings: what the rule is made with.
     """
 
     stages: tuple[Stage, ...]
@@ -53,7 +53,12 @@ class PointGroup:
     holding: tuple[Holding, ...] | None = None
     dials: tuple[Dial, ...] = ()
     stored: tuple[StoredAs, ...] | None = None
-    bits: SlotBits | None = None
+    settings: SlotBits | Toll | None = None
+
+    @property
+    def bits(self) -> SlotBits | None:
+        """How slots may be read."""
+        return self.settings if isinstance(self.settings, SlotBits) else None
 
     @property
     def extra(self) -> ExtraExperts | None:
@@ -240,8 +245,8 @@ def bind(elastic: Host, points: Sequence[OperatingPoint]) -> Bound:
     return Bound(tuple(points), tuple(groups), tuple(place))
 
 
-Key = tuple[tuple[tuple[str, bool | None], ...], str, str, bool, str, SlotBits | None]
-"""Stages with what they do to weights, rule, scorer, compensation, control, bits."""
+Key = tuple[tuple[tuple[str, bool | None], ...], str, str, bool, str, SlotBits | Toll | None]
+"""Stages with what they do to weights, rule, scorer, compensation, control, settings."""
 
 
 def _group_keys(points: Sequence[OperatingPoint]) -> list[Key]:
@@ -250,7 +255,7 @@ def _group_keys(points: Sequence[OperatingPoint]) -> list[Key]:
     home: dict[tuple[tuple[str, bool | None], ...], Key] = {}
     keys: list[Key] = []
     for point, own in zip(points, stages, strict=True):
-        key = (own, point.slots.rule, point.slots.scorer, point.slots.compensate, point.slots.control, point.slots.bits)
+        key = (own, point.slots.rule, point.slots.scorer, point.slots.compensate, point.slots.control, point.slots.settings)
         if not point.slots.is_full:
             home.setdefault(own, key)
         keys.append(key)
@@ -258,7 +263,7 @@ def _group_keys(points: Sequence[OperatingPoint]) -> list[Key]:
 
 
 def _group(elastic: Host, key: Key, points: Sequence[OperatingPoint]) -> PointGroup:
-    _, rule, scorer, compensate, control, bits = key
+    _, rule, scorer, compensate, control, settings = key
     stages = tuple(
         stage_class(points[0].routing[i].stage)([point.routing[i] for point in points]) for i in range(len(points[0].routing))
     )
@@ -268,14 +273,15 @@ def _group(elastic: Host, key: Key, points: Sequence[OperatingPoint]) -> PointGr
     stored = _stored(elastic, points[0])
     if not chosen:
         whole = tuple((1.0,) * len(elastic.layers) for _ in points)
-        return PointGroup(stages, rule, scorer, compensate, whole, stored=stored, bits=bits)
+        return PointGroup(stages, rule, scorer, compensate, whole, stored=stored, settings=settings)
     counts = rules.get(rule)
     plain = control == "none" and all(point.slots.of != "bytes" for point in chosen)
     found = [] if plain else [spending(layer, chosen[0].slots, counts, elastic, stored) for layer in elastic.layers]
     turned = {p: dials(elastic, point.slots, counts, found) for p, point in enumerate(points) if not point.slots.is_full}
     budgets = tuple(_positions(point.slots, turned.get(p), len(elastic.layers)) for p, point in enumerate(points))
     holding = None if control == "none" else holdings(found, control == "strict")
-    return PointGroup(stages, rule, scorer, compensate, budgets, holding, tuple(next(iter(turned.values()))), stored, bits)
+    own = tuple(next(iter(turned.values())))
+    return PointGroup(stages, rule, scorer, compensate, budgets, holding, own, stored, settings)
 
 
 def _stored(elastic: Host, point: OperatingPoint) -> tuple[StoredAs, ...] | None:

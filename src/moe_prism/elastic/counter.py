@@ -32,14 +32,18 @@ class Counter:
     """Sums since the last reset, for measured costs. E experts, N sub-experts each.
 
     `per_token` counts every token that reads something; `per_batch` counts it once per forward, whoever reads it: what is read together
-    is read once. Sums stay where they were made: a GPU is waited for when one is read. The replay of a CUDA graph is not counted.
+    is read once. `sends`: devices that compute something for a token, summed over tokens. Sums stay where they were made: a GPU is waited
+    for when one is read. The replay of a CUDA graph is not counted. devices: that the experts are dealt out to in order; 0: each expert
+    has one of its own.
     """
 
     experts: int
     n_sub: int
     tokens: int = 0
     batches: int = 0
+    devices: int = 0
     _chosen: int | Tensor = 0
+    _sends: int | Tensor = 0
     per_token: Tallies = field(default_factory=dict)
     per_batch: Tallies = field(default_factory=dict)
 
@@ -67,10 +71,12 @@ class Counter:
         self._chosen = self._chosen + valid.sum()
         flat = index.clamp(0, self.experts - 1).reshape(-1)
         kept = (valid[:, :, None] if keep is None else keep & valid[:, :, None]).expand(-1, -1, self.n_sub).flatten(0, 1)
+        used = kept.any(1)
+        self._sends = self._sends + (self._visits(flat, used, len(index)) if self.devices else used.sum())
         blocks = torch.zeros(self.experts, self.n_sub, dtype=torch.float64, device=index.device)
         rows: Tallies = {
             "blocks": blocks.index_add(0, flat, kept.double()),
-            "experts": _count(flat, kept.any(1), self.experts),
+            "experts": _count(flat, used, self.experts),
         }
         if selects:
             chosen = _count(flat, valid.reshape(-1), self.experts)
@@ -122,6 +128,17 @@ class Counter:
         _add(self.per_token, "extra", (counts * sizes).sum(0, keepdim=True))
         _add(self.per_batch, "extra", ((counts > 0) * sizes).sum(0, keepdim=True))
 
+    def _visits(self, flat: Tensor, used: Tensor, tokens: int) -> Tensor:
+        """Devices that compute something for a token, summed over tokens. flat, used [T k]: experts, and whether each keeps any block."""
+        place = device_of(flat, self.experts, self.devices)
+        seen = torch.zeros(tokens, self.devices, dtype=torch.int32, device=flat.device)
+        return (seen.scatter_add_(1, place.view(tokens, -1), used.view(tokens, -1).int()) > 0).sum()
+
+    @property
+    def sends(self) -> int:
+        """Devices that computed something for a token, summed over tokens."""
+        return int(self._sends)
+
     @property
     def chosen(self) -> int:
         """Experts that tokens were routed to, in all."""
@@ -131,6 +148,11 @@ class Counter:
     def kept(self) -> int:
         """Slots kept in all."""
         return int(sum(float(row.sum()) for name, row in self.per_token.items() if name in ("blocks", "low") or bits_of(name)))
+
+
+def device_of(experts: Tensor, number: int, devices: int) -> Tensor:
+    """The device of each expert, of so many in all, where they are dealt out in order and evenly."""
+    return experts * devices // number
 
 
 def _count(flat: Tensor, marked: Tensor, experts: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..model.base import is_expert
 from ..model.scores import RouterScores
-from ..point import SlotBits
+from ..point import SlotBits, Toll
 from ..routing import Routed
 from ..routing.base import merge_state
 from .base import LayerParts, Rule, Scorer
@@ -182,7 +182,7 @@ class ElasticLayer:
             return Whole(
                 after.index, after.weight, self._valid(after.index), self.parts.n_sub, added, after.cutoff, after.factors
             )
-        rule = self.rule(group.rule, group.bits)
+        rule = self.rule(group.rule, group.settings)
         scorer = self.scorer(group.scorer, group.bits) if rule.needs_norms else None
         own = group.budget(self.index, which) if budget is None else group.position(self.index, budget)
         held = None if full or guess or group.holding is None else self._held(step, number, len(routed.x), rows)
@@ -325,8 +325,9 @@ class ElasticLayer:
         if self.on_kept is not None:
             self.on_kept(index, settled.keep)
 
-    def reset_counter(self) -> None:
-        self.counter = Counter(self.parts.layer.num_experts, self.parts.n_sub)
+    def reset_counter(self, devices: int = 0) -> None:
+        """devices: as of `Counter`."""
+        self.counter = Counter(self.parts.layer.num_experts, self.parts.n_sub, devices=devices)
 
     @cached_property
     def compensator(self) -> Compensator | None:
@@ -364,12 +365,12 @@ class ElasticLayer:
             self._scorers[key] = kind(parts)
         return self._scorers[key]
 
-    def rule(self, name: str, bits: SlotBits | None = None) -> Rule:
-        """The rule of a name on this layer, made once; bits: the widths that it may give a slot."""
-        if (name, bits) not in self._rules:
+    def rule(self, name: str, settings: SlotBits | Toll | None = None) -> Rule:
+        """The rule of a name on this layer, made once; settings: what it is made with beside the layer."""
+        if (name, settings) not in self._rules:
             kind: Any = rules.get(name)
-            self._rules[name, bits] = kind(self.parts) if bits is None else kind(self.parts, bits)
-        return self._rules[name, bits]
+            self._rules[name, settings] = kind(self.parts) if settings is None else kind(self.parts, settings)
+        return self._rules[name, settings]
 
     def coded(self, bits: SlotBits) -> CodedLayer:
         """The layer's experts in planes, encoded when they are first asked for."""

@@ -168,11 +168,13 @@ class Elastic:
         self.model.__dict__.pop("_moe_prism", None)
 
     @contextmanager
-    def count(self) -> Iterator[None]:
-        """Count from zero what runs inside the block. The counters keep it afterwards."""
+    def count(self, devices: int = 0) -> Iterator[None]:
+        """Count from zero what runs inside the block. The counters keep it afterwards. devices: that the experts of a layer are on, for
+        what is sent; 0: each is on one of its own.
+        """
         before, self.counting = self.counting, True
         for layer in self.layers:
-            layer.reset_counter()
+            layer.reset_counter(devices)
         try:
             yield
         finally:

@@ -17,7 +17,8 @@ class Cost:
     """Means per token over the whole model: weights the experts read, their bytes, and their FLOPs (2 per weight).
 
     Selection is included: the predictor of every chosen expert, and the gate neurons of blocks that are then dropped. So is what
-    compensation reads for dropped slots. distinct_expert_bytes: read per forward, what several tokens read counted once.
+    compensation reads for dropped slots. distinct_expert_bytes: read per forward, what several tokens read counted once. sends: devices
+    that compute something for a token, per layer.
     """
 
     active_expert_params: float
@@ -25,11 +26,12 @@ class Cost:
     flops_per_token: float
     k_slots: float  # kept slots per token and layer
     distinct_expert_bytes: float = 0.0
+    sends: float = 0.0
 
 
 def measured_cost(elastic: Elastic, step: Step) -> Cost:
     """Cost of what ran in the last `elastic.count()`, all of it at one group of points."""
-    params = size = slots = distinct = 0.0
+    params = size = slots = distinct = sends = 0.0
     group = _group(step)
     for layer in elastic.layers:
         counter, prices = layer.counter, layer.prices(group)
@@ -39,7 +41,9 @@ def measured_cost(elastic: Elastic, step: Step) -> Cost:
         size += read / tokens
         distinct += prices.total(counter.per_batch)[1] / batches
         slots += counter.kept / tokens
-    return Cost(params, size, 2 * params, slots / len(elastic.layers), distinct)
+        sends += counter.sends / tokens
+    layers = len(elastic.layers)
+    return Cost(params, size, 2 * params, slots / layers, distinct, sends / layers)
 
 
 def resident_bytes(elastic: Elastic, step: Step) -> float:

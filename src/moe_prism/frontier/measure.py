@@ -76,10 +76,11 @@ def measure(
     batch: int = BATCH,
     progress: Callable[[int, int], None] | None = None,
     parts: Sequence[tuple[str, int]] = (),
+    devices: int = 0,
 ) -> list[Measurement]:
     """Run every point over ids [n, length] against the full model. The source's log-probabilities exist for one batch at a time.
 
-    parts: (domain, windows) in the order of ids; a batch never holds two.
+    parts: (domain, windows) in the order of ids; a batch never holds two. devices: of `Elastic.count`.
     """
     elastic: Elastic = model._moe_prism
     steps = [Step(bind(elastic, [point])) for point in points]
@@ -96,7 +97,7 @@ def measure(
         with elastic.at(elastic.full_step, counting=False):
             source = logits_of(model, rows).log_softmax(-1)
         for step, quality, cost in zip(steps, qualities, costs, strict=True):
-            with elastic.at(step), elastic.count():
+            with elastic.at(step), elastic.count(devices):
                 quality[parts[place][0]].add(source, logits_of(model, rows), target)
                 cost.add(measured_cost(elastic, step), rows.numel())
         if progress:

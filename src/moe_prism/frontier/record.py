@@ -98,6 +98,9 @@ class MeasuredPoint:
     """Expert bytes in memory, all layers: what pruning saves. 0 where it was not recorded (older files)."""
     distinct_expert_bytes: float = 0.0
     """Expert bytes read per forward of the measurement, what several tokens read counted once. 0 where it was not recorded."""
+    sends: float = 0.0
+    """Devices that compute something for a token, per layer: vectors that expert parallelism sends there, and back. Every expert is on a
+    device of its own unless `devices` of the provenance's options says how many there are. 0 where it was not recorded."""
     point: OperatingPoint | None = None
     """What was measured, ready to run again; None where a version before 0.2 wrote it and it cannot be told from the rest."""
     time: DecodeTime | None = None

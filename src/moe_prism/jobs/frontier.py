@@ -117,6 +117,9 @@ def _measure(
     options: FrontierOptions,
     report: Report,
 ) -> Frontier:
+    experts = min(layer.parts.layer.num_experts for layer in opened.elastic.layers)
+    if options.devices > experts:
+        raise UsageError(f"--devices {options.devices}, and a layer has {experts} experts", "give at most as many")
     judge = Judge(opened.model, opened.tokenizer, windows.ids, options.judge) if options.judge else None
     subject = subject_of(opened, options, report)
     tagged = [(m.name, point) for m in asked for point in _points(m, subject)]
@@ -135,7 +138,7 @@ def _measure(
     tagged += [("bits-alone", point) for point in rows if point.name not in known]
     asked_points = [point.point for _, point in tagged]
     with report("frontier") as update:
-        found = measure(opened.model, windows.ids, asked_points, progress=update, parts=windows.parts)
+        found = measure(opened.model, windows.ids, asked_points, progress=update, parts=windows.parts, devices=options.devices)
     judged = None
     if judge is not None:
         with report("judge") as update:
@@ -231,6 +234,7 @@ def _measured(label: str, named: NamedPoint, found: Measurement, slots: int, who
         pareto=flag,
         resident_expert_bytes=found.resident_bytes,
         distinct_expert_bytes=cost.distinct_expert_bytes,
+        sends=cost.sends,
         point=point,
         domains={name: DomainQuality(q.ppl, q.kl, q.top1_agreement) for name, q in found.domains.items()},
     )

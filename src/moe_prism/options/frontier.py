@@ -43,6 +43,11 @@ class FrontierOptions(Options):
     tokens: int = option(16_384, "Evaluation tokens.")
     length: int = option(512, "Tokens per window.")
     calibration_tokens: int = option(8_192, "Tokens that methods fit on, of the calibration side of the text.")
+    devices: int = option(
+        0,
+        "Devices that the experts of a layer are dealt out to, in order, for the column of sends; 0: every expert has one of its own.",
+        least=0,
+    )
     judge: tuple[str, ...] = option(
         (),
         "Comma-separated slices of the text on which every point is compared with the full model, beside perplexity; "

@@ -95,6 +95,11 @@ class ServeOptions(ListenOptions):
     trace_ids: bool = option(
         False, "With --trace-out: keep token ids too, from which the text can be read. Predictors that go by tokens need them."
     )
+    otlp_traces_endpoint: str | None = option(
+        None,
+        "Where OpenTelemetry spans of requests go: an OTLP collector over HTTP, such as http://127.0.0.1:4318/v1/traces. Needs "
+        "moe-prism[otel]. Default: what the variables OTEL_... say, and without them nowhere.",
+    )
     debug: bool = option(False, "Plain logs with stack traces.")
     store: Any = None
 

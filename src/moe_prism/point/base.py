@@ -12,7 +12,8 @@ from typing import Any
 
 from ..errors import UsageError
 from ..schema import check
-from ..schema.points import REMAKE, BitRouterForm, DecodingForm, PointForm, SlotBitsForm, SlotsForm, StageForm, WeightsForm
+from ..schema.points import REMAKE, DecodingForm, PointForm, SlotsForm, StageForm, WeightsForm
+from .slots import Numbers, SlotBits, Toll
 
 SCHEMA = 1
 UNITS = ("bytes", "slots", "value")
@@ -21,8 +22,6 @@ OF_WIDTHS = ("bits", "d2moe")
 """Rules that give each slot a width; what they need to know for that stands in the point."""
 CONTROLS = ("mean", "strict", "none")
 """Who a budget may be held for."""
-Numbers = tuple[tuple[float, ...], ...]
-"""A parameter of a routing stage: per MoE layer one number, or one per routing rank."""
 
 
 def own_unit(rule: str) -> str:
@@ -119,76 +118,6 @@ class RoutingStage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BitRouter:
-    """What a slot's error at the least width is predicted by: log error = slope . x + offset + 2 log routing weight.
-
-    rows: per MoE layer slope and offset of every expert, [E, d + 1] as little-endian float16 in base64. levels: per MoE layer evenly spaced
-    quantiles of the prediction on calibration text, falling.
-    """
-
-    rows: tuple[str, ...]
-    levels: Numbers
-
-    def __post_init__(self) -> None:
-        if len(self.rows) != len(self.levels) or any(
-            len(row) < 2 or list(row) != sorted(row, reverse=True) for row in self.levels
-        ):
-            raise UsageError("the levels of a bit router do not fall, or are not of its layers", REMAKE)
-
-    def __hash__(self) -> int:
-        return hash(self.levels[0])  # it is looked up in every layer
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists of text and numbers."""
-        return {"rows": list(self.rows), "levels": [list(row) for row in self.levels]}
-
-    @classmethod
-    def of_form(cls, form: BitRouterForm) -> BitRouter:
-        """What a checked file says."""
-        return cls(rows=tuple(form.rows), levels=tuple(tuple(map(float, row)) for row in form.levels))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SlotBits:
-    """At how many bits a kept slot may be read: widths of one nested encoding, rising.
-
-    errors: per MoE layer, for each width, the expected squared error of a slot as a share of what dropping it loses; of `d2moe`, as a
-    share of the error at the least width. group: weights that share a scale. choosing: the width at which gate neurons are read to choose
-    slots. router: what `d2moe` chooses by.
-    """
-
-    widths: tuple[float, ...]
-    errors: Numbers
-    group: int
-    choosing: float
-    router: BitRouter | None = None
-
-    def __post_init__(self) -> None:
-        if self.router is not None and len(self.router.rows) != len(self.errors):
-            raise UsageError("the bit router is of a model with other layers", REMAKE)
-        if not self.widths or sorted(set(self.widths)) != list(self.widths):
-            raise UsageError(f"widths {list(self.widths)} of slots do not rise", "give such as 2, 3, 4, 8")
-        if self.choosing not in self.widths:
-            raise UsageError(f"slots are chosen at {self.choosing:g} bits, which are not stored", "give one of the widths")
-        if any(len(row) != len(self.widths) for row in self.errors):
-            raise UsageError("the errors of slots are not those of their widths", REMAKE)
-
-    def to_json(self) -> dict[str, Any]:
-        errors = [list(row) for row in self.errors]
-        found = {"widths": list(self.widths), "errors": errors, "group": self.group, "choosing": self.choosing}
-        return found if self.router is None else found | {"router": self.router.to_json()}
-
-    @classmethod
-    def of_form(cls, form: SlotBitsForm) -> SlotBits:
-        """What a checked file says."""
-        errors = tuple(tuple(map(float, row)) for row in form.errors)
-        router = None if form.router is None else BitRouter.of_form(form.router)
-        return cls(
-            widths=tuple(map(float, form.widths)), errors=errors, group=form.group, choosing=float(form.choosing), router=router
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class SlotRule:
     """Which slots of the routed experts are kept.
 
@@ -196,7 +125,8 @@ class SlotRule:
     compensation), of its `slots`, or of their `value`; default `own_unit`. control: who the budget is held for: the `mean` of every
     request's tokens, every token (`strict`), or nobody (`none`: the rule alone decides); default `own_control`. rule, scorer: names of
     `elastic.rules` and `elastic.scorers`. compensate: make up for what is dropped, where the artefact was written with `--compensate`.
-    layers: a budget for every MoE layer, instead of `budget`. bits: how slots may be read by the rule `bits`.
+    layers: a budget for every MoE layer, instead of `budget`. bits: how slots may be read by the rule `bits`. toll: of the rule
+    `first-slot`; None: its own.
     """
 
     budget: float = 1.0
@@ -207,6 +137,7 @@ class SlotRule:
     of: str = ""
     control: str = ""
     bits: SlotBits | None = None
+    toll: Toll | None = None
 
     def __post_init__(self) -> None:
         for budget in (self.budget, *(self.layers or ())):
@@ -227,6 +158,13 @@ class SlotRule:
             )
         if self.bits is not None and (self.bits.router is not None) != (self.rule == "d2moe"):
             raise UsageError(f"the bits of the slots are of another rule than '{self.rule}'", REMAKE)
+        if self.toll is not None and self.rule != "first-slot":
+            raise UsageError(f"rule '{self.rule}' knows no toll", "use first-slot")
+
+    @property
+    def settings(self) -> SlotBits | Toll | None:
+        """What the rule is made with beside the layer."""
+        return self.bits or self.toll
 
     @property
     def is_full(self) -> bool:
@@ -239,10 +177,12 @@ class SlotRule:
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, numbers and names."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {
+        found = {f.name: getattr(self, f.name) for f in fields(self)} | {
             "layers": None if self.layers is None else list(self.layers),
             "bits": self.bits and self.bits.to_json(),
         }
+        found.pop("toll")
+        return found if self.toll is None else found | {"toll": self.toll.to_json()}
 
     @classmethod
     def from_json(cls, data: object) -> SlotRule:
@@ -261,6 +201,7 @@ class SlotRule:
             of=form.of or slots_unit(form.rule),  # a file from before there was a choice means this
             control=form.control,
             bits=None if form.bits is None else SlotBits.of_form(form.bits),
+            toll=None if form.toll is None else Toll.of_form(form.toll),
         )
 
 
@@ -313,7 +254,7 @@ class OperatingPoint:
     def with_budget(self, budget: float, rule: str | None = None, control: str = "") -> OperatingPoint:
         """The same at another budget, and by another rule if one is given: of the rule's own unit, and held as the rule does."""
         slots = replace(self.slots, budget=budget, layers=None, of="", control="none")
-        slots = slots if rule is None else replace(slots, rule=rule, scorer=own_scorer(rule), of="", bits=None)
+        slots = slots if rule is None else replace(slots, rule=rule, scorer=own_scorer(rule), of="", bits=None, toll=None)
         return replace(self, slots=replace(slots, control=control))
 
     def with_slots(self, share: float, rule: str | None = None) -> OperatingPoint:

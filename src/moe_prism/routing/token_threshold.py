@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..point import RoutingStage
-from ..point.base import Numbers
+from ..point.slots import Numbers
 from .base import SkipStage, VariantIndex, fit_dial, mean_kept, ranks
 
 

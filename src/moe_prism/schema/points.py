@@ -72,6 +72,13 @@ class SlotBitsForm(Form):
     router: BitRouterForm | None = None
 
 
+class TollForm(Form):
+    """What sending a token costs."""
+
+    price: Annotated[float, Field(ge=0, le=1e6)]
+    devices: Annotated[int, Field(ge=0, le=MOST_EXPERTS)] = 0
+
+
 class SlotsForm(Form):
     """Which slots are kept. `of` and `control` are missing in a file from before there was a choice."""
 
@@ -83,6 +90,7 @@ class SlotsForm(Form):
     of: Literal["bytes", "slots", "value"] | None = None
     control: Literal["mean", "strict", "none"] = "none"
     bits: SlotBitsForm | None = None
+    toll: TollForm | None = None
 
 
 class DecodingForm(Form):
@@ -267,6 +275,7 @@ class MeasuredForm(Form):
     pareto: bool
     resident_expert_bytes: Amount = 0.0
     distinct_expert_bytes: Amount = 0.0
+    sends: Amount = 0.0
     point: PointForm | None = None
     time: TimeForm | None = None
     domains: Annotated[dict[Name, DomainForm], MaxLen(256)] = {}

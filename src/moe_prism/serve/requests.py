@@ -91,6 +91,7 @@ class Request:
     track: Track = field(init=False)
     levels: dict[int, int] = field(default_factory=dict)  # level -> tokens computed at it
     cancelled: bool = False  # set by any thread; the engine's thread takes it out
+    begun: float | None = None  # engine clock: the first step that computed something of it
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     computed_at: list[int] = field(default_factory=list)  # level of every token in the cache; kept only with a prefix cache
     matcher: Any = None  # follows the grammar of `sampling`; the engine's own

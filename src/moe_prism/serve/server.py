@@ -18,6 +18,7 @@ from ..options.serve import ListenOptions, ServeOptions
 from .http.crowd import Doorway
 from .keys import admin_keys, keep_private, keys
 from .requests import Event
+from .spans import need_spans, spans_of
 
 if TYPE_CHECKING:
     from .build import Built
@@ -62,6 +63,7 @@ def serve_model(folder: str | Path, options: ServeOptions | None = None) -> None
     listening = listen(options.host, options.port)
     try:
         need_packages()
+        need_spans(options.otlp_traces_endpoint)
         from .config import load_config
 
         config = load_config(options.config)
@@ -150,6 +152,7 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
     logger.info("starting", extra={"fields": {"folder": folder.name, "status": f"{here}/status", **judged}})
     built = build(folder, options, config)
     engine = built.service.engine
+    built.service.spans = spans_of(options.otlp_traces_endpoint, engine.clock)  # it has a thread: after all that forks
     admin = None if options.adapter_folder is None else Administration(allowed.administrators, options.adapter_folder)
     app = create_app(built.house, built.history, allowed.clients, options.allowed_origins, admin)
     fields = {
@@ -173,6 +176,8 @@ def run(folder: Path, options: ServeOptions, config: Config, listening: socket.s
     finally:
         ended = built.ended()
         built.stop()
+        if built.service.spans is not None:
+            built.service.spans.close()
         logger.info("stopped")
     if ended:
         raise PrismError(ended, "start the server again; the log says more")

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import UsageError
 from ...model import MoELayer
 from ...point import SlotBits
-from ...point.base import BitRouter
+from ...point.slots import BitRouter
 from ..base import LayerParts, Slots
 from ..coded import SOURCE, block_bytes
 from ..side_tensors import POSITIONS

@@ -15,7 +15,7 @@ from ...elastic.rules.d2moe import written_rows
 from ...elastic.rules.threshold import fit_cutoffs
 from ...model import MoELayer
 from ...point import NamedPoint, OperatingPoint, SlotBits, SlotRule
-from ...point.base import BitRouter
+from ...point.slots import BitRouter
 from ..base import Method, Subject
 from ..quantize.averaged import written_widths
 from ..statistics import statistics_of

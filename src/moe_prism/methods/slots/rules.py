@@ -23,7 +23,8 @@ class RuleMethod(Method):
     acts = "slots"
 
     def points(self, subject: Subject) -> Sequence[NamedPoint]:
-        rule = rules.get(self.name)
+        plain = self.name.partition(":")[0]
+        rule = rules.get(plain)
         if subject.n_sub == 1 and rule.needs_norms:
             raise UsageError(
                 f"method '{self.name}' needs sub-experts, and this model has none",
@@ -32,7 +33,7 @@ class RuleMethod(Method):
         counts = range(max(1, min(subject.k, subject.n_sub - 1)), subject.slots + 1)
         points = subject.points if rule.is_continuous else None
         overhead = selection_overhead(subject.elastic.layers[0], subject.k) if points is not None else 0.0
-        own = methods.own_name(self.name)
+        own = methods.own_name(plain)
         rows = [(count, slot_rule(own, count, subject.slots)) for count in grid(counts, points, overhead)]
         if not subject.elastic.layers[0].parts.gates:  # a rule made for gate scores then ranks by what is predicted
             rows = [(count, replace(rule, scorer=SlotRule.scorer)) for count, rule in rows]

@@ -331,6 +331,7 @@ class Engine:
         for part in step.parts:
             request, track = part.request, part.request.track
             request.levels[part.level] = request.levels.get(part.level, 0) + part.lasting
+            request.begun = step.began if request.begun is None else request.begun
             first = track.first_token if track.first_token is not None or not part.yields else now
             track.advance(
                 level=part.level,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..spans import Ended, Stages
 from .admission import Place
 from .answers import Words, usage
 from .protocol import ChatRequest, Common
@@ -94,6 +95,7 @@ class Answer:
         self.place.leave()
         self.service.metrics.finish(reason)
         served = self.service.served(self.strands)
+        now = self.service.engine.clock()
         fields = {
             "id": self.id,
             **self.passed_on,
@@ -104,6 +106,36 @@ class Answer:
             "completion_tokens": sum(s.generated for s in self.strands),
             "point": served["point"],
             "quality": served["quality"],
-            "seconds": round(self.service.engine.clock() - self.began, 4),
+            "seconds": round(now - self.began, 4),
         }
         logger.info("request", extra={"fields": fields})
+        if self.service.spans is not None:
+            self.service.spans.write(self._ended(reason, now, fields, served["slots"]))
+
+    def _ended(self, reason: str, now: float, fields: Mapping[str, Any], slots: float | None) -> Ended:
+        """What its span says."""
+        model, operation = self.service.name, "chat" if self.chat else "text_completion"
+        return Ended(
+            name=f"{operation} {model}",
+            traceparent=self.passed_on.get("traceparent"),
+            start=self.began,
+            end=now,
+            sequences=tuple(Stages(s.started, s.request.begun, s.first, s.last) for s in self.strands),
+            attributes={
+                "gen_ai.operation.name": operation,
+                "gen_ai.provider.name": "moe_prism",
+                "gen_ai.request.model": model,
+                "gen_ai.response.id": self.id,
+                "gen_ai.response.finish_reasons": [reason],
+                "gen_ai.usage.input_tokens": fields["prompt_tokens"],
+                "gen_ai.usage.output_tokens": fields["completion_tokens"],
+                "moe_prism.class": self.wish.kind.name,
+                "moe_prism.adapter": self.wish.adapter or None,
+                "moe_prism.point": fields["point"],
+                "moe_prism.quality": fields["quality"],
+                "moe_prism.slots": slots,
+                "moe_prism.cached_tokens": sum(s.request.cached_tokens for s in self.strands),
+                "moe_prism.request_id": self.passed_on.get("request_id"),
+            },
+            failed=reason == "error",
+        )

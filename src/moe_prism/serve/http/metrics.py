@@ -81,6 +81,7 @@ class Metrics:
         self._made = counter, gauge
         self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", LATENCY)
         self.gap = histogram("inter_token_latency_seconds", "Between two tokens of a sequence.", GAPS)
+        self.queue = histogram("request_queue_time_seconds", "From arrival to the first step of the request.", LATENCY)
         self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", LATENCY)
         self.step = Histogram(
             PREFIX + "step_seconds", "One step of the engine.", ["model_name"], buckets=GAPS, registry=self.registry
@@ -98,7 +99,7 @@ class Metrics:
         for name in self._names:
             self.at_level.labels(**self._model, point=name)
         for kind in classes:
-            for made in (self.ttft, self.gap, self.e2e):
+            for made in (self.ttft, self.gap, self.queue, self.e2e):
                 made.labels(**self._model, **{"class": kind})
 
     def observe_step(self, step: Tally) -> None:

@@ -12,6 +12,7 @@ from ...schedule.base import Job, Ladder
 from ..backend import Backend
 from ..config import Config
 from ..requests import ErrorKind, Event, Request
+from ..spans import SpanWriter
 from ..text.jobs import Compile
 from .metrics import Metrics
 from .protocol import Common
@@ -21,9 +22,12 @@ from .vocabulary import Vocabulary
 
 
 class Service:
-    """Everything the routes need. Lives on the event loop. drafts: whether the engine lets requests draft for themselves."""
+    """Everything the routes need. Lives on the event loop. drafts: whether the engine lets requests draft for themselves; spans: who hears
+    of ended requests, if anybody does.
+    """
 
     drafts = False
+    spans: SpanWriter | None = None
 
     def __init__(
         self, engine: Backend, tokenizer: Any, config: Config, metrics: Metrics, name: str, usual: str | None = None
@@ -207,6 +211,8 @@ class Service:
         if sequence.cut or job.id in self.engine.book:
             self.engine.cancel(job.id)
         self.metrics.latency(self.metrics.e2e, job.kind, self.engine.clock() - sequence.started)
+        if sequence.request.begun is not None:
+            self.metrics.latency(self.metrics.queue, job.kind, sequence.request.begun - sequence.started)
         self.metrics.cached.inc(sequence.request.cached_tokens)
         self.metrics.queried.inc(len(sequence.asked.prompt))
         if job.ttft is not None:

@@ -24,6 +24,7 @@ NAMES = frozenset(
         "spec_decode_num_accepted_tokens",
         "time_to_first_token_seconds",
         "inter_token_latency_seconds",
+        "request_queue_time_seconds",
         "e2e_request_latency_seconds",
     }
 )

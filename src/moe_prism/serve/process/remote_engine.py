@@ -183,6 +183,7 @@ class RemoteEngine(asyncio.Protocol):
             if request is not None:
                 request.levels[level] = request.levels.get(level, 0) + tokens
                 request.cached_tokens = cached
+                request.begun = news.turn if request.begun is None else request.begun
                 request.track.advance(level=level)
         for request_id, event in news.events:
             request = self.book.get(request_id)

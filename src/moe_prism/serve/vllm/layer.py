@@ -23,6 +23,7 @@ from ...kernels.packed_tiles import WIDTH
 from ...model.gate_neurons import GateNeurons
 from ...point import OperatingPoint
 from .packed_products import PackedGroups, add, dot
+from .placed import Elsewhere, Placed, nobody
 from .refusal import refusal
 from .stripe import ALONE, Share
 
@@ -48,13 +49,25 @@ def pack(rows: Tensor) -> Tensor:
 class PackedWeights:
     """w13 [E, 2f, d] and w2 [E, d, f] as vLLM holds them: packed, float32 or bfloat16. activation: vLLM's name of it.
 
-    share: which worker this is of those that hold stripes of the blocks (f is then what one holds).
+    share: which worker this is of those that hold stripes of the blocks (f is then what one holds). placed: which experts these are, where
+    other workers hold the rest; E is then what one holds.
     """
 
     w13: Tensor
     w2: Tensor
     activation: str
     share: Share = ALONE
+    placed: Placed | None = None
+
+    @property
+    def experts(self) -> int:
+        """Of the layer, wherever they lie."""
+        return len(self.w2) if self.placed is None else len(self.placed.local)
+
+    @property
+    def adds(self) -> bool:
+        """Whether this worker adds what comes beside kept slots."""
+        return self.share.rank == 0 and (self.placed is None or self.placed.rank == 0)
 
     def check(self, n_sub: int) -> None:
         """UsageError if the kept blocks could not be multiplied where they lie."""
@@ -84,6 +97,8 @@ class PackedWeights:
         }
         act = ACTIVATIONS[self.activation]
         shared = {k: self.share.first(t.contiguous()) if gates else t.contiguous() for k, t in tensors.items()}
+        if self.placed is not None:
+            shared = {k: self.placed.every(t) for k, t in shared.items()}
         return GateNeurons(name, index, width * self.share.size, shared, partial(_gated, act))
 
 
@@ -99,11 +114,15 @@ class Packed(Executor):
         self.experts, self.hidden, self.width = weights.w2.shape
         self.first = weights.w13.detach().view(self.experts, -1, self.hidden, WIDTH)
         self.down = weights.w2.detach().view(self.experts, -1, self.width, WIDTH)
-        self.activate = ACTIVATIONS[weights.activation]
+        self.activate, self.placed = ACTIVATIONS[weights.activation], weights.placed
 
     def run(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
-        groups = PackedGroups.of(index, settled.keep, self.experts)
-        m = self.width // settled.keep.shape[2]
+        keep = settled.keep
+        if self.placed is not None:
+            index = self.placed.rows(index)
+            keep = keep & (index >= 0)[:, :, None]
+        groups = PackedGroups.of(index, keep, self.experts)
+        m = self.width // keep.shape[2]
         out = torch.zeros(x.shape)
         pre = torch.zeros(len(groups.row), 2 * m)
         dot(x, groups, self.first, 2, groups.slot, pre)
@@ -118,30 +137,38 @@ class PackedElastic(Elastic):
     def __init__(
         self,
         model: Any,
-        weights: Sequence[tuple[str, PackedWeights]],
+        weights: Sequence[tuple[str, PackedWeights | None]],
         sides: Sequence[dict[str, Tensor]],
         *,
         n_sub: int,
         gates: int,
         k: int,
     ) -> None:
-        """weights: name and weights of every layer; sides: its side tensors. UsageError if the shapes do not fit together.
+        """weights: name and weights of every layer, None where another worker runs it; sides: its side tensors, of all layers. UsageError
+        if the shapes do not fit together.
 
-        Where several workers hold stripes, all choose the same slots, since they see the same inputs.
+        Where several workers hold parts, all choose the same slots, since they see the same inputs.
         """
-        self.executors: dict[int, Packed] = {}
+        self.executors: dict[int, Executor] = {}
         self._k = k
         layer_parts = []
-        for i, ((name, own), side) in enumerate(zip(weights, sides, strict=True)):
+        first = next(own for _, own in weights if own is not None)
+        for i, ((name, held), side) in enumerate(zip(weights, sides, strict=True)):
+            own = held or first
             own.check(n_sub)
-            experts, hidden, _ = own.w2.shape
+            experts, hidden = own.experts, own.w2.shape[1]
             if CUTOFFS not in side or tuple(side["ridge"].shape) != (experts, n_sub, hidden + n_sub * gates + 1):
                 raise UsageError("prism.safetensors does not belong to these weights", "refactor the model again")
-            layer_parts.append(LayerParts(own.gate_neurons(name, i, n_sub, gates), n_sub, gates, side))
-            self.executors[i] = Packed(own)
+            if held is None:
+                width, act = own.w2.shape[2] * own.share.size, ACTIVATIONS[own.activation]
+                layer = GateNeurons(name, i, width, nobody(experts, n_sub * gates, hidden), partial(_gated, act))
+            else:
+                layer = held.gate_neurons(name, i, n_sub, gates)
+            layer_parts.append(LayerParts(layer, n_sub, gates, side))
+            self.executors[i] = Elsewhere() if held is None else Packed(held)
         super().__init__(model, layer_parts)
-        for layer, (_, own) in zip(self.layers, weights, strict=True):
-            layer.adds = own.share.rank == 0
+        for made, (_, held) in zip(self.layers, weights, strict=True):
+            made.adds = held is None or held.adds
 
     def executor_of(self, parts: LayerParts) -> Executor:
         return self.executors[parts.layer.index]

@@ -1,6 +1,6 @@
 """What training the router of sub-experts wins: NLL and KL at several K, against the untrained router and against `threshold`.
 
-    python benchmarks/router.py [--model nano] [--work FOLDER] [--k 4,8,12,16] [--seeds 3] [--steps 150] [--rate 1e-3]
+    python benchmarks/router.py [--model nano] [--work FOLDER] [--k 4,8,12,16] [--seeds 3] [--first-seed 0] [--steps 150] [--rate 1e-3]
                                 [--losses next-token,kl] [--curricula rising,drawn] [--train-tokens 131072] [--train-length 256]
                                 [--tokens 12288] [--length 512] [--quick] [--json]
 
@@ -115,7 +115,7 @@ def folders(args: argparse.Namespace, work: Path) -> tuple[Path, Path, dict[tupl
     if not resliced.is_dir():
         reslice(elastic, resliced)
     trained: dict[tuple[str, str], list[Path]] = {}
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         for curriculum in args.curricula:
             for loss in args.losses:
                 out = work / f"trained-{args.model}" / f"{loss}-{curriculum}-{seed}"
@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--k", type=words(int), default=[4, 8, 12, 16])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--losses", type=words(str), default=["next-token", "kl"])

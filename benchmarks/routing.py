@@ -1,12 +1,14 @@
 """Methods that decide per token what runs, on one chart: KL to the full model at equal bytes, with intervals over windows.
 
     python benchmarks/routing.py [--model nano] [--folder ELASTIC] [--text stdlib] [--means 3,2.5,2,1.5] [--at 3,2] [--methods A,B]
-                                 [--calibration-tokens 8192] [--tokens 8192] [--length 256] [--json]
+                                 [--calibration-tokens 8192] [--tokens 8192] [--length 256] [--save FOLDER] [--json]
 
 Every method is fitted to every mean number of experts on the calibration side of --text, and measured on the other side. What it read is
 counted, so a method that misses its mean shows it. Its KL at the bytes of `uniform` at a mean of --at is read off its own curve: log KL
 over bytes, straight between two points, and beyond the last by the line of the last two. Such a row is marked. `threshold` chooses
 sub-experts at the same bytes, its predictor included. Intervals: 95 %, bootstrap over windows; ratios are drawn over the same windows.
+--save writes routing-MODEL.json and routing-MODEL.md, a table, again after every method: a run that is ended keeps what it measured, and
+another with the same settings adds to it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,39 @@ def show(row: dict[str, Any]) -> str:
     return f"{row['method']:16} " + "; ".join(parts) + f"  points {row['points']}"
 
 
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """Markdown: KL at equal bytes as a ratio to uniform's, with its interval; `-` beyond a method's own curve."""
+    keys = [key for key in found[0] if key.startswith("at_")]
+    lines = [f"| method | {' | '.join(f'{key[3:]} experts' for key in keys)} |", "|---|" + "---|" * len(keys)]
+    for row in found:
+        cells = []
+        for key in keys:
+            own = row[key]["kl" if row["method"] == BASE else "to_uniform"]
+            value, low, high = (f"{number:.3g}" for number in own)
+            cells.append(f"{value} ({low} to {high})" if row[key]["reached"] else "-")
+        shown = f"`{row['method']}`" + (": KL" if row["method"] == BASE else "")
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def saved(found: Iterable[dict[str, Any]], folder: Path | None, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows; whatever is there so far lies in the folder, with the methods that lay there already, of the same settings."""
+    name = f"routing-{Path(settings['model']).name}"
+    kept: dict[str, dict[str, Any]] = {}
+    if folder is not None and (folder / f"{name}.json").is_file():
+        before = json.loads((folder / f"{name}.json").read_text())
+        if {key: before[key] for key in settings} == settings:
+            kept = {row["method"]: row for row in before["rows"]}
+    for row in found:
+        kept[row["method"]] = row
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            every = list(kept.values())
+            (folder / f"{name}.json").write_text(json.dumps({"benchmark": "routing", **settings, "rows": every}, indent=1) + "\n")
+            (folder / f"{name}.md").write_text(table(every))
+        yield row
+
+
 def words(kind: Any) -> Any:
     return lambda text: [kind(part) for part in text.split(",")]
 
@@ -143,13 +178,15 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--save", type=Path)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch) / "elastic"
         if not args.folder:
             refactor(args.model, folder, RefactorOptions(calibration=CalibrateOptions(text=args.text)))
-        found = printed(rows(args, folder), show, args.json)
+        settings = {name: getattr(args, name) for name in ("model", "text", "tokens", "calibration_tokens", "length")}
+        found = printed(saved(rows(args, folder), args.save, settings), show, args.json)
     if args.json:
         print(json.dumps({"benchmark": "routing", "model": args.model, "rows": found}))
 

@@ -40,6 +40,7 @@ methods: Registry[type[Any]] = Registry(
         "odp": Entry("moe_prism.methods.skip.odp:Odp", "per token: small weights are skipped in a share of the layers, large tokens keep all (MC-MoE); :LAYERS", acts="routing"),
         "rewiring": Entry("moe_prism.methods.skip.rewiring:RewiringMethod", "vectors on the router's logits, by the loss of the text (Rewiring); per prompt with `generate --rewire`; :STEPS", acts="routing"),
         "graph": Entry("moe_prism.methods.skip.graph:Graph", "experts by the scores of like tokens before, mixed into a token's own (S-MoE); :A", acts="routing"),
+        "attention-graph": Entry("moe_prism.methods.skip.attention_graph:AttentionGraphMethod", "the same by the tokens that the attention before the layer looks at (A-MoE); :A", acts="routing"),
         "otp": Entry("moe_prism.methods.skip.otp:Otp", "per token: a small trained network says how many of its experts are computed (MC#); :STEPS", acts="routing"),
         "lexi": Entry("moe_prism.methods.skip.lexi:Lexi", "counts by what fewer experts do to random inputs, from the weights alone (LExI)", acts="routing"),
         "compressed-experts": Entry("moe_prism.methods.skip.compressed_experts:CompressedExperts", "per token: experts that are skipped leave vectors that the others multiply by, fitted (Compressed Experts)", acts="routing"),

@@ -21,7 +21,7 @@ from tests.serve.house import open_house
 from tests.store.common import PROMPT, smallest
 
 TOKENS = GenerateOptions(max_tokens=10)
-KEEP_ALL = ("rewiring", "graph")
+KEEP_ALL = ("rewiring", "graph", "attention-graph")
 """Methods that choose other experts, and as many."""
 ON_THE_BATCH = ("batch-redistribution:uniform", "batch-blocks")
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import moe_prism
 from moe_prism.elastic.observe import viewed
 from moe_prism.errors import UsageError
 from moe_prism.methods.skip import graph
+from moe_prism.methods.skip.attention_graph import AttentionGraph
 from moe_prism.methods.skip.graph import WINDOW, TokenGraph, mix, neighbours
 from moe_prism.point import FULL, OperatingPoint, RoutingStage
 from moe_prism.schedule.base import Ladder, Level
@@ -16,8 +18,11 @@ from moe_prism.schedule.base import Ladder, Level
 SHARE = 0.8
 
 
-def point(share=SHARE, layers=2):
-    stage = RoutingStage(layers=(2,) * layers, stage="graph", parameters={"a": ((share,),) * layers}, keep_mass=False)
+KINDS = ("graph", "attention-graph")
+
+
+def point(share=SHARE, layers=2, kind="graph"):
+    stage = RoutingStage(layers=(2,) * layers, stage=kind, parameters={"a": ((share,),) * layers}, keep_mass=False)
     return OperatingPoint(routing=(stage,))
 
 
@@ -55,11 +60,41 @@ def test_rows_are_those_of_a_loop_over_tokens_and_stay_distributions(model):
 
 
 @torch.no_grad()
+def test_attention_shares_are_the_models_own_attention_on_a_window(model):
+    """Of the layer before, from transformers' eager attention: rows cut to the window, made to sum to 1, mean over heads."""
+    ids, elastic, seen = text(2, 3 * WINDOW), model._moe_prism, []
+
+    def look(routed):
+        if routed.layer == 0:
+            seen.append((routed.scores(), *AttentionGraph.near(routed, routed.scores())))
+        return routed.weight
+
+    with elastic.at([point(kind="attention-graph")]), viewed(elastic, look):
+        model(ids)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        whole = model(ids, output_attentions=True).attentions[0]  # [rows, heads, T, T]
+    finally:
+        model.set_attn_implementation(before)
+    ((scores, near, theirs),) = seen
+    length = ids.shape[1]
+    for t in range(2 * length):
+        row, at = divmod(t, length)
+        first = max(0, at - WINDOW)
+        own = whole[row, :, at, first : at + 1]
+        want = (own / own.sum(1, keepdim=True)).mean(0)
+        torch.testing.assert_close((near[t, :, None] * theirs[t]).sum(0), want @ scores[row * length + first : t + 1])
+    torch.testing.assert_close(near.sum(1), torch.ones(2 * length))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cuts", [(1,), (7, 30), (64, 3)])
-def test_a_text_in_pieces_is_the_text_at_once(model, cuts):
+def test_a_text_in_pieces_is_the_text_at_once(model, cuts, kind):
     """Beyond the first places of a cache, so that it grows while rows are known."""
     ids = text(3, 100, seed=1)
-    with model._moe_prism.at([point()]):
+    with model._moe_prism.at([point(kind=kind)]):
         whole = model(ids).logits
         kept, parts, begin, turn = None, [], 0, 0
         while begin < ids.shape[1]:
@@ -73,10 +108,11 @@ def test_a_text_in_pieces_is_the_text_at_once(model, cuts):
 
 
 @torch.no_grad()
-def test_rows_that_are_reordered_take_their_tokens_along(model):
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_are_reordered_take_their_tokens_along(model, kind):
     """As a beam search does."""
     ids, after = text(2, 20, seed=2), text(2, 4, seed=3)
-    with model._moe_prism.at([point()]):
+    with model._moe_prism.at([point(kind=kind)]):
         out = model(ids, use_cache=True)
         out.past_key_values.reorder_cache(torch.tensor([1, 1]))
         found = model(after, past_key_values=out.past_key_values, use_cache=True).logits
@@ -98,24 +134,51 @@ def test_tokens_at_another_point_are_not_looked_at(model):
     torch.testing.assert_close(first, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
 
 
-def test_the_server_gives_the_tokens_of_the_text_at_once_beside_others(model, elastic_tiny):
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_later_token_changes_nothing_before_it(model, kind):
+    ids = text(1, 40, seed=5)
+    other = ids.clone()
+    other[0, 30:] = (other[0, 30:] + 7) % 400
+    with model._moe_prism.at([point(kind=kind)]):
+        one, two = model(ids).logits, model(other).logits
+    assert torch.equal(one[:, :30], two[:, :30]) and not torch.equal(one[:, 30:], two[:, 30:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_server_gives_the_tokens_of_the_text_at_once_beside_others(model, elastic_tiny, kind):
     pytest.importorskip("fastapi")
     from tests.serve.test_engine import Waves
 
     served = moe_prism.load(elastic_tiny)[0]
     prompts = [text(1, n, seed=n)[0].tolist() for n in (40, 9, 25)]
-    ladder = Ladder((Level("graph", point(), 7, 0.9), Level("full", FULL, 8, 1.0)))
+    ladder = Ladder((Level("graph", point(kind=kind), 7, 0.9), Level("full", FULL, 8, 1.0)))
     waves = Waves(served, ladder, step_tokens=16)
     try:
         found = [tokens for tokens, _, _ in waves.run(prompts, [0, 0, 1], new=6)]
         again = [tokens for tokens, _, _ in waves.run(prompts[:1], [0], new=6)]  # its prefix is found in the cache
     finally:
         waves.engine.stop()
-    for prompt, at, tokens in zip(prompts, (point(), point(), FULL), found, strict=True):
+    for prompt, at, tokens in zip(prompts, (point(kind=kind), point(kind=kind), FULL), found, strict=True):
         with model._moe_prism.at([at]), torch.no_grad():
             made = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
         assert tokens == made[0, len(prompt) :].tolist()
     assert again == found[:1]
+
+
+@torch.no_grad()
+def test_attention_that_cannot_be_heard_is_refused_and_the_one_in_use_comes_back(model):
+    before = model.config._attn_implementation
+    own = ALL_ATTENTION_FUNCTIONS[before]
+    with model._moe_prism.at([point(kind="attention-graph")]):
+        assert ALL_ATTENTION_FUNCTIONS[before] is not own
+    assert ALL_ATTENTION_FUNCTIONS[before] is own
+    model.set_attn_implementation("eager")
+    try:
+        with pytest.raises(UsageError, match="cannot be watched"), model._moe_prism.at([point(kind="attention-graph")]):
+            pass
+    finally:
+        model.set_attn_implementation(before)
 
 
 def test_a_share_of_nothing_is_the_model_and_a_wrong_one_is_refused(model):

@@ -109,6 +109,27 @@ def test_penalties_and_logprobs_go_on(nano, plain, drafting):  # noqa: F811
         assert all(a == pytest.approx(b, abs=1e-4) for a, b in pairs) and len(pairs) == LONG
 
 
+@pytest.mark.parametrize(("drafting", "loses"), [((0.5, 4, True), True), ((0.5, 4, True), False)], indirect=["drafting"])
+def test_it_switches_itself_off_where_it_loses(nano, plain, drafting, loses):  # noqa: F811
+    """The seconds of a machine where a check takes as long as its tokens alone do, and of one where it takes one step's."""
+    drafts, observe = drafting.engine.drafts, drafting.engine.drafts.observe
+    made = []
+
+    def told(parts, seconds):
+        drawn = [count for _, _, count in parts]
+        drafted = all(draft is not None for draft, _, _ in parts)
+        checks = drafted and all(drawn)
+        made.append("check" if checks else "guess" if drafted else "plain")
+        wanted = max((draft.wanted for draft, _, _ in parts if draft is not None), default=0)
+        observe(parts, (wanted + 1.0 if loses else 1.1) if checks else 0.2 if drafted else 1.0)
+
+    drafts.observe = told
+    for _ in range(3):
+        assert drafting.tokens(nano[1][:1], [2], new=LONG, samplings=[ASKS]) == plain["full"][:1]
+    checks = made.count("check")
+    assert checks <= 6 if loses else checks > made.count("plain")
+
+
 def test_a_request_that_does_not_ask_never_drafts(nano, plain, drafting):  # noqa: F811
     assert drafting.tokens(nano[1], [2] * 4, new=LONG) == plain["full"]
     assert drafting.engine.drafts.drafted == 0

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..attention.watch import Attended
 from ..point import OperatingPoint
 from .base import LayerParts
 from .execute.base import Executor
@@ -36,5 +37,8 @@ class Host(Protocol):
         """UsageError for a point that this model cannot run where its weights are."""
 
     def residual(self, layer: int, x: Tensor) -> Tensor: ...
+
+    def attended(self, tokens: int) -> Attended:
+        """What the attention before the layer that runs was asked, for so many tokens."""
 
     def executor_of(self, parts: LayerParts) -> Executor: ...

@@ -223,7 +223,7 @@ class ElasticLayer:
             x, index, weight, self.index, self.parts.layer.num_experts,
             self.parts.layer.num_experts + len(self.parts.layer.extra or ()),
             scores=lambda: self.router_scores(x, index, weight), residual=lambda: self.elastic.residual(self.index, x),
-            state=state, past=self._past(len(x)),
+            state=state, past=self._past(len(x)), attention=lambda: self.elastic.attended(len(x)),
         )  # fmt: skip
 
     def _past(self, tokens: int) -> Past | None:

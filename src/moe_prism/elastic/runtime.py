@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..attention.watch import Attended, AttentionWatch, attention_watched
 from ..calibrate.residual import watch_residual
 from ..calibrate.run import backbone_of
 from ..compress.changes import change_of
@@ -50,6 +51,7 @@ class Elastic:
         )  # whether adapters may be loaded, and whose experts steps have by default: `adapters.py`
         self._watching: dict[int, Any] = {}
         self._following = False
+        self._heard = AttentionWatch()
         self._first = layer_parts[0].layer
         for parts in layer_parts:
             parts.check(None if model is None else self.k)
@@ -103,6 +105,8 @@ class Elastic:
                     self._enter_change(stack, point.weights)
             if "residual" in step.bound.needs:
                 stack.enter_context(self._watched())
+            if "attention" in step.bound.needs:
+                stack.enter_context(self._attending())
             if step.bound.follows and step.past is None:
                 stack.enter_context(self._followed())
             self.step, self.counting = step, counted if counting is None else counting
@@ -130,7 +134,7 @@ class Elastic:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Watch the residual stream of every layer."""
+        """AttentionWatch the residual stream of every layer."""
         before = self._watching
         with ExitStack() as stack:
             layers = [layer.parts.layer for layer in self.layers]
@@ -139,6 +143,16 @@ class Elastic:
                 yield
             finally:
                 self._watching = before
+
+    @contextmanager
+    def _attending(self) -> Iterator[None]:
+        """Hear what attention is asked."""
+        before = self._heard
+        with attention_watched(self.model) as self._heard:
+            try:
+                yield
+            finally:
+                self._heard = before
 
     @contextmanager
     def _followed(self) -> Iterator[None]:
@@ -160,6 +174,10 @@ class Elastic:
             name = self.layers[layer].parts.layer.name
             raise UsageError(f"the residual stream of '{name}' is not to be seen", "use a stage that does not ask for it")
         return found  # type: ignore[no-any-return]
+
+    def attended(self, tokens: int) -> Attended:
+        """What the attention before the layer that runs was asked, for so many tokens. UsageError where it cannot be seen."""
+        return self._heard.of(tokens)
 
     def detach(self) -> None:
         """Give the model its own experts function back."""

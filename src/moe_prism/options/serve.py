@@ -100,6 +100,15 @@ class ServeOptions(ListenOptions):
         "Where OpenTelemetry spans of requests go: an OTLP collector over HTTP, such as http://127.0.0.1:4318/v1/traces. Needs "
         "moe-prism[otel]. Default: what the variables OTEL_... say, and without them nowhere.",
     )
+    decoding: list[str] = option(
+        [],
+        "A method of decoding that a request may ask for, with the field `decode`: scmoe, des or concise; rewiring lets it have the router "
+        "fitted to its prompt, with the field `rewire`. Repeat it for more. Such requests run beside the batch. Default: none.",
+        is_repeated=True,
+    )
+    verifier: str | None = option(
+        None, "With --decoding des: FILE.py:FUNCTION that says how good a text is, (prompt, text) to a number. The file is run."
+    )
     debug: bool = option(False, "Plain logs with stack traces.")
     store: Any = None
 
@@ -112,6 +121,7 @@ class ServeOptions(ListenOptions):
         if self.trace_out is None and (self.trace_ids or self.trace_tokens != ServeOptions.trace_tokens):
             raise UsageError("--trace-tokens and --trace-ids belong to --trace-out", "give it too, or leave them out")
         self.named_adapters()
+        self._check_decoding()
         if self.adapter_room is not None and self.adapter_folder is None:
             raise UsageError("--adapter-room belongs to --adapter-folder", "give both, or leave it out")
         if (self.adapter_folder is None) != (self.admin_key_file is None):
@@ -123,6 +133,15 @@ class ServeOptions(ListenOptions):
                 raise UsageError("--patterns does not go with adapters", "leave one of them out")
         if self.points and self.bytes_per_token is not None:
             raise UsageError("--points and --bytes-per-token both choose points", "give one of them")
+
+    def _check_decoding(self) -> None:
+        for name in self.decoding:
+            if name not in DECODING:
+                raise UsageError(f"requests cannot ask for '{name}'", f"--decoding takes {', '.join(DECODING)}")
+        if (self.verifier is None) != ("des" not in self.decoding):
+            raise UsageError("--verifier and --decoding des go together", "give both: a search needs to know what is good")
+        if "rewiring" in self.decoding and self.store is not None:
+            raise UsageError("rewiring needs the model's experts in memory", "leave --expert-memory out")
 
     def named_adapters(self) -> dict[str, str]:
         """Name -> folder of each. UsageError for an entry that is not of that form."""
@@ -137,6 +156,8 @@ class ServeOptions(ListenOptions):
         return found
 
 
+DECODING = ("scmoe", "des", "concise", "rewiring")
+"""What requests may ask for. `self-draft` is a server's own matter (--self-draft), and `expert-rag` calls code that may take any time."""
 ADAPTER_NAME = "a name has 1 to 64 letters, digits, dots, lines and underscores"
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..attention.watch import Attended
 from ..errors import UsageError
 from ..model.extra import ExtraExperts
 from ..point import RoutingStage
@@ -69,7 +70,7 @@ class Routed:
     scores() gives the router's probabilities [T, E], residual() the residual stream [T, d]: both are computed when asked for. state:
     what stages carry from layer to layer of one forward, [T, ...] each. past: which tokens came before (`elastic.control.Past` of these
     rows); None: nobody knows. cutoff [T]: of a token's experts only neurons whose gate is at least that large are computed; None: all.
-    factors: of its experts' inputs and activations; None: of no token.
+    factors: of its experts' inputs and activations; None: of no token. attention(): what the attention before the layer was asked.
     """
 
     x: Tensor
@@ -84,6 +85,7 @@ class Routed:
     cutoff: Tensor | None = None
     factors: Factors | None = None
     past: Any = None
+    attention: Callable[[], Attended] = _unavailable
 
     def of(self, rows: Tensor) -> Routed:
         """The part of the batch that rows [S] name. What it carries on is its own: `merged` puts it back."""
@@ -99,6 +101,7 @@ class Routed:
             past=None if self.past is None else self.past.part(rows.cpu().numpy()),
             scores=lambda: self.scores()[rows],
             residual=lambda: self.residual()[rows],
+            attention=lambda: self.attention().of(rows),
         )
 
 
@@ -134,7 +137,9 @@ class Stage(ABC):
     paper: ClassVar[str] = ""
     """Where it comes from; empty: our own."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What it asks of `Routed` beside the choice: "scores", "residual", "state", "past"; of executors: "neurons", "factors"."""
+    """What it asks of `Routed` beside the choice: "scores", "residual", "state", "past", "attention"; of executors: "neurons",
+    "factors".
+    """
     extra: ExtraExperts | None = None
     """Experts that are not weights, which the stage may choose: their ids begin at `Routed.first_extra`."""
     adds: ClassVar[bool] = False

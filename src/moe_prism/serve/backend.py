@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, Protocol
 
 from ..errors import PrismError
+from ..forecast.step_cost import Totals
 from ..schedule.base import Ladder
 from .requests import Request
 
@@ -48,6 +49,20 @@ class Gauges(NamedTuple):
     drafted: int = 0  # tokens that requests drafted for themselves, since the engine's start
     kept: int = 0  # of them, those that were right
     reads: ExpertReads | None = None  # None: all experts are in memory
+
+
+class Ran(Protocol):
+    """What was computed between two looks at the queue: a step of the batch, or one beside it."""
+
+    @property
+    def totals(self) -> Totals | None:
+        """What a cost model prices; None: nothing that it knows."""
+
+    def tally(self, seconds: float) -> Tally:
+        """In numbers, once it took `seconds`."""
+
+    def told(self) -> tuple[tuple[str, int, int, int], ...]:
+        """Request, level, tokens computed, tokens found in the prefix cache, of each part."""
 
 
 class AdapterFacts(NamedTuple):

@@ -131,7 +131,8 @@ def _http(engine: Backend, workers: Workers, facts: Facts, asked: ToServe) -> tu
         history.observe(tally)
 
     service = Service(engine, workers.desk.tokenizer, config, metrics, name, asked.usual)
-    service.drafts = asked.options.self_draft is not None
+    service.drafts, service.decoding = asked.options.self_draft is not None, asked.options.decoding
+    service.verifies = asked.options.verifier is not None
     return House(service, Door(config, facts.rate, metrics.refuse), workers), history, heard
 
 

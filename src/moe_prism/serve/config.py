@@ -28,6 +28,8 @@ class EngineLimits(_Strict):
     prefix_cache: bool = True
     prefix_cache_per_key: bool = False
     """Prefixes are shared only among requests with the same key, so that their timing tells nothing of other tenants."""
+    decoding: int = Field(default=4, ge=1, le=256)
+    """Requests with a method of decoding that run at once, beside the batch; their caches take `cache_tokens` once more at most."""
     process: bool = os.name == "posix"
     """A process of its own for the engine, so that HTTP and computing do not compete for one interpreter."""
     threads: int | None = Field(default=None, ge=1, le=1024)
@@ -63,6 +65,8 @@ class Bounds(HttpBounds):
     reserved: float = Field(default=0.25, ge=0, le=0.9)
     """Share of the queue that only the classes of the smallest priority may use."""
     n: int = Field(default=16, ge=1, le=16)
+    sequences: int = Field(default=16, ge=1, le=256)
+    """Of one request with a method of decoding: beams of `des`."""
     stop_strings: int = Field(default=64, ge=1, le=64)
     template_bytes: int = Field(default=64 << 10, ge=0, le=1 << 20)
     text_seconds: float = Field(default=2.0, gt=0, le=600)

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 from ..schedule.base import Job, Progress
 
+PLAIN = "plain"
+"""One forward for each token."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -31,6 +34,13 @@ class Sampling:
     self_draft: bool = (
         False  # whether tokens may be drafted at the engine's low budget and checked together; no token changes by it
     )
+    decode: str = PLAIN  # a method of decoding with its settings, as `generate --decode` has it
+    rewire: int = 0  # steps that fit a vector on the router's logits to the prompt
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether the request runs beside the batch (`engine.decoding`)."""
+        return self.decode != PLAIN or self.rewire > 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class ErrorKind(Enum):
     DEADLINE = "deadline"
     NOT_FINITE = "not finite"  # the model returned such numbers for this request
     RULED_OUT = "ruled out"  # what it asked for leaves none that could come next
+    REFUSED = "refused"  # what it asked for cannot be done
 
 
 class Event(NamedTuple):
@@ -61,6 +72,7 @@ class Event(NamedTuple):
     finish: str | None = None
     error: str | None = None
     kind: ErrorKind = ErrorKind.ENGINE  # of the error
+    facts: dict[str, Any] | None = None  # with the finish: what a method of decoding says of its work
 
 
 Sink = Callable[[Event], None]

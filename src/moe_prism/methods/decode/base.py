@@ -7,7 +7,7 @@ it sets stands in the `decoding` part of an operating point; the other parts say
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -21,12 +21,14 @@ from ...errors import UsageError
 from ...point import FULL, Decoding, NamedPoint, OperatingPoint, RoutingStage
 from ...registry import choices
 from ..base import Method, Subject
+from ..steps import ended
 from .sequence import Sequence, Spent
 
 Verifier = Callable[[str, str], float]
 """(prompt, what was written behind it) -> how good that is; larger is better."""
 Retriever = Callable[[str], str]
 """prompt -> text that is to stand before it."""
+LONGEST_AT_ONCE = 1 << 30
 
 
 @dataclass
@@ -35,6 +37,8 @@ class DecodeRun:
 
     point: how a forward of the answer runs, without decoding. shaped(ids [1, t], logits [1, V]) and ended(ids [1, t]) are transformers'
     processors and conditions. heard: is told of every token that is certain. verifier, retriever: for methods that ask one.
+    generator: of the random numbers; None: torch's own. chunk: tokens of the prompt that one forward computes at most. adapter: number of
+    the fine-tune whose experts answer; -1: none.
     """
 
     model: Any
@@ -49,11 +53,15 @@ class DecodeRun:
     spent: Spent = field(default_factory=Spent)
     verifier: Verifier | None = None
     retriever: Retriever | None = None
+    generator: torch.Generator | None = None
+    chunk: int = LONGEST_AT_ONCE
+    adapter: int = -1
 
     def step(self, point: OperatingPoint | None = None) -> Step:
         """Ready to run; None: the request's own point."""
         own = self.point if point is None else point
-        return Step(bind(self.elastic, [replace(own, weights=None)]))  # a change of weights is there already
+        bound = bind(self.elastic, [replace(own, weights=None)])  # a change of weights is there already
+        return Step(bound, adapter=self.adapter)
 
     def sequence(self, ids: list[int] | None = None) -> Sequence:
         """A sequence of its own, from the prompt."""
@@ -63,8 +71,14 @@ class DecodeRun:
         """The next token behind ids, from logits [V], as plain decoding draws it."""
         scores = self.shaped(torch.tensor([ids], device=logits.device), logits[None])
         if self.samples:
-            return int(torch.multinomial(scores.softmax(-1), 1))
+            return int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
         return int(scores.argmax(-1))
+
+    def read(self, sequence: Sequence, step: Step) -> Generator[None, None, None]:
+        """Compute a long prompt in chunks, up to what one forward may hold, and stop behind each for who waits."""
+        while len(sequence.ids) - sequence.cached > self.chunk:
+            sequence.read(step, self.chunk)
+            yield
 
     def take(self, sequence: Sequence, logits: Tensor, forced: int | None = None) -> int:
         """Add the next token to a sequence, drawn from logits [V] or forced, and tell of it."""
@@ -93,8 +107,14 @@ class Decoded:
     facts: dict[str, Any]
 
 
+Steps = Generator[None, None, Decoded]
+"""A continuation in small steps: whoever runs it may do something else between two of them. It returns what it made."""
+
+
 class DecodeMethod(Method):
-    """A way to decode. `neutral`: settings at which it decodes as transformers does, token for token."""
+    """A way to decode. `neutral`: settings at which it decodes as transformers does, token for token. `sequences`: caches that one
+    request holds at once.
+    """
 
     acts = "decoding"
     neutral: ClassVar[Mapping[str, Any]]
@@ -105,9 +125,22 @@ class DecodeMethod(Method):
     def check(self, elastic: Elastic, point: OperatingPoint) -> None:
         """UsageError where this model or the other parts of a point do not go with it."""
 
+    @property
+    def sequences(self) -> int:
+        return 1
+
+    @property
+    def asks_verifier(self) -> bool:
+        """Whether it cannot work without one."""
+        return False
+
     @abstractmethod
+    def steps(self, request: DecodeRun) -> Steps:
+        """Continue the prompt, and stop behind every token or earlier. Runs without gradients."""
+
     def decode(self, request: DecodeRun) -> Decoded:
-        """Continue the prompt. Runs without gradients."""
+        """Continue the prompt to its end."""
+        return ended(self.steps(request))
 
     def part(self) -> Decoding:
         """As it stands in an operating point."""
@@ -116,6 +149,17 @@ class DecodeMethod(Method):
     def points(self, subject: Subject) -> Several[NamedPoint]:
         """One: the model itself, decoded so."""
         return [NamedPoint(name=self.name, point=OperatingPoint(decoding=self.part()))]
+
+
+def plain(request: DecodeRun) -> Steps:
+    """One forward for each token, as transformers decodes."""
+    own, sequence = request.step(), request.sequence()
+    yield from request.read(sequence, own)
+    while True:
+        request.take(sequence, sequence.forward(own)[-1])
+        if request.is_over(sequence.ids):
+            return Decoded(sequence.ids, {"forwards": request.spent.forwards})
+        yield
 
 
 def read_settings(kind: type[DecodeMethod], name: str, settings: Mapping[str, Any]) -> DecodeMethod:

@@ -17,7 +17,7 @@ from ...elastic.bind import Step
 from ...elastic.runtime import Elastic
 from ...errors import UsageError
 from ...point import OperatingPoint
-from .base import Decoded, DecodeMethod, DecodeRun, refuse_held
+from .base import Decoded, DecodeMethod, DecodeRun, Steps, refuse_held
 from .sequence import Sequence
 
 NEVER = 2.0
@@ -43,6 +43,7 @@ class Concise(DecodeMethod):
 
     needs = ("words of confidence and of doubt",)
     paper = "arXiv 2505.04881"
+    served_by = "generate, serve --decoding"
     neutral: ClassVar[Mapping[str, Any]] = {"threshold": NEVER, "sure": "a", "unsure": "b"}
     Parameters = ConciseParameters
     parameters: ConciseParameters
@@ -62,8 +63,13 @@ class Concise(DecodeMethod):
             if not getattr(self.parameters, what):
                 raise UsageError(f"'concise' was not told '{what}'", "write such as concise:threshold=0.5:sure=clear:unsure=wait")
 
-    def decode(self, request: DecodeRun) -> Decoded:
+    @property
+    def sequences(self) -> int:
+        return 2  # the probe is put behind a copy
+
+    def steps(self, request: DecodeRun) -> Steps:
         asked, own, sequence = self.parameters, request.step(), request.sequence()
+        yield from request.read(sequence, own)
         probe, close = (request.tokens(text) for text in (asked.probe, asked.close))
         sure, unsure = (self._firsts(request, words) for words in (asked.sure, asked.unsure))
         probes, stopped_at, forced = 0, None, list[int]()
@@ -76,6 +82,7 @@ class Concise(DecodeMethod):
                 probes += 1
                 if confidence(sequence, own, probe, sure, unsure) > asked.threshold:
                     stopped_at, forced = len(sequence.ids) - len(request.prompt), list(close)
+            yield
 
     @staticmethod
     def _firsts(request: DecodeRun, words: str) -> list[int]:

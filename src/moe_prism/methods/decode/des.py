@@ -8,7 +8,7 @@ Beams draw, so without a temperature those of one number would be the same. Cost
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from ...elastic.bind import Step
 from ...elastic.runtime import Elastic
 from ...errors import UsageError
 from ...point import OperatingPoint, RoutingStage
-from .base import Decoded, DecodeMethod, DecodeRun, refuse_held
+from .base import Decoded, DecodeMethod, DecodeRun, Steps, refuse_held
 from .sequence import Sequence
 
 MOST = 256
@@ -56,6 +56,7 @@ class Des(DecodeMethod):
 
     needs = ("a verifier",)
     paper = "arXiv 2509.22572"
+    served_by = "generate, serve --decoding"
     neutral: ClassVar[Mapping[str, Any]] = {"beams": 1, "keep": 1, "spread": 0.0}
     Parameters = DesParameters
     parameters: DesParameters
@@ -88,9 +89,17 @@ class Des(DecodeMethod):
             return [k]
         return [round(low + (high - low) * i / (asked.beams - 1)) for i in range(asked.beams)]
 
-    def decode(self, request: DecodeRun) -> Decoded:
+    @property
+    def sequences(self) -> int:
+        return self.parameters.beams
+
+    @property
+    def asks_verifier(self) -> bool:
+        return self.parameters.beams > 1
+
+    def steps(self, request: DecodeRun) -> Steps:
         asked, elastic = self.parameters, request.elastic
-        if request.verifier is None and asked.beams > 1:
+        if request.verifier is None and self.asks_verifier:
             raise UsageError("'des' needs a verifier, which says how good a text is", "give --verifier FILE.py:FUNCTION")
         k, experts = elastic.k or 1, elastic.layers[0].parts.layer.num_experts
         numbers = self.numbers(k, experts)
@@ -99,7 +108,7 @@ class Des(DecodeMethod):
         written = cost = 0
         for _ in range(asked.steps):
             for beam in beams:
-                tokens = self._extend(request, beam)
+                tokens = yield from self._extend(request, beam)
                 written, cost = written + tokens, cost + tokens * beam.k
             if all(beam.is_over for beam in beams):
                 break
@@ -116,16 +125,18 @@ class Des(DecodeMethod):
         }
         return Decoded(best.sequence.ids, facts)
 
-    def _extend(self, request: DecodeRun, beam: Beam) -> int:
+    def _extend(self, request: DecodeRun, beam: Beam) -> Generator[None, None, int]:
         """Write one step; how many tokens it has."""
         if beam.is_over:
             return 0
         sequence, begin = beam.sequence, len(beam.sequence.ids)
+        yield from request.read(sequence, beam.step)
         while True:
             sequence.ids.append(request.draw(sequence.ids, sequence.forward(beam.step)[-1]))
             beam.is_over = request.is_over(sequence.ids)
             if beam.is_over or request.text(sequence.ids[-1:]).endswith(self.parameters.end):
                 break
+            yield
         if request.verifier is not None:
             beam.score = float(request.verifier(request.text(request.prompt), request.text(sequence.ids[len(request.prompt) :])))
         return len(sequence.ids) - begin

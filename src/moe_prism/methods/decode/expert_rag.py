@@ -19,7 +19,7 @@ from ...elastic.layer import ElasticLayer
 from ...elastic.runtime import Elastic
 from ...errors import UsageError
 from ...point import OperatingPoint
-from .base import Decoded, DecodeMethod, DecodeRun, refuse_held
+from .base import Decoded, DecodeMethod, DecodeRun, Steps, refuse_held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class ExpertRag(DecodeMethod):
     def check(self, elastic: Elastic, point: OperatingPoint) -> None:
         refuse_held(elastic, point, "expert-rag")
 
-    def decode(self, request: DecodeRun) -> Decoded:
+    def steps(self, request: DecodeRun) -> Steps:
         own, sequence = request.step(), request.sequence()
         with router_entropy(request.elastic) as seen:
             logits = sequence.forward(own)[-1]
@@ -74,6 +74,7 @@ class ExpertRag(DecodeMethod):
                     "forwards": request.spent.forwards,
                 }
                 return Decoded(ids, facts)
+            yield
             logits = sequence.forward(own)[-1]
 
 

@@ -1,7 +1,8 @@
 """How many tokens to draft next: the number that gave the most tokens per second here, none where drafting loses.
 
 Everything is measured while the request runs: what a plain step, a drafted token and a check of n + 1 tokens take, and how often a drafted
-token is kept. Pure: seconds come from outside.
+token is kept. What is not chosen is measured again after a while, and after twice as long each time that it still loses. Pure: seconds
+come from outside.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ MEMORY = 9  # last measurements of each kind; the median of them counts
 FADE = 0.97  # weight of what was kept before, per drafted token that was checked
 FIRST = 3  # plain steps, and rounds of the longest draft, before a choice is made
 AGAIN = 32  # plain steps, or rounds, until the other is measured again
+SELDOM = 32 * AGAIN  # the longest such while
 
 
 class Pace:
@@ -24,8 +26,8 @@ class Pace:
         self._draft: deque[float] = deque(maxlen=MEMORY)
         self._check: dict[int, deque[float]] = {}
         self._kept, self._tried = 0.0, 0.0
-        self._since = 0
-        self._was_plain = True
+        self._since, self._while = 0, AGAIN
+        self._was_plain = self._loses = True
 
     @property
     def kept(self) -> float:
@@ -63,7 +65,10 @@ class Pace:
         if sum(map(len, self._check.values())) < FIRST or not self._draft:
             return self.most
         best = max(range(self.most + 1), key=self.rate)
-        if self._since >= AGAIN and (best == 0) == self._was_plain:
+        if (best == 0) != self._loses:  # another winner
+            self._loses, self._while = best == 0, AGAIN
+        if self._since >= self._while and (best == 0) == self._was_plain:
+            self._while = min(2 * self._while, SELDOM)
             return self._other(best)
         return best
 

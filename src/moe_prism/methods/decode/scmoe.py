@@ -17,7 +17,7 @@ from torch import Tensor
 from ...elastic.runtime import Elastic
 from ...errors import UsageError
 from ...point import OperatingPoint, RoutingStage
-from .base import Decoded, DecodeMethod, DecodeRun, at_budget, refuse_held
+from .base import Decoded, DecodeMethod, DecodeRun, Steps, at_budget, refuse_held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class Scmoe(DecodeMethod):
 
     needs = ()
     paper = "arXiv 2405.14507"
+    served_by = "generate, serve --decoding"
     neutral: ClassVar[Mapping[str, Any]] = {"beta": 0.0}
     Parameters = ScmoeParameters
     parameters: ScmoeParameters
@@ -70,15 +71,22 @@ class Scmoe(DecodeMethod):
             return at_budget(elastic, point, self.parameters.budget)
         return replace(point, routing=(*point.routing, rank_alone(elastic, self.parameters.rank)))
 
-    def decode(self, request: DecodeRun) -> Decoded:
+    @property
+    def sequences(self) -> int:
+        return 2
+
+    def steps(self, request: DecodeRun) -> Steps:
         own, less = request.step(), request.step(self.weak(request.elastic, request.point))
         strong, weak = request.sequence(), request.sequence()
+        yield from request.read(strong, own)
+        yield from request.read(weak, less)
         while True:
             logits = contrast(strong.forward(own)[-1], weak.forward(less)[-1], self.parameters)
             token = request.take(strong, logits)
             weak.ids.append(token)
             if request.is_over(strong.ids):
                 return Decoded(strong.ids, {"forwards": request.spent.forwards})
+            yield
 
 
 def rank_alone(elastic: Elastic, rank: int) -> RoutingStage:

@@ -18,7 +18,7 @@ from ...elastic.bind import Step
 from ...elastic.runtime import Elastic
 from ...errors import UsageError
 from ...point import OperatingPoint
-from .base import Decoded, DecodeMethod, DecodeRun, at_budget, refuse_held
+from .base import Decoded, DecodeMethod, DecodeRun, Steps, at_budget, refuse_held
 from .pace import Pace
 from .sequence import Sequence
 
@@ -59,7 +59,7 @@ class SelfDraft(DecodeMethod):
     def check(self, elastic: Elastic, point: OperatingPoint) -> None:
         refuse_held(elastic, point, "self-draft")
 
-    def decode(self, request: DecodeRun) -> Decoded:
+    def steps(self, request: DecodeRun) -> Steps:
         asked = self.parameters
         own = request.step()
         cheap = request.step(at_budget(request.elastic, request.point, asked.budget))
@@ -68,6 +68,7 @@ class SelfDraft(DecodeMethod):
         request.take(sequence, sequence.forward(own)[-1])
         over = request.is_over(sequence.ids)
         while not over:
+            yield
             wanted = 0 if asked.length == 0 else pace.choose() if asked.adapt else asked.length
             began = time.perf_counter()
             guesses = draft(request, sequence, cheap, wanted)

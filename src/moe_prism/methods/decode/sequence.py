@@ -68,6 +68,15 @@ class Sequence:
         spent.rows += new.shape[1]
         return logits
 
+    @torch.no_grad()
+    def read(self, step: Step, tokens: int) -> None:
+        """Compute the next tokens that are not in the cache, so many at most, and ask for nothing behind them."""
+        new = torch.tensor([self.ids[self.cached : self.cached + tokens]], device=self.model.device)
+        with self.elastic.at(step):
+            self._run(new, 1)
+        self.spent.forwards += 1
+        self.spent.rows += new.shape[1]
+
     def _run(self, new: Tensor, rows: int) -> Tensor:
         out = self.model(input_ids=new, past_key_values=self.cache, use_cache=True, logits_to_keep=rows)
         return out.logits[0, -rows:].float()  # type: ignore[no-any-return]

@@ -39,12 +39,17 @@ class TokenGraph(Stage):
     def keeps_all(self, variant: int, layer: int, k: int) -> bool:
         return self.column("a").of_variant(variant, layer)[0] <= 0
 
+    @staticmethod
+    def near(routed: Routed, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """(S [T, 1 + W], rows sum to 1; scores [T, 1 + W, E]) of every token and those before it."""
+        return neighbours(routed, scores)
+
     def route(self, routed: Routed, which: VariantIndex) -> Routed:
         if not routed.x.is_cpu:
-            raise UsageError("stage 'graph' runs on a CPU alone", "use another stage, or --device cpu")
+            raise UsageError("a graph of tokens runs on a CPU alone", "use another stage, or --device cpu")
         scores = routed.scores()[:, : routed.experts]
         share = self.column("a").at(routed.layer, which, routed.x.device).reshape(-1, 1)
-        mixed = mix(scores, share, *neighbours(routed, scores))
+        mixed = mix(scores, share, *self.near(routed, scores))
         values, index = mixed.topk(routed.index.shape[1], 1)
         none = routed.index < 0
         weight = router_weights(routed, scores, values.masked_fill(none, 0.0), self.keep_mass)
@@ -59,30 +64,37 @@ def mix(scores: Tensor, share: Tensor, near: Tensor, theirs: Tensor) -> Tensor:
 
 def neighbours(routed: Routed, scores: Tensor) -> tuple[Tensor, Tensor]:
     """(S [T, 1 + W], rows sum to 1; scores [T, 1 + W, E]) of every token and those before it, and its own noted for those that come."""
-    x, past = routed.x.float(), routed.past
-    own = torch.cat([x, scores], 1)
+    x = routed.x.float()
+    found, known = looked_back(routed, torch.cat([x, scores], 1), FEATURES)
+    keys, theirs = found[:, :, : x.shape[1]], found[:, :, x.shape[1] :]
+    likeness = torch.einsum("td,twd->tw", x, keys) / x.shape[1] ** 0.5
+    return likeness.masked_fill(~known, -torch.inf).softmax(1), theirs
+
+
+def looked_back(routed: Routed, own: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """(own [T, n] of every token and of those before it [T, 1 + W, n]; which of them are known [T, 1 + W]).
+
+    What is noted here, under a name, is found by the tokens that come later. Of who knows nothing of what came before W is 0.
+    """
+    past = routed.past
     if past is None or not len(past.states.tokens):
-        return torch.ones(len(x), 1), scores[:, None]
+        return own[:, None], torch.ones(len(own), 1, dtype=torch.bool)
     states, (before, after) = past.states, past.rows[:2]
-    notes = states.note(FEATURES, (states.sums.shape[1], own.shape[1] + 1), np.float32)
+    notes = states.note(name, (states.sums.shape[1], own.shape[1] + 1), np.float32)
     links = states.note(BEFORE, (), np.int64)  # how far back: rows move, and take their places with them; 0: nobody
     here = after >= 0
     notes[after[here], routed.layer, :-1] = own.numpy()[here]
     notes[after[here], routed.layer, -1] = 1  # known
     links[after[here]] = np.where(before[here] >= 0, after[here] - before[here], 0)
-    places = np.full((len(x), WINDOW), NOBODY)
+    places = np.full((len(own), WINDOW), NOBODY)
     at = before.copy()
     for w in range(WINDOW):
         at = np.where((at >= 0) & (notes[at, routed.layer, -1] > 0), at, NOBODY)
         places[:, w] = at
         at = np.where((at >= 0) & (links[at] != 0), at - links[at], NOBODY)
-    found = torch.from_numpy(notes[places, routed.layer])
+    theirs = torch.from_numpy(notes[places, routed.layer, :-1])
     known = torch.from_numpy(places >= 0)
-    keys = torch.cat([x[:, None], found[:, :, : x.shape[1]]], 1)
-    theirs = torch.cat([scores[:, None], found[:, :, x.shape[1] : -1]], 1)
-    likeness = torch.einsum("td,twd->tw", x, keys) / x.shape[1] ** 0.5
-    likeness[:, 1:].masked_fill_(~known, -torch.inf)
-    return likeness.softmax(1), theirs
+    return torch.cat([own[:, None], theirs], 1), torch.nn.functional.pad(known, (1, 0), value=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +118,13 @@ class Graph(SkipMethod):
         return "0.8"
 
     def fit(self, subject: Subject, mean: float | None) -> Fitted:
+        name = self.name.partition(":")[0]
         if not 0 < self.parameters.a <= 1:
-            raise UsageError(f"'{self.name}' mixes no share between 0 and 1", "write such as graph:0.5")
+            raise UsageError(f"'{self.name}' mixes no share between 0 and 1", f"write such as {name}:0.5")
         if mean is not None and mean != subject.k:
             raise UsageError(f"'{self.name}' keeps all of a token's experts", "leave the mean out")
         parameters = {"a": ((self.parameters.a,),) * subject.layers}
-        return Fitted(RoutingStage(layers=all_experts(subject), stage="graph", parameters=parameters), subject.k)
+        return Fitted(RoutingStage(layers=all_experts(subject), stage=name, parameters=parameters), subject.k)
 
     def means(self, subject: Subject) -> Sequence[float | None]:
         return [None]

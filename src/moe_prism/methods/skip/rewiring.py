@@ -10,7 +10,8 @@ experts, k of them per token, L MoE layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from ...model.scores import ACTIVATIONS
 from ...point import RoutingStage
 from ...routing.base import Routed, Stage, VariantIndex
 from ..base import Subject
+from ..steps import ended
 from .base import Fitted, SkipMethod, all_experts, calibration_facts
 from .top_p import router_weights, where_off
 
@@ -140,6 +142,11 @@ def rewire(model: Any, elastic: Elastic, ids: Tensor, settings: Rewiring) -> Rew
 
     UsageError for texts of less than ten tokens, and for a router that does not take the best k of its scores.
     """
+    return ended(rewiring(model, elastic, ids, settings))
+
+
+def rewiring(model: Any, elastic: Elastic, ids: Tensor, settings: Rewiring) -> Generator[None, None, Rewired]:
+    """The same in steps of one pass each. Between two of them the model is as it was, so others may run it."""
     settings.check()
     split = ids.shape[1] - max(1, round(HELD_OUT * ids.shape[1]))
     if ids.shape[1] < LEAST:
@@ -147,18 +154,45 @@ def rewire(model: Any, elastic: Elastic, ids: Tensor, settings: Rewiring) -> Rew
     layers = [_Wired(layer, elastic.normalises()) for layer in elastic.layers]
     if any(layer.layer.parts.layer.is_dense or layer.layer.parts.layer.extra is not None for layer in layers):
         raise UsageError("rewiring needs routed experts, all of them weights", "leave it out")
-    needed = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)
-    try:
-        for layer in layers:
-            layer.layer.parts.layer.install(layer)
-        with torch.enable_grad():
-            return _fitted(lambda: _losses(model, ids, split), layers, settings)
-    finally:
-        for own in elastic.layers:
-            own.parts.layer.install(own)
-        for p in needed:
-            p.requires_grad_(True)
+
+    @contextmanager
+    def wired() -> Iterator[None]:
+        needed = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False)
+        try:
+            for layer in layers:
+                layer.layer.parts.layer.install(layer)
+            with torch.enable_grad():
+                yield
+        finally:
+            for own in elastic.layers:
+                own.parts.layer.install(own)
+            for p in needed:
+                p.requires_grad_(True)
+
+    return (yield from _fitted(_Losses(lambda: _losses(model, ids, split), wired), layers, settings))
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """losses(): of what is fitted on, and of what is held out, while `wired` is entered."""
+
+    losses: Callable[[], tuple[Tensor, Tensor]]
+    wired: Callable[[], AbstractContextManager[None]]
+
+    def seen(self) -> tuple[float, float]:
+        """Without gradient."""
+        with self.wired(), torch.no_grad():
+            loss, held = self.losses()
+            return float(loss), float(held)
+
+    def step(self, optimiser: torch.optim.Optimizer) -> tuple[float, float]:
+        """Gradients for the optimiser: the losses before."""
+        optimiser.zero_grad()
+        with self.wired():
+            loss, held = self.losses()
+            torch.autograd.backward(loss)
+        return float(loss.detach()), float(held.detach())
 
 
 def _losses(model: Any, ids: Tensor, split: int) -> tuple[Tensor, Tensor]:
@@ -168,9 +202,9 @@ def _losses(model: Any, ids: Tensor, split: int) -> tuple[Tensor, Tensor]:
     return each[:, : split - 1].mean(), each[:, split - 1 :].mean()
 
 
-def _fitted(run: Callable[[], tuple[Tensor, Tensor]], layers: Sequence[_Wired], settings: Rewiring) -> Rewired:
-    with torch.no_grad():
-        first, held = map(float, run())
+def _fitted(run: _Losses, layers: Sequence[_Wired], settings: Rewiring) -> Generator[None, None, Rewired]:
+    first, held = run.seen()
+    yield
     order = sorted(range(len(layers)), key=lambda i: float(torch.stack(layers[i].unsure).mean()), reverse=not settings.sure)
     chosen = tuple(sorted(order[: max(1, round(settings.share * len(layers)))]))
     best: tuple[float, float, int, list[Tensor]] = (held, first, 0, [])
@@ -179,21 +213,19 @@ def _fitted(run: Callable[[], tuple[Tensor, Tensor]], layers: Sequence[_Wired], 
         layers[i].delta = torch.zeros(own.num_experts, device=own.up.device, requires_grad=True)
     vectors = [layers[i].delta for i in chosen]
     deltas = [v for v in vectors if v is not None]
-    with torch.no_grad():
-        again = float(run()[0])
+    again, _ = run.seen()
     if abs(again - first) > 1e-2 * max(1.0, abs(first)):
         raise UsageError(
             "the router does not take the best of its scores, so vectors on them do not fit it", "leave rewiring out"
         )
     optimiser = torch.optim.Adam(deltas, lr=settings.rate)
     for step in range(settings.steps + 1):
-        loss, outside = run()
-        if step and float(outside.detach()) < best[0]:
-            best = float(outside.detach()), float(loss.detach()), step, [d.detach().clone() for d in deltas]
+        yield
+        loss, outside = run.seen() if step == settings.steps else run.step(optimiser)
+        if step and outside < best[0]:
+            best = outside, loss, step, [d.detach().clone() for d in deltas]
         if step == settings.steps:
             break
-        optimiser.zero_grad()
-        torch.autograd.backward(loss)
         optimiser.step()
         with torch.no_grad():
             for d in deltas:

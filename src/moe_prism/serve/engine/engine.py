@@ -13,13 +13,10 @@ from typing import Any
 
 import torch
 from transformers.generation.configuration_utils import GenerationConfig
-from transformers.generation.continuous_batching.continuous_api import (
-    ContinuousBatchingManager,
-    ContinuousBatchProcessor,
-    OutputRouter,
-)
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
+from ...adapters.table import BASE
 from ...elastic.adapters import Adapters
 from ...elastic.runtime import Elastic, experts_per_token
 from ...errors import PrismError, UsageError
@@ -27,12 +24,14 @@ from ...forecast.step_cost import LayerFacts
 from ...methods.decode.self_draft import SelfDraftParameters
 from ...model import end_tokens
 from ...schedule.base import Ladder, Policy
-from ..backend import AdapterFacts, ExpertReads, Gauges, State
+from ..backend import AdapterFacts, ExpertReads, Gauges, Ran, State
 from ..requests import ErrorKind, Event, Request
 from .adapting import Adapting, told_of
 from .attends import context_limit, full_attention
+from .decoding import DecodingOffer, Decodings, DecodingSetup
 from .drafting import Drafts
 from .grammars import Grammars
+from .manager import Manager, Nowhere
 from .paged_attention import NAME as PAGED
 from .runner import Runner
 from .scheduler import NAME as SCHEDULER
@@ -47,36 +46,8 @@ IDLE = 0.05  # seconds between looks at an empty queue
 FAILURES = 5  # steps that may fail one after the other before the engine gives up
 
 
-Observer = Callable[[PackedStep, float], None]
+Observer = Callable[[Ran, float], None]
 """Called in the engine's thread after every step with the step and its seconds."""
-
-
-class Nowhere(OutputRouter):  # type: ignore[misc]
-    """Sinks have told already. transformers would keep every finished request, tokens and all, until somebody fetched it."""
-
-    def deliver(self, output: GenerationOutput) -> None:
-        """Forget it."""
-
-    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        """Forget them."""
-
-
-class Manager(ContinuousBatchingManager):  # type: ignore[misc]
-    """transformers' manager with our scheduler, runner and loop body."""
-
-    engine: Engine
-
-    def _create_batch_processor(self) -> ContinuousBatchProcessor:
-        processor = super()._create_batch_processor()
-        try:
-            self.engine.connect(processor)
-        except Exception:
-            logger.exception("the engine cannot start")  # transformers' own log of it is silenced above
-            raise
-        return processor
-
-    def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
-        return self.engine.turn(batch_processor)
 
 
 class Engine:
@@ -92,10 +63,11 @@ class Engine:
         tokenizer: Any = None,
         drafting: SelfDraftParameters | None = None,
         adapters: Adapters | None = None,
+        decoding: DecodingOffer | None = None,
     ) -> None:
         """tokenizer: says more end tokens, and is needed for answers that must have a form. drafting: how those draft that ask.
 
-        adapters: of the model, if it has room.
+        adapters: of the model, if it has room. decoding: the methods that requests may ask for.
         """
         elastic = getattr(model, "_moe_prism", None)
         if elastic is None:
@@ -118,6 +90,7 @@ class Engine:
         self._lock = threading.Lock()
         self._paged = model.device.type == "cpu" and model.dtype == torch.float32 and full_attention(model)
         self._attention = model.config._attn_implementation
+        self.decodings = self._decodings(decoding or DecodingOffer(()), tokenizer, adapters)
         if self._paged:
             model.config._attn_implementation = PAGED  # `set_attn_implementation` would look for a flash package
         self.manager = Manager(
@@ -125,6 +98,21 @@ class Engine:
         )
         self.manager.engine = self
         self.manager.output_router = Nowhere()
+
+    def _decodings(self, served: DecodingOffer, tokenizer: Any, adapters: Adapters | None) -> Decodings:
+        setup = DecodingSetup(
+            model=self.model,
+            elastic=self.elastic,
+            ladder=self.ladder,
+            tokenizer=tokenizer,
+            attention=self._attention,
+            numbers=lambda name: BASE if adapters is None else adapters.number(name),
+            served=served,
+            most=self.size.decoding,
+            tokens=self.size.cache_tokens,
+            chunk=self.size.step_tokens,
+        )
+        return Decodings(setup, self.book)
 
     # ---- any thread
 
@@ -135,6 +123,7 @@ class Engine:
         """End the thread; what is unfinished gets an error."""
         self._stopping = True
         self.manager.stop(block=True, timeout=timeout, hard_stop=True)
+        self.decodings.clear()
         for request in list(self.book.values()):
             self._finish(request, Event(error="the server stopped"))
         if self._paged:
@@ -181,7 +170,8 @@ class Engine:
         scheduler = processor.scheduler
         used = 1.0 - float(processor.cache.compute_free_capacity())
         drafts = () if self.drafts is None else (self.drafts.drafted, self.drafts.kept)
-        running, waiting = len(scheduler.active_requests), len(scheduler.waiting_requests)
+        running = len(scheduler.active_requests) + len(self.decodings.running)
+        waiting = len(scheduler.waiting_requests) + len(self.decodings) - len(self.decodings.running)
         return Gauges(running, waiting, used, self.failed_steps, 0, *drafts)._replace(reads=reads)
 
     @property
@@ -197,7 +187,9 @@ class Engine:
         await told_of(lambda told: self.adapting.unload(name, told))
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Its sink gets every event, the last one with `finish` or `error`. PrismError if the engine has stopped."""
+        """Queue a request. Its sink gets every event, the last one with `finish` or `error`. PrismError if the engine has stopped,
+        UsageError for what it cannot do.
+        """
         if not self.alive:
             raise PrismError("the engine has stopped", "restart the server; the log says why")
         if request.sampling.grammar:
@@ -210,6 +202,9 @@ class Engine:
         if request.deadline is not None:
             with self._lock:
                 heapq.heappush(self._deadlines, (request.deadline, request.job.id))
+        if request.sampling.is_beside:
+            self._beside(request)
+            return
         state = RequestState(
             request_id=request.job.id,
             initial_tokens=list(request.tokens),
@@ -217,6 +212,14 @@ class Engine:
             eos_token_id=list(request.stop_ids),
         )
         self.manager.input_queue.put(state)
+        self.manager._wake_up_loop.set()
+
+    def _beside(self, request: Request) -> None:
+        try:
+            self.decodings.add(request)
+        except UsageError:
+            self.book.pop(request.job.id, None)
+            raise
         self.manager._wake_up_loop.set()
 
     def replace_policy(self, policy: Policy) -> None:
@@ -243,6 +246,7 @@ class Engine:
         held = {
             "book": len(self.book),
             "active": len(scheduler.active_requests),
+            "beside the batch": len(self.decodings),
             "waiting": len(scheduler.waiting_requests),
             "samplers": len(processor.model_runner.samplers),
             "results": processor.output_router.output_queue.qsize(),
@@ -277,12 +281,14 @@ class Engine:
         self.last_turn = self.clock()
         self._expire(processor)
         self.adapting.turn()
+        is_busy = self._turn_beside()
         try:
             if not processor.prepare_next_batch():
                 if status.tp_status == status.HARD_STOP:
                     return False
                 self._forget(processor.model_runner)
-                self._wait()
+                if not is_busy:
+                    self._wait()
                 return True
             self.manager._generation_step()
             self._publish(processor)
@@ -299,6 +305,14 @@ class Engine:
                     self._finish(request, Event(error="the engine stopped"))
                 raise
         return True
+
+    def _turn_beside(self) -> bool:
+        """Whether there are requests that run beside the batch, each of which has gone a step."""
+        began = self.clock()
+        step = self.decodings.turn(self._finish)
+        if step is not None and self.observer is not None:
+            self.observer(step, self.clock() - began)
+        return step is not None
 
     def _wait(self) -> None:
         now = self.clock()

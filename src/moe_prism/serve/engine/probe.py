@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from ...errors import PrismError
 from ...forecast.step_cost import CostModel, StepSample
 from ...schedule.base import Job, Ladder, Limits, Policy, Progress, Work
+from ..backend import Ran
 from ..requests import Event, Request, Sampling
 from .attends import context_limit
 from .engine import Engine, layer_facts
-from .scheduler import PackedStep
 
 WARM_UP = 6  # first steps, in which buffers are allocated and pages touched
 LEAST = 48  # steps below which the time is exceeded rather than the fit starved
@@ -60,8 +60,10 @@ def probe(engine: Engine, texts: Sequence[int], seconds: float = 4.0) -> CostMod
     done = threading.Event()
     until = time.monotonic() + seconds
 
-    def observe(step: PackedStep, took: float) -> None:
+    def observe(step: Ran, took: float) -> None:
         nonlocal skipped
+        if step.totals is None:
+            return
         if skipped < WARM_UP:
             skipped += 1
             return

@@ -37,15 +37,18 @@ class RoutingLog:
         self._tokens: Tensor | None = None
         self._hook: Any = None
 
-    def note(self, step: PackedStep) -> None:
-        """After every step. The first one begins: before it, layers may have been in the middle of a step."""
+    def note(self, step: PackedStep | None) -> None:
+        """After every step. The first one begins: before it, layers may have been in the middle of a step.
+
+        None: something ran beside the batch, which is not recorded.
+        """
         if self._done:
             return
         if self._recorder is None:
             self._begin()
             return
         found = self._recorder.taken()
-        if not found:
+        if not found or step is None:
             return
         for part in step.parts:
             name, rows = part.request.job.id, slice(part.start, part.start + part.tokens)

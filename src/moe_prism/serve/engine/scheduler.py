@@ -76,6 +76,10 @@ class PackedStep:
             generated += part.yields
         return Tally(seconds, self.asked, levels, prompt, generated)
 
+    def told(self) -> tuple[tuple[str, int, int, int], ...]:
+        """Request, level, tokens computed, tokens found in the prefix cache, of each part."""
+        return tuple((p.request.job.id, p.level, p.lasting, p.request.cached_tokens) for p in self.parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Connection:

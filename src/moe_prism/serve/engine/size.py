@@ -9,13 +9,14 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 @dataclass(frozen=True)
 class EngineSize:
-    """What the engine may hold. Tokens and requests of one step; cache in tokens."""
+    """What the engine may hold. Tokens and requests of one step; cache in tokens; decoding: requests beside the batch at once."""
 
     requests: int = 64
     step_tokens: int = 512
     cache_tokens: int = 32_768
     page: int = 32
     prefix_cache: bool = True
+    decoding: int = 4
 
     def batching(self, scheduler: str) -> ContinuousBatchingConfig:
         """For transformers' manager; scheduler: by its registered name."""

@@ -23,13 +23,16 @@ from ...elastic.runtime import slots_per_token
 from ...errors import PrismError, UsageError
 from ...jobs.adapter import add_adapters
 from ...jobs.patterns import TaskAsked, wear_pattern
+from ...methods.decode.run import function_of
 from ...methods.decode.self_draft import SelfDraft, SelfDraftParameters
 from ...options.serve import ServeOptions
 from ...point import OperatingPoint
 from ...schedule import CostModel, policies
 from ...schedule.base import Ladder
+from ..backend import Ran
 from ..config import Config
 from ..process.messages import Facts
+from .decoding import DecodingOffer
 from .engine import Engine
 from .ladder import Refusal, find_ladder, measure_ladder
 from .probe import Script, probe
@@ -51,13 +54,14 @@ class RunningEngine:
     save_cost: Path | None
     routing: RoutingLog | None = None
 
-    def watch(self, heard: Callable[[PackedStep, float], None]) -> None:
+    def watch(self, heard: Callable[[Ran, float], None]) -> None:
         """From now on the cost model learns from every step, and `heard` is told of it, in the engine's thread."""
 
-        def observe(step: PackedStep, seconds: float) -> None:
-            self.cost.observe(step.totals, seconds)
+        def observe(step: Ran, seconds: float) -> None:
+            if step.totals is not None:
+                self.cost.observe(step.totals, seconds)
             if self.routing is not None:
-                self.routing.note(step)
+                self.routing.note(step if isinstance(step, PackedStep) else None)
             heard(step, seconds)
 
         self.engine.observer = observe
@@ -79,6 +83,7 @@ def start_engine(
     known: the cost model of an engine before; loaded: NAME=FOLDER of adapters that were loaded into that one.
     """
     drafting = _drafting(options.self_draft)
+    verifier = None if options.verifier is None else function_of(options.verifier)
     cost = CostModel.from_json(known) if known else CostModel.load(options.cost) if options.cost else None
     torch.set_num_threads(compute_threads(config.engine.threads))
     _say("loading the model")
@@ -100,10 +105,11 @@ def start_engine(
         model,
         ladder,
         Script(ladder),
-        EngineSize(size.requests, size.step_tokens, size.cache_tokens, size.page, size.prefix_cache),
+        EngineSize(size.requests, size.step_tokens, size.cache_tokens, size.page, size.prefix_cache, size.decoding),
         tokenizer=tokenizer,
         adapters=adapters,
         drafting=drafting,
+        decoding=DecodingOffer(options.decoding, verifier),
     )
     engine.start()
     try:

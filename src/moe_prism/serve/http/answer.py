@@ -78,6 +78,8 @@ class Answer:
             choice["logprobs"] = (self.words.chat if self.chat else self.words.completion)(piece.logprobs, top)
         if piece.finish:
             choice["stop_reason"] = piece.reason
+        if piece.facts is not None:
+            choice["decoding"] = piece.facts
         if body.prompt_logprobs is not None and piece.prompt:
             choice["prompt_logprobs"] = self.words.prompt(piece.prompt, body.prompt_logprobs)
         if body.return_token_ids:

@@ -56,7 +56,7 @@ VLLM: dict[Endpoint, frozenset[str]] = {
     ),
 }
 """vLLM's fields, of 0.33. A test compares them with vLLM."""
-OURS = frozenset({"quality", "min_quality", "class", "ttft_ms", "tpot_ms", "priority", "self_draft"})
+OURS = frozenset({"quality", "min_quality", "class", "ttft_ms", "tpot_ms", "priority", "self_draft", "decode", "rewire"})
 
 
 @dataclass(frozen=True)

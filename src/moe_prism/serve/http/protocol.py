@@ -91,6 +91,12 @@ class Common(BaseModel):
     self_draft: StrictBool | None = takes(
         "false: draft nothing; true: only where the server drafts (`--self-draft`); no token changes by it", False
     )
+    decode: Annotated[StrictStr, Field(min_length=1, max_length=512)] | None = takes(
+        "how tokens follow from forwards, as `generate --decode` has it: `scmoe:0.5`; only methods of `--decoding`", "plain"
+    )
+    rewire: StrictInt = takes(
+        "steps that fit the router to the prompt before it is answered; only with `--decoding rewiring`", 0, 0, ge=0, le=64
+    )
     kind: StrictStr | None = takes("request class, which has the defaults of the others", "batch", alias="class", max_length=64)
 
     @model_validator(mode="wrap")

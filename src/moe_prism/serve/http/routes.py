@@ -13,11 +13,12 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from ..requests import Sampling
+from ..requests import PLAIN, Sampling
 from ..text.jobs import Compile
 from ..text.workers import Workers
 from .admission import Door, Place
 from .answer import Answer
+from .decoding import check_decoding
 from .prompts import chat_prompts, check_ids, completion_prompts, grammar
 from .protocol import ChatRequest, Common, CompletionRequest
 from .refusal import Refusal
@@ -87,10 +88,12 @@ def _asked(service: Service, body: Any) -> Understood:
         raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     if body.self_draft and not service.drafts:
         raise Refusal(400, "this server drafts nothing; start it with --self-draft", param="self_draft", code="unsupported")
+    wish = service.wish(body)
+    check_decoding(service, body, wish)
     check_ids(service, body.stop_token_ids or [], "stop_token_ids")
     check_ids(service, body.allowed_token_ids or [], "allowed_token_ids")
     check_ids(service, [token for token, _ in body.biases], "logit_bias")
-    return Understood(service.wish(body), Ends.read(body, service.eos, service.words), service.form(body))
+    return Understood(wish, Ends.read(body, service.eos, service.words), service.form(body))
 
 
 async def _launch(house: House, body: Any, asked: Understood, place: Place, scope: MutableMapping[str, Any]) -> Answer:
@@ -147,6 +150,8 @@ def _sampling(body: Any, i: int, compiled: str, drafts: bool) -> Sampling:
         min_tokens=body.min_tokens,
         grammar=compiled,
         self_draft=drafts and body.self_draft is not False,
+        decode=body.decode or PLAIN,
+        rewire=body.rewire,
     )
 
 

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from ...errors import PrismError
+from ...errors import PrismError, UsageError
 from ...schedule.base import Job, Ladder
 from ..backend import Backend
 from ..config import Config
@@ -23,11 +23,14 @@ from .vocabulary import Vocabulary
 
 class Service:
     """Everything the routes need. Lives on the event loop. drafts: whether the engine lets requests draft for themselves; spans: who hears
-    of ended requests, if anybody does.
+    of ended requests, if anybody does; decoding: the methods that a request may ask for; verifies: whether there is a verifier for those
+    that want one.
     """
 
     drafts = False
     spans: SpanWriter | None = None
+    decoding: Sequence[str] = ()
+    verifies = False
 
     def __init__(
         self, engine: Backend, tokenizer: Any, config: Config, metrics: Metrics, name: str, usual: str | None = None
@@ -158,6 +161,8 @@ class Service:
         try:
             self.engine.submit(request)
         except PrismError as error:
+            if isinstance(error, UsageError) and asked.sampling.is_beside:
+                raise self._failure(error.cause, ErrorKind.REFUSED) from error
             raise Refusal(503, error.cause, code="engine", retry=10) from error
         self._live[asked.id] = sequence
         return sequence
@@ -201,6 +206,8 @@ class Service:
             return Refusal(504, error, code="deadline")
         if kind is ErrorKind.RULED_OUT:
             return Refusal(400, error, code="no_token")
+        if kind is ErrorKind.REFUSED:
+            return Refusal(400, error, param="decode", code="unsupported")
         return Refusal(503, error, code="engine", retry=1)
 
     def drop(self, sequence: Strand) -> None:

@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...schedule.classes import RequestClass
 from ..requests import Event, Request, Sampling, TokenLogprob
@@ -130,6 +130,7 @@ class Piece:
     prompt: tuple[TokenLogprob, ...] = ()
     finish: str | None = None
     reason: int | str | None = None  # the stop string or the token that ended it
+    facts: dict[str, Any] | None = None  # with the finish: what a method of decoding says of its work
 
     def and_then(self, later: Piece) -> Piece:
         """Both as one."""
@@ -140,6 +141,7 @@ class Piece:
             self.prompt + later.prompt,
             later.finish,
             later.reason,
+            later.facts,
         )
 
 
@@ -194,7 +196,7 @@ class Strand:
             self.stops.found if self.cut else event.token if finish == "stop" and event.token in self.asked.ends.named else None
         )
         rest = self.stops.rest() if finish else ""
-        return Piece(text + new + rest, tuple(scored), (event.token,), tuple(prompt), finish, reason)
+        return Piece(text + new + rest, tuple(scored), (event.token,), tuple(prompt), finish, reason, event.facts)
 
     def _token(self, event: Event) -> tuple[Shown, str]:
         """Where a token lies, and the text that may be shown after it."""

@@ -14,13 +14,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ...errors import PrismError
-from ..requests import Event, Request
+from ..requests import ErrorKind, Event, Request
 from .messages import Cancel, Changed, Failed, Link, LoadAdapter, News, Start, Submit, UnloadAdapter
 from .spawn import STOP
 
 if TYPE_CHECKING:
+    from ..backend import Ran
     from ..engine.engine import Engine
-    from ..engine.scheduler import PackedStep
 
 logger = logging.getLogger(__name__)
 
@@ -40,18 +40,17 @@ class Outbox:
         if event.error is not None:
             self._send(News(self._engine.last_turn, self._engine.gauges(), events=self._taken()))
 
-    def observe(self, step: PackedStep, seconds: float) -> None:
+    def observe(self, step: Ran, seconds: float) -> None:
         """In the engine's thread, after every step."""
-        parts = tuple((p.request.job.id, p.level, p.lasting, p.request.cached_tokens) for p in step.parts)
-        self._send(News(self._engine.last_turn, self._engine.gauges(), step.tally(seconds), parts, self._taken()))
+        self._send(News(self._engine.last_turn, self._engine.gauges(), step.tally(seconds), step.told(), self._taken()))
 
     def pulse(self) -> None:
         """In any thread."""
         self._send(News(self._engine.last_turn, self._engine.gauges()))
 
-    def refuse(self, request_id: str, error: str) -> None:
+    def refuse(self, request_id: str, error: str, kind: ErrorKind = ErrorKind.ENGINE) -> None:
         """In any thread: a request that the engine did not take."""
-        self._send(News(self._engine.last_turn, self._engine.gauges(), events=((request_id, Event(error=error)),)))
+        self._send(News(self._engine.last_turn, self._engine.gauges(), events=((request_id, Event(error=error, kind=kind)),)))
 
     def changed(self, name: str, error: PrismError | None) -> None:
         """In any thread: what became of a change of adapters."""
@@ -128,7 +127,7 @@ def _submit(message: Submit, engine: Engine, outbox: Outbox) -> None:
     try:
         engine.submit(Request(job, tokens, sampling, stop_ids, partial(outbox.hear, job.id), deadline, salt, adapter))
     except PrismError as error:
-        outbox.refuse(job.id, error.cause)
+        outbox.refuse(job.id, error.cause, ErrorKind.REFUSED if sampling.is_beside and engine.alive else ErrorKind.ENGINE)
     except Exception:
         logger.exception("a request could not be queued")
         outbox.refuse(job.id, "the engine could not take the request")

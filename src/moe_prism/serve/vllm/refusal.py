@@ -24,6 +24,8 @@ def refusal(point: OperatingPoint) -> str | None:
             return f"the routing stage '{stage.stage}' leaves out single neurons, which vLLM's kernels multiply together"
         if "factors" in found.needs:
             return f"the routing stage '{stage.stage}' multiplies inside experts, which vLLM's kernels do not"
+        if "attention" in found.needs:
+            return f"stage '{stage.stage}' looks at the attention before, which vLLM does not hand on"
         if "past" in found.needs:
             return f"the routing stage '{stage.stage}' looks at the tokens before, which vLLM's layers are not told"
         if "residual" in found.needs:

@@ -14,7 +14,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src/moe_prism"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DISTRIBUTIONS = {"yaml": "pyyaml", "vl_convert": "vl-convert-python", "prometheus_client": "prometheus-client"}
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "vl_convert": "vl-convert-python",
+    "prometheus_client": "prometheus-client",
+    "sklearn": "scikit-learn",
+}
 NEEDS = {"serve": "serve", "report": "report", "kernels/triton_kernels.py": "gpu", "checkpoint/gguf_file.py": "gguf"}
 """Folder or file -> the extra without which it may fail to import."""
 VLLM = {"vllm"}  # the plug-in lives in vLLM's own environment, which nobody installs as an extra of ours

@@ -98,7 +98,7 @@ def test_a_refactored_checkpoint_at_full_budget_is_the_checkpoint(name, checkpoi
         model._moe_prism.always_split = always
         with moe_prism.operating_point(model, 1.0):
             assert float((logits_of(model) - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
-    with moe_prism.operating_point(model, 0.5):
+    with moe_prism.operating_point(model, 0.7):
         assert torch.isfinite(logits_of(model)).all()
 
 

@@ -11,6 +11,7 @@ import torch
 
 from moe_prism.architectures.base import StepPlace, StepSeen
 from moe_prism.architectures.parts import experts_of
+from moe_prism.calibrate.options import CalibrateOptions
 from moe_prism.compress.shape_search import parameters, shape_within
 from moe_prism.errors import UsageError
 from moe_prism.jobs.train import train
@@ -18,7 +19,7 @@ from moe_prism.model import load_model
 from moe_prism.schema.training import ExchangeForm, ShapeForm
 from moe_prism.training.exchange import Exchange
 from moe_prism.training.processes import Processes
-from moe_prism.training.teacher import Shared, Teacher, first_alike
+from moe_prism.training.teacher import AlikeExperts, Teacher, first_alike
 from tests.architectures.small import example, logits_of, model_of, recipe, trained
 
 SMALL = {"text": ["topics"], "tokens": 6000, "length": 64, "steps": 4, "batch": 2, "keep_every": 2, "judge_every": 3}
@@ -32,7 +33,7 @@ def plain(shared):
 def test_a_model_goes_on_from_where_it_was(plain, tmp_path):
     found = train({**SMALL, "start": str(plain), "rate_matrix": 1e-4, "rate_rest": 1e-4}, tmp_path / "on")
     before = json.loads((plain / "training.json").read_text())["held_out"][-1]["loss"]
-    assert found.curve.held[-1][1] == pytest.approx(before, abs=0.2) and found.curve.train[0] < 8
+    assert found.curve.held[-1][1] == pytest.approx(before, abs=0.2)
     again = train({**SMALL, "start": str(plain), "rate_matrix": 1e-4, "rate_rest": 1e-4}, tmp_path / "on", resume=True)
     assert again.curve == found.curve
     manifest = json.loads((tmp_path / "on" / "prism.json").read_text())
@@ -75,7 +76,7 @@ def test_experts_that_are_one_stay_one():
         for parameter in module.parameters():
             parameter[2] = parameter[0]
     assert first_alike(module).tolist() == [0, 1, 0, 3]
-    part = Shared()
+    part = AlikeExperts()
     part.start(model)
     from moe_prism.training.experts import training_experts
 
@@ -101,7 +102,7 @@ def test_a_trained_model_becomes_an_ada_moe_with_the_same_experts(plain):
     source.config.norm_topk_prob = False
     gate = example("adamoe", nulls=12, choices=8).adopt(source, 0).model.layers[0].mlp.gate
     x = torch.randn(9, 16, generator=torch.Generator().manual_seed(0))
-    _, weights, ids = gate(x)
+    weights, ids = (tensor.detach() for tensor in gate(x)[1:])
     plain_weights = (x @ true.T).softmax(-1)
     for row in range(9):
         for weight, chosen in zip(weights[row], ids[row], strict=True):
@@ -236,3 +237,45 @@ def test_two_processes_that_send_little_give_what_one_gives_to_the_bit(tmp_path)
     done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "two" / "training.json").read_text())["train"] == one.curve.train
+
+
+@pytest.mark.slow
+def test_experts_of_a_dense_model_are_tuned(tiny_dense, tmp_path):
+    from moe_prism.jobs.split import split_model
+    from moe_prism.options.split import SplitOptions
+
+    text = CalibrateOptions(domains=["code=domains/python", "prose=domains/prose"], tokens=512, length=32, reservoir=128)
+    options = SplitOptions(method="read-me", experts=2, active=1, calibration=text)
+    split_model(tiny_dense, tmp_path / "split", options)
+    followed = {**SMALL, "start": str(tmp_path / "split"), "teacher": str(tiny_dense), "length": 32, "trained": "experts"}
+    found = train({**followed, "rate_matrix": 1e-3, "rate_rest": 1e-4, "steps": 8}, tmp_path / "tuned")
+    before, after = (load_model(tmp_path / name).state_dict() for name in ("split", "tuned"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(".experts." in name for name in moved) and found.to_json()["shape"]["experts"] == 2
+
+
+@pytest.mark.slow
+def test_experts_that_were_merged_stay_one_while_they_are_trained(plain, text_file, tmp_path):
+    from moe_prism.jobs.compress import compress_model
+    from moe_prism.options.compress import CompressOptions
+
+    text = CalibrateOptions(text=str(text_file), tokens=256, length=32)
+    compress_model(plain, tmp_path / "merged", CompressOptions(method="m-smoe", keep=0.5, calibration=text))
+    train({**SMALL, "start": str(tmp_path / "merged"), "teacher": str(plain)}, tmp_path / "tuned")
+    groups = [[first_alike(m).tolist() for m in experts_of(load_model(tmp_path / name))] for name in ("merged", "tuned")]
+    assert groups[0] == groups[1] and any(len(set(same)) == 2 for same in groups[0])
+
+
+@pytest.mark.slow
+def test_a_model_is_cut_trained_and_cut_again(plain, text_file, tmp_path):
+    from moe_prism.jobs.compress import compress_model
+    from moe_prism.options.compress import CompressOptions
+
+    text = CalibrateOptions(text=str(text_file), tokens=256, length=32)
+    source = plain
+    for number, keep in enumerate((0.75, 2 / 3)):
+        cut, tuned = tmp_path / f"cut{number}", tmp_path / f"tuned{number}"
+        compress_model(source, cut, CompressOptions(method="slim", keep=keep, multiple=1, calibration=text))
+        train({**SMALL, "start": str(cut), "teacher": str(plain), "steps": 2}, tuned)
+        source = tuned
+    assert load_model(source).config.intermediate_size == 4

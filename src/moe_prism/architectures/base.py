@@ -125,7 +125,7 @@ class Examples(NamedTuple):
     documents: tuple[str, ...]
 
 
-class Task(ABC):
+class TrainingTask(ABC):
     """What is learned. run(**inputs): calls the model, in the types that the recipe says."""
 
     unit: ClassVar[str]
@@ -140,7 +140,7 @@ class Task(ABC):
         """The loss on held-out examples: the same draws whenever it is asked."""
 
 
-class Picturing(Task):
+class Picturing(TrainingTask):
     """One whose examples are no text."""
 
     what: ClassVar[str]

@@ -11,6 +11,7 @@ import torch
 from ..architectures import architectures
 from ..architectures.base import Architecture, Picturing, TokenIds, TrainingPart
 from ..architectures.parts import RouterLosses
+from ..artefact.open import known_documents
 from ..checkpoint.config import read_config
 from ..checkpoint.manifest import source_facts
 from ..compress.shape_search import shape_within
@@ -21,7 +22,7 @@ from ..model import find_layers, load_model, load_tokenizer, resolve
 from ..schema.training import ShapeForm, TrainingForm
 from ..training.loop import Training, draw_weights
 from ..training.next_token import NextToken
-from ..training.teacher import Alone, Shared, Teacher
+from ..training.teacher import AlikeExperts, Alone, Teacher
 
 OF_TEXT = ("bytes", "length", "start", "teacher", "text", "tokenizer", "tokens")
 """What a recipe cannot say of a task that reads no text."""
@@ -34,6 +35,7 @@ class TrainingJob:
     def __init__(self, recipe: TrainingForm) -> None:
         self.recipe = recipe
         self.tokenizer: Any = None
+        self.documents: tuple[str, ...] = ()
         kind = None if recipe.architecture is None else architectures.get(recipe.architecture)
         self.architecture: Architecture | None = None
         self.task: Picturing | None = None
@@ -46,7 +48,10 @@ class TrainingJob:
             if self.architecture.task() is not None:
                 raise UsageError(f"'{recipe.architecture}' learns from no text, and needs its own sizes", "give it model")
         self.config = None if self.architecture is None or recipe.start else self.architecture.config(self.vocabulary)
-        self.facts = {name: source_facts(resolve(value)) for name, value in self._models().items()}
+        models = {name: resolve(value) for name, value in self._models().items()}
+        self.facts = {name: source_facts(folder) for name, folder in models.items()}
+        seen = [document for folder in models.values() for document in known_documents(folder)]
+        self.documents = tuple(dict.fromkeys([*self.documents, *seen]))
 
     def _models(self) -> dict[str, str]:
         return {name: value for name in ("start", "teacher") if (value := getattr(self.recipe, name)) is not None}
@@ -119,7 +124,7 @@ class TrainingJob:
             found.append(Alone(recipe.trained))
         found += [] if self.architecture is None else self.architecture.parts()
         if recipe.start is not None and self.architecture is None:
-            found.append(Shared())
+            found.append(AlikeExperts())
         if recipe.teacher is not None:
             teacher = load_model(recipe.teacher, torch.float32)
             self._check_context(teacher, recipe.teacher)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures.base import LayerRouting, StepPlace, StepSeen, Task, TrainingPart
+from ..architectures.base import LayerRouting, StepPlace, StepSeen, TrainingPart, TrainingTask
 from ..errors import CorruptError, PrismError
 from ..schema.training import TrainingForm
 from .batches import Batches, RowBatches
@@ -107,7 +107,7 @@ class Training:
         model: Any,
         parts: Sequence[TrainingPart],
         data: tuple[Tensor, Tensor],
-        task: Task | None = None,
+        task: TrainingTask | None = None,
     ) -> None:
         self.recipe, self.model, self.parts, self.processes = recipe, model, list(parts), Processes()
         self.task = task or NextToken(recipe.length)
@@ -118,7 +118,9 @@ class Training:
         self.matrices = {n: p for n, p in trained.items() if p.ndim >= 2 and not any(word in n for word in NOT_MATRICES)}
         self.others = {n: p for n, p in trained.items() if n not in self.matrices}
         self.muon = Muon(self.matrices)
-        self.rest = torch.optim.AdamW(list(self.others.values()), lr=recipe.rate_rest, betas=BETAS, weight_decay=DECAY_REST)
+        self.rest = torch.optim.AdamW(
+            [{"params": list(self.others.values())}], lr=recipe.rate_rest, betas=BETAS, weight_decay=DECAY_REST
+        )
         by_row = not isinstance(self.task, NextToken)
         self.batches: Callable[[int], Tensor] = (
             RowBatches(train, recipe.batch, recipe.seed) if by_row else Batches(train, recipe.length, recipe.batch, recipe.seed)

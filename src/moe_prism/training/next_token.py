@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures.base import Predicted, StepPlace, Task
+from ..architectures.base import Predicted, StepPlace, TrainingTask
 
 JUDGED = 16  # windows of held-out text
 
 
-class NextToken(Task):
+class NextToken(TrainingTask):
     """Cross-entropy, in nats per token. The data are two streams of ids [n]."""
 
     unit = "nats per token"

@@ -40,7 +40,7 @@ class Alone(TrainingPart):
                 parameter.requires_grad_(True)
 
 
-class Shared(TrainingPart):
+class AlikeExperts(TrainingPart):
     """Experts that begin with the same weights are one expert, and stay one: those that a method of merging has left."""
 
     def start(self, model: nn.Module) -> None:

@@ -19,6 +19,7 @@ DISTRIBUTIONS = {
     "vl_convert": "vl-convert-python",
     "prometheus_client": "prometheus-client",
     "opentelemetry": "opentelemetry-sdk",
+    "sklearn": "scikit-learn",
 }
 NEEDS = {"serve": "serve", "report": "report", "kernels/triton_kernels.py": "gpu", "checkpoint/gguf_file.py": "gguf"}
 """Folder or file -> the extra without which it may fail to import."""

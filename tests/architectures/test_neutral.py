@@ -15,6 +15,7 @@ SAME_MODEL = {
     "elastic": ({}, {}),
     "sigma-moe": ({}, {"normalise": False}),
     "sinkhorn": ({}, {}),
+    "graph-of-tokens": ({"share": 0.0}, {}),
 }
 """architecture -> (its neutral settings, those of the plain one)."""
 SAME_TRAINING = {
@@ -23,6 +24,7 @@ SAME_TRAINING = {
     "sinkhorn": ({"share": 0.0, "noise": 0.0}, {}, {}),
     "rexmoe": ({"group": 1, "begin": 0.0, "end": 0.0}, {}, {}),
     "dynamic-moe": ({"top_p": 1.0, "entropy": 0.0}, {"normalise": False}, {}),
+    "graph-of-tokens": ({"share": 0.0}, {}, {}),
 }
 
 
@@ -89,3 +91,24 @@ def test_shared_and_routed_experts_add_up_to_the_block():
     routed = block.experts(x[0], ids, weights)
     assert torch.allclose(block(x)[0], routed + block.shared_experts(x)[0], atol=1e-6)
     assert len(routers(model)) == 2
+
+
+@pytest.mark.parametrize("selection", ["experts", "data"])
+def test_all_slices_with_gates_of_one_are_the_wide_mlp(selection):
+    model = model_of(example("union-of-experts", selection=selection, unit=True, active=4))
+    x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        gate, up = (half.flatten(0, 1) for half in experts.gate_up_proj.chunk(2, 1))
+        dense = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ experts.down_proj.transpose(0, 1).flatten(1).T
+        torch.testing.assert_close(layer.mlp(x), dense, atol=1e-6, rtol=1e-5)
+
+
+def test_a_mixture_that_stays_dense_is_its_dense_layer(tmp_path):
+    from moe_prism.model import load_model
+
+    trained(tmp_path / "out", "mote", settings={"dense": 1.0})
+    model = load_model(tmp_path / "out")
+    x = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
+    for layer in model.model.layers:
+        assert torch.equal(layer.mlp(x), layer.mlp.shared_expert(x))

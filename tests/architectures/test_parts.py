@@ -9,7 +9,7 @@ from moe_prism.architectures.base import ChosenPairs, LayerRouting, StepPlace, S
 from moe_prism.architectures.elastic import block_norms, cutoffs
 from moe_prism.architectures.parts import StraightThrough, even, experts_of
 from moe_prism.architectures.sinkhorn import plan
-from tests.architectures.small import example, logits_of, model_of
+from tests.architectures.small import VOCABULARY, example, logits_of, model_of, trained
 
 
 def routing(tokens=64, columns=4, k=2, seed=0):
@@ -145,3 +145,144 @@ def test_straight_through_experts_compute_rounded_and_end_rounded():
 def test_a_chain_calls_as_many_experts_as_asked_in_all_passes():
     model = model_of(example("chain-of-experts", passes=2))
     assert [one.gate.top_k for one in model.model.layers[0].mlp.passes] == [1, 1]
+
+
+def test_experts_of_three_values_begin_as_the_dense_layer_and_are_stored_without_an_error(tmp_path):
+    from moe_prism.architectures.mote import ternary
+    from moe_prism.compress.codec.signs import Ternary
+    from moe_prism.model import load_model
+
+    model, (through, upcycled) = model_of(example("mote")), example("mote").parts()
+    through.start(model)
+    block, x = model.model.layers[0].mlp, torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(0))
+    upcycled.begin(model, StepPlace(2, 10, 0))
+    assert torch.equal(block(x), block.shared_expert(x)) and not block.experts.down_proj.requires_grad
+    upcycled.begin(model, StepPlace(5, 10, 0))
+    dense = block.shared_expert
+    assert torch.equal(block.experts.down_proj[3], dense.down_proj.weight) and not dense.down_proj.weight.requires_grad
+    for part in (through, upcycled):
+        part.finish(model)
+    down = block.experts.down_proj.detach()
+    assert torch.equal(down, ternary(dense.down_proj.weight[None]).expand_as(down).detach())
+    trained(tmp_path / "out", "mote")
+    for module in experts_of(load_model(tmp_path / "out")):
+        for parameter in module.parameters():
+            assert all(len(matrix.abs().unique()) <= 3 for matrix in parameter)  # 0, and the sizes of gate and up
+            groups = parameter.detach().unflatten(-1, (-1, 4))
+            numbers = Ternary().fit(groups, 1.6)
+            assert torch.equal(Ternary().value(Ternary().code(groups, numbers, 1.6), numbers, 1.6), groups)
+
+
+def texts(length=9):
+    return torch.randint(1, 64, (2, length), generator=torch.Generator().manual_seed(3))
+
+
+LOOKING = [
+    ("graph-of-tokens", {}), ("graph-of-tokens", {"by": "attention"}),
+    ("union-of-experts", {}), ("union-of-experts", {"selection": "data"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "settings"), LOOKING)
+@torch.no_grad()
+def test_routers_that_look_back_say_the_same_token_by_token_and_see_nothing_ahead(name, settings):
+    model, ids = model_of(example(name, **settings)), texts()
+    whole = model(input_ids=ids, use_cache=False).logits
+    changed = ids.clone()
+    changed[:, 6:] = 5
+    seen = model(input_ids=changed, use_cache=False).logits[:, :6]
+    torch.testing.assert_close(seen, whole[:, :6], atol=1e-5, rtol=0)
+    cache, steps = None, []
+    for part in (ids[:, :4], *ids[:, 4:].split(1, 1)):
+        found = model(input_ids=part, past_key_values=cache, use_cache=True)
+        cache = found.past_key_values
+        steps.append(found.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-4)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], 1)
+    mask = (torch.arange(12) >= 3).long().expand(2, -1)
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    beside = model(input_ids=padded, attention_mask=mask, position_ids=places, use_cache=False).logits[:, 3:]
+    torch.testing.assert_close(beside, whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("by", ["similarity", "attention"])
+def test_scores_mixed_over_tokens_are_those_of_the_formula(by):
+    model, ids = model_of(example("graph-of-tokens", by=by, share=0.3)), texts()
+    kept = {}
+    layer = model.model.layers[0]
+    layer.mlp.register_forward_pre_hook(lambda _m, given: kept.update(x=given[0].detach()))
+    layer.self_attn.register_forward_hook(lambda _m, _given, output: kept.update(attended=output[1]))
+    layer.mlp.gate.register_forward_hook(lambda _m, _given, output: kept.update(p=output[0].detach().exp()))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    x, gate = kept["x"], layer.mlp.gate
+    own = (x @ gate.weight.T).softmax(-1)
+    wanted = torch.zeros_like(own)
+    for b in range(2):
+        for i in range(x.shape[1]):
+            if by == "attention":
+                shares = kept["attended"][b, :, i, : i + 1].mean(0)
+            else:
+                shares = (torch.stack([x[b, i] @ gate.likeness @ x[b, j] for j in range(i + 1)]) / 4).softmax(-1)
+            wanted[b, i] = 0.7 * own[b, i] + 0.3 * (shares[:, None] * own[b, : i + 1]).sum(0)
+    torch.testing.assert_close(kept["p"], wanted.flatten(0, 1), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(kept["p"].sum(-1), torch.ones(18), atol=1e-5, rtol=0)
+
+
+def test_slices_follow_the_mean_of_a_text_or_take_its_highest_tokens():
+    model = model_of(example("union-of-experts"))
+    gate, x = model.model.layers[0].mlp.gate, torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0))
+    gates, ids = (found.detach() for found in gate(x)[1:])
+    for row, (text, i) in enumerate((t, i) for t in range(2) for i in range(7)):
+        scores = gate.weight @ x[text, : i + 1].mean(0)
+        assert set(ids[row].tolist()) == set(scores.topk(2).indices.tolist())
+    assert torch.allclose(gates.sum(1), torch.full((14,), 2.0))
+    gate = model_of(example("union-of-experts", selection="data")).model.layers[0].mlp.gate
+    gates, ids = (found.detach() for found in gate(x)[1:])
+    scores = x @ gate.weight.T
+    for row, (text, i) in enumerate((t, i) for t in range(2) for i in range(7)):
+        places = -(-(i + 1) // 2)  # two of four slices: half of the tokens
+        for e in range(4):
+            taken = int((scores[text, : i + 1, e] > scores[text, i, e]).sum()) < places
+            assert (int(ids[row, e]) == e) is taken and (float(gates[row, e]) > 0) is taken
+
+
+def test_patches_come_back_where_they_were():
+    model = model_of(example("dit-moe", patch=4))
+    pixels = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    seen = {}
+    model.embed_patches.register_forward_pre_hook(lambda _m, given: seen.update(patches=given[0]))
+    model.lm_head.register_forward_hook(lambda _m, _given, _out: seen["patches"])  # what is said is what was shown
+    with torch.no_grad():
+        said = model(pixels=pixels, time=torch.tensor([0.1, 0.8]), classes=torch.tensor([3, 10]))
+    assert torch.equal(said, pixels)
+    assert torch.equal(seen["patches"][0, 1, :4], pixels[0, 4:8])  # the first row of the second patch
+
+
+def test_a_velocity_that_is_known_draws_the_picture():
+    from moe_prism.architectures.dit_moe import draw_pictures
+
+    class Known:
+        config = example("dit-moe").config(VOCABULARY)
+
+        def __call__(self, pixels, time, classes):
+            return (torch.full_like(pixels, 0.5) - pixels) / (1 - time[:, None])
+
+    assert torch.allclose(draw_pictures(Known(), [1, 2], steps=7), torch.full((2, 8, 8), 0.5), atol=1e-5)
+
+
+def test_held_out_digits_are_never_trained_on():
+    pytest.importorskip("sklearn")
+    task = example("dit-moe").task()
+    train, held, documents = task.examples()
+    assert len(train) + len(held) == 1797 and len(documents) == 1 and float(train[:, :-1].abs().max()) == 1
+    assert not {tuple(row) for row in held.tolist()} & {tuple(row) for row in train.tolist()}
+
+
+def test_shared_experts_and_routed_ones_add_up_in_a_model_that_draws():
+    model = model_of(example("dit-moe"))
+    block, x = model.layers[0].mlp, torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(0))
+    _, weights, ids = block.gate(x[0])
+    assert weights.sum(-1).max() < 1  # probabilities as they are
+    routed = block.experts(x[0], ids, weights)
+    torch.testing.assert_close(block(x)[0], routed + block.shared_expert(x[0]), atol=1e-6, rtol=1e-5)

@@ -30,7 +30,7 @@ def weights_of(folder):
     return {name: source.tensor(name) for name in source.names()}
 
 
-@pytest.mark.parametrize("name", ["elastic", "smoe-dropout", "sinkhorn", "rexmoe"])
+@pytest.mark.parametrize("name", ["elastic", "smoe-dropout", "sinkhorn", "rexmoe", "mote"])
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_an_interrupted_training_ends_in_the_same_losses_and_the_same_weights(name, at, tmp_path, monkeypatch):
     from moe_prism.training.loop import Training
@@ -195,3 +195,14 @@ def test_processes_share_parts_evenly_or_not_at_all():
     with pytest.raises(UsageError, match="3 processes cannot share 4 parts"):
         Processes(0, 3).check(4)
     assert [list(Processes(rank, 2).own(4)) for rank in (0, 1)] == [[0, 2], [1, 3]]
+
+
+def test_a_run_that_stops_early_is_the_beginning_of_the_whole_one(tmp_path):
+    whole, part = trained(tmp_path / "whole", "top-k"), trained(tmp_path / "part", "top-k", stop=4)
+    assert part.curve.train == whole.curve.train[:4] and part.to_json()["steps"] == 4
+
+
+@pytest.mark.parametrize("name", ["mote"])
+def test_frozen_parameters_stay_as_they_are_in_parts_of_a_batch_too(name, tmp_path):
+    whole, parts = (trained(tmp_path / str(n), name, parts=n, balance=0.0, z=0.0) for n in (1, 2))
+    assert whole.curve.train == pytest.approx(parts.curve.train, abs=1e-3)

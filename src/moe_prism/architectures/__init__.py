@@ -75,5 +75,25 @@ architectures: Registry[type[Architecture]] = Registry(
             "several routed passes in one layer (Chain-of-Experts)",
             "arXiv 2506.18945",
         ),
+        "mote": (
+            "moe_prism.architectures.mote:MoTE",
+            "experts of three values beside the frozen dense layer that they were copied from (MoTE)",
+            "arXiv 2506.14435",
+        ),
+        "union-of-experts": (
+            "moe_prism.architectures.union_of_experts:UnionOfExperts",
+            "slices of one wide MLP, chosen for a text, or choosing tokens (UoE)",
+            "arXiv 2503.02495",
+        ),
+        "graph-of-tokens": (
+            "moe_prism.architectures.graph_of_tokens:GraphOfTokens",
+            "a router that also hears what it said of like tokens (S-MoE, A-MoE)",
+            "arXiv 2505.00792",
+        ),
+        "dit-moe": (
+            "moe_prism.architectures.dit_moe:DiTMoE",
+            "a transformer that draws digits, with shared and routed experts (DiT-MoE)",
+            "arXiv 2407.11633",
+        ),
     },
 )

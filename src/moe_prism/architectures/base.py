@@ -79,6 +79,8 @@ class LayerRouting:
 class StepSeen:
     """One step as losses see it: token ids [B, L], logits [B, L, V] of the next tokens, and every layer's routing, in their order.
 
+    Of another task ids and logits are what it is given and what it says, [B, n] both.
+
     again: runs the model on the same ids once more, without recording.
     """
 
@@ -106,6 +108,51 @@ class TrainingPart:
         """After the last step, before the checkpoint is written and whenever held-out text is run: as the model will be used."""
 
 
+class Predicted(NamedTuple):
+    """What a task makes of a batch: its loss; what the model was given and what it said; again: runs it on the same once more."""
+
+    loss: Tensor
+    ids: Tensor
+    logits: Tensor
+    again: Callable[[], Tensor]
+
+
+class Examples(NamedTuple):
+    """What is learned from where it is no text. train, held [N, n]: an example a row; documents: SHA-256 of what is trained on."""
+
+    train: Tensor
+    held: Tensor
+    documents: tuple[str, ...]
+
+
+class TrainingTask(ABC):
+    """What is learned. run(**inputs): calls the model, in the types that the recipe says."""
+
+    unit: ClassVar[str]
+    """Of the loss."""
+
+    @abstractmethod
+    def predict(self, run: Callable[..., Any], batch: Tensor, place: StepPlace) -> Predicted:
+        """Of a batch, or a part of it."""
+
+    @abstractmethod
+    def judge(self, run: Callable[..., Any], held: Tensor) -> float:
+        """The loss on held-out examples: the same draws whenever it is asked."""
+
+
+class Picturing(TrainingTask):
+    """One whose examples are no text."""
+
+    what: ClassVar[str]
+    """They are, in the plural."""
+    positions: int
+    """Of an example, as a layer's tokens."""
+
+    @abstractmethod
+    def examples(self) -> Examples:
+        """All of them. UsageError where they are not installed."""
+
+
 class TokenIds(NamedTuple):
     """Of the tokenizer: how many tokens, and the ids of those that begin, end and pad a text."""
 
@@ -127,10 +174,16 @@ class Architecture(ABC):
     """One way to build and train a mixture of experts: a class in one file, and a line in `architectures.architectures`."""
 
     Settings: ClassVar[type[Form]] = NoSettings
+    adopts: ClassVar[bool] = False
+    """Whether training can begin from a model of another class (`adopt`)."""
 
     def __init__(self, shape: ShapeForm, settings: Mapping[str, Any] | Form) -> None:
         self.shape = shape
         self.settings: Any = settings if isinstance(settings, Form) else self.Settings.model_validate(dict(settings))
+
+    def task(self) -> Picturing | None:
+        """What is learned; None for the next token of a text."""
+        return None
 
     @abstractmethod
     def config(self, vocabulary: TokenIds) -> Any:
@@ -141,6 +194,10 @@ class Architecture(ABC):
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+    def adopt(self, source: Any, seed: int) -> Any:
+        """The model of this architecture that begins with the weights of `source`. UsageError for a source that it cannot be made of."""
+        raise NotImplementedError(type(self).__name__)
 
     def parts(self) -> Sequence[TrainingPart]:
         """What a step does beside the next token's loss, in this order."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig
 
 from ..schema.common import Amount, Form
-from .base import Architecture, StepSeen, TokenIds, TrainingPart, olmoe_keys, register
+from .base import Architecture, StepSeen, TokenIds, TrainingPart, olmoe_keys, register, routers
 from .olmoe import Carried, OwnBlock, OwnOlmoe, chosen
 
 
@@ -102,10 +102,47 @@ class UnevenBalance(TrainingPart):
         return self.weight * torch.stack(terms).mean()
 
 
+class Capacity(TrainingPart):
+    """In training a column takes its share of a batch's choices, times gamma, and what chose it beyond that passes through (eq. 8).
+
+    The share of a usual expert is tau / (tau F + Z), that of another 1 / (tau F + Z). Those of the least weight are left out. The paper
+    counts tokens; choices are counted here, of which a token makes k.
+    """
+
+    def __init__(self, gamma: float, tau: float, experts: int) -> None:
+        self.gamma, self.tau, self.experts = gamma, tau, experts
+
+    def start(self, model: nn.Module) -> None:
+        for router in routers(model):
+            router.register_forward_hook(self._limit)
+
+    def _limit(
+        self, router: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        if not router.training:
+            return None
+        logits, weights, ids = output
+        shares = torch.ones(logits.shape[1])
+        shares[: self.experts] = self.tau
+        limits = (self.gamma * ids.numel() * shares / shares.sum()).floor()
+        return logits, weights * within(weights, ids, limits), ids
+
+
+def within(weights: Tensor, ids: Tensor, limits: Tensor) -> Tensor:
+    """[T, k] bool: choices of ids [T, k] that are among the limits[c] of their column c with the largest weights [T, k]."""
+    order = weights.flatten().argsort(descending=True, stable=True)
+    ranked = ids.flatten()[order]
+    turn = nn.functional.one_hot(ranked, len(limits)).cumsum(0).gather(1, ranked[:, None])[:, 0]
+    kept = torch.empty(ids.numel(), dtype=torch.bool)
+    kept[order] = turn <= limits[ranked]
+    return kept.view_as(ids)
+
+
 class MoEPlusPlusSettings(Form):
     """zeros, copies, constants: how many of each. tau: below 1 more tokens go to them. residual: whether routers see the last one's scores.
 
-    balance: weight of the loss here; the recipe's is 0 then.
+    balance: weight of the loss here; the recipe's is 0 then. capacity: gamma, of what columns take of a batch in training (the paper's is
+    1.1); none without it.
     """
 
     zeros: Annotated[int, Field(ge=0, le=1024)] = 1
@@ -114,10 +151,11 @@ class MoEPlusPlusSettings(Form):
     tau: Annotated[float, Field(gt=0, le=1)] = 0.75
     residual: bool = True
     balance: Amount = 0.01
+    capacity: Annotated[float, Field(gt=0, le=1000)] | None = None
 
 
 class MoEPlusPlus(Architecture):
-    """`model.experts` counts the usual experts. The paper's capacity limits of a batch are not used: no token is dropped."""
+    """`model.experts` counts the usual experts. What a column takes is limited in training alone: a text is not changed by its batch."""
 
     Settings = MoEPlusPlusSettings
 
@@ -129,7 +167,9 @@ class MoEPlusPlus(Architecture):
         )  # fmt: skip
 
     def parts(self) -> list[TrainingPart]:
-        return [UnevenBalance(self.settings.balance, self.settings.tau, self.shape.experts)]
+        s, experts = self.settings, self.shape.experts
+        limits = [] if s.capacity is None else [Capacity(s.capacity, s.tau, experts)]
+        return [*limits, UnevenBalance(s.balance, s.tau, experts)]
 
 
 register(MoEPlusPlusConfig, MoEPlusPlusForCausalLM)

@@ -8,9 +8,16 @@ import torch
 from torch import Tensor, nn
 from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM, OlmoeSparseMoeBlock
 
+from .history import TokenHistory
+
 
 class OwnOlmoe(OlmoeForCausalLM):
-    """OLMoE with every layer's block changed by `change`. A router gives (logits [T, C], weights [T, k], ids [T, k])."""
+    """OLMoE with every layer's block changed by `block`. A router gives (logits [T, C], weights [T, k], ids [T, k]).
+
+    looks_back: whether routers look at earlier tokens, which a batch of tokens alone does not show them.
+    """
+
+    looks_back = False
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -28,6 +35,10 @@ class OwnOlmoe(OlmoeForCausalLM):
     def block(self, config: Any, index: int, carried: Carried) -> nn.Module:
         """The block of one layer. carried: what layers hand on within a forward."""
         raise NotImplementedError(type(self).__name__)
+
+    def history(self, index: int) -> TokenHistory:
+        """What a router of this layer keeps of earlier tokens."""
+        return TokenHistory(self.model.layers[index].self_attn, index, self.config.num_hidden_layers)
 
     def join(self) -> None:
         """Once all blocks are there."""
@@ -53,7 +64,7 @@ class OwnBlock(OlmoeSparseMoeBlock):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights, ids = self.gate(x)
+        _, weights, ids = self.gate(self.routed(hidden_states))
         matrices = ids < self.experts.num_experts
         out = self.experts(x, ids.clamp(max=self.experts.num_experts), weights * matrices)
         more = self.beside(x, ids, weights)
@@ -61,14 +72,35 @@ class OwnBlock(OlmoeSparseMoeBlock):
         found: Tensor = out.reshape(hidden_states.shape)
         return found
 
+    def routed(self, hidden_states: Tensor) -> Tensor:
+        """What the router is given of hidden_states [B, L, d]."""
+        return hidden_states.reshape(-1, hidden_states.shape[-1])
+
     def beside(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
         """What experts without matrices add [T, d]."""
         return None
 
 
+class LookingBlock(OwnBlock):
+    """One whose router sees texts [B, L, d] and their history. A flat batch of tokens is one text."""
+
+    def __init__(self, config: Any, gate: nn.Module, history: TokenHistory) -> None:
+        super().__init__(config, gate)
+        gate.__dict__["history"] = history
+
+    def routed(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states if hidden_states.ndim == 3 else hidden_states[None]
+
+
 def chosen(logits: Tensor, k: int, normalise: bool) -> tuple[Tensor, Tensor]:
     """(weights [T, k] in the type of logits [T, C], ids [T, k]): the k largest probabilities, made to add up to one if asked."""
-    weights, ids = torch.topk(logits.float().softmax(-1), k, -1)
+    weights, ids = kept(logits.float().softmax(-1), k, normalise)
+    return weights.to(logits.dtype), ids
+
+
+def kept(probabilities: Tensor, k: int, normalise: bool) -> tuple[Tensor, Tensor]:
+    """(weights [T, k], ids [T, k]) of the k largest of probabilities [T, C], made to add up to one if asked."""
+    weights, ids = torch.topk(probabilities, k, -1)
     if normalise:
         weights = weights / weights.sum(-1, keepdim=True)
-    return weights.to(logits.dtype), ids
+    return weights, ids

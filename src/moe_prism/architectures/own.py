@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
-from . import adamoe, chain_of_experts, dynamic_moe, moe_plus_plus, rexmoe, rmoe
+from . import adamoe, chain_of_experts, dit_moe, dynamic_moe, graph_of_tokens, moe_plus_plus, mote, rexmoe, rmoe, union_of_experts
 
-__all__ = ["adamoe", "chain_of_experts", "dynamic_moe", "moe_plus_plus", "rexmoe", "rmoe"]
+__all__ = [
+    "adamoe",
+    "chain_of_experts",
+    "dit_moe",
+    "dynamic_moe",
+    "graph_of_tokens",
+    "moe_plus_plus",
+    "mote",
+    "rexmoe",
+    "rmoe",
+    "union_of_experts",
+]

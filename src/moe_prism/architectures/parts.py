@@ -78,6 +78,7 @@ class StraightThrough(TrainingPart):
     def finish(self, model: nn.Module) -> None:
         with torch.no_grad():
             for module in experts_of(model):
+                module.__dict__.pop(WEIGHTS, None)
                 for parameter in module.parameters(recurse=False):
                     parameter.copy_(self.rounded(parameter))
 

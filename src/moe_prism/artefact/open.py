@@ -12,6 +12,7 @@ from ..checkpoint.companions import CONFIG, origin
 from ..checkpoint.manifest import MANIFEST, PLAIN_KINDS
 from ..elastic import Elastic, attach
 from ..model import load_to_run, load_tokenizer, resolve
+from ..model.load import check_writes
 from ..point import NamedPoint, find_point
 from ..point.named import FRONTIER
 from .load import load
@@ -84,6 +85,7 @@ def open_model(folder: str | Path) -> Opened:
         check_listed(path, manifest, [CONFIG])
         documents = tuple(manifest.get("documents", ()))
     where = resolve(folder)
+    check_writes(where)
     stored = Weights(where).bytes_per_weight
     model = load_to_run(where)
     attach(model, 1).stored_bytes_per_weight = stored

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import UsageError
@@ -62,6 +62,8 @@ def model_class(config: Any) -> Any:
             return named
         if not causal and type(config) in AutoModelForImageTextToText._model_mapping:
             return AutoModelForImageTextToText
+        if not causal and config.model_type.startswith(OWN_TYPES) and type(config) in AutoModel._model_mapping:
+            return AutoModel  # of ours, it draws
     return AutoModelForCausalLM
 
 

@@ -51,8 +51,12 @@ def train(
         return None
     text = (
         f"{facts['folder']}: {facts['parameters'] / 1e6:.2f} million parameters, {facts['tokens']:,} tokens, "
-        f"held-out loss {facts['held_out_loss']:.4f} nats per token"
+        f"held-out loss {facts['held_out_loss']:.4f} {facts['unit']}"
     )
     emit(facts, text, run.json)
-    note(f"next: moe-prism frontier {out} -o report --methods uniform")
+    note(
+        f"next: moe-prism frontier {out} -o report --methods uniform"
+        if facts["text_tokens"]
+        else f"next: moe-prism inspect {out}"
+    )
     return None

@@ -10,7 +10,7 @@ Shapes: G parts of the model (genes), O options of each, M limits.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,17 +44,20 @@ class Genetic:
         if (least > most * (1 + 1e-12)).any():
             worst = int((least / np.maximum(most, 1e-300)).argmax())
             raise UsageError(f"the smallest options take {least[worst] / most[worst]:.3g} of a limit", "ask for more")
-        draw = np.random.default_rng(self.seed)
         every = _Sums(losses, sizes, most)
-        found = every.best(np.concatenate([_priced(losses, sizes, most), self._drawn(draw, losses.shape)]), self.population)
-        for _ in range(self.generations):
-            found = every.best(np.concatenate([found, self._children(draw, found, losses.shape[1])]), self.population)
-        if not every.fits(found[0]):
+        found = self.evolve(every.fitness, losses.shape, _priced(losses, sizes, most))
+        if not every.fits(found):
             raise UsageError("no choice was found that keeps all limits", "ask for more of one of them")
-        return [int(option) for option in found[0]]
+        return [int(option) for option in found]
 
-    def _drawn(self, draw: np.random.Generator, shape: tuple[int, ...]) -> Genomes:
-        return draw.integers(shape[1], size=(self.population, shape[0]))
+    def evolve(self, fitness: Callable[[Genomes], Floats], shape: tuple[int, ...], first: Genomes | None = None) -> Genomes:
+        """The genome [G] of the least fitness found. fitness: of genomes [n, G] -> [n]; shape: (G, O); first: genomes to begin with."""
+        draw = np.random.default_rng(self.seed)
+        drawn = draw.integers(shape[1], size=(self.population, shape[0]))
+        found = best(fitness, drawn if first is None else np.concatenate([first, drawn]), self.population)
+        for _ in range(self.generations):
+            found = best(fitness, np.concatenate([found, self._children(draw, found, shape[1])]), self.population)
+        return np.asarray(found[0])
 
     def _children(self, draw: np.random.Generator, parents: Genomes, options: int) -> Genomes:
         """As many as survive: of two parents each, cut at one place, or of one with some genes drawn anew."""
@@ -67,21 +70,22 @@ class Genetic:
         return np.where(draw.random((count, 1)) < self.crossover, crossed, mutated)
 
 
+def best(fitness: Callable[[Genomes], Floats], genomes: Genomes, count: int) -> Genomes:
+    """The best of them, none twice, best first; ties in their order as numbers."""
+    own = np.unique(genomes, axis=0)
+    return own[np.argsort(fitness(own), kind="stable")[:count]]
+
+
 @dataclass(frozen=True)
 class _Sums:
     losses: Floats
     sizes: Floats
     limits: Floats
 
-    def best(self, genomes: Genomes, count: int) -> Genomes:
-        """The best of them, none twice, best first; ties in their order as numbers."""
-        own = np.unique(genomes, axis=0)
-        return own[np.argsort(self._fitness(own), kind="stable")[:count]]
-
     def fits(self, genome: Genomes) -> bool:
         return bool(self._over(genome[None])[0] == 0)
 
-    def _fitness(self, genomes: Genomes) -> Floats:
+    def fitness(self, genomes: Genomes) -> Floats:
         loss: Floats = self.losses[np.arange(genomes.shape[1]), genomes].sum(1)
         scale = max(float(self.losses.max()), 1e-300)
         return loss + OVER * scale * self._over(genomes)

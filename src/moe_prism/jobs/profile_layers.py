@@ -55,7 +55,8 @@ class Profiler:
         points = alone_points(rule, budget, len(self.elastic.layers))
         measured = measure(self.model, ids, points, batch=max(1, LOGIT_ROWS // ids.shape[1]), progress=update)
         counter = self.elastic.layers[0].counter
-        slots = counter.chosen // counter.tokens * self.elastic.layers[0].parts.n_sub
+        k = self.elastic.k or -(-counter.chosen // counter.tokens)  # the most of a token, whose router may choose fewer
+        slots = k * self.elastic.layers[0].parts.n_sub
         return torch.tensor([found.quality.kl for found in measured], dtype=torch.float64), slots
 
 

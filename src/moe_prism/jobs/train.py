@@ -12,28 +12,25 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..architectures import architectures
-from ..architectures.base import Architecture, TokenIds, TrainingPart
-from ..architectures.parts import RouterLosses
 from ..artefact.load import read_tensors
 from ..artefact.output import Writing, finished
 from ..checkpoint import Journal, OutputFolder, write_manifest
-from ..data.training import TokenStreams, token_streams
+from ..checkpoint.companions import companion_facts
 from ..errors import CorruptError
 from ..forecast.work_time import Seconds
-from ..model import load_tokenizer
+from ..model import resolve
 from ..model.load import without_bars
 from ..progress import Report, silent
 from ..report.curve import curve_svg
 from ..result import Result
-from ..schema.training import TrainingForm
 from ..training.experts import NAME
-from ..training.loop import Curve, Training, draw_weights
+from ..training.loop import Curve, Training
 from ..training.processes import Processes, processes
 from .rehearsal import begin
 from .resources import FLOAT32, told
 from .train_card import train_card
 from .train_recipe import read_training
+from .training_job import TrainingJob, licences
 
 KIND = "trained"
 STATES = ("state-0.safetensors", "state-1.safetensors")
@@ -59,40 +56,6 @@ class Trained(Result):
         return [{"step": step, "held_out_loss": loss} for step, loss in self.curve.held]
 
 
-class _Job:
-    """A recipe with all that it names: text, tokenizer, architecture. UsageError before any long work."""
-
-    def __init__(self, recipe: TrainingForm) -> None:
-        self.recipe = recipe
-        self.architecture: Architecture = architectures.get(recipe.architecture)(recipe.model, recipe.settings)
-        self.tokenizer = load_tokenizer(recipe.tokenizer)
-        t = self.tokenizer
-        ends = t.eos_token_id if t.eos_token_id is not None else t.bos_token_id
-        self.vocabulary = TokenIds(
-            len(t), ends if t.bos_token_id is None else t.bos_token_id, ends, ends if t.pad_token_id is None else t.pad_token_id
-        )
-        self.config = self.architecture.config(self.vocabulary)
-        self.streams: TokenStreams = token_streams(
-            t, recipe.text, tokens=recipe.tokens, seed=recipe.seed, least=max(2, recipe.batch) * recipe.length + 1
-        )
-
-    def training(self) -> Training:
-        """The model with drawn weights, at its first step."""
-        model = self.architecture.build(self.config)
-        draw_weights(model, self.recipe.seed)
-        usual: Sequence[TrainingPart] = (RouterLosses(self.recipe.balance, self.recipe.z),)
-        return Training(self.recipe, model, [*usual, *self.architecture.parts()], (self.streams.train, self.streams.held))
-
-    def inputs(self) -> dict[str, Any]:
-        """What decides the result."""
-        return {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "settings": self.architecture.settings.model_dump(mode="json"),
-            "documents": list(self.streams.documents),
-            "threads": torch.get_num_threads(),
-        }
-
-
 def train(
     recipe: str | Path | Mapping[str, Any], out: str | Path, *, changes: Sequence[str] = (), **how: Unpack[Writing]
 ) -> Trained:
@@ -107,13 +70,13 @@ def train(
     >>> moe_prism.train(recipe, "small").to_json()["steps"]
     2
     """
-    job = _Job(read_training(recipe, changes))
+    job = TrainingJob(read_training(recipe, changes))
     with processes() as group:
         group.check(job.recipe.parts)
         return _trained(job, out, group, how)
 
 
-def _trained(job: _Job, out: str | Path, group: Processes, how: Writing) -> Trained:
+def _trained(job: TrainingJob, out: str | Path, group: Processes, how: Writing) -> Trained:
     """The training by this process: the first one writes, the others compute."""
     inputs = job.inputs()
     resume, force = how.get("resume", False), how.get("force", False)
@@ -133,11 +96,12 @@ def _trained(job: _Job, out: str | Path, group: Processes, how: Writing) -> Trai
         _write(job, training, output, facts)
         for name in STATES:
             output.discard(name)
+        started = {} if job.recipe.start is None else {"companions": companion_facts(resolve(job.recipe.start))}
         about = {
-            "kind": KIND, "source": {"name": job.recipe.architecture, "files": {}}, "inputs": inputs,
-            "training": job.recipe.model_dump(mode="json"), "result": facts, "documents": list(job.streams.documents),
+            "kind": KIND, "source": job.facts.get("start", {"name": job.name, "files": {}}), "inputs": inputs,
+            "training": job.recipe.model_dump(mode="json"), "result": facts, "documents": list(job.documents), **started,
         }  # fmt: skip
-        output.write_bytes("README.md", train_card(about, job.config.model_type).encode())
+        output.write_bytes("README.md", train_card(about, training.model.config.model_type).encode())
         write_manifest(output, about)
         output.finish()
     return Trained(Path(out), facts, training.curve)
@@ -166,35 +130,43 @@ def _run(training: Training, output: OutputFolder, journal: Journal, report: Rep
         training.run(save, update)
 
 
-def _facts(job: _Job, training: Training) -> dict[str, Any]:
-    recipe, curve = job.recipe, training.curve
+def _facts(job: TrainingJob, training: Training) -> dict[str, Any]:
+    recipe, curve, exchange = job.recipe, training.curve, training.exchange
     last = curve.train[-max(1, len(curve.train) // 20) :]
     return {
-        "steps": recipe.steps,
-        "tokens": recipe.steps * recipe.batch * recipe.length,
-        "text_tokens": len(job.streams.train),
+        "steps": recipe.last,
+        "tokens": recipe.last * recipe.batch * job.positions,
+        "text_tokens": len(job.data[0]) if job.task is None else 0,
+        "shape": job.shape_of(training.model),
+        "data": job.data_names,
+        "unit": job.unit,
         "parameters": sum(p.numel() for p in training.model.parameters()),
         "trained_parameters": sum(p.numel() for p in training.model.parameters() if p.requires_grad),
         "train_loss": round(sum(last) / len(last), 6),
         "held_out_loss": round(curve.held[-1][1], 6),
+        **({} if exchange is None else {"sent_bytes": exchange.sent, "dense_bytes": recipe.parts * exchange.numbers * FLOAT32}),
     }
 
 
-def _write(job: _Job, training: Training, output: OutputFolder, facts: Mapping[str, Any]) -> None:
+def _write(job: TrainingJob, training: Training, output: OutputFolder, facts: Mapping[str, Any]) -> None:
     """The checkpoint, its tokenizer and the curve. transformers writes into a folder of its own, whose files are taken over one by one."""
     model, aside = training.model, output.work / "saved.tmp"
     if getattr(model.config, "_experts_implementation", None) == NAME:
         raise CorruptError("the model still computes its experts for training", "report this")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
+    if job.recipe.store == "bfloat16":
+        model.to(torch.bfloat16)
     with without_bars():
         model.save_pretrained(aside)
-    job.tokenizer.save_pretrained(aside)
-    for path in sorted(aside.iterdir()):
+    if job.tokenizer is not None:
+        job.tokenizer.save_pretrained(aside)
+    kept = licences(resolve(job.recipe.start)) if job.recipe.start else []
+    for path in (*sorted(aside.iterdir()), *kept):
         output.write_bytes(path.name, path.read_bytes())
     shutil.rmtree(aside)
     output.write_bytes(CURVE_FILE, json.dumps({"schema": 1, **training.curve.to_json()}).encode() + b"\n")
-    chart = curve_svg(training.curve.train, training.curve.held, job.recipe.architecture)
+    chart = curve_svg(training.curve.train, training.curve.held, job.name, job.unit)
     if chart is not None:
         output.write_bytes(CHART_FILE, chart.encode())
 
@@ -204,17 +176,17 @@ def _curve(folder: Path) -> Curve:
     return Curve(found["train"], [(row["step"], row["loss"]) for row in found["held_out"]])
 
 
-def _needed(job: _Job, model: Any) -> dict[str, Any]:
+def _needed(job: TrainingJob, model: Any) -> dict[str, Any]:
     """Weights with gradients and moments; activations that a step holds until it has gone backward; logits; two states and the result."""
     weights = sum(p.numel() for p in model.parameters()) * FLOAT32
-    shape, tokens = job.recipe.model, job.recipe.batch * job.recipe.length
-    row = 40 * shape.hidden + shape.experts * 8 + shape.active * (6 * shape.width + 4 * shape.hidden)
+    shape, tokens = job.shape_of(model), job.recipe.batch * job.positions
+    row = 40 * shape["hidden"] + shape["experts"] * 8 + shape["active"] * (6 * shape["width"] + 4 * shape["hidden"])
     parts = {
         "weights_bytes": weights,
         "optimiser_bytes": 4 * weights,
-        "activations_bytes": tokens * shape.layers * row * FLOAT32,
+        "activations_bytes": tokens * shape["layers"] * row * FLOAT32,
         "logits_bytes": 5 * tokens * job.vocabulary.size * FLOAT32,
-        "text_bytes": 2 * len(job.streams.train) * FLOAT32,
+        "data_bytes": 2 * job.data[0].numel() * FLOAT32,
     }
     return told(parts, 8 * weights)
 
@@ -222,8 +194,10 @@ def _needed(job: _Job, model: Any) -> dict[str, Any]:
 def _lasts(training: Training) -> Seconds:
     """All steps, by the second of the first TIMED."""
     times: list[Seconds] = []
-    steps = training.recipe.steps
+    steps = training.recipe.last
     stop: Callable[[int, int], None] = lambda _step, _steps: times.append(Seconds.now())  # noqa: E731
-    training.recipe = training.recipe.model_copy(update={"steps": TIMED, "judge_every": TIMED + 1, "keep_every": TIMED + 1})
+    training.recipe = training.recipe.model_copy(
+        update={"steps": TIMED, "stop": None, "judge_every": TIMED + 1, "keep_every": TIMED + 1}
+    )
     training.run(lambda _state: None, stop)
     return (times[-1] - times[-2]) * steps

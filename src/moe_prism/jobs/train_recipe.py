@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from ..architectures import architectures
 from ..errors import UsageError
 from ..schema.lines import Lines, Place, mapping_in, nearest, parsed, told
-from ..schema.training import ShapeForm, TrainingForm
+from ..schema.training import ExchangeForm, ShapeForm, TrainingForm
 
 NEXT = "see docs/how-to/train-a-model.md"
-WHAT = "a mapping with 'architecture', 'model' and 'steps'"
+WHAT = "a mapping with 'architecture', 'model' and 'steps', or 'start' and 'steps'"
 DEEPEST = 2  # parts of a KEY
 
 
@@ -36,6 +36,10 @@ def read_training(recipe: str | Path | Mapping[str, Any], changes: Sequence[str]
 
 
 def _check_architecture(recipe: TrainingForm, lines: Lines, name: str) -> None:
+    if recipe.architecture is None:
+        if recipe.settings:
+            raise UsageError(f"{name}:{lines.get(('settings',), 1)}: settings are of an architecture, and none is named", NEXT)
+        return
     known = architectures.names()
     if recipe.architecture not in known:
         where = f"{name}:{lines.get(('architecture',), 1)}"
@@ -47,7 +51,7 @@ def _check_architecture(recipe: TrainingForm, lines: Lines, name: str) -> None:
         inside: Lines = {place[1:]: line for place, line in lines.items() if place[:1] == ("settings",)}
 
         def owner(_place: Place) -> tuple[str, int, Sequence[str]]:
-            return recipe.architecture, 0, list(form.model_fields)
+            return str(recipe.architecture), 0, list(form.model_fields)
 
         raise told(error, inside or {(): lines.get(("architecture",), 1)}, name, owner, NEXT) from error
 
@@ -55,6 +59,8 @@ def _check_architecture(recipe: TrainingForm, lines: Lines, name: str) -> None:
 def _owner(place: Place) -> tuple[str, int, Sequence[str]]:
     if place[:1] == ("model",) and len(place) > 1:  # that the recipe has no model is the recipe's
         return "model", 1, list(ShapeForm.model_fields)
+    if place[:1] == ("exchange",):
+        return "exchange", 1, list(ExchangeForm.model_fields)
     return "", 0, list(TrainingForm.model_fields)
 
 

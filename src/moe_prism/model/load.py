@@ -22,6 +22,9 @@ from ..schema.read import one_line
 from .named import resolve
 from .place import compute_type, placement
 
+DRAWING = ("prism_dit_moe",)
+"""Model types without text."""
+
 
 def load_model(source: str | Path, dtype: torch.dtype | None = None, config: Any = None, *, device_map: str | None = None) -> Any:
     """A transformers causal language model in eval mode. dtype None keeps the checkpoint's. Never runs remote code.
@@ -100,7 +103,18 @@ def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer beside a model. UsageError where there is none."""
     from transformers import AutoTokenizer
 
-    return _guard(AutoTokenizer, resolve(source))
+    where = resolve(source)
+    check_writes(where)
+    return _guard(AutoTokenizer, where)
+
+
+def check_writes(where: Path) -> None:
+    """UsageError for a folder whose model draws pictures."""
+    if (where / "config.json").is_file() and read_json(where / "config.json").get("model_type") in DRAWING:
+        raise UsageError(
+            f"the model in '{where}' draws pictures, and says no next token",
+            "inspect takes it; moe_prism.architectures.dit_moe.draw_pictures draws",
+        )
 
 
 def _generation_config(folder: Path) -> Any:

@@ -267,6 +267,8 @@ class TrainedForm(ManifestForm):
     training: Plain
     result: Plain
     documents: Annotated[list[Sha256], MaxLen(MOST_DOCUMENTS)]
+    companions: CompanionsForm | None = None
+    """Of the model that it began from."""
 
 
 class MergedModelForm(ManifestForm):

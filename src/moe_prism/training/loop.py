@@ -15,26 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures.base import LayerRouting, StepPlace, StepSeen, TrainingPart
+from ..architectures.base import LayerRouting, StepPlace, StepSeen, TrainingPart, TrainingTask
 from ..errors import CorruptError, PrismError
 from ..schema.training import TrainingForm
-from .batches import Batches
+from .batches import Batches, RowBatches
+from .exchange import Exchange
 from .experts import training_experts
 from .muon import Muon, learning_rate
+from .next_token import NextToken
 from .processes import Processes
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 WEIGHT_DECAY, DECAY_REST = 0.02, 0.01
 BETAS = (0.9, 0.95)
 NOT_MATRICES = ("embed", "lm_head", ".gate.", "shared_expert_gate")
 """Of a few rows each, or read a row at a time: AdamW's."""
-JUDGED = 16  # windows of held-out text
-PURPOSE = 0
 
 
 @dataclass
 class Curve:
-    """Losses of a run, in nats per token. train: of every step; held: (steps done, loss) on held-out text."""
+    """Losses of a run, in the unit of its task. train: of every step; held: (steps done, loss) on held-out examples."""
 
     train: list[float] = field(default_factory=list)
     held: list[tuple[int, float]] = field(default_factory=list)
@@ -96,19 +96,37 @@ class Recorder:
 
 
 class Training:
-    """A model under training: its optimisers, its place and its curve. streams: ids [n] to train on and to judge by."""
+    """A model under training: its optimisers, its place and its curve.
 
-    def __init__(self, recipe: TrainingForm, model: Any, parts: Sequence[TrainingPart], streams: tuple[Tensor, Tensor]) -> None:
+    data: what is trained on and what is judged by, as the task takes them: ids [n] for the next token. task: None for that.
+    """
+
+    def __init__(
+        self,
+        recipe: TrainingForm,
+        model: Any,
+        parts: Sequence[TrainingPart],
+        data: tuple[Tensor, Tensor],
+        task: TrainingTask | None = None,
+    ) -> None:
         self.recipe, self.model, self.parts, self.processes = recipe, model, list(parts), Processes()
-        train, self.held = streams
+        self.task = task or NextToken(recipe.length)
+        train, self.held = data
         for part in self.parts:
             part.start(model)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.matrices = {n: p for n, p in trained.items() if p.ndim >= 2 and not any(word in n for word in NOT_MATRICES)}
         self.others = {n: p for n, p in trained.items() if n not in self.matrices}
         self.muon = Muon(self.matrices)
-        self.rest = torch.optim.AdamW(list(self.others.values()), lr=recipe.rate_rest, betas=BETAS, weight_decay=DECAY_REST)
-        self.batches = Batches(train, recipe.length, recipe.batch, recipe.seed)
+        self.rest = torch.optim.AdamW(
+            [{"params": list(self.others.values())}], lr=recipe.rate_rest, betas=BETAS, weight_decay=DECAY_REST
+        )
+        by_row = not isinstance(self.task, NextToken)
+        self.batches: Callable[[int], Tensor] = (
+            RowBatches(train, recipe.batch, recipe.seed) if by_row else Batches(train, recipe.length, recipe.batch, recipe.seed)
+        )
+        numbers = sum(p.numel() for p in trained.values())
+        self.exchange = None if recipe.exchange is None else Exchange(recipe.exchange, numbers)
         self.step, self.curve = 0, Curve()
 
     def run(self, save: Callable[[dict[str, Tensor]], None], update: Callable[[int, int], None]) -> None:
@@ -117,14 +135,14 @@ class Training:
         self.model.train()
         try:
             with training_experts(self.model):
-                while self.step < self.recipe.steps:
+                while self.step < self.recipe.last:
                     self.curve.train.append(self._update(recorder))
                     self.step += 1
-                    if self.step % self.recipe.judge_every == 0 and self.step < self.recipe.steps:
+                    if self.step % self.recipe.judge_every == 0 and self.step < self.recipe.last:
                         self.curve.held.append((self.step, self.judge()))
-                    if self.step % self.recipe.keep_every == 0 and self.step < self.recipe.steps:
+                    if self.step % self.recipe.keep_every == 0 and self.step < self.recipe.last:
                         save(self.state())
-                    update(self.step, self.recipe.steps)
+                    update(self.step, self.recipe.last)
                 for part in self.parts:
                     part.finish(self.model)
                 self.curve.held.append((self.step, self.judge()))
@@ -133,20 +151,13 @@ class Training:
             self.model.eval()
 
     def _update(self, recorder: Recorder) -> float:
-        """One step. Returns the next token's loss."""
+        """One step. Returns the loss of its task."""
         recipe, place = self.recipe, StepPlace(self.step, self.recipe.steps, self.recipe.seed)
         rows = self.batches(self.step).chunk(recipe.parts)
-        if len(rows) == 1:
+        if len(rows) == 1 and self.exchange is None:
             loss = self._backward(place, rows[0], recorder)
         else:
-            vectors = []
-            for number in self.processes.own(len(rows)):
-                found = self._backward(place._replace(part=number), rows[number], recorder)
-                vectors.append(torch.cat([self._gradients(), torch.tensor([found])]))
-                self.model.zero_grad(set_to_none=True)
-            mean = self.processes.added(vectors) / len(rows)
-            self._put(mean[:-1])
-            loss = float(mean[-1])
+            loss = self._exchanged(place, rows, recorder)
         rate = learning_rate(place.share, recipe.decay)
         self.rest.param_groups[0]["lr"] = recipe.rate_rest * rate
         self.muon.step(recipe.rate_matrix * rate, WEIGHT_DECAY)
@@ -154,15 +165,31 @@ class Training:
         self.model.zero_grad(set_to_none=True)
         return loss
 
+    def _exchanged(self, place: StepPlace, rows: Sequence[Tensor], recorder: Recorder) -> float:
+        """Gradients of all parts of a batch, each run alone by the process that has it, added up in the order of the parts."""
+        vectors = []
+        for number in self.processes.own(len(rows)):
+            found = torch.tensor([self._backward(place._replace(part=number), rows[number], recorder)])
+            gradient = self._gradients()
+            sent = gradient if self.exchange is None else self.exchange.message(number, gradient).flatten()
+            vectors.append(torch.cat([sent, found]))
+            self.model.zero_grad(set_to_none=True)
+        if self.exchange is None:
+            mean = self.processes.added(vectors) / len(rows)
+            self._put(mean[:-1])
+            return float(mean[-1])
+        every = self.processes.every(vectors)
+        self._put(self.exchange.step([vector[:-1].view(2, -1) for vector in every]))
+        return float(torch.stack([vector[-1] for vector in every]).mean())
+
     def _backward(self, place: StepPlace, batch: Tensor, recorder: Recorder) -> float:
-        """Gradients of one part of a batch [B, L + 1]. Returns the next token's loss; PrismError where it is not finite."""
+        """Gradients of one part of a batch [B, n]. Returns the loss of its task; PrismError where it is not finite."""
         for part in self.parts:
             part.begin(self.model, place)
-        ids, wanted = batch[:, :-1], batch[:, 1:]
         with recorder.recording() as routings:
-            logits = self._logits(ids)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten())
-        seen = StepSeen(place, ids, logits, routings, again=lambda: self._logits(ids))
+            found = self.task.predict(self._run, batch, place)
+        loss = found.loss
+        seen = StepSeen(place, found.ids, found.logits, routings, again=found.again)
         terms = [term for term in (part.loss(seen) for part in self.parts) if term is not None]
         total = loss + torch.stack(terms).sum() if terms else loss
         torch.autograd.backward(total)
@@ -180,26 +207,22 @@ class Training:
     def _put(self, vector: Tensor) -> None:
         start = 0
         for p in (*self.matrices.values(), *self.others.values()):
-            p.grad = vector[start : start + p.numel()].view_as(p).clone()
+            p.grad = vector[start : start + p.numel()].view_as(p).clone() if p.requires_grad else None
             start += p.numel()
 
-    def _logits(self, ids: Tensor) -> Tensor:
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.recipe.autocast):
-            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits
+    def _run(self, **given: Any) -> Any:
+        """What the model says."""
+        where = next(self.model.parameters()).device.type
+        with torch.autocast(where, torch.bfloat16, enabled=self.recipe.autocast):
+            return self.model(**given)
 
     @torch.no_grad()
     def judge(self) -> float:
-        """Nats per token on held-out text: of up to JUDGED windows, spread over it, as the model routes at this step."""
-        length = self.recipe.length
+        """The loss on held-out examples, as the model routes at this step."""
         self.model.eval()
-        starts = torch.linspace(0, len(self.held) - length - 1, min(JUDGED, max(1, len(self.held) // length))).long().tolist()
-        losses = []
-        for start in starts:
-            row = self.held[start : start + length + 1].long()[None]
-            losses.append(nn.functional.cross_entropy(self._logits(row[:, :-1])[0].float(), row[0, 1:]))
+        found = self.task.judge(self._run, self.held)
         self.model.train()
-        return float(torch.stack(losses).mean())
+        return found
 
     def state(self) -> dict[str, Tensor]:
         """All that a run goes on from."""
@@ -208,6 +231,8 @@ class Training:
         for name, parameter in self.others.items():
             own = self.rest.state.get(parameter, {})
             found |= {f"{moment}.{name}": own[moment].clone() for moment in MOMENTS if moment in own}
+        if self.exchange is not None:
+            found |= self.exchange.state(self.recipe.parts, self.processes)
         return found | self.curve.tensors() | {"step": torch.tensor(self.step)}
 
     @torch.no_grad()
@@ -219,9 +244,10 @@ class Training:
             if name not in state or state[name].shape != tensor.shape:
                 raise CorruptError(f"the kept state of the training has no '{name}'", "use --force to start again")
             tensor.copy_(state[name])
-        step = state["step"].to(torch.float32)
         for name, parameter in self.others.items():
             moments = {moment: state[f"{moment}.{name}"].clone() for moment in MOMENTS if f"{moment}.{name}" in state}
             if moments:
-                self.rest.state[parameter] = {"step": step.clone(), **moments}
+                self.rest.state[parameter] = moments
+        if self.exchange is not None:
+            self.exchange.restore(state, self.recipe.parts, self.processes)
         self.step, self.curve = int(state["step"]), Curve.of(state)

@@ -41,16 +41,24 @@ class Processes:
 
     def added(self, own: Sequence[Tensor]) -> Tensor:
         """The sum [n] of the vectors of all parts, in their order. own: those of this process, in the order of `own`."""
-        total: Tensor | None = None
-        for vector in own:
-            every = [vector]
-            if self.count > 1:
-                every = [torch.empty_like(vector) for _ in range(self.count)]
-                distributed.all_gather(every, vector)
-            for each in every:
-                total = each.clone() if total is None else total + each
-        assert total is not None
+        first, *others = self._in_turn(own)
+        total = first.clone()
+        for each in others:
+            total = total + each
         return total
+
+    def every(self, own: Sequence[Tensor]) -> list[Tensor]:
+        """The vectors of all parts, in their order."""
+        return [each.clone() for each in self._in_turn(own)]
+
+    def _in_turn(self, own: Sequence[Tensor]) -> Iterator[Tensor]:
+        for vector in own:
+            if self.count == 1:
+                yield vector
+                continue
+            every = [torch.empty_like(vector) for _ in range(self.count)]
+            distributed.all_gather(every, vector.contiguous())
+            yield from every
 
     def told(self, number: int) -> int:
         """What process 0 says."""

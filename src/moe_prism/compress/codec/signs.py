@@ -72,11 +72,14 @@ class Binary(_OneSize):
 
 @dataclass(frozen=True)
 class Ternary(_OneSize):
-    """-1, 0 or 1 times the mean |w| of the group, whichever is nearest."""
+    """-1, 0 or 1 times the mean |w| of the group's weights that are not 0, whichever is nearest: weights that are so stay as they are."""
 
     name: ClassVar[str] = "ternary"
     paper: ClassVar[str] = "arXiv 2506.14435"
     widths: ClassVar[tuple[float, ...]] = (1.6,)
+
+    def fit(self, values: Tensor, bits: float) -> Numbers:
+        return {"size": stored(values.abs().sum(-1) / values.count_nonzero(-1).clamp_min(1))}
 
     def code(self, values: Tensor, numbers: Numbers, bits: float) -> Tensor:
         return ((values / numbers["size"].clamp_min(1e-30)[..., None]).round().clamp(-1, 1) + 1).to(torch.uint8)

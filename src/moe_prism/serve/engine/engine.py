@@ -72,6 +72,11 @@ class Engine:
         elastic = getattr(model, "_moe_prism", None)
         if elastic is None:
             raise UsageError("the model is not elastic", "load a folder written by `moe-prism refactor`")
+        if getattr(model, "looks_back", False):
+            raise UsageError(
+                "routers of this model look at earlier tokens, which a server's batches do not show them",
+                "run it with `moe-prism generate`, or measure it with `moe-prism frontier`",
+            )
         self.model, self.elastic, self.ladder, self.policy, self.clock = model, elastic, ladder, policy, clock
         self.size = size or EngineSize()
         self.observer: Observer | None = None

@@ -1,0 +1,108 @@
+"""Union of Experts (arXiv 2503.02495): one wide MLP in slices, of which a text's tokens compute some.
+
+All slices with gates of one are the wide MLP itself. Two ways to choose: `experts`, one choice for a text, by the mean of what the layer
+sees of it; `data`, every slice takes the tokens that it scores highest. The paper flattens a text of fixed length, and looks at all of it.
+Here a token sees the tokens before it alone, as a model of language must. Shapes: B texts, L tokens, T = B L, S tokens so far, d hidden, E
+slices, k of them computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import OlmoeConfig
+
+from ..schema.common import Form
+from .base import Architecture, TokenIds, olmoe_keys, register
+from .history import Earlier, TokenHistory
+from .olmoe import Carried, LookingBlock, OwnOlmoe
+
+
+@strict
+class UnionConfig(OlmoeConfig):
+    """OLMoE's, with what chooses slices, and whether their gates are one."""
+
+    model_type = "prism_union_of_experts"
+
+    selection: str = "experts"
+    unit_gates: bool = False
+
+
+class UnionRouter(nn.Module):
+    """Gates of chosen slices: k p / (sum of the chosen p) for `experts`, E p for `data`, with p = softmax(W x); one where all are even."""
+
+    history: TokenHistory
+
+    def __init__(self, config: UnionConfig) -> None:
+        super().__init__()
+        self.top_k, self.num_experts = config.num_experts_per_tok, config.num_experts
+        self.by_text, self.unit = config.selection == "experts", config.unit_gates
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+        nn.init.normal_(self.weight, std=config.initializer_range)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, d] -> (logits [T, E], gates [T, k or E], ids [T, k or E]); the id E means no slice."""
+        scores = nn.functional.linear(x, self.weight)
+        earlier = self.history.add(scores)
+        if self.by_text:  # the mean of scores is the score of the mean
+            scores = mean_of(earlier)
+        logits = scores.flatten(0, 1)
+        p = logits.float().softmax(-1)
+        if self.by_text:
+            gates, ids = p.topk(self.top_k, -1)
+            gates = self.top_k * gates / gates.sum(-1, keepdim=True)
+        else:
+            taken = highest(scores, earlier, self.top_k / self.num_experts).flatten(0, 1)
+            ids = torch.arange(self.num_experts, device=x.device).expand_as(p).masked_fill(~taken, self.num_experts)
+            gates = self.num_experts * p * taken
+        if self.unit:
+            gates = (ids < self.num_experts).to(gates.dtype)
+        return logits, gates.to(logits.dtype), ids
+
+
+def mean_of(earlier: Earlier) -> Tensor:
+    """[B, L, n]: of every token the mean over those that it sees."""
+    shares = earlier.seen.to(earlier.values.dtype)
+    return (shares / shares.sum(-1, keepdim=True)) @ earlier.values
+
+
+def highest(scores: Tensor, earlier: Earlier, share: float) -> Tensor:
+    """[B, L, E] bool: where scores [B, L, E] are among the highest share of what a token sees, at least the highest one."""
+    above = earlier.values[:, None] > scores[:, :, None]  # [B, L, S, E]
+    above = (above & earlier.seen[..., None]).sum(2)
+    places = (share * earlier.seen.sum(-1, keepdim=True)).ceil()
+    return above < places
+
+
+class UnionForCausalLM(OwnOlmoe):
+    """OLMoE whose experts are slices of one MLP."""
+
+    config_class = UnionConfig
+    looks_back = True
+
+    def block(self, config: UnionConfig, index: int, carried: Carried) -> nn.Module:
+        return LookingBlock(config, UnionRouter(config), self.history(index))
+
+
+class UnionSettings(Form):
+    """selection: of slices for a text, or of tokens for a slice. unit: gates of one, with which all slices are the dense layer."""
+
+    selection: Literal["experts", "data"] = "experts"
+    unit: bool = False
+
+
+class UnionOfExperts(Architecture):
+    """`model.experts` slices of `model.width` neurons each; a token computes `model.active` of them, or as many on average."""
+
+    Settings = UnionSettings
+
+    def config(self, vocabulary: TokenIds) -> Any:
+        s = self.settings
+        keys = olmoe_keys(self.shape, vocabulary)
+        return UnionConfig(**keys, norm_topk_prob=True, selection=s.selection, unit_gates=s.unit)
+
+
+register(UnionConfig, UnionForCausalLM)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import logging
 import os
 import re
@@ -28,6 +27,7 @@ from ..backend import AdapterFacts, ExpertReads, Gauges, Ran, State
 from ..requests import ErrorKind, Event, Request
 from .adapting import Adapting, told_of
 from .attends import context_limit, full_attention
+from .deadlines import Deadlines
 from .decoding import DecodingOffer, Decodings, DecodingSetup
 from .drafting import Drafts
 from .grammars import Grammars
@@ -91,8 +91,7 @@ class Engine:
         self.last_turn = clock()
         self._in_a_row = 0
         self._stopping = False
-        self._deadlines: list[tuple[float, str]] = []
-        self._lock = threading.Lock()
+        self._deadlines, self._lock = Deadlines(self.book), threading.Lock()
         self._paged = model.device.type == "cpu" and model.dtype == torch.float32 and full_attention(model)
         self._attention = model.config._attn_implementation
         self.decodings = self._decodings(decoding or DecodingOffer(()), tokenizer, adapters)
@@ -205,8 +204,7 @@ class Engine:
             self.adapting.check(request.adapter)
             self.book[request.job.id] = request
         if request.deadline is not None:
-            with self._lock:
-                heapq.heappush(self._deadlines, (request.deadline, request.job.id))
+            self._deadlines.add(request.deadline, request.job.id)
         if request.sampling.is_beside:
             self._beside(request)
             return
@@ -326,10 +324,7 @@ class Engine:
         self.manager._wake_up_loop.clear()
 
     def _expire(self, processor: ContinuousBatchProcessor) -> None:
-        now = self.clock()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            with self._lock:
-                _, request_id = heapq.heappop(self._deadlines)
+        for request_id in self._deadlines.passed(self.clock()):
             request = self.book.get(request_id)
             if request is not None:
                 self._finish(request, Event(error="the request's deadline passed", kind=ErrorKind.DEADLINE))

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ..catalogue import REGISTRIES, methods, registry
 from ..compress.prune import Criterion
 from ..elastic import Rule
-from ..evidence import EVIDENCE, Evidence
+from ..evidence import EVIDENCE, Evidence, Verdict
 from ..files import replace_file
 from ..methods.find import PRUNE, Described, described
 from ..methods.prune.masked import Prune
@@ -107,7 +107,7 @@ def _claims() -> list[str]:
     """What the systems claim, and what came of it: one line for each claim."""
     found = Counter(finding.verdict for system in SYSTEMS for finding in EVIDENCE[system.number].findings)
     lines = [line for system in SYSTEMS for line in _claim_lines(system, EVIDENCE[system.number])]
-    told = ", ".join(f"{count} {verdict}" for verdict, count in found.most_common())
+    told = ", ".join(f"{found[verdict]} {said}" for verdict, said in VERDICTS.items())
     return [
         "## What they claim, and what it gave here",
         f"{published(SYSTEMS)} systems: MoE-Prism, the study of expert skipping, and 55 others. Of their claims {told}. The figures are of "
@@ -130,6 +130,14 @@ def _claim_lines(system: System, evidence: Evidence) -> list[tuple[str, ...]]:
         for nth, finding in enumerate(evidence.findings)
     ]
 
+
+VERDICTS: dict[Verdict, str] = {
+    "holds here": "hold here",
+    "does not hold here": "do not hold here",
+    "not testable here": "cannot be tested here",
+    "not measured": "were not measured",
+}
+"""Of several."""
 
 PAGES = {"methods.md": methods_page, "systems.md": systems_page}
 """File -> what it should hold."""

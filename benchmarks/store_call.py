@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from offload import decode, elastic, expert_bytes, held_out, pack_for
+from offload import PROMPT, elastic, expert_bytes, held_out, pack_for
 
 from moe_prism.artefact.load import load
-from moe_prism.point import FULL
+from moe_prism.elastic import operating_point
+from moe_prism.point import FULL, OperatingPoint
 from moe_prism.store import StoreOptions
 
 
@@ -46,6 +47,17 @@ def main() -> None:
         print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
 
 
+@torch.no_grad()
+def timed(model: Any, ids: torch.Tensor, point: OperatingPoint, count: int) -> tuple[float, float]:
+    """Seconds of processor time and of the clock of a decode step, after a prompt that is not counted."""
+    with operating_point(model, point=point):
+        past = model(input_ids=ids[:, :PROMPT], use_cache=True).past_key_values
+        began = time.process_time(), time.perf_counter()
+        for i in range(PROMPT, PROMPT + count):
+            past = model(input_ids=ids[:, i : i + 1], past_key_values=past, use_cache=True).past_key_values
+        return (time.process_time() - began[0]) / count, (time.perf_counter() - began[1]) / count
+
+
 def measured(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     folder = elastic(args, work)
     whole, tokenizer = load(folder)
@@ -62,14 +74,13 @@ def measured(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
             for number in range(every + 1):
                 for name in ("compiled", "parts", "memory"):
                     store.compiled = name == "compiled"
-                    began = time.process_time()
-                    seconds = decode(whole if name == "memory" else model, ids, point, args.tokens)[0]
+                    own, clock = timed(whole if name == "memory" else model, ids, point, args.tokens)
                     if number:  # the first round warms up
-                        cpu.setdefault(name, []).append((time.process_time() - began) / (args.tokens + 1))
-                        wall.setdefault(name, []).append(statistics.fmean(seconds))
+                        cpu.setdefault(name, []).append(own)
+                        wall.setdefault(name, []).append(clock)
             ms = {name: 1e3 * statistics.median(found) for name, found in cpu.items()}
-            clock = {f"{name}_clock": 1e3 * statistics.median(found) for name, found in wall.items()}
-            rows.append({"share": share, "budget": budget, **ms, "ratio": ms["compiled"] / ms["parts"], **clock})
+            clocks = {f"{name}_clock": 1e3 * statistics.median(found) for name, found in wall.items()}
+            rows.append({"share": share, "budget": budget, **ms, "ratio": ms["compiled"] / ms["parts"], **clocks})
         store.close()
     return rows
 

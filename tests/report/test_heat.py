@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from moe_prism.cli import main
 from moe_prism.jobs.trace import shares
 from moe_prism.offload.trace import load_trace
 from moe_prism.report.heat import COLUMNS, by_layer, cells
+from moe_prism.report.misses import render
 
 
 def test_shares_are_those_of_the_trace():
@@ -36,9 +36,13 @@ def test_many_experts_share_squares():
     assert all(math.isclose(row["times"], 1) for row in found)
 
 
-def test_the_page_has_it(tmp_path):
+def test_the_page_has_it():
     pytest.importorskip("altair")
-    out = tmp_path / "misses.html"
-    assert main(["inspect", "nano", "--routing", "--trace", "nano", "--report", str(out)]) == 0
-    text = out.read_text()
-    assert "Which experts are used" in text and text.count("<figure") >= 2 and "as many as" in text
+    rows = [
+        {"policy": name, "slots": slots, "hit_rate": 0.5, "loads_per_token": 2.0, "bound": name == "belady"}
+        for name in ("lru", "belady")
+        for slots in (2, 4)
+    ]
+    facts = {"model": "<m>", "tokens": 5, "k": 1, "experts": 4, "layers": 2}
+    text = render(facts, [("experts", rows)], [[0.25] * 4, [1.0, 0, 0, 0]])
+    assert "Which experts are used" in text and text.count("<figure") == 2 and "as many as" in text and "<m>" not in text

@@ -17,12 +17,17 @@ from moe_prism.errors import CorruptError, DoesNotFit, UsageError
 from moe_prism.jobs.compress import compress_model, plan_compression
 from moe_prism.jobs.forecast_offload import forecast_offload
 from moe_prism.jobs.refactor import RefactorOptions, refactor
+from moe_prism.offload.cache import cache_policies
 from moe_prism.options.compress import CompressOptions
 from moe_prism.options.offload import OffloadOptions
 from moe_prism.point import FULL, OperatingPoint, SlotBits, SlotRule
+from moe_prism.point.named import NamedPoint, write_point
 from moe_prism.store import StoreError, open_pack, write_pack
 from moe_prism.store.choose_misses import Misses
 from moe_prism.store.plane_layout import PlaneLayout, PlaneStorage
+from moe_prism.store.pools import Eviction
+from moe_prism.store.price_planes import asked_planes, measure_plane_prices
+from moe_prism.store.price_reads import replayed
 from tests.store.common import PROMPT, Faults, flaky, logits, opened, smallest, store_of
 from tests.tiny_sources import save_tiny
 
@@ -73,14 +78,43 @@ def test_records_hold_what_the_codec_encodes(folder, file):
         assert not lower[:, matrix.at : matrix.at + matrix.scales].any()
 
 
-def test_the_command_writes_the_same_file_and_the_forecast_says_that_it_has_none(folder, file, tmp_path):
+def test_the_command_writes_the_same_file(folder, file, tmp_path):
     asked, out = CompressOptions(method="nested:bits=8:group=32", format="records"), tmp_path / "planes.pack"
     planned = plan_compression(folder, asked)
     done = compress_model(folder, out, asked)
     assert out.read_bytes() == file.read_bytes() and done.expert_bytes == planned.expert_bytes
     assert done.expert_bytes[1] == 2 * 2 * 6 * 4 * open_pack(out, read_manifest(folder)).layout.bytes
-    with pytest.raises(UsageError, match="holds planes"):
-        forecast_offload(folder, 1 << 24, OffloadOptions(expert_file=out))
+
+
+def test_a_forecast_replays_what_the_store_asks_for(folder, file, ids, tmp_path):
+    """Every way is there; less bits read less, and the misses of a policy are those of a run under it."""
+    point = tmp_path / "point.json"
+    write_point(point, NamedPoint(name="quarter", point=at(0.25)))
+    whole, _ = opened(folder, file)
+    memory = smallest(whole, 48)
+    asked = OffloadOptions(expert_file=file, tokens=160, point=[str(point)])
+    found = forecast_offload(folder, memory, asked)
+    assert {way.point for way in found.ways} == {"", str(point)} and {way.precision for way in found.ways} == {"planes"}
+    assert found.slots == 48 and all(way.ms_per_token > 0 and 0 <= way.hit_rate <= 1 for way in found.ways)
+    reads = {way.point: way.reads_per_token for way in found.ways if way.policy == "lfu"}
+    assert reads[str(point)] < reads[""]
+    slow = forecast_offload(folder, memory, OffloadOptions(expert_file=file, tokens=160, point=[str(point)], link="1MB"))
+    assert slow.best.ms_per_token > found.best.ms_per_token
+    for wrong in ({"budgets": (0.5,)}, {"expert_ahead": 2}):
+        with pytest.raises(UsageError, match="forecast"):
+            forecast_offload(folder, memory, OffloadOptions(expert_file=file, tokens=160, **wrong))
+
+
+def test_the_groups_are_the_misses_of_a_run(folder, file, ids):
+    whole, _ = opened(folder, file)
+    model, _ = opened(folder, file, smallest(whole, 48), policy="lru")
+    store = store_of(model)
+    with asked_planes(store) as asked, torch.no_grad(), operating_point(model, point=at(0.25)):
+        for i in range(ids.shape[1]):
+            model(input_ids=ids[:, i : i + 1], use_cache=False)
+    misses = replayed(asked.groups, store.space, store.slots, Eviction(cache_policies.get("lru"), group=store.group))
+    assert int(misses.lost.sum()) == store.cache.counts.misses > 0
+    assert measure_plane_prices(store).seconds[-1] > 0
 
 
 @pytest.mark.parametrize("slots", [2, 9, 40, 1000])

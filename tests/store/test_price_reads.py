@@ -135,8 +135,6 @@ def test_whole_experts_by_every_command(elastic_tiny, text, capsys, tmp_path):
         "4",
         "--expert-memory",
         memory,
-        "--budget",
-        "0.6",
     ]
     assert main([*base, *own, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["text"]

@@ -28,7 +28,7 @@ def offload(folder: Path, /, *, memory: str, options: OffloadOptions, json: bool
         note(f"no way meets {options.target_ms:g} ms; this is the fastest")
     rows = [
         (
-            f"{w.budget:g}",
+            w.point or f"{w.budget:g}",
             f"{w.slots:.1f}",
             w.policy,
             w.precision,
@@ -38,6 +38,7 @@ def offload(folder: Path, /, *, memory: str, options: OffloadOptions, json: bool
         for w in forecast.ways
     ]
     text = table(("budget", "slots", "policy", "reads", "ahead", "hit rate", "reads/token", "ms/token"), rows)
+    at = f"--point {best.point}" if best.point else f"--budget {best.budget:g}"
     how = f" --expert-policy {best.policy}"
     if options.expert_parts is not None:
         how = f" --expert-parts {options.expert_parts}{how}"
@@ -49,7 +50,7 @@ def offload(folder: Path, /, *, memory: str, options: OffloadOptions, json: bool
         f"\n{forecast.slots} of {forecast.records} sub-experts fit ({forecast.record_bytes} bytes each), "
         f"reads {forecast.bytes_per_second / 1e6:.0f} MB/s"
         f"\nfor `moe-prism offload fit`: --layer-ms {forecast.layer_ms:.3g} --record-ms {forecast.record_ms:.3g}"
-        f"\nuse --expert-memory {memory} --budget {best.budget:g}{how}: {best.slots:.1f} slots, "
+        f"\nuse --expert-memory {memory} {at}{how}: {best.slots:.1f} slots, "
         f"{best.precision} reads, {best.ms_per_token:.2f} ms/token"
     )
     emit(forecast.to_json(), text, json)

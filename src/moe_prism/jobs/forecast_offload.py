@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..artefact.load import load
 from ..checkpoint import read_manifest
 from ..data import token_windows
@@ -22,13 +24,17 @@ from ..offload.replay import Prefetch
 from ..offload.trace import Trace
 from ..options.offload import OffloadOptions
 from ..options.text import source_in
+from ..point import FULL
+from ..point.named import find_point
 from ..progress import Report, silent
 from ..result import Result
-from ..store import ExpertStore, StoreOptions, parse_bytes
+from ..store import StoreOptions, parse_bytes
 from ..store.fit import key_values, read_ahead
 from ..store.fitted import Chosen, choose
+from ..store.plane_store import PlaneStore
 from ..store.pools import Eviction
 from ..store.price_reads import at_budget, measure_prices, measure_step, replayed
+from .forecast_planes import forecast_planes
 
 BUDGETS = (0.75, 0.5, 0.25)  # compared with full budget unless others are named
 LENGTH, PROMPT = 160, 32
@@ -37,7 +43,7 @@ LENGTH, PROMPT = 160, 32
 @dataclass(frozen=True)
 class Way:
     """One way to run. precision: of what is read on a miss; slots: kept per token and layer on average; ms_per_token: expected;
-    ahead: records read ahead of a layer at most.
+    ahead: records read ahead of a layer at most; point: the name of one that was asked for, of records of planes.
     """
 
     budget: float
@@ -48,6 +54,7 @@ class Way:
     reads_per_token: float
     ms_per_token: float
     ahead: int = 0
+    point: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,13 +105,12 @@ def forecast_offload(
     chosen = choose(None, {}, options.expert_ahead, options.expert_predictor, options.expert_settings)
     model, tokenizer = load(folder, store=StoreOptions(memory, options.expert_file, parts=options.expert_parts))
     elastic, store = model._moe_prism, model._moe_prism.store
-    if not isinstance(store, ExpertStore):
-        raise UsageError(
-            f"'{options.expert_file}' holds planes, which are not forecast", "run a point with `generate`, or leave it out"
-        )
+    if isinstance(store, PlaneStore):
+        return _of_planes(folder, memory, model, tokenizer, chosen, options)
+    if options.point:
+        raise UsageError("--point belongs to records of planes", "give budgets, or an --expert-file of planes")
     budgets = options.budgets or (1.0, *affordable(elastic, BUDGETS))
-    text = source_in(read_manifest(folder)["calibration"])
-    windows = token_windows(tokenizer, text, "calibration", length=LENGTH, tokens=max(options.tokens, LENGTH)).ids
+    windows = _windows(folder, tokenizer, options)
     with report("trace") as update, operating_point(model):
         recorder = TraceRecorder(model, values=True, inputs=bool(chosen.width))
         trace = record(recorder, [("calibration", windows)], prompt=PROMPT, progress=update)
@@ -135,6 +141,38 @@ def forecast_offload(
     rate = prices["exact"].bandwidth if len(store.space) > store.slots else 0.0
     store.close()
     costs = rate * store.pack.layout.bytes, 1e3 * steps[best.budget] / store.space.layers, 1e3 / rate if rate else 0.0
+    return OffloadForecast(memory, store.slots, len(store.space), store.pack.layout.bytes, *costs, best, met, ways)
+
+
+def _windows(folder: str | Path, tokenizer: Any, options: OffloadOptions) -> Tensor:
+    """[B, LENGTH] tokens of calibration text."""
+    text = source_in(read_manifest(folder)["calibration"])
+    return token_windows(tokenizer, text, "calibration", length=LENGTH, tokens=max(options.tokens, LENGTH)).ids
+
+
+def _of_planes(
+    folder: str | Path, memory: int, model: Any, tokenizer: Any, chosen: Chosen, options: OffloadOptions
+) -> OffloadForecast:
+    """Of records of planes: all bits, and the points that are named. Nothing read ahead is forecast."""
+    if options.budgets is not None:
+        raise UsageError("planes are forecast at points, not at budgets", "name points with --point")
+    if chosen.width:
+        raise UsageError("reading planes ahead is not forecast", "leave --expert-ahead out, and run it")
+    store, link = model._moe_prism.store, options.link
+    points = {"": FULL, **{name: find_point(name, folder).point for name in options.point}}
+    slower = 0.0 if link is None else store.pack.layout.bytes / parse_bytes(link, "bytes per second")
+    policies = runnable(chosen, store.space)
+    prices, found = forecast_planes(model, _windows(folder, tokenizer, options), PROMPT, policies, points, slower)
+    ways = []
+    for own in found:
+        slots = points[own.name].slots
+        told = own.found.hit_rate, own.found.reads, 1e3 * own.found.seconds
+        ways.append(Way(slots.budget, own.slots, own.policy, "planes", *told, point=own.name))
+    best, met = choose_way(ways, options.target_ms)
+    step = next(own.step for own in found if (own.name, own.policy) == (best.point, best.policy))
+    rate = prices.bandwidth if len(store.space) > store.slots else 0.0
+    costs = rate * store.pack.layout.bytes, 1e3 * step / store.space.layers, 1e3 / rate if rate else 0.0
+    store.close()
     return OffloadForecast(memory, store.slots, len(store.space), store.pack.layout.bytes, *costs, best, met, ways)
 
 

@@ -25,7 +25,7 @@ class ExpertOptions(Options):
     )
     expert_parts: int | None = option(
         None,
-        "Records per expert in that file: 1 for whole experts, else the model's sub-experts, the default.",
+        "Records per expert in that file: 1 for whole experts, which are then computed whole, else the model's sub-experts, the default.",
         least=1,
         most=1024,
     )

@@ -34,6 +34,11 @@ class OffloadOptions(Options):
         least=1,
         most=1024,
     )
+    point: list[str] = option(
+        [],
+        "With records of planes: also forecast this operating point, by its name in frontier.json, or its file.",
+        is_repeated=True,
+    )
     expert_ahead: int | None = option(
         None,
         "Also forecast reading up to so many sub-experts ahead of a layer; default what --expert-settings says, else none.",

@@ -22,7 +22,7 @@ from .plane_wanted import PlaneWanted
 from .pools import Eviction
 from .reader import ReadJob
 from .record_store import Open, RecordStore
-from .wanted import Ints, add_rows
+from .wanted import Ints, Wanted, add_rows
 
 
 class PlaneStore(RecordStore):
@@ -33,6 +33,9 @@ class PlaneStore(RecordStore):
         assert isinstance(pack.layout, PlaneLayout)
         self.arena = PlaneArena(slots, pack.layout, like)
         super().__init__(pack, self.arena.memory, self.arena.mapped, eviction, reader=reader)
+        self.heard: Callable[[int, int, Wanted, int], None] | None = (
+            None  # (layer, tokens, records asked for, slots) of every run
+        )
 
     def places_of(self, layer: int) -> Ints:
         """[E N, 2]: the place of both planes of every block of a layer, negative where they are not there or on their way."""
@@ -48,6 +51,8 @@ class PlaneStore(RecordStore):
         under_way, base = self.fetcher.under_way, self.space.of_layer(layer).start
         if under_way:
             under_way.take_back(self.space.of_layer(layer), set((base + wanted.record).tolist()))
+        if self.heard is not None:
+            self.heard(layer, len(x), wanted.records(base), len(wanted.row))
         out = np.zeros(x.shape, np.float32)
         few = self.arena.is_few(wanted) and len(wanted.row) * x.shape[1] <= PARTIAL_NUMBERS
         if few and len(wanted.record) + len(under_way) <= self.capacity(layer):

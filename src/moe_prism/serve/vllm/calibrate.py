@@ -46,7 +46,8 @@ def calibrate_with_vllm(
 ) -> Statistics:
     """What `calibrate_model` writes, from a pass inside vLLM. engine: arguments of its `LLM`, such as tensor_parallel_size.
 
-    A window is a request of one token, alone in its step. Raises UsageError for what vLLM cannot gather, before it starts.
+    A window is a request of one token, alone in its step. vLLM starts processes that import the script again: import and call this below
+    `if __name__ == "__main__"`. Raises UsageError for what vLLM cannot gather, before it starts.
     """
     options, resume = options or CalibrateOptions(), how.get("resume", False)
     options.check()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .frontier.runs import compare_runs
     from .jobs.adapter import make_adapter, with_adapters
     from .jobs.adopt import adopt
-    from .jobs.calibrate import calibrate_model, read_statistics
+    from .jobs.calibrate import calibrate_model, calibrate_part, read_statistics
     from .jobs.compress import compress_model, measure_compression, plan_compression
     from .jobs.demo import run_demo
     from .jobs.doctor import check_machine
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .jobs.frontier_files import add_tasks, keep_frontier, write_frontier
     from .jobs.generate import generate
     from .jobs.inspect import inspect_model
+    from .jobs.join_calibrations import join_calibrations
     from .jobs.listing import list_choices
     from .jobs.patterns import write_patterns
     from .jobs.place import place_experts
@@ -79,6 +80,8 @@ _HOME = {
     "run_demo": "jobs.demo",
     "inspect_model": "jobs.inspect",
     "calibrate_model": "jobs.calibrate",
+    "calibrate_part": "jobs.calibrate",
+    "join_calibrations": "jobs.join_calibrations",
     "read_statistics": "jobs.calibrate",
     "refactor": "jobs.refactor",
     "refactor_shard": "jobs.refactor",
@@ -190,6 +193,7 @@ __all__ = [
     "bench_policies",
     "bench_server",
     "calibrate_model",
+    "calibrate_part",
     "check_machine",
     "compare_runs",
     "compress_model",
@@ -200,6 +204,7 @@ __all__ = [
     "generate",
     "inspect_model",
     "inspect_routing",
+    "join_calibrations",
     "keep_frontier",
     "list_choices",
     "load",

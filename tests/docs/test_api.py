@@ -60,6 +60,7 @@ HEAVY = {
     "bench_policies",
     "bench_server",
     "calibrate_model",
+    "calibrate_part",
     "check_machine",
     "compare_runs",
     "compress_model",

@@ -38,17 +38,19 @@ class LayerwisePass(Pass):
         finish: Callable[[int], None],
         *,
         parts: Sequence[tuple[str, int]] = (),
+        span: tuple[int, int] | None = None,
         known: Callable[[int], bool] = lambda _: False,
         others: Sequence[Forward] = (),
         after: Callable[[str, Sequence[int], Callable[[int], None]], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """ids [n, length], parts as `run` has them. finish(i): MoE layer i has seen all text; its weights are there, `gathered(i)` too.
+        """ids [n, length], parts and span as `run` has them. finish(i): MoE layer i has seen all text; its weights are there, and
+        `gathered(i)` too.
 
         known(i): nothing is to be gathered for it. others: forwards that pass every layer after that, under after(layer, its MoE layers,
         pass_through).
         """
-        texts = list(batches(ids, self.settings.batch, parts))
+        texts = list(batches(ids, self.settings.batch, parts, *(span or ())))
         self.profile = profile_windows(ids)
         names, inside = self.stream.layer_names(), self._inside()
 
@@ -69,6 +71,11 @@ class LayerwisePass(Pass):
             if progress:
                 progress(names.index(name) + 1, len(names))
 
+        if not texts and not others:  # an empty part of a text: no layer would be visited
+            self.done, self.collectors = len(ids), [self.fresh(layer) for layer in self.layers]
+            for i in range(len(self.layers)):
+                finish(i)
+            return
         run_layerwise(self.stream, [*(partial(_through, batch) for batch in texts), *others], visit)
 
     def _inside(self) -> dict[str, list[int]]:

@@ -34,10 +34,15 @@ class Batch(NamedTuple):
     domain: str
 
 
-def batches(ids: Tensor, size: int, parts: Sequence[tuple[str, int]] = (), done: int = 0) -> Iterator[Batch]:
-    """Windows ids [n, length] after the first `done`, at most `size` at a time and never of two domains; parts: (domain, windows)."""
+def batches(
+    ids: Tensor, size: int, parts: Sequence[tuple[str, int]] = (), done: int = 0, stop: int | None = None
+) -> Iterator[Batch]:
+    """Windows ids [n, length] after the first `done`, at most `size` at a time and never of two domains; parts: (domain, windows).
+
+    stop: the number of a window that a batch begins with, which is not run any more.
+    """
     ends = list(accumulate(rows for _, rows in parts)) or [len(ids)]
-    while done < len(ids):
+    while done < (len(ids) if stop is None else stop):
         place = bisect_right(ends, done)
         batch = ids[done : min(done + size, ends[place])]
         yield Batch(batch, done, parts[place][0] if parts else "")
@@ -72,6 +77,11 @@ class Settings:
     def goes_back(self) -> bool:
         """Whether some collector needs a backward pass."""
         return any(SLOPE in registry.get(name).needs for name in self.collectors)
+
+    @property
+    def size(self) -> int:
+        """Windows that run together."""
+        return 1 if self.goes_back else self.batch
 
 
 def declared_bytes(layers: Sequence[MoELayer], settings: Settings, capacity: int) -> int:
@@ -119,14 +129,18 @@ class Pass:
         progress: Progress | None = None,
         after_batch: Callable[[], None] | None = None,
         parts: Sequence[tuple[str, int]] = (),
+        span: tuple[int, int] | None = None,
     ) -> None:
         """ids [n, length]. Continues after the `done` windows; the layers' own computation is untouched.
 
-        parts: (domain, windows) in their order; a batch never holds two, so that each is summed as if it were alone.
+        parts: (domain, windows) in their order; a batch never holds two, so that each is summed as if it were alone. span: the windows
+        that are run, between two beginnings of a batch; None: all.
         """
-        self.profile, size = profile_windows(ids), 1 if self.settings.goes_back else self.settings.batch
+        self.profile = profile_windows(ids)
+        start, stop = span or (0, len(ids))
+        self.done = max(self.done, start)
         with self.watched(range(len(self.layers)), ids.shape[1]):
-            for batch in batches(ids, size, parts, self.done):
+            for batch in batches(ids, self.settings.size, parts, self.done, stop):
                 self.done, self.domain = batch.first, batch.domain
                 self._through(batch.ids.to(input_device(self.model)))
                 self.done += len(batch.ids)

@@ -57,7 +57,11 @@ class TokenReservoir(Collector):
             keys, token, weight = keys[winners], token[winners], weight[winners]
             if not len(keys):
                 return
-        rows = x[token.to(x.device)].clamp(-65504, 65504).to("cpu", torch.float16)
+        self._take(e, keys, x[token.to(x.device)].clamp(-65504, 65504).to("cpu", torch.float16), weight)
+
+    def _take(self, e: int, keys: Tensor, rows: Tensor, weight: Tensor) -> None:
+        """Inputs [S, d] (float16) of an expert with their keys and weights [S]."""
+        kept = int(self.kept[e])
         all_keys = torch.cat([self.key[e, :kept], keys])
         order = all_keys.argsort()[: self.capacity]
         n = len(order)
@@ -65,6 +69,12 @@ class TokenReservoir(Collector):
         self.weight[e, :n] = torch.cat([self.weight[e, :kept], weight])[order]
         self.key[e, :n] = all_keys[order]
         self.kept[e] = n
+
+    def merge(self, state: dict[str, Tensor]) -> None:
+        """Take in the sample of other tokens: the smallest keys of both."""
+        for e, count in enumerate(state["kept"].tolist()):
+            if count:
+                self._take(e, state["key"][e, :count], state["x"][e, :count], state["weight"][e, :count])
 
     def state(self) -> dict[str, Tensor]:
         return {"x": self.x, "weight": self.weight, "key": self.key, "kept": self.kept}

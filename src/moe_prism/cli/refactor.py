@@ -126,8 +126,9 @@ def _resliced(model: str, out: Path, options: RefactorOptions, division: Divisio
 
 
 def _written(model: str, out: Path, options: RefactorOptions, division: Division, how: Writing) -> Refactored | None:
+    from ..jobs.calibrate_ranks import ranks
     from ..jobs.refactor import refactor as write
-    from ..jobs.refactor_ranks import ranks, refactor_ranks
+    from ..jobs.refactor_ranks import refactor_ranks
 
     if ranks() > 1 and not division.join:
         return refactor_ranks(model, out, options, calibration=division.calibration, **how)

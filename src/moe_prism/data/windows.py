@@ -35,6 +35,7 @@ class Windows:
     characters: int  # of all documents used
     parts: tuple[tuple[str, int], ...] = ()
     read: tuple[dict[str, Any], ...] = field(default=(), compare=False)  # see `TextTally.to_json`, of every path
+    span: tuple[int, int] | None = None  # the windows that this process runs, of several that share them; None: all
 
     @property
     def source(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -16,7 +17,7 @@ from ..artefact.output import Writing, check_apart, finished
 from ..artefact.source import Weights
 from ..calibrate.layerwise import WHOLE, LayerwisePass
 from ..calibrate.options import settings
-from ..calibrate.run import Pass, bounded_capacity
+from ..calibrate.run import Pass, batches, bounded_capacity
 from ..calibrate.statistics import LayerStatistics, Statistics
 from ..checkpoint import Journal, LayerStream, OutputFolder, check_listed, read_manifest, source_facts, write_manifest
 from ..checkpoint.config import read_config
@@ -29,6 +30,7 @@ from ..options.calibrate import CalibrateOptions
 from ..progress import Report, silent
 from ..schema.read import one_line
 from .demonstrations import Answering, plan
+from .refactor_units import Shard
 from .rehearsal import begin, check_early
 from .resources import needed_by_pass
 from .which_text import with_text
@@ -51,7 +53,33 @@ def calibrate_model(
     >>> statistics.to_json()["tokens"], len(statistics.to_records())  # 6 layers of 32 experts
     (1024, 192)
     """
-    options, resume = options or CalibrateOptions(), how.get("resume", False)
+    return _calibrate(model, out, options or CalibrateOptions(), how)
+
+
+def calibrate_part(
+    model: str | Path, out: str | Path, shard: str, options: CalibrateOptions | None = None, **how: Unpack[Writing]
+) -> Statistics:
+    """Run a part of the calibration text only, for `join_calibrations`. shard: "2/4" is the second of four parts.
+
+    All parts, and what joins them, need the same model and options. Nothing is shared while they run.
+
+    >>> import moe_prism
+    >>> few = moe_prism.CalibrateOptions(tokens=8192, length=256)
+    >>> for i in (1, 2):
+    ...     _ = moe_prism.calibrate_part("nano", f"half{i}", f"{i}/2", few)
+    >>> moe_prism.join_calibrations("nano", "both", ["half1", "half2"], few).to_json()["tokens"]
+    8192
+    """
+    options, part = options or CalibrateOptions(), Shard.of(shard)
+    if options.tasks:
+        raise UsageError("--tasks makes its text as it goes, which parts cannot share", "leave --shard or --tasks out")
+    return _calibrate(model, out, options, how, part)
+
+
+def _calibrate(
+    model: str | Path, out: str | Path, options: CalibrateOptions, how: Writing, part: Shard | None = None
+) -> Statistics:
+    resume = how.get("resume", False)
     options.check()
     where = resolve(model)
     options = with_text(options, where)
@@ -60,17 +88,18 @@ def calibrate_model(
     needed = needed_by_pass(weights, options)
     check_early(needed, out, resume)  # before the text is read, which takes longer
     asked = plan(load_tokenizer(where), options, _longest(where)) if options.tasks else None
-    windows = None if asked else calibration_windows(where, options)
+    windows = None if asked else _own(calibration_windows(where, options), options, part)
     check_fit(weights, options)
     source = source_facts(where)
     del weights  # of a GGUF file it holds the whole model
     inputs = {"source": source, "options": recorded(options)}
-    if resume and finished(out, {"kind": "calibration", **inputs}):
-        return read_statistics(out)
+    done = finished(out, {"kind": "calibration", **inputs}) if resume else None
+    if done and done["facts"].get("part") == (part and list(part)):
+        return _read(Path(out), done)
     forecast = partial(lasts, where, windows, options, needed) if windows else None
     begin(needed, out, resume=resume, force=how.get("force", False), lasts=forecast)
     with OutputFolder(out, resume=resume, force=how.get("force", False)) as folder:
-        journal = Journal(folder.work, inputs)
+        journal = Journal(folder.work, inputs if part is None else {**inputs, "part": list(part)})
         report = how.get("report", silent)
         answers = Answering(asked, options, folder, journal) if asked else None
         if answers:
@@ -80,13 +109,33 @@ def calibrate_model(
         if answers:
             statistics.facts |= facts
             answers.discard()
-        for i, layer in enumerate(statistics.layers):
-            folder.save_tensors(f"layer-{i:03d}.safetensors", layer.flat(), {"name": layer.name})
-        folder.save_tensors(PROFILE, {"ids": statistics.profile})
-        discard_snapshots(folder)
-        write_manifest(folder, {"kind": "calibration", **inputs, "facts": statistics.facts})
-        folder.finish()
+        if part is not None:
+            statistics.facts |= {"part": list(part), "windows": len(windows.ids)}
+        write_statistics(folder, statistics, inputs)
     return statistics
+
+
+def write_statistics(folder: OutputFolder, statistics: Statistics, inputs: Mapping[str, Any]) -> None:
+    """A folder's whole content. inputs: source and options, for its manifest."""
+    for i, layer in enumerate(statistics.layers):
+        folder.save_tensors(f"layer-{i:03d}.safetensors", layer.flat(), {"name": layer.name})
+    folder.save_tensors(PROFILE, {"ids": statistics.profile})
+    discard_snapshots(folder)
+    write_manifest(folder, {"kind": "calibration", **inputs, "facts": statistics.facts})
+    folder.finish()
+
+
+def _own(windows: Windows, options: CalibrateOptions, part: Shard | None) -> Windows:
+    """The text of a part: all of it, of which some windows are run. Parts are runs of whole batches, so that each is computed as in one.
+
+    Of a short text some parts are empty.
+    """
+    if part is None:
+        return windows
+    begins = [batch.first for batch in batches(windows.ids, settings(options).size, windows.parts)]
+    start, stop = (number * len(begins) // part.count for number in (part.number, part.number + 1))
+    ends = [*begins, len(windows.ids)]
+    return replace(windows, span=(ends[start], ends[stop]))
 
 
 def lasts(where: Path, windows: Windows, options: CalibrateOptions, needed: Mapping[str, Any]) -> Seconds | None:
@@ -124,6 +173,14 @@ def read_statistics(folder: str | Path) -> Statistics:
     manifest = read_manifest(folder)
     if manifest.get("kind") != "calibration":
         raise UsageError(f"'{folder}' is not a calibration", "give the folder written by `moe-prism calibrate`")
+    if manifest["facts"].get("part"):
+        number, count = manifest["facts"]["part"]
+        raise UsageError(f"'{folder}' is part {number + 1} of {count} of a calibration", "join them with `calibrate --join`")
+    return _read(Path(folder), manifest)
+
+
+def _read(folder: Path, manifest: Mapping[str, Any]) -> Statistics:
+    """What a folder with this manifest holds; of a part too."""
     check_listed(folder, manifest, sorted(manifest["files"]))
     layers, capacity = [], manifest["facts"]["capacity"]
     for i, name in enumerate(manifest["facts"]["layers"]):
@@ -149,15 +206,16 @@ def run_pass(
         if journal.done(SNAPSHOT):
             work.load(_snapshot(folder.work / SNAPSHOT, work, len(windows.ids)))
         last = time.monotonic()
+        stop = windows.span[1] if windows.span else len(windows.ids)
 
         def after_batch() -> None:
             nonlocal last
-            if time.monotonic() - last > SNAPSHOT_SECONDS or work.done == len(windows.ids):
+            if time.monotonic() - last > SNAPSHOT_SECONDS or work.done == stop:
                 journal.finish(SNAPSHOT, folder.save_tensors(SNAPSHOT, work.state()))
                 last = time.monotonic()
 
         with report("calibrate") as update:
-            work.run(windows.ids, update, after_batch, windows.parts)
+            work.run(windows.ids, update, after_batch, windows.parts, windows.span)
         return work.statistics(pass_facts(work, windows))
 
 
@@ -191,7 +249,7 @@ def _run_layers(
 
     known = [journal.done(layer_snapshot(i)) for i in range(len(work.layers))]
     with report("calibrate") as update:
-        work.run_layers(windows.ids, finish, parts=windows.parts, known=known.__getitem__, progress=update)
+        work.run_layers(windows.ids, finish, parts=windows.parts, span=windows.span, known=known.__getitem__, progress=update)
     facts = {"capacity": work.capacity, "windows": work.done, **pass_facts(work, windows)}
     return Statistics([found[i] for i in range(len(work.layers))], work.profile, facts)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ AGAIN = "use --force to start again"
 
 @dataclass(frozen=True)
 class Shard:
-    """One part of the work: layers number, number + count, ... of the model. number: from 0."""
+    """One part of the work: layers number, number + count, ... of the model, or a run of its text. number: from 0."""
 
     number: int
     count: int
@@ -41,6 +41,9 @@ class Shard:
         if not slash or not (number.isdecimal() and count.isdecimal()) or not 1 <= int(number) <= int(count) <= 4096:
             raise UsageError(f"--shard {text} is no part of the work", "write I/N, such as 1/4 for the first of four parts")
         return cls(int(number) - 1, int(count))
+
+    def __iter__(self) -> Iterator[int]:
+        yield from (self.number, self.count)
 
     def of_layers(self, layers: Sequence[MoELayer]) -> list[MoELayer]:
         """Its layers. Every n-th, so that parts are alike where early layers differ from late ones."""

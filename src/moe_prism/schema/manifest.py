@@ -132,6 +132,7 @@ class PassForm(CalibrationForm):
     length: Count
     windows: Count
     tasks: TasksForm | None = None
+    part: Annotated[list[Annotated[int, Field(ge=0, le=4096)]], MinLen(2), MaxLen(2)] | None = None
 
 
 class RecoveryForm(WindowsForm):

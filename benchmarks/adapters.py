@@ -1,13 +1,15 @@
 """Adapters of one base model, trained, packed and run together in one batch (ExpertWeave, ESFT, ComPEFT).
 
-    python benchmarks/adapters.py [--domains prose,headers,web] [--share 0.5] [--steps 60] [--seeds 1] [--pack 0.2,0.05]
-                                  [--tokens 4096] [--json]
+    python benchmarks/adapters.py [--domains prose,headers,web] [--share 0.5] [--steps 60] [--seeds 1] [--first-seed 0]
+                                  [--pack 0.2,0.05] [--tokens 4096] [--turns 40] [--json]
 
 For each domain the experts of `nano` that hold --share of its routing weight in each layer are trained by next-token loss on the domain's
 calibration side; router, attention and every other expert stay. `moe-prism adapter` keeps what changed, whole and packed. Loss: mean NLL
 on the domain's evaluation side, and how much less than the base's it is, with a 95 % interval (bootstrap over windows). All adapters run
 in one batch; `same` says whether each row's logits are those of that adapter alone, to the bit, and whether its most likely tokens are
-those of the merged checkpoint.
+those of the merged checkpoint. `time` is a forward with one and with three adapters among its tokens, as a ratio to the base's in the
+same turn (base, one, three, base, ...): the median of the turns with its 95 % interval. The base has no room for adapters there, and
+`room` is the base that has.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +107,33 @@ def together(folders: dict[str, Path], tuned: dict[str, Path], held: dict[str, T
         yield {"way": "memory", "bytes": adapters.bytes, "padded": fragmentation(experts, counts), "adapters": len(names)}
 
 
+def times(folders: dict[str, Path], turns: int) -> Iterator[dict[str, Any]]:
+    """Forwards of tokens that decode, and of a prompt's chunk: adapters are dealt to the tokens in turn."""
+    bare, opened, names = open_model(NANO), open_model(NANO), list(folders)
+    with torch.no_grad(), with_adapters(opened.model, NANO, folders) as adapters:
+        numbers = [adapters.loaded[name].number for name in names]
+        for tokens, length in ((4, 1), (32, 1), (1, 256)):
+            ids = torch.arange(tokens * length).reshape(tokens, length) % 4000 + 20
+            seconds: dict[str, list[float]] = {name: [] for name in ("base", "room", "one", "three")}
+            for turn in range(turns + 3):
+                for name, own in seconds.items():
+                    among = {"one": [numbers[0], -1], "three": [*numbers, -1]}.get(name)
+                    dealt = -1 if among is None else torch.tensor(among).repeat(tokens * length)[: tokens * length]
+                    adapters.elastic.step.adapter = dealt
+                    model = bare.model if name == "base" else opened.model
+                    began = time.perf_counter()
+                    model(input_ids=ids, use_cache=False)
+                    if turn >= 3:
+                        own.append(time.perf_counter() - began)
+            adapters.elastic.step.adapter = -1
+            for name in ("room", "one", "three"):
+                ratio = np.array(seconds[name]) / np.array(seconds["base"])
+                drawn = np.random.default_rng(0).integers(len(ratio), size=(1000, len(ratio)))
+                middle = [float(v) for v in np.quantile(np.median(ratio[drawn], axis=1), (0.025, 0.975))]
+                shape = f"{tokens} x {length}"
+                yield {"way": "time", "adapters": name, "tokens": shape, "ratio": float(np.median(ratio)), "interval": middle}
+
+
 def _layers(folder: Path) -> list[list[int]]:
     return json.loads((folder / "adapter.json").read_text())["layers"]  # type: ignore[no-any-return]
 
@@ -114,7 +144,7 @@ def rows(args: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
         side: {d: token_windows(tokenizer, f"domains/{d}", side, length=LENGTH, tokens=n).ids for d in args.domains}
         for side, n in (("calibration", 32768), ("evaluation", args.tokens))
     }
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         folders: dict[str, Path] = {}
         tuned: dict[str, Path] = {}
         for domain in args.domains:
@@ -139,12 +169,17 @@ def rows(args: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
             folders[domain] = work / f"{domain}-{seed}-None"
         for row in together(folders, tuned, read["evaluation"]):
             yield {"seed": seed, **row}
+        for row in times(folders, args.turns):
+            yield {"seed": seed, **row}
 
 
 def show(row: dict[str, Any]) -> str:
     head = f"seed {row['seed']}  {row.get('domain', ''):8} {row['way']:12}"
     if row["way"] == "memory":
         return f"{head} {row['bytes'] / 1e6:.1f} MB for {row['adapters']} adapters; padding would take {row['padded']:.2f}x of the slots"
+    if row["way"] == "time":
+        low, high = row["interval"]
+        return f"{head} {row['adapters']:5} of {row['tokens']:8} tokens: {row['ratio']:.3f} ({low:.3f} to {high:.3f}) of the base's time"
     if row["way"] == "one batch":
         return f"{head} same as alone: {row['same']['bits']}; tokens of the merged model: {row['same']['tokens']} ({row['difference']:.1e})"
     low, high = row["interval"]
@@ -158,6 +193,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.5, help="of a layer's routing weight that the trained experts hold")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--pack", type=lambda text: [float(part) for part in text.split(",")], default=[0.2, 0.05])
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--json", action="store_true")

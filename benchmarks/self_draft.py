@@ -9,7 +9,8 @@ plain decoding: every block once per pass, whatever the number of its tokens tha
 
 The second times a model of OLMoE's shape with random weights, whose experts dominate: a plain step, a step of the draft (a quarter of the
 experts) and checks of n + 1 tokens, all in turns. `speed` is tokens per second as a share of plain decoding, with the share of drafted
-tokens kept that `--kept` gives. Random weights route evenly: no two tokens are more alike in their experts than chance.
+tokens kept that `--kept` gives, and `free` the same if guesses took no time: no draft can be faster. Random weights route evenly: no two
+tokens are more alike in their experts than chance.
 """
 
 from __future__ import annotations
@@ -138,6 +139,7 @@ def times(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "tokens": tokens,
                     "speed": statistics.median(speeds),
                     "range": (speeds[0], speeds[-1]),
+                    "free": statistics.median(tokens * p / c for p, _, c in each),
                 }
             )
             print(json.dumps(rows[-1]), flush=True)

@@ -2,7 +2,8 @@
 
     python recipes/nano-steps/data.py --out build/nano-steps
 
-`train.txt` is what calibration may see, `problems.txt` has held-out questions, one a line.
+`train.txt` is what calibration may see, `problems.txt` has held-out questions, one a line, and `longer.txt` those that are longer than any
+in training.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import random
 from pathlib import Path
 
 import numpy as np
-from steps import END, SYMBOLS, problems
+from steps import END, LONGER, SYMBOLS, problems
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 TEXT = 4000  # traces of train.txt
@@ -48,6 +49,7 @@ def main() -> None:
             (args.out / "train.txt").write_text("".join(texts[:TEXT]))
     (args.out / "problems.txt").write_text("".join(problem.prompt for problem in problems(2000, args.seed + 2, True)))
     (args.out / "data.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (args.out / "longer.txt").write_text("".join(problem.prompt for problem in problems(2000, args.seed + 3, True, *LONGER)))
     print(json.dumps(facts))
 
 

@@ -1,7 +1,7 @@
 """Chains of arithmetic in steps, whose answers are checked exactly.
 
-A problem starts from a number and applies labelled operations, all modulo 100 and with two digits. A trace works them out one line
-each, may check some of the hard ones once more, and ends with the answer:
+A problem starts from a number and applies labelled operations, all modulo 100 and with two digits. Labels follow each other in the
+alphabet, from any letter. A trace works them out one line each, may check some of the hard ones once more, and ends with the answer:
 
     Q37a+58b*4c-29
     a37+58=95
@@ -18,25 +18,32 @@ import random
 import re
 from dataclasses import dataclass
 
-LABELS = "abcdef"
-LEAST, MOST = 3, len(LABELS)  # operations of a problem
+LABELS = "abcdefghijkl"
+LEAST, MOST = 3, 6  # operations of a problem
+LONGER = 8, 10  # of those that are longer than any in training
 END = "<|endoftext|>"
 SYMBOLS = ("\n", *"0123456789+-*=QA?", *LABELS)
 ANSWER = re.compile(r"^A(\d\d)$", re.MULTILINE)
-STEP = re.compile(r"^\??([a-f])(\d\d)([-+*])(\d{1,2})=(\d\d)$")
+STEP = re.compile(rf"^\??([{LABELS}])(\d\d)([-+*])(\d{{1,2}})=(\d\d)$")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """start: 0 to 99; operations: (sign, number) in order, two digits behind + and -, one from 2 to 9 behind *."""
+    """start: 0 to 99; operations: (sign, number) in order, two digits behind + and -, one from 2 to 9 behind *; first: label's number."""
 
     start: int
     operations: tuple[tuple[str, int], ...]
+    first: int = 0
+
+    @property
+    def labels(self) -> str:
+        """Of the operations."""
+        return LABELS[self.first : self.first + len(self.operations)]
 
     @property
     def prompt(self) -> str:
         """The question with its line end."""
-        asked = (f"{label}{sign}{written(sign, n)}" for label, (sign, n) in zip(LABELS, self.operations, strict=False))
+        asked = (f"{label}{sign}{written(sign, n)}" for label, (sign, n) in zip(self.labels, self.operations, strict=True))
         return f"Q{self.start:02}{''.join(asked)}\n"
 
     @property
@@ -57,7 +64,7 @@ class Problem:
         """Step i, worked out."""
         before = self.start if i == 0 else self.values[i - 1]
         sign, n = self.operations[i]
-        return f"{LABELS[i]}{before:02}{sign}{written(sign, n)}={self.values[i]:02}\n"
+        return f"{self.labels[i]}{before:02}{sign}{written(sign, n)}={self.values[i]:02}\n"
 
     def is_hard(self, i: int) -> bool:
         """Whether step i multiplies or carries."""
@@ -86,21 +93,21 @@ def written(sign: str, n: int) -> str:
     return str(n) if sign == "*" else f"{n:02}"
 
 
-def drawn(chance: random.Random) -> Problem:
-    """A problem of 3 to 6 operations."""
+def drawn(chance: random.Random, least: int = LEAST, most: int = MOST) -> Problem:
+    """A problem of so many operations."""
     operations = []
-    for _ in range(chance.randint(LEAST, MOST)):
+    for _ in range(chance.randint(least, most)):
         sign = chance.choice("+-*")
         operations.append((sign, chance.randint(2, 9) if sign == "*" else chance.randint(0, 99)))
-    return Problem(chance.randint(0, 99), tuple(operations))
+    return Problem(chance.randint(0, 99), tuple(operations), chance.randint(0, len(LABELS) - len(operations)))
 
 
-def problems(count: int, seed: int, held_out: bool) -> list[Problem]:
+def problems(count: int, seed: int, held_out: bool, least: int = LEAST, most: int = MOST) -> list[Problem]:
     """Different problems of one side of the split."""
     chance = random.Random(seed)
     found: dict[str, Problem] = {}
     while len(found) < count:
-        problem = drawn(chance)
+        problem = drawn(chance, least, most)
         if problem.is_held_out == held_out:
             found.setdefault(problem.prompt, problem)
     return list(found.values())
@@ -108,11 +115,14 @@ def problems(count: int, seed: int, held_out: bool) -> list[Problem]:
 
 def read(prompt: str) -> Problem:
     """The problem of a prompt. ValueError if it is none."""
-    match = re.fullmatch(r"Q(\d\d)((?:[a-f][-+*]\d{1,2})+)\n?", prompt)
+    match = re.fullmatch(rf"Q(\d\d)((?:[{LABELS}][-+*]\d{{1,2}})+)\n?", prompt)
     if match is None:
         raise ValueError("a question looks like Q37a+58b*4c-29")
-    found = re.findall(r"[a-f]([-+*])(\d{1,2})", match[2])
-    return Problem(int(match[1]), tuple((sign, int(n)) for sign, n in found))
+    found = re.findall(rf"([{LABELS}])([-+*])(\d{{1,2}})", match[2])
+    made = Problem(int(match[1]), tuple((sign, int(n)) for _, sign, n in found), LABELS.index(found[0][0]))
+    if made.labels != "".join(label for label, _, _ in found):
+        raise ValueError("labels follow each other in the alphabet")
+    return made
 
 
 def answer(text: str) -> int | None:
@@ -132,8 +142,8 @@ def right_steps(problem: Problem, text: str) -> float:
     good = 0
     for line in lines:
         step, done = STEP.match(line), ANSWER.match(line)
-        if step is not None and LABELS.index(step[1]) < len(problem.operations):
-            good += line.lstrip("?") + "\n" == problem.line(LABELS.index(step[1]))
+        if step is not None and step[1] in problem.labels:
+            good += line.lstrip("?") + "\n" == problem.line(problem.labels.index(step[1]))
         elif done is not None:
             good += int(done[1]) == problem.values[-1]
     return good / len(lines) if lines else 1.0

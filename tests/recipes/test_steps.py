@@ -18,7 +18,7 @@ def steps(monkeypatch):
 
 def test_a_trace_is_right_in_every_line_and_ends_with_the_answer(steps):
     chance = random.Random(0)
-    for problem in steps.problems(300, 5, held_out=False):
+    for problem in [*steps.problems(300, 5, held_out=False), *steps.problems(50, 5, False, *steps.LONGER)]:
         text = problem.trace(chance)[len(problem.prompt) :]
         assert steps.is_right(problem, text) and steps.right_steps(problem, text) == 1
         assert steps.read(problem.prompt) == problem
@@ -38,6 +38,8 @@ def test_a_wrong_digit_is_found(steps):
     assert steps.right_steps(problem, "what\n") == 0 and steps.right_steps(problem, lines[0][:4]) == 1
     assert not steps.is_right(problem, f"A{(problem.values[-1] + 1) % 100:02}\n") and steps.answer("nothing") is None
     assert steps.verifier(problem.prompt, "".join(lines)) == 1
+    with pytest.raises(ValueError, match="follow each other"):
+        steps.read("Q10a+01c+01")
     with pytest.raises(ValueError, match="looks like"):
         steps.read("2 + 2")
 

@@ -53,8 +53,8 @@ class AttentionWatch:
     def hear(self, query: Tensor, key: Tensor, scaling: float | None) -> None:
         """query [B, H, t, d], key [B, G, n, d], of which the last t are new; T = B t."""
         size, new = query.shape[3], query.shape[2]
-        rows = (part.transpose(1, 2).flatten(0, 1) for part in (query, key[:, :, -new:]))
-        self.last = Attended(*rows, size**-0.5 if scaling is None else scaling)
+        asked, offered = (part.transpose(1, 2).flatten(0, 1) for part in (query, key[:, :, -new:]))
+        self.last = Attended(asked, offered, size**-0.5 if scaling is None else scaling)
 
 
 @contextmanager

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from ..attention.watch import Attended
 from ..point import OperatingPoint
 from .base import LayerParts
 from .execute.base import Executor
+
+if TYPE_CHECKING:
+    from ..attention.watch import Attended
 
 
 class Host(Protocol):

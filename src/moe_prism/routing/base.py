@@ -9,15 +9,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..attention.watch import Attended
 from ..errors import UsageError
 from ..model.extra import ExtraExperts
 from ..point import RoutingStage
+
+if TYPE_CHECKING:
+    from ..attention.watch import Attended
 
 VariantIndex = int | Tensor
 """Which variant of a stage: one for all tokens, or one per token [T] (int64)."""
@@ -34,7 +36,7 @@ def outside(which: VariantIndex, count: int) -> int | None:
     return low if low < 0 else high if high >= count else None
 
 
-def _unavailable() -> Tensor:
+def _unavailable() -> Any:
     raise UsageError("nobody offers what this routing stage asks for", "run it on a model that moe-prism has loaded")
 
 

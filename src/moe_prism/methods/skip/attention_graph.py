@@ -30,11 +30,11 @@ class AttentionGraph(TokenGraph):
         size = asked.key[0].numel()
         found, known = looked_back(routed, torch.cat([asked.key.float().flatten(1), scores], 1), KEYS)
         keys, theirs = found[:, :, :size], found[:, :, size:]
-        return asked.shares(keys.unflatten(2, asked.key.shape[1:]), ~known), theirs
+        return asked.shares(keys.reshape(*keys.shape[:2], *asked.key.shape[1:]), ~known), theirs
 
 
 class AttentionGraphMethod(Graph):
     """`attention-graph:A`: experts are chosen by the scores of tokens that attention looks at, with the share A."""
 
-    needs = ("router probabilities", "attention", "earlier tokens")
+    needs: ClassVar[tuple[str, ...]] = ("router probabilities", "attention", "earlier tokens")
     stage: ClassVar[type[TokenGraph]] = AttentionGraph

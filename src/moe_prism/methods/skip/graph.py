@@ -107,7 +107,7 @@ class GraphParameters:
 class Graph(SkipMethod):
     """`graph:A`: experts are chosen by the scores of like tokens before, with the share A."""
 
-    needs = ("router probabilities", "earlier tokens")
+    needs: ClassVar[tuple[str, ...]] = ("router probabilities", "earlier tokens")
     paper = "arXiv 2505.00792"
     stage: ClassVar[type[TokenGraph]] = TokenGraph
     Parameters = GraphParameters

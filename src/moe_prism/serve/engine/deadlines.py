@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import heapq
 import threading
-from collections.abc import Container, Iterator, Sized
-from typing import Protocol
+from collections.abc import Collection, Iterator
 
 FEW = 256
 """Deadlines that are kept whosever they are."""
 
 
-class Names(Container[str], Sized, Protocol):
-    """Of the requests that go on."""
-
-
 class Deadlines:
-    """The next one first. Most requests end long before theirs: what those leave goes once it is the larger part."""
+    """The next one first, of the names in `running`. Most requests end long before theirs: what those leave goes once it is the larger part."""
 
-    def __init__(self, running: Names) -> None:
+    def __init__(self, running: Collection[str]) -> None:
         self._running, self._lock = running, threading.Lock()
         self._every: list[tuple[float, str]] = []
 

@@ -57,7 +57,7 @@ def _check_architecture(recipe: TrainingForm, lines: Lines, name: str) -> None:
 
 
 def _owner(place: Place) -> tuple[str, int, Sequence[str]]:
-    if place[:1] == ("model",) and len(place) > 1:  # that the recipe has no model is the recipe's
+    if place[:1] == ("model",):
         return "model", 1, list(ShapeForm.model_fields)
     if place[:1] == ("exchange",):
         return "exchange", 1, list(ExchangeForm.model_fields)

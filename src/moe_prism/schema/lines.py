@@ -104,6 +104,7 @@ def told(
     if first["type"] == "extra_forbidden":
         return UsageError(f"{where}: {whose or f'a {kind}'} has no '{key}'", nearest(key, known))
     if first["type"] == "missing":
+        whose = whose if len(place) > 1 else ""  # a part that is not there lacks nothing: who should have it does
         return UsageError(f"{where}: {whose or f'the {kind}'} lacks '{key}'", advice)
     shown = ".".join(str(part) for part in place[deep:])
     said = first["msg"].removeprefix("Value error, ")

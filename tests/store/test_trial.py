@@ -12,14 +12,14 @@ from moe_prism.errors import UsageError
 from moe_prism.jobs.fit_offload import fit_offload
 from moe_prism.options.experts import ExpertOptions
 from moe_prism.options.fit import FitOptions
-from moe_prism.store.trial import AGAIN, BLOCK, LEAST, MOST, Trial
+from moe_prism.store.trial import AGAIN, BLOCK, LEAST, MOST, AheadTrial
 from tests.store.common import PROMPT, opened, smallest, store_of
 
 
 def steps_until_decided(more, noise=0.0, seed=0):
     """(decision, steps) where reading ahead makes a step of a millisecond longer by `more`."""
     draw, told = random.Random(seed), []
-    trial, count = Trial(lambda *what: told.append(what)), 0
+    trial, count = AheadTrial(lambda *what: told.append(what)), 0
     while trial.decided is None:
         trial.note(1e-3 + more * trial.reads + noise * draw.random())
         count += 1
@@ -41,7 +41,7 @@ def test_noise_is_no_reason():
 
 
 def test_turns_do_not_depend_on_a_load_that_drifts():
-    trial, at = Trial(lambda *_: None), 0
+    trial, at = AheadTrial(lambda *_: None), 0
     while trial.decided is None:
         trial.note(1e-3 * (1 + at / 200) - 2e-4 * trial.reads)
         at += 1
@@ -49,7 +49,7 @@ def test_turns_do_not_depend_on_a_load_that_drifts():
 
 
 def test_it_is_tried_again():
-    trial = Trial(lambda *_: None)
+    trial = AheadTrial(lambda *_: None)
     while trial.decided is None:
         trial.note(1e-3 + 1e-4 * trial.reads)
     assert not trial.reads

@@ -40,7 +40,7 @@ class StoreOptions:
     """memory: bytes for experts and what predicts them, None: what is left beside a KV cache of `cache_tokens`; file: the packed file,
     default `experts.pack` in the model's folder; policy, settings: who is evicted, default `pools.policy_for`; parts: records per expert
     (1 = whole experts), default the model's sub-experts; misses: what is not read, or in int8 form; ahead: records to read ahead of a
-    layer; tries_ahead: only where steps are shorter with it (`trial.Trial`); predictor: of the experts that are read ahead; fitted: a
+    layer; tries_ahead: only where steps are shorter with it (`trial.AheadTrial`); predictor: of the experts that are read ahead; fitted: a
     file of `moe-prism offload fit`, which says what is not said here; reader: a test's own;
     tier: `memory` is fast memory, behind which host memory holds records too (`tiers.py`).
     """

@@ -26,7 +26,7 @@ from ..offload.predict import Predictor, Seen
 from .choose_misses import Misses
 from .record_store import RecordStore
 from .token_watch import TokenWatch
-from .trial import Trial
+from .trial import AheadTrial
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -37,7 +37,7 @@ MOST_TOKENS = 8  # up to which there is something to gain: a long prompt wants n
 class Guess(NamedTuple):
     """width: records to read ahead of a layer at most, 0 = never; predictor: of the experts, None = the layer's own router.
 
-    tried: stop where steps take longer with it (`Trial`).
+    tried: stop where steps take longer with it (`AheadTrial`).
     """
 
     width: int = 0
@@ -55,7 +55,7 @@ class ReadAhead:
         self.k = experts_per_token(model, own)
         self.guessed = min(store.space.experts, max(self.k, -(-self.width // parts)))  # experts, of every token
         self.routers = [self._router(layer) for layer in layers] if self.width else []
-        self.trial = Trial() if guess.tried and self.width else None
+        self.trial = AheadTrial() if guess.tried and self.width else None
         if self.trial is not None:
             store.on_end = self._hear
         self.seen = _SeenLive(model, guess.predictor, self.k, len(layers)) if self.width and guess.predictor is not None else None

@@ -55,7 +55,7 @@ class Tier:
             raise UsageError(f"host memory of {self.slots} records holds none", "give at least one")
 
 
-class Host:
+class HostRecords:
     """Records in host memory: a cache of them, and what computes with them there."""
 
     def __init__(self, pack: Pack, tier: Tier, like: MoELayer, reader: Open) -> None:
@@ -109,7 +109,7 @@ class TierJob:
 class TierReader(RecordReader):
     """Reads records of host memory into fast memory."""
 
-    def __init__(self, host: Host, device: Device, memory: Tensor) -> None:
+    def __init__(self, host: HostRecords, device: Device, memory: Tensor) -> None:
         self.host, self.device, self.pack = host, device, host.fetcher.pack
         self._memory = memory
         self._jobs: list[TierJob] = []
@@ -175,7 +175,7 @@ class TieredStore(ExpertStore):
     def __init__(
         self, pack: Pack, slots: int, like: MoELayer, eviction: Eviction, *, tier: Tier, reader: Open = open_reader
     ) -> None:
-        self.tier, self.host = tier, Host(pack, tier, like, reader)
+        self.tier, self.host = tier, HostRecords(pack, tier, like, reader)
         super().__init__(pack, slots, like, eviction, reader=lambda _, memory: TierReader(self.host, tier.device, memory))
         self.compiled = False
         self.on_host = 0  # records that the processor computed where they lay

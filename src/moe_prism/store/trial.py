@@ -17,7 +17,7 @@ T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18,
 """Two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
 
 
-class Trial:
+class AheadTrial:
     """Says before every step whether to read ahead, and hears after it what it took.
 
     Pairs of turns are compared, so that a load which drifts hits both. It is decided when the 95 % interval of their difference leaves 0

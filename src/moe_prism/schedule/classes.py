@@ -16,6 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import UsageError
+from ..schema.read import one_line
 from ..schema.yaml import read_yaml
 from .base import Job, Ladder
 
@@ -82,7 +83,7 @@ FIELDS = ", ".join(_Form.model_fields)
 
 
 def _read(name: str, data: object, where: str) -> RequestClass:
-    place = f"{where}: class '{name}'"
+    place = f"{where}: class '{one_line(name)}'"
     try:
         form = _Form.model_validate(data)
     except ValidationError as error:
@@ -100,7 +101,7 @@ def _explained(error: ValidationError, place: str) -> UsageError:
     first = error.errors()[0]
     if not first["loc"]:
         return UsageError(f"{place} is not a mapping", f"give it some of: {FIELDS}")
-    name = str(first["loc"][0])
+    name = one_line(str(first["loc"][0]))
     if first["type"] == "extra_forbidden":
         return UsageError(f"{place} has no field '{name}'", f"choose from: {FIELDS}")
     return UsageError(f"{place}: {name} is {first['input']!r}", first["msg"].replace("Input", "it"))

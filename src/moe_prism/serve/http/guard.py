@@ -230,7 +230,7 @@ async def answer(refusal: Refusal, send: Send) -> None:
     """Send an error as OpenAI's clients expect it. Where what is left of a request is not read, the connection ends."""
     headers = [(b"content-type", b"application/json")]
     headers += [(k.encode(), v.encode()) for k, v in refusal.headers().items()]
-    if refusal.close or refusal.status in (408, 413, 431):
+    if refusal.close or refusal.status in (408, 413, 431, 500):  # after an error of ours uvicorn closes it as well
         headers.append((b"connection", b"close"))
     body = json.dumps(refusal.body()).encode()
     headers.append((b"content-length", str(len(body)).encode()))

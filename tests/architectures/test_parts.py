@@ -286,3 +286,15 @@ def test_shared_experts_and_routed_ones_add_up_in_a_model_that_draws():
     assert weights.sum(-1).max() < 1  # probabilities as they are
     routed = block.experts(x[0], ids, weights)
     torch.testing.assert_close(block(x)[0], routed + block.shared_expert(x[0]), atol=1e-6, rtol=1e-5)
+
+
+def test_all_heads_with_gates_of_one_are_plain_attention_and_others_give_nothing():
+    chosen, plain = (model_of(example("union-of-experts", heads=heads, unit=True)) for heads in (2, None))
+    plain.load_state_dict(chosen.state_dict(), strict=False)
+    assert torch.equal(logits_of(chosen), logits_of(plain))
+    model, seen = model_of(example("union-of-experts", heads=1, unit=True)), []
+    attention = model.model.layers[0].self_attn
+    attention.o_proj.register_forward_pre_hook(lambda _m, given: seen.append(given[0].detach()))
+    logits_of(model)
+    there = seen[0].view(2, 20, 2, 8).abs().sum(-1) > 0
+    assert (there.sum(-1) == 1).all() and there[..., 0].any() and there[..., 1].any()

@@ -2,19 +2,22 @@
 
 All slices with gates of one are the wide MLP itself. Two ways to choose: `experts`, one choice for a text, by the mean of what the layer
 sees of it; `data`, every slice takes the tokens that it scores highest. The paper flattens a text of fixed length, and looks at all of it.
-Here a token sees the tokens before it alone, as a model of language must. Shapes: B texts, L tokens, T = B L, S tokens so far, d hidden, E
-slices, k of them computed.
+Here a token sees the tokens before it alone, as a model of language must. Heads of attention can be chosen in the same way; those that are
+not count for nothing, and are computed all the same. Shapes: B texts, L tokens, T = B L, S tokens so far, d hidden, E slices (or heads), k
+of them chosen.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import OlmoeConfig
 
+from ..errors import UsageError
 from ..schema.common import Form
 from .base import Architecture, TokenIds, olmoe_keys, register
 from .history import Earlier, TokenHistory
@@ -23,12 +26,13 @@ from .olmoe import Carried, LookingBlock, OwnOlmoe
 
 @strict
 class UnionConfig(OlmoeConfig):
-    """OLMoE's, with what chooses slices, and whether their gates are one."""
+    """OLMoE's, with what chooses slices, whether their gates are one, and how many heads are chosen (0: all, without a choice)."""
 
     model_type = "prism_union_of_experts"
 
     selection: str = "experts"
     unit_gates: bool = False
+    active_heads: int = 0
 
 
 class UnionRouter(nn.Module):
@@ -36,11 +40,11 @@ class UnionRouter(nn.Module):
 
     history: TokenHistory
 
-    def __init__(self, config: UnionConfig) -> None:
+    def __init__(self, config: UnionConfig, slices: int, active: int) -> None:
         super().__init__()
-        self.top_k, self.num_experts = config.num_experts_per_tok, config.num_experts
+        self.top_k, self.num_experts = active, slices
         self.by_text, self.unit = config.selection == "experts", config.unit_gates
-        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+        self.weight = nn.Parameter(torch.zeros(slices, config.hidden_size))
         nn.init.normal_(self.weight, std=config.initializer_range)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,6 +81,27 @@ def highest(scores: Tensor, earlier: Earlier, share: float) -> Tensor:
     return above < places
 
 
+class ChosenHeads:
+    """Multiplies what every head of an attention gives by the gate of its text, before the heads are joined."""
+
+    def __init__(self, attention: Any, router: UnionRouter) -> None:
+        attention.head_router = self.router = router
+        self.gates: Tensor | None = None
+        attention.register_forward_pre_hook(self._choose, with_kwargs=True)
+        attention.o_proj.register_forward_pre_hook(self._apply)
+
+    def _choose(self, _module: nn.Module, given: Any, named: dict[str, Any]) -> None:
+        x: Tensor = named["hidden_states"] if "hidden_states" in named else given[0]
+        _, gates, ids = self.router(x)
+        every = gates.new_zeros(len(gates), self.router.num_experts + 1).scatter(1, ids, gates)[:, :-1]
+        self.gates = every.view(*x.shape[:2], -1)
+
+    def _apply(self, _module: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+        gates = self.gates
+        assert gates is not None  # an attention chooses before it joins its heads
+        return ((given[0].view(*gates.shape, -1) * gates[..., None]).flatten(2),)
+
+
 class UnionForCausalLM(OwnOlmoe):
     """OLMoE whose experts are slices of one MLP."""
 
@@ -84,14 +109,27 @@ class UnionForCausalLM(OwnOlmoe):
     looks_back = True
 
     def block(self, config: UnionConfig, index: int, carried: Carried) -> nn.Module:
-        return LookingBlock(config, UnionRouter(config), self.history(index))
+        router = UnionRouter(config, config.num_experts, config.num_experts_per_tok)
+        return LookingBlock(config, router, self.history(index))
+
+    def join(self) -> None:
+        config = self.config
+        for index, layer in enumerate(self.model.layers if config.active_heads else ()):
+            router = UnionRouter(config, config.num_attention_heads, config.active_heads)
+            history = TokenHistory(layer.self_attn, config.num_hidden_layers + index, config.num_hidden_layers)
+            router.__dict__["history"] = history
+            ChosenHeads(layer.self_attn, router)
 
 
 class UnionSettings(Form):
-    """selection: of slices for a text, or of tokens for a slice. unit: gates of one, with which all slices are the dense layer."""
+    """selection: of slices for a text, or of tokens for a slice. unit: gates of one, with which all slices are the dense layer.
+
+    heads: of attention that a text has; all without it.
+    """
 
     selection: Literal["experts", "data"] = "experts"
     unit: bool = False
+    heads: Annotated[int, Field(ge=1, le=4096)] | None = None
 
 
 class UnionOfExperts(Architecture):
@@ -101,8 +139,15 @@ class UnionOfExperts(Architecture):
 
     def config(self, vocabulary: TokenIds) -> Any:
         s = self.settings
+        if s.heads is not None and s.heads > self.shape.heads:
+            raise UsageError(f"settings.heads {s.heads} is more than model.heads {self.shape.heads}", "give as many at most")
         keys = olmoe_keys(self.shape, vocabulary)
-        return UnionConfig(**keys, norm_topk_prob=True, selection=s.selection, unit_gates=s.unit)
+        return UnionConfig(**keys, norm_topk_prob=True, selection=s.selection, unit_gates=s.unit, active_heads=s.heads or 0)
+
+    @classmethod
+    def example(cls) -> tuple[Any, dict[str, Any]]:
+        shape, _ = super().example()
+        return shape, {"heads": 1}
 
 
 register(UnionConfig, UnionForCausalLM)

@@ -17,6 +17,7 @@ from moe_prism.compress.changes import change_of
 from moe_prism.compress.prune import Criterion
 from moe_prism.elastic import Rule
 from moe_prism.elastic.bind import Step, bind
+from moe_prism.elastic.rules.widths import WidthRule
 from moe_prism.errors import UsageError
 from moe_prism.jobs.frontier import evaluation_windows, measure_frontier
 from moe_prism.jobs.generate import generate
@@ -81,7 +82,7 @@ def checks_of(name: str) -> list[Check]:
     elif getattr(found, "multiplies_inside", False):
         checks.append(costs_what_its_vectors_read)
     else:
-        checks.append(costs_what_its_widths_read if getattr(found, "maker", "") else costs_what_it_reads)
+        checks.append(costs_what_its_widths_read if issubclass(found, WidthRule) else costs_what_it_reads)
     if not getattr(found, "depends_on_batch", False):
         checks += [is_the_same_alone_and_beside_any_other, looks_at_no_later_token]
     if issubclass(found, Rule):

@@ -43,6 +43,7 @@ COMMANDS = (
     "forecast",
     "generate",
     "serve",
+    "route",
     "bench",
     "trace",
     "offload",

@@ -54,7 +54,7 @@ def write(tmp_path):
         ("length: 32\n      profile", "length: 32\n      length: 64\n      profile", "r.yaml:8: 'length' stands there twice"),
         ("[threshold]", "*threshold", "r.yaml:10: no YAML"),
         ("[threshold]", "[threshold", "no YAML"),
-        ("tokens: 256", "tokens: &a 256\n      memory_mib: *a", "an alias, which a recipe has none of"),
+        ("tokens: 256", "tokens: &a 256\n      memory_mib: *a", "an alias, which no such file has"),
         ("model: nano", "model: nano\ndtype: bf17", "r.yaml:2: dtype: input should be"),
     ],
 )

@@ -257,5 +257,5 @@ def test_miss_curves_page(tmp_path):
     trace.save(tmp_path / "t.npz")
     write_miss_curves(tmp_path / "t.npz", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert page.count("<svg") == 4 and "belady" in page and "http" not in page.replace("http://www.w3.org", "")
+    assert page.count("<svg") == 6 and "belady" in page and "http" not in page.replace("http://www.w3.org", "")
     assert miss_sizes(4, 10) == [4, 6, 8, 10]

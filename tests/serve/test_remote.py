@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -224,7 +225,7 @@ def test_a_start_crosses_the_border_without_the_key():
 def test_a_server_whose_engine_ended_fails_at_the_end(monkeypatch, tmp_path):
     """Whoever supervises it learns by the exit code."""
     stopped = []
-    engine = SimpleNamespace(policy_name="Fifo", pid=0)
+    engine = SimpleNamespace(policy_name="Fifo", pid=0, clock=time.monotonic)
     service = SimpleNamespace(engine=engine, name="m", ladder=LADDER)
     built = SimpleNamespace(service=service, house=None, door=None, history=None, facts=FACTS, stop=lambda: stopped.append(1))
     built.ended = lambda: "the engine's process was killed by signal 9"

@@ -4,7 +4,7 @@ Offloading", arXiv 2505.16056). Shapes: T tokens, L layers, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,9 @@ def sch(trace: Trace, m: int, rho: float = 2.0) -> float:
 
 def routing_report(trace: Trace) -> dict[str, Any]:
     """SRP and SCH of a trace's decode rows, and the hit rates they are there to foretell, at 1, 2 and 3 k slots per layer."""
-    rows = trace.decode() if (trace.phase == 1).any() else trace
+    rows = replace(
+        trace.decode() if (trace.phase == 1).any() else trace, kept=None
+    )  # of what routers chose, whatever was computed
     work = list(groups(rows, rows.space))
     rates = []
     for rho in (1, 2, 3):

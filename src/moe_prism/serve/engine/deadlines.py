@@ -11,7 +11,10 @@ FEW = 256
 
 
 class Deadlines:
-    """The next one first, of the names in `running`. Most requests end long before theirs: what those leave goes once it is the larger part."""
+    """The next one first, of the names in `running`.
+
+    Most requests end long before theirs: what those leave goes once it is the larger part.
+    """
 
     def __init__(self, running: Collection[str]) -> None:
         self._running, self._lock = running, threading.Lock()

@@ -148,9 +148,11 @@ class _Reply:
         self.body: _Body | None = None
 
     async def _send(self, message: Message) -> None:
-        """The client finds its own name for the request in the answer."""
-        if self._request_id and message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self._request_id.encode())]}
+        """The client finds its own name for the request in the answer, and after an error of ours that the server closes the connection."""
+        if message["type"] == "http.response.start":
+            own = [(b"x-request-id", self._request_id.encode())] if self._request_id else []
+            own += [(b"connection", b"close")] if message["status"] == 500 else []
+            message = {**message, "headers": [*message.get("headers", ()), *own]}
         await self._plain(message)
 
     async def send(self, message: Message) -> None:
@@ -230,7 +232,7 @@ async def answer(refusal: Refusal, send: Send) -> None:
     """Send an error as OpenAI's clients expect it. Where what is left of a request is not read, the connection ends."""
     headers = [(b"content-type", b"application/json")]
     headers += [(k.encode(), v.encode()) for k, v in refusal.headers().items()]
-    if refusal.close or refusal.status in (408, 413, 431, 500):  # after an error of ours uvicorn closes it as well
+    if refusal.close or refusal.status in (408, 413, 431):
         headers.append((b"connection", b"close"))
     body = json.dumps(refusal.body()).encode()
     headers.append((b"content-length", str(len(body)).encode()))

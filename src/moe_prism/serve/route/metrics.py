@@ -50,6 +50,7 @@ class RouteMetrics:
         self._failures.labels(upstream=upstream).inc()
 
     def text(self) -> bytes:
+        """In Prometheus' form, with what is so now."""
         for upstream in self._upstreams:
             self._up.labels(upstream=upstream.form.name).set(upstream.up)
             self._running.labels(upstream=upstream.form.name).set(upstream.running)

@@ -48,3 +48,13 @@ def nothing_leaks(request):
     for name in ("house", "chat_house"):
         if name in request.fixturenames:
             assert request.getfixturevalue(name).idle() == []
+
+
+@pytest.fixture
+def pair():
+    """A cheap model with two levels, one of our own servers, and a dear one of somebody else's."""
+    from tests.serve.pool_house import LEVELS, Fake, fakes, listed  # needs the extra `serve`
+
+    small, large = Fake(listed("s", LEVELS), text="small"), Fake(listed("l"), text="large")
+    with fakes(small, large):
+        yield small, large

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import yaml
 
 from moe_prism.serve.route.app import PoolRouter
@@ -150,3 +151,22 @@ def open_pool(folder: Path, upstreams: list[dict[str, Any]], keys: tuple[str, ..
         thread.join(10)
         listening.close()
     assert not thread.is_alive()
+
+
+ASK = {"prompt": "the marker 7f3a", "max_tokens": 4}
+
+
+def post(house, path="/v1/completions", headers=None, **fields):
+    return httpx2.post(house.url + path, json={**ASK, **fields}, headers=headers, timeout=30)
+
+
+def two(small, large, **more):
+    return [
+        {"name": "small", "url": small.url, "quality": 0.9, "cost": 1.0},
+        {"name": "large", "url": large.url, "cost": 4.0, **more},
+    ]
+
+
+def said(answer):
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"], answer.headers["x-moe-prism-upstream"]

@@ -123,6 +123,7 @@ EVIDENCE: dict[str, Evidence] = {
         ("groups by router scores beat random ones", "KL .276 for .383 at three quarters, nano", YES),
         ("rows beside thin matrices help", "KL 6.32 for 6.60 at .188 of the bytes", YES),
         ("merging beats removal at half of the experts", "KL 1.41 for 1.10 on nano, 2.83 for 1.56 on nano-mix, without training", NO),
+        ("training wins back what merging loses", "KL .550 for 1.60 at half of the experts, nano, one seed", YES),
     ),
     "13": _of("architectures/test_neutral.py::test_one_pass_of_a_chain_is_the_plain_block_with_its_input", ZOO,
         ("lower loss at equal expert calls", "loss +.093 (+.072 to +.118)", NO),

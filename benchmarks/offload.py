@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from link import Link
 
 from moe_prism.artefact.load import load, side_tensors
 from moe_prism.artefact.open import open_model
@@ -103,47 +104,6 @@ def fitted(folder: Path, group: int, layers: int | None) -> SlotBits:
     found = method(f"bits:group={group}")
     assert isinstance(found, BitsMethod)
     return found.fitted(subject_of(whole, options))
-
-
-@dataclass
-class LinkJob:
-    """A job that has ended when the link has carried it, too."""
-
-    job: Any
-    until: float
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.job, name)
-
-    @property
-    def done(self) -> bool:
-        return self.job.done and time.perf_counter() >= self.until
-
-    def wait(self) -> None:
-        self.job.wait()
-        time.sleep(max(0.0, self.until - time.perf_counter()))
-
-
-class Link:
-    """The store's own reader behind a link of a bandwidth: what is asked for is carried one after the other."""
-
-    def __init__(self, reader: Any, megabytes: float) -> None:
-        self.reader, self.rate, self.free = reader, megabytes * 1e6, 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.reader, name)
-
-    def read(self, keys: Any, slots: Any, *, low: bool = False, ahead: bool = False) -> list[LinkJob]:
-        layout = self.reader.pack.layout
-        found = []
-        self.free = max(self.free, time.perf_counter())
-        for job in self.reader.read(keys, slots, low=low, ahead=ahead):
-            self.free += job.count * (layout.low_bytes if low else layout.bytes) / self.rate
-            found.append(LinkJob(job, self.free))
-        return found
-
-    def cancel(self, job: LinkJob) -> bool:
-        return self.reader.cancel(job.job)
 
 
 @dataclass

@@ -104,10 +104,8 @@ def belady_misses(keys: Ints, ends: Ints, pool: Ints, capacities: Ints, width: i
             following[i] = last[keys[i]]
         for i in range(begin, ends[g]):
             last[keys[i]] = g
-    due, own = (
-        np.full(len(last), -1, np.int64),
-        np.full(len(last), -1, np.int64),
-    )  # next use of residents; the last group that asked
+    due = np.full(len(last), -1, np.int64)  # next use of residents
+    own = np.full(len(last), -1, np.int64)  # the last group that asked
     used, held = np.zeros(len(last), np.int64), np.zeros(len(capacities), np.int64)
     clock, missed = 0, 0
     for g in range(len(ends)):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:README|CONTRIBUTING|SECURITY|CHANGELOG)\.md|src/[^)]*|tests/[^)]*|benchmarks/[^)]*|recipes/[^)]*)\)")
+OUTSIDE = re.compile(
+    r"\]\((?:\.\./)+((?:README|CONTRIBUTING|SECURITY|CHANGELOG)\.md|src/[^)]*|tests/[^)]*|benchmarks/[^)]*|recipes/[^)]*)\)"
+)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -13,6 +13,7 @@ from moe_prism.jobs.fit_offload import fit_offload
 from moe_prism.offload.trace import DECODE, PREFILL, load_trace
 from moe_prism.options.fit import FitOptions
 from moe_prism.options.serve import ServeOptions
+from moe_prism.serve.engine.routing_log import RoutingLog
 from moe_prism.serve.server import serve_model
 from moe_prism.store import StoreOptions
 from moe_prism.store.choose_misses import Misses
@@ -45,6 +46,16 @@ def test_a_server_writes_what_it_routed_and_the_fit_reads_it(tiny_levels, tmp_pa
     assert set(np.unique(trace.side)) == {0, 1}
     found = fit_offload(trace, tmp_path / "s.json", FitOptions(share=0.5, policy=["lru", "lfu"], predictor=["frequency"]))
     assert len(found.held_out) >= 3
+
+
+def test_a_request_under_way_when_it_begins_is_left_out(tiny_levels, tmp_path, monkeypatch):
+    note, missed = RoutingLog.note, iter(range(3))
+    monkeypatch.setattr(RoutingLog, "note", lambda log, step: note(log, step) if next(missed, None) is None else None)
+    with open_house(tiny_levels, trace_out=tmp_path / "trace.npz") as house:
+        ask(house, "begins")
+        ask(house, PROMPTS[0])
+    trace = load_trace(tmp_path / "trace.npz")
+    assert len(np.unique(trace.request)) == 1 and trace.phase[0] == PREFILL
 
 
 def test_it_stops_at_its_bound_and_keeps_ids_only_where_asked(tiny_levels, tmp_path):

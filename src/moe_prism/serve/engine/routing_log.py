@@ -21,8 +21,8 @@ UNKNOWN = -1  # token ids that were not asked for
 class RoutingLog:
     """Records what steps route to until `most` tokens are held, then writes the trace and is done. In the engine's thread, but `close`.
 
-    Rows of drafts, and of points whose stages change what the router chose, are left out. The first half of the requests is the trace's
-    calibration side, what came later its evaluation side.
+    Rows of drafts, and of points whose stages change what the router chose, are left out; so are requests under way when it begins, whose
+    prompt nobody saw. The first half of the requests is the trace's calibration side, what came later its evaluation side.
     """
 
     def __init__(self, model: Any, levels: list[Any], out: Path, most: int, *, ids: bool = False) -> None:
@@ -31,6 +31,7 @@ class RoutingLog:
         self._routed = [bool(point.routing) for point in levels]
         self._recorder: TraceRecorder | None = None
         self._seen: dict[str, tuple[int, int]] = {}  # request -> number, tokens so far
+        self._late: set[str] = set()  # requests that ran before it began
         self._parts: list[dict[str, Array]] = []
         self._held = self._steps = 0
         self._done = False
@@ -46,12 +47,15 @@ class RoutingLog:
             return
         if self._recorder is None:
             self._begin()
+            self._late = {part.request.job.id for part in step.parts} if step else set()
             return
         found = self._recorder.taken()
         if not found or step is None:
             return
         for part in step.parts:
             name, rows = part.request.job.id, slice(part.start, part.start + part.tokens)
+            if name in self._late:
+                continue
             number, at = self._seen.get(name, (len(self._seen), part.request.cached_tokens))
             self._seen[name] = number, at + part.lasting
             if part.draft is None and not self._routed[part.level]:

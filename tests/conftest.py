@@ -23,10 +23,19 @@ if not torch.cuda.is_available():  # before transformers imports Triton, which r
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from filelock import FileLock
+from hypothesis import settings
 
 from tests.tiny_sources import save_tiny
 
 CALIBRATION_TOKENS = 4096
+
+# A commit is judged by the same examples every time; the nightly tier draws new ones.
+settings.register_profile("commit", derandomize=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "not slow" in config.getoption("markexpr", ""):
+        settings.load_profile("commit")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sysconfig
@@ -30,12 +31,22 @@ from tests.tiny_sources import save_tiny
 CALIBRATION_TOKENS = 4096
 
 # A commit is judged by the same examples every time; the nightly tier draws new ones.
-settings.register_profile("commit", derandomize=True)
+settings.register_profile("commit", derandomize=True, max_examples=40)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if "not slow" in config.getoption("markexpr", ""):
         settings.load_profile("commit")
+
+
+def pytest_collection_finish() -> None:
+    """What collection leaves lives to the end: a collection of garbage, of which every engine that stops makes one, skips it then."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries that look for leaks at the end find none
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -40,7 +40,9 @@ def test_a_neutral_model_is_the_plain_one(name):
     assert torch.equal(logits_of(first), logits_of(second))
 
 
-@pytest.mark.parametrize("name", SAME_TRAINING)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("elastic", "dynamic-moe") else pytest.mark.slow) for n in SAME_TRAINING]
+)
 def test_a_neutral_training_is_the_plain_one(name, tmp_path):
     own, plain, more = SAME_TRAINING[name]
     shape = recipe("top-k")["model"]

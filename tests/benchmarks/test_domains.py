@@ -24,6 +24,7 @@ def test_kl_at_equal_bytes_is_on_the_line_of_its_logarithm(domains):
     assert domains.kl_at(0.56, first, second, np.array([[0, 0], [1, 1]])) == pytest.approx([0.02, 0.06])
 
 
+@pytest.mark.slow
 def test_windows_alone_are_the_whole_text(domains, elastic_nano):
     opened = open_model(elastic_nano)
     ids = token_windows(opened.tokenizer, "domains/prose", "evaluation", length=64, tokens=256).ids

@@ -52,6 +52,7 @@ def changed(folder: Path, name: str = "config.json", **values) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_x01_no_way_to_open_a_folder_fetches_or_imports_what_it_names(copy, tmp_path):
     changed(copy, **HOSTILE)
     changed(copy, "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]}, tokenizer_file="/etc/hostname")

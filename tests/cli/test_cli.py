@@ -182,7 +182,8 @@ def test_version(run):
 def test_ls(run_json, run, kind):
     found = run_json("ls", kind)
     assert found["kind"] == kind and found["entries"]
-    assert all(entry["name"] in run("ls", kind)[1] for entry in found["entries"])
+    shown = run("ls", kind)[1]
+    assert all(entry["name"] in shown for entry in found["entries"])
 
 
 def test_doctor(run_json):
@@ -306,7 +307,7 @@ def test_a_measured_point_runs_again_by_name_and_by_file(run_json, run, elastic_
     """frontier -> generate --point NAME, --point FILE, with and without a store -> frontier --points FILE: the same KL."""
     folder, text = tmp_path / "elastic", ("--text", text_file)
     shutil.copytree(elastic_tiny, folder)
-    asked = ("--methods", "product,uniform,score-mass", "--per-method", "2")
+    asked = ("--methods", "product,uniform", "--per-method", "2")
     first = run_json("frontier", folder, *text, *SMALL, "--calibration-tokens", "256", *asked)
     again = run_json("frontier", folder, "-o", tmp_path / "again", *text, *SMALL, "--points", folder / "frontier.json")
     known = {p["name"]: p for p in [*again["points"], *again["baseline_topk"]]}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from moe_prism.cli import main
 
 SMALL = ["--tokens", "512", "--length", "128", "--methods", "uniform"]
 
 
-def test_slices_stand_in_the_file_and_in_the_table(tmp_path, capsys):
-    assert main(["frontier", "nano", "-o", str(tmp_path), *SMALL, "--judge", "copy,continuation"]) == 0
+@pytest.mark.parametrize("model", ["tiny", pytest.param("nano", marks=pytest.mark.slow)])
+def test_slices_stand_in_the_file_and_in_the_table(model, tiny_source, tmp_path, capsys):
+    folder = str(tiny_source) if model == "tiny" else model
+    assert main(["frontier", folder, "-o", str(tmp_path), *SMALL, "--judge", "copy,continuation"]) == 0
     found = json.loads((tmp_path / "frontier.json").read_text())
     full = next(p for p in found["points"] if p["name"] == "full" or p["budget"] == 1)
     assert {name: s["kept"] for name, s in full["slices"].items()} == {"copy": 1.0, "continuation": 1.0}

@@ -110,6 +110,7 @@ def load_plain(folder):
     return open_to_write(folder)
 
 
+@pytest.mark.slow
 def test_a_server_keeps_to_a_task(tiny_source, written):
     """Greedy tokens are those of the model at the pattern's point."""
     model, tokenizer = load_plain(tiny_source)

@@ -21,7 +21,11 @@ from tests.tiny_sources import save_tiny
 KEPT = PruneOptions(criterion="last-half", keep_format=True)
 
 
-@pytest.fixture(params=FORMS)
+COMMIT = ("fp8", "mxfp4", "int4-zeros", "modelopt-nvfp4", "awq")
+"""Blocks of floats, one tensor of all experts, packed integers of each side, two scales, packed columns."""
+
+
+@pytest.fixture(params=[pytest.param(form, marks=() if form in COMMIT else pytest.mark.slow) for form in FORMS])
 def folders(request, tmp_path):
     """(quantized, the plain model it stands for)."""
     family = "gpt_oss" if request.param == "mxfp4" else "olmoe"

@@ -25,8 +25,10 @@ def mix():
     return open_to_write("nano-mix")
 
 
-@pytest.mark.parametrize("which", ["nano", "mix"])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(
+    ("which", "temperature"),
+    [("nano", 0.8), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("nano", 0.0), ("mix", 0.0), ("mix", 0.8)))],
+)
 def test_tokens_are_those_of_plain_decoding(request, which, temperature):
     opened = request.getfixturevalue(which)
     plain, _ = texts(opened, FULL, temperature=temperature, seed=5)

@@ -30,17 +30,17 @@ def to_run(text: str) -> list[Block]:
     return [b for b in blocks(text) if not b.reason and (b.language == "python" or b.commands.strip())]
 
 
-FAST = ("README.md",)
-"""The other pages go deeper into what the README does, and take a minute each; the first tutorial has the README's own commands."""
+FAST = ("README.md:Try it", "README.md:What it costs in quality", "README.md:Serve it")
+"""The sections that take seconds. The others take a minute each; test_commands.py parses every command of theirs with every commit."""
 
 
 def parts() -> list[ParameterSet]:
     """The sections that hold something to run."""
     return [
-        pytest.param(text, id=f"{name(page)}:{heading}", marks=() if name(page) in FAST else pytest.mark.slow)
+        pytest.param(text, id=section, marks=() if section in FAST else pytest.mark.slow)
         for page in pages()
         for heading, text in sections(page.read_text("utf-8")).items()
-        if to_run(text)
+        if to_run(text) and (section := f"{name(page)}:{heading}")
     ]
 
 

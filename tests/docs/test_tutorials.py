@@ -132,6 +132,7 @@ def test_router_share_keeps_the_fewest_experts_whose_probabilities_reach_p(route
         assert (found is routed) == (p == 1 and most == 4)
 
 
+@pytest.mark.slow
 def test_a_new_method_is_listed_measured_generated_and_served(router_share, folder, text_file, capsys):
     """The page's commands; then the server, with requests of both methods in one batch, in memory and from the store."""
     listed, skipped, measured, generated, stored, served = tutorial.commands(METHOD)
@@ -175,6 +176,7 @@ def test_a_new_criterion_passes_the_generic_checks(gate_rms, bench, tmp_path):
     checks.runs_again_from_its_file(bench, [asked], tmp_path / "frontier.json")
 
 
+@pytest.mark.slow
 def test_a_new_criterion_is_listed_measured_generated_and_written(gate_rms, folder, text_file, capsys):
     """A point that changes the weights is refused by the server by name; the checkpoint that `prune` writes is what it serves."""
     listed, measured, generated, pruned, again, _ = tutorial.commands(CRITERION)

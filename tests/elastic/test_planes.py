@@ -148,7 +148,7 @@ def test_an_elastic_layer_runs_from_planes():
 
 @needs_triton
 @torch.no_grad()
-@pytest.mark.parametrize("bits", [2, 4, 5, 8])
+@pytest.mark.parametrize("bits", [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow), 8])
 def test_tritons_kernels_read_planes(coded, bits):
     x, index, weight, keep = batch(coded.parts, 9, 2, 0.6, bits)
     gate, up, down = coded.packed

@@ -140,7 +140,8 @@ print(worst)
 """
 
 
-@pytest.mark.parametrize("isa", ["avx2", *(pytest.param(isa, marks=pytest.mark.slow) for isa in ("sse", "avx512"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["avx2", "sse", "avx512"])
 def test_every_instruction_set_gives_the_reference(isa, tmp_path):
     """In a process of its own: numba reads its switches when it is imported."""
     root = Path(__file__).parents[2]

@@ -64,6 +64,7 @@ def status(web, path):
     return answer.status_code, answer.json()["status"]
 
 
+@pytest.mark.slow
 def test_s12_s13_an_engine_that_hangs_or_is_killed_is_started_again(tiny_levels, monkeypatch, caplog):
     monkeypatch.setattr(app, "HUNG", 0.6)
     with (
@@ -147,6 +148,7 @@ def test_the_engine_ends_with_the_http_process(tiny_levels):
     assert died.returncode == -signal.SIGKILL and gone(int(died.stdout))
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_a_model_is_the_same_line_from_a_process(tiny_levels, tmp_path, capfd):
     folder, errors = tmp_path / "model", []
     shutil.copytree(tiny_levels, folder)

@@ -77,6 +77,7 @@ def test_f03_an_interrupt_stops_the_layer_at_work(refactor, wanted, tmp_path):
     assert refactor(tmp_path / "out", "--resume")[0] == 0 and digests(tmp_path / "out") == wanted
 
 
+@pytest.mark.slow
 def test_f03_two_interrupts_are_no_worse_than_one(model, text_file, wanted, tmp_path):
     """The second comes while the first is being answered."""
     code = (
@@ -95,7 +96,7 @@ def test_f03_two_interrupts_are_no_worse_than_one(model, text_file, wanted, tmp_
     assert cli.main([*arguments, "--resume"]) == 0 and digests(tmp_path / "out") == wanted
 
 
-@pytest.mark.parametrize("at", [1, 4, 9])
+@pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(9, marks=pytest.mark.slow)])
 def test_f04_a_disk_that_fills_at_any_write_loses_nothing_before_it(refactor, wanted, tmp_path, at):
     with fault("sync", raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))), at=at) as seen:
         code, lines = refactor(tmp_path / "out")

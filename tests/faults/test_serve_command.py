@@ -176,7 +176,8 @@ def test_x03_x04_s12_s14_the_life_of_a_server(process):
     ends_in_order(process)
 
 
-@pytest.mark.parametrize("how", ["second signal", pytest.param("drain runs out", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["second signal", "drain runs out"])
 def test_s14_whoever_is_cut_off_gets_503_in_json(tiny_levels, tmp_path, how):
     config = tmp_path / "qos.yaml"
     drain = {"drain_seconds": 0.2 if how == "drain runs out" else 60}

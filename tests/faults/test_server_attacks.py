@@ -115,6 +115,7 @@ def test_x01_a_template_without_end_is_ended(hostile):
             with contextlib.suppress(ProcessLookupError):
                 priorities.add(os.getpriority(os.PRIO_PROCESS, pid))
         assert httpx2.get(hostile.root + "/health").status_code == 200
+        time.sleep(0.05)  # a processor that is always wanted would leave theirs none
     assert served_meanwhile >= 2 and 19 in priorities  # it gets only what nobody else wants
     assert [(a.status_code, a.json()["error"]["code"], a.json()["error"]["param"]) for a in answers] == [
         (400, "too_costly", "messages")
@@ -152,7 +153,7 @@ def test_s12_a_process_for_texts_that_is_killed_is_replaced(tiny_levels):
 
 def test_s12_a_server_that_can_read_no_text_says_so_and_ends(tiny_levels, monkeypatch):
     """Who forks the processes for texts is not to be replaced: a process with threads cannot fork."""
-    monkeypatch.setattr(draining, "FAREWELL", 5.0)
+    monkeypatch.setattr(draining, "FAREWELL", 2.0)
     with open_house(tiny_levels) as house:
         assert served(house)
         nursery = house.built.house.workers._nursery._pid
@@ -308,7 +309,7 @@ def test_s03_large_bodies_come_one_at_a_time_however_soon_they_are_refused(tiny_
     assert time.monotonic() - began >= 3 * 0.5 and set(answers) <= {400, 503} and len(answers) == 4
 
 
-@pytest.mark.parametrize("cut", [1, 7, 1000])
+@pytest.mark.parametrize("cut", [1, *(pytest.param(cut, marks=pytest.mark.slow) for cut in (7, 1000))])
 def test_a_head_that_comes_in_pieces_is_read_once_it_ends(tiny_levels, cut):
     body = b'{"prompt": "a"}'
     head = b"POST /tokenize HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
@@ -333,7 +334,8 @@ def test_s06_where_all_work_a_new_connection_is_told_in_json(tiny_levels):
             link.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
             link.recv(100)
             held.append(link)
-        probes = [raw(house.port, b"%s /health HTTP/1.1\r\nhost: x\r\n\r\n" % method) for method in (b"GET", b"HEAD")]
+        head = b"%s /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+        probes = [raw(house.port, head % method) for method in (b"GET", b"HEAD")]
         refused = [raw(house.port, sent) for sent in (b"", b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")]
         working = house.built.door.requests
         for link in held:

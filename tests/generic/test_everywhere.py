@@ -66,7 +66,7 @@ def test_twelve_methods_or_more(names):
     assert len(names) >= 12 and set(names) == {*methods.names("slots"), *methods.names("routing")} - others
 
 
-@pytest.mark.parametrize("slots", [3, 12])
+@pytest.mark.parametrize("slots", [3, pytest.param(12, marks=pytest.mark.slow)])
 def test_from_the_store_every_point_gives_the_tokens_of_the_model_in_memory(measured, names, alone, tmp_path, slots):
     whole, _ = load(measured, store=StoreOptions(1 << 30, tmp_path / "pack"))
     memory = smallest(whole, slots)
@@ -140,7 +140,7 @@ def test_d02_the_server_mixes_points_of_all_methods_in_one_batch(measured, tmp_p
         assert next(row for row in models if row["name"] == name)["point"] == point
 
 
-@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("stored", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_depends_on_the_batch_is_served_where_it_is_named(measured, tmp_path, stored):
     """From memory and from the store; a request that is alone has the tokens of `generate`. Unnamed, no such point is a level."""
     rows = json.loads((measured / "frontier.json").read_text())["points"]

@@ -25,14 +25,24 @@ def test_every_shared_stage_is_exact_at_its_neutral_values(bench, name):
     checks.is_exact_at_its_neutral_values(bench, name)
 
 
-def test_a_measured_point_can_be_run_again_from_its_file(bench, tmp_path):
+MEASURED = tuple(name for name in methods.names() if name not in methods.names("decoding"))
+OF_A_KIND = ("threshold", "bits", "uniform", "top-p", "gate-threshold")
+"""A rule, slots of several widths, a skip plan, a stage by token, and neurons left out; changes of weights are in the chains below."""
+
+
+@pytest.mark.parametrize("names", [OF_A_KIND, pytest.param(MEASURED, marks=pytest.mark.slow)], ids=["of each kind", "all"])
+def test_a_measured_point_can_be_run_again_from_its_file(bench, names, tmp_path):
     """All methods on one frontier."""
-    measured = [name for name in methods.names() if name not in methods.names("decoding")]
-    checks.runs_again_from_its_file(bench, [checks.asked_for(name) for name in measured], tmp_path / "frontier.json")
+    checks.runs_again_from_its_file(bench, [checks.asked_for(name) for name in names], tmp_path / "frontier.json")
 
 
 @pytest.mark.parametrize(
-    "asked", ["heapr:0.75+rtn:4+threshold", "m-smoe:0.5+magnitude:0.75", "dern:0.5+rtn:4", "prune:hard-count+rtn:8+uniform"]
+    "asked",
+    [
+        "heapr:0.75+rtn:4+threshold",
+        "prune:hard-count+rtn:8+uniform",
+        *(pytest.param(asked, marks=pytest.mark.slow) for asked in ("m-smoe:0.5+magnitude:0.75", "dern:0.5+rtn:4")),
+    ],
 )
 def test_a_chain_is_one_point_with_one_price(bench, asked, tmp_path):
     """Edits, then skipping, then slots: what is told is what is counted, and it runs again from its file."""

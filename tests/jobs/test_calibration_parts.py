@@ -69,7 +69,7 @@ def test_parts_are_joined_in_any_order_and_refactor_to_the_same_bytes(tiny_sourc
     assert digests(tmp_path / "whole-out") == digests(tmp_path / "joined-out"), "it reads samples and counts"
 
 
-@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("low_memory", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_collector_by_domains_too(tiny_source, options, text_file, tmp_path, low_memory):
     names = [name for name in collectors.names() if name != "gradients" or not low_memory]
     text = str(text_file)

@@ -52,7 +52,7 @@ def test_a_type_is_read(source, tmp_path, kind):
     assert torch.equal(layer.gate, gate) and torch.equal(layer.up, up)
 
 
-@pytest.mark.parametrize("kind", ADOPTED)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if n else ()) for n, k in enumerate(ADOPTED)])
 def test_experts_in_such_a_type_are_adopted(source, tmp_path, tiny_calibration, kind):
     """Rows of gate and up are random blocks of the type: an elastic folder has the same rows in another order, so nothing is quantized."""
     plain = load_model(source, torch.float32)

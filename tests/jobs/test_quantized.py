@@ -58,7 +58,12 @@ def logits(model):
     return model(torch.arange(3, 35)[None]).logits
 
 
-@pytest.mark.parametrize("form", ["fp8", "mxfp4"])
+def forms(*commit):
+    """Every form, those that are not named by night."""
+    return pytest.mark.parametrize("form", [pytest.param(f, marks=() if f in commit else pytest.mark.slow) for f in FAMILY])
+
+
+@pytest.mark.parametrize("form", ["fp8", pytest.param("mxfp4", marks=pytest.mark.slow)])
 def test_a_layer_at_a_time_gives_the_bytes_of_the_whole_model(sources, form, tiny_calibration, tmp_path):
     folder, twin = sources[form]
     same = replace(tiny_calibration, tokens=256, length=256)  # one window: both ways run the same matrix products
@@ -95,7 +100,7 @@ def test_pruning_reads_it_too(sources, tiny_calibration, tmp_path):
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["fp8", "int4", "mxfp4"])
+@forms("int4")
 def test_the_format_is_kept_and_only_the_experts_change(sources, form, tiny_calibration, tmp_path):
     folder, _ = sources[form]
     done = refactor(folder, tmp_path / "out", options(tiny_calibration, keep_format=True))
@@ -118,7 +123,7 @@ def test_the_format_is_kept_and_only_the_experts_change(sources, form, tiny_cali
         assert torch.isfinite(logits(model)).all()
 
 
-@pytest.mark.parametrize("form", ["fp8", "int4", "mxfp4"])
+@forms("mxfp4")
 def test_kept_codes_are_exact_to_the_bit(sources, form, tiny_calibration, tmp_path):
     folder, _ = sources[form]
     done = refactor(folder, tmp_path / "out", options(tiny_calibration, keep_codes=True))
@@ -157,7 +162,10 @@ def test_it_is_aligned_to_the_format_or_to_a_number(sources, tiny_calibration, t
             refactor(twin, tmp_path / "no", replace(wanted, **change))
 
 
-@pytest.mark.parametrize("when", ["between shards", "at the comparison", "before the last rename"])
+@pytest.mark.parametrize(
+    "when",
+    ["between shards", *(pytest.param(each, marks=pytest.mark.slow) for each in ("at the comparison", "before the last rename"))],
+)
 def test_an_interrupted_run_tells_the_same_of_what_it_moved(sources, when, tiny_calibration, tmp_path, monkeypatch):
     folder, _ = sources["int4"]
     wanted = options(tiny_calibration, keep_format=True)

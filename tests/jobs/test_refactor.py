@@ -210,7 +210,7 @@ def test_a_dense_model_is_one_expert(tiny_dense, tiny_calibration, tmp_path):
         assert all(layer.counter.kept == rows["input_ids"].numel() for layer in elastic.layers)
 
 
-@torch.no_grad()
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_predictor_fitted_on_request_is_stored_used_and_paid_for(tiny_source, tiny_calibration, tmp_path):
     options = RefactorOptions(

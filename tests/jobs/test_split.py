@@ -182,6 +182,7 @@ def test_a_model_with_experts_and_one_of_another_kind_are_refused(tiny_source, t
         split_model(tmp_path / "biased", tmp_path / "out", asked(text))
 
 
+@pytest.mark.slow
 def test_it_is_served_at_measured_points(split, text, tmp_path):
     folder = tmp_path / "served"
     shutil.copytree(split.folder, folder)

@@ -48,6 +48,7 @@ def test_widening_never_loses(nano, scores):
         assert recalls[0] == 0 and recalls[-1] == 1
 
 
+@pytest.mark.slow
 def test_reuse_hints_beat_counts_on_held_out_text(nano):
     fitting, rows = nano
     policy = cache_policies.get("reuse")

@@ -21,6 +21,7 @@ def upcycle(monkeypatch):
     return importlib.import_module("upcycle")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_start_is_close_to_nano_and_its_shared_expert_carries(upcycle):
     tokenizer = load_tokenizer("nano")

@@ -112,7 +112,9 @@ def test_greedy_tokens_are_those_of_generate(nano, tokenizer, wanted, waves, ask
     assert asked != SCMOE or [tokens for tokens, _, _ in found] != waves.tokens(prompts, [2] * 4, new=NEW)
 
 
-@pytest.mark.parametrize("asked", [SCMOE, DES, CONCISE])
+@pytest.mark.parametrize(
+    "asked", [pytest.param(SCMOE, marks=pytest.mark.slow), DES, pytest.param(CONCISE, marks=pytest.mark.slow)]
+)
 def test_drawn_tokens_follow_the_seed_and_neighbours_are_as_they_were(nano, wanted, waves, asked):  # noqa: F811
     prompts = nano[1]
     usual = waves.tokens(prompts, [2, 1, 2, 0], new=NEW)
@@ -187,7 +189,7 @@ def test_a_verifier_that_fails_ends_its_request_alone(nano, tokenizer):  # noqa:
 BODY = {"model": "tiny", "prompt": "import os", "max_tokens": 12, "temperature": 0, "ignore_eos": True, "quality": 1.0}
 
 
-@pytest.mark.parametrize("process", [False, True])
+@pytest.mark.parametrize("process", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_over_http(elastic_tiny, tmp_path, process):
     folder = with_levels(elastic_tiny, tmp_path / "tiny")
     check = tmp_path / "check.py"

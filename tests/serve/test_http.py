@@ -224,7 +224,9 @@ def test_an_empty_prompt_begins_from_nothing(web):
     assert post(web, prompt="").json()["usage"]["prompt_tokens"] == 1
 
 
-@pytest.mark.parametrize("policy", ["elastic", "prism", "edf", "fifo", "full-batch"])
+@pytest.mark.parametrize(
+    "policy", ["elastic", "prism", *(pytest.param(each, marks=pytest.mark.slow) for each in ("edf", "fifo", "full-batch"))]
+)
 def test_every_policy_serves(tiny_levels, policy):
     with open_house(tiny_levels, policy=policy) as house, openai.OpenAI(base_url=house.url, api_key="x") as client:
         answer = client.completions.create(model="tiny", prompt=[PROMPT] * 6, max_tokens=5, extra_body={"min_quality": 0.85})

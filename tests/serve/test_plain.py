@@ -31,6 +31,7 @@ def test_a_plain_folder_is_served_at_fewer_experts(tiny_source):
     assert not (tiny_source / "ladder.json").exists()
 
 
+@pytest.mark.slow
 def test_a_pruned_folder_and_a_dense_model_are_served(tiny_source, tiny_dense, text_file, tmp_path):
     pruned = ["prune", str(tiny_source), "-o", str(tmp_path / "half"), "--criterion", "soft-count", "--keep", "0.5"]
     assert cli.main([*pruned, "--text", str(text_file), "--tokens", "256", "--length", "32"]) == 0

@@ -103,7 +103,9 @@ def questions(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("chooser", ["moe2", "symbolic", "rocket"])
+@pytest.mark.parametrize(
+    "chooser", [pytest.param("moe2", marks=pytest.mark.slow), "symbolic", pytest.param("rocket", marks=pytest.mark.slow)]
+)
 def test_a_measured_pool_sends_questions_to_who_knows_their_kind(pair, tmp_path, questions, chooser):
     pair[0].answer, pair[1].answer = answers("history"), answers("python")
     upstreams = two(*pair)

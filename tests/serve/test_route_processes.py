@@ -74,7 +74,7 @@ def with_ladder(source: Path, target: Path) -> Path:
     return target
 
 
-@pytest.fixture(params=["tiny", pytest.param("nano", marks=pytest.mark.slow)])
+@pytest.fixture(params=["tiny", "nano"])
 def folders(request, tmp_path):
     """An elastic folder with three levels, and a plain one."""
     if request.param == "tiny":
@@ -82,6 +82,7 @@ def folders(request, tmp_path):
     return with_ladder(request.getfixturevalue("elastic_nano"), tmp_path / "elastic"), NANO
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_servers_behind_one_endpoint(folders, tmp_path):
     config = tmp_path / "qos.yaml"

@@ -85,7 +85,7 @@ def test_what_is_refused(tiny_levels, tmp_path):
         serve_model(tiny_levels, ServeOptions(trace_out=tmp_path / "none" / "t.npz", port=0))
 
 
-@pytest.mark.parametrize("process", [False, True])
+@pytest.mark.parametrize("process", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_live_figures_of_a_store(tiny_levels, tmp_path, process):
     store = StoreOptions(120_000, tmp_path / "pack", misses=Misses())
     config = {"engine": {"process": process, "requests": 4, "step_tokens": 64, "cache_tokens": 2048, "page": 16}}

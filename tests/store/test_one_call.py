@@ -50,7 +50,11 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize(
     ("folder", "point", "policy"),
-    [*(("half", point, "lfu") for point in POINTS), ("half", "budget", "lru"), ("elastic_tiny", "budget", "edge-moe")],
+    [
+        *(pytest.param("half", point, "lfu", marks=() if point == "budget" else pytest.mark.slow) for point in POINTS),
+        pytest.param("half", "budget", "lru", marks=pytest.mark.slow),
+        ("elastic_tiny", "budget", "edge-moe"),
+    ],
 )
 def test_the_same_bits_and_the_same_cache(folder, point, policy, request, tmp_path, monkeypatch):
     folder = request.getfixturevalue(folder)

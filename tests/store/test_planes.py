@@ -86,6 +86,7 @@ def test_the_command_writes_the_same_file(folder, file, tmp_path):
     assert done.expert_bytes[1] == 2 * 2 * 6 * 4 * open_pack(out, read_manifest(folder)).layout.bytes
 
 
+@pytest.mark.slow
 def test_a_forecast_replays_what_the_store_asks_for(folder, file, ids, tmp_path):
     """Every way is there; less bits read less, and the misses of a policy are those of a run under it."""
     point = tmp_path / "point.json"

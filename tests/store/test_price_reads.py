@@ -119,6 +119,7 @@ def test_plan_of_a_tiny_model(elastic_tiny, text):
             forecast_offload(elastic_tiny, 1 << 20, OffloadOptions(expert_file=file, **wrong))
 
 
+@pytest.mark.slow
 def test_whole_experts_by_every_command(elastic_tiny, text, capsys, tmp_path):
     whole, _, file = text
     n = whole._moe_prism.layers[0].parts.n_sub

@@ -27,7 +27,7 @@ SMALL = {"text": ["topics"], "tokens": 6000, "length": 64, "steps": 4, "batch": 
 
 @pytest.fixture(scope="module")
 def plain(shared):
-    return shared("trained-top-k", lambda folder: trained(folder, "top-k"))
+    return shared("begun-top-k", lambda folder: trained(folder, "top-k"))
 
 
 def test_a_model_goes_on_from_where_it_was(plain, tmp_path):
@@ -48,6 +48,7 @@ def test_only_what_is_to_be_trained_moves(which, plain, tmp_path):
     assert moved and all((".experts." if which == "experts" else ".gate.") in name for name in moved)
 
 
+@pytest.mark.slow
 def test_a_teacher_adds_its_divergence_and_pulls_the_model_to_itself(plain, tmp_path):
     teacher = load_model(plain, torch.float32)
     ids = torch.arange(8, 40)[None]
@@ -109,6 +110,7 @@ def test_a_trained_model_becomes_an_ada_moe_with_the_same_experts(plain):
             assert float(weight) == pytest.approx(float(plain_weights[row, chosen]) if chosen < 4 else 0.0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_nano_is_made_an_ada_moe_and_trained(tmp_path):
     asked = SMALL | {"tokens": 3000, "steps": 2, "batch": 1, "rate_matrix": 1e-3, "rate_rest": 1e-4, "balance": 0.0}
     asked |= {"architecture": "adamoe", "start": "nano", "settings": {"nulls": 64, "choices": 8}}
@@ -212,6 +214,7 @@ def test_an_exchange_goes_on_from_its_state():
 EXCHANGE = {"parts": 2, "batch": 4, "exchange": {"share": 0.05}}
 
 
+@pytest.mark.slow
 def test_a_training_that_sends_little_goes_on_after_a_stop_to_the_same_losses(tmp_path, monkeypatch):
     from moe_prism.training.loop import Training
 

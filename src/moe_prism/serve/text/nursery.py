@@ -109,7 +109,7 @@ def _work(link: socket.socket, desk: Desk, seconds: float, memory: int) -> None:
     def yield_to_others(*_: object) -> None:
         nonlocal costly
         costly = True
-        os.nice(19)
+        os.setpriority(os.PRIO_PROCESS, 0, 19)  # whatever the server's own is
 
     signal.signal(signal.SIGVTALRM, yield_to_others)
     while not costly and (head := _exactly(link, _SIZE.size)):

@@ -16,6 +16,7 @@ from moe_prism.errors import UsageError
 from moe_prism.jobs.train import train
 from moe_prism.model import find_layers, load_model
 from tests.architectures.small import draws, example, logits_of, model_of, need_pictures, recipe, trained
+from tests.tiers import by_night
 
 NAMES = architectures.names()
 WRITING = [name for name in NAMES if not draws(name)]
@@ -56,7 +57,7 @@ def test_a_checkpoint_gives_what_the_model_gave_when_training_ended(name, checkp
     assert torch.allclose(found, wanted, atol=1e-6) and torch.equal(found, logits_of(load_model(tmp_path / "again")))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ONE_OF_EACH else pytest.mark.slow) for n in NAMES])
+@pytest.mark.parametrize("name", by_night(NAMES, *ONE_OF_EACH))
 def test_a_step_lowers_the_loss_of_its_own_text(name):
     from moe_prism.architectures.parts import RouterLosses
     from moe_prism.schema.training import TrainingForm

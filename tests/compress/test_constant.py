@@ -35,6 +35,7 @@ from moe_prism.methods.prune.select import PruneOptions
 from moe_prism.model import find_layers, load_model
 from moe_prism.point import FULL, OperatingPoint
 from moe_prism.store import StoreOptions
+from tests.tiers import by_night
 from tests.tiny_sources import digests
 
 from . import tiny
@@ -204,7 +205,7 @@ def test_constants_are_priced_by_what_a_token_reads_and_what_stays(tiny_source, 
     assert there == resident_bytes(elastic, step) == (stay * matrices + gone * layers[0].hidden) * size
 
 
-@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("equal", by_night([True, False], False))
 def test_an_elastic_folder_stays_elastic(elastic_tiny, tmp_path, options, kept, equal):
     result = prune_model(elastic_tiny, tmp_path / "out", options, kept=None if equal else kept)
     whole, _ = load(elastic_tiny)

@@ -12,6 +12,7 @@ from moe_prism.compress.prune.remove import remove_experts
 from moe_prism.errors import UsageError
 from moe_prism.model import find_layers
 from moe_prism.model.router import Router, RoutingGroups, find_routers
+from tests.tiers import by_night
 
 from .tiny import FAMILIES, build, load, logits, relative, save
 
@@ -46,10 +47,10 @@ def test_mask_and_removal_give_the_same_logits(kind, tmp_path):
     assert relative(logits(smaller), masked) < 1e-5
 
 
-@pytest.mark.parametrize(("kind", "mode", "keep"), [
+@pytest.mark.parametrize(("kind", "mode", "keep"), by_night([
     ("group-sigmoid", "regroup", 0.5), ("group-sigmoid", "drop_groups", 0.5), ("group-sigmoid", "drop_groups", 0.75),
     ("group-softmax", "regroup", 0.5), ("group-softmax", "drop_groups", 0.75),
-])  # fmt: skip
+], ("group-sigmoid", "regroup", 0.5), ("group-softmax", "drop_groups", 0.75)))  # fmt: skip
 def test_other_group_modes_are_removable_too(kind, mode, keep, tmp_path):
     model = save(kind, tmp_path / "source")
     choices = choices_of(model, keep, mode)

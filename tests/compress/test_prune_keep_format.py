@@ -16,6 +16,7 @@ from moe_prism.jobs.verify import verify
 from moe_prism.methods.prune.select import PruneOptions
 from moe_prism.model import load_model
 from tests.checkpoint.quantized import FORMS, quantize
+from tests.tiers import by_night
 from tests.tiny_sources import save_tiny
 
 KEPT = PruneOptions(criterion="last-half", keep_format=True)
@@ -25,7 +26,7 @@ COMMIT = ("fp8", "mxfp4", "int4-zeros", "modelopt-nvfp4", "awq")
 """Blocks of floats, one tensor of all experts, packed integers of each side, two scales, packed columns."""
 
 
-@pytest.fixture(params=[pytest.param(form, marks=() if form in COMMIT else pytest.mark.slow) for form in FORMS])
+@pytest.fixture(params=by_night(FORMS, *COMMIT))
 def folders(request, tmp_path):
     """(quantized, the plain model it stands for)."""
     family = "gpt_oss" if request.param == "mxfp4" else "olmoe"

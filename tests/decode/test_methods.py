@@ -16,6 +16,7 @@ from moe_prism.methods.decode.scmoe import ScmoeParameters, contrast, rank_alone
 from moe_prism.methods.decode.sequence import Sequence, Spent
 from moe_prism.options.generate import GenerateOptions
 from moe_prism.point import FULL, OperatingPoint
+from tests.tiers import by_night
 
 from .common import PROMPTS, decoded, texts
 
@@ -33,7 +34,7 @@ def plain(nano):
 # -- SCMoE
 
 
-@pytest.mark.parametrize("beta", [0.3, 0.9])
+@pytest.mark.parametrize("beta", by_night([0.3, 0.9], 0.9))
 def test_equal_routings_contrast_to_nothing(nano, plain, beta):
     assert texts(nano, decoded("scmoe", beta=beta, budget=1.0))[0] == plain
 

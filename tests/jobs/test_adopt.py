@@ -19,6 +19,7 @@ from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.model import load_to_run
 from moe_prism.options.adopt import AdoptOptions
 from tests.checkpoint.quantized import quantize
+from tests.tiers import by_night
 from tests.tiny_sources import digests, save_tiny
 
 from .gguf_files import write_gguf
@@ -99,7 +100,7 @@ def test_a_layer_at_a_time(pair, tmp_path):
 
 
 @pytest.mark.skipif(not (find_spec("gguf") and find_spec("accelerate")), reason="needs the packages gguf and accelerate")
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", by_night(["Q8_0", "Q4_0"], "Q8_0"))
 def test_a_gguf_of_the_elastic_folder(shared, tiny_calibration, kind, tmp_path):
     def build(root):
         save_tiny("qwen3_moe", root / "source", hidden_size=64, moe_intermediate_size=64, head_dim=16)

@@ -16,6 +16,7 @@ from moe_prism.jobs.inspect import inspect_model
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.model import find_layers, load_model
 from moe_prism.options.adopt import AdoptOptions
+from tests.tiers import by_night
 from tests.tiny_sources import save_tiny
 
 from .gguf_files import random_blocks, write_gguf
@@ -52,7 +53,7 @@ def test_a_type_is_read(source, tmp_path, kind):
     assert torch.equal(layer.gate, gate) and torch.equal(layer.up, up)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if n else ()) for n, k in enumerate(ADOPTED)])
+@pytest.mark.parametrize("kind", by_night(ADOPTED, "Q4_K"))
 def test_experts_in_such_a_type_are_adopted(source, tmp_path, tiny_calibration, kind):
     """Rows of gate and up are random blocks of the type: an elastic folder has the same rows in another order, so nothing is quantized."""
     plain = load_model(source, torch.float32)

@@ -78,6 +78,7 @@ def text(text_file):
     return ("--text", text_file, "--tokens", 256, "--length", 32)
 
 
+@pytest.mark.slow
 def test_frontier_and_skip_give_the_same(elastic_tiny, tiny_source, tmp_path, text):
     methods = ("--methods", "threshold,uniform", "--per-method", 2)
     run("frontier", elastic_tiny, "-o", tmp_path / "a", *methods, *text)

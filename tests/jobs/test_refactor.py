@@ -21,6 +21,7 @@ from moe_prism.jobs.calibrate import calibrate_model, read_statistics
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.model import load_model, load_tokenizer
 from moe_prism.point import OperatingPoint, SlotRule
+from tests.tiers import by_night
 from tests.tiny_sources import digests, save_tiny, starve
 
 PROMPT = "def read_lines(path):\n"
@@ -122,7 +123,7 @@ def test_one_layer_at_a_time_sees_what_the_whole_model_sees(tiny_source, tiny_ca
             torch.testing.assert_close(a.values["tokens"][name], b.values["tokens"][name], rtol=2e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("low_memory", by_night([False, True], True))
 def test_calibrate_then_refactor_equals_refactor_in_one_go(tiny_source, tiny_calibration, low_memory, tmp_path):
     options = RefactorOptions(calibration=replace(tiny_calibration, tokens=1024, low_memory=low_memory))
     calibrate_model(tiny_source, tmp_path / "calibration", options.calibration)

@@ -201,6 +201,24 @@ def test_an_expert_that_is_never_cut_keeps_its_projection(layer):
     assert torch.equal(normal.solve(), found)
 
 
+@torch.no_grad()
+def test_what_solving_holds_is_foreseen(monkeypatch):
+    plan = attach(build("olmoe"), N).layers[0].parts
+    normal, held, own = Normal(plan, 3), 0, torch.Tensor.sum
+
+    def summed(tensor, *given, **named):
+        nonlocal held
+        found = own(tensor, *given, **named)
+        held += found.nbytes
+        return found
+
+    assert normal.gram.nbytes + normal.cross.nbytes == Normal.bytes(plan, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "sum", summed)
+        found = normal.solve()
+    assert held + found.nbytes == Normal.solving_bytes(plan, 3)
+
+
 def test_layers_share_a_pass_as_far_as_memory_goes():
     layers = attach(build("olmoe"), N).layers
     size = Normal.bytes(layers[0].parts, 3)

@@ -229,6 +229,7 @@ def test_importing_the_package_is_cheap():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_tasks_stand_in_the_report_with_their_errors(frontier, tmp_path):
     from moe_prism.frontier.evaluation import Evaluated, Evaluation, Score
     from moe_prism.jobs.frontier_files import add_tasks, write_frontier

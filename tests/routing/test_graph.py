@@ -14,6 +14,7 @@ from moe_prism.methods.skip.attention_graph import AttentionGraph
 from moe_prism.methods.skip.graph import WINDOW, TokenGraph, mix, neighbours
 from moe_prism.point import FULL, OperatingPoint, RoutingStage
 from moe_prism.schedule.base import Ladder, Level
+from tests.tiers import by_night
 
 SHARE = 0.8
 
@@ -145,7 +146,7 @@ def test_a_later_token_changes_nothing_before_it(model, kind):
     assert torch.equal(one[:, :30], two[:, :30]) and not torch.equal(one[:, 30:], two[:, 30:])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", by_night(KINDS, KINDS[0]))
 def test_the_server_gives_the_tokens_of_the_text_at_once_beside_others(model, elastic_tiny, kind):
     pytest.importorskip("fastapi")
     from tests.serve.test_engine import Waves

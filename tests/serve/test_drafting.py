@@ -46,7 +46,14 @@ def drafting(nano, plain, request):  # noqa: F811
     waves.engine.stop()
 
 
-@pytest.mark.parametrize("drafting", [(0.25, 4, False), (0.5, 1, False), (0.25, 3, True)], indirect=True)
+@pytest.mark.parametrize(
+    "drafting",
+    [
+        pytest.param(each, marks=pytest.mark.slow if each[1] == 1 else ())
+        for each in ((0.25, 4, False), (0.5, 1, False), (0.25, 3, True))
+    ],
+    indirect=True,
+)
 def test_one_and_four_requests_give_the_tokens_of_plain_decoding(nano, plain, drafting):  # noqa: F811
     wanted = plain["full"]
     assert drafting.tokens(nano[1], [2] * 4, new=LONG, samplings=[ASKS] * 4) == wanted

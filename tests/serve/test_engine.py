@@ -16,6 +16,7 @@ from moe_prism.serve.engine.engine import Engine
 from moe_prism.serve.engine.size import EngineSize
 from moe_prism.serve.requests import ErrorKind, Request, Sampling
 from tests.faults.points import fault
+from tests.tiers import by_night
 
 LADDER = Ladder(
     (
@@ -126,7 +127,7 @@ def test_d02_requests_of_different_levels_in_one_batch_equal_running_alone(nano,
     assert all(e.level == level for (_, events, _), level in zip(results, levels, strict=True) for e in events)
 
 
-@pytest.mark.parametrize("step_tokens", [16, 33])
+@pytest.mark.parametrize("step_tokens", by_night([16, 33], 33))
 def test_d02_prompts_in_chunks_give_the_same_tokens(nano, step_tokens):
     model, prompts, reference = nano
     waves = Waves(model, step_tokens=step_tokens, prefix_cache=False)

@@ -190,6 +190,7 @@ def test_a_point_that_this_model_cannot_run_is_refused_at_the_start(tiny_levels,
         pass
 
 
+@pytest.mark.slow
 def test_a_server_within_bytes_per_token_serves_that_point_to_who_says_no_quality(tiny_levels, tmp_path):
     """Points that change the weights read less and share no batch; a request that says a quality gets that."""
     copy = tmp_path / "elastic"

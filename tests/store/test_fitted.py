@@ -27,6 +27,7 @@ from moe_prism.store.fit import halves
 from moe_prism.store.token_watch import TokenWatch
 from tests.offload.common import make, next_layer
 from tests.store.common import PROMPT, logits, opened, smallest, store_of
+from tests.tiers import by_night
 
 SLOTS = 14
 RUNNABLE = [n for n in cache_policies.names() if not cache_policies.get(n).needs_future]
@@ -127,7 +128,7 @@ def decoded(model, ids):
     return torch.cat(found, 1)
 
 
-@pytest.mark.parametrize("name", [*predictors.names(), "same-again"])
+@pytest.mark.parametrize("name", by_night([*predictors.names(), "same-again"], "gate", "same-again"))
 def test_every_predictor_reads_ahead_and_changes_no_logit(name, world, tmp_path, plugged):
     folder, file, memory, _, ids, wanted = world
     path = fitted(world, tmp_path, policy=["lru"], predictor=[name])
@@ -141,7 +142,7 @@ def test_every_predictor_reads_ahead_and_changes_no_logit(name, world, tmp_path,
     assert (stored._moe_prism.ahead.seen is None) == (name == "gate")  # which needs nothing that others need
 
 
-@pytest.mark.parametrize("name", [*RUNNABLE, "counted-uses"])
+@pytest.mark.parametrize("name", by_night([*RUNNABLE, "counted-uses"], "lru", "lfu", "counted-uses"))
 def test_every_policy_runs_as_it_was_fitted_and_changes_no_logit(name, world, tmp_path, plugged):
     folder, file, memory, _, ids, wanted = world
     path = fitted(world, tmp_path, policy=[name], predictor=["frequency"])

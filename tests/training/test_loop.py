@@ -19,6 +19,7 @@ from moe_prism.training.batches import Batches
 from moe_prism.training.experts import trained_experts
 from moe_prism.training.muon import learning_rate, orthogonal
 from tests.architectures.small import example, model_of, recipe, trained
+from tests.tiers import by_night
 
 
 class Stopped(Exception):
@@ -34,7 +35,7 @@ STOPS = [(name, at) for name in ("elastic", "smoe-dropout", "sinkhorn", "rexmoe"
 COMMIT = (("elastic", 3), ("mote", 1), ("sinkhorn", 5))
 
 
-@pytest.mark.parametrize(("name", "at"), [pytest.param(*s, marks=() if s in COMMIT else pytest.mark.slow) for s in STOPS])
+@pytest.mark.parametrize(("name", "at"), by_night(STOPS, *COMMIT))
 def test_an_interrupted_training_ends_in_the_same_losses_and_the_same_weights(name, at, tmp_path, monkeypatch):
     from moe_prism.training.loop import Training
 

@@ -39,6 +39,7 @@ KEPT = 80 << 20  # threads, text, and what the allocator keeps
 FLOAT32 = 4
 LOGITS_HELD = 5  # of the source and of a point, as logits, as log-probabilities, and what their difference is computed in
 KERNELS = 72 << 20  # compiled for sub-experts
+CHOOSING = 16 << 20  # what chooses slots alone: 14 MiB where it is compiled in the run, 1 where that was kept
 REPORT = 330 << 20  # altair, and what draws a page's charts: a browser's engine
 RUNNING = ("weights_bytes", "side_bytes", "activations_bytes", "logits_bytes")
 
@@ -143,11 +144,13 @@ def needed_by_recovery(model: Any, ids: Tensor, options: RecoverOptions, written
     """What a recovery needs of a model that is loaded already: its side tensors and equations come on top."""
     needed = needed_by_running(model, rows=BATCH * ids.shape[1], cut=2, low_memory=options.low_memory)
     parts = {name: needed[name] for name in RUNNING} | {"kernels_bytes": KERNELS}
-    if options.method == "repair":  # the logits are not needed
+    if options.method == "repair":  # the model's own experts run; slots are chosen, and no logits computed
         layers = [layer.parts for layer in model._moe_prism.layers]
         bands = min(options.bands, layers[0].n_sub - 1)
         equations = min(options.memory_mib << 20, sum(Normal.bytes(own, bands) for own in layers))
-        parts |= {"logits_bytes": 0, "equations_bytes": equations}
+        gathering = parts | {"logits_bytes": 0, "kernels_bytes": CHOOSING, "equations_bytes": equations}
+        solving = max(Normal.solving_bytes(own, bands) for own in layers)
+        parts = largest([gathering, {**gathering, "activations_bytes": 0, "equations_bytes": equations + solving}])
     return told(parts, written, held=sum(p.nbytes for p in model.parameters() if not p.is_meta))
 
 

@@ -47,6 +47,12 @@ class Normal:
         layer = parts.layer
         return 8 * bands * layer.num_experts * layer.width * (layer.width + layer.hidden)
 
+    @staticmethod
+    def solving_bytes(parts: LayerParts, bands: int) -> int:
+        """What `solve` holds beside them: both parts added up, and D."""
+        layer = parts.layer
+        return bands * layer.num_experts * layer.width * (4 * (layer.width + layer.hidden) + 2 * layer.hidden)
+
     def add(self, x: Tensor, index: Tensor, weight: Tensor, keeps: list[Tensor], *, held: bool = False) -> None:
         """x [T, d], index and weight [T, k], keeps: one keep [T, k, N] per budget. Ids outside [0, E) mean no expert."""
         k = index.shape[1]

@@ -91,6 +91,7 @@ class Packing:
 
 TRIES = 8  # copies of a matrix while scales are tried
 FREED, MOST_FREED = 32, 192 << 20  # copies that are free again and stay with the allocator, and bytes of them at most
+GIVEN_BACK = 16  # tensors after which they go back: what is packed lies between them, and a file's holes would come to as much again
 
 
 class PackedCheckpoint:
@@ -148,18 +149,20 @@ class PackedCheckpoint:
                 out.hashes[shard] = journal.sha256(shard)
             else:
                 journal.finish(shard, self._shard(shard, names, experts, out))
-                return_freed_pages()  # half a file of freed tensors would stay beside the next one
+                return_freed_pages()
             progress(number, len(shards))
         if (self.source.folder / INDEX).is_file():
             out.write_bytes(INDEX, json.dumps({"metadata": {}, "weight_map": dict(sorted(place.items()))}, indent=2).encode())
 
     def _shard(self, shard: str, names: Sequence[str], experts: set[str], out: OutputFolder) -> str:
         tensors: dict[str, Tensor] = {}
-        for name in names:
+        for number, name in enumerate(names, 1):
             tensor = self.source.tensor(name)
             check_finite(name, tensor, shard)
             tensor = self.prepared.changed(name, tensor)
             tensors |= self.packing.packed(name, tensor, self.prepared.gram(name)) if name in experts else {name: tensor}
+            if number % GIVEN_BACK == 0:
+                return_freed_pages()
         return out.save_tensors(shard, tensors, {"format": "pt"})
 
     def _ignored(self) -> list[str]:

@@ -325,7 +325,7 @@ def test_a_head_that_comes_in_pieces_is_read_once_it_ends(tiny_levels, cut):
 
 
 def test_s06_where_all_work_a_new_connection_is_told_in_json(tiny_levels):
-    bounds = {"connections": 2, "connections_per_client": 2}
+    bounds = {"connections": 2, "connections_per_client": 2, "header_seconds": 1.0}
     with open_house(tiny_levels, {"bounds": bounds}) as house:
         body = json.dumps({"prompt": "a", "max_tokens": 120, "stream": True, "ignore_eos": True}).encode()
         held = []

@@ -256,6 +256,7 @@ def test_the_whole_path(run_json, run, tiny_source, text_file, tmp_path):
     assert (code, shown) == (0, ("import" + made["text"]).rstrip() + "\n")
 
 
+@pytest.mark.slow
 def test_times_are_written_and_a_failed_timing_costs_only_them(run_json, run, elastic_tiny, text_file, tmp_path, monkeypatch):
     import moe_prism.jobs.time_points as job
     from moe_prism.cli.frontier import show

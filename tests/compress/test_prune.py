@@ -208,6 +208,7 @@ def test_pruning_is_a_frontier_method(elastic_tiny, text_file):
     assert full.kl == 0
 
 
+@pytest.mark.slow
 def test_all_fractions_of_a_measured_method_share_one_profile(tmp_path, text_file, monkeypatch):
     """And keep what `select_experts`'s own profile for each of them says."""
     save_tiny("olmoe", tmp_path / "model", num_experts=8)

@@ -109,6 +109,7 @@ def stored(source):
     return open_model(source).elastic.stored_bytes_per_weight
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_plain_top_k_is_what_a_router_that_normalises_does_with_fewer_experts(text_file):
     """nano-mix scales the weights of its choice to 1, whatever their number."""

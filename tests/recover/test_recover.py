@@ -104,6 +104,7 @@ def test_what_was_measured_before_does_not_come_along(elastic_tiny, recovered, t
     assert digests(tmp_path / "out") == digests(recovered)
 
 
+@pytest.mark.slow
 def test_repaired_prism_nano_loses_less_on_text_it_has_not_seen(elastic_nano, repaired_nano):
     points = [FULL.with_budget(budget, "product") for budget in (1.0, 0.75, 0.5, 0.25)]
     (whole, *old), (same, *new) = (measured(folder, points) for folder in (elastic_nano, repaired_nano))

@@ -28,7 +28,7 @@ from hypothesis import settings
 
 from tests.tiny_sources import save_tiny
 
-CALIBRATION_TOKENS = 4096
+CALIBRATION_TOKENS, PROFILE_TOKENS = 4096, 1024
 
 # A commit is judged by the same examples every time; the nightly tier draws new ones.
 settings.register_profile("commit", derandomize=True, max_examples=40)
@@ -117,5 +117,5 @@ def elastic_nano(shared) -> Path:
     from moe_prism.calibrate.options import CalibrateOptions
     from moe_prism.jobs.refactor import RefactorOptions, refactor
 
-    options = RefactorOptions(calibration=CalibrateOptions(tokens=CALIBRATION_TOKENS))
+    options = RefactorOptions(profile_tokens=PROFILE_TOKENS, calibration=CalibrateOptions(tokens=CALIBRATION_TOKENS))
     return shared("elastic-nano", lambda out: refactor("nano", out, options))

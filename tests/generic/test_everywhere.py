@@ -26,17 +26,29 @@ KEEP_ALL = ("rewiring", "graph", "attention-graph")
 ON_THE_BATCH = ("batch-redistribution:uniform", "batch-blocks")
 
 
+OF_EACH_KIND = (
+    "product", "threshold", "bits", "mass", "uniform", "score-mass", "top-p", "weight-cutoff", "gate-threshold", "rewiring",
+)  # fmt: skip
+"""Rules, slots of several widths, skip plans, stages by token, neurons left out, and other experts instead."""
+
+
+@pytest.fixture(scope="session", params=[OF_EACH_KIND, pytest.param((), marks=pytest.mark.slow)], ids=["of each kind", "every"])
+def wanted(request):
+    """The per-token methods that are looked at."""
+    return request.param or tuple(expanded(ALL_PER_TOKEN))
+
+
 @pytest.fixture(scope="session")
-def measured(shared, elastic_tiny, text_file):
-    """The tiny elastic model with the frontier of every per-token method, one of expert pruning, and those that depend on the batch."""
+def measured(shared, elastic_tiny, text_file, wanted):
+    """The tiny elastic model with the frontier of per-token methods, one of expert pruning, and those that depend on the batch."""
 
     def build(folder):
         shutil.copytree(elastic_tiny, folder)
-        names = (ALL_PER_TOKEN, "prune:soft-count", *ON_THE_BATCH)
+        names = (*wanted, "prune:soft-count", *ON_THE_BATCH)
         options = FrontierOptions(text=str(text_file), methods=names, tokens=256, length=32, calibration_tokens=256, per_method=3)
         measure_frontier(folder, options).save(folder / "frontier.json")
 
-    return shared("elastic-tiny-measured", build)
+    return shared(f"elastic-tiny-measured-{len(wanted)}", build)
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +72,15 @@ def alone(measured, names):
     }
 
 
-def test_twelve_methods_or_more(names):
+def test_every_method_that_is_wanted_has_a_point(names, wanted):
+    assert set(names) == set(wanted)
+
+
+def test_twelve_methods_or_more():
     others = {name for name in methods.names() if getattr(methods.get(name), "depends_on_batch", False)}
     assert others >= {name.partition(":")[0] for name in ON_THE_BATCH}
-    assert len(names) >= 12 and set(names) == {*methods.names("slots"), *methods.names("routing")} - others
+    every = expanded(ALL_PER_TOKEN)
+    assert len(every) >= 12 and set(every) == {*methods.names("slots"), *methods.names("routing")} - others
 
 
 @pytest.mark.parametrize("slots", [3, pytest.param(12, marks=pytest.mark.slow)])

@@ -90,8 +90,8 @@ class Packing:
 
 
 TRIES = 8  # copies of a matrix while scales are tried
-FREED, MOST_FREED = 32, 192 << 20  # copies that are free again and stay with the allocator, and bytes of them at most
-GIVEN_BACK = 16  # tensors after which they go back: what is packed lies between them, and a file's holes would come to as much again
+FREED, MOST_FREED = 16, 192 << 20  # copies that are free again and stay with the allocator, and bytes of them at most
+"""They go back after so many tensors: what is packed lies between them, and a file's holes would come to as much as the file."""
 
 
 class PackedCheckpoint:
@@ -161,7 +161,7 @@ class PackedCheckpoint:
             check_finite(name, tensor, shard)
             tensor = self.prepared.changed(name, tensor)
             tensors |= self.packing.packed(name, tensor, self.prepared.gram(name)) if name in experts else {name: tensor}
-            if number % GIVEN_BACK == 0:
+            if number % FREED == 0:
                 return_freed_pages()
         return out.save_tensors(shard, tensors, {"format": "pt"})
 

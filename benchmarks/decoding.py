@@ -39,7 +39,7 @@ def wilson(right: int, of: int) -> tuple[float, float]:
     """95 % of a share (Wilson)."""
     z, p = 1.96, right / of
     middle, half = (p + z * z / (2 * of)), z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of))
-    return (middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of)
+    return max(0.0, middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of)
 
 
 def difference(found: list[bool], plain: list[bool]) -> list[float]:

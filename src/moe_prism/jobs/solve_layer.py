@@ -46,7 +46,8 @@ def solve(
     objective = objectives.get(options.objective)
     wanted = {e: _united(objective(m, weights[e].numpy(), down[e]), unit) for e, m in enumerate(mass)}
     cut = partial(solvers.get(options.solver), n_sub=options.n_sub, dropped=dropped)
-    partitions = solve_layer(wanted, cut, layer=layer.index, seed=options.seed)
+    threads = torch.get_num_threads()  # as many as products take: several processes that share a machine have divided them
+    partitions = solve_layer(wanted, cut, layer=layer.index, seed=options.seed, threads=threads)
     if options.objective in refiners.names():
         partitions = _refine(layer, partitions, samples, weights, options, dropped)
     orders = {e: p.perm for e, p in partitions.items()}

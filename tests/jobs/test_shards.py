@@ -56,6 +56,15 @@ def test_experts_are_solved_by_as_many_threads_as_products_take(tiny_source, opt
     assert set(asked) == {3}
 
 
+def test_how_many_experts_are_cut_at_a_time_changes_nothing(tiny_source, options, statistics, whole, tmp_path, monkeypatch):
+    """Their activations over the whole sample lie in memory together."""
+    asked, stock = [], solve_layer.solve_layer
+    monkeypatch.setattr(solve_layer, "solve_layer", lambda masses, *a, **k: asked.append(len(masses)) or stock(masses, *a, **k))
+    monkeypatch.setattr(solve_layer, "experts_together", lambda: 3)
+    refactor(tiny_source, tmp_path / "out", options, calibration=statistics)
+    assert digests(tmp_path / "out") == whole and max(asked) == 3
+
+
 def test_what_a_part_has_not_is_solved(tiny_source, options, statistics, whole, tmp_path):
     refactor_shard(tiny_source, tmp_path / "a", "1/2", options, calibration=statistics)
     refactor(tiny_source, tmp_path / "out", options, calibration=statistics, shards=[tmp_path / "a"])

@@ -69,8 +69,10 @@ class Pilot:
 
     def _least(self) -> int:
         """Bytes of the layer and of what lies outside of all layers, and of the layer's experts as they are read."""
-        sizes = {name: sum(p.numel() for p in self.model.get_submodule(name).parameters()) for name in self.stream.layer_names()}
-        experts = self.layer.num_experts * self.layer.parameters_per_expert()
+        sizes: dict[str, int] = {
+            name: sum(p.numel() for p in self.model.get_submodule(name).parameters()) for name in self.stream.layer_names()
+        }
+        experts: int = self.layer.num_experts * self.layer.parameters_per_expert()
         return self.bytes + (sizes[self._name] - sum(sizes.values()) + experts) * torch.float32.itemsize
 
     def split(self, work: Callable[[], object]) -> Split:

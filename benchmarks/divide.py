@@ -1,6 +1,6 @@
 """How much faster two processes are than one: the calibration pass divided by text, and the solving of layers divided by layers.
 
-    python benchmarks/divide.py [--model nano] [--tokens 16384] [--processes 2] [--threads 1] [--turns 3] [--json]
+    python benchmarks/divide.py [--model nano] [--tokens 16384] [--processes 2] [--threads 1] [--turns 3] [--only solve] [--json]
 
 Every process has --threads threads, one by default, for products and for solving, and has imported and compiled everything before a time
 begins. One process alone and all of them together take turns; a time is from the moment when all begin to the moment when the last one
@@ -29,6 +29,7 @@ from moe_prism.options.calibrate import CalibrateOptions
 from moe_prism.options.refactor import RefactorOptions
 
 BOTH = " with all threads"
+KINDS = ("calibrate", "solve")
 
 
 class Took(NamedTuple):
@@ -85,33 +86,38 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--only", choices=KINDS, help="measure nothing else")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(asked.threads)
     torch.set_num_threads(asked.threads)
     options = CalibrateOptions(text="stdlib", tokens=asked.tokens)
-    rows: dict[str, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         calibrate_model(asked.model, folder / "statistics", options)
-        for kind in ("calibrate", "solve"):
+        for kind in [asked.only] if asked.only else KINDS:
             ways = {"one": (kind, 1), "all": (kind, asked.processes), "both": (kind + BOTH, 1)}
             times: dict[str, list[Took]] = {name: [] for name in ways}
             for _ in range(asked.turns):
                 for name, way in ways.items():
                     times[name].append(seconds(*way, folder, asked))
-            rows[kind] = {}
+            row: dict[str, Any] = {"what": kind, "processes": asked.processes, "threads": asked.threads}
             for field in Took._fields:
                 one, every, both = (min(getattr(took, field) for took in times[name]) for name in ways)
-                rows[kind][field] = {"one": round(one, 2), "all": round(every, 2), "speed-up": round(one / every, 2)}
+                row[field] = {"one": round(one, 2), "all": round(every, 2), "speed-up": round(one / every, 2)}
                 if field == "clock":
-                    rows[kind][field] |= {"both": round(both, 2), "to both": round(both / every, 2)}
-        parts = [folder / f"calibrate-{i}-of-{asked.processes}" for i in range(asked.processes)]
-        began = time.monotonic()
-        join_calibrations(asked.model, folder / "joined", parts, options)
-        rows["calibrate"]["joining"] = round(time.monotonic() - began, 2)
-    found = [{"what": kind, "processes": asked.processes, **row} for kind, row in rows.items()]
-    print(json.dumps(found) if asked.json else "\n".join(map(str, found)))
+                    row[field] |= {"both": round(both, 2), "to both": round(both / every, 2)}
+            if kind == "calibrate":
+                parts = [folder / f"calibrate-{i}-of-{asked.processes}" for i in range(asked.processes)]
+                began = time.monotonic()
+                join_calibrations(asked.model, folder / "joined", parts, options)
+                row["joining"] = round(time.monotonic() - began, 2)
+            rows.append(row)
+            if not asked.json:
+                print(row, flush=True)
+    if asked.json:
+        print(json.dumps(rows))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def _needed_by_layers(weights: Weights, options: RefactorOptions, given: Statist
         "statistics_bytes": given_bytes(given) if given else declared_bytes([layer], run, capacity),
     }
     pooled = 0 if given or not run.domains else declared_bytes([layer], replace(run, domains=()), capacity)
-    runs = {"activations_bytes": run.batch * length * row_bytes(weights.model, layer, length)}
+    together = min(options.calibration.tokens, run.batch * length)
+    runs = {"activations_bytes": together * row_bytes(weights.model, layer, length)}
     phases = [
         {"weights_bytes": _loading_bytes(weights, experts)},
         gathered | {"solver_bytes": _solver_bytes(weights, options, capacity) + pooled},

@@ -21,6 +21,8 @@ from starlette.responses import StreamingResponse
 
 OWN = ("host", "content-length", "transfer-encoding", "connection")
 """Headers that belong to one connection."""
+RAYS = "x-request-id"
+"""Ray gives every request one, which goes on to the server, and puts it into the answer. The server's own would stand there twice."""
 
 
 @serve.deployment(num_replicas=2, max_ongoing_requests=256, health_check_period_s=10, graceful_shutdown_timeout_s=75)
@@ -73,7 +75,7 @@ class Replica:
             finally:
                 answer.close()
 
-        kept = {name: value for name, value in answer.headers.items() if name.lower() not in OWN}
+        kept = {name: value for name, value in answer.headers.items() if name.lower() not in (*OWN, RAYS)}
         return StreamingResponse(chunks(), answer.status, kept)
 
     def __del__(self) -> None:

@@ -79,6 +79,28 @@ def test_compute_dtype_and_disk_dtype_are_separate(tmp_path):
         assert module.down_proj.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_of_a_narrower_type_are_put_together_in_it(family, tmp_path, monkeypatch):
+    save(family, tmp_path, dtype=torch.bfloat16)
+    stream, put = LayerStream(tmp_path, dtype=torch.float32), []
+    conversion = stream._conversion
+    stock = conversion.load
+
+    def load_and_look(*asked):
+        stock(*asked)
+        names = [conversion.owner[name] for name in asked[0]]
+        put.extend(stream.model.get_parameter(name).dtype for name in {n for n in names if names.count(n) > 1})
+
+    monkeypatch.setattr(conversion, "load", load_and_look)
+    whole = load(tmp_path).float()
+    for name in stream.layer_names():
+        with stream.module(name) as module:
+            for parameter, found in module.named_parameters():
+                assert found.dtype == torch.float32
+                assert torch.equal(found, whole.get_parameter(f"{name}.{parameter}"))
+    assert set(put) <= {torch.bfloat16} and (put or family != "olmoe")
+
+
 def test_base_model_checkpoint_without_prefix(tmp_path):
     model = save("olmoe", tmp_path / "full")
     model.model.save_pretrained(tmp_path / "base")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -15,9 +12,11 @@ from moe_prism.calibrate import collectors
 from moe_prism.checkpoint import read_manifest
 from moe_prism.cli import main
 from moe_prism.errors import CorruptError, UsageError
+from moe_prism.jobs import calibrate_ranks
 from moe_prism.jobs.calibrate import calibrate_model, calibrate_part, read_statistics
 from moe_prism.jobs.join_calibrations import join_calibrations
 from moe_prism.jobs.refactor import RefactorOptions, refactor
+from tests.ranks import run_ranks
 from tests.tiny_sources import digests
 
 ADDED = 1e-6
@@ -141,11 +140,24 @@ def test_the_commands(tiny_source, options, parts, tmp_path, capsys):
     assert main([*asked, "-o", str(tmp_path / "x"), "--shard", "1/2", "--join", "a"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({}, 8),
+        ({"LOCAL_WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}, 2),  # torchrun's own 1
+        ({"LOCAL_WORLD_SIZE": "16"}, 1),
+        ({"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "3"}, 3),
+    ],
+)
+def test_processes_share_the_cores_of_their_machine(environment, threads, monkeypatch):
+    monkeypatch.setattr(calibrate_ranks, "cores", lambda: 8)
+    assert calibrate_ranks.own_threads(environment) == threads
+
+
 @pytest.mark.slow
 def test_torchrun_divides_the_pass(tiny_source, options, tmp_path):
     asked = ["calibrate", str(tiny_source), "-o", str(tmp_path / "out"), *flags(options)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moe_prism", *asked]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+    run_ranks(*asked)
     calibrate_model(tiny_source, tmp_path / "alone", options)
     same(read_statistics(tmp_path / "out"), read_statistics(tmp_path / "alone"))
     assert sorted(p.name for p in tmp_path.iterdir() if "lock" not in p.name) == ["alone", "out"]

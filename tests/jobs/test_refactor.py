@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import moe_prism
+from moe_prism.checkpoint import OutputFolder
 from moe_prism.elastic.runtime import slots_per_token
 from moe_prism.errors import UsageError
 from moe_prism.frontier.cost import measured_cost
@@ -158,6 +159,15 @@ def test_an_interrupted_calibration_goes_on_where_it_was(tiny_source, tiny_calib
     assert digests(tmp_path / "out") == digests(tmp_path / "straight")
     again = calibrate_model(tiny_source, tmp_path / "out", options, resume=True)  # nothing left to do
     assert torch.equal(again.layers[0].values["tokens"]["x"], read_statistics(tmp_path / "out").layers[0].values["tokens"]["x"])
+
+
+def test_statistics_are_written_twice_only_where_work_follows(tiny_source, tiny_calibration, tmp_path, monkeypatch):
+    saved, stock = [], OutputFolder.save_tensors
+    monkeypatch.setattr(OutputFolder, "save_tensors", lambda self, name, *more: saved.append(name) or stock(self, name, *more))
+    calibrate_model(tiny_source, tmp_path / "calibration", tiny_calibration)
+    assert calibrate.SNAPSHOT not in saved
+    refactor(tiny_source, tmp_path / "out", RefactorOptions(calibration=tiny_calibration, profile_tokens=0))
+    assert calibrate.SNAPSHOT in saved, "solving may be interrupted, and then the pass is not run again"
 
 
 def test_a_calibration_of_another_model_is_refused(tiny_source, tiny_calibration, tmp_path):

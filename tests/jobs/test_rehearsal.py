@@ -8,7 +8,7 @@ import pytest
 
 import moe_prism
 from moe_prism.errors import DoesNotFit, UsageError
-from moe_prism.jobs import resources
+from moe_prism.jobs import pilot, resources
 from moe_prism.jobs.rehearsal import begin, rehearse
 
 SMALL = ("--tokens", "256", "--length", "32")
@@ -50,6 +50,16 @@ def test_every_long_command_can_be_rehearsed(name, ask, tmp_path):
     parts = [v for k, v in needed.items() if k.endswith("_bytes") and k not in ("peak_memory_bytes", "disk_bytes")]
     assert needed["peak_memory_bytes"] == sum(parts) > 2**20 and not list(tmp_path.iterdir())
     assert (needed["seconds"] is None) == (name in UNTIMED) and (needed["seconds"] or 1) > 0
+
+
+@pytest.mark.parametrize("name", ["refactor", "calibrate"])
+def test_the_time_of_a_layer_at_a_time_is_told_where_a_layer_fits(name, ask, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "times"))
+    with monkeypatch.context() as small:
+        small.setattr(pilot, "available_memory", lambda: 0)
+        code, out, _ = ask(name, "--json", "--low-memory")
+        assert code == 0 and json.loads(out)["seconds"] is None, "nothing is loaded that does not fit"
+    assert json.loads(ask(name, "--json", "--low-memory")[1])["seconds"] > 0
 
 
 @pytest.mark.parametrize("name", COMMANDS)

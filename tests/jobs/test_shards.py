@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from moe_prism.cli import main
 from moe_prism.errors import CorruptError, UsageError
+from moe_prism.jobs import solve_layer
 from moe_prism.jobs.calibrate import calibrate_model
 from moe_prism.jobs.refactor import RefactorOptions, refactor, refactor_shard
 from moe_prism.jobs.refactor_units import Shard
+from tests.ranks import run_ranks
 from tests.tiny_sources import digests
 
 
@@ -45,6 +44,25 @@ def test_parts_are_joined_to_the_bytes_of_one_run(tiny_source, options, statisti
     assert not any(part.exists() for part in parts)
     refactor(tiny_source, tmp_path / "out", options, calibration=statistics, shards=parts)
     assert digests(tmp_path / "out") == whole
+
+
+def test_experts_are_solved_by_as_many_threads_as_products_take(tiny_source, options, statistics, tmp_path, monkeypatch):
+    """One process among several has its share of the cores only."""
+    asked = []
+    stock = solve_layer.solve_layer
+    monkeypatch.setattr(solve_layer, "solve_layer", lambda *a, **k: asked.append(k["threads"]) or stock(*a, **k))
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    refactor_shard(tiny_source, tmp_path / "a", "1/2", options, calibration=statistics)
+    assert set(asked) == {3}
+
+
+def test_how_many_experts_are_cut_at_a_time_changes_nothing(tiny_source, options, statistics, whole, tmp_path, monkeypatch):
+    """Their activations over the whole sample lie in memory together."""
+    asked, stock = [], solve_layer.solve_layer
+    monkeypatch.setattr(solve_layer, "solve_layer", lambda masses, *a, **k: asked.append(len(masses)) or stock(masses, *a, **k))
+    monkeypatch.setattr(solve_layer, "experts_together", lambda: 3)
+    refactor(tiny_source, tmp_path / "out", options, calibration=statistics)
+    assert digests(tmp_path / "out") == whole and max(asked) == 3
 
 
 def test_what_a_part_has_not_is_solved(tiny_source, options, statistics, whole, tmp_path):
@@ -99,8 +117,7 @@ def test_torchrun_gives_the_bytes_of_one_process(tiny_source, tiny_calibration, 
     if given:
         shutil.copytree(statistics, tmp_path / "statistics")
         asked += ["--calibration", str(tmp_path / "statistics")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moe_prism", *asked]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+    run_ranks(*asked)
     refactor(tiny_source, tmp_path / "alone", options)
     assert digests(tmp_path / "out") == digests(tmp_path / "alone")
     assert sorted(p.name for p in tmp_path.iterdir() if "lock" not in p.name) == ["alone", "out"] + ["statistics"] * given

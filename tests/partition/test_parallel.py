@@ -1,10 +1,11 @@
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 import pytest
 
 from moe_prism.errors import CorruptError, UsageError
-from moe_prism.partition import solvers
+from moe_prism.partition import parallel, solvers
 from moe_prism.partition.parallel import expert_seed, solve_layer
 
 ALT = partial(solvers.get("alt"), n_sub=4, dropped=3)
@@ -23,6 +24,21 @@ def test_result_does_not_depend_on_threads_or_company() -> None:
     for e in serial:
         assert np.array_equal(serial[e].perm, pooled[e].perm)
     assert np.array_equal(serial[4].perm, alone[4].perm)
+
+
+def test_threads_are_the_cores_of_this_process(monkeypatch) -> None:
+    made: list[int] = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, count: int) -> None:
+            made.append(count)
+            super().__init__(count)
+
+    monkeypatch.setattr(parallel, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(parallel, "cores", lambda: 3)
+    solve_layer(masses(1), partial(ALT, starts=1, shakes=0))
+    solve_layer(masses(1), partial(ALT, starts=1, shakes=0), threads=2)
+    assert made == [3, 2]
 
 
 def test_seeds_differ_by_expert_and_layer() -> None:

@@ -16,7 +16,11 @@ from ..heap import return_freed_pages, return_large_buffers
 from .config import WRONG
 from .constant import VALUE, refuse_to_write
 from .convert import ADVICE, Read, place, stored
+from .shards import Source
 from .whole import open_whole
+
+EXPERTS_DIM = 3
+"""Dimensions of a parameter that holds experts: expert, rows, columns."""
 
 
 class LayerStream:
@@ -178,7 +182,13 @@ class LayerStream:
                 target = self._conversion.owner[name]
                 dtype = self.source.info(name).torch_dtype
                 place(self.model, target, _like(self._empty[target], dtype))
+        narrow = {} if disk_dtype or read else self._narrow(targets, names)
+        for target, dtype in narrow.items():
+            place(self.model, target, _like(self._empty[target], dtype))
         self._conversion.load(names, read)
+        for target in narrow:
+            wide = self.model.get_parameter(target).detach().to(self.dtype)
+            place(self.model, target, nn.Parameter(wide, requires_grad=False))
         tied = getattr(self.model, "all_tied_weights_keys", {})
         loaded = dict(stored(self.model))
         missing = {name for name in targets if loaded[name].is_meta}
@@ -192,6 +202,27 @@ class LayerStream:
                 )
             loaded[name].requires_grad_(False)
         self.peak_bytes = max(self.peak_bytes, self.resident_bytes())
+
+    def _narrow(self, targets: Container[str], names: Iterable[str]) -> dict[str, torch.dtype]:
+        """Experts that are put together from many tensors of a narrower type: the type in which that is done, {parameter: type}.
+
+        Their parts, the stacked parts and the result lie side by side for a while. Widened after that they are the same values.
+        """
+        if type(self.source) is not Source:  # what is dequantized has no type of its own
+            return {}
+        parts: dict[str, list[torch.dtype]] = {}
+        for name in names:
+            parts.setdefault(self._conversion.owner[name], []).append(self.source.info(name).torch_dtype)
+        return {
+            target: dtypes[0]
+            for target, dtypes in parts.items()
+            if len(dtypes) > 1
+            and len(set(dtypes)) == 1
+            and dtypes[0] in (torch.bfloat16, torch.float16)
+            and self.dtype == self._empty[target].dtype == torch.float32
+            and self._empty[target].ndim == EXPERTS_DIM
+            and target in targets
+        }
 
 
 def _like(empty: Tensor, dtype: torch.dtype) -> Tensor:

@@ -105,7 +105,7 @@ def _calibrate(
         if answers:
             windows, facts = demonstrate(where, answers, report)
         assert windows is not None
-        statistics = run_pass(where, windows, options, folder, journal, report)
+        statistics = run_pass(where, windows, options, folder, journal, report, kept=False)
         if answers:
             statistics.facts |= facts
             answers.discard()
@@ -195,9 +195,19 @@ def _read(folder: Path, manifest: Mapping[str, Any]) -> Statistics:
 
 
 def run_pass(
-    where: Path, windows: Windows, options: CalibrateOptions, folder: OutputFolder, journal: Journal, report: Report
+    where: Path,
+    windows: Windows,
+    options: CalibrateOptions,
+    folder: OutputFolder,
+    journal: Journal,
+    report: Report,
+    *,
+    kept: bool = True,
 ) -> Statistics:
-    """The pass with snapshots in the work folder, so that a killed run goes on from the last one."""
+    """The pass with snapshots in the work folder, so that a killed run goes on from the last one.
+
+    kept: one is made at the end too, for work that follows. It is as large as the statistics, which a calibration writes then anyway.
+    """
     if options.low_memory:
         return _run_layers(where, windows, options, folder, journal, report)
     with torch.no_grad():
@@ -210,7 +220,7 @@ def run_pass(
 
         def after_batch() -> None:
             nonlocal last
-            if time.monotonic() - last > SNAPSHOT_SECONDS or work.done == stop:
+            if time.monotonic() - last > SNAPSHOT_SECONDS or (kept and work.done == stop):
                 journal.finish(SNAPSHOT, folder.save_tensors(SNAPSHOT, work.state()))
                 last = time.monotonic()
 

@@ -15,6 +15,7 @@ from torch import distributed
 from ..artefact.output import Writing
 from ..calibrate.statistics import Statistics
 from ..checkpoint.atomic import check_output
+from ..cores import cores
 from ..options.calibrate import CalibrateOptions
 from ..progress import silent
 from .calibrate import calibrate_model, calibrate_part
@@ -26,13 +27,24 @@ def ranks(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("WORLD_SIZE", "1")) if "RANK" in environment else 1
 
 
+def own_threads(environment: Mapping[str, str] = os.environ) -> int:
+    """Threads of this process among those on its machine: what OMP_NUM_THREADS says, else an even share of the cores.
+
+    A 1 says nothing: torchrun sets it where nobody has set anything.
+    """
+    given = environment.get("OMP_NUM_THREADS", "1")
+    if given.isdecimal() and int(given) > 1:
+        return int(given)
+    return max(1, cores() // int(environment.get("LOCAL_WORLD_SIZE", "1")))
+
+
 @contextmanager
 def group() -> Iterator[tuple[int, int]]:
     """(number of this process, how many there are), while they are connected and share the machine's threads."""
     distributed.init_process_group("gloo")
     try:
         count = distributed.get_world_size()
-        torch.set_num_threads(max(1, torch.get_num_threads() // count))
+        torch.set_num_threads(own_threads())
         yield distributed.get_rank(), count
     finally:
         distributed.destroy_process_group()

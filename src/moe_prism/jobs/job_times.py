@@ -12,7 +12,7 @@ from torch import Tensor
 from ..artefact.load import side_tensors
 from ..artefact.source import Weights
 from ..calibrate.options import settings
-from ..calibrate.run import Pass, batches
+from ..calibrate.run import Pass, batches, bounded_capacity, declared_bytes
 from ..calibrate.statistics import LayerStatistics, Statistics
 from ..data import Windows
 from ..elastic import Elastic, attach
@@ -33,7 +33,7 @@ from ..recover.run import BATCH as REPAIRED
 from ..recover.run import equations, groups
 from .pilot import Pilot, few_experts, for_all, spread, written
 from .profile_layers import alone_points, profile_runs
-from .resources import pass_parts, written_bytes
+from .resources import largest_layer, written_bytes
 from .solve_layer import WORKING, solve
 
 FEW = 4  # experts that are solved to see how long one takes
@@ -43,7 +43,7 @@ WARMING = 64  # rows of an expert that is solved before
 
 def pass_time(where: Path, windows: Windows, options: CalibrateOptions, written_: int) -> Seconds | None:
     """Of a calibration pass over these windows, and of writing so many bytes. None where no layer can be run by itself."""
-    if where.is_file() or options.low_memory:
+    if where.is_file():
         return None
     pilot = Pilot(where)
     ids, run = windows.ids, settings(options)
@@ -78,12 +78,15 @@ def encoding_time(where: Path, encode: Callable[[MoELayer, int], object], writte
 
 
 def refactor_time(weights: Weights, text: Windows | Statistics, options: RefactorOptions, unit: int) -> Seconds | None:
-    """Of a refactoring, with its calibration unless there are statistics. unit: neurons that move together."""
-    if weights.stream is None or options.calibration.low_memory or options.keep:
+    """Of a refactoring, with its calibration unless there are statistics. unit: neurons that move together.
+
+    A layer at a time the work is the same, but that nothing is kept for a continuation inside the pass.
+    """
+    if weights.stream is None or options.keep:
         return None
     pilot = Pilot(weights.path)
-    run, layer = settings(options.calibration), weights.layers[0]
-    _, declared, capacity = pass_parts(weights, options.calibration)
+    run, layer, low = settings(options.calibration), weights.layers[0], options.calibration.low_memory
+    capacity = bounded_capacity([largest_layer(weights)] if low else weights.layers, run)
     ids = text.profile if isinstance(text, Statistics) else text.ids
     sampled = sum(text.layers[0].kept()) if isinstance(text, Statistics) else text.tokens * _k(pilot)
     rows = max(1, min(capacity, sampled // layer.num_experts))
@@ -94,7 +97,9 @@ def refactor_time(weights: Weights, text: Windows | Statistics, options: Refacto
     known = remembered(name, lambda: _refactor_pieces(pilot, ids, options, rows, unit))
     total = known["solve"] * (len(weights.layers) * layer.num_experts / min(FEW, layer.num_experts))
     if not isinstance(text, Statistics):
-        total += _pass_total(known, pilot.layers, ids, text.parts, run.batch) + written(2 * declared)
+        total += _pass_total(known, pilot.layers, ids, text.parts, run.batch)
+        if not low:
+            total += written(2 * declared_bytes(weights.layers, run, capacity))  # snapshots
     if options.profile_tokens:
         total += _profile_total(known, pilot, options, ids.shape[1])
     return total + known["load"] + written(written_bytes(weights))
@@ -199,13 +204,18 @@ def _profile_batch(ids: Tensor) -> int:
 
 
 def _profile_total(known: Mapping[str, Seconds], pilot: Pilot, options: RefactorOptions, length: int) -> Seconds:
-    """Every layer alone below full budget, once per run, beside the full model."""
+    """Every layer alone below full budget, once per run, beside the full model.
+
+    A layer at a time, such a run begins at its layer, and nothing is loaded for it.
+    """
     windows = max(1, options.profile_tokens // length)
     rounds = windows / max(1, LOGIT_ROWS // length)
     runs = pilot.layers * (1 + options.profile_points)
     full = known["full inside"] * pilot.layers + known["full outside"]
-    alone = known["own inside"] + known["full inside"] * (pilot.layers - 1) + known["own outside"]
-    return known["load"] + (full + alone * runs) * rounds
+    low = options.calibration.low_memory
+    others = known["full inside"] * ((pilot.layers - 1) / (2 if low else 1))
+    alone = known["own inside"] + others + known["own outside"]
+    return (Seconds() if low else known["load"]) + (full + alone * runs) * rounds
 
 
 def _runs(pilot: Pilot, ids: Tensor, points: Sequence[Sequence[OperatingPoint]]) -> list[Split]:

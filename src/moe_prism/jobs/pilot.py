@@ -22,7 +22,9 @@ from ..cores import processor
 from ..elastic.other_weights import OtherWeights
 from ..elastic.runtime import experts_per_token
 from ..elastic.side_tensors import expert_dimension
+from ..errors import DoesNotFit
 from ..forecast.work_time import Seconds, Split, timed
+from ..memory import available_memory
 from ..model import MoELayer, find_layers
 
 WRITTEN = 16 << 20  # bytes that are written to see how fast that goes
@@ -48,7 +50,9 @@ class Pilot:
 
     @contextmanager
     def there(self) -> Iterator[None]:
-        """Everything but the other decoder layers is in memory. No gradients."""
+        """Everything but the other decoder layers is in memory. No gradients. DoesNotFit where there is less than that."""
+        if (least := self._least()) > (free := available_memory()):
+            raise DoesNotFit(f"a layer needs {least >> 20} MiB, {free >> 20} are free", "use a larger machine")
         own, others = self.model.get_submodule(self._name), [n for n in self.stream.layer_names() if n != self._name]
         handles = [own.register_forward_pre_hook(self._enter), own.register_forward_hook(self._leave)]
         handles += [own.register_full_backward_pre_hook(self._enter), own.register_full_backward_hook(self._leave)]
@@ -62,6 +66,14 @@ class Pilot:
                 self.model.get_submodule(name).__dict__.pop("forward", None)
             for handle in handles:
                 handle.remove()
+
+    def _least(self) -> int:
+        """Bytes of the layer and of what lies outside of all layers, and of the layer's experts as they are read."""
+        sizes: dict[str, int] = {
+            name: sum(p.numel() for p in self.model.get_submodule(name).parameters()) for name in self.stream.layer_names()
+        }
+        experts: int = self.layer.num_experts * self.layer.parameters_per_expert()
+        return self.bytes + (sizes[self._name] - sum(sizes.values()) + experts) * torch.float32.itemsize
 
     def split(self, work: Callable[[], object]) -> Split:
         """What it spends inside the layer and outside of it."""

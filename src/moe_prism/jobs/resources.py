@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from ..partition.base import check_blocks
 from ..recover.repair import Normal
 from .distance import LOGITS
 from .model_shape import config_tree
+from .solve_layer import experts_together
 
 LOADED = 560 << 20  # Python with torch, transformers and numba loaded
 KEPT = 80 << 20  # threads, text, and what the allocator keeps
@@ -76,18 +78,51 @@ def _needed_by_layers(weights: Weights, options: RefactorOptions, given: Statist
     capacity = bounded_capacity([layer], run)
     vocabulary = text_config(weights).vocab_size
     profiled = min(options.profile_tokens, options.calibration.tokens) * (1 + len(weights.layers) * (1 + options.profile_points))
-    parts = {
-        "weights_bytes": 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32,
-        "statistics_bytes": given_bytes(given) if given else declared_bytes([layer], run, capacity),
-        "solver_bytes": 4 * sampled_rows(weights, options.calibration, capacity) * layer.width * FLOAT32,
-        "kernels_bytes": KERNELS if options.profile_tokens else 0,
+    experts = layer.num_experts * layer.parameters_per_expert() * FLOAT32
+    always = {
+        "statistics_bytes": given_bytes(given) if given else 0,
         "hidden_bytes": (0 if given else held_bytes(weights, options.calibration)) + 2 * profiled * layer.hidden * FLOAT32,
-        "activations_bytes": run.batch * length * row_bytes(weights.model, layer, length),
-        "logits_bytes": LOGITS_HELD * length * vocabulary * FLOAT32 if options.profile_tokens else 0,
+        "kernels_bytes": KERNELS if options.profile_tokens else 0,
     }
-    comparison = _comparison(weights, options)
+    gathered = {
+        "weights_bytes": experts,
+        "statistics_bytes": given_bytes(given) if given else declared_bytes([layer], run, capacity),
+    }
+    pooled = 0 if given or not run.domains else declared_bytes([layer], replace(run, domains=()), capacity)
+    together = min(options.calibration.tokens, run.batch * length)
+    runs = {"activations_bytes": together * row_bytes(weights.model, layer, length)}
+    phases = [
+        {"weights_bytes": _loading_bytes(weights, experts)},
+        gathered | {"solver_bytes": _solver_bytes(weights, options, capacity) + pooled},
+        *([] if given else [gathered | runs]),
+    ]
+    if options.profile_tokens:  # one of an expert's matrices is turned round, which takes its size once more
+        logits = LOGITS_HELD * length * vocabulary * FLOAT32
+        phases.append({"weights_bytes": experts + experts // 2, "logits_bytes": logits} | runs)
+    phases = [{**always, **phase} for phase in phases]
+    if (
+        weights.dequantized or weights.keep
+    ):  # what readers freed is not all given back (docs/developer/log.md): as if all came at once
+        phases = [{name: max(phase.get(name, 0) for phase in phases) for phase in phases for name in phase}]
+    phases.append(_comparison(weights, options))
     held = given_bytes(given) if given else 0
-    return told(largest([parts, comparison]), written_bytes(weights), held=held) | {"reservoir_tokens": capacity}
+    return told(largest(phases), written_bytes(weights), held=held) | {"reservoir_tokens": capacity}
+
+
+def _loading_bytes(weights: Weights, experts: int) -> int:
+    """A layer's experts, so many bytes, while they are read: the tensors of the files, those put together, and the result.
+
+    What is dequantized is so in float32, all else is put together in its own type.
+    """
+    size = FLOAT32 if weights.dequantized or weights.keep else min(FLOAT32, weights.bytes_per_weight)
+    return int(3 * experts * size / FLOAT32)
+
+
+def _solver_bytes(weights: Weights, options: RefactorOptions, capacity: int) -> int:
+    """The sample of a layer, and the activations of the experts that are cut at a time: as they are, as wanted, and in the solver."""
+    layer, rows = largest_layer(weights), sampled_rows(weights, options.calibration, capacity)
+    together = min(rows, experts_together() * capacity)
+    return FLOAT32 * (rows * layer.hidden + 4 * together * layer.width)
 
 
 def _comparison(weights: Weights, options: RefactorOptions) -> dict[str, int]:

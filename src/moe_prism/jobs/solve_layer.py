@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from ..partition.weights import weight_fallback
 PERM, IMPORTANCE, PRODUCTS = "perm", "importance", "products"
 WORKING = (PERM, IMPORTANCE, PRODUCTS)
 """Tensors of a solved layer that the artefact does not hold."""
+PER_THREAD = 8  # experts that are cut at a time
 
 
 def solve(
@@ -40,28 +41,8 @@ def solve(
     cutoffs, what compensation reads. facts: experts, width, cost_share (mean), starved experts.
     """
     samples, weights, starved = _samples(statistics, layer)
-    mass = [layer.activations(e, x).abs().float().numpy() for e, x in enumerate(samples)]
-    dropped = options.dropped or options.n_sub - 1
-    down = layer.down.float().norm(dim=1).numpy()  # [E, f]
-    objective = objectives.get(options.objective)
-    wanted = {e: _united(objective(m, weights[e].numpy(), down[e]), unit) for e, m in enumerate(mass)}
-    cut = partial(solvers.get(options.solver), n_sub=options.n_sub, dropped=dropped)
-    partitions = solve_layer(wanted, cut, layer=layer.index, seed=options.seed)
-    if options.objective in refiners.names():
-        partitions = _refine(layer, partitions, samples, weights, options, dropped)
-    orders = {e: p.perm for e, p in partitions.items()}
-    for e in starved:
-        if unit > 1:  # weights say little of a group's neurons together: they keep their order
-            orders[e] = np.arange(layer.width // unit, dtype=np.int32)
-            continue
-        orders[e] = weight_fallback(_rows(layer.gate, e), layer.up[e].float().numpy(), options.n_sub, options.seed).perm
-    choice, gates = gate_choices.get(options.gate_choice), options.gates if unit == 1 else min(1, options.gates)
-    perm = np.stack(
-        [
-            _neurons(order_gates(_united(m, unit), orders[e], options.n_sub, gates, choice, _norms(down[e], unit)), unit)
-            for e, m in enumerate(mass)
-        ]
-    )
+    orders = _Orders(layer, samples, weights, starved, options, unit).all()
+    perm = np.stack([order.perm for order in orders])
     layer.permute(torch.from_numpy(perm))
     parts = LayerParts(layer, options.n_sub, options.gates)
     extra = None if options.compensate == "none" else _compensate(parts, statistics, samples, weights, options)
@@ -71,23 +52,81 @@ def solve(
         parts.tensors |= scorers.get(name).fit(parts, samples)
     parts.tensors[CUTOFFS] = _cutoffs(statistics, [ridge_scorer.held_out(len(x)) for x in samples], fitted.held)
     parts.tensors[SHARES] = torch.linspace(0, 1, QUANTILES)
-    shares = [
-        p.cost / max(float(m.sum(dtype=np.float64)), 1e-30) for p, m in zip(partitions.values(), wanted.values(), strict=True)
-    ]
     facts = {
         "name": layer.name,
         "experts": layer.num_experts,
         "width": layer.width,
-        "cost_share": round(float(np.mean(shares)), 6),
+        "cost_share": round(float(np.mean([order.share for order in orders])), 6),
         "starved": starved,
     }
     again = {PRODUCTS: _products(layer, samples, weights)} if options.keep == "format" else {}
     return {
         PERM: torch.from_numpy(perm.astype(np.int32)),
-        IMPORTANCE: torch.from_numpy(np.stack([_importance(*each) for each in zip(mass, weights, perm, strict=True)])),
+        IMPORTANCE: torch.from_numpy(np.stack([order.importance for order in orders])),
         **again,
         **parts.tensors,
     }, facts
+
+
+class _Order(NamedTuple):
+    """Of one expert: perm [f], importance [f] in that order (see `_importance`), and the share of the mass that is dropped."""
+
+    perm: Ints
+    importance: Floats
+    share: float
+
+
+class _Orders(NamedTuple):
+    """Finds a layer's orders, for some experts at a time: their activations over the whole sample are the largest thing there is then."""
+
+    layer: MoELayer
+    samples: list[Tensor]
+    weights: list[Tensor]
+    starved: list[int]
+    options: RefactorOptions
+    unit: int
+
+    def all(self) -> list[_Order]:
+        """Of every expert."""
+        threads = torch.get_num_threads()  # as many as products take: several processes that share a machine have divided them
+        norms = self.layer.down.float().norm(dim=1).numpy()  # [E, f]
+        together = experts_together()
+        firsts = range(0, self.layer.num_experts, together)
+        some = [range(first, min(first + together, self.layer.num_experts)) for first in firsts]
+        return [order for experts in some for order in self._of(experts, norms, threads)]
+
+    def _of(self, experts: range, norms: Floats, threads: int) -> list[_Order]:
+        layer, samples, weights, _, options, unit = self
+        dropped = options.dropped or options.n_sub - 1
+        mass = {e: layer.activations(e, samples[e]).abs().float().numpy() for e in experts}
+        objective = objectives.get(options.objective)
+        wanted = {e: _united(objective(mass[e], weights[e].numpy(), norms[e]), unit) for e in experts}
+        cut = partial(solvers.get(options.solver), n_sub=options.n_sub, dropped=dropped)
+        partitions = solve_layer(wanted, cut, layer=layer.index, seed=options.seed, threads=threads)
+        if options.objective in refiners.names():
+            partitions = _refine(layer, partitions, samples, weights, options, dropped)
+        choice, gates = gate_choices.get(options.gate_choice), options.gates if unit == 1 else min(1, options.gates)
+        found = []
+        for e in experts:
+            order = self._by_weights(e) if e in self.starved else partitions[e].perm
+            units = order_gates(_united(mass[e], unit), order, options.n_sub, gates, choice, _norms(norms[e], unit))
+            perm = _neurons(units, unit)
+            share = partitions[e].cost / max(float(wanted[e].sum(dtype=np.float64)), 1e-30)
+            found.append(_Order(perm, _importance(mass[e], weights[e], perm), share))
+        return found
+
+    def _by_weights(self, expert: int) -> Ints:
+        """The order of an expert that too few tokens reached."""
+        layer = self.layer
+        if self.unit > 1:  # weights say little of a group's neurons together: they keep their order
+            return np.arange(layer.width // self.unit, dtype=np.int32)
+        up = layer.up[expert].float().numpy()
+        return weight_fallback(_rows(layer.gate, expert), up, self.options.n_sub, self.options.seed).perm
+
+
+def experts_together() -> int:
+    """How many experts of a layer are cut at a time: enough to keep all threads at work."""
+    return PER_THREAD * torch.get_num_threads()
 
 
 def measured_cutoffs(parts: LayerParts, statistics: LayerStatistics) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 
+from ..cores import cores
 from ..errors import UsageError
 from .base import Floats, Partition
 
@@ -32,7 +32,8 @@ def solve_layer(
     """Partition of every expert id in `masses`, in its order.
 
     masses: |activations| float32 [T_e, f] per expert, or a function that makes them when a thread gets to it (bounded memory).
-    solve: a solver that knows all but the mass and the seed. threads: None = one per core. The first error of any expert is raised.
+    solve: a solver that knows all but the mass and the seed. threads: None = one per core that
+    this process may use. The first error of any expert is raised.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads={threads}", "give at least 1, or leave it out for one per core")
@@ -42,5 +43,5 @@ def solve_layer(
         mass = source() if callable(source) else source
         return solve(mass, seed=expert_seed(seed, layer, expert))
 
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads or cores()) as pool:
         return dict(zip(masses, pool.map(one, masses), strict=True))

@@ -92,9 +92,14 @@ def nano(elastic_nano):
     def reference(point):
         with moe_prism.operating_point(model, point=point):
             return [
-                model.generate(torch.tensor([p]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)[
-                    0, len(p) :
-                ]
+                model.generate(
+                    torch.tensor([p]),
+                    attention_mask=torch.ones(1, len(p)),
+                    max_new_tokens=NEW,
+                    do_sample=False,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )[0, len(p) :]
                 for p in prompts
             ]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import UsageError
+from ..model.cache_names import given_cache
 
 ADVICE = "run it with transformers' ordinary cache, or without one"
 
@@ -38,7 +39,7 @@ class TokenHistory:
         attention.register_forward_hook(self._after)
 
     def _before(self, _module: nn.Module, _given: Any, named: dict[str, Any]) -> None:
-        self.cache, self.mask = named.get("past_key_values"), named.get("attention_mask")
+        self.cache, self.mask = given_cache(named), named.get("attention_mask")
 
     def _after(self, _module: nn.Module, _given: Any, output: Any) -> None:
         self.attended = output[1]

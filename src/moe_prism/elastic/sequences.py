@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..model.cache_names import given_cache, made_cache
 from .bind import Step
 from .control import Ints, Past, States
 from .host import Host
@@ -151,7 +152,7 @@ def followed(elastic: Host, backbone: nn.Module) -> Iterator[None]:
         shape = _shape(inputs, named)
         if shape is None:
             return
-        kept = named.get("past_key_values")
+        kept = given_cache(named)
         length = 0 if kept is None else int(kept.get_seq_length())
         history = None if length == 0 else kept.__dict__.get(BESIDE)
         if history is None or history.rows != shape[0]:
@@ -168,7 +169,7 @@ def followed(elastic: Host, backbone: nn.Module) -> Iterator[None]:
         if mine:
             step, history = mine.pop()
             step.past = None
-            made = getattr(output, "past_key_values", None)
+            made = made_cache(output)
             if made is not None and made.__dict__.get(BESIDE) is not history:
                 put_beside(made, history)
 

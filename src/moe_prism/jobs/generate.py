@@ -18,6 +18,7 @@ from ..errors import UsageError
 from ..methods.decode.base import Retriever, Verifier
 from ..methods.decode.run import Through, decoder_of
 from ..model import end_tokens
+from ..model.cache_names import cache_argument
 from ..options.generate import GenerateOptions, TunedOptions
 from ..point import FULL, OperatingPoint
 from ..result import Result
@@ -181,7 +182,7 @@ def _remembering(model: Any, entries: int | None, through: Through | None) -> It
         raise UsageError("a bounded cache and a method of decoding were both asked for", "leave one of them out")
     layers = int(model.config.get_text_config().num_hidden_layers)
     with attending(model, EmsCache(layers, EmsSettings(entries=entries))) as cache:
-        yield {"past_key_values": cache}
+        yield cache_argument(model, cache)
 
 
 def _rewired(

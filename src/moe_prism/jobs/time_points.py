@@ -30,6 +30,7 @@ from ..elastic.bind import Step, bind
 from ..elastic.runtime import slots_per_token
 from ..errors import PrismError, UsageError
 from ..frontier import DecodeTime, Frontier, MeasuredPoint
+from ..model.cache_names import made_cache
 from ..options.text import source_in
 from ..point import OperatingPoint
 from ..progress import Report, Update, silent
@@ -210,7 +211,7 @@ def _turn(model: Any, rows: Tensor, switches: Sequence[Switch], order: Sequence[
     found, at, cache = [0.0] * len(switches), rows.shape[1], None
     for i in order:
         if at + STEPS > rows.shape[1]:
-            cache, at = model(input_ids=rows[:, :PROMPT], use_cache=True, logits_to_keep=1).past_key_values, PROMPT
+            cache, at = made_cache(model(input_ids=rows[:, :PROMPT], use_cache=True, logits_to_keep=1)), PROMPT
         with switches[i]():
             mean_step(model, rows[:, at : at + 1], cache)
             found[i] = mean_step(model, rows[:, at + 1 : at + STEPS], cache)

@@ -15,6 +15,7 @@ from ..calibrate.run import backbone_of, input_device
 from ..errors import UsageError
 from ..forecast.distinct import Routing
 from ..model import MoELayer
+from ..model.cache_names import cache_argument, made_cache
 
 Switch = Callable[[], Any]
 """Makes a context manager in which the model runs at one point."""
@@ -115,7 +116,7 @@ def time_steps(model: Any, ids: Tensor, switches: Sequence[Switch], *, prompt: i
     if ids.shape[1] < needed:
         raise UsageError(f"windows of {ids.shape[1]} tokens are too short for {needed}", "measure fewer points or longer windows")
     ids = ids.to(input_device(model))
-    cache = model(input_ids=ids[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
+    cache = made_cache(model(input_ids=ids[:, :prompt], use_cache=True, logits_to_keep=1))
     found, at, until = [Timed() for _ in switches], prompt, 0.0
     for turn in range(1 + MOST_TURNS):
         if turn == 1:
@@ -136,9 +137,10 @@ def time_steps(model: Any, ids: Tensor, switches: Sequence[Switch], *, prompt: i
 def mean_step(model: Any, ids: Tensor, cache: Any) -> float:
     """Mean seconds of the steps that feed ids [B, steps] one by one."""
     _wait()
+    kept = cache_argument(model, cache)
     began = time.perf_counter()
     for at in range(ids.shape[1]):
-        model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, at : at + 1], use_cache=True, **kept)
     _wait()
     return (time.perf_counter() - began) / ids.shape[1]
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..elastic.bind import bind
+from ..model.cache_names import cache_argument, made_cache
 from ..offload.base import KeySpace, Moment
 from ..offload.cache.pool import LayerPools
 from ..offload.replay import Group, Prefetch, clocks, groups, serve
@@ -114,11 +115,11 @@ def measure_step(model: Any, ids: Tensor, prompt: int, prices: ReadPrices) -> fl
     """
     store, found = model._moe_prism.store, []
     for number, row in enumerate([ids[0], *ids]):
-        past = model(input_ids=row[None, :prompt], use_cache=True).past_key_values
+        past = cache_argument(model, made_cache(model(input_ids=row[None, :prompt], use_cache=True)))
         for i in range(prompt, len(row)):
             before = _missed(store)
             began = time.perf_counter()
-            past = model(input_ids=row[None, i : i + 1], past_key_values=past, use_cache=True).past_key_values
+            model(input_ids=row[None, i : i + 1], use_cache=True, **past)  # the cache grows in place
             seconds = time.perf_counter() - began
             if number:
                 found.append(seconds - sum(prices.of(n) for n in _missed(store) - before))

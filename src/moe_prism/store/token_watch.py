@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..model.cache_names import given_cache
 from ..offload.predict.base import HISTORY
 
 Ints = NDArray[np.int64]
@@ -54,7 +55,7 @@ class TokenWatch:
             self._token, self._last, self._length = np.zeros(0, np.int64), np.zeros((0, HISTORY), np.int64), 0
             return
         rows, length = ids.shape
-        kept = named.get("past_key_values")
+        kept = given_cache(named)
         before = 0 if kept is None else int(kept.get_seq_length())
         goes_on = before > 0 and before == self._length and len(self._last) == rows
         last = self._last if goes_on else np.full((rows, HISTORY), -1, np.int64)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...elastic import Elastic
+from ...model.cache_names import cache_argument, made_cache
 from ..measure import logits_of
 from ..record import SliceScore
 from .words import Word, words
@@ -99,10 +100,10 @@ def batches(rows: Tensor, more: int = 0) -> list[Tensor]:
 def greedy(model: Any, rows: Tensor, count: int) -> Tensor:
     """[n, count]: the most likely tokens after rows [n, L], one after the other; an end token does not stop it."""
     made: list[Tensor] = []
-    given, past = rows.to(model.device), None
+    given, past = rows.to(model.device), dict[str, Any]()
     for _ in range(count):
-        out = model(input_ids=given, past_key_values=past, use_cache=True)
-        given, past = out.logits[:, -1:].float().argmax(-1), out.past_key_values
+        out = model(input_ids=given, use_cache=True, **past)
+        given, past = out.logits[:, -1:].float().argmax(-1), cache_argument(model, made_cache(out))
         made.append(given.cpu())
     return torch.cat(made, 1)
 

@@ -17,6 +17,7 @@ from ...elastic.bind import Step
 from ...elastic.runtime import Elastic
 from ...errors import UsageError
 from ...frontier.cost import measured_cost
+from ...model.cache_names import cache_argument
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Sequence:
         self.spent.rows += new.shape[1]
 
     def _run(self, new: Tensor, rows: int) -> Tensor:
-        out = self.model(input_ids=new, past_key_values=self.cache, use_cache=True, logits_to_keep=rows)
+        out = self.model(input_ids=new, use_cache=True, logits_to_keep=rows, **cache_argument(self.model, self.cache))
         return out.logits[0, -rows:].float()  # type: ignore[no-any-return]
 
     def take_back(self, length: int) -> None:

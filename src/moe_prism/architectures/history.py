@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
+from ..cache_names import given_cache
 from ..errors import UsageError
-from ..model.cache_names import given_cache
 
 ADVICE = "run it with transformers' ordinary cache, or without one"
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..model.cache_names import given_cache, made_cache
+from ..cache_names import given_cache, made_cache
 from .bind import Step
 from .control import Ints, Past, States
 from .host import Host

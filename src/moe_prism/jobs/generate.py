@@ -12,13 +12,13 @@ import torch
 from transformers import TextStreamer
 
 from ..attention.ems import EmsCache, EmsSettings, attending
+from ..cache_names import cache_argument
 from ..elastic.rules import rules
 from ..elastic.runtime import elastic_of
 from ..errors import UsageError
 from ..methods.decode.base import Retriever, Verifier
 from ..methods.decode.run import Through, decoder_of
 from ..model import end_tokens
-from ..model.cache_names import cache_argument
 from ..options.generate import GenerateOptions, TunedOptions
 from ..point import FULL, OperatingPoint
 from ..result import Result

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import errors
 from ..artefact.open import Opened, open_model
+from ..cache_names import made_cache
 from ..calibrate.run import input_device
 from ..data import token_windows
 from ..elastic import Elastic
@@ -30,7 +31,6 @@ from ..elastic.bind import Step, bind
 from ..elastic.runtime import slots_per_token
 from ..errors import PrismError, UsageError
 from ..frontier import DecodeTime, Frontier, MeasuredPoint
-from ..model.cache_names import made_cache
 from ..options.text import source_in
 from ..point import OperatingPoint
 from ..progress import Report, Update, silent

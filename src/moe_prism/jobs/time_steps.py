@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache_names import cache_argument, made_cache
 from ..calibrate.run import backbone_of, input_device
 from ..errors import UsageError
 from ..forecast.distinct import Routing
 from ..model import MoELayer
-from ..model.cache_names import cache_argument, made_cache
 
 Switch = Callable[[], Any]
 """Makes a context manager in which the model runs at one point."""

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..cache_names import cache_argument, made_cache
 from ..elastic.bind import bind
-from ..model.cache_names import cache_argument, made_cache
 from ..offload.base import KeySpace, Moment
 from ..offload.cache.pool import LayerPools
 from ..offload.replay import Group, Prefetch, clocks, groups, serve

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..model.cache_names import given_cache
+from ..cache_names import given_cache
 from ..offload.predict.base import HISTORY
 
 Ints = NDArray[np.int64]

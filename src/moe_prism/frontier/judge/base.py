@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...cache_names import cache_argument, made_cache
 from ...elastic import Elastic
-from ...model.cache_names import cache_argument, made_cache
 from ..measure import logits_of
 from ..record import SliceScore
 from .words import Word, words

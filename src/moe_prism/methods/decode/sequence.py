@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from ...cache_names import cache_argument
 from ...elastic.bind import Step
 from ...elastic.runtime import Elastic
 from ...errors import UsageError
 from ...frontier.cost import measured_cost
-from ...model.cache_names import cache_argument
 
 
 @dataclass

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_prism.model.cache_names import cache_argument, given_cache, made_cache
+from moe_prism.cache_names import cache_argument, given_cache, made_cache
 from tests.parity.families import build
 
 

@@ -207,6 +207,7 @@ EVIDENCE: dict[str, Evidence] = {
     "33": _of("architectures/test_parts.py::test_null_experts_count_as_their_mean", ZOO,
         ("true experts are within 5 % of what was meant", "4.035 of 4", YES),
         ("at no larger loss", "loss +.035 (+.014 to +.059)", NO),
+        ("made of nano: lower loss than as many experts for every token", "2.701 of 2.667 experts; loss -.027 (-.035 to -.019), 80 steps", YES),
     ),
     "34": _of("offload/test_parts.py::test_batching_lowers_distinct_experts", "explanation/split.md",
         ("masks of two domains share less than .8", "Jaccard .62 on average, .52 to .80", YES),

@@ -196,6 +196,15 @@ def rmoe(zoo: Zoo, seed: int) -> dict[str, Any]:
     return found | {"information": means["rmoe"], "information_base": means[BASE], "holds": means["rmoe"] > means[BASE]}
 
 
+def read_me(zoo: Zoo, seed: int) -> dict[str, Any]:
+    """Loss, and how many tokens have the same first choice as the one before them, mean over layers."""
+    found, same = zoo.against_base("read-me", seed), {}
+    for name in ("read-me", BASE):
+        tops = [r.logits.argmax(-1).view(len(zoo.ids), -1) for r in zoo.routings(zoo.model(name, seed))]
+        same[name] = round(float(torch.stack([(top[:, 1:] == top[:, :-1]).float().mean() for top in tops]).mean()), 4)
+    return found | {"repeats": same["read-me"], "repeats_base": same[BASE], "holds": found["difference"][1] <= 0}
+
+
 def rexmoe(zoo: Zoo, seed: int) -> dict[str, Any]:
     """Loss at as many expert weights, and how many choices are a neighbour's experts."""
     model = zoo.model("rexmoe", seed)
@@ -314,6 +323,7 @@ CLAIMS: Mapping[str, tuple[Callable[[Zoo, int], dict[str, Any]], Sequence[str]]]
     "moe-plus-plus": (moe_plus_plus, (BASE,)),
     "rmoe": (rmoe, (BASE,)),
     "rexmoe": (rexmoe, (BASE,)),
+    "read-me": (read_me, (BASE,)),
     "chain-of-experts": (chain_of_experts, (BASE,)),
     "sinkhorn": (sinkhorn, ("top-k-no-balance",)),
     "adamoe-nano": (adamoe_nano, ()),

@@ -9,6 +9,8 @@ from moe_prism.architectures.base import ChosenPairs, LayerRouting, StepPlace, S
 from moe_prism.architectures.elastic import block_norms, cutoffs
 from moe_prism.architectures.parts import StraightThrough, even, experts_of
 from moe_prism.architectures.sinkhorn import plan
+from moe_prism.errors import UsageError
+from moe_prism.training.loop import Recorder
 from tests.architectures.small import VOCABULARY, example, logits_of, model_of, trained
 
 
@@ -128,6 +130,20 @@ def test_a_cutoff_keeps_the_share_of_a_budget():
         assert float((values >= level).float().mean()) == pytest.approx(budget, abs=1e-6)
 
 
+def test_budgets_are_drawn_between_the_least_and_the_most():
+    (part,) = example("elastic", least=0.3, most=0.5).parts()
+    seen = []
+
+    def again():
+        seen.append(part.budgets)
+        return torch.zeros(2, 500, 7)
+
+    part.loss(StepSeen(StepPlace(0, 10, 0), torch.zeros(2, 500), torch.zeros(2, 500, 7), [], again=again))
+    assert 0.3 <= float(seen[0].min()) < 0.305 < 0.495 < float(seen[0].max()) <= 0.5
+    with pytest.raises(UsageError, match=r"above settings\.most"):
+        example("elastic", least=0.6, most=0.5).config(VOCABULARY)
+
+
 def test_straight_through_experts_compute_rounded_and_end_rounded():
     from moe_prism.training.experts import training_experts
 
@@ -179,7 +195,7 @@ def texts(length=9):
 
 LOOKING = [
     ("graph-of-tokens", {}), ("graph-of-tokens", {"by": "attention"}),
-    ("union-of-experts", {}), ("union-of-experts", {"selection": "data"}),
+    ("union-of-experts", {}), ("union-of-experts", {"selection": "data"}), ("read-me", {}),
 ]  # fmt: skip
 
 
@@ -203,6 +219,26 @@ def test_routers_that_look_back_say_the_same_token_by_token_and_see_nothing_ahea
     places = (mask.cumsum(1) - 1).clamp_min(0)
     beside = model(input_ids=padded, attention_mask=mask, position_ids=places, use_cache=False).logits[:, 3:]
     torch.testing.assert_close(beside, whole, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_experts_of_all_layers_are_known_before_the_first_one_runs():
+    model, ids = model_of(example("read-me")), texts()
+
+    def choices():
+        recorder = Recorder(model)
+        with recorder.recording() as found:
+            model(input_ids=ids, use_cache=False)
+        recorder.close()
+        return torch.stack([routing.logits for routing in found])
+
+    before = choices()
+    for name, parameter in model.named_parameters():
+        if "self_attn" in name or "experts" in name:
+            parameter.neg_()
+    assert torch.equal(choices(), before) and not torch.equal(before[0], before[1])
+    model.model.ahead.attend.weight.neg_()  # what is seen of other tokens counts
+    assert not torch.allclose(choices(), before, atol=1e-4)
 
 
 @pytest.mark.parametrize("by", ["similarity", "attention"])

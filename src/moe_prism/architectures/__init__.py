@@ -90,6 +90,11 @@ architectures: Registry[type[Architecture]] = Registry(
             "a router that also hears what it said of like tokens (S-MoE, A-MoE)",
             "arXiv 2505.00792",
         ),
+        "read-me": (
+            "moe_prism.architectures.read_me:ReadMe",
+            "one router in front of the model says the experts of all layers (Read-ME)",
+            "arXiv 2410.19123",
+        ),
         "dit-moe": (
             "moe_prism.architectures.dit_moe:DiTMoE",
             "a transformer that draws digits, with shared and routed experts (DiT-MoE)",

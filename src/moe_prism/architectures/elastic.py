@@ -25,10 +25,11 @@ PURPOSE = 1
 
 
 class ElasticSettings(Form):
-    """sub_experts: blocks of an expert. least: budgets are drawn evenly from it to 1. weight: of the KL; 0 is plain training."""
+    """sub_experts: blocks of an expert. least, most: budgets are drawn evenly between them. weight: of the KL; 0 is plain training."""
 
     sub_experts: Blocks = 4
     least: Budget = 0.1
+    most: Budget = 1.0
     weight: Amount = 1.0
     normalise: bool = True
 
@@ -36,8 +37,8 @@ class ElasticSettings(Form):
 class Budgets(TrainingPart):
     """The second pass of a step, below full budget."""
 
-    def __init__(self, sub_experts: int, least: float, weight: float) -> None:
-        self.sub_experts, self.least, self.weight = sub_experts, least, weight
+    def __init__(self, settings: ElasticSettings) -> None:
+        self.settings, self.sub_experts, self.weight = settings, settings.sub_experts, settings.weight
         self.budgets: Tensor | None = None
 
     def start(self, model: nn.Module) -> None:
@@ -49,7 +50,8 @@ class Budgets(TrainingPart):
         if not self.weight:
             return None
         drawn = torch.rand(seen.ids.numel(), generator=seen.place.generator(PURPOSE))
-        self.budgets = self.least + (1 - self.least) * drawn
+        least, most = self.settings.least, self.settings.most
+        self.budgets = least + (most - least) * drawn
         try:
             cut = seen.again().flatten(0, 1).float().log_softmax(-1)
         finally:
@@ -97,8 +99,12 @@ class ElasticTrained(Architecture):
                 f"model.width {self.shape.width} is no multiple of settings.sub_experts {self.settings.sub_experts}",
                 "give a divisor of the width",
             )
+        if self.settings.least > self.settings.most:
+            raise UsageError(
+                f"settings.least {self.settings.least} is above settings.most {self.settings.most}",
+                "give no more than settings.most",
+            )
         return OlmoeConfig(**olmoe_keys(self.shape, vocabulary), norm_topk_prob=self.settings.normalise)
 
     def parts(self) -> list[TrainingPart]:
-        s = self.settings
-        return [Budgets(s.sub_experts, s.least, s.weight)]
+        return [Budgets(self.settings)]

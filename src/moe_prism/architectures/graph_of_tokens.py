@@ -16,7 +16,7 @@ from transformers import OlmoeConfig
 
 from ..schema.common import Form, Share
 from .base import Architecture, TokenIds, olmoe_keys, register
-from .history import TokenHistory
+from .history import LookingModule
 from .olmoe import Carried, LookingBlock, OwnOlmoe, chosen, kept
 
 
@@ -30,10 +30,8 @@ class GraphConfig(OlmoeConfig):
     neighbours_by: str = "similarity"
 
 
-class GraphRouter(nn.Module):
+class GraphRouter(LookingModule):
     """Scores of like tokens mixed into a token's own."""
-
-    history: TokenHistory
 
     def __init__(self, config: GraphConfig) -> None:
         super().__init__()
@@ -43,7 +41,7 @@ class GraphRouter(nn.Module):
         learned = self.share and config.neighbours_by == "similarity"
         self.likeness = nn.Parameter(torch.zeros(config.hidden_size, config.hidden_size)) if learned else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def look(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, L, d] -> (logits [T, E], weights [T, k], ids [T, k])."""
         logits = nn.functional.linear(x, self.weight)
         if not self.share:

@@ -14,7 +14,7 @@ from .history import TokenHistory
 class OwnOlmoe(OlmoeForCausalLM):
     """OLMoE with every layer's block changed by `block`. A router gives (logits [T, C], weights [T, k], ids [T, k]).
 
-    looks_back: whether routers look at earlier tokens, which a batch of tokens alone does not show them.
+    looks_back: whether routers look at earlier tokens. They are `history.LookingModule`, and who packs texts into one row has to show them.
     """
 
     looks_back = False

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from . import adamoe, chain_of_experts, dit_moe, dynamic_moe, graph_of_tokens, moe_plus_plus, mote, rexmoe, rmoe, union_of_experts
+from . import (
+    adamoe,
+    chain_of_experts,
+    dit_moe,
+    dynamic_moe,
+    graph_of_tokens,
+    moe_plus_plus,
+    mote,
+    read_me,
+    rexmoe,
+    rmoe,
+    union_of_experts,
+)
 
 __all__ = [
     "adamoe",
@@ -12,6 +24,7 @@ __all__ = [
     "graph_of_tokens",
     "moe_plus_plus",
     "mote",
+    "read_me",
     "rexmoe",
     "rmoe",
     "union_of_experts",

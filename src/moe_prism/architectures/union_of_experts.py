@@ -20,7 +20,7 @@ from transformers import OlmoeConfig
 from ..errors import UsageError
 from ..schema.common import Form
 from .base import Architecture, TokenIds, olmoe_keys, register
-from .history import Earlier, TokenHistory
+from .history import Earlier, LookingModule, TokenHistory
 from .olmoe import Carried, LookingBlock, OwnOlmoe
 
 
@@ -35,10 +35,8 @@ class UnionConfig(OlmoeConfig):
     active_heads: int = 0
 
 
-class UnionRouter(nn.Module):
+class UnionRouter(LookingModule):
     """Gates of chosen slices: k p / (sum of the chosen p) for `experts`, E p for `data`, with p = softmax(W x); one where all are even."""
-
-    history: TokenHistory
 
     def __init__(self, config: UnionConfig, slices: int, active: int) -> None:
         super().__init__()
@@ -47,7 +45,7 @@ class UnionRouter(nn.Module):
         self.weight = nn.Parameter(torch.zeros(slices, config.hidden_size))
         nn.init.normal_(self.weight, std=config.initializer_range)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def look(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, L, d] -> (logits [T, E], gates [T, k or E], ids [T, k or E]); the id E means no slice."""
         scores = nn.functional.linear(x, self.weight)
         earlier = self.history.add(scores)

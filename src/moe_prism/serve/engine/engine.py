@@ -30,6 +30,7 @@ from .attends import context_limit, full_attention
 from .deadlines import Deadlines
 from .decoding import DecodingOffer, Decodings, DecodingSetup
 from .drafting import Drafts
+from .earlier import earlier_tokens
 from .grammars import Grammars
 from .manager import Manager, Nowhere
 from .paged_attention import NAME as PAGED
@@ -72,11 +73,6 @@ class Engine:
         elastic = getattr(model, "_moe_prism", None)
         if elastic is None:
             raise UsageError("the model is not elastic", "load a folder written by `moe-prism refactor`")
-        if getattr(model, "looks_back", False):
-            raise UsageError(
-                "routers of this model look at earlier tokens, which a server's batches do not show them",
-                "run it with `moe-prism generate`, or measure it with `moe-prism frontier`",
-            )
         self.model, self.elastic, self.ladder, self.policy, self.clock = model, elastic, ladder, policy, clock
         self.size = size or EngineSize()
         self.observer: Observer | None = None
@@ -93,6 +89,7 @@ class Engine:
         self._stopping = False
         self._deadlines, self._lock = Deadlines(self.book), threading.Lock()
         self._paged = model.device.type == "cpu" and model.dtype == torch.float32 and full_attention(model)
+        self._earlier = earlier_tokens(model, self._paged)
         self._attention = model.config._attn_implementation
         self.decodings = self._decodings(decoding or DecodingOffer(()), tokenizer, adapters)
         if self._paged:
@@ -276,7 +273,7 @@ class Engine:
                 drafts=self.drafts,
             )
         )
-        processor.model_runner = Runner.over(processor)
+        processor.model_runner = Runner.over(processor, self._earlier)
 
     def turn(self, processor: ContinuousBatchProcessor) -> bool:
         """One pass of the loop: a step if there is one. False ends the thread."""

@@ -76,6 +76,8 @@ class PagedLayout:
     table: Tensor  # [D, blocks]
     lengths: Tensor  # [D]
     prompts: list[tuple[slice, Tensor | None, Tensor | None]] = field(default_factory=list)  # rows, cache index [C], mask [q, C]
+    segments: Sequence[Segment] = ()
+    tells: bool = False  # `attention` gives its weights too, [1, heads, q, C] of every segment
 
 
 def plan(segments: Sequence[Segment], page: int, stride: int) -> PagedLayout:
@@ -89,6 +91,7 @@ def plan(segments: Sequence[Segment], page: int, stride: int) -> PagedLayout:
         torch.tensor([[*s.blocks, *[0] * (blocks - len(s.blocks))] for s in decode]),
         torch.tensor([s.total for s in decode]),
         [_prompt(s, page, stride) for s in segments if s.queries > 1],
+        segments,
     )
 
 
@@ -96,10 +99,18 @@ def _prompt(segment: Segment, page: int, stride: int) -> tuple[slice, Tensor | N
     rows = slice(segment.start, segment.start + segment.queries)
     if segment.past == 0:
         return rows, None, None
+    return rows, places(segment, page, stride), _seen(segment)
+
+
+def places(segment: Segment, page: int, stride: int) -> Tensor:
+    """[C] of all tokens of a request, where two blocks are `stride` apart."""
     pages = -(-segment.total // page)
-    index = (torch.tensor(segment.blocks[:pages])[:, None] * stride + torch.arange(page)).flatten()[: segment.total]
-    mask = torch.ones(segment.queries, segment.total, dtype=torch.bool).tril(segment.past)
-    return rows, index, mask
+    return (torch.tensor(segment.blocks[:pages])[:, None] * stride + torch.arange(page)).flatten()[: segment.total]
+
+
+def _seen(segment: Segment) -> Tensor:
+    """[q, C]: which of them every token sees."""
+    return torch.ones(segment.queries, segment.total, dtype=torch.bool).tril(segment.past)
 
 
 def attention(
@@ -110,8 +121,11 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Writes the new keys and values, then attends request by request. -> [1, T, heads, d]. Without dropout: nobody trains here."""
+) -> tuple[Tensor, list[Tensor] | None]:
+    """Writes the new keys and values, then attends request by request. -> [1, T, heads, d]. Without dropout: nobody trains here.
+
+    Also the weights, if the layout asks for them.
+    """
     cache = kwargs[CACHE]
     layout: PagedLayout = cache.moe_prism_layout
     layer = int(module.layer_idx)  # type: ignore[arg-type]
@@ -120,18 +134,28 @@ def attention(
     keys, values = cache.layer_to_allocator[layer]._kv_token_views[layer]
     shared = query.shape[1] != key.shape[1]  # grouped-query attention
 
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+
     q = query[0].transpose(0, 1).contiguous()  # [T, heads, d]
     out = torch.empty_like(q)
     if len(layout.rows):
         paged = PagedCache(keys.numpy(), values.numpy(), layout.page, layout.stride)
-        _decode(layout, q, paged, q.shape[2] ** -0.5 if scaling is None else scaling, out)
+        _decode(layout, q, paged, scale, out)
     for span, index, mask in layout.prompts:
         k, v = (key[:, :, span], value[:, :, span]) if index is None else (_read(keys, index), _read(values, index))
         attended = nn.functional.scaled_dot_product_attention(
             query[:, :, span], k, v, attn_mask=mask, scale=scaling, is_causal=index is None, enable_gqa=shared
         )
         out[span] = attended[0].transpose(0, 1)
-    return out[None], None
+    return out[None], [_weights(layout, s, query * scale, keys) for s in layout.segments] if layout.tells else None
+
+
+def _weights(layout: PagedLayout, segment: Segment, query: Tensor, keys: Tensor) -> Tensor:
+    """[1, heads, q, C] of one request, its query scaled."""
+    own = query[:, :, segment.start : segment.start + segment.queries]
+    read = _read(keys, places(segment, layout.page, layout.stride))
+    read = read.repeat_interleave(own.shape[1] // read.shape[1], 1)
+    return (own @ read.mT).masked_fill(~_seen(segment), -torch.inf).softmax(-1)
 
 
 def _decode(layout: PagedLayout, q: Tensor, cache: PagedCache, scale: float, out: Tensor) -> None:

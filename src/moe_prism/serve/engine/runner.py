@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 
 from ...offload.predict.base import HISTORY
 from ..requests import ErrorKind, Event, TokenLogprob
+from .earlier import EarlierTokens
 from .paged_attention import NAME as PAGED
 from .paged_attention import handed_over
 from .sampling import Guesser, Sampler, draw, logprobs
@@ -29,8 +31,8 @@ class Runner(ModelRunner):  # type: ignore[misc]
     scheduler: PolicyScheduler
 
     @classmethod
-    def over(cls, processor: Any) -> Runner:
-        """The runner of a batch processor, in place of its own."""
+    def over(cls, processor: Any, earlier: EarlierTokens | None = None) -> Runner:
+        """The runner of a batch processor, in place of its own. earlier: shows the model's routers which tokens came before."""
         runner = cls(
             logit_processor=processor.logit_processor,
             cb_config=processor.cb_config,
@@ -40,11 +42,12 @@ class Runner(ModelRunner):  # type: ignore[misc]
             return_logprobs=False,
         )
         runner.scheduler = processor.scheduler
-        runner.samplers = {}
+        runner.samplers, runner.earlier = {}, earlier
         runner.results, runner.before = {}, {}
         return runner
 
     samplers: dict[str, Sampler]
+    earlier: EarlierTokens | None
     results: dict[str, Event]
     before: dict[str, list[Event]]
     """What a check drew before the token of `results`."""
@@ -62,7 +65,8 @@ class Runner(ModelRunner):  # type: ignore[misc]
         watch = getattr(self.scheduler.elastic, "watch", None)
         if watch is not None:
             watch.tell(_before(parts))
-        out = model(**batch_data).logits[0]
+        with nullcontext() if self.earlier is None else self.earlier.shown(self.scheduler.cache.moe_prism_layout):
+            out = model(**batch_data).logits[0]
         logits = (out if sliced else out[rows]).float()
         self.results, self.before = {}, {}
         self._prompt_logprobs(parts, spans, logits)

@@ -37,7 +37,9 @@ def test_a_cell_has_the_fastest_by_its_forecast(grid, wide, tmp_path, monkeypatc
     if not plane_tiles.AVAILABLE:
         pytest.skip("this processor has no products of bytes")
     plain = grid.fitted
-    monkeypatch.setattr(grid, "fitted", lambda folder, group, layers: plain(folder, group, 2))  # measured on text, in the benchmark
+    monkeypatch.setattr(
+        grid, "fitted", lambda folder, group, layers: plain(folder, group, 2)
+    )  # measured on text, in the benchmark
     asked = arguments(tmp_path)
     bench = grid.Bench.of(wide, tmp_path, asked)
     rows = grid.cell(bench, Namespace(**vars(asked), share=0.5))

@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+from known_tokens import coefficients, drafted, oracle
+
 from moe_prism.cli.output import note, progress, table
 from moe_prism.jobs.trace import TraceOptions, compare_policies, record_trace
 from moe_prism.offload import Prefetch, Trace, cache_policies, load_trace, predictors
 from moe_prism.offload.predict import recall
-from moe_prism.offload.predict.drafted import coefficients, drafted, oracle
 from moe_prism.offload.predict.path import Path
 from moe_prism.offload.quotas import miss_curves, quotas
 from moe_prism.offload.replay import ReplayOptions, groups, interleave, replay

@@ -1,13 +1,14 @@
-"""Fitted settings of a store against LRU over whole experts, at links and memories, and how well a fit says what a run will take.
+"""Fitted settings of a store against LRU over whole experts, at links and memories, and how well a run's time is known before it.
 
     python benchmarks/offload_grid.py [--folder ELASTIC] [--links 100 1000 10000] [--shares .25 .5] [--tokens 64] [--rounds 2] [--json]
     python benchmarks/offload_grid.py --overlap        # where reading and computing take alike, what both take together
     python benchmarks/offload_grid.py --limits         # --expert-memory auto under three limits of memory
 
-In every cell of the grid: prices and steps are measured on calibration text (`moe-prism offload` does the same), settings are fitted to a
-trace of calibration text, and held-out text is decoded with them and with `lru` over whole experts in the same memory, window by window,
-A B B A. `forecast` is what the fit said of the trace's evaluation side before anything was run. Settings are tried at full budget, at
---budget, and for records of planes at --bits; the cell has the fastest by its forecast, so no run chooses anything. --links are MB/s.
+In every cell of the grid, prices and steps are measured on calibration text, as `moe-prism offload` does, and settings are fitted to a
+trace of calibration text: at full budget, at --budget, and for records of planes at --bits. From that the time of each is forecast, and
+that of `lru` over whole experts in the same memory. Then held-out text is decoded with `lru` and with the fastest by its forecast, so no
+run chooses anything; the best of the other kind (records for planes, planes for records) runs beside them. Window by window, there and
+back. KL is to the model in memory, on the same tokens. --links are MB/s, and a share is of the bytes of all experts.
 The limits are files of a made-up control group, which the code reads as it reads the system's: nobody enforces them here, so what counts
 is what the process holds.
 """
@@ -22,7 +23,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,124 +37,165 @@ from moe_prism.checkpoint import read_manifest
 from moe_prism.cli.output import note
 from moe_prism.data import token_windows
 from moe_prism.elastic import operating_point
-from moe_prism.jobs.fit_offload import OffloadFit, fit_offload
+from moe_prism.jobs.fit_offload import fit_offload
+from moe_prism.jobs.forecast_offload import prefetch_of
+from moe_prism.jobs.forecast_planes import forecast_planes
+from moe_prism.offload.cache import cache_policies
 from moe_prism.offload.record import TraceRecorder, record
 from moe_prism.offload.trace import Trace
 from moe_prism.options.fit import FitOptions
-from moe_prism.point import FULL
+from moe_prism.point import FULL, SlotBits
 from moe_prism.store import StoreOptions, sizing
-from moe_prism.store.price_reads import measure_prices, measure_step
+from moe_prism.store.fitted import choose
+from moe_prism.store.pools import Eviction
+from moe_prism.store.price_reads import ReadPrices, measure_prices, measure_step, replayed
 
 MIB = 1 << 20
 TOKENS = 256  # of the KV cache under a limit
 
 
-@dataclass
+@dataclass(frozen=True)
+class Costs:
+    """What was measured of a store: the price of reads, and seconds of a step apart from them."""
+
+    prices: ReadPrices
+    step: float
+
+
+@dataclass(frozen=True)
 class Way:
-    """Settings that were fitted for a cell, and what the fit says a token takes."""
+    """A configuration, and the seconds that a token takes with it by what was known before it ran."""
 
     config: Config
-    found: OffloadFit
-
-    @property
-    def forecast(self) -> float:
-        return self.found.held_out[2].ms_per_token
+    forecast: float
+    about: str = ""
 
 
-def routing(folder: Path, model: Any, tokenizer: Any, budget: float, args: Namespace) -> Trace:
-    """What both sides of the text route to at a budget."""
-    exclude = read_manifest(folder)["calibration"]["documents"]
-    length, every = PROMPT + args.tokens, []
-    for side, count in (("calibration", 8), ("evaluation", 4)):
-        left_out = exclude if side == "evaluation" else ()
-        every.append(
+@dataclass(frozen=True)
+class Bench:
+    """What all cells share. traces: of calibration text, by budget; reference: log-probabilities of every window."""
+
+    folder: Path
+    work: Path
+    experts: int
+    traces: dict[float, Trace]
+    calibration: torch.Tensor
+    windows: torch.Tensor
+    reference: list[torch.Tensor]
+    bits: SlotBits | None
+
+    @classmethod
+    def of(cls, folder: Path, work: Path, args: Namespace) -> Bench:
+        whole, tokenizer = load(folder)
+        length = PROMPT + args.tokens
+        exclude = read_manifest(folder)["calibration"]["documents"]
+        sides = [
             (side, token_windows(tokenizer, args.text, side, length=length, tokens=length * count, exclude=left_out).ids)
-        )
+            for side, count, left_out in (("calibration", 12, ()), ("evaluation", 2, exclude))
+        ]
+        traces = {budget: routing(whole, sides, budget) for budget in (1.0, args.budget)}
+        windows = held_out(folder, tokenizer, args)
+        reference = [decode(whole, row[None], FULL, args.tokens)[1] for row in windows]
+        bits = fitted(folder, args.group, None) if args.bits else None
+        return cls(folder, work, expert_bytes(folder, whole), traces, sides[0][1][:2], windows, reference, bits)
+
+
+def routing(model: Any, sides: list[tuple[str, torch.Tensor]], budget: float) -> Trace:
+    """What both sides of the text route to at a budget."""
     with operating_point(model, budget):
-        return record(TraceRecorder(model, inputs=True), every, prompt=PROMPT)
+        return record(TraceRecorder(model, inputs=True), sides, prompt=PROMPT)
 
 
-def prices(model: Any, text: torch.Tensor, budget: float) -> tuple[float, float]:
-    """Milliseconds that a layer computes and that a record takes where many are read."""
-    store = model._moe_prism.store
-    found = measure_prices(store)
+def measured(model: Any, text: torch.Tensor, budget: float) -> Costs:
+    prices = measure_prices(model._moe_prism.store)
     with operating_point(model, budget):
-        step = measure_step(model, text, PROMPT, found)
-    return max(1e-6, 1e3 * step / store.space.layers), max(1e-6, 1e3 / found.bandwidth) if found.seconds[0] else 1e-6
+        return Costs(prices, measure_step(model, text, PROMPT, prices))
 
 
-def fit_ways(folder: Path, work: Path, traces: dict[float, Trace], text: torch.Tensor, args: Namespace) -> list[Way]:
+def lru_way(bench: Bench, args: Namespace) -> Way:
+    """Whole experts, all of them: what everything is compared with."""
+    config = Config("lru", parts=1, options={"policy": "lru"})
+    model = stored(bench.folder, bench.work, args.memory, config, args)
+    store, costs = model._moe_prism.store, measured(model, bench.calibration, 1.0)
+    rows = bench.traces[1.0].part("calibration").decode()
+    eviction = Eviction(cache_policies.get("lru"), group=store.group)
+    found = replayed(rows, store.space, store.slots, eviction).at(costs.prices, costs.step)
+    store.close()
+    return Way(config, found.seconds)
+
+
+def fitted_ways(bench: Bench, args: Namespace) -> list[Way]:
     """Settings for every budget."""
     ways = []
-    for budget, trace in traces.items():
+    for budget, trace in bench.traces.items():
         name = f"budget {budget:g}"
-        model = stored(folder, work, args.memory, Config(name, budget, options={"policy": "lfu"}), args)
-        layer, record_ms = prices(model, text, budget)
-        store = model._moe_prism.store
-        path = work / f"settings-{args.link:g}-{args.share:g}-{budget:g}.json"
-        asked = FitOptions(share=min(1.0, store.slots / len(store.space)), layer_ms=layer, record_ms=record_ms)
-        found = fit_offload(trace, path, asked, force=True)
-        ways.append(Way(Config(name, budget, options={"fitted": path}), found))
+        model = stored(bench.folder, bench.work, args.memory, Config(name, budget, options={"policy": "lfu"}), args)
+        store, costs = model._moe_prism.store, measured(model, bench.calibration, budget)
+        layer, record_ms = (
+            1e3 * costs.step / store.space.layers,
+            1e3 / costs.prices.bandwidth if store.slots < len(store.space) else 1,
+        )
+        path = bench.work / f"settings-{args.link:g}-{args.share:g}-{budget:g}.json"
+        asked = FitOptions(share=min(1.0, store.slots / len(store.space)), layer_ms=max(1e-6, layer), record_ms=record_ms)
+        fit_offload(trace, path, asked, force=True)
+        chosen, rows = choose(None, {}, None, None, path), trace.part("calibration").decode()
+        eviction = replace(chosen.eviction(store.space, store.slots, store.group), group=store.group)
+        ahead = prefetch_of(chosen, rows, store.space, store.pack.layout.hidden)
+        found = replayed(rows, store.space, store.slots, eviction, ahead).at(costs.prices, costs.step)
+        about = chosen.policy if ahead is None else f"{chosen.policy}, {chosen.predictor} {chosen.width}"
+        ways.append(Way(Config(name, budget, options={"fitted": path}), found.seconds, str(about)))
         store.close()
-        note(f"{args.link:g} MB/s, share {args.share:g}, {name}: layer {layer:.3f} ms, record {record_ms:.4f} ms")
+        note(f"{args.link:g} MB/s, {args.share:g}, {name}: layer {layer:.3f} ms, record {record_ms:.4f} ms, {about}")
     return ways
 
 
-def cell(
-    folder: Path, work: Path, traces: dict[float, Trace], whole: Any, texts: tuple[Any, Any], args: Namespace
-) -> dict[str, Any]:
-    """One link and one memory."""
-    calibration, windows = texts
-    args.memory = int(args.share * expert_bytes(folder, whole))
-    ways = fit_ways(folder, work, traces, calibration, args)
-    best = min(ways, key=lambda way: way.forecast)
-    configs = [Config("lru", parts=1, options={"policy": "lru"}), best.config]
-    layers = None
-    if args.bits:
-        layers = fitted(folder, args.group, None)
-        configs.append(Config(f"planes, {args.bits:g}", args.bits, options={"policy": "lfu"}, planes=True))
-    runs = [Run(config, stored(folder, work, args.memory, config, args), config.point(layers)) for config in configs]
-    for run in runs:
-        decode(run.model, windows[-1:], run.point, min(16, args.tokens))
-    for row in windows:
+def planes_way(bench: Bench, args: Namespace) -> Way:
+    """Records of planes at --bits, under the policy that has the shortest forecast."""
+    config = Config(f"bits {args.bits:g}", args.bits, options={"policy": "lfu"}, planes=True)
+    model = stored(bench.folder, bench.work, args.memory, config, args)
+    policies = {name: Eviction(cache_policies.get(name)) for name in ("lru", "lfu", "edge-moe")}
+    found = forecast_planes(model, bench.calibration, PROMPT, policies, {config.name: config.point(bench.bits)}, 0.0)[1]
+    best = min(found, key=lambda way: way.found.seconds)
+    model._moe_prism.store.close()
+    return Way(replace(config, options={"policy": best.policy}), best.found.seconds, best.policy)
+
+
+def cell(bench: Bench, args: Namespace) -> list[dict[str, Any]]:
+    """One link and one memory: a row per configuration that ran, `chosen` the fastest by its forecast."""
+    args.memory = int(args.share * bench.experts)
+    records = min(fitted_ways(bench, args), key=lambda way: way.forecast)
+    ways = [lru_way(bench, args), records, *([planes_way(bench, args)] if args.bits else [])]
+    chosen = min(ways[1:], key=lambda way: way.forecast)
+    runs = []
+    for way in ways:
+        model = stored(bench.folder, bench.work, args.memory, way.config, args)
+        runs.append(Run(way.config, model, way.config.point(bench.bits)))
+        decode(model, bench.windows[-1:], runs[-1].point, args.tokens)
+    for row, reference in zip(bench.windows, bench.reference, strict=True):
         for run in (*runs, *reversed(runs)):
-            turn(run, row[None], args.tokens, None)
-    rows = [run.row(runs[0]) for run in runs]
-    for run in runs:
+            turn(run, row[None], args.tokens, reference)
+    rows = []
+    for way, run in zip(ways, runs, strict=True):
+        own = run.row(runs[0])
+        error = 1e3 * way.forecast / own["ms_per_token"] - 1
+        names = {"link": args.link, "share": args.share, "config": way.config.name, "about": way.about, "chosen": way is chosen}
+        figures = {name: own[name] for name in ("ms_per_token", "ratio", "kl", "hit_rate", "waited_ms")}
+        rows.append({**names, **figures, "forecast_ms": 1e3 * way.forecast, "error": error})
         run.model._moe_prism.store.close()
-    chosen = best.found.settings
-    return {
-        "link": args.link,
-        "share": args.share,
-        "lru_ms": rows[0]["ms_per_token"],
-        "fitted_ms": rows[1]["ms_per_token"],
-        "ratio": rows[1]["ratio"],
-        "budget": best.config.budget,
-        "policy": chosen.policy,
-        "predictor": chosen.predictor if chosen.width else None,
-        "width": chosen.width,
-        "forecast_ms": best.forecast,
-        "error": best.forecast / rows[1]["ms_per_token"] - 1,
-        "planes_ratio": rows[2]["ratio"] if args.bits else None,
-    }
+    return rows
 
 
 def grid(args: Namespace, folder: Path, work: Path) -> list[dict[str, Any]]:
-    whole, tokenizer = load(folder)
-    traces = {budget: routing(folder, whole, tokenizer, budget, args) for budget in (1.0, args.budget)}
-    length = PROMPT + args.tokens
-    calibration = token_windows(tokenizer, args.text, "calibration", length=length, tokens=length).ids
-    texts = calibration, held_out(folder, tokenizer, args)
-    rows = []
+    bench, rows = Bench.of(folder, work, args), []
     for link in args.links:
         for share in args.shares:
-            asked = Namespace(**{**vars(args), "link": link, "share": share})
-            rows.append(cell(folder, work, traces, whole, texts, asked))
-            note(json.dumps(rows[-1]))
+            found = cell(bench, Namespace(**{**vars(args), "link": link, "share": share}))
+            rows += found
+            for row in found:
+                note(json.dumps(row))
     errors = [abs(row["error"]) for row in rows]
-    print(
-        f"worst ratio {max(row['ratio'] for row in rows):.2f}, error median {statistics.median(errors):.3f}, worst {max(errors):.3f}"
-    )
+    worst = max(row["ratio"] for row in rows if row["chosen"])
+    note(f"worst ratio {worst:.2f}, error median {statistics.median(errors):.3f}, worst {max(errors):.3f}")
     return rows
 
 

@@ -10,7 +10,6 @@ from moe_prism.jobs.trace import TraceOptions, record_trace
 from moe_prism.offload import Prefetch, cache_policies, predictors, replay
 from moe_prism.offload.predict import recall
 from moe_prism.offload.predict.base import chosen, history
-from moe_prism.offload.predict.drafted import coefficients, drafted, oracle
 from moe_prism.offload.predict.reuse import ReusePredictor
 from moe_prism.offload.replay import ReplayOptions, groups
 
@@ -73,26 +72,6 @@ def test_a_perfect_prediction_leaves_no_misses():
     truth = np.stack([chosen(trace, layer) for layer in range(3)], axis=1)
     counts = replay(trace, cache_policies.get("lru"), 4, ReplayOptions(prefetch=Prefetch(truth, 2)))
     assert counts.misses == 0 and counts.prefetch_precision > 0.99
-
-
-def test_known_ids_are_worth_more_than_the_past(nano, fitted):
-    """The path predictor on the next ids against all that is known without them; the true routing is worth more still."""
-    rows, path, policy = nano[1].rows(slice(768)), fitted["path"], cache_policies.get("reuse")
-    mix = {"coefficients": coefficients(rows.space)}
-    hits = [replay(rows, policy, 8, ReplayOptions(hints=h, settings=mix)).hits for h in (drafted(rows, path, 4), oracle(rows, 4))]
-    assert (
-        replay(rows, cache_policies.get("lfu"), 8).hits < hits[0] < hits[1] <= replay(rows, cache_policies.get("belady"), 8).hits
-    )
-
-
-def test_drafted_equals_its_sum(nano, fitted):
-    rows = nano[1].rows(slice(185, 200))  # the last rows of one request and the first of another
-    path = fitted["path"]
-    p = 1 / (1 + np.exp(-path.scores(rows).astype(np.float64)))
-    found = drafted(rows, path, 2)
-    for t in range(15):
-        known = [p[t + j] if t + j < 15 and rows.request[t + j] == rows.request[t] else p.mean(0) for j in (1, 2)]
-        np.testing.assert_allclose(found[t], 0.7 * known[0] + 0.49 * known[1] * (1 - known[0]), rtol=1e-4)
 
 
 def test_dictionary_learns_a_deterministic_next_layer():

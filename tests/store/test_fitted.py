@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from typing import ClassVar
@@ -152,6 +153,16 @@ def test_every_policy_runs_as_it_was_fitted_and_changes_no_logit(name, world, tm
     assert policy["policy"] == name and set(policy["settings"]) == set(cache_policies.get(name).shapes(store_of(stored).space))
     if name == "counted-uses":
         assert all(pool.policy.factor == 2.0 for pool in store_of(stored).cache.pools)
+
+
+@pytest.mark.parametrize("name", ["lru", "lfu", "edge-moe", "lfru", "counted-uses"])
+def test_a_policy_without_a_compiled_table_says_what_that_costs(name, world, tmp_path, plugged, caplog):
+    folder, file, memory, *_ = world
+    stored, _ = opened(folder, file, memory, fitted=fitted(world, tmp_path, policy=[name], predictor=["frequency"]))
+    told = [r.getMessage() for r in caplog.records if "no compiled table" in r.getMessage()]
+    assert len(told) == (name not in ("lru", "lfu", "edge-moe"))
+    assert all(f"'{name}'" in line and re.search(r"for \d+ us, `lru` for \d+,", line) for line in told)
+    assert not len(store_of(stored).cache)  # what was asked was another cache
 
 
 def test_a_live_predictor_is_shown_what_a_trace_shows_it(world, tmp_path, plugged):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 
 import numpy as np
@@ -54,15 +55,42 @@ def test_the_bound_is_that_of_the_policy_that_knows_the_future(data, capacity, s
     assert 0 <= found <= len(every)
 
 
+def looked(figures):
+    """The rates of the window once they are computed."""
+    figures.of_window()
+    figures.settle()
+    return figures.of_window()
+
+
+def test_who_asks_never_computes_the_bound(monkeypatch):
+    threads, hold = [], threading.Event()
+
+    def slow(*given):
+        threads.append(threading.get_ident())
+        assert hold.wait(30)
+        return belady_misses(*given)
+
+    monkeypatch.setattr(live_figures, "belady_misses", slow)
+    own = LiveFigures(KeySpace(1, 8), [4])
+    for step in range(8):
+        own.note(0, np.array([step % 8]), 1)
+    for _ in range(100):  # an engine's steps, while one computation goes on
+        assert own.of_window() == (None, None)
+    hold.set()
+    own.settle()
+    assert own.of_window()[0] == 0.0
+    assert len(threads) == 1 and threads[0] != threading.get_ident()
+
+
 def test_the_window_is_bounded_and_forgets(monkeypatch):
     monkeypatch.setattr(live_figures, "MOST_KEYS", 64)
     own = LiveFigures(KeySpace(1, 8), [4])
-    assert own.of_window() == (None, None)
+    assert looked(own) == (None, None)
     for step in range(400):
         own.note(0, np.arange(4) if step < 200 else np.array([step % 8]), 4 if step == 0 else 1)
         assert own._held <= 64
-    own._looked = -live_figures.EVERY
-    rate, bound = own.of_window()
+    own._due = 0.0
+    rate, bound = looked(own)
     assert rate == 0.0 and 0 < bound < 1  # 8 keys in turns, 4 fit: the cache that ran had none of them
     assert (own.requested, own.missed) == (4 * 200 + 200, 4 + 399)
     assert own.of_window() == (rate, bound)
@@ -82,6 +110,7 @@ def test_a_store_counts_what_its_cache_counts(elastic_tiny, tmp_path, compiled):
     store.compiled = compiled
     for i in range(ids.shape[1]):
         logits(model, ids[:, i : i + 1], 0.6)
+    looked(store.fetcher.figures)
     found, counts = store.figures(), store.cache.counts
     assert (found.steps, found.tokens) == (ids.shape[1], ids.shape[1])
     assert (found.requested, found.missed) == (counts.requested, counts.misses)

@@ -91,7 +91,7 @@ architectures: Registry[type[Architecture]] = Registry(
             "arXiv 2505.00792",
         ),
         "read-me": (
-            "moe_prism.architectures.read_me:ReadMe",
+            "moe_prism.architectures.read_me:RouterAhead",
             "one router in front of the model says the experts of all layers (Read-ME)",
             "arXiv 2410.19123",
         ),

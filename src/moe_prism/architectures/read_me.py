@@ -118,7 +118,7 @@ class ReadMeSettings(Form):
     head: Annotated[int, Field(ge=1, le=1 << 12)] = 16
 
 
-class ReadMe(Architecture):
+class RouterAhead(Architecture):
     """Trained like a plain mixture."""
 
     Settings = ReadMeSettings

@@ -128,7 +128,7 @@ def forecast_offload(
                 steps[budget] = measure_step(model, windows[:1], PROMPT, here)
             rows = at_budget(trace, elastic, budget).decode()
             kept = float(rows.slots().mean()) if budget < 1 else float(total)
-            guess = _prefetch(chosen, rows, store.space, hidden)
+            guess = prefetch_of(chosen, rows, store.space, hidden)
             for name, eviction in names.items():
                 for ahead in (None,) if guess is None else (None, guess):
                     misses = replayed(rows, store.space, store.slots, replace(eviction, group=store.group), ahead)
@@ -184,7 +184,7 @@ def runnable(chosen: Chosen, space: KeySpace) -> dict[str, Eviction]:
     return {name: chosen.eviction(space, len(space), 1) if name == fitted else Eviction(kind) for name, kind in able.items()}
 
 
-def _prefetch(chosen: Chosen, rows: Trace, space: KeySpace, hidden: int) -> Prefetch | None:
+def prefetch_of(chosen: Chosen, rows: Trace, space: KeySpace, hidden: int) -> Prefetch | None:
     """What is read ahead on a trace, None for nothing."""
     if not chosen.width:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ Ints = NDArray[np.int64]
 
 MOST_KEYS = 1 << 16  # of the window
 MOST_WORK = 1 << 27  # looks at residents that the bound may take: keys of the window x keys of a pool
-EVERY = 5.0  # seconds between two computations of the bound
+EVERY = 5.0  # seconds between two computations of the bound, at least
+SHARE = 0.02  # of one core that they may take
 NEVER = 1 << 62
 
 
@@ -39,7 +41,8 @@ class StoreFigures(NamedTuple):
 class LiveFigures:
     """Counts requests, and keeps the last of them: at most MOST_KEYS keys.
 
-    `note` is called by the thread that computes, `of_window` may be by another.
+    `note` is called by the thread that computes, `of_window` may be by another. An engine asks at every step, whether anybody looks or
+    not. So the bound, which takes up to half a second, is computed by a thread of its own, most of it without Python's lock.
     """
 
     def __init__(self, space: KeySpace, capacities: Sequence[int]) -> None:
@@ -52,7 +55,8 @@ class LiveFigures:
         self._groups: deque[tuple[int, Ints, int]] = deque()  # layer, keys, misses
         self._held = 0
         self._known: tuple[float | None, float | None] = None, None
-        self._looked = -EVERY
+        self._due = 0.0  # when the bound may be computed again
+        self._judge: threading.Thread | None = None  # that computes it now
 
     def reset(self) -> None:
         """Count from nothing again; the window stays."""
@@ -70,11 +74,25 @@ class LiveFigures:
             self._held -= len(self._groups.popleft()[1])
 
     def of_window(self) -> tuple[float | None, float | None]:
-        """(hit rate, bound) of the window's second half, computed every EVERY seconds at most."""
-        now = time.monotonic()
-        if now - self._looked >= EVERY:
-            self._looked, self._known = now, self._judged(list(self._groups))
+        """(hit rate, bound) of the window's second half, as they were computed last. If that is long ago, begins to compute them anew."""
+        if self._judge is None and time.monotonic() >= self._due:
+            self._judge = threading.Thread(target=self._look, args=(list(self._groups),), name="bound of a cache")
+            self._judge.start()
         return self._known
+
+    def settle(self) -> None:
+        """Wait until the rates of the window are there, if they are being computed."""
+        judge = self._judge
+        if judge is not None:
+            judge.join()
+
+    def _look(self, groups: list[tuple[int, Ints, int]]) -> None:
+        began = time.monotonic()
+        try:
+            self._known = self._judged(groups)
+        finally:
+            ended = time.monotonic()
+            self._due, self._judge = ended + max(EVERY, (ended - began) / SHARE), None
 
     def _judged(self, groups: list[tuple[int, Ints, int]]) -> tuple[float | None, float | None]:
         half = len(groups) // 2

@@ -26,6 +26,7 @@ from .plane_layer import PlaneElastic
 from .plane_layout import PlaneLayout
 from .plane_store import PlaneStore
 from .pools import Eviction
+from .python_policy import request_seconds
 from .reader import RecordReader
 from .sizing import FirstSteps, cache_bytes, kept_free, memory_for_experts
 from .store import ExpertStore
@@ -129,6 +130,12 @@ def load_stored(
     if isinstance(pack.layout, PlaneLayout):
         group = max(group, 2 * pack.layout.planes)  # a pool of one layer then holds both planes of a block
     like, eviction = layer_parts[0].layer, chosen.eviction(pack.space, slots, group)
+    slow = request_seconds(eviction, pack.space, slots)
+    if slow is not None:
+        logger.warning(
+            "the policy '%s' has no compiled table: a layer asks it for %.0f us, `lru` for %.0f, and every layer takes the longer way",
+            chosen.policy, *(1e6 * seconds for seconds in slow),
+        )  # fmt: skip
     guess = chosen.guess(pack.space, like.hidden)._replace(tried=options.tries_ahead)
     if isinstance(pack.layout, PlaneLayout):
         planes = PlaneStore(pack, slots, like, eviction, reader=options.reader)

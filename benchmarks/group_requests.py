@@ -1,11 +1,14 @@
-"""Look-ahead batching (Read-ME, arXiv 2410.19123, section 5): requests that want the same experts go together."""
+"""Look-ahead batching (Read-ME, arXiv 2410.19123, section 5): requests that want the same experts go together.
+
+`orders.py` measures it.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from ..errors import UsageError
+from moe_prism.errors import UsageError
 
 
 def fill_batches(wanted: Sequence[Collection[int]], limit: int, *, window: int = 64, patience: int = 8) -> list[list[int]]:

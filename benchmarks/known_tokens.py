@@ -1,14 +1,18 @@
-"""What the next tokens will need, where their ids are known and their routing is not: a speculative draft, or text to be read."""
+"""What the next tokens will need, where their ids are known and their routing is not: a speculative draft, or text to be read.
+
+`cache.py --only drafts` measures it. No store uses it: what is known of a draft or a text is computed in one step, so all of it is
+asked for at once, and nothing is known of the step after that.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..keys import KeySpace
-from ..trace import Array, Trace
-from .base import chosen
-from .path import Path
-from .reuse import DECAY
+from moe_prism.offload.keys import KeySpace
+from moe_prism.offload.predict.base import chosen
+from moe_prism.offload.predict.path import Path
+from moe_prism.offload.predict.reuse import DECAY
+from moe_prism.offload.trace import Array, Trace
 
 TIE = 0.005  # weight of the aged count beside the prediction: it orders experts that no drafted token wants
 

@@ -1,10 +1,10 @@
-"""In which order to load what a layer needs: hottest expert, lowest bit plane first (D2MoE, arXiv 2504.15299)."""
+"""In which order to load what a layer needs: hottest expert, lowest bit plane first (D2MoE, arXiv 2504.15299). `orders.py` measures it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import UsageError
+from moe_prism.errors import UsageError
 
 Job = tuple[int, int]
 """(expert, bit plane): plane b of an expert can be used once planes 0..b are loaded. Whole experts are plane 0 alone."""

@@ -7,8 +7,9 @@
 In every cell of the grid, prices and steps are measured on calibration text, as `moe-prism offload` does, and settings are fitted to a
 trace of calibration text: at full budget, at --budget, and for records of planes at --bits. From that the time of each is forecast, and
 that of `lru` over whole experts in the same memory. Then held-out text is decoded with `lru` and with the fastest by its forecast, so no
-run chooses anything; the best of the other kind (records for planes, planes for records) runs beside them. Window by window, there and
-back. KL is to the model in memory, on the same tokens. --links are MB/s, and a share is of the bytes of all experts.
+run chooses anything; the best of the other kind (records for planes, planes for records) runs beside them. All windows, then all again in
+the other order of configurations. KL is to the model in memory, on the same tokens. --links are MB/s, and a share is of the bytes of all
+experts.
 The limits are files of a made-up control group, which the code reads as it reads the system's: nobody enforces them here, so what counts
 is what the process holds.
 """
@@ -171,9 +172,10 @@ def cell(bench: Bench, args: Namespace) -> list[dict[str, Any]]:
         model = stored(bench.folder, bench.work, args.memory, way.config, args)
         runs.append(Run(way.config, model, way.config.point(bench.bits)))
         decode(model, bench.windows[-1:], runs[-1].point, args.tokens)
-    for row, reference in zip(bench.windows, bench.reference, strict=True):
-        for run in (*runs, *reversed(runs)):
-            turn(run, row[None], args.tokens, reference)
+    for order in (runs, runs[::-1]):  # a window comes again behind all others, or its records would still be there
+        for row, reference in zip(bench.windows, bench.reference, strict=True):
+            for run in order:
+                turn(run, row[None], args.tokens, reference)
     rows = []
     for way, run in zip(ways, runs, strict=True):
         own = run.row(runs[0])

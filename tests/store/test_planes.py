@@ -16,8 +16,10 @@ from moe_prism.elastic import operating_point
 from moe_prism.errors import CorruptError, DoesNotFit, UsageError
 from moe_prism.jobs.compress import compress_model, plan_compression
 from moe_prism.jobs.forecast_offload import forecast_offload
+from moe_prism.jobs.forecast_planes import _once
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.offload.cache import cache_policies
+from moe_prism.offload.replay import Group
 from moe_prism.options.compress import CompressOptions
 from moe_prism.options.offload import OffloadOptions
 from moe_prism.point import FULL, OperatingPoint, SlotBits, SlotRule
@@ -106,6 +108,15 @@ def test_a_forecast_replays_what_the_store_asks_for(folder, file, ids, tmp_path)
             forecast_offload(folder, memory, OffloadOptions(expert_file=file, tokens=160, **wrong))
 
 
+def test_the_first_of_several_texts_fills_the_cache():
+    asked = [Group(step, layer, [step], [1.0], step, step + 1, False) for step in range(6) for layer in range(2)]
+    once, warm = _once(asked, steps=2, texts=2)  # the first text is decoded twice, in steps 0 to 3
+    assert warm == 2 and [group.step for group in once] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [group.keys[0] for group in once] == [0, 0, 1, 1, 4, 4, 5, 5]
+    alone, warm = _once(asked[:8], steps=2, texts=1)
+    assert warm == 0 and [(group.step, group.keys[0]) for group in alone[::2]] == [(0, 2), (1, 3)]
+
+
 def test_the_groups_are_the_misses_of_a_run(folder, file, ids):
     whole, _ = opened(folder, file)
     model, _ = opened(folder, file, smallest(whole, 48), policy="lru")
@@ -115,6 +126,8 @@ def test_the_groups_are_the_misses_of_a_run(folder, file, ids):
             model(input_ids=ids[:, i : i + 1], use_cache=False)
     misses = replayed(asked.groups, store.space, store.slots, Eviction(cache_policies.get("lru"), group=store.group))
     assert int(misses.lost.sum()) == store.cache.counts.misses > 0
+    late = replayed(asked.groups, store.space, store.slots, Eviction(cache_policies.get("lru"), group=store.group), warm=3)
+    assert np.array_equal(late.lost, misses.lost[3:]) and late.hit_rate > misses.hit_rate
     assert measure_plane_prices(store).seconds[-1] > 0
 
 

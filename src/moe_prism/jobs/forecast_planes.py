@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..elastic import operating_point
+from ..offload.replay import Group
 from ..point import OperatingPoint
 from ..store.plane_store import PlaneStore
 from ..store.pools import Eviction
@@ -41,11 +42,20 @@ def forecast_planes(
     for name, point in points.items():
         with operating_point(model, point=point), asked_planes(store) as asked:
             step = measure_step(model, windows, prompt, here)
-        warm = (windows.shape[1] - prompt) * store.space.layers  # the first text is decoded twice
-        first = asked.groups[warm].step
-        groups = [replace(group, step=group.step - first) for group in asked.groups[warm:]]
-        slots = statistics.fmean(asked.slots[warm:])
+        groups, warm = _once(asked.groups, windows.shape[1] - prompt, len(windows))
+        slots = statistics.fmean(asked.slots[(windows.shape[1] - prompt) * store.space.layers :])
         for policy, eviction in policies.items():
-            misses = replayed(groups, store.space, store.slots, replace(eviction, group=store.group))
+            misses = replayed(groups, store.space, store.slots, replace(eviction, group=store.group), warm=warm)
             ways.append(PlaneForecast(name, policy, slots, step, misses.at(prices, step)))
     return prices, ways
+
+
+def _once(groups: list[Group], steps: int, texts: int) -> tuple[list[Group], int]:
+    """The groups of every text once, of which the first is decoded twice, and how many steps only fill the cache.
+
+    A short text pays for every plane that it asks for first. So the first of several texts fills the cache for the others.
+    """
+    one = steps * (len(groups) // (steps * (texts + 1)))
+    if texts == 1:
+        return [replace(group, step=group.step - steps) for group in groups[one:]], 0
+    return groups[:one] + [replace(group, step=group.step - steps) for group in groups[2 * one :]], steps

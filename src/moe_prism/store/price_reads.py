@@ -177,11 +177,17 @@ class Replayed:
 
 
 def replayed(
-    trace: Trace | Sequence[Group], space: KeySpace, slots: int, eviction: Eviction, prefetch: Prefetch | None = None
+    trace: Trace | Sequence[Group],
+    space: KeySpace,
+    slots: int,
+    eviction: Eviction,
+    prefetch: Prefetch | None = None,
+    warm: int = 0,
 ) -> Replayed:
     """Replay the decode rows of a trace, or groups of one, through the cache that a store of this many slots has.
 
-    prefetch: what is read ahead of every layer but the first, while the one before computes.
+    prefetch: what is read ahead of every layer but the first, while the one before computes. warm: steps that fill the cache, and are not
+    counted.
     """
     work = list(groups(trace.decode(), space)) if isinstance(trace, Trace) else trace
     cache = pools(eviction, space, slots)
@@ -189,6 +195,7 @@ def replayed(
         cache.foresee(clocks(work, space.layers))
     lost = np.zeros((work[-1].step + 1, space.layers), np.int64)
     early = np.zeros_like(lost)
+    hits = requested = 0
     for group in work:
         if prefetch is not None and group.layer:
             guessed = prefetch.keys(group, space)
@@ -198,4 +205,7 @@ def replayed(
         lost[group.step, group.layer] = sum(
             len(access.loads) + len(access.bypassed) for access in serve(cache, group, space.layers)
         )
-    return Replayed(lost, early, cache.counts.hit_rate)
+        if group.step < warm:
+            hits, requested = cache.counts.hits, cache.counts.requested
+    counted = cache.counts.requested - requested
+    return Replayed(lost[warm:], early[warm:], (cache.counts.hits - hits) / counted if counted else 1.0)

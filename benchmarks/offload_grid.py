@@ -6,10 +6,10 @@
 
 In every cell of the grid, prices and steps are measured on calibration text, as `moe-prism offload` does, and settings are fitted to a
 trace of calibration text: at full budget, at --budget, and for records of planes at --bits. From that the time of each is forecast, and
-that of `lru` over whole experts in the same memory. Then held-out text is decoded with `lru` and with the fastest by its forecast, so no
-run chooses anything; the best of the other kind (records for planes, planes for records) runs beside them. All windows, then all again in
-the other order of configurations. KL is to the model in memory, on the same tokens. --links are MB/s, and a share is of the bytes of all
-experts.
+that of `lru` over whole experts in the same memory. Then held-out text is decoded with `lru` and with the fastest by its forecast, which
+may be `lru`, so no run chooses anything. The best of the other kind (records for planes, planes for records) runs beside them. All windows
+are decoded, then all again in the other order of configurations. KL is to the model in memory, on the same tokens. --links are MB/s, and a
+share is of the bytes of all experts.
 The limits are files of a made-up control group, which the code reads as it reads the system's: nobody enforces them here, so what counts
 is what the process holds.
 """
@@ -166,7 +166,7 @@ def cell(bench: Bench, args: Namespace) -> list[dict[str, Any]]:
     args.memory = int(args.share * bench.experts)
     records = min(fitted_ways(bench, args), key=lambda way: way.forecast)
     ways = [lru_way(bench, args), records, *([planes_way(bench, args)] if args.bits else [])]
-    chosen = min(ways[1:], key=lambda way: way.forecast)
+    chosen = min(ways, key=lambda way: way.forecast)
     runs = []
     for way in ways:
         model = stored(bench.folder, bench.work, args.memory, way.config, args)

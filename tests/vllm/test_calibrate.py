@@ -19,7 +19,9 @@ OPTIONS = CalibrateOptions(text="stdlib", tokens=4096, length=256, reservoir=64,
 
 @pytest.fixture(scope="module")
 def wanted(tmp_path_factory):
-    return calibrate_model("nano", tmp_path_factory.mktemp("transformers") / "statistics", OPTIONS)
+    folder = tmp_path_factory.mktemp("transformers") / "statistics"
+    calibrate_model("nano", folder, OPTIONS)
+    return read_statistics(folder)
 
 
 def compare(found, wanted):

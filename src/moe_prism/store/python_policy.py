@@ -41,7 +41,7 @@ def _median(cache: ExpertCache, space: KeySpace, group: int) -> float:
         keys = draw.sample(own, count)
         began = time.perf_counter()
         if isinstance(pool, TablePool):
-            pool.serve(np.array(keys, np.int64), Moment(number, step, layer))
+            pool.serve(np.array(keys, np.int64), np.ones(count), Moment(number, step, layer))
         else:
             pool.request(keys, Moment(number, step, layer), [1.0] * count)
         seconds.append(time.perf_counter() - began)

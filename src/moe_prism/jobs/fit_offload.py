@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..cores import processor
 from ..errors import UsageError
 from ..files import check_writable
 from ..offload.cache import cache_policies
 from ..offload.keys import KeySpace
 from ..offload.predict import predictors
-from ..offload.settings import ExpertSettings, write_settings
+from ..offload.settings import DECIDING, ExpertSettings, write_settings
 from ..offload.trace import Trace, load_trace
 from ..options.fit import FitOptions
 from ..progress import Report, silent
@@ -22,7 +23,10 @@ from ..store.price_reads import Forecast
 
 @dataclass(frozen=True)
 class FitRow:
-    """A way to run. hit_rate: of what layers asked for; reads_per_token: records, on demand and ahead; ms_per_token: forecast."""
+    """A way to run. hit_rate: of what layers asked for; reads_per_token: records, on demand and ahead; ms_per_token: forecast.
+
+    deciding_ms: of those, what a policy without a compiled table and a predictor take themselves, as measured on this machine.
+    """
 
     policy: str
     quotas: bool
@@ -31,11 +35,13 @@ class FitRow:
     hit_rate: float
     reads_per_token: float
     ms_per_token: float
+    deciding_ms: float
 
     @classmethod
     def of(cls, way: FitWay, time: Forecast) -> FitRow:
         predictor = way.predictor if way.predictor is not None and way.width else ""
-        return cls(way.policy, way.quotas is not None, predictor, way.width, time.hit_rate, time.reads, 1e3 * time.seconds)
+        times = 1e3 * time.seconds, 1e3 * time.deciding
+        return cls(way.policy, way.quotas is not None, predictor, way.width, time.hit_rate, time.reads, *times)
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ def fit_offload(
         if predictors.get(name).needs_inputs and rows.inputs is None:
             raise UsageError(f"'{name}' needs router inputs, which the trace lacks", "record it with `moe-prism trace --inputs`")
     slots = max(1, round(options.share * len(space)))
-    fit = StoreFit(rows, space, slots, Costs(options.layer_ms / 1e3, options.record_ms / 1e3))
+    fit = StoreFit(rows, space, slots, Costs(*(1e-3 * ms for ms in _prices(options))))
     done, total = 0, len(policies) + len(guesses)
     with report("fit") as update:
 
@@ -121,12 +127,18 @@ def fit_offload(
         "model": str(rows.header.get("model", "")),
         "options": asdict(options),
         "held_out": [asdict(row) for row in held_out],
+        DECIDING: {"processor": processor(), "ms": held_out[2].deciding_ms},
     }
     arrays = way.guess.arrays() if way.guess is not None and way.guess.needs_fit else {}
     settings = ExpertSettings(space, slots, way.policy, way.settings, way.quotas, way.predictor, way.width, arrays, made)
     if out is not None:
         write_settings(Path(out), settings)
     return OffloadFit(settings, options.share, [FitRow.of(*pair) for pair in tried], held_out)
+
+
+def _prices(options: FitOptions) -> tuple[float, ...]:
+    """Milliseconds, as `Costs` has seconds."""
+    return options.layer_ms, options.record_ms, options.busy_ms, options.uncompiled_ms, options.guess_ms
 
 
 def _judged(fit: StoreFit, way: FitWay) -> list[FitRow]:

@@ -23,6 +23,8 @@ from .predict import Predictor, predictors
 from .trace import Array
 
 MOST_BYTES = 1 << 30  # of a predictor's arrays
+DECIDING = "deciding_measured_on_this_processor"
+"""In `ExpertSettings.made`: what policy and predictor take themselves, in milliseconds of a token, and the processor where that holds."""
 BOUNDS = JsonBounds(bytes=256 << 20)
 
 

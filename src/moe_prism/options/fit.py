@@ -20,12 +20,26 @@ class FitOptions(Options):
     share: float = option(0.25, "Share of the keys (experts, or sub-experts) that fit into memory.", above=0, most=1)
     layer_ms: float = option(
         1.0,
-        "Milliseconds that a layer computes in a step, as `moe-prism offload` measures it. The choice depends on its ratio to --record-ms "
-        "alone.",
+        "Milliseconds that a layer computes in a step, as `moe-prism offload` measures it.",
         above=0,
     )
     record_ms: float = option(
         1.0, "Milliseconds that one key takes to be read, as `moe-prism offload` measures it. The default is a layer's.", above=0
+    )
+    busy_ms: float = option(
+        0.0, "Of --record-ms, what the computing thread works itself, as `moe-prism offload` measures it.", least=0
+    )
+    uncompiled_ms: float = option(
+        0.0,
+        "Milliseconds that a layer takes more where the policy has no compiled table, as `moe-prism offload` measures them. What the "
+        "policy's own Python takes is measured here.",
+        least=0,
+    )
+    guess_ms: float = option(
+        0.0,
+        "Milliseconds that a layer takes to choose what to read ahead, as `moe-prism offload` measures them. What the predictor takes is "
+        "measured here.",
+        least=0,
     )
     parts: int | None = option(None, "Keys per expert: 1, or the sub-experts of the trace. Default those of the trace.", least=1)
     policy: list[str] = option(

@@ -64,7 +64,9 @@ class Residency(NamedTuple):
     pins: Ints  # [n] how often it is pinned
     expected: Flags  # [n] a prefetch does not push it out
     early: Flags  # [n] prefetched, and not requested since
-    clock: Ints  # [3] number of the next use (USE), the step with which the sequence began (BEGAN), that of the last use (LAST_STEP)
+    clock: (
+        Ints  # [3] number of the next use (USE), the step with which the sequence began (BEGAN), that of the last use (LAST_STEP)
+    )
     counts: Ints  # [8] REQUESTED ...
 
     @classmethod

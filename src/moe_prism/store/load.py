@@ -19,14 +19,14 @@ from ..model import MoELayer, find_layers, read_generation_config
 from .aio_reader import open_reader
 from .arena import slots_in
 from .choose_misses import Misses
-from .fitted import choose
+from .decisions import request_seconds
+from .fitted import choose, measured_elsewhere
 from .layer import StoredElastic, resident_bytes, stored_parts
 from .pack import Pack, check_fits, open_pack, write_pack
 from .plane_layer import PlaneElastic
 from .plane_layout import PlaneLayout
 from .plane_store import PlaneStore
 from .pools import Eviction
-from .python_policy import request_seconds
 from .reader import RecordReader
 from .sizing import FirstSteps, cache_bytes, kept_free, memory_for_experts
 from .store import ExpertStore
@@ -130,6 +130,9 @@ def load_stored(
     if isinstance(pack.layout, PlaneLayout):
         group = max(group, 2 * pack.layout.planes)  # a pool of one layer then holds both planes of a block
     like, eviction = layer_parts[0].layer, chosen.eviction(pack.space, slots, group)
+    elsewhere = None if chosen.fitted is None else measured_elsewhere(chosen.fitted)
+    if elsewhere is not None:
+        logger.warning("the settings were fitted with what deciding costs on '%s'; fit them again on this machine", elsewhere)
     slow = request_seconds(eviction, pack.space, slots)
     if slow is not None:
         logger.warning(

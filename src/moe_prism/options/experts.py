@@ -57,6 +57,12 @@ class ExpertOptions(Options):
         None, "Share of the slots up to which missing ones are then read in int8 form instead of being skipped."
     )
 
+    miss_shares: str | None = option(
+        None,
+        "T1,T2 in place of both (HOBBIT): an expert that is not in memory is read as it is where a token's stronger experts hold at most "
+        "the share T1 of its routing weight, in int8 form or its upper plane up to T2, else skipped. 1,1 reads all.",
+    )
+
     def check_used(self) -> None:
         """UsageError for an option that would do nothing, because all experts are in memory."""
         if self.expert_ahead_always and not self.expert_ahead and self.expert_settings is None:

@@ -65,7 +65,7 @@ def ready_pack(
     folder: Path, manifest: Mapping[str, Any], options: StoreOptions, progress: Callable[[int, int], None] | None = None
 ) -> Pack:
     """The packed file of an artefact, written first where there is none."""
-    path, low = options.file or folder / PACK_FILE, options.misses.low is not None
+    path, low = options.file or folder / PACK_FILE, options.misses.needs_low
     if options.parts not in (None, 1, manifest["n_sub"]):
         raise UsageError(
             f"an expert cannot lie in {options.parts} records", f"give 1, or {manifest['n_sub']}, the model's sub-experts"
@@ -77,8 +77,11 @@ def ready_pack(
             write_pack(folder, path, manifest, parts=options.parts, low=low, progress=progress)
     pack = open_pack(path, manifest)
     wanted = (manifest["n_sub"] if options.parts is None else options.parts) * pack.layout.planes
+    low = low and not (
+        options.misses.shares is not None and isinstance(pack.layout, PlaneLayout)
+    )  # the upper plane is the smaller form
     if low and isinstance(pack.layout, PlaneLayout):
-        raise UsageError("planes have no int8 form beside them", "leave --int8-budget out; --miss-floor works")
+        raise UsageError("planes have no int8 form beside them", "leave --int8-budget out; --miss-floor and --miss-shares work")
     if pack.space.parts != wanted or (low and not pack.has_low):
         what = f"{pack.space.parts} parts per expert instead of {wanted}" if pack.space.parts != wanted else "no int8 records"
         raise CorruptError(f"'{path}' has {what}", "remove it, or give another place with --expert-file")
@@ -92,7 +95,7 @@ def _pack_inside(
     with changing(folder) as change:
         if (folder / name).exists():  # by somebody who was at it before us
             return
-        low = options.misses.low is not None
+        low = options.misses.needs_low
         write_pack(folder, change.work / name, manifest, parts=options.parts, low=low, progress=progress)
         change.commit({"caches": sorted({*manifest.get("caches", ()), name})})
 
@@ -100,7 +103,7 @@ def _pack_inside(
 def _opened(pack: Pack, slots: int, like: MoELayer, eviction: Eviction, options: StoreOptions) -> ExpertStore:
     if options.tier is None:
         return ExpertStore(pack, slots, like, eviction, reader=options.reader)
-    if options.misses.low is not None:
+    if options.misses.needs_low:
         raise UsageError("host memory behind fast memory holds no int8 forms", "leave the int8 budget out")
     return TieredStore(pack, slots, like, eviction, tier=options.tier, reader=options.reader)
 

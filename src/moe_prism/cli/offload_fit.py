@@ -56,5 +56,9 @@ def fit(
     text += f"\n{own.slots} of {len(own.space)} keys fit, {quotas}"
     if not own.width:
         text += "\nreading ahead does not pay at these costs"
+    if found.shares is not None:
+        t = found.shares
+        text += f"\nmissing experts by --miss-shares {t.t1:g},{t.t2:g}; on held-out text KL {t.kl:.5f}, "
+        text += f"{t.kb_per_token:.0f} kB/token, {t.ms_per_token:.2f} ms/token with nothing read ahead"
     note(f"next: moe-prism generate MODEL --expert-memory SIZE --expert-settings {out}")
     emit({"file": str(out), **found.to_json()}, text, json)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..progress import Report, silent
 from ..result import Result
 from ..store.fit import Costs, FitWay, StoreFit, search
 from ..store.price_reads import Forecast
+from .fit_shares import Prices, SharesRow, fit_shares
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,16 @@ class FitRow:
 class OffloadFit(Result):
     """What was chosen; `tried` on the choosing half of the calibration side, `held_out` on the evaluation side: `lru`, `belady`, chosen.
 
-    Where the chosen way reads ahead, `held_out` has it without that as a fourth row.
+    Where the chosen way reads ahead, `held_out` has it without that as a fourth row. shares: thresholds of what is missing on the
+    evaluation side, None where they were not asked for; shares_tried: on calibration text.
     """
 
     settings: ExpertSettings
     share: float
     tried: list[FitRow]
     held_out: list[FitRow]
+    shares: SharesRow | None = None
+    shares_tried: list[SharesRow] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Without the arrays."""
@@ -67,6 +71,8 @@ class OffloadFit(Result):
             **chosen,
             "tried": [asdict(row) for row in self.tried],
             "held_out": [asdict(row) for row in self.held_out],
+            "shares": None if self.shares is None else asdict(self.shares),
+            "shares_tried": [asdict(row) for row in self.shares_tried],
         }
 
     def to_records(self) -> list[dict[str, Any]]:
@@ -125,15 +131,21 @@ def fit_offload(
     held_out = _judged(fit, way)
     made = {
         "model": str(rows.header.get("model", "")),
-        "options": asdict(options),
+        "options": {**asdict(options), "folder": None if options.folder is None else options.folder.name},
         "held_out": [asdict(row) for row in held_out],
         DECIDING: {"processor": processor(), "ms": held_out[2].deciding_ms},
     }
     arrays = way.guess.arrays() if way.guess is not None and way.guess.needs_fit else {}
     settings = ExpertSettings(space, slots, way.policy, way.settings, way.quotas, way.predictor, way.width, arrays, made)
+    shares, shares_tried = None, []
+    if options.folder is not None and options.max_kl is not None:
+        prices = Prices(space.layers * options.layer_ms + held_out[-1].deciding_ms, options.record_ms)
+        shares, shares_tried = fit_shares(options.folder, settings, float(rows.header.get("budget", 1.0)), prices, options.max_kl)
+        told = made | {"shares": asdict(shares)}
+        settings = replace(settings, shares=(shares.t1, shares.t2), made=told)
     if out is not None:
         write_settings(Path(out), settings)
-    return OffloadFit(settings, options.share, [FitRow.of(*pair) for pair in tried], held_out)
+    return OffloadFit(settings, options.share, [FitRow.of(*pair) for pair in tried], held_out, shares, shares_tried)
 
 
 def _prices(options: FitOptions) -> tuple[float, ...]:

@@ -32,7 +32,8 @@ BOUNDS = JsonBounds(bytes=256 << 20)
 class ExpertSettings:
     """space, slots: the keys it was fitted for, and how many fitted; quotas: slots per layer, None = equal parts.
 
-    policy, settings: who leaves; predictor, width, arrays: what is read ahead, None and 0 = nothing; made: how it came about.
+    policy, settings: who leaves; predictor, width, arrays: what is read ahead, None and 0 = nothing; made: how it came about; shares: T1
+    and T2 of what is missing (`store.choose_misses.Misses`), None = all of it is read as it is.
     """
 
     space: KeySpace
@@ -44,6 +45,7 @@ class ExpertSettings:
     width: int = 0
     arrays: dict[str, Array] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
+    shares: tuple[float, float] | None = None
 
 
 def write_settings(path: Path, settings: ExpertSettings) -> None:
@@ -68,6 +70,7 @@ def write_settings(path: Path, settings: ExpertSettings) -> None:
         "settings": settings.settings,
         "quotas": None if settings.quotas is None else list(settings.quotas),
         "predictor": predictor,
+        "miss_shares": None if settings.shares is None else list(settings.shares),
         "made": settings.made,
     }
     form = ExpertSettingsForm.model_validate(values)
@@ -84,6 +87,9 @@ def read_settings(path: Path) -> ExpertSettings:
         arrays = _arrays(path.parent / found.file, found.sha256)
     if form.quotas is not None and len(form.quotas) != form.layers:
         raise CorruptError(f"{path}: {len(form.quotas)} quotas for {form.layers} layers", AGAIN)
+    shares = None if form.miss_shares is None else (form.miss_shares[0], form.miss_shares[1])
+    if shares is not None and shares[0] > shares[1]:
+        raise CorruptError(f"{path}: the miss shares {shares[0]:g} and {shares[1]:g} descend", AGAIN)
     return ExpertSettings(
         KeySpace(form.layers, form.experts, form.parts),
         form.slots,
@@ -94,6 +100,7 @@ def read_settings(path: Path) -> ExpertSettings:
         0 if found is None else found.width,
         arrays,
         form.made,
+        shares,
     )
 
 

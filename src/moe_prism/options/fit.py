@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from ..errors import UsageError
 from .base import Options, option
 
 
@@ -41,6 +43,14 @@ class FitOptions(Options):
         "measured here.",
         least=0,
     )
+    folder: Path | None = option(
+        None, "The elastic model of the trace: also fit --miss-shares, with the loss measured on it. Needs --max-kl."
+    )
+    max_kl: float | None = option(
+        None,
+        "With --folder: how large the KL of calibration text may become where missing experts are read in int8 form or skipped.",
+        least=0,
+    )
     parts: int | None = option(None, "Keys per expert: 1, or the sub-experts of the trace. Default those of the trace.", least=1)
     policy: list[str] = option(
         [], "Only these, see `moe-prism ls cache-policies`. Default all that need not know the future.", is_repeated=True
@@ -50,3 +60,8 @@ class FitOptions(Options):
         "Only these, see `moe-prism ls predictors`; the best is kept, also at width 0. Default all, or none.",
         is_repeated=True,
     )
+
+    def check(self) -> None:
+        super().check()
+        if (self.folder is None) != (self.max_kl is None):
+            raise UsageError("--folder and --max-kl belong together", "give both, or neither")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,8 @@ def load_stored(
     Raises DoesNotFit if the memory holds no sub-expert, CorruptError for a packed file that is damaged or of another model.
     """
     chosen = choose(options.policy, options.settings, options.ahead, options.predictor, options.fitted)  # before anything is read
+    if chosen.fitted is not None and chosen.fitted.shares is not None and options.misses == Misses():
+        options = replace(options, misses=Misses(shares=chosen.fitted.shares))
     pack = ready_pack(folder, manifest, options, progress)
     stream = LayerStream(folder, torch.float32)
     layers = find_layers(stream.model)

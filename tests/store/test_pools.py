@@ -21,7 +21,7 @@ from moe_prism.store.pools import Eviction, policy_for, pools
 from moe_prism.store.reader import Item, runs, shares
 from moe_prism.store.unit_pool import UnitPool
 
-SPACE = KeySpace(2, 4, 2)
+SPACE = KeySpace(2, 4, 2, planes=2)
 LATER = st.lists(st.sampled_from(list(SPACE.of_layer(1))), unique=True, max_size=8)
 KEYS = st.lists(st.integers(0, len(SPACE) - 1), unique=True, max_size=8)
 CALLS = ["request", "request", "prefetch", "expect", "pin", "unpin", "drop", "new sequence"]
@@ -32,6 +32,7 @@ TABLES = {
     "lfru": {},
     "edge-moe": {},
     "per-byte": {"half_life": 3.0},
+    "d2moe": {},
     "static": {"profile": [float(key % 5) for key in range(len(SPACE))]},
     "hobbit": {"mix": (0.25, 0.5, 0.125, 0.125), "high": 0.3},
     "reuse": {"coefficients": [[1.0, 0.5, 0.25, 2.0], [0.5, -0.25, 1.0, 0.0]]},
@@ -229,3 +230,11 @@ def test_a_plug_in_has_the_table_that_it_declares_and_no_other():
     assert type(pools(Eviction(Bribed, group=4), SPACE, 1)) is UnitPool
     assert ranking_of(Faster(SPACE, 4)).half_lives[0] == 2.0
     assert type(pools(Eviction(Faster, group=4), SPACE, 1)) is TablePool
+
+
+def test_high_planes_leave_first_and_the_oldest_of_them():
+    pool = pools(Eviction(cache_policies.get("d2moe"), group=4), SPACE, 8).pools[0]
+    for step, keys in enumerate(([0, 1], [2, 3], [4], [6])):
+        pool.request(keys, Moment(2 * step, step, 0))
+    assert [key for key in range(8) if key in pool] == [0, 2, 4, 6]  # both lower planes are gone, and all upper ones are there
+    assert type(pool) is TablePool

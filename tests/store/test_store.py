@@ -16,7 +16,6 @@ from moe_prism.options.generate import GenerateOptions
 from moe_prism.point import FULL, OperatingPoint, SlotRule
 from moe_prism.store.choose_misses import Misses, choose
 from tests.store.common import PROMPT, logits, opened, smallest, store_of
-from tests.tiny_sources import save_tiny
 
 SLOTS = (1, 5, 12, 1000)
 
@@ -29,14 +28,6 @@ def tiny(elastic_tiny):
 @pytest.fixture(scope="module")
 def ids(tiny):
     return tiny[1](PROMPT, return_tensors="pt").input_ids
-
-
-@pytest.fixture(scope="module")
-def elastic_half(shared, tmp_path_factory, tiny_calibration):
-    """The tiny model stored as bfloat16."""
-    source = tmp_path_factory.mktemp("half") / "m"
-    save_tiny("olmoe", source, dtype=torch.bfloat16)
-    return shared("elastic-half", lambda out: refactor(source, out, RefactorOptions(calibration=tiny_calibration)))
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +105,31 @@ def test_reading_ahead_changes_no_logit(elastic_tiny, tmp_path, ids, slots, budg
     assert store.cache.counts.prefetched > 0
     check_counts(store.cache.counts, len(store.cache))
     assert not any(store.fetcher.pool(layer).pinned for layer in range(store.space.layers))
+
+
+def test_a_layer_that_is_there_lets_the_one_after_it_be_guessed(elastic_tiny, tmp_path, ids):
+    """HOBBIT looks on until something is missing, or to its horizon; and no logit changes."""
+    whole, _ = opened(elastic_tiny, tmp_path / "p", ahead=2, horizon=9)
+    ahead, store, asked = whole._moe_prism.ahead, store_of(whole), []
+    last = store.space.layers - 1
+    store.prefetch = lambda layer, keys: asked.append(layer)  # nothing is read for the guesses
+    x, index = torch.randn(1, 32), torch.tensor([[0, 1]])
+    logits(whole, ids[:, :1])
+    asked.clear()
+    wanted = {number: ahead.keys(number, x, Misses()) for number in range(1, last + 1)}
+    kept = store.places.of.copy()
+    store.places.of[:] = 0  # everything is there
+    ahead(1, x, index)
+    assert asked == list(range(1, last + 1))
+    asked.clear()
+    store.places.of[wanted[1][-1]] = -1  # of the first layer that is guessed, one record is not
+    ahead(1, x, index)
+    assert asked == [1]
+    store.places.of[:] = kept
+    far, _ = opened(elastic_tiny, tmp_path / "p", smallest(whole, 14), ahead=3, horizon=3)
+    plain, _ = opened(elastic_tiny, tmp_path / "p", smallest(whole, 14))
+    assert all(torch.equal(logits(far, token), logits(plain, token)) for token in ids[0, :6, None, None])
+    store_of(far).settle()
 
 
 def test_a_floor_keeps_what_lies_between_the_two_budgets(elastic_tiny, tmp_path, ids):

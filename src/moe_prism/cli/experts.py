@@ -29,6 +29,7 @@ def store_options(experts: ExpertOptions) -> StoreOptions | None:
         ahead=experts.expert_ahead,
         tries_ahead=not experts.expert_ahead_always,
         predictor=experts.expert_predictor,
+        horizon=experts.expert_horizon,
         fitted=experts.expert_settings,
     )
 

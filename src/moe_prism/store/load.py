@@ -41,9 +41,9 @@ class StoreOptions:
     """memory: bytes for experts and what predicts them, None: what is left beside a KV cache of `cache_tokens`; file: the packed file,
     default `experts.pack` in the model's folder; policy, settings: who is evicted, default `pools.policy_for`; parts: records per expert
     (1 = whole experts), default the model's sub-experts; misses: what is not read, or in int8 form; ahead: records to read ahead of a
-    layer; tries_ahead: only where steps are shorter with it (`trial.AheadTrial`); predictor: of the experts that are read ahead; fitted: a
-    file of `moe-prism offload fit`, which says what is not said here; reader: a test's own;
-    tier: `memory` is fast memory, behind which host memory holds records too (`tiers.py`).
+    layer; tries_ahead: only where steps are shorter with it (`trial.AheadTrial`); predictor: of the experts that are read ahead; horizon:
+    layers to look ahead (`read_ahead.Guess`); fitted: a file of `moe-prism offload fit`, which says what is not said here; reader: a
+    test's own; tier: `memory` is fast memory, behind which host memory holds records too (`tiers.py`).
     """
 
     memory: int | None
@@ -55,6 +55,7 @@ class StoreOptions:
     ahead: int | None = None
     tries_ahead: bool = False
     predictor: str | None = None
+    horizon: int = 1
     fitted: Path | None = None
     cache_tokens: int = 4096
     reader: Callable[[Pack, Tensor], RecordReader] = open_reader
@@ -144,7 +145,7 @@ def load_stored(
             "the policy '%s' has no compiled table: a layer asks it for %.0f us, `lru` for %.0f, and every layer takes the longer way",
             chosen.policy, *(1e6 * seconds for seconds in slow),
         )  # fmt: skip
-    guess = chosen.guess(pack.space, like.hidden)._replace(tried=options.tries_ahead)
+    guess = chosen.guess(pack.space, like.hidden)._replace(tried=options.tries_ahead, horizon=options.horizon)
     if isinstance(pack.layout, PlaneLayout):
         planes = PlaneStore(pack, slots, like, eviction, reader=options.reader)
         model._moe_prism = PlaneElastic(model, layer_parts, planes, misses=options.misses, ahead=guess)

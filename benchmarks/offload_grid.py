@@ -111,20 +111,22 @@ def routing(model: Any, sides: list[tuple[str, torch.Tensor]], budget: float) ->
         return record(TraceRecorder(model, inputs=True), sides, prompt=PROMPT)
 
 
-def measured(model: Any, text: torch.Tensor, budget: float) -> Costs:
+def measured(model: Any, text: torch.Tensor, budget: float, fits: bool = True) -> Costs:
+    """fits: whether what deciding costs is asked for."""
     store, elastic = model._moe_prism.store, model._moe_prism
     prices = measure_prices(store)
     with operating_point(model, budget):
         step = measure_step(model, text, PROMPT, prices)
-        uncompiled = measure_uncompiled(model, text, PROMPT, prices, step)
-        return Costs(prices, step, Decisions(store.space, store.slots, uncompiled, measure_guess(elastic)))
+        uncompiled = measure_uncompiled(model, text, PROMPT, prices, step) if fits else 0.0
+        guess = measure_guess(elastic) if fits else 0.0
+        return Costs(prices, step, Decisions(store.space, store.slots, uncompiled, guess))
 
 
 def lru_way(bench: Bench, args: Namespace) -> Way:
     """Whole experts, all of them: what everything is compared with."""
     config = Config("lru", parts=1, options={"policy": "lru"})
     model = stored(bench.folder, bench.work, args.memory, config, args)
-    store, costs = model._moe_prism.store, measured(model, bench.calibration, 1.0)
+    store, costs = model._moe_prism.store, measured(model, bench.calibration, 1.0, fits=False)
     rows = bench.traces[1.0].part("calibration").decode()
     eviction = Eviction(cache_policies.get("lru"), group=store.group)
     found = replayed(rows, store.space, store.slots, eviction).at(costs.prices, costs.step)
@@ -143,7 +145,7 @@ def fitted_ways(bench: Bench, args: Namespace) -> list[Way]:
         path = bench.work / f"settings-{args.link:g}-{args.share:g}-{budget:g}.json"
         asked = FitOptions(
             share=min(1.0, store.slots / len(store.space)), layer_ms=max(1e-6, ms.layer), record_ms=max(1e-6, ms.record),
-            busy_ms=ms.busy, uncompiled_ms=ms.uncompiled, guess_ms=ms.guess,
+            first_ms=ms.first, busy_ms=ms.busy, uncompiled_ms=ms.uncompiled, guess_ms=ms.guess,
         )  # fmt: skip
         began = time.perf_counter()
         fit_offload(trace, path, asked, force=True)
@@ -168,7 +170,7 @@ def planes_way(bench: Bench, args: Namespace) -> Way:
     """Records of planes at --bits, under the policy that has the shortest forecast."""
     config = Config(f"bits {args.bits:g}", args.bits, options={"policy": "lfu"}, planes=True)
     model = stored(bench.folder, bench.work, args.memory, config, args)
-    policies = {name: Eviction(cache_policies.get(name)) for name in ("lru", "lfu", "edge-moe")}
+    policies = {name: Eviction(cache_policies.get(name)) for name in ("lru", "lfu", "d2moe", "edge-moe")}
     found = forecast_planes(model, bench.calibration, PROMPT, policies, {config.name: config.point(bench.bits)}, 0.0)[1]
     best = min(found, key=lambda way: way.found.seconds)
     model._moe_prism.store.close()

@@ -181,8 +181,17 @@ def test_what_a_fit_is_told_is_measured_on_the_store(elastic_tiny, tmp_path):
     step, own = measure_budget(stored, ids, 0.5, prices)
     assert own.guess > 0 <= own.uncompiled and stored._moe_prism.store.compiled
     found = FitPrices.of(prices, step, own)
-    assert found.record == pytest.approx(500) and found.busy == pytest.approx(150)
+    assert found.record == pytest.approx(500) and found.first == pytest.approx(0) and found.busy == pytest.approx(150)
+    curve = ReadPrices([1, 4], [2.0, 3.5])
+    assert FitPrices.of(curve, step, own)[1] == pytest.approx(500) and FitPrices.of(curve, step, own).first == pytest.approx(1500)
     assert found.guess == pytest.approx(1e3 * own.guess)
+
+
+def test_what_reads_take_besides_is_paid_once_by_every_layer_that_misses(domains):
+    one, two = (fit_of(domains, 15, first=first) for first in (0.0, 0.5))
+    times = [fit.time(FitWay("lru", {}), fit.choosing) for fit in (one, two)]
+    assert times[0].reads == times[1].reads
+    assert 0 < times[1].seconds - times[0].seconds <= 0.5 * LAYERS
 
 
 def test_work_is_never_more_than_the_whole_price():

@@ -23,7 +23,9 @@ def test_the_fastest_within_the_loss_is_chosen_and_no_loss_is_always_possible():
     assert SHARES[0] == (1.0, 1.0)
 
 
-def test_thresholds_are_fitted_written_and_followed(elastic_half, tmp_path):
+def test_thresholds_are_fitted_written_and_followed(elastic_half, tmp_path, monkeypatch):
+    """Records of the tiny model are as large in int8, since they are padded: only what is skipped saves anything."""
+    monkeypatch.setattr("moe_prism.jobs.fit_shares.SHARES", ((1.0, 1.0), (0.4, 0.9), (0.0, 0.0)))
     whole, tokenizer = opened(elastic_half, tmp_path / "p")
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids[:, :24].reshape(4, 6)
     trace = record(TraceRecorder(whole), [("calibration", ids[:2]), ("evaluation", ids[2:])], prompt=1)
@@ -32,10 +34,10 @@ def test_thresholds_are_fitted_written_and_followed(elastic_half, tmp_path):
     exact = fit_offload(trace, path, FitOptions(max_kl=0.0, **asked))
     assert exact.shares is not None and exact.shares.t1 == 1 and exact.shares.kl == pytest.approx(0, abs=1e-6)
     found = fit_offload(trace, path, FitOptions(max_kl=100.0, record_ms=100.0, **asked), force=True)
-    assert len(found.shares_tried) == len(SHARES) and not (elastic_half / "experts.pack").exists()
+    assert len(found.shares_tried) == 3 and not (elastic_half / "experts.pack").exists()
     best = min(found.shares_tried, key=lambda row: row.ms_per_token)
     own = read_settings(path)
-    assert own.shares == (best.t1, best.t2) != (1, 1)
+    assert own.shares == (best.t1, best.t2) == (0, 0)
     assert found.shares.kl > 0 and found.shares.kb_per_token < found.shares_tried[0].kb_per_token
     memory, file = smallest(whole, own.slots), tmp_path / "low"
     stored, _ = opened(elastic_half, file, memory, fitted=path, ahead=0)

@@ -150,7 +150,7 @@ def fit_offload(
 
 def _prices(options: FitOptions) -> tuple[float, ...]:
     """Milliseconds, as `Costs` has seconds."""
-    return options.layer_ms, options.record_ms, options.busy_ms, options.uncompiled_ms, options.guess_ms
+    return options.layer_ms, options.record_ms, options.busy_ms, options.uncompiled_ms, options.guess_ms, options.first_ms
 
 
 def _judged(fit: StoreFit, way: FitWay) -> list[FitRow]:

@@ -63,9 +63,9 @@ class Way:
 class OffloadForecast(Result):
     """`best`: the largest budget that meets the target (the fastest way where none does, `met` is then false).
 
-    For `offload fit`: layer_ms: what a layer computes in a step of `best`; record_ms: what a record takes of many that are read at once;
-    busy_ms: of that, the computing thread's own work; uncompiled_ms, guess_ms: what a layer takes more where a policy has no compiled
-    table, and where something is read ahead.
+    For `offload fit`: layer_ms: what a layer computes in a step of `best`; record_ms: what one record more takes of many that are read at
+    once; first_ms: what their reads take besides; busy_ms: the computing thread's own work for a record; uncompiled_ms, guess_ms: what a
+    layer takes more where a policy has no compiled table, and where something is read ahead.
     """
 
     memory: int
@@ -78,6 +78,7 @@ class OffloadForecast(Result):
     busy_ms: float
     uncompiled_ms: float
     guess_ms: float
+    first_ms: float
     best: Way
     met: bool
     ways: list[Way]
@@ -197,12 +198,16 @@ class FitPrices(NamedTuple):
     busy: float = 0.0
     uncompiled: float = 0.0
     guess: float = 0.0
+    first: float = 0.0
 
     @classmethod
     def of(cls, prices: ReadPrices, step: float, own: Decisions) -> FitPrices:
         """step: seconds."""
-        busy = prices.work(prices.counts[-1]) / prices.counts[-1]
-        return cls(*(1e3 * s for s in (step / own.space.layers, 1 / prices.bandwidth, busy, own.uncompiled, own.guess)))
+        most = prices.counts[-1]
+        record = (prices.of(most) - prices.of(1)) / (most - 1) if most > 1 else prices.of(1)
+        first = max(0.0, prices.of(1) - record)
+        found = step / own.space.layers, record, prices.work(most) / most, own.uncompiled, own.guess, first
+        return cls(*(1e3 * seconds for seconds in found))
 
 
 def measure_budget(model: Any, text: Tensor, budget: float, here: ReadPrices) -> tuple[float, Decisions]:

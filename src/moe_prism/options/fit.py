@@ -28,6 +28,11 @@ class FitOptions(Options):
     record_ms: float = option(
         1.0, "Milliseconds that one key takes to be read, as `moe-prism offload` measures it. The default is a layer's.", above=0
     )
+    first_ms: float = option(
+        0.0,
+        "Milliseconds that the reads of a layer take beside --record-ms for each, as `moe-prism offload` measures it.",
+        least=0,
+    )
     busy_ms: float = option(
         0.0, "Of --record-ms, what the computing thread works itself, as `moe-prism offload` measures it.", least=0
     )

@@ -31,7 +31,7 @@ FADE = 0.5  # weight of an expert beyond the k likeliest, of the one before
 class Costs:
     """Seconds that a layer computes and that a record takes to be read; busy: of those, what the computing thread works.
 
-    uncompiled, guess: see `Decisions`.
+    first: what a layer's reads take beside that, however many there are; uncompiled, guess: see `Decisions`.
     """
 
     layer: float
@@ -39,6 +39,7 @@ class Costs:
     busy: float = 0.0
     uncompiled: float = 0.0
     guess: float = 0.0
+    first: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ class StoreFit:
         eviction = Eviction(cache_policies.get(way.policy), way.settings, self.group, way.quotas)
         prefetch = replace(self.ahead(way.guess, part), width=way.width) if way.guess is not None and way.width else None
         found = replayed(part.groups, self.space, self.slots, eviction, prefetch)
-        prices = ReadPrices([1], [self.costs.record], [self.costs.busy])
+        prices = ReadPrices(
+            [1, 2], [self.costs.first + n * self.costs.record for n in (1, 2)], [self.costs.busy, 2 * self.costs.busy]
+        )
         deciding = self._policy(way, eviction) + (0.0 if prefetch is None else self._guess(way))
         return found.at(prices, self.space.layers * self.costs.layer).with_deciding(deciding)
 

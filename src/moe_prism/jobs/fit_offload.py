@@ -129,7 +129,7 @@ def fit_offload(
 
         way, tried = search(fit, policies, guesses, bool(options.predictor), told)
     held_out = _judged(fit, way)
-    made = {
+    made: dict[str, Any] = {
         "model": str(rows.header.get("model", "")),
         "options": {**asdict(options), "folder": None if options.folder is None else options.folder.name},
         "held_out": [asdict(row) for row in held_out],
@@ -137,12 +137,13 @@ def fit_offload(
     }
     arrays = way.guess.arrays() if way.guess is not None and way.guess.needs_fit else {}
     settings = ExpertSettings(space, slots, way.policy, way.settings, way.quotas, way.predictor, way.width, arrays, made)
-    shares, shares_tried = None, []
+    shares: SharesRow | None = None
+    shares_tried: list[SharesRow] = []
     if options.folder is not None and options.max_kl is not None:
         prices = Prices(space.layers * options.layer_ms + held_out[-1].deciding_ms, options.record_ms)
         shares, shares_tried = fit_shares(options.folder, settings, float(rows.header.get("budget", 1.0)), prices, options.max_kl)
-        told = made | {"shares": asdict(shares)}
-        settings = replace(settings, shares=(shares.t1, shares.t2), made=told)
+        made["shares"] = asdict(shares)
+        settings = replace(settings, shares=(shares.t1, shares.t2))
     if out is not None:
         write_settings(Path(out), settings)
     return OffloadFit(settings, options.share, [FitRow.of(*pair) for pair in tried], held_out, shares, shares_tried)

@@ -148,10 +148,8 @@ def forecast_offload(
     best, met = choose_way(ways, options.target_ms)
     rate = prices["exact"].bandwidth if len(store.space) > store.slots else 0.0
     store.close()
-    own = decisions[best.budget]
-    costs = (
-        FitPrices.of(prices["exact"], steps[best.budget], own) if rate else FitPrices(1e3 * steps[best.budget] / own.space.layers)
-    )
+    step, measured = steps[best.budget], decisions[best.budget]
+    costs = FitPrices.of(prices["exact"], step, measured) if rate else FitPrices(1e3 * step / store.space.layers)
     size = store.pack.layout.bytes
     return OffloadForecast(memory, store.slots, len(store.space), size, rate * size, *costs, best, met, ways)
 
@@ -183,8 +181,8 @@ def _of_planes(
     best, met = choose_way(ways, options.target_ms)
     step = next(own.step for own in found if (own.name, own.policy) == (best.point, best.policy))
     rate = prices.bandwidth if len(store.space) > store.slots else 0.0
-    own = Decisions(store.space, store.slots)
-    costs = FitPrices.of(prices, step, own) if rate else FitPrices(1e3 * step / own.space.layers)
+    measured = Decisions(store.space, store.slots)
+    costs = FitPrices.of(prices, step, measured) if rate else FitPrices(1e3 * step / store.space.layers)
     store.close()
     size = store.pack.layout.bytes
     return OffloadForecast(memory, store.slots, len(store.space), size, rate * size, *costs, best, met, ways)

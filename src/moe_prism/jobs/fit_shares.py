@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -63,19 +63,25 @@ def fit_shares(
         work = Path(temporary)
         write_settings(work / "settings.json", replace(settings, shares=None))
         model, tokenizer = _opened(folder, work, settings)
-        store, texts = model._moe_prism.store, {side: _texts(folder, tokenizer, side) for side in ("calibration", "evaluation")}
+        store = model._moe_prism.store
+        texts = {side: _texts(folder, tokenizer, side) for side in get_args(Side)}
         size = store.pack.layout.bytes
-        with operating_point(model, budget):
-            wanted = {side: _decoded(model, ids, Misses())[0] for side, ids in texts.items()}  # before any int8 form is there
 
-            def row(side: Side, shares: tuple[float, float]) -> SharesRow:
-                found, read = _decoded(model, texts[side], Misses(shares=shares))
-                kl = float((wanted[side].exp() * (wanted[side] - found)).sum(-1).mean())
-                return SharesRow(*shares, kl, read / 1e3, prices.step + prices.record * read / size)
+        def decoded(side: Side, misses: Misses) -> tuple[Tensor, float]:
+            model._moe_prism.misses = misses
+            with operating_point(model, budget):  # anew: what a layer does is settled when a point is set
+                return _decoded(model, texts[side])
 
-            tried = [row("calibration", shares) for shares in SHARES]
-            best = fastest(tried, max_kl)
-            held_out = row("evaluation", (best.t1, best.t2))
+        wanted = {side: decoded(side, Misses())[0] for side in texts}  # before any int8 form is there
+
+        def row(side: Side, shares: tuple[float, float]) -> SharesRow:
+            found, read = decoded(side, Misses(shares=shares))
+            kl = float((wanted[side].exp() * (wanted[side] - found)).sum(-1).mean())
+            return SharesRow(*shares, kl, read / 1e3, prices.step + prices.record * read / size)
+
+        tried = [row("calibration", shares) for shares in SHARES]
+        best = fastest(tried, max_kl)
+        held_out = row("evaluation", (best.t1, best.t2))
         store.close()
     return held_out, tried
 
@@ -108,16 +114,15 @@ def _texts(folder: Path, tokenizer: Any, side: Side) -> Tensor:
 
 
 @torch.no_grad()
-def _decoded(model: Any, ids: Tensor, misses: Misses) -> tuple[Tensor, float]:
+def _decoded(model: Any, ids: Tensor) -> tuple[Tensor, float]:
     """(log-probabilities [n, V] after every token behind the prompts, bytes read per token)."""
-    elastic = model._moe_prism
-    elastic.misses = misses
+    times = model._moe_prism.store.times
     found, read = [], []
     for row in ids:
         out = model(input_ids=row[None, :PROMPT], use_cache=True)
-        past, before = cache_argument(model, made_cache(out)), elastic.store.times.bytes
+        past, before = cache_argument(model, made_cache(out)), times.bytes
         for i in range(PROMPT, len(row)):
             out = model(input_ids=row[None, i : i + 1], use_cache=True, **past)  # the cache grows in place
             found.append(out.logits[0, -1].float().log_softmax(-1))
-        read.append((elastic.store.times.bytes - before) / (len(row) - PROMPT))
+        read.append((times.bytes - before) / (len(row) - PROMPT))
     return torch.stack(found), statistics.fmean(read)

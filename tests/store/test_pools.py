@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from moe_prism.offload.base import KeySpace, Moment
 from moe_prism.offload.cache import LayerPools, Pool, cache_policies
+from moe_prism.offload.cache.declared import ranking_of
 from moe_prism.offload.cache.lfu import LFU
-from moe_prism.offload.cache.ranking import ranking_of
 from moe_prism.store.checksum import checksum
 from moe_prism.store.fast_pool import SlotTable, TablePool
 from moe_prism.store.layout import RecordLayout

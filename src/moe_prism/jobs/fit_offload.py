@@ -19,7 +19,7 @@ from ..progress import Report, silent
 from ..result import Result
 from ..store.fit import Costs, FitWay, StoreFit, search
 from ..store.price_reads import Forecast
-from .fit_shares import Prices, SharesRow, fit_shares
+from .fit_shares import SharesPrices, SharesRow, fit_shares
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def fit_offload(
     shares: SharesRow | None = None
     shares_tried: list[SharesRow] = []
     if options.folder is not None and options.max_kl is not None:
-        prices = Prices(space.layers * options.layer_ms + held_out[-1].deciding_ms, options.record_ms)
+        prices = SharesPrices(space.layers * options.layer_ms + held_out[-1].deciding_ms, options.record_ms)
         shares, shares_tried = fit_shares(options.folder, settings, float(rows.header.get("budget", 1.0)), prices, options.max_kl)
         made["shares"] = asdict(shares)
         settings = replace(settings, shares=(shares.t1, shares.t2))

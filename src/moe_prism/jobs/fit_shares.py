@@ -45,7 +45,7 @@ class SharesRow:
 
 
 @dataclass(frozen=True)
-class Prices:
+class SharesPrices:
     """Milliseconds of a step apart from its reads, and of a record."""
 
     step: float
@@ -53,7 +53,7 @@ class Prices:
 
 
 def fit_shares(
-    folder: Path, settings: ExpertSettings, budget: float, prices: Prices, max_kl: float
+    folder: Path, settings: ExpertSettings, budget: float, prices: SharesPrices, max_kl: float
 ) -> tuple[SharesRow, list[SharesRow]]:
     """(the fastest thresholds whose KL on calibration text is at most max_kl, on the evaluation side; all on calibration text).
 

@@ -19,7 +19,7 @@ from ..kernels.row_products import adds, dots
 from ..kernels.selection import add_dropped
 from ..kernels.whole_layer import CHOICE, WEIGHTS, choose
 from .fast_pool import AskedKeys, Residency, SlotTable, serve
-from .table_worth import Order
+from .table_worth import PoolOrder
 from .wanted import add_rows, sort_entries
 
 Ints = NDArray[np.int64]
@@ -58,7 +58,7 @@ class Cache(NamedTuple):
     """Who is in the layer's pool, who leaves, and which keys are still on their way [keys]."""
 
     residency: Residency
-    order: Order
+    order: PoolOrder
     pending: Flags
 
 

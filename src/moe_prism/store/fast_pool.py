@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..offload.base import Access, CacheCounts, ExpertCache, Key, KeySpace, Load, Moment
 from ..offload.cache.pool import groups_of
 from ..offload.cache.ranking import BY_MIX, Ranking
-from .table_worth import Asked, Order, add_use, nothing_counted, worth
+from .table_worth import AskedAt, PoolOrder, add_use, nothing_counted, worth
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -90,7 +90,7 @@ class AskedKeys(NamedTuple):
 
 
 @njit(nogil=True, cache=True)
-def serve(asked: AskedKeys, pool: Residency, places: SlotTable, order: Order) -> tuple[Ints, Ints, Ints]:
+def serve(asked: AskedKeys, pool: Residency, places: SlotTable, order: PoolOrder) -> tuple[Ints, Ints, Ints]:
     """(keys to load, the victim of each or NOBODY, keys without room); the pool and the slots are changed at once."""
     keys, used, counts = asked.keys, pool.used, pool.counts
     # What is pinned, of this very group or, for a prefetch, expected never leaves. `stuck` counts those of them that are in the pool. A key
@@ -121,7 +121,7 @@ def serve(asked: AskedKeys, pool: Residency, places: SlotTable, order: Order) ->
             continue
         victims[count] = NOBODY
         if resident >= pool.capacity:
-            worst = least_worth(pool, blocked, order, Asked(asked.step, asked.layer, pool.clock[BEGAN]))
+            worst = least_worth(pool, blocked, order, AskedAt(asked.step, asked.layer, pool.clock[BEGAN]))
             victims[count] = worst + pool.base
             used[worst] = -1
             counts[EVICTIONS] += 1
@@ -145,7 +145,7 @@ def serve(asked: AskedKeys, pool: Residency, places: SlotTable, order: Order) ->
 
 
 @njit(nogil=True, cache=True)
-def note_hits(asked: AskedKeys, pool: Residency, order: Order) -> None:
+def note_hits(asked: AskedKeys, pool: Residency, order: PoolOrder) -> None:
     """A request begins. All its hits count as used before the first miss looks for a victim, as in `Pool`."""
     pool.expected[:] = False
     pool.counts[REQUESTED] += len(asked.keys)
@@ -162,14 +162,14 @@ def note_hits(asked: AskedKeys, pool: Residency, order: Order) -> None:
 
 
 @njit(nogil=True, cache=True)
-def note_use(pool: Residency, i: int, weight: float, order: Order, step: int) -> None:
+def note_use(pool: Residency, i: int, weight: float, order: PoolOrder, step: int) -> None:
     """A record is asked for."""
     pool.clock[LAST_STEP] = step
     add_use(pool.counted, i, weight, order.ranking, step)
 
 
 @njit(nogil=True, cache=True)
-def least_worth(pool: Residency, blocked: Flags, order: Order, now: Asked) -> int:
+def least_worth(pool: Residency, blocked: Flags, order: PoolOrder, now: AskedAt) -> int:
     """The resident record to evict: the smallest worth, of equal ones the least recently used."""
     worst, least = -1, 0.0
     for v in range(len(pool.used)):
@@ -189,7 +189,7 @@ class TablePool(ExpertCache):
 
     def __init__(self, capacity: int, space: KeySpace, of: range, ranking: Ranking, slots: SlotTable) -> None:
         self.capacity, self.base, self.slots = capacity, of.start, slots
-        self._order = Order.of(ranking, space)
+        self._order = PoolOrder.of(ranking, space)
         self._pool = Residency.new(capacity, of, ranking)
 
     @property
@@ -198,7 +198,7 @@ class TablePool(ExpertCache):
         return self._pool
 
     @property
-    def order(self) -> Order:
+    def order(self) -> PoolOrder:
         """Who leaves."""
         return self._order
 

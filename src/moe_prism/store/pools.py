@@ -8,8 +8,8 @@ from typing import Any
 
 from ..errors import UsageError
 from ..offload.base import CachePolicy, ExpertCache, KeySpace
+from ..offload.cache.declared import ranking_of
 from ..offload.cache.pool import LayerPools
-from ..offload.cache.ranking import ranking_of
 from ..offload.quotas import scaled
 from .fast_pool import SlotTable, TablePool
 from .unit_pool import UnitPool

@@ -27,7 +27,7 @@ LAST, USES, IMPORTANT = range(3)
 """Columns of what is counted under BY_MIX. BY_COUNT_OVER_AGE has the count first and the last step second."""
 
 
-class Order(NamedTuple):
+class PoolOrder(NamedTuple):
     """Who leaves a pool. layer_keys: keys of a layer, whose number follows from a key; layers: of the model."""
 
     ranking: Ranking
@@ -35,11 +35,11 @@ class Order(NamedTuple):
     layers: int
 
     @classmethod
-    def of(cls, ranking: Ranking, space: KeySpace) -> Order:
+    def of(cls, ranking: Ranking, space: KeySpace) -> PoolOrder:
         return cls(ranking, space.experts * space.parts, space.layers)
 
 
-class Asked(NamedTuple):
+class AskedAt(NamedTuple):
     """When something is asked for: the step and layer that run, and the step with which the sequence began."""
 
     step: int
@@ -88,7 +88,7 @@ def add_aged(counted: Floats, i: int, h: int, new: float) -> None:
 
 
 @njit(nogil=True, cache=True)
-def worth(counted: Floats, i: int, key: int, order: Order, now: Asked) -> float:
+def worth(counted: Floats, i: int, key: int, order: PoolOrder, now: AskedAt) -> float:
     """Of a record, as the policies' own `worth`."""
     ranking, layer = order.ranking, key // order.layer_keys
     form, numbers = ranking.form, ranking.numbers

@@ -10,13 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..base import CachePolicy
-
 BY_RECENCY, BY_AGED_COUNT, BY_COUNT_OVER_DISTANCE, BY_COUNT_OVER_AGE, BY_PROFILE, BY_MIX, BY_LOGS = range(7)
 NOTHING = np.zeros((1, 1))
-
-TOLD = ("used", "missed", "entered", "left", "victim", "foresee", "new_sequence", "count", "worth")
-"""Methods by which a policy decides."""
 
 
 class Ranking(NamedTuple):
@@ -41,13 +36,3 @@ class Ranking(NamedTuple):
     floor: float = 0.0
     weighs: bool = False
     renews: bool = True
-
-
-def ranking_of(policy: CachePolicy) -> Ranking | None:
-    """What a policy declares; None where it does not, or where a class below the one that declares decides anything in another way."""
-    for kind in type(policy).__mro__:
-        if "ranking" in vars(kind):
-            return policy.ranking()
-        if any(name in vars(kind) for name in TOLD):
-            return None
-    return None

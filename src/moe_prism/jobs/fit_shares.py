@@ -25,8 +25,19 @@ from ..store import StoreOptions
 from ..store.choose_misses import Misses
 from ..store.layer import resident_bytes
 
-SHARES = ((1.0, 1.0), (0.8, 1.0), (0.6, 1.0), (0.4, 1.0), (0.8, 0.95), (0.6, 0.9), (0.4, 0.9), (0.4, 0.75))
-"""(T1, T2) that are tried; the sixth is the paper's. The first reads everything as it is, so its loss is 0."""
+SHARES = (
+    (1.0, 1.0),
+    (0.8, 1.0),
+    (0.6, 1.0),
+    (0.4, 1.0),
+    (0.0, 1.0),
+    (0.8, 0.95),
+    (0.6, 0.9),
+    (0.4, 0.9),
+    (0.0, 0.9),
+    (0.4, 0.75),
+)
+"""(T1, T2) that are tried; the seventh is the paper's. The first reads everything as it is, so its loss is 0."""
 LENGTH, PROMPT, TEXTS = 96, 32, 3
 
 

@@ -40,6 +40,7 @@ class FitRow:
 
     @classmethod
     def of(cls, way: FitWay, time: Forecast) -> FitRow:
+        """Of a way and its time."""
         predictor = way.predictor if way.predictor is not None and way.width else ""
         times = 1e3 * time.seconds, 1e3 * time.deciding
         return cls(way.policy, way.quotas is not None, predictor, way.width, time.hit_rate, time.reads, *times)

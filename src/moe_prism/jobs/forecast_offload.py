@@ -203,6 +203,7 @@ class FitPrices(NamedTuple):
         """step: seconds."""
         most = prices.counts[-1]
         record = (prices.of(most) - prices.of(1)) / (most - 1) if most > 1 else prices.of(1)
+        record = max(record, prices.of(most) / most / 2)  # beside other work a curve may be flat, and no record is free
         first = max(0.0, prices.of(1) - record)
         found = step / own.space.layers, record, prices.work(most) / most, own.uncompiled, own.guess, first
         return cls(*(1e3 * seconds for seconds in found))

@@ -21,6 +21,7 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,14 +40,16 @@ from moe_prism.cli.output import note
 from moe_prism.data import token_windows
 from moe_prism.elastic import operating_point
 from moe_prism.jobs.fit_offload import fit_offload
-from moe_prism.jobs.forecast_offload import prefetch_of
+from moe_prism.jobs.forecast_offload import FitPrices, prefetch_of
 from moe_prism.jobs.forecast_planes import forecast_planes
 from moe_prism.offload.cache import cache_policies
 from moe_prism.offload.record import TraceRecorder, record
+from moe_prism.offload.replay import groups
 from moe_prism.offload.trace import Trace
 from moe_prism.options.fit import FitOptions
 from moe_prism.point import FULL, SlotBits
 from moe_prism.store import StoreOptions, sizing
+from moe_prism.store.decisions import Decisions, measure_guess, measure_uncompiled
 from moe_prism.store.fitted import choose
 from moe_prism.store.pools import Eviction
 from moe_prism.store.price_reads import ReadPrices, measure_prices, measure_step, replayed
@@ -57,10 +60,11 @@ TOKENS = 256  # of the KV cache under a limit
 
 @dataclass(frozen=True)
 class Costs:
-    """What was measured of a store: the price of reads, and seconds of a step apart from them."""
+    """What was measured of a store: the price of reads, seconds of a step apart from them, and what deciding costs."""
 
     prices: ReadPrices
     step: float
+    decisions: Decisions
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Bench:
         windows = held_out(folder, tokenizer, args)
         reference = [decode(whole, row[None], FULL, args.tokens)[1] for row in windows]
         bits = fitted(folder, args.group, None) if args.bits else None
-        return cls(folder, work, expert_bytes(folder, whole), traces, sides[0][1][:2], windows, reference, bits)
+        return cls(folder, work, expert_bytes(folder, whole), traces, sides[0][1][:3], windows, reference, bits)
 
 
 def routing(model: Any, sides: list[tuple[str, torch.Tensor]], budget: float) -> Trace:
@@ -107,17 +111,22 @@ def routing(model: Any, sides: list[tuple[str, torch.Tensor]], budget: float) ->
         return record(TraceRecorder(model, inputs=True), sides, prompt=PROMPT)
 
 
-def measured(model: Any, text: torch.Tensor, budget: float) -> Costs:
-    prices = measure_prices(model._moe_prism.store)
+def measured(model: Any, text: torch.Tensor, budget: float, fits: bool = True) -> Costs:
+    """fits: whether what deciding costs is asked for."""
+    store, elastic = model._moe_prism.store, model._moe_prism
+    prices = measure_prices(store)
     with operating_point(model, budget):
-        return Costs(prices, measure_step(model, text, PROMPT, prices))
+        step = measure_step(model, text, PROMPT, prices)
+        uncompiled = measure_uncompiled(model, text, PROMPT, prices, step) if fits else 0.0
+        guess = measure_guess(elastic) if fits else 0.0
+        return Costs(prices, step, Decisions(store.space, store.slots, uncompiled, guess))
 
 
 def lru_way(bench: Bench, args: Namespace) -> Way:
     """Whole experts, all of them: what everything is compared with."""
     config = Config("lru", parts=1, options={"policy": "lru"})
     model = stored(bench.folder, bench.work, args.memory, config, args)
-    store, costs = model._moe_prism.store, measured(model, bench.calibration, 1.0)
+    store, costs = model._moe_prism.store, measured(model, bench.calibration, 1.0, fits=False)
     rows = bench.traces[1.0].part("calibration").decode()
     eviction = Eviction(cache_policies.get("lru"), group=store.group)
     found = replayed(rows, store.space, store.slots, eviction).at(costs.prices, costs.step)
@@ -132,21 +141,28 @@ def fitted_ways(bench: Bench, args: Namespace) -> list[Way]:
         name = f"budget {budget:g}"
         model = stored(bench.folder, bench.work, args.memory, Config(name, budget, options={"policy": "lfu"}), args)
         store, costs = model._moe_prism.store, measured(model, bench.calibration, budget)
-        layer, record_ms = (
-            1e3 * costs.step / store.space.layers,
-            1e3 / costs.prices.bandwidth if store.slots < len(store.space) else 1,
-        )
+        ms = FitPrices.of(costs.prices, costs.step, costs.decisions)
         path = bench.work / f"settings-{args.link:g}-{args.share:g}-{budget:g}.json"
-        asked = FitOptions(share=min(1.0, store.slots / len(store.space)), layer_ms=max(1e-6, layer), record_ms=record_ms)
+        asked = FitOptions(
+            share=min(1.0, store.slots / len(store.space)), layer_ms=max(1e-6, ms.layer), record_ms=max(1e-6, ms.record),
+            first_ms=ms.first, busy_ms=ms.busy, uncompiled_ms=ms.uncompiled, guess_ms=ms.guess,
+        )  # fmt: skip
+        began = time.perf_counter()
         fit_offload(trace, path, asked, force=True)
+        took = time.perf_counter() - began
         chosen, rows = choose(None, {}, None, None, path), trace.part("calibration").decode()
-        eviction = replace(chosen.eviction(store.space, store.slots, store.group), group=store.group)
-        ahead = prefetch_of(chosen, rows, store.space, store.pack.layout.hidden)
-        found = replayed(rows, store.space, store.slots, eviction, ahead).at(costs.prices, costs.step)
+        eviction = chosen.eviction(store.space, store.slots, store.group)
+        ahead, guess = prefetch_of(chosen, rows, store)
+        work = list(groups(rows, store.space))
+        deciding = costs.decisions.policy(eviction, work) + (0.0 if guess is None else costs.decisions.predictor(guess, rows))
+        found = replayed(work, store.space, store.slots, eviction, ahead).at(costs.prices, costs.step).with_deciding(deciding)
         about = chosen.policy if ahead is None else f"{chosen.policy}, {chosen.predictor} {chosen.width}"
         ways.append(Way(Config(name, budget, options={"fitted": path}), found.seconds, str(about)))
         store.close()
-        note(f"{args.link:g} MB/s, {args.share:g}, {name}: layer {layer:.3f} ms, record {record_ms:.4f} ms, {about}")
+        told = ", ".join(f"{field} {value:.4f}" for field, value in ms._asdict().items())
+        note(
+            f"{args.link:g} MB/s, {args.share:g}, {name}: {told} ms; fitted in {took:.0f} s: {about}, deciding {1e3 * deciding:.2f} ms"
+        )
     return ways
 
 
@@ -154,7 +170,7 @@ def planes_way(bench: Bench, args: Namespace) -> Way:
     """Records of planes at --bits, under the policy that has the shortest forecast."""
     config = Config(f"bits {args.bits:g}", args.bits, options={"policy": "lfu"}, planes=True)
     model = stored(bench.folder, bench.work, args.memory, config, args)
-    policies = {name: Eviction(cache_policies.get(name)) for name in ("lru", "lfu", "edge-moe")}
+    policies = {name: Eviction(cache_policies.get(name)) for name in ("lru", "lfu", "d2moe", "edge-moe")}
     found = forecast_planes(model, bench.calibration, PROMPT, policies, {config.name: config.point(bench.bits)}, 0.0)[1]
     best = min(found, key=lambda way: way.found.seconds)
     model._moe_prism.store.close()

@@ -166,6 +166,7 @@ EVIDENCE: dict[str, Evidence] = {
         ("the mix never loses to its corners where it was fitted", "exact (test)", YES),
         ("and beats counting requests", "behind `lfu` in four of four cells", NO),
         ("low precision for missing experts saves time", "16.0 ms for 18.0, link of 100 MB/s, KL .0034 both (docs/explanation/store.md)", YES),
+        ("the weight of the stronger experts says what may be coarse", "903 kB per token for 1243 at KL .0017, a quarter of nano in memory (docs/explanation/store.md)", YES),
     ),
     "23": _of("compress/test_patterns.py::test_it_is_what_a_loop_over_tokens_says", COMPRESS,
         ("patterns of the task beat counts, logits and chance", "KL 1.18 for 1.31, 1.22 and 2.05, half of nano-mix", YES),

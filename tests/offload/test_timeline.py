@@ -47,3 +47,9 @@ def test_reads_that_fit_beside_the_computation_cost_nothing():
     assert stall(3.0, 3.0, 0.0) == 0
     assert stall(3.0, 4.0, 0.0) == 1
     assert stall(3.0, 2.0, 5.0) == 5  # time left over is of no use to a miss, which is known too late
+
+
+def test_work_for_reads_hides_behind_nothing():
+    assert stall(3.0, 4.0, 0.0, busy=1.0) == 1
+    assert stall(3.0, 6.0, 0.0, busy=1.0) == 3
+    assert step_time(3.0, [4.0, 4.0], [0.0, 2.0], [1.0, 1.0]) == 6 + 4 + 1 + 2  # nothing computes before the first layer

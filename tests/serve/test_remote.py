@@ -208,12 +208,13 @@ def test_errors_cross_the_border():
     assert type(Failed("SystemExit", "x", "").error()) is RuntimeError  # only our own errors are looked up
 
 
-def test_a_start_crosses_the_border_without_the_key():
+@pytest.mark.parametrize("misses", [Misses(0.5), Misses(shares=(0.5, 0.9))])
+def test_a_start_crosses_the_border_without_the_key(misses):
     options = ServeOptions(
         api_key="s3cret",
         points=("a", "b"),
         config=Path("/x"),
-        store=StoreOptions(5, Path("/y"), misses=Misses(0.5), fitted=Path("/z")),
+        store=StoreOptions(5, Path("/y"), misses=misses, fitted=Path("/z"), horizon=2),
     )
     config = read_config({"classes": {"a": {"ttft_ms": 5}}, "engine": {"requests": 3}})
     data = pack(Start.of(Path("/m"), options, config, {"version": 1}))

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -24,7 +25,7 @@ from moe_prism.offload.predict.base import history
 from moe_prism.offload.record import TraceRecorder, record
 from moe_prism.options.fit import FitOptions
 from moe_prism.options.offload import OffloadOptions
-from moe_prism.store.fit import halves
+from moe_prism.store.fit import StoreFit, halves
 from moe_prism.store.token_watch import TokenWatch
 from tests.offload.common import make, next_layer
 from tests.store.common import PROMPT, logits, opened, smallest, store_of
@@ -101,6 +102,12 @@ def plugged(monkeypatch):
     SameAgain.shown.clear()
 
 
+@pytest.fixture(autouse=True)
+def still(monkeypatch):
+    """Deciding takes no time: what it takes is for tests/store/test_decisions.py."""
+    monkeypatch.setattr("moe_prism.jobs.fit_offload.StoreFit", partial(StoreFit, clock=lambda: 0.0))
+
+
 @pytest.fixture(scope="module")
 def world(elastic_tiny, tmp_path_factory):
     """(folder, packed file, bytes for SLOTS records, trace of both sides with inputs, ids [1, n])"""
@@ -155,12 +162,12 @@ def test_every_policy_runs_as_it_was_fitted_and_changes_no_logit(name, world, tm
         assert all(pool.policy.factor == 2.0 for pool in store_of(stored).cache.pools)
 
 
-@pytest.mark.parametrize("name", ["lru", "lfu", "edge-moe", "lfru", "counted-uses"])
+@pytest.mark.parametrize("name", ["lru", "lfru", "arc", "counted-uses"])
 def test_a_policy_without_a_compiled_table_says_what_that_costs(name, world, tmp_path, plugged, caplog):
     folder, file, memory, *_ = world
     stored, _ = opened(folder, file, memory, fitted=fitted(world, tmp_path, policy=[name], predictor=["frequency"]))
     told = [r.getMessage() for r in caplog.records if "no compiled table" in r.getMessage()]
-    assert len(told) == (name not in ("lru", "lfu", "edge-moe"))
+    assert len(told) == (name in ("arc", "counted-uses"))
     assert all(f"'{name}'" in line and re.search(r"for \d+ us, `lru` for \d+,", line) for line in told)
     assert not len(store_of(stored).cache)  # what was asked was another cache
 
@@ -258,6 +265,22 @@ def test_forecasts_compare_the_fitted_way(world, tmp_path, plugged):
     assert "static" not in {way.policy for way in found.ways}
     assert {way.ahead for way in found.ways} == {0, 2}
     assert found.layer_ms > 0 and found.record_ms > 0
+
+
+def test_every_name_is_tried_where_none_is_asked_for(world, tmp_path, plugged):
+    """By `offload fit`, plug-ins too; `offload` forecasts every policy that needs no fit, and the one that was fitted."""
+    folder, file, memory, trace, *_ = world
+    found = fit_offload(trace, tmp_path / "s.json", FitOptions(share=0.4))
+    assert {row.policy for row in found.tried} == {*RUNNABLE, "counted-uses"}
+    asked = FitOptions(share=0.4, policy=["lru"], predictor=[*predictors.names(), "same-again"], layer_ms=1e3)
+    fitted_all = fit_offload(trace, None, asked)
+    assert {row.predictor for row in fitted_all.tried} - {""} == {*predictors.names(), "same-again"}
+    path = fitted(world, tmp_path, policy=["static"], predictor=["frequency"])
+    forecast = forecast_offload(
+        folder, memory, OffloadOptions(expert_file=file, tokens=160, budgets=(1.0,), expert_settings=path)
+    )
+    needs = {name for name in RUNNABLE if cache_policies.get(name).needs_fit}
+    assert {way.policy for way in forecast.ways} == ({*RUNNABLE, "counted-uses"} - needs) | {"static"}
 
 
 def test_commands(world, tmp_path, capsys):

@@ -16,7 +16,7 @@ from moe_prism.elastic import operating_point
 from moe_prism.errors import CorruptError, DoesNotFit, UsageError
 from moe_prism.jobs.compress import compress_model, plan_compression
 from moe_prism.jobs.forecast_offload import forecast_offload
-from moe_prism.jobs.forecast_planes import _once
+from moe_prism.jobs.forecast_planes import _replayed_groups
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.offload.cache import cache_policies
 from moe_prism.offload.replay import Group
@@ -109,11 +109,9 @@ def test_a_forecast_replays_what_the_store_asks_for(folder, file, ids, tmp_path)
 
 
 def test_the_first_of_several_texts_fills_the_cache():
-    asked = [Group(step, layer, [step], [1.0], step, step + 1, False) for step in range(6) for layer in range(2)]
-    once, warm = _once(asked, steps=2, texts=2)  # the first text is decoded twice, in steps 0 to 3
-    assert warm == 2 and [group.step for group in once] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert [group.keys[0] for group in once] == [0, 0, 1, 1, 4, 4, 5, 5]
-    alone, warm = _once(asked[:8], steps=2, texts=1)
+    asked = [Group(step, layer, [step], [1.0], step, step + 1, False) for step in range(4) for layer in range(2)]
+    assert _replayed_groups(asked, steps=2, texts=2) == (asked, 2)
+    alone, warm = _replayed_groups(asked, steps=2, texts=1)  # which was decoded twice
     assert warm == 0 and [(group.step, group.keys[0]) for group in alone[::2]] == [(0, 2), (1, 3)]
 
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from moe_prism.offload.base import KeySpace, Moment
 from moe_prism.offload.cache import LayerPools, Pool, cache_policies
+from moe_prism.offload.cache.declared import ranking_of
+from moe_prism.offload.cache.lfu import LFU
 from moe_prism.store.checksum import checksum
 from moe_prism.store.fast_pool import SlotTable, TablePool
 from moe_prism.store.layout import RecordLayout
@@ -19,9 +21,22 @@ from moe_prism.store.pools import Eviction, policy_for, pools
 from moe_prism.store.reader import Item, runs, shares
 from moe_prism.store.unit_pool import UnitPool
 
-SPACE = KeySpace(2, 4, 2)
+SPACE = KeySpace(2, 4, 2, planes=2)
 LATER = st.lists(st.sampled_from(list(SPACE.of_layer(1))), unique=True, max_size=8)
 KEYS = st.lists(st.integers(0, len(SPACE) - 1), unique=True, max_size=8)
+CALLS = ["request", "request", "prefetch", "expect", "pin", "unpin", "drop", "new sequence"]
+TABLES = {
+    "lru": {},
+    "fifo": {},
+    "lfu": {"half_life": 3.0},
+    "lfru": {},
+    "edge-moe": {},
+    "per-byte": {"half_life": 3.0},
+    "d2moe": {},
+    "static": {"profile": [float(key % 5) for key in range(len(SPACE))]},
+    "hobbit": {"mix": (0.25, 0.5, 0.125, 0.125), "high": 0.3},
+    "reuse": {"coefficients": [[1.0, 0.5, 0.25, 2.0], [0.5, -0.25, 1.0, 0.0]]},
+}
 
 
 @settings(max_examples=150, deadline=None)
@@ -60,23 +75,26 @@ def test_the_pool_answers_and_counts_as_the_general_one(name, capacity, calls):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from(["lru", "lfu", "edge-moe"]),
+    st.sampled_from(sorted(TABLES)),
     st.integers(0, 9),
-    st.lists(st.tuples(st.sampled_from(["request", "prefetch", "expect", "pin", "unpin", "drop"]), LATER), max_size=40),
+    st.lists(st.tuples(st.sampled_from(CALLS), LATER), max_size=40),
 )
 def test_the_table_answers_and_counts_as_a_pool(name, capacity, calls):
     """Of the second layer; and every key that is there has a slot of its own."""
-    policy = cache_policies.get(name)(SPACE, capacity)
+    policy = cache_policies.get(name)(SPACE, capacity, **TABLES[name])
     slots = SlotTable.new(len(SPACE), capacity)
-    pools = [Pool(capacity, policy), TablePool(capacity, SPACE, SPACE.of_layer(1), policy, slots)]
+    pools = [Pool(capacity, policy), TablePool(capacity, SPACE, SPACE.of_layer(1), ranking_of(policy), slots)]
     pinned: list[int] = []
     for step, (call, keys) in enumerate(calls):
         now = Moment(step * 2, step, 1)
         if call in ("request", "prefetch"):
             assert pools[0].chunks(keys, 1) == pools[1].chunks(keys, 1) or not capacity
-            first, second = (getattr(pool, call)(keys, now) for pool in pools)
+            weights = {"weights": [(7 * key + step) % 5 / 8 for key in keys]} if call == "request" else {}
+            first, second = (getattr(pool, call)(keys, now, **weights) for pool in pools)
             assert first == second
         for pool in pools:
+            if call == "new sequence":
+                pool.new_sequence()
             if call == "expect":
                 pool.expect(1, keys)
             elif call == "pin":
@@ -99,11 +117,12 @@ def test_the_table_answers_and_counts_as_a_pool(name, capacity, calls):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from(["lru", "lfu", "edge-moe"]), st.integers(1, 9), st.lists(st.tuples(st.integers(0, 1), KEYS), max_size=40))
+@given(st.sampled_from(sorted(TABLES)), st.integers(1, 9), st.lists(st.tuples(st.integers(0, 1), KEYS), max_size=40))
 def test_a_table_for_all_layers_answers_as_a_pool(name, capacity, calls):
     """Requests of one layer after the other; keys of the other layer leave for them."""
-    policy = cache_policies.get(name)(SPACE, capacity)
-    pools = [Pool(capacity, policy), TablePool(capacity, SPACE, range(len(SPACE)), policy, SlotTable.new(len(SPACE), capacity))]
+    policy = cache_policies.get(name)(SPACE, capacity, **TABLES[name])
+    slots = SlotTable.new(len(SPACE), capacity)
+    pools = [Pool(capacity, policy), TablePool(capacity, SPACE, range(len(SPACE)), ranking_of(policy), slots)]
     for step, (layer, keys) in enumerate(calls):
         own = [k for k in keys if SPACE.layer(k) == layer]
         first, second = (pool.request(own, Moment(step * 2 + layer, step, layer)) for pool in pools)
@@ -184,3 +203,38 @@ def test_a_sweep_over_all_layers_keeps_something():
         rates[name] = pool.counts.hit_rate
     assert rates["lru"] == rates["lfu"] == 0
     assert rates["edge-moe"] > 0.1
+
+
+def test_every_policy_that_can_be_ranked_has_a_table():
+    """The others keep lists whose lengths move (arc), draw (random) or know the future: a store asks those in Python."""
+    made = {name: cache_policies.get(name)(SPACE, 4) for name in cache_policies.names()}
+    assert {name for name, policy in made.items() if ranking_of(policy) is not None} == set(TABLES)
+
+
+class Bribed(LFU):
+    """Declares nothing anew, but decides in another way."""
+
+    def worth(self, key, now):
+        return -super().worth(key, now)
+
+
+class Faster(LFU):
+    """Another half-life, and all else as declared."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, half_life=2.0, **settings)
+
+
+def test_a_plug_in_has_the_table_that_it_declares_and_no_other():
+    assert ranking_of(Bribed(SPACE, 4)) is None
+    assert type(pools(Eviction(Bribed, group=4), SPACE, 1)) is UnitPool
+    assert ranking_of(Faster(SPACE, 4)).half_lives[0] == 2.0
+    assert type(pools(Eviction(Faster, group=4), SPACE, 1)) is TablePool
+
+
+def test_high_planes_leave_first_and_the_oldest_of_them():
+    pool = pools(Eviction(cache_policies.get("d2moe"), group=4), SPACE, 8).pools[0]
+    for step, keys in enumerate(([0, 1], [2, 3], [4], [6])):
+        pool.request(keys, Moment(2 * step, step, 0))
+    assert [key for key in range(8) if key in pool] == [0, 2, 4, 6]  # both lower planes are gone, and all upper ones are there
+    assert type(pool) is TablePool

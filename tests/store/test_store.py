@@ -16,7 +16,6 @@ from moe_prism.options.generate import GenerateOptions
 from moe_prism.point import FULL, OperatingPoint, SlotRule
 from moe_prism.store.choose_misses import Misses, choose
 from tests.store.common import PROMPT, logits, opened, smallest, store_of
-from tests.tiny_sources import save_tiny
 
 SLOTS = (1, 5, 12, 1000)
 
@@ -29,14 +28,6 @@ def tiny(elastic_tiny):
 @pytest.fixture(scope="module")
 def ids(tiny):
     return tiny[1](PROMPT, return_tensors="pt").input_ids
-
-
-@pytest.fixture(scope="module")
-def elastic_half(shared, tmp_path_factory, tiny_calibration):
-    """The tiny model stored as bfloat16."""
-    source = tmp_path_factory.mktemp("half") / "m"
-    save_tiny("olmoe", source, dtype=torch.bfloat16)
-    return shared("elastic-half", lambda out: refactor(source, out, RefactorOptions(calibration=tiny_calibration)))
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +105,31 @@ def test_reading_ahead_changes_no_logit(elastic_tiny, tmp_path, ids, slots, budg
     assert store.cache.counts.prefetched > 0
     check_counts(store.cache.counts, len(store.cache))
     assert not any(store.fetcher.pool(layer).pinned for layer in range(store.space.layers))
+
+
+def test_a_layer_that_is_there_lets_the_one_after_it_be_guessed(elastic_tiny, tmp_path, ids):
+    """HOBBIT looks on until something is missing, or to its horizon; and no logit changes."""
+    whole, _ = opened(elastic_tiny, tmp_path / "p", ahead=2, horizon=9)
+    ahead, store, asked = whole._moe_prism.ahead, store_of(whole), []
+    last = store.space.layers - 1
+    store.prefetch = lambda layer, keys: asked.append(layer)  # nothing is read for the guesses
+    x, index = torch.randn(1, 32), torch.tensor([[0, 1]])
+    logits(whole, ids[:, :1])
+    asked.clear()
+    wanted = {number: ahead.keys(number, x, Misses()) for number in range(1, last + 1)}
+    kept = store.places.of.copy()
+    store.places.of[:] = 0  # everything is there
+    ahead(1, x, index)
+    assert asked == list(range(1, last + 1))
+    asked.clear()
+    store.places.of[wanted[1][-1]] = -1  # of the first layer that is guessed, one record is not
+    ahead(1, x, index)
+    assert asked == [1]
+    store.places.of[:] = kept
+    far, _ = opened(elastic_tiny, tmp_path / "p", smallest(whole, 14), ahead=3, horizon=3)
+    plain, _ = opened(elastic_tiny, tmp_path / "p", smallest(whole, 14))
+    assert all(torch.equal(logits(far, token), logits(plain, token)) for token in ids[0, :6, None, None])
+    store_of(far).settle()
 
 
 def test_a_floor_keeps_what_lies_between_the_two_budgets(elastic_tiny, tmp_path, ids):
@@ -220,6 +236,55 @@ def test_a_time_per_step_of_zero_is_the_floor_and_of_an_hour_is_everything(elast
         results[seconds] = logits(stored, ids[:, 4:9], 0.9)
     assert torch.equal(results[None], results[0.0])
     assert torch.equal(results[3600.0], logits(whole, ids[:, 4:9], 0.9))
+
+
+SHARES = [(1.0, 1.0), (0.5, 1.0), (0.5, 0.5), (0.0, 0.7), (0.0, 0.0)]
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_the_weight_of_stronger_experts_decides_what_is_read(elastic_tiny, tmp_path, ids, shares):
+    """HOBBIT's T1 and T2, expert by expert: as it is, in int8 form, or not at all; what is there is used as the budget says."""
+    misses = Misses(shares=shares)
+    file = tmp_path / ("low" if misses.needs_low else "p")
+    stored, _ = opened(elastic_tiny, file, smallest(opened(elastic_tiny, file, misses=misses)[0], 6), misses=misses)
+    layer, store = stored._moe_prism.layers[1], store_of(stored)
+    x, weight = torch.randn(5, 32), torch.rand(5, 2) + 0.01
+    index = torch.tensor([[0, 1], [2, 3], [1, 3], [0, 2], [3, 1]])
+    logits(stored, ids, 0.8)
+    step = Step(bind(stored._moe_prism, [FULL.with_slots(0.8, "product")]))
+    high = layer.kept(step, x, index, weight)
+    found = choose(store, 1, layer.candidates(step, x, index, weight), misses)
+    there = torch.from_numpy(store.resident(1))[index]
+    for t in range(5):
+        for c in range(2):
+            other = float(weight[t, 1 - c])
+            stronger = other / float(weight[t].sum()) if other > weight[t, c] else 0.0
+            read = stronger <= shares[1]
+            assert torch.equal(found.keep[t, c], high[t, c] & (there[t, c] | read))
+            if found.low is not None and stronger <= shares[0]:  # whoever wants it as it is, is given it
+                assert not found.low[index[t, c]].any()
+    if shares == (1.0, 1.0):
+        assert found.low is None and torch.equal(found.keep, high)
+
+
+def test_smaller_shares_read_less_and_lose_more(elastic_half, tmp_path, ids):
+    whole, _ = opened(elastic_half, tmp_path / "p", misses=Misses(shares=(0.0, 1.0)))
+    exact, memory, read, lost = opened(elastic_half, tmp_path / "q")[0], smallest(whole, 2), [], []
+    tokens = ids[0, :8, None, None]  # one at a time: a batch reads what anybody wants as it is
+    wanted = torch.cat([logits(exact, token) for token in tokens])
+    for shares in ((1.0, 1.0), (0.6, 0.9), (0.0, 0.9), (0.0, 0.0)):
+        stored, _ = opened(elastic_half, tmp_path / "p", memory, misses=Misses(shares=shares))
+        found = torch.cat([logits(stored, token) for token in tokens])
+        lost.append(float((wanted.softmax(-1) * (wanted.log_softmax(-1) - found.log_softmax(-1))).sum(-1).mean()))
+        read.append(store_of(stored).times.bytes)
+    assert lost[0] == pytest.approx(0, abs=1e-6) and 0 < lost[2] < lost[3] == max(lost)
+    assert read == sorted(read, reverse=True) and read[-1] < read[0]
+
+
+def test_shares_and_budgets_exclude_each_other():
+    for wrong in ({"shares": (0.9, 0.6)}, {"shares": (-0.1, 1.0)}, {"shares": (0.5, 1.1)}, {"floor": 0.5, "shares": (0.5, 1.0)}):
+        with pytest.raises(UsageError, match=r"T1 <= T2|both say"):
+            Misses(**wrong)
 
 
 def test_what_a_store_cannot_do(elastic_tiny, tmp_path, ids):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..errors import UsageError
 from ..options.experts import AUTO, ExpertOptions
 
 if TYPE_CHECKING:
@@ -24,9 +25,21 @@ def store_options(experts: ExpertOptions) -> StoreOptions | None:
         experts.expert_file,
         experts.expert_policy,
         parts=experts.expert_parts,
-        misses=Misses(experts.miss_floor, experts.int8_budget),
+        misses=Misses(experts.miss_floor, experts.int8_budget, shares=_shares(experts.miss_shares)),
         ahead=experts.expert_ahead,
         tries_ahead=not experts.expert_ahead_always,
         predictor=experts.expert_predictor,
+        horizon=experts.expert_horizon,
         fitted=experts.expert_settings,
     )
+
+
+def _shares(text: str | None) -> tuple[float, float] | None:
+    """(T1, T2) of --miss-shares."""
+    if text is None:
+        return None
+    try:
+        first, second = map(float, text.split(","))
+    except ValueError:
+        raise UsageError(f"--miss-shares '{text[:40]}' is not two numbers", "give T1,T2, for example 0.6,0.9") from None
+    return first, second

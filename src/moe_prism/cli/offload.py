@@ -49,7 +49,9 @@ def offload(folder: Path, /, *, memory: str, options: OffloadOptions, json: bool
     text += (
         f"\n{forecast.slots} of {forecast.records} sub-experts fit ({forecast.record_bytes} bytes each), "
         f"reads {forecast.bytes_per_second / 1e6:.0f} MB/s"
-        f"\nfor `moe-prism offload fit`: --layer-ms {forecast.layer_ms:.3g} --record-ms {forecast.record_ms:.3g}"
+        f"\nfor `moe-prism offload fit`: --layer-ms {forecast.layer_ms:.3g} --record-ms {forecast.record_ms:.3g} "
+        f"--first-ms {forecast.first_ms:.2g} --busy-ms {forecast.busy_ms:.2g} "
+        f"--uncompiled-ms {forecast.uncompiled_ms:.2g} --guess-ms {forecast.guess_ms:.2g}"
         f"\nuse --expert-memory {memory} {at}{how}: {best.slots:.1f} slots, "
         f"{best.precision} reads, {best.ms_per_token:.2f} ms/token"
     )

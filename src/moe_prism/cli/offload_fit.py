@@ -37,14 +37,28 @@ def fit(
     found = fit_offload(trace, out, options, force=force, report=progress)
     names = ["lru", "belady (bound)", "fitted", "fitted, nothing ahead"]
     rows = [
-        (n, r.policy, r.predictor or "-", r.width, f"{r.hit_rate:.3f}", f"{r.reads_per_token:.1f}", f"{r.ms_per_token:.2f}")
+        (
+            n,
+            r.policy,
+            r.predictor or "-",
+            r.width,
+            f"{r.hit_rate:.3f}",
+            f"{r.reads_per_token:.1f}",
+            f"{r.ms_per_token:.2f}",
+            f"{r.deciding_ms:.2f}",
+        )
         for n, r in zip(names, found.held_out, strict=False)
     ]
     own = found.settings
-    text = table(("evaluation side", "policy", "predictor", "width", "hit rate", "reads/token", "ms/token"), rows)
+    text = table(("evaluation side", "policy", "predictor", "width", "hit rate", "reads/token", "ms/token", "deciding"), rows)
     quotas = "equal parts" if own.quotas is None else f"quotas {', '.join(map(str, own.quotas))}"
+    text += "\ndeciding: of ms/token, what a policy without a compiled table and a predictor take on this processor"
     text += f"\n{own.slots} of {len(own.space)} keys fit, {quotas}"
     if not own.width:
         text += "\nreading ahead does not pay at these costs"
+    if found.shares is not None:
+        t = found.shares
+        text += f"\nmissing experts by --miss-shares {t.t1:g},{t.t2:g}; on held-out text KL {t.kl:.5f}, "
+        text += f"{t.kb_per_token:.0f} kB/token, {t.ms_per_token:.2f} ms/token with nothing read ahead"
     note(f"next: moe-prism generate MODEL --expert-memory SIZE --expert-settings {out}")
     emit({"file": str(out), **found.to_json()}, text, json)

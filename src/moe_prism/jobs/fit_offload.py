@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..cores import processor
 from ..errors import UsageError
 from ..files import check_writable
 from ..offload.cache import cache_policies
 from ..offload.keys import KeySpace
 from ..offload.predict import predictors
-from ..offload.settings import ExpertSettings, write_settings
+from ..offload.settings import DECIDING, ExpertSettings, write_settings
 from ..offload.trace import Trace, load_trace
 from ..options.fit import FitOptions
 from ..progress import Report, silent
 from ..result import Result
 from ..store.fit import Costs, FitWay, StoreFit, search
 from ..store.price_reads import Forecast
+from .fit_shares import SharesPrices, SharesRow, fit_shares
 
 
 @dataclass(frozen=True)
 class FitRow:
-    """A way to run. hit_rate: of what layers asked for; reads_per_token: records, on demand and ahead; ms_per_token: forecast."""
+    """A way to run. hit_rate: of what layers asked for; reads_per_token: records, on demand and ahead; ms_per_token: forecast.
+
+    deciding_ms: of those, what a policy without a compiled table and a predictor take themselves, as measured on this machine.
+    """
 
     policy: str
     quotas: bool
@@ -31,24 +36,30 @@ class FitRow:
     hit_rate: float
     reads_per_token: float
     ms_per_token: float
+    deciding_ms: float
 
     @classmethod
     def of(cls, way: FitWay, time: Forecast) -> FitRow:
+        """Of a way and its time."""
         predictor = way.predictor if way.predictor is not None and way.width else ""
-        return cls(way.policy, way.quotas is not None, predictor, way.width, time.hit_rate, time.reads, 1e3 * time.seconds)
+        times = 1e3 * time.seconds, 1e3 * time.deciding
+        return cls(way.policy, way.quotas is not None, predictor, way.width, time.hit_rate, time.reads, *times)
 
 
 @dataclass(frozen=True)
 class OffloadFit(Result):
     """What was chosen; `tried` on the choosing half of the calibration side, `held_out` on the evaluation side: `lru`, `belady`, chosen.
 
-    Where the chosen way reads ahead, `held_out` has it without that as a fourth row.
+    Where the chosen way reads ahead, `held_out` has it without that as a fourth row. shares: thresholds of what is missing on the
+    evaluation side, None where they were not asked for; shares_tried: on calibration text.
     """
 
     settings: ExpertSettings
     share: float
     tried: list[FitRow]
     held_out: list[FitRow]
+    shares: SharesRow | None = None
+    shares_tried: list[SharesRow] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Without the arrays."""
@@ -61,6 +72,8 @@ class OffloadFit(Result):
             **chosen,
             "tried": [asdict(row) for row in self.tried],
             "held_out": [asdict(row) for row in self.held_out],
+            "shares": None if self.shares is None else asdict(self.shares),
+            "shares_tried": [asdict(row) for row in self.shares_tried],
         }
 
     def to_records(self) -> list[dict[str, Any]]:
@@ -106,7 +119,7 @@ def fit_offload(
         if predictors.get(name).needs_inputs and rows.inputs is None:
             raise UsageError(f"'{name}' needs router inputs, which the trace lacks", "record it with `moe-prism trace --inputs`")
     slots = max(1, round(options.share * len(space)))
-    fit = StoreFit(rows, space, slots, Costs(options.layer_ms / 1e3, options.record_ms / 1e3))
+    fit = StoreFit(rows, space, slots, Costs(*(1e-3 * ms for ms in _prices(options))))
     done, total = 0, len(policies) + len(guesses)
     with report("fit") as update:
 
@@ -117,16 +130,29 @@ def fit_offload(
 
         way, tried = search(fit, policies, guesses, bool(options.predictor), told)
     held_out = _judged(fit, way)
-    made = {
+    made: dict[str, Any] = {
         "model": str(rows.header.get("model", "")),
-        "options": asdict(options),
+        "options": {**asdict(options), "folder": None if options.folder is None else options.folder.name},
         "held_out": [asdict(row) for row in held_out],
+        DECIDING: {"processor": processor(), "ms": held_out[2].deciding_ms},
     }
     arrays = way.guess.arrays() if way.guess is not None and way.guess.needs_fit else {}
     settings = ExpertSettings(space, slots, way.policy, way.settings, way.quotas, way.predictor, way.width, arrays, made)
+    shares: SharesRow | None = None
+    shares_tried: list[SharesRow] = []
+    if options.folder is not None and options.max_kl is not None:
+        prices = SharesPrices(space.layers * options.layer_ms + held_out[-1].deciding_ms, options.record_ms)
+        shares, shares_tried = fit_shares(options.folder, settings, float(rows.header.get("budget", 1.0)), prices, options.max_kl)
+        made["shares"] = asdict(shares)
+        settings = replace(settings, shares=(shares.t1, shares.t2))
     if out is not None:
         write_settings(Path(out), settings)
-    return OffloadFit(settings, options.share, [FitRow.of(*pair) for pair in tried], held_out)
+    return OffloadFit(settings, options.share, [FitRow.of(*pair) for pair in tried], held_out, shares, shares_tried)
+
+
+def _prices(options: FitOptions) -> tuple[float, ...]:
+    """Milliseconds, as `Costs` has seconds."""
+    return options.layer_ms, options.record_ms, options.busy_ms, options.uncompiled_ms, options.guess_ms, options.first_ms
 
 
 def _judged(fit: StoreFit, way: FitWay) -> list[FitRow]:

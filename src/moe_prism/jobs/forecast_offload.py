@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,10 +17,10 @@ from ..elastic.dial import affordable
 from ..elastic.runtime import slots_per_token
 from ..errors import UsageError
 from ..offload.cache import cache_policies
-from ..offload.keys import KeySpace
+from ..offload.predict import Predictor
 from ..offload.predict.gate import CrossLayerGate
 from ..offload.record import TraceRecorder, record
-from ..offload.replay import Prefetch
+from ..offload.replay import Prefetch, groups
 from ..offload.trace import Trace
 from ..options.offload import OffloadOptions
 from ..options.text import source_in
@@ -29,11 +29,13 @@ from ..point.named import find_point
 from ..progress import Report, silent
 from ..result import Result
 from ..store import StoreOptions, parse_bytes
+from ..store.decisions import Decisions, measure_guess, measure_uncompiled
 from ..store.fit import key_values, read_ahead
 from ..store.fitted import Chosen, choose
 from ..store.plane_store import PlaneStore
 from ..store.pools import Eviction
-from ..store.price_reads import at_budget, measure_prices, measure_step, replayed
+from ..store.price_reads import ReadPrices, at_budget, measure_prices, measure_step, replayed
+from ..store.record_store import RecordStore
 from .forecast_planes import forecast_planes
 
 BUDGETS = (0.75, 0.5, 0.25)  # compared with full budget unless others are named
@@ -61,8 +63,9 @@ class Way:
 class OffloadForecast(Result):
     """`best`: the largest budget that meets the target (the fastest way where none does, `met` is then false).
 
-    layer_ms: what a layer computes in a step of `best`; record_ms: what a record takes of many that are read at once. `offload fit` asks
-    for both.
+    For `offload fit`: layer_ms: what a layer computes in a step of `best`; record_ms: what one record more takes of many that are read at
+    once; first_ms: what their reads take besides; busy_ms: the computing thread's own work for a record; uncompiled_ms, guess_ms: what a
+    layer takes more where a policy has no compiled table, and where something is read ahead.
     """
 
     memory: int
@@ -72,6 +75,10 @@ class OffloadForecast(Result):
     bytes_per_second: float
     layer_ms: float
     record_ms: float
+    busy_ms: float
+    uncompiled_ms: float
+    guess_ms: float
+    first_ms: float
     best: Way
     met: bool
     ways: list[Way]
@@ -119,29 +126,32 @@ def forecast_offload(
     if store.pack.has_low:
         forms["int8"] = measure_prices(store, low=True), store.pack.layout.low_bytes
     prices = {name: price.over(size / link) if link else price for name, (price, size) in forms.items()}
-    ways, steps = [], {}
-    total, names = slots_per_token(elastic), runnable(chosen, store.space)
-    hidden = elastic.layers[0].parts.layer.hidden
+    ways, steps, decisions = [], {}, {}
+    total, names = slots_per_token(elastic), runnable(chosen, store)
     with report("replay") as update:
         for number, budget in enumerate(budgets):
-            with operating_point(model, budget):
-                steps[budget] = measure_step(model, windows[:1], PROMPT, here)
+            steps[budget], decisions[budget] = measure_budget(model, windows[:1], budget, here)
             rows = at_budget(trace, elastic, budget).decode()
             kept = float(rows.slots().mean()) if budget < 1 else float(total)
-            guess = prefetch_of(chosen, rows, store.space, hidden)
+            guess, predictor = prefetch_of(chosen, rows, store)
+            asked = list(groups(rows, store.space))
+            guessing = 0.0 if predictor is None else decisions[budget].predictor(predictor, rows)
             for name, eviction in names.items():
+                deciding = decisions[budget].policy(eviction, asked)
                 for ahead in (None,) if guess is None else (None, guess):
-                    misses = replayed(rows, store.space, store.slots, replace(eviction, group=store.group), ahead)
+                    misses = replayed(asked, store.space, store.slots, eviction, ahead)
                     for precision, price in prices.items():
-                        found = misses.at(price, steps[budget])
+                        found = misses.at(price, steps[budget]).with_deciding(deciding + (0.0 if ahead is None else guessing))
                         own = found.hit_rate, found.reads, found.seconds * 1e3, 0 if ahead is None else ahead.width
                         ways.append(Way(budget, kept, name, precision, *own))
             update(number + 1, len(budgets))
     best, met = choose_way(ways, options.target_ms)
     rate = prices["exact"].bandwidth if len(store.space) > store.slots else 0.0
     store.close()
-    costs = rate * store.pack.layout.bytes, 1e3 * steps[best.budget] / store.space.layers, 1e3 / rate if rate else 0.0
-    return OffloadForecast(memory, store.slots, len(store.space), store.pack.layout.bytes, *costs, best, met, ways)
+    step, measured = steps[best.budget], decisions[best.budget]
+    costs = FitPrices.of(prices["exact"], step, measured) if rate else FitPrices(1e3 * step / store.space.layers)
+    size = store.pack.layout.bytes
+    return OffloadForecast(memory, store.slots, len(store.space), size, rate * size, *costs, best, met, ways)
 
 
 def _windows(folder: str | Path, tokenizer: Any, options: OffloadOptions) -> Tensor:
@@ -161,7 +171,7 @@ def _of_planes(
     store, link = model._moe_prism.store, options.link
     points = {"": FULL, **{name: find_point(name, folder).point for name in options.point}}
     slower = 0.0 if link is None else store.pack.layout.bytes / parse_bytes(link, "bytes per second")
-    policies = runnable(chosen, store.space)
+    policies = runnable(chosen, store)
     prices, found = forecast_planes(model, _windows(folder, tokenizer, options), PROMPT, policies, points, slower)
     ways = []
     for own in found:
@@ -171,25 +181,62 @@ def _of_planes(
     best, met = choose_way(ways, options.target_ms)
     step = next(own.step for own in found if (own.name, own.policy) == (best.point, best.policy))
     rate = prices.bandwidth if len(store.space) > store.slots else 0.0
-    costs = rate * store.pack.layout.bytes, 1e3 * step / store.space.layers, 1e3 / rate if rate else 0.0
+    measured = Decisions(store.space, store.slots)
+    costs = FitPrices.of(prices, step, measured) if rate else FitPrices(1e3 * step / store.space.layers)
     store.close()
-    return OffloadForecast(memory, store.slots, len(store.space), store.pack.layout.bytes, *costs, best, met, ways)
+    size = store.pack.layout.bytes
+    return OffloadForecast(memory, store.slots, len(store.space), size, rate * size, *costs, best, met, ways)
 
 
-def runnable(chosen: Chosen, space: KeySpace) -> dict[str, Eviction]:
+class FitPrices(NamedTuple):
+    """What `offload fit` is told, in milliseconds."""
+
+    layer: float
+    record: float = 0.0
+    busy: float = 0.0
+    uncompiled: float = 0.0
+    guess: float = 0.0
+    first: float = 0.0
+
+    @classmethod
+    def of(cls, prices: ReadPrices, step: float, own: Decisions) -> FitPrices:
+        """step: seconds."""
+        most = prices.counts[-1]
+        record = (prices.of(most) - prices.of(1)) / (most - 1) if most > 1 else prices.of(1)
+        record = max(record, prices.of(most) / most / 2)  # beside other work a curve may be flat, and no record is free
+        first = max(0.0, prices.of(1) - record)
+        found = step / own.space.layers, record, prices.work(most) / most, own.uncompiled, own.guess, first
+        return cls(*(1e3 * seconds for seconds in found))
+
+
+def measure_budget(model: Any, text: Tensor, budget: float, here: ReadPrices) -> tuple[float, Decisions]:
+    """(seconds of a step apart from its reads, what deciding costs). text [1, n]: decoded, after a prompt."""
+    store = model._moe_prism.store
+    with operating_point(model, budget):
+        step = measure_step(model, text, PROMPT, here)
+        uncompiled = measure_uncompiled(model, text, PROMPT, here, step)
+        return step, Decisions(store.space, store.slots, uncompiled, measure_guess(model._moe_prism))
+
+
+def runnable(chosen: Chosen, store: RecordStore) -> dict[str, Eviction]:
     """Every policy that a store can run: that need not know the future, and has its fit where it needs one."""
     fitted = None if chosen.fitted is None else chosen.fitted.policy
     kinds = {name: cache_policies.get(name) for name in cache_policies.names()}
     able = {name: kind for name, kind in kinds.items() if not kind.needs_future and (name == fitted or not kind.needs_fit)}
-    return {name: chosen.eviction(space, len(space), 1) if name == fitted else Eviction(kind) for name, kind in able.items()}
+    space, group = store.space, store.group
+    return {
+        name: chosen.eviction(space, len(space), group) if name == fitted else Eviction(kind, {}, group)
+        for name, kind in able.items()
+    }
 
 
-def prefetch_of(chosen: Chosen, rows: Trace, space: KeySpace, hidden: int) -> Prefetch | None:
-    """What is read ahead on a trace, None for nothing."""
+def prefetch_of(chosen: Chosen, rows: Trace, store: RecordStore) -> tuple[Prefetch, Predictor] | tuple[None, None]:
+    """What is read ahead on a trace, and what guesses it; None for nothing."""
     if not chosen.width:
-        return None
-    guess = chosen.guess(space, hidden).predictor or CrossLayerGate.fit(rows, space)
-    return replace(read_ahead(guess, rows, key_values(rows, space)), width=chosen.width)
+        return None, None
+    space = store.space
+    guess = chosen.guess(space, store.pack.layout.hidden).predictor or CrossLayerGate.fit(rows, space)
+    return replace(read_ahead(guess, rows, key_values(rows, space)), width=chosen.width), guess
 
 
 def choose_way(ways: Sequence[Way], target_ms: float | None) -> tuple[Way, bool]:

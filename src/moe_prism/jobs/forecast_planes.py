@@ -12,6 +12,7 @@ from torch import Tensor
 from ..elastic import operating_point
 from ..offload.replay import Group
 from ..point import OperatingPoint
+from ..store.decisions import Decisions
 from ..store.plane_store import PlaneStore
 from ..store.pools import Eviction
 from ..store.price_planes import asked_planes, measure_plane_prices
@@ -38,24 +39,26 @@ def forecast_planes(
     """
     store: PlaneStore = model._moe_prism.store
     here, ways = measure_plane_prices(store), []
-    prices = here.over(link) if link else here
+    prices, decisions = here.over(link) if link else here, Decisions(store.space, store.slots)
     for name, point in points.items():
         with operating_point(model, point=point), asked_planes(store) as asked:
             step = measure_step(model, windows, prompt, here)
-        groups, warm = _once(asked.groups, windows.shape[1] - prompt, len(windows))
-        slots = statistics.fmean(asked.slots[(windows.shape[1] - prompt) * store.space.layers :])
+        steps = windows.shape[1] - prompt
+        groups, warm = _replayed_groups(asked.groups, steps, len(windows))
+        slots = statistics.fmean(asked.slots[steps * store.space.layers :])
         for policy, eviction in policies.items():
-            misses = replayed(groups, store.space, store.slots, replace(eviction, group=store.group), warm=warm)
-            ways.append(PlaneForecast(name, policy, slots, step, misses.at(prices, step)))
+            own = replace(eviction, group=store.group)
+            misses, deciding = replayed(groups, store.space, store.slots, own, warm=warm), decisions.policy(own, groups)
+            ways.append(PlaneForecast(name, policy, slots, step, misses.at(prices, step).with_deciding(deciding)))
     return prices, ways
 
 
-def _once(groups: list[Group], steps: int, texts: int) -> tuple[list[Group], int]:
-    """The groups of every text once, of which the first is decoded twice, and how many steps only fill the cache.
+def _replayed_groups(groups: list[Group], steps: int, texts: int) -> tuple[list[Group], int]:
+    """The groups to replay of texts as `measure_step` decodes them, and how many steps only fill the cache.
 
-    A short text pays for every plane that it asks for first. So the first of several texts fills the cache for the others.
+    A short text pays for every plane that it asks for first. So the first of several texts fills the cache for the others. A single text
+    was decoded twice: its second time is replayed.
     """
-    one = steps * (len(groups) // (steps * (texts + 1)))
-    if texts == 1:
-        return [replace(group, step=group.step - steps) for group in groups[one:]], 0
-    return groups[:one] + [replace(group, step=group.step - steps) for group in groups[2 * one :]], steps
+    if texts > 1:
+        return groups, steps
+    return [replace(group, step=group.step - steps) for group in groups[len(groups) // 2 :]], 0

@@ -10,10 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .keys import Key, KeySpace
 from .trace import Trace
+
+if TYPE_CHECKING:
+    from .cache.ranking import Ranking
 
 __all__ = ["Access", "CacheCounts", "CachePolicy", "ExpertCache", "Key", "KeySpace", "Load", "Moment"]
 
@@ -79,6 +82,10 @@ class CachePolicy(ABC):
 
     def foresee(self, uses: Mapping[Key, Sequence[int]]) -> None:  # noqa: B027
         """For bounds: the clocks (ascending) at which every key will be requested."""
+
+    def ranking(self) -> Ranking | None:
+        """What a compiled table needs to do the same, where that can be declared. None: a store asks in Python, which takes longer."""
+        return None
 
     def new_sequence(self) -> None:  # noqa: B027
         """Another request of a user begins: statistics kept per sequence start again."""

@@ -10,11 +10,15 @@ Key = int
 
 @dataclass(frozen=True)
 class KeySpace:
-    """L layers x E experts x N parts; keys count through the parts of an expert first, then its layer's experts, then layers."""
+    """L layers x E experts x N parts; keys count through the parts of an expert first, then its layer's experts, then layers.
+
+    planes: of every sub-expert, the upper one first: they are parts, too.
+    """
 
     layers: int
     experts: int
     parts: int = 1
+    planes: int = 1
 
     def key(self, layer: int, expert: int, part: int = 0) -> Key:
         return (layer * self.experts + expert) * self.parts + part

@@ -23,6 +23,8 @@ from .predict import Predictor, predictors
 from .trace import Array
 
 MOST_BYTES = 1 << 30  # of a predictor's arrays
+DECIDING = "deciding_measured_on_this_processor"
+"""In `ExpertSettings.made`: what policy and predictor take themselves, in milliseconds of a token, and the processor where that holds."""
 BOUNDS = JsonBounds(bytes=256 << 20)
 
 
@@ -30,7 +32,8 @@ BOUNDS = JsonBounds(bytes=256 << 20)
 class ExpertSettings:
     """space, slots: the keys it was fitted for, and how many fitted; quotas: slots per layer, None = equal parts.
 
-    policy, settings: who leaves; predictor, width, arrays: what is read ahead, None and 0 = nothing; made: how it came about.
+    policy, settings: who leaves; predictor, width, arrays: what is read ahead, None and 0 = nothing; made: how it came about; shares: T1
+    and T2 of what is missing (`store.choose_misses.Misses`), None = all of it is read as it is.
     """
 
     space: KeySpace
@@ -42,6 +45,7 @@ class ExpertSettings:
     width: int = 0
     arrays: dict[str, Array] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
+    shares: tuple[float, float] | None = None
 
 
 def write_settings(path: Path, settings: ExpertSettings) -> None:
@@ -66,6 +70,7 @@ def write_settings(path: Path, settings: ExpertSettings) -> None:
         "settings": settings.settings,
         "quotas": None if settings.quotas is None else list(settings.quotas),
         "predictor": predictor,
+        "miss_shares": None if settings.shares is None else list(settings.shares),
         "made": settings.made,
     }
     form = ExpertSettingsForm.model_validate(values)
@@ -82,6 +87,9 @@ def read_settings(path: Path) -> ExpertSettings:
         arrays = _arrays(path.parent / found.file, found.sha256)
     if form.quotas is not None and len(form.quotas) != form.layers:
         raise CorruptError(f"{path}: {len(form.quotas)} quotas for {form.layers} layers", AGAIN)
+    shares = None if form.miss_shares is None else (form.miss_shares[0], form.miss_shares[1])
+    if shares is not None and shares[0] > shares[1]:
+        raise CorruptError(f"{path}: the miss shares {shares[0]:g} and {shares[1]:g} descend", AGAIN)
     return ExpertSettings(
         KeySpace(form.layers, form.experts, form.parts),
         form.slots,
@@ -92,6 +100,7 @@ def read_settings(path: Path) -> ExpertSettings:
         0 if found is None else found.width,
         arrays,
         form.made,
+        shares,
     )
 
 

@@ -45,6 +45,12 @@ class ExpertOptions(Options):
         "What guesses the experts that are read ahead, see `moe-prism ls predictors`; default that of --expert-settings, else gate, the "
         "next layer's router on this layer's input. All others need their fit.",
     )
+    expert_horizon: int = option(
+        1,
+        "Layers to look ahead at most. Where all that the next layer is guessed to want is in memory, the one after it is guessed from the "
+        "same input, and so on (HOBBIT). With the predictor gate.",
+        least=1,
+    )
     expert_settings: Path | None = option(
         None, "Policy, quotas, predictor and width as `moe-prism offload fit` wrote them; other options go before it."
     )
@@ -57,10 +63,18 @@ class ExpertOptions(Options):
         None, "Share of the slots up to which missing ones are then read in int8 form instead of being skipped."
     )
 
+    miss_shares: str | None = option(
+        None,
+        "T1,T2 in place of both (HOBBIT): an expert that is not in memory is read as it is where a token's stronger experts hold at most "
+        "the share T1 of its routing weight, in int8 form or its upper plane up to T2, else skipped. 1,1 reads all.",
+    )
+
     def check_used(self) -> None:
         """UsageError for an option that would do nothing, because all experts are in memory."""
         if self.expert_ahead_always and not self.expert_ahead and self.expert_settings is None:
             raise UsageError("--expert-ahead-always is of no use alone", "give --expert-ahead or --expert-settings as well")
+        if self.expert_horizon > 1 and not self.expert_ahead and self.expert_settings is None:
+            raise UsageError("--expert-horizon is of no use alone", "give --expert-ahead or --expert-settings as well")
         if self.expert_memory is not None:
             return
         for declared in fields(self):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from ..errors import UsageError
 from .base import Options, option
 
 
@@ -20,12 +22,39 @@ class FitOptions(Options):
     share: float = option(0.25, "Share of the keys (experts, or sub-experts) that fit into memory.", above=0, most=1)
     layer_ms: float = option(
         1.0,
-        "Milliseconds that a layer computes in a step, as `moe-prism offload` measures it. The choice depends on its ratio to --record-ms "
-        "alone.",
+        "Milliseconds that a layer computes in a step, as `moe-prism offload` measures it.",
         above=0,
     )
     record_ms: float = option(
         1.0, "Milliseconds that one key takes to be read, as `moe-prism offload` measures it. The default is a layer's.", above=0
+    )
+    first_ms: float = option(
+        0.0,
+        "Milliseconds that the reads of a layer take beside --record-ms for each, as `moe-prism offload` measures it.",
+        least=0,
+    )
+    busy_ms: float = option(
+        0.0, "Of --record-ms, what the computing thread works itself, as `moe-prism offload` measures it.", least=0
+    )
+    uncompiled_ms: float = option(
+        0.0,
+        "Milliseconds that a layer takes more where the policy has no compiled table, as `moe-prism offload` measures them. What the "
+        "policy's own Python takes is measured here.",
+        least=0,
+    )
+    guess_ms: float = option(
+        0.0,
+        "Milliseconds that a layer takes to choose what to read ahead, as `moe-prism offload` measures them. What the predictor takes is "
+        "measured here.",
+        least=0,
+    )
+    folder: Path | None = option(
+        None, "The elastic model of the trace: also fit --miss-shares, with the loss measured on it. Needs --max-kl."
+    )
+    max_kl: float | None = option(
+        None,
+        "With --folder: how large the KL of calibration text may become where missing experts are read in int8 form or skipped.",
+        least=0,
     )
     parts: int | None = option(None, "Keys per expert: 1, or the sub-experts of the trace. Default those of the trace.", least=1)
     policy: list[str] = option(
@@ -36,3 +65,8 @@ class FitOptions(Options):
         "Only these, see `moe-prism ls predictors`; the best is kept, also at width 0. Default all, or none.",
         is_repeated=True,
     )
+
+    def check(self) -> None:
+        super().check()
+        if (self.folder is None) != (self.max_kl is None):
+            raise UsageError("--folder and --max-kl belong together", "give both, or neither")

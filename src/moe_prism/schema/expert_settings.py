@@ -23,7 +23,7 @@ class PredictorForm(Form):
 
 
 class ExpertSettingsForm(Form):
-    """The whole file. layers, experts, parts: the keys it was fitted for; slots: how many of them fitted."""
+    """The whole file. layers, experts, parts: the keys it was fitted for; slots: how many of them fitted; miss_shares: T1 and T2."""
 
     schema_: Annotated[Literal[1], Field(alias="schema")]
     kind: Literal["expert settings"]
@@ -35,4 +35,5 @@ class ExpertSettingsForm(Form):
     settings: Plain = {}
     quotas: Annotated[list[Positive], MinLen(1), MaxLen(MOST_LAYERS)] | None = None
     predictor: PredictorForm | None = None
+    miss_shares: Annotated[list[Annotated[float, Field(ge=0, le=1)]], MinLen(2), MaxLen(2)] | None = None
     made: Plain = {}

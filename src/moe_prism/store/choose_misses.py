@@ -3,7 +3,8 @@
 Two levels instead of one: slots whose sub-expert is resident are kept at the operating point's budget, slots that would have to be read
 only at a smaller one, the floor. Rules rank slots the same way at every budget, so what is kept lies between the two budgets' own
 choices: the loss is bounded by that of the floor run as an operating point, which is measured. Between floor and budget a missing slot
-may be read in int8 form instead of being skipped (HOBBIT, arXiv 2411.01433: high precision, low precision or skip by importance).
+may be read in int8 form instead of being skipped. HOBBIT (arXiv 2411.01433) chooses among the same three by the routing weights of the
+stronger experts of a token: that is `Misses.shares`.
 """
 
 from __future__ import annotations
@@ -33,19 +34,35 @@ class Misses:
     """What happens to slots whose sub-expert is not resident. The default reads all of them: the result is the in-memory one.
 
     floor: budget at which they are read, below the operating point's. low: budget at which they are read in int8 form, between the two;
-    None = never. step_seconds: read as many of those between floor and budget as fit into this time per step, the most valuable first,
-    instead of none; None = the floor decides alone.
+    None = never. shares (T1, T2): the routing weight of a token's stronger experts decides instead, as a share of all of it: up to T1 an
+    expert's slots are read as they are, up to T2 in the smaller form, and beyond that they are skipped. step_seconds: read as many of
+    those between floor and budget as fit into this time per step, the most valuable first, instead of none; None = the floor decides
+    alone.
     """
 
     floor: float = 1.0
     low: float | None = None
     step_seconds: float | None = None
+    shares: tuple[float, float] | None = None
 
     @property
     def is_exact(self) -> bool:
-        return self.floor >= 1 and self.low is None
+        return self.floor >= 1 and self.low is None and self.shares is None
+
+    @property
+    def needs_low(self) -> bool:
+        """Whether records are read in int8 form."""
+        return self.low is not None or (self.shares is not None and self.shares[0] < self.shares[1])
 
     def __post_init__(self) -> None:
+        if self.shares is not None:
+            if self.floor < 1 or self.low is not None or self.step_seconds is not None:
+                raise UsageError("shares of the weight and budgets both say what is read on a miss", "give one of them")
+            if not 0 <= self.shares[0] <= self.shares[1] <= 1:
+                raise UsageError(
+                    f"shares {self.shares[0]:g} and {self.shares[1]:g} are no T1 <= T2 within [0, 1]",
+                    "1,1 reads every missing slot",
+                )
         if not 0 < self.floor <= 1:
             raise UsageError(f"floor {self.floor:g} is outside (0, 1]", "1 reads every missing slot")
         if self.low is not None and not self.floor <= self.low <= 1:
@@ -72,24 +89,34 @@ def choose(store: ExpertStore, layer: int, candidates: Candidates, misses: Misse
     experts, parts = store.space.experts, store.space.parts
     if parts != wide.shape[2]:
         raise UsageError("a store of whole experts knows no sub-experts to skip", "leave miss floors out")
-    sure, values = candidates.keep(misses.floor), candidates.values().float()
-    index = candidates.index
+    index, values = candidates.index, candidates.values().float()
+    sure = wide & up_to(candidates.weight, misses.shares[0]) if misses.shares else candidates.keep(misses.floor)
     if misses.step_seconds is not None:
         there = torch.from_numpy(store.resident(layer))[index.clamp(0, experts - 1)]
         missing = wide & ~there
         already = _count(index, missing & sure)
         sure = sure | _affordable(store, index, values.masked_fill(~(missing & ~sure), -1.0), already, misses.step_seconds)
     cheap = sure if misses.low is None else candidates.keep(misses.low)
+    if misses.shares:
+        cheap = wide & up_to(candidates.weight, misses.shares[1])
     keep, low = torch.empty_like(wide), np.zeros((experts, parts), np.bool_)
     flags = [flag.contiguous().numpy() for flag in (wide, sure, cheap)]
     some = decide(index.contiguous().numpy(), *flags, store.slots_of(layer), values.contiguous().numpy(), keep.numpy(), low)
     return Settled(keep, low if some else None)
 
 
+def up_to(weight: Tensor, share: float) -> Tensor:
+    """[T, k, 1] bool: experts whose stronger ones hold at most this share of a token's routing weight [T, k]. The strongest is one."""
+    size = weight.abs().float()
+    ordered, order = size.sort(dim=1, descending=True, stable=True)
+    stronger = torch.empty_like(size).scatter_(1, order, ordered.cumsum(1) - ordered)
+    return (stronger <= share * size.sum(1, keepdim=True))[:, :, None]
+
+
 def _fused(store: ExpertStore, layer: int, candidates: Candidates, misses: Misses) -> Settled | None:
     """`choose` for few tokens in two calls; None where scorer, rule or batch are not of the compiled kind."""
     experts, parts = store.space.experts, store.space.parts
-    if misses.step_seconds is not None:
+    if misses.step_seconds is not None or misses.shares is not None:
         return None
     limits = [] if misses.is_exact else [misses.floor] if misses.low is None else [misses.floor, misses.low]
     found = candidates.fused(limits)

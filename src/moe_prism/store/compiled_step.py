@@ -18,7 +18,8 @@ from ..kernels.addresses import flags, floats, floats_3d, numbers, pointer
 from ..kernels.row_products import adds, dots
 from ..kernels.selection import add_dropped
 from ..kernels.whole_layer import CHOICE, WEIGHTS, choose
-from .fast_pool import AskedKeys, Ranking, Residency, SlotTable, serve
+from .fast_pool import AskedKeys, Residency, SlotTable, serve
+from .table_worth import PoolOrder
 from .wanted import add_rows, sort_entries
 
 Ints = NDArray[np.int64]
@@ -57,7 +58,7 @@ class Cache(NamedTuple):
     """Who is in the layer's pool, who leaves, and which keys are still on their way [keys]."""
 
     residency: Residency
-    ranking: Ranking
+    order: PoolOrder
     pending: Flags
 
 
@@ -124,8 +125,9 @@ def begin_step(layer: StepLayer, cache: Cache, rows: StepRows, arena: ArenaTable
     entries, loads = Entries(keys, begin, end, row, chosen, late), np.empty(0, np.int64)
     if len(keys) + rows.held > layer.capacity:
         return TOO_MANY, entries, loads, importance
-    asked = keys[np.argsort(-importance, kind="mergesort")]
-    loads, _, refused = serve(AskedKeys(asked, rows.step, layer.number, False), cache.residency, arena.places, cache.ranking)
+    first = np.argsort(-importance, kind="mergesort")
+    asked = AskedKeys(keys[first], importance[first].astype(np.float64), rows.step, layer.number, False)
+    loads, _, refused = serve(asked, cache.residency, arena.places, cache.order)
     if len(refused):
         return REFUSED, entries, loads, importance
     loads = np.sort(loads)

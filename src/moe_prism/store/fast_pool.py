@@ -1,11 +1,11 @@
-"""A pool under `lru`, `lfu` or `edge-moe` as one table: who is there, who leaves and which slot a record gets, in one call per request.
+"""A pool as one table: who is there, who leaves and which slot a record gets, in one call per request.
 
-Same answers, same counts as `Pool` (tested). Other policies keep `UnitPool`. Shapes: n records that it is for, G keys of a request.
+For every policy that declares its `Ranking`. Same answers, same counts as `Pool` (tested). Other policies keep `UnitPool`. Shapes: n
+records that it is for, G keys of a request.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,19 +13,19 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from ..offload.base import Access, CacheCounts, CachePolicy, ExpertCache, Key, KeySpace, Load, Moment
-from ..offload.cache.edge_moe import EdgeMoE
-from ..offload.cache.lfu import LFU
-from ..offload.cache.lru import LRU
+from ..offload.base import Access, CacheCounts, ExpertCache, Key, KeySpace, Load, Moment
 from ..offload.cache.pool import groups_of
+from ..offload.cache.ranking import BY_MIX, Ranking
+from .table_worth import AskedAt, PoolOrder, add_use, nothing_counted, worth
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
-POLICIES = (LRU, LFU, EdgeMoE)
 NOBODY = -1
+NO_WEIGHTS: Floats = np.empty(0)
 REQUESTED, HITS, MISSES, LOADS, EVICTIONS, PREFETCHED, USED, WASTED = range(8)
+USE, BEGAN, LAST_STEP = range(3)
 NAMES = ("requested", "hits", "misses", "loads", "evictions", "prefetched", "prefetch_used", "prefetch_wasted")
 
 
@@ -54,60 +54,43 @@ class SlotTable(NamedTuple):
         return slot
 
 
-BY_RECENCY, BY_AGED_COUNT, BY_COUNT_OVER_DISTANCE = range(3)
-
-
-class Ranking(NamedTuple):
-    """What makes a resident record worth keeping: the policy, as compiled code wants it."""
-
-    kind: int  # BY_RECENCY (`LRU`), BY_AGED_COUNT (`LFU`), BY_COUNT_OVER_DISTANCE (`EdgeMoE`)
-    half_life: float  # steps in which a count halves; of BY_AGED_COUNT
-    layer_keys: int  # keys of a layer: the distance to a record's layer is counted in layers
-    layers: int
-
-    @classmethod
-    def of(cls, policy: CachePolicy, space: KeySpace) -> Ranking:
-        """`policy` is one of POLICIES."""
-        keys = space.experts * space.parts
-        if isinstance(policy, LFU):
-            return cls(BY_AGED_COUNT, float(policy._uses.half_life), keys, space.layers)
-        return cls(BY_COUNT_OVER_DISTANCE if isinstance(policy, EdgeMoE) else BY_RECENCY, 0.0, keys, space.layers)
-
-
 class Residency(NamedTuple):
     """Who is in a pool. Arrays are by record: record i has the key base + i."""
 
     base: int
     capacity: int
     used: Ints  # [n] number of the last use, negative = not resident
-    rank: Floats  # [n] what `Ranking` counts: log2 of the aged count as in `Aged`, or the plain count
+    counted: Floats  # [n, 3] of its uses: see `table_worth`
     pins: Ints  # [n] how often it is pinned
     expected: Flags  # [n] a prefetch does not push it out
     early: Flags  # [n] prefetched, and not requested since
-    clock: Ints  # [1] number of the next use
+    clock: (
+        Ints  # [3] number of the next use (USE), the step with which the sequence began (BEGAN), that of the last use (LAST_STEP)
+    )
     counts: Ints  # [8] REQUESTED ...
 
     @classmethod
     def new(cls, capacity: int, of: range, ranking: Ranking) -> Residency:
         """An empty pool."""
         count = len(of)
-        rank = np.full(count, -np.inf if ranking.kind == BY_AGED_COUNT else 0.0)
+        counted = nothing_counted(count, ranking.form)
         flags = np.zeros(count, bool), np.zeros(count, bool)
-        numbers = np.zeros(1, np.int64), np.zeros(len(NAMES), np.int64)
-        return cls(of.start, capacity, np.full(count, -1, np.int64), rank, np.zeros(count, np.int64), *flags, *numbers)
+        numbers = np.zeros(3, np.int64), np.zeros(len(NAMES), np.int64)
+        return cls(of.start, capacity, np.full(count, -1, np.int64), counted, np.zeros(count, np.int64), *flags, *numbers)
 
 
 class AskedKeys(NamedTuple):
-    """One call: keys in order of importance, and when they are asked for."""
+    """One call: keys in order of importance, their routing weights, and when they are asked for."""
 
     keys: Ints
+    weights: Floats  # a prefetch has none
     step: int
     layer: int
     ahead: bool  # a prefetch, not a request
 
 
 @njit(nogil=True, cache=True)
-def serve(asked: AskedKeys, pool: Residency, places: SlotTable, ranking: Ranking) -> tuple[Ints, Ints, Ints]:
+def serve(asked: AskedKeys, pool: Residency, places: SlotTable, order: PoolOrder) -> tuple[Ints, Ints, Ints]:
     """(keys to load, the victim of each or NOBODY, keys without room); the pool and the slots are changed at once."""
     keys, used, counts = asked.keys, pool.used, pool.counts
     # What is pinned, of this very group or, for a prefetch, expected never leaves. `stuck` counts those of them that are in the pool. A key
@@ -121,23 +104,24 @@ def serve(asked: AskedKeys, pool: Residency, places: SlotTable, ranking: Ranking
         resident += used[i] >= 0
         stuck += used[i] >= 0 and blocked[i]
     if not asked.ahead:
-        note_hits(asked, pool, ranking)
+        note_hits(asked, pool, order)
     loads, victims, refused = np.empty(len(keys), np.int64), np.empty(len(keys), np.int64), np.empty(len(keys), np.int64)
     count, without = 0, 0
-    for key in keys:
+    for g in range(len(keys)):
+        key = keys[g]
         i = key - pool.base
         if used[i] >= 0:
             continue
         if not asked.ahead:
             counts[MISSES] += 1
-            add_use(pool.rank, i, ranking, asked.step)
+            note_use(pool, i, asked.weights[g], order, asked.step)
         if stuck >= pool.capacity:
             refused[without] = key
             without += 1
             continue
         victims[count] = NOBODY
         if resident >= pool.capacity:
-            worst = least_worth(pool, blocked, ranking, asked.layer)
+            worst = least_worth(pool, blocked, order, AskedAt(asked.step, asked.layer, pool.clock[BEGAN]))
             victims[count] = worst + pool.base
             used[worst] = -1
             counts[EVICTIONS] += 1
@@ -147,8 +131,8 @@ def serve(asked: AskedKeys, pool: Residency, places: SlotTable, ranking: Ranking
             places.free[0] += 1
             places.free[places.free[0]] = places.of[worst + pool.base]
             places.of[worst + pool.base] = -1
-        used[i] = pool.clock[0]
-        pool.clock[0] += 1
+        used[i] = pool.clock[USE]
+        pool.clock[USE] += 1
         pool.early[i] = asked.ahead
         counts[PREFETCHED if asked.ahead else LOADS] += 1
         resident += 1
@@ -161,60 +145,52 @@ def serve(asked: AskedKeys, pool: Residency, places: SlotTable, ranking: Ranking
 
 
 @njit(nogil=True, cache=True)
-def note_hits(asked: AskedKeys, pool: Residency, ranking: Ranking) -> None:
+def note_hits(asked: AskedKeys, pool: Residency, order: PoolOrder) -> None:
     """A request begins. All its hits count as used before the first miss looks for a victim, as in `Pool`."""
     pool.expected[:] = False
     pool.counts[REQUESTED] += len(asked.keys)
-    for key in asked.keys:
-        i = key - pool.base
+    for g in range(len(asked.keys)):
+        i = asked.keys[g] - pool.base
         if pool.used[i] >= 0:
             pool.counts[HITS] += 1
             pool.counts[USED] += pool.early[i]
             pool.early[i] = False
-            pool.used[i] = pool.clock[0]
-            pool.clock[0] += 1
-            add_use(pool.rank, i, ranking, asked.step)
+            if order.ranking.renews:
+                pool.used[i] = pool.clock[USE]
+                pool.clock[USE] += 1
+            note_use(pool, i, asked.weights[g], order, asked.step)
 
 
 @njit(nogil=True, cache=True)
-def least_worth(pool: Residency, blocked: Flags, ranking: Ranking, layer: int) -> int:
-    """The resident record to evict: the smallest worth, of equal ones the least recently used. By recency all are worth the same."""
+def note_use(pool: Residency, i: int, weight: float, order: PoolOrder, step: int) -> None:
+    """A record is asked for."""
+    pool.clock[LAST_STEP] = step
+    add_use(pool.counted, i, weight, order.ranking, step)
+
+
+@njit(nogil=True, cache=True)
+def least_worth(pool: Residency, blocked: Flags, order: PoolOrder, now: AskedAt) -> int:
+    """The resident record to evict: the smallest worth, of equal ones the least recently used."""
     worst, least = -1, 0.0
     for v in range(len(pool.used)):
         if pool.used[v] < 0 or blocked[v]:
             continue
-        worth = pool.rank[v]
-        if ranking.kind == BY_COUNT_OVER_DISTANCE:
-            # The layer that has just run comes again only after all others: its distance is that of a whole step, not nothing.
-            distance = ((v + pool.base) // ranking.layer_keys - layer) % ranking.layers
-            worth /= distance if distance > 0 else ranking.layers
-        if worst < 0 or worth < least or (worth == least and pool.used[v] < pool.used[worst]):
-            worst, least = v, worth
+        own = worth(pool.counted, v, v + pool.base, order, now)
+        if worst < 0 or own < least or (own == least and pool.used[v] < pool.used[worst]):
+            worst, least = v, own
     return worst
 
 
-@njit(nogil=True, cache=True)
-def add_use(rank: Floats, i: int, ranking: Ranking, step: int) -> None:
-    """Count one use of a record."""
-    if ranking.kind == BY_COUNT_OVER_DISTANCE:
-        rank[i] += 1
-    elif ranking.kind == BY_AGED_COUNT:
-        # As `Aged.add`: the logarithm of a sum, and a use now weighs 2^(step / half_life). So old counts never have to be
-        # scaled down, and the larger of two numbers is the larger count at any step.
-        new = step / ranking.half_life
-        if rank[i] == -np.inf:
-            rank[i] = new
-        else:
-            rank[i] = max(rank[i], new) + math.log2(1 + 2.0 ** -abs(rank[i] - new))
-
-
 class TablePool(ExpertCache):
-    """One pool of `capacity` slots for the keys `of` a layer or all layers, under one of POLICIES. One layer at a time expects keys."""
+    """One pool of `capacity` slots for the keys `of` a layer or all layers of `space`. One layer at a time expects keys.
 
-    def __init__(self, capacity: int, space: KeySpace, of: range, policy: CachePolicy, slots: SlotTable) -> None:
+    ranking: who leaves.
+    """
+
+    def __init__(self, capacity: int, space: KeySpace, of: range, ranking: Ranking, slots: SlotTable) -> None:
         self.capacity, self.base, self.slots = capacity, of.start, slots
-        self._ranking = Ranking.of(policy, space)
-        self._pool = Residency.new(capacity, of, self._ranking)
+        self._order = PoolOrder.of(ranking, space)
+        self._pool = Residency.new(capacity, of, ranking)
 
     @property
     def residency(self) -> Residency:
@@ -222,25 +198,31 @@ class TablePool(ExpertCache):
         return self._pool
 
     @property
-    def ranking(self) -> Ranking:
+    def order(self) -> PoolOrder:
         """Who leaves."""
-        return self._ranking
+        return self._order
 
-    def serve(self, keys: Ints, now: Moment, ahead: bool = False) -> tuple[Ints, Ints, Ints]:
-        """`serve` on this pool."""
-        return serve(AskedKeys(keys, now.step, now.layer, ahead), self._pool, self.slots, self._ranking)  # type: ignore[no-any-return]
+    def serve(self, keys: Ints, weights: Floats, now: Moment) -> tuple[Ints, Ints, Ints]:
+        """A request of this pool. weights: of every key."""
+        return serve(AskedKeys(keys, weights, now.step, now.layer, False), self._pool, self.slots, self._order)  # type: ignore[no-any-return]
 
-    def _access(self, keys: Sequence[Key], now: Moment, ahead: bool) -> Access:
-        hits = tuple(k for k in keys if k in self)
-        loads, victims, refused = (a.tolist() for a in self.serve(np.array(keys, np.int64), now, ahead))
-        found = tuple(Load(k, () if v == NOBODY else (v,)) for k, v in zip(loads, victims, strict=True))
-        return Access(hits, found, tuple(refused))
+    def serve_ahead(self, keys: Ints, now: Moment) -> tuple[Ints, Ints, Ints]:
+        """A prefetch."""
+        return serve(AskedKeys(keys, NO_WEIGHTS, now.step, now.layer, True), self._pool, self.slots, self._order)  # type: ignore[no-any-return]
+
+    def _answer(self, hits: tuple[Key, ...], found: tuple[Ints, Ints, Ints]) -> Access:
+        loads, victims, refused = (a.tolist() for a in found)
+        made = tuple(Load(k, () if v == NOBODY else (v,)) for k, v in zip(loads, victims, strict=True))
+        return Access(hits, made, tuple(refused))
 
     def request(self, keys: Sequence[Key], now: Moment, weights: Sequence[float] | None = None) -> Access:
-        return self._access(keys, now, False)
+        weigh = np.ones(len(keys)) if weights is None else np.array(weights, np.float64)
+        hits = tuple(k for k in keys if k in self)
+        return self._answer(hits, self.serve(np.array(keys, np.int64), weigh, now))
 
     def prefetch(self, keys: Sequence[Key], now: Moment) -> Access:
-        return self._access(keys, now, True)
+        hits = tuple(k for k in keys if k in self)
+        return self._answer(hits, self.serve_ahead(np.array(keys, np.int64), now))
 
     def chunks(self, keys: Sequence[Key], layer: int) -> list[list[Key]]:
         there = {k for k in keys if k in self}
@@ -254,7 +236,7 @@ class TablePool(ExpertCache):
             self._pool.expected[key - self.base] = True
 
     def hint(self, layer: int, scores: Sequence[float], now: Moment) -> None:
-        """Neither policy listens."""
+        """A store gives none, so a table has no place for them."""
 
     def pin(self, keys: Iterable[Key]) -> None:
         for key in keys:
@@ -286,10 +268,12 @@ class TablePool(ExpertCache):
         return [int(i) + self.base for i in leaving]
 
     def new_sequence(self) -> None:
-        """Neither policy keeps anything per sequence."""
+        if self._order.ranking.form == BY_MIX:  # the only one that keeps anything per sequence
+            self._pool.counted[:] = nothing_counted(len(self._pool.used), BY_MIX)
+            self._pool.clock[BEGAN] = self._pool.clock[LAST_STEP] + 1
 
     def foresee(self, uses: Mapping[Key, Sequence[int]]) -> None:
-        """Neither policy knows the future."""
+        """No table knows the future."""
 
     def __contains__(self, key: object) -> bool:
         return (

@@ -87,12 +87,13 @@ class Fetcher:
         pool = self._table(layer)
         if pool is not None:
             keys = wanted.keys[first:last]
-            asked = keys[np.argsort(-wanted.importance[first:last], kind="stable")]
-            loads, victims, bypassed = pool.serve(asked, self.moment(layer))
+            weights = wanted.importance[first:last].astype(np.float64)
+            order = np.argsort(-weights, kind="stable")
+            loads, victims, bypassed = pool.serve(keys[order], weights[order], self.moment(layer))
             found = self._loaded(loads, victims)
         else:
-            names, weights = wanted.by_importance(first, last)
-            access = self.cache.request(names, self.moment(layer), weights)
+            names, weigh = wanted.by_importance(first, last)
+            access = self.cache.request(names, self.moment(layer), weigh)
             found, bypassed = self._placed(access.loads), np.array(access.bypassed)
         if len(bypassed):
             raise no_room(last - first)
@@ -118,7 +119,7 @@ class Fetcher:
         self.cache.expect(layer, keys)
         pool = self._table(layer)
         if pool is not None:
-            loads, victims, _ = pool.serve(np.array(keys, np.int64), now, True)
+            loads, victims, _ = pool.serve_ahead(np.array(keys, np.int64), now)
             found = self._loaded(loads, victims)
         else:
             found = self._placed(self.cache.prefetch(list(keys), now).loads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from ..offload.predict import Predictor, predictors
 from ..offload.quotas import miss_curves, quotas, scaled
 from ..offload.replay import Group, Prefetch, groups
 from ..offload.trace import Array, Trace
+from .decisions import Clock, Decisions
 from .pools import Eviction, is_shared
 from .price_reads import Forecast, ReadPrices, replayed
 
@@ -27,10 +29,17 @@ FADE = 0.5  # weight of an expert beyond the k likeliest, of the one before
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds that a layer computes and that a record takes to be read."""
+    """Seconds that a layer computes and that a record takes to be read; busy: of those, what the computing thread works.
+
+    first: what a layer's reads take beside that, however many there are; uncompiled, guess: see `Decisions`.
+    """
 
     layer: float
     record: float
+    busy: float = 0.0
+    uncompiled: float = 0.0
+    guess: float = 0.0
+    first: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,9 +67,9 @@ class FitWay:
 
 
 class StoreFit:
-    """The three parts of a trace, for a store of `slots` records of `space`."""
+    """The three parts of a trace, for a store of `slots` records of `space`. clock: tells what deciding takes (`Decisions`)."""
 
-    def __init__(self, trace: Trace, space: KeySpace, slots: int, costs: Costs) -> None:
+    def __init__(self, trace: Trace, space: KeySpace, slots: int, costs: Costs, clock: Clock = time.perf_counter) -> None:
         self.space, self.slots, self.costs = space, slots, costs
         fitting, choosing = halves(trace.part("calibration").decode())
         self.fitting, self.choosing = TracePart.of(fitting, space), TracePart.of(choosing, space)
@@ -68,13 +77,33 @@ class StoreFit:
         self.group = trace.k * space.parts
         self._values = key_values(fitting, space)
         self._ahead: dict[tuple[int, int], Prefetch] = {}
+        self._decisions = Decisions(space, slots, costs.uncompiled, costs.guess, clock)
+        self._policy_seconds: dict[str, float] = {}
+        self._guess_seconds: dict[int, float] = {}  # by id: predictors live as long as this
 
     def time(self, way: FitWay, part: TracePart) -> Forecast:
         """What a step of this part takes. A step is a token here: traces decode one at a time."""
         eviction = Eviction(cache_policies.get(way.policy), way.settings, self.group, way.quotas)
         prefetch = replace(self.ahead(way.guess, part), width=way.width) if way.guess is not None and way.width else None
         found = replayed(part.groups, self.space, self.slots, eviction, prefetch)
-        return found.at(ReadPrices([1], [self.costs.record]), self.space.layers * self.costs.layer)
+        prices = ReadPrices(
+            [1, 2], [self.costs.first + n * self.costs.record for n in (1, 2)], [self.costs.busy, 2 * self.costs.busy]
+        )
+        deciding = self._policy(way, eviction) + (0.0 if prefetch is None else self._guess(way))
+        return found.at(prices, self.space.layers * self.costs.layer).with_deciding(deciding)
+
+    def _policy(self, way: FitWay, eviction: Eviction) -> float:
+        """Seconds of a step that the policy takes itself, measured once."""
+        if way.policy not in self._policy_seconds:
+            self._policy_seconds[way.policy] = self._decisions.policy(eviction, self.fitting.groups)
+        return self._policy_seconds[way.policy]
+
+    def _guess(self, way: FitWay) -> float:
+        """Seconds of a step that guessing takes, measured once."""
+        assert way.guess is not None
+        if id(way.guess) not in self._guess_seconds:
+            self._guess_seconds[id(way.guess)] = self._decisions.predictor(way.guess, self.fitting.rows)
+        return self._guess_seconds[id(way.guess)]
 
     def ahead(self, guess: Predictor, part: TracePart) -> Prefetch:
         """What a predictor says of the keys of a part, at width 0."""

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..cores import processor
 from ..errors import UsageError
 from ..offload.base import KeySpace
 from ..offload.cache import cache_policies
 from ..offload.predict import predictors
-from ..offload.settings import ExpertSettings, policy_of, predictor_of, read_settings
+from ..offload.settings import DECIDING, ExpertSettings, policy_of, predictor_of, read_settings
 from .pools import Eviction, policy_for
 from .read_ahead import Guess
 
@@ -58,6 +59,13 @@ def choose(policy: str | None, settings: dict[str, Any], width: int | None, pred
         if kind.needs_fit and given is not None and not given:
             raise UsageError(f"'{policy}' is fitted on a trace, and there are no settings of it here", FIT)
     return Chosen(policy, given, *_read_ahead(width, predictor, fitted), fitted)
+
+
+def measured_elsewhere(fitted: ExpertSettings) -> str | None:
+    """The processor on which the costs of deciding were measured, if it is another one."""
+    made = fitted.made.get(DECIDING)
+    name = made.get("processor") if isinstance(made, dict) else None
+    return name[:80] if isinstance(name, str) and name != processor() else None
 
 
 def _read_ahead(width: int | None, predictor: str | None, fitted: ExpertSettings | None) -> tuple[int, str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from ..model import MoELayer, find_layers, read_generation_config
 from .aio_reader import open_reader
 from .arena import slots_in
 from .choose_misses import Misses
-from .fitted import choose
+from .decisions import request_seconds
+from .fitted import choose, measured_elsewhere
 from .layer import StoredElastic, resident_bytes, stored_parts
 from .pack import Pack, check_fits, open_pack, write_pack
 from .plane_layer import PlaneElastic
 from .plane_layout import PlaneLayout
 from .plane_store import PlaneStore
 from .pools import Eviction
-from .python_policy import request_seconds
 from .reader import RecordReader
 from .sizing import FirstSteps, cache_bytes, kept_free, memory_for_experts
 from .store import ExpertStore
@@ -41,9 +41,9 @@ class StoreOptions:
     """memory: bytes for experts and what predicts them, None: what is left beside a KV cache of `cache_tokens`; file: the packed file,
     default `experts.pack` in the model's folder; policy, settings: who is evicted, default `pools.policy_for`; parts: records per expert
     (1 = whole experts), default the model's sub-experts; misses: what is not read, or in int8 form; ahead: records to read ahead of a
-    layer; tries_ahead: only where steps are shorter with it (`trial.AheadTrial`); predictor: of the experts that are read ahead; fitted: a
-    file of `moe-prism offload fit`, which says what is not said here; reader: a test's own;
-    tier: `memory` is fast memory, behind which host memory holds records too (`tiers.py`).
+    layer; tries_ahead: only where steps are shorter with it (`trial.AheadTrial`); predictor: of the experts that are read ahead; horizon:
+    layers to look ahead (`read_ahead.Guess`); fitted: a file of `moe-prism offload fit`, which says what is not said here; reader: a
+    test's own; tier: `memory` is fast memory, behind which host memory holds records too (`tiers.py`).
     """
 
     memory: int | None
@@ -55,6 +55,7 @@ class StoreOptions:
     ahead: int | None = None
     tries_ahead: bool = False
     predictor: str | None = None
+    horizon: int = 1
     fitted: Path | None = None
     cache_tokens: int = 4096
     reader: Callable[[Pack, Tensor], RecordReader] = open_reader
@@ -65,7 +66,7 @@ def ready_pack(
     folder: Path, manifest: Mapping[str, Any], options: StoreOptions, progress: Callable[[int, int], None] | None = None
 ) -> Pack:
     """The packed file of an artefact, written first where there is none."""
-    path, low = options.file or folder / PACK_FILE, options.misses.low is not None
+    path, low = options.file or folder / PACK_FILE, options.misses.needs_low
     if options.parts not in (None, 1, manifest["n_sub"]):
         raise UsageError(
             f"an expert cannot lie in {options.parts} records", f"give 1, or {manifest['n_sub']}, the model's sub-experts"
@@ -77,8 +78,11 @@ def ready_pack(
             write_pack(folder, path, manifest, parts=options.parts, low=low, progress=progress)
     pack = open_pack(path, manifest)
     wanted = (manifest["n_sub"] if options.parts is None else options.parts) * pack.layout.planes
+    low = low and not (
+        options.misses.shares is not None and isinstance(pack.layout, PlaneLayout)
+    )  # the upper plane is the smaller form
     if low and isinstance(pack.layout, PlaneLayout):
-        raise UsageError("planes have no int8 form beside them", "leave --int8-budget out; --miss-floor works")
+        raise UsageError("planes have no int8 form beside them", "leave --int8-budget out; --miss-floor and --miss-shares work")
     if pack.space.parts != wanted or (low and not pack.has_low):
         what = f"{pack.space.parts} parts per expert instead of {wanted}" if pack.space.parts != wanted else "no int8 records"
         raise CorruptError(f"'{path}' has {what}", "remove it, or give another place with --expert-file")
@@ -92,7 +96,7 @@ def _pack_inside(
     with changing(folder) as change:
         if (folder / name).exists():  # by somebody who was at it before us
             return
-        low = options.misses.low is not None
+        low = options.misses.needs_low
         write_pack(folder, change.work / name, manifest, parts=options.parts, low=low, progress=progress)
         change.commit({"caches": sorted({*manifest.get("caches", ()), name})})
 
@@ -100,7 +104,7 @@ def _pack_inside(
 def _opened(pack: Pack, slots: int, like: MoELayer, eviction: Eviction, options: StoreOptions) -> ExpertStore:
     if options.tier is None:
         return ExpertStore(pack, slots, like, eviction, reader=options.reader)
-    if options.misses.low is not None:
+    if options.misses.needs_low:
         raise UsageError("host memory behind fast memory holds no int8 forms", "leave the int8 budget out")
     return TieredStore(pack, slots, like, eviction, tier=options.tier, reader=options.reader)
 
@@ -117,6 +121,8 @@ def load_stored(
     Raises DoesNotFit if the memory holds no sub-expert, CorruptError for a packed file that is damaged or of another model.
     """
     chosen = choose(options.policy, options.settings, options.ahead, options.predictor, options.fitted)  # before anything is read
+    if chosen.fitted is not None and chosen.fitted.shares is not None and options.misses == Misses():
+        options = replace(options, misses=Misses(shares=chosen.fitted.shares))
     pack = ready_pack(folder, manifest, options, progress)
     stream = LayerStream(folder, torch.float32)
     layers = find_layers(stream.model)
@@ -130,13 +136,16 @@ def load_stored(
     if isinstance(pack.layout, PlaneLayout):
         group = max(group, 2 * pack.layout.planes)  # a pool of one layer then holds both planes of a block
     like, eviction = layer_parts[0].layer, chosen.eviction(pack.space, slots, group)
+    elsewhere = None if chosen.fitted is None else measured_elsewhere(chosen.fitted)
+    if elsewhere is not None:
+        logger.warning("the settings were fitted with what deciding costs on '%s'; fit them again on this machine", elsewhere)
     slow = request_seconds(eviction, pack.space, slots)
     if slow is not None:
         logger.warning(
             "the policy '%s' has no compiled table: a layer asks it for %.0f us, `lru` for %.0f, and every layer takes the longer way",
             chosen.policy, *(1e6 * seconds for seconds in slow),
         )  # fmt: skip
-    guess = chosen.guess(pack.space, like.hidden)._replace(tried=options.tries_ahead)
+    guess = chosen.guess(pack.space, like.hidden)._replace(tried=options.tries_ahead, horizon=options.horizon)
     if isinstance(pack.layout, PlaneLayout):
         planes = PlaneStore(pack, slots, like, eviction, reader=options.reader)
         model._moe_prism = PlaneElastic(model, layer_parts, planes, misses=options.misses, ahead=guess)

@@ -53,7 +53,7 @@ class CompiledLayer:
             number, space.of_layer(number).start, space.experts, space.parts, layout.hidden, layout.block, pool.capacity
         )
         self.pool, self.per_choice = pool, space.parts * layout.weights
-        self._cache = Cache(pool.residency, pool.ranking, store.fetcher.under_way.pending)
+        self._cache = Cache(pool.residency, pool.order, store.fetcher.under_way.pending)
         self._weights: Any = None
 
     def cache(self) -> Cache:

@@ -249,10 +249,11 @@ def open_pack(path: str | Path, manifest: Mapping[str, Any]) -> Pack:
         raise CorruptError(f"{path} cannot be read: {error.strerror}", AGAIN) from error
     if facts["source"] != weight_files(manifest):
         raise CorruptError(f"{path} was made of other weights than those beside it", AGAIN)
-    space = KeySpace(facts["layers"], facts["experts"], facts["parts"])
+    layout = _layout(facts["layout"])
+    space = KeySpace(facts["layers"], facts["experts"], facts["parts"], layout.planes)
     resident = _resident(path, blob, space.layers)
     words = np.frombuffer(sums, np.uint64)
-    pack = Pack(path, _layout(facts["layout"]), space, facts["source"], words, facts["start"], facts["low_start"], resident)
+    pack = Pack(path, layout, space, facts["source"], words, facts["start"], facts["low_start"], resident)
     if size != pack.bytes:
         raise CorruptError(f"{path} has {size} bytes instead of {pack.bytes}", AGAIN)
     ends = facts["blob_at"] + facts["blob"], facts["start"] + len(space) * pack.layout.bytes

@@ -19,7 +19,7 @@ from ..elastic.planes import UPPER
 from ..errors import UsageError
 from ..offload.base import Key
 from ..point import OperatingPoint, SlotBits
-from .choose_misses import Misses
+from .choose_misses import Misses, up_to
 from .layer import StoredElastic, StoredNeurons
 from .plane_layout import PlaneLayout
 from .plane_store import PlaneStore
@@ -69,9 +69,13 @@ class FromPlanes(Executor):
         return GatesInPlanes(self.parts, bits)
 
     def settle(self, candidates: Candidates) -> Settled:
-        asked, floor = candidates.widths(), self.elastic.misses.floor
-        widths = self._at(asked, candidates, 1.0)
-        if floor < 1:
+        asked, misses = candidates.widths(), self.elastic.misses
+        floor, widths = misses.floor, self._at(asked, candidates, 1.0)
+        if misses.shares is not None:
+            few, some = (up_to(candidates.weight, share) for share in misses.shares)
+            sure = torch.where(few, widths, widths.clamp(max=float(UPPER)) * some)
+            widths = self._affordable(candidates.index, widths, sure)
+        elif floor < 1:
             widths = self._affordable(candidates.index, widths, self._at(candidates.widths(floor), candidates, floor))
         return Settled(widths > 0, prepared=widths, widths=None if asked is None else widths)
 
@@ -112,7 +116,9 @@ class PlaneElastic(StoredElastic):
         self, model: object, layer_parts: Sequence[LayerParts], store: PlaneStore, *, misses: Misses, ahead: Guess
     ) -> None:
         if misses.low is not None:
-            raise UsageError("planes have no int8 form beside them", "leave --int8-budget out; --miss-floor works")
+            raise UsageError(
+                "planes have no int8 form beside them", "leave --int8-budget out; --miss-floor and --miss-shares work"
+            )
         self.planes = store
         super().__init__(model, layer_parts, store, misses=misses, ahead=Guess())
         self.ahead = PlanesAhead(self.layers, store, ahead)

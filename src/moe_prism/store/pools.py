@@ -8,9 +8,10 @@ from typing import Any
 
 from ..errors import UsageError
 from ..offload.base import CachePolicy, ExpertCache, KeySpace
+from ..offload.cache.declared import ranking_of
 from ..offload.cache.pool import LayerPools
 from ..offload.quotas import scaled
-from .fast_pool import POLICIES, SlotTable, TablePool
+from .fast_pool import SlotTable, TablePool
 from .unit_pool import UnitPool
 
 
@@ -41,16 +42,17 @@ def policy_for(space: KeySpace, slots: int, group: int) -> str:
 
 
 def pools(eviction: Eviction, space: KeySpace, slots: int, places: SlotTable | None = None) -> ExpertCache:
-    """One pool per layer, or one for all of them (`is_shared`). Tables where the policy has one.
+    """One pool per layer, or one for all of them (`is_shared`). Tables where the policy declares what they need.
 
     UsageError for quotas where one pool serves all layers.
     """
     policy, settings = eviction.policy, eviction.settings
-    places, table = places or SlotTable.new(len(space), slots), policy in POLICIES
+    places = places or SlotTable.new(len(space), slots)
 
     def pool(capacity: int, of: range) -> ExpertCache:
         own = policy(space, capacity, **settings)
-        return TablePool(capacity, space, of, own, places) if table else UnitPool(capacity, own)
+        ranking = ranking_of(own)
+        return UnitPool(capacity, own) if ranking is None else TablePool(capacity, space, of, ranking, places)
 
     if is_shared(space, slots, eviction.group):
         if eviction.quotas is not None:

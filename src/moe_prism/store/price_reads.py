@@ -40,16 +40,27 @@ REPEATS = 7
 
 @dataclass(frozen=True)
 class ReadPrices:
-    """seconds[i]: what counts[i] records cost that a layer has to read at once."""
+    """seconds[i]: what counts[i] records cost that a layer has to read at once.
+
+    busy[i]: of them, what the computing thread works to begin and to check the reads; nothing: none is known.
+    """
 
     counts: Sequence[int]
     seconds: Sequence[float]
+    busy: Sequence[float] = ()
 
     def of(self, missing: float) -> float:
         """Linear between the measured counts and beyond the last two."""
+        return self._at(self.seconds, missing)
+
+    def work(self, count: float) -> float:
+        """Of `of(count)`, the computing thread's own part."""
+        return min(self._at(self.busy, count), self.of(count)) if self.busy else 0.0
+
+    def _at(self, s: Sequence[float], missing: float) -> float:
         if missing <= 0:
             return 0.0
-        n, s = self.counts, self.seconds
+        n = self.counts
         if missing > n[-1]:
             slope = (s[-1] - s[-2]) / (n[-1] - n[-2]) if len(n) > 1 else s[-1] / n[-1]
             return s[-1] + slope * (missing - n[-1])
@@ -57,7 +68,8 @@ class ReadPrices:
 
     def over(self, seconds_per_record: float) -> ReadPrices:
         """The same behind a link that takes so long for each record."""
-        return ReadPrices(self.counts, [max(s, n * seconds_per_record) for n, s in zip(self.counts, self.seconds, strict=True)])
+        slow = [max(s, n * seconds_per_record) for n, s in zip(self.counts, self.seconds, strict=True)]
+        return ReadPrices(self.counts, slow, self.busy)
 
     @property
     def bandwidth(self) -> float:
@@ -69,7 +81,7 @@ def measure_prices(store: ExpertStore, *, low: bool = False, seed: int = 0) -> R
     """Time requests of n absent records against the same requests when they are there; medians of REPEATS."""
     draw, space = random.Random(seed), store.space  # noqa: S311 - which records are timed
     capacity = store.capacity(0)
-    counts, seconds = [], []
+    counts, seconds, busy = [], [], []
     for count in [n for n in COUNTS if n <= min(capacity, space.experts * space.parts)]:
         found = []
         for _ in range(REPEATS + 1):
@@ -81,17 +93,18 @@ def measure_prices(store: ExpertStore, *, low: bool = False, seed: int = 0) -> R
             if len(chosen) < count:
                 break
             cold, warm = (_request(store, layer, chosen, low) for _ in range(2))
-            found.append(cold - warm)
+            found.append((cold[0] - warm[0], cold[1] - warm[1]))
         if len(found) > 1:
             counts.append(count)
-            seconds.append(max(1e-7, statistics.median(found[1:])))
+            seconds.append(max(1e-7, statistics.median(wall for wall, _ in found[1:])))
+            busy.append(max(0.0, statistics.median(work for _, work in found[1:])))
     if not counts:
         return ReadPrices([1], [0.0])  # everything is resident: nothing is ever read
-    return ReadPrices(counts, list(np.maximum.accumulate(seconds)))
+    return ReadPrices(counts, list(np.maximum.accumulate(seconds)), list(np.maximum.accumulate(busy)))
 
 
-def _request(store: ExpertStore, layer: int, numbers: Sequence[int], low: bool) -> float:
-    """Seconds of one token's request for these records of a layer."""
+def _request(store: ExpertStore, layer: int, numbers: Sequence[int], low: bool) -> tuple[float, float]:
+    """(seconds, of which this thread worked) of one token's request for these records of a layer."""
     space = store.space
     experts = sorted({n // space.parts for n in numbers})
     keep = torch.zeros(1, len(experts), space.parts, dtype=torch.bool)
@@ -102,19 +115,19 @@ def _request(store: ExpertStore, layer: int, numbers: Sequence[int], low: bool) 
         form = np.zeros((space.experts, space.parts), bool)
         form.reshape(-1)[list(numbers)] = True
     x, weight = torch.randn(1, store.pack.layout.hidden), torch.ones(1, len(experts))
-    began = time.perf_counter()
+    began, own = time.perf_counter(), time.thread_time()
     store.run(layer, x, store.wanted(layer, torch.tensor([experts]), weight, keep), low=form)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.thread_time() - own
 
 
 @torch.no_grad()
 def measure_step(model: Any, ids: Tensor, prompt: int, prices: ReadPrices) -> float:
     """Seconds of a decode step apart from its reads: mean over the steps that decode ids [B, n] after their first `prompt` tokens.
 
-    The first text also warms up: it is decoded twice, once without being timed.
+    The first of several texts warms up and is not timed. A single one is decoded twice, and timed the second time.
     """
     store, found = model._moe_prism.store, []
-    for number, row in enumerate([ids[0], *ids]):
+    for number, row in enumerate(ids if len(ids) > 1 else [ids[0], ids[0]]):
         past = cache_argument(model, made_cache(model(input_ids=row[None, :prompt], use_cache=True)))
         for i in range(prompt, len(row)):
             before = _missed(store)
@@ -152,11 +165,16 @@ def at_budget(trace: Trace, elastic: StoredElastic, budget: float) -> Trace:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Means per decode step. reads: records, on demand and ahead."""
+    """Means per decode step. reads: records, on demand and ahead; deciding: of `seconds`, what policy and predictor take themselves."""
 
     seconds: float
     reads: float
     hit_rate: float
+    deciding: float = 0.0
+
+    def with_deciding(self, seconds: float) -> Forecast:
+        """So much more: nothing is read meanwhile, so nothing hides behind it."""
+        return replace(self, seconds=self.seconds + seconds, deciding=self.deciding + seconds)
 
 
 @dataclass(frozen=True)
@@ -169,9 +187,13 @@ class Replayed:
 
     def at(self, prices: ReadPrices, step_seconds: float) -> Forecast:
         """step_seconds: of a step apart from its reads, of which every layer takes an equal part."""
-        price = np.array([prices.of(n) for n in range(int(max(self.lost.max(), self.ahead.max())) + 1)])
+        most = int(max(self.lost.max(), self.ahead.max())) + 1
+        price, work = (np.array([of(n) for n in range(most)]) for of in (prices.of, prices.work))
         layer = step_seconds / self.lost.shape[1]
-        times = [step_time(layer, price[a].tolist(), price[m].tolist()) for a, m in zip(self.ahead, self.lost, strict=True)]
+        times = [
+            step_time(layer, price[a].tolist(), price[m].tolist(), work[a].tolist())
+            for a, m in zip(self.ahead, self.lost, strict=True)
+        ]
         reads = float(self.lost.sum() + self.ahead.sum()) / len(self.lost)
         return Forecast(statistics.fmean(times), reads, self.hit_rate)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..elastic.base import is_compiled
 from ..elastic.layer import ElasticLayer
 from ..elastic.runtime import experts_per_token
+from ..errors import UsageError
 from ..kernels.selection import Choosing, select
 from ..model.scores import router_weight
 from ..offload.base import Key
@@ -37,19 +38,28 @@ MOST_TOKENS = 8  # up to which there is something to gain: a long prompt wants n
 class Guess(NamedTuple):
     """width: records to read ahead of a layer at most, 0 = never; predictor: of the experts, None = the layer's own router.
 
-    tried: stop where steps take longer with it (`AheadTrial`).
+    tried: stop where steps take longer with it (`AheadTrial`). horizon: layers to look ahead: one whose guess is there in whole lets the
+    one after it be guessed, by its own router on the same input (HOBBIT, arXiv 2411.01433).
     """
 
     width: int = 0
     predictor: Predictor | None = None
     tried: bool = False
+    horizon: int = 1
 
 
 class ReadAhead:
-    """Guesses for every layer but the first."""
+    """Guesses for every layer but the first.
+
+    UsageError for a horizon beside a predictor, which knows the experts of the layer before the one it guesses.
+    """
 
     def __init__(self, layers: Sequence[ElasticLayer], store: RecordStore, guess: Guess) -> None:
-        self.layers, self.store, self.width = layers, store, guess.width
+        if guess.horizon > 1 and guess.predictor is not None:
+            raise UsageError(
+                "only the predictor gate looks over a layer", "leave --expert-horizon out, or give --expert-predictor gate"
+            )
+        self.layers, self.store, self.width, self.horizon = layers, store, guess.width, guess.horizon
         self._few = True  # whether the step that runs is of few tokens
         model, own, parts = layers[0].elastic.model, layers[0].parts.layer, store.space.parts
         self.k = experts_per_token(model, own)
@@ -82,8 +92,14 @@ class ReadAhead:
                 if number < self.seen.predictor.first_layer:
                     return
             elastic = self.layers[number].elastic
-            if not elastic.step.bound.needs:
-                self.store.prefetch(number, self.keys(number, x, elastic.misses))  # type: ignore[attr-defined]
+            if elastic.step.bound.needs:
+                return
+            for guessed in range(number, min(number + self.horizon, len(self.routers))):
+                keys = self.keys(guessed, x, elastic.misses)  # type: ignore[attr-defined]
+                missing = any(self.store.places.of[key] < 0 for key in keys)
+                self.store.prefetch(guessed, keys)
+                if missing:
+                    return
 
     def _hear(self, seconds: float) -> None:
         """A step has ended. Long prompts say nothing: nothing is read ahead of them."""

@@ -150,7 +150,7 @@ class ExpertStore(RecordStore):
         Residents that come later are pinned until their turn, as many as leave room for these pieces.
         """
         layer, wanted, fetcher = batch.layer, batch.wanted, self.fetcher
-        capacity = self.capacity(layer)
+        pool, capacity = fetcher.pool(layer), self.capacity(layer)
         # The capacity is shared by the piece that is computed, those that are read meanwhile, and residents of later pieces. Small
         # records make short pieces, of which one is enough to keep the disk busy. Where the batch wants far more than fits, residents
         # save few of its reads, and their room is worth more as larger pieces.
@@ -160,17 +160,17 @@ class ExpertStore(RecordStore):
         ahead = min(most, capacity // size - 1)
         bounds = [(i, min(i + size, len(wanted))) for i in range(0, len(wanted), size)]
         keys = wanted.keys.tolist()
-        later = [key for key in keys if key in self.cache][: capacity - (ahead + 1) * size]
+        later = wanted.keys[self.places.of[wanted.keys] >= 0][: capacity - (ahead + 1) * size].tolist()
         # How often we pinned each key: once as a resident of a later piece, once when its piece begins. Pins count, and must be given
         # back as often, also after an error.
         held = dict.fromkeys(later, 1)
-        self.cache.pin(later)
+        pool.pin(later)
         jobs: dict[int, list[ReadJob]] = {}
 
         def begin(number: int) -> None:
             first, last = bounds[number]
             jobs[number], _ = fetcher.request(layer, wanted, batch.low, first, last)
-            self.cache.pin(keys[first:last])
+            pool.pin(keys[first:last])
             for key in keys[first:last]:
                 held[key] = held.get(key, 0) + 1
 
@@ -180,10 +180,8 @@ class ExpertStore(RecordStore):
                     begin(following)
                 fetcher.wait(jobs.pop(number))
                 self._outputs.add(batch.x, wanted, first, last, out)
-                for key in keys[first:last]:
-                    self.cache.unpin([key] * held.pop(key))
+                pool.unpin([key for key in keys[first:last] for _ in range(held.pop(key))])
         finally:
-            for key, count in held.items():
-                self.cache.unpin([key] * count)
+            pool.unpin([key for key, count in held.items() for _ in range(count)])
             for rest in jobs.values():  # only after an error: nobody may write to these slots once they are given to others
                 fetcher.settle(rest)

@@ -27,6 +27,11 @@ cache_policies: Registry[type[CachePolicy]] = Registry(
             "recency, frequency, importance and layer distance, fitted mix",
             "arXiv 2411.01433",
         ),
+        "d2moe": (
+            "moe_prism.offload.cache.d2moe:HighPlanesFirst",
+            "lower bit planes before upper ones, least recently used first",
+            "arXiv 2504.15299",
+        ),
         "per-byte": ("moe_prism.offload.cache.per_byte:PerByte", "aged routing weight per byte"),
         "reuse": ("moe_prism.offload.cache.reuse:Reuse", "fitted mix of aged counts and what the layer's input predicts (ours)"),
         "sch": ("moe_prism.offload.cache.sch:SCH", "knows the next m steps (a bound, and the metric SCH)", "arXiv 2505.16056"),

@@ -6,6 +6,7 @@ from collections import Counter
 
 from ..base import Key, Moment
 from .ranked import Ranked
+from .ranking import BY_COUNT_OVER_DISTANCE, Ranking
 
 
 class EdgeMoE(Ranked):
@@ -25,3 +26,6 @@ class EdgeMoE(Ranked):
     def worth(self, key: Key, now: Moment) -> float:
         distance = (self.space.layer(key) - now.layer) % self.space.layers or self.space.layers
         return self._uses[key] / distance
+
+    def ranking(self) -> Ranking | None:
+        return Ranking(BY_COUNT_OVER_DISTANCE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..base import Key, Moment
 from .lru import LRU
+from .ranking import BY_RECENCY, Ranking
 
 
 class FIFO(LRU):
@@ -11,3 +12,6 @@ class FIFO(LRU):
 
     def used(self, key: Key, weight: float, now: Moment) -> None:
         pass
+
+    def ranking(self) -> Ranking | None:
+        return Ranking(BY_RECENCY, renews=False)

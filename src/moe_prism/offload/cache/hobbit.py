@@ -13,6 +13,7 @@ from ..base import Key, KeySpace, Moment
 from ..replay import ReplayOptions, replay
 from ..trace import Trace
 from .ranked import Ranked
+from .ranking import BY_MIX, Ranking
 
 T1 = 0.6  # the paper's first threshold for Mixtral: unimportance up to it is loaded in high precision
 GRID = 3  # weights are tried in steps of 1/3
@@ -72,6 +73,9 @@ class Hobbit(Ranked):
         ahead = (self.space.layer(key) - now.layer) % self.space.layers / self.space.layers
         w = self._mix
         return w[0] * recent + (w[1] * self._uses[key] + w[2] * self._important[key]) / steps + w[3] * (1 - ahead)
+
+    def ranking(self) -> Ranking | None:
+        return Ranking(BY_MIX, numbers=np.array([[*self._mix, self._high]], np.float64))
 
 
 def mixes() -> Iterator[tuple[float, ...]]:

@@ -6,6 +6,7 @@ from collections import Counter
 
 from ..base import Key, Moment
 from .ranked import Ranked
+from .ranking import BY_COUNT_OVER_AGE, Ranking
 
 
 class LFRU(Ranked):
@@ -22,3 +23,6 @@ class LFRU(Ranked):
 
     def worth(self, key: Key, now: Moment) -> float:
         return self._uses[key] / (1 + now.step - self._last.get(key, 0))
+
+    def ranking(self) -> Ranking | None:
+        return Ranking(BY_COUNT_OVER_AGE)

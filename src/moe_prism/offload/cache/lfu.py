@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..base import Key, Moment
 from .ranked import Aged, Ranked
+from .ranking import BY_AGED_COUNT, Ranking
 
 HALF_LIFE = 16.0  # steps; on prism-nano 8 to 32 are within a percent of each other
 
@@ -23,3 +24,6 @@ class LFU(Ranked):
 
     def worth(self, key: Key, now: Moment) -> float:
         return self._uses.rank(key)
+
+    def ranking(self) -> Ranking | None:
+        return Ranking(BY_AGED_COUNT, (self._uses.half_life, 1.0, 1.0))

@@ -6,6 +6,7 @@ from collections.abc import Container
 
 from ..base import Key, Moment
 from .ranked import Ranked
+from .ranking import BY_RECENCY, Ranking
 
 
 class LRU(Ranked):
@@ -13,6 +14,9 @@ class LRU(Ranked):
 
     def worth(self, key: Key, now: Moment) -> float:
         return 0.0
+
+    def ranking(self) -> Ranking | None:
+        return Ranking(BY_RECENCY)
 
     def victim(self, blocked: Container[Key], now: Moment) -> Key:
         return next(k for k in self.resident if k not in blocked)

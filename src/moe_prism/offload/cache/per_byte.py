@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..base import Key, Moment
 from .lfu import HALF_LIFE
 from .ranked import Aged, Ranked
+from .ranking import BY_AGED_COUNT, Ranking
 
 
 class PerByte(Ranked):
@@ -23,3 +24,7 @@ class PerByte(Ranked):
 
     def worth(self, key: Key, now: Moment) -> float:
         return self._worth.rank(key)
+
+    def ranking(self) -> Ranking | None:
+        """Where keys are of one size."""
+        return Ranking(BY_AGED_COUNT, (self._worth.half_life, 1.0, 1.0), weighs=True)

@@ -12,6 +12,7 @@ from ..predict.reuse import DECAY, ReusePredictor, coming
 from ..replay import uses_by_step
 from ..trace import Trace
 from .ranked import Aged, Ranked
+from .ranking import BY_LOGS, Ranking
 
 HALF_LIVES = (8.0, 32.0, 512.0)  # steps
 FLOOR = 0.05  # of a count, so that its logarithm exists
@@ -57,6 +58,11 @@ class Reuse(Ranked):
         scores = self._hints.get(layer)
         value = c[3] * scores[self.space.expert(key)] if scores is not None else 0.0
         return value + sum(w * each.log2(key, now.step, FLOOR) for w, each in zip(c, self._counts, strict=False))
+
+    def ranking(self) -> Ranking | None:
+        """Without hints."""
+        numbers = np.array([own[:3] for own in self._coefficients], np.float64)
+        return Ranking(BY_LOGS, HALF_LIVES, numbers, FLOOR)
 
 
 def coefficients(trace: Trace, space: KeySpace, hints: np.ndarray | None) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 from ..base import Key, KeySpace, Moment
 from ..trace import Trace
 from .ranked import Ranked
+from .ranking import BY_PROFILE, Ranking
 
 
 class Static(Ranked):
@@ -37,3 +38,6 @@ class Static(Ranked):
 
     def worth(self, key: Key, now: Moment) -> float:
         return self._profile[key]
+
+    def ranking(self) -> Ranking | None:
+        return Ranking(BY_PROFILE, numbers=np.array(self._profile, np.float64)[:, None])

@@ -57,7 +57,9 @@ def test_in_a_browser(frontier, tmp_path):
             for figure in view.evaluate(BOXES):
                 left, right, _, _ = figure["svg"]
                 note = [box for text, box in figure["texts"] if text.startswith("full model")]
-                assert note and not any(overlap(box, bar) for box in note for bar in figure["bars"]), f"{name}: a bar runs through it"
+                assert note and not any(overlap(box, bar) for box in note for bar in figure["bars"]), (
+                    f"{name}: a bar runs through it"
+                )
                 for text, box in figure["texts"]:
                     assert left - 1 <= box[0] and box[1] <= right + 1, f"{name}: '{text}' is cut"
                 points = [(text, box) for text, box in figure["texts"] if text in STANDING or text.startswith("K=")]

@@ -20,7 +20,8 @@ from tests.serve.house import open_house
 
 LADDER = Ladder((Level("low", FULL.with_budget(0.5), 4.0, 0.8), Level("full", FULL, 8.0, 1.0)))
 GAPS = """() => {
-  const shown = [...document.querySelectorAll("body > section, body > .grid")].map((e) => e.getBoundingClientRect()).filter((box) => box.height);
+  const cards = [...document.querySelectorAll("body > section, body > .grid")].map((e) => e.getBoundingClientRect());
+  const shown = cards.filter((box) => box.height);
   return shown.slice(1).map((box, i) => box.top - shown[i].bottom);
 }"""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -7,6 +7,7 @@ makes. vLLM has tests of its own.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -37,7 +38,8 @@ LESS = (
 
 def with_adapters(folder: Path, environment: dict[str, str]) -> None:
     """A fine-tune of nano, two adapters of it, and an administrator's key."""
-    fine_tune(NANO, folder / "tuned", [[0], *[[]] * 3])
+    layers = json.loads((NANO / "config.json").read_text())["num_hidden_layers"]
+    fine_tune(NANO, folder / "tuned", [[0], *[[]] * (layers - 1)])
     for out in ("adapters/prose", "web-adapter"):
         command = Block("bash", f"moe-prism adapter tuned --base nano -o {out}\n", None)
         done = run(command, folder, environment)
@@ -69,6 +71,7 @@ class Page:
 
     def __init__(self, folder, environment) -> None:
         self.folder, self.environment, self.port, self.server, self.code = folder, environment, PORT, None, ""
+        self.records = False  # the server writes a file when it stops
 
     def stop(self) -> None:
         if self.server is not None:
@@ -79,7 +82,7 @@ class Page:
     def serve(self, line: str) -> None:
         """Until it answers, however long that takes on this machine; a server that ends is heard of."""
         self.stop()
-        self.port = free_port()
+        self.port, self.records = free_port(), "--trace-out" in line
         words = line.partition("#")[0].replace("&", "").split()[1:]
         command = [sys.executable, "-m", "moe_prism", *words, "--port", self.port, "--probe-seconds", "1"]
         log = self.folder / f"server-{self.port}.log"
@@ -94,6 +97,17 @@ class Page:
                 time.sleep(0.2)
         raise AssertionError(log.read_text()[-2000:])
 
+    def ask_and_stop(self) -> None:
+        """What a reader does between starting a server that records and using the record."""
+        self.records = False
+        for text in ("import os", "def main(", "class Stack:", "for name in"):
+            asked = json.dumps({"prompt": text, "max_tokens": 32}).encode()
+            headers = {"content-type": "application/json"}
+            request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/completions", asked, headers)
+            with urllib.request.urlopen(request) as answer:
+                assert answer.status == 200
+        self.stop()
+
     def follow(self, block: Block) -> None:
         if block.language == "python":
             self.code += block.body.replace(PORT, self.port)
@@ -104,6 +118,8 @@ class Page:
             if line.startswith("moe-prism serve"):
                 self.serve(line)
             elif line.strip():
+                if self.records:
+                    self.ask_and_stop()
                 for much, less in LESS:
                     line = re.sub(much, less, line)
                 done = run(Block("bash", line.replace(f":{PORT}", f":{self.port}") + "\n", None), self.folder, self.environment)

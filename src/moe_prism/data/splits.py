@@ -16,7 +16,6 @@ from .buckets import BUCKETS, CALIBRATION, HELD_OUT
 from .bundled import BUNDLED, UNSEEN
 from .document import Document
 
-
 Side = Literal["calibration", "evaluation"]
 EVALUATION_SHARE = 0.2
 

@@ -63,6 +63,11 @@ def test_every_import_is_declared(package: Path) -> None:
     assert not [line for file in files for line in undeclared(file)]
 
 
+def test_nothing_is_declared_twice() -> None:
+    for requirements in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()):
+        assert len(declared(requirements)) == len(requirements)
+
+
 def test_core_and_extras_are_pinned_where_tests_run() -> None:
     pinned = {
         re.split("==", line)[0].lower().replace("_", "-")

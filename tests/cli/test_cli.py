@@ -120,6 +120,14 @@ def test_what_needs_no_torch_is_refused_without_it(tiny_source, tmp_path):
             ["calibrate", "nano", *out, "--collectors", "best"],
             ["prune", "nano", *out, "--criterion", "best"],
             ["recover", "nano", *out, "--method", "best"],
+            *(
+                ["generate", "nano", "--prompt", "x", *wrong]
+                for wrong in (["--budget", "3"], ["--rule", "best"], ["--decode", "best"])
+            ),
+            *(["frontier", "nano", *out, *wrong] for wrong in (["--methods", "prune:energy,best"], ["--compare", "best"])),
+            *([command, "nano", *out, "--text", "nowhere"] for command in ("refactor", "calibrate", "prune", "frontier")),
+            ["calibrate", "nano", *out, "--domain", "code=nowhere"],
+            *(["serve", "nano", *wrong] for wrong in (["--policy", "best"], ["--config", "nowhere"], ["--points", "best"])),
             *([command, "nowhere", *out] for command in ("refactor", "calibrate", "prune", "trace", "recover")),
             *([command, "nowhere"] for command in ("inspect", "frontier", "generate", "verify")),
         ],

@@ -220,3 +220,10 @@ def test_near_copies_go_and_what_contains_a_protected_text_goes_too():
     files = [Document(str(i), header + " " + " ".join(f"w{i}x{j}" for j in range(40))) for i in range(30)]
     assert without_near_copies(files) == files  # what all share is boilerplate, not a copy
     assert without_near_copies([*files, Document("only the header", header)]) == files
+
+
+def test_options_name_the_shipped_texts_without_reading_any():
+    from moe_prism.data.bundled import BUNDLED
+    from moe_prism.options.text import SHIPPED_TEXTS
+
+    assert tuple(BUNDLED) == SHIPPED_TEXTS

@@ -17,8 +17,11 @@ BOXES = """() => [...document.querySelectorAll('figure svg')].filter((svg) => sv
   const box = (e) => { const r = e.getBoundingClientRect(); return [r.left, r.right, r.top, r.bottom]; };
   return { svg: box(svg), texts: [...svg.querySelectorAll('text')].map((t) => [t.textContent, box(t)]),
            labels: [...svg.querySelectorAll('.role-legend-label text')].map(box),
+           bars: [...svg.querySelectorAll('.mark-rule.role-mark line')].map(box),
            symbols: [...svg.querySelectorAll('.role-legend-symbol path')].map(box) };
 })"""
+
+WHOLE_TABLES = "[...document.querySelectorAll('.scroll')].every((card) => card.scrollWidth <= card.clientWidth)"
 
 
 def measured(frontier):
@@ -50,8 +53,13 @@ def test_in_a_browser(frontier, tmp_path):
             view.on("pageerror", lambda e, found=problems: found.append(str(e)))
             view.goto((tmp_path / "report.html").as_uri())
             assert view.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), name
+            assert width < 1280 or view.evaluate(WHOLE_TABLES), f"{name}: a table is wider than its card"
             for figure in view.evaluate(BOXES):
                 left, right, _, _ = figure["svg"]
+                note = [box for text, box in figure["texts"] if text.startswith("full model")]
+                assert note and not any(overlap(box, bar) for box in note for bar in figure["bars"]), (
+                    f"{name}: a bar runs through it"
+                )
                 for text, box in figure["texts"]:
                     assert left - 1 <= box[0] and box[1] <= right + 1, f"{name}: '{text}' is cut"
                 points = [(text, box) for text, box in figure["texts"] if text in STANDING or text.startswith("K=")]

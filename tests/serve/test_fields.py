@@ -17,7 +17,9 @@ from openai.types.chat import completion_create_params as chat_create_params
 
 from moe_prism.serve.http.fields import OPENAI, OURS, REFUSED, VLLM, WITHOUT_EFFECT, Endpoint
 from moe_prism.serve.http.protocol import REQUESTS, CompletionRequest
-from moe_prism.serve.reference import PAGE, page, rows
+from moe_prism.serve.http.values import MAX_MS, TpotMs, TtftMs
+from moe_prism.serve.reference import PAGE, _check, page, rows
+from moe_prism.serve.route.request import RouteRequest
 from moe_prism.serve.text.desk import Desk
 from moe_prism.serve.text.jobs import Compile, Unfit
 from tests.tiers import by_night
@@ -53,6 +55,30 @@ def ask(web, endpoint, **fields):
 def refused(answer, name):
     error = answer.json()["error"]
     return answer.status_code == 400 and error["param"].split(".")[0] == name and name in error["message"] and error["code"]
+
+
+@pytest.mark.parametrize(
+    ("bound", "said"),
+    [
+        (1 << 20, "2^20"),
+        (-(1 << 63), "-2^63"),
+        ((1 << 63) - 1, "2^63 - 1"),
+        (3_600_000, "3,600,000"),
+        (3.6e6, "3,600,000"),
+        (0.1, "0.1"),
+    ],
+)
+def test_a_bound_is_written_exactly(bound, said):
+    schema = {"type": "number", "minimum": 1, "maximum": bound}
+    assert _check(schema, {}) == f"number, 1 to {said}"
+
+
+def test_targets_of_requests_and_of_a_router_have_one_bound():
+    fields = [each.model_fields[name].annotation for each in (CompletionRequest, RouteRequest) for name in ("ttft_ms", "tpot_ms")]
+    assert fields == [TtftMs | None, TpotMs | None] * 2
+    for row in rows("completions"):
+        if row.name in ("ttft_ms", "tpot_ms"):
+            assert row.check.endswith(f" to {MAX_MS:,}")
 
 
 def test_the_table_has_every_field_of_openai():

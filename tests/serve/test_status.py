@@ -19,6 +19,11 @@ from moe_prism.serve.http.status import SECONDS, History, page
 from tests.serve.house import open_house
 
 LADDER = Ladder((Level("low", FULL.with_budget(0.5), 4.0, 0.8), Level("full", FULL, 8.0, 1.0)))
+GAPS = """() => {
+  const cards = [...document.querySelectorAll("body > section, body > .grid")].map((e) => e.getBoundingClientRect());
+  const shown = cards.filter((box) => box.height);
+  return shown.slice(1).map((box, i) => box.top - shown[i].bottom);
+}"""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -149,6 +154,7 @@ def test_in_a_browser(tiny_levels, tmp_path):
             view.set_viewport_size({"width": width, "height": 900})
             view.emulate_media(color_scheme=scheme)
             assert view.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), name
+            assert min(view.evaluate(GAPS)) >= 8, f"{name}: two cards touch"
             view.screenshot(path=tmp_path / f"{name}.png", full_page=True)
         view.click("#clear")
         assert view.locator(".turn").count() == 0

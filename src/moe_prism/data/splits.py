@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ..errors import UsageError
+from ..options.text import FORMS
 from .buckets import BUCKETS, CALIBRATION, HELD_OUT
 from .bundled import BUNDLED, UNSEEN
 from .document import Document
-from .text import FORMS
 
 Side = Literal["calibration", "evaluation"]
 EVALUATION_SHARE = 0.2

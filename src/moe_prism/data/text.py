@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import CorruptError, UsageError
+from ..options.text import FORMS, absent
 from ..tally import TextTally
 from .bundled import BUNDLED
 from .chat import Chat
@@ -29,7 +30,6 @@ from .stream import (
 )
 from .tables import arrow_rows, csv_rows, parquet_rows, saved_rows
 
-FORMS = "a text file, a folder, rows (.jsonl, .json, .csv, .parquet), a saved dataset"
 LONG_TEXT = 1 << 24  # characters of a file that is one document; a longer one is cut into pieces
 PIECE = 1 << 20
 HOPELESS = 1000  # rows without a field of text before a file is given up
@@ -88,7 +88,7 @@ def stream_contents(source: str | Path, reading: Reading) -> Iterator[Found]:
         yield from _dataset(path, reading) if is_saved_dataset(path) else _folder(path, reading)
     else:
         what = "is no file or folder" if path.exists() else "does not exist"
-        raise UsageError(f"text source '{source}' {what}", f"give {FORMS}, or one of {', '.join(BUNDLED)}")
+        raise absent(source, what)
 
 
 def _folder(folder: Path, reading: Reading) -> Iterator[Found]:

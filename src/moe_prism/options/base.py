@@ -22,7 +22,8 @@ def option(default: Any, words: str, *, flag: str | None = None, **declared: Any
 
     flag: its name on the command line where that is not the field's. What may be declared of a value, or of every entry of a list:
     least, most: inclusive bounds; above, below: exclusive ones. names: the registry that knows it, as "package.module:attribute";
-    also: names beside the registry's.
+    method: a method by name, with or without settings, or a chain of them, as (how it acts, or None; what it is called in errors); also:
+    names beside those that are known.
     On the command line: short: further names; is_repeated: given once per entry; empty: text for an empty list, which is else said by
     leaving the flag out; unit: of a quantity, like ("B/s",).
     """
@@ -61,6 +62,14 @@ def _check(flag: str, value: Any, declared: Mapping[str, Any]) -> None:
         known = [*declared.get("also", ()), *registry.names()]
         if value not in known:
             raise UsageError(f"unknown {registry.kind} '{value}'", choices(value, known))
+    if "method" in declared:
+        from ..catalogue import methods
+
+        acts, called = declared["method"]
+        known = [*(methods if acts is None else methods.only(acts, called)).names(), *declared.get("also", ())]
+        for name in (part.partition(":")[0] for part in value.split("+")):
+            if methods.own_name(name) not in known:
+                raise UsageError(f"unknown {called} '{name}'", choices(name, known))
     least, most = declared.get("least", -math.inf), declared.get("most", math.inf)
     above, below = declared.get("above", -math.inf), declared.get("below", math.inf)
     bounds = {"at least": least, "more than": above, "at most": most, "less than": below}

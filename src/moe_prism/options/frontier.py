@@ -22,11 +22,14 @@ class FrontierOptions(Options):
         (),
         "Comma-separated selection rules to measure; see `moe-prism ls methods`. Default product, unless other points are asked for.",
         flag="compare",
+        method=("slots", "rule"),
     )
     methods: tuple[str, ...] = option(
         (),
         "Comma-separated methods, on the same axes: those of `moe-prism ls methods`, such as uniform,sensitivity; "
         "all-per-token takes every one whose points can share a batch.",
+        method=(None, "method"),
+        also=("all-per-token", "prune"),
     )
     given: tuple[str, ...] = option(
         (),

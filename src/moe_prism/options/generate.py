@@ -50,6 +50,7 @@ class PointOptions(Options):
         None,
         "How tokens follow from forwards: a method of decoding, such as self-draft or self-draft:budget=0.25:length=4; see `moe-prism ls "
         "methods`. Default: what --point says, else one forward for each token.",
+        method=("decoding", "decoding method"),
     )
     verifier: str | None = option(
         None, "FILE.py:FUNCTION for methods of decoding that ask how good a text is: (prompt, text) to a number. The file is run."
@@ -62,12 +63,17 @@ class PointOptions(Options):
         "Share of the bytes that a token reads, selection and compensation included, in (0, 1]; of its slots for other rules than "
         "threshold. With --point, of what its routing leaves.",
     )
-    rule: str | None = option(None, "Selection rule; see `moe-prism ls methods`. Default: threshold.")
+    rule: str | None = option(None, "Selection rule; see `moe-prism ls methods`. Default: threshold.", method=("slots", "rule"))
     control: Literal["mean", "strict", "none"] | None = option(
         None,
         "Who the budget is held for: the mean of a request's tokens, every token (strict), or nobody (none: it is met on average over "
         "text like the calibration's). Default: mean for threshold, the only rule that can; none for the others.",
     )
+
+    def check(self) -> None:
+        super().check()
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise UsageError(f"budget {self.budget:g} is outside (0, 1]", "1 keeps every slot, 0.5 half of the bytes")
 
 
 @dataclass(frozen=True, kw_only=True)

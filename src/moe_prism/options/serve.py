@@ -48,7 +48,9 @@ class ServeOptions(ListenOptions):
         unit=("B",),
         above=0,
     )
-    policy: str | None = option(None, "Scheduling policy; see `moe-prism ls policies`. Default elastic.")
+    policy: str | None = option(
+        None, "Scheduling policy; see `moe-prism ls policies`. Default elastic.", names="moe_prism.schedule:policies"
+    )
     config: Path | None = option(None, "qos.yaml with request classes, limits and policy options.")
     cost: Path | None = option(None, "Cost model to load instead of measuring one.")
     save_cost: Path | None = option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
@@ -13,6 +14,8 @@ SOURCES = (
     "stdlib, topics, domains (or one of domains/python, domains/prose, domains/headers, domains/web), "
     "a text file, rows (.jsonl, .json, .csv, .parquet, also .gz and .zst), a folder, a git checkout or a saved dataset"
 )
+FORMS = "a text file, a folder, rows (.jsonl, .json, .csv, .parquet), a saved dataset"
+SHIPPED_TEXTS = ("stdlib", "topics", "domains", "domains/python", "domains/prose", "domains/headers", "domains/web")
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -51,14 +54,24 @@ class TextSource:
 
 
 def text_source(text: str | None, fields: Sequence[str] = (), domains: Sequence[str] = ()) -> TextSource:
-    """The source that --text, --text-field and --domain name together. UsageError where they cannot be meant together."""
+    """The source that --text, --text-field and --domain name together. UsageError where they cannot be meant together, or are not there."""
     if not domains:
         if text is None:
             raise UsageError("no text was named", "say which with --text")
-        return TextSource((("", text),), tuple(fields))
-    if text is not None:
+        parts: tuple[tuple[str, str], ...] = (("", text),)
+    elif text is not None:
         raise UsageError("--text and --domain exclude each other", "name that text as a domain, too")
-    return TextSource(named_parts(domains, "--domain"), tuple(fields))
+    else:
+        parts = named_parts(domains, "--domain")
+    for _, path in parts:
+        if path not in SHIPPED_TEXTS and not Path(path).expanduser().exists():
+            raise absent(path)
+    return TextSource(parts, tuple(fields))
+
+
+def absent(path: str | Path, what: str = "does not exist") -> UsageError:
+    """What is said of a text that is neither shipped nor there."""
+    return UsageError(f"text source '{path}' {what}", f"give {FORMS}, or one of {', '.join(SHIPPED_TEXTS)}")
 
 
 def named_parts(given: Sequence[str], flag: str) -> tuple[tuple[str, str], ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,22 @@ def find_point(asked: str, folder: str | Path | None = None) -> NamedPoint:
             f"'{asked}' is no file and no operating point of {measured or 'a folder'}", "measure some with `moe-prism frontier`"
         )
     raise UsageError(f"no operating point '{asked}'", choices(asked, [point.name for point in known]))
+
+
+def source_of(folder: Path, asked: Sequence[str]) -> Path:
+    """The frontier that points to serve are in: a file that is asked for, or the folder's own. UsageError where it has not all of them."""
+    files = [Path(name) for name in asked if name.endswith(".json")]
+    if len(files) > 1 or (files and len(asked) > 1):
+        raise UsageError("points were asked for by file and by name", "give one frontier.json, or names of the folder's points")
+    source = files[0] if files else folder / FRONTIER
+    if not source.is_file():
+        raise UsageError(f"there is no {source}", "measure points with `moe-prism frontier`")
+    form = check(FrontierForm, read_json(source, REMAKE), str(source), REMAKE)
+    known = dict.fromkeys(row.name for row in (*form.points, *form.baseline_topk, *form.baseline_bits))
+    for name in () if files else asked:
+        if name not in known:
+            raise UsageError(f"no operating point '{name}' in {source.name}", choices(name, known))
+    return source
 
 
 def name_within(bytes_per_token: float, folder: str | Path, *, per_token: bool = False) -> str:

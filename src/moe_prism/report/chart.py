@@ -104,7 +104,8 @@ def _kl_chart(frontier: Frontier, data: list[dict[str, Any]], across: _Horizonta
     scale = {"type": "log", "domain": [low / 1.25, max(high, low * 10) * 1.6], "nice": False}
     words = "KL divergence to the full model in nats per token, log scale. Lower is better."
     subtitle = _subtitle(words, across.better, data, width)
-    note = _Note("full model: KL 0", Spot("right", "middle", -10, 0))
+    spot = Spot("right", "bottom", 6, -8) if across.spread else Spot("right", "middle", -10, 0)  # above the bar of its spread
+    note = _Note("full model: KL 0", spot)
     return _layers(frontier, data, across, _Figure("kl", scale, axis, subtitle, note), width)
 
 

@@ -87,10 +87,16 @@ def _check(said: dict[str, Any], defs: dict[str, Any]) -> str:
 
 
 def _short(number: float | None) -> str:
-    if isinstance(number, int) and abs(number) >= 1 << 16:
-        power = abs(number + 1 if number % 2 else number).bit_length() - 1
-        return f"{'-' if number < 0 else ''}2^{power}"
-    return f"{number:g}" if number is not None else "any"
+    """A bound, exactly: a power of two, or one short of it, by its exponent. An older pydantic gives whole numbers as floats."""
+    if number is None:
+        return "any"
+    if number != int(number) or abs(number) < 1 << 16:
+        return f"{number:g}"
+    whole, sign = abs(int(number)), "-" if number < 0 else ""
+    for less in (0, 1):
+        if (whole + less).bit_count() == 1:
+            return f"{sign}2^{(whole + less).bit_length() - 1}{' - 1' * less}"
+    return f"{sign}{whole:,}"
 
 
 def page() -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import PrismError, UsageError
 from ..files import check_writable
 from ..options.serve import ListenOptions, ServeOptions
+from ..point.named import source_of
 from .http.crowd import Doorway
 from .keys import admin_keys, keep_private, keys
 from .requests import Event
@@ -51,6 +52,11 @@ def serve_model(folder: str | Path, options: ServeOptions | None = None) -> None
     folder, options = Path(folder), options or ServeOptions()
     options.check()
     keep_private()
+    from .config import load_config
+
+    config = load_config(options.config)
+    if options.points and folder.is_dir():
+        source_of(folder, options.points)
     check_folder(folder)
     allowed = check_host(options)
     administrators = admin_keys(options)
@@ -64,9 +70,6 @@ def serve_model(folder: str | Path, options: ServeOptions | None = None) -> None
     try:
         need_packages()
         need_spans(options.otlp_traces_endpoint)
-        from .config import load_config
-
-        config = load_config(options.config)
         run(folder, options, config, listening, Allowed(allowed, administrators))
     finally:
         listening.close()

@@ -19,7 +19,7 @@ from ...errors import CorruptError, UsageError
 from ...frontier import Frontier, MeasuredPoint, pareto
 from ...model.hub import lies_in_cache
 from ...point import FULL, OperatingPoint, RoutingStage
-from ...registry import choices
+from ...point.named import source_of
 from ...schedule.base import Ladder, Level
 from ...schema import read_form
 from ...schema.points import MEASURE, LadderForm, LevelForm
@@ -94,21 +94,15 @@ def _best(frontier: Frontier, refusal: Refusal) -> list[MeasuredPoint]:
 
 
 def _asked(folder: Path, asked: Sequence[str], refusal: Refusal) -> tuple[list[MeasuredPoint], str]:
-    files = [Path(name) for name in asked if name.endswith(".json")]
-    if len(files) > 1 or (files and len(asked) > 1):
-        raise UsageError("points were asked for by file and by name", "give one frontier.json, or names of the folder's points")
-    source = files[0] if files else folder / FRONTIER
-    if not source.is_file():
-        raise UsageError(f"there is no {source}", "measure points with `moe-prism frontier`")
+    source = source_of(folder, asked)
     frontier = Frontier.load(source)
     known: dict[str, MeasuredPoint] = {}
     for p in frontier.every:
         known.setdefault(p.name, p)
-    names = [name for name, p in known.items() if p.point is None or not p.point.is_full] if files else list(asked)
+    whole = asked[0].endswith(".json")
+    names = [name for name, p in known.items() if p.point is None or not p.point.is_full] if whole else list(asked)
     found = []
     for name in names:
-        if name not in known:
-            raise UsageError(f"no operating point '{name}' in {source.name}", choices(name, known))
         reason = _reason(known[name], refusal)
         if reason:
             raise UsageError(f"operating point '{name}' cannot be served here: {reason}", "leave it out of --points")

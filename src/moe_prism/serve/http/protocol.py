@@ -37,6 +37,8 @@ from .values import (
     TokenIds,
     Tool,
     ToolCall,
+    TpotMs,
+    TtftMs,
     without_nulls,
 )
 
@@ -85,8 +87,8 @@ class Common(BaseModel):
     stream_options: StreamOptions | None = takes("include_usage, continuous_usage_stats", {"include_usage": True})
     quality: Quality | None = takes("a quality or an operating point, whatever the load", 0.9)
     min_quality: Quality | None = takes("load may lower the quality to this", 0.8)
-    ttft_ms: Number | None = takes("target: milliseconds to the first token", 500, ge=1, le=3_600_000)
-    tpot_ms: Number | None = takes("target: milliseconds per further token", 50, ge=0.1, le=3_600_000)
+    ttft_ms: TtftMs | None = takes("target: milliseconds to the first token", 500)
+    tpot_ms: TpotMs | None = takes("target: milliseconds per further token", 50)
     priority: StrictInt | None = takes("smaller first", 1, ge=-1000, le=1000)
     self_draft: StrictBool | None = takes(
         "false: draft nothing; true: only where the server drafts (`--self-draft`); no token changes by it", False

@@ -11,10 +11,9 @@ import logging
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from fastapi.responses import StreamingResponse
-
 from .answer import Answer
 from .answers import event
+from .client_stream import ClientStream
 from .refusal import Refusal
 from .service import Service
 from .strands import Piece, Strand
@@ -22,7 +21,7 @@ from .strands import Piece, Strand
 logger = logging.getLogger("moe_prism.requests")
 
 
-class Events(StreamingResponse):
+class Events(ClientStream):
     """Gives everything back whichever way the response ends, before its first event too. A generator that is left alone is closed by the
     garbage collector, at a time of its own.
     """

@@ -28,6 +28,10 @@ TokenId = Annotated[StrictInt, Field(ge=0, le=(1 << 31) - 1)]
 Text = Annotated[StrictStr, Field(max_length=1 << 20)]
 Name = Annotated[StrictStr, Field(min_length=1, max_length=256)]
 Number = Annotated[float, Strict()]
+MAX_MS = 3_600_000
+"""An hour: a target beyond it is no target."""
+TtftMs = Annotated[Number, Field(ge=1, le=MAX_MS)]
+TpotMs = Annotated[Number, Field(ge=0.1, le=MAX_MS)]
 Json = dict[str, Any]
 """Data that we hand on as it is; its size is bounded by the body's."""
 

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import httpx2
 from fastapi import Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 
 from ..http.answers import event
+from ..http.client_stream import ClientStream
 from ..http.refusal import Refusal
 from .metrics import RouteMetrics
 from .options import Choice, PoolOptions, RequestLimits
@@ -174,7 +175,7 @@ class WholeAnswer:
     headers: Mapping[str, str]
 
 
-class Passed(StreamingResponse):
+class Passed(ClientStream):
     """An upstream's stream, byte by byte. Gives everything back whichever way it ends."""
 
     def __init__(self, trip: Trip, arrived: Arrived, headers: dict[str, str]) -> None:

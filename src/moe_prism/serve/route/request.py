@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StrictBool, StrictStr
 
 from ..http.refusal import Refusal
-from ..http.values import Number, Quality, without_nulls
+from ..http.values import Quality, TpotMs, TtftMs, without_nulls
 from .options import Choice, RequestLimits
 
 OURS = ("quality", "min_quality", "ttft_ms", "tpot_ms", "class", "self_draft")
@@ -27,8 +27,8 @@ class RouteRequest(BaseModel):
     stream: StrictBool = False
     quality: Quality | None = None
     min_quality: Quality | None = None
-    ttft_ms: Number | None = Field(default=None, ge=1, le=3_600_000)
-    tpot_ms: Number | None = Field(default=None, ge=0.1, le=3_600_000)
+    ttft_ms: TtftMs | None = None
+    tpot_ms: TpotMs | None = None
 
     @classmethod
     def of(cls, data: Any) -> RouteRequest:

@@ -22,6 +22,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {
         "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"],
     },
+    "deepseek_v2": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16, "kv_lora_rank": 8,
+        "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4, "topk_method": "greedy",
+    },
     "llama": {},
     "mamba": {"state_size": 4},
 }  # fmt: skip

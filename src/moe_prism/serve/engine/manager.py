@@ -12,6 +12,8 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from .widths import fill, room
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,7 +41,11 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
     engine: Driver
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
-        processor = super()._create_batch_processor()
+        config, made = self.model.config.get_text_config(), getattr(self, "batch_processor", None)
+        with room(config):
+            processor = super()._create_batch_processor()
+        if processor is not made:
+            fill(processor.cache, config)
         try:
             self.engine.connect(processor)
         except Exception:

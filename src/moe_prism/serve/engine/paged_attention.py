@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...kernels.paged_decode import DecodeRows, PagedCache, decode_attention
+from .widths import to_width
 
 NAME = "moe_prism_flash_paged"
 """Registered with transformers. "flash" in a name is how it knows that no mask is to be built."""
@@ -135,6 +136,8 @@ def attention(
     shared = query.shape[1] != key.shape[1]  # grouped-query attention
 
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    own = value.shape[3]
+    query, key, value = (to_width(states, keys.shape[2]) for states in (query, key, value))
 
     q = query[0].transpose(0, 1).contiguous()  # [T, heads, d]
     out = torch.empty_like(q)
@@ -144,10 +147,10 @@ def attention(
     for span, index, mask in layout.prompts:
         k, v = (key[:, :, span], value[:, :, span]) if index is None else (_read(keys, index), _read(values, index))
         attended = nn.functional.scaled_dot_product_attention(
-            query[:, :, span], k, v, attn_mask=mask, scale=scaling, is_causal=index is None, enable_gqa=shared
+            query[:, :, span], k, v, attn_mask=mask, scale=scale, is_causal=index is None, enable_gqa=shared
         )
         out[span] = attended[0].transpose(0, 1)
-    return out[None], [_weights(layout, s, query * scale, keys) for s in layout.segments] if layout.tells else None
+    return out[None, ..., :own], [_weights(layout, s, query * scale, keys) for s in layout.segments] if layout.tells else None
 
 
 def _weights(layout: PagedLayout, segment: Segment, query: Tensor, keys: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ..memory import available_memory, resident_memory
 from ..methods.quantize.uniform_bits import STANDING
 from ..model import MoELayer, find_layers, load_model
 from ..options.calibrate import CalibrateOptions
+from ..options.machine import OtherMachine
 from ..options.recover import RecoverOptions
 from ..options.refactor import RefactorOptions
 from ..partition.base import check_blocks
@@ -43,6 +45,8 @@ LOGITS_HELD = 5  # of the source and of a point, as logits, as log-probabilities
 KERNELS = 72 << 20  # compiled for sub-experts
 CHOOSING = 16 << 20  # what chooses slots alone: 14 MiB where it is compiled in the run, 1 where that was kept
 REPORT = 330 << 20  # altair, and what draws a page's charts: a browser's engine
+SIZED_FOR: ContextVar[OtherMachine | None] = ContextVar("SIZED_FOR", default=None)
+"""In a rehearsal, the machine that it is for, where that is another one."""
 RUNNING = ("weights_bytes", "side_bytes", "activations_bytes", "logits_bytes")
 
 
@@ -121,7 +125,8 @@ def _loading_bytes(weights: Weights, experts: int) -> int:
 def _solver_bytes(weights: Weights, options: RefactorOptions, capacity: int) -> int:
     """The sample of a layer, and the activations of the experts that are cut at a time: as they are, as wanted, and in the solver."""
     layer, rows = largest_layer(weights), sampled_rows(weights, options.calibration, capacity)
-    together = min(rows, experts_together() * capacity)
+    there = SIZED_FOR.get()
+    together = min(rows, experts_together(there.cores if there else None) * capacity)
     return FLOAT32 * (rows * layer.hidden + 4 * together * layer.width)
 
 
@@ -325,17 +330,31 @@ def sampled_rows(weights: Weights, calibration: CalibrateOptions, capacity: int)
     return min(layer.num_experts * capacity, calibration.tokens * experts_per_token(weights.model, layer))
 
 
-def check_resources(needed: Mapping[str, Any], out: str | Path, resume: bool = False) -> None:
+def check_resources(
+    needed: Mapping[str, Any], out: str | Path, resume: bool = False, machine: OtherMachine | None = None
+) -> None:
     """DoesNotFit if this machine has less memory, or the disk of `out` less space, than is needed. Before every run, not only a dry one.
 
-    What this process holds already counts as free, and so does unfinished work that is continued.
+    What this process holds already counts as free, and so does unfinished work that is continued. machine: what has another size.
     """
-    memory = available_memory() + resident_memory()
+    machine = machine or OtherMachine()
+    memory = available_memory() + resident_memory() if machine.ram is None else machine.ram
     if needed["peak_memory_bytes"] > memory:
+        free = f"{_size(memory)} are free" if machine.ram is None else f"such a machine has {_size(memory)}"
         raise DoesNotFit(
-            f"this needs {_size(needed['peak_memory_bytes'])} of memory, {_size(memory)} are free",
+            f"this needs {_size(needed['peak_memory_bytes'])} of memory, {free}",
             "use --low-memory, a smaller --reservoir, or a larger machine",
+            needed,
         )
+    if machine.disk is None:
+        _check_disk(needed, out, resume)
+    elif needed["disk_bytes"] > machine.disk:
+        sizes = f"this needs {_size(needed['disk_bytes'])} of disk, such a machine has {_size(machine.disk)}"
+        raise DoesNotFit(sizes, "use a larger one", needed)
+
+
+def _check_disk(needed: Mapping[str, Any], out: str | Path, resume: bool) -> None:
+    """That of `out`."""
     path = Path(out).absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     work = path.with_name(path.name + ".partial")
@@ -345,6 +364,7 @@ def check_resources(needed: Mapping[str, Any], out: str | Path, resume: bool = F
         raise DoesNotFit(
             f"this needs {_size(needed['disk_bytes'])} of disk, {_size(free)} are free at '{out}'",
             "free some, or choose another --out",
+            needed,
         )
 
 

@@ -124,9 +124,9 @@ class _Orders(NamedTuple):
         return weight_fallback(_rows(layer.gate, expert), up, self.options.n_sub, self.options.seed).perm
 
 
-def experts_together() -> int:
-    """How many experts of a layer are cut at a time: enough to keep all threads at work."""
-    return PER_THREAD * torch.get_num_threads()
+def experts_together(threads: int | None = None) -> int:
+    """How many experts of a layer are cut at a time: enough to keep all threads at work. threads: of a machine that is not this one."""
+    return PER_THREAD * (threads or torch.get_num_threads())
 
 
 def measured_cutoffs(parts: LayerParts, statistics: LayerStatistics) -> Tensor:

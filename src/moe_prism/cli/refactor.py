@@ -80,6 +80,11 @@ def refactor(
         options = replace(options, calibration=told)
     if rehearsal.dry_run:
         given = {"calibration": calibration, "resume": run.resume, "force": run.force}
+        if division.shard:
+            from ..jobs.refactor import refactor_shard as solve
+
+            part = (model, out, division.shard, options)
+            return show_rehearsal(rehearsal, solve, *part, target=out, **given, as_json=run.json)
         return show_rehearsal(rehearsal, write, model, out, options, target=out, **given, as_json=run.json)
     how: Writing = {"resume": run.resume, "force": run.force, "report": report}
     if division.shard:

@@ -17,6 +17,7 @@ from ..calibrate.options import settings
 from ..calibrate.run import bounded_capacity, declared_bytes
 from ..calibrate.statistics import Statistics
 from ..checkpoint import LayerStream, read_manifest
+from ..checkpoint.formats.requantize import TOGETHER as ROUNDED_TOGETHER
 from ..checkpoint.manifest import MANIFEST, WEIGHTS_FILE
 from ..compress.codec import codecs
 from ..compress.merge.cluster import TOGETHER
@@ -54,23 +55,46 @@ def needed_by(weights: Weights, options: RefactorOptions, given: Statistics | No
     """Declared peak memory and disk of `refactor` in bytes, by part, for options that fit the source. given: of an earlier pass."""
     if options.calibration.low_memory and weights.stream:
         return _needed_by_layers(weights, options, given)
-    parts, declared, capacity = pass_parts(weights, options.calibration)
-    layer, length = largest_layer(weights), options.calibration.length
-    gathered = given_bytes(given) if given else parts["statistics_bytes"]
-    experts = 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32
-    rows = max(sum(one.kept()) for one in given.layers) if given else sampled_rows(weights, options.calibration, capacity)
-    solver = 4 * rows * layer.width * FLOAT32
-    phases = [{"weights_bytes": experts, "statistics_bytes": gathered, "solver_bytes": solver}]
-    if not given:
-        phases.append(parts)
+    disk, kept = written_bytes(weights), 0
+    if given:
+        capacity, phases = given.facts["capacity"], [_solving(weights, options, given)]
+    else:
+        parts, kept, capacity = pass_parts(weights, options.calibration)
+        solver = 4 * sampled_rows(weights, options.calibration, capacity) * largest_layer(weights).width * FLOAT32
+        phases = [parts, {"weights_bytes": 3 * _experts_bytes(weights), "statistics_bytes": kept, "solver_bytes": solver}]
+        disk += 2 * kept  # a new snapshot of the statistics is complete before the one before it goes
     if options.profile_tokens:
-        again = needed_by_running(weights.model, rows=length, cut=options.n_sub)
-        phases.append({name: again[name] for name in RUNNING} | {"statistics_bytes": gathered})
+        again = needed_by_running(weights.model, rows=options.calibration.length, cut=options.n_sub)
+        phases.append({name: again[name] for name in RUNNING} | {"statistics_bytes": kept})
         phases = [{**phase, "kernels_bytes": KERNELS} for phase in phases]
     phases.append(_comparison(weights, options))
-    # a new snapshot of the statistics is complete before the one before it goes
-    disk = written_bytes(weights) + 2 * declared
-    return told(largest(phases), disk, held=gathered if given else 0) | {"reservoir_tokens": capacity}
+    return told(largest(phases), disk) | {"reservoir_tokens": capacity}
+
+
+def needed_by_shard(weights: Weights, options: RefactorOptions, given: Statistics, layers: int) -> dict[str, Any]:
+    """The same for solving so many layers, which are written and no model with them."""
+    layer = largest_layer(weights)
+    scorers = (1 + len(options.extra_scorers)) * options.n_sub * (2 * layer.hidden + 64)
+    per_expert = 2 * layer.width + scorers + (layer.width * ROUNDED_TOGETHER if options.keep == "format" else 0)
+    phases = [{"weights_bytes": _loading_bytes(weights, _experts_bytes(weights))}, _solving(weights, options, given)]
+    disk = layers * layer.num_experts * per_expert * FLOAT32
+    return told(largest(phases), disk) | {"reservoir_tokens": given.facts["capacity"]}
+
+
+def _solving(weights: Weights, options: RefactorOptions, given: Statistics) -> dict[str, int]:
+    """A layer, read while statistics that lie on disk are, and what cutting its experts takes."""
+    rows = max(sum(one.kept()) for one in given.outlines)
+    return {
+        "weights_bytes": _experts_bytes(weights),
+        "statistics_bytes": given_bytes(given),
+        "solver_bytes": _solver_bytes(weights, rows, given.facts["capacity"]),
+    }
+
+
+def _experts_bytes(weights: Weights) -> int:
+    """The experts of a layer in float32."""
+    layer = largest_layer(weights)
+    return layer.num_experts * layer.parameters_per_expert() * FLOAT32
 
 
 def _needed_by_layers(weights: Weights, options: RefactorOptions, given: Statistics | None) -> dict[str, Any]:
@@ -79,26 +103,23 @@ def _needed_by_layers(weights: Weights, options: RefactorOptions, given: Statist
     given: then no text passes, the profile's alone.
     """
     run, layer, length = settings(options.calibration), largest_layer(weights), options.calibration.length
-    capacity = bounded_capacity([layer], run)
+    capacity = given.facts["capacity"] if given else bounded_capacity([layer], run)
     vocabulary = text_config(weights).vocab_size
     profiled = min(options.profile_tokens, options.calibration.tokens) * (1 + len(weights.layers) * (1 + options.profile_points))
-    experts = layer.num_experts * layer.parameters_per_expert() * FLOAT32
+    experts = _experts_bytes(weights)
     always = {
-        "statistics_bytes": given_bytes(given) if given else 0,
         "hidden_bytes": (0 if given else held_bytes(weights, options.calibration)) + 2 * profiled * layer.hidden * FLOAT32,
         "kernels_bytes": KERNELS if options.profile_tokens else 0,
     }
-    gathered = {
-        "weights_bytes": experts,
-        "statistics_bytes": given_bytes(given) if given else declared_bytes([layer], run, capacity),
-    }
-    pooled = 0 if given or not run.domains else declared_bytes([layer], replace(run, domains=()), capacity)
+    gathered = {"weights_bytes": experts, "statistics_bytes": declared_bytes([layer], run, capacity)}
+    rows = sampled_rows(weights, options.calibration, capacity)
+    pooled = declared_bytes([layer], replace(run, domains=()), capacity) if run.domains else 0
+    solving = gathered | {"solver_bytes": _solver_bytes(weights, rows, capacity) + pooled}
     together = min(options.calibration.tokens, run.batch * length)
     runs = {"activations_bytes": together * row_bytes(weights.model, layer, length)}
     phases = [
         {"weights_bytes": _loading_bytes(weights, experts)},
-        gathered | {"solver_bytes": _solver_bytes(weights, options, capacity) + pooled},
-        *([] if given else [gathered | runs]),
+        *([_solving(weights, options, given)] if given else [solving, gathered | runs]),
     ]
     if options.profile_tokens:  # one of an expert's matrices is turned round, which takes its size once more
         logits = LOGITS_HELD * length * vocabulary * FLOAT32
@@ -109,8 +130,7 @@ def _needed_by_layers(weights: Weights, options: RefactorOptions, given: Statist
     ):  # what readers freed is not all given back (docs/developer/log.md): as if all came at once
         phases = [{name: max(phase.get(name, 0) for phase in phases) for phase in phases for name in phase}]
     phases.append(_comparison(weights, options))
-    held = given_bytes(given) if given else 0
-    return told(largest(phases), written_bytes(weights), held=held) | {"reservoir_tokens": capacity}
+    return told(largest(phases), written_bytes(weights)) | {"reservoir_tokens": capacity}
 
 
 def _loading_bytes(weights: Weights, experts: int) -> int:
@@ -122,9 +142,11 @@ def _loading_bytes(weights: Weights, experts: int) -> int:
     return int(3 * experts * size / FLOAT32)
 
 
-def _solver_bytes(weights: Weights, options: RefactorOptions, capacity: int) -> int:
-    """The sample of a layer, and the activations of the experts that are cut at a time: as they are, as wanted, and in the solver."""
-    layer, rows = largest_layer(weights), sampled_rows(weights, options.calibration, capacity)
+def _solver_bytes(weights: Weights, rows: int, capacity: int) -> int:
+    """The sample of a layer, so many rows, and the activations of the experts that are cut at a time: as they are, as wanted, and in the
+    solver.
+    """
+    layer = largest_layer(weights)
     there = SIZED_FOR.get()
     together = min(rows, experts_together(there.cores if there else None) * capacity)
     return FLOAT32 * (rows * layer.hidden + 4 * together * layer.width)
@@ -138,8 +160,8 @@ def _comparison(weights: Weights, options: RefactorOptions) -> dict[str, int]:
 
 
 def given_bytes(given: Statistics) -> int:
-    """Of statistics in memory."""
-    return sum(v.nbytes for one in given.layers for v in one.flat().values())
+    """Of the largest layer's statistics, which are there one layer at a time."""
+    return max(sum(v.nbytes for v in one.flat().values()) for one in given.outlines)
 
 
 def held_bytes(weights: Weights, calibration: CalibrateOptions) -> int:

@@ -31,9 +31,14 @@ class LayerStatistics:
 
     def inputs(self, expert: int) -> tuple[Tensor, Tensor]:
         """Sampled inputs x [S, d] (float32) and routing weights [S] of one expert."""
+        x, weight = self.stored_inputs(expert)
+        return x.float(), weight
+
+    def stored_inputs(self, expert: int) -> tuple[Tensor, Tensor]:
+        """The same in the type that they are kept in, without a copy."""
         tokens = self.values["tokens"]
         kept = int(tokens["kept"][expert])
-        return tokens["x"][expert, :kept].float(), tokens["weight"][expert, :kept]
+        return tokens["x"][expert, :kept], tokens["weight"][expert, :kept]
 
     def kept(self) -> list[int]:
         """Sampled tokens per expert; none where no sample was kept."""

@@ -30,12 +30,13 @@ from ..result import Result, plain
 from .align import align
 from .calibrate import calibration_windows, check_fit, check_fits, open_statistics, run_pass
 from .distance import TOKENS, distance_between, evaluation_windows
+from .needed_by_refactor import MAPPED, needed_by, needed_by_shard
 from .profile_layers import Profiler, budget_tensors, profile_runs, spaced, unit_cost
 from .refactor_files import CUTOFFS_FILE, write_side_files
 from .refactor_layers import Units, solve_layers
 from .refactor_units import Shard, Solved, counts, join, profile_name, profile_run, read_unit, unit_facts, unit_name
 from .rehearsal import begin, check_early
-from .resources import check_width, needed_by, needed_by_shard
+from .resources import check_width
 from .solve_layer import PERM, solve
 from .which_text import with_text
 
@@ -94,6 +95,8 @@ def refactor(
         return Refactored(Path(out), done, peak_rss_bytes())
     job.begin()
     with OutputFolder(out, resume=job.resume, force=job.force) as folder:
+        if weights.stream and job.needed.get(MAPPED):
+            weights.stream.room = folder.work
         work = _Work(folder, Journal(folder.work, job.fingerprint()), how.get("report", silent))
         join(shards, folder, work.journal)
         if weights.stream and options.calibration.low_memory:

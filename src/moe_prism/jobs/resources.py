@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from torch import Tensor
 from ..artefact.source import Weights
 from ..calibrate.options import settings
 from ..calibrate.run import bounded_capacity, declared_bytes
-from ..calibrate.statistics import Statistics
 from ..checkpoint import LayerStream, read_manifest
-from ..checkpoint.formats.requantize import TOGETHER as ROUNDED_TOGETHER
 from ..checkpoint.manifest import MANIFEST, WEIGHTS_FILE
 from ..compress.codec import codecs
 from ..compress.merge.cluster import TOGETHER
@@ -35,9 +32,7 @@ from ..options.recover import RecoverOptions
 from ..options.refactor import RefactorOptions
 from ..partition.base import check_blocks
 from ..recover.repair import Normal
-from .distance import LOGITS
 from .model_shape import config_tree
-from .solve_layer import experts_together
 
 LOADED = 560 << 20  # Python with torch, transformers and numba loaded
 KEPT = 80 << 20  # threads, text, and what the allocator keeps
@@ -49,119 +44,6 @@ REPORT = 330 << 20  # altair, and what draws a page's charts: a browser's engine
 SIZED_FOR: ContextVar[OtherMachine | None] = ContextVar("SIZED_FOR", default=None)
 """In a rehearsal, the machine that it is for, where that is another one."""
 RUNNING = ("weights_bytes", "side_bytes", "activations_bytes", "logits_bytes")
-
-
-def needed_by(weights: Weights, options: RefactorOptions, given: Statistics | None = None) -> dict[str, Any]:
-    """Declared peak memory and disk of `refactor` in bytes, by part, for options that fit the source. given: of an earlier pass."""
-    if options.calibration.low_memory and weights.stream:
-        return _needed_by_layers(weights, options, given)
-    disk, kept = written_bytes(weights), 0
-    if given:
-        capacity, phases = given.facts["capacity"], [_solving(weights, options, given)]
-    else:
-        parts, kept, capacity = pass_parts(weights, options.calibration)
-        solver = 4 * sampled_rows(weights, options.calibration, capacity) * largest_layer(weights).width * FLOAT32
-        phases = [parts, {"weights_bytes": 3 * _experts_bytes(weights), "statistics_bytes": kept, "solver_bytes": solver}]
-        disk += 2 * kept  # a new snapshot of the statistics is complete before the one before it goes
-    if options.profile_tokens:
-        again = needed_by_running(weights.model, rows=options.calibration.length, cut=options.n_sub)
-        phases.append({name: again[name] for name in RUNNING} | {"statistics_bytes": kept})
-        phases = [{**phase, "kernels_bytes": KERNELS} for phase in phases]
-    phases.append(_comparison(weights, options))
-    return told(largest(phases), disk) | {"reservoir_tokens": capacity}
-
-
-def needed_by_shard(weights: Weights, options: RefactorOptions, given: Statistics, layers: int) -> dict[str, Any]:
-    """The same for solving so many layers, which are written and no model with them."""
-    layer = largest_layer(weights)
-    scorers = (1 + len(options.extra_scorers)) * options.n_sub * (2 * layer.hidden + 64)
-    per_expert = 2 * layer.width + scorers + (layer.width * ROUNDED_TOGETHER if options.keep == "format" else 0)
-    phases = [{"weights_bytes": _loading_bytes(weights, _experts_bytes(weights))}, _solving(weights, options, given)]
-    disk = layers * layer.num_experts * per_expert * FLOAT32
-    return told(largest(phases), disk) | {"reservoir_tokens": given.facts["capacity"]}
-
-
-def _solving(weights: Weights, options: RefactorOptions, given: Statistics) -> dict[str, int]:
-    """A layer, read while statistics that lie on disk are, and what cutting its experts takes."""
-    rows = max(sum(one.kept()) for one in given.outlines)
-    return {
-        "weights_bytes": _experts_bytes(weights),
-        "statistics_bytes": given_bytes(given),
-        "solver_bytes": _solver_bytes(weights, rows, given.facts["capacity"]),
-    }
-
-
-def _experts_bytes(weights: Weights) -> int:
-    """The experts of a layer in float32."""
-    layer = largest_layer(weights)
-    return layer.num_experts * layer.parameters_per_expert() * FLOAT32
-
-
-def _needed_by_layers(weights: Weights, options: RefactorOptions, given: Statistics | None) -> dict[str, Any]:
-    """The same for a refactoring that takes one decoder layer after the other: statistics are of one layer, hidden states of all text.
-
-    given: then no text passes, the profile's alone.
-    """
-    run, layer, length = settings(options.calibration), largest_layer(weights), options.calibration.length
-    capacity = given.facts["capacity"] if given else bounded_capacity([layer], run)
-    vocabulary = text_config(weights).vocab_size
-    profiled = min(options.profile_tokens, options.calibration.tokens) * (1 + len(weights.layers) * (1 + options.profile_points))
-    experts = _experts_bytes(weights)
-    always = {
-        "hidden_bytes": (0 if given else held_bytes(weights, options.calibration)) + 2 * profiled * layer.hidden * FLOAT32,
-        "kernels_bytes": KERNELS if options.profile_tokens else 0,
-    }
-    gathered = {"weights_bytes": experts, "statistics_bytes": declared_bytes([layer], run, capacity)}
-    rows = sampled_rows(weights, options.calibration, capacity)
-    pooled = declared_bytes([layer], replace(run, domains=()), capacity) if run.domains else 0
-    solving = gathered | {"solver_bytes": _solver_bytes(weights, rows, capacity) + pooled}
-    together = min(options.calibration.tokens, run.batch * length)
-    runs = {"activations_bytes": together * row_bytes(weights.model, layer, length)}
-    phases = [
-        {"weights_bytes": _loading_bytes(weights, experts)},
-        *([_solving(weights, options, given)] if given else [solving, gathered | runs]),
-    ]
-    if options.profile_tokens:  # one of an expert's matrices is turned round, which takes its size once more
-        logits = LOGITS_HELD * length * vocabulary * FLOAT32
-        phases.append({"weights_bytes": experts + experts // 2, "logits_bytes": logits} | runs)
-    phases = [{**always, **phase} for phase in phases]
-    if (
-        weights.dequantized or weights.keep
-    ):  # what readers freed is not all given back (docs/developer/log.md): as if all came at once
-        phases = [{name: max(phase.get(name, 0) for phase in phases) for phase in phases for name in phase}]
-    phases.append(_comparison(weights, options))
-    return told(largest(phases), written_bytes(weights)) | {"reservoir_tokens": capacity}
-
-
-def _loading_bytes(weights: Weights, experts: int) -> int:
-    """A layer's experts, so many bytes, while they are read: the tensors of the files, those put together, and the result.
-
-    What is dequantized is so in float32, all else is put together in its own type.
-    """
-    size = FLOAT32 if weights.dequantized or weights.keep else min(FLOAT32, weights.bytes_per_weight)
-    return int(3 * experts * size / FLOAT32)
-
-
-def _solver_bytes(weights: Weights, rows: int, capacity: int) -> int:
-    """The sample of a layer, so many rows, and the activations of the experts that are cut at a time: as they are, as wanted, and in the
-    solver.
-    """
-    layer = largest_layer(weights)
-    there = SIZED_FOR.get()
-    together = min(rows, experts_together(there.cores if there else None) * capacity)
-    return FLOAT32 * (rows * layer.hidden + 4 * together * layer.width)
-
-
-def _comparison(weights: Weights, options: RefactorOptions) -> dict[str, int]:
-    """Of a source in its own format, whose logits and those of what was written are compared."""
-    layer, rows = largest_layer(weights), options.calibration.length * text_config(weights).vocab_size
-    experts = 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32
-    return {"weights_bytes": experts, "logits_bytes": 3 * max(LOGITS, rows) * FLOAT32} if options.keep else {}
-
-
-def given_bytes(given: Statistics) -> int:
-    """Of the largest layer's statistics, which are there one layer at a time."""
-    return max(sum(v.nbytes for v in one.flat().values()) for one in given.outlines)
 
 
 def held_bytes(weights: Weights, calibration: CalibrateOptions) -> int:
@@ -360,7 +242,7 @@ def check_resources(
     What this process holds already counts as free, and so does unfinished work that is continued. machine: what has another size.
     """
     machine = machine or OtherMachine()
-    memory = available_memory() + resident_memory() if machine.ram is None else machine.ram
+    memory = free_memory() if machine.ram is None else machine.ram
     if needed["peak_memory_bytes"] > memory:
         free = f"{_size(memory)} are free" if machine.ram is None else f"such a machine has {_size(memory)}"
         raise DoesNotFit(
@@ -373,6 +255,11 @@ def check_resources(
     elif needed["disk_bytes"] > machine.disk:
         sizes = f"this needs {_size(needed['disk_bytes'])} of disk, such a machine has {_size(machine.disk)}"
         raise DoesNotFit(sizes, "use a larger one", needed)
+
+
+def free_memory() -> int:
+    """What this process may take, and what it holds already."""
+    return available_memory() + resident_memory()
 
 
 def _check_disk(needed: Mapping[str, Any], out: str | Path, resume: bool) -> None:

@@ -198,7 +198,7 @@ def main() -> None:
                     f"{k.removesuffix('_bytes')} {v / 2**30:.1f} GiB" for k, v in row.items() if k.endswith("_bytes")
                 )
                 where = ", experts on disk" if row.get(MAPPED) else ""
-            print(f"{shape}, {row['layers']} layers, sample {row['reservoir_tokens']}{where}: {sizes}", flush=True)
+                print(f"{shape}, {row['layers']} layers, sample {row['reservoir_tokens']}{where}: {sizes}", flush=True)
         return
     rows = [measure(args, shape) for shape in args.shapes.split(",")]
     if args.json:

@@ -70,12 +70,12 @@ def _show_plan(
     model: str, out: Path | None, options: CompressOptions, calibration: Path | None, rehearsal: Rehearsal, run: Run
 ) -> None:
     """What would be written, and what writing it needs; then DoesNotFit where this machine has less."""
-    started = time.process_time()  # what the real run spends before it, too
     from ..artefact.output import Writing
     from ..jobs.compress import compress_model, plan_compression
     from ..jobs.rehearsal import rehearse
     from ..jobs.resources import check_resources
 
+    started = time.process_time()  # what the real run spends before it, too
     facts = plan_compression(model, options, calibration=calibration).to_json()
     needed, machine = {}, rehearsal.machine()
     if options.format != "records":

@@ -66,7 +66,8 @@ def refactor(
     model: Folder with config.json and safetensors, a .gguf file, 'nano' or 'nano-mix'.
     out: Folder to write. It appears only when it is complete.
     memory_mib: Limit for all statistics together.
-    low_memory: Keep one decoder layer in memory at a time, with the hidden states of all text. The result is the same.
+    low_memory: Keep one decoder layer in memory at a time, with the hidden states of all text. The result is the same. Experts that do
+        not fit lie in a file beside --out meanwhile.
     reslice: Write an elastic MODEL's sub-experts as experts of their own: N times as many, an ordinary checkpoint. Takes no other option.
     """
     if reslice:

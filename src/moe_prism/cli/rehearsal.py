@@ -45,10 +45,10 @@ def show_rehearsal(
     **named: Any,
 ) -> None:
     """Check all that the run would check, and show what it needs; then DoesNotFit where the machine has less."""
-    started = time.process_time()  # what the real run spends before it, too: imports, above all
     from ..jobs.rehearsal import rehearse
     from ..jobs.resources import check_resources
 
+    started = time.process_time()  # what the real run spends before it, too: the imports of these lines, above all
     machine = asked.machine()
     needed = with_start(rehearse(job, *given, machine=machine, **named).to_json(), started)
     if (
@@ -72,7 +72,8 @@ def _sizes(needed: dict[str, Any]) -> str:
     """Memory, its parts, disk, then time."""
     sizes = {key: value / GIB for key, value in needed.items() if key.endswith("bytes")}
     memory, disk = (f"{key:22} {sizes.pop(key):8.2f} GiB" for key in ("peak_memory_bytes", "disk_bytes"))
-    return "\n".join([memory, *(f"  {key:20} {size:8.2f} GiB" for key, size in sizes.items()), disk, duration(needed)])
+    where = ["a layer's experts lie in a file beside the output while it is worked on"] if needed.get("experts_on_disk") else []
+    return "\n".join([memory, *(f"  {key:20} {size:8.2f} GiB" for key, size in sizes.items()), disk, *where, duration(needed)])
 
 
 def duration(needed: Mapping[str, Any]) -> str:

@@ -94,7 +94,9 @@ def refactor_time(weights: Weights, text: Windows | Statistics, options: Refacto
             total += written(2 * declared_bytes(weights.layers, run, bounded_capacity(weights.layers, run)))  # snapshots
     if options.profile_tokens:
         total += _profile_total(known, pilot, options, ids.shape[1])
-    return total + known["load"] + written(written_bytes(weights))
+    # the pass is no part of these: layers are read to be solved, where the pass has not done it, and to be written
+    loads = 1 if low and not isinstance(text, Statistics) else 2
+    return total + known["load"] * loads + written(written_bytes(weights))
 
 
 def shard_time(weights: Weights, text: Statistics, options: RefactorOptions, unit: int, layers: int) -> Seconds | None:

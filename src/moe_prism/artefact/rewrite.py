@@ -116,6 +116,7 @@ class _ShardWriter:
                     for name in set(here) & set(tensors):
                         file.seek(inside[name].begin)
                         file.write(raw_bytes(tensors[name]))
+                    del tensors  # or it would lie beside the layer that is read next
 
     def _permuted(self, name: str) -> Iterator[Mapping[str, Tensor]]:
         """The layer's tensors in parts."""

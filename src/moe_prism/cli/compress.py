@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import UsageError
-from ..options import Options, option
+from ..options import option
 from ..options.compress import CompressOptions
 from .flags import Run
 from .output import emit, note, note_left_out, progress
@@ -19,7 +19,7 @@ from .rehearsal import Rehearsal, duration, with_start
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial(Options):
+class Trial(Rehearsal):
     """Whether anything is written."""
 
     report_only: bool = option(False, "Say how far the weights would move, or what would go, and write nothing.")
@@ -35,7 +35,6 @@ def compress(
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     options: CompressOptions,
     trial: Trial,
-    rehearsal: Rehearsal,
     run: Run,
 ) -> None:
     """Write a checkpoint whose experts take fewer bits, have fewer neurons or were merged, which unmodified transformers and vLLM load.
@@ -47,10 +46,10 @@ def compress(
     """
     from ..jobs.compress import compress_model, measure_compression
 
-    if rehearsal.dry_run and trial.report_only:
+    if trial.dry_run and trial.report_only:
         raise UsageError("--dry-run and --report-only exclude each other", "give one of them")
-    if rehearsal.dry_run:
-        _show_plan(model, out, options, trial.calibration, rehearsal, run)
+    if trial.dry_run:
+        _show_plan(model, out, options, trial, run)
         return
     if trial.report_only:
         result = measure_compression(model, options, calibration=trial.calibration, report=progress)
@@ -66,9 +65,7 @@ def compress(
     emit(facts, _show(facts), run.json)
 
 
-def _show_plan(
-    model: str, out: Path | None, options: CompressOptions, calibration: Path | None, rehearsal: Rehearsal, run: Run
-) -> None:
+def _show_plan(model: str, out: Path | None, options: CompressOptions, trial: Trial, run: Run) -> None:
     """What would be written, and what writing it needs; then DoesNotFit where this machine has less."""
     from ..artefact.output import Writing
     from ..jobs.compress import compress_model, plan_compression
@@ -76,12 +73,14 @@ def _show_plan(
     from ..jobs.resources import check_resources
 
     started = time.process_time()  # what the real run spends before it, too
-    facts = plan_compression(model, options, calibration=calibration).to_json()
-    needed, machine = {}, rehearsal.machine()
+    facts = plan_compression(model, options, calibration=trial.calibration).to_json()
+    needed, machine = {}, trial.machine()
     if options.format != "records":
         with tempfile.TemporaryDirectory() as scratch:
             target, own = out or Path(scratch) / "out", Writing(force=run.force, resume=run.resume)
-            needed = rehearse(compress_model, model, target, options, machine=machine, calibration=calibration, **own).to_json()
+            needed = rehearse(
+                compress_model, model, target, options, machine=machine, calibration=trial.calibration, **own
+            ).to_json()
         needed = with_start(needed, started)
         facts["needed"] = needed
     if not run.json:  # shown even where it does not fit; stdout of --json holds one object, then that of the error

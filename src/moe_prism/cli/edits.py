@@ -15,7 +15,6 @@ from .compress import Trial
 from .compress import compress as one_edit
 from .flags import Run
 from .recipe import run_steps, show_steps
-from .rehearsal import Rehearsal
 
 EDITS: Mapping[str, str] = {"prune": "prune", "slice": "compress", "merge": "compress", "quantize": "compress"}
 """Words of a recipe of edits, and the commands that they stand for."""
@@ -31,7 +30,6 @@ def compress(
     recipe: Path | None = None,
     options: CompressOptions,
     trial: Trial,
-    rehearsal: Rehearsal,
     run: Run,
 ) -> None:
     """Write a checkpoint whose experts take fewer bits, have fewer neurons or were merged, which unmodified transformers and vLLM load.
@@ -46,13 +44,13 @@ def compress(
     recipe: A .yaml file with a list of edits, prune, merge, slice and quantize, each with the flags of `prune` or `compress` below it.
     """
     if recipe is None:
-        return one_edit(model, out=out, options=options, trial=trial, rehearsal=rehearsal, run=run)
-    if options != CompressOptions() or trial.report_only or rehearsal.for_machine:
+        return one_edit(model, out=out, options=options, trial=trial, run=run)
+    if options != CompressOptions() or trial.report_only or trial.for_machine:
         raise UsageError("--recipe says all there is to say", "leave the other options out, or write them into the file")
     if out is None:
         raise UsageError("there is no output folder", "give --out FOLDER")
     resolved = read_edits(recipe, model, out)
-    if rehearsal.dry_run:
+    if trial.dry_run:
         return show_steps(resolved, run.json)
     run_steps(resolved, run)
     for number in range(len(resolved["steps"]) - 1):

@@ -89,7 +89,7 @@ def refactor(
     >>> done.to_json()["n_sub"], len(done.to_records())
     (4, 6)
     """
-    job = _Job(model, out, options, calibration, how)
+    job = _Job(_Asked(model, out, calibration), options, how)
     weights, given, options, windows = job.weights, job.given, job.options, job.windows
     if job.resume and (done := finished(out, job.wanted())):
         return Refactored(Path(out), done, peak_rss_bytes())
@@ -143,7 +143,7 @@ def refactor_shard(
     [0, 2, 4]
     """
     part = Shard.of(shard)
-    job = _Job(model, out, options, calibration, how, part)
+    job = _Job(_Asked(model, out, calibration, part), options, how)
     assert job.given is not None
     layers = job.solved
     job.begin()
@@ -153,18 +153,20 @@ def refactor_shard(
     return Solved(folder.work, [layer.index for layer in layers])
 
 
+class _Asked(NamedTuple):
+    """Whose refactoring, where to, with which statistics, and which part of it."""
+
+    model: str | Path
+    out: str | Path
+    calibration: str | Path | None
+    part: Shard | None = None
+
+
 class _Job:
     """What is looked at before anything is written. UsageError or CorruptError for what cannot work."""
 
-    def __init__(
-        self,
-        model: str | Path,
-        out: str | Path,
-        options: RefactorOptions | None,
-        calibration: str | Path | None,
-        how: Writing,
-        part: Shard | None = None,
-    ) -> None:
+    def __init__(self, asked: _Asked, options: RefactorOptions | None, how: Writing) -> None:
+        model, out, calibration, part = asked
         options, self.out = options or RefactorOptions(), out
         self.resume, self.force = how.get("resume", False), how.get("force", False)
         options.check()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
 
 import moe_prism
+from moe_prism.artefact.source import Weights
 from moe_prism.errors import DoesNotFit, UsageError
-from moe_prism.jobs import pilot, resources
+from moe_prism.forecast.work_time import Seconds
+from moe_prism.jobs import job_times, pilot, resources
+from moe_prism.jobs.calibrate import calibration_windows
 from moe_prism.jobs.rehearsal import begin, on_machine, rehearse
 from moe_prism.options.machine import OtherMachine
 from tests.tiny_sources import save_tiny
@@ -104,6 +109,18 @@ def test_work_does_not_begin_in_a_rehearsal_and_does_outside(tmp_path):
         job(1 << 60)
     with pytest.raises(UsageError):
         rehearse(moe_prism.measure_frontier, tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(("low_memory", "reads"), [(True, 2), (False, 3)])
+def test_every_reading_of_the_weights_takes_time(tiny_source, tiny_calibration, monkeypatch, low_memory, reads):
+    """A pass and a solution of a layer that is there are one reading, apart they are two; writing is another."""
+    known = defaultdict(Seconds, load=Seconds(1.0, 1.0))
+    monkeypatch.setattr(job_times, "_refactor_known", lambda *_: known)
+    monkeypatch.setattr(job_times, "written", lambda _: Seconds())
+    options = moe_prism.RefactorOptions(calibration=replace(tiny_calibration, low_memory=low_memory), profile_tokens=0)
+    text = calibration_windows(tiny_source, options.calibration)
+    found = job_times.refactor_time(Weights(tiny_source), text, options, 1)
+    assert found is not None and found.cpu == reads
 
 
 @pytest.mark.parametrize("name", COMMANDS)

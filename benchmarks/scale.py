@@ -1,7 +1,7 @@
 """Refactoring a large model on this machine: time, memory and disk of a cut with true shapes, against what was forecast.
 
     python benchmarks/scale.py [--shapes qwen3-30b] [--layers 3] [--experts N] [--tokens 65536] [--solver alt] [--json]
-    python benchmarks/scale.py --needed [--shapes qwen3-30b,qwen3-235b,gpt-oss-120b,deepseek-v3]   # memory and disk, nothing is run
+    python benchmarks/scale.py --needed [--shapes qwen3-30b,deepseek-v3] [--for-machine ram=24GiB]   # memory and disk, nothing is run
 
 A cut is the first layers of a model with random bfloat16 weights and nano's tokenizer; its vocabulary is cut to that. `refactor
 --low-memory` runs on it as a process of its own. Seconds of a layer are measured; those of the whole model are that times its layers, and
@@ -30,8 +30,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from moe_prism.artefact.source import Weights
-from moe_prism.jobs.resources import needed_by
+from moe_prism.checkpoint.convert import disk_state
+from moe_prism.jobs.needed_by_refactor import MAPPED, needed_by
+from moe_prism.jobs.resources import SIZED_FOR
 from moe_prism.options.calibrate import CalibrateOptions
+from moe_prism.options.machine import OtherMachine
 from moe_prism.options.refactor import RefactorOptions
 from tests.tiny_sources import NANO
 
@@ -101,7 +104,7 @@ def needed(shape: str, layers: int | None, asked: argparse.Namespace) -> dict[st
         config.architectures, config.dtype = [type(model).__name__], torch.bfloat16
         config.save_pretrained(folder)
         header, at = {}, 0
-        for name, tensor in model.state_dict().items():
+        for name, tensor in disk_state(model).items():
             kind = {torch.bfloat16: "BF16", torch.float32: "F32"}[tensor.dtype]
             header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
             at += tensor.nbytes
@@ -113,6 +116,7 @@ def needed(shape: str, layers: int | None, asked: argparse.Namespace) -> dict[st
         options = RefactorOptions(
             calibration=CalibrateOptions(tokens=asked.tokens, low_memory=True), profile_tokens=asked.profile_tokens
         )
+        SIZED_FOR.set(OtherMachine.of(asked.for_machine) if asked.for_machine else None)
         return {"shape": shape, "layers": config.num_hidden_layers, **needed_by(Weights(folder), options)}
 
 
@@ -184,6 +188,7 @@ def main() -> None:
     parser.add_argument("--work", help="where there is disk, default the system's folder for temporary files")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--needed", action="store_true")
+    parser.add_argument("--for-machine", help="with --needed: such as ram=24GiB,cores=8; default what is free here")
     args = parser.parse_args()
     if args.needed:
         for shape in args.shapes.split(","):
@@ -192,7 +197,8 @@ def main() -> None:
                 sizes = "  ".join(
                     f"{k.removesuffix('_bytes')} {v / 2**30:.1f} GiB" for k, v in row.items() if k.endswith("_bytes")
                 )
-                print(f"{shape}, {row['layers']} layers, sample {row['reservoir_tokens']}: {sizes}", flush=True)
+                where = ", experts on disk" if row.get(MAPPED) else ""
+                print(f"{shape}, {row['layers']} layers, sample {row['reservoir_tokens']}{where}: {sizes}", flush=True)
         return
     rows = [measure(args, shape) for shape in args.shapes.split(",")]
     if args.json:

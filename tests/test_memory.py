@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from moe_prism import memory
@@ -63,3 +66,11 @@ def test_version_1_and_its_number_for_no_limit(machine):
 
 def test_what_a_process_holds():
     assert 1 * MIB < memory.resident_memory() < memory.total_memory()
+
+
+def test_the_peak_of_a_process_is_not_that_of_who_started_it():
+    held = bytearray(512 << 20)
+    held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
+    code = "from moe_prism.progress import peak_rss_bytes; print(peak_rss_bytes())"
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(said) < len(held)

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from .options.fit import FitOptions
     from .options.frontier import FrontierOptions
     from .options.generate import GenerateOptions
+    from .options.machine import OtherMachine
     from .options.offload import OffloadOptions
     from .options.placement import PlaceOptions
     from .options.prune import PruneOptions
@@ -144,6 +145,7 @@ _HOME = {
     "FrontierOptions": "options.frontier",
     "GenerateOptions": "options.generate",
     "OffloadOptions": "options.offload",
+    "OtherMachine": "options.machine",
     "PlaceOptions": "options.placement",
     "PruneOptions": "options.prune",
     "RecoverOptions": "options.recover",
@@ -172,6 +174,7 @@ __all__ = [
     "Offer",
     "OffloadOptions",
     "OperatingPoint",
+    "OtherMachine",
     "PlaceOptions",
     "PrismError",
     "PruneOptions",

@@ -8,6 +8,9 @@ PrismError            1   failed
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class PrismError(Exception):
     """A failure that is explained: `cause` (what is wrong) and `next_step` (what to do about it).
@@ -40,7 +43,7 @@ class UsageError(PrismError):
 
 
 class DoesNotFit(PrismError):
-    """The job needs more memory or disk than there is.
+    """The job needs more memory or disk than there is. needed: all that it needs, where that was worked out.
 
     >>> import moe_prism
     >>> moe_prism.forecast_offload("elastic", 1000)
@@ -49,6 +52,10 @@ class DoesNotFit(PrismError):
     """
 
     exit_code = 3
+
+    def __init__(self, cause: str, next_step: str = "", needed: Mapping[str, Any] | None = None) -> None:
+        super().__init__(cause, next_step)
+        self.needed = needed
 
 
 class CorruptError(PrismError):

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from .errors import UsageError
 
 PROC = Path("/proc")
 GROUPS = Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 60  # version 1 writes a number beside which nothing is a limit
+UNITS = {
+    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
+}  # fmt: skip
 
 
 def available_memory() -> int:
@@ -27,6 +33,20 @@ def resident_memory() -> int:
         return int((PROC / "self" / "statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return 0
+
+
+def parse_bytes(text: str, what: str = "memory", instead: str = "") -> int:
+    """'200MB', '1.5GiB', '65536' -> bytes. UsageError for anything else, or for none.
+
+    what: of which they are an amount; instead: a word that may be given in its place, told with the error.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if not found or found[2].lower() not in UNITS or not float(found[1]):
+        raise UsageError(
+            f"'{text}' is no amount of {what}",
+            f"give for example 200MB, 1.5GiB, a number of bytes{f', or {instead}' if instead else ''}",
+        )
+    return int(float(found[1]) * UNITS[found[2].lower()])
 
 
 def _of_machine(name: str) -> int:

@@ -15,10 +15,13 @@ from moe_prism import cli
 from moe_prism.artefact.open import open_model
 from moe_prism.artefact.streamed import open_streamed
 from moe_prism.calibrate.options import CalibrateOptions
-from moe_prism.checkpoint import LayerStream
+from moe_prism.checkpoint import LayerStream, mapped
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
+from moe_prism.jobs import needed_by_refactor
+from moe_prism.jobs.needed_by_refactor import MAPPED
 from moe_prism.jobs.refactor import RefactorOptions, refactor
+from moe_prism.jobs.rehearsal import rehearse
 from moe_prism.model.place import placed
 from moe_prism.options.place import Placement
 from moe_prism.point import FULL
@@ -147,6 +150,21 @@ def test_a_refactoring_by_layers_is_that_of_the_whole_model_and_reads_every_weig
     assert differ == {"prism.json"}  # which says how it was asked
     facts = [json.loads((tmp_path / str(low) / "prism.json").read_text()) for low in (False, True)]
     assert facts[0]["layers"] == facts[1]["layers"] and facts[0]["calibration"] == facts[1]["calibration"]
+
+
+def test_experts_that_do_not_fit_lie_on_disk_and_give_the_same_bytes(tiny_source, tmp_path, text_file, monkeypatch):
+    calibration = CalibrateOptions(text=str(text_file), tokens=1024, length=32, reservoir=256, low_memory=True)
+    asked = RefactorOptions(calibration=calibration, profile_tokens=256, profile_points=1)
+    refactor(tiny_source, tmp_path / "memory", asked)
+    plain = rehearse(refactor, tiny_source, tmp_path / "disk", asked)
+    monkeypatch.setattr(needed_by_refactor, "free_memory", lambda: 0)
+    needed = rehearse(refactor, tiny_source, tmp_path / "disk", asked)
+    assert needed.needed[MAPPED] and needed.disk_bytes > plain.disk_bytes and MAPPED not in plain.needed
+    made, make = [], mapped.mapped_tensor
+    monkeypatch.setattr(mapped, "mapped_tensor", lambda *given: made.append(given) or make(*given))
+    monkeypatch.setattr(mapped, "TOGETHER", 3)
+    refactor(tiny_source, tmp_path / "disk", asked)
+    assert digests(tmp_path / "disk") == digests(tmp_path / "memory") and made
 
 
 def test_a_sample_is_bounded_by_the_memory_of_one_layer(tiny_source, tmp_path, text_file):

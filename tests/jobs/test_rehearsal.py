@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from dataclasses import replace
 
 import pytest
+import torch
 
 import moe_prism
+from moe_prism.artefact.source import Weights
 from moe_prism.errors import DoesNotFit, UsageError
-from moe_prism.jobs import pilot, resources
-from moe_prism.jobs.rehearsal import begin, rehearse
+from moe_prism.forecast.work_time import Seconds
+from moe_prism.jobs import job_times, pilot, resources
+from moe_prism.jobs.calibrate import calibration_windows
+from moe_prism.jobs.rehearsal import begin, on_machine, rehearse
+from moe_prism.options.machine import OtherMachine
+from tests.tiny_sources import save_tiny
 
 SMALL = ("--tokens", "256", "--length", "32")
 COMMANDS = {
@@ -101,3 +109,83 @@ def test_work_does_not_begin_in_a_rehearsal_and_does_outside(tmp_path):
         job(1 << 60)
     with pytest.raises(UsageError):
         rehearse(moe_prism.measure_frontier, tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(("low_memory", "reads"), [(True, 2), (False, 3)])
+def test_every_reading_of_the_weights_takes_time(tiny_source, tiny_calibration, monkeypatch, low_memory, reads):
+    """A pass and a solution of a layer that is there are one reading, apart they are two; writing is another."""
+    known = defaultdict(Seconds, load=Seconds(1.0, 1.0))
+    monkeypatch.setattr(job_times, "_refactor_known", lambda *_: known)
+    monkeypatch.setattr(job_times, "written", lambda _: Seconds())
+    options = moe_prism.RefactorOptions(calibration=replace(tiny_calibration, low_memory=low_memory), profile_tokens=0)
+    text = calibration_windows(tiny_source, options.calibration)
+    found = job_times.refactor_time(Weights(tiny_source), text, options, 1)
+    assert found is not None and found.cpu == reads
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_rehearsal_can_be_for_another_machine(name, ask, monkeypatch):
+    monkeypatch.setattr(resources, "available_memory", lambda: 0)
+    monkeypatch.setattr(resources, "resident_memory", lambda: 0)
+    code, out, _ = ask(name, "--json", "--for-machine", "ram=64GB,cores=32,disk=1TB")
+    assert code == 0 and json.loads(out)["machine"] == {"ram": 64 * 10**9, "cores": 32, "disk": 10**12}
+    code, out, err = ask(name, "--json", "--for-machine", "ram=1MiB")
+    assert code == 3 and "such a machine has 1.0 MiB" in err
+    found = json.loads(out)
+    assert found["exit_code"] == 3 and found["needed"]["peak_memory_bytes"] > 2**20, "a small machine is told what would do"
+
+
+def test_another_disk(ask):
+    code, _, err = ask("refactor", "--for-machine", "disk=1kB")
+    assert code == 3 and "of disk, such a machine has" in err
+    assert "such a machine has enough" in ask("refactor", "--for-machine", "disk=1GB")[2]
+
+
+def test_what_compress_would_write_is_sized_too(capsys):
+    from moe_prism import cli
+
+    asked = ["compress", "nano", "--method", "rtn:4", "--dry-run", "--json", "--for-machine"]
+    assert cli.main([*asked, "ram=64GB,cores=32"]) == 0
+    assert json.loads(capsys.readouterr().out)["needed"]["machine"]["cores"] == 32
+    assert cli.main([*asked, "ram=1MiB"]) == 3
+    assert json.loads(capsys.readouterr().out)["exit_code"] == 3, "one object"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("rams=64GB", "did you mean 'ram'?"),
+        ("ram=64GB,ram=1GB", "names 'ram' twice"),
+        ("ram", "ram=SIZE"),
+        ("ram=much", "no amount of ram"),
+        ("cores=2.5", "no number of cores"),
+        ("cores=0", "cores=0 is impossible"),
+        ("", "ram, cores, disk"),
+    ],
+)
+def test_a_machine_that_is_none_is_refused_in_one_line(ask, text, told):
+    code, _, err = ask("refactor", "--for-machine", text)
+    assert code == 2 and told in err and len(err.splitlines()) == 1
+
+
+def test_another_machine_is_sized_and_not_run_on(tiny_source, tmp_path, capsys):
+    from moe_prism import cli
+
+    assert cli.main(["refactor", str(tiny_source), "-o", str(tmp_path / "out"), "--for-machine", "ram=64GB"]) == 2
+    assert "add --dry-run" in capsys.readouterr().err
+
+
+def test_more_cores_take_less_time_and_cut_more_experts_at_once(text_file, tmp_path):
+    here = {"peak_memory_bytes": 1, "disk_bytes": 1, "seconds": 80.0, "cpu_seconds": 90.0}
+    there = on_machine(here, OtherMachine(cores=8 * torch.get_num_threads()))
+    assert (there["seconds"], there["cpu_seconds"]) == (10.0, 90.0)
+    assert on_machine({**here, "seconds": None}, OtherMachine(cores=1))["seconds"] is None
+    assert on_machine(here, OtherMachine(ram=1))["seconds"] == 80.0
+    text = moe_prism.CalibrateOptions(text=str(text_file), tokens=4096, length=32, reservoir=64, low_memory=True)
+    options = moe_prism.RefactorOptions(calibration=text, profile_tokens=0)
+    save_tiny("olmoe", tmp_path / "source", num_experts=64, intermediate_size=512)
+    one, eight = (
+        rehearse(moe_prism.refactor, tmp_path / "source", tmp_path / "out", options, machine=OtherMachine(cores=cores))
+        for cores in (1, 8)
+    )
+    assert one.peak_memory_bytes < eight.peak_memory_bytes

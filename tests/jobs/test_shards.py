@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import weakref
+from dataclasses import replace
 
 import pytest
 
 from moe_prism.cli import main
 from moe_prism.errors import CorruptError, UsageError
-from moe_prism.jobs import solve_layer
+from moe_prism.jobs import calibrate, solve_layer
 from moe_prism.jobs.calibrate import calibrate_model
 from moe_prism.jobs.refactor import RefactorOptions, refactor, refactor_shard
 from moe_prism.jobs.refactor_units import Shard
+from moe_prism.jobs.rehearsal import rehearse
 from tests.ranks import run_ranks
 from tests.tiny_sources import digests
 
@@ -63,6 +67,44 @@ def test_how_many_experts_are_cut_at_a_time_changes_nothing(tiny_source, options
     monkeypatch.setattr(solve_layer, "experts_together", lambda: 3)
     refactor(tiny_source, tmp_path / "out", options, calibration=statistics)
     assert digests(tmp_path / "out") == whole and max(asked) == 3
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_the_statistics_of_one_layer_are_in_memory_at_a_time(
+    tiny_source, options, statistics, whole, tmp_path, monkeypatch, low_memory
+):
+    held, most, stock = [], [], calibrate.read_tensors
+
+    def read(path):
+        found = stock(path)
+        if path.name.startswith("layer-"):
+            held.append(weakref.ref(found["tokens.x"]))
+            most.append(sum(one() is not None for one in held))
+        return found
+
+    monkeypatch.setattr(calibrate, "read_tensors", read)
+    asked = replace(options, calibration=replace(options.calibration, low_memory=low_memory))
+    refactor(tiny_source, tmp_path / "out", asked, calibration=statistics)
+    assert max(most) == 1 and len(most) > 2
+    if not low_memory:
+        assert digests(tmp_path / "out") == whole
+    held.clear()
+    refactor_shard(tiny_source, tmp_path / "a", "1/2", asked, calibration=statistics)
+    assert max(most) == 1
+
+
+def test_a_part_needs_what_it_solves_and_not_what_the_model_needs(tiny_source, options, statistics, tmp_path, capsys):
+    one = max(len(file.read_bytes()) for file in statistics.glob("layer-*.safetensors"))
+    part = rehearse(refactor_shard, tiny_source, tmp_path / "a", "1/2", options, calibration=statistics)
+    model = rehearse(refactor, tiny_source, tmp_path / "out", options, calibration=statistics)
+    assert 0.9 * one < part.needed["statistics_bytes"] < 1.1 * one
+    assert part.disk_bytes < model.disk_bytes and part.peak_memory_bytes < model.peak_memory_bytes
+    refactor_shard(tiny_source, tmp_path / "a", "1/2", options, calibration=statistics)
+    written = sum(file.stat().st_size for file in (tmp_path / "a.partial").rglob("*.safetensors"))
+    assert part.disk_bytes >= 0.8 * written
+    asked = ["refactor", str(tiny_source), "-o", str(tmp_path / "b"), "--shard", "1/2", "--calibration", str(statistics)]
+    assert main([*asked, "--profile-tokens", "64", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["disk_bytes"] == part.disk_bytes
 
 
 def test_what_a_part_has_not_is_solved(tiny_source, options, statistics, whole, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -112,12 +112,14 @@ class _ShardWriter:
         for layer, names in self._owned.items():
             here = [name for name in names if name in inside]
             if here:
-                tensors = self._permuted(layer)
-                for name in here:
-                    file.seek(inside[name].begin)
-                    file.write(raw_bytes(tensors[name]))
+                for tensors in self._permuted(layer):
+                    for name in set(here) & set(tensors):
+                        file.seek(inside[name].begin)
+                        file.write(raw_bytes(tensors[name]))
+                    del tensors  # or it would lie beside the layer that is read next
 
-    def _permuted(self, name: str) -> Mapping[str, Tensor]:
+    def _permuted(self, name: str) -> Iterator[Mapping[str, Tensor]]:
+        """The layer's tensors in parts."""
         stream, layer = self.stream, self._layers[name]
         with stream.module(name, disk_dtype=True) as module:
             if any(first_non_finite(p) is not None for p in module.parameters()):
@@ -128,12 +130,13 @@ class _ShardWriter:
             if name not in self._perms:
                 self._perms[name] = _checked(self._permute(layer), layer)
             layer.permute(self._perms[name])
-            return stream.disk_tensors(name)
+            yield from stream.disk_parts(name)
 
     def _try(self, name: str) -> None:
         """Once per run: an untouched layer must come back with the bytes it has on disk, else the family is not safe."""
-        for disk_name, tensor in self.stream.disk_tensors(name).items():
-            if raw_bytes(tensor) != raw_bytes(self.stream.source.stored(self.stream.source.info(disk_name))):
+        source = self.stream.source
+        for disk_name, tensor in (each for part in self.stream.disk_parts(name) for each in part.items()):
+            if raw_bytes(tensor) != raw_bytes(source.stored(source.info(disk_name))):
                 raise UsageError(f"tensor '{disk_name}' changes when transformers loads and saves it", ADVICE)
         self._tried = True
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from . import collectors
 
 AGAIN = "calibrate again"
 STARVED = 256  # tokens; fewer say too little about an expert's neurons (spec section 3)
+SMALL = 1 << 16  # bytes of a tensor that an outline keeps
 COUNTED = ("count", "kept", "tokens", "residual_tokens")
 
 
@@ -30,9 +31,14 @@ class LayerStatistics:
 
     def inputs(self, expert: int) -> tuple[Tensor, Tensor]:
         """Sampled inputs x [S, d] (float32) and routing weights [S] of one expert."""
+        x, weight = self.stored_inputs(expert)
+        return x.float(), weight
+
+    def stored_inputs(self, expert: int) -> tuple[Tensor, Tensor]:
+        """The same in the type that they are kept in, without a copy."""
         tokens = self.values["tokens"]
         kept = int(tokens["kept"][expert])
-        return tokens["x"][expert, :kept].float(), tokens["weight"][expert, :kept]
+        return tokens["x"][expert, :kept], tokens["weight"][expert, :kept]
 
     def kept(self) -> list[int]:
         """Sampled tokens per expert; none where no sample was kept."""
@@ -44,6 +50,11 @@ class LayerStatistics:
         return {
             f"{d}{c}.{k}": v.contiguous() for d, values in every.items() for c, state in values.items() for k, v in state.items()
         }
+
+    def outline(self) -> LayerStatistics:
+        """The same with all that is small, and of larger tensors no more than their shape and type."""
+        kept = {key: v.clone() if v.nbytes <= SMALL else v.to("meta") for key, v in self.flat().items()}
+        return LayerStatistics.unflat(self.name, kept)
 
     @staticmethod
     def unflat(name: str, tensors: dict[str, Tensor]) -> LayerStatistics:
@@ -90,13 +101,37 @@ def _check_kept(values: dict[str, dict[str, Tensor]], where: str, own: dict[str,
                 raise CorruptError(f"{place} holds a number below 0", AGAIN)
 
 
+class StoredLayers(Sequence[LayerStatistics]):
+    """Layers of a folder, each read when it is asked for and held by nobody after. read: layer i; outlines: of every layer."""
+
+    def __init__(self, read: Callable[[int], LayerStatistics], count: int) -> None:
+        self._read = read
+        self.outlines = [read(i).outline() for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.outlines)
+
+    @overload
+    def __getitem__(self, at: int) -> LayerStatistics: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[LayerStatistics]: ...
+    def __getitem__(self, at: int | slice) -> LayerStatistics | list[LayerStatistics]:
+        places = range(len(self))[at]
+        return self._read(places) if isinstance(places, int) else [self._read(i) for i in places]
+
+
 @dataclass
 class Statistics(Result):
     """All layers, some of the windows for later runs of the whole model, and the facts of the pass (text, tokens, hashes, settings)."""
 
-    layers: list[LayerStatistics]
+    layers: Sequence[LayerStatistics]
     profile: Tensor  # token ids [n, length], evenly spaced over the calibration text
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def outlines(self) -> Sequence[LayerStatistics]:
+        """The layers where shapes and small numbers are enough: nothing is read for them."""
+        return self.layers.outlines if isinstance(self.layers, StoredLayers) else self.layers
 
     def to_json(self) -> dict[str, Any]:
         """The facts of the pass, and experts with too few tokens to say much about them."""
@@ -112,14 +147,14 @@ class Statistics(Result):
     def to_records(self) -> list[dict[str, Any]]:
         """A row per layer and expert: the tokens that its sample holds."""
         return [
-            {"layer": i, "expert": e, "sampled": n} for i, layer in enumerate(self.layers) for e, n in enumerate(layer.kept())
+            {"layer": i, "expert": e, "sampled": n} for i, layer in enumerate(self.outlines) for e, n in enumerate(layer.kept())
         ]
 
     def check_fits(self, layers: Sequence[MoELayer]) -> None:
         """UsageError where they are of a model with other layers."""
-        if [layer.name for layer in self.layers] != [layer.name for layer in layers]:
+        if [layer.name for layer in self.outlines] != [layer.name for layer in layers]:
             raise UsageError("the calibration has other layers than the model", "calibrate this model")
-        for mine, layer in zip(self.layers, layers, strict=True):
+        for mine, layer in zip(self.outlines, layers, strict=True):
             found = {
                 end: size
                 for collector, state in mine.values.items()
@@ -132,7 +167,7 @@ class Statistics(Result):
 
     def starved(self, minimum: int) -> list[tuple[int, int, int]]:
         """(layer, expert, sampled tokens) of every expert with fewer than `minimum` tokens."""
-        return [(i, e, n) for i, layer in enumerate(self.layers) for e, n in enumerate(layer.kept()) if n < minimum]
+        return [(i, e, n) for i, layer in enumerate(self.outlines) for e, n in enumerate(layer.kept()) if n < minimum]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -120,12 +120,16 @@ class Conversion:
         different = sorted(wanted ^ set(found))
         if different:
             raise UsageError(f"tensor '{different[0]}' does not come back from transformers' conversion under this name", ADVICE)
+        self.check_form(found)
+        return found
+
+    def check_form(self, found: Mapping[str, Tensor]) -> None:
+        """UsageError naming a tensor that is not as the files store it."""
         for name, tensor in found.items():
             info = self.source.info(name)
             if (tuple(tensor.shape), tensor.dtype) != (info.shape, info.torch_dtype):
                 here, disk = f"{tensor.dtype} {tuple(tensor.shape)}", f"{info.torch_dtype} {info.shape}"
                 raise UsageError(f"tensor '{name}' is {disk} on disk and comes back as {here}", ADVICE)
-        return found
 
     def disk_form(self, state: dict[str, Tensor], names: Container[str]) -> dict[str, Tensor]:
         """Parameters `state` (full names, any shapes) as the files would store them; names: those of the files."""

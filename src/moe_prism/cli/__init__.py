@@ -8,7 +8,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import cyclopts
 
@@ -135,7 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = " ".join(["moe-prism", *(name for name in tokens[:1] if name in app)])
         return _fail(re.sub(r"(?<!\.)\.$", "", plain_line(str(error))), f"see `{known} --help`", 2, "--json" in tokens)
     except PrismError as error:
-        return _fail(error.cause, error.next_step, error.exit_code, "--json" in tokens and not isinstance(error, Unwritten))
+        as_json = "--json" in tokens and not isinstance(error, Unwritten)
+        return _fail(error.cause, error.next_step, error.exit_code, as_json, getattr(error, "needed", None))
     except KeyboardInterrupt:
         resumable = tokens[:1] and tokens[0] in RESUMABLE and not {"--report-only", "--dry-run"} & {*tokens}
         next_step = "go on with --resume" if resumable else "run it again; it starts from the beginning"
@@ -152,11 +154,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _fail(cause: str, next_step: str, code: int, as_json: bool) -> int:
+def _fail(cause: str, next_step: str, code: int, as_json: bool, needed: Mapping[str, Any] | None = None) -> int:
+    """needed: what a job needs that does not fit."""
     line = f"{cause}; {next_step}" if next_step else cause
     sys.stderr.write(f"moe-prism: error: {plain_line(line)}\n")
     if as_json:
-        sys.stdout.write(json.dumps({"error": cause, "next_step": next_step, "exit_code": code}) + "\n")
+        found = {"error": cause, "next_step": next_step, "exit_code": code, **({"needed": dict(needed)} if needed else {})}
+        sys.stdout.write(json.dumps(found, default=str) + "\n")
     return code
 
 

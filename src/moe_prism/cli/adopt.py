@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from ..options.adopt import AdoptOptions
 from .flags import Run
 from .output import emit, note, progress
-from .rehearsal import show_rehearsal
+from .rehearsal import Rehearsal, show_rehearsal
 
 
 def adopt(
@@ -20,7 +20,7 @@ def adopt(
     elastic: Annotated[Path, Parameter(name="--from")],
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     options: AdoptOptions,
-    dry_run: bool = False,
+    rehearsal: Rehearsal,
     run: Run,
 ) -> None:
     """Make a quantized copy of an elastic model elastic. Another tool quantized it; its weights stay as they are.
@@ -30,13 +30,12 @@ def adopt(
     quantized: Folder or .gguf file that was made from the folder of --from.
     elastic: The folder that `moe-prism refactor` wrote and another tool quantized.
     out: Folder to write, by default QUANTIZED-elastic. Weight files are linked where the disk can.
-    dry_run: Check everything, print what it needs and exit; 3 if this machine cannot do it.
     """
     from ..jobs.adopt import adopt as write
 
-    if dry_run:
+    if rehearsal.dry_run:
         how = {"resume": run.resume, "force": run.force}
-        return show_rehearsal(write, quantized, elastic, out, options, target=out, as_json=run.json, **how)
+        return show_rehearsal(rehearsal, write, quantized, elastic, out, options, target=out, as_json=run.json, **how)
     done = write(quantized, elastic, out, options, resume=run.resume, force=run.force, report=progress)
     facts = done.to_json()
     note(f"next: moe-prism frontier {facts['folder']}")

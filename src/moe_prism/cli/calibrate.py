@@ -15,7 +15,7 @@ from ..options.calibrate import CalibrateOptions
 from ..progress import Report
 from .flags import Run
 from .output import emit, note, progress
-from .rehearsal import show_rehearsal
+from .rehearsal import Rehearsal, show_rehearsal
 from .texts import told_text
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def calibrate(
     out: Annotated[Path, Parameter(name=("--out", "-o"))],
     options: CalibrateOptions,
     runner: PassOptions,
-    dry_run: bool = False,
+    rehearsal: Rehearsal,
     run: Run,
 ) -> None:
     """Run calibration text through a model once and keep bounded statistics that every `refactor` of it can use.
@@ -78,18 +78,17 @@ def calibrate(
     model: Folder with config.json and safetensors, a .gguf file, 'nano' or 'nano-mix'.
     out: Folder to write. It appears only when it is complete.
     resume: Continue an interrupted pass; ends in the same bytes.
-    dry_run: Check everything, print what it needs and exit; 3 if this machine cannot do it.
     """
     from ..jobs.calibrate import calibrate_model
 
     report: Report = progress
     if not options.tasks:
         options, report = told_text(model, options, "calibration text")
-    if dry_run and runner != PassOptions():
+    if rehearsal.dry_run and runner != PassOptions():
         raise UsageError("--dry-run knows what a whole pass in transformers needs", "leave --engine, --shard and --join out")
-    if dry_run:
+    if rehearsal.dry_run:
         return show_rehearsal(
-            calibrate_model, model, out, options, target=out, as_json=run.json, resume=run.resume, force=run.force
+            rehearsal, calibrate_model, model, out, options, target=out, as_json=run.json, resume=run.resume, force=run.force
         )
     how: Writing = {"resume": run.resume, "force": run.force, "report": report}
     statistics = _statistics(model, out, options, runner, how)

@@ -11,18 +11,17 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import UsageError
-from ..options import Options, option
+from ..options import option
 from ..options.compress import CompressOptions
 from .flags import Run
 from .output import emit, note, note_left_out, progress
-from .rehearsal import duration, with_start
+from .rehearsal import Rehearsal, duration, with_start
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial(Options):
+class Trial(Rehearsal):
     """Whether anything is written."""
 
-    dry_run: bool = option(False, "Say what would be written, and read no weights.")
     report_only: bool = option(False, "Say how far the weights would move, or what would go, and write nothing.")
     calibration: Path | None = option(
         None, "Of neurons and merging: folder written by `moe-prism calibrate --collectors ...`, instead of the text options."
@@ -50,7 +49,7 @@ def compress(
     if trial.dry_run and trial.report_only:
         raise UsageError("--dry-run and --report-only exclude each other", "give one of them")
     if trial.dry_run:
-        _show_plan(model, out, options, trial.calibration, run)
+        _show_plan(model, out, options, trial, run)
         return
     if trial.report_only:
         result = measure_compression(model, options, calibration=trial.calibration, report=progress)
@@ -66,24 +65,30 @@ def compress(
     emit(facts, _show(facts), run.json)
 
 
-def _show_plan(model: str, out: Path | None, options: CompressOptions, calibration: Path | None, run: Run) -> None:
+def _show_plan(model: str, out: Path | None, options: CompressOptions, trial: Trial, run: Run) -> None:
     """What would be written, and what writing it needs; then DoesNotFit where this machine has less."""
-    started = time.process_time()  # what the real run spends before it, too
+    from ..artefact.output import Writing
     from ..jobs.compress import compress_model, plan_compression
     from ..jobs.rehearsal import rehearse
     from ..jobs.resources import check_resources
 
-    facts = plan_compression(model, options, calibration=calibration).to_json()
-    needed = {}
+    started = time.process_time()  # what the real run spends before it, too
+    facts = plan_compression(model, options, calibration=trial.calibration).to_json()
+    needed, machine = {}, trial.machine()
     if options.format != "records":
         with tempfile.TemporaryDirectory() as scratch:
-            target, own = out or Path(scratch) / "out", {"force": run.force, "resume": run.resume}
-            needed = rehearse(compress_model, model, target, options, calibration=calibration, **own).to_json()
+            target, own = out or Path(scratch) / "out", Writing(force=run.force, resume=run.resume)
+            needed = rehearse(
+                compress_model, model, target, options, machine=machine, calibration=trial.calibration, **own
+            ).to_json()
         needed = with_start(needed, started)
         facts["needed"] = needed
-    emit(facts, _show(facts), run.json)
+    if not run.json:  # shown even where it does not fit; stdout of --json holds one object, then that of the error
+        emit(facts, _show(facts), run.json)
     if needed:
-        check_resources(needed, out or Path.cwd())
+        check_resources(needed, out or Path.cwd(), machine=machine)
+    if run.json:
+        emit(facts, "", run.json)
 
 
 def _show(facts: dict[str, Any]) -> str:
@@ -129,4 +134,4 @@ def _needed(facts: dict[str, Any]) -> str:
     if not needed:
         return ""
     sizes = f"needs {needed['peak_memory_bytes'] / 1e9:.2f} GB of memory and {needed['disk_bytes'] / 1e9:.2f} GB of disk"
-    return f"\n{sizes}\n{duration(needed.get('seconds'))}"
+    return f"\n{sizes}\n{duration(needed)}"

@@ -40,11 +40,12 @@ def compress(
     ----------
     model: Folder with config.json and safetensors, 'nano' or 'nano-mix'.
     out: Folder to write, or the file of --format records. It appears only when it is complete.
+    dry_run: Say what would be written and what that needs, and read no weights; exits with 3 if this machine cannot do it.
     recipe: A .yaml file with a list of edits, prune, merge, slice and quantize, each with the flags of `prune` or `compress` below it.
     """
     if recipe is None:
         return one_edit(model, out=out, options=options, trial=trial, run=run)
-    if options != CompressOptions() or trial.report_only:
+    if options != CompressOptions() or trial.report_only or trial.for_machine:
         raise UsageError("--recipe says all there is to say", "leave the other options out, or write them into the file")
     if out is None:
         raise UsageError("there is no output folder", "give --out FOLDER")

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from ..errors import UsageError
 from ..options.frontier import FrontierOptions, TimeOptions
 from .output import note, progress, table, written
-from .rehearsal import show_rehearsal
+from .rehearsal import Rehearsal, show_rehearsal
 from .texts import told_text
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def frontier(
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     options: FrontierOptions,
     timing: TimeOptions,
-    dry_run: bool = False,
+    rehearsal: Rehearsal,
     json: bool = False,
 ) -> None:
     """Measure quality and cost of every operating point of a model, beside plain top-k; writes JSON and an HTML report.
@@ -35,7 +35,6 @@ def frontier(
     ----------
     folder: Written by `moe-prism refactor`, or any checkpoint (give --out, and methods that need no sub-experts).
     out: Folder for frontier.json, report.html and frontier.png; default is FOLDER itself, whose prism.json then lists the points.
-    dry_run: Check everything, print what it needs and exit; 3 if this machine cannot do it.
     json: One JSON object on stdout.
     """
     from ..files import check_writable_folder
@@ -53,8 +52,8 @@ def frontier(
     from ..jobs.which_text import texts_of
 
     options, report = told_text(folder, options, "evaluation text", f"; calibrated on: {texts_of(folder)['calibrated_on']}")
-    if dry_run:
-        return show_rehearsal(run, folder, options, as_json=json)
+    if rehearsal.dry_run:
+        return show_rehearsal(rehearsal, run, folder, options, as_json=json)
     result = run(folder, options, report=report)
     target = out or folder
     keep = keep_frontier if out is None else write_frontier

@@ -13,7 +13,7 @@ from ..options import Options, option
 from ..options.prune import PruneOptions
 from .flags import Run
 from .output import emit, note, note_left_out, progress, table
-from .rehearsal import show_rehearsal
+from .rehearsal import Rehearsal, show_rehearsal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,6 @@ class Ways(Options):
     )
     kept: Path | None = option(None, "A kept.json to repeat, instead of a criterion.")
     report_only: bool = option(False, "Write no model; print which experts would stay.")
-    dry_run: bool = option(False, "Check everything, print what it needs and exit; 3 if this machine cannot do it.")
 
 
 def prune(
@@ -35,6 +34,7 @@ def prune(
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     options: PruneOptions,
     ways: Ways,
+    rehearsal: Rehearsal,
     run: Run,
 ) -> None:
     """Write a checkpoint with fewer experts, which unmodified transformers and vLLM load; or say which experts would stay.
@@ -54,9 +54,9 @@ def prune(
         raise UsageError("there is no output folder", "give --out FOLDER, or --report-only")
     else:
         given = {"calibration": ways.calibration, "kept": ways.kept}
-        if ways.dry_run:
+        if rehearsal.dry_run:
             how = {"resume": run.resume, "force": run.force}
-            return show_rehearsal(prune_model, model, out, options, target=out, as_json=run.json, **given, **how)
+            return show_rehearsal(rehearsal, prune_model, model, out, options, target=out, as_json=run.json, **given, **how)
         result = prune_model(model, out, options, **given, resume=run.resume, force=run.force, report=progress)
         note(f"next: moe-prism verify {out}")
     facts = result.to_json()

@@ -34,7 +34,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
 """Commands that can be a step, by name."""
 WRITES_MODEL = ("refactor", "prune", "compress", "recover")
 """Steps whose output is the model of the steps after them."""
-OF_THE_RUN = ("resume", "force", "json", "dry_run", "report_only")
+OF_THE_RUN = ("resume", "force", "json", "dry_run", "for_machine", "report_only")
 """Flags that are no part of a recipe: they say how it is run."""
 STEP_MODEL = "model"
 

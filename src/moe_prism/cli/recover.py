@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from ..options.recover import RecoverOptions
 from .flags import Run
 from .output import emit, note, progress
-from .rehearsal import show_rehearsal
+from .rehearsal import Rehearsal, show_rehearsal
 
 
 def recover(
@@ -19,7 +19,7 @@ def recover(
     *,
     out: Annotated[Path, Parameter(name=("--out", "-o"))],
     options: RecoverOptions,
-    dry_run: bool = False,
+    rehearsal: Rehearsal,
     run: Run,
 ) -> None:
     """Write a copy of an elastic model that loses less below full budget. At full budget it is the same model, but for --method router.
@@ -29,7 +29,6 @@ def recover(
     folder: Written by `moe-prism refactor`; for --method router by `moe-prism refactor --reslice`.
     out: Folder to write. It appears only when it is complete.
     resume: Continue an interrupted repair, or the training of a router; ends in the same bytes. Training a predictor starts again.
-    dry_run: Check everything, print what it needs and exit; 3 if this machine cannot do it.
     """
     from ..checkpoint import elastic_manifest
 
@@ -37,9 +36,9 @@ def recover(
         elastic_manifest(folder)  # or another folder is refused, before the work is imported
     from ..jobs.recover import recover_model
 
-    if dry_run:
+    if rehearsal.dry_run:
         how = {"resume": run.resume, "force": run.force}
-        return show_rehearsal(recover_model, folder, out, options, target=out, as_json=run.json, **how)
+        return show_rehearsal(rehearsal, recover_model, folder, out, options, target=out, as_json=run.json, **how)
     result = recover_model(folder, out, options, resume=run.resume, force=run.force, report=progress)
     facts = result.to_json()
     note(f"next: moe-prism frontier {out}")

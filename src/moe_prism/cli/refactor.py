@@ -14,7 +14,7 @@ from ..options.refactor import RefactorOptions
 from ..progress import Report
 from .flags import Run
 from .output import emit, note, note_left_out, progress
-from .rehearsal import show_rehearsal
+from .rehearsal import Rehearsal, show_rehearsal
 from .texts import told_text
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def refactor(
     options: RefactorOptions,
     division: Division,
     reslice: bool = False,
-    dry_run: bool = False,
+    rehearsal: Rehearsal,
     run: Run,
 ) -> None:
     """Cut every expert of a checkpoint into sub-experts; the result is the same model in the same files, made elastic.
@@ -66,12 +66,12 @@ def refactor(
     model: Folder with config.json and safetensors, a .gguf file, 'nano' or 'nano-mix'.
     out: Folder to write. It appears only when it is complete.
     memory_mib: Limit for all statistics together.
-    low_memory: Keep one decoder layer in memory at a time, with the hidden states of all text. The result is the same.
+    low_memory: Keep one decoder layer in memory at a time, with the hidden states of all text. The result is the same. Experts that do
+        not fit lie in a file beside --out meanwhile.
     reslice: Write an elastic MODEL's sub-experts as experts of their own: N times as many, an ordinary checkpoint. Takes no other option.
-    dry_run: Print what it needs and exit; 3 if this machine cannot do it.
     """
     if reslice:
-        return _resliced(model, out, options, division, dry_run, run)
+        return _resliced(model, out, options, division, rehearsal, run)
     from ..jobs.refactor import refactor as write
 
     report: Report = progress
@@ -79,9 +79,14 @@ def refactor(
     if calibration is None:
         told, report = told_text(model, options.calibration, "calibration text", "; its other files are left for evaluation")
         options = replace(options, calibration=told)
-    if dry_run:
+    if rehearsal.dry_run:
         given = {"calibration": calibration, "resume": run.resume, "force": run.force}
-        return show_rehearsal(write, model, out, options, target=out, **given, as_json=run.json)
+        if division.shard:
+            from ..jobs.refactor import refactor_shard as solve
+
+            part = (model, out, division.shard, options)
+            return show_rehearsal(rehearsal, solve, *part, target=out, **given, as_json=run.json)
+        return show_rehearsal(rehearsal, write, model, out, options, target=out, **given, as_json=run.json)
     how: Writing = {"resume": run.resume, "force": run.force, "report": report}
     if division.shard:
         return emit(*_one_part(model, out, options, division, how), run.json)
@@ -106,13 +111,13 @@ def refactor(
     return None
 
 
-def _resliced(model: str, out: Path, options: RefactorOptions, division: Division, dry_run: bool, run: Run) -> None:
+def _resliced(model: str, out: Path, options: RefactorOptions, division: Division, rehearsal: Rehearsal, run: Run) -> None:
     from ..jobs.reslice import reslice
 
     if options != RefactorOptions() or division != Division():
         raise UsageError("--reslice takes MODEL as it was refactored, and no option of that", "give it --out alone")
-    if dry_run:
-        return show_rehearsal(reslice, model, out, target=out, resume=run.resume, force=run.force, as_json=run.json)
+    if rehearsal.dry_run:
+        return show_rehearsal(rehearsal, reslice, model, out, target=out, resume=run.resume, force=run.force, as_json=run.json)
     facts = reslice(model, out, resume=run.resume, force=run.force, report=progress).to_json()
     note_left_out(facts["left_out"])
     note(f"next: moe-prism recover {out} --method router -o {out}-trained")

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from ..options.skip import SkipOptions
 from .output import note, progress, table, written
-from .rehearsal import show_rehearsal
+from .rehearsal import Rehearsal, show_rehearsal
 
 
 def skip(
@@ -18,7 +18,7 @@ def skip(
     *,
     out: Annotated[Path, Parameter(name=("--out", "-o"))] = Path("plan.json"),
     options: SkipOptions,
-    dry_run: bool = False,
+    rehearsal: Rehearsal,
     json: bool = False,
 ) -> None:
     """Make a skip plan, which computes fewer of the experts a token chose, and measure what it costs in quality.
@@ -27,7 +27,6 @@ def skip(
     ----------
     folder: Written by `moe-prism refactor`, or any checkpoint of a model with experts.
     out: The plan as an operating point, for `moe-prism generate --point` and `moe-prism frontier --points`.
-    dry_run: Check everything, print what it needs and exit; 3 if this machine cannot do it.
     json: One JSON object on stdout.
     """
     from ..checkpoint import put_file
@@ -35,8 +34,8 @@ def skip(
     from ..jobs.skip import make_skip_plan
 
     check_writable(out)
-    if dry_run:
-        return show_rehearsal(make_skip_plan, folder, options, as_json=json)
+    if rehearsal.dry_run:
+        return show_rehearsal(rehearsal, make_skip_plan, folder, options, as_json=json)
     named = make_skip_plan(folder, options, report=progress)
     (stage,), quality = named.point.routing, named.made["quality"]
     counts = table(("layer", "experts"), list(enumerate(stage.layers)))

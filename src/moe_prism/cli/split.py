@@ -11,7 +11,7 @@ from ..errors import UsageError
 from ..options.split import SplitOptions
 from .flags import Run
 from .output import emit, note, note_left_out, progress, table
-from .rehearsal import show_rehearsal
+from .rehearsal import Rehearsal, show_rehearsal
 
 
 def split(
@@ -21,7 +21,7 @@ def split(
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     options: SplitOptions,
     run: Run,
-    dry_run: bool = False,
+    rehearsal: Rehearsal,
 ) -> None:
     """Write a dense model as a Mixture-of-Experts model: the same function with all experts on, less work with fewer.
 
@@ -29,15 +29,14 @@ def split(
     ----------
     model: A dense model of Llama's kind: folder with config.json and safetensors, a .gguf file or a hub name.
     out: Folder to write. It appears only when it is complete.
-    dry_run: Check everything, print what it needs and exit; 3 if this machine cannot do it.
     """
     from ..jobs.split import split_model
 
     if out is None:
         raise UsageError("there is no output folder", "give --out FOLDER")
-    if dry_run:
+    if rehearsal.dry_run:
         how = {"resume": run.resume, "force": run.force}
-        return show_rehearsal(split_model, model, out, options, target=out, as_json=run.json, **how)
+        return show_rehearsal(rehearsal, split_model, model, out, options, target=out, as_json=run.json, **how)
     result = split_model(model, out, options, resume=run.resume, force=run.force, report=progress)
     facts = result.to_json()
     note_left_out(facts.get("left_out", {}))

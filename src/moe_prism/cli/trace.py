@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from ..options.trace import TraceOptions
 from .output import emit, note, progress
-from .rehearsal import show_rehearsal
+from .rehearsal import Rehearsal, show_rehearsal
 
 
 def trace(
@@ -19,7 +19,7 @@ def trace(
     out: Annotated[Path, Parameter(name=("--out", "-o"))],
     options: TraceOptions,
     force: bool = False,
-    dry_run: bool = False,
+    rehearsal: Rehearsal,
     json: bool = False,
 ) -> None:
     """Record which experts and sub-experts every token of some text uses: what caches and predictors are replayed on.
@@ -29,15 +29,14 @@ def trace(
     model: Folder with config.json and safetensors, a folder written by `moe-prism refactor`, a hub name, 'nano' or 'nano-mix'.
     out: The .npz file to write.
     force: Replace an existing file.
-    dry_run: Check everything, print what it needs and exit; 3 if this machine cannot do it.
     json: One JSON object on stdout.
     """
     from ..files import check_writable
     from ..jobs.trace import record_trace
 
     check_writable(out)
-    if dry_run:
-        return show_rehearsal(record_trace, model, out, options, as_json=json, force=force)
+    if rehearsal.dry_run:
+        return show_rehearsal(rehearsal, record_trace, model, out, options, as_json=json, force=force)
     found = record_trace(model, out, options, force=force, report=progress)
     facts = {"file": str(out), "bytes": out.stat().st_size, **found.to_json()}
     note(f"next: moe-prism inspect {model} --routing --trace {out}")

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from ..options import Options, option
 from .flags import Run
 from .output import emit, note, progress
-from .rehearsal import show_rehearsal
+from .rehearsal import Rehearsal, show_rehearsal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ def train(
     *,
     out: Annotated[Path, Parameter(name=("--out", "-o"))],
     changes: TrainChanges,
-    dry_run: bool = False,
+    rehearsal: Rehearsal,
     run: Run,
 ) -> None:
     """Train a small mixture of experts from a recipe: its architecture, sizes, text and steps. Writes an ordinary checkpoint.
@@ -38,14 +38,13 @@ def train(
     recipe: A .yaml file; those of recipes/zoo are examples, `moe-prism ls architectures` lists what can be trained.
     out: Folder to write. It appears only when it is complete.
     resume: Continue an interrupted training from its last state; ends in the same losses to the bit.
-    dry_run: Check everything, print what it needs and exit; 3 if this machine cannot do it.
     """
     from ..jobs.train import train as train_model
 
     speaks = os.environ.get("RANK", "0") == "0"  # one of several processes
     how = {"changes": changes.set, "resume": run.resume, "force": run.force}
-    if dry_run:
-        return show_rehearsal(train_model, recipe, out, target=out, as_json=run.json, **how) if speaks else None
+    if rehearsal.dry_run:
+        return show_rehearsal(rehearsal, train_model, recipe, out, target=out, as_json=run.json, **how) if speaks else None
     facts = train_model(recipe, out, changes=changes.set, resume=run.resume, force=run.force, report=progress).to_json()
     if not speaks:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -122,7 +122,7 @@ class Scorer(ABC):
         return 0
 
     @staticmethod
-    def fit(parts: LayerParts, samples: list[Tensor]) -> dict[str, Tensor]:
+    def fit(parts: LayerParts, samples: Sequence[Tensor]) -> dict[str, Tensor]:
         """Side tensors this scorer reads, from the sampled inputs [S_e, d] of each expert; none for most."""
         return {}
 

@@ -18,7 +18,7 @@ from ..artefact.source import Weights
 from ..calibrate.layerwise import WHOLE, LayerwisePass
 from ..calibrate.options import settings
 from ..calibrate.run import Pass, batches, bounded_capacity
-from ..calibrate.statistics import LayerStatistics, Statistics
+from ..calibrate.statistics import LayerStatistics, Statistics, StoredLayers
 from ..checkpoint import Journal, LayerStream, OutputFolder, check_listed, read_manifest, source_facts, write_manifest
 from ..checkpoint.config import read_config
 from ..data import Windows, token_windows
@@ -170,23 +170,37 @@ def read_statistics(folder: str | Path) -> Statistics:
     Traceback (most recent call last):
     moe_prism.errors.UsageError: 'elastic' is not a calibration; give the folder written by `moe-prism calibrate`
     """
+    return _read(Path(folder), _checked_manifest(folder))
+
+
+def open_statistics(folder: str | Path) -> Statistics:
+    """The same, with layers that stay on disk: each is read when it is asked for."""
+    return _read(Path(folder), _checked_manifest(folder), stay=True)
+
+
+def _checked_manifest(folder: str | Path) -> dict[str, Any]:
+    """Of a whole calibration."""
     manifest = read_manifest(folder)
     if manifest.get("kind") != "calibration":
         raise UsageError(f"'{folder}' is not a calibration", "give the folder written by `moe-prism calibrate`")
     if manifest["facts"].get("part"):
         number, count = manifest["facts"]["part"]
         raise UsageError(f"'{folder}' is part {number + 1} of {count} of a calibration", "join them with `calibrate --join`")
-    return _read(Path(folder), manifest)
+    return manifest
 
 
-def _read(folder: Path, manifest: Mapping[str, Any]) -> Statistics:
-    """What a folder with this manifest holds; of a part too."""
+def _read(folder: Path, manifest: Mapping[str, Any], *, stay: bool = False) -> Statistics:
+    """What a folder with this manifest holds; of a part too. stay: each layer is looked at now, and read again when it is asked for."""
     check_listed(folder, manifest, sorted(manifest["files"]))
-    layers, capacity = [], manifest["facts"]["capacity"]
-    for i, name in enumerate(manifest["facts"]["layers"]):
+    names, capacity = manifest["facts"]["layers"], manifest["facts"]["capacity"]
+
+    def layer(i: int) -> LayerStatistics:
         path = Path(folder) / f"layer-{i:03d}.safetensors"
-        layers.append(LayerStatistics.unflat(name, read_tensors(path)))
-        layers[-1].check(str(path), capacity, {})
+        found = LayerStatistics.unflat(names[i], read_tensors(path))
+        found.check(str(path), capacity, {})
+        return found
+
+    layers = StoredLayers(layer, len(names)) if stay else [layer(i) for i in range(len(names))]
     path = Path(folder) / PROFILE
     profile = read_tensors(path).get("ids")
     if profile is None or profile.dtype != torch.int64 or profile.ndim != 2 or not profile.numel() or int(profile.min()) < 0:

@@ -84,25 +84,55 @@ def refactor_time(weights: Weights, text: Windows | Statistics, options: Refacto
     """
     if weights.stream is None or options.keep:
         return None
+    pilot, ids, low = Pilot(weights.path), _ids(text), options.calibration.low_memory
+    known = _refactor_known(weights, pilot, text, options, unit)
+    total = _solving_total(known, weights.layers[0], len(weights.layers))
+    if not isinstance(text, Statistics):
+        run = settings(options.calibration)
+        total += _pass_total(known, pilot.layers, ids, text.parts, run.batch)
+        if not low:
+            total += written(2 * declared_bytes(weights.layers, run, bounded_capacity(weights.layers, run)))  # snapshots
+    if options.profile_tokens:
+        total += _profile_total(known, pilot, options, ids.shape[1])
+    # the pass is no part of these: layers are read to be solved, where the pass has not done it, and to be written
+    loads = 1 if low and not isinstance(text, Statistics) else 2
+    return total + known["load"] * loads + written(written_bytes(weights))
+
+
+def shard_time(weights: Weights, text: Statistics, options: RefactorOptions, unit: int, layers: int) -> Seconds | None:
+    """Of solving so many layers."""
+    if weights.stream is None or options.keep:
+        return None
     pilot = Pilot(weights.path)
-    run, layer, low = settings(options.calibration), weights.layers[0], options.calibration.low_memory
-    capacity = bounded_capacity([largest_layer(weights)] if low else weights.layers, run)
-    ids = text.profile if isinstance(text, Statistics) else text.ids
-    sampled = sum(text.layers[0].kept()) if isinstance(text, Statistics) else text.tokens * _k(pilot)
+    known = _refactor_known(weights, pilot, text, options, unit)
+    return _solving_total(known, weights.layers[0], layers) + known["load"] * (layers / len(weights.layers))
+
+
+def _ids(text: Windows | Statistics) -> Tensor:
+    """What the profile runs, of statistics; else all text."""
+    return text.profile if isinstance(text, Statistics) else text.ids
+
+
+def _solving_total(known: Mapping[str, Seconds], layer: MoELayer, layers: int) -> Seconds:
+    return known["solve"] * (layers * layer.num_experts / min(FEW, layer.num_experts))
+
+
+def _refactor_known(
+    weights: Weights, pilot: Pilot, text: Windows | Statistics, options: RefactorOptions, unit: int
+) -> dict[str, Seconds]:
+    """The pieces of a refactoring."""
+    run, layer, ids = settings(options.calibration), weights.layers[0], _ids(text)
+    if isinstance(text, Statistics):
+        capacity, sampled = text.facts["capacity"], sum(text.outlines[0].kept())
+    else:
+        wanted = [largest_layer(weights)] if options.calibration.low_memory else weights.layers
+        capacity, sampled = bounded_capacity(wanted, run), text.tokens * _k(pilot)
     rows = max(1, min(capacity, sampled // layer.num_experts))
     name = pilot.name(
         "refactor", options.n_sub, options.gates, options.solver, options.objective, options.compensate, options.rank,
         options.extra_scorers, unit, rows, capacity, min(run.batch, len(ids)), ids.shape[1], len(run.domains), options.profile_tokens > 0,
     )  # fmt: skip
-    known = remembered(name, lambda: _refactor_pieces(pilot, ids, options, rows, unit))
-    total = known["solve"] * (len(weights.layers) * layer.num_experts / min(FEW, layer.num_experts))
-    if not isinstance(text, Statistics):
-        total += _pass_total(known, pilot.layers, ids, text.parts, run.batch)
-        if not low:
-            total += written(2 * declared_bytes(weights.layers, run, capacity))  # snapshots
-    if options.profile_tokens:
-        total += _profile_total(known, pilot, options, ids.shape[1])
-    return total + known["load"] + written(written_bytes(weights))
+    return remembered(name, lambda: _refactor_pieces(pilot, ids, options, rows, unit))
 
 
 def frontier_time(

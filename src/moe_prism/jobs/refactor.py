@@ -28,14 +28,15 @@ from ..options.text import source_in
 from ..progress import Report, Update, peak_rss_bytes, silent
 from ..result import Result, plain
 from .align import align
-from .calibrate import calibration_windows, check_fit, check_fits, read_statistics, run_pass
+from .calibrate import calibration_windows, check_fit, check_fits, open_statistics, run_pass
 from .distance import TOKENS, distance_between, evaluation_windows
+from .needed_by_refactor import MAPPED, needed_by, needed_by_shard
 from .profile_layers import Profiler, budget_tensors, profile_runs, spaced, unit_cost
 from .refactor_files import CUTOFFS_FILE, write_side_files
 from .refactor_layers import Units, solve_layers
 from .refactor_units import Shard, Solved, counts, join, profile_name, profile_run, read_unit, unit_facts, unit_name
 from .rehearsal import begin, check_early
-from .resources import check_width, needed_by
+from .resources import check_width
 from .solve_layer import PERM, solve
 from .which_text import with_text
 
@@ -88,12 +89,14 @@ def refactor(
     >>> done.to_json()["n_sub"], len(done.to_records())
     (4, 6)
     """
-    job = _Job(model, out, options, calibration, how)
+    job = _Job(_Asked(model, out, calibration), options, how)
     weights, given, options, windows = job.weights, job.given, job.options, job.windows
     if job.resume and (done := finished(out, job.wanted())):
         return Refactored(Path(out), done, peak_rss_bytes())
     job.begin()
     with OutputFolder(out, resume=job.resume, force=job.force) as folder:
+        if weights.stream and job.needed.get(MAPPED):
+            weights.stream.room = folder.work
         work = _Work(folder, Journal(folder.work, job.fingerprint()), how.get("report", silent))
         join(shards, folder, work.journal)
         if weights.stream and options.calibration.low_memory:
@@ -140,9 +143,9 @@ def refactor_shard(
     [0, 2, 4]
     """
     part = Shard.of(shard)
-    job = _Job(model, out, options, calibration, how)
+    job = _Job(_Asked(model, out, calibration, part), options, how)
     assert job.given is not None
-    layers = part.of_layers(job.weights.layers)
+    layers = job.solved
     job.begin()
     with OutputFolder(out, resume=job.resume, force=job.force) as folder:
         work = _Work(folder, Journal(folder.work, job.fingerprint()), how.get("report", silent))
@@ -150,29 +153,37 @@ def refactor_shard(
     return Solved(folder.work, [layer.index for layer in layers])
 
 
+class _Asked(NamedTuple):
+    """Whose refactoring, where to, with which statistics, and which part of it."""
+
+    model: str | Path
+    out: str | Path
+    calibration: str | Path | None
+    part: Shard | None = None
+
+
 class _Job:
     """What is looked at before anything is written. UsageError or CorruptError for what cannot work."""
 
-    def __init__(
-        self,
-        model: str | Path,
-        out: str | Path,
-        options: RefactorOptions | None,
-        calibration: str | Path | None,
-        how: Writing,
-    ) -> None:
+    def __init__(self, asked: _Asked, options: RefactorOptions | None, how: Writing) -> None:
+        model, out, calibration, part = asked
         options, self.out = options or RefactorOptions(), out
         self.resume, self.force = how.get("resume", False), how.get("force", False)
         options.check()
         where = resolve(model)
         options = replace(options, calibration=with_text(options.calibration, where))
         check_apart(where, out)
-        self.given = given = read_statistics(calibration) if calibration else None
+        self.given = given = open_statistics(calibration) if calibration else None
         self.weights = weights = Weights(where, options.dtype, options.keep)
         self.options, self.together, self.aligned = align(weights, options)
         for layer in weights.layers:
             check_width(layer, self.options)
-        self.needed = needed_by(weights, self.options, given)
+        self.is_part = part is not None
+        self.solved = part.of_layers(weights.layers) if part else weights.layers
+        if given and part:
+            self.needed = needed_by_shard(weights, self.options, given, len(self.solved))
+        else:
+            self.needed = needed_by(weights, self.options, given)
         check_early(self.needed, out, self.resume)  # before the text is read, which takes longer
         weights.check_rewritable()
         self.windows = None if given else calibration_windows(where, self.options.calibration)
@@ -191,7 +202,7 @@ class _Job:
                 f"'{calibration}' was calibrated on another checkpoint", "calibrate this one, or leave --calibration out"
             )
         check_fits(given, self.weights)
-        if not {"counts", "tokens"} <= set(given.layers[0].values):
+        if not {"counts", "tokens"} <= set(given.outlines[0].values):
             raise UsageError(f"'{calibration}' holds no sample of tokens", "calibrate with --collectors counts,tokens")
 
     def _inputs(self) -> dict[str, Any]:
@@ -207,13 +218,19 @@ class _Job:
 
     def begin(self) -> None:
         """Whether it fits, told before it is tried."""
-        lasts = partial(_lasts, self.weights, self.windows or self.given, self.options, self.together)
+        solved = len(self.solved) if self.is_part else None
+        lasts = partial(_lasts, self.weights, self.windows or self.given, self.options, self.together, solved)
         begin(self.needed, self.out, resume=self.resume, force=self.force, lasts=lasts)
 
 
-def _lasts(weights: Weights, text: Windows | Statistics | None, options: RefactorOptions, together: int) -> Seconds | None:
-    from .job_times import refactor_time  # a real run wants none of it
+def _lasts(
+    weights: Weights, text: Windows | Statistics | None, options: RefactorOptions, together: int, part: int | None
+) -> Seconds | None:
+    """part: so many layers are solved, and no more."""
+    from .job_times import refactor_time, shard_time  # a real run wants none of it
 
+    if part is not None and isinstance(text, Statistics):
+        return shard_time(weights, text, options, together, part)
     return None if text is None else refactor_time(weights, text, options, together)
 
 

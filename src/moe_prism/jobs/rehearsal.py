@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint.atomic import check_output
 from ..checkpoint.config import WRONG
 from ..errors import PrismError
 from ..forecast.work_time import Seconds
+from ..options.machine import OtherMachine
 from ..result import Result
-from .resources import check_resources
+from .resources import SIZED_FOR, check_resources
 
 Lasts = Callable[[], Seconds | None]
 _is_rehearsal: ContextVar[Seconds | None] = ContextVar("_is_rehearsal", default=None)
@@ -37,6 +40,7 @@ class JobForecast(Result):
     """What a job needs. needed: peak_memory_bytes and its parts, disk_bytes, and other facts of the run.
 
     seconds on the clock and cpu_seconds of processors, with the checks before the work; None where no batch of it can be run by itself.
+    machine: what it was asked for, if that is not this one.
     """
 
     needed: Mapping[str, Any]
@@ -107,19 +111,31 @@ def _time(checked: Seconds, lasts: Lasts | None) -> dict[str, float | None]:
 
 
 @contextmanager
-def _rehearsing() -> Iterator[None]:
-    token = _is_rehearsal.set(Seconds.now())
+def _rehearsing(machine: OtherMachine | None) -> Iterator[None]:
+    token, sized = _is_rehearsal.set(Seconds.now()), SIZED_FOR.set(machine)
     try:
         yield
     finally:
         _is_rehearsal.reset(token)
+        SIZED_FOR.reset(sized)
 
 
-def rehearse(job: Callable[..., object], *given: Any, **named: Any) -> JobForecast:
+def on_machine(needed: Mapping[str, Any], machine: OtherMachine | None) -> dict[str, Any]:
+    """What was found here, as it would be on that machine, which it then names."""
+    if machine is None:
+        return dict(needed)
+    seconds = needed.get("seconds")
+    if seconds is not None and machine.cores is not None:
+        seconds = round(seconds * torch.get_num_threads() / machine.cores, 1)
+    return {**needed, "seconds": seconds, "machine": machine.to_json()}
+
+
+def rehearse(job: Callable[..., object], *given: Any, machine: OtherMachine | None = None, **named: Any) -> JobForecast:
     """Check everything that a job would check, and say what it needs. Nothing is written, and no weight is read that need not be.
 
     job: a function of `moe_prism` that does long work, with its arguments: `rehearse(refactor, "nano", "out")`.
-    Raises what the job would raise, but for a machine that has too little.
+    machine: what it would run on; then seconds are this machine's, divided by how many times more cores there are, as if all of the work
+    divided. Raises what the job would raise, but for a machine that has too little.
 
     >>> import moe_prism
     >>> asked = moe_prism.CalibrateOptions(tokens=1024, length=256)
@@ -127,9 +143,9 @@ def rehearse(job: Callable[..., object], *given: Any, **named: Any) -> JobForeca
     >>> needed.peak_memory_bytes > needed.to_json()["weights_bytes"] > 0
     True
     """
-    with _rehearsing():
+    with _rehearsing(machine):
         try:
             job(*given, **named)
         except _Stop as stop:
-            return JobForecast(stop.needed)
+            return JobForecast(on_machine(stop.needed, machine))
     return JobForecast({"peak_memory_bytes": 0, "disk_bytes": 0})  # it was finished already

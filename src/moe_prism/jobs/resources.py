@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from ..artefact.source import Weights
 from ..calibrate.options import settings
 from ..calibrate.run import bounded_capacity, declared_bytes
-from ..calibrate.statistics import Statistics
 from ..checkpoint import LayerStream, read_manifest
 from ..checkpoint.manifest import MANIFEST, WEIGHTS_FILE
 from ..compress.codec import codecs
@@ -28,13 +27,12 @@ from ..memory import available_memory, resident_memory
 from ..methods.quantize.uniform_bits import STANDING
 from ..model import MoELayer, find_layers, load_model
 from ..options.calibrate import CalibrateOptions
+from ..options.machine import OtherMachine
 from ..options.recover import RecoverOptions
 from ..options.refactor import RefactorOptions
 from ..partition.base import check_blocks
 from ..recover.repair import Normal
-from .distance import LOGITS
 from .model_shape import config_tree
-from .solve_layer import experts_together
 
 LOADED = 560 << 20  # Python with torch, transformers and numba loaded
 KEPT = 80 << 20  # threads, text, and what the allocator keeps
@@ -43,98 +41,9 @@ LOGITS_HELD = 5  # of the source and of a point, as logits, as log-probabilities
 KERNELS = 72 << 20  # compiled for sub-experts
 CHOOSING = 16 << 20  # what chooses slots alone: 14 MiB where it is compiled in the run, 1 where that was kept
 REPORT = 330 << 20  # altair, and what draws a page's charts: a browser's engine
+SIZED_FOR: ContextVar[OtherMachine | None] = ContextVar("SIZED_FOR", default=None)
+"""In a rehearsal, the machine that it is for, where that is another one."""
 RUNNING = ("weights_bytes", "side_bytes", "activations_bytes", "logits_bytes")
-
-
-def needed_by(weights: Weights, options: RefactorOptions, given: Statistics | None = None) -> dict[str, Any]:
-    """Declared peak memory and disk of `refactor` in bytes, by part, for options that fit the source. given: of an earlier pass."""
-    if options.calibration.low_memory and weights.stream:
-        return _needed_by_layers(weights, options, given)
-    parts, declared, capacity = pass_parts(weights, options.calibration)
-    layer, length = largest_layer(weights), options.calibration.length
-    gathered = given_bytes(given) if given else parts["statistics_bytes"]
-    experts = 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32
-    rows = max(sum(one.kept()) for one in given.layers) if given else sampled_rows(weights, options.calibration, capacity)
-    solver = 4 * rows * layer.width * FLOAT32
-    phases = [{"weights_bytes": experts, "statistics_bytes": gathered, "solver_bytes": solver}]
-    if not given:
-        phases.append(parts)
-    if options.profile_tokens:
-        again = needed_by_running(weights.model, rows=length, cut=options.n_sub)
-        phases.append({name: again[name] for name in RUNNING} | {"statistics_bytes": gathered})
-        phases = [{**phase, "kernels_bytes": KERNELS} for phase in phases]
-    phases.append(_comparison(weights, options))
-    # a new snapshot of the statistics is complete before the one before it goes
-    disk = written_bytes(weights) + 2 * declared
-    return told(largest(phases), disk, held=gathered if given else 0) | {"reservoir_tokens": capacity}
-
-
-def _needed_by_layers(weights: Weights, options: RefactorOptions, given: Statistics | None) -> dict[str, Any]:
-    """The same for a refactoring that takes one decoder layer after the other: statistics are of one layer, hidden states of all text.
-
-    given: then no text passes, the profile's alone.
-    """
-    run, layer, length = settings(options.calibration), largest_layer(weights), options.calibration.length
-    capacity = bounded_capacity([layer], run)
-    vocabulary = text_config(weights).vocab_size
-    profiled = min(options.profile_tokens, options.calibration.tokens) * (1 + len(weights.layers) * (1 + options.profile_points))
-    experts = layer.num_experts * layer.parameters_per_expert() * FLOAT32
-    always = {
-        "statistics_bytes": given_bytes(given) if given else 0,
-        "hidden_bytes": (0 if given else held_bytes(weights, options.calibration)) + 2 * profiled * layer.hidden * FLOAT32,
-        "kernels_bytes": KERNELS if options.profile_tokens else 0,
-    }
-    gathered = {
-        "weights_bytes": experts,
-        "statistics_bytes": given_bytes(given) if given else declared_bytes([layer], run, capacity),
-    }
-    pooled = 0 if given or not run.domains else declared_bytes([layer], replace(run, domains=()), capacity)
-    together = min(options.calibration.tokens, run.batch * length)
-    runs = {"activations_bytes": together * row_bytes(weights.model, layer, length)}
-    phases = [
-        {"weights_bytes": _loading_bytes(weights, experts)},
-        gathered | {"solver_bytes": _solver_bytes(weights, options, capacity) + pooled},
-        *([] if given else [gathered | runs]),
-    ]
-    if options.profile_tokens:  # one of an expert's matrices is turned round, which takes its size once more
-        logits = LOGITS_HELD * length * vocabulary * FLOAT32
-        phases.append({"weights_bytes": experts + experts // 2, "logits_bytes": logits} | runs)
-    phases = [{**always, **phase} for phase in phases]
-    if (
-        weights.dequantized or weights.keep
-    ):  # what readers freed is not all given back (docs/developer/log.md): as if all came at once
-        phases = [{name: max(phase.get(name, 0) for phase in phases) for phase in phases for name in phase}]
-    phases.append(_comparison(weights, options))
-    held = given_bytes(given) if given else 0
-    return told(largest(phases), written_bytes(weights), held=held) | {"reservoir_tokens": capacity}
-
-
-def _loading_bytes(weights: Weights, experts: int) -> int:
-    """A layer's experts, so many bytes, while they are read: the tensors of the files, those put together, and the result.
-
-    What is dequantized is so in float32, all else is put together in its own type.
-    """
-    size = FLOAT32 if weights.dequantized or weights.keep else min(FLOAT32, weights.bytes_per_weight)
-    return int(3 * experts * size / FLOAT32)
-
-
-def _solver_bytes(weights: Weights, options: RefactorOptions, capacity: int) -> int:
-    """The sample of a layer, and the activations of the experts that are cut at a time: as they are, as wanted, and in the solver."""
-    layer, rows = largest_layer(weights), sampled_rows(weights, options.calibration, capacity)
-    together = min(rows, experts_together() * capacity)
-    return FLOAT32 * (rows * layer.hidden + 4 * together * layer.width)
-
-
-def _comparison(weights: Weights, options: RefactorOptions) -> dict[str, int]:
-    """Of a source in its own format, whose logits and those of what was written are compared."""
-    layer, rows = largest_layer(weights), options.calibration.length * text_config(weights).vocab_size
-    experts = 3 * layer.num_experts * layer.parameters_per_expert() * FLOAT32
-    return {"weights_bytes": experts, "logits_bytes": 3 * max(LOGITS, rows) * FLOAT32} if options.keep else {}
-
-
-def given_bytes(given: Statistics) -> int:
-    """Of statistics in memory."""
-    return sum(v.nbytes for one in given.layers for v in one.flat().values())
 
 
 def held_bytes(weights: Weights, calibration: CalibrateOptions) -> int:
@@ -325,17 +234,36 @@ def sampled_rows(weights: Weights, calibration: CalibrateOptions, capacity: int)
     return min(layer.num_experts * capacity, calibration.tokens * experts_per_token(weights.model, layer))
 
 
-def check_resources(needed: Mapping[str, Any], out: str | Path, resume: bool = False) -> None:
+def check_resources(
+    needed: Mapping[str, Any], out: str | Path, resume: bool = False, machine: OtherMachine | None = None
+) -> None:
     """DoesNotFit if this machine has less memory, or the disk of `out` less space, than is needed. Before every run, not only a dry one.
 
-    What this process holds already counts as free, and so does unfinished work that is continued.
+    What this process holds already counts as free, and so does unfinished work that is continued. machine: what has another size.
     """
-    memory = available_memory() + resident_memory()
+    machine = machine or OtherMachine()
+    memory = free_memory() if machine.ram is None else machine.ram
     if needed["peak_memory_bytes"] > memory:
+        free = f"{_size(memory)} are free" if machine.ram is None else f"such a machine has {_size(memory)}"
         raise DoesNotFit(
-            f"this needs {_size(needed['peak_memory_bytes'])} of memory, {_size(memory)} are free",
+            f"this needs {_size(needed['peak_memory_bytes'])} of memory, {free}",
             "use --low-memory, a smaller --reservoir, or a larger machine",
+            needed,
         )
+    if machine.disk is None:
+        _check_disk(needed, out, resume)
+    elif needed["disk_bytes"] > machine.disk:
+        sizes = f"this needs {_size(needed['disk_bytes'])} of disk, such a machine has {_size(machine.disk)}"
+        raise DoesNotFit(sizes, "use a larger one", needed)
+
+
+def free_memory() -> int:
+    """What this process may take, and what it holds already."""
+    return available_memory() + resident_memory()
+
+
+def _check_disk(needed: Mapping[str, Any], out: str | Path, resume: bool) -> None:
+    """That of `out`."""
     path = Path(out).absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     work = path.with_name(path.name + ".partial")
@@ -345,6 +273,7 @@ def check_resources(needed: Mapping[str, Any], out: str | Path, resume: bool = F
         raise DoesNotFit(
             f"this needs {_size(needed['disk_bytes'])} of disk, {_size(free)} are free at '{out}'",
             "free some, or choose another --out",
+            needed,
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def solve(
     parts.tensors[RIDGE] = fitted.weight
     for name in options.extra_scorers:
         parts.tensors |= scorers.get(name).fit(parts, samples)
-    parts.tensors[CUTOFFS] = _cutoffs(statistics, [ridge_scorer.held_out(len(x)) for x in samples], fitted.held)
+    parts.tensors[CUTOFFS] = _cutoffs(statistics, [ridge_scorer.held_out(len(x)) for x in samples.kept], fitted.held)
     parts.tensors[SHARES] = torch.linspace(0, 1, QUANTILES)
     facts = {
         "name": layer.name,
@@ -80,7 +81,7 @@ class _Orders(NamedTuple):
     """Finds a layer's orders, for some experts at a time: their activations over the whole sample are the largest thing there is then."""
 
     layer: MoELayer
-    samples: list[Tensor]
+    samples: Sequence[Tensor]
     weights: list[Tensor]
     starved: list[int]
     options: RefactorOptions
@@ -124,16 +125,16 @@ class _Orders(NamedTuple):
         return weight_fallback(_rows(layer.gate, expert), up, self.options.n_sub, self.options.seed).perm
 
 
-def experts_together() -> int:
-    """How many experts of a layer are cut at a time: enough to keep all threads at work."""
-    return PER_THREAD * torch.get_num_threads()
+def experts_together(threads: int | None = None) -> int:
+    """How many experts of a layer are cut at a time: enough to keep all threads at work. threads: of a machine that is not this one."""
+    return PER_THREAD * (threads or torch.get_num_threads())
 
 
 def measured_cutoffs(parts: LayerParts, statistics: LayerStatistics) -> Tensor:
     """Cutoffs [129] of a layer that has its predictor, whose weights are loaded, on all rows of the sample."""
     samples, scorer = _samples(statistics, parts.layer)[0], ridge_scorer.Ridge(parts)
     norms = [scorer(x, torch.full((len(x), 1), e))[:, 0] for e, x in enumerate(samples)]
-    return _cutoffs(statistics, [torch.arange(len(x)) for x in samples], norms)
+    return _cutoffs(statistics, [torch.arange(len(x)) for x in samples.kept], norms)
 
 
 def _importance(mass: Floats, weight: Tensor, order: Ints) -> Floats:
@@ -145,7 +146,7 @@ def _importance(mass: Floats, weight: Tensor, order: Ints) -> Floats:
     return np.maximum(rms, 0.01 * rms.mean() + 1e-12).astype(np.float32)  # type: ignore[no-any-return]
 
 
-def _products(layer: MoELayer, samples: list[Tensor], weights: list[Tensor]) -> Tensor:
+def _products(layer: MoELayer, samples: Sequence[Tensor], weights: list[Tensor]) -> Tensor:
     """Means of h_i h_j, h = activation x routing weight, of TOGETHER neighbours in the layer's order: [E, ceil(f / 32), 32, 32]."""
     found = []
     for e, (x, weight) in enumerate(zip(samples, weights, strict=True)):
@@ -175,7 +176,7 @@ def _neurons(order: Ints, unit: int) -> Ints:
 def _refine(
     layer: MoELayer,
     partitions: dict[int, Partition],
-    samples: list[Tensor],
+    samples: Sequence[Tensor],
     weights: list[Tensor],
     options: RefactorOptions,
     dropped: int,
@@ -188,12 +189,29 @@ def _refine(
     return better
 
 
-def _samples(statistics: LayerStatistics, layer: MoELayer) -> tuple[list[Tensor], list[Tensor], list[int]]:
+class _Inputs(Sequence[Tensor]):
+    """Inputs [S_e, d] of every expert as they are kept. One's are widened when they are asked for: all of them would be a second sample."""
+
+    def __init__(self, kept: list[Tensor]) -> None:
+        self.kept = kept
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    @overload
+    def __getitem__(self, at: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Tensor]: ...
+    def __getitem__(self, at: int | slice) -> Tensor | list[Tensor]:
+        return self.kept[at].float() if isinstance(at, int) else [x.float() for x in self.kept[at]]
+
+
+def _samples(statistics: LayerStatistics, layer: MoELayer) -> tuple[_Inputs, list[Tensor], list[int]]:
     """Inputs [S_e, d] and routing weights [S_e] per expert, and which experts are starved.
 
     Those borrow rows of the best fed expert until they have STARVED. Where calibration reached none (experts for images), all take noise.
     """
-    pairs = [statistics.inputs(e) for e in range(len(statistics.kept()))]
+    pairs = [statistics.stored_inputs(e) for e in range(len(statistics.kept()))]
     richest = max(pairs, key=lambda pair: len(pair[0]))
     if not len(richest[0]):
         noise = torch.randn(STARVED, layer.hidden, generator=torch.Generator().manual_seed(layer.index))
@@ -204,17 +222,17 @@ def _samples(statistics: LayerStatistics, layer: MoELayer) -> tuple[list[Tensor]
         x, weight = pairs[e]
         missing = least - len(x)
         pairs[e] = torch.cat([x, richest[0][:missing]]), torch.cat([weight, richest[1][:missing]])
-    return [x for x, _ in pairs], [weight for _, weight in pairs], starved
+    return _Inputs([x for x, _ in pairs]), [weight for _, weight in pairs], starved
 
 
 def _compensate(
-    parts: LayerParts, statistics: LayerStatistics, samples: list[Tensor], weights: list[Tensor], options: RefactorOptions
+    parts: LayerParts, statistics: LayerStatistics, samples: _Inputs, weights: list[Tensor], options: RefactorOptions
 ) -> Compensator:
     """Fit compensation on the weaker half of the layer's slots, and put its tensors into the parts."""
     true = [ridge_scorer.block_norms(parts, x, e) for e, x in enumerate(samples)]
-    half = _cutoffs(statistics, [torch.arange(len(x)) for x in samples], true)[QUANTILES // 2]
+    half = _cutoffs(statistics, [torch.arange(len(x)) for x in samples.kept], true)[QUANTILES // 2]
     dropped = [weight.abs()[:, None] * norms < half for weight, norms in zip(weights, true, strict=True)]
-    rows = [compensate.ExpertSample(x, mask) for x, mask in zip(samples, dropped, strict=True)]
+    rows = [compensate.ExpertSample(x, mask) for x, mask in zip(samples.kept, dropped, strict=True)]
     return compensate.fit(options.compensate, parts, rows, options.rank)
 
 
@@ -229,7 +247,7 @@ def _cutoffs(statistics: LayerStatistics, rows: list[Tensor], norms: list[Tensor
     """
     values, importance = [], []
     for e, (mine, norm) in enumerate(zip(rows, norms, strict=True)):
-        _, weight = statistics.inputs(e)
+        _, weight = statistics.stored_inputs(e)
         own = mine < len(weight)
         if own.any():
             values.append((weight[mine[own]].abs()[:, None] * norm[own]).flatten())

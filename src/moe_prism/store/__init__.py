@@ -1,6 +1,6 @@
 """Real weights behind a cache: a packed file of sub-experts, an arena in memory, asynchronous reads."""
 
-from .arena import parse_bytes
+from ..memory import parse_bytes
 from .load import StoreOptions, load_stored
 from .pack import Pack, open_pack, write_pack
 from .reader import RecordReader, StoreError

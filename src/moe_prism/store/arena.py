@@ -6,7 +6,6 @@ Shapes: S slots, d hidden, m neurons of a sub-expert, R rows of a result.
 from __future__ import annotations
 
 import mmap
-import re
 
 import torch
 from torch import Tensor, nn
@@ -15,30 +14,14 @@ from ..elastic.base import LayerParts
 from ..elastic.execute.decode_products import few_outputs
 from ..elastic.execute.plain import grouped
 from ..elastic.execute.tiled import tiled
-from ..errors import DoesNotFit, UsageError
+from ..errors import DoesNotFit
 from ..model import MoELayer
 from ..model.base import ExpertsFn
 from .layout import RecordLayout
 from .wanted import Floats, Ints
 
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-
 UNSHARED_WORK = 1 << 22  # multiplications up to which sharing them out among threads costs more than it saves
 UNGROUPED_WORK = 1 << 24  # where there is but one thread: up to which grouping the rows does
-
-
-def parse_bytes(text: str, what: str = "memory", instead: str = "") -> int:
-    """'200MB', '1.5GiB', '65536' -> bytes. UsageError for anything else, or for none.
-
-    what: of which they are an amount; instead: a word that may be given in its place, told with the error.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if not found or found[2].lower() not in UNITS or not float(found[1]):
-        raise UsageError(
-            f"'{text}' is no amount of {what}",
-            f"give for example 200MB, 1.5GiB, a number of bytes{f', or {instead}' if instead else ''}",
-        )
-    return int(float(found[1]) * UNITS[found[2].lower()])
 
 
 def slots_in(memory: int, resident: int, size: int, keys: int, least: int = 1) -> int:

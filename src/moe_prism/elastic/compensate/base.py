@@ -18,14 +18,19 @@ MIN_ROWS = 16  # dropped rows below which nothing is known of a block
 
 @dataclass(frozen=True)
 class ExpertSample:
-    """Calibration rows of one expert: inputs x [S, d], and where a block is dropped [S, N] (bool).
+    """Calibration rows of one expert: inputs [S, d] as they are kept, x in float32, and where a block is dropped [S, N] (bool).
 
     Compensation is fitted on those rows only, the weaker half of the layer's slots: the few rows where a block is strong would decide
     its mean, and there it is kept (docs/explanation/method.md has the figures).
     """
 
-    x: Tensor
+    kept: Tensor
     dropped: Tensor
+
+    @property
+    def x(self) -> Tensor:
+        """[S, d], widened when it is asked for."""
+        return self.kept.float()
 
 
 class Compensator(ABC):

@@ -10,6 +10,8 @@ what its experts respond to has no small common subspace.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ class LowRankScorer(Scorer):
         return self.parts.gates > 0
 
     @staticmethod
-    def fit(parts: LayerParts, samples: list[Tensor]) -> dict[str, Tensor]:
+    def fit(parts: LayerParts, samples: Sequence[Tensor]) -> dict[str, Tensor]:
         """The two tensors (bfloat16) from the sampled inputs [S_e, d] of each expert."""
         device, experts = parts.layer.up.device, range(parts.layer.num_experts)
         inputs = [x.to(device, parts.layer.up.dtype) for x in samples]

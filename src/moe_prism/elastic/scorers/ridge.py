@@ -8,7 +8,7 @@ dropped: norms fitted directly come out negative for weak blocks, tie at zero, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -66,7 +66,7 @@ def held_out(rows: int) -> Tensor:
     return torch.arange(rows)[4::5] if rows >= MIN_TOKENS else torch.arange(rows)
 
 
-def fit(parts: LayerParts, samples: list[Tensor], losses: Callable[[Tensor, int], Tensor] | None = None) -> RidgeFit:
+def fit(parts: LayerParts, samples: Sequence[Tensor], losses: Callable[[Tensor, int], Tensor] | None = None) -> RidgeFit:
     """From the sampled inputs [S_e, d] of each expert.
 
     losses(x, expert) -> [S, N]: what is predicted instead of the norms of the blocks' outputs.

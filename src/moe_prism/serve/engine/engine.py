@@ -38,6 +38,7 @@ from .runner import Runner
 from .scheduler import NAME as SCHEDULER
 from .scheduler import Connection, PackedStep, PolicyScheduler
 from .size import EngineSize
+from .widths import writes_latents
 
 logger = logging.getLogger(__name__)
 # transformers logs the first tokens of a prompt it drops, which nobody may read in a log
@@ -88,7 +89,8 @@ class Engine:
         self._in_a_row = 0
         self._stopping = False
         self._deadlines, self._lock = Deadlines(self.book), threading.Lock()
-        self._paged = model.device.type == "cpu" and model.dtype == torch.float32 and full_attention(model)
+        whole = full_attention(model) and not writes_latents(model)
+        self._paged = model.device.type == "cpu" and model.dtype == torch.float32 and whole
         self._earlier = earlier_tokens(model, self._paged)
         self._attention = model.config._attn_implementation
         self.decodings = self._decodings(decoding or DecodingOffer(()), tokenizer, adapters)

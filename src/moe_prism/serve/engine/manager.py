@@ -41,11 +41,11 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
     engine: Driver
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
-        config, made = self.model.config.get_text_config(), getattr(self, "batch_processor", None)
-        with room(config):
+        before = getattr(self, "batch_processor", None)
+        with room(self.model):
             processor = super()._create_batch_processor()
-        if processor is not made:
-            fill(processor.cache, config)
+        if processor is not before:
+            fill(processor.cache, self.model)
         try:
             self.engine.connect(processor)
         except Exception:

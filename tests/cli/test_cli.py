@@ -98,7 +98,7 @@ print(sorted({"torch", "transformers", "numba"} & set(sys.modules)))
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
-def test_what_needs_no_torch_is_refused_without_it(tiny_source, tmp_path):
+def test_what_needs_no_torch_is_refused_without_it(tiny_source, elastic_tiny, tmp_path):
     """Wrong options, models that are not there, files that are not whole: a command imports what it works with after that."""
     short, gone, unknown, keys = (shutil.copytree(tiny_source, tmp_path / name) for name in ("short", "gone", "unknown", "keys"))
     shard = min(short.glob("*.safetensors"))
@@ -125,7 +125,12 @@ def test_what_needs_no_torch_is_refused_without_it(tiny_source, tmp_path):
                 for wrong in (["--budget", "3"], ["--rule", "best"], ["--decode", "best"])
             ),
             *(["frontier", "nano", *out, *wrong] for wrong in (["--methods", "prune:energy,best"], ["--compare", "best"])),
-            *([command, "nano", *out, "--text", "nowhere"] for command in ("refactor", "calibrate", "prune", "frontier")),
+            *(
+                [command, "nano", *out, "--text", "nowhere"]
+                for command in ("refactor", "calibrate", "prune", "frontier", "skip", "trace")
+            ),
+            *([command, "nano", *out, "--method", "best"] for command in ("skip", "compress")),
+            ["generate", str(elastic_tiny), "--prompt", "x", "--point", "best"],
             ["calibrate", "nano", *out, "--domain", "code=nowhere"],
             *(["serve", "nano", *wrong] for wrong in (["--policy", "best"], ["--config", "nowhere"], ["--points", "best"])),
             *([command, "nowhere", *out] for command in ("refactor", "calibrate", "prune", "trace", "recover")),

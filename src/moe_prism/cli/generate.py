@@ -47,6 +47,10 @@ def generate(
     verify: First compare every file of the folder with its sha256 in prism.json; without, only those that are small.
     json: One JSON object on stdout.
     """
+    if at.point is not None and folder.is_dir():
+        from ..point.named import find_point
+
+        find_point(at.point, folder)  # or a name that is not there is refused, before the work is imported
     from ..jobs.generate import check_prompt
     from ..methods.decode.run import function_of
 

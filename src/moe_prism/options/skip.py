@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from .base import LOW_MEMORY_WORDS, Options, option
 from .frontier import check_windows
-from .text import DEFAULT_TEXT, FIELDS, SOURCES
+from .text import DEFAULT_TEXT, FIELDS, SOURCES, text_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,11 @@ class SkipOptions(Options):
     'sensitivity'
     """
 
-    method: str = option("sensitivity", "How it is made; see `moe-prism ls methods` (those that act on routing).")
+    method: str = option(
+        "sensitivity",
+        "How it is made; see `moe-prism ls methods` (those that act on routing).",
+        method=("routing", "method of a skip plan"),
+    )
     mean: float | None = option(
         None, "Experts per token and layer that are left on average; naee and pattern-skip:b-h-e-p do without."
     )
@@ -46,4 +50,6 @@ class SkipOptions(Options):
 
     def check(self) -> None:
         super().check()
+        if self.text is not None:
+            text_source(self.text, self.text_field)
         check_windows(self.length, tokens=self.tokens)

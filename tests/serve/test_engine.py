@@ -13,6 +13,7 @@ from moe_prism.model import load_tokenizer
 from moe_prism.point import FULL
 from moe_prism.schedule.base import Job, Ladder, Level, Policy, Work
 from moe_prism.serve.engine.engine import Engine
+from moe_prism.serve.engine.scheduler import PolicyScheduler
 from moe_prism.serve.engine.size import EngineSize
 from moe_prism.serve.requests import ErrorKind, Request, Sampling
 from tests.faults.points import fault
@@ -328,3 +329,24 @@ def test_s21_an_id_in_use_is_refused(nano, waves):
         waves.engine.submit(request)
     waves.engine.cancel(request.job.id)
     waves.engine.cancel("nobody")
+
+
+def test_a_policy_is_replaced_even_while_the_thread_is_still_connecting(nano, monkeypatch):
+    """The batch processor was published after its scheduler had taken the old policy: what came between was lost."""
+    model, _, _ = nano
+    engine, wanted = Engine(model, LADDER, Plain(), EngineSize(requests=2, cache_tokens=512, page=16)), Plain()
+    connect = PolicyScheduler.connect
+
+    def connected(scheduler, to):
+        connect(scheduler, to)
+        engine.replace_policy(wanted)
+
+    monkeypatch.setattr(PolicyScheduler, "connect", connected)
+    engine.start()
+    try:
+        until = time.monotonic() + 600
+        while engine.manager.batch_processor is None and time.monotonic() < until:
+            time.sleep(0.01)
+        assert engine.manager.batch_processor.scheduler.policy is wanted
+    finally:
+        engine.stop()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .base import Options, option
-from .text import DEFAULT_TEXT, DOMAINS, FIELDS, SOURCES, TextSource, named_parts, text_source
+from .text import DEFAULT_TEXT, DOMAINS, FIELDS, SOURCES, TextSource, check_there, named_parts, text_source
 
 ANSWER_TOKENS = 256
 
@@ -50,7 +50,7 @@ class CalibrateOptions(Options):
         if not self.collectors:
             raise UsageError("--collectors names none", "refactor needs counts,tokens")
         if self.text is not None or self.domains or self.tasks:
-            self.source  # noqa: B018 - raises for what cannot be meant together
+            check_there(self.source)
 
         if not self.tasks and (self.answer_tokens, self.temperature) != (ANSWER_TOKENS, 0.0):
             raise UsageError(

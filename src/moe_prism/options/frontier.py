@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from .base import LOW_MEMORY_WORDS, Options, option
-from .text import DEFAULT_TEXT, DOMAINS, FIELDS, SOURCES, TextSource, text_source
+from .text import DEFAULT_TEXT, DOMAINS, FIELDS, SOURCES, TextSource, check_there, text_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class FrontierOptions(Options):
         if self.judge and self.low_memory:
             raise UsageError("--judge generates text, with the model in memory", "leave it or --low-memory out")
         if self.text is not None or self.domains:
-            self.source  # noqa: B018 - raises for what cannot be meant together
+            check_there(self.source)
 
     @property
     def source(self) -> TextSource:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from .base import LOW_MEMORY_WORDS, Options, option
 from .frontier import check_windows
-from .text import DEFAULT_TEXT, FIELDS, SOURCES, text_source
+from .text import DEFAULT_TEXT, FIELDS, SOURCES, check_there, text_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,5 +51,5 @@ class SkipOptions(Options):
     def check(self) -> None:
         super().check()
         if self.text is not None:
-            text_source(self.text, self.text_field)
+            check_there(text_source(self.text, self.text_field))
         check_windows(self.length, tokens=self.tokens)

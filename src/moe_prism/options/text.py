@@ -54,7 +54,7 @@ class TextSource:
 
 
 def text_source(text: str | None, fields: Sequence[str] = (), domains: Sequence[str] = ()) -> TextSource:
-    """The source that --text, --text-field and --domain name together. UsageError where they cannot be meant together, or are not there."""
+    """The source that --text, --text-field and --domain name together. UsageError where they cannot be meant together."""
     if not domains:
         if text is None:
             raise UsageError("no text was named", "say which with --text")
@@ -63,10 +63,14 @@ def text_source(text: str | None, fields: Sequence[str] = (), domains: Sequence[
         raise UsageError("--text and --domain exclude each other", "name that text as a domain, too")
     else:
         parts = named_parts(domains, "--domain")
-    for _, path in parts:
+    return TextSource(parts, tuple(fields))
+
+
+def check_there(source: TextSource) -> None:
+    """UsageError for a text that is neither shipped nor there."""
+    for _, path in source.parts:
         if path not in SHIPPED_TEXTS and not Path(path).expanduser().exists():
             raise absent(path)
-    return TextSource(parts, tuple(fields))
 
 
 def absent(path: str | Path, what: str = "does not exist") -> UsageError:

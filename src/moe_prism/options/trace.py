@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .base import Options, option
-from .text import DEFAULT_TEXT, FIELDS, SOURCES, text_source
+from .text import DEFAULT_TEXT, FIELDS, SOURCES, check_there, text_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class TraceOptions(Options):
     def check(self) -> None:
         super().check()
         if self.text is not None:
-            text_source(self.text, self.text_field)
+            check_there(text_source(self.text, self.text_field))
         alone = TraceOptions(answers=self.answers)
         if self.answers is not None and self != alone:
             raise UsageError("--answers takes everything from the answers", "leave the other options out")

@@ -86,8 +86,8 @@ class Engine:
         self.adapting = Adapting(adapters, self.book, lambda: self.manager._wake_up_loop.set())
         self.failed_steps = 0
         self.last_turn = clock()
-        self._in_a_row = 0
-        self._stopping = False
+        self._in_a_row, self._stopping = 0, False
+        self._scheduler: PolicyScheduler | None = None
         self._deadlines, self._lock = Deadlines(self.book), threading.Lock()
         whole = full_attention(model) and not writes_latents(model)
         self._paged = model.device.type == "cpu" and model.dtype == torch.float32 and whole
@@ -227,9 +227,8 @@ class Engine:
     def replace_policy(self, policy: Policy) -> None:
         """Another policy from the next step on."""
         self.policy = policy
-        processor = self.manager.batch_processor
-        if processor is not None:
-            processor.scheduler.policy = policy
+        if self._scheduler is not None:
+            self._scheduler.policy = policy
 
     def cancel(self, request_id: str) -> None:
         """Drop a request; it leaves the batch before the next step and its sink is not called again."""
@@ -275,6 +274,8 @@ class Engine:
                 drafts=self.drafts,
             )
         )
+        self._scheduler = scheduler
+        scheduler.policy = self.policy  # again: another thread may have replaced it before it could find the scheduler
         processor.model_runner = Runner.over(processor, self._earlier)
 
     def turn(self, processor: ContinuousBatchProcessor) -> bool:

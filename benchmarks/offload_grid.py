@@ -2,16 +2,13 @@
 
     python benchmarks/offload_grid.py [--folder ELASTIC] [--links 100 1000 10000] [--shares .25 .5] [--tokens 64] [--rounds 2] [--json]
     python benchmarks/offload_grid.py --overlap        # where reading and computing take alike, what both take together
-    python benchmarks/offload_grid.py --limits         # --expert-memory auto under three limits of memory
 
 In every cell of the grid, prices and steps are measured on calibration text, as `moe-prism offload` does, and settings are fitted to a
 trace of calibration text: at full budget, at --budget, and for records of planes at --bits. From that the time of each is forecast, and
 that of `lru` over whole experts in the same memory. Then held-out text is decoded with `lru` and with the fastest by its forecast, if
-that gains a fifth over the forecast of `lru`: a forecast may err by as much. So no run chooses anything. The best of the other kind (records for planes, planes for records) runs beside them. All windows
-are decoded, then all again in the other order of configurations. KL is to the model in memory, on the same tokens. --links are MB/s, and a
-share is of the bytes of all experts.
-The limits are files of a made-up control group, which the code reads as it reads the system's: nobody enforces them here, so what counts
-is what the process holds.
+that gains a fifth over the forecast of `lru`: a forecast may err by as much. So no run chooses anything. The best of the other kind
+(records for planes, planes for records) runs beside them. All windows are decoded, then all again in the other order of configurations.
+KL is to the model in memory, on the same tokens. --links are MB/s, and a share is of the bytes of all experts.
 """
 
 from __future__ import annotations
@@ -23,17 +20,13 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from offload import PROMPT, Config, Run, decode, elastic, expert_bytes, fitted, held_out, overlap, stored, turn
 
-from moe_prism import memory
 from moe_prism.artefact.load import load
 from moe_prism.checkpoint import read_manifest
 from moe_prism.cli.output import note
@@ -48,7 +41,6 @@ from moe_prism.offload.replay import groups
 from moe_prism.offload.trace import Trace
 from moe_prism.options.fit import FitOptions
 from moe_prism.point import FULL, SlotBits
-from moe_prism.store import StoreOptions, sizing
 from moe_prism.store.decisions import Decisions, measure_guess, measure_uncompiled
 from moe_prism.store.fitted import choose
 from moe_prism.store.pools import Eviction
@@ -218,56 +210,6 @@ def grid(args: Namespace, folder: Path, work: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def limits(args: Namespace, folder: Path, work: Path) -> list[dict[str, Any]]:
-    """`auto` under limits that leave a quarter, a half and all of the experts beside everything else."""
-    whole, tokenizer = load(folder)
-    experts, windows = expert_bytes(folder, whole), held_out(folder, tokenizer, args)
-    beside = sizing.WORK + sizing.cache_bytes(whole, TOKENS)
-    del whole
-    first, _ = load(folder, store=StoreOptions(experts // 4, work / "auto"))
-    decode(first, windows[:1], FULL, args.tokens)
-    base = memory.resident_memory() - first._moe_prism.store.arena.bytes
-    first._moe_prism.store.close()
-    del first
-    rows = []
-    for share in (0.25, 0.5, 1.0):
-        limit = int((base + beside + share * experts) / (1 - sizing.FREE))
-        with mock.patch.object(memory, "GROUPS", made_up_group(work / f"group-{share:g}", limit)), live():
-            model, _ = load(folder, store=StoreOptions(None, work / "auto", cache_tokens=TOKENS))
-            for _ in range(1 + sizing.STEPS // args.tokens):
-                decode(model, windows[:1], FULL, args.tokens)
-            held = memory.resident_memory()
-        store = model._moe_prism.store
-        row = {"limit_mib": limit / MIB, "arena_mib": store.in_use * store.pack.layout.bytes / MIB, "held_mib": held / MIB}
-        rows.append({**row, "free": 1 - held / limit})
-        store.close()
-        del model, store
-    return rows
-
-
-def made_up_group(root: Path, limit: int) -> Path:
-    """A control group of this limit."""
-    root.mkdir()
-    (root / "memory.max").write_text(str(limit))
-    (root / "memory.current").write_text("0")
-    return root
-
-
-@contextmanager
-def live() -> Iterator[None]:
-    """What this process holds is what its made-up group uses; the group is the root's."""
-    number, text = memory._number, Path.read_text
-
-    def current(file: Path) -> int | None:
-        return memory.resident_memory() if file.name == "memory.current" else number(file)
-
-    def own(file: Path, *given: Any, **named: Any) -> str:
-        return "0::/\n" if str(file) == "/proc/self/cgroup" else text(file, *given, **named)
-
-    with mock.patch.object(memory, "_number", current), mock.patch.object(Path, "read_text", own):
-        yield
-
-
 def balanced(args: Namespace, folder: Path, work: Path) -> list[dict[str, Any]]:
     """`offload.py --overlap`, of which those rows count where reading and computing are within twice each other."""
     rows = overlap(args, folder, work)
@@ -282,7 +224,6 @@ def main() -> None:
     parser.add_argument("--work", help="folder for packed files, default a temporary one")
     parser.add_argument("--large", action="store_true", help="random weights, for --overlap")
     parser.add_argument("--overlap", action="store_true")
-    parser.add_argument("--limits", action="store_true")
     parser.add_argument("--text", default="stdlib")
     parser.add_argument("--links", type=float, nargs="+", default=[100.0, 1000.0, 10_000.0])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5])
@@ -298,7 +239,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.work) as temporary:
         work = Path(temporary)
         folder = elastic(args, work)
-        rows = (limits if args.limits else balanced if args.overlap else grid)(args, folder, work)
+        rows = (balanced if args.overlap else grid)(args, folder, work)
     if args.json:
         json.dump({"benchmark": "offload_grid", "arguments": vars(args), "rows": rows}, sys.stdout)
     else:

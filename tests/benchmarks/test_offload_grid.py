@@ -1,4 +1,4 @@
-"""benchmarks/offload_grid.py runs on a tiny model, chooses by forecasts alone, and leaves limits of memory as it found them."""
+"""benchmarks/offload_grid.py runs on a tiny model and chooses by forecasts alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from argparse import Namespace
 
 import pytest
 
-from moe_prism import memory
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from tests.tiny_sources import save_tiny
 
@@ -48,13 +47,3 @@ def test_a_cell_has_the_fastest_by_its_forecast(grid, wide, tmp_path, monkeypatc
     fastest = min(rows, key=lambda row: row["forecast_ms"] * (1 if row["config"] == "lru" else 1 + grid.MARGIN))
     assert [row["chosen"] for row in rows] == [row is fastest for row in rows]
     assert all(row["ms_per_token"] > 0 and row["forecast_ms"] > 0 for row in rows) and json.dumps(rows)
-
-
-def test_a_made_up_group_holds_what_the_process_holds_and_ends(grid, tmp_path, monkeypatch):
-    before = memory.total_memory()
-    limit = 1 << 40
-    with monkeypatch.context() as patched:
-        patched.setattr(memory, "GROUPS", grid.made_up_group(tmp_path / "group", limit))
-        with grid.live():
-            assert memory._number(tmp_path / "group" / "memory.current") == pytest.approx(memory.resident_memory(), rel=0.2)
-    assert memory.total_memory() == before

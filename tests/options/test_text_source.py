@@ -44,7 +44,9 @@ def test_what_cannot_be_meant_together_is_refused(kind):
         kind(text="topics", domains=["a=b"]).check()
     with pytest.raises(UsageError, match="names 'a' twice"):
         kind(domains=["a=b", "a=c"]).check()
-    kind(domains=["a=b", "b=b"]).check()
+    kind(domains=["a=topics", "b=topics"]).check()
+    with pytest.raises(UsageError, match="text source 'nowhere' does not exist"):
+        kind(domains=["a=topics", "b=nowhere"]).check()
 
 
 def test_nothing_that_is_asked_for_is_ignored():

@@ -18,9 +18,13 @@ def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
 
 
 def given_cache(named: Mapping[str, Any]) -> Any:
-    """The cache among the keyword arguments of a forward; None without one."""
+    """The cache among the keyword arguments of a forward; None without one that continues the same rows.
+
+    transformers' paged cache comes under the new name too. It holds other requests at every step, and has no length.
+    """
     found = named.get(NEW)
-    return named.get(OLD) if found is None else found
+    found = named.get(OLD) if found is None else found
+    return found if hasattr(found, "get_seq_length") else None
 
 
 def made_cache(output: Any) -> Any:

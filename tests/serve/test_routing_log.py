@@ -107,6 +107,19 @@ def test_live_figures_of_a_store(tiny_levels, tmp_path, process):
         assert shown["records_per_step"] > 1 and shown["bytes_per_token"] > 0
 
 
+@pytest.mark.parametrize("predictor", ["token", "path"])
+def test_a_server_reads_ahead_by_the_ids_of_its_requests(tiny_levels, tmp_path, predictor):
+    """Its cache of keys and values holds other requests at every step, and has no length to go by."""
+    trace, path = tmp_path / "trace.npz", tmp_path / "s.json"
+    with open_house(tiny_levels, trace_out=trace, trace_ids=True) as house:
+        wanted = [ask(house, prompt, 12)["choices"][0]["text"] for prompt in PROMPTS][1:]
+    fit_offload(load_trace(trace), path, FitOptions(share=0.5, policy=["lru"], predictor=[predictor]))
+    store = StoreOptions(120_000, tmp_path / "pack", fitted=path, predictor=predictor, ahead=3)
+    with open_house(tiny_levels, store=store) as house:
+        assert [ask(house, prompt, 12)["choices"][0]["text"] for prompt in PROMPTS][1:] == wanted
+        assert house.built.service.engine.model._moe_prism.store.cache.counts.prefetched > 0
+
+
 def test_experts_in_memory_have_no_such_figures(house):
     ask(house, "x")
     assert "moe_prism:expert_" not in httpx2.get(f"{house.root}/metrics").text

@@ -18,6 +18,7 @@ from moe_prism.serve.server import serve_model
 from moe_prism.store import StoreOptions
 from moe_prism.store.choose_misses import Misses
 from tests.serve.house import open_house
+from tests.tiers import by_night
 
 PROMPTS = ["import os", "def main(", "class A:", "x = [1, 2"]
 
@@ -107,7 +108,7 @@ def test_live_figures_of_a_store(tiny_levels, tmp_path, process):
         assert shown["records_per_step"] > 1 and shown["bytes_per_token"] > 0
 
 
-@pytest.mark.parametrize("predictor", ["token", "path"])
+@pytest.mark.parametrize("predictor", by_night(("token", "path"), "token"))
 def test_a_server_reads_ahead_by_the_ids_of_its_requests(tiny_levels, tmp_path, predictor):
     """Its cache of keys and values holds other requests at every step, and has no length to go by."""
     trace, path = tmp_path / "trace.npz", tmp_path / "s.json"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import httpx2
 import pytest
 
@@ -10,14 +12,17 @@ from moe_prism.artefact.open import open_model
 from moe_prism.serve.engine import engine
 from moe_prism.serve.engine.widths import room
 from tests.serve.house import open_house
+from tests.tiers import by_night
 from tests.tiny_sources import save_tiny
 
 PROMPTS = ("import os", "class Foo:\n    def __init__(self, a, b):\n" * 6)
 PARTS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
-@pytest.mark.parametrize("widths", [(8, 8, 8), (4, 4, 8), (4, 4, 12)])
-@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize(
+    ("widths", "ours"),
+    by_night(product(((8, 8, 8), (4, 4, 8), (4, 4, 12)), (True, False)), ((8, 8, 8), True), ((4, 4, 12), False)),
+)
 def test_a_server_gives_the_tokens_of_generate(widths, ours, tmp_path, monkeypatch):
     save_tiny("deepseek_v2", tmp_path / "model", **dict(zip(PARTS, widths, strict=True)))
     if not ours:

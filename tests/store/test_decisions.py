@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moe_prism import registry
 from moe_prism.cores import processor
 from moe_prism.jobs.fit_offload import fit_offload
 from moe_prism.jobs.forecast_offload import FitPrices, measure_budget
@@ -23,6 +22,7 @@ from moe_prism.store.fitted import measured_elsewhere
 from moe_prism.store.pools import Eviction
 from moe_prism.store.price_reads import ReadPrices
 from tests.offload.common import make, next_layer, sticky
+from tests.plug_ins import plug_in
 from tests.store.common import PROMPT, opened, smallest
 
 LAYERS = 3
@@ -82,20 +82,10 @@ class SlowOracle(Oracle):
     seconds = 5.0
 
 
-class Point:
-    dist = None
-
-    def __init__(self, name, thing):
-        self.name, self.value = name, f"{__name__}:{thing.__name__}"
-
-
 @pytest.fixture
 def plugged(monkeypatch):
-    points = {
-        "moe_prism.cache-policy": [Point("slow-lfu", SlowLfu)],
-        "moe_prism.predictor": [Point("oracle", Oracle), Point("slow-oracle", SlowOracle)],
-    }
-    monkeypatch.setattr(registry, "entry_points", lambda group: points.get(group, []))
+    predictors = {"oracle": Oracle, "slow-oracle": SlowOracle}
+    plug_in(monkeypatch, {"moe_prism.cache-policy": {"slow-lfu": SlowLfu}, "moe_prism.predictor": predictors})
 
 
 def fit_of(trace, slots, **costs):

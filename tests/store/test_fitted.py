@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from moe_prism import registry
 from moe_prism.cli import main
 from moe_prism.errors import UsageError
 from moe_prism.jobs.fit_offload import fit_offload
@@ -28,6 +27,7 @@ from moe_prism.options.offload import OffloadOptions
 from moe_prism.store.fit import StoreFit, halves
 from moe_prism.store.token_watch import TokenWatch
 from tests.offload.common import make, next_layer
+from tests.plug_ins import plug_in
 from tests.store.common import PROMPT, logits, opened, smallest, store_of
 from tests.tiers import by_night
 
@@ -84,21 +84,12 @@ class SameAgain(Predictor):
         return out[:, :-1]
 
 
-class Point:
-    dist = None
-
-    def __init__(self, name, thing):
-        self.name, self.value = name, f"{__name__}:{thing.__name__}"
-
-
 @pytest.fixture
 def plugged(monkeypatch):
     """Both, as packages of others register them."""
-    points = {
-        "moe_prism.cache-policy": [Point("counted-uses", CountedUses)],
-        "moe_prism.predictor": [Point("same-again", SameAgain)],
-    }
-    monkeypatch.setattr(registry, "entry_points", lambda group: points.get(group, []))
+    plug_in(
+        monkeypatch, {"moe_prism.cache-policy": {"counted-uses": CountedUses}, "moe_prism.predictor": {"same-again": SameAgain}}
+    )
     SameAgain.shown.clear()
 
 

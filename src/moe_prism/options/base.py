@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
@@ -55,6 +55,16 @@ class Options:
                 _check(flag_of(declared), each, declared.metadata)
 
 
+def check_method(value: str, acts: str | None, called: str, also: Sequence[str] = ()) -> None:
+    """UsageError for a method, or a chain of them, that nobody knows. acts: how it acts, None: in any way; called: its kind in errors."""
+    from ..catalogue import methods
+
+    known = [*(methods if acts is None else methods.only(acts, called)).names(), *also]
+    for name in (part.partition(":")[0] for part in value.split("+")):
+        if methods.own_name(name) not in known:
+            raise UsageError(f"unknown {called} '{name}'", choices(name, known))
+
+
 def _check(flag: str, value: Any, declared: Mapping[str, Any]) -> None:
     if "names" in declared:
         module, _, name = declared["names"].partition(":")
@@ -63,13 +73,8 @@ def _check(flag: str, value: Any, declared: Mapping[str, Any]) -> None:
         if value not in known:
             raise UsageError(f"unknown {registry.kind} '{value}'", choices(value, known))
     if "method" in declared:
-        from ..catalogue import methods
-
         acts, called = declared["method"]
-        known = [*(methods if acts is None else methods.only(acts, called)).names(), *declared.get("also", ())]
-        for name in (part.partition(":")[0] for part in value.split("+")):
-            if methods.own_name(name) not in known:
-                raise UsageError(f"unknown {called} '{name}'", choices(name, known))
+        check_method(value, acts, called, declared.get("also", ()))
     least, most = declared.get("least", -math.inf), declared.get("most", math.inf)
     above, below = declared.get("above", -math.inf), declared.get("below", math.inf)
     bounds = {"at least": least, "more than": above, "at most": most, "less than": below}

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import UsageError
-from ..registry import choices
-from .base import Options, WrittenType, nested, option
+from .base import Options, WrittenType, check_method, nested, option
 from .calibrate import CalibrateOptions
 
 OutputFormat = Literal["compressed-tensors", "records"]
@@ -66,21 +65,13 @@ class CompressOptions(Options):
 
     def check(self) -> None:
         super().check()
-        self._check_method()
+        if self.format != "records":  # which takes codecs of another registry, too
+            check_method(self.method, None, "method")  # one that does not act on weights has an error of its own
         for text in self.pin:
             pinned(text)
         if self.widths == "own" and self.multiple != CompressOptions.multiple:
             raise UsageError("--multiple belongs to --widths equal", "leave one of them out")
         self.calibration.check()
-
-    def _check_method(self) -> None:
-        """UsageError for a method that nobody knows, before torch is imported. Codecs that records alone take are of another registry."""
-        from ..catalogue import methods
-
-        known = methods.names()  # one that does not act on weights has an error of its own
-        for name in (part.partition(":")[0] for part in self.method.split("+")):
-            if self.format != "records" and methods.own_name(name) not in known:
-                raise UsageError(f"unknown method '{name}'", choices(name, known))
 
     def check_codec(self, *, fitted: bool) -> None:
         """UsageError for what a codec does not know. fitted: whether calibration text decides anything."""

@@ -115,8 +115,16 @@ def test_points_of_another_frontier(folder, tmp_path):
     file = tmp_path / "other" / "frontier.json"
     ladder, source = find_ladder(folder, 16, allowed, [str(file)])
     assert source == "frontier.json" and names(ladder) == ["mine", "full"]
-    with pytest.raises(UsageError, match="pattern-8"):
-        find_ladder(tmp_path / "other", 16, allowed, [str(folder / "frontier.json")])
+
+
+def test_another_frontier_is_read_as_the_folders_own(folder, tmp_path, caplog):
+    """Every frontier holds points that cannot share a batch, the baselines of bits among them: they are left out by name."""
+    whole = [str(folder / "frontier.json")]
+    ladder, _ = find_ladder(tmp_path / "elsewhere", 16, allowed, whole)
+    assert names(ladder) == names(find_ladder(folder, 16, allowed)[0])
+    assert "pattern-8 is not served: the engine is tired" in caplog.text
+    with pytest.raises(UsageError, match=r"no operating point of .*frontier\.json can be a level here"):
+        find_ladder(folder, 16, lambda point: "no", whole)
 
 
 def test_files_of_version_0_1(tmp_path):

@@ -38,14 +38,21 @@ Refusal = Callable[[OperatingPoint], str | None]
 def find_ladder(folder: Path, full_slots: int, refusal: Refusal, asked: Sequence[str] = ()) -> tuple[Ladder | None, str]:
     """(ladder, where from): the frontier's points, else an earlier measurement; None if there is neither.
 
-    asked: names of points, or the path of another frontier.json: those are served and no others. Without, the Pareto set of all points
-    that can share a batch. UsageError for a name that is not there, or a point that this engine cannot run, with the reason.
+    asked: names of points: those are served and no others; or the path of another frontier.json. A file means what the folder's own
+    frontier means without: the Pareto set of the points that can share a batch. UsageError for a name that is not there, a named point
+    that this engine cannot run, with the reason, or a file of which nothing can be served.
     """
     if asked:
-        points, where = _asked(folder, asked, refusal)
+        source = source_of(folder, asked)
+        if asked[0].endswith(".json"):
+            points = _best(Frontier.load(source), refusal, logging.WARNING)
+            if not points:
+                raise UsageError(f"no operating point of {source} can be a level here", "the log names each with its reason")
+            return climb((_level(p) for p in points), full_slots), source.name
+        points = _named(Frontier.load(source), asked, refusal)
         ladder = climb((_level(p) for p in points), full_slots)
         _check_all_served(points, ladder)
-        return ladder, where
+        return ladder, source.name
     frontier = folder / FRONTIER
     if frontier.exists():
         _check_own(folder, frontier)
@@ -74,7 +81,7 @@ def _read_levels(path: Path) -> list[Level]:
     return [_read_level(row) for row in form.levels]
 
 
-def _best(frontier: Frontier, refusal: Refusal) -> list[MeasuredPoint]:
+def _best(frontier: Frontier, refusal: Refusal, loudness: int = logging.INFO) -> list[MeasuredPoint]:
     """The points of a frontier that can share a batch and that none of the others beats. What was left out is logged, by name."""
     fit: list[MeasuredPoint] = []
     for p in frontier.every:
@@ -86,31 +93,26 @@ def _best(frontier: Frontier, refusal: Refusal) -> list[MeasuredPoint]:
         if reason is None and p.point is not None and leaves_out_neurons(p.point):
             reason = "whole blocks are multiplied for its neurons, which saves nothing"
         if reason:
-            logger.info("operating point %s is not served: %s", p.name, reason)
+            logger.log(loudness, "operating point %s is not served: %s", p.name, reason)
         elif p.point is not None and not p.point.is_full:
             fit.append(p)
     flags = pareto([p.active_expert_bytes for p in fit], [p.kl for p in fit])
     return [p for p, flag in zip(fit, flags, strict=True) if flag]
 
 
-def _asked(folder: Path, asked: Sequence[str], refusal: Refusal) -> tuple[list[MeasuredPoint], str]:
-    source = source_of(folder, asked)
-    frontier = Frontier.load(source)
+def _named(frontier: Frontier, asked: Sequence[str], refusal: Refusal) -> list[MeasuredPoint]:
+    """The points of these names, which the frontier has. UsageError for one that cannot be served."""
     known: dict[str, MeasuredPoint] = {}
     for p in frontier.every:
         known.setdefault(p.name, p)
-    whole = asked[0].endswith(".json")
-    names = [name for name, p in known.items() if p.point is None or not p.point.is_full] if whole else list(asked)
-    found = []
-    for name in names:
+    for name in asked:
         reason = _reason(known[name], refusal)
         if reason:
             raise UsageError(f"operating point '{name}' cannot be served here: {reason}", "leave it out of --points")
         point = known[name].point
         if point is not None and depends_on_batch(point):
             logger.warning("operating point %s: what a token gets depends on the other tokens of its batch", name)
-        found.append(known[name])
-    return found, source.name
+    return [known[name] for name in asked]
 
 
 def _check_all_served(points: Sequence[MeasuredPoint], ladder: Ladder) -> None:

@@ -62,6 +62,19 @@ def test_what_needs_no_torch_is_refused_without_it(tiny_source, elastic_tiny, tm
             *(["serve", "nano", *wrong] for wrong in (["--policy", "best"], ["--config", "nowhere"], ["--points", "best"])),
             *([command, "nowhere", *out] for command in ("refactor", "calibrate", "prune", "trace", "recover")),
             *([command, "nowhere"] for command in ("inspect", "frontier", "generate", "verify")),
+            *([command, "nano", "-o", str(short)] for command in ("refactor", "calibrate", "prune", "recover")),  # it exists
+            *([command, "nano", "-o", str(tmp_path)] for command in ("trace", "skip")),
+            *(
+                [command, str(elastic_tiny), *asks, "--expert-memory", *wrong]
+                for command, *asks in (("serve",), ("generate", "--prompt", "x"))
+                for wrong in (["lots"], *(["1MB", f"--expert-{what}", "best"] for what in ("policy", "predictor", "settings")))
+            ),
+            ["offload", str(elastic_tiny), "--memory", "lots"],
+            ["offload", "fit", "nano", *out, "--policy", "best"],
+            ["generate", str(tiny_source), "--prompt", "x", "--point", "best"],
+            ["serve", str(tiny_source), "--config", "nowhere"],
+            ["eval", str(tiny_source), "--tasks", "x"],  # nowhere to write to
+            ["bench", "http://127.0.0.1", "--compare", str(elastic_tiny)],
         ],
         4: [
             *(["refactor", str(folder), *out] for folder in (short, gone, unknown, keys)),

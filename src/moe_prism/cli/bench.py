@@ -39,20 +39,21 @@ def bench(
     url: Address of the server, like http://127.0.0.1:8000/v1.
     compare: Elastic model to start servers of, one per policy, instead of an address; the simulator replays the same arrivals.
     """
-    from ..bench.outcome import write_events
-    from ..bench.result import save
     from ..files import check_writable
 
+    if (url is None) == (compare is None):
+        raise UsageError("give the address of a server, or --compare FOLDER", "see `moe-prism bench --help`")
     check_writable(results.out, results.events, policies.save_cost)
+    from ..bench.outcome import write_events
+    from ..bench.result import save
+
     if offer.seconds is None and server.rates:
         offer = replace(offer, seconds=60.0)
-    if compare is not None and url is None:
+    if compare is not None:
         result, runs, text = _policies(compare, offer, policies)
-    elif url is not None and compare is None:
+    elif url is not None:
         key = server.api_key or os.environ.get("MOE_PRISM_API_KEY") or None
         result, runs, text = _server(url, offer, replace(server, api_key=key))
-    else:
-        raise UsageError("give the address of a server, or --compare FOLDER", "see `moe-prism bench --help`")
     if results.out is not None:
         save(results.out, result)
     if results.events is not None:

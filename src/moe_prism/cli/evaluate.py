@@ -28,12 +28,15 @@ def evaluate(
     json: One JSON object on stdout.
     """
     from ..files import check_writable_folder
-    from ..frontier.evaluation import score_rows
-    from ..jobs.evaluate import check_target, evaluate_model, keep
-    from ..jobs.frontier_files import add_tasks
+    from ..jobs.evaluate_checks import check_installed, check_target
 
     check_writable_folder(out)
     target = check_target(folder, out)
+    check_installed()
+    from ..frontier.evaluation import score_rows
+    from ..jobs.evaluate import evaluate_model, keep
+    from ..jobs.frontier_files import add_tasks
+
     result = evaluate_model(folder, options, report=progress)
     text = table(("task", "metric", *(p.name for p in result.points)), score_rows(result.points))
     with written(result.to_json(), text, json):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
+from ..memory import parse_bytes
 from ..options.experts import AUTO, ExpertOptions
 
 if TYPE_CHECKING:
@@ -17,11 +18,16 @@ def store_options(experts: ExpertOptions) -> StoreOptions | None:
     experts.check_used()
     if experts.expert_memory is None:
         return None
-    from ..store import StoreOptions, parse_bytes
+    if experts.expert_settings is not None:
+        from ..offload.settings import read_settings
+
+        read_settings(experts.expert_settings)  # wrong ones are told before the store is imported, which takes seconds
+    memory = None if experts.expert_memory == AUTO else parse_bytes(experts.expert_memory, instead=AUTO)
+    from ..store import StoreOptions
     from ..store.choose_misses import Misses
 
     return StoreOptions(
-        None if experts.expert_memory == AUTO else parse_bytes(experts.expert_memory, instead=AUTO),
+        memory,
         experts.expert_file,
         experts.expert_policy,
         parts=experts.expert_parts,

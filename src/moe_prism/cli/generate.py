@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..jobs.conversation import Conversation
     from ..jobs.generate import Generated
     from ..point import OperatingPoint
+    from ..store import StoreOptions
 
 ADAPTER = "adapter"
 ENDS = ("/exit", "/quit")
@@ -51,6 +52,7 @@ def generate(
         from ..point.named import find_point
 
         find_point(at.point, folder)  # or a name that is not there is refused, before the work is imported
+    store = store_options(experts)
     from ..jobs.generate import check_prompt
     from ..methods.decode.run import function_of
 
@@ -60,7 +62,7 @@ def generate(
     if tuned.adapter is not None and experts.expert_memory is not None:
         raise UsageError("--adapter needs the model's experts in memory", "leave --expert-memory out")
     asks = {name: function_of(text) for name in ("verifier", "retriever") if (text := getattr(at, name)) is not None}
-    model, tokenizer, point = _open(folder, at, experts, verify)
+    model, tokenizer, point = _open(folder, at, experts, store, verify)
     asked = at.point or f"budget {point.slots.budget:g}"
     with _worn(model, folder, tuned.adapter), _conversation(tokenizer) if chat else nullcontext() as talk:
         call = _Call(model, tokenizer, point, options, talk, {**asks, **({"tuned": tuned} if tuned.rewire else {})})
@@ -154,7 +156,9 @@ def _worn(model: Any, folder: Path, adapter: Path | None) -> Iterator[None]:
             yield
 
 
-def _open(folder: Path, at: PointOptions, experts: ExpertOptions, verify: bool) -> tuple[Any, Any, OperatingPoint]:
+def _open(
+    folder: Path, at: PointOptions, experts: ExpertOptions, store: StoreOptions | None, verify: bool
+) -> tuple[Any, Any, OperatingPoint]:
     """(model, tokenizer, point)."""
     from ..artefact.load import load, whole_manifest
     from ..artefact.open import open_to_write, own_point
@@ -175,7 +179,6 @@ def _open(folder: Path, at: PointOptions, experts: ExpertOptions, verify: bool) 
         raise UsageError(
             f"--miss-floor {experts.miss_floor:g} is not below --budget {point.slots.budget:g}", "lower it, or leave it out"
         )
-    store = store_options(experts)
     if store is not None:
         return *load(folder, store=store), point
     return *open_to_write(folder), point

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..memory import parse_bytes
 from ..options.offload import OffloadOptions
 from .output import emit, note, progress, table
 
@@ -19,10 +20,10 @@ def offload(folder: Path, /, *, memory: str, options: OffloadOptions, json: bool
     memory: For experts and their predictors, for example 200MB.
     json: One JSON object on stdout.
     """
+    room = parse_bytes(memory)
     from ..jobs.forecast_offload import forecast_offload
-    from ..store import parse_bytes
 
-    forecast = forecast_offload(folder, parse_bytes(memory), options, report=progress)
+    forecast = forecast_offload(folder, room, options, report=progress)
     best = forecast.best
     if not forecast.met:
         note(f"no way meets {options.target_ms:g} ms; this is the fastest")

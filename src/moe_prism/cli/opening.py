@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from ..errors import DoesNotFit, UsageError
 from ..memory import available_memory
 from ..options import Options, option
 from ..options.place import TYPE_WORDS, ComputeType, Placement
-from .flags import flag_classes
+from .flags import Run, flag_classes
 
 RUNS = ("calibrate", "refactor", "adopt", "prune", "recover", "skip", "frontier", "evaluate", "generate", "serve", "trace")
 """Commands that run a model themselves."""
@@ -75,6 +76,7 @@ def opening(command: Callable[..., None]) -> Callable[..., None]:
                 named["elastic"] = _located(named["elastic"], Opening(), name)
             if found and name not in CONFIG_ALONE:
                 _look(found[0], first != "folder" or name in ANY_MODEL)
+            _check_free(named)
             return command(*found, **named)
 
     own = [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=kind) for key, kind in added.items()]
@@ -98,10 +100,22 @@ def _check_start() -> None:
         )
 
 
-def _look(given: Any, is_any: bool) -> None:
-    """Refuse a model that is not there, or a plain folder that is not whole, before the command imports what it works with.
+def _check_free(named: dict[str, Any]) -> None:
+    """Refuse an output that lies there already before the command imports what it works with. The command looks again, under its lock."""
+    run, out, division = (named.get(key) for key in ("run", "out", "division"))
+    if not isinstance(run, Run) or out is None or run.resume or "RANK" in os.environ or getattr(division, "shard", None):
+        return  # of what goes on, of torchrun's processes and of a part of the layers, the command knows what belongs to it
+    if Path(out).name in ("", ".."):
+        return  # it may be the model's own folder, of which the command says more
+    from ..checkpoint.atomic import check_output
 
-    The command looks again; that takes a tenth of a second, its imports take several. Only headers are read, and small tensors.
+    check_output(out, force=run.force)
+
+
+def _look(given: Any, is_any: bool) -> None:
+    """Refuse a model that is not there, or a plain folder with broken headers, before the command imports what it works with.
+
+    The command looks again, then at every tensor, for which it needs transformers.
     is_any: whether the command takes every model, and says nothing else of one that is not there.
     """
     if is_any:
@@ -117,9 +131,6 @@ def _look(given: Any, is_any: bool) -> None:
         from ..schema.config import check_config
 
         check_config(Source(folder).config(), str(folder / "config.json"))
-        from ..checkpoint.whole import look
-
-        look(folder)
 
 
 def _located(given: Any, source: Opening, command: str) -> Any:

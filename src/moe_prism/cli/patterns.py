@@ -26,9 +26,10 @@ def patterns(
     json: One JSON object on stdout.
     """
     from ..files import check_writable
-    from ..jobs.patterns import write_patterns
 
     check_writable(out)
+    from ..jobs.patterns import write_patterns
+
     facts = write_patterns(statistics, out).to_json()
     note(f"next: moe-prism serve MODEL --patterns {out} --task {facts['tasks'][0]}")
     emit(facts, f"{out}: {', '.join(facts['tasks'])}, {facts['bytes'] / 1024:.0f} KiB", json)

@@ -28,10 +28,6 @@ def serve(
         any folder that transformers loads, plain or pruned, whose points are fewer experts per token.
     engine: embedded, or vllm: hand over to vLLM's own server, which takes --host, --port, keys, --name, --points and --verify only.
     """
-    from ..model.named import SHIPPED
-    from ..serve import logs
-    from ..serve.server import serve_model
-
     if engine == "vllm":
         given = {
             f"--{name.replace('_', '-')}": getattr(options, name)
@@ -57,7 +53,10 @@ def serve(
         from ..serve.vllm.launch import launch
 
         return launch(folder, options)
+    options = replace(options, store=store_options(experts))
+    from ..model.named import SHIPPED
+    from ..serve import logs
+    from ..serve.server import serve_model
+
     logs.set_up(options.debug)
-    if str(folder) in SHIPPED:
-        folder = SHIPPED[str(folder)]
-    return serve_model(folder, replace(options, store=store_options(experts)))
+    return serve_model(SHIPPED.get(str(folder), folder), options)

@@ -29,11 +29,12 @@ def skip(
     out: The plan as an operating point, for `moe-prism generate --point` and `moe-prism frontier --points`.
     json: One JSON object on stdout.
     """
-    from ..checkpoint import put_file
     from ..files import check_writable
-    from ..jobs.skip import make_skip_plan
 
     check_writable(out)
+    from ..checkpoint import put_file
+    from ..jobs.skip import make_skip_plan
+
     if rehearsal.dry_run:
         return show_rehearsal(rehearsal, make_skip_plan, folder, options, as_json=json)
     named = make_skip_plan(folder, options, report=progress)

@@ -32,9 +32,10 @@ def trace(
     json: One JSON object on stdout.
     """
     from ..files import check_writable
-    from ..jobs.trace import record_trace
 
     check_writable(out)
+    from ..jobs.trace import record_trace
+
     if rehearsal.dry_run:
         return show_rehearsal(rehearsal, record_trace, model, out, options, as_json=json, force=force)
     found = record_trace(model, out, options, force=force, report=progress)

@@ -83,12 +83,15 @@ def in_words(result: Frontier, tokens: int) -> str:
     half = min((p for p in result.points if p.rule == "threshold"), key=lambda p: abs(p.active_expert_bytes / full - 0.5))
     plain = min(result.baseline_topk, key=lambda p: abs(p.active_expert_bytes / full - 0.5))
     shares = half.active_expert_bytes / full, plain.active_expert_bytes / full
+    bits = min(result.baseline_bits, key=lambda p: abs(p.active_expert_bytes / full - 0.5))
     return "\n".join(
         (
             f"In words: the model can read {shares[0]:.0%} of its expert bytes per token, and still names the same next token as in full",
             f"for {half.top1_agreement:.1%} of {tokens:,} held-out tokens. With half of its experts switched off instead,",
             f"it reads {shares[1]:.0%} and agrees for {plain.top1_agreement:.1%}; its distance to the full model",
             f"(KL) is {plain.kl / half.kl:.1f} times as large.",
+            f"Rounding all weights to {bits.name} reads {bits.active_expert_bytes / full:.0%} and agrees for {bits.top1_agreement:.1%},",
+            "at one price for every request; the two can be combined.",
             "Nothing was retrained, and each request can choose its own price.",
         )
     )

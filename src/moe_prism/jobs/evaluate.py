@@ -11,15 +11,14 @@ from typing import Any
 
 from ..artefact.open import Opened, open_model, own_point
 from ..checkpoint import put_file, versions
-from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.recipe import recipe_facts
 from ..errors import UsageError
 from ..frontier.evaluation import FILE, Evaluated, Evaluation, Score
-from ..model.hub import lies_in_cache
 from ..options.evaluate import EvaluateOptions
 from ..point import FULL, NamedPoint, OperatingPoint
 from ..progress import Report, silent
 from ..registry import choices
+from .evaluate_checks import check_installed
 
 
 def keep(result: Evaluation, target: Path) -> Path:
@@ -57,21 +56,13 @@ def evaluate_model(folder: str | Path, options: EvaluateOptions, *, report: Repo
     return Evaluation(opened.name, tuple(found), provenance)
 
 
-def check_target(folder: Path, out: Path | None) -> Path:
-    """Where the result goes. UsageError for a folder that is not ours to write into."""
-    if out is None and (not (folder / MANIFEST).is_file() or lies_in_cache(folder)):
-        raise UsageError(f"'{folder}' was not written by moe-prism", "give --out FOLDER for the result")
-    return out or folder
-
-
 def task_manager(options: EvaluateOptions) -> Any:
     """lm-eval's tasks, with those of --include-path. UsageError for a task that there is not, or without the library."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default of every task
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UsageError(f"eval needs {error.name}", "pip install 'moe-prism[eval]'") from error
+    check_installed()
+    from lm_eval.tasks import TaskManager
+
     if options.include_path is not None and not Path(options.include_path).is_dir():
         raise UsageError(f"--include-path '{options.include_path}' is no folder", "give one with tasks in YAML")
     manager = TaskManager(include_path=options.include_path)

@@ -32,6 +32,7 @@ class ExpertOptions(Options):
     expert_policy: str | None = option(
         None,
         "Who leaves when room is needed, see `moe-prism ls cache-policies`; default lfu, or edge-moe for few slots per layer.",
+        names="moe_prism.offload.cache:cache_policies",
     )
     expert_ahead: int | None = option(
         None, "Sub-experts to read ahead of a layer at most; default what --expert-settings says, else none.", least=0
@@ -44,6 +45,7 @@ class ExpertOptions(Options):
         None,
         "What guesses the experts that are read ahead, see `moe-prism ls predictors`; default that of --expert-settings, else gate, the "
         "next layer's router on this layer's input. All others need their fit.",
+        names="moe_prism.offload.predict:predictors",
     )
     expert_horizon: int = option(
         1,

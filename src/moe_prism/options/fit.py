@@ -58,12 +58,16 @@ class FitOptions(Options):
     )
     parts: int | None = option(None, "Keys per expert: 1, or the sub-experts of the trace. Default those of the trace.", least=1)
     policy: list[str] = option(
-        [], "Only these, see `moe-prism ls cache-policies`. Default all that need not know the future.", is_repeated=True
+        [],
+        "Only these, see `moe-prism ls cache-policies`. Default all that need not know the future.",
+        is_repeated=True,
+        names="moe_prism.offload.cache:cache_policies",
     )
     predictor: list[str] = option(
         [],
         "Only these, see `moe-prism ls predictors`; the best is kept, also at width 0. Default all, or none.",
         is_repeated=True,
+        names="moe_prism.offload.predict:predictors",
     )
 
     def check(self) -> None:

@@ -45,7 +45,9 @@ class OffloadOptions(Options):
         least=0,
     )
     expert_predictor: str | None = option(
-        None, "What guesses the experts that are read ahead; default that of --expert-settings, else gate."
+        None,
+        "What guesses the experts that are read ahead; default that of --expert-settings, else gate.",
+        names="moe_prism.offload.predict:predictors",
     )
     expert_settings: Path | None = option(
         None, "Settings of `moe-prism offload fit`: its policy is compared as it was fitted, and what it reads ahead."

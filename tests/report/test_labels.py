@@ -34,6 +34,13 @@ def test_a_label_stays_in_the_frame_and_off_markers_where_it_can():
     assert place([Label(100, 100, "int4")], FRAME, [(100, 100), (115, 90)], []) == [BELOW]
 
 
+def test_a_label_stays_off_lines_where_it_can():
+    falls = [(60, 60), (240, 110)]  # as the plain model's does, through what would stand above right
+    assert place([Label(100, 92, "K=7.66")], FRAME, [(100, 92)], [], [falls]) == [BELOW]
+    everywhere = [[(0, y), (300, y)] for y in range(0, 320, 8)]
+    assert place([Label(100, 92, "K=7.66")], FRAME, [(100, 92)], [], everywhere) == [ABOVE]
+
+
 def test_no_two_of_many_overlap():
     draw = random.Random(0)
     left_out = 0

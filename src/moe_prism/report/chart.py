@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import UsageError
 from ..frontier.pareto import pareto
 from ..frontier.record import Frontier, MeasuredPoint
-from .labels import ABOVE, BELOW, LINE, SIZE, SPOTS, Box, Label, Spot, place, position
+from .labels import ABOVE, BELOW, LINE, SIZE, SPOTS, Box, Label, Point, Spot, place, position
 from .png import deflated
 from .summary import KL_ZERO, full_bytes, main_rule, perplexity, series
 
@@ -235,7 +235,12 @@ def _placed(
     note = next((figure.note.spot.box(*at[i], figure.note.text) for i in reversed(range(len(data))) if data[i]["zero"]), None)
     named = sorted((i for i, row in enumerate(data) if row["above"] or row["below"]), key=lambda i: not data[i]["above"])
     wanted = [Label(*at[i], data[i]["above"] or data[i]["below"], ABOVE if data[i]["above"] else BELOW) for i in named]
-    spots = dict(zip(named, place(wanted, Box(0, width, -LINE, height), at, [note] if note else []), strict=True))
+    lines: dict[str, list[Point]] = {}
+    for i in sorted(range(len(data)), key=lambda i: data[i]["cost"]):
+        if not (figure.y == "kl" and data[i]["zero"]):
+            lines.setdefault(data[i]["series"], []).append(at[i])
+    chosen = place(wanted, Box(0, width, -LINE, height), at, [note] if note else [], list(lines.values()))
+    spots = dict(zip(named, chosen, strict=True))
     found = [SPOTS.index(spot) if (spot := spots.get(i)) else -1 for i in range(len(data))]
     return [row | {"label": row["above"] or row["below"], "spot": number} for row, number in zip(data, found, strict=True)]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ LETTER, LINE = 0.62 * SIZE, 1.2 * SIZE
 """Width of a letter and height of a line, in the widest of the fonts that a page may be shown in."""
 MARKER = 6.0
 """Half of a marker's side."""
+
+
+Point = tuple[float, float]
 
 
 class Box(NamedTuple):
@@ -63,21 +67,33 @@ class Label:
     spot: Spot = ABOVE
 
 
-def place(wanted: Sequence[Label], frame: Box, markers: Sequence[tuple[float, float]], taken: Sequence[Box]) -> list[Spot | None]:
+def place(
+    wanted: Sequence[Label], frame: Box, markers: Sequence[Point], taken: Sequence[Box], lines: Sequence[Sequence[Point]] = ()
+) -> list[Spot | None]:
     """A spot of each label in turn, None for one that has none which leaves `taken` and all labels before it free.
 
-    Of the free ones it is the first that also stays in the frame and off the markers of other points, else the first one.
+    Of the free ones it is the first that also stays in the frame, off the markers of other points and off the lines, each given by the
+    points that it joins; else the first without the lines, else the first one.
     """
     held, found = list(taken), []
+    dots = [Box(x, x, y, y) for line in lines for x, y in _along(line)]
     for label in wanted:
         each = [(spot, spot.box(label.x, label.y, label.text)) for spot in dict.fromkeys((label.spot, *SPOTS))]
         free = [(spot, box) for spot, box in each if not any(box.meets(other) for other in held)]
         others = [_around(x, y) for x, y in markers if (x, y) != (label.x, label.y)]
         clear = [(spot, box) for spot, box in free if box.inside(frame) and not any(box.meets(other) for other in others)]
-        spot, box = next(iter(clear or free), (None, None))
+        best = [(spot, box) for spot, box in clear if not any(box.meets(dot) for dot in dots)]
+        spot, box = next(iter(best or clear or free), (None, None))
         found.append(spot)
         held += [] if box is None else [box]
     return found
+
+
+def _along(line: Sequence[Point]) -> Iterator[Point]:
+    """Points on a line, so close that no label fits between two."""
+    for (x, y), (to_x, to_y) in itertools.pairwise(line):
+        steps = math.ceil(max(abs(to_x - x), abs(to_y - y)) / MARKER)
+        yield from ((x + (to_x - x) * i / steps, y + (to_y - y) * i / steps) for i in range(steps))
 
 
 def _around(x: float, y: float) -> Box:

@@ -15,7 +15,7 @@ BLOCK = re.compile(
 )
 FENCE = re.compile(r"^```.*?^```\s*$", re.S | re.M)
 SPAN = re.compile(r"`([^`]+)`")
-ELSEWHERE = re.compile(r"^(make|git clone|cd moe-prism|source .venv/bin/activate|(python3? -m )?pip install)\b")
+ELSEWHERE = re.compile(r"^(make|git clone|cd moe-prism|source .venv/bin/activate|(python3? -m )?pip install|python3? benchmarks/)\b")
 SEPARATORS = {"|", "&", "&&", "||", ";"}
 BESIDE_DOCS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 
@@ -46,7 +46,7 @@ class Block:
 
     @property
     def commands(self) -> str:
-        """The lines to run: set-up of the repository is left out."""
+        """The lines to run: set-up of the repository is left out, and its benchmarks, which take minutes to hours."""
         return "\n".join(line for line in self.lines if not ELSEWHERE.match(line.strip()))
 
 

@@ -3,8 +3,8 @@
 What a reader gets from earlier commands stands ready: `demo/model` is a refactored prism-nano, and so is `elastic` where a section does not
 make it itself. Commands run as they are written, by bash, with two changes: `moe-prism` is served by one warm process (warm.py), which
 also lowers `--tokens`, `--length` and the like where a command does not give them. Not run: `make` (its targets are looked up), `git
-clone`, `cd` into it and the activation of its environment, `pip install`, and a block after `<!-- not run: reason -->`. What is not run
-is parsed (test_commands.py).
+clone`, `cd` into it and the activation of its environment, `pip install`, `python benchmarks/...`, and a block after `<!-- not run:
+reason -->`. What is not run is parsed (test_commands.py).
 """
 
 from __future__ import annotations

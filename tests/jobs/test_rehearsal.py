@@ -17,6 +17,7 @@ from moe_prism.jobs import job_times, pilot, resources
 from moe_prism.jobs.calibrate import calibration_windows
 from moe_prism.jobs.rehearsal import begin, on_machine, rehearse
 from moe_prism.options.machine import OtherMachine
+from tests.tiers import by_night
 from tests.tiny_sources import save_tiny
 
 SMALL = ("--tokens", "256", "--length", "32")
@@ -123,7 +124,7 @@ def test_every_reading_of_the_weights_takes_time(tiny_source, tiny_calibration, 
     assert found is not None and found.cpu == reads
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", by_night(COMMANDS, "refactor", "frontier", "trace"))
 def test_every_rehearsal_can_be_for_another_machine(name, ask, monkeypatch):
     monkeypatch.setattr(resources, "available_memory", lambda: 0)
     monkeypatch.setattr(resources, "resident_memory", lambda: 0)

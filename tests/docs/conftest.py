@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from pydoc_data.topics import topics as TOPICS
 
 import pytest
 
@@ -32,9 +35,22 @@ def programs(tmp_path_factory):
             server.kill()
 
 
+def lay_out(folder: Path) -> None:
+    """The files that a reader of the pages has: conversations, a table, and tasks."""
+    topics = [(f"What is said of {name}?", text) for name, text in list(TOPICS.items())[:40]]
+    with (folder / "chats.jsonl").open("w") as chats, (folder / "tasks.jsonl").open("w") as tasks:
+        for question, answer in topics:
+            turns = ("user", question), ("assistant", answer)
+            chats.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
+            tasks.write(json.dumps({"prompt": question}) + "\n")
+    with (folder / "qa.csv").open("w", newline="") as table:
+        csv.writer(table).writerows([("question", "answer"), *topics])
+
+
 @pytest.fixture
 def workplace(programs, elastic_nano, tmp_path):
     """(folder, environment). `demo/model` is what `make demo` has left: a refactored prism-nano."""
+    lay_out(tmp_path)
     shutil.copytree(elastic_nano, tmp_path / "demo" / "model")
     path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
     return tmp_path, {**os.environ, "PATH": path, "CLIENT": str(programs / "moe-prism")}

@@ -15,7 +15,9 @@ BLOCK = re.compile(
 )
 FENCE = re.compile(r"^```.*?^```\s*$", re.S | re.M)
 SPAN = re.compile(r"`([^`]+)`")
-ELSEWHERE = re.compile(r"^(make|git clone|cd moe-prism|source .venv/bin/activate|(python3? -m )?pip install|python3? benchmarks/)\b")
+ELSEWHERE = re.compile(
+    r"^(make|git clone|cd moe-prism|source .venv/bin/activate|(python3? -m )?pip install|python3? benchmarks/)\b"
+)
 SEPARATORS = {"|", "&", "&&", "||", ";"}
 BESIDE_DOCS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 

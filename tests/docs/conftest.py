@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,13 +37,17 @@ def programs(tmp_path_factory):
 
 
 def lay_out(folder: Path) -> None:
-    """The files that a reader of the pages has: conversations, a table, and tasks."""
+    """The files that a reader of the pages has: conversations, a table, tasks, and the recipe of an earlier section."""
     topics = [(f"What is said of {name}?", text) for name, text in list(TOPICS.items())[:40]]
     with (folder / "chats.jsonl").open("w") as chats, (folder / "tasks.jsonl").open("w") as tasks:
         for question, answer in topics:
             turns = ("user", question), ("assistant", answer)
             chats.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
             tasks.write(json.dumps({"prompt": question}) + "\n")
+    written = re.search(
+        r"^cat > recipe\.yaml <<'END'\n(.*?)^END$", (ROOT / "docs/how-to/recipes.md").read_text("utf-8"), re.S | re.M
+    )
+    (folder / "recipe.yaml").write_text(written[1])
     with (folder / "qa.csv").open("w", newline="") as table:
         csv.writer(table).writerows([("question", "answer"), *topics])
 

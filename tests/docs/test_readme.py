@@ -44,6 +44,7 @@ def parts() -> list[ParameterSet]:
     ]
 
 
+@pytest.mark.timeout(1200)  # a section may hold several commands of minutes
 @pytest.mark.parametrize("text", parts())
 def test_every_block_of_a_section_runs(text, workplace, elastic_nano):
     folder, environment = workplace

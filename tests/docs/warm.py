@@ -40,7 +40,9 @@ sys.exit(int(link.recv(16) or 70))
 
 def smaller(arguments: Sequence[str]) -> list[str]:
     given = list(arguments)
-    if "--reslice" in given:  # which takes no other option
+    if {"--reslice", "--recipe"} & set(given):  # which take no other option
+        return given
+    if given[:1] == ["compress"] and not {"--keep", "--error-feedback"} & set(given):  # a codec alone looks at no text
         return given
     for name, value in SMALL.get(given[0] if given else "", {}).items():
         if name not in given and "--help" not in given:

@@ -16,10 +16,9 @@ from moe_prism.elastic import operating_point
 from moe_prism.errors import CorruptError, DoesNotFit, UsageError
 from moe_prism.jobs.compress import compress_model, plan_compression
 from moe_prism.jobs.forecast_offload import forecast_offload
-from moe_prism.jobs.forecast_planes import _replayed_groups
+from moe_prism.jobs.forecast_planes import filling
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.offload.cache import cache_policies
-from moe_prism.offload.replay import Group
 from moe_prism.options.compress import CompressOptions
 from moe_prism.options.offload import OffloadOptions
 from moe_prism.point import FULL, OperatingPoint, SlotBits, SlotRule
@@ -108,11 +107,9 @@ def test_a_forecast_replays_what_the_store_asks_for(folder, file, ids, tmp_path)
             forecast_offload(folder, memory, OffloadOptions(expert_file=file, tokens=160, **wrong))
 
 
-def test_the_first_of_several_texts_fills_the_cache():
-    asked = [Group(step, layer, [step], [1.0], step, step + 1, False) for step in range(4) for layer in range(2)]
-    assert _replayed_groups(asked, steps=2, texts=2) == (asked, 2)
-    alone, warm = _replayed_groups(asked, steps=2, texts=1)  # which was decoded twice
-    assert warm == 0 and [(group.step, group.keys[0]) for group in alone[::2]] == [(0, 2), (1, 3)]
+def test_prompts_and_the_first_half_of_the_texts_fill_the_cache():
+    assert filling([0, 3, 6, 9]) == {0, 1, 2, 3, 4, 5, 6, 9}
+    assert filling([0, 3]) == {0, 1, 2, 3}  # a single text is decoded twice
 
 
 def test_the_groups_are_the_misses_of_a_run(folder, file, ids):
@@ -122,10 +119,32 @@ def test_the_groups_are_the_misses_of_a_run(folder, file, ids):
     with asked_planes(store) as asked, torch.no_grad(), operating_point(model, point=at(0.25)):
         for i in range(ids.shape[1]):
             model(input_ids=ids[:, i : i + 1], use_cache=False)
-    misses = replayed(asked.groups, store.space, store.slots, Eviction(cache_policies.get("lru"), group=store.group))
-    assert int(misses.lost.sum()) == store.cache.counts.misses > 0
-    late = replayed(asked.groups, store.space, store.slots, Eviction(cache_policies.get("lru"), group=store.group), warm=3)
+    lru = Eviction(cache_policies.get("lru"), group=store.group)
+    misses = replayed(asked.groups, store.space, store.slots, lru)
+    assert int(misses.lost.sum()) == store.cache.counts.misses > 0 and asked.prompts == []
+    assert misses.hit_rate == store.cache.counts.hit_rate
+    late = replayed(asked.groups, store.space, store.slots, lru, uncounted=range(3))
     assert np.array_equal(late.lost, misses.lost[3:]) and late.hit_rate > misses.hit_rate
+
+
+def test_a_prompt_brings_in_what_its_steps_want(folder, file, ids):
+    """The replay of what a store with a prompt was asked for has the misses of its steps alone."""
+    whole, _ = opened(folder, file)
+    model, _ = opened(folder, file, smallest(whole, 60), policy="lru")
+    store, past = store_of(model), None
+    with asked_planes(store) as asked, torch.no_grad(), operating_point(model, point=at(0.25)):
+        for part in (ids[:, :16], *ids[:, 16:24].split(1, 1)):
+            past = model(input_ids=part, past_key_values=past, use_cache=True).past_key_values
+            if part.shape[1] > 1:
+                before = store.cache.counts.misses
+    assert asked.prompts == [0] and len(asked.slots) == 8 * 2
+    lru = Eviction(cache_policies.get("lru"), group=store.group)
+    found = replayed(asked.groups, store.space, store.slots, lru, uncounted=asked.prompts)
+    without = [replace(group, step=group.step - 1) for group in asked.groups if group.step]
+    alone = replayed(without, store.space, store.slots, lru)
+    own = store.cache.counts.misses - before
+    assert abs(int(found.lost.sum()) - own) <= 2  # a prompt in pieces leaves others behind than one at once
+    assert int(found.lost.sum()) < int(alone.lost.sum())
     assert measure_plane_prices(store).seconds[-1] > 0
 
 

@@ -33,7 +33,7 @@ class ExpertSettings:
     """space, slots: the keys it was fitted for, and how many fitted; quotas: slots per layer, None = equal parts.
 
     policy, settings: who leaves; predictor, width, arrays: what is read ahead, None and 0 = nothing; made: how it came about; shares: T1
-    and T2 of what is missing (`store.choose_misses.Misses`), None = all of it is read as it is.
+    and T2 of what is missing (`store.choose_misses.Misses`), None = all of it is read as it is; prompt_rate: of the same, in prompts.
     """
 
     space: KeySpace
@@ -46,6 +46,7 @@ class ExpertSettings:
     arrays: dict[str, Array] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
     shares: tuple[float, float] | None = None
+    prompt_rate: float = 0.0
 
 
 def write_settings(path: Path, settings: ExpertSettings) -> None:
@@ -71,6 +72,7 @@ def write_settings(path: Path, settings: ExpertSettings) -> None:
         "quotas": None if settings.quotas is None else list(settings.quotas),
         "predictor": predictor,
         "miss_shares": None if settings.shares is None else list(settings.shares),
+        "prompt_rate": settings.prompt_rate,
         "made": settings.made,
     }
     form = ExpertSettingsForm.model_validate(values)
@@ -101,6 +103,7 @@ def read_settings(path: Path) -> ExpertSettings:
         arrays,
         form.made,
         shares,
+        form.prompt_rate,
     )
 
 

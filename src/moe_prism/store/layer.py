@@ -51,9 +51,8 @@ class FromStore(Executor):
         self.parts, self.elastic, self.store = parts, elastic, elastic.store
         self.number = parts.layer.index
 
-    @property
-    def always_selects(self) -> bool:
-        return not self.elastic.misses.is_exact
+    def always_selects(self, tokens: int | None = None) -> bool:
+        return not self.elastic.misses.is_exact(tokens)
 
     @property
     def low_bytes(self) -> int | None:
@@ -83,7 +82,9 @@ class FromStore(Executor):
         return call(selection.x, selection.index, selection.weight, dials, 0 if held is None else held.past.address)
 
     def again(self, selection: Selection | None, extra: Compensator | None) -> Again | None:
-        """By `one_call`."""
+        """By `one_call`. Other rows may be of another number."""
+        if not self.elastic.misses.is_exact():
+            return None
         if selection is None:
             return None if self._everything is None else StoredAgain(self._everything, 0, False)
         call = self._call(selection, extra)
@@ -91,7 +92,7 @@ class FromStore(Executor):
         return None if call is None or dials is None else StoredAgain(call, dials, selection.held is not None)
 
     def _call(self, selection: Selection, extra: Compensator | None) -> StoredCall | None:
-        if self._layer is None or not self.elastic.misses.is_exact:
+        if self._layer is None or not self.elastic.misses.is_exact(len(selection.x)):
             return None
         return self._layer.choice(selection, extra, self.elastic.ahead)
 

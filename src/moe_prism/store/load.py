@@ -78,11 +78,7 @@ def ready_pack(
             write_pack(folder, path, manifest, parts=options.parts, low=low, progress=progress)
     pack = open_pack(path, manifest)
     wanted = (manifest["n_sub"] if options.parts is None else options.parts) * pack.layout.planes
-    low = low and not (
-        options.misses.shares is not None and isinstance(pack.layout, PlaneLayout)
-    )  # the upper plane is the smaller form
-    if low and isinstance(pack.layout, PlaneLayout):
-        raise UsageError("planes have no int8 form beside them", "leave --int8-budget out; --miss-floor and --miss-shares work")
+    low = low and not isinstance(pack.layout, PlaneLayout)  # the upper plane is the smaller form
     if pack.space.parts != wanted or (low and not pack.has_low):
         what = f"{pack.space.parts} parts per expert instead of {wanted}" if pack.space.parts != wanted else "no int8 records"
         raise CorruptError(f"'{path}' has {what}", "remove it, or give another place with --expert-file")
@@ -105,7 +101,7 @@ def _opened(pack: Pack, slots: int, like: MoELayer, eviction: Eviction, options:
     if options.tier is None:
         return ExpertStore(pack, slots, like, eviction, reader=options.reader)
     if options.misses.needs_low:
-        raise UsageError("host memory behind fast memory holds no int8 forms", "leave the int8 budget out")
+        raise UsageError("host memory behind fast memory holds no int8 forms", "leave the int8 budget and the prompt rate out")
     return TieredStore(pack, slots, like, eviction, tier=options.tier, reader=options.reader)
 
 
@@ -121,8 +117,8 @@ def load_stored(
     Raises DoesNotFit if the memory holds no sub-expert, CorruptError for a packed file that is damaged or of another model.
     """
     chosen = choose(options.policy, options.settings, options.ahead, options.predictor, options.fitted)  # before anything is read
-    if chosen.fitted is not None and chosen.fitted.shares is not None and options.misses == Misses():
-        options = replace(options, misses=Misses(shares=chosen.fitted.shares))
+    if chosen.fitted is not None and options.misses == Misses():
+        options = replace(options, misses=Misses(shares=chosen.fitted.shares, prompt_rate=chosen.fitted.prompt_rate))
     pack = ready_pack(folder, manifest, options, progress)
     stream = LayerStream(folder, torch.float32)
     layers = find_layers(stream.model)

@@ -19,7 +19,7 @@ from ..elastic.planes import UPPER
 from ..errors import UsageError
 from ..offload.base import Key
 from ..point import OperatingPoint, SlotBits
-from .choose_misses import Misses, up_to
+from .choose_misses import Misses, rare, up_to
 from .layer import StoredElastic, StoredNeurons
 from .plane_layout import PlaneLayout
 from .plane_store import PlaneStore
@@ -61,9 +61,8 @@ class FromPlanes(Executor):
         assert isinstance(layout, PlaneLayout)
         self.bits = float(layout.bits)
 
-    @property
-    def always_selects(self) -> bool:
-        return not self.elastic.misses.is_exact
+    def always_selects(self, tokens: int | None = None) -> bool:
+        return not self.elastic.misses.is_exact(tokens)
 
     def coded(self, bits: SlotBits) -> GatesInPlanes:
         return GatesInPlanes(self.parts, bits)
@@ -71,12 +70,18 @@ class FromPlanes(Executor):
     def settle(self, candidates: Candidates) -> Settled:
         asked, misses = candidates.widths(), self.elastic.misses
         floor, widths = misses.floor, self._at(asked, candidates, 1.0)
+        sure = widths
         if misses.shares is not None:
             few, some = (up_to(candidates.weight, share) for share in misses.shares)
             sure = torch.where(few, widths, widths.clamp(max=float(UPPER)) * some)
-            widths = self._affordable(candidates.index, widths, sure)
         elif floor < 1:
-            widths = self._affordable(candidates.index, widths, self._at(candidates.widths(floor), candidates, floor))
+            sure = self._at(candidates.widths(floor), candidates, floor)
+        if misses.has_rare(len(widths)):
+            index = candidates.index
+            few = rare(index, (widths > 0).any(2), self.parts.layer.num_experts, misses.prompt_rate)
+            sure = torch.where(few[index.clamp(0, len(few) - 1)][:, :, None], sure.clamp(max=float(UPPER)), sure)
+        if sure is not widths:
+            widths = self._affordable(candidates.index, widths, sure)
         return Settled(widths > 0, prepared=widths, widths=None if asked is None else widths)
 
     def run(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:

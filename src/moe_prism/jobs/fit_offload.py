@@ -24,13 +24,13 @@ from .fit_shares import LossFit, SharesPrices, fit_shares
 
 @dataclass(frozen=True)
 class FitRow:
-    """A way to run. hit_rate: of what layers asked for; reads_per_token: records, on demand and ahead; ms_per_token: forecast.
+    """A way to run. quotas: what those of layers follow from, `misses` or `need`, empty for equal parts; hit_rate: of what layers asked for; reads_per_token: records, on demand and ahead; ms_per_token: forecast.
 
     deciding_ms: of those, what a policy without a compiled table and a predictor take themselves, as measured on this machine.
     """
 
     policy: str
-    quotas: bool
+    quotas: str
     predictor: str
     width: int
     hit_rate: float
@@ -43,7 +43,7 @@ class FitRow:
         """Of a way and its time."""
         predictor = way.predictor if way.predictor is not None and way.width else ""
         times = 1e3 * time.seconds, 1e3 * time.deciding
-        return cls(way.policy, way.quotas is not None, predictor, way.width, time.hit_rate, time.reads, *times)
+        return cls(way.policy, way.quotas_by, predictor, way.width, time.hit_rate, time.reads, *times)
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _prices(options: FitOptions) -> tuple[float, ...]:
 
 def _judged(fit: StoreFit, way: FitWay) -> list[FitRow]:
     """The evaluation side, which chooses nothing."""
-    bare = FitWay(way.policy, way.settings, way.quotas)
+    bare = FitWay(way.policy, way.settings, way.quotas, way.quotas_by)
     ways = [FitWay("lru", {}), FitWay("belady", {}), way, *([bare] if way.width else [])]
     return [FitRow.of(each, fit.time(each, fit.judging)) for each in ways]
 

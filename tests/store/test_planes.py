@@ -11,6 +11,7 @@ import torch
 from moe_prism.artefact.load import load
 from moe_prism.checkpoint import read_manifest
 from moe_prism.compress.codec.nested import Nested
+from moe_prism.compress.codec.rtn import Rtn
 from moe_prism.compress.quantize import QuantizeChange
 from moe_prism.elastic import operating_point
 from moe_prism.errors import CorruptError, DoesNotFit, UsageError
@@ -183,6 +184,26 @@ def test_what_knows_no_bits_reads_all_of_them(folder, file, ids):
 
 
 @torch.no_grad()
+def test_bits_of_each_expert_say_which_planes_are_read(folder, file, ids):
+    """EdgeMoE's choice as a point: the model in memory with its experts at those widths, and no lower plane of narrow ones."""
+    model, _ = load(folder, torch.float32, wide=True)
+    stored, whole = opened(folder, file)[0], opened(folder, file)[0]
+    store = store_of(stored)
+    bits = ((4.0, 8.0, 4.0, 8.0, 3.0, 8.0), (8.0, 4.0, 4.0, 4.0, 8.0, 2.0))
+    point = OperatingPoint(weights=QuantizeChange(Nested(most=8), bits, 32).part())
+    torch.testing.assert_close(logits(stored, ids, point=point), logits(model, ids, point=point), **CLOSE)
+    for layer in range(2):
+        both = store.resident(layer).reshape(6, -1, 2)
+        narrow = torch.tensor(bits[layer]) <= 4
+        assert not both[narrow.numpy(), :, 1].any() and both[~narrow.numpy()].any()
+        assert (both[~narrow.numpy()][:, :, 0] == both[~narrow.numpy()][:, :, 1]).all()
+    torch.testing.assert_close(logits(stored, ids), logits(whole, ids))  # and afterwards they are read as before
+    half = replace(point, slots=at(0.25).slots)
+    with pytest.raises(UsageError, match="have their own bits"):
+        logits(stored, ids, point=half)
+
+
+@torch.no_grad()
 def test_a_plane_is_read_for_slots_that_ask_for_it_alone(folder, file, ids):
     """Slots of four bits read no lower plane; more of them later read only what is new."""
     stored, _ = opened(folder, file)
@@ -240,11 +261,12 @@ def test_what_records_do_not_hold_is_refused(folder, file, tmp_path):
         operating_point(stored, point=at(0.2, group=64)),
     ):
         pass
-    with (
-        pytest.raises(UsageError, match="needs the experts in memory"),
-        operating_point(stored, point=OperatingPoint(weights=QuantizeChange(Nested(), 8.0, 32).part())),
-    ):
-        pass
+    for codec, bits, group in ((Nested(), 8.0, 64), (Rtn(), 4.0, 32), (Nested(base=4), 8.0, 32), (Nested(), 4.0, 32), (Nested(most=6), 4.0, 32)):
+        with (
+            pytest.raises(UsageError, match="the records have nested planes of 2 to 8 bits in groups of 32"),
+            operating_point(stored, point=OperatingPoint(weights=QuantizeChange(codec, bits, group).part())),
+        ):
+            pass
     with pytest.raises(UsageError, match="no int8 form"):
         opened(folder, file, misses=Misses(0.1, low=0.5))
     with pytest.raises(DoesNotFit, match="hold no sub-expert"):

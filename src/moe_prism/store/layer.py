@@ -20,7 +20,7 @@ from ..errors import UsageError
 from ..model import MoELayer
 from ..model.around import LayerAround
 from ..model.gate_neurons import GateNeurons
-from ..point import OperatingPoint
+from ..point import OperatingPoint, WeightChange
 from .choose_misses import Misses, Prepared, choose
 from .one_call import CompiledLayer, StoredAgain, StoredCall, takes_layer
 from .pack import Pack
@@ -133,16 +133,22 @@ class StoredElastic(Elastic):
     def executor_of(self, parts: LayerParts) -> Executor:
         return FromStore(parts, self)
 
+    def source_layers(self) -> Sequence[MoELayer]:
+        return [layer.parts.layer.layer for layer in self.layers]  # type: ignore[attr-defined]
+
     def check(self, point: OperatingPoint) -> None:
         if point.slots.scorer == "oracle":
             raise UsageError("the scorer 'oracle' computes every sub-expert", "load the model without --expert-memory")
         if point.slots.bits is not None:
             self.check_bits(point)
         if point.weights is not None and change_of(point.weights).touches_weights:
-            raise UsageError(
-                f"the change of weights '{point.weights.change}' needs the experts in memory",
-                "load the model without --expert-memory",
-            )
+            self.check_weights(point.weights)
+
+    def check_weights(self, part: WeightChange) -> None:
+        """UsageError for a change of weights that these records do not hold."""
+        raise UsageError(
+            f"the change of weights '{part.change}' needs the experts in memory", "load the model without --expert-memory"
+        )
 
     def check_bits(self, point: OperatingPoint) -> None:
         """UsageError for slots of several widths that these records do not hold."""

@@ -15,9 +15,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from known_tokens import coefficients, drafted, oracle
-
 import numpy as np
+from known_tokens import coefficients, drafted, oracle
 
 from moe_prism.cli.output import note, progress, table
 from moe_prism.jobs.trace import TraceOptions, compare_policies, record_trace

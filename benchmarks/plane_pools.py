@@ -1,6 +1,6 @@
 """HOBBIT's two pools, one for each precision, against one pool for planes of both. No store has two; nothing here measures time.
 
-    python benchmarks/plane_pools.py [--folder ELASTIC] [--shares .1 .25 .5] [--budgets .24 1] [--policies lfu lru] [--tokens 64] [--rounds 6] [--json]
+    python benchmarks/plane_pools.py [--folder ELASTIC] [--shares .1 .25 .5] [--budgets .24 1] [--policies lfu lru] [--tokens 64] [--json]
 
 Text is decoded over records of planes, and what its steps asked for is replayed: in one pool per layer for all planes, and with the slots
 parted between upper and lower planes. The part that misses least on calibration text is judged on held-out text. Figures are records

@@ -24,8 +24,8 @@ def subject(tiny_source, text_file):
     return subject_of(open_model(tiny_source), options)
 
 
-def measured(subject, widths, codec=Rtn()):
-    change = QuantizeChange(codec, widths, 32)
+def measured(subject, widths, codec=None):
+    change = QuantizeChange(codec or Rtn(), widths, 32)
     return measure(subject.model, subject.calibration, [OperatingPoint(weights=change.part())])[0].quality.kl
 
 

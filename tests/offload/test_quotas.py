@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from moe_prism.errors import UsageError
 from moe_prism.offload import cache_policies, replay
-from moe_prism.offload.replay import uses_by_step
 from moe_prism.offload.quotas import likeliest, miss_curves, needed, quotas, scaled
+from moe_prism.offload.replay import uses_by_step
 
 from .common import make, sticky, uniform
 
@@ -83,7 +83,9 @@ def test_quotas_by_an_oracle_hit_more_where_layers_have_working_sets(policy, see
     draw, phases = np.random.default_rng(seed), []
     for _ in range(6):
         sets = [draw.permutation(24)[:size] for size in (2, 4, 6, 12)]
-        phases.append(np.stack([own[uniform(60, 1, len(own), 2, seed=int(draw.integers(1 << 30)))[:, 0]] for own in sets], axis=1))
+        phases.append(
+            np.stack([own[uniform(60, 1, len(own), 2, seed=int(draw.integers(1 << 30)))[:, 0]] for own in sets], axis=1)
+        )
     trace = make(np.concatenate(phases), experts=24)
     for each in (4, 6, 8):
         by_need, equal = of_need(trace, policy, each)

@@ -261,7 +261,13 @@ def test_what_records_do_not_hold_is_refused(folder, file, tmp_path):
         operating_point(stored, point=at(0.2, group=64)),
     ):
         pass
-    for codec, bits, group in ((Nested(), 8.0, 64), (Rtn(), 4.0, 32), (Nested(base=4), 8.0, 32), (Nested(), 4.0, 32), (Nested(most=6), 4.0, 32)):
+    for codec, bits, group in (
+        (Nested(), 8.0, 64),
+        (Rtn(), 4.0, 32),
+        (Nested(base=4), 8.0, 32),
+        (Nested(), 4.0, 32),
+        (Nested(most=6), 4.0, 32),
+    ):
         with (
             pytest.raises(UsageError, match="the records have nested planes of 2 to 8 bits in groups of 32"),
             operating_point(stored, point=OperatingPoint(weights=QuantizeChange(codec, bits, group).part())),

@@ -24,7 +24,9 @@ from .fit_shares import LossFit, SharesPrices, fit_shares
 
 @dataclass(frozen=True)
 class FitRow:
-    """A way to run. quotas: what those of layers follow from, `misses` or `need`, empty for equal parts; hit_rate: of what layers asked for; reads_per_token: records, on demand and ahead; ms_per_token: forecast.
+    """A way to run. quotas: what they follow from, `misses` or `need`, empty for equal parts.
+
+    hit_rate: of what layers asked for; reads_per_token: records, on demand and ahead; ms_per_token: forecast.
 
     deciding_ms: of those, what a policy without a compiled table and a predictor take themselves, as measured on this machine.
     """

@@ -49,7 +49,8 @@ class FitOptions(Options):
         least=0,
     )
     folder: Path | None = option(
-        None, "The elastic model of the trace: also fit --miss-shares and --prompt-rate, with the loss measured on it. Needs --max-kl."
+        None,
+        "The elastic model of the trace: also fit --miss-shares and --prompt-rate, with the loss measured on it. Needs --max-kl.",
     )
     max_kl: float | None = option(
         None,

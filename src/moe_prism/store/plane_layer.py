@@ -154,7 +154,10 @@ class PlaneElastic(StoredElastic):
         assert isinstance(change, QuantizeChange)
         bits = {bits for own in change.widths(self.source_layers()) for bits in own}
         all_bits, nested = max(bits) == min(bits) == layout.bits, Nested(base=layout.base)
-        held = change.codec in (replace(nested, most=layout.bits), *([nested] if all_bits else []))  # of fewer bits cells are others
+        held = change.codec in (
+            replace(nested, most=layout.bits),
+            *([nested] if all_bits else []),
+        )  # of fewer bits cells are others
         if not held or change.group != layout.group or SOURCE in bits:
             raise UsageError(
                 f"the point stores experts by '{change.codec.name}' in groups of {change.group}; the records have nested planes of "

@@ -55,7 +55,7 @@ def _request(store: PlaneStore, layer: int, blocks: list[int]) -> float:
 
 
 class AskedPlanes:
-    """The groups of steps, as a replay takes them; prompts: numbers of those steps that are prompts; slots: kept per layer of a decode step."""
+    """The groups of steps, as a replay takes them. prompts: which steps are some; slots: kept in every layer of a decode step."""
 
     def __init__(self) -> None:
         self.groups: list[Group] = []

@@ -79,7 +79,10 @@ class Executor(ABC):
         return WholeCalls()
 
     def always_selects(self, tokens: int | None = None) -> bool:
-        """Whether even tokens that keep every slot are selected for: `settle` may then drop some all the same. Of so many tokens, or ever."""
+        """Whether even tokens that keep every slot are selected for: `settle` may then drop some all the same.
+
+        tokens: of so many; None: of any number.
+        """
         return False
 
     @property

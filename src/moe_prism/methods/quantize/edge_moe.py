@@ -60,7 +60,9 @@ class EdgeMoe(Method):
         asked = self.parameters
         widths = written_widths(asked.widths, asked.group)
         if asked.codec not in CODECS:
-            raise UsageError(f"'{asked.codec}' is no codec of experts at widths of their own", f"choose one of: {', '.join(CODECS)}")
+            raise UsageError(
+                f"'{asked.codec}' is no codec of experts at widths of their own", f"choose one of: {', '.join(CODECS)}"
+            )
         key = f"experts at widths {widths} {asked.group} {asked.codec}"
         codec = Nested(most=widths[-1]) if asked.codec == "nested" else Rtn()
         trials: Trials = subject.cache.setdefault(key, Trials(subject, widths, asked.group, codec))
@@ -115,7 +117,8 @@ class Trials:
     def stored(self) -> list[dict[int, list[Planes]]]:
         """Of every layer all experts at every width."""
         return [
-            {bits: [self.codec.encode(w, bits, self.group) for w in matrices(layer)] for bits in self.widths} for layer in self.layers
+            {bits: [self.codec.encode(w, bits, self.group) for w in matrices(layer)] for bits in self.widths}
+            for layer in self.layers
         ]
 
     @torch.no_grad()

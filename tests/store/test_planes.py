@@ -198,6 +198,13 @@ def test_bits_of_each_expert_say_which_planes_are_read(folder, file, ids):
         assert not both[narrow.numpy(), :, 1].any() and both[~narrow.numpy()].any()
         assert (both[~narrow.numpy()][:, :, 0] == both[~narrow.numpy()][:, :, 1]).all()
     torch.testing.assert_close(logits(stored, ids), logits(whole, ids))  # and afterwards they are read as before
+    ahead, _ = opened(folder, file, ahead=6)
+    for i in range(4):  # nor is one of them read ahead
+        assert torch.equal(logits(ahead, ids[:, i : i + 1], point=point), logits(stored, ids[:, i : i + 1], point=point))
+    store_of(ahead).settle()
+    assert sum(pool.counts.prefetched for pool in store_of(ahead).cache.pools) > 0
+    for layer in range(2):
+        assert not store_of(ahead).resident(layer).reshape(6, -1, 2)[np.array(bits[layer]) <= 4, :, 1].any()
     half = replace(point, slots=at(0.25).slots)
     with pytest.raises(UsageError, match="have their own bits"):
         logits(stored, ids, point=half)

@@ -102,7 +102,7 @@ def fit_shares(folder: Path, settings: ExpertSettings, budget: float, prices: Sh
         texts = {side: _texts(folder, tokenizer, side) for side in get_args(Side)}
         size = store.pack.layout.bytes
 
-        def decoded(side: Side, prompt: int, misses: Misses) -> Decoded:
+        def decoded(side: Side, prompt: int, misses: Misses) -> DecodedSide:
             _forget_low(store)
             model._moe_prism.misses = misses
             with operating_point(model, budget):  # anew: what a layer does is settled when a point is set
@@ -167,7 +167,7 @@ def _forget_low(store: RecordStore) -> None:
             store.fetcher.lose(key)
 
 
-class Decoded(NamedTuple):
+class DecodedSide(NamedTuple):
     """Log-probabilities [n, V] of all tokens of prompts, and of those behind them; bytes that each of them reads."""
 
     prompts: Tensor
@@ -177,7 +177,7 @@ class Decoded(NamedTuple):
 
 
 @torch.no_grad()
-def _decoded(model: Any, ids: Tensor, prompt: int) -> Decoded:
+def _decoded(model: Any, ids: Tensor, prompt: int) -> DecodedSide:
     times = model._moe_prism.store.times
     prompts, steps, read = [], [], [0, 0]
     for row in ids:
@@ -189,7 +189,7 @@ def _decoded(model: Any, ids: Tensor, prompt: int) -> Decoded:
             out = model(input_ids=row[None, i : i + 1], use_cache=True, **past)  # the cache grows in place
             steps.append(out.logits[0, -1].float().log_softmax(-1))
         read = [read[0] + behind - before, read[1] + times.bytes - behind]
-    return Decoded(torch.cat(prompts), torch.stack(steps), read[0] / (len(ids) * prompt), read[1] / len(steps))
+    return DecodedSide(torch.cat(prompts), torch.stack(steps), read[0] / (len(ids) * prompt), read[1] / len(steps))
 
 
 def _kl(wanted: Tensor, found: Tensor) -> float:

@@ -19,6 +19,7 @@ from ..progress import Report, silent
 from ..result import Result
 from ..store.fit import Costs, FitWay, StoreFit, search
 from ..store.price_reads import Forecast
+from .fit_bits import BitsFit, fit_bits
 from .fit_shares import LossFit, SharesPrices, fit_shares
 
 
@@ -52,8 +53,8 @@ class FitRow:
 class OffloadFit(Result):
     """What was chosen; `tried` on the choosing half of the calibration side, `held_out` on the evaluation side: `lru`, `belady`, chosen.
 
-    Where the chosen way reads ahead, `held_out` has it without that as a fourth row. loss: what is read in a smaller form, None where
-    that was not asked for.
+    Where the chosen way reads ahead, `held_out` has it without that as a fourth row. loss: what is read in a smaller form, bits: what
+    experts have in planes, None where that was not asked for.
     """
 
     settings: ExpertSettings
@@ -61,6 +62,7 @@ class OffloadFit(Result):
     tried: list[FitRow]
     held_out: list[FitRow]
     loss: LossFit | None = None
+    bits: BitsFit | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Without the arrays."""
@@ -74,6 +76,7 @@ class OffloadFit(Result):
             "tried": [asdict(row) for row in self.tried],
             "held_out": [asdict(row) for row in self.held_out],
             **({name.name: None for name in fields(LossFit)} if self.loss is None else asdict(self.loss)),
+            "bits": None if self.bits is None else asdict(self.bits),
         }
 
     def to_records(self) -> list[dict[str, Any]]:
@@ -139,14 +142,19 @@ def fit_offload(
     arrays = way.guess.arrays() if way.guess is not None and way.guess.needs_fit else {}
     settings = ExpertSettings(space, slots, way.policy, way.settings, way.quotas, way.predictor, way.width, arrays, made)
     loss: LossFit | None = None
-    if options.folder is not None and options.max_kl is not None:
+    bits: BitsFit | None = None
+    if options.folder is not None and options.max_kl is not None and options.planes:
+        bits = fit_bits(options.folder, options.max_kl, report)
+        made["bits"] = {"bound": bits.bound, "kl": bits.kl}
+        settings = replace(settings, expert_bits=bits.expert_bits)
+    elif options.folder is not None and options.max_kl is not None:
         prices = SharesPrices(space.layers * options.layer_ms + held_out[-1].deciding_ms, options.record_ms)
         loss = fit_shares(options.folder, settings, float(rows.header.get("budget", 1.0)), prices, options.max_kl)
         made |= {"shares": asdict(loss.shares), "rate": asdict(loss.rate)}
         settings = replace(settings, shares=(loss.shares.t1, loss.shares.t2), prompt_rate=loss.rate.rate)
     if out is not None:
         write_settings(Path(out), settings)
-    return OffloadFit(settings, options.share, [FitRow.of(*pair) for pair in tried], held_out, loss)
+    return OffloadFit(settings, options.share, [FitRow.of(*pair) for pair in tried], held_out, loss, bits)
 
 
 def _prices(options: FitOptions) -> tuple[float, ...]:

@@ -16,6 +16,7 @@ from ..checkpoint.manifest import check_layers
 from ..elastic.runtime import experts_per_token
 from ..errors import CorruptError, UsageError
 from ..model import MoELayer, find_layers, read_generation_config
+from ..offload.settings import ExpertSettings
 from .aio_reader import open_reader
 from .arena import slots_in
 from .choose_misses import Misses
@@ -97,6 +98,18 @@ def _pack_inside(
         change.commit({"caches": sorted({*manifest.get("caches", ()), name})})
 
 
+def _check_form(fitted: ExpertSettings, planes: bool, lossy: Misses) -> None:
+    """UsageError for settings whose loss was measured on records of the other kind. lossy: what of them would be taken."""
+    if planes and not lossy.is_exact():
+        raise UsageError(
+            "what these settings read in int8 form was not fitted for planes", "fit with --planes, or give --miss-shares 1,1"
+        )
+    if not planes and fitted.expert_bits is not None:
+        raise UsageError(
+            "these settings give experts bits of their own, and the records are no planes", "give --expert-file of planes"
+        )
+
+
 def _opened(pack: Pack, slots: int, like: MoELayer, eviction: Eviction, options: StoreOptions) -> ExpertStore:
     if options.tier is None:
         return ExpertStore(pack, slots, like, eviction, reader=options.reader)
@@ -117,9 +130,12 @@ def load_stored(
     Raises DoesNotFit if the memory holds no sub-expert, CorruptError for a packed file that is damaged or of another model.
     """
     chosen = choose(options.policy, options.settings, options.ahead, options.predictor, options.fitted)  # before anything is read
-    if chosen.fitted is not None and options.misses == Misses():
+    unsaid = options.misses == Misses()
+    if chosen.fitted is not None and unsaid:
         options = replace(options, misses=Misses(shares=chosen.fitted.shares, prompt_rate=chosen.fitted.prompt_rate))
     pack = ready_pack(folder, manifest, options, progress)
+    if chosen.fitted is not None:
+        _check_form(chosen.fitted, isinstance(pack.layout, PlaneLayout), options.misses if unsaid else Misses())
     stream = LayerStream(folder, torch.float32)
     layers = find_layers(stream.model)
     check_layers(folder, manifest, layers)
@@ -144,7 +160,8 @@ def load_stored(
     guess = chosen.guess(pack.space, like.hidden)._replace(tried=options.tries_ahead, horizon=options.horizon)
     if isinstance(pack.layout, PlaneLayout):
         planes = PlaneStore(pack, slots, like, eviction, reader=options.reader)
-        model._moe_prism = PlaneElastic(model, layer_parts, planes, misses=options.misses, ahead=guess)
+        bits = None if chosen.fitted is None else chosen.fitted.expert_bits
+        model._moe_prism = PlaneElastic(model, layer_parts, planes, misses=options.misses, ahead=guess, expert_bits=bits)
     else:
         store = _opened(pack, slots, like, eviction, options)
         model._moe_prism = StoredElastic(model, layer_parts, store, misses=options.misses, ahead=guess)

@@ -130,15 +130,23 @@ class PlaneElastic(StoredElastic):
     """`StoredElastic` over planes."""
 
     def __init__(
-        self, model: object, layer_parts: Sequence[LayerParts], store: PlaneStore, *, misses: Misses, ahead: Guess
+        self,
+        model: object,
+        layer_parts: Sequence[LayerParts],
+        store: PlaneStore,
+        *,
+        misses: Misses,
+        ahead: Guess,
+        expert_bits: Sequence[Sequence[int]] | None = None,
     ) -> None:
+        """expert_bits: of every layer what its experts are read at, at most; None: all that the records have."""
         if misses.low is not None:
             raise UsageError(
                 "planes have no int8 form beside them", "leave --int8-budget out; --miss-floor and --miss-shares work"
             )
         self.planes = store
-        self.expert_bits: Sequence[Tensor] | None = None
-        """[E] of every layer: bits of experts at the point that is set, where it stores them in fewer than the records have."""
+        self.expert_bits = None if expert_bits is None else [torch.tensor(own, dtype=torch.float32) for own in expert_bits]
+        """[E] of every layer; a point that says its own goes before."""
         super().__init__(model, layer_parts, store, misses=misses, ahead=Guess())
         self.ahead = PlanesAhead(self.layers, store, ahead)
 

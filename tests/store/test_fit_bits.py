@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import httpx2
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,7 @@ from moe_prism.progress import silent
 from moe_prism.store import write_pack
 from moe_prism.store.choose_misses import Misses
 from moe_prism.store.plane_layout import PlaneStorage
+from tests.offload.common import make, next_layer
 from tests.serve.house import open_house
 from tests.store.common import PROMPT, logits, opened, store_of
 from tests.tiny_sources import save_tiny
@@ -65,6 +67,9 @@ def fitted(folder, text_file, tmp_path_factory):
         assert {bits for own in most.expert_bits for bits in own} == {4}
         asked = FitOptions(share=0.4, policy=["lru"], predictor=["frequency"], folder=folder, max_kl=most.kl / 2, planes=True)
         found = fit_offload(trace, path, asked)
+        other = make(next_layer(48, 3, 12), experts=12, request=np.arange(48) // 6)
+        with pytest.raises(UsageError, match="of another model"):
+            fit_offload(other, None, asked)
     return path, found
 
 

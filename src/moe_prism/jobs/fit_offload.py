@@ -146,7 +146,9 @@ def fit_offload(
     if options.folder is not None and options.max_kl is not None and options.planes:
         bits = fit_bits(options.folder, options.max_kl, report)
         if [len(own) for own in bits.expert_bits] != [space.experts] * space.layers:
-            raise UsageError(f"the trace is of another model than '{options.folder}'", "give the folder that it was recorded with")
+            raise UsageError(
+                f"the trace is of another model than '{options.folder}'", "give the folder that it was recorded with"
+            )
         made["bits"] = {"bound": bits.bound, "kl": bits.kl}
         settings = replace(settings, expert_bits=bits.expert_bits)
     elif options.folder is not None and options.max_kl is not None:

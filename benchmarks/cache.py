@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 from known_tokens import coefficients, drafted, oracle
 
 from moe_prism.cli.output import note, progress, table
@@ -22,8 +23,8 @@ from moe_prism.jobs.trace import TraceOptions, compare_policies, record_trace
 from moe_prism.offload import Prefetch, Trace, cache_policies, load_trace, predictors
 from moe_prism.offload.predict import recall
 from moe_prism.offload.predict.path import Path
-from moe_prism.offload.quotas import miss_curves, quotas
-from moe_prism.offload.replay import ReplayOptions, groups, interleave, replay
+from moe_prism.offload.quotas import miss_curves, needed, quotas, scaled
+from moe_prism.offload.replay import ReplayOptions, groups, interleave, replay, uses_by_step
 
 RHOS = (1.0, 1.5, 2.0, 3.0, 4.0)
 WINDOWS = (0, 1, 2, 3, 4, 8, 16, 64)
@@ -117,15 +118,26 @@ def batches(trace: Trace) -> list[dict[str, Any]]:
 
 
 def layer_quotas(trace: Trace) -> dict[str, Any]:
-    """lfu with quotas from the calibration side's miss curves, against the same slots in equal parts and in one pool, at 2k per layer."""
+    """lfu with quotas from the calibration side, against the same slots in equal parts and in one pool, at 2k per layer.
+
+    Quotas by miss curves, and by what ExpertFlow's runs of tokens need; the oracle knows those of the evaluation side.
+    """
     fitting, rows = trace.part("calibration").decode(), trace.part("evaluation").decode()
     policy = cache_policies.get("lfu")
     sizes = list(range(rows.k, rows.experts + 1))
     found = quotas(miss_curves(fitting, policy, sizes, fitting.space), sizes, 2 * rows.k * rows.layers)
+    need, oracle = (
+        scaled(needed(np.stack([uses_by_step(r, r.space, i)[0] > 0 for i in range(r.layers)]), sum(found)), sum(found), r.experts)
+        for r in (fitting, rows)
+    )
     return {
         "quotas": found,
+        "of need": need,
+        "of the oracle": oracle,
         "equal": replay(rows, policy, 2 * rows.k).hit_rate,
         "by curves": replay(rows, policy, found).hit_rate,
+        "by need": replay(rows, policy, need).hit_rate,
+        "by the oracle": replay(rows, policy, oracle).hit_rate,
         "one pool": replay(rows, policy, 2 * rows.k, ReplayOptions(shared=True)).hit_rate,
     }
 

@@ -95,7 +95,7 @@ class Bench:
         windows = held_out(folder, tokenizer, args)
         reference = [decode(whole, row[None], FULL, args.tokens)[1] for row in windows]
         bits = fitted(folder, args.group, None) if args.bits else None
-        return cls(folder, work, expert_bytes(folder, whole), traces, sides[0][1][:3], windows, reference, bits)
+        return cls(folder, work, expert_bytes(folder, whole), traces, sides[0][1], windows, reference, bits)
 
 
 def routing(model: Any, sides: list[tuple[str, torch.Tensor]], budget: float) -> Trace:
@@ -119,7 +119,7 @@ def lru_way(bench: Bench, args: Namespace) -> Way:
     """Whole experts, all of them: what everything is compared with."""
     config = Config("lru", parts=1, options={"policy": "lru"})
     model = stored(bench.folder, bench.work, args.memory, config, args)
-    store, costs = model._moe_prism.store, measured(model, bench.calibration, 1.0, fits=False)
+    store, costs = model._moe_prism.store, measured(model, bench.calibration[:3], 1.0, fits=False)
     rows = bench.traces[1.0].part("calibration").decode()
     eviction = Eviction(cache_policies.get("lru"), group=store.group)
     found = replayed(rows, store.space, store.slots, eviction).at(costs.prices, costs.step)
@@ -133,7 +133,7 @@ def fitted_ways(bench: Bench, args: Namespace) -> list[Way]:
     for budget, trace in bench.traces.items():
         name = f"budget {budget:g}"
         model = stored(bench.folder, bench.work, args.memory, Config(name, budget, options={"policy": "lfu"}), args)
-        store, costs = model._moe_prism.store, measured(model, bench.calibration, budget)
+        store, costs = model._moe_prism.store, measured(model, bench.calibration[:3], budget)
         ms = FitPrices.of(costs.prices, costs.step, costs.decisions)
         path = bench.work / f"settings-{args.link:g}-{args.share:g}-{budget:g}.json"
         asked = FitOptions(

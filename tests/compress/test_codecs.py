@@ -181,3 +181,16 @@ def test_cells_of_nested_planes_are_those_of_the_form_to_read(base, bits):
     assert float((fast["cell"] == plain["cell"]).float().mean()) > 0.99
     error = [float((codec.value(codec.code(values, n, bits), n, bits) - values).square().mean()) for n in (fast, plain)]
     assert error[0] == pytest.approx(error[1], rel=1e-3)
+
+
+def test_a_width_of_a_wider_file_has_the_files_cells():
+    matrix = torch.randn(16, 64)
+    file, plain = Nested(most=8), Nested()
+    whole, part = plain.encode(matrix, 8, 32), file.encode(matrix, 4, 32)
+    assert part.widths == (2, 3, 4) and torch.equal(file.decode(part, 4), plain.decode(whole, 4))
+    assert not torch.equal(plain.decode(plain.encode(matrix, 4, 32), 4), file.decode(part, 4))
+    assert torch.equal(file.decode(file.encode(matrix, 8, 32), 8), plain.decode(whole, 8))
+    assert file.legal == plain.legal and Nested(most=6).legal == (2, 3, 4, 5, 6)
+    for wrong in (9, 1):
+        with pytest.raises(UsageError, match="a file of"):
+            Nested(most=wrong)

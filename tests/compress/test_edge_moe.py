@@ -5,6 +5,7 @@ import torch
 
 from moe_prism.artefact.open import open_model
 from moe_prism.compress.changes import change_of
+from moe_prism.compress.codec.nested import Nested
 from moe_prism.compress.codec.rtn import Rtn
 from moe_prism.compress.quantize import QuantizeChange
 from moe_prism.compress.quantize.decoded import SOURCE
@@ -23,8 +24,8 @@ def subject(tiny_source, text_file):
     return subject_of(open_model(tiny_source), options)
 
 
-def measured(subject, widths):
-    change = QuantizeChange(Rtn(), widths, 32)
+def measured(subject, widths, codec=None):
+    change = QuantizeChange(codec or Rtn(), widths, 32)
     return measure(subject.model, subject.calibration, [OperatingPoint(weights=change.part())])[0].quality.kl
 
 
@@ -52,3 +53,15 @@ def test_a_point_is_within_its_bound_and_takes_no_more_bits_than_that(subject):
 def test_a_bound_that_no_width_meets_is_refused(subject):
     with pytest.raises(UsageError, match="8 bits for all lose more than 1e-12"):
         method("edge-moe:bound=1e-12").points(subject)
+
+
+def test_experts_may_be_in_the_planes_of_a_store(subject):
+    """The loss that is bounded is that of nested planes."""
+    wide, narrow = (measured(subject, bits, Nested(most=8)) for bits in (8.0, 4.0))
+    bound = (wide * narrow) ** 0.5
+    (named,) = method(f"edge-moe:bound={bound}:widths=4-8:codec=nested").points(subject)
+    change = change_of(named.point.weights)
+    assert change.codec == Nested(most=8) and {bits for row in change.bits for bits in row} <= {4.0, 8.0}
+    assert measured(subject, change.bits, Nested(most=8)) <= bound and named.name.endswith("-of-4-8-nested")
+    with pytest.raises(UsageError, match="no codec of experts at widths of their own"):
+        method("edge-moe:codec=mxfp4").points(subject)

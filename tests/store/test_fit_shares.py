@@ -9,7 +9,7 @@ import pytest
 from moe_prism.cli import main
 from moe_prism.errors import CorruptError, UsageError
 from moe_prism.jobs.fit_offload import fit_offload
-from moe_prism.jobs.fit_shares import SHARES, SharesRow, fastest
+from moe_prism.jobs.fit_shares import RATES, SHARES, SharesRow, fastest
 from moe_prism.offload.record import TraceRecorder, record
 from moe_prism.offload.settings import read_settings
 from moe_prism.options.fit import FitOptions
@@ -32,16 +32,20 @@ def test_thresholds_are_fitted_written_and_followed(elastic_half, tmp_path, monk
     path = tmp_path / "settings.json"
     asked = {"share": 0.2, "policy": ["lru"], "predictor": ["frequency"], "folder": elastic_half}
     exact = fit_offload(trace, path, FitOptions(max_kl=0.0, **asked))
-    assert exact.shares is not None and exact.shares.t1 == 1 and exact.shares.kl == pytest.approx(0, abs=1e-6)
+    assert exact.loss is not None and exact.loss.shares.t1 == 1 and exact.loss.shares.kl == pytest.approx(0, abs=1e-6)
     found = fit_offload(trace, path, FitOptions(max_kl=100.0, record_ms=100.0, **asked), force=True)
-    assert len(found.shares_tried) == 3 and not (elastic_half / "experts.pack").exists()
-    best = min(found.shares_tried, key=lambda row: row.ms_per_token)
+    assert exact.loss.rate.rate == 0 and exact.loss.rate.kl == pytest.approx(0, abs=1e-6)
+    assert found.loss is not None and [row.rate for row in found.loss.rates_tried] == list(RATES)
+    assert found.loss.rates_tried[-1].kl > 0  # all that is missing came in int8
+    assert found.to_json()["rates_tried"][0]["rate"] == 0
+    assert len(found.loss.shares_tried) == 3 and not (elastic_half / "experts.pack").exists()
+    best = min(found.loss.shares_tried, key=lambda row: row.ms_per_token)
     own = read_settings(path)
     assert own.shares == (best.t1, best.t2) == (0, 0)
-    assert found.shares.kl > 0 and found.shares.kb_per_token < found.shares_tried[0].kb_per_token
+    assert found.loss.shares.kl > 0 and found.loss.shares.kb_per_token < found.loss.shares_tried[0].kb_per_token
     memory, file = smallest(whole, own.slots), tmp_path / "low"
     stored, _ = opened(elastic_half, file, memory, fitted=path, ahead=0)
-    assert stored._moe_prism.misses == Misses(shares=own.shares)
+    assert stored._moe_prism.misses == Misses(shares=own.shares, prompt_rate=own.prompt_rate)
     other, _ = opened(elastic_half, file, memory, fitted=path, ahead=0, misses=Misses(shares=(1.0, 1.0)))
     assert other._moe_prism.misses == Misses(shares=(1.0, 1.0))  # what is asked for goes before the file
     form = json.loads(path.read_text())

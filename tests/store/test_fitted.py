@@ -22,6 +22,7 @@ from moe_prism.offload.cache.ranked import Ranked
 from moe_prism.offload.predict import Predictor, Seen
 from moe_prism.offload.predict.base import history
 from moe_prism.offload.record import TraceRecorder, record
+from moe_prism.offload.settings import read_settings
 from moe_prism.options.fit import FitOptions
 from moe_prism.options.offload import OffloadOptions
 from moe_prism.store.fit import StoreFit, halves
@@ -245,6 +246,23 @@ def test_reading_ahead_is_off_where_it_does_not_pay():
     assert free.held_out[2].ms_per_token < free.held_out[3].ms_per_token
     bound, bare = free.held_out[1], free.held_out[3]
     assert bound.hit_rate >= bare.hit_rate
+
+
+def test_slots_by_predicted_need_are_tried_and_written(tmp_path, monkeypatch):
+    """Tokens say which experts are needed: of eight for a while in the first layer, of two and three in the others."""
+    draw = np.random.default_rng(0)
+    token = np.concatenate([phase * 8 + draw.integers(8, size=40) for phase in [*range(6), *range(6)]])
+    phase, j = token // 8, token % 8
+    ids = np.stack([token % 24, (phase * 2 + j % 2) % 24, (phase * 3 + j % 3) % 24], axis=1)[:, :, None]
+    trace = make(ids, experts=24, token=token.astype(np.int32), request=np.arange(480) // 20)
+    asked = FitOptions(share=13 / 72, policy=["lru"], predictor=["token"], record_ms=5)
+    found = fit_offload(trace, None, asked)
+    rows = {(row.quotas, row.predictor): row for row in found.tried}
+    assert rows["need", ""].hit_rate > rows["", ""].hit_rate and ("misses", "") in rows
+    monkeypatch.setattr(StoreFit, "with_quotas", lambda fit, way: way)
+    chosen = fit_offload(trace, tmp_path / "s.json", asked)
+    assert chosen.settings.quotas == read_settings(tmp_path / "s.json").quotas == (7, 3, 3)
+    assert chosen.held_out[2].quotas == "need" and chosen.held_out[2].hit_rate > chosen.held_out[0].hit_rate
 
 
 def test_forecasts_compare_the_fitted_way(world, tmp_path, plugged):

@@ -11,15 +11,15 @@ import torch
 from moe_prism.artefact.load import load
 from moe_prism.checkpoint import read_manifest
 from moe_prism.compress.codec.nested import Nested
+from moe_prism.compress.codec.rtn import Rtn
 from moe_prism.compress.quantize import QuantizeChange
 from moe_prism.elastic import operating_point
 from moe_prism.errors import CorruptError, DoesNotFit, UsageError
 from moe_prism.jobs.compress import compress_model, plan_compression
 from moe_prism.jobs.forecast_offload import forecast_offload
-from moe_prism.jobs.forecast_planes import _replayed_groups
+from moe_prism.jobs.forecast_planes import filling
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.offload.cache import cache_policies
-from moe_prism.offload.replay import Group
 from moe_prism.options.compress import CompressOptions
 from moe_prism.options.offload import OffloadOptions
 from moe_prism.point import FULL, OperatingPoint, SlotBits, SlotRule
@@ -108,11 +108,9 @@ def test_a_forecast_replays_what_the_store_asks_for(folder, file, ids, tmp_path)
             forecast_offload(folder, memory, OffloadOptions(expert_file=file, tokens=160, **wrong))
 
 
-def test_the_first_of_several_texts_fills_the_cache():
-    asked = [Group(step, layer, [step], [1.0], step, step + 1, False) for step in range(4) for layer in range(2)]
-    assert _replayed_groups(asked, steps=2, texts=2) == (asked, 2)
-    alone, warm = _replayed_groups(asked, steps=2, texts=1)  # which was decoded twice
-    assert warm == 0 and [(group.step, group.keys[0]) for group in alone[::2]] == [(0, 2), (1, 3)]
+def test_prompts_and_the_first_half_of_the_texts_fill_the_cache():
+    assert filling([0, 3, 6, 9]) == {0, 1, 2, 3, 4, 5, 6, 9}
+    assert filling([0, 3]) == {0, 1, 2, 3}  # a single text is decoded twice
 
 
 def test_the_groups_are_the_misses_of_a_run(folder, file, ids):
@@ -122,10 +120,32 @@ def test_the_groups_are_the_misses_of_a_run(folder, file, ids):
     with asked_planes(store) as asked, torch.no_grad(), operating_point(model, point=at(0.25)):
         for i in range(ids.shape[1]):
             model(input_ids=ids[:, i : i + 1], use_cache=False)
-    misses = replayed(asked.groups, store.space, store.slots, Eviction(cache_policies.get("lru"), group=store.group))
-    assert int(misses.lost.sum()) == store.cache.counts.misses > 0
-    late = replayed(asked.groups, store.space, store.slots, Eviction(cache_policies.get("lru"), group=store.group), warm=3)
+    lru = Eviction(cache_policies.get("lru"), group=store.group)
+    misses = replayed(asked.groups, store.space, store.slots, lru)
+    assert int(misses.lost.sum()) == store.cache.counts.misses > 0 and asked.prompts == []
+    assert misses.hit_rate == store.cache.counts.hit_rate
+    late = replayed(asked.groups, store.space, store.slots, lru, uncounted=range(3))
     assert np.array_equal(late.lost, misses.lost[3:]) and late.hit_rate > misses.hit_rate
+
+
+def test_a_prompt_brings_in_what_its_steps_want(folder, file, ids):
+    """The replay of what a store with a prompt was asked for has the misses of its steps alone."""
+    whole, _ = opened(folder, file)
+    model, _ = opened(folder, file, smallest(whole, 60), policy="lru")
+    store, past = store_of(model), None
+    with asked_planes(store) as asked, torch.no_grad(), operating_point(model, point=at(0.25)):
+        for part in (ids[:, :16], *ids[:, 16:24].split(1, 1)):
+            past = model(input_ids=part, past_key_values=past, use_cache=True).past_key_values
+            if part.shape[1] > 1:
+                before = store.cache.counts.misses
+    assert asked.prompts == [0] and len(asked.slots) == 8 * 2
+    lru = Eviction(cache_policies.get("lru"), group=store.group)
+    found = replayed(asked.groups, store.space, store.slots, lru, uncounted=asked.prompts)
+    without = [replace(group, step=group.step - 1) for group in asked.groups if group.step]
+    alone = replayed(without, store.space, store.slots, lru)
+    own = store.cache.counts.misses - before
+    assert abs(int(found.lost.sum()) - own) <= 2  # a prompt in pieces leaves others behind than one at once
+    assert int(found.lost.sum()) < int(alone.lost.sum())
     assert measure_plane_prices(store).seconds[-1] > 0
 
 
@@ -161,6 +181,33 @@ def test_what_knows_no_bits_reads_all_of_them(folder, file, ids):
         mixed = stored(input_ids=rows).logits
     torch.testing.assert_close(mixed[:1], logits(stored, ids, point=at(0.2)), **CLOSE)
     torch.testing.assert_close(mixed[1:], logits(stored, ids), **CLOSE)
+
+
+@torch.no_grad()
+def test_bits_of_each_expert_say_which_planes_are_read(folder, file, ids):
+    """EdgeMoE's choice as a point: the model in memory with its experts at those widths, and no lower plane of narrow ones."""
+    model, _ = load(folder, torch.float32, wide=True)
+    stored, whole = opened(folder, file)[0], opened(folder, file)[0]
+    store = store_of(stored)
+    bits = ((4.0, 8.0, 4.0, 8.0, 3.0, 8.0), (8.0, 4.0, 4.0, 4.0, 8.0, 2.0))
+    point = OperatingPoint(weights=QuantizeChange(Nested(most=8), bits, 32).part())
+    torch.testing.assert_close(logits(stored, ids, point=point), logits(model, ids, point=point), **CLOSE)
+    for layer in range(2):
+        both = store.resident(layer).reshape(6, -1, 2)
+        narrow = torch.tensor(bits[layer]) <= 4
+        assert not both[narrow.numpy(), :, 1].any() and both[~narrow.numpy()].any()
+        assert (both[~narrow.numpy()][:, :, 0] == both[~narrow.numpy()][:, :, 1]).all()
+    torch.testing.assert_close(logits(stored, ids), logits(whole, ids))  # and afterwards they are read as before
+    ahead, _ = opened(folder, file, ahead=6)
+    for i in range(4):  # nor is one of them read ahead
+        assert torch.equal(logits(ahead, ids[:, i : i + 1], point=point), logits(stored, ids[:, i : i + 1], point=point))
+    store_of(ahead).settle()
+    assert sum(pool.counts.prefetched for pool in store_of(ahead).cache.pools) > 0
+    for layer in range(2):
+        assert not store_of(ahead).resident(layer).reshape(6, -1, 2)[np.array(bits[layer]) <= 4, :, 1].any()
+    half = replace(point, slots=at(0.25).slots)
+    with pytest.raises(UsageError, match="have their own bits"):
+        logits(stored, ids, point=half)
 
 
 @torch.no_grad()
@@ -221,11 +268,18 @@ def test_what_records_do_not_hold_is_refused(folder, file, tmp_path):
         operating_point(stored, point=at(0.2, group=64)),
     ):
         pass
-    with (
-        pytest.raises(UsageError, match="needs the experts in memory"),
-        operating_point(stored, point=OperatingPoint(weights=QuantizeChange(Nested(), 8.0, 32).part())),
+    for codec, bits, group in (
+        (Nested(), 8.0, 64),
+        (Rtn(), 4.0, 32),
+        (Nested(base=4), 8.0, 32),
+        (Nested(), 4.0, 32),
+        (Nested(most=6), 4.0, 32),
     ):
-        pass
+        with (
+            pytest.raises(UsageError, match="the records have nested planes of 2 to 8 bits in groups of 32"),
+            operating_point(stored, point=OperatingPoint(weights=QuantizeChange(codec, bits, group).part())),
+        ):
+            pass
     with pytest.raises(UsageError, match="no int8 form"):
         opened(folder, file, misses=Misses(0.1, low=0.5))
     with pytest.raises(DoesNotFit, match="hold no sub-expert"):

@@ -31,7 +31,9 @@ def store_options(experts: ExpertOptions) -> StoreOptions | None:
         experts.expert_file,
         experts.expert_policy,
         parts=experts.expert_parts,
-        misses=Misses(experts.miss_floor, experts.int8_budget, shares=_shares(experts.miss_shares)),
+        misses=Misses(
+            experts.miss_floor, experts.int8_budget, shares=_shares(experts.miss_shares), prompt_rate=experts.prompt_rate
+        ),
         ahead=experts.expert_ahead,
         tries_ahead=not experts.expert_ahead_always,
         predictor=experts.expert_predictor,

@@ -56,9 +56,13 @@ def fit(
     text += f"\n{own.slots} of {len(own.space)} keys fit, {quotas}"
     if not own.width:
         text += "\nreading ahead does not pay at these costs"
-    if found.shares is not None:
-        t = found.shares
+    if found.loss is not None:
+        t, rate = found.loss.shares, found.loss.rate
         text += f"\nmissing experts by --miss-shares {t.t1:g},{t.t2:g}; on held-out text KL {t.kl:.5f}, "
         text += f"{t.kb_per_token:.0f} kB/token, {t.ms_per_token:.2f} ms/token with nothing read ahead"
+        text += f"\nprompts by --prompt-rate {rate.rate:g}; on held-out text KL {rate.kl:.5f}, {rate.kb_per_token:.1f} kB per token of them"
+    if found.bits is not None:
+        every = [bits for own in found.bits.expert_bits for bits in own]
+        text += f"\n{every.count(8)} of {len(every)} experts have 8 bits, the others 4; on held-out text KL {found.bits.kl:.5f}"
     note(f"next: moe-prism generate MODEL --expert-memory SIZE --expert-settings {out}")
     emit({"file": str(out), **found.to_json()}, text, json)

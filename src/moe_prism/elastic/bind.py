@@ -288,7 +288,7 @@ def _stored(elastic: Host, point: OperatingPoint) -> tuple[StoredAs, ...] | None
     """What a change of weights makes of every layer's experts; None: nothing that prices know. Such a point shares no batch."""
     if point.weights is None:
         return None
-    change, layers = change_of(point.weights), [layer.parts.layer for layer in elastic.layers]
+    change, layers = change_of(point.weights), elastic.source_layers()
     size = elastic.stored_bytes_per_weight
     found = [
         StoredAs(change.bytes_per_weight(layers, i, size), change.neurons_there(layers, i), change.same_weights(layers, i))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from ..model import MoELayer
 from ..point import OperatingPoint
 from .base import LayerParts
 from .execute.base import Executor
@@ -31,6 +32,9 @@ class Host(Protocol):
 
     @property
     def k(self) -> int | None: ...
+
+    def source_layers(self) -> Sequence[MoELayer]:
+        """The layers with their experts as the checkpoint has them: shapes, where the weights are elsewhere."""
 
     def normalises(self) -> bool:
         """Whether the router scales the weights of its choice to a constant sum."""

@@ -175,10 +175,10 @@ class ElasticLayer:
                 after = stage(after, which)
             after = routed if after is start else after
         full = group.is_full(self.index, which) if budget is None else _is_full(budget)
-        if full and after is routed and not self.executor.always_selects:
+        if full and after is routed and not self.executor.always_selects(len(routed.x)):
             return None
         added = partial(self._added, group, after) if group.stages else nothing
-        if full and not self.executor.always_selects:
+        if full and not self.executor.always_selects(len(routed.x)):
             return Whole(
                 after.index, after.weight, self._valid(after.index), self.parts.n_sub, added, after.cutoff, after.factors
             )
@@ -381,7 +381,7 @@ class ElasticLayer:
 
     def prices(self, group: PointGroup) -> Prices:
         """What reading this layer's weights costs at points of a group. Where all of them are whole, their rule need not exist here."""
-        selects = self.executor.always_selects or not all(group.is_full(self.index, p) for p in range(len(group.budgets)))
+        selects = self.executor.always_selects() or not all(group.is_full(self.index, p) for p in range(len(group.budgets)))
         scorer = self.scorer(group.scorer) if selects and rules.get(group.rule).needs_norms else None
         extra = self.compensator if selects and group.compensate else None
         stored = AS_IT_IS if group.stored is None else group.stored[self.index]

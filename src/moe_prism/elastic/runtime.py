@@ -76,6 +76,10 @@ class Elastic:
                 self._normalises = normalises(self)
         return self._normalises
 
+    def source_layers(self) -> Sequence[MoELayer]:
+        """The layers with their experts as the checkpoint has them: shapes, where the weights are elsewhere."""
+        return [layer.parts.layer for layer in self.layers]
+
     def check(self, point: OperatingPoint) -> None:
         """UsageError for a point that cannot run where this model's weights are; in memory every point can."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,21 @@ from ..progress import Report, silent
 from ..result import Result
 from ..store.fit import Costs, FitWay, StoreFit, search
 from ..store.price_reads import Forecast
-from .fit_shares import SharesPrices, SharesRow, fit_shares
+from .fit_bits import BitsFit, fit_bits
+from .fit_shares import LossFit, SharesPrices, fit_shares
 
 
 @dataclass(frozen=True)
 class FitRow:
-    """A way to run. hit_rate: of what layers asked for; reads_per_token: records, on demand and ahead; ms_per_token: forecast.
+    """A way to run. quotas: what they follow from, `misses` or `need`, empty for equal parts.
+
+    hit_rate: of what layers asked for; reads_per_token: records, on demand and ahead; ms_per_token: forecast.
 
     deciding_ms: of those, what a policy without a compiled table and a predictor take themselves, as measured on this machine.
     """
 
     policy: str
-    quotas: bool
+    quotas: str
     predictor: str
     width: int
     hit_rate: float
@@ -43,23 +46,23 @@ class FitRow:
         """Of a way and its time."""
         predictor = way.predictor if way.predictor is not None and way.width else ""
         times = 1e3 * time.seconds, 1e3 * time.deciding
-        return cls(way.policy, way.quotas is not None, predictor, way.width, time.hit_rate, time.reads, *times)
+        return cls(way.policy, way.quotas_by, predictor, way.width, time.hit_rate, time.reads, *times)
 
 
 @dataclass(frozen=True)
 class OffloadFit(Result):
     """What was chosen; `tried` on the choosing half of the calibration side, `held_out` on the evaluation side: `lru`, `belady`, chosen.
 
-    Where the chosen way reads ahead, `held_out` has it without that as a fourth row. shares: thresholds of what is missing on the
-    evaluation side, None where they were not asked for; shares_tried: on calibration text.
+    Where the chosen way reads ahead, `held_out` has it without that as a fourth row. loss: what is read in a smaller form, bits: what
+    experts have in planes, None where that was not asked for.
     """
 
     settings: ExpertSettings
     share: float
     tried: list[FitRow]
     held_out: list[FitRow]
-    shares: SharesRow | None = None
-    shares_tried: list[SharesRow] = field(default_factory=list)
+    loss: LossFit | None = None
+    bits: BitsFit | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Without the arrays."""
@@ -72,8 +75,8 @@ class OffloadFit(Result):
             **chosen,
             "tried": [asdict(row) for row in self.tried],
             "held_out": [asdict(row) for row in self.held_out],
-            "shares": None if self.shares is None else asdict(self.shares),
-            "shares_tried": [asdict(row) for row in self.shares_tried],
+            **({name.name: None for name in fields(LossFit)} if self.loss is None else asdict(self.loss)),
+            "bits": None if self.bits is None else asdict(self.bits),
         }
 
     def to_records(self) -> list[dict[str, Any]]:
@@ -138,16 +141,24 @@ def fit_offload(
     }
     arrays = way.guess.arrays() if way.guess is not None and way.guess.needs_fit else {}
     settings = ExpertSettings(space, slots, way.policy, way.settings, way.quotas, way.predictor, way.width, arrays, made)
-    shares: SharesRow | None = None
-    shares_tried: list[SharesRow] = []
-    if options.folder is not None and options.max_kl is not None:
+    loss: LossFit | None = None
+    bits: BitsFit | None = None
+    if options.folder is not None and options.max_kl is not None and options.planes:
+        bits = fit_bits(options.folder, options.max_kl, report)
+        if [len(own) for own in bits.expert_bits] != [space.experts] * space.layers:
+            raise UsageError(
+                f"the trace is of another model than '{options.folder}'", "give the folder that it was recorded with"
+            )
+        made["bits"] = {"bound": bits.bound, "kl": bits.kl}
+        settings = replace(settings, expert_bits=bits.expert_bits)
+    elif options.folder is not None and options.max_kl is not None:
         prices = SharesPrices(space.layers * options.layer_ms + held_out[-1].deciding_ms, options.record_ms)
-        shares, shares_tried = fit_shares(options.folder, settings, float(rows.header.get("budget", 1.0)), prices, options.max_kl)
-        made["shares"] = asdict(shares)
-        settings = replace(settings, shares=(shares.t1, shares.t2))
+        loss = fit_shares(options.folder, settings, float(rows.header.get("budget", 1.0)), prices, options.max_kl)
+        made |= {"shares": asdict(loss.shares), "rate": asdict(loss.rate)}
+        settings = replace(settings, shares=(loss.shares.t1, loss.shares.t2), prompt_rate=loss.rate.rate)
     if out is not None:
         write_settings(Path(out), settings)
-    return OffloadFit(settings, options.share, [FitRow.of(*pair) for pair in tried], held_out, shares, shares_tried)
+    return OffloadFit(settings, options.share, [FitRow.of(*pair) for pair in tried], held_out, loss, bits)
 
 
 def _prices(options: FitOptions) -> tuple[float, ...]:
@@ -157,7 +168,7 @@ def _prices(options: FitOptions) -> tuple[float, ...]:
 
 def _judged(fit: StoreFit, way: FitWay) -> list[FitRow]:
     """The evaluation side, which chooses nothing."""
-    bare = FitWay(way.policy, way.settings, way.quotas)
+    bare = FitWay(way.policy, way.settings, way.quotas, way.quotas_by)
     ways = [FitWay("lru", {}), FitWay("belady", {}), way, *([bare] if way.width else [])]
     return [FitRow.of(each, fit.time(each, fit.judging)) for each in ways]
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from ..elastic import operating_point
-from ..offload.replay import Group
 from ..point import OperatingPoint
 from ..store.decisions import Decisions
 from ..store.plane_store import PlaneStore
@@ -43,22 +42,20 @@ def forecast_planes(
     for name, point in points.items():
         with operating_point(model, point=point), asked_planes(store) as asked:
             step = measure_step(model, windows, prompt, here)
-        steps = windows.shape[1] - prompt
-        groups, warm = _replayed_groups(asked.groups, steps, len(windows))
-        slots = statistics.fmean(asked.slots[steps * store.space.layers :])
+        uncounted = filling(asked.prompts)
+        slots = statistics.fmean(asked.slots)
         for policy, eviction in policies.items():
             own = replace(eviction, group=store.group)
-            misses, deciding = replayed(groups, store.space, store.slots, own, warm=warm), decisions.policy(own, groups)
+            deciding = decisions.policy(own, asked.groups)
+            misses = replayed(asked.groups, store.space, store.slots, own, uncounted=uncounted)
             ways.append(PlaneForecast(name, policy, slots, step, misses.at(prices, step).with_deciding(deciding)))
     return prices, ways
 
 
-def _replayed_groups(groups: list[Group], steps: int, texts: int) -> tuple[list[Group], int]:
-    """The groups to replay of texts as `measure_step` decodes them, and how many steps only fill the cache.
+def filling(prompts: Sequence[int]) -> set[int]:
+    """Steps that fill the cache and are not counted: prompts, and all of the first half of the texts, as `measure_step` decodes them.
 
-    A short text pays for every plane that it asks for first. So the first of several texts fills the cache for the others. A single text
-    was decoded twice: its second time is replayed.
+    A cache that begins empty pays for every plane that is asked for first, which a longer run no longer does. A prompt begins a text, and
+    brings in much of what its steps want.
     """
-    if texts > 1:
-        return groups, steps
-    return [replace(group, step=group.step - steps) for group in groups[len(groups) // 2 :]], 0
+    return {*range(prompts[len(prompts) // 2]), *prompts}

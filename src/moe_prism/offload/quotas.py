@@ -1,4 +1,4 @@
-"""How many slots each layer gets, from its own miss curve."""
+"""How many slots each layer gets: from its own miss curve, or from what a predictor says it will need."""
 
 from __future__ import annotations
 
@@ -53,7 +53,29 @@ def quotas(curves: Array, sizes: Sequence[int], total: int) -> list[int]:
     return found[::-1]
 
 
-def scaled(shares: Sequence[int], slots: int, most: int) -> list[int]:
+def needed(used: Array, slots: int) -> list[float]:
+    """Keys of each layer that a run of steps needs, on average (ExpertFlow, arXiv 2410.17954). used: bool [L, S, keys].
+
+    The runs are the longest whose keys fit into `slots` together: longer ones would say that every layer needs all.
+    """
+    found, length = [float(own.sum(1).mean()) for own in used], 2
+    while length <= used.shape[1]:
+        whole = used.shape[1] // length * length
+        longer = [float(own[:whole].reshape(-1, length, own.shape[1]).any(1).sum(1).mean()) for own in used]
+        if sum(longer) > slots:
+            break
+        found, length = longer, length + 1
+    return found
+
+
+def likeliest(scores: Array, count: int) -> Array:
+    """bool [S, keys]: the `count` keys with the largest scores [S, keys] of every step."""
+    found = np.zeros(scores.shape, bool)
+    np.put_along_axis(found, np.argsort(-scores, axis=1, kind="stable")[:, :count], True, axis=1)
+    return found
+
+
+def scaled(shares: Sequence[float], slots: int, most: int) -> list[int]:
     """Quotas in the proportion of `shares` that sum to `slots` (to layers x most if that is less), each between 1 and `most`.
 
     What rounding leaves goes to the largest remainders. UsageError where there is less than one slot per layer.

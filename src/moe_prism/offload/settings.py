@@ -33,7 +33,8 @@ class ExpertSettings:
     """space, slots: the keys it was fitted for, and how many fitted; quotas: slots per layer, None = equal parts.
 
     policy, settings: who leaves; predictor, width, arrays: what is read ahead, None and 0 = nothing; made: how it came about; shares: T1
-    and T2 of what is missing (`store.choose_misses.Misses`), None = all of it is read as it is.
+    and T2 of what is missing (`store.choose_misses.Misses`), None = all of it is read as it is; prompt_rate: of the same, in prompts;
+    expert_bits: of every layer the bits of each expert, for records of planes.
     """
 
     space: KeySpace
@@ -46,6 +47,8 @@ class ExpertSettings:
     arrays: dict[str, Array] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
     shares: tuple[float, float] | None = None
+    prompt_rate: float = 0.0
+    expert_bits: tuple[tuple[int, ...], ...] | None = None
 
 
 def write_settings(path: Path, settings: ExpertSettings) -> None:
@@ -71,6 +74,8 @@ def write_settings(path: Path, settings: ExpertSettings) -> None:
         "quotas": None if settings.quotas is None else list(settings.quotas),
         "predictor": predictor,
         "miss_shares": None if settings.shares is None else list(settings.shares),
+        "prompt_rate": settings.prompt_rate,
+        "expert_bits": None if settings.expert_bits is None else [list(own) for own in settings.expert_bits],
         "made": settings.made,
     }
     form = ExpertSettingsForm.model_validate(values)
@@ -87,6 +92,8 @@ def read_settings(path: Path) -> ExpertSettings:
         arrays = _arrays(path.parent / found.file, found.sha256)
     if form.quotas is not None and len(form.quotas) != form.layers:
         raise CorruptError(f"{path}: {len(form.quotas)} quotas for {form.layers} layers", AGAIN)
+    if form.expert_bits is not None and [len(own) for own in form.expert_bits] != [form.experts] * form.layers:
+        raise CorruptError(f"{path}: bits of experts that are not {form.layers} layers of {form.experts}", AGAIN)
     shares = None if form.miss_shares is None else (form.miss_shares[0], form.miss_shares[1])
     if shares is not None and shares[0] > shares[1]:
         raise CorruptError(f"{path}: the miss shares {shares[0]:g} and {shares[1]:g} descend", AGAIN)
@@ -101,6 +108,8 @@ def read_settings(path: Path) -> ExpertSettings:
         arrays,
         form.made,
         shares,
+        form.prompt_rate,
+        None if form.expert_bits is None else tuple(map(tuple, form.expert_bits)),
     )
 
 
@@ -121,6 +130,10 @@ def policy_of(settings: ExpertSettings, space: KeySpace) -> tuple[type[CachePoli
     """(policy, its settings) for a store with these keys. UsageError for other keys, CorruptError for settings that it does not take."""
     _check_space(settings, space)
     policy = cache_policies.get(settings.policy)
+    if space.planes > 1 and (len(settings.space),) in policy.shapes(settings.space).values():
+        raise UsageError(
+            f"what '{settings.policy}' has fitted is of whole records, and these are planes", "fit with another --policy"
+        )
     return policy, checked_settings(policy, settings.policy, settings.settings, space)
 
 
@@ -158,6 +171,8 @@ def predictor_of(settings: ExpertSettings, space: KeySpace, hidden: int) -> Pred
 
 
 def _check_space(settings: ExpertSettings, space: KeySpace) -> None:
-    if settings.space != space:
-        own, given = (f"{s.layers} layers of {s.experts} experts in {s.parts} parts" for s in (settings.space, space))
+    """Planes of a sub-expert count as one key: what is fitted says nothing of single keys then."""
+    whole = KeySpace(space.layers, space.experts, space.parts // space.planes)
+    if settings.space != whole:
+        own, given = (f"{s.layers} layers of {s.experts} experts in {s.parts} parts" for s in (settings.space, whole))
         raise UsageError(f"the settings are for {own}, this store has {given}", "fit them on a trace of this model, with --parts")

@@ -71,6 +71,14 @@ class ExpertOptions(Options):
         "the share T1 of its routing weight, in int8 form or its upper plane up to T2, else skipped. 1,1 reads all.",
     )
 
+    prompt_rate: float = option(
+        0.0,
+        "In steps of more than 8 tokens, as prompts are: what is missing of the least used experts is read in int8 form, or its upper "
+        "plane alone, as many of them as have at most this share of all uses together (Fate). 0 reads all as they are.",
+        least=0,
+        most=1,
+    )
+
     def check_used(self) -> None:
         """UsageError for an option that would do nothing, because all experts are in memory."""
         if self.expert_ahead_always and not self.expert_ahead and self.expert_settings is None:

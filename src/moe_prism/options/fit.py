@@ -49,7 +49,13 @@ class FitOptions(Options):
         least=0,
     )
     folder: Path | None = option(
-        None, "The elastic model of the trace: also fit --miss-shares, with the loss measured on it. Needs --max-kl."
+        None,
+        "The elastic model of the trace: also fit --miss-shares and --prompt-rate, with the loss measured on it. Needs --max-kl.",
+    )
+    planes: bool = option(
+        False,
+        "With --folder and --max-kl: for records of planes choose 4 or 8 bits for each expert within that loss (EdgeMoE), in place of "
+        "--miss-shares and --prompt-rate.",
     )
     max_kl: float | None = option(
         None,
@@ -74,3 +80,5 @@ class FitOptions(Options):
         super().check()
         if (self.folder is None) != (self.max_kl is None):
             raise UsageError("--folder and --max-kl belong together", "give both, or neither")
+        if self.planes and self.folder is None:
+            raise UsageError("--planes fits bits on a model", "give --folder and --max-kl as well")

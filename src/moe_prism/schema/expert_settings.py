@@ -23,7 +23,10 @@ class PredictorForm(Form):
 
 
 class ExpertSettingsForm(Form):
-    """The whole file. layers, experts, parts: the keys it was fitted for; slots: how many of them fitted; miss_shares: T1 and T2."""
+    """The whole file. layers, experts, parts: the keys it was fitted for; slots: how many of them fitted; miss_shares: T1 and T2.
+
+    prompt_rate: share of a prompt's uses whose experts are read in the smaller form. expert_bits: of every layer, of each expert.
+    """
 
     schema_: Annotated[Literal[1], Field(alias="schema")]
     kind: Literal["expert settings"]
@@ -36,4 +39,6 @@ class ExpertSettingsForm(Form):
     quotas: Annotated[list[Positive], MinLen(1), MaxLen(MOST_LAYERS)] | None = None
     predictor: PredictorForm | None = None
     miss_shares: Annotated[list[Annotated[float, Field(ge=0, le=1)]], MinLen(2), MaxLen(2)] | None = None
+    prompt_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    expert_bits: Annotated[list[list[Annotated[int, Field(ge=1, le=8)]]], MinLen(1), MaxLen(MOST_LAYERS)] | None = None
     made: Plain = {}

@@ -4,7 +4,8 @@ Two levels instead of one: slots whose sub-expert is resident are kept at the op
 only at a smaller one, the floor. Rules rank slots the same way at every budget, so what is kept lies between the two budgets' own
 choices: the loss is bounded by that of the floor run as an operating point, which is measured. Between floor and budget a missing slot
 may be read in int8 form instead of being skipped. HOBBIT (arXiv 2411.01433) chooses among the same three by the routing weights of the
-stronger experts of a token: that is `Misses.shares`.
+stronger experts of a token: that is `Misses.shares`. Fate (arXiv 2502.12224) chooses in prompts by how often an expert is used: that is
+`Misses.prompt_rate`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
+FEW_TOKENS = 8
+"""A step of more tokens is a prompt, or decodes so many requests: it wants nearly all experts, each for some of its tokens."""
+
 
 @dataclass(frozen=True)
 class Misses:
@@ -37,22 +41,29 @@ class Misses:
     None = never. shares (T1, T2): the routing weight of a token's stronger experts decides instead, as a share of all of it: up to T1 an
     expert's slots are read as they are, up to T2 in the smaller form, and beyond that they are skipped. step_seconds: read as many of
     those between floor and budget as fit into this time per step, the most valuable first, instead of none; None = the floor decides
-    alone.
+    alone. prompt_rate: in steps of more than FEW_TOKENS, what is read of the least used experts is read in the smaller form, as many of
+    them as have at most this share of all uses together (`rare`); 0 = none.
     """
 
     floor: float = 1.0
     low: float | None = None
     step_seconds: float | None = None
     shares: tuple[float, float] | None = None
+    prompt_rate: float = 0.0
 
-    @property
-    def is_exact(self) -> bool:
-        return self.floor >= 1 and self.low is None and self.shares is None
+    def is_exact(self, tokens: int | None = None) -> bool:
+        """Whether steps of so many tokens, or all steps, read everything as it is."""
+        few = self.floor >= 1 and self.low is None and self.shares is None
+        return few and (not self.prompt_rate or (tokens is not None and tokens <= FEW_TOKENS))
+
+    def has_rare(self, tokens: int) -> bool:
+        """Whether steps of so many tokens read some experts in the smaller form because few use them."""
+        return self.prompt_rate > 0 and tokens > FEW_TOKENS
 
     @property
     def needs_low(self) -> bool:
         """Whether records are read in int8 form."""
-        return self.low is not None or (self.shares is not None and self.shares[0] < self.shares[1])
+        return self.low is not None or self.prompt_rate > 0 or (self.shares is not None and self.shares[0] < self.shares[1])
 
     def __post_init__(self) -> None:
         if self.shares is not None:
@@ -63,6 +74,8 @@ class Misses:
                     f"shares {self.shares[0]:g} and {self.shares[1]:g} are no T1 <= T2 within [0, 1]",
                     "1,1 reads every missing slot",
                 )
+        if not 0 <= self.prompt_rate <= 1:
+            raise UsageError(f"prompt rate {self.prompt_rate:g} is outside [0, 1]", "0 reads every missing slot as it is")
         if not 0 < self.floor <= 1:
             raise UsageError(f"floor {self.floor:g} is outside (0, 1]", "1 reads every missing slot")
         if self.low is not None and not self.floor <= self.low <= 1:
@@ -84,11 +97,11 @@ def choose(store: ExpertStore, layer: int, candidates: Candidates, misses: Misse
     if found is not None:
         return found
     wide = candidates.keep()
-    if misses.is_exact:
+    if misses.is_exact(len(wide)):
         return Settled(wide)
     experts, parts = store.space.experts, store.space.parts
     if parts != wide.shape[2]:
-        raise UsageError("a store of whole experts knows no sub-experts to skip", "leave miss floors out")
+        raise UsageError("a store of whole experts knows no sub-experts to skip", "leave miss floors and the prompt rate out")
     index, values = candidates.index, candidates.values().float()
     sure = wide & up_to(candidates.weight, misses.shares[0]) if misses.shares else candidates.keep(misses.floor)
     if misses.step_seconds is not None:
@@ -99,6 +112,8 @@ def choose(store: ExpertStore, layer: int, candidates: Candidates, misses: Misse
     cheap = sure if misses.low is None else candidates.keep(misses.low)
     if misses.shares:
         cheap = wide & up_to(candidates.weight, misses.shares[1])
+    if misses.has_rare(len(wide)):
+        sure = sure & ~rare(index, wide.any(2), experts, misses.prompt_rate)[index.clamp(0, experts - 1)][:, :, None]
     keep, low = torch.empty_like(wide), np.zeros((experts, parts), np.bool_)
     flags = [flag.contiguous().numpy() for flag in (wide, sure, cheap)]
     some = decide(index.contiguous().numpy(), *flags, store.slots_of(layer), values.contiguous().numpy(), keep.numpy(), low)
@@ -113,12 +128,20 @@ def up_to(weight: Tensor, share: float) -> Tensor:
     return (stronger <= share * size.sum(1, keepdim=True))[:, :, None]
 
 
+def rare(index: Tensor, kept: Tensor, experts: int, rate: float) -> Tensor:
+    """[E] bool: the least used experts, as many as have at most this share of all uses together. kept [T, k]: uses that count."""
+    uses = torch.bincount(index[kept], minlength=experts)
+    ordered, order = uses.sort(stable=True)
+    return torch.zeros(experts, dtype=torch.bool).scatter_(0, order, ordered.cumsum(0) <= rate * uses.sum())
+
+
 def _fused(store: ExpertStore, layer: int, candidates: Candidates, misses: Misses) -> Settled | None:
     """`choose` for few tokens in two calls; None where scorer, rule or batch are not of the compiled kind."""
     experts, parts = store.space.experts, store.space.parts
-    if misses.step_seconds is not None or misses.shares is not None:
+    tokens = len(candidates.index)
+    if misses.step_seconds is not None or misses.shares is not None or misses.has_rare(tokens):
         return None
-    limits = [] if misses.is_exact else [misses.floor] if misses.low is None else [misses.floor, misses.low]
+    limits = [] if misses.is_exact(tokens) else [misses.floor] if misses.low is None else [misses.floor, misses.low]
     found = candidates.fused(limits)
     if found is None:
         return None

@@ -51,7 +51,7 @@ class Fetcher:
         self.cache = pools(eviction, pack.space, slots, self.places)
         self.under_way = UnderWay(self.cache, reader, len(self.space), self.lose)
         self.figures = LiveFigures(self.space, self.capacities())
-        self.low: set[Key] = set()  # resident in int8 form
+        self.low: set[Key] = set()  # read in int8 form when they were last read
         self.price = 0.0  # seconds a record has cost so far that was waited for, spread over the threads; 0 = nothing is known
         self.step = -1
 
@@ -89,8 +89,8 @@ class Fetcher:
             keys = wanted.keys[first:last]
             weights = wanted.importance[first:last].astype(np.float64)
             order = np.argsort(-weights, kind="stable")
-            loads, victims, bypassed = pool.serve(keys[order], weights[order], self.moment(layer))
-            found = self._loaded(loads, victims)
+            loads, _, bypassed = pool.serve(keys[order], weights[order], self.moment(layer))
+            found = np.sort(loads)  # they have the slots of their victims
         else:
             names, weigh = wanted.by_importance(first, last)
             access = self.cache.request(names, self.moment(layer), weigh)
@@ -119,8 +119,8 @@ class Fetcher:
         self.cache.expect(layer, keys)
         pool = self._table(layer)
         if pool is not None:
-            loads, victims, _ = pool.serve_ahead(np.array(keys, np.int64), now)
-            found = self._loaded(loads, victims)
+            loads, _, _ = pool.serve_ahead(np.array(keys, np.int64), now)
+            found = np.sort(loads)  # they have the slots of their victims
         else:
             found = self._placed(self.cache.prefetch(list(keys), now).loads)
         self.under_way.add(found.tolist(), self._read(layer, found, None, ahead=True))
@@ -157,18 +157,10 @@ class Fetcher:
         """A resident record turns out not to be there: its slot is free again."""
         self.cache.drop(key, self.moment(self.space.layer(key)))
         self.places.vacate(key)
-        self.low.discard(key)
-
-    def _loaded(self, loads: Ints, victims: Ints) -> Ints:
-        """Keys to load, ascending, of a table that has given them the slots of their victims."""
-        if self.low:
-            self.low.difference_update(victims.tolist())
-        return np.sort(loads)
 
     def _placed(self, loads: Sequence[Load]) -> Ints:
-        """The same for loads that have no slot yet."""
+        """Keys to load, ascending, of a pool without a table, which gives out no slots."""
         for load in loads:
-            self.low.difference_update(load.victims)
             self.places.place(load.key, load.victims)
         return np.array(sorted(load.key for load in loads), np.int64)
 
@@ -178,6 +170,8 @@ class Fetcher:
             return []
         layout = self.pack.layout
         lowered = None if low is None else low.reshape(-1)[keys - self.space.of_layer(layer).start]
+        if self.low:
+            self.low.difference_update(keys.tolist())
         if lowered is None or not lowered.any():
             jobs = list(self.reader.read(keys, self.places.of[keys], ahead=ahead))
             self.times.bytes += len(keys) * layout.bytes

@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..offload.cache import cache_policies
 from ..offload.keys import KeySpace
 from ..offload.predict import Predictor, predictors
-from ..offload.quotas import miss_curves, quotas, scaled
+from ..offload.quotas import likeliest, miss_curves, needed, quotas, scaled
 from ..offload.replay import Group, Prefetch, groups
 from ..offload.trace import Array, Trace
 from .decisions import Clock, Decisions
@@ -56,11 +56,15 @@ class TracePart:
 
 @dataclass(frozen=True)
 class FitWay:
-    """One way to run a store; None as predictor: nothing is read ahead, or by none that has been fitted."""
+    """One way to run a store; None as predictor: nothing is read ahead, or by none that has been fitted.
+
+    quotas_by: what they follow from, `misses` or `need`.
+    """
 
     policy: str
     settings: dict[str, Any]
     quotas: tuple[int, ...] | None = None
+    quotas_by: str = ""
     predictor: str | None = None
     guess: Predictor | None = None
     width: int = 0
@@ -134,7 +138,21 @@ class StoreFit:
         least = max(1, min(equal, max(self.group, (equal + 1) // 2)))
         sizes = sorted({int(s) for s in np.linspace(least, min(keys, 2 * equal), SIZES)} | {equal})
         curves = miss_curves(self.fitting.rows, cache_policies.get(way.policy), sizes, self.space, way.settings)
-        return replace(way, quotas=tuple(scaled(quotas(curves, sizes, self.slots), self.slots, keys)))
+        return replace(way, quotas=tuple(scaled(quotas(curves, sizes, self.slots), self.slots, keys)), quotas_by="misses")
+
+    def with_need(self, way: FitWay, guess: Predictor | None) -> FitWay:
+        """The same with quotas by the keys that a predictor says the steps of the fitting part need; None: by those that they needed."""
+        asked, space = self.fitting.groups, self.space
+        keys = space.experts * space.parts
+        used = np.zeros((space.layers, asked[-1].step + 1, keys), bool)
+        for group in asked:
+            used[group.layer, group.step, np.array(group.keys, np.int64) - space.of_layer(group.layer).start] = True
+        if guess is not None:
+            ahead, rows = self.ahead(guess, self.fitting), [group.first_row for group in asked if not group.layer]
+            for layer in range(ahead.first_layer, space.layers):  # what it does not predict is taken as it was
+                scores = np.add.reduceat(ahead.scores[:, layer], rows, axis=0)
+                used[layer] = likeliest(scores, round(used[layer].sum(1).mean()))
+        return replace(way, quotas=tuple(scaled(needed(used, self.slots), self.slots, keys)), quotas_by="need")
 
     def predictors(self, way: FitWay, names: Sequence[str]) -> Iterator[tuple[FitWay, Forecast]]:
         """The way with every predictor, at its best width, 0 excluded. Those whose inputs the trace lacks are left out."""
@@ -226,12 +244,19 @@ def search(fit: StoreFit, policies: Sequence[str], guesses: Sequence[str], must_
         tried.append((other, fit.time(other, fit.choosing)))
         if tried[-1][1].seconds < time.seconds:
             way, time = tried[-1]
-    ahead = []
+    ahead: Tried = []
     for pair in fit.predictors(way, guesses):
         ahead.append(pair)
         told()
     tried += ahead
+    if ahead and not fit.is_shared and fit.slots < len(fit.space):
+        other = fit.with_need(best(ahead)[0], best(ahead)[0].guess)
+        ahead.append((other, fit.time(other, fit.choosing)))
+        bare = replace(other, predictor=None, guess=None, width=0)
+        tried += [ahead[-1], (bare, fit.time(bare, fit.choosing))]
+        if tried[-1][1].seconds < time.seconds:
+            way, time = tried[-1]
     if ahead and (best(ahead)[1].seconds < time.seconds or must_guess):
-        pays = best(ahead)[1].seconds < time.seconds
-        way = best(ahead)[0] if pays else replace(best(ahead)[0], width=0)
+        found, pays = best(ahead)[0], best(ahead)[1].seconds < time.seconds
+        way = found if pays else replace(way, predictor=found.predictor, guess=found.guess)
     return way, tried

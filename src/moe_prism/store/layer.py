@@ -20,7 +20,7 @@ from ..errors import UsageError
 from ..model import MoELayer
 from ..model.around import LayerAround
 from ..model.gate_neurons import GateNeurons
-from ..point import OperatingPoint
+from ..point import OperatingPoint, WeightChange
 from .choose_misses import Misses, Prepared, choose
 from .one_call import CompiledLayer, StoredAgain, StoredCall, takes_layer
 from .pack import Pack
@@ -51,9 +51,8 @@ class FromStore(Executor):
         self.parts, self.elastic, self.store = parts, elastic, elastic.store
         self.number = parts.layer.index
 
-    @property
-    def always_selects(self) -> bool:
-        return not self.elastic.misses.is_exact
+    def always_selects(self, tokens: int | None = None) -> bool:
+        return not self.elastic.misses.is_exact(tokens)
 
     @property
     def low_bytes(self) -> int | None:
@@ -83,7 +82,9 @@ class FromStore(Executor):
         return call(selection.x, selection.index, selection.weight, dials, 0 if held is None else held.past.address)
 
     def again(self, selection: Selection | None, extra: Compensator | None) -> Again | None:
-        """By `one_call`."""
+        """By `one_call`. Other rows may be of another number."""
+        if not self.elastic.misses.is_exact():
+            return None
         if selection is None:
             return None if self._everything is None else StoredAgain(self._everything, 0, False)
         call = self._call(selection, extra)
@@ -91,7 +92,7 @@ class FromStore(Executor):
         return None if call is None or dials is None else StoredAgain(call, dials, selection.held is not None)
 
     def _call(self, selection: Selection, extra: Compensator | None) -> StoredCall | None:
-        if self._layer is None or not self.elastic.misses.is_exact:
+        if self._layer is None or not self.elastic.misses.is_exact(len(selection.x)):
             return None
         return self._layer.choice(selection, extra, self.elastic.ahead)
 
@@ -132,16 +133,22 @@ class StoredElastic(Elastic):
     def executor_of(self, parts: LayerParts) -> Executor:
         return FromStore(parts, self)
 
+    def source_layers(self) -> Sequence[MoELayer]:
+        return [layer.parts.layer.layer for layer in self.layers]  # type: ignore[attr-defined]
+
     def check(self, point: OperatingPoint) -> None:
         if point.slots.scorer == "oracle":
             raise UsageError("the scorer 'oracle' computes every sub-expert", "load the model without --expert-memory")
         if point.slots.bits is not None:
             self.check_bits(point)
         if point.weights is not None and change_of(point.weights).touches_weights:
-            raise UsageError(
-                f"the change of weights '{point.weights.change}' needs the experts in memory",
-                "load the model without --expert-memory",
-            )
+            self.check_weights(point.weights)
+
+    def check_weights(self, part: WeightChange) -> None:
+        """UsageError for a change of weights that these records do not hold."""
+        raise UsageError(
+            f"the change of weights '{part.change}' needs the experts in memory", "load the model without --expert-memory"
+        )
 
     def check_bits(self, point: OperatingPoint) -> None:
         """UsageError for slots of several widths that these records do not hold."""

@@ -16,6 +16,7 @@ from ..checkpoint.manifest import check_layers
 from ..elastic.runtime import experts_per_token
 from ..errors import CorruptError, UsageError
 from ..model import MoELayer, find_layers, read_generation_config
+from ..offload.settings import ExpertSettings
 from .aio_reader import open_reader
 from .arena import slots_in
 from .choose_misses import Misses
@@ -78,11 +79,7 @@ def ready_pack(
             write_pack(folder, path, manifest, parts=options.parts, low=low, progress=progress)
     pack = open_pack(path, manifest)
     wanted = (manifest["n_sub"] if options.parts is None else options.parts) * pack.layout.planes
-    low = low and not (
-        options.misses.shares is not None and isinstance(pack.layout, PlaneLayout)
-    )  # the upper plane is the smaller form
-    if low and isinstance(pack.layout, PlaneLayout):
-        raise UsageError("planes have no int8 form beside them", "leave --int8-budget out; --miss-floor and --miss-shares work")
+    low = low and not isinstance(pack.layout, PlaneLayout)  # the upper plane is the smaller form
     if pack.space.parts != wanted or (low and not pack.has_low):
         what = f"{pack.space.parts} parts per expert instead of {wanted}" if pack.space.parts != wanted else "no int8 records"
         raise CorruptError(f"'{path}' has {what}", "remove it, or give another place with --expert-file")
@@ -101,11 +98,23 @@ def _pack_inside(
         change.commit({"caches": sorted({*manifest.get("caches", ()), name})})
 
 
+def _check_form(fitted: ExpertSettings, planes: bool, lossy: Misses) -> None:
+    """UsageError for settings whose loss was measured on records of the other kind. lossy: what of them would be taken."""
+    if planes and not lossy.is_exact():
+        raise UsageError(
+            "what these settings read in int8 form was not fitted for planes", "fit with --planes, or give --miss-shares 1,1"
+        )
+    if not planes and fitted.expert_bits is not None:
+        raise UsageError(
+            "these settings give experts bits of their own, and the records are no planes", "give --expert-file of planes"
+        )
+
+
 def _opened(pack: Pack, slots: int, like: MoELayer, eviction: Eviction, options: StoreOptions) -> ExpertStore:
     if options.tier is None:
         return ExpertStore(pack, slots, like, eviction, reader=options.reader)
     if options.misses.needs_low:
-        raise UsageError("host memory behind fast memory holds no int8 forms", "leave the int8 budget out")
+        raise UsageError("host memory behind fast memory holds no int8 forms", "leave the int8 budget and the prompt rate out")
     return TieredStore(pack, slots, like, eviction, tier=options.tier, reader=options.reader)
 
 
@@ -121,9 +130,12 @@ def load_stored(
     Raises DoesNotFit if the memory holds no sub-expert, CorruptError for a packed file that is damaged or of another model.
     """
     chosen = choose(options.policy, options.settings, options.ahead, options.predictor, options.fitted)  # before anything is read
-    if chosen.fitted is not None and chosen.fitted.shares is not None and options.misses == Misses():
-        options = replace(options, misses=Misses(shares=chosen.fitted.shares))
+    unsaid = options.misses == Misses()
+    if chosen.fitted is not None and unsaid:
+        options = replace(options, misses=Misses(shares=chosen.fitted.shares, prompt_rate=chosen.fitted.prompt_rate))
     pack = ready_pack(folder, manifest, options, progress)
+    if chosen.fitted is not None:
+        _check_form(chosen.fitted, isinstance(pack.layout, PlaneLayout), options.misses if unsaid else Misses())
     stream = LayerStream(folder, torch.float32)
     layers = find_layers(stream.model)
     check_layers(folder, manifest, layers)
@@ -148,7 +160,8 @@ def load_stored(
     guess = chosen.guess(pack.space, like.hidden)._replace(tried=options.tries_ahead, horizon=options.horizon)
     if isinstance(pack.layout, PlaneLayout):
         planes = PlaneStore(pack, slots, like, eviction, reader=options.reader)
-        model._moe_prism = PlaneElastic(model, layer_parts, planes, misses=options.misses, ahead=guess)
+        bits = None if chosen.fitted is None else chosen.fitted.expert_bits
+        model._moe_prism = PlaneElastic(model, layer_parts, planes, misses=options.misses, ahead=guess, expert_bits=bits)
     else:
         store = _opened(pack, slots, like, eviction, options)
         model._moe_prism = StoredElastic(model, layer_parts, store, misses=options.misses, ahead=guess)

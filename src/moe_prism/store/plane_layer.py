@@ -7,19 +7,23 @@ Shapes: T tokens, k experts per token, E experts, N sub-experts per expert, d hi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..compress.changes import change_of
+from ..compress.codec.nested import Nested
+from ..compress.quantize import QuantizeChange
 from ..elastic.base import LayerParts
 from ..elastic.coded import SOURCE, codec_of
 from ..elastic.execute.base import Candidates, Executor, Settled
 from ..elastic.planes import UPPER
 from ..errors import UsageError
 from ..offload.base import Key
-from ..point import OperatingPoint, SlotBits
-from .choose_misses import Misses, up_to
+from ..point import OperatingPoint, SlotBits, WeightChange
+from .choose_misses import Misses, rare, up_to
 from .layer import StoredElastic, StoredNeurons
 from .plane_layout import PlaneLayout
 from .plane_store import PlaneStore
@@ -61,9 +65,8 @@ class FromPlanes(Executor):
         assert isinstance(layout, PlaneLayout)
         self.bits = float(layout.bits)
 
-    @property
-    def always_selects(self) -> bool:
-        return not self.elastic.misses.is_exact
+    def always_selects(self, tokens: int | None = None) -> bool:
+        return not self.elastic.misses.is_exact(tokens)
 
     def coded(self, bits: SlotBits) -> GatesInPlanes:
         return GatesInPlanes(self.parts, bits)
@@ -71,12 +74,18 @@ class FromPlanes(Executor):
     def settle(self, candidates: Candidates) -> Settled:
         asked, misses = candidates.widths(), self.elastic.misses
         floor, widths = misses.floor, self._at(asked, candidates, 1.0)
+        sure = widths
         if misses.shares is not None:
             few, some = (up_to(candidates.weight, share) for share in misses.shares)
             sure = torch.where(few, widths, widths.clamp(max=float(UPPER)) * some)
-            widths = self._affordable(candidates.index, widths, sure)
         elif floor < 1:
-            widths = self._affordable(candidates.index, widths, self._at(candidates.widths(floor), candidates, floor))
+            sure = self._at(candidates.widths(floor), candidates, floor)
+        if misses.has_rare(len(widths)):
+            index = candidates.index
+            few = rare(index, (widths > 0).any(2), self.parts.layer.num_experts, misses.prompt_rate)
+            sure = torch.where(few[index.clamp(0, len(few) - 1)][:, :, None], sure.clamp(max=float(UPPER)), sure)
+        if sure is not widths:
+            widths = self._affordable(candidates.index, widths, sure)
         return Settled(widths > 0, prepared=widths, widths=None if asked is None else widths)
 
     def run(self, x: Tensor, index: Tensor, weight: Tensor, settled: Settled) -> Tensor:
@@ -99,7 +108,15 @@ class FromPlanes(Executor):
 
     def _at(self, asked: Tensor | None, candidates: Candidates, most: float) -> Tensor:
         """The same, of what it said; all bits where it knows none."""
-        return candidates.keep(most) * self.bits if asked is None else asked.clamp(max=self.bits)
+        found = candidates.keep(most) * self.bits if asked is None else asked.clamp(max=self.bits)
+        return torch.minimum(found, self.most(candidates.index))
+
+    def most(self, index: Tensor) -> Tensor:
+        """[T, k, 1]: the bits that a point gives to these experts at most (`PlaneElastic.expert_bits`)."""
+        own = self.elastic.expert_bits
+        if own is None:
+            return torch.full((*index.shape, 1), self.bits)
+        return own[self.number][index.clamp(0, self.parts.layer.num_experts - 1)][:, :, None]
 
     def _affordable(self, index: Tensor, wide: Tensor, sure: Tensor) -> Tensor:
         """The wider of both that needs no read; `sure` where that is wider still."""
@@ -113,18 +130,56 @@ class PlaneElastic(StoredElastic):
     """`StoredElastic` over planes."""
 
     def __init__(
-        self, model: object, layer_parts: Sequence[LayerParts], store: PlaneStore, *, misses: Misses, ahead: Guess
+        self,
+        model: object,
+        layer_parts: Sequence[LayerParts],
+        store: PlaneStore,
+        *,
+        misses: Misses,
+        ahead: Guess,
+        expert_bits: Sequence[Sequence[int]] | None = None,
     ) -> None:
+        """expert_bits: of every layer what its experts are read at, at most; None: all that the records have."""
         if misses.low is not None:
             raise UsageError(
                 "planes have no int8 form beside them", "leave --int8-budget out; --miss-floor and --miss-shares work"
             )
         self.planes = store
+        self.expert_bits = None if expert_bits is None else [torch.tensor(own, dtype=torch.float32) for own in expert_bits]
+        """[E] of every layer; a point that says its own goes before."""
         super().__init__(model, layer_parts, store, misses=misses, ahead=Guess())
         self.ahead = PlanesAhead(self.layers, store, ahead)
 
     def executor_of(self, parts: LayerParts) -> Executor:
         return FromPlanes(parts, self)
+
+    def check_weights(self, part: WeightChange) -> None:
+        """Experts in nested planes at widths of their own are there, in the planes that the records begin with."""
+        change, layout = change_of(part), self.planes.pack.layout
+        assert isinstance(layout, PlaneLayout)
+        if not isinstance(change, QuantizeChange):
+            super().check_weights(part)
+        assert isinstance(change, QuantizeChange)
+        bits = {bits for own in change.widths(self.source_layers()) for bits in own}
+        all_bits, nested = max(bits) == min(bits) == layout.bits, Nested(base=layout.base)
+        held = change.codec in (
+            replace(nested, most=layout.bits),
+            *([nested] if all_bits else []),
+        )  # of fewer bits cells are others
+        if not held or change.group != layout.group or SOURCE in bits:
+            raise UsageError(
+                f"the point stores experts by '{change.codec.name}' in groups of {change.group}; the records have nested planes of "
+                f"{layout.base} to {layout.bits} bits in groups of {layout.group}",
+                f"make the point for these records, for example by edge-moe:codec=nested:widths=4-8:group={layout.group}",
+            )
+
+    def _enter_change(self, stack: ExitStack, part: WeightChange) -> None:
+        change = change_of(part)
+        if not isinstance(change, QuantizeChange):
+            return super()._enter_change(stack, part)
+        stack.callback(setattr, self, "expert_bits", self.expert_bits)
+        self.expert_bits = [torch.tensor(own) for own in change.widths(self.source_layers())]
+        return None
 
     def check_bits(self, point: OperatingPoint) -> None:
         bits, layout = point.slots.bits, self.planes.pack.layout
@@ -148,7 +203,7 @@ class PlanesAhead(ReadAhead):
         executor = layer.executor
         assert isinstance(executor, FromPlanes)
         if found is None:
-            widths = torch.full((*index.shape, layer.parts.n_sub), executor.bits)
+            widths = executor.most(index).expand(-1, -1, layer.parts.n_sub)
         else:
             index, weight, widths = found.index, found.weight, executor.widths(found, misses.floor)
         records = PlaneWanted.of(index, weight, widths, layer.parts.layer.num_experts).records(first)

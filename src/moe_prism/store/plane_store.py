@@ -33,9 +33,8 @@ class PlaneStore(RecordStore):
         assert isinstance(pack.layout, PlaneLayout)
         self.arena = PlaneArena(slots, pack.layout, like)
         super().__init__(pack, self.arena.memory, self.arena.mapped, eviction, reader=reader)
-        self.heard: Callable[[int, int, Wanted, int], None] | None = (
-            None  # (layer, tokens, records asked for, slots) of every run
-        )
+        self.heard: Callable[[int, int, Wanted, int], None] | None = None
+        """Told of every request: layer, tokens, records, and the slots of a run with its first one, 0 with others."""
 
     def places_of(self, layer: int) -> Ints:
         """[E N, 2]: the place of both planes of every block of a layer, negative where they are not there or on their way."""
@@ -51,8 +50,6 @@ class PlaneStore(RecordStore):
         under_way, base = self.fetcher.under_way, self.space.of_layer(layer).start
         if under_way:
             under_way.take_back(self.space.of_layer(layer), set((base + wanted.record).tolist()))
-        if self.heard is not None:
-            self.heard(layer, len(x), wanted.records(base), len(wanted.row))
         out = np.zeros(x.shape, np.float32)
         few = self.arena.is_few(wanted) and len(wanted.row) * x.shape[1] <= PARTIAL_NUMBERS
         if few and len(wanted.record) + len(under_way) <= self.capacity(layer):
@@ -72,7 +69,10 @@ class PlaneStore(RecordStore):
     def _in_one(self, layer: int, x: Tensor, wanted: PlaneWanted, out: np.ndarray, meanwhile: Callable[[], None] | None) -> None:
         """Everything fits: slots whose planes are there are computed while the others' are read."""
         base = self.space.of_layer(layer).start
-        jobs, loads = self.fetcher.request(layer, wanted.records(base), None)
+        records = wanted.records(base)
+        if self.heard is not None:
+            self.heard(layer, len(x), records, len(wanted.row))
+        jobs, loads = self.fetcher.request(layer, records, None)
         late = wanted.late(loads - base)
         places, parts = self.places_of(layer), np.empty((len(wanted.row), x.shape[1]), np.float32)
         self.arena.outputs(x, wanted, np.flatnonzero(~late), places, parts)
@@ -94,6 +94,8 @@ class PlaneStore(RecordStore):
 
         def begin(number: int) -> None:
             records = wanted.records(base, *pieces[number])
+            if self.heard is not None:
+                self.heard(layer, len(x), records, 0 if number else len(wanted.row))
             jobs[number], _ = self.fetcher.request(layer, records, None)
             held[number] = records.keys.tolist()
             self.cache.pin(held[number])

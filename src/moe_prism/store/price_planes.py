@@ -55,27 +55,30 @@ def _request(store: PlaneStore, layer: int, blocks: list[int]) -> float:
 
 
 class AskedPlanes:
-    """The groups of decode steps, as a replay takes them, and how many slots they kept per layer."""
+    """The groups of steps, as a replay takes them. prompts: which steps are some; slots: kept in every layer of a decode step."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self) -> None:
         self.groups: list[Group] = []
+        self.prompts: list[int] = []
         self.slots: list[int] = []
-        self._layers, self._step = layers, -1
+        self._step = -1
 
     def note(self, layer: int, tokens: int, wanted: Wanted, slots: int) -> None:
-        """A layer of a step asks for records. Prompts are left out."""
-        if tokens > 1:
-            return
-        self._step += layer == 0
+        """A layer of a step asks for records. slots: 0 for all but its first request."""
+        if layer == 0 and slots:
+            self._step += 1
+            if tokens > 1:
+                self.prompts.append(self._step)
         keys, weights = wanted.by_importance(0, len(wanted))
         self.groups.append(Group(self._step, layer, keys, weights, self._step, self._step + 1, False))
-        self.slots.append(slots)
+        if tokens == 1 and slots:
+            self.slots.append(slots)
 
 
 @contextmanager
 def asked_planes(store: PlaneStore) -> Iterator[AskedPlanes]:
     """What steps ask for inside the block."""
-    found = AskedPlanes(store.space.layers)
+    found = AskedPlanes()
     store.heard = found.note
     try:
         yield found

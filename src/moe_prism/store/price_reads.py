@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -204,12 +204,11 @@ def replayed(
     slots: int,
     eviction: Eviction,
     prefetch: Prefetch | None = None,
-    warm: int = 0,
+    uncounted: Collection[int] = (),
 ) -> Replayed:
     """Replay the decode rows of a trace, or groups of one, through the cache that a store of this many slots has.
 
-    prefetch: what is read ahead of every layer but the first, while the one before computes. warm: steps that fill the cache, and are not
-    counted.
+    prefetch: what is read ahead of every layer but the first, while the one before computes. uncounted: steps that change the cache alone.
     """
     work = list(groups(trace.decode(), space)) if isinstance(trace, Trace) else trace
     cache = pools(eviction, space, slots)
@@ -217,6 +216,8 @@ def replayed(
         cache.foresee(clocks(work, space.layers))
     lost = np.zeros((work[-1].step + 1, space.layers), np.int64)
     early = np.zeros_like(lost)
+    counts = np.ones(len(lost), bool)
+    counts[list(uncounted)] = False
     hits = requested = 0
     for group in work:
         if prefetch is not None and group.layer:
@@ -224,10 +225,9 @@ def replayed(
             cache.expect(group.layer, guessed)
             now = Moment(group.step * space.layers + group.layer, group.step, group.layer)
             early[group.step, group.layer] = len(cache.prefetch(guessed, now).loads)
-        lost[group.step, group.layer] = sum(
-            len(access.loads) + len(access.bypassed) for access in serve(cache, group, space.layers)
-        )
-        if group.step < warm:
-            hits, requested = cache.counts.hits, cache.counts.requested
-    counted = cache.counts.requested - requested
-    return Replayed(lost[warm:], early[warm:], (cache.counts.hits - hits) / counted if counted else 1.0)
+        answers = serve(cache, group, space.layers)
+        lost[group.step, group.layer] += sum(len(access.loads) + len(access.bypassed) for access in answers)
+        if counts[group.step]:
+            hits += sum(len(access.hits) for access in answers)
+            requested += len(group.keys)
+    return Replayed(lost[counts], early[counts], hits / requested if requested else 1.0)

@@ -24,15 +24,13 @@ from ..kernels.selection import Choosing, select
 from ..model.scores import router_weight
 from ..offload.base import Key
 from ..offload.predict import Predictor, Seen
-from .choose_misses import Misses
+from .choose_misses import FEW_TOKENS, Misses
 from .record_store import RecordStore
 from .token_watch import TokenWatch
 from .trial import AheadTrial
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
-
-MOST_TOKENS = 8  # up to which there is something to gain: a long prompt wants nearly everything
 
 
 class Guess(NamedTuple):
@@ -83,8 +81,8 @@ class ReadAhead:
         Not for routing stages that ask for more than the router's choice: what they ask for is not known yet.
         """
         if number == 1:
-            self._few = len(x) <= MOST_TOKENS
-        if self.width and number < len(self.routers) and len(x) <= MOST_TOKENS:
+            self._few = len(x) <= FEW_TOKENS
+        if self.width and number < len(self.routers) and len(x) <= FEW_TOKENS:
             if self.trial is not None and not self.trial.reads:
                 return
             if self.seen is not None:
@@ -113,7 +111,7 @@ class ReadAhead:
         There is no input yet that its selection could look at, so of the likeliest experts those sub-experts are read that are used most.
         """
         elastic = self.layers[0].elastic
-        if tokens > MOST_TOKENS or elastic.step.bound.needs or (self.trial is not None and not self.trial.reads):
+        if tokens > FEW_TOKENS or elastic.step.bound.needs or (self.trial is not None and not self.trial.reads):
             return
         assert self.seen is not None
         scores = self.seen.scores(0, torch.empty(tokens, 0)).max(0)

@@ -28,11 +28,13 @@ class Nested(GroupCodec):
 
     own_sizes: the published form, in which every plane of signs stores what a sign is worth in each group, the mean error that it meets
     (2 bytes per group and plane). Without, a sign is worth half of what the one before it was, which takes no bytes.
+    most: bits of the file that all widths are read from, which decides the cells; 0: those that are asked for.
     """
 
     base: int = 2
     symmetric: bool = True
     own_sizes: bool = False
+    most: int = 0
     name: ClassVar[str] = "nested"
     paper: ClassVar[str] = "arXiv 2504.15299"
     widths: ClassVar[tuple[float, ...]] = (2, 3, 4, 5, 6, 7, 8)
@@ -40,6 +42,10 @@ class Nested(GroupCodec):
     @classmethod
     def example(cls) -> Sequence[Nested]:
         return [cls(), cls(symmetric=False), cls(own_sizes=True), cls(base=1), cls(base=4)]
+
+    def encode(self, matrix: Tensor, bits: float, group: int, gram: Tensor | None = None) -> Planes:
+        found = super().encode(matrix, max(bits, self.most), group, gram)
+        return found if bits >= self.most else Planes(found.shape, group, found.upto(bits))
 
     def fit(self, values: Tensor, bits: float) -> Numbers:
         """The share of the range with the least error, each width's counted as much as the one before it though it is a quarter."""
@@ -129,11 +135,13 @@ class Nested(GroupCodec):
 
     @property
     def legal(self) -> tuple[float, ...]:
-        return tuple(bits for bits in self.widths if bits >= self.base)
+        return tuple(bits for bits in self.widths if bits >= self.base and (not self.most or bits <= self.most))
 
     def __post_init__(self) -> None:
         if self.base not in (1, *self.widths):
             raise UsageError(f"a base of {self.base} bits", "give 1 to 8")
+        if self.most and self.most not in self.legal:
+            raise UsageError(f"a file of {self.most} bits on {self.base}", f"give {self.base} to 8, or 0")
 
     def _value(self, codes: Tensor, numbers: Numbers, planes: int) -> Tensor:
         """Of codes with so many signs."""

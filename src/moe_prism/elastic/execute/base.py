@@ -78,9 +78,11 @@ class Executor(ABC):
         """What this executor did so far."""
         return WholeCalls()
 
-    @property
-    def always_selects(self) -> bool:
-        """Whether even tokens that keep every slot are selected for: `settle` may then drop some all the same."""
+    def always_selects(self, tokens: int | None = None) -> bool:
+        """Whether even tokens that keep every slot are selected for: `settle` may then drop some all the same.
+
+        tokens: of so many; None: of any number.
+        """
         return False
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...compress.codec import Planes
+from ...compress.codec.nested import Nested
 from ...compress.codec.rtn import Rtn
 from ...compress.quantize import QuantizeChange
 from ...compress.quantize.change import Widths
@@ -26,22 +27,24 @@ BOUNDS = 0.01, 0.02, 0.05, 0.1
 PROBE_TOKENS = 1024  # of the calibration text, for each expert alone
 TRIAL_TOKENS = 4096  # of it, for all of them together
 STEPS = 64  # of the mean width, that the bound is met to
+CODECS = "rtn", "nested"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EdgeMoeParameters:
     """bound: most KL to the model, nats per token of calibration text, 0: each of BOUNDS; a bound of 0.02 is 2 % of perplexity.
 
-    widths: bits that an expert may have, with - between. group: inputs that share a scale.
+    widths: bits that an expert may have, with - between. group: inputs that share a scale. codec: rtn, or nested, as records of planes are.
     """
 
     bound: float = 0
     widths: str = "2-3-4-8"
     group: int = 32
+    codec: str = "rtn"
 
 
 class EdgeMoe(Method):
-    """`edge-moe:0.02`, or `edge-moe:bound=0.02:widths=2-4-8`. The fewest bits that stay within a bound, rounded to nearest."""
+    """`edge-moe:0.02`, or `edge-moe:bound=0.02:widths=2-4-8`. The fewest bits that stay within a bound."""
 
     acts = "weights"
     needs = ("calibration text", "a sample of every expert's inputs")
@@ -56,9 +59,15 @@ class EdgeMoe(Method):
     def points(self, subject: Subject) -> Sequence[NamedPoint]:
         asked = self.parameters
         widths = written_widths(asked.widths, asked.group)
-        key = f"experts at widths {widths} {asked.group}"
-        trials: Trials = subject.cache.setdefault(key, Trials(subject, widths, asked.group))
+        if asked.codec not in CODECS:
+            raise UsageError(
+                f"'{asked.codec}' is no codec of experts at widths of their own", f"choose one of: {', '.join(CODECS)}"
+            )
+        key = f"experts at widths {widths} {asked.group} {asked.codec}"
+        codec = Nested(most=widths[-1]) if asked.codec == "nested" else Rtn()
+        trials: Trials = subject.cache.setdefault(key, Trials(subject, widths, asked.group, codec))
         more = "" if asked.widths == EdgeMoeParameters.widths else f"-of-{asked.widths}"
+        more += "" if asked.codec == EdgeMoeParameters.codec else f"-{asked.codec}"
         return [
             NamedPoint(name=f"edge-moe-{bound:g}{more}", point=trials.within(bound))
             for bound in ((asked.bound,) if asked.bound else BOUNDS)
@@ -68,8 +77,8 @@ class EdgeMoe(Method):
 class Trials:
     """What a model loses with its experts at any widths. Each width is encoded once, so a trial costs two forwards."""
 
-    def __init__(self, subject: Subject, widths: Sequence[int], group: int) -> None:
-        self.subject, self.widths, self.group = subject, tuple(widths), group
+    def __init__(self, subject: Subject, widths: Sequence[int], group: int, codec: Rtn | Nested | None = None) -> None:
+        self.subject, self.widths, self.group, self.codec = subject, tuple(widths), group, codec or Rtn()
         self.layers = [layer.parts.layer for layer in subject.elastic.layers]
         self._known: dict[int, float] = {}
 
@@ -87,7 +96,7 @@ class Trials:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self.lost(middle) <= bound else (middle, high)
-        return OperatingPoint(weights=QuantizeChange(Rtn(), self.chosen(high), self.group).part())
+        return OperatingPoint(weights=QuantizeChange(self.codec, self.chosen(high), self.group).part())
 
     def chosen(self, step: int) -> Widths:
         """The width of every expert at one of STEPS steps from the least mean width to the largest."""
@@ -101,15 +110,15 @@ class Trials:
 
         It is measured at the least width. Other widths lose in proportion to the error of the layer's output (`costs_of`).
         """
-        costs = costs_of(self.subject, Rtn(), self.group, self.widths, WEIGHED["error"])
+        costs = costs_of(self.subject, self.codec, self.group, self.widths, WEIGHED["error"])
         return [own[:, None] * cost / cost[:, :1].clamp(min=1e-30) for own, cost in zip(self.alone(), costs, strict=True)]
 
     @cached_property
     def stored(self) -> list[dict[int, list[Planes]]]:
         """Of every layer all experts at every width."""
-        codec = Rtn()
         return [
-            {bits: [codec.encode(w, bits, self.group) for w in matrices(layer)] for bits in self.widths} for layer in self.layers
+            {bits: [self.codec.encode(w, bits, self.group) for w in matrices(layer)] for bits in self.widths}
+            for layer in self.layers
         ]
 
     @torch.no_grad()
@@ -119,7 +128,7 @@ class Trials:
         with self.subject.report("try experts") as update:
             for number, (tokens, source, rows) in enumerate(self._batches(PROBE_TOKENS)):
                 for i, layer in enumerate(self.layers):
-                    narrow = [Rtn().decode(planes, self.widths[0]) for planes in self.stored[i][self.widths[0]]]
+                    narrow = [self.codec.decode(planes, self.widths[0]) for planes in self.stored[i][self.widths[0]]]
                     for e in range(layer.num_experts):
                         with self._written([w[e] for w in matrices(layer)], [w[e] for w in narrow]):
                             found[i][e] += _divergence(source, logits_of(self.subject.model, rows)) / tokens
@@ -144,7 +153,7 @@ class Trials:
         for bits in sorted(set(widths)):
             mine = torch.tensor([own == bits for own in widths], device=found[0].device)
             for matrix, planes in zip(found, self.stored[i][int(bits)], strict=True):
-                matrix[mine] = Rtn().decode(planes, bits)[mine].to(matrix.device)
+                matrix[mine] = self.codec.decode(planes, bits)[mine].to(matrix.device)
         return found
 
     def _batches(self, most: int) -> Iterator[tuple[int, Tensor, Tensor]]:

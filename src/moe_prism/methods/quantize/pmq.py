@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ...compress.codec import Codec
 from ...compress.codec.rtn import Rtn
 from ...compress.quantize import QuantizeChange
 from ...compress.quantize.allocate import Importance, cheapest, width_costs
@@ -82,7 +83,7 @@ def _row(costs: Tensor, widths: Sequence[int], total: int) -> list[int]:
         return cheapest(costs, widths, total)
 
 
-def costs_of(subject: Subject, codec: Rtn, group: int, widths: Sequence[int], how: Importance) -> list[Tensor]:
+def costs_of(subject: Subject, codec: Codec, group: int, widths: Sequence[int], how: Importance) -> list[Tensor]:
     """[E, W] of every layer, measured once."""
     key = f"width costs {codec} {group} {widths} {how}"
     if key not in subject.cache:

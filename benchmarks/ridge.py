@@ -4,7 +4,8 @@
 
 All get the same random rows, and take turns; the least processor time counts, of one thread. `first` builds the products of the features
 of the training rows and of all rows, and solves four systems of D unknowns and one. `exact` is the form in float64 that `today` falls
-back to. `same` is the largest difference of coefficients of the first and today's, relative to the largest; it is large where they chose two strengths.
+back to. `same` is the largest difference of coefficients of the first and today's, relative to the largest; it is large where they
+chose two strengths.
 """
 
 from __future__ import annotations

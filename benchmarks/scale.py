@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from moe_prism.artefact.source import Weights
 from moe_prism.checkpoint.convert import disk_state
-from moe_prism.jobs.needed_by_refactor import MAPPED, needed_by
+from moe_prism.jobs.expert_memory import MAPPED
+from moe_prism.jobs.needed_by_refactor import needed_by
 from moe_prism.jobs.resources import SIZED_FOR
 from moe_prism.options.calibrate import CalibrateOptions
 from moe_prism.options.machine import OtherMachine

@@ -155,7 +155,7 @@ class _Single(NamedTuple):
         """[D, N]; None where the system cannot be factorised, or corrections do not end."""
         mean, mean_targets = self.rows.mean(0), self.targets.mean(0)
         targets = (self.targets - mean_targets).T
-        added = strength * float(self._squared(mean)) / self.rows.shape[1] + 1e-12
+        added = strength * self._squared(mean) / self.rows.shape[1] + 1e-12
         factor = self.work.copy_(self.products).T  # the same, and in the order of the factorisation
         factor.diagonal().add_(added)
         failed = torch.zeros((), dtype=torch.int32, device=factor.device)
@@ -169,9 +169,9 @@ class _Single(NamedTuple):
         slope = system.to_features(found) if self.is_dual else found
         return torch.cat([slope, (mean_targets - slope @ mean)[:, None]], 1).T
 
-    def _squared(self, mean: Tensor) -> Tensor:
+    def _squared(self, mean: Tensor) -> float:
         """The sum of all squares of rows less their mean."""
-        return torch.linalg.vector_norm(self.rows).square() - len(self.rows) * mean.square().sum()
+        return float(torch.linalg.vector_norm(self.rows).square() - len(self.rows) * mean.square().sum())
 
 
 class _System(NamedTuple):

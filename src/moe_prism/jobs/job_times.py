@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from ..artefact.source import Weights
 from ..artefact.streamed import StreamedElastic
 from ..calibrate.options import settings
 from ..calibrate.run import Pass, batches, bounded_capacity, declared_bytes
-from ..calibrate.statistics import LayerStatistics, Statistics
+from ..calibrate.statistics import STARVED, LayerStatistics, Statistics
 from ..data import Windows
 from ..elastic import Elastic, LayerParts, attach
 from ..elastic.runtime import experts_per_token
@@ -33,7 +33,7 @@ from ..recover.repair import Normal
 from ..recover.run import BATCH as REPAIRED
 from ..recover.run import equations, groups
 from .disk_time import OnDisk
-from .pilot import Pilot, few_experts, for_all, spread, written
+from .pilot import Pilot, few_experts, for_all, spread, typical, written
 from .profile_layers import alone_points, profile_runs
 from .resources import FLOAT32, largest_layer, written_bytes
 from .solve_layer import WORKING, solve
@@ -149,16 +149,32 @@ def _refactor_known(
     """The pieces of a refactoring."""
     run, layer, ids = settings(options.calibration), weights.layers[0], _ids(text)
     if isinstance(text, Statistics):
-        capacity, sampled = text.facts["capacity"], sum(text.outlines[0].kept())
+        sample = Sample(text.facts["capacity"], 0, [n for one in text.outlines for n in one.kept()])
     else:
         wanted = [largest_layer(weights)] if options.calibration.low_memory else weights.layers
-        capacity, sampled = bounded_capacity(wanted, run), text.tokens * _k(pilot)
-    rows = max(1, min(capacity, sampled // layer.num_experts))
+        sample = Sample(bounded_capacity(wanted, run), text.tokens * _k(pilot), [])
+    rows = (sample.choices or sum(sample.kept) // len(weights.layers)) // layer.num_experts
     name = pilot.name(
         "refactor", options.n_sub, options.gates, options.solver, options.objective, options.compensate, options.rank,
-        options.extra_scorers, unit, rows, capacity, min(run.batch, len(ids)), ids.shape[1], len(run.domains), options.profile_tokens > 0,
+        options.extra_scorers, unit, rows, sample.capacity, min(run.batch, len(ids)), ids.shape[1], len(run.domains),
+        options.profile_tokens > 0, options.calibration.low_memory,
     )  # fmt: skip
-    return remembered(name, lambda: _refactor_pieces(pilot, ids, options, rows, unit))
+    return remembered(name, lambda: _refactor_pieces(pilot, ids, options, sample, unit))
+
+
+class Sample(NamedTuple):
+    """What experts are solved on: at most `capacity` rows of each. choices: of all experts of a layer; kept: of each, if that is known."""
+
+    capacity: int
+    choices: int
+    kept: list[int]
+
+    def rows(self, found: LayerStatistics, count: int) -> list[int]:
+        """Of some experts that stand for all. found: of a part of the text, which says how unevenly experts are chosen."""
+        chosen = found.values["counts"]["count"].double()
+        sizes = self.kept or (chosen * (self.choices / max(1.0, float(chosen.sum())))).tolist()
+        most = max(1, min(self.capacity, round(max(sizes))))
+        return typical(sizes, count, min(STARVED, most), most)
 
 
 def frontier_time(
@@ -235,13 +251,14 @@ def _pass_total(known: Mapping[str, Seconds], layers: int, ids: Tensor, parts: S
     return known["load"] + first + later * sum(full[1:])
 
 
-def _refactor_pieces(pilot: Pilot, ids: Tensor, options: RefactorOptions, rows: int, unit: int) -> dict[str, Seconds]:
+def _refactor_pieces(pilot: Pilot, ids: Tensor, options: RefactorOptions, sample: Sample, unit: int) -> dict[str, Seconds]:
     """What a pass takes, a few experts' solution, and a row of the profile at full budget and with the layer at its own."""
     pieces, found = _pass_pieces(pilot, ids, options.calibration)
     count = min(FEW, pilot.layer.num_experts)
     with pilot.there():
-        solve(*few_experts(pilot.layer, found, 1, min(rows, WARMING)), options, unit)  # compiles
-        few, solved = few_experts(pilot.layer, found, count, rows), dict[str, Tensor]()
+        rows = sample.rows(found, count)
+        solve(*few_experts(pilot.layer, found, [min(*rows, WARMING)]), options, unit)  # compiles
+        few, solved = few_experts(pilot.layer, found, rows), dict[str, Tensor]()
         pieces["solve"] = timed(lambda: solved.update(solve(*few, options, unit)[0]))
         if not options.profile_tokens:
             return pieces

@@ -133,18 +133,28 @@ class _Few(OtherWeights):
         self.num_experts = count
 
 
-def few_experts(layer: MoELayer, found: LayerStatistics, count: int, rows: int) -> tuple[MoELayer, LayerStatistics]:
-    """The first experts of a layer, each with a sample of so many rows: those of the expert that has the most, again and again."""
-    tokens = found.values["tokens"]
+def few_experts(layer: MoELayer, found: LayerStatistics, rows: Sequence[int]) -> tuple[MoELayer, LayerStatistics]:
+    """The first experts of a layer, with a sample of so many rows each: those of the expert that has the most, again and again."""
+    tokens, count = found.values["tokens"], len(rows)
     richest = int(tokens["kept"].argmax())
-    take = torch.arange(rows) % max(1, int(tokens["kept"][richest]))
+    take = torch.arange(max(rows)) % max(1, int(tokens["kept"][richest]))
     sample = {
         name: tokens[name][richest, take].expand(count, *tokens[name][richest, take].shape).clone()
         for name in ("x", "weight", "key")
     }
-    sample["kept"] = torch.full((count,), rows, dtype=torch.int64)
+    sample["kept"] = torch.tensor(rows, dtype=torch.int64)
     counts = {name: (t[:count] if t.ndim and len(t) == layer.num_experts else t) for name, t in found.values["counts"].items()}
     return _Few(layer, count), LayerStatistics(found.name, {"counts": counts, "tokens": sample})
+
+
+def typical(sizes: Sequence[float], count: int, least: int, most: int) -> list[int]:
+    """So many sizes that stand for all of them, each for as many: from the middle of every part of them in their order.
+
+    Experts are chosen unevenly, and work grows faster than rows, so an average expert would say too little.
+    """
+    order = sorted(sizes)
+    middles = [order[int((i + 0.5) * len(order) / count)] for i in range(count)]
+    return [round(min(most, max(least, size))) for size in middles]
 
 
 def for_all(tensors: dict[str, Tensor], experts: int) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from ..calibrate.options import settings
 from ..calibrate.run import bounded_capacity, declared_bytes
 from ..calibrate.statistics import Statistics
 from ..checkpoint.formats.requantize import TOGETHER as ROUNDED_TOGETHER
+from ..frontier.measure import LOGIT_ROWS
 from ..options.refactor import RefactorOptions
 from .distance import LOGITS
 from .expert_memory import ExpertMemory, experts_bytes, with_room
@@ -93,7 +94,8 @@ def _by_layers(weights: Weights, options: RefactorOptions, given: Statistics | N
     """given: then no text passes, the profile's alone."""
     run, layer, length = settings(options.calibration), largest_layer(weights), options.calibration.length
     capacity = given.facts["capacity"] if given else bounded_capacity([layer], run)
-    profiled = min(options.profile_tokens, options.calibration.tokens) * (1 + len(weights.layers) * (1 + options.profile_points))
+    profiled_tokens = min(options.profile_tokens, options.calibration.tokens)
+    profiled = profiled_tokens * (1 + len(weights.layers) * (1 + options.profile_points))
     always = {
         "hidden_bytes": (0 if given else held_bytes(weights, options.calibration)) + 2 * profiled * layer.hidden * FLOAT32,
         "kernels_bytes": KERNELS if options.profile_tokens else 0,
@@ -108,8 +110,10 @@ def _by_layers(weights: Weights, options: RefactorOptions, given: Statistics | N
         rows = sampled_rows(weights, options.calibration, capacity)
         phases += [gathered | {"solver_bytes": _solver_bytes(weights, rows, capacity) + pooled}, gathered | runs]
     if options.profile_tokens:
-        logits = LOGITS_HELD * length * text_config(weights).vocab_size * FLOAT32
-        phases.append({"weights_bytes": experts.profiled, "logits_bytes": logits} | runs)
+        rows = min(profiled_tokens, max(1, LOGIT_ROWS // length) * length)  # that run together, which is fewer than in the pass
+        logits = LOGITS_HELD * rows * text_config(weights).vocab_size * FLOAT32
+        activations = rows * row_bytes(weights.model, layer, length)
+        phases.append({"weights_bytes": experts.profiled, "logits_bytes": logits, "activations_bytes": activations})
     phases = [{**always, **phase} for phase in phases]
     if weights.dequantized or weights.keep:
         # what readers freed is not all given back (docs/developer/log.md): as if all came at once

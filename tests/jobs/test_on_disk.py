@@ -1,4 +1,4 @@
-"""Layers whose experts do not fit in memory: every command that maps them gives the bytes it gives in memory, and says how long it takes."""
+"""Layers whose experts do not fit in memory: every command that maps them gives the same bytes, and says how long it takes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moe_prism.checkpoint import mapped
 from moe_prism.jobs import expert_memory, needed_by_refactor, pilot
 from moe_prism.jobs.calibrate import calibrate_model
 from moe_prism.jobs.expert_memory import MAPPED
-from moe_prism.jobs.job_times import Sample
+from moe_prism.jobs.job_times import SolvedRows
 from moe_prism.jobs.pilot import typical
 from moe_prism.jobs.refactor import RefactorOptions, refactor, refactor_shard
 from moe_prism.jobs.rehearsal import rehearse
@@ -97,8 +97,8 @@ def test_the_disk_counts_where_a_file_does_not_stay_in_memory(tiny_source, monke
 def test_a_few_experts_stand_for_unevenly_chosen_ones():
     assert typical([8, 1, 2, 3, 4, 5, 6, 7], 4, 0, 100) == [2, 4, 6, 8]
     assert typical([1, 1000], 2, 16, 64) == [16, 64]
-    assert Sample(64, 0, [10, 10, 300, 300]).rows(counted(1, 1), 2) == [64, 64], "what too few rows came to borrows"
-    assert Sample(2000, 1000, []).rows(counted(1, 3), 2) == [256, 750]
+    assert SolvedRows(64, 0, [10, 10, 300, 300]).rows(counted(1, 1), 2) == [64, 64], "what too few rows came to borrows"
+    assert SolvedRows(2000, 1000, []).rows(counted(1, 3), 2) == [256, 750]
 
 
 def counted(*chosen):

@@ -149,10 +149,10 @@ def _refactor_known(
     """The pieces of a refactoring."""
     run, layer, ids = settings(options.calibration), weights.layers[0], _ids(text)
     if isinstance(text, Statistics):
-        sample = Sample(text.facts["capacity"], 0, [n for one in text.outlines for n in one.kept()])
+        sample = SolvedRows(text.facts["capacity"], 0, [n for one in text.outlines for n in one.kept()])
     else:
         wanted = [largest_layer(weights)] if options.calibration.low_memory else weights.layers
-        sample = Sample(bounded_capacity(wanted, run), text.tokens * _k(pilot), [])
+        sample = SolvedRows(bounded_capacity(wanted, run), text.tokens * _k(pilot), [])
     rows = (sample.choices or sum(sample.kept) // len(weights.layers)) // layer.num_experts
     name = pilot.name(
         "refactor", options.n_sub, options.gates, options.solver, options.objective, options.compensate, options.rank,
@@ -162,7 +162,7 @@ def _refactor_known(
     return remembered(name, lambda: _refactor_pieces(pilot, ids, options, sample, unit))
 
 
-class Sample(NamedTuple):
+class SolvedRows(NamedTuple):
     """What experts are solved on: at most `capacity` rows of each. choices: of all experts of a layer; kept: of each, if that is known."""
 
     capacity: int
@@ -251,7 +251,7 @@ def _pass_total(known: Mapping[str, Seconds], layers: int, ids: Tensor, parts: S
     return known["load"] + first + later * sum(full[1:])
 
 
-def _refactor_pieces(pilot: Pilot, ids: Tensor, options: RefactorOptions, sample: Sample, unit: int) -> dict[str, Seconds]:
+def _refactor_pieces(pilot: Pilot, ids: Tensor, options: RefactorOptions, sample: SolvedRows, unit: int) -> dict[str, Seconds]:
     """What a pass takes, a few experts' solution, and a row of the profile at full budget and with the layer at its own."""
     pieces, found = _pass_pieces(pilot, ids, options.calibration)
     count = min(FEW, pilot.layer.num_experts)

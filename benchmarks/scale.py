@@ -178,7 +178,9 @@ def measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
         done = run(asked, args.as_if)
         layers = [float(found) for found in re.findall(r"^layers: \d+/\d+ \((\d+) s\)", done.lines, re.M)]
         disk = sum(file.stat().st_size for file in out.iterdir())
-        whole = SHAPES[shape][1]
+        whole, sizes = SHAPES[shape][1:]
+        if forecast.get(MAPPED):  # the file without a name that was there beside the output: three matrices per expert in float32
+            disk += experts * 3 * sizes["hidden_size"] * sizes["moe_intermediate_size"] * 4
         return {
             "shape": shape,
             "layers": args.layers,

@@ -2,9 +2,10 @@
 
     python benchmarks/ridge.py [--hidden 2048] [--rows 128,512,1024,2048] [--experts 2] [--turns 3] [--json]
 
-Both get the same random rows, and take turns; the least processor time counts, of one thread. `first` builds the products of the features
-of the training rows and of all rows, and solves four systems of D unknowns and one. `same` is the largest difference of coefficients
-of both, relative to the largest; it is large where they chose two strengths.
+All get the same random rows, and take turns; the least processor time counts, of one thread. `first` builds the products of the features
+of the training rows and of all rows, and solves four systems of D unknowns and one. `exact` is the form in float64 that `today` falls
+back to. `same` is the largest difference of coefficients of the first and today's, relative to the largest; it is large where they
+chose two strengths.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_prism.elastic.scorers.ridge import STRENGTHS, _ridge, held_out
+from moe_prism.elastic.scorers.ridge_fit import STRENGTHS, exact_fit, held_out, ridge_fit
 
 Fit = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
 
@@ -32,6 +33,10 @@ def first(z: Tensor, y: Tensor) -> tuple[Tensor, int]:
     errors = [((z[out] @ _solve(*train, strength) - y[out]) ** 2).sum() for strength in STRENGTHS]
     best = int(torch.stack(errors).argmin())
     return _solve(*_normal(z, y), STRENGTHS[best]), best
+
+
+def _exact(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return exact_fit(z, y, held_out(len(z)))
 
 
 def _normal(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,18 +68,19 @@ def measure(hidden: int, rows: int, asked: argparse.Namespace) -> dict[str, Any]
         z = torch.cat([x, torch.ones(rows, 1, dtype=torch.float64)], 1)
         noise = torch.randn(rows, 4, dtype=torch.float64, generator=generator)
         given.append((z, x @ torch.randn(hidden, 4, dtype=torch.float64, generator=generator) / hidden**0.5 + noise))
-    both: dict[str, Fit] = {"first": first, "today": _ridge}
+    both: dict[str, Fit] = {"first": first, "exact": _exact, "today": ridge_fit}
     times: dict[str, list[float]] = {name: [] for name in both}
     for _ in range(asked.turns):
         for name, fit in both.items():
             times[name].append(spent(fit, given))
     least = {name: min(found) for name, found in times.items()}
-    old, new = first(*given[0])[0], _ridge(*given[0])[0]
+    old, new = first(*given[0])[0], ridge_fit(*given[0])[0]
     return {
         "hidden": hidden,
         "rows": rows,
         **{name: round(seconds, 4) for name, seconds in least.items()},
         "ratio": round(least["first"] / least["today"], 1),
+        "of exact": round(least["exact"] / least["today"], 1),
         "same": float((old - new).abs().max() / old.abs().max()),
     }
 

@@ -1,6 +1,6 @@
 """Refactoring a large model on this machine: time, memory and disk of a cut with true shapes, against what was forecast.
 
-    python benchmarks/scale.py [--shapes qwen3-30b] [--layers 3] [--experts N] [--tokens 65536] [--solver alt] [--json]
+    python benchmarks/scale.py [--shapes qwen3-30b] [--layers 3] [--experts N] [--tokens 65536] [--as-if 8GiB] [--json]
     python benchmarks/scale.py --needed [--shapes qwen3-30b,deepseek-v3] [--for-machine ram=24GiB]   # memory and disk, nothing is run
 
 A cut is the first layers of a model with random bfloat16 weights and nano's tokenizer; its vocabulary is cut to that. `refactor
@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from moe_prism.artefact.source import Weights
 from moe_prism.checkpoint.convert import disk_state
-from moe_prism.jobs.needed_by_refactor import MAPPED, needed_by
+from moe_prism.jobs.expert_memory import MAPPED
+from moe_prism.jobs.needed_by_refactor import needed_by
 from moe_prism.jobs.resources import SIZED_FOR
 from moe_prism.options.calibrate import CalibrateOptions
 from moe_prism.options.machine import OtherMachine
@@ -62,6 +64,7 @@ SHAPES: dict[str, tuple[str, int, dict[str, Any]]] = {
 }  # fmt: skip
 """Family, MoE layers of the whole model, configuration."""
 ENTRY = "import sys; from moe_prism.cli import main; sys.exit(main(sys.argv[1:]))"
+AS_IF = "from moe_prism.jobs import expert_memory; expert_memory.free_memory = lambda: {}; "
 
 
 def config_of(shape: str, layers: int | None = None, experts: int | None = None) -> Any:
@@ -121,24 +124,42 @@ def needed(shape: str, layers: int | None, asked: argparse.Namespace) -> dict[st
 
 
 class Ran(NamedTuple):
-    """A command: what it says, its peak memory in bytes, seconds on the clock and of processors, and its lines of progress."""
+    """A command: what it says, its peak memory in bytes, seconds on the clock and of processors, and its lines of progress.
+
+    held: the most of the memory that nobody can drop; pages of mapped files, and of libraries, are not in it.
+    """
 
     said: dict[str, Any]
     peak: int
+    held: int
     wall: float
     cpu: float
     lines: str
 
 
-def run(arguments: list[str]) -> Ran:
-    command = [sys.executable, "-c", ENTRY, *arguments, "--json"]
-    began, before = time.monotonic(), _cpu()
+def run(arguments: list[str], as_if: str | None = None) -> Ran:
+    """as_if: so much memory, for the choice of where experts lie."""
+    entry = ENTRY if as_if is None else AS_IF.format(OtherMachine.of(f"ram={as_if}").ram) + ENTRY
+    command = [sys.executable, "-c", entry, *arguments, "--json"]
+    began, before, held = time.monotonic(), _cpu(), [0]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        watch = threading.Thread(target=_watch, args=(child, held))
+        watch.start()
         said, lines = child.communicate()
+        watch.join()
         if child.returncode:
             raise SystemExit(lines[-800:])
     found = json.loads(said)
-    return Ran(found, found.get("peak_rss_bytes", 0), time.monotonic() - began, _cpu() - before, lines)
+    return Ran(found, found.get("peak_rss_bytes", 0), held[0], time.monotonic() - began, _cpu() - before, lines)
+
+
+def _watch(child: subprocess.Popen[str], held: list[int]) -> None:
+    """Keep the largest size of a process's own pages."""
+    status = Path(f"/proc/{child.pid}/status")
+    while child.poll() is None:
+        found = re.search(r"^RssAnon:\s+(\d+) kB", status.read_text(), re.M)
+        held[0] = max(held[0], int(found[1]) << 10 if found else 0)
+        time.sleep(0.02)
 
 
 def _cpu() -> float:
@@ -153,11 +174,13 @@ def measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
         experts = build(source, shape, args.layers, args.experts)
         asked = ["refactor", str(source), "-o", str(out), "--low-memory", "--tokens", str(args.tokens), "--text", "stdlib"]
         asked += ["--solver", args.solver, "--profile-tokens", str(args.profile_tokens)]
-        forecast = run([*asked, "--dry-run"]).said
-        done = run(asked)
+        forecast = run([*asked, "--dry-run"], args.as_if).said
+        done = run(asked, args.as_if)
         layers = [float(found) for found in re.findall(r"^layers: \d+/\d+ \((\d+) s\)", done.lines, re.M)]
         disk = sum(file.stat().st_size for file in out.iterdir())
-        whole = SHAPES[shape][1]
+        whole, sizes = SHAPES[shape][1:]
+        if forecast.get(MAPPED):  # the file without a name that was there beside the output: three matrices per expert in float32
+            disk += experts * 3 * sizes["hidden_size"] * sizes["moe_intermediate_size"] * 4
         return {
             "shape": shape,
             "layers": args.layers,
@@ -171,6 +194,8 @@ def measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
             "hours": layers[-1] / args.layers * whole / 3600 if layers else None,
             "peak": done.peak,
             "peak_forecast": forecast["peak_memory_bytes"],
+            "held": done.held,
+            MAPPED: bool(forecast.get(MAPPED)),
             "disk": disk,
             "disk_forecast": forecast["disk_bytes"],
             "starved": done.said["starved_experts"],
@@ -186,6 +211,7 @@ def main() -> None:
     parser.add_argument("--profile-tokens", type=int, default=4096)
     parser.add_argument("--solver", default="alt")
     parser.add_argument("--work", help="where there is disk, default the system's folder for temporary files")
+    parser.add_argument("--as-if", help="so much memory were free, such as 8GiB: experts that do not fit into it lie on disk")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--needed", action="store_true")
     parser.add_argument("--for-machine", help="with --needed: such as ram=24GiB,cores=8; default what is free here")
@@ -215,6 +241,8 @@ def main() -> None:
         for name in ("peak", "disk"):
             said, found = row[f"{name}_forecast"], row[name]
             print(f"  {name} {found / 2**20:.0f} MiB, said {said / 2**20:.0f} ({said / found:.2f})")
+        where = "experts on disk, whose pages are in the peak" if row[MAPPED] else "experts in memory"
+        print(f"  held {row['held'] / 2**20:.0f} MiB without pages of files; {where}")
 
 
 if __name__ == "__main__":

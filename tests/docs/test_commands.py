@@ -11,6 +11,7 @@ import cyclopts
 import pytest
 
 from moe_prism.cli import build
+from moe_prism.options.machine import OtherMachine
 from moe_prism.schedule.classes import read_classes
 from moe_prism.serve.config import read_config
 from moe_prism.serve.route.config import PoolForm
@@ -89,6 +90,21 @@ def test_configurations_are_accepted():
                 else:
                     read_classes(data["classes"], name(page)) if set(data) == {"classes"} else read_config(data, name(page))
     assert found >= 2
+
+
+def test_machines_are_understood():
+    """The command line takes any text for `--for-machine`: what it says is read here."""
+    lines = {name(page): [words for words in of(page, "moe-prism") if "--for-machine" in words] for page in pages()}
+    for words in (words for found in lines.values() for words in found):
+        check(words)
+        assert "--dry-run" in words, "it is refused without"
+        machine = OtherMachine.of(words[words.index("--for-machine") + 1])
+        assert machine.ram
+    blocks = lines["docs/how-to/bring-a-checkpoint.md"]
+    assert len(blocks) >= 2 and any("--low-memory" in words for words in blocks), "where experts may lie on disk"
+    said = [span for page in pages() for span in spans(page.read_text("utf-8")) if "--for-machine " in span]
+    for span in said:
+        OtherMachine.of(span.partition("--for-machine ")[2].split()[0])
 
 
 def test_a_wrong_line_is_refused():

@@ -6,6 +6,7 @@ import torch
 from moe_prism.elastic import LayerParts
 from moe_prism.elastic.scorers import low_rank as low_rank_module
 from moe_prism.elastic.scorers import ridge as ridge_module
+from moe_prism.elastic.scorers import ridge_fit as ridge_fit_module
 from moe_prism.elastic.scorers import scorers
 from moe_prism.errors import UsageError
 from moe_prism.model import find_layers
@@ -156,4 +157,4 @@ def test_the_ridge_of_few_rows_is_the_same_minimum(rows, features, strength):
     penalty = strength * ((z[:, :-1] - z[:, :-1].mean(0)) ** 2).sum() / features + 1e-12
     bars = torch.cat([penalty.sqrt() * torch.eye(features), torch.zeros(features, 1)], 1).double()
     expected = torch.linalg.lstsq(torch.cat([z, bars]), torch.cat([y, torch.zeros(features, 3).double()])).solution
-    assert torch.allclose(ridge_module._Rows.of(z[:, :-1], y).solve(strength), expected, atol=1e-9)
+    assert torch.allclose(ridge_fit_module._Rows.of(z[:, :-1], y).solve(strength), expected, atol=1e-9)

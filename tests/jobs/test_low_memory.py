@@ -18,8 +18,8 @@ from moe_prism.calibrate.options import CalibrateOptions
 from moe_prism.checkpoint import LayerStream, mapped
 from moe_prism.errors import UsageError
 from moe_prism.frontier.measure import measure
-from moe_prism.jobs import needed_by_refactor
-from moe_prism.jobs.needed_by_refactor import MAPPED
+from moe_prism.jobs import expert_memory
+from moe_prism.jobs.expert_memory import MAPPED
 from moe_prism.jobs.refactor import RefactorOptions, refactor
 from moe_prism.jobs.rehearsal import rehearse
 from moe_prism.model.place import placed
@@ -157,7 +157,7 @@ def test_experts_that_do_not_fit_lie_on_disk_and_give_the_same_bytes(tiny_source
     asked = RefactorOptions(calibration=calibration, profile_tokens=256, profile_points=1)
     refactor(tiny_source, tmp_path / "memory", asked)
     plain = rehearse(refactor, tiny_source, tmp_path / "disk", asked)
-    monkeypatch.setattr(needed_by_refactor, "free_memory", lambda: 0)
+    monkeypatch.setattr(expert_memory, "free_memory", lambda: 0)
     needed = rehearse(refactor, tiny_source, tmp_path / "disk", asked)
     assert needed.needed[MAPPED] and needed.disk_bytes > plain.disk_bytes and MAPPED not in plain.needed
     made, make = [], mapped.mapped_tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,6 +13,7 @@ from ..checkpoint import Journal, LayerStream, OutputFolder, TensorInfo, check_f
 from ..checkpoint.atomic import raw_bytes
 from ..checkpoint.convert import ADVICE, disk_state, quiet
 from ..checkpoint.dtypes import TORCH
+from ..checkpoint.mapped import DiskPart
 from ..checkpoint.shards import SINGLE
 from ..errors import UsageError
 from ..model import MoELayer, find_layers, load_model, load_tokenizer
@@ -112,19 +113,20 @@ class _ShardWriter:
         for layer, names in self._owned.items():
             here = [name for name in names if name in inside]
             if here:
-                for tensors in self._permuted(layer):
-                    for name in set(here) & set(tensors):
-                        file.seek(inside[name].begin)
-                        file.write(raw_bytes(tensors[name]))
-                    del tensors  # or it would lie beside the layer that is read next
+                for part in self._permuted(layer):
+                    for name in set(here) & set(part.tensors):
+                        file.seek(inside[name].begin + part.bytes_before(name))
+                        file.write(raw_bytes(part.tensors[name]))
+                    del part  # or it would lie beside the layer that is read next
 
-    def _permuted(self, name: str) -> Iterator[Mapping[str, Tensor]]:
+    def _permuted(self, name: str) -> Iterator[DiskPart]:
         """The layer's tensors in parts."""
         stream, layer = self.stream, self._layers[name]
         with stream.module(name, disk_dtype=True) as module:
             if any(first_non_finite(p) is not None for p in module.parameters()):
                 for owned in self._owned[name]:  # read again only to say which tensor on disk it is
-                    check_finite(owned, stream.source.tensor(owned), stream.source.info(owned).shard)
+                    for first, rows in stream.source.parts(owned):
+                        check_finite(owned, rows, stream.source.info(owned).shard, first)
             if not self._tried:
                 self._try(name)
             if name not in self._perms:
@@ -135,9 +137,10 @@ class _ShardWriter:
     def _try(self, name: str) -> None:
         """Once per run: an untouched layer must come back with the bytes it has on disk, else the family is not safe."""
         source = self.stream.source
-        for disk_name, tensor in (each for part in self.stream.disk_parts(name) for each in part.items()):
-            if raw_bytes(tensor) != raw_bytes(source.stored(source.info(disk_name))):
-                raise UsageError(f"tensor '{disk_name}' changes when transformers loads and saves it", ADVICE)
+        for part in self.stream.disk_parts(name):
+            for disk_name, tensor in part.tensors.items():
+                if raw_bytes(tensor) != raw_bytes(part.stored(source, disk_name)):
+                    raise UsageError(f"tensor '{disk_name}' changes when transformers loads and saves it", ADVICE)
         self._tried = True
 
     def _copy(self, info: TensorInfo, file: BinaryIO) -> None:

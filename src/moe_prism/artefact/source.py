@@ -112,8 +112,10 @@ class Weights:
         """CorruptError naming the first tensor with NaN or infinity. A GGUF file is checked when it is written."""
         if self.stream:
             return_large_buffers()  # all of the source passes here, dequantized
-            for name in self.stream.source.names():
-                check_finite(name, self.stream.source.tensor(name), self.stream.source.info(name).shard)
+            source = self.stream.source
+            for name in source.names():
+                for first, part in source.parts(name):
+                    check_finite(name, part, source.info(name).shard, first)
 
     @contextmanager
     def loaded(self, layer: MoELayer) -> Iterator[MoELayer]:

@@ -123,12 +123,13 @@ class Conversion:
         self.check_form(found)
         return found
 
-    def check_form(self, found: Mapping[str, Tensor]) -> None:
-        """UsageError naming a tensor that is not as the files store it."""
+    def check_form(self, found: Mapping[str, Tensor], rows: int | None = None) -> None:
+        """UsageError naming a tensor that is not as the files store it. rows: so many of the leading dimension are there."""
         for name, tensor in found.items():
             info = self.source.info(name)
-            if (tuple(tensor.shape), tensor.dtype) != (info.shape, info.torch_dtype):
-                here, disk = f"{tensor.dtype} {tuple(tensor.shape)}", f"{info.torch_dtype} {info.shape}"
+            shape = info.shape if rows is None else (rows, *info.shape[1:])
+            if (tuple(tensor.shape), tensor.dtype) != (shape, info.torch_dtype):
+                here, disk = f"{tensor.dtype} {tuple(tensor.shape)}", f"{info.torch_dtype} {shape}"
                 raise UsageError(f"tensor '{name}' is {disk} on disk and comes back as {here}", ADVICE)
 
     def disk_form(self, state: dict[str, Tensor], names: Container[str]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from .constant import CompactSource, constant_experts
 from .dtypes import NAMES
 from .formats import SourceFormat, StoredWeight, source_formats
 from .header import RESTORE, Header, TensorInfo, header_text
-from .shards import Source, read_json
+from .shards import STACKED, Source, read_json
 
 WRITTEN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Names of `--dtype`."""
@@ -82,11 +82,25 @@ class DequantizedSource(Source):
 
     def tensor(self, name: str) -> Tensor:
         """Dequantized to float32, or as it is on disk."""
+        return self._values(name, self.raw.tensor)
+
+    def has_rows(self, name: str) -> bool:
         weight = self.stored_weights.get(name)
         if weight is None:
-            return self.raw.tensor(name)
+            return self.raw.has_rows(name)
+        counts = {self.raw.info(part).shape[:1] for part in weight.parts.values()}
+        return len(weight.shape) >= STACKED and counts == {weight.shape[:1]}
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        return self._values(name, lambda part: self.raw.rows(part, first, last))
+
+    def _values(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """What the tensors that are read so stand for."""
+        weight = self.stored_weights.get(name)
+        if weight is None:
+            return read(name)
         try:
-            matrix = self.form.matrix({role: self.raw.tensor(part) for role, part in weight.parts.items()})
+            matrix = self.form.matrix({role: read(part) for role, part in weight.parts.items()})
             return matrix.values(weight.transposed)
         except UsageError as error:
             raise UsageError(f"tensor '{name}': {error.cause}", error.next_step) from error

@@ -22,6 +22,8 @@ INDEX = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
 LEGACY = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 Bytes = bytes  # `Source.bytes` is a number
+STACKED = 3  # dimensions of a tensor that holds several experts
+TOGETHER = 1 << 26  # bytes of such a tensor that are read at a time, and a row at least
 BLOCK = 1 << 24  # bytes copied at a time where no value is looked at
 
 
@@ -80,6 +82,33 @@ class Source:
 
         info = self.info(name)
         return read_tensor(self.folder / info.shard, info)
+
+    def has_rows(self, name: str) -> bool:
+        """Whether `rows` can read a part of this tensor: one of three dimensions or more, such as all experts of a layer in one."""
+        shape = self.info(name).shape
+        return len(shape) >= STACKED and shape[0] > 0
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """`tensor(name)[first:last]`, of which no more is read."""
+        from .tensors import read_rows
+
+        info = self.info(name)
+        return read_rows(self.folder / info.shard, info, first, last)
+
+    def stored_rows(self, name: str, first: int, last: int) -> Tensor:
+        """The same in the dtype of its `info`: what is written of it."""
+        return self.rows(name, first, last).to(self.info(name).torch_dtype)
+
+    def parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """All of a tensor: (where its rows begin, these), few at a time where that can be."""
+        if not self.has_rows(name):
+            yield 0, self.tensor(name)
+            return
+        info = self.info(name)
+        count = info.shape[0]
+        together = max(1, TOGETHER * count // max(1, info.bytes))
+        for first in range(0, count, together):
+            yield first, self.rows(name, first, min(first + together, count))
 
     def blocks(self, info: TensorInfo) -> Iterator[Bytes]:
         """The bytes of this copy of a tensor, whatever they mean."""

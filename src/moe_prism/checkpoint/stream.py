@@ -16,7 +16,7 @@ from ..heap import return_freed_pages, return_large_buffers
 from .config import WRONG
 from .constant import VALUE, refuse_to_write
 from .convert import ADVICE, Read, place, stored
-from .mapped import by_expert, disk_parts, load_mapped
+from .mapped import DiskPart, ExpertTensors, disk_parts, load_first, load_mapped
 from .shards import Source
 from .whole import open_whole
 
@@ -41,6 +41,7 @@ class LayerStream:
         self.layers_prefix, self.num_layers = _decoder_layers(self.model)
         self.peak_bytes = 0
         self.room: Path | None = None  # a folder: there lie experts that do not fit in memory (`mapped.py`)
+        self.is_trial = False  # of such experts one is read, and stands for all
 
     @property
     def unused(self) -> list[str]:
@@ -65,7 +66,7 @@ class LayerStream:
         return_large_buffers()
         targets = [name for name in self._empty if name.startswith(f"{prefix}.")]
         names = self.disk_names(prefix)
-        if self.room:
+        if self.room or self.is_trial:
             names = self._load_mapped(prefix, names, disk_dtype, read)
         self._load(targets, names, disk_dtype, read)
         return self.model.get_submodule(prefix)  # type: ignore[no-any-return]
@@ -92,33 +93,33 @@ class LayerStream:
         """
         return self._conversion.revert(self.state(prefix), self.disk_names(prefix))
 
-    def disk_parts(self, prefix: str) -> Iterator[dict[str, Tensor]]:
+    def disk_parts(self, prefix: str) -> Iterator[DiskPart]:
         """The same in parts; where experts lie on disk, a few of them each."""
         groups = self._mapped(prefix) if self.room else {}
         if not groups:
-            yield self.disk_tensors(prefix)
+            yield DiskPart(self.disk_tensors(prefix))
             return
         state = self.state(prefix)
         rest = [name for name in self.disk_names(prefix) if self._conversion.owner[name] not in groups]
         if rest:
-            yield self._conversion.revert({name: own for name, own in state.items() if name not in groups}, rest)
+            yield DiskPart(self._conversion.revert({name: own for name, own in state.items() if name not in groups}, rest))
         yield from disk_parts(self._conversion, groups, state)
 
     def can_map(self, prefix: str) -> bool:
-        """Whether all experts in this module can lie on disk: their tensors in the files are of one expert each."""
+        """Whether all experts in this module can lie on disk: a few of them can be read from the files by themselves."""
         return bool(self._mapped(prefix)) and len(self._mapped(prefix)) == len(self._experts(prefix))
 
     def _experts(self, prefix: str) -> list[str]:
         """Parameters in this module that hold experts."""
         return [name for name, own in self._empty.items() if name.startswith(f"{prefix}.") and own.ndim == EXPERTS_DIM]
 
-    def _mapped(self, prefix: str) -> dict[str, list[list[str]]]:
-        """The tensors on disk of such parameters by their expert, where those say which they are."""
+    def _mapped(self, prefix: str) -> dict[str, ExpertTensors]:
+        """The tensors on disk of such parameters by their expert, where that can be told."""
         fed: dict[str, list[str]] = {name: [] for name in self._experts(prefix)}
         for name, target in self._conversion.owner.items():
             if target in fed:
                 fed[target].append(name)
-        found = {target: by_expert(names, self._empty[target].shape[0]) for target, names in fed.items()}
+        found = {target: ExpertTensors.of(names, self._empty[target].shape[0], self.source) for target, names in fed.items()}
         return {target: groups for target, groups in found.items() if groups is not None}
 
     def state(self, prefix: str) -> dict[str, Tensor]:
@@ -212,13 +213,16 @@ class LayerStream:
 
     def _load_mapped(self, prefix: str, names: list[str], disk_dtype: bool, read: Read | None) -> list[str]:
         """Bring in experts whose weights lie on disk; the names of all other tensors."""
-        assert self.room is not None
         groups = self._mapped(prefix)
-        empty = {
-            target: _like(self._empty[target], self.source.info(own[0][0]).torch_dtype) if disk_dtype else self._empty[target]
+        empty: dict[str, Tensor] = {
+            target: _like(self._empty[target], self.source.info(own.names(0, 1)[0]).torch_dtype)
+            if disk_dtype
+            else self._empty[target]
             for target, own in groups.items()
         }
-        if groups:
+        if groups and self.is_trial:
+            load_first(self._conversion, groups, empty)
+        elif groups and self.room:
             load_mapped(self._conversion, groups, empty, self.room, read)
         return [name for name in names if self._conversion.owner[name] not in groups]
 

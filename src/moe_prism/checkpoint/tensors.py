@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,14 @@ from ..errors import CorruptError
 from .header import TensorInfo, corrupt
 
 CHUNK = 1 << 22  # elements looked at together: bounds the scan's scratch memory
+
+
+def read_rows(path: Path, info: TensorInfo, first: int, last: int) -> Tensor:
+    """Rows first to last of its leading dimension."""
+    row = info.bytes // info.shape[0]
+    begin = info.begin + first * row
+    part = replace(info, shape=(last - first, *info.shape[1:]), begin=begin, end=begin + (last - first) * row)
+    return read_tensor(path, part)
 
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:
@@ -39,10 +48,11 @@ def first_non_finite(tensor: Tensor) -> int | None:
     return None
 
 
-def check_finite(name: str, tensor: Tensor, where: str) -> None:
-    """CorruptError naming the tensor, its place and `where` if it holds a NaN or infinity."""
+def check_finite(name: str, tensor: Tensor, where: str, first: int = 0) -> None:
+    """CorruptError naming the tensor, its place and `where` if it holds a NaN or infinity. first: where its rows begin in all of it."""
     position = first_non_finite(tensor)
     if position is not None:
         place = [int(i) for i in torch.unravel_index(torch.tensor(position), tensor.shape)] if tensor.ndim else []
+        place[:1] = [at + first for at in place[:1]]
         value = float(tensor.reshape(-1)[position].real)
         raise CorruptError(f"{where}: tensor '{name}' holds {value} at {place}", "restore the weights from their source")

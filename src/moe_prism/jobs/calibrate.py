@@ -30,9 +30,9 @@ from ..options.calibrate import CalibrateOptions
 from ..progress import Report, silent
 from ..schema.read import one_line
 from .demonstrations import Answering, plan
+from .expert_memory import MAPPED, needed_by_calibration
 from .refactor_units import Shard
 from .rehearsal import begin, check_early
-from .resources import needed_by_pass
 from .which_text import with_text
 
 SNAPSHOT = "calibration-snapshot.safetensors"
@@ -85,7 +85,7 @@ def _calibrate(
     options = with_text(options, where)
     check_apart(where, out)
     weights = Weights(where)
-    needed = needed_by_pass(weights, options)
+    needed = needed_by_calibration(weights, options)
     check_early(needed, out, resume)  # before the text is read, which takes longer
     asked = plan(load_tokenizer(where), options, _longest(where)) if options.tasks else None
     windows = None if asked else _own(calibration_windows(where, options), options, part)
@@ -105,7 +105,8 @@ def _calibrate(
         if answers:
             windows, facts = demonstrate(where, answers, report)
         assert windows is not None
-        statistics = run_pass(where, windows, options, folder, journal, report, kept=False)
+        on_disk = bool(needed.get(MAPPED))
+        statistics = run_pass(where, windows, options, folder, journal, report, kept=False, on_disk=on_disk)
         if answers:
             statistics.facts |= facts
             answers.discard()
@@ -140,9 +141,11 @@ def _own(windows: Windows, options: CalibrateOptions, part: Shard | None) -> Win
 
 def lasts(where: Path, windows: Windows, options: CalibrateOptions, needed: Mapping[str, Any]) -> Seconds | None:
     """How long a pass takes that needs so much."""
-    from .job_times import pass_time  # a real run wants none of it
+    from .disk_time import OnDisk  # a real run wants none of it
+    from .job_times import pass_time
 
-    return pass_time(where, windows, options, needed["disk_bytes"])
+    disk = OnDisk.of(Weights(where), needed) if needed.get(MAPPED) else None
+    return pass_time(where, windows, options, needed["disk_bytes"] - (disk.experts if disk else 0), disk)
 
 
 def demonstrate(where: Path, answers: Answering, report: Report) -> tuple[Windows, dict[str, Any]]:
@@ -217,13 +220,17 @@ def run_pass(
     report: Report,
     *,
     kept: bool = True,
+    on_disk: bool = False,
 ) -> Statistics:
     """The pass with snapshots in the work folder, so that a killed run goes on from the last one.
 
     kept: one is made at the end too, for work that follows. It is as large as the statistics, which a calibration writes then anyway.
+    on_disk: a layer at a time, its experts lie in the work folder.
     """
     if options.low_memory:
-        return _run_layers(where, windows, options, folder, journal, report)
+        stream = LayerStream(where, torch.float32)
+        stream.room = folder.work if on_disk else None
+        return _run_layers(stream, windows, options, folder, journal, report)
     with torch.no_grad():
         model = load_to_run(where)
         work = Pass(model, find_layers(model), settings(options))
@@ -255,10 +262,9 @@ def pass_facts(work: Pass, windows: Windows) -> dict[str, Any]:
 
 
 def _run_layers(
-    where: Path, windows: Windows, options: CalibrateOptions, folder: OutputFolder, journal: Journal, report: Report
+    stream: LayerStream, windows: Windows, options: CalibrateOptions, folder: OutputFolder, journal: Journal, report: Report
 ) -> Statistics:
     """A decoder layer at a time; what a layer gave is a unit of the journal."""
-    stream = LayerStream(where, torch.float32)
     work = LayerwisePass(stream, find_layers(stream.model), settings(options), together=True)
     found: dict[int, LayerStatistics] = {}
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..artefact.load import side_tensors
 from ..artefact.source import Weights
+from ..artefact.streamed import StreamedElastic
 from ..calibrate.options import settings
 from ..calibrate.run import Pass, batches, bounded_capacity, declared_bytes
-from ..calibrate.statistics import LayerStatistics, Statistics
+from ..calibrate.statistics import STARVED, LayerStatistics, Statistics
 from ..data import Windows
-from ..elastic import Elastic, attach
+from ..elastic import Elastic, LayerParts, attach
 from ..elastic.runtime import experts_per_token
 from ..forecast.work_time import Seconds, Split, remembered, timed
 from ..frontier.measure import BATCH, LOGIT_ROWS, measure
@@ -31,25 +32,33 @@ from ..point import NamedPoint, OperatingPoint
 from ..recover.repair import Normal
 from ..recover.run import BATCH as REPAIRED
 from ..recover.run import equations, groups
-from .pilot import Pilot, few_experts, for_all, spread, written
+from .disk_time import OnDisk
+from .pilot import Pilot, few_experts, for_all, spread, typical, written
 from .profile_layers import alone_points, profile_runs
-from .resources import largest_layer, written_bytes
+from .resources import FLOAT32, largest_layer, written_bytes
 from .solve_layer import WORKING, solve
 
 FEW = 4  # experts that are solved to see how long one takes
 TRIED = 5  # points of a frontier that are run
+SOLVED = 2  # times that all experts of a layer are gone through while it is solved: for their activations, and for the predictor
 WARMING = 64  # rows of an expert that is solved before
 
 
-def pass_time(where: Path, windows: Windows, options: CalibrateOptions, written_: int) -> Seconds | None:
-    """Of a calibration pass over these windows, and of writing so many bytes. None where no layer can be run by itself."""
+def pass_time(
+    where: Path, windows: Windows, options: CalibrateOptions, written_: int, disk: OnDisk | None = None
+) -> Seconds | None:
+    """Of a calibration pass over these windows, and of writing so many bytes. None where no layer can be run by itself.
+
+    disk: there lie the experts of a layer.
+    """
     if where.is_file():
         return None
-    pilot = Pilot(where)
+    pilot = Pilot(where, disk is not None)
     ids, run = windows.ids, settings(options)
     name = pilot.name("pass", run.collectors, run.capacity, min(run.batch, len(ids)), ids.shape[1], len(run.domains))
     known = remembered(name, lambda: _pass_pieces(pilot, ids, options)[0])
-    return _pass_total(known, pilot.layers, ids, windows.parts, run.batch) + written(written_)
+    total = _pass_total(known, pilot.layers, ids, windows.parts, run.batch) + written(written_)
+    return total + disk.seconds(pilot, pilot.layers, _batches(ids, run.batch, windows.parts)) if disk else total
 
 
 def rewriting_time(where: Path, calibrated: tuple[Windows, CalibrateOptions] | None, written_: int, reads: int) -> Seconds | None:
@@ -77,14 +86,16 @@ def encoding_time(where: Path, encode: Callable[[MoELayer, int], object], writte
     return few * (sum(layer.num_experts for layer in layers) / count) + pilot.load() + written(written_)
 
 
-def refactor_time(weights: Weights, text: Windows | Statistics, options: RefactorOptions, unit: int) -> Seconds | None:
-    """Of a refactoring, with its calibration unless there are statistics. unit: neurons that move together.
+def refactor_time(
+    weights: Weights, text: Windows | Statistics, options: RefactorOptions, unit: int, disk: OnDisk | None = None
+) -> Seconds | None:
+    """Of a refactoring, with its calibration unless there are statistics. unit: neurons that move together. disk: as of `pass_time`.
 
     A layer at a time the work is the same, but that nothing is kept for a continuation inside the pass.
     """
     if weights.stream is None or options.keep:
         return None
-    pilot, ids, low = Pilot(weights.path), _ids(text), options.calibration.low_memory
+    pilot, ids, low = Pilot(weights.path, disk is not None), _ids(text), options.calibration.low_memory
     known = _refactor_known(weights, pilot, text, options, unit)
     total = _solving_total(known, weights.layers[0], len(weights.layers))
     if not isinstance(text, Statistics):
@@ -96,16 +107,31 @@ def refactor_time(weights: Weights, text: Windows | Statistics, options: Refacto
         total += _profile_total(known, pilot, options, ids.shape[1])
     # the pass is no part of these: layers are read to be solved, where the pass has not done it, and to be written
     loads = 1 if low and not isinstance(text, Statistics) else 2
-    return total + known["load"] * loads + written(written_bytes(weights))
+    total += known["load"] * loads + written(written_bytes(weights))
+    if disk:
+        crossings = SOLVED + (_profile_crossings(pilot, options, ids.shape[1]) if options.profile_tokens else 0.0)
+        if not isinstance(text, Statistics):
+            crossings += _batches(ids, settings(options.calibration).batch, text.parts)
+        total += disk.seconds(pilot, len(weights.layers), crossings)
+        share = weights.bytes_per_weight / FLOAT32  # in the files' own type they lie there again, to be written
+        total += disk.seconds(pilot, len(weights.layers), 1, share)
+    return total
 
 
-def shard_time(weights: Weights, text: Statistics, options: RefactorOptions, unit: int, layers: int) -> Seconds | None:
+def shard_time(
+    weights: Weights, text: Statistics, options: RefactorOptions, unit: int, layers: int, disk: OnDisk | None = None
+) -> Seconds | None:
     """Of solving so many layers."""
     if weights.stream is None or options.keep:
         return None
-    pilot = Pilot(weights.path)
+    pilot = Pilot(weights.path, disk is not None)
     known = _refactor_known(weights, pilot, text, options, unit)
-    return _solving_total(known, weights.layers[0], layers) + known["load"] * (layers / len(weights.layers))
+    total = _solving_total(known, weights.layers[0], layers) + known["load"] * (layers / len(weights.layers))
+    return total + disk.seconds(pilot, layers, SOLVED) if disk else total
+
+
+def _batches(ids: Tensor, size: int, parts: Sequence[tuple[str, int]]) -> int:
+    return sum(1 for _ in batches(ids, size, parts))
 
 
 def _ids(text: Windows | Statistics) -> Tensor:
@@ -123,16 +149,32 @@ def _refactor_known(
     """The pieces of a refactoring."""
     run, layer, ids = settings(options.calibration), weights.layers[0], _ids(text)
     if isinstance(text, Statistics):
-        capacity, sampled = text.facts["capacity"], sum(text.outlines[0].kept())
+        sample = SolvedRows(text.facts["capacity"], 0, [n for one in text.outlines for n in one.kept()])
     else:
         wanted = [largest_layer(weights)] if options.calibration.low_memory else weights.layers
-        capacity, sampled = bounded_capacity(wanted, run), text.tokens * _k(pilot)
-    rows = max(1, min(capacity, sampled // layer.num_experts))
+        sample = SolvedRows(bounded_capacity(wanted, run), text.tokens * _k(pilot), [])
+    rows = (sample.choices or sum(sample.kept) // len(weights.layers)) // layer.num_experts
     name = pilot.name(
         "refactor", options.n_sub, options.gates, options.solver, options.objective, options.compensate, options.rank,
-        options.extra_scorers, unit, rows, capacity, min(run.batch, len(ids)), ids.shape[1], len(run.domains), options.profile_tokens > 0,
+        options.extra_scorers, unit, rows, sample.capacity, min(run.batch, len(ids)), ids.shape[1], len(run.domains),
+        options.profile_tokens > 0, options.calibration.low_memory,
     )  # fmt: skip
-    return remembered(name, lambda: _refactor_pieces(pilot, ids, options, rows, unit))
+    return remembered(name, lambda: _refactor_pieces(pilot, ids, options, sample, unit))
+
+
+class SolvedRows(NamedTuple):
+    """What experts are solved on: at most `capacity` rows of each. choices: of all experts of a layer; kept: of each, if that is known."""
+
+    capacity: int
+    choices: int
+    kept: list[int]
+
+    def rows(self, found: LayerStatistics, count: int) -> list[int]:
+        """Of some experts that stand for all. found: of a part of the text, which says how unevenly experts are chosen."""
+        chosen = found.values["counts"]["count"].double()
+        sizes = self.kept or (chosen * (self.choices / max(1.0, float(chosen.sum())))).tolist()
+        most = max(1, min(self.capacity, round(max(sizes))))
+        return typical(sizes, count, min(STARVED, most), most)
 
 
 def frontier_time(
@@ -209,18 +251,23 @@ def _pass_total(known: Mapping[str, Seconds], layers: int, ids: Tensor, parts: S
     return known["load"] + first + later * sum(full[1:])
 
 
-def _refactor_pieces(pilot: Pilot, ids: Tensor, options: RefactorOptions, rows: int, unit: int) -> dict[str, Seconds]:
+def _refactor_pieces(pilot: Pilot, ids: Tensor, options: RefactorOptions, sample: SolvedRows, unit: int) -> dict[str, Seconds]:
     """What a pass takes, a few experts' solution, and a row of the profile at full budget and with the layer at its own."""
     pieces, found = _pass_pieces(pilot, ids, options.calibration)
     count = min(FEW, pilot.layer.num_experts)
     with pilot.there():
-        solve(*few_experts(pilot.layer, found, 1, min(rows, WARMING)), options, unit)  # compiles
-        few, solved = few_experts(pilot.layer, found, count, rows), dict[str, Tensor]()
+        rows = sample.rows(found, count)
+        solve(*few_experts(pilot.layer, found, [min(*rows, WARMING)]), options, unit)  # compiles
+        few, solved = few_experts(pilot.layer, found, rows), dict[str, Tensor]()
         pieces["solve"] = timed(lambda: solved.update(solve(*few, options, unit)[0]))
         if not options.profile_tokens:
             return pieces
         tensors = for_all({k: v for k, v in solved.items() if k not in WORKING}, pilot.layer.num_experts)
-        attach(pilot.model, options.n_sub, gates=options.gates, tensors=[tensors], layers=[pilot.layer])
+        if options.calibration.low_memory:  # as the run does: compiled code would keep the layer's weights in a form of its own
+            parts = LayerParts(pilot.layer, options.n_sub, options.gates, tensors)
+            pilot.model._moe_prism = StreamedElastic(pilot.model, [parts])
+        else:
+            attach(pilot.model, options.n_sub, gates=options.gates, tensors=[tensors], layers=[pilot.layer])
         [point] = alone_points(*profile_runs(0)[0], 1)
         full, own = _runs(pilot, ids[: _profile_batch(ids)], [[], [point]])
     return pieces | {
@@ -238,14 +285,23 @@ def _profile_total(known: Mapping[str, Seconds], pilot: Pilot, options: Refactor
 
     A layer at a time, such a run begins at its layer, and nothing is loaded for it.
     """
-    windows = max(1, options.profile_tokens // length)
-    rounds = windows / max(1, LOGIT_ROWS // length)
+    rounds = _profile_rounds(options, length)
     runs = pilot.layers * (1 + options.profile_points)
     full = known["full inside"] * pilot.layers + known["full outside"]
     low = options.calibration.low_memory
     others = known["full inside"] * ((pilot.layers - 1) / (2 if low else 1))
     alone = known["own inside"] + others + known["own outside"]
     return (Seconds() if low else known["load"]) + (full + alone * runs) * rounds
+
+
+def _profile_crossings(pilot: Pilot, options: RefactorOptions, length: int) -> float:
+    """How often a layer's experts run in the profile: in the full run, with the layer at its own budgets, and behind earlier layers."""
+    runs = 1 + options.profile_points
+    return _profile_rounds(options, length) * (1 + runs + runs * (pilot.layers - 1) / 2)
+
+
+def _profile_rounds(options: RefactorOptions, length: int) -> float:
+    return max(1, options.profile_tokens // length) / max(1, LOGIT_ROWS // length)
 
 
 def _runs(pilot: Pilot, ids: Tensor, points: Sequence[Sequence[OperatingPoint]]) -> list[Split]:

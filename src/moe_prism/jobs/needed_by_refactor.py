@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 from ..artefact.source import Weights
 from ..calibrate.options import settings
 from ..calibrate.run import bounded_capacity, declared_bytes
 from ..calibrate.statistics import Statistics
 from ..checkpoint.formats.requantize import TOGETHER as ROUNDED_TOGETHER
-from ..checkpoint.mapped import TOGETHER as READ_TOGETHER
+from ..frontier.measure import LOGIT_ROWS
 from ..options.refactor import RefactorOptions
 from .distance import LOGITS
+from .expert_memory import ExpertMemory, experts_bytes, with_room
 from .resources import (
     FLOAT32,
     KERNELS,
     LOGITS_HELD,
     RUNNING,
     SIZED_FOR,
-    free_memory,
     held_bytes,
     largest,
     largest_layer,
@@ -35,8 +36,6 @@ from .solve_layer import experts_together
 
 SAMPLE_COPIES = 6  # of an expert's inputs: widened, as features in float64, those without the held-out ones
 SYSTEM_COPIES = 5  # of its equations: products, those without the held-out rows, centred, and factorised
-MAPPED = "experts_on_disk"
-"""Says that a layer's experts lie in a file beside the output while it is worked on."""
 
 
 def needed_by(weights: Weights, options: RefactorOptions, given: Statistics | None = None) -> dict[str, Any]:
@@ -49,7 +48,7 @@ def needed_by(weights: Weights, options: RefactorOptions, given: Statistics | No
     else:
         parts, kept, capacity = pass_parts(weights, options.calibration)
         solver = 4 * sampled_rows(weights, options.calibration, capacity) * largest_layer(weights).width * FLOAT32
-        phases = [parts, {"weights_bytes": 3 * _experts_bytes(weights), "statistics_bytes": kept, "solver_bytes": solver}]
+        phases = [parts, {"weights_bytes": 3 * experts_bytes(weights), "statistics_bytes": kept, "solver_bytes": solver}]
         disk += 2 * kept  # a new snapshot of the statistics is complete before the one before it goes
     if options.profile_tokens:
         again = needed_by_running(weights.model, rows=options.calibration.length, cut=options.n_sub)
@@ -64,25 +63,23 @@ def needed_by_shard(weights: Weights, options: RefactorOptions, given: Statistic
     layer = largest_layer(weights)
     scorers = (1 + len(options.extra_scorers)) * options.n_sub * (2 * layer.hidden + 64)
     per_expert = 2 * layer.width + scorers + (layer.width * ROUNDED_TOGETHER if options.keep == "format" else 0)
-    phases = [{"weights_bytes": _loading_bytes(weights, _experts_bytes(weights))}, _solving(weights, given)]
     disk = layers * layer.num_experts * per_expert * FLOAT32
-    return told(largest(phases), disk) | {"reservoir_tokens": given.facts["capacity"]}
+    solving = _solving(weights, given)
+
+    def need(experts: ExpertMemory) -> dict[str, Any]:
+        return told(largest([{"weights_bytes": experts.loading}, {**solving, "weights_bytes": experts.there}]), disk)
+
+    return with_room(weights, need) | {"reservoir_tokens": given.facts["capacity"]}
 
 
 def _solving(weights: Weights, given: Statistics) -> dict[str, int]:
     """A layer, read while statistics that lie on disk are, and what cutting its experts takes."""
     rows = max(sum(one.kept()) for one in given.outlines)
     return {
-        "weights_bytes": _experts_bytes(weights),
+        "weights_bytes": experts_bytes(weights),
         "statistics_bytes": given_bytes(given),
         "solver_bytes": _solver_bytes(weights, rows, given.facts["capacity"]),
     }
-
-
-def _experts_bytes(weights: Weights) -> int:
-    """The experts of a layer in float32."""
-    layer = largest_layer(weights)
-    return layer.num_experts * layer.parameters_per_expert() * FLOAT32
 
 
 def _needed_by_layers(weights: Weights, options: RefactorOptions, given: Statistics | None) -> dict[str, Any]:
@@ -90,43 +87,15 @@ def _needed_by_layers(weights: Weights, options: RefactorOptions, given: Statist
 
     Where that is more than there is, and the files allow it, a layer's experts lie on disk.
     """
-    found = _by_layers(weights, options, given, _Experts.in_memory(weights))
-    machine = SIZED_FOR.get()
-    memory = machine.ram if machine and machine.ram is not None else free_memory()
-    assert weights.stream is not None
-    if found["peak_memory_bytes"] <= memory or weights.keep or not weights.stream.can_map(largest_layer(weights).name):
-        return found
-    whole = _experts_bytes(weights)
-    mapped = _by_layers(weights, options, given, _Experts.on_disk(weights))
-    return {**mapped, "disk_bytes": mapped["disk_bytes"] + whole, MAPPED: True}
+    return with_room(weights, partial(_by_layers, weights, options, given))
 
 
-class _Experts(NamedTuple):
-    """What a layer's experts take in memory: while they are read, afterwards, and while the profile runs."""
-
-    loading: int
-    there: int
-    profiled: int
-
-    @classmethod
-    def in_memory(cls, weights: Weights) -> _Experts:
-        whole = _experts_bytes(weights)
-        # of some families one of an expert's matrices is turned round, which takes its size once more
-        return cls(_loading_bytes(weights, whole), whole, whole + whole // 2)
-
-    @classmethod
-    def on_disk(cls, weights: Weights) -> _Experts:
-        """A few at a time. Pages of the file that are in use are the system's to take back."""
-        layer = largest_layer(weights)
-        few = READ_TOGETHER * layer.parameters_per_expert() * FLOAT32
-        return cls(3 * few, few, few)
-
-
-def _by_layers(weights: Weights, options: RefactorOptions, given: Statistics | None, experts: _Experts) -> dict[str, Any]:
+def _by_layers(weights: Weights, options: RefactorOptions, given: Statistics | None, experts: ExpertMemory) -> dict[str, Any]:
     """given: then no text passes, the profile's alone."""
     run, layer, length = settings(options.calibration), largest_layer(weights), options.calibration.length
     capacity = given.facts["capacity"] if given else bounded_capacity([layer], run)
-    profiled = min(options.profile_tokens, options.calibration.tokens) * (1 + len(weights.layers) * (1 + options.profile_points))
+    profiled_tokens = min(options.profile_tokens, options.calibration.tokens)
+    profiled = profiled_tokens * (1 + len(weights.layers) * (1 + options.profile_points))
     always = {
         "hidden_bytes": (0 if given else held_bytes(weights, options.calibration)) + 2 * profiled * layer.hidden * FLOAT32,
         "kernels_bytes": KERNELS if options.profile_tokens else 0,
@@ -141,23 +110,16 @@ def _by_layers(weights: Weights, options: RefactorOptions, given: Statistics | N
         rows = sampled_rows(weights, options.calibration, capacity)
         phases += [gathered | {"solver_bytes": _solver_bytes(weights, rows, capacity) + pooled}, gathered | runs]
     if options.profile_tokens:
-        logits = LOGITS_HELD * length * text_config(weights).vocab_size * FLOAT32
-        phases.append({"weights_bytes": experts.profiled, "logits_bytes": logits} | runs)
+        rows = min(profiled_tokens, max(1, LOGIT_ROWS // length) * length)  # that run together, which is fewer than in the pass
+        logits = LOGITS_HELD * rows * text_config(weights).vocab_size * FLOAT32
+        activations = rows * row_bytes(weights.model, layer, length)
+        phases.append({"weights_bytes": experts.profiled, "logits_bytes": logits, "activations_bytes": activations})
     phases = [{**always, **phase} for phase in phases]
     if weights.dequantized or weights.keep:
         # what readers freed is not all given back (docs/developer/log.md): as if all came at once
         phases = [{name: max(phase.get(name, 0) for phase in phases) for phase in phases for name in phase}]
     phases.append(_comparison(weights, options))
     return told(largest(phases), written_bytes(weights)) | {"reservoir_tokens": capacity}
-
-
-def _loading_bytes(weights: Weights, experts: int) -> int:
-    """A layer's experts, so many bytes, while they are read: the tensors of the files, those put together, and the result.
-
-    What is dequantized is so in float32, all else is put together in its own type.
-    """
-    size = FLOAT32 if weights.dequantized or weights.keep else min(FLOAT32, weights.bytes_per_weight)
-    return int(3 * experts * size / FLOAT32)
 
 
 def _solver_bytes(weights: Weights, rows: int, capacity: int) -> int:

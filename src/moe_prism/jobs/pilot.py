@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..calibrate.statistics import LayerStatistics
 from ..checkpoint import LayerStream
+from ..checkpoint.mapped import TOGETHER
 from ..cores import processor
 from ..elastic.other_weights import OtherWeights
 from ..elastic.runtime import experts_per_token
@@ -27,14 +28,19 @@ from ..forecast.work_time import Seconds, Split, timed
 from ..memory import available_memory
 from ..model import MoELayer, find_layers
 
+READ = 64 << 20  # bytes that are read to see how fast that goes
 WRITTEN = 16 << 20  # bytes that are written to see how fast that goes
 
 
 class Pilot:
-    """Inside `there()` the model runs. layer: its first MoE layer; layers: how many decoder layers the whole model has."""
+    """Inside `there()` the model runs. layer: its first MoE layer; layers: how many decoder layers the whole model has.
 
-    def __init__(self, where: Path) -> None:
+    on_disk: its experts do not fit. A few are read, and one of them stands for all; what the disk takes comes on top (`disk_time.py`).
+    """
+
+    def __init__(self, where: Path, on_disk: bool = False) -> None:
         self.stream = LayerStream(where, torch.float32)
+        self.stream.is_trial = self.on_disk = on_disk
         self.model = self.stream.model
         self.layer: MoELayer = find_layers(self.model)[0]
         names = self.stream.layer_names()
@@ -72,8 +78,14 @@ class Pilot:
         sizes: dict[str, int] = {
             name: sum(p.numel() for p in self.model.get_submodule(name).parameters()) for name in self.stream.layer_names()
         }
+        outside = self.bytes - sum(sizes.values()) * torch.float32.itemsize
         experts: int = self.layer.num_experts * self.layer.parameters_per_expert()
-        return self.bytes + (sizes[self._name] - sum(sizes.values()) + experts) * torch.float32.itemsize
+        read = self._read_experts() * self.layer.parameters_per_expert()
+        return outside + (sizes[self._name] - experts + 2 * read) * torch.float32.itemsize
+
+    def _read_experts(self) -> int:
+        """How many experts of the layer are read when it is."""
+        return min(TOGETHER, self.layer.num_experts) if self.on_disk else self.layer.num_experts
 
     def split(self, work: Callable[[], object]) -> Split:
         """What it spends inside the layer and outside of it."""
@@ -83,13 +95,14 @@ class Pilot:
 
     def load(self) -> Seconds:
         """Of reading the whole model, by reading the layer once."""
-        here: int = sum(p.numel() for p in self.model.get_submodule(self._name).parameters()) * torch.float32.itemsize
+        here: int = sum(p.numel() for p in self.model.get_submodule(self._name).parameters())
+        here -= (self.layer.num_experts - self._read_experts()) * self.layer.parameters_per_expert()
 
         def read() -> None:
             with self.stream.module(self._name):
                 pass
 
-        return timed(read) * (self.bytes / here)
+        return timed(read) * (self.bytes / torch.float32.itemsize / here)
 
     def name(self, job: str, *more: object) -> str:
         """What a time of this model on this machine is known by."""
@@ -99,7 +112,7 @@ class Pilot:
             f"{config.model_type} L{self.layers} E{layer.num_experts} k{k} d{layer.hidden} f{layer.width} V{config.vocab_size}"
         )
         where = f"{processor()} torch{torch.__version__} threads{torch.get_num_threads()}"
-        return " ".join([where, shape, job, *map(str, more)])[:900]
+        return " ".join([where, shape, *(["on disk"] if self.on_disk else []), job, *map(str, more)])[:900]
 
     def _enter(self, *_: Any) -> None:
         self._begin = Seconds.now()
@@ -120,18 +133,28 @@ class _Few(OtherWeights):
         self.num_experts = count
 
 
-def few_experts(layer: MoELayer, found: LayerStatistics, count: int, rows: int) -> tuple[MoELayer, LayerStatistics]:
-    """The first experts of a layer, each with a sample of so many rows: those of the expert that has the most, again and again."""
-    tokens = found.values["tokens"]
+def few_experts(layer: MoELayer, found: LayerStatistics, rows: Sequence[int]) -> tuple[MoELayer, LayerStatistics]:
+    """The first experts of a layer, with a sample of so many rows each: those of the expert that has the most, again and again."""
+    tokens, count = found.values["tokens"], len(rows)
     richest = int(tokens["kept"].argmax())
-    take = torch.arange(rows) % max(1, int(tokens["kept"][richest]))
+    take = torch.arange(max(rows)) % max(1, int(tokens["kept"][richest]))
     sample = {
         name: tokens[name][richest, take].expand(count, *tokens[name][richest, take].shape).clone()
         for name in ("x", "weight", "key")
     }
-    sample["kept"] = torch.full((count,), rows, dtype=torch.int64)
+    sample["kept"] = torch.tensor(rows, dtype=torch.int64)
     counts = {name: (t[:count] if t.ndim and len(t) == layer.num_experts else t) for name, t in found.values["counts"].items()}
     return _Few(layer, count), LayerStatistics(found.name, {"counts": counts, "tokens": sample})
+
+
+def typical(sizes: Sequence[float], count: int, least: int, most: int) -> list[int]:
+    """So many sizes that stand for all of them, each for as many: from the middle of every part of them in their order.
+
+    Experts are chosen unevenly, and work grows faster than rows, so an average expert would say too little.
+    """
+    order = sorted(sizes)
+    middles = [order[int((i + 0.5) * len(order) / count)] for i in range(count)]
+    return [round(min(most, max(least, size))) for size in middles]
 
 
 def for_all(tensors: dict[str, Tensor], experts: int) -> dict[str, Tensor]:
@@ -155,6 +178,27 @@ def written(bytes_: int) -> Seconds:
             os.fsync(file.fileno())
 
         return timed(write) * (bytes_ / WRITTEN)
+
+
+def spilled(bytes_: float) -> Seconds:
+    """Of so many bytes that are written and on the disk, by doing that with a few."""
+    data = bytes(WRITTEN)
+    with tempfile.TemporaryFile() as file:
+
+        def write() -> None:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+        return timed(write) * (bytes_ / WRITTEN)
+
+
+def read_back(shard: Path, bytes_: float) -> Seconds:
+    """Of so many bytes that come from a disk, by reading the beginning of a file that the system is told to forget."""
+    with shard.open("rb", buffering=0) as file:
+        size = min(READ, os.fstat(file.fileno()).st_size)
+        os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
+        return timed(lambda: file.read(size)) * (bytes_ / max(1, size))
 
 
 def spread(values: Sequence[Any], most: int) -> list[Any]:

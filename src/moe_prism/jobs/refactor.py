@@ -30,7 +30,8 @@ from ..result import Result, plain
 from .align import align
 from .calibrate import calibration_windows, check_fit, check_fits, open_statistics, run_pass
 from .distance import TOKENS, distance_between, evaluation_windows
-from .needed_by_refactor import MAPPED, needed_by, needed_by_shard
+from .expert_memory import MAPPED
+from .needed_by_refactor import needed_by, needed_by_shard
 from .profile_layers import Profiler, budget_tensors, profile_runs, spaced, unit_cost
 from .refactor_files import CUTOFFS_FILE, write_side_files
 from .refactor_layers import Units, solve_layers
@@ -95,8 +96,7 @@ def refactor(
         return Refactored(Path(out), done, peak_rss_bytes())
     job.begin()
     with OutputFolder(out, resume=job.resume, force=job.force) as folder:
-        if weights.stream and job.needed.get(MAPPED):
-            weights.stream.room = folder.work
+        job.make_room(folder)
         work = _Work(folder, Journal(folder.work, job.fingerprint()), how.get("report", silent))
         join(shards, folder, work.journal)
         if weights.stream and options.calibration.low_memory:
@@ -148,6 +148,7 @@ def refactor_shard(
     layers = job.solved
     job.begin()
     with OutputFolder(out, resume=job.resume, force=job.force) as folder:
+        job.make_room(folder)
         work = _Work(folder, Journal(folder.work, job.fingerprint()), how.get("report", silent))
         _solve_layers(work, job, job.given, layers)
     return Solved(folder.work, [layer.index for layer in layers])
@@ -195,6 +196,11 @@ class _Job:
         if given:
             self._check(given, calibration)
 
+    def make_room(self, folder: OutputFolder) -> None:
+        """Have a layer's experts lie in this folder while it is worked on, where they do not fit in memory."""
+        if self.weights.stream and self.needed.get(MAPPED):
+            self.weights.stream.room = folder.work
+
     def _check(self, given: Statistics, calibration: str | Path | None) -> None:
         """That statistics are of this model, and enough."""
         if given.facts["source"] != self.source:
@@ -218,20 +224,17 @@ class _Job:
 
     def begin(self) -> None:
         """Whether it fits, told before it is tried."""
-        solved = len(self.solved) if self.is_part else None
-        lasts = partial(_lasts, self.weights, self.windows or self.given, self.options, self.together, solved)
-        begin(self.needed, self.out, resume=self.resume, force=self.force, lasts=lasts)
+        begin(self.needed, self.out, resume=self.resume, force=self.force, lasts=self._lasts)
 
+    def _lasts(self) -> Seconds | None:
+        """How long it takes."""
+        from .disk_time import OnDisk  # a real run wants none of it
+        from .job_times import refactor_time, shard_time
 
-def _lasts(
-    weights: Weights, text: Windows | Statistics | None, options: RefactorOptions, together: int, part: int | None
-) -> Seconds | None:
-    """part: so many layers are solved, and no more."""
-    from .job_times import refactor_time, shard_time  # a real run wants none of it
-
-    if part is not None and isinstance(text, Statistics):
-        return shard_time(weights, text, options, together, part)
-    return None if text is None else refactor_time(weights, text, options, together)
+        text, disk = self.windows or self.given, OnDisk.of(self.weights, self.needed)
+        if self.is_part and isinstance(text, Statistics):
+            return shard_time(self.weights, text, self.options, self.together, len(self.solved), disk)
+        return None if text is None else refactor_time(self.weights, text, self.options, self.together, disk)
 
 
 class _Work(NamedTuple):

@@ -17,6 +17,7 @@ from ..elastic.compensate import Compensator
 from ..elastic.rules.threshold import QUANTILES, fit_cutoffs
 from ..elastic.scorers import ridge as ridge_scorer
 from ..elastic.scorers import scorers
+from ..elastic.scorers.ridge_fit import held_out
 from ..elastic.side_tensors import CUTOFFS, RIDGE, SHARES
 from ..model import MoELayer
 from ..options.refactor import RefactorOptions
@@ -51,7 +52,7 @@ def solve(
     parts.tensors[RIDGE] = fitted.weight
     for name in options.extra_scorers:
         parts.tensors |= scorers.get(name).fit(parts, samples)
-    parts.tensors[CUTOFFS] = _cutoffs(statistics, [ridge_scorer.held_out(len(x)) for x in samples.kept], fitted.held)
+    parts.tensors[CUTOFFS] = _cutoffs(statistics, [held_out(len(x)) for x in samples.kept], fitted.held)
     parts.tensors[SHARES] = torch.linspace(0, 1, QUANTILES)
     facts = {
         "name": layer.name,

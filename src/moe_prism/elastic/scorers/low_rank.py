@@ -19,6 +19,7 @@ from ...errors import UsageError
 from ..base import LayerParts, Scorer, gate_activations, per_expert
 from ..side_tensors import LOW_RANK_HEADS, LOW_RANK_MAP
 from . import ridge
+from .ridge_fit import ridge_fit
 
 RANK = 16  # of the shared projections; the hidden size where that is less
 
@@ -70,7 +71,7 @@ class LowRankScorer(Scorer):
         for e, (x, y) in enumerate(zip(inputs, targets, strict=True)):
             if len(x):
                 z = _features(parts, _shared(x.float(), shared_map.float()), x, e, scale[e]).double()
-                heads[e] = ridge._ridge(z, y)[0].T.to("cpu", torch.bfloat16)
+                heads[e] = ridge_fit(z, y)[0].T.to("cpu", torch.bfloat16)
         return {LOW_RANK_MAP: shared_map.cpu(), LOW_RANK_HEADS: heads}
 
 
@@ -100,7 +101,7 @@ def _reduce(inputs: list[Tensor], targets: list[Tensor]) -> Tensor:
     )
     spread = values.clamp(min=1e-9 * float(values[-1].clamp(min=1e-30))).sqrt()
     slopes = [
-        ridge._ridge(torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64, device=x.device)], 1), y)[0][:-1].T
+        ridge_fit(torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64, device=x.device)], 1), y)[0][:-1].T
         * len(x) ** 0.5
         for x, y in zip(inputs, targets, strict=True)
         if len(x)

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from ..base import FEW, LayerParts, Scorer, are_few, gate_activations, gate_activations_all, gate_activations_each, of_choices
+from .ridge_fit import ridge_fit
 
 if TYPE_CHECKING:
     from ...kernels.selection import Norms
     from ..execute.batch_products import MatrixPart, Stored
 
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared feature; the best on a held-out fifth of the sample is used
-MIN_TOKENS = 16  # below this only the mean is known
 FLOOR = 1e-3  # of the mean block norm, added before the log: a block that is off is not infinitely far from one that is faint
 CEILING = 30.0  # of a predicted log norm: no overflow on inputs far from the sample
 
@@ -61,11 +60,6 @@ class RidgeFit(NamedTuple):
     held: list[Tensor]
 
 
-def held_out(rows: int) -> Tensor:
-    """Which of an expert's sampled rows choose the strength of the penalty, and show what is predicted of unseen ones: every fifth."""
-    return torch.arange(rows)[4::5] if rows >= MIN_TOKENS else torch.arange(rows)
-
-
 def fit(parts: LayerParts, samples: Sequence[Tensor], losses: Callable[[Tensor, int], Tensor] | None = None) -> RidgeFit:
     """From the sampled inputs [S_e, d] of each expert.
 
@@ -81,79 +75,10 @@ def fit(parts: LayerParts, samples: Sequence[Tensor], losses: Callable[[Tensor, 
             x = x.to(parts.layer.up.device, parts.layer.up.dtype)
             z = features(parts, x, expert, scale[expert]).double()
             y = (losses(x, expert) if losses else block_norms(parts, x, expert)).double()
-            found, others = _ridge(z, (y + FLOOR * y.mean() + 1e-30).log())
+            found, others = ridge_fit(z, (y + FLOOR * y.mean() + 1e-30).log())
             result[expert] = found.T.to("cpu", torch.bfloat16)
             held[-1] = others.clamp(max=CEILING).exp().float().cpu()
     return RidgeFit(result, held)
-
-
-def _ridge(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients [D, N] of the least-squares fit y ~ z with the strength that does best on `held_out` rows, and their predictions."""
-    out = held_out(len(z)).to(z.device)
-    if len(z) < MIN_TOKENS:
-        constant = torch.zeros(z.shape[1], y.shape[1], dtype=z.dtype, device=z.device)
-        constant[-1] = y.mean(0)
-        return constant, y.mean(0).expand(len(out), -1)
-    whole = _Rows.of(z[:, :-1], y)
-    train = whole.without(out)
-    tried = [z[out] @ train.solve(s) for s in STRENGTHS]
-    best = int(torch.stack([((found - y[out]) ** 2).sum() for found in tried]).argmin())
-    return whole.solve(STRENGTHS[best]), tried[best]
-
-
-class _Rows(NamedTuple):
-    """Rows [S, D - 1] and targets [S, N], and the products of the shorter side, not centred. The constant is not penalised.
-
-    The products are most of the work. So those of a part of the rows are taken from those of all.
-    """
-
-    rows: Tensor
-    targets: Tensor
-    products: Tensor
-
-    @classmethod
-    def of(cls, rows: Tensor, targets: Tensor) -> _Rows:
-        return cls(rows, targets, rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows)
-
-    @property
-    def is_dual(self) -> bool:
-        return len(self.rows) <= self.rows.shape[1]
-
-    def without(self, out: Tensor) -> _Rows:
-        """Of all rows but these."""
-        stay = torch.ones(len(self.rows), dtype=torch.bool, device=self.rows.device)
-        stay[out] = False
-        rows, gone = self.rows[stay], self.rows[out]
-        if self.is_dual:
-            return _Rows(rows, self.targets[stay], self.products[stay][:, stay])
-        if len(rows) <= rows.shape[1]:
-            return _Rows.of(rows, self.targets[stay])
-        return _Rows(rows, self.targets[stay], self.products - gone.T @ gone)
-
-    def centred(self) -> Tensor:
-        """The products of rows less their mean."""
-        if self.is_dual:
-            mean = self.products.mean(0)
-            return self.products - mean - mean[:, None] + mean.mean()
-        mean = self.rows.mean(0)
-        return self.products - len(self.rows) * torch.outer(mean, mean)
-
-    def solve(self, strength: float) -> Tensor:
-        """[D, N]. With no more rows than features the dual form: the same solution from a system of S unknowns instead of D - 1."""
-        mean_rows, mean_targets = self.rows.mean(0), self.targets.mean(0)
-        targets, system = self.targets - mean_targets, self.centred()
-        diagonal = system.diagonal()
-        diagonal += strength * float(diagonal.sum()) / self.rows.shape[1] + 1e-12
-        slope = _solve_positive(system, targets if self.is_dual else self.rows.T @ targets)
-        if self.is_dual:
-            slope = self.rows.T @ (slope - slope.mean(0))
-        return torch.cat([slope, (mean_targets - mean_rows @ slope)[None]], 0)
-
-
-def _solve_positive(system: Tensor, targets: Tensor) -> Tensor:
-    """The solution of a symmetric system that rounding may have made less than positive."""
-    factor, failed = torch.linalg.cholesky_ex(system)
-    return torch.linalg.solve(system, targets) if bool(failed) else torch.cholesky_solve(targets, factor)
 
 
 @cache

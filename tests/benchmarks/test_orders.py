@@ -124,6 +124,7 @@ def test_rows_of_the_benchmark_are_bounded_by_loading_and_by_waiting(script):
     assert row["one step"] <= row["two steps, grouped"] and row["grouped"] <= row["arrival"]
 
 
+@pytest.mark.slow
 def test_known_ids_are_worth_more_than_the_past(known, nano):
     """The path predictor on the next ids against all that is known without them; the true routing is worth more still."""
     path, rows, policy = nano[0], nano[1].rows(slice(768)), cache_policies.get("reuse")

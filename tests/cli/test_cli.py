@@ -258,7 +258,7 @@ def test_a_measured_point_runs_again_by_name_and_by_file(run_json, run, elastic_
             assert known[p["name"]]["point"] == p["point"] and known[p["name"]]["kl"] == pytest.approx(p["kl"], abs=1e-9)
 
     prompt = ("generate", folder, "--prompt", "import", "--max-tokens", "6")
-    for p in first["points"]:
+    for p in {p["rule"]: p for p in first["points"]}.values():
         made = run_json(*prompt, "--point", p["name"])
         assert made["point"] == p["point"]
         (tmp_path / "one.json").write_text(json.dumps(p["point"]))

@@ -22,7 +22,7 @@ def outcome(request, shared, text_file) -> dict:
     trials = request.param
 
     def build(folder: Path) -> None:
-        save_tiny("olmoe", folder / "source", num_hidden_layers=3)
+        save_tiny("olmoe", folder / "source", num_hidden_layers=2)
         arguments = [sys.executable, "-m", "tests.faults.trials", *map(str, (folder / "source", text_file, folder, trials))]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
         done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -116,7 +116,7 @@ def longest_ladder(rows):
     return [row["name"] for row in max(best, key=lambda c: (len({r["rule"] for r in c}), len(c)))]
 
 
-@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("stored", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_d02_the_server_mixes_points_of_all_methods_in_one_batch(measured, tmp_path, stored):
     """Every request's tokens are those of its point alone; the answer says which point that was."""
     rows = json.loads((measured / "frontier.json").read_text())["points"]

@@ -49,7 +49,7 @@ def drafting(nano, plain, request):  # noqa: F811
 @pytest.mark.parametrize(
     "drafting",
     [
-        pytest.param(each, marks=pytest.mark.slow if each[1] == 1 else ())
+        pytest.param(each, marks=() if each[2] else pytest.mark.slow)
         for each in ((0.25, 4, False), (0.5, 1, False), (0.25, 3, True))
     ],
     indirect=True,
@@ -81,6 +81,7 @@ def test_levels_and_tokens_are_counted_as_without_drafts(nano, plain, drafting):
     assert request.track.generated == len(tokens) == LONG and events[-1].finish == "length"
 
 
+@pytest.mark.slow
 def test_what_a_check_computed_is_offered_as_a_prefix(nano, plain, drafting):  # noqa: F811
     """The next request begins with the whole answer of the first, and finds it in the cache."""
     (tokens,) = drafting.tokens(nano[1][:1], [2], new=LONG, samplings=[ASKS])
@@ -107,6 +108,7 @@ def test_an_end_token_within_a_draft_ends_the_answer(nano, plain, drafting):  # 
     assert [e.token for e in heard if e.token is not None] == wanted[: first + 1] and heard[-1].finish == "stop"
 
 
+@pytest.mark.slow
 def test_penalties_and_logprobs_go_on(nano, plain, drafting):  # noqa: F811
     kinds = {"repetition_penalty": 1.3, "logprobs": 2}
     found = drafting.run(nano[1][:2], [2] * 2, new=LONG, samplings=[Sampling(**kinds, self_draft=True)] * 2)
@@ -116,7 +118,11 @@ def test_penalties_and_logprobs_go_on(nano, plain, drafting):  # noqa: F811
         assert all(a == pytest.approx(b, abs=1e-4) for a, b in pairs) and len(pairs) == LONG
 
 
-@pytest.mark.parametrize(("drafting", "loses"), [((0.5, 4, True), True), ((0.5, 4, True), False)], indirect=["drafting"])
+@pytest.mark.parametrize(
+    ("drafting", "loses"),
+    [((0.5, 4, True), True), pytest.param((0.5, 4, True), False, marks=pytest.mark.slow)],
+    indirect=["drafting"],
+)
 def test_it_switches_itself_off_where_it_loses(nano, plain, drafting, loses):  # noqa: F811
     """The seconds of a machine where a check takes as long as its tokens alone do, and of one where it takes one step's."""
     drafts, observe = drafting.engine.drafts, drafting.engine.drafts.observe

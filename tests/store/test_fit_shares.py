@@ -9,7 +9,7 @@ import pytest
 from moe_prism.cli import main
 from moe_prism.errors import CorruptError, UsageError
 from moe_prism.jobs.fit_offload import fit_offload
-from moe_prism.jobs.fit_shares import RATES, SHARES, SharesRow, fastest
+from moe_prism.jobs.fit_shares import SHARES, SharesRow, fastest
 from moe_prism.offload.record import TraceRecorder, record
 from moe_prism.offload.settings import read_settings
 from moe_prism.options.fit import FitOptions
@@ -25,7 +25,17 @@ def test_the_fastest_within_the_loss_is_chosen_and_no_loss_is_always_possible():
 
 def test_thresholds_are_fitted_written_and_followed(elastic_half, tmp_path, monkeypatch):
     """Records of the tiny model are as large in int8, since they are padded: only what is skipped saves anything."""
-    monkeypatch.setattr("moe_prism.jobs.fit_shares.SHARES", ((1.0, 1.0), (0.4, 0.9), (0.0, 0.0)))
+    rates = (0.0, 0.3, 1.0)
+    less = {
+        "SHARES": ((1.0, 1.0), (0.4, 0.9), (0.0, 0.0)),
+        "RATES": rates,
+        "LENGTH": 48,
+        "TEXTS": 2,
+        "PROMPT": 16,
+        "LONG_PROMPT": 40,
+    }
+    for name, value in less.items():
+        monkeypatch.setattr(f"moe_prism.jobs.fit_shares.{name}", value)
     whole, tokenizer = opened(elastic_half, tmp_path / "p")
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids[:, :24].reshape(4, 6)
     trace = record(TraceRecorder(whole), [("calibration", ids[:2]), ("evaluation", ids[2:])], prompt=1)
@@ -35,7 +45,7 @@ def test_thresholds_are_fitted_written_and_followed(elastic_half, tmp_path, monk
     assert exact.loss is not None and exact.loss.shares.t1 == 1 and exact.loss.shares.kl == pytest.approx(0, abs=1e-6)
     found = fit_offload(trace, path, FitOptions(max_kl=100.0, record_ms=100.0, **asked), force=True)
     assert exact.loss.rate.rate == 0 and exact.loss.rate.kl == pytest.approx(0, abs=1e-6)
-    assert found.loss is not None and [row.rate for row in found.loss.rates_tried] == list(RATES)
+    assert found.loss is not None and [row.rate for row in found.loss.rates_tried] == list(rates)
     assert found.loss.rates_tried[-1].kl > 0  # all that is missing came in int8
     assert found.to_json()["rates_tried"][0]["rate"] == 0
     assert len(found.loss.shares_tried) == 3 and not (elastic_half / "experts.pack").exists()

@@ -47,7 +47,7 @@ def at(budget: float, **bits) -> OperatingPoint:
     return OperatingPoint(slots=SlotRule(rule="bits", budget=budget, bits=replace(BITS, **bits)))
 
 
-@pytest.fixture(scope="module", params=[0, 4], ids=["no gates", "gates"])
+@pytest.fixture(scope="module", params=[0, pytest.param(4, marks=pytest.mark.slow)], ids=["no gates", "gates"])
 def folder(request, shared, tmp_path_factory, tiny_calibration):
     source = tmp_path_factory.mktemp("wide") / "m"
     save_tiny("olmoe", source, hidden_size=64, intermediate_size=128, num_experts=6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ..model.hub import lies_in_cache
 
 def check_installed() -> None:
     """UsageError without lm-eval."""
-    if find_spec("lm_eval") is None:
+    if (sys.modules["lm_eval"] if "lm_eval" in sys.modules else find_spec("lm_eval")) is None:
         raise UsageError("eval needs lm_eval", "pip install 'moe-prism[eval]'")
 
 

@@ -38,6 +38,7 @@ class ExpertMemory(NamedTuple):
 
     @classmethod
     def in_memory(cls, weights: Weights) -> ExpertMemory:
+        """Where they all lie in memory."""
         whole = experts_bytes(weights)
         # of some families one of an expert's matrices is turned round, which takes its size once more
         return cls(loading_bytes(weights, whole), whole, whole + whole // 2)

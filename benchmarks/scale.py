@@ -169,6 +169,8 @@ def _cpu() -> float:
 
 
 def measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
+    if args.work:
+        Path(args.work).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work) as place:
         source, out = Path(place) / "source", Path(place) / "out"
         experts = build(source, shape, args.layers, args.experts)

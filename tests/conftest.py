@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -39,10 +40,22 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile("commit")
 
 
+frozen: list[int] = []
+"""How many modules were there whenever what was alive was taken for good."""
+
+
 def pytest_collection_finish() -> None:
     """What collection leaves lives to the end: a collection of garbage, of which every engine that stops makes one, skips it then."""
     gc.collect()
     gc.freeze()
+    frozen.append(len(sys.modules))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The same where a test has imported much: torch and transformers are some million objects."""
+    if len(sys.modules) > frozen[-1] + 200:
+        pytest_collection_finish()
 
 
 def pytest_unconfigure() -> None:

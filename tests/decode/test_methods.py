@@ -115,7 +115,6 @@ def test_a_number_of_experts_is_computed_and_paid_for(nano, n):
     assert other.active_expert_bytes == pytest.approx(own.active_expert_bytes * n / 4)
 
 
-@pytest.mark.slow
 def test_the_best_text_wins_and_its_number_is_inherited(nano):
     """A verifier that likes one letter: the answer has more of it than plain drawing."""
     seen = []

@@ -86,7 +86,7 @@ def test_the_disk_counts_where_a_file_does_not_stay_in_memory(tiny_source, monke
     from moe_prism.forecast.work_time import Seconds
     from moe_prism.jobs import disk_time
 
-    monkeypatch.setattr(disk_time, "spilled", lambda size: Seconds(size, 0))
+    monkeypatch.setattr(disk_time, "written", lambda size, hashed: Seconds(size, 0))
     monkeypatch.setattr(disk_time, "read_back", lambda _, size: Seconds(0, size))
     one = pilot.Pilot(tiny_source, on_disk=True)
     assert disk_time.OnDisk(100, kept=100).seconds(one, 2, 7) == Seconds(200, 0)

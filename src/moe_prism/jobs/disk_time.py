@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ..artefact.source import Weights
 from ..forecast.work_time import Seconds
 from .expert_memory import MAPPED, experts_bytes, memory_there
-from .pilot import Pilot, read_back, spilled
+from .pilot import Pilot, read_back, written
 
 
 class OnDisk(NamedTuple):
@@ -30,7 +30,7 @@ class OnDisk(NamedTuple):
         Pages that were used longest ago go first. So of a file that does not stay as a whole, nothing is left when it is begun again.
         """
         size = self.experts * share
-        found = spilled(size)
+        found = written(size, hashed=False)
         if size > self.kept:
             source = pilot.stream.source
             found += read_back(source.folder / source.shards()[0], size * crossings)

@@ -166,26 +166,14 @@ def for_all(tensors: dict[str, Tensor], experts: int) -> dict[str, Tensor]:
     return found
 
 
-def written(bytes_: int) -> Seconds:
-    """Of so many bytes that are hashed, written and on the disk, by doing that with a few."""
+def written(bytes_: float, *, hashed: bool = True) -> Seconds:
+    """Of so many bytes that are written and on the disk, hashed before or not, by doing that with a few."""
     data = bytes(WRITTEN)
     with tempfile.TemporaryFile() as file:
 
         def write() -> None:
-            hashlib.sha256(data)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-        return timed(write) * (bytes_ / WRITTEN)
-
-
-def spilled(bytes_: float) -> Seconds:
-    """Of so many bytes that are written and on the disk, by doing that with a few."""
-    data = bytes(WRITTEN)
-    with tempfile.TemporaryFile() as file:
-
-        def write() -> None:
+            if hashed:
+                hashlib.sha256(data)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
